@@ -1,0 +1,1 @@
+"""minipaged: PagedAttention, the system behind vLLM, from scratch."""

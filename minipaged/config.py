@@ -1,0 +1,100 @@
+"""What was asked for: frozen, checked once, never written back to.
+
+`ModelConfig` is what the engine must know of any model; every model adds its own numbers beside
+its code. `EngineConfig` holds the knobs of memory and scheduling.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal, get_args
+
+from minipaged.errors import InvalidOption
+
+PreemptionMode = Literal["auto", "recompute", "swap"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The numbers that the engine needs of a model, whatever its family."""
+
+    architecture: str  # the class name in the checkpoint's config.json
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int  # the longest context the model can take, in tokens
+    eos_token_ids: tuple[int, ...] = ()  # any of these ends a sequence
+
+    def kv_bytes_per_token(self, bytes_per_number: int) -> int:
+        """Bytes that one token's keys and values take over all layers (paper, section 3)."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Memory and scheduling, in full: no number here is a placeholder for a later one.
+
+    Raises:
+        InvalidOption: a value that cannot work, alone or together with another one.
+    """
+
+    num_blocks: int  # physical blocks in the pool
+    num_swap_blocks: int  # physical blocks in the swap pool in host memory
+    max_model_len: int  # prompt and output of one sequence, in tokens
+    block_size: int = 16  # token slots in a block (section 4.1)
+    max_num_seqs: int = 64  # sequences in one step
+    max_num_batched_tokens: int = 2048  # query tokens in one step
+    enable_chunked_prefill: bool = True  # False: a prompt runs whole or not at all, as in the paper
+    preemption: PreemptionMode = "auto"  # auto: swap groups of several sequences, recompute others
+    watermark: float = 0.01  # the part of the pool that admission leaves free (section 4.3)
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "max_model_len", "block_size", "max_num_seqs"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: give at least 1.")
+        _require(
+            self.num_swap_blocks >= 0,
+            f"num_swap_blocks is {self.num_swap_blocks}: give 0 (no swapping) or more.",
+        )
+        _require(
+            0.0 <= self.watermark < 1.0,
+            f"watermark is {self.watermark}: give the part of the pool to keep free, "
+            "from 0 up to but not including 1.",
+        )
+        modes = get_args(PreemptionMode)
+        _require(
+            self.preemption in modes,
+            f"preemption is {self.preemption!r}: choose one of {', '.join(modes)}.",
+        )
+        _require(
+            self.preemption != "swap" or self.num_swap_blocks > 0,
+            'preemption="swap" needs a swap pool: raise num_swap_blocks above 0.',
+        )
+        # Each running sequence needs one token a step; a prompt being computed needs at least one.
+        _require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "
+            f"({self.max_num_seqs}): raise it, or some running sequence would never get its turn.",
+        )
+        _require(
+            self.enable_chunked_prefill or self.max_num_batched_tokens >= self.max_model_len,
+            f"without chunked prefill a whole prompt must fit into one step, but "
+            f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_model_len is "
+            f"{self.max_model_len}: raise the one, lower the other, or enable_chunked_prefill.",
+        )
+
+    @property
+    def watermark_blocks(self) -> int:
+        """Blocks that admission leaves free, so that those who run can grow (section 4.3)."""
+        return int(self.watermark * self.num_blocks)
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Blocks of the longest sequence allowed."""
+        return ceil(self.max_model_len / self.block_size)
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise InvalidOption(sentence)

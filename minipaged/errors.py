@@ -1,0 +1,45 @@
+"""What can go wrong for a user. Every message says what, how much, and what to change.
+
+A user's mistake raises one of these; a broken promise between two parts of the library is an
+`assert` instead. Catch `MinipagedError` to catch them all.
+"""
+
+
+class MinipagedError(Exception):
+    """The root of every error that this library raises on purpose."""
+
+
+class InvalidOption(MinipagedError, ValueError):
+    """An option or parameter has a value that cannot work."""
+
+
+class InvalidRequest(MinipagedError, ValueError):
+    """One request cannot be served as it was asked; all others go on."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt does not fit: into the model's context, into the pool, or into one step."""
+
+
+class OutOfBlocks(MinipagedError):
+    """The pool has no free block left. The scheduler answers it by preempting someone."""
+
+
+class DoubleFree(MinipagedError):
+    """A block was given back, or shared, that nobody owns."""
+
+
+class CheckFailed(MinipagedError):
+    """`Checked` counted again and found another number: some part broke the contract."""
+
+
+class CheckpointError(MinipagedError):
+    """A checkpoint cannot be loaded: a file or tensor is missing, unexpected or misshapen."""
+
+
+class UnsupportedModel(CheckpointError):
+    """The checkpoint is whole, but of an architecture (or option of one) not built here."""
+
+
+class MissingTokenizer(MinipagedError):
+    """Text was given or asked for, but the model's folder holds no tokenizer."""

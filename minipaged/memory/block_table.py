@@ -1,0 +1,39 @@
+"""One sequence's block table: logical block i lies in physical block `blocks[i]` (section 4.2)."""
+
+
+class BlockTable:
+    """Logical to physical blocks, and how many token slots of them are filled.
+
+    Every logical block but the last is full:
+
+        blocks  = [7, 1, 3], block_size = 4, num_tokens = 10
+        logical block 0 -> physical 7: tokens 0 1 2 3
+        logical block 1 -> physical 1: tokens 4 5 6 7
+        logical block 2 -> physical 3: tokens 8 9 and two empty slots
+    """
+
+    def __init__(self, block_size: int, blocks: list[int], num_tokens: int) -> None:
+        self.block_size = block_size
+        self.blocks = blocks
+        self.num_tokens = num_tokens
+
+    def __len__(self) -> int:
+        """The number of logical blocks."""
+        return len(self.blocks)
+
+    def slot(self, position: int) -> int:
+        """Where the token at this position lies: physical block * block size + offset."""
+        assert 0 <= position < self.num_tokens, f"position {position} has no slot yet"
+        logical, offset = divmod(position, self.block_size)
+        return self.blocks[logical] * self.block_size + offset
+
+    def filled(self, logical: int) -> int:
+        """How many slots of this logical block hold a token."""
+        return min(self.block_size, self.num_tokens - logical * self.block_size)
+
+    def copy(self) -> "BlockTable":
+        """The same mapping in a list of its own: what a fork starts from (section 4.4)."""
+        return BlockTable(self.block_size, self.blocks.copy(), self.num_tokens)
+
+    def __repr__(self) -> str:
+        return f"BlockTable({self.num_tokens} tokens in blocks {self.blocks})"

@@ -1,0 +1,115 @@
+"""A second opinion: wrappers that count again after every call and name the guilty one.
+
+They wrap the library's parts and a student's alike:
+
+    LLM(parts=Parts(allocator=lambda n: CheckedAllocator(MyAllocator(n))))
+    CheckedMemory(BlockManager(num_blocks=8))
+"""
+
+from collections import Counter
+from typing import Any
+
+from minipaged.errors import CheckFailed
+from minipaged.memory.allocator import Allocator
+from minipaged.memory.block_manager import Memory
+
+
+class CheckedAllocator:
+    """Keeps its own count of owners beside an allocator and compares after every call."""
+
+    def __init__(self, allocator: Allocator) -> None:
+        self._allocator = allocator
+        self._owners = Counter[int]()
+        self.num_blocks = allocator.num_blocks
+        self._check("__init__()")
+
+    @property
+    def num_free(self) -> int:
+        return self._allocator.num_free
+
+    def ref_count(self, block: int) -> int:
+        return self._allocator.ref_count(block)
+
+    def allocate(self) -> int:
+        block = self._allocator.allocate()
+        if not 0 <= block < self.num_blocks:
+            raise CheckFailed(f"allocate() gave block {block}, outside 0 to {self.num_blocks - 1}.")
+        if self._owners[block]:
+            raise CheckFailed(f"allocate() gave block {block}, which somebody owns.")
+        self._owners[block] = 1
+        self._check("allocate()", block)
+        return block
+
+    def share(self, block: int) -> None:
+        self._allocator.share(block)  # raises for a block without an owner
+        if not self._owners[block]:
+            raise CheckFailed(f"share({block}) was accepted, but block {block} has no owner.")
+        self._owners[block] += 1
+        self._check(f"share({block})", block)
+
+    def free(self, block: int) -> None:
+        self._allocator.free(block)  # raises for a block without an owner
+        if not self._owners[block]:
+            raise CheckFailed(f"free({block}) was accepted, but block {block} has no owner.")
+        self._owners[block] -= 1
+        self._check(f"free({block})", block)
+
+    def _check(self, call: str, block: int | None = None) -> None:
+        free = self.num_blocks - sum(1 for owners in self._owners.values() if owners)
+        if self.num_free != free:
+            raise CheckFailed(
+                f"num_free is {self.num_free}, but {free} blocks have no owner (last call: {call})."
+            )
+        if block is not None and self.ref_count(block) != self._owners[block]:
+            raise CheckFailed(
+                f"ref_count({block}) is {self.ref_count(block)}, but {self._owners[block]} own it "
+                f"(last call: {call})."
+            )
+
+
+class CheckedMemory:
+    """Recounts the owners of every block from the block tables after every call that may move one.
+
+    What must always be true: a block has as many owners as tables list it; blocks that no table
+    lists are free; no table lists a block twice; and a table has exactly the blocks that its tokens
+    need.
+    """
+
+    _MOVERS = frozenset({"admit", "append", "fork", "free", "swap_out", "swap_in"})
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._memory, name)
+        if name not in self._MOVERS:
+            return value
+
+        def call_and_recount(*args: Any) -> Any:
+            result = value(*args)
+            self._recount(f"{name}({', '.join(map(repr, args))})")
+            return result
+
+        return call_and_recount
+
+    def _recount(self, call: str) -> None:
+        memory = self._memory
+        owners, swap_owners = Counter[int](), Counter[int]()
+        for seq_id, table in memory.tables.items():
+            (swap_owners if memory.is_swapped(seq_id) else owners).update(table.blocks)
+            distinct, needed = len(set(table.blocks)), -(-table.num_tokens // table.block_size)
+            _expect(distinct, len(table), f"distinct blocks of sequence {seq_id}", call)
+            _expect(len(table), needed, f"blocks of sequence {seq_id}", call)
+        for block in range(memory.num_blocks):
+            _expect(memory.ref_count(block), owners[block], f"ref_count({block})", call)
+        for block in range(memory.num_swap_blocks):
+            name = f"swap_ref_count({block})"
+            _expect(memory.swap_ref_count(block), swap_owners[block], name, call)
+        _expect(memory.num_free, memory.num_blocks - len(+owners), "num_free", call)
+        free_to_swap = memory.num_swap_blocks - len(+swap_owners)
+        _expect(memory.num_free_swap_blocks, free_to_swap, "num_free_swap_blocks", call)
+
+
+def _expect(found: int, counted: int, what: str, call: str) -> None:
+    if found != counted:
+        raise CheckFailed(f"{what} is {found}, but counting gives {counted} (last call: {call}).")

@@ -1,0 +1,6 @@
+"""How the next token is chosen: params (what was asked for), sampler (from logits to tokens)."""
+
+from minipaged.sampling.params import SamplingParams
+from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow
+
+__all__ = ["SampledToken", "Sampler", "SamplingParams", "SamplingRow"]

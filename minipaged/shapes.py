@@ -1,0 +1,34 @@
+"""Shapes in words, inside the signatures: `q: Float[Tensor, "tokens heads head_dim"]`.
+
+`jaxtyping` checks them while the tests run. A user needs no such package: without it a shape is read
+by people only and costs nothing.
+
+The key to the words, the same everywhere:
+
+    tokens      all query tokens of one step, sequence behind sequence
+    seqs        sequences in the step
+    rows        rows of logits that are read
+    heads       query heads             kv_heads    key/value heads
+    head_dim    numbers in one head     hidden      width of the residual stream
+    vocab       tokens known            layers      transformer blocks
+    num_blocks  physical blocks in the pool
+    block_size  token slots in a block
+    max_blocks  columns of the padded block-table tensor
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+else:
+    try:
+        from jaxtyping import Bool, Float, Int
+    except ImportError:
+
+        class _Unchecked:
+            def __class_getitem__(cls, array_and_shape):
+                return array_and_shape[0]
+
+        Bool = Float = Int = _Unchecked
+
+__all__ = ["Bool", "Float", "Int"]
