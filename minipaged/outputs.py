@@ -1,0 +1,51 @@
+"""What a user gets back: one `RequestOutput` a request, one `CompletionOutput` a sequence."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One generated sequence, so far or whole.
+
+    finish_reason is None while it grows; then "stop" (end-of-sequence token, stop token or stop
+    string), "length" (max_tokens, max_model_len, or a pool too small to go on) or "abort".
+    stop_reason is the stop string or stop token that ended it, None for the end-of-sequence token.
+    logprobs holds, for each token, the log-probabilities of it and of the likeliest others.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, float]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """What serving the request took; times in seconds on the engine's clock."""
+
+    arrival_time: float
+    first_token_time: float | None
+    last_token_time: float | None
+    num_preemptions: int
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request's prompt and what has been generated after it.
+
+    prompt_logprobs has one entry a prompt token; the first is None, as nothing precedes it.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, float] | None] | None = field(default=None)

@@ -1,0 +1,88 @@
+"""Who plays which role. To replace a part, give another one here; nothing else is wired anywhere.
+
+    LLM(parts=Parts(allocator=MyAllocator))      # a class of yours
+    LLM(parts=Parts().checked())                 # everything counted twice
+    LLM(parts=Parts().traced(log))               # everything observed
+
+`checked` and `traced` wrap whatever parts they find, so yours are checked and traced like ours.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from minipaged.attention import AttentionBackend, PagedAttention, StoreKV
+from minipaged.config import EngineConfig
+from minipaged.events import EventLog, TracedAllocator, TracedMemory, TracedScheduler
+from minipaged.memory import (
+    Allocator,
+    BlockAllocator,
+    BlockManager,
+    CheckedAllocator,
+    CheckedMemory,
+    Memory,
+)
+from minipaged.scheduler import Scheduler, Victim, youngest
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The roles, and the library's own players as defaults.
+
+    allocator        called with the number of blocks; once for the pool, once for the swap pool
+    memory           called with the arguments of BlockManager
+    scheduler        called with the arguments of Scheduler
+    victim           chooses whom to preempt among running groups
+    paged_attention  None: the attention backend's
+    store_kv         None: the attention backend's
+    """
+
+    allocator: Callable[[int], Allocator] = BlockAllocator
+    memory: Callable[..., Memory] = BlockManager
+    scheduler: Callable[..., Scheduler] = Scheduler
+    victim: Victim = youngest
+    paged_attention: PagedAttention | None = None
+    store_kv: StoreKV | None = None
+
+    def build_scheduler(self, config: EngineConfig) -> Scheduler:
+        """The scheduler and, below it, the memory and its allocators."""
+        memory = self.memory(
+            num_blocks=config.num_blocks,
+            num_swap_blocks=config.num_swap_blocks,
+            block_size=config.block_size,
+            watermark_blocks=config.watermark_blocks,
+            allocator=self.allocator,
+        )
+        return self.scheduler(config, memory, self.victim)
+
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        """The backend with the functions replaced that these parts replace."""
+        return replace(
+            backend,
+            paged_attention=self.paged_attention or backend.paged_attention,
+            store_kv=self.store_kv or backend.store_kv,
+        )
+
+    def checked(self) -> "Parts":
+        """The same parts, recounted after every call; slow, for tests and labs."""
+        return replace(
+            self,
+            allocator=lambda num_blocks: CheckedAllocator(self.allocator(num_blocks)),
+            memory=lambda **options: cast(Memory, CheckedMemory(self.memory(**options))),
+        )
+
+    def traced(self, log: EventLog) -> "Parts":
+        """The same parts, every call of which is written to the log."""
+        pools = iter(("pool", "swap"))  # the order in which a memory asks for its allocators
+
+        def scheduler(*arguments: Any) -> Scheduler:
+            return cast(Scheduler, TracedScheduler(self.scheduler(*arguments), log))
+
+        return replace(
+            self,
+            allocator=lambda num_blocks: TracedAllocator(
+                self.allocator(num_blocks), log, next(pools, "pool")
+            ),
+            memory=lambda **options: cast(Memory, TracedMemory(self.memory(**options), log)),
+            scheduler=scheduler,
+        )

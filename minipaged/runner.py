@@ -1,0 +1,78 @@
+"""The device side: carries out a step's block operations, then runs the model."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from minipaged.batch import Batch
+from minipaged.config import ModelConfig
+from minipaged.errors import InvalidOption
+from minipaged.kv_cache import KVCache
+from minipaged.models import Model
+from minipaged.scheduler import ScheduledBatch
+from minipaged.shapes import Float
+
+GIB = 1024**3
+
+
+class ModelRunner:
+    """One model and its cache."""
+
+    def __init__(self, model: Model, kv_cache: KVCache) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+
+    @torch.inference_mode()
+    def run(self, plan: ScheduledBatch, batch: Batch) -> Float[Tensor, "rows vocab"]:
+        """Move the blocks that the plan moves, then compute the logits of `batch.logit_rows`.
+
+        The order matters: a block that is swapped out may be handed to somebody else in the same
+        step, and a block that was just swapped in may be the source of a copy-on-write.
+        """
+        self.kv_cache.swap_out(plan.swap_out)
+        self.kv_cache.swap_in(plan.swap_in)
+        self.kv_cache.copy(plan.copies)
+        hidden = self.model(batch.token_ids, batch.positions, self.kv_cache, batch)
+        return self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this name; "auto" is a CUDA GPU if there is one. Raises InvalidOption."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidOption(f"there is no device {name!r}: choose auto, cpu or cuda.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidOption('device="cuda" needs a CUDA GPU, and none is found: choose "cpu".')
+    return device
+
+
+def blocks_that_fit(
+    config: ModelConfig,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    gpu_memory_utilization: float,
+) -> int:
+    """How many blocks of keys and values the memory has room for, weights already loaded.
+
+    On a GPU: what `gpu_memory_utilization` of its memory leaves beside all that is in use. On a
+    CPU: a quarter of the machine's memory, 4 GiB at the most, since others need some too.
+    Raises InvalidOption if not even one block fits.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(total * gpu_memory_utilization) - (total - free)
+    else:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        budget = min(physical // 4, 4 * GIB)
+    block_bytes = block_size * config.kv_bytes_per_token(dtype.itemsize)
+    if budget < block_bytes:
+        raise InvalidOption(
+            f"a block of keys and values takes {block_bytes} bytes, and {max(budget, 0)} are left "
+            "for them: raise gpu_memory_utilization, lower block_size, or take a smaller model."
+        )
+    return budget // block_bytes

@@ -1,0 +1,16 @@
+"""What all tests share: a small deterministic hypothesis profile, and quiet, single-minded torch."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: no spinning between operations
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "repo",
+    deadline=None,  # time is measured by benchmarks, never by tests
+    derandomize=True,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("repo")
