@@ -1,1 +1,65 @@
-"""minipaged: PagedAttention, the system behind vLLM, from scratch."""
+"""minipaged: PagedAttention, the system behind vLLM, from scratch.
+
+    from minipaged import LLM, SamplingParams
+
+    llm = LLM("storyteller")
+    [output] = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=20))
+    print(output.outputs[0].text)
+
+The names below are imported when they are first used (PEP 562), so that `import minipaged.memory`
+and `import minipaged.scheduler` stay free of torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from minipaged.version import __version__
+
+if TYPE_CHECKING:
+    from minipaged.config import EngineConfig, ModelConfig
+    from minipaged.engine import LLMEngine
+    from minipaged.errors import MinipagedError
+    from minipaged.events import Event, EventLog
+    from minipaged.llm import LLM
+    from minipaged.outputs import CompletionOutput, RequestOutput
+    from minipaged.parts import Parts
+    from minipaged.sampling import SamplingParams
+
+_HOMES = {
+    "LLM": "llm",
+    "LLMEngine": "engine",
+    "SamplingParams": "sampling",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+    "Parts": "parts",
+    "EngineConfig": "config",
+    "ModelConfig": "config",
+    "Event": "events",
+    "EventLog": "events",
+    "MinipagedError": "errors",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "Event",
+    "EventLog",
+    "LLMEngine",
+    "MinipagedError",
+    "ModelConfig",
+    "Parts",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minipaged' has no attribute {name!r}")
+    return getattr(import_module(f"minipaged.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -53,7 +53,7 @@ class LLMEngine:
     # ---- one step, in the order a token travels ------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; returns the requests that it changed, finished ones for the last time."""
+        """Compute one step; returns the requests it changed, finished ones for the last time."""
         plan = self.scheduler.schedule()  # who runs, how many tokens of each
         sampled: dict[int, SampledToken] = {}
         if plan.sequences:
@@ -89,7 +89,7 @@ class LLMEngine:
             request, seq = self._requests[scheduled.group.request_id], scheduled.seq
             stop = start + self._num_logits(scheduled)
             if request.wants_prompt_logits(seq):
-                request.note_prompt_logits(self.sampler, seq, logits[start:stop])
+                request.note_prompt_logits(seq, logits[start:stop])
             if scheduled.samples:
                 rows.append(request.sampling_row(seq))
                 row_indices.append(stop - 1)
@@ -130,13 +130,13 @@ class LLMEngine:
 
         Raises:
             InvalidRequest, PromptTooLong: it could never be served; all others go on.
-            MissingTokenizer: the prompt or a stop condition is text, and the model has no tokenizer.
+            MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
         """
         params = params or SamplingParams()
         token_ids = self._token_ids(prompt)
         self._refuse_what_cannot_be_served(request_id, token_ids, params)
         seq = Sequence(next(self._seq_ids), token_ids)
-        group = SequenceGroup(request_id, [seq], max_num_seqs=params.best_of or params.n)
+        group = SequenceGroup(request_id, [seq], max_num_seqs=params.num_samples)
         self.scheduler.add(group)
         own_seed = self._seeds.getrandbits(63)
         self._requests[request_id] = Request(
@@ -189,13 +189,14 @@ class LLMEngine:
                 f"the prompt holds token id {outside[0]}, and the model knows ids from 0 to "
                 f"{vocab_size - 1}: was it encoded for another model?"
             )
-        if params.stop and self.tokenizer is None:
+        params.check_vocab(vocab_size)
+        if params.stop_strings and self.tokenizer is None:
             raise MissingTokenizer(
                 "stop strings need text, but the model's folder holds no tokenizer: "
                 "use stop_token_ids."
             )
-        if max(params.n, params.best_of or 1) > 1:
+        if params.num_samples > 1:
             raise InvalidRequest(
-                f"n is {params.n} and best_of {params.best_of or params.n}: several samples of one "
-                "prompt are not built yet. Ask for n=1, or send the prompt several times."
+                f"the request asks for {params.num_samples} samples of one prompt, which is not "
+                "built yet: ask for n=1, or send the prompt several times."
             )

@@ -11,7 +11,7 @@ The block manager plans copies and swaps as pairs of blocks; they are carried ou
 import torch
 from torch import Tensor
 
-from minipaged.config import ModelConfig
+from minipaged.config import EngineConfig, ModelConfig
 from minipaged.memory import BlockPair
 from minipaged.shapes import Float
 
@@ -49,6 +49,24 @@ class KVCache:
         self.block_size = block_size
         self.layers = pool(num_blocks, device)
         self.swap_layers = pool(num_swap_blocks, "cpu")
+
+    @classmethod
+    def build(
+        cls,
+        model: ModelConfig,
+        engine: EngineConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> "KVCache":
+        """The cache that this model needs under these options."""
+        return cls(
+            model,
+            engine.num_blocks,
+            engine.block_size,
+            num_swap_blocks=engine.num_swap_blocks,
+            dtype=dtype,
+            device=device,
+        )
 
     def copy(self, pairs: list[BlockPair]) -> None:
         """Copy blocks inside the pool: copy-on-write (section 4.4)."""

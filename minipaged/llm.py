@@ -1,12 +1,13 @@
 """The front door: prompts in, RequestOutputs out."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from importlib.resources import files
 from itertools import count
+from math import ceil
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
-import torch
 from tqdm import tqdm
 
 from minipaged.attention import choose_backend
@@ -14,9 +15,9 @@ from minipaged.batch import BatchBuilder
 from minipaged.chat import Message, render_chat
 from minipaged.config import EngineConfig, ModelConfig, PreemptionMode
 from minipaged.engine import LLMEngine, Prompt
-from minipaged.errors import CheckpointError, InvalidOption, InvalidRequest
+from minipaged.errors import CheckpointError, InvalidOption, InvalidRequest, MissingTokenizer
 from minipaged.kv_cache import KVCache
-from minipaged.models import load_model
+from minipaged.models.loader import load_model
 from minipaged.outputs import RequestOutput
 from minipaged.parts import Parts
 from minipaged.runner import ModelRunner, blocks_that_fit, choose_device
@@ -24,7 +25,6 @@ from minipaged.sampling import SamplingParams
 from minipaged.tokenizer import Tokenizer
 
 EMBEDDED = ("storyteller",)  # models that ship inside the package
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LLM:
@@ -77,44 +77,35 @@ class LLM:
     ) -> None:
         parts = parts or Parts()
         where = choose_device(device)
-        kind = _choose_dtype(dtype)
         backend = parts.attention(choose_backend(attention_backend))
         self.folder = _find(model)
-        loaded = load_model(self.folder, backend, dtype=kind, device=where)
-        length = _choose_length(max_model_len, loaded.config)
-        dtype_found = next(loaded.parameters()).dtype
+        loaded = load_model(self.folder, backend, dtype, where)
+        kv_dtype = next(loaded.parameters()).dtype
+        max_model_len = _choose_length(max_model_len, loaded.config)
         if num_blocks is None:
-            enough = max_num_seqs * -(-length // max(block_size, 1))
-            fit = blocks_that_fit(
-                loaded.config, max(block_size, 1), dtype_found, where, gpu_memory_utilization
-            )
-            num_blocks = min(enough, fit)
+            size = max(block_size, 1)  # a wrong one is refused below, by EngineConfig
+            enough = max_num_seqs * ceil(max_model_len / size)
+            room = blocks_that_fit(loaded.config, size, kv_dtype, where, gpu_memory_utilization)
+            num_blocks = min(enough, room)
+        if max_num_batched_tokens is None:
+            whole_prompt = 0 if enable_chunked_prefill else max_model_len
+            max_num_batched_tokens = max(2048, max_num_seqs, whole_prompt)
         config = EngineConfig(
             num_blocks=num_blocks,
             num_swap_blocks=num_blocks if num_swap_blocks is None else num_swap_blocks,
-            max_model_len=length,
+            max_model_len=max_model_len,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens
-            or max(2048, max_num_seqs, 0 if enable_chunked_prefill else length),
+            max_num_batched_tokens=max_num_batched_tokens,
             enable_chunked_prefill=enable_chunked_prefill,
             preemption=preemption,
         )
-        cache = KVCache(
-            loaded.config,
-            config.num_blocks,
-            config.block_size,
-            num_swap_blocks=config.num_swap_blocks,
-            dtype=dtype_found,
-            device=where,
-        )
-        batches = BatchBuilder(max_num_seqs, config.max_blocks_per_seq, block_size, where)
         self.engine = LLMEngine(
             config,
             parts.build_scheduler(config),
-            batches,
-            ModelRunner(loaded, cache),
-            Tokenizer.from_folder(self.folder) if Tokenizer.is_in(self.folder) else None,
+            BatchBuilder(max_num_seqs, config.max_blocks_per_seq, block_size, where),
+            ModelRunner(loaded, KVCache.build(loaded.config, config, kv_dtype, where)),
+            _open_tokenizer(self.folder),
             seed=seed,
         )
         self._request_ids = count()
@@ -137,22 +128,48 @@ class LLM:
             use_tqdm: show a progress bar with tokens per second.
 
         Raises:
-            InvalidRequest: a prompt can never be served. None of this call's prompts is then left
-                in the engine; send the others again.
+            InvalidRequest, MissingTokenizer: a prompt can never be served. None of this call's
+                prompts is then left in the engine, and what others have added goes on.
+        """
+        many = _as_list(prompts)
+        finished: dict[int, RequestOutput] = {}
+        num_tokens = 0
+        with tqdm(total=len(many), desc="prompts", disable=not use_tqdm) as bar:
+            for index, output in self.stream(many, sampling_params):
+                if output.finished:
+                    finished[index] = output
+                    num_tokens += sum(len(o.token_ids) for o in output.outputs)
+                    speed = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+                    bar.update()
+        return [finished[index] for index in range(len(many))]
+
+    def stream(
+        self,
+        prompts: Prompt | Many[Prompt],
+        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Like `generate`, token by token: yields (index of the prompt, what it has so far).
+
+        Whoever stops listening before the end, or is stopped by an error, aborts what is left.
         """
         many = _as_list(prompts)
         params = _one_for_each(sampling_params, len(many))
-        request_ids: list[str] = []
+        indices: dict[str, int] = {}
         try:
-            for prompt, chosen in zip(many, params, strict=True):
+            for index, (prompt, chosen) in enumerate(zip(many, params, strict=True)):
                 request_id = str(next(self._request_ids))
                 self.engine.add_request(request_id, prompt, chosen)
-                request_ids.append(request_id)
-            return self._run(request_ids, use_tqdm)
-        except BaseException:
-            for request_id in request_ids:
+                indices[request_id] = index
+            while indices:
+                for output in self.engine.step():
+                    if output.request_id in indices:
+                        yield indices[output.request_id], output
+                        if output.finished:
+                            del indices[output.request_id]
+        finally:
+            for request_id in indices:
                 self.engine.abort_request(request_id)
-            raise
 
     def chat(
         self,
@@ -170,22 +187,6 @@ class LLM:
         prompts = [render_chat(self.folder, chat) for chat in chats]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
-        finished: dict[str, RequestOutput] = {}
-        wanted = set(request_ids)
-        num_tokens = 0
-        with tqdm(total=len(request_ids), desc="prompts", disable=not use_tqdm) as bar:
-            while len(finished) < len(request_ids):
-                for output in self.engine.step():
-                    if output.finished and output.request_id in wanted:
-                        finished[output.request_id] = output
-                        num_tokens += sum(len(o.token_ids) for o in output.outputs)
-                        bar.update()
-                elapsed = bar.format_dict["elapsed"]
-                if elapsed > 0:
-                    bar.set_postfix_str(f"{num_tokens / elapsed:.0f} tokens/s", refresh=False)
-        return [finished[request_id] for request_id in request_ids]
-
 
 def _find(model: str | Path) -> Path:
     if model in EMBEDDED:
@@ -199,12 +200,11 @@ def _find(model: str | Path) -> Path:
     return folder
 
 
-def _choose_dtype(dtype: str) -> torch.dtype | Literal["auto"]:
-    if dtype == "auto":
-        return "auto"
-    if dtype not in DTYPES:
-        raise InvalidOption(f"dtype is {dtype!r}: choose one of {', '.join(['auto', *DTYPES])}.")
-    return DTYPES[dtype]
+def _open_tokenizer(folder: Path) -> Tokenizer | None:
+    try:
+        return Tokenizer.from_folder(folder)
+    except MissingTokenizer:
+        return None  # token ids still work; text is refused with a sentence
 
 
 def _choose_length(asked: int | None, config: ModelConfig) -> int:

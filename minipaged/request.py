@@ -4,7 +4,7 @@ from torch import Tensor
 
 from minipaged.detokenizer import Detokenizer
 from minipaged.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
-from minipaged.sampling import SampledToken, Sampler, SamplingParams, SamplingRow
+from minipaged.sampling import SampledToken, SamplingParams, SamplingRow, score
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer import Tokenizer
 
@@ -22,7 +22,9 @@ class Completion:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self._params = params
-        self._detokenizer = Detokenizer(tokenizer, params.stop) if tokenizer is not None else None
+        self._detokenizer = (
+            Detokenizer(tokenizer, params.stop_strings) if tokenizer is not None else None
+        )
 
     def add(
         self, sampled: SampledToken, eos_token_ids: tuple[int, ...], max_model_len: int
@@ -42,7 +44,7 @@ class Completion:
         may_stop = length >= params.min_tokens
         if may_stop and token in eos_token_ids and not params.ignore_eos:
             self.finish("stop")
-        elif may_stop and token in params.stop_token_ids:
+        elif may_stop and token in params.stop_ids:
             self.finish("stop", token)
         elif may_stop and self._detokenizer is not None and self._detokenizer.stopped is not None:
             self.finish("stop", self._detokenizer.stopped)
@@ -102,7 +104,7 @@ class Request:
             prompt_token_ids=seq.token_ids[: seq.prompt_len],
             output_token_ids=seq.output_token_ids,
             seed=self._completions[seq.seq_id].seed,
-            end_token_ids=(*ends, *params.stop_token_ids),
+            end_token_ids=(*ends, *params.stop_ids),
         )
 
     def wants_prompt_logits(self, seq: Sequence) -> bool:
@@ -110,22 +112,20 @@ class Request:
         asked = self._params.prompt_logprobs is not None
         return asked and len(self._prompt_logprobs) < seq.prompt_len
 
-    def note_prompt_logits(self, sampler: Sampler, seq: Sequence, logits: Tensor) -> None:
-        """Take the logits of the tokens from `num_computed_tokens` on.
+    def note_prompt_logits(self, seq: Sequence, logits: Tensor) -> None:
+        """Take the logits of the tokens from `num_computed_tokens` on, [rows, vocab].
 
-        The logits at position i judge the token at position i + 1. After a preemption the first
-        positions come once more: those are skipped.
+        Those at position i judge the token at position i + 1. After a preemption some positions
+        come a second time: they are skipped.
         """
-        known, start = len(self._prompt_logprobs), seq.num_computed_tokens
+        first = len(self._prompt_logprobs) - 1  # its logits judge the first token not judged yet
+        start = seq.num_computed_tokens
         stop = min(start + logits.shape[0], seq.prompt_len - 1)
-        first = known - 1  # the position whose logits judge the first token not judged yet
-        assert self._params.prompt_logprobs is not None
         if start <= first < stop:
-            self._prompt_logprobs += sampler.prompt_logprobs(
-                logits[first - start : stop - start],
-                seq.token_ids[first + 1 : stop + 1],
-                self._params.prompt_logprobs,
-            )
+            judged = seq.token_ids[first + 1 : stop + 1]
+            num_top = [self._params.prompt_logprobs] * len(judged)
+            scores = score(logits[first - start : stop - start], judged, num_top)
+            self._prompt_logprobs += [s.top_logprobs for s in scores]
 
     # ---- what sampling gives -------------------------------------------------------------------
 

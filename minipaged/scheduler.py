@@ -238,8 +238,8 @@ class Scheduler:
             self.memory.free(seq)
 
     def _has_seats(self, group: SequenceGroup) -> bool:
-        seated = sum(len(other.unfinished) for other in self.running)
-        return seated + len(group.unfinished) <= self.config.max_num_seqs
+        taken = sum(other.num_seats for other in self.running)
+        return taken + group.num_seats <= self.config.max_num_seqs
 
     def _enqueue(
         self, group: SequenceGroup, queue: list[SequenceGroup], status: SequenceStatus

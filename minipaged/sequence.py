@@ -90,5 +90,11 @@ class SequenceGroup:
         """The sequences that still generate, in the order they joined."""
         return [s for s in self.sequences if s.seq_id not in self.finished_ids]
 
+    @property
+    def num_seats(self) -> int:
+        """The most sequences that it may have in one step from now on, forks to come included."""
+        has_forked = len(self.sequences) >= self.max_num_seqs
+        return len(self.unfinished) if has_forked else self.max_num_seqs
+
     def __repr__(self) -> str:
         return f"SequenceGroup({self.request_id!r}, {self.status.name}, {self.sequences})"

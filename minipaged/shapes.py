@@ -1,7 +1,7 @@
 """Shapes in words, inside the signatures: `q: Float[Tensor, "tokens heads head_dim"]`.
 
-`jaxtyping` checks them while the tests run. A user needs no such package: without it a shape is read
-by people only and costs nothing.
+`jaxtyping` checks them while the tests run. A user needs no such package: without it a shape is
+read by people only and costs nothing.
 
 The key to the words, the same everywhere:
 

@@ -1,0 +1,392 @@
+"""Who runs next: admission, the order of service, preemption, and that everybody finishes."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipaged.config import EngineConfig
+from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
+from minipaged.parts import Parts
+from minipaged.scheduler import Scheduler, youngest
+from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
+
+CONFIG = EngineConfig(
+    num_blocks=100, num_swap_blocks=100, max_model_len=400, block_size=4, watermark=0.0
+)
+
+
+def build(parts: Parts | None = None, **options) -> Scheduler:
+    return (parts or Parts()).checked().build_scheduler(replace(CONFIG, **options))
+
+
+class Engine:
+    """Plays the engine without a model: computes, adds a token, forks, finishes."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.lengths: dict[str, int] = {}  # how many tokens each request generates
+        self.groups: dict[str, SequenceGroup] = {}
+        self.finished: list[str] = []
+        self.outgrown: list[str] = []
+        self.next_id = 0
+
+    def add(self, prompt_len: int, num_tokens: int = 5, num_seqs: int = 1) -> SequenceGroup:
+        seq = Sequence(self.next_id, range(prompt_len))
+        group = SequenceGroup(str(len(self.groups)), [seq], max_num_seqs=num_seqs)
+        self.scheduler.add(group)
+        self.next_id += 1
+        self.groups[group.request_id] = group
+        self.lengths[group.request_id] = num_tokens
+        return group
+
+    def step(self):
+        plan = self.scheduler.schedule()
+        samples = {s.seq.seq_id: s.samples for s in plan.sequences}
+        for scheduled in plan.sequences:
+            group, seq = scheduled.group, scheduled.seq
+            seq.mark_computed(scheduled.num_new_tokens)
+            if samples[seq.seq_id]:
+                if seq.num_output_tokens == 0:
+                    self.fork(group, seq)
+                for each in group.unfinished if seq.num_output_tokens == 0 else [seq]:
+                    each.append(7)
+                for each in list(group.unfinished):
+                    if each.num_output_tokens >= self.lengths[group.request_id]:
+                        self.scheduler.finish(group, each)
+                if not group.unfinished:
+                    self.finished.append(group.request_id)
+        self.outgrown += [g.request_id for g in plan.outgrown]
+        return plan
+
+    def fork(self, group: SequenceGroup, parent: Sequence) -> None:
+        while len(group.sequences) < group.max_num_seqs:
+            child = Sequence(1000 + self.next_id, parent.token_ids)
+            self.next_id += 1
+            child.num_computed_tokens = parent.num_computed_tokens
+            group.sequences.append(child)
+            self.scheduler.memory.fork(parent, child)
+
+    def run(self, limit: int = 10_000) -> list:
+        plans = []
+        while self.scheduler.has_unfinished():
+            plans.append(self.step())
+            assert len(plans) < limit, "the scheduler does not finish"
+        return plans
+
+
+def tokens_of(plan) -> dict[str, int]:
+    return {s.group.request_id: s.num_new_tokens for s in plan.sequences}
+
+
+# ---- admission and the token budget --------------------------------------------------------------
+
+
+def test_prompts_are_chunked_to_the_budget_and_decodes_come_first():
+    engine = Engine(build(max_num_batched_tokens=10, max_num_seqs=4))
+    engine.add(4)
+    engine.add(13)
+    assert tokens_of(engine.step()) == {"0": 4, "1": 6}
+    assert tokens_of(engine.step()) == {"0": 1, "1": 7}
+    assert tokens_of(engine.step()) == {"0": 1, "1": 1}
+
+
+def test_without_chunking_a_prompt_runs_whole_or_waits():
+    engine = Engine(
+        build(
+            max_num_batched_tokens=16,
+            max_num_seqs=4,
+            max_model_len=16,
+            enable_chunked_prefill=False,
+        )
+    )
+    engine.add(10)
+    engine.add(8)
+    assert tokens_of(engine.step()) == {"0": 10}
+    assert tokens_of(engine.step()) == {"0": 1, "1": 8}
+
+
+def test_the_first_that_does_not_fit_holds_up_those_behind_it():
+    engine = Engine(build(num_blocks=6))
+    engine.add(16)
+    engine.add(12)
+    engine.add(4)
+    assert tokens_of(engine.step()) == {"0": 16}
+    assert [g.request_id for g in engine.scheduler.waiting] == ["1", "2"]
+
+
+def test_no_more_sequences_run_than_max_num_seqs_allows():
+    engine = Engine(build(max_num_seqs=3))
+    for _ in range(8):
+        engine.add(5)
+    assert max(len(plan.sequences) for plan in engine.run()) == 3
+
+
+def test_a_prompt_that_fits_the_pool_but_not_above_the_watermark_is_admitted_when_alone():
+    engine = Engine(build(num_blocks=4, watermark=0.5))
+    engine.add(14, num_tokens=2)
+    engine.run()
+    assert engine.finished == ["0"]
+
+
+# ---- what can never run ------------------------------------------------------------------------
+
+
+def test_a_prompt_larger_than_the_pool_is_refused_with_what_to_change():
+    scheduler = build(num_blocks=24, block_size=16, max_model_len=1000)
+    group = SequenceGroup("0", [Sequence(0, range(592))])
+    with pytest.raises(PromptTooLong) as error:
+        scheduler.add(group)
+    assert str(error.value) == (
+        "the prompt needs 37 blocks of 16 tokens, the pool has 24. "
+        "Raise num_blocks to 37 or shorten the prompt by 208 tokens."
+    )
+    assert not scheduler.has_unfinished()
+
+
+def test_a_prompt_that_fills_the_whole_context_is_refused():
+    with pytest.raises(PromptTooLong, match=r"400 tokens.*400 \(max_model_len\).*by 1 token,"):
+        build().add(SequenceGroup("0", [Sequence(0, range(400))]))
+
+
+def test_a_request_of_more_sequences_than_seats_is_refused():
+    with pytest.raises(InvalidRequest, match="may hold 5 sequences at once, but max_num_seqs is 4"):
+        build(max_num_seqs=4).add(SequenceGroup("0", [Sequence(0, [1])], max_num_seqs=5))
+
+
+def test_a_sequence_that_outgrows_the_pool_ends_and_the_others_go_on():
+    engine = Engine(build(num_blocks=5))
+    engine.add(4, num_tokens=300)
+    engine.add(4, num_tokens=3)
+    engine.run()
+    assert engine.outgrown == ["0"]
+    assert engine.finished == ["1"]
+    assert engine.groups["0"].sequences[0].num_tokens == 5 * 4 + 1
+    assert engine.groups["0"].status is SequenceStatus.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"num_swap_blocks": -1}, "num_swap_blocks is -1"),
+        ({"watermark": 1.0}, "watermark is 1.0"),
+        ({"preemption": "sometimes"}, "preemption is 'sometimes'"),
+        ({"preemption": "swap", "num_swap_blocks": 0}, "needs a swap pool"),
+        ({"max_num_batched_tokens": 8, "max_num_seqs": 9}, "below max_num_seqs"),
+        (
+            {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": 100,
+                "max_model_len": 101,
+            },
+            "without chunked prefill",
+        ),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused(options, sentence):
+    with pytest.raises(InvalidOption, match=sentence):
+        replace(CONFIG, **options)
+
+
+# ---- preemption ----------------------------------------------------------------------------------
+
+
+def test_the_youngest_is_preempted_first_and_comes_back():
+    engine = Engine(build(num_blocks=6, preemption="recompute"))
+    for _ in range(3):
+        engine.add(8, num_tokens=6)
+    plans = engine.run()
+    first = next(plan for plan in plans if plan.preempted)
+    assert [g.request_id for g in first.preempted] == ["2"]
+    assert engine.finished == ["0", "1", "2"]
+
+
+def test_recomputation_forgets_what_was_computed_and_queues_at_the_front():
+    engine = Engine(build(num_blocks=4, preemption="recompute"))
+    engine.add(8)
+    victim = engine.add(8)
+    engine.add(4)
+    engine.step()
+    plan = engine.step()
+    assert plan.preempted == [victim]
+    assert victim.status is SequenceStatus.WAITING
+    assert victim.sequences[0].num_computed_tokens == 0
+    assert engine.scheduler.waiting[0] is victim
+
+
+def test_swapping_keeps_what_was_computed():
+    engine = Engine(build(num_blocks=4, preemption="swap"))
+    engine.add(8)
+    victim = engine.add(8)
+    engine.step()
+    plan = engine.step()
+    assert victim.status is SequenceStatus.SWAPPED
+    assert victim.sequences[0].num_computed_tokens == 8
+    assert len(plan.swap_out) == 2
+
+
+def test_nobody_is_admitted_while_somebody_is_swapped():
+    engine = Engine(build(num_blocks=6, preemption="swap"))
+    for _ in range(3):
+        engine.add(8, num_tokens=12)
+    while not engine.scheduler.swapped:
+        engine.step()
+    engine.add(1)
+    while engine.scheduler.swapped:
+        waiting = list(engine.scheduler.waiting)
+        engine.step()
+        if engine.scheduler.swapped:
+            assert engine.scheduler.waiting == waiting
+
+
+def test_swapping_in_and_out_never_share_a_step():
+    engine = Engine(build(num_blocks=9, preemption="swap"))
+    for _ in range(6):
+        engine.add(8, num_tokens=20)
+    plans = engine.run()
+    assert any(plan.swap_in for plan in plans)
+    assert not any(plan.swap_in and plan.swap_out for plan in plans)
+
+
+def test_auto_recomputes_single_sequences_and_swaps_groups_of_several():
+    engine = Engine(build(num_blocks=12, preemption="auto"))
+    engine.add(8, num_tokens=40)
+    engine.add(8, num_tokens=20, num_seqs=3)
+    engine.add(8, num_tokens=20)
+    plans = engine.run()
+    how = {
+        g.request_id: "swap" if plan.swap_out else "recompute"
+        for plan in plans
+        for g in plan.preempted
+        if len(plan.preempted) == 1
+    }
+    assert how == {"1": "swap", "2": "recompute"}
+
+
+def test_a_full_swap_pool_falls_back_to_recomputation():
+    engine = Engine(build(num_blocks=6, num_swap_blocks=1, preemption="swap"))
+    for _ in range(3):
+        engine.add(8, num_tokens=6)
+    plans = engine.run()
+    assert any(plan.preempted for plan in plans)
+    assert not any(plan.swap_out for plan in plans)
+    assert engine.finished == ["0", "1", "2"]
+
+
+def test_the_victim_is_whomever_the_part_chooses():
+    oldest = Engine(build(Parts(victim=lambda groups: groups[0]), num_blocks=6))
+    for _ in range(3):
+        oldest.add(8, num_tokens=6)
+    first = next(plan for plan in oldest.run() if plan.preempted)
+    assert [g.request_id for g in first.preempted] == ["1"]
+    assert youngest(list(oldest.groups.values())).request_id == "2"
+
+
+def test_an_aborted_group_gives_its_blocks_back_wherever_it_stands():
+    engine = Engine(build(num_blocks=6, preemption="swap"))
+    groups = [engine.add(8, num_tokens=30) for _ in range(4)]
+    while not engine.scheduler.swapped:
+        engine.step()
+    statuses = {g.status for g in groups}
+    assert statuses == {
+        SequenceStatus.RUNNING,
+        SequenceStatus.SWAPPED,
+        SequenceStatus.WAITING,
+    }
+    for group in groups:
+        engine.scheduler.abort(group)
+    assert not engine.scheduler.has_unfinished()
+    assert engine.scheduler.memory.num_free == 6
+    assert engine.scheduler.memory.num_free_swap_blocks == 100
+
+
+# ---- any workload --------------------------------------------------------------------------------
+
+requests = st.lists(
+    st.tuples(
+        st.integers(1, 40),  # prompt length
+        st.integers(1, 30),  # tokens to generate
+        st.integers(1, 4),  # sequences
+        st.integers(0, 6),  # steps to wait before it arrives
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(
+    requests=requests,
+    num_blocks=st.integers(4, 60),
+    block_size=st.sampled_from([1, 2, 4, 16]),
+    num_swap_blocks=st.sampled_from([1, 8, 100]),
+    max_num_seqs=st.integers(4, 12),
+    budget=st.integers(12, 60),
+    chunked=st.booleans(),
+    preemption=st.sampled_from(["auto", "recompute", "swap"]),
+    watermark=st.sampled_from([0.0, 0.1, 0.5]),
+    pick=st.sampled_from([youngest, lambda groups: groups[0]]),
+)
+def test_every_request_ends_and_every_block_comes_back(
+    requests, num_blocks, block_size, num_swap_blocks, max_num_seqs, budget, chunked, preemption,
+    watermark, pick,
+):  # fmt: skip
+    engine = Engine(
+        build(
+            Parts(victim=pick),
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_swap_blocks=num_swap_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget if chunked else 400,
+            enable_chunked_prefill=chunked,
+            preemption=preemption,
+            watermark=watermark,
+        )
+    )
+    budget = engine.scheduler.config.max_num_batched_tokens
+    refused = 0
+    for prompt_len, num_tokens, num_seqs, pause in requests:
+        try:
+            engine.add(prompt_len, num_tokens, num_seqs)
+        except PromptTooLong:
+            refused += 1
+        for _ in range(pause):
+            if engine.scheduler.has_unfinished():
+                check_plan(engine, engine.step(), budget, max_num_seqs)
+    for plan in engine.run():
+        assert sum(s.num_new_tokens for s in plan.sequences) <= budget
+    assert len(engine.finished) + len(engine.outgrown) + refused == len(requests)
+    for request_id in engine.finished:
+        group = engine.groups[request_id]
+        assert len(group.sequences) == group.max_num_seqs
+        assert all(s.num_output_tokens == engine.lengths[request_id] for s in group.sequences)
+    memory = engine.scheduler.memory
+    assert memory.num_free == memory.num_blocks
+    assert memory.num_free_swap_blocks == memory.num_swap_blocks
+    assert not memory.tables
+
+
+def check_plan(engine: Engine, plan, budget: int, max_num_seqs: int) -> None:
+    assert sum(s.num_new_tokens for s in plan.sequences) <= budget
+    assert len(plan.sequences) <= max_num_seqs
+    assert all(s.num_new_tokens >= 1 for s in plan.sequences)
+    assert not (plan.swap_in and plan.swap_out)
+    queues = engine.scheduler
+    for queue in (queues.waiting, queues.running, queues.swapped):
+        assert [g.arrival for g in queue] == sorted(g.arrival for g in queue)
+    for group in queues.swapped:  # gang-scheduled: all sequences of a group are out together
+        assert all(queues.memory.is_swapped(s.seq_id) for s in group.unfinished)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=2, max_size=8))
+def test_the_oldest_running_group_advances_in_every_step(requests):
+    engine = Engine(build(num_blocks=11, max_num_batched_tokens=16, max_num_seqs=8))
+    for prompt_len, num_tokens in requests:
+        engine.add(prompt_len, num_tokens)
+    while engine.scheduler.has_unfinished():
+        oldest = min((g for g in engine.groups.values() if g.unfinished), key=lambda g: g.arrival)
+        plan = engine.step()
+        assert oldest in plan.outgrown or oldest in {s.group for s in plan.sequences}
