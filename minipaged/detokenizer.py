@@ -4,7 +4,7 @@ A token is some bytes, not some characters, and text once shown cannot be taken 
 that later tokens could still change is held back:
 
     shown    | held             | undecoded
-    "so far" | "#"              | b"\\xf0\\x9f"      with "##" as a stop string, half an emoji behind
+    "so far" | "#"              | b"\\xf0\\x9f"      "##" is a stop string; half an emoji
 
     shown      final; each piece of it was returned by `add` or `finish` exactly once
     held       characters that could be the beginning of a stop string

@@ -22,7 +22,7 @@ from minipaged.memory import (
     CheckedMemory,
     Memory,
 )
-from minipaged.scheduler import Scheduler, Victim, youngest
+from minipaged.scheduler import FCFSScheduler, Scheduler, Victim, youngest
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Parts:
 
     allocator        called with the number of blocks; once for the pool, once for the swap pool
     memory           called with the arguments of BlockManager
-    scheduler        called with the arguments of Scheduler
+    scheduler        called with the arguments of FCFSScheduler
     victim           chooses whom to preempt among running groups
     paged_attention  None: the attention backend's
     store_kv         None: the attention backend's
@@ -39,7 +39,7 @@ class Parts:
 
     allocator: Callable[[int], Allocator] = BlockAllocator
     memory: Callable[..., Memory] = BlockManager
-    scheduler: Callable[..., Scheduler] = Scheduler
+    scheduler: Callable[..., Scheduler] = FCFSScheduler
     victim: Victim = youngest
     paged_attention: PagedAttention | None = None
     store_kv: StoreKV | None = None

@@ -23,7 +23,9 @@ class Completion:
         self.stop_reason: int | str | None = None
         self._params = params
         self._detokenizer = (
-            Detokenizer(tokenizer, params.stop_strings) if tokenizer is not None else None
+            Detokenizer(tokenizer, params.stop_strings, min_tokens=params.min_tokens)
+            if tokenizer is not None
+            else None
         )
 
     def add(

@@ -17,6 +17,7 @@ from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from minipaged.config import EngineConfig
 from minipaged.errors import InvalidRequest, PromptTooLong
@@ -65,8 +66,29 @@ class ScheduledBatch:
             self.tokens_left -= num_new_tokens
 
 
-class Scheduler:
-    """Owns the three queues and the status of every group. Holds no tokens and no blocks itself."""
+class Scheduler(Protocol):
+    """The role `scheduler`: what the engine may ask and do. See `FCFSScheduler` for each."""
+
+    @property
+    def memory(self) -> Memory: ...
+    @property
+    def waiting(self) -> list[SequenceGroup]: ...
+    @property
+    def running(self) -> list[SequenceGroup]: ...
+    @property
+    def swapped(self) -> list[SequenceGroup]: ...
+    def add(self, group: SequenceGroup) -> None: ...
+    def schedule(self) -> ScheduledBatch: ...
+    def finish(self, group: SequenceGroup, seq: Sequence) -> None: ...
+    def abort(self, group: SequenceGroup) -> None: ...
+    def has_unfinished(self) -> bool: ...
+
+
+class FCFSScheduler:
+    """First come, first served.
+
+    Owns the three queues and the status of every group. Holds no tokens and no blocks itself.
+    """
 
     def __init__(self, config: EngineConfig, memory: Memory, victim: Victim = youngest) -> None:
         self.config = config

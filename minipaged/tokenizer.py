@@ -2,7 +2,7 @@
 
 A model's folder says in `tiktoken.json` how its text is cut, and names the file of ranks beside it:
 
-    {"ranks": "storyteller.tiktoken", "pattern": " ?\\\\p{L}+|...", "special_tokens": {"<|end|>": 9}}
+    {"ranks": "small.tiktoken", "pattern": " ?\\\\p{L}+|...", "special_tokens": {"<|end|>": 300}}
 
 The ranks are in tiktoken's own format: one token a line, its bytes in base64 and its id. The id is
 also its rank: of two pairs that could be merged, the one with the lower id is.
@@ -49,7 +49,7 @@ class Tokenizer:
                 "token ids."
             )
         config = _read_config(path)
-        ranks_path = path.with_name(config["ranks"])
+        ranks_path = path.parent / config["ranks"]
         ranks = read_ranks(ranks_path)
         _check_special_tokens(path, config["special_tokens"], ranks)
         try:
@@ -103,7 +103,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): put the ranks there that {CONFIG_NAME} names."
+            f"{path} cannot be read ({error.strerror}): put the ranks there, or correct their name "
+            f"in {CONFIG_NAME}."
         ) from error
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -153,6 +154,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_special_tokens(path: Path, special: dict[str, Any], ranks: dict[bytes, int]) -> None:
     taken = set(ranks.values())
     for text, token_id in special.items():
+        if not text:
+            raise CheckpointError(f"{path} has a special token without text: give it some.")
         if type(token_id) is not int or not 0 <= token_id < 2**32 or token_id in taken:
             raise CheckpointError(
                 f"{path} gives special token {text!r} the id {token_id!r}: choose a whole number "

@@ -1,4 +1,4 @@
-"""What all tests share: a small deterministic hypothesis profile, and quiet, single-minded torch."""
+"""What all tests share: deterministic hypothesis examples, and a torch that does not spin."""
 
 import os
 

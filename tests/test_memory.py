@@ -190,7 +190,7 @@ def fork(memory, group: SequenceGroup, parent: Sequence, child_id: int) -> Seque
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Admit, write, fork, swap and free in any order, under `Checked`, against a model of the tensors.
+    """Admit, write, fork, swap and free in any order, under `Checked`, beside a model of tensors.
 
     The model writes into each slot which token of which history stands there, and carries out the
     copies that the manager asks for, so a wrong slot, a missing copy or a lost block shows as a

@@ -8,6 +8,12 @@ Every implementation has the signature of `PagedAttention`. Query i of a sequenc
 `context_len + i` and sees the keys of positions 0 up to and including its own. Query heads are
 grouped: with 8 heads and 2 kv_heads, heads 0 to 3 read kv_head 0. That one function covers
 prefill, chunked prefill, prefill behind a cached prefix, and decode, mixed in one batch.
+
+What lies in the pool beyond a sequence's own keys must never show in its result:
+
+    another's block, or nobody's         may hold anything, even NaN: never read it
+    a slot behind the sequence's end     holds a stale number: its weight must be zero
+    a table entry behind the last block  is no block number: never read through it
 """
 
 from collections.abc import Callable

@@ -1,0 +1,140 @@
+"""Three families of models, each in a file that can be read alone, from top to bottom.
+
+    llama   RMSNorm, rotary positions, grouped-query attention: LLaMA 1 to 3, Mistral, Qwen2, Qwen3
+    gpt2    LayerNorm, learned positions, one output matrix with the embedding
+    opt     GPT-2's plan with ReLU and separate query, key and value projections
+    rope    the rotary positions of llama
+    layers  the little that two of them share
+    loader  a folder with config.json and safetensors -> a model with every parameter filled
+
+Here is what they have in common: the contract `Model`, the form of a weight map, and how numbers
+are read out of a Hugging Face config.json.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipaged.batch import Batch
+from minipaged.config import ModelConfig
+from minipaged.errors import CheckpointError, UnsupportedModel
+from minipaged.kv_cache import KVCache
+from minipaged.shapes import Float, Int
+
+HFConfig = Mapping[str, Any]  # a parsed config.json
+
+
+class Model(nn.Module, ABC):
+    """A stack of transformer layers over a paged cache.
+
+    It is told everything by its arguments: nothing about a step is kept in the module, and what
+    attention does is decided by the `AttentionBackend` that the constructor was given.
+    """
+
+    config: ModelConfig
+    embedding: nn.Embedding
+    head: nn.Linear | None  # None: tied, the embedding is the output matrix too
+
+    @abstractmethod
+    def forward(
+        self,
+        token_ids: Int[Tensor, " tokens"],
+        positions: Int[Tensor, " tokens"],
+        kv_cache: KVCache,
+        batch: Batch,
+    ) -> Float[Tensor, "tokens hidden"]:
+        """One step: writes the tokens' keys and values, returns hidden states after the last norm.
+
+        Positions are below `config.max_position_embeddings`: the engine has checked.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
+        """Scores of all tokens, for the rows that will be sampled or reported only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMap:
+    """Where each module's parameters stand in a Hugging Face checkpoint.
+
+    Names are of modules; `.weight` and `.bias` follow them on both sides. `{i}` is a layer's
+    number. The map may name more than a given model has (a norm for each head, a head of its own):
+    the model's options decide which parameters exist, and a checkpoint must fill exactly those.
+    """
+
+    prefix: str  # before the checkpoint's names; files of the bare body leave it out
+    modules: Mapping[str, str]  # ours -> the checkpoint's, less the prefix
+    transposed: frozenset[str] = frozenset()  # ours, whose matrices are stored [in, out]
+    ignored: tuple[str, ...] = ()  # tensors of some files that no model here needs
+
+    def source_of(self, parameter: str) -> tuple[str, bool]:
+        """The tensor, less the prefix, that fills this parameter; and whether it is transposed."""
+        module, _, leaf = parameter.rpartition(".")
+        layer = re.search(r"\.(\d+)\.", module)
+        template = module if layer is None else module.replace(layer[0], ".{i}.", 1)
+        theirs = self.modules[template].format(i=layer and layer[1])
+        return f"{theirs}.{leaf}", template in self.transposed and leaf == "weight"
+
+
+def read_architecture(hf: HFConfig) -> str:
+    """The class that Hugging Face would load: "LlamaForCausalLM". Raises CheckpointError."""
+    names = hf.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise CheckpointError(
+            'config.json names no architecture: add one, as in "architectures": '
+            '["LlamaForCausalLM"].'
+        )
+    return str(names[0])
+
+
+def read_int(hf: HFConfig, name: str, default: int | None = None) -> int:
+    """A whole number above 0 from config.json; null counts as absent. Raises CheckpointError."""
+    value = hf.get(name)
+    if value is None:
+        value = default
+    if value is None:
+        raise CheckpointError(
+            f"config.json has no {name}: add it, or copy the config.json that the weights were "
+            "published with."
+        )
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(
+            f"config.json gives {name} as {value!r}: correct it to a whole number above 0."
+        )
+    return value
+
+
+def read_eos_token_ids(hf: HFConfig) -> tuple[int, ...]:
+    """`eos_token_id` may be absent, null, one number or a list of them."""
+    value = hf.get("eos_token_id")
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def divide_heads(hidden_size: int, num_heads: int) -> int:
+    """Numbers in one head when the heads share the hidden size evenly. Raises CheckpointError."""
+    if hidden_size % num_heads:
+        raise CheckpointError(
+            f"config.json divides a hidden size of {hidden_size} among {num_heads} heads, which "
+            "leaves a remainder: correct one of them."
+        )
+    return hidden_size // num_heads
+
+
+def require_option(hf: HFConfig, name: str, built: object) -> None:
+    """Refuse a checkpoint that sets an option to anything but what is built here.
+
+    Raises:
+        UnsupportedModel: the option stands in config.json with another value than null.
+    """
+    value = hf.get(name)
+    if value is not None and value != built:
+        raise UnsupportedModel(
+            f"config.json sets {name} to {value!r}, and only {built!r} is built here: choose "
+            "another checkpoint."
+        )

@@ -1,6 +1,6 @@
 """How the next token is chosen: params (what was asked for), sampler (from logits to tokens)."""
 
 from minipaged.sampling.params import SamplingParams
-from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow
+from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow, score
 
-__all__ = ["SampledToken", "Sampler", "SamplingParams", "SamplingRow"]
+__all__ = ["SampledToken", "Sampler", "SamplingParams", "SamplingRow", "score"]

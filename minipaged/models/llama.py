@@ -1,0 +1,257 @@
+"""LLaMA, and with other options of the same class Mistral, Qwen2 and Qwen3.
+
+"LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971), "The Llama 3 Herd of
+Models" (2407.21783), "Mistral 7B" (2310.06825), "Qwen2" (2407.10671), "Qwen3" (2505.09388). What
+one of them adds is an option of `LlamaConfig`: Qwen2 biases for q, k and v, Qwen3 a norm on every
+query and key head. Numbers agree with Hugging Face's `transformers`.
+
+Read on in the order a token travels: the whole way in `Llama.forward`, then each station.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipaged.attention import AttentionBackend
+from minipaged.batch import Batch
+from minipaged.config import ModelConfig
+from minipaged.errors import CheckpointError, UnsupportedModel
+from minipaged.kv_cache import KVCache, KVPair
+from minipaged.models import (
+    HFConfig,
+    Model,
+    WeightMap,
+    divide_heads,
+    read_architecture,
+    read_eos_token_ids,
+    read_int,
+)
+from minipaged.models.layers import choose_activation
+from minipaged.models.rope import RopeConfig, Rotary, rotate
+from minipaged.shapes import Float, Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """The numbers and options of one LLaMA-like model."""
+
+    intermediate_size: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    activation: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3: RMSNorm on each head of q and k
+    tied: bool = False  # the embedding is the output matrix too
+
+    @classmethod
+    def from_hf(cls, hf: HFConfig) -> "LlamaConfig":
+        """Read a parsed config.json of LLaMA, Mistral, Qwen2 or Qwen3.
+
+        Raises:
+            CheckpointError: a number is missing or cannot be.
+            UnsupportedModel: an option that is not built here.
+        """
+        _refuse_sliding_window(hf)
+        architecture = read_architecture(hf)
+        num_heads, num_kv_heads, head_dim = _read_heads(hf)
+        attention_bias = bool(hf.get("attention_bias", False))
+        is_qwen2 = architecture == "Qwen2ForCausalLM"
+        return cls(
+            architecture=architecture,
+            num_layers=read_int(hf, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            hidden_size=read_int(hf, "hidden_size"),
+            vocab_size=read_int(hf, "vocab_size"),
+            max_position_embeddings=read_int(hf, "max_position_embeddings"),
+            eos_token_ids=read_eos_token_ids(hf),
+            intermediate_size=read_int(hf, "intermediate_size"),
+            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            rope=RopeConfig.from_hf(hf),
+            activation=str(hf.get("hidden_act", "silu")),
+            qkv_bias=attention_bias or is_qwen2,  # Qwen2's config.json does not mention its biases
+            o_bias=attention_bias and not is_qwen2,
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            qk_norm=architecture == "Qwen3ForCausalLM",
+            tied=bool(hf.get("tie_word_embeddings", False)),
+        )
+
+
+class Llama(Model):
+    """The whole model: embedding, layers, norm, head."""
+
+    def __init__(self, config: LlamaConfig, attention: AttentionBackend) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = Rotary(config.rope, config.head_dim)
+        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tied
+        self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        token_ids: Int[Tensor, " tokens"],
+        positions: Int[Tensor, " tokens"],
+        kv_cache: KVCache,
+        batch: Batch,
+    ) -> Float[Tensor, "tokens hidden"]:
+        """One step; see `Model.forward`."""
+        x = self.embedding(token_ids)  # [tokens, hidden]
+        # Once a step, not once a layer: all layers turn by the same angles.
+        cos, sin = self.rotary(positions, x.dtype)  # [tokens, 1, half]
+        for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
+            x = layer(x, cos, sin, kv, batch)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
+        """Scores of all tokens; see `Model.logits`."""
+        matrix = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(hidden, matrix)  # [rows, vocab]
+
+
+class Layer(nn.Module):
+    """Attention, then the feed-forward, each on a normed copy and added to what came in."""
+
+    def __init__(self, config: LlamaConfig, attention: AttentionBackend) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, attention)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        cos: Float[Tensor, "tokens 1 half"],
+        sin: Float[Tensor, "tokens 1 half"],
+        kv: KVPair,
+        batch: Batch,
+    ) -> Float[Tensor, "tokens hidden"]:
+        x = x + self.attention(self.attention_norm(x), cos, sin, kv, batch)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class RMSNorm(nn.Module):
+    """Divide each vector by its root mean square (arXiv 1910.07467), in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        # Rounded before the weight is applied, as Hugging Face's LlamaRMSNorm does.
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions, over the paged cache."""
+
+    def __init__(self, config: LlamaConfig, attention: AttentionBackend) -> None:
+        super().__init__()
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        head_norm = config.head_dim, config.rms_norm_eps
+        self.q_norm = RMSNorm(*head_norm) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(*head_norm) if config.qk_norm else nn.Identity()
+        self.head_dim = config.head_dim
+        self.backend = attention
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        cos: Float[Tensor, "tokens 1 half"],
+        sin: Float[Tensor, "tokens 1 half"],
+        kv: KVPair,
+        batch: Batch,
+    ) -> Float[Tensor, "tokens hidden"]:
+        # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
+        split = (x.shape[0], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(split))  # [tokens, heads, head_dim]
+        k = self.k_norm(self.k_proj(x).view(split))  # [tokens, kv_heads, head_dim]
+        v = self.v_proj(x).view(split)  # [tokens, kv_heads, head_dim]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k_cache, v_cache = kv
+        # Stored first: a token attends to itself too, and finds itself in the cache.
+        self.backend.store_kv(k, v, k_cache, v_cache, batch)
+        scale = self.head_dim**-0.5
+        out = self.backend.paged_attention(q, k_cache, v_cache, batch, scale)
+        return self.o_proj(out.flatten(1))  # [tokens, hidden]
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): one widening is the gate of the other."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.activation = choose_activation(config.activation)
+
+    def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        gated = self.activation(self.gate_proj(x)) * self.up_proj(x)  # [tokens, inner]
+        return self.down_proj(gated)  # [tokens, hidden]
+
+
+LLAMA_WEIGHTS = WeightMap(
+    prefix="model.",
+    modules={
+        "embedding": "embed_tokens",
+        "layers.{i}.attention_norm": "layers.{i}.input_layernorm",
+        "layers.{i}.attention.q_proj": "layers.{i}.self_attn.q_proj",
+        "layers.{i}.attention.k_proj": "layers.{i}.self_attn.k_proj",
+        "layers.{i}.attention.v_proj": "layers.{i}.self_attn.v_proj",
+        "layers.{i}.attention.q_norm": "layers.{i}.self_attn.q_norm",
+        "layers.{i}.attention.k_norm": "layers.{i}.self_attn.k_norm",
+        "layers.{i}.attention.o_proj": "layers.{i}.self_attn.o_proj",
+        "layers.{i}.mlp_norm": "layers.{i}.post_attention_layernorm",
+        "layers.{i}.mlp.gate_proj": "layers.{i}.mlp.gate_proj",
+        "layers.{i}.mlp.up_proj": "layers.{i}.mlp.up_proj",
+        "layers.{i}.mlp.down_proj": "layers.{i}.mlp.down_proj",
+        "norm": "norm",
+        "head": "lm_head",
+    },
+    # Computed from the config; old files hold it all the same.
+    ignored=("layers.{i}.self_attn.rotary_emb.inv_freq",),
+)
+
+
+def _read_heads(hf: HFConfig) -> tuple[int, int, int]:
+    """Query heads, key/value heads, and numbers in a head."""
+    num_heads = read_int(hf, "num_attention_heads")
+    num_kv_heads = read_int(hf, "num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"config.json shares {num_kv_heads} kv heads among {num_heads} heads, which leaves a "
+            "remainder: correct num_key_value_heads."
+        )
+    if hf.get("head_dim") is not None:
+        return num_heads, num_kv_heads, read_int(hf, "head_dim")
+    return num_heads, num_kv_heads, divide_heads(read_int(hf, "hidden_size"), num_heads)
+
+
+def _refuse_sliding_window(hf: HFConfig) -> None:
+    """Raises UnsupportedModel when some token of the context would not see all before it."""
+    window = hf.get("sliding_window")
+    context = read_int(hf, "max_position_embeddings")
+    if window is None or window >= context or hf.get("use_sliding_window") is False:
+        return
+    raise UnsupportedModel(
+        f"config.json limits attention to the last {window} of {context} tokens, and only full "
+        f"attention is built here: lower max_position_embeddings to {window}, where both are one."
+    )

@@ -1,0 +1,170 @@
+"""OPT: GPT-2's plan with ReLU, three projections for query, key and value, and odd positions.
+
+"OPT: Open Pre-trained Transformer Language Models" (arXiv 2205.01068), the model of most
+experiments in the PagedAttention paper. Numbers agree with Hugging Face's `transformers`. OPT-350m
+alone was trained with another plan (norms behind, narrower embeddings) and is refused.
+
+Read on in the order a token travels: the whole way in `OPT.forward`, then each station.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipaged.attention import AttentionBackend
+from minipaged.batch import Batch
+from minipaged.config import ModelConfig
+from minipaged.kv_cache import KVCache, KVPair
+from minipaged.models import (
+    HFConfig,
+    Model,
+    WeightMap,
+    divide_heads,
+    read_architecture,
+    read_eos_token_ids,
+    read_int,
+    require_option,
+)
+from minipaged.models.layers import MLP
+from minipaged.shapes import Float, Int
+
+# Position 0 is row 2 of the table: in training, row 1 belonged to padding and row 0 to nothing.
+POSITION_OFFSET = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPTConfig(ModelConfig):
+    """The numbers and options of one OPT."""
+
+    inner_size: int
+    activation: str = "relu"
+    tied: bool = True  # the embedding is the output matrix too
+
+    @classmethod
+    def from_hf(cls, hf: HFConfig) -> "OPTConfig":
+        """Read a parsed config.json of OPT.
+
+        Raises:
+            CheckpointError: a number is missing or cannot be.
+            UnsupportedModel: an option that is not built here.
+        """
+        hidden_size, num_heads = read_int(hf, "hidden_size"), read_int(hf, "num_attention_heads")
+        require_option(hf, "do_layer_norm_before", True)
+        require_option(hf, "_remove_final_layer_norm", False)
+        require_option(hf, "word_embed_proj_dim", hidden_size)
+        require_option(hf, "enable_bias", True)
+        require_option(hf, "layer_norm_elementwise_affine", True)
+        return cls(
+            architecture=read_architecture(hf),
+            num_layers=read_int(hf, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_dim=divide_heads(hidden_size, num_heads),
+            hidden_size=hidden_size,
+            vocab_size=read_int(hf, "vocab_size"),
+            max_position_embeddings=read_int(hf, "max_position_embeddings"),
+            eos_token_ids=read_eos_token_ids(hf),
+            inner_size=read_int(hf, "ffn_dim"),
+            activation=str(hf.get("activation_function", "relu")),
+            tied=bool(hf.get("tie_word_embeddings", True)),
+        )
+
+
+class OPT(Model):
+    """The whole model: embeddings of token and position, layers, norm, head."""
+
+    def __init__(self, config: OPTConfig, attention: AttentionBackend) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, hidden)
+        num_rows = config.max_position_embeddings + POSITION_OFFSET
+        self.position_embedding = nn.Embedding(num_rows, hidden)
+        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(hidden)
+        self.head = None if config.tied else nn.Linear(hidden, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        token_ids: Int[Tensor, " tokens"],
+        positions: Int[Tensor, " tokens"],
+        kv_cache: KVCache,
+        batch: Batch,
+    ) -> Float[Tensor, "tokens hidden"]:
+        """One step; see `Model.forward`."""
+        places = self.position_embedding(positions + POSITION_OFFSET)  # [tokens, hidden]
+        x = self.embedding(token_ids) + places  # [tokens, hidden]
+        for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
+            x = layer(x, kv, batch)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
+        """Scores of all tokens; see `Model.logits`."""
+        matrix = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(hidden, matrix)  # [rows, vocab]
+
+
+class Layer(nn.Module):
+    """Attention, then the feed-forward, each on a normed copy and added to what came in."""
+
+    def __init__(self, config: OPTConfig, attention: AttentionBackend) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config, attention)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size)
+        self.mlp = MLP(config.hidden_size, config.inner_size, config.activation)
+
+    def forward(
+        self, x: Float[Tensor, "tokens hidden"], kv: KVPair, batch: Batch
+    ) -> Float[Tensor, "tokens hidden"]:
+        x = x + self.attention(self.attention_norm(x), kv, batch)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention over the paged cache."""
+
+    def __init__(self, config: OPTConfig, attention: AttentionBackend) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.head_dim = config.head_dim
+        self.backend = attention
+
+    def forward(
+        self, x: Float[Tensor, "tokens hidden"], kv: KVPair, batch: Batch
+    ) -> Float[Tensor, "tokens hidden"]:
+        # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
+        split = (x.shape[0], -1, self.head_dim)
+        q = self.q_proj(x).view(split)  # [tokens, heads, head_dim]
+        k = self.k_proj(x).view(split)  # [tokens, heads, head_dim]
+        v = self.v_proj(x).view(split)  # [tokens, heads, head_dim]
+        k_cache, v_cache = kv
+        # Stored first: a token attends to itself too, and finds itself in the cache.
+        self.backend.store_kv(k, v, k_cache, v_cache, batch)
+        scale = self.head_dim**-0.5
+        out = self.backend.paged_attention(q, k_cache, v_cache, batch, scale)
+        return self.o_proj(out.flatten(1))  # [tokens, hidden]
+
+
+OPT_WEIGHTS = WeightMap(
+    prefix="model.",
+    modules={
+        "embedding": "decoder.embed_tokens",
+        "position_embedding": "decoder.embed_positions",
+        "layers.{i}.attention_norm": "decoder.layers.{i}.self_attn_layer_norm",
+        "layers.{i}.attention.q_proj": "decoder.layers.{i}.self_attn.q_proj",
+        "layers.{i}.attention.k_proj": "decoder.layers.{i}.self_attn.k_proj",
+        "layers.{i}.attention.v_proj": "decoder.layers.{i}.self_attn.v_proj",
+        "layers.{i}.attention.o_proj": "decoder.layers.{i}.self_attn.out_proj",
+        # A layer's own "final" norm: the one between its attention and its feed-forward.
+        "layers.{i}.mlp_norm": "decoder.layers.{i}.final_layer_norm",
+        "layers.{i}.mlp.up_proj": "decoder.layers.{i}.fc1",
+        "layers.{i}.mlp.down_proj": "decoder.layers.{i}.fc2",
+        "norm": "decoder.final_layer_norm",
+        "head": "lm_head",
+    },
+)

@@ -1,0 +1,273 @@
+"""From a row of logits to one token, for all rows of a step at once.
+
+A request's row passes these stages, in this order, as in vLLM and in transformers:
+
+    logit_bias, min_tokens, penalties     change which token is likeliest
+    argmax                                a greedy row ends here
+    temperature, min_p, top_k, top_p      shape and cut what is drawn from
+    draw                                  one token, by one random number
+
+A stage works on those rows alone that ask for it and is not entered if none does: a batch of plain
+greedy requests costs one argmax, and no row can notice how its neighbours are sampled.
+
+Same seed, same tokens. A draw needs one random number, and that is a hash of the row's seed and of
+how many tokens the sequence has generated (`uniform`). There is no generator whose state could
+depend on the batch, or would have to be saved when a sequence is preempted.
+
+The draw itself counts in whole numbers. Weights are rounded to integers once, element by element;
+from there on sums are exact, whatever order the device adds in. So the same row of logits yields
+the same token alone or in any company, a token of weight zero is never drawn, and no rounding can
+push the draw past the last token.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minipaged.sampling.params import SamplingParams
+from minipaged.shapes import Float, Int
+
+WEIGHT_OF_LIKELIEST = 2**40
+"""Tokens 2^40 times less likely than the likeliest are never drawn. 2^23 tokens still sum up to
+less than 2^63."""
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """What the sampler needs to know of the sequence behind one row of logits."""
+
+    params: SamplingParams
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    seed: int  # the request's own, or the one that the engine chose for it
+    end_token_ids: Sequence[int] = ()  # end of sequence and stops: not before min_tokens
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One token and how likely the model itself found it, before any option changed its logits.
+
+    `top_logprobs` holds what the request asked for, likeliest first, and always the token itself.
+    A logprob of NaN means that the model's logits were broken (NaN, or all infinite).
+    """
+
+    token_id: int
+    logprob: float
+    top_logprobs: dict[int, float] | None = None
+
+
+class Sampler:
+    """Chooses the next token of every row. Holds nothing between steps."""
+
+    def sample(
+        self, logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
+    ) -> list[SampledToken]:
+        """The next token of each row; row i of the logits belongs to `rows[i]`. Keeps `logits`."""
+        assert len(rows) == logits.shape[0], f"{len(rows)} rows for {logits.shape[0]} of logits"
+        raw = logits.float()
+        adjusted = adjust(raw, rows)
+        token_ids = adjusted.argmax(-1)  # [rows]; the lowest id of equals
+        chance = [i for i, row in enumerate(rows) if not row.params.is_greedy]
+        if chance:
+            token_ids[chance] = draw(adjusted[chance], [rows[i] for i in chance])
+        return score(raw, token_ids.tolist(), [row.params.logprobs for row in rows])
+
+
+# -- Logprobs ---------------------------------------------------------------------------------
+
+
+def score(
+    logits: Float[Tensor, "rows vocab"],
+    token_ids: Sequence[int],
+    num_top: Sequence[int | None],
+) -> list[SampledToken]:
+    """How likely the model found one token in each row, and which others it found likeliest.
+
+    Serves prompts too: with the logits of prompt positions and the tokens that came next there, it
+    gives `prompt_logprobs`. `num_top[i]` is how many of the likeliest are wanted; None for none.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    ids = torch.tensor(token_ids, dtype=torch.long, device=logits.device)
+    chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()  # [rows]
+    tops: list[dict[int, float] | None] = [None] * len(token_ids)
+    asking = [i for i, count in enumerate(num_top) if count is not None]
+    if asking:
+        most = min(max(num_top[i] or 0 for i in asking), logits.shape[-1])
+        values, top_ids = logprobs[asking].topk(most, dim=-1)  # [rows that ask, most]
+        for i, row_ids, row_values in zip(asking, top_ids.tolist(), values.tolist(), strict=True):
+            top = dict(zip(row_ids[: num_top[i]], row_values, strict=False))
+            top.setdefault(token_ids[i], chosen[i])  # if it is new, then it is the least likely
+            tops[i] = top
+    return [
+        SampledToken(token_id, logprob, top)
+        for token_id, logprob, top in zip(token_ids, chosen, tops, strict=True)
+    ]
+
+
+# -- Stages that a greedy row passes too ------------------------------------------------------
+
+
+def adjust(
+    logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
+) -> Float[Tensor, "rows vocab"]:
+    """The logits after logit_bias, min_tokens and penalties. The given ones stay as they are."""
+    biased = [row.params.logit_bias or {} for row in rows]
+    forbidden = [
+        row.end_token_ids if len(row.output_token_ids) < row.params.min_tokens else ()
+        for row in rows
+    ]
+    penalised = _asking(rows, _has_penalty)
+    if not (any(biased) or any(forbidden) or penalised):
+        return logits
+    logits = logits.clone()
+    if any(biased):
+        values = [value for bias in biased for value in bias.values()]
+        logits[_places(biased, logits.device)] += _column(values, logits.device)[:, 0]
+    if any(forbidden):
+        logits[_places(forbidden, logits.device)] = -torch.inf
+    if penalised:
+        logits[penalised] = penalise(logits[penalised], [rows[i] for i in penalised])
+    return logits
+
+
+def penalise(
+    logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
+) -> Float[Tensor, "rows vocab"]:
+    """Make tokens less likely that were there before.
+
+    `repetition_penalty` looks at prompt and output, the other two at the output alone.
+    """
+    device, params = logits.device, [row.params for row in rows]
+    times_generated = torch.zeros_like(logits)  # [rows, vocab]
+    places = _places([row.output_token_ids for row in rows], device)
+    times_generated.index_put_(places, times_generated.new_ones(()), accumulate=True)
+    was_there = times_generated > 0  # [rows, vocab]
+    was_there[_places([row.prompt_token_ids for row in rows], device)] = True
+
+    # A logit has no natural zero, so "less" is a division above zero, a multiplication below.
+    repetition = _column([p.repetition_penalty for p in params], device)
+    lowered = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(was_there, lowered, logits)
+    logits = logits - times_generated * _column([p.frequency_penalty for p in params], device)
+    presence = _column([p.presence_penalty for p in params], device)
+    return logits - (times_generated > 0) * presence
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+    )
+
+
+# -- Stages of chance -------------------------------------------------------------------------
+
+
+def draw(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> Int[Tensor, " rows"]:
+    """Draw a token a row: where a random number falls among the tokens' weights laid end to end.
+
+    A row of broken logits gets some token of the vocabulary, so that the other rows go on.
+    """
+    random = [uniform(row.seed, len(row.output_token_ids)) for row in rows]
+    ends = draw_weights(logits, rows).cumsum(-1)  # [rows, vocab]
+    total = ends[:, -1:]  # [rows, 1]
+    target = torch.tensor(random, dtype=torch.float64, device=logits.device)[:, None] * total
+    # In [0, total): a double may round the product up to the total itself.
+    target = torch.minimum(target.long(), total - 1)
+    return torch.searchsorted(ends, target, right=True)[:, 0]  # the first that ends beyond it
+
+
+def draw_weights(
+    logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
+) -> Int[Tensor, "rows vocab"]:
+    """The distribution that is drawn from, as whole numbers in proportion to the probabilities."""
+    device, params = logits.device, [row.params for row in rows]
+    logits = logits / _column([p.temperature for p in params], device)
+    if asking := _asking(rows, lambda p: p.min_p > 0):
+        floor = _column([params[i].min_p for i in asking], device)
+        logits[asking] = keep_min_p(logits[asking], floor)
+    if asking := _asking(rows, lambda p: p.top_k > 0):
+        logits[asking] = keep_top_k(logits[asking], [params[i].top_k for i in asking])
+    relative = (logits - logits.amax(-1, keepdim=True)).exp()  # the likeliest is 1
+    weights = (relative.nan_to_num(0) * WEIGHT_OF_LIKELIEST).long()
+    if asking := _asking(rows, lambda p: p.top_p < 1):
+        top_p = [params[i].top_p for i in asking]
+        weights[asking] = keep_top_p(weights[asking], _column(top_p, device, torch.float64))
+    return weights
+
+
+def keep_min_p(
+    logits: Float[Tensor, "rows vocab"], min_p: Float[Tensor, "rows 1"]
+) -> Float[Tensor, "rows vocab"]:
+    """Cut tokens less likely than `min_p` times the likeliest: a fixed distance between logits."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + min_p.log(), -torch.inf)
+
+
+def keep_top_k(
+    logits: Float[Tensor, "rows vocab"], top_k: Sequence[int]
+) -> Float[Tensor, "rows vocab"]:
+    """Cut all tokens behind the k-th likeliest. Equals of that one stay, as in vLLM."""
+    ranks = [min(k, logits.shape[-1]) - 1 for k in top_k]
+    likeliest = logits.topk(max(ranks) + 1, dim=-1).values  # [rows, largest k]
+    kth = likeliest.gather(-1, torch.tensor(ranks, device=logits.device)[:, None])
+    return logits.masked_fill(logits < kth, -torch.inf)
+
+
+def keep_top_p(
+    weights: Int[Tensor, "rows vocab"], top_p: Float[Tensor, "rows 1"]
+) -> Int[Tensor, "rows vocab"]:
+    """Cut each token before which, likeliest first, `top_p` of all weight is reached already.
+
+    The likeliest has nothing before it and always stays; of equals the lower id comes first.
+    """
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    ends = ordered.cumsum(-1)
+    kept = ends - ordered < top_p * ends[:, -1:]
+    return torch.zeros_like(weights).scatter(-1, order, ordered * kept)
+
+
+# -- Randomness -------------------------------------------------------------------------------
+
+_64_BITS = 2**64 - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) of the token at this position of the output.
+
+    The seed is mixed before the position is added, else the numbers of seed 1 would be those of
+    seed 0, one place later.
+    """
+    return (_mix(_mix(seed) + position) >> 11) * 2.0**-53  # 53 bits: all that a float holds
+
+
+def _mix(x: int) -> int:
+    """splitmix64 (Steele et al. 2014): one to one on 64 bits, any bit of x stirs all of them."""
+    x = (x + 0x9E3779B97F4A7C15) & _64_BITS
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64_BITS
+    return x ^ (x >> 31)
+
+
+# -- From rows to tensors ---------------------------------------------------------------------
+
+
+def _asking(rows: Sequence[SamplingRow], wants: Callable[[SamplingParams], bool]) -> list[int]:
+    return [i for i, row in enumerate(rows) if wants(row.params)]
+
+
+def _column(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "rows 1"]:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+
+def _places(
+    token_ids: Sequence[Iterable[int]], device: torch.device
+) -> tuple[Int[Tensor, " places"], Int[Tensor, " places"]]:
+    """Where the tokens of each row stand in the logits: as many row numbers, as many columns."""
+    places = [(row, token_id) for row, ids in enumerate(token_ids) for token_id in ids]
+    both = torch.tensor(places, dtype=torch.long, device=device).view(-1, 2)
+    return both[:, 0], both[:, 1]

@@ -1,0 +1,300 @@
+"""Every implementation of paged attention against dense attention over the unpaged keys."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_setup import PagedSetup, dense_attention, paged_setup
+from torch import Tensor
+
+from minipaged.attention import (
+    BACKENDS,
+    PagedAttention,
+    blockwise,
+    choose_backend,
+    reference,
+    torch_paged,
+)
+from minipaged.attention.reference import store_kv
+from minipaged.errors import InvalidOption
+
+REFUSALS: tuple[type[Exception], ...] = (AssertionError,)
+try:  # with --jaxtyping-packages the signature itself refuses a wrong shape
+    from jaxtyping import TypeCheckError
+
+    REFUSALS += (TypeCheckError,)
+except ImportError:
+    pass
+
+every_implementation = pytest.mark.parametrize(
+    "attention",
+    [
+        reference.reference_paged_attention,
+        blockwise.blockwise_paged_attention,
+        torch_paged.torch_paged_attention,
+    ],
+    ids=["reference", "blockwise", "torch"],
+)
+
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.float16: 4e-3,  # half a unit in the last place of 4 is 2e-3
+    torch.bfloat16: 3e-2,  # ... and 1.6e-2
+}
+
+# Decode, prefill, chunked prefill and decode once more; lengths on, before and behind boundaries.
+MIXED = [(1, 6), (5, 0), (3, 5), (1, 7), (1, 0), (1, 8), (8, 4), (2, 15)]
+
+
+def run(attention: PagedAttention, setup: PagedSetup) -> Tensor:
+    return attention(setup.q, setup.k_cache, setup.v_cache, setup.batch, setup.scale)
+
+
+def check(attention: PagedAttention, setup: PagedSetup) -> None:
+    out = run(attention, setup)
+    assert out.dtype == setup.q.dtype
+    tolerance = TOLERANCE[out.dtype]
+    torch.testing.assert_close(out.double(), dense_attention(setup), rtol=tolerance, atol=tolerance)
+
+
+def fixed_setups() -> list[PagedSetup]:
+    """A few setups that between them meet every trap: what the mutants below are put through."""
+    exact = {"dtype": torch.float64}
+    return [
+        paged_setup(MIXED, **exact),
+        paged_setup(MIXED, heads=6, kv_heads=2, block_size=3, seed=1, **exact),
+        paged_setup(MIXED, heads=3, kv_heads=3, block_size=1, head_dim=5, seed=2, **exact),
+        paged_setup(MIXED, heads=4, kv_heads=1, block_size=16, seed=3, **exact),
+        paged_setup([(1, 17), (4, 12), (1, 30)], shared_blocks=3, seed=4, **exact),
+        paged_setup(MIXED, magnitude=1e4, seed=5, **exact),
+        paged_setup([(1, 20)], seed=6, **exact),
+    ]
+
+
+def check_all(attention: PagedAttention) -> None:
+    for setup in fixed_setups():
+        check(attention, setup)
+
+
+# ---- the answer ----------------------------------------------------------------------------------
+
+
+@st.composite
+def options(draw: st.DrawFn) -> dict[str, Any]:
+    """What to hand to `paged_setup`."""
+    block_size = draw(st.integers(1, 33))
+    # Half of the contexts end at the boundary of a block, or one token before or behind it.
+    at_boundary = st.builds(
+        lambda blocks, shift: max(0, blocks * block_size + shift),
+        st.integers(0, 64 // block_size + 1),
+        st.integers(-1, 1),
+    )
+    context_len = st.one_of(st.just(0), st.integers(0, 70), at_boundary)
+    query_len = st.one_of(st.just(1), st.integers(1, 20))
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 1), (3, 3), (4, 2), (6, 2), (9, 3)]))
+    return {
+        "sizes": draw(st.lists(st.tuples(query_len, context_len), min_size=1, max_size=5)),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([32, 64, 80, 128, 256, 33, 7, 1])),
+        "block_size": block_size,
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+        "shared_blocks": draw(st.integers(0, 3)),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+
+
+@every_implementation
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(options=options())
+def test_any_ragged_batch_gives_what_dense_attention_gives(
+    attention: PagedAttention, options: dict[str, Any]
+) -> None:
+    check(attention, paged_setup(**options))
+
+
+@every_implementation
+def test_every_trap_that_the_mutants_meet_is_passed(attention: PagedAttention) -> None:
+    check_all(attention)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [32, 33, 128])
+def test_half_precision_is_right_to_its_last_digits(
+    attention: PagedAttention, dtype: torch.dtype, head_dim: int
+) -> None:
+    check(attention, paged_setup(MIXED, head_dim=head_dim, block_size=5, dtype=dtype))
+
+
+@every_implementation
+@pytest.mark.parametrize("query_len", [1, 2])
+def test_half_precision_sums_do_not_stop_at_256(attention: PagedAttention, query_len: int) -> None:
+    # In bfloat16, 256 + 1 is 256: a sum over 1000 equal weights kept in it would go far astray.
+    setup = paged_setup([(query_len, 1000)], block_size=16, dtype=torch.bfloat16)
+    setup.q.zero_()
+    check(attention, setup)
+    setup.v_cache[setup.tables[0].blocks] = 1
+    assert torch.allclose(run(attention, setup), torch.ones_like(setup.q), atol=1e-2)
+
+
+@every_implementation
+def test_enormous_scores_do_not_overflow(attention: PagedAttention) -> None:
+    setup = paged_setup(MIXED, magnitude=1e8)  # float32: exp overflows at 89
+    assert run(attention, setup).isfinite().all()
+
+
+@every_implementation
+def test_a_later_key_is_invisible(attention: PagedAttention) -> None:
+    setup = paged_setup([(6, 0), (6, 5)], dtype=torch.float64)
+    before = run(attention, setup)
+    for span, table in zip(setup.batch.spans, setup.tables, strict=True):
+        block, offset = divmod(table.slot(span.context_len + 3), setup.k_cache.shape[2])
+        setup.k_cache[block, :, offset] += 1
+        setup.v_cache[block, :, offset] += 1
+    changed = (run(attention, setup) - before).abs().amax(dim=(1, 2)) > 1e-9
+    assert changed.tolist() == 2 * [False, False, False, True, True, True]
+
+
+@every_implementation
+def test_queries_and_pool_are_left_as_they_were(attention: PagedAttention) -> None:
+    setup = paged_setup(MIXED)
+    copies = [t.clone() for t in (setup.q, setup.k_cache, setup.v_cache)]
+    run(attention, setup)
+    for copy, tensor in zip(copies, (setup.q, setup.k_cache, setup.v_cache), strict=True):
+        assert torch.equal(copy.nan_to_num(1e9), tensor.nan_to_num(1e9))
+
+
+@every_implementation
+def test_wrong_head_counts_are_refused(attention: PagedAttention) -> None:
+    setup = paged_setup(MIXED, heads=4, kv_heads=2)
+    single, triple = setup.k_cache[:, :1], setup.k_cache[:, [0, 1, 1]]
+    with pytest.raises(REFUSALS):  # 3 key heads for 4 query heads
+        attention(setup.q, triple, triple, setup.batch, setup.scale)
+    with pytest.raises(REFUSALS):  # one value head would be broadcast
+        attention(setup.q[:, :2], setup.k_cache, single, setup.batch, setup.scale)
+    with pytest.raises(REFUSALS):  # heads of another size
+        attention(setup.q[..., :1], setup.k_cache, setup.v_cache, setup.batch, setup.scale)
+
+
+def test_sequences_too_many_for_one_gather_are_taken_in_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for positions in (1, 12, 20):  # each sequence alone; two or three together
+        monkeypatch.setattr(torch_paged, "_NUMBERS_AT_ONCE", positions * 2 * 32)
+        check(torch_paged.torch_paged_attention, paged_setup([(1, n) for n in range(12)] + MIXED))
+
+
+def test_a_backend_is_chosen_by_name() -> None:
+    assert {choose_backend(name).name for name in BACKENDS} == set(BACKENDS)
+    assert choose_backend("auto").name in BACKENDS
+    with pytest.raises(InvalidOption, match="no attention backend 'flash'"):
+        choose_backend("flash")
+
+
+# ---- storing keys and values ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_new_keys_go_to_their_slots_and_nowhere_else(block_size: int, dtype: torch.dtype) -> None:
+    setup = paged_setup(MIXED, block_size=block_size, dtype=dtype)
+    k_cache, v_cache = torch.zeros_like(setup.k_cache), torch.ones_like(setup.v_cache)
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    for i, span in enumerate(setup.batch.spans):
+        for position in range(span.context_len, span.seq_len):
+            block, offset = divmod(setup.tables[i].slot(position), block_size)
+            expected_k[block, :, offset] = setup.keys[i][position]
+            expected_v[block, :, offset] = setup.values[i][position]
+    store_kv(setup.new(setup.keys), setup.new(setup.values), k_cache, v_cache, setup.batch)
+    assert torch.equal(k_cache, expected_k)
+    assert torch.equal(v_cache, expected_v)
+
+
+def test_keys_with_the_wrong_head_count_are_not_stored() -> None:
+    setup = paged_setup(MIXED)
+    k, v = setup.new(setup.keys), setup.new(setup.values)
+    for wrong_k, wrong_v in ((k[:, :1], v), (k, v[:, :1]), (k[:1], v), (k, v[..., :1])):
+        with pytest.raises(REFUSALS):
+            store_kv(wrong_k, wrong_v, setup.k_cache, setup.v_cache, setup.batch)
+
+
+# ---- deliberate faults: each must fail where the real thing passes -------------------------------
+
+
+def altered(module: ModuleType, old: str, new: str) -> PagedAttention:
+    """The module's paged attention with one piece of its text replaced, wherever it stands."""
+    source = inspect.getsource(module)
+    assert old in source, f"{module.__name__} has changed, no more {old!r}: renew this mutant"
+    namespace: dict[str, Callable[..., Tensor]] = {}
+    exec(compile(source.replace(old, new), f"<mutant of {module.__name__}>", "exec"), namespace)
+    return namespace[f"{module.__name__.split('.')[-1].removesuffix('_paged')}_paged_attention"]
+
+
+MUTANTS = {
+    "a query sees one key too many": (
+        reference, "key_positions > query_positions", "key_positions > 1 + query_positions"
+    ),
+    "a query does not see its own key": (
+        blockwise, "> positions[:, None]", ">= positions[:, None].clamp(min=1)"
+    ),
+    "key heads go to the wrong query heads": (
+        reference, "repeat_interleave(group_size, dim=1)", "repeat(1, group_size, 1)"
+    ),
+    "query heads are grouped the wrong way": (
+        torch_paged,
+        "q.unflatten(1, (-1, heads_per_kv_head(q, k_cache, v_cache)))",
+        "q.unflatten(1, (-1, k_cache.shape[1])).transpose(1, 2)",
+    ),
+    "the output is not corrected": (blockwise, "correction * output", "output"),
+    "the total is not corrected": (blockwise, "correction * total", "total"),
+    "the maximum is not subtracted": (
+        blockwise, "torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))", "maximum * 0"
+    ),
+    "stale slots of the last block are read": (
+        torch_paged, "positions < seq_lens[:, None]", "positions <= seq_lens[:, None]"
+    ),
+    "a padded entry becomes block 0": (torch_paged, "tables[:, :1])", "0)"),
+    "a padded entry is read": (
+        torch_paged,
+        "torch.where(used, tables[:, :columns], tables[:, :1])",
+        "tables[:, :columns]",
+    ),
+    "the context is forgotten in a chunk": (
+        torch_paged, "positions[context_len:, None]", "positions[:num_queries, None]"
+    ),
+    "a chunk is taken for a whole prompt": (torch_paged, "if context_len > 0:", "if False:"),
+    "the group's first sequence sets the length": (
+        torch_paged, "batch.context_lens[seqs] + 1", "batch.context_lens[seqs[:1]] + 1"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+def test_a_deliberate_fault_is_caught(mutant: tuple[ModuleType, str, str]) -> None:
+    faulty = altered(*mutant)
+    with pytest.raises((AssertionError, IndexError)):  # wrong numbers, or no such block
+        check_all(faulty)
+
+
+@every_implementation
+def test_the_table_of_the_neighbour_is_caught(attention: PagedAttention) -> None:
+    def faulty(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch, scale: float) -> Tensor:
+        rolled = replace(batch, block_tables=batch.block_tables.roll(1, dims=0))
+        return attention(q, k_cache, v_cache, rolled, scale)
+
+    with pytest.raises(AssertionError):
+        check(faulty, paged_setup([(1, 6), (1, 6), (4, 3)]))
+
+
+@every_implementation
+def test_a_forgotten_scale_is_caught(attention: PagedAttention) -> None:
+    with pytest.raises(AssertionError):
+        check(lambda *inputs: attention(*inputs[:-1], 1.0), paged_setup(MIXED))

@@ -1,0 +1,410 @@
+"""The engine end to end: the same tokens whatever the memory, the company and the attention."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from checkpoints import VOCAB_SIZE, make_checkpoint
+
+from minipaged import LLM, Parts, SamplingParams
+from minipaged.attention import BACKENDS
+from minipaged.errors import (
+    CheckpointError,
+    InvalidOption,
+    InvalidRequest,
+    MissingTokenizer,
+    PromptTooLong,
+)
+from minipaged.memory import BlockAllocator
+
+LENGTHS = (3, 50, 17, 64, 1, 31, 33, 8)
+PROMPTS = [[(7 * i + 11 * n) % (VOCAB_SIZE - 3) + 3 for i in range(n)] for n in LENGTHS]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+MIXED = [
+    SamplingParams(
+        temperature=0.0 if i % 2 else 1.3,
+        top_p=0.9,
+        repetition_penalty=1.1,
+        presence_penalty=0.3,
+        seed=i,
+        max_tokens=40,
+        ignore_eos=True,
+    )
+    for i in range(len(PROMPTS))
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+def checked(folder, **options) -> LLM:
+    return LLM(folder, parts=options.pop("parts", Parts()).checked(), **options)
+
+
+def run(llm: LLM, prompts=PROMPTS, params=GREEDY):
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert_all_blocks_are_back(llm)
+    return outputs
+
+
+def tokens(outputs) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def assert_all_blocks_are_back(llm: LLM) -> None:
+    memory = llm.engine.scheduler.memory
+    assert memory.num_free == memory.num_blocks
+    assert memory.num_free_swap_blocks == memory.num_swap_blocks
+    assert not memory.tables
+    assert all(memory.ref_count(block) == 0 for block in range(memory.num_blocks))
+
+
+# ---- the right tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2", "qwen3", "mistral"])
+def test_a_ragged_batch_gives_the_tokens_of_transformers(family, tmp_path):
+    import transformers
+
+    make_checkpoint(family, tmp_path)
+    outputs = run(checked(tmp_path, max_num_batched_tokens=64))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for prompt, found in zip(PROMPTS, tokens(outputs), strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=32,
+            min_new_tokens=32,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert found == expected[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> list[list[int]]:
+    """What an ample pool and the reference attention give."""
+    outputs = run(checked(folder, attention_backend="reference"), params=MIXED)
+    assert sum(output.metrics.num_preemptions for output in outputs) == 0
+    return tokens(outputs)
+
+
+@pytest.mark.parametrize("attention_backend", sorted(BACKENDS))
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 32])
+def test_a_starved_pool_preempts_over_and_over_and_gives_the_same_tokens(
+    folder, expected, attention_backend, preemption, block_size
+):
+    llm = checked(
+        folder,
+        attention_backend=attention_backend,
+        preemption=preemption,
+        block_size=block_size,
+        num_blocks=112 // block_size + 1,
+        num_swap_blocks=1000 // block_size,
+        max_num_batched_tokens=70,
+    )
+    outputs = run(llm, params=MIXED)
+    assert tokens(outputs) == expected
+    assert sum(output.metrics.num_preemptions for output in outputs) >= 4
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [8, 13, 64])
+def test_the_size_of_prompt_chunks_changes_no_token(folder, expected, max_num_batched_tokens):
+    llm = checked(folder, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=8)
+    assert tokens(run(llm, params=MIXED)) == expected
+
+
+def test_whole_prompts_change_no_token(folder, expected):
+    assert tokens(run(checked(folder, enable_chunked_prefill=False), params=MIXED)) == expected
+
+
+def test_a_request_alone_gets_what_it_gets_in_company(folder, expected):
+    llm = checked(folder)
+    for prompt, params, whole in zip(PROMPTS, MIXED, expected, strict=True):
+        assert tokens(run(llm, [prompt], params)) == [whole]
+
+
+def test_a_request_that_joins_midway_changes_nobodys_tokens(folder, expected):
+    engine = checked(folder).engine
+    finished = {}
+    for index, (prompt, params) in enumerate(zip(PROMPTS, MIXED, strict=True)):
+        engine.add_request(str(index), prompt, params)
+        for _ in range(3):
+            finished.update({o.request_id: o for o in engine.step() if o.finished})
+    while engine.has_unfinished_requests():
+        finished.update({o.request_id: o for o in engine.step() if o.finished})
+    assert [finished[str(i)].outputs[0].token_ids for i in range(len(PROMPTS))] == expected
+
+
+def test_requests_without_a_seed_repeat_with_the_engines_seed_and_differ_with_another(folder):
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    first, again, other = (
+        tokens(run(checked(folder, seed=seed), params=params)) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_two_equal_prompts_draw_different_tokens(folder):
+    same = [PROMPTS[0]] * 2
+    one, two = tokens(run(checked(folder), same, SamplingParams(max_tokens=20, ignore_eos=True)))
+    assert one != two
+
+
+def test_tokens_are_the_same_in_bfloat16_for_every_preemption(folder):
+    ample = tokens(run(checked(folder, dtype="bfloat16", attention_backend="reference")))
+    starved = checked(
+        folder, dtype="bfloat16", attention_backend="reference", num_blocks=8, preemption="swap"
+    )
+    assert starved.engine.runner.kv_cache.layers[0][0].dtype is torch.bfloat16
+    assert tokens(run(starved)) == ample
+
+
+# ---- how a sequence ends -------------------------------------------------------------------------
+
+
+def test_a_sequence_that_outgrows_the_pool_ends_by_length_and_the_others_go_on(folder, expected):
+    llm = checked(folder, block_size=4, num_blocks=12)
+    long, short = PROMPTS[5], PROMPTS[0]
+    outputs = run(
+        llm,
+        [long, short],
+        [SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True), GREEDY],
+    )
+    assert outputs[0].outputs[0].finish_reason == "length"
+    assert len(outputs[0].outputs[0].token_ids) == 12 * 4 + 1 - len(long)
+    assert len(outputs[1].outputs[0].token_ids) == 32
+    whole = tokens(run(checked(folder), [long, short]))
+    assert tokens(outputs)[1] == whole[1]
+
+
+def test_the_context_ends_a_sequence_by_length(folder):
+    [output] = run(checked(folder, max_model_len=20), [PROMPTS[2]])
+    assert len(output.outputs[0].token_ids) == 3
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_the_end_of_sequence_token_ends_it_unless_ignored(folder):
+    [whole] = run(checked(folder), [PROMPTS[0]])
+    eos = whole.outputs[0].token_ids[4]
+    first = whole.outputs[0].token_ids.index(eos)
+    llm = checked(folder)
+    object.__setattr__(llm.engine.runner.model.config, "eos_token_ids", (eos,))
+    [ended] = run(llm, [PROMPTS[0]], SamplingParams(temperature=0.0, max_tokens=32))
+    assert ended.outputs[0].token_ids == whole.outputs[0].token_ids[: first + 1]
+    assert (ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == ("stop", None)
+    [ignored] = run(llm, [PROMPTS[0]])
+    assert ignored.outputs[0].token_ids == whole.outputs[0].token_ids
+
+
+def test_a_stop_token_ends_it_and_is_named(folder):
+    [whole] = run(checked(folder), [PROMPTS[0]])
+    stop = whole.outputs[0].token_ids[5]
+    params = SamplingParams(temperature=0.0, max_tokens=32, stop_token_ids=[stop], ignore_eos=True)
+    [ended] = run(checked(folder), [PROMPTS[0]], params)
+    assert ended.outputs[0].token_ids[-1] == stop
+    assert len(ended.outputs[0].token_ids) <= 6
+    assert (ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == ("stop", stop)
+
+
+def test_min_tokens_forbids_stops_until_then(folder):
+    [whole] = run(checked(folder), [PROMPTS[0]])
+    stops = list(set(whole.outputs[0].token_ids[:5]))
+    params = SamplingParams(
+        temperature=0.0, max_tokens=32, min_tokens=10, stop_token_ids=stops, ignore_eos=True
+    )
+    [output] = run(checked(folder), [PROMPTS[0]], params)
+    assert len(output.outputs[0].token_ids) > 10
+    assert not set(output.outputs[0].token_ids[:10]) & set(stops)
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 9, "max_num_seqs": 4}])
+def test_logprobs_of_prompt_and_output_are_those_of_the_dense_model(folder, options):
+    check_logprobs(folder, checked(folder, **options), PROMPTS[:4])
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_logprobs_survive_preemption(folder, preemption):
+    llm = checked(
+        folder, num_blocks=26, block_size=4, preemption=preemption, max_num_batched_tokens=16,
+        max_num_seqs=8,
+    )  # fmt: skip
+    outputs = check_logprobs(folder, llm, [PROMPTS[1], PROMPTS[3], PROMPTS[2]])
+    assert sum(output.metrics.num_preemptions for output in outputs) > 0
+
+
+def check_logprobs(folder, llm: LLM, prompts):
+    import transformers
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=30, ignore_eos=True, logprobs=3, prompt_logprobs=2
+    )
+    outputs = run(llm, prompts, params)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        completion = output.outputs[0]
+        ids = prompt + completion.token_ids
+        with torch.inference_mode():
+            dense = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found = [*output.prompt_logprobs[1:], *completion.logprobs]
+        assert output.prompt_logprobs[0] is None
+        assert len(found) == len(ids) - 1
+        for position, (token, entry) in enumerate(zip(ids[1:], found, strict=True)):
+            top = 2 if position + 1 < len(prompt) else 3
+            best = dense[position].topk(top).indices.tolist()
+            assert set(entry) == {token, *best}
+            for each, value in entry.items():
+                assert value == pytest.approx(dense[position, each].item(), abs=1e-3)
+        generated = [
+            entry[token]
+            for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
+        ]
+        assert completion.cumulative_logprob == pytest.approx(sum(generated), abs=1e-3)
+    return outputs
+
+
+# ---- bad input: one sentence, and nothing is lost --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "sentence"),
+    [
+        ([], InvalidRequest, "the prompt is empty"),
+        ([3, VOCAB_SIZE], InvalidRequest, f"token id {VOCAB_SIZE}.*0 to {VOCAB_SIZE - 1}"),
+        ([3] * 128, PromptTooLong, "128 tokens.*Shorten the prompt by 1 token"),
+        ([3] * 60, PromptTooLong, "needs 4 blocks of 16 tokens, the pool has 3"),
+        ("some text", MissingTokenizer, "holds no tokenizer"),
+    ],
+)
+def test_a_prompt_that_cannot_be_served_is_refused_and_leaves_nothing_behind(
+    folder, prompt, error, sentence
+):
+    llm = checked(folder, num_blocks=3)
+    llm.engine.add_request("somebody else's", PROMPTS[0], GREEDY)
+    with pytest.raises(error, match=sentence):
+        llm.generate([PROMPTS[2], prompt], GREEDY, use_tqdm=False)
+    while llm.engine.has_unfinished_requests():
+        outputs = llm.engine.step()
+    assert [o.request_id for o in outputs] == ["somebody else's"]
+    assert tokens(outputs) == tokens(run(checked(folder), [PROMPTS[0]]))
+    assert_all_blocks_are_back(llm)
+
+
+def test_parameters_that_the_model_cannot_serve_are_refused(folder):
+    llm = checked(folder)
+    for params, error, sentence in [
+        (SamplingParams(n=2), InvalidRequest, "2 samples of one prompt"),
+        (SamplingParams(stop="x"), MissingTokenizer, "use stop_token_ids"),
+        (SamplingParams(stop_token_ids=[VOCAB_SIZE]), InvalidOption, "stop_token_ids"),
+        (SamplingParams(logit_bias={VOCAB_SIZE: 1.0}), InvalidOption, "logit_bias"),
+    ]:
+        with pytest.raises(error, match=sentence):
+            llm.generate(PROMPTS[0], params, use_tqdm=False)
+    with pytest.raises(InvalidRequest, match="8 prompts came with 2 sampling_params"):
+        llm.generate(PROMPTS, [GREEDY] * 2, use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_two_requests_of_one_name_are_refused(folder):
+    engine = checked(folder).engine
+    engine.add_request("a", PROMPTS[0], GREEDY)
+    with pytest.raises(InvalidRequest, match="'a' is being served"):
+        engine.add_request("a", PROMPTS[0], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"device": "tpu9000"}, InvalidOption, "there is no device 'tpu9000'"),
+        ({"dtype": "float64"}, InvalidOption, "dtype is 'float64'"),
+        ({"attention_backend": "flash"}, InvalidOption, "no attention backend 'flash'"),
+        ({"max_model_len": 129}, InvalidOption, "max_model_len is 129"),
+        ({"block_size": 0}, InvalidOption, "block_size is 0"),
+        ({"num_blocks": 0}, InvalidOption, "num_blocks is 0"),
+        ({"max_num_seqs": 0}, InvalidOption, "max_num_seqs is 0"),
+        ({"preemption": "never"}, InvalidOption, "preemption is 'never'"),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused(folder, options, error, sentence):
+    with pytest.raises(error, match=sentence):
+        LLM(folder, **options)
+
+
+def test_a_misspelt_option_is_refused(folder):
+    with pytest.raises(TypeError, match="num_block"):
+        LLM(folder, num_block=3)
+
+
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(CheckpointError, match=r"no folder 'nowhere'.*storyteller"):
+        LLM("nowhere")
+
+
+def test_an_aborted_request_returns_what_it_has_and_its_blocks(folder):
+    llm = checked(folder)
+    llm.engine.add_request("a", PROMPTS[0], GREEDY)
+    for _ in range(4):
+        llm.engine.step()
+    output = llm.engine.abort_request("a")
+    assert output.outputs[0].finish_reason == "abort"
+    assert len(output.outputs[0].token_ids) == 4
+    assert llm.engine.abort_request("a") is None
+    assert_all_blocks_are_back(llm)
+
+
+def test_who_stops_listening_aborts_what_is_left(folder):
+    llm = checked(folder)
+    stream = llm.stream(PROMPTS, GREEDY)
+    next(stream)
+    stream.close()
+    assert not llm.engine.has_unfinished_requests()
+    assert_all_blocks_are_back(llm)
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def test_a_part_of_ones_own_plays_its_role(folder, expected):
+    calls = []
+
+    class Backwards(BlockAllocator):
+        """Hands out the highest block first."""
+
+        def __init__(self, num_blocks: int) -> None:
+            super().__init__(num_blocks)
+            self._free.reverse()
+
+    def attention(q, k_cache, v_cache, batch, scale):
+        calls.append(batch.num_seqs)
+        return BACKENDS["reference"].paged_attention(q, k_cache, v_cache, batch, scale)
+
+    llm = checked(folder, parts=Parts(allocator=Backwards, paged_attention=attention))
+    assert tokens(run(llm, params=MIXED)) == expected
+    assert max(calls) == len(PROMPTS)
+
+
+def test_attention_to_a_neighbours_block_changes_the_tokens(folder, expected):
+    """The proof that these tests would notice."""
+
+    def astray(q, k_cache, v_cache, batch, scale):
+        batch.block_tables[:, 0] = batch.block_tables[0, 0]
+        return BACKENDS["torch"].paged_attention(q, k_cache, v_cache, batch, scale)
+
+    found = tokens(run(checked(folder, parts=Parts(paged_attention=astray)), params=MIXED))
+    assert found != expected
+
+
+def test_times_are_those_of_the_engines_clock(folder):
+    llm = checked(folder)
+    ticks = iter(range(1000))
+    llm.engine._clock = lambda: float(next(ticks))
+    metrics = run(llm, [PROMPTS[0]])[0].metrics
+    times = [metrics.arrival_time, metrics.first_token_time, metrics.last_token_time]
+    assert all(a < b for a, b in pairwise(times))
+    assert metrics.last_token_time - metrics.first_token_time == 31

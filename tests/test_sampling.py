@@ -1,0 +1,563 @@
+"""SamplingParams and Sampler, against a slow second opinion, transformers, and deliberate faults."""
+
+import inspect
+import math
+import random
+from collections import Counter
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from minipaged.errors import InvalidOption
+from minipaged.sampling import SampledToken, Sampler, SamplingParams, SamplingRow, sampler
+
+VOCAB = 40
+quick = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def row(prompt=(1, 2, 3), output=(), seed=0, ends=(), **options) -> SamplingRow:
+    return SamplingRow(SamplingParams(**options), list(prompt), list(output), seed, ends)
+
+
+def random_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def sample_ids(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
+    return [token.token_id for token in Sampler().sample(logits, rows)]
+
+
+# -- A second opinion: one row, one token at a time, in double precision ----------------------
+
+
+def reference_logits(logits: torch.Tensor, row: SamplingRow) -> list[float]:
+    """What a greedy row takes its maximum of."""
+    params, result = row.params, []
+    for token, logit in enumerate(logits.tolist()):
+        logit += (params.logit_bias or {}).get(token, 0.0)
+        if len(row.output_token_ids) < params.min_tokens and token in row.end_token_ids:
+            logit = -math.inf
+        count = list(row.output_token_ids).count(token)
+        if count or token in row.prompt_token_ids:
+            scale = params.repetition_penalty
+            logit = logit / scale if logit > 0 else logit * scale
+        logit -= params.frequency_penalty * count + (params.presence_penalty if count else 0)
+        result.append(logit)
+    return result
+
+
+def reference_probabilities(logits: torch.Tensor, row: SamplingRow) -> np.ndarray:
+    params = row.params
+    scaled = np.array(reference_logits(logits, row)) / params.temperature
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities[probabilities < params.min_p] = 0  # the likeliest is 1 here
+    ranking = np.argsort(-probabilities, kind="stable").tolist()
+    if params.top_k > 0:
+        probabilities[ranking[params.top_k :]] = 0
+    probabilities /= probabilities.sum()
+    mass = 0.0
+    for token in ranking:
+        if mass >= params.top_p:
+            probabilities[token] = 0
+        else:
+            mass += probabilities[token]
+    return probabilities / probabilities.sum()
+
+
+def drawn_from(logits: torch.Tensor, rows: list[SamplingRow]) -> np.ndarray:
+    weights = sampler.draw_weights(sampler.adjust(logits, rows), rows).double()
+    return (weights / weights.sum(-1, keepdim=True)).numpy()
+
+
+token_lists = st.lists(st.integers(0, VOCAB - 1), max_size=8)
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+        "top_k": st.sampled_from([-1, 0, 1, 5, 39, 40, 1000]),
+        "top_p": st.sampled_from([0.001, 0.5, 0.9, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.4, 1.0]),
+        "presence_penalty": st.sampled_from([-1.0, 0.0, 0.7]),
+        "frequency_penalty": st.sampled_from([-0.5, 0.0, 1.1]),
+        "repetition_penalty": st.sampled_from([0.8, 1.0, 1.5]),
+        "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-9, 9), max_size=3),
+        "min_tokens": st.integers(0, 5),
+        "logprobs": st.sampled_from([None, 0, 1, 3, 1000]),
+    },
+)
+sampling_rows = st.builds(
+    lambda prompt, output, seed, ends, asked: row(prompt, output, seed, ends, **asked),
+    token_lists,
+    token_lists,
+    st.integers(),
+    st.sampled_from([(), (0,), (4, 17)]),
+    options,
+)
+
+
+# -- Checks that a right sampler passes and a faulty one must not (see the mutants below) -----
+
+
+def check_the_distribution() -> None:
+    """What is drawn from is what the second opinion computes, for batches of all kinds."""
+
+    @quick
+    @given(st.lists(sampling_rows, min_size=1, max_size=5), st.integers(0, 2**32))
+    def check(rows: list[SamplingRow], seed: int) -> None:
+        logits = random_logits(len(rows), seed=seed)
+        greedy = [row.params.is_greedy for row in rows]
+        for ids, one, own in zip(sample_ids(logits, rows), logits, rows, strict=True):
+            if own.params.is_greedy:
+                assert ids == int(np.argmax(reference_logits(one, own)))
+        chance = [i for i, is_greedy in enumerate(greedy) if not is_greedy]
+        if not chance:
+            return
+        probabilities = drawn_from(logits[chance], [rows[i] for i in chance])
+        for found, i in zip(probabilities, chance, strict=True):
+            expected = reference_probabilities(logits[i], rows[i])
+            assert np.array_equal(found > 0, expected > 0)
+            assert np.allclose(found, expected, atol=1e-5)
+
+    check()
+
+
+def check_company() -> None:
+    """A row gets the same token and the same logprobs, to the bit, alone and in any batch."""
+
+    @quick
+    @given(st.lists(sampling_rows, min_size=2, max_size=6), st.integers(0, 2**32), st.randoms())
+    def check(rows: list[SamplingRow], seed: int, shuffle: random.Random) -> None:
+        logits = random_logits(len(rows), seed=seed)
+        alone = [Sampler().sample(logits[i : i + 1], [own])[0] for i, own in enumerate(rows)]
+        assert Sampler().sample(logits, rows) == alone
+        order = shuffle.sample(range(len(rows)), len(rows))
+        shuffled = Sampler().sample(logits[order], [rows[i] for i in order])
+        assert shuffled == [alone[i] for i in order]
+
+    check()
+
+
+def check_frequencies() -> None:
+    """Over many seeds, and over many places of one seed, tokens come as often as they should."""
+    probabilities = np.array([0.4, 0.3, 0.15, 0.1, 0.05, 0.0])
+    logits = torch.tensor(probabilities).log().float().expand(4000, 6)
+    for rows in (
+        [row(seed=seed) for seed in range(4000)],
+        [row(seed=7, output=[0] * place) for place in range(4000)],
+    ):
+        counts = Counter(sample_ids(logits, rows))
+        assert counts[5] == 0
+        expected = probabilities[:5] * 4000
+        found = np.array([counts[token] for token in range(5)])
+        assert ((found - expected) ** 2 / expected).sum() < 18.5  # chi square, 4 degrees: 0.1 %
+
+
+def check_the_ends_of_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest and the largest random number still draw a token that can be drawn."""
+    logits = torch.tensor([[-math.inf, -math.inf, 0.3, 0.1, -60.0, -math.inf]])
+    for number, token in ((0.0, 2), (1 - 2.0**-53, 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, "uniform", lambda seed, position, number=number: number)
+            assert sample_ids(logits, [row()]) == [token]
+
+
+def test_what_is_drawn_from_is_what_a_slow_second_opinion_computes():
+    check_the_distribution()
+
+
+def test_a_row_gets_the_same_token_whatever_else_is_in_the_batch():
+    check_company()
+
+
+def test_tokens_come_as_often_as_their_probability_says():
+    check_frequencies()
+
+
+def test_a_token_of_zero_probability_is_never_drawn(monkeypatch):
+    check_the_ends_of_the_draw(monkeypatch)
+
+
+# -- Deliberate faults ------------------------------------------------------------------------
+
+right = {name: getattr(sampler, name) for name in ("draw", "keep_top_k", "penalise", "uniform")}
+
+
+def top_p_that_may_drop_the_likeliest(weights, top_p):
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    kept = ordered.cumsum(-1) < top_p * ordered.sum(-1, keepdim=True)
+    return torch.zeros_like(weights).scatter(-1, order, ordered * kept)
+
+
+def top_k_of_the_greediest_neighbour(logits, top_k):
+    return right["keep_top_k"](logits, [max(top_k)] * len(top_k))
+
+
+def min_p_of_all_rows_together(logits, min_p):
+    return logits.masked_fill(logits < logits.max() + min_p.log(), -torch.inf)
+
+
+def penalties_that_count_the_prompt(logits, rows):
+    joined = [[*r.prompt_token_ids, *r.output_token_ids] for r in rows]
+    rows = [replace(r, output_token_ids=ids) for r, ids in zip(rows, joined, strict=True)]
+    return right["penalise"](logits, rows)
+
+
+def penalties_that_forget_the_prompt(logits, rows):
+    return right["penalise"](logits, [replace(r, prompt_token_ids=[]) for r in rows])
+
+
+def a_draw_that_mixes_in_the_row_number(logits, rows):
+    rows = [replace(r, seed=r.seed + i) for i, r in enumerate(rows)]
+    return right["draw"](logits, rows)
+
+
+def a_number_that_forgets_the_place(seed, position):
+    return right["uniform"](seed, 0)
+
+
+def a_number_that_leans(seed, position):
+    return right["uniform"](seed, position) ** 1.2
+
+
+def adjustments_that_forget_the_end(logits, rows):
+    return right_adjust(logits, [replace(r, end_token_ids=()) for r in rows])
+
+
+right_adjust = sampler.adjust
+right_searchsorted = torch.searchsorted
+MUTANTS = [
+    ("keep_top_p", top_p_that_may_drop_the_likeliest, check_the_distribution),
+    ("keep_top_k", top_k_of_the_greediest_neighbour, check_the_distribution),
+    ("keep_top_k", top_k_of_the_greediest_neighbour, check_company),
+    ("keep_min_p", min_p_of_all_rows_together, check_company),
+    ("penalise", penalties_that_count_the_prompt, check_the_distribution),
+    ("penalise", penalties_that_forget_the_prompt, check_the_distribution),
+    ("adjust", adjustments_that_forget_the_end, check_the_distribution),
+    ("draw", a_draw_that_mixes_in_the_row_number, check_company),
+    ("uniform", a_number_that_forgets_the_place, check_frequencies),
+    ("uniform", a_number_that_leans, check_frequencies),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant", "check"), MUTANTS, ids=[f"{m.__name__}-{c.__name__}" for _, m, c in MUTANTS]
+)
+def test_a_faulty_stage_is_found_out(monkeypatch, name, mutant, check):
+    monkeypatch.setattr(sampler, name, mutant)
+    with pytest.raises(AssertionError):
+        check()
+
+
+def test_a_draw_that_stops_one_token_early_is_found_out(monkeypatch):
+    def left(ends, target, *, right):
+        return right_searchsorted(ends, target, right=False)
+
+    monkeypatch.setattr(torch, "searchsorted", left)
+    with pytest.raises(AssertionError):
+        check_the_ends_of_the_draw(monkeypatch)
+
+
+# -- transformers' opinion --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "processors"),
+    [
+        ({"temperature": 0.6}, [TemperatureLogitsWarper(0.6)]),
+        ({"min_p": 0.1}, [MinPLogitsWarper(0.1)]),
+        ({"top_k": 7}, [TopKLogitsWarper(7)]),
+        ({"top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+        ({"repetition_penalty": 1.3}, [RepetitionPenaltyLogitsProcessor(1.3)]),
+        (
+            {
+                "repetition_penalty": 0.9,
+                "temperature": 1.4,
+                "min_p": 0.02,
+                "top_k": 20,
+                "top_p": 0.7,
+            },
+            [
+                RepetitionPenaltyLogitsProcessor(0.9),
+                TemperatureLogitsWarper(1.4),
+                MinPLogitsWarper(0.02),
+                TopKLogitsWarper(20),
+                TopPLogitsWarper(0.7),
+            ],
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_the_distribution_is_that_of_transformers(asked, processors):
+    prompt, output = [3, 1, 4], [1, 5, 9]
+    logits = random_logits(30, vocab=500)
+    scores = LogitsProcessorList(processors)(torch.tensor([prompt + output] * 30), logits.clone())
+    expected = scores.softmax(-1).numpy()
+    found = drawn_from(logits, [row(prompt, output, **asked)] * 30)
+    assert np.array_equal(found > 0, expected > 0)
+    assert np.allclose(found, expected, atol=1e-6)
+
+
+# -- Single promises --------------------------------------------------------------------------
+
+
+def test_temperature_zero_takes_the_likeliest_and_of_equals_the_lowest_id():
+    logits = torch.tensor([[0.0, 5.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]])
+    assert sample_ids(logits, [row(temperature=0)] * 2) == [1, 0]
+    assert sample_ids(logits, [row(temperature=1e-30)] * 2) == [1, 0]
+
+
+def test_a_greedy_batch_enters_no_other_stage(monkeypatch):
+    for stage in ("draw", "penalise", "_places"):
+        monkeypatch.setattr(sampler, stage, lambda *_: pytest.fail("a stage nobody asked for"))
+    logits = random_logits(3)
+    assert sample_ids(logits, [row(temperature=0)] * 3) == logits.argmax(-1).tolist()
+
+
+def test_the_same_seed_and_place_give_the_same_token_after_a_preemption():
+    logits = random_logits(1)
+    before = row(output=[5, 6], seed=-3)
+    readmitted = row(prompt=[9] * 50, output=[7, 8], seed=-3)  # all that counts is the place
+    assert sample_ids(logits, [before]) == sample_ids(logits, [readmitted])
+
+
+def test_neighbouring_seeds_share_no_random_numbers():
+    numbers = {sampler.uniform(seed, place) for seed in range(-5, 45) for place in range(100)}
+    assert len(numbers) == 50 * 100
+    assert all(0 <= number < 1 for number in numbers)
+
+
+def test_an_end_token_is_forbidden_until_min_tokens_are_there_and_not_longer():
+    logits = torch.tensor([[0.0, 9.0, 1.0, 8.0]] * 3)
+    rows = [row(output=[0] * n, ends=(1, 3), temperature=0, min_tokens=2) for n in (0, 1, 2)]
+    assert sample_ids(logits, rows) == [2, 2, 1]
+
+
+def test_equals_of_the_kth_likeliest_stay_and_of_equals_top_p_keeps_the_lower_id():
+    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
+    assert (drawn_from(logits, [row(top_k=2)]) > 0).tolist() == [[True, True, True, False]]
+    logits = torch.zeros(1, 4)
+    assert (drawn_from(logits, [row(top_p=0.5)]) > 0).tolist() == [[True, True, False, False]]
+
+
+def test_the_logits_of_the_caller_stay_as_they_are():
+    logits = random_logits(2)
+    before = logits.clone()
+    busy = row(output=[1], ends=(2,), min_tokens=3, logit_bias={4: 9}, repetition_penalty=2)
+    Sampler().sample(logits, [busy, row(temperature=0.1, top_k=3, top_p=0.5, min_p=0.1)])
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_sampled_in_single_precision(dtype):
+    logits = random_logits(4).to(dtype)
+    rows = [row(seed=i, top_p=0.9, logprobs=2) for i in range(4)]
+    assert Sampler().sample(logits, rows) == Sampler().sample(logits.float(), rows)
+
+
+def test_no_rows_give_no_tokens():
+    assert Sampler().sample(random_logits(0), []) == []
+
+
+def test_broken_logits_of_one_row_leave_the_others_alone():
+    logits = random_logits(3)
+    rows = [row(seed=i, top_k=5, top_p=0.9, min_p=0.01) for i in range(3)]
+    expected = Sampler().sample(logits, rows)
+    for broken in (math.nan, -math.inf, math.inf):
+        logits[1] = broken
+        found = Sampler().sample(logits, rows)
+        assert (found[0], found[2]) == (expected[0], expected[2])
+        assert math.isnan(found[1].logprob)
+        assert 0 <= found[1].token_id < VOCAB
+
+
+# -- Logprobs ---------------------------------------------------------------------------------
+
+
+def test_logprobs_are_those_of_the_model_whatever_the_options_do():
+    logits = random_logits(1)
+    [token] = Sampler().sample(logits, [row(logit_bias={7: 100}, temperature=0.2, logprobs=3)])
+    expected = logits[0].log_softmax(-1)
+    likeliest = expected.argsort(descending=True).tolist()[:3]
+    assert token.token_id == 7
+    assert 7 not in likeliest
+    assert token.logprob == pytest.approx(expected[7].item())
+    assert list(token.top_logprobs) == [*likeliest, 7]
+    assert token.top_logprobs == pytest.approx({i: expected[i].item() for i in [*likeliest, 7]})
+
+
+def test_a_sampled_token_among_the_likeliest_is_not_listed_twice():
+    logits = random_logits(1)
+    [token] = Sampler().sample(logits, [row(temperature=0, logprobs=2)])
+    assert len(token.top_logprobs) == 2
+    assert next(iter(token.top_logprobs.items())) == (token.token_id, token.logprob)
+
+
+def test_each_row_lists_as_many_logprobs_as_it_asked_for():
+    rows = [row(temperature=0, logprobs=n) for n in (None, 0, 5, 1000)]
+    tops = [token.top_logprobs for token in Sampler().sample(random_logits(4), rows)]
+    assert tops[0] is None
+    assert [len(top) for top in tops[1:]] == [1, 5, VOCAB]
+    for top in tops[1:]:
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+
+
+def test_prompt_logprobs_score_the_token_that_came_next():
+    logits = random_logits(3)
+    expected = logits.log_softmax(-1)
+    found = sampler.score(logits, [8, 0, 5], [2, 2, None])
+    assert [token.token_id for token in found] == [8, 0, 5]
+    for i, token in enumerate(found):
+        assert token.logprob == pytest.approx(expected[i, token.token_id].item())
+    assert [token.top_logprobs is None for token in found] == [False, False, True]
+    assert all(token.token_id in token.top_logprobs for token in found[:2])
+    assert found[2] == SampledToken(5, found[2].logprob, None)
+
+
+# -- SamplingParams ---------------------------------------------------------------------------
+
+
+def make(**asked) -> SamplingParams:
+    """As any user does, who has no type checker at run time: the checks here are the params' own."""
+    params = object.__new__(SamplingParams)
+    inspect.unwrap(SamplingParams.__init__)(params, **asked)
+    return params
+
+
+WHOLE_FROM_0 = "choose a whole number from 0 up"
+WHOLE_FROM_1 = "choose a whole number from 1 up"
+BAD = [
+    ({"n": 0}, f"n is 0: {WHOLE_FROM_1}."),
+    ({"n": 1.5}, f"n is 1.5: {WHOLE_FROM_1}."),
+    ({"n": None}, f"n is None: {WHOLE_FROM_1}."),
+    ({"n": True}, f"n is True: {WHOLE_FROM_1}."),
+    ({"best_of": 0}, "best_of is 0: choose a whole number from n up or None."),
+    (
+        {"n": 3, "best_of": 2},
+        "best_of is 2, but n=3 outputs are to be returned: raise best_of to at least 3 or lower n.",
+    ),
+    (
+        {"n": 2, "temperature": 0},
+        "n is 2 with temperature 0, which would give one and the same output 2 times: raise "
+        "temperature or set n to 1.",
+    ),
+    (
+        {"best_of": 2, "temperature": 0},
+        "best_of is 2 with temperature 0, which would give one and the same output 2 times: raise "
+        "temperature or set best_of to 1.",
+    ),
+    (
+        {"temperature": -0.5},
+        "temperature is -0.5: choose 0 (greedy) or a finite positive number.",
+    ),
+    (
+        {"temperature": math.inf},
+        "temperature is inf: choose 0 (greedy) or a finite positive number.",
+    ),
+    (
+        {"temperature": math.nan},
+        "temperature is nan: choose 0 (greedy) or a finite positive number.",
+    ),
+    (
+        {"temperature": "hot"},
+        "temperature is 'hot': choose 0 (greedy) or a finite positive number.",
+    ),
+    ({"top_k": -2}, "top_k is -2: choose a whole number from 1 up, or 0 for all tokens."),
+    ({"top_p": 0}, "top_p is 0: choose a number above 0 and up to 1 (1 for all tokens)."),
+    ({"top_p": 1.1}, "top_p is 1.1: choose a number above 0 and up to 1 (1 for all tokens)."),
+    ({"min_p": -0.1}, "min_p is -0.1: choose a number from 0 (for all tokens) to 1."),
+    ({"min_p": 2}, "min_p is 2: choose a number from 0 (for all tokens) to 1."),
+    ({"presence_penalty": 3}, "presence_penalty is 3: choose a number from -2 to 2."),
+    ({"frequency_penalty": -2.5}, "frequency_penalty is -2.5: choose a number from -2 to 2."),
+    (
+        {"repetition_penalty": 0},
+        "repetition_penalty is 0: choose a finite number above 0 (1 for no penalty).",
+    ),
+    ({"logit_bias": [5]}, "logit_bias is [5]: choose a dict from token id to bias."),
+    ({"logit_bias": {-1: 2.0}}, "logit_bias names token -1: choose ids from 0 up."),
+    (
+        {"logit_bias": {5: 101}},
+        "logit_bias of token 5 is 101: choose a number from -100 (as good as never) to 100 (as good "
+        "as always).",
+    ),
+    ({"seed": 0.5}, "seed is 0.5: choose a whole number or None."),
+    ({"stop": ""}, "stop holds '': choose strings of one character or more."),
+    ({"stop": ["a", 5]}, "stop holds 5: choose strings of one character or more."),
+    ({"stop": 5}, "stop holds 5: choose strings of one character or more."),
+    ({"stop_token_ids": [3, -1]}, "stop_token_ids holds -1: choose ids from 0 up."),
+    ({"stop_token_ids": 0.5}, "stop_token_ids holds 0.5: choose ids from 0 up."),
+    ({"ignore_eos": "no"}, "ignore_eos is 'no': choose True or False."),
+    ({"min_tokens": -1}, f"min_tokens is -1: {WHOLE_FROM_0}."),
+    ({"max_tokens": 0}, f"max_tokens is 0: {WHOLE_FROM_1} or None."),
+    (
+        {"min_tokens": 17},
+        "min_tokens is 17, but max_tokens ends the output after 16: raise max_tokens or lower "
+        "min_tokens.",
+    ),
+    ({"logprobs": -1}, f"logprobs is -1: {WHOLE_FROM_0} or None."),
+    ({"prompt_logprobs": 2.0}, f"prompt_logprobs is 2.0: {WHOLE_FROM_0} or None."),
+]
+
+
+@pytest.mark.parametrize(("asked", "sentence"), BAD, ids=[str(asked) for asked, _ in BAD])
+def test_a_value_that_cannot_work_is_refused_with_a_sentence(asked, sentence):
+    with pytest.raises(InvalidOption) as refusal:
+        make(**asked)
+    assert str(refusal.value) == sentence
+
+
+def test_every_option_has_a_value_that_is_refused():
+    refused = {name for asked, _ in BAD for name in asked}
+    assert refused == set(inspect.signature(SamplingParams).parameters)
+
+
+def test_a_misspelt_option_is_an_error():
+    with pytest.raises(TypeError, match="temprature"):
+        make(temprature=0.5)
+
+
+def test_params_are_frozen_and_equal_requests_hash_alike():
+    one = SamplingParams(stop="a", stop_token_ids=[1, 2], logit_bias={3: 1}, temperature=1)
+    other = SamplingParams(stop=["a"], stop_token_ids=(1, 2), logit_bias={3: 1.0})
+    assert one == other
+    assert hash(one) == hash(other)
+    assert (one.stop_strings, one.stop_ids) == (("a",), (1, 2))
+    with pytest.raises(FrozenInstanceError):
+        one.n = 2
+
+
+def test_params_do_not_follow_a_dict_or_list_that_changes_later():
+    stop, bias = ["a"], {1: 1.0}
+    params = SamplingParams(stop=stop, logit_bias=bias)
+    stop.append("b")
+    bias[2] = 2.0
+    assert (params.stop_strings, params.logit_bias) == (("a",), {1: 1.0})
+
+
+def test_numbers_of_numpy_become_plain_numbers():
+    params = make(top_k=np.int64(3), temperature=np.float32(0.5), stop_token_ids=np.array([4]))
+    values = (params.top_k, params.temperature, params.stop_ids[0])
+    assert values == (3, 0.5, 4)
+    assert [type(value) for value in values] == [int, float, int]
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_before_it_can_break_a_step():
+    SamplingParams(logit_bias={9: 1}, stop_token_ids=[9]).check_vocab(10)
+    for asked in ({"logit_bias": {10: 1}}, {"stop_token_ids": [10]}):
+        [name] = asked
+        sentence = (
+            f"{name} names token 10, but the vocabulary has 10 tokens: choose ids from 0 to 9"
+        )
+        with pytest.raises(InvalidOption, match=sentence):
+            SamplingParams(**asked).check_vocab(10)
