@@ -87,7 +87,7 @@ def demo(
     device: Device = "auto",
     attention_backend: Backend = "auto",
     block_size: BlockSize = 16,
-    num_blocks: NumBlocks = None,
+    num_blocks: Annotated[int, typer.Option(help="Blocks in the pool.")] = 128,
     preemption: Preemption = "auto",
     seed: Seed = 0,
     show_blocks: ShowBlocks = False,
@@ -105,6 +105,7 @@ def demo(
             block_size=block_size,
             num_blocks=num_blocks,
             preemption=preemption,
+            max_num_batched_tokens=256,  # several steps of prompt chunks, for the eye
             seed=seed,
         )
         tokenizer = llm.get_tokenizer()

@@ -51,7 +51,7 @@ class EngineConfig:
     watermark: float = 0.01  # the part of the pool that admission leaves free (section 4.3)
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "max_model_len", "block_size", "max_num_seqs"):
+        for name in ("block_size", "max_num_seqs", "max_model_len", "num_blocks"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: give at least 1.")
         _require(
             self.num_swap_blocks >= 0,

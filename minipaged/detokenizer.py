@@ -65,7 +65,8 @@ class Detokenizer:
         safe = self._find_stop(window, start=len(self._held))
         if safe is None:
             safe = len(window) - self._num_undecided(window)
-        piece, self._held = window[:safe], window[safe:]
+        piece = window[:safe]
+        self._held = "" if self.stopped else window[safe:]
         self.text += piece
         return piece
 

@@ -19,6 +19,7 @@ KVPair = tuple[
     Float[Tensor, "num_blocks kv_heads block_size head_dim"],
     Float[Tensor, "num_blocks kv_heads block_size head_dim"],
 ]
+Pools = list[tuple[Tensor, Tensor]]  # of any number of blocks: pool and swap pool differ in it
 
 
 class KVCache:
@@ -81,7 +82,7 @@ class KVCache:
         _copy_blocks(self.swap_layers, self.layers, pairs)
 
 
-def _copy_blocks(source: list[KVPair], target: list[KVPair], pairs: list[BlockPair]) -> None:
+def _copy_blocks(source: Pools, target: Pools, pairs: list[BlockPair]) -> None:
     if not pairs:
         return
     from_blocks = torch.tensor([s for s, _ in pairs], device=source[0][0].device)

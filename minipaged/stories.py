@@ -4,10 +4,11 @@ A story is a row of facts, and each fact is one sentence of the same shape:
 
     Once upon a time Theo the frog put the white key in the meadow. Mia the cat put ...
 
-No two facts of a story share a name or a thing, so every question below has exactly one answer, and
-that answer stands nowhere but in the story. A model can only find it by attending back to the one
-sentence that holds it. That makes a story a test of a cache: if a block of keys and values is lost
-or mixed up, some answer is visibly wrong, and `Question.fact_index` says which sentence went missing.
+No two facts of a story share a name or a thing, so every question below has exactly one answer,
+and that answer stands nowhere but in the story. A model can only find it by attending back to the
+one sentence that holds it. That makes a story a test of a cache: if a block of keys and values is
+lost or mixed up, some answer is visibly wrong, and `Question.fact_index` says which sentence went
+missing.
 
     >>> story = tell(num_facts=2, seed=0)
     >>> print(prompt(story, story.questions[1]))    # doctest: +SKIP
@@ -53,7 +54,8 @@ THINGS = tuple(
 PLACES = tuple(
     f"{preposition} the {noun}"
     for preposition, nouns in {
-        "in": "barn cave cellar church forest garden house inn meadow mill school stable tower yard",
+        "in": "barn cave cellar church forest garden house inn meadow mill school stable tower "
+        "yard",
         "on": "bench bridge hill roof stairs table wall",
         "under": "bench bridge hedge oak stairs table tree",
         "behind": "barn church hedge hill house mill oak school stable tower tree wall",
@@ -136,8 +138,8 @@ def tell(num_facts: int, seed: int) -> Story:
     """Tell a story of `num_facts` facts; the same seed tells the same story."""
     if not 1 <= num_facts <= MAX_FACTS:
         raise ValueError(
-            f"a story of {num_facts} facts cannot be told: each fact needs a name and a thing of its "
-            f"own, and there are {MAX_FACTS}. Ask for 1 to {MAX_FACTS} facts."
+            f"a story of {num_facts} facts cannot be told: each fact needs a name and a thing of "
+            f"its own, and there are {MAX_FACTS}. Ask for 1 to {MAX_FACTS} facts."
         )
     rng = Random(seed)
     facts = tuple(

@@ -1,0 +1,196 @@
+"""From decisions to tensors: positions, slots, block tables, and the cache behind them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipaged.batch import BatchBuilder, Query
+from minipaged.config import ModelConfig
+from minipaged.errors import InvalidOption
+from minipaged.kv_cache import KVCache
+from minipaged.memory import BlockTable
+from minipaged.runner import blocks_that_fit, choose_device
+
+CONFIG = ModelConfig(
+    architecture="Toy",
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=3,
+    hidden_size=12,
+    vocab_size=50,
+    max_position_embeddings=64,
+)
+
+
+def query(seq_id: int, tokens: list[int], context_len: int, blocks: list[int], **more) -> Query:
+    table = BlockTable(4, blocks, num_tokens=context_len + len(tokens))
+    return Query(seq_id, tokens, context_len, table, **more)
+
+
+def test_the_example_in_the_docstring_is_what_is_built():
+    builder = BatchBuilder(max_num_seqs=4, max_blocks_per_seq=8, block_size=4)
+    batch = builder.build([query(0, [5], 5, [3, 7]), query(1, [10, 11, 12], 0, [2])])
+    assert batch.token_ids.tolist() == [5, 10, 11, 12]
+    assert batch.positions.tolist() == [5, 0, 1, 2]
+    assert batch.slots.tolist() == [29, 8, 9, 10]
+    assert batch.query_starts.tolist() == [0, 1, 4]
+    assert batch.context_lens.tolist() == [5, 0]
+    assert batch.block_tables[0].tolist() == [3, 7]
+    assert batch.block_tables[1, 0] == 2
+    assert batch.logit_rows.tolist() == [0, 3]
+    assert [(s.start, s.stop, s.context_len, s.seq_len) for s in batch.spans] == [
+        (0, 1, 5, 6),
+        (1, 4, 0, 3),
+    ]
+
+
+def test_logits_are_read_for_as_many_of_the_last_tokens_as_are_wanted():
+    builder = BatchBuilder(4, 8, 4)
+    batch = builder.build(
+        [
+            query(0, [1, 2, 3], 0, [0], num_logits=0),
+            query(1, [4, 5, 6], 0, [1], num_logits=3),
+            query(2, [7, 8], 0, [2], num_logits=1),
+        ]
+    )
+    assert batch.logit_rows.tolist() == [3, 4, 5, 7]
+
+
+@given(st.data())
+def test_every_token_gets_the_slot_that_its_block_table_says(data):
+    """Over many steps of sequences that come, grow, move, skip steps and go."""
+    block_size = data.draw(st.integers(1, 5))
+    builder = BatchBuilder(max_num_seqs=3, max_blocks_per_seq=40, block_size=block_size)
+    lengths: dict[int, int] = {}
+    tables: dict[int, BlockTable] = {}
+    next_id = 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        for seq_id in list(lengths):
+            if data.draw(st.booleans()) and data.draw(st.booleans()):
+                del lengths[seq_id], tables[seq_id]
+        while len(lengths) < 3 and data.draw(st.booleans()):
+            lengths[next_id] = 0
+            tables[next_id] = BlockTable(block_size, [], 0)
+            next_id += 1
+        queries = []
+        for seq_id, table in tables.items():
+            if data.draw(st.integers(0, 3)) == 0:
+                continue  # sits this step out
+            new = data.draw(st.integers(1, 6))
+            total = lengths[seq_id] + new
+            while len(table) * block_size < total:
+                table.blocks.append(data.draw(st.integers(0, 99)))
+            if data.draw(st.integers(0, 4)) == 0:  # copied on write, or swapped out and in
+                index = data.draw(st.integers(0, len(table) - 1))
+                table.blocks[index] = data.draw(st.integers(0, 99))
+            table.num_tokens = total
+            queries.append(Query(seq_id, list(range(new)), lengths[seq_id], table))
+            lengths[seq_id] = total
+        if not queries:
+            continue
+        batch = builder.build(queries)
+        expected = [
+            q.table.slot(position)
+            for q in queries
+            for position in range(q.context_len, q.context_len + len(q.token_ids))
+        ]
+        assert batch.slots.tolist() == expected
+        for q, row in zip(queries, batch.block_tables, strict=True):
+            assert row[: len(q.table)].tolist() == q.table.blocks[: len(row)]
+
+
+def test_a_row_is_written_only_where_its_table_changed():
+    builder = BatchBuilder(2, 8, 4)
+    builder.build([query(0, [1] * 8, 0, [3, 7])])
+    builder._tables[0, 0] = 99  # a mark: whoever writes the row anew would paint it over
+    builder.build([query(0, [1], 8, [3, 7, 5])])
+    assert builder._tables[0, :3].tolist() == [99, 7, 5]
+
+
+def test_rows_of_sequences_that_left_serve_others():
+    builder = BatchBuilder(max_num_seqs=2, max_blocks_per_seq=4, block_size=4)
+    for step in range(10):
+        batch = builder.build([query(2 * step, [1], 0, [step]), query(2 * step + 1, [1], 0, [9])])
+        assert batch.block_tables[:, 0].tolist() == [step, 9]
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+def numbered_cache(**options) -> KVCache:
+    cache = KVCache(CONFIG, 4, 2, num_swap_blocks=3, **options)
+    for layer, (k, v) in enumerate(cache.layers):
+        for block in range(4):
+            k[block] = 100 * layer + block
+            v[block] = 1000 + 100 * layer + block
+    return cache
+
+
+def blocks_of(pool: torch.Tensor) -> list[float]:
+    assert all(len(block.unique()) == 1 for block in pool)
+    return [block.unique().item() for block in pool]
+
+
+def test_a_new_cache_is_zero_and_has_a_pool_a_layer():
+    cache = KVCache(CONFIG, 4, 2, num_swap_blocks=3, dtype=torch.bfloat16)
+    assert len(cache.layers) == len(cache.swap_layers) == 2
+    for k, v in cache.layers:
+        assert k.shape == v.shape == (4, 2, 2, 3)
+        assert k.dtype is torch.bfloat16
+        assert not k.any()
+        assert not v.any()
+
+
+def test_blocks_are_copied_in_every_layer_keys_and_values():
+    cache = numbered_cache()
+    cache.copy([(1, 3), (0, 2)])
+    for layer, (k, v) in enumerate(cache.layers):
+        assert blocks_of(k) == [100 * layer + b for b in (0, 1, 0, 1)]
+        assert blocks_of(v) == [1000 + 100 * layer + b for b in (0, 1, 0, 1)]
+
+
+def test_what_is_swapped_out_comes_back_into_other_blocks():
+    cache = numbered_cache()
+    cache.swap_out([(1, 2), (3, 0)])
+    for k, v in cache.layers:
+        k.fill_(-1)
+        v.fill_(-1)
+    cache.swap_in([(2, 0), (0, 1)])
+    for layer, (k, v) in enumerate(cache.layers):
+        assert blocks_of(k) == [100 * layer + 1, 100 * layer + 3, -1, -1]
+        assert blocks_of(v) == [1000 + 100 * layer + 1, 1000 + 100 * layer + 3, -1, -1]
+
+
+def test_the_bytes_of_a_token_are_those_of_the_papers_example():
+    opt_13b = ModelConfig(
+        architecture="OPTForCausalLM",
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=40,
+        head_dim=128,
+        hidden_size=5120,
+        vocab_size=50272,
+        max_position_embeddings=2048,
+    )
+    assert opt_13b.kv_bytes_per_token(2) == 819_200  # section 3: 800 KB
+
+
+def test_a_pool_that_not_one_block_fits_into_is_refused():
+    from dataclasses import replace
+
+    cpu = torch.device("cpu")
+    assert blocks_that_fit(CONFIG, 16, torch.float32, cpu, 0.9) > 1000
+    with pytest.raises(InvalidOption, match="a block of keys and values takes"):
+        blocks_that_fit(replace(CONFIG, head_dim=2**34), 16, torch.float32, cpu, 0.9)
+
+
+def test_devices_are_chosen_by_name():
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(InvalidOption, match="there is no device 'abacus'"):
+        choose_device("abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidOption, match="needs a CUDA GPU"):
+            choose_device("cuda")

@@ -1,0 +1,85 @@
+"""The event stream: complete enough to rebuild, from outside, who owns which block."""
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+from test_scheduler import CONFIG, Engine
+
+from minipaged.events import Event, EventLog
+from minipaged.parts import Parts
+from minipaged.terminal import BlockMap
+
+
+def traced_engine(*listeners, **options) -> Engine:
+    from dataclasses import replace
+
+    ticks = iter(range(10**9))
+    log = EventLog(*listeners, clock=lambda: float(next(ticks)))
+    return Engine(Parts().checked().traced(log).build_scheduler(replace(CONFIG, **options)))
+
+
+def test_an_event_is_one_line_of_json_with_version_step_and_time():
+    lines = []
+    log = EventLog(lambda event: lines.append(event.to_json()), clock=iter([1.0, 3.5]).__next__)
+    log.emit("free", seq=2)
+    assert json.loads(lines[0]) == {"v": 1, "step": 0, "time": 2.5, "event": "free", "seq": 2}
+    assert "\n" not in lines[0]
+
+
+def test_steps_are_numbered_by_the_scheduler():
+    events: list[Event] = []
+    engine = traced_engine(events.append)
+    engine.add(5, num_tokens=3)
+    engine.run()
+    assert [e.step for e in events if e.event == "schedule"] == [1, 2, 3]
+    assert [e.time for e in events] == sorted(e.time for e in events)
+
+
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 15), st.integers(1, 3)), min_size=1, max_size=6
+    ),
+    num_blocks=st.integers(6, 30),
+    preemption=st.sampled_from(["auto", "recompute", "swap"]),
+)
+def test_a_listener_knows_every_block_table_and_every_owner(requests, num_blocks, preemption):
+    """BlockMap hears events only; after every step it must agree with the memory itself."""
+    picture = BlockMap(num_blocks, CONFIG.block_size)
+    owners: dict[tuple[str, int], int] = {}
+
+    def count(event: Event) -> None:
+        if event.event in ("allocate", "share", "release"):
+            owners[event.fields["pool"], event.fields["block"]] = event.fields["owners"]
+
+    engine = traced_engine(picture, count, num_blocks=num_blocks, preemption=preemption)
+    for prompt_len, num_tokens, num_seqs in requests:
+        engine.add(prompt_len, num_tokens, num_seqs)
+    memory = engine.scheduler.memory
+    while engine.scheduler.has_unfinished():
+        engine.step()
+        heard = {seq: (h.blocks, h.num_tokens, h.swapped) for seq, h in picture._holders.items()}
+        assert heard == {
+            seq: (table.blocks, table.num_tokens, memory.is_swapped(seq))
+            for seq, table in memory.tables.items()
+        }
+        for block in range(num_blocks):
+            assert owners.get(("pool", block), 0) == memory.ref_count(block)
+        picture.picture()
+
+
+def test_the_picture_shows_full_partial_shared_and_free_blocks():
+    picture = BlockMap(4, 4)
+    picture(Event("admit", 1, 0.0, {"request": "0", "seqs": {0: [0, 1]}, "tokens": {0: 6}}))
+    picture(Event("admit", 1, 0.0, {"request": "1", "seqs": {1: [3]}, "tokens": {1: 4}}))
+    picture(Event("fork", 1, 0.0, {"parent": 1, "child": 2}))
+    queues = {"running": ["0", "1"], "waiting": [], "swapped": []}
+    picture(Event("schedule", 1, 0.0, {"tokens": {0: 6, 1: 4}, **queues}))
+    headline, row = picture.picture().plain.splitlines()
+    assert headline == (
+        "step 1: 2 running, 0 waiting, 0 swapped; 3 of 4 blocks of 4 in use, "
+        "83% of their slots filled"
+    )
+    assert row.split() == ["0", "█▌·2"]
+    picture(Event("free", 2, 0.0, {"seq": 0}))
+    assert picture.picture().plain.splitlines()[1].split() == ["0", "···2"]

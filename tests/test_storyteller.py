@@ -1,0 +1,82 @@
+"""The embedded model: it answers from its context, and whatever happens to the blocks, the same."""
+
+from itertools import pairwise
+
+import pytest
+
+from minipaged import LLM, Parts, SamplingParams
+from minipaged.stories import KINDS, prompt, tell
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
+
+
+def questions_of(num_facts: int, num_stories: int, seed: int = 10**6):
+    """One question of each kind about each of these stories, their facts taken in turn."""
+    for number in range(num_stories):
+        story = tell(num_facts, seed=seed + number)
+        for index, kind in enumerate(KINDS):
+            fact = (7 * number + 3 * index) % num_facts
+            [question] = [q for q in story.questions if (q.kind, q.fact_index) == (kind, fact)]
+            yield prompt(story, question), question
+
+
+def recall(llm: LLM, num_facts: int, num_stories: int) -> float:
+    asked = list(questions_of(num_facts, num_stories))
+    outputs = llm.generate([text for text, _ in asked], GREEDY, use_tqdm=False)
+    right = [
+        question.is_answered_by(output.outputs[0].text)
+        and output.outputs[0].finish_reason == "stop"
+        for output, (_, question) in zip(outputs, asked, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+@pytest.mark.parametrize(("num_facts", "aim"), [(8, 0.95), (24, 0.85)])
+def test_it_answers_from_unseen_stories(num_facts, aim):
+    assert recall(LLM("storyteller"), num_facts, num_stories=30) >= aim
+
+
+def test_it_cannot_answer_when_blocks_are_mixed_up():
+    """The proof that its answers come from the cache, and from the right place in it."""
+    from minipaged.attention import BACKENDS
+
+    def shuffled(q, k_cache, v_cache, batch, scale):
+        batch.block_tables[:] = batch.block_tables.flip(0)
+        return BACKENDS["torch"].paged_attention(q, k_cache, v_cache, batch, scale)
+
+    assert recall(LLM("storyteller", parts=Parts(paged_attention=shuffled)), 8, 10) < 0.5
+
+
+def test_text_ends_before_a_stop_string_however_tokens_straddle_it():
+    llm = LLM("storyteller")
+    story = (
+        "Once upon a time Theo the frog put the white key in the meadow.\nQ: What did Theo do?\nA:"
+    )
+    [whole] = llm.generate(story, GREEDY, use_tqdm=False)
+    text = whole.outputs[0].text
+    assert text == " Theo the frog put the white key in the meadow."
+    params = SamplingParams(temperature=0.0, max_tokens=32, stop=["og put the wh", "zebra"])
+    [stopped] = llm.generate(story, params, use_tqdm=False)
+    assert stopped.outputs[0].text == " Theo the fr"
+    assert stopped.outputs[0].stop_reason == "og put the wh"
+
+
+def test_what_is_streamed_adds_up_to_the_text():
+    llm = LLM("storyteller")
+    story = (
+        "Once upon a time Theo the frog put the white key in the meadow.\nQ: What did Theo do?\nA:"
+    )
+    texts = [output.outputs[0].text for _, output in llm.stream(story, GREEDY)]
+    assert len(texts) > 5
+    assert all(late.startswith(early) for early, late in pairwise(texts))
+
+
+def test_starved_and_ample_pools_give_the_same_stories():
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=60, ignore_eos=True)
+    prompts = ["Once upon a time", "Once upon a time Theo", "Once upon a time Mia the owl"] * 3
+    ample = LLM("storyteller").generate(prompts, params, use_tqdm=False)
+    for preemption in ("recompute", "swap"):
+        llm = LLM("storyteller", num_blocks=14, preemption=preemption, parts=Parts().checked())
+        starved = llm.generate(prompts, params, use_tqdm=False)
+        assert [o.outputs[0].text for o in starved] == [o.outputs[0].text for o in ample]
+        assert sum(o.metrics.num_preemptions for o in starved) > 0

@@ -1,0 +1,275 @@
+"""Tokenizer and Detokenizer, with an encoding small enough to write out here."""
+
+import base64
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipaged.detokenizer import Detokenizer
+from minipaged.errors import CheckpointError, MissingTokenizer
+from minipaged.tokenizer import Tokenizer
+
+# All single bytes, then merges; two of them cut the emoji U+1F600 and the letter é in the middle.
+MERGES = [b"th", b"the", b" t", b"\xf0\x9f", b"e\xc3", b"##"]
+TOKENS = [bytes([byte]) for byte in range(256)] + MERGES
+END = 300  # the ids from 262 to 299 belong to nobody, as in a padded vocabulary
+CONFIG = {"ranks": "tiny.tiktoken", "pattern": r"(?s) ?[^ ]+| ", "special_tokens": {"<|end|>": END}}
+RANKS = "".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(TOKENS))
+
+
+def write(folder, config=CONFIG, ranks=RANKS):
+    text = config if isinstance(config, str) else json.dumps(config)
+    (folder / "tiktoken.json").write_text(text)
+    if ranks is not None:
+        (folder / "tiny.tiktoken").write_text(ranks)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.from_folder(write(tmp_path_factory.mktemp("tokenizer")))
+
+
+# -- Tokenizer --------------------------------------------------------------------------------
+
+
+def test_merges_go_by_rank_and_bytes_are_a_last_resort(tokenizer):
+    assert tokenizer.encode("the") == [257]
+    assert tokenizer.encode("ath") == [ord("a"), 256]
+    assert tokenizer.encode("é") == [0xC3, 0xA9]
+    assert tokenizer.encode("") == []
+
+
+@pytest.mark.parametrize("text", ["the  theé", "😀<|end|>##", "\n\t", "e\u0301漢字", "a\x00b"])
+def test_text_comes_back_as_it_was(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    plain = tokenizer.encode(text, allow_special=False)
+    assert END not in plain
+    assert tokenizer.decode(plain) == text
+
+
+def test_a_special_token_spelt_out_is_that_token_unless_mere_letters_are_wanted(tokenizer):
+    assert tokenizer.encode("a<|end|>b") == [ord("a"), END, ord("b")]
+    assert tokenizer.encode("<|end|>", allow_special=False) == list(b"<|end|>")
+
+
+def test_special_tokens_can_be_left_out_of_the_text(tokenizer):
+    assert tokenizer.decode([257, END, 97]) == "the<|end|>a"
+    assert tokenizer.decode([257, END, 97], skip_special=True) == "thea"
+
+
+def test_ids_that_only_the_model_knows_decode_to_nothing(tokenizer):
+    assert tokenizer.vocab_size == 301
+    for unknown in (262, 299, 301, 10**9, 2**40, -1):
+        assert tokenizer.token_bytes(unknown) == b""
+        assert tokenizer.decode([97, unknown, 98]) == "ab"
+
+
+def test_tokens_are_bytes_and_specials_are_named(tokenizer):
+    assert tokenizer.token_bytes(259) == b"\xf0\x9f"
+    assert tokenizer.token_bytes(END) == b"<|end|>"
+    assert tokenizer.special_tokens == {"<|end|>": END}
+    assert tokenizer.special_ids == {END}
+
+
+def test_bytes_that_are_no_text_become_the_replacement_character(tokenizer):
+    assert tokenizer.decode([97, 0xFF, 259]) == "a\ufffd\ufffd"
+
+
+def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
+    with pytest.raises(MissingTokenizer, match=r"holds no tokenizer: add tiktoken\.json .*ids\.$"):
+        Tokenizer.from_folder(tmp_path)
+
+
+BROKEN = {
+    "no JSON": ({"config": "{"}, "is no readable JSON"),
+    "a list": ({"config": []}, 'needs "ranks", a string, and has None'),
+    "no pattern": ({"config": {**CONFIG, "pattern": 5}}, 'needs "pattern", a string, and has 5'),
+    "no specials": ({"config": {**CONFIG, "special_tokens": []}}, "an object from text to id"),
+    "bad pattern": ({"config": {**CONFIG, "pattern": "("}}, '"pattern" is no regular expression'),
+    "taken id": ({"config": {**CONFIG, "special_tokens": {"x": 97}}}, "that no other token has"),
+    "shared id": ({"config": {**CONFIG, "special_tokens": {"x": 300, "y": 300}}}, "'y' the id 300"),
+    "text id": ({"config": {**CONFIG, "special_tokens": {"x": "300"}}}, "'x' the id '300'"),
+    "empty special": ({"config": {**CONFIG, "special_tokens": {"": 300}}}, "without text"),
+    "no ranks": ({"ranks": None}, r"cannot be read \(No such file or directory\)"),
+    "no base64": ({"ranks": RANKS + "?? 262\n"}, r"line 263: '\?\? 262' is not a token in base64"),
+    "no rank": (
+        {"ranks": RANKS + "YWI=\n"},
+        "line 263: 'YWI=' is not a token in base64 and its id",
+    ),
+    "twice": ({"ranks": RANKS + "YQ== 262\n"}, "lists a token or an id twice"),
+    "same rank": ({"ranks": RANKS + "YWI= 5\n"}, "lists a token or an id twice"),
+    "too high": ({"ranks": RANKS + f"YWI= {2**32}\n"}, "has an id outside"),
+    "cut short": ({"ranks": RANKS[: RANKS.index("ZA== 100")]}, "lacks 156 of the 256 single bytes"),
+    "empty": ({"ranks": ""}, "lacks 256 of the 256 single bytes"),
+}
+
+
+@pytest.mark.parametrize(("files", "sentence"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_tokenizer_says_which_file_and_why(tmp_path, files, sentence):
+    with pytest.raises(CheckpointError, match=sentence) as refusal:
+        Tokenizer.from_folder(write(tmp_path, **files))
+    assert str(tmp_path) in str(refusal.value)
+    assert str(refusal.value).endswith(".")
+
+
+def test_blank_lines_and_windows_line_ends_in_the_ranks_are_harmless(tmp_path):
+    ranks = RANKS.replace("\n", "\r\n") + "\r\n"
+    assert Tokenizer.from_folder(write(tmp_path, ranks=ranks)).encode("the") == [257]
+
+
+# -- Detokenizer ------------------------------------------------------------------------------
+
+
+def stream(tokenizer, token_ids, stop=(), **options) -> tuple[list[str], Detokenizer]:
+    """Each piece as it was shown, and the detokenizer at the end."""
+    one = Detokenizer(tokenizer, stop, **options)
+    pieces = [one.add(token_id) for token_id in token_ids]
+    return [*pieces, one.finish()], one
+
+
+def cut(text: str, stop: tuple[str, ...]) -> tuple[str, str | None]:
+    """The text before the stop string that is complete first, found the slow way."""
+    for end in range(len(text) + 1):
+        for string in sorted(stop, key=len, reverse=True):
+            if text[:end].endswith(string):
+                return text[: end - len(string)], string
+    return text, None
+
+
+def check_the_stream(tokenizer, token_ids, stop) -> None:
+    pieces, one = stream(tokenizer, token_ids, stop)
+    expected, stopped = cut(tokenizer.decode(token_ids, skip_special=True), stop)
+    assert "".join(pieces) == one.text == expected
+    assert one.stopped == stopped
+
+
+STOPS = [
+    (),
+    ("#",),
+    ("##",),
+    ("##a", "#b"),
+    ("aba", "b#"),
+    ("é", "😀a"),
+    ("\ufffd",),
+    ("abab", "ba"),
+    ("the", "h"),
+]
+TRICKY = [97, 98, 35, 257, 259, 260, 261, 0x98, 0x80, 0xA9, END, 280]
+alphabet = st.text(alphabet="ab#é😀", max_size=12).map(lambda text: list(text.encode()))
+token_ids = st.one_of(
+    alphabet,
+    st.lists(st.sampled_from(TRICKY), max_size=12),
+    st.lists(st.integers(0, 305), max_size=12),
+)
+
+
+def check_many_streams(tokenizer) -> None:
+    rng = random.Random(0)
+    for _ in range(1500):
+        ids = rng.choices(TRICKY, k=12)
+        check_the_stream(tokenizer, ids, rng.choice(STOPS))
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(token_ids=token_ids, stop=st.sampled_from(STOPS))
+def test_the_pieces_are_the_whole_text_cut_before_the_first_stop_string(tokenizer, token_ids, stop):
+    check_the_stream(tokenizer, token_ids, stop)
+
+
+def test_many_streams_of_tricky_tokens_come_out_whole(tokenizer):
+    check_many_streams(tokenizer)
+
+
+def test_a_character_is_shown_once_its_last_byte_is_there_and_not_before(tokenizer):
+    pieces, _ = stream(tokenizer, [97, 259, 0x98, 0x80, 98])
+    assert pieces == ["a", "", "", "😀", "b", ""]
+    assert stream(tokenizer, [260, 0xA9])[0] == ["e", "é", ""]
+
+
+def test_a_character_cut_short_is_shown_as_broken_at_the_end(tokenizer):
+    assert stream(tokenizer, [97, 259, 0x98])[0] == ["a", "", "", "\ufffd"]
+    assert stream(tokenizer, [259, 97])[0] == ["", "\ufffda", ""]
+
+
+def test_a_stop_string_over_several_tokens_is_never_shown(tokenizer):
+    pieces, one = stream(tokenizer, [97, 35, 35, 98, 99], ("##b",))
+    assert pieces == ["a", "", "", "", "", ""]
+    assert (one.text, one.stopped) == ("a", "##b")
+
+
+def test_a_stop_string_inside_one_token_cuts_that_token(tokenizer):
+    pieces, one = stream(tokenizer, [257, 97], ("h",))
+    assert pieces == ["t", "", ""]
+    assert one.stopped == "h"
+
+
+def test_what_only_looked_like_a_stop_string_is_shown_as_soon_as_that_is_clear(tokenizer):
+    pieces, one = stream(tokenizer, list(b"a##a#"), ("##b",))
+    assert pieces == ["a", "", "", "##a", "", "#"]
+    assert one.stopped is None
+
+
+def test_the_stop_string_that_is_complete_first_counts_and_of_those_the_longest(tokenizer):
+    for ids in ([97, 116, 104, 101], [97, 257]):  # however the characters come
+        assert stream(tokenizer, ids, ("the", "h"))[1].stopped == "h"
+        assert stream(tokenizer, ids, ("e", "the"))[1].stopped == "the"
+        assert stream(tokenizer, ids, ("e", "the"))[1].text == "a"
+
+
+def test_special_and_unknown_tokens_leave_no_text_and_split_no_character(tokenizer):
+    pieces, _ = stream(tokenizer, [END, 0xC3, END, 280, 0xA9])
+    assert pieces == ["", "", "", "", "é", ""]
+
+
+def test_the_text_of_the_first_min_tokens_is_free_of_stop_strings(tokenizer):
+    pieces, one = stream(tokenizer, list(b"#a#b"), ("#",), min_tokens=2)
+    assert pieces == ["#", "a", "", "", ""]
+    assert (one.text, one.stopped) == ("#a", "#")
+
+
+# -- Deliberate faults ------------------------------------------------------------------------
+
+
+class Careless(Detokenizer):
+    """Holds nothing back for a stop string."""
+
+    def _num_undecided(self, window):
+        return 0
+
+
+class Forgetful(Detokenizer):
+    """Never shows what it held back."""
+
+    def finish(self):
+        return ""
+
+
+class Hasty(Detokenizer):
+    """Decodes each token by itself."""
+
+    def add(self, token_id):
+        self._decoder.reset()
+        piece = super().add(token_id)
+        return piece + self._take(self._decoder.decode(b"", final=True))
+
+
+class ListOrder(Detokenizer):
+    """Looks for one stop string after the other, not for the one that is complete first."""
+
+    def _find_stop(self, window, start):
+        for stop in self._stops:
+            if stop in window:
+                self.stopped = stop
+                return window.index(stop)
+        return None
+
+
+@pytest.mark.parametrize("mutant", [Careless, Forgetful, Hasty, ListOrder])
+def test_a_faulty_detokenizer_is_found_out(monkeypatch, tokenizer, mutant):
+    monkeypatch.setitem(globals(), "Detokenizer", mutant)
+    with pytest.raises(AssertionError):
+        check_many_streams(tokenizer)
