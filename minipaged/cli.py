@@ -5,6 +5,7 @@ command runs, so that `--help` answers at once.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,9 @@ Trace = Annotated[Path | None, typer.Option(help="Write every event to this file
 
 def main() -> None:
     """The entry point: runs a command and turns mistakes into one sentence and exit code 2."""
+    # Before torch is imported: threads that wait shall sleep. Spinning, they hold up each other
+    # whenever the machine does something else too, and a step takes ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except MinipagedError as error:
@@ -143,6 +147,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Probability to draw from.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Likeliest tokens to draw from; 0: all.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to the limit.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attention_backend: Backend = "auto",
@@ -159,7 +164,12 @@ def generate(
         from minipaged.sampling import SamplingParams
 
         params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop=stop,
+            ignore_eos=ignore_eos,
         )
         llm = session.load(
             model=model,

@@ -56,7 +56,7 @@ def test_a_trace_is_a_file_of_versioned_events_and_ends_with_an_empty_pool(
     trace = tmp_path / "events.jsonl"
     code, _, _ = minipaged(
         capsys, monkeypatch, "generate", "Once", "Once upon", "Once upon a time", "--json",
-        "--max-tokens", "60", "--temperature", "0", "--block-size", "4", "--num-blocks", "20",
+        "--max-tokens", "60", "--ignore-eos", "--block-size", "4", "--num-blocks", "20",
         "--preemption", "swap", "--trace", str(trace),
     )  # fmt: skip
     assert code == 0
