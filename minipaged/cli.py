@@ -206,6 +206,7 @@ def _lines(prompt: str) -> Iterator[str]:
 @app.command()
 def chat(
     model: Model = "storyteller",
+    system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens in an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     device: Device = "auto",
@@ -217,11 +218,13 @@ def chat(
 ) -> None:
     """Talk with a model, a line a turn; an empty line ends it.
 
-    The embedded model answers questions about a story: tell one first, then ask.
+    The embedded model answers questions about a story. Without --system it is told one, which is
+    shown, and another for another --seed.
     """
     with Session(show_blocks, trace, live=False) as session:
         from minipaged.chat import Message, render_chat
         from minipaged.sampling import SamplingParams
+        from minipaged.stories import tell
 
         params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
         llm = session.load(
@@ -231,7 +234,12 @@ def chat(
             attention_backend=attention_backend,
             seed=seed,
         )
+        if system is None and model == "storyteller":
+            system = tell(num_facts=6, seed=seed).text
         messages: list[Message] = []
+        if system is not None:
+            session.console.print(system, style="dim", markup=False, highlight=False)
+            messages.append({"role": "system", "content": system})
         while line := _ask():
             messages.append({"role": "user", "content": line})
             shown = ""

@@ -54,12 +54,12 @@ def test_a_conversation_and_many_conversations_are_answered():
     llm = LLM("storyteller")
     story = "Once upon a time Theo the frog put the white key in the meadow."
     told = [
-        {"role": "user", "content": story},
+        {"role": "system", "content": story},
         {"role": "user", "content": "What did Theo do?"},
     ]
     greedy = SamplingParams(temperature=0.0, max_tokens=20)
     [one] = llm.chat(told, greedy, use_tqdm=False)
-    assert one.prompt.endswith("A:")
-    assert "What did Theo do?" in one.prompt
+    assert one.prompt == f"{story}\nQ: What did Theo do?\nA:"
+    assert one.outputs[0].text == " Theo the frog put the white key in the meadow."
     many = llm.chat([told, told], greedy, use_tqdm=False)
     assert [o.outputs[0].text for o in many] == [one.outputs[0].text] * 2

@@ -104,11 +104,22 @@ def test_generate_reads_lines_and_writes_json_lines(capsys, monkeypatch):
 def test_chat_answers_from_the_story_it_was_told(capsys, monkeypatch):
     code, out, _ = minipaged(
         capsys, monkeypatch, "chat",
-        stdin="Once upon a time Theo the frog put the white key in the meadow.\n"
-        "What did Theo do?\n\nnever read\n",
+        "--system", "Once upon a time Theo the frog put the white key in the meadow.",
+        stdin="What did Theo do?\nWhat colour is the key of Theo?\n\nnever read\n",
     )  # fmt: skip
     assert code == 0
-    assert "Theo the frog put the white key in the meadow." in out
+    assert out.splitlines()[-2:] == [" Theo the frog put the white key in the meadow.", " White."]
+
+
+def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
+    from minipaged.stories import tell
+
+    story = tell(num_facts=6, seed=3)
+    [question] = [q for q in story.questions if (q.kind, q.fact_index) == ("animal", 2)]
+    code, out, _ = minipaged(capsys, monkeypatch, "chat", "--seed", "3", stdin=question.text)
+    assert code == 0
+    assert " ".join(out.split()).startswith(story.text)
+    assert out.splitlines()[-1].strip() == question.answer
 
 
 @pytest.mark.parametrize(
