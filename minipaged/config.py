@@ -6,7 +6,7 @@ its code. `EngineConfig` holds the knobs of memory and scheduling.
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from minipaged.errors import InvalidOption
 
@@ -51,38 +51,33 @@ class EngineConfig:
     watermark: float = 0.01  # the part of the pool that admission leaves free (section 4.3)
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_model_len", "num_blocks"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: give at least 1.")
-        _require(
-            self.num_swap_blocks >= 0,
-            f"num_swap_blocks is {self.num_swap_blocks}: give 0 (no swapping) or more.",
-        )
-        _require(
-            0.0 <= self.watermark < 1.0,
-            f"watermark is {self.watermark}: give the part of the pool to keep free, "
-            "from 0 up to but not including 1.",
-        )
-        modes = get_args(PreemptionMode)
-        _require(
-            self.preemption in modes,
-            f"preemption is {self.preemption!r}: choose one of {', '.join(modes)}.",
-        )
-        _require(
-            self.preemption != "swap" or self.num_swap_blocks > 0,
-            'preemption="swap" needs a swap pool: raise num_swap_blocks above 0.',
-        )
+        least = {"block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1}
+        least |= {"max_model_len": 2, "num_blocks": 1, "num_swap_blocks": 0}
+        for name, smallest in least.items():
+            require_whole(name, getattr(self, name), smallest)
+        require_share("watermark", self.watermark, 0.0, 0.99)
+        require_one_of("preemption", self.preemption, get_args(PreemptionMode))
+        require_one_of("enable_chunked_prefill", self.enable_chunked_prefill, (True, False))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.preemption == "swap" and self.num_swap_blocks == 0:
+            raise InvalidOption(
+                'preemption="swap" needs a swap pool: raise num_swap_blocks above 0.'
+            )
         # Each running sequence needs one token a step; a prompt being computed needs at least one.
-        _require(
-            self.max_num_batched_tokens >= self.max_num_seqs,
-            f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "
-            f"({self.max_num_seqs}): raise it, or some running sequence would never get its turn.",
-        )
-        _require(
-            self.enable_chunked_prefill or self.max_num_batched_tokens >= self.max_model_len,
-            f"without chunked prefill a whole prompt must fit into one step, but "
-            f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_model_len is "
-            f"{self.max_model_len}: raise the one, lower the other, or enable_chunked_prefill.",
-        )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidOption(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "
+                f"({self.max_num_seqs}): raise it, or some running sequence would never get its "
+                "turn."
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise InvalidOption(
+                "without chunked prefill a whole prompt must fit into one step, but "
+                f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_model_len is "
+                f"{self.max_model_len}: raise the one, lower the other, or enable_chunked_prefill."
+            )
 
     @property
     def watermark_blocks(self) -> int:
@@ -95,6 +90,20 @@ class EngineConfig:
         return ceil(self.max_model_len / self.block_size)
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise InvalidOption(sentence)
+def require_whole(name: str, value: object, least: int) -> None:
+    """Refuse an option that is no whole number from `least` up. Raises InvalidOption."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidOption(f"{name} is {value!r}: give a whole number from {least} up.")
+
+
+def require_share(name: str, value: Any, least: float, most: float) -> None:
+    """Refuse an option that is no number from `least` to `most`. Raises InvalidOption."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value <= most:
+        raise InvalidOption(f"{name} is {value!r}: give a number from {least} to {most}.")
+
+
+def require_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse an option that is none of the choices. Raises InvalidOption."""
+    if value not in choices:
+        raise InvalidOption(f"{name} is {value!r}: choose one of {', '.join(map(str, choices))}.")

@@ -11,14 +11,13 @@ from minipaged.batch import BatchBuilder, Query
 from minipaged.config import EngineConfig
 from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.outputs import RequestOutput
+from minipaged.prompts import Prompt, read_prompt
 from minipaged.request import Completion, Request
 from minipaged.runner import ModelRunner
 from minipaged.sampling import SampledToken, Sampler, SamplingParams, SamplingRow
 from minipaged.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer import Tokenizer
-
-Prompt = str | list[int]
 
 
 class LLMEngine:
@@ -55,11 +54,9 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Compute one step; returns the requests it changed, finished ones for the last time."""
         plan = self.scheduler.schedule()  # who runs, how many tokens of each
-        sampled: dict[int, SampledToken] = {}
-        if plan.sequences:
-            batch = self.batches.build([self._query(s) for s in plan.sequences])  # to tensors
-            logits = self.runner.run(plan, batch)  # [rows, vocab]: the device side
-            sampled = self._sample(plan, logits)  # by sequence id
+        batch = self.batches.build([self._query(s) for s in plan.sequences])  # to tensors
+        logits = self.runner.run(plan, batch)  # [rows, vocab]: the device side
+        sampled = self._sample(plan, logits)  # by sequence id
         return self._commit(plan, sampled)
 
     def _query(self, scheduled: ScheduledSequence) -> Query:
@@ -112,7 +109,7 @@ class LLMEngine:
                 request = changed[group.request_id] = self._requests[group.request_id]
                 if request.add(seq, sampled[seq.seq_id], now):
                     self.scheduler.finish(group, seq)
-        for group in plan.outgrown:
+        for group in plan.ended:
             request = changed[group.request_id] = self._requests[group.request_id]
             request.finish_all("length")
         outputs = [request.output() for request in changed.values()]
@@ -132,11 +129,11 @@ class LLMEngine:
             InvalidRequest, PromptTooLong: it could never be served; all others go on.
             MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
         """
-        params = params or SamplingParams()
-        token_ids = self._token_ids(prompt)
+        params = SamplingParams() if params is None else params
+        text, token_ids = read_prompt(prompt, self.tokenizer)
         self._refuse_what_cannot_be_served(request_id, token_ids, params)
         seq = Sequence(next(self._seq_ids), token_ids)
-        group = SequenceGroup(request_id, [seq], max_num_seqs=params.num_samples)
+        group = SequenceGroup(request_id, [seq], num_seats=params.num_samples)
         self.scheduler.add(group)
         own_seed = self._seeds.getrandbits(63)
         self._requests[request_id] = Request(
@@ -147,7 +144,7 @@ class LLMEngine:
                     seq, params, self.tokenizer, own_seed if params.seed is None else params.seed
                 )
             ],
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=text,
             arrival_time=self._clock(),
             eos_token_ids=self.runner.model.config.eos_token_ids,
             max_model_len=self.config.max_model_len,
@@ -162,27 +159,21 @@ class LLMEngine:
         request.finish_all("abort")
         return request.output()
 
+    @property
+    def num_unfinished_requests(self) -> int:
+        return len(self._requests)
+
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise MissingTokenizer(
-                "the prompt is text, but the model's folder holds no tokenizer: "
-                "give the prompt as a list of token ids."
-            )
-        return self.tokenizer.encode(prompt)
 
     def _refuse_what_cannot_be_served(
         self, request_id: str, token_ids: list[int], params: SamplingParams
     ) -> None:
         vocab_size = self.runner.model.config.vocab_size
+        if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequest(f"{params!r} is no SamplingParams: give SamplingParams(...).")
         if request_id in self._requests:
             raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
-        if not token_ids:
-            raise InvalidRequest("the prompt is empty: give at least one token to go on from.")
         outside = [t for t in token_ids if not 0 <= t < vocab_size]
         if outside:
             raise InvalidRequest(

@@ -13,7 +13,7 @@ An event is one line of JSON:
     swap_out       request, pairs [[pool block, swap block], ...]
     swap_in        request, pairs [[swap block, pool block], ...]
     preempt        request, mode ("swap" or "recompute")
-    outgrown       request: it needs more blocks than the pool has, and was ended
+    end            request: it ended for want of memory, with what it had
     free           seq
     allocate, share, release   pool ("pool" or "swap"), block, owners (afterwards)
 
@@ -165,8 +165,8 @@ class TracedScheduler(_Wrapper):
         for group in plan.preempted:
             mode = "swap" if group.status.name == "SWAPPED" else "recompute"
             self._log.emit("preempt", request=group.request_id, mode=mode)
-        for group in plan.outgrown:
-            self._log.emit("outgrown", request=group.request_id)
+        for group in plan.ended:
+            self._log.emit("end", request=group.request_id)
         self._log.emit(
             "schedule",
             running=[g.request_id for g in self._inner.running],

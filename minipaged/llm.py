@@ -1,26 +1,37 @@
 """The front door: prompts in, RequestOutputs out."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from itertools import count
 from math import ceil
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from minipaged.attention import choose_backend
 from minipaged.batch import BatchBuilder
 from minipaged.chat import Message, render_chat
-from minipaged.config import EngineConfig, ModelConfig, PreemptionMode
-from minipaged.engine import LLMEngine, Prompt
+from minipaged.config import (
+    EngineConfig,
+    ModelConfig,
+    PreemptionMode,
+    require_share,
+    require_whole,
+)
+from minipaged.engine import LLMEngine
 from minipaged.errors import CheckpointError, InvalidOption, InvalidRequest, MissingTokenizer
 from minipaged.kv_cache import KVCache
 from minipaged.models.loader import load_model
 from minipaged.outputs import RequestOutput
 from minipaged.parts import Parts
-from minipaged.runner import ModelRunner, blocks_that_fit, choose_device
+from minipaged.prompts import Prompt, list_prompts
+from minipaged.runner import (
+    ModelRunner,
+    blocks_that_fit,
+    choose_device,
+    refuse_more_than_memory,
+)
 from minipaged.sampling import SamplingParams
 from minipaged.tokenizer import Tokenizer
 
@@ -49,6 +60,7 @@ class LLM:
         max_num_batched_tokens: tokens in one step; None: 2,048, more where a whole prompt needs it.
         enable_chunked_prefill: whether a long prompt may be computed over several steps.
         preemption: "recompute", "swap", or "auto" as the paper does.
+        watermark: the part of the pool that admission leaves free for those who run.
         seed: of all random choices of requests that bring no seed of their own.
         parts: other players for allocator, memory, scheduler, victim, attention.
 
@@ -72,21 +84,24 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         enable_chunked_prefill: bool = True,
         preemption: PreemptionMode = "auto",
+        watermark: float = 0.01,
         seed: int = 0,
         parts: Parts | None = None,
     ) -> None:
-        parts = parts or Parts()
+        parts = Parts() if parts is None else parts
         where = choose_device(device)
+        require_share("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0)
         backend = parts.attention(choose_backend(attention_backend))
         self.folder = _find(model)
         loaded = load_model(self.folder, backend, dtype, where)
         kv_dtype = next(loaded.parameters()).dtype
         max_model_len = _choose_length(max_model_len, loaded.config)
+        require_whole("block_size", block_size, 1)
+        require_whole("max_num_seqs", max_num_seqs, 1)
+        block_bytes = block_size * loaded.config.kv_bytes_per_token(kv_dtype.itemsize)
         if num_blocks is None:
-            size = max(block_size, 1)  # a wrong one is refused below, by EngineConfig
-            enough = max_num_seqs * ceil(max_model_len / size)
-            room = blocks_that_fit(loaded.config, size, kv_dtype, where, gpu_memory_utilization)
-            num_blocks = min(enough, room)
+            enough = max_num_seqs * ceil(max_model_len / block_size)
+            num_blocks = min(enough, blocks_that_fit(block_bytes, where, gpu_memory_utilization))
         if max_num_batched_tokens is None:
             whole_prompt = 0 if enable_chunked_prefill else max_model_len
             max_num_batched_tokens = max(2048, max_num_seqs, whole_prompt)
@@ -99,7 +114,9 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             enable_chunked_prefill=enable_chunked_prefill,
             preemption=preemption,
+            watermark=watermark,
         )
+        refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes)
         self.engine = LLMEngine(
             config,
             parts.build_scheduler(config),
@@ -108,7 +125,10 @@ class LLM:
             _open_tokenizer(self.folder),
             seed=seed,
         )
-        self._request_ids = count()
+        self._numbers = count()
+        # By request id, what a step has brought and its stream has not yet passed on. An output
+        # holds all that went before, so only the newest is kept.
+        self._news: dict[str, RequestOutput | None] = {}
 
     def get_tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if its folder holds none."""
@@ -116,22 +136,22 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Many[Prompt],
-        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate after every prompt, all together, and return the results in the given order.
 
         Args:
-            prompts: text or token ids; one or many.
+            prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}; one or many.
             sampling_params: one for all, or one a prompt.
             use_tqdm: show a progress bar with tokens per second.
 
         Raises:
             InvalidRequest, MissingTokenizer: a prompt can never be served. None of this call's
-                prompts is then left in the engine, and what others have added goes on.
+                prompts is then left in the engine; other calls go on.
         """
-        many = _as_list(prompts)
+        many = list_prompts(prompts)
         finished: dict[int, RequestOutput] = {}
         num_tokens = 0
         with tqdm(total=len(many), desc="prompts", disable=not use_tqdm) as bar:
@@ -146,35 +166,52 @@ class LLM:
 
     def stream(
         self,
-        prompts: Prompt | Many[Prompt],
-        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Like `generate`, token by token: yields (index of the prompt, what it has so far).
 
-        Whoever stops listening before the end, or is stopped by an error, aborts what is left.
+        Several streams may be open at once; they share every step. Whoever stops listening before
+        the end, or is stopped by an error, aborts what is left. Nothing is checked and nothing
+        computed before the first output is asked for.
         """
-        many = _as_list(prompts)
+        many = list_prompts(prompts)
         params = _one_for_each(sampling_params, len(many))
-        indices: dict[str, int] = {}
+        self._refuse_to_run_for_others()
+        mine: dict[str, int] = {}  # request id -> index of the prompt
         try:
             for index, (prompt, chosen) in enumerate(zip(many, params, strict=True)):
-                request_id = str(next(self._request_ids))
+                request_id = f"llm-{next(self._numbers)}"
                 self.engine.add_request(request_id, prompt, chosen)
-                indices[request_id] = index
-            while indices:
-                for output in self.engine.step():
-                    if output.request_id in indices:
-                        yield indices[output.request_id], output
+                self._news[request_id] = None
+                mine[request_id] = index
+            while mine:
+                if not any(self._news[request_id] for request_id in mine):
+                    for output in self.engine.step():
+                        if output.request_id in self._news:
+                            self._news[output.request_id] = output
+                for request_id, index in list(mine.items()):
+                    output, self._news[request_id] = self._news[request_id], None
+                    if output is not None:
                         if output.finished:
-                            del indices[output.request_id]
+                            del mine[request_id], self._news[request_id]
+                        yield index, output
         finally:
-            for request_id in indices:
+            for request_id in mine:
                 self.engine.abort_request(request_id)
+                self._news.pop(request_id, None)
+
+    def _refuse_to_run_for_others(self) -> None:
+        if self.engine.num_unfinished_requests > len(self._news):
+            raise InvalidRequest(
+                "llm.engine is serving requests that were added to it directly, whose outputs "
+                "would be lost here: finish them with llm.engine.step() first."
+            )
 
     def chat(
         self,
-        messages: list[Message] | Many[list[Message]],
-        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate the next assistant turn of one conversation, or of many.
@@ -191,13 +228,12 @@ class LLM:
 def _find(model: str | Path) -> Path:
     if model in EMBEDDED:
         return Path(str(files("minipaged") / "assets" / str(model)))
-    folder = Path(model)
-    if not folder.is_dir():
+    if not model or not Path(model).is_dir():
         raise CheckpointError(
             f"there is no folder {str(model)!r}: give a folder with a checkpoint, or the name of "
             f"an embedded model ({', '.join(EMBEDDED)})."
         )
-    return folder
+    return Path(model)
 
 
 def _open_tokenizer(folder: Path) -> Tokenizer | None:
@@ -209,6 +245,8 @@ def _open_tokenizer(folder: Path) -> Tokenizer | None:
 
 def _choose_length(asked: int | None, config: ModelConfig) -> int:
     longest = config.max_position_embeddings
+    if asked is not None:
+        require_whole("max_model_len", asked, 2)
     if asked is not None and asked > longest:
         raise InvalidOption(
             f"max_model_len is {asked}, but {config.architecture} was made for {longest} "
@@ -217,24 +255,19 @@ def _choose_length(asked: int | None, config: ModelConfig) -> int:
     return longest if asked is None else asked
 
 
-def _as_list(prompts: Prompt | Many[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(p, int) for p in prompts):
-        return [cast(list[int], list(prompts))]  # one prompt, in token ids
-    return cast(list[Prompt], list(prompts))
-
-
-def _one_for_each(
-    params: SamplingParams | Many[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
+def _one_for_each(params: Any, num_prompts: int) -> list[SamplingParams]:
     if params is None:
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
-    if len(params) != num_prompts:
+    if isinstance(params, Mapping) or not isinstance(params, Iterable):
+        raise InvalidRequest(f"{params!r} is no SamplingParams: give SamplingParams(...).")
+    each = list(params)
+    if None in each:
+        raise InvalidRequest("one of the sampling_params is None: give SamplingParams(...).")
+    if len(each) != num_prompts:
         raise InvalidRequest(
-            f"{num_prompts} prompts came with {len(params)} sampling_params: give one for all, or "
+            f"{num_prompts} prompts came with {len(each)} sampling_params: give one for all, or "
             "one for each."
         )
-    return list(params)
+    return each

@@ -39,7 +39,8 @@ class RequestMetrics:
 class RequestOutput:
     """A request's prompt and what has been generated after it.
 
-    prompt_logprobs has one entry a prompt token; the first is None, as nothing precedes it.
+    prompt_logprobs has one entry a prompt token, fewer if the request was aborted before; the first
+    is None, as nothing precedes it.
     """
 
     request_id: str

@@ -32,7 +32,7 @@ class Parts:
     allocator        called with the number of blocks; once for the pool, once for the swap pool
     memory           called with the arguments of BlockManager
     scheduler        called with the arguments of FCFSScheduler
-    victim           chooses whom to preempt among running groups
+    victim           whom to preempt, of the running groups younger than the one in need
     paged_attention  None: the attention backend's
     store_kv         None: the attention backend's
     """
@@ -73,16 +73,18 @@ class Parts:
 
     def traced(self, log: EventLog) -> "Parts":
         """The same parts, every call of which is written to the log."""
-        pools = iter(("pool", "swap"))  # the order in which a memory asks for its allocators
 
         def scheduler(*arguments: Any) -> Scheduler:
             return cast(Scheduler, TracedScheduler(self.scheduler(*arguments), log))
 
-        return replace(
-            self,
-            allocator=lambda num_blocks: TracedAllocator(
-                self.allocator(num_blocks), log, next(pools, "pool")
-            ),
-            memory=lambda **options: cast(Memory, TracedMemory(self.memory(**options), log)),
-            scheduler=scheduler,
-        )
+        def memory(**options: Any) -> Memory:
+            pools = iter(("pool", "swap"))  # the order in which a memory asks for its allocators
+
+            def allocator(num_blocks: int) -> Allocator:
+                inner = options["allocator"](num_blocks)
+                return cast(Allocator, TracedAllocator(inner, log, next(pools)))
+
+            traced = TracedMemory(self.memory(**{**options, "allocator": allocator}), log)
+            return cast(Memory, traced)
+
+        return replace(self, memory=memory, scheduler=scheduler)

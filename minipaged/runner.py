@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from minipaged.batch import Batch
-from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption
 from minipaged.kv_cache import KVCache
 from minipaged.models import Model
@@ -33,6 +32,8 @@ class ModelRunner:
         self.kv_cache.swap_out(plan.swap_out)
         self.kv_cache.swap_in(plan.swap_in)
         self.kv_cache.copy(plan.copies)
+        if not batch.spans:  # a step may do nothing but move blocks, or end a group
+            return torch.empty(0, self.model.config.vocab_size)
         hidden = self.model(batch.token_ids, batch.positions, self.kv_cache, batch)
         return self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
 
@@ -43,20 +44,16 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise InvalidOption(f"there is no device {name!r}: choose auto, cpu or cuda.") from None
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InvalidOption(f"there is no device {name!r} here: choose auto, cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidOption('device="cuda" needs a CUDA GPU, and none is found: choose "cpu".')
     return device
 
 
-def blocks_that_fit(
-    config: ModelConfig,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    gpu_memory_utilization: float,
-) -> int:
+def blocks_that_fit(block_bytes: int, device: torch.device, gpu_memory_utilization: float) -> int:
     """How many blocks of keys and values the memory has room for, weights already loaded.
 
     On a GPU: what `gpu_memory_utilization` of its memory leaves beside all that is in use. On a
@@ -67,12 +64,29 @@ def blocks_that_fit(
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * gpu_memory_utilization) - (total - free)
     else:
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        budget = min(physical // 4, 4 * GIB)
-    block_bytes = block_size * config.kv_bytes_per_token(dtype.itemsize)
+        budget = min(physical_memory() // 4, 4 * GIB)
     if budget < block_bytes:
         raise InvalidOption(
             f"a block of keys and values takes {block_bytes} bytes, and {max(budget, 0)} are left "
             "for them: raise gpu_memory_utilization, lower block_size, or take a smaller model."
         )
     return budget // block_bytes
+
+
+def refuse_more_than_memory(num_blocks: int, num_swap_blocks: int, block_bytes: int) -> None:
+    """Raise InvalidOption for pools that the machine could never hold.
+
+    Without this, the machine would run out of memory in the middle of a run, or at the first touch.
+    """
+    needed, has = (num_blocks + num_swap_blocks) * block_bytes, physical_memory()
+    if needed > has:
+        raise InvalidOption(
+            f"num_blocks is {num_blocks} and num_swap_blocks {num_swap_blocks}: at {block_bytes} "
+            f"bytes a block they need {needed / GIB:.1f} GiB, and the machine has "
+            f"{has / GIB:.1f} GiB. Give at most {has // block_bytes} in all."
+        )
+
+
+def physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

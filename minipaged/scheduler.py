@@ -6,11 +6,12 @@ recomputation differ only in that number. The order is the paper's:
 
     1. the running, oldest first, get the blocks for their next tokens; when the pool runs out, the
        youngest is preempted, by swapping or by recomputation
-    2. if nobody was preempted, the swapped come back
-    3. if nobody is swapped any more, the waiting are admitted
+    2. if nobody was preempted, those who do not run join, oldest first: the swapped come back, the
+       waiting are admitted. Whoever is swapped has run before, and so is older than all who have
+       not: nobody new is admitted while somebody is swapped
 
-The oldest group can always take all blocks from the others, so it always advances, finishes, and
-makes the next one the oldest: nobody starves.
+The oldest of the running can take all blocks from the others, so it advances in every step and
+finishes; and nobody overtakes the oldest of those who do not run. So nobody starves.
 """
 
 from bisect import insort
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from minipaged.config import EngineConfig
-from minipaged.errors import InvalidRequest, PromptTooLong
+from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
 from minipaged.memory import BlockPair, Memory
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
@@ -39,30 +40,30 @@ class ScheduledSequence:
     group: SequenceGroup
     seq: Sequence
     num_new_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether nothing is left uncomputed, so that the next token can be sampled."""
-        return self.num_new_tokens == self.seq.num_uncomputed_tokens
+    samples: bool  # nothing is left uncomputed after it, so the next token can be sampled
 
 
 @dataclass
 class ScheduledBatch:
-    """What one step does. The block operations come first, in this order, then the model."""
+    """What one step does. The block operations come first, in this order, then the model.
 
-    tokens_left: int
+    `schedule()` fills it in; everybody else only reads it.
+    """
+
+    tokens_left: int  # of max_num_batched_tokens
     swap_out: list[BlockPair] = field(default_factory=list[BlockPair])
     swap_in: list[BlockPair] = field(default_factory=list[BlockPair])
     copies: list[BlockPair] = field(default_factory=list[BlockPair])
     sequences: list[ScheduledSequence] = field(default_factory=list[ScheduledSequence])
     preempted: list[SequenceGroup] = field(default_factory=list[SequenceGroup])
-    outgrown: list[SequenceGroup] = field(default_factory=list[SequenceGroup])  # ended: no room
+    ended: list[SequenceGroup] = field(default_factory=list[SequenceGroup])  # for want of memory
 
     def add(self, group: SequenceGroup, seq: Sequence) -> None:
         """Give a sequence as many of the tokens that are left as it can use."""
         num_new_tokens = min(seq.num_uncomputed_tokens, self.tokens_left)
         if num_new_tokens > 0:
-            self.sequences.append(ScheduledSequence(group, seq, num_new_tokens))
+            samples = num_new_tokens == seq.num_uncomputed_tokens
+            self.sequences.append(ScheduledSequence(group, seq, num_new_tokens, samples))
             self.tokens_left -= num_new_tokens
 
 
@@ -110,10 +111,11 @@ class FCFSScheduler:
 
     def finish(self, group: SequenceGroup, seq: Sequence) -> None:
         """A sequence has generated its last token: its blocks return at once."""
-        self._release(group, seq)
+        group.finished_ids.add(seq.seq_id)
+        if seq.seq_id in self.memory.tables:  # a waiting sequence holds no blocks
+            self.memory.free(seq)
         if not group.unfinished:
-            self._queue_of(group).remove(group)
-            group.status = SequenceStatus.FINISHED
+            self._move(group, SequenceStatus.FINISHED)
 
     def abort(self, group: SequenceGroup) -> None:
         """End a group, wherever it stands; its blocks return at once."""
@@ -129,23 +131,21 @@ class FCFSScheduler:
         """Decide one step and reserve its blocks; nothing is computed yet."""
         plan = ScheduledBatch(tokens_left=self.config.max_num_batched_tokens)
         self._reserve_for_running(plan)
-        if not plan.preempted:  # whoever takes blocks away in a step gives none to newcomers
-            self._swap_in(plan)
         self._share_out_tokens(plan)
-        if not plan.preempted and not self.swapped:
-            self._admit(plan)
-        progress = plan.sequences or plan.outgrown or not self.has_unfinished()
+        if not plan.preempted:  # whoever takes blocks away in a step gives none to newcomers
+            self._let_others_join(plan)
+        progress = plan.sequences or plan.ended or not self.has_unfinished()
         assert progress, "a step must compute a token or end a group, or the engine would hang"
         return plan
 
     def _reserve_for_running(self, plan: ScheduledBatch) -> None:
         """Blocks for the next token of all who run, the oldest first (section 4.5)."""
-        todo, self.running = self.running, []
-        while todo:
-            group = todo.pop(0)
-            if self._make_room(group, todo, plan):
+        served = 0  # running[:served] have all they need; preemption takes only from behind them
+        while served < len(self.running):
+            group = self.running[served]
+            if self._make_room(group, self.running[served + 1 :], plan):
                 self._append(group, plan)
-                self.running.append(group)
+                served += 1
 
     def _make_room(
         self, group: SequenceGroup, younger: list[SequenceGroup], plan: ScheduledBatch
@@ -159,25 +159,14 @@ class FCFSScheduler:
                 self._preempt(group, plan)
                 return False
             victim = self._victim(younger)
+            if victim not in younger:
+                raise InvalidOption(
+                    f"the part `victim` chose {victim!r}, which is none of the groups that it was "
+                    "given: let it return one of them."
+                )
             younger.remove(victim)
             self._preempt(victim, plan)
         return True
-
-    def _swap_in(self, plan: ScheduledBatch) -> None:
-        """The swapped return in order, each as a whole, while blocks and seats last."""
-        while self.swapped:
-            group = self.swapped[0]
-            if self._has_outgrown_the_pool(group):
-                self.swapped.pop(0)
-                self._end(group, plan)
-                continue
-            alone = not self.running
-            if not self._has_seats(group) or not self.memory.can_swap_in(group, alone):
-                break
-            self.swapped.pop(0)
-            plan.swap_in += self.memory.swap_in(group)
-            self._append(group, plan)
-            self._enqueue(group, self.running, SequenceStatus.RUNNING)
 
     def _share_out_tokens(self, plan: ScheduledBatch) -> None:
         """Decodes first, one token each, so that no prompt makes them wait; then prompt chunks.
@@ -191,27 +180,38 @@ class FCFSScheduler:
                     if (seq.num_uncomputed_tokens == 1) is decoding:
                         plan.add(group, seq)
 
-    def _admit(self, plan: ScheduledBatch) -> None:
-        """New groups in order; the first that does not fit holds up those behind it."""
-        while self.waiting:
-            group = self.waiting[0]
+    def _let_others_join(self, plan: ScheduledBatch) -> None:
+        """The swapped and the waiting, by age; the first that does not fit holds up the others."""
+        while oldest := self.swapped[:1] + self.waiting[:1]:
+            group = min(oldest, key=lambda g: g.arrival)
             if self._has_outgrown_the_pool(group):
-                self.waiting.pop(0)
                 self._end(group, plan)
                 continue
-            assert len(group.unfinished) == 1, "a group is admitted with one sequence, then forked"
-            seq = group.unfinished[0]
-            whole = not self.config.enable_chunked_prefill
-            fits_the_step = plan.tokens_left >= (seq.num_tokens if whole else 1)
-            alone = not self.running
-            if not (
-                fits_the_step and self._has_seats(group) and self.memory.can_admit(group, alone)
-            ):
+            if not self._can_join(group, plan):
                 break
-            self.waiting.pop(0)
-            self.memory.admit(group)
-            self._enqueue(group, self.running, SequenceStatus.RUNNING)
-            plan.add(group, seq)
+            if group.status is SequenceStatus.SWAPPED:
+                plan.swap_in += self.memory.swap_in(group)
+                self._append(group, plan)
+            else:
+                assert len(group.unfinished) == 1, "a group is admitted with one sequence"
+                self.memory.admit(group)
+            self._move(group, SequenceStatus.RUNNING)
+            for seq in group.unfinished:
+                plan.add(group, seq)
+
+    def _can_join(self, group: SequenceGroup, plan: ScheduledBatch) -> bool:
+        """Whether seats, tokens and blocks are left for the whole group."""
+        seats_taken = sum(other.num_seats for other in self.running)
+        if seats_taken + group.num_seats > self.config.max_num_seqs:
+            return False
+        whole = not self.config.enable_chunked_prefill  # then a prompt runs whole or not at all
+        least = [s.num_uncomputed_tokens if whole else 1 for s in group.unfinished]
+        if sum(least) > plan.tokens_left:
+            return False
+        alone = not self.running
+        if group.status is SequenceStatus.SWAPPED:
+            return self.memory.can_swap_in(group, alone)
+        return self.memory.can_admit(group, alone)
 
     # ---- preemption (section 4.5) --------------------------------------------------------------
 
@@ -222,20 +222,21 @@ class FCFSScheduler:
         whatever the option says. If the swap pool is full, keys and values of a single sequence
         can still be computed again.
         """
-        group.num_preemptions += 1
-        plan.preempted.append(group)
         mode, forked = self.config.preemption, len(group.unfinished) > 1
-        swap = forked or mode == "swap" or (mode == "auto" and group.max_num_seqs > 1)
+        swap = forked or mode == "swap" or (mode == "auto" and group.num_seats > 1)
         if swap and self.memory.can_swap_out(group):
             plan.swap_out += self.memory.swap_out(group)
-            self._enqueue(group, self.swapped, SequenceStatus.SWAPPED)
+            self._move(group, SequenceStatus.SWAPPED)
         elif forked:
             self._end(group, plan)
+            return
         else:
             for seq in group.unfinished:
                 self.memory.free(seq)
                 seq.forget_computed()
-            self._enqueue(group, self.waiting, SequenceStatus.WAITING)  # old, so at the front
+            self._move(group, SequenceStatus.WAITING)  # it is older than all who wait: in front
+        group.num_preemptions += 1
+        plan.preempted.append(group)
 
     def _has_outgrown_the_pool(self, group: SequenceGroup) -> bool:
         """Whether the group could not go on even with the pool to itself."""
@@ -243,10 +244,8 @@ class FCFSScheduler:
 
     def _end(self, group: SequenceGroup, plan: ScheduledBatch) -> None:
         """Out of memory for good: the group ends with what it has, and the others go on."""
-        for seq in group.unfinished:
-            self._release(group, seq)
-        group.status = SequenceStatus.FINISHED
-        plan.outgrown.append(group)
+        self.abort(group)
+        plan.ended.append(group)
 
     # ---- small things --------------------------------------------------------------------------
 
@@ -254,27 +253,17 @@ class FCFSScheduler:
         for seq in group.unfinished:
             plan.copies += self.memory.append(seq)
 
-    def _release(self, group: SequenceGroup, seq: Sequence) -> None:
-        group.finished_ids.add(seq.seq_id)
-        if seq.seq_id in self.memory.tables:  # a waiting sequence holds no blocks
-            self.memory.free(seq)
-
-    def _has_seats(self, group: SequenceGroup) -> bool:
-        taken = sum(other.num_seats for other in self.running)
-        return taken + group.num_seats <= self.config.max_num_seqs
-
-    def _enqueue(
-        self, group: SequenceGroup, queue: list[SequenceGroup], status: SequenceStatus
-    ) -> None:
-        insort(queue, group, key=lambda g: g.arrival)
-        group.status = status
-
-    def _queue_of(self, group: SequenceGroup) -> list[SequenceGroup]:
-        return {
+    def _move(self, group: SequenceGroup, status: SequenceStatus) -> None:
+        """From the queue of its status to the queue of the new one, in order of arrival."""
+        queues = {
             SequenceStatus.WAITING: self.waiting,
             SequenceStatus.RUNNING: self.running,
             SequenceStatus.SWAPPED: self.swapped,
-        }[group.status]
+        }
+        queues[group.status].remove(group)
+        group.status = status
+        if status in queues:
+            insort(queues[status], group, key=lambda g: g.arrival)
 
     def _refuse_what_can_never_run(self, group: SequenceGroup) -> None:
         length = group.sequences[0].num_tokens
@@ -293,8 +282,8 @@ class FCFSScheduler:
                 f"Raise num_blocks to {needed} or shorten the prompt by {length - has * size} "
                 "tokens."
             )
-        if group.max_num_seqs > self.config.max_num_seqs:
+        if group.num_seats > self.config.max_num_seqs:
             raise InvalidRequest(
-                f"the request may hold {group.max_num_seqs} sequences at once, but max_num_seqs is "
+                f"the request may hold {group.num_seats} sequences at once, but max_num_seqs is "
                 f"{self.config.max_num_seqs}. Ask for fewer, or raise max_num_seqs."
             )

@@ -27,7 +27,11 @@ class SequenceStatus(Enum):
 
 
 class Sequence:
-    """One prompt and what has been generated after it. Owns the tokens; nobody else edits them."""
+    """One prompt and what has been generated after it. Owns the tokens; nobody else edits them.
+
+    The engine appends tokens and marks them computed; the scheduler makes it forget, if its blocks
+    are taken away.
+    """
 
     def __init__(self, seq_id: int, prompt_token_ids: Iterable[int]) -> None:
         self.seq_id = seq_id
@@ -73,13 +77,14 @@ class Sequence:
 class SequenceGroup:
     """The sequences of one request. They run, wait and are swapped together (section 4.5).
 
-    `max_num_seqs` is how many the request may ever hold at once: 1, or its samples or beams. It
-    decides, before the first fork, how the group is preempted.
+    `num_seats` is how many sequences the request may ever have in one step: 1, or its samples or
+    beams. Known before the first fork, it keeps seats free for the forks to come, and decides how
+    the group is preempted.
     """
 
     request_id: str
     sequences: list[Sequence]
-    max_num_seqs: int = 1
+    num_seats: int = 1
     status: SequenceStatus = SequenceStatus.WAITING
     arrival: int = -1  # the scheduler's running number: first come, first served
     num_preemptions: int = 0
@@ -89,12 +94,6 @@ class SequenceGroup:
     def unfinished(self) -> list[Sequence]:
         """The sequences that still generate, in the order they joined."""
         return [s for s in self.sequences if s.seq_id not in self.finished_ids]
-
-    @property
-    def num_seats(self) -> int:
-        """The most sequences that it may have in one step from now on, forks to come included."""
-        has_forked = len(self.sequences) >= self.max_num_seqs
-        return len(self.unfinished) if has_forked else self.max_num_seqs
 
     def __repr__(self) -> str:
         return f"SequenceGroup({self.request_id!r}, {self.status.name}, {self.sequences})"

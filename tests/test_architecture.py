@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
     "version shapes errors config events sequence outputs stories memory scheduler batch kv_cache "
-    "attention models sampling tokenizer detokenizer chat request runner parts engine llm demo "
-    "terminal cli __main__"
+    "attention models sampling tokenizer prompts detokenizer chat request runner parts engine llm "
+    "demo terminal cli __main__"
 ).split()
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

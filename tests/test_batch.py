@@ -10,7 +10,14 @@ from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption
 from minipaged.kv_cache import KVCache
 from minipaged.memory import BlockTable
-from minipaged.runner import blocks_that_fit, choose_device
+from minipaged.runner import (
+    ModelRunner,
+    blocks_that_fit,
+    choose_device,
+    physical_memory,
+    refuse_more_than_memory,
+)
+from minipaged.scheduler import ScheduledBatch
 
 CONFIG = ModelConfig(
     architecture="Toy",
@@ -178,12 +185,52 @@ def test_the_bytes_of_a_token_are_those_of_the_papers_example():
 
 
 def test_a_pool_that_not_one_block_fits_into_is_refused():
-    from dataclasses import replace
-
     cpu = torch.device("cpu")
-    assert blocks_that_fit(CONFIG, 16, torch.float32, cpu, 0.9) > 1000
+    assert blocks_that_fit(1000, cpu, 0.9) > 1000
     with pytest.raises(InvalidOption, match="a block of keys and values takes"):
-        blocks_that_fit(replace(CONFIG, head_dim=2**34), 16, torch.float32, cpu, 0.9)
+        blocks_that_fit(10**15, cpu, 0.9)
+
+
+def test_pools_larger_than_the_machine_are_refused_with_what_would_fit():
+    room = physical_memory() // 1000
+    refuse_more_than_memory(room // 2, room // 2, 1000)
+    with pytest.raises(InvalidOption, match=f"Give at most {room} in all"):
+        refuse_more_than_memory(room, 1, 1000)
+
+
+def test_a_step_swaps_out_then_in_then_copies_and_only_then_runs():
+    """Each operation reads what the one before has written."""
+    cache = numbered_cache()
+    seen = []
+
+    class Model:
+        config = CONFIG
+
+        def __call__(self, token_ids, positions, kv_cache, batch):
+            seen.append([blocks_of(k) for k, _ in kv_cache.layers])
+            return torch.zeros(len(token_ids), 12)
+
+        def logits(self, hidden):
+            return torch.zeros(len(hidden), 50)
+
+    plan = ScheduledBatch(tokens_left=0)
+    plan.swap_out, plan.swap_in, plan.copies = [(1, 0)], [(0, 2)], [(2, 3)]
+    batch = BatchBuilder(1, 4, 2).build([query(0, [5], 0, [0])])
+    logits = ModelRunner(Model(), cache).run(plan, batch)
+    assert logits.shape == (1, 50)
+    assert seen == [[[0, 1, 1, 1], [100, 101, 101, 101]]]
+
+
+def test_a_step_without_tokens_still_moves_its_blocks():
+    cache = numbered_cache()
+    plan = ScheduledBatch(tokens_left=0, copies=[(1, 3)])
+
+    class Model:
+        config = CONFIG
+
+    logits = ModelRunner(Model(), cache).run(plan, BatchBuilder(1, 4, 2).build([]))
+    assert logits.shape == (0, 50)
+    assert blocks_of(cache.layers[0][0]) == [0, 1, 2, 1]
 
 
 def test_devices_are_chosen_by_name():

@@ -221,6 +221,28 @@ def test_min_tokens_forbids_stops_until_then(folder):
     assert not set(output.outputs[0].token_ids[:10]) & set(stops)
 
 
+def test_an_end_that_is_also_the_last_token_allowed_is_a_stop(folder):
+    [whole] = run(checked(folder), [PROMPTS[0]])
+    ids = whole.outputs[0].token_ids
+    place = next(i for i, token in enumerate(ids) if token not in ids[:i] and i > 2)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=place + 1, stop_token_ids=[ids[place]], ignore_eos=True
+    )
+    [output] = run(checked(folder), [PROMPTS[0]], params)
+    assert len(output.outputs[0].token_ids) == place + 1
+    assert output.outputs[0].finish_reason == "stop"
+
+
+def test_an_ignored_end_of_sequence_token_is_not_forbidden_before_min_tokens(folder):
+    [whole] = run(checked(folder), [PROMPTS[0]])
+    llm = checked(folder)
+    eos = (whole.outputs[0].token_ids[0],)
+    object.__setattr__(llm.engine.runner.model.config, "eos_token_ids", eos)
+    params = SamplingParams(temperature=0.0, max_tokens=32, min_tokens=9, ignore_eos=True)
+    [output] = run(llm, [PROMPTS[0]], params)
+    assert output.outputs[0].token_ids == whole.outputs[0].token_ids
+
+
 # ---- log-probabilities ---------------------------------------------------------------------------
 
 
@@ -237,6 +259,16 @@ def test_logprobs_survive_preemption(folder, preemption):
     )  # fmt: skip
     outputs = check_logprobs(folder, llm, [PROMPTS[1], PROMPTS[3], PROMPTS[2]])
     assert sum(output.metrics.num_preemptions for output in outputs) > 0
+
+
+def test_logprobs_survive_preemption_in_the_middle_of_a_prompt(folder):
+    """The second prompt loses its blocks when half computed, and comes back in other chunks."""
+    llm = checked(
+        folder, num_blocks=20, block_size=4, preemption="recompute", max_num_batched_tokens=7,
+        max_num_seqs=4, watermark=0.0,
+    )  # fmt: skip
+    outputs = check_logprobs(folder, llm, [PROMPTS[7], PROMPTS[3]])
+    assert outputs[1].metrics.num_preemptions > 0
 
 
 def check_logprobs(folder, llm: LLM, prompts):
@@ -286,14 +318,78 @@ def test_a_prompt_that_cannot_be_served_is_refused_and_leaves_nothing_behind(
     folder, prompt, error, sentence
 ):
     llm = checked(folder, num_blocks=3)
-    llm.engine.add_request("somebody else's", PROMPTS[0], GREEDY)
+    somebody_else = llm.stream(PROMPTS[0], GREEDY)
+    next(somebody_else)
     with pytest.raises(error, match=sentence):
         llm.generate([PROMPTS[2], prompt], GREEDY, use_tqdm=False)
-    while llm.engine.has_unfinished_requests():
-        outputs = llm.engine.step()
-    assert [o.request_id for o in outputs] == ["somebody else's"]
-    assert tokens(outputs) == tokens(run(checked(folder), [PROMPTS[0]]))
+    assert llm.engine.num_unfinished_requests == 1
+    *_, (_, last) = somebody_else
+    assert tokens([last]) == tokens(run(checked(folder), [PROMPTS[0]]))
     assert_all_blocks_are_back(llm)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda ids: {"prompt_token_ids": ids},
+        lambda ids: [{"prompt_token_ids": ids}],
+        lambda ids: [ids],
+        lambda ids: tuple(ids),
+        lambda ids: torch.tensor(ids),
+        lambda ids: [torch.tensor(ids)],
+        lambda ids: iter([ids]),
+        lambda ids: list(torch.tensor(ids).numpy()),
+    ],
+)
+def test_a_prompt_may_come_in_vllms_forms_or_as_an_array(folder, expected, form):
+    [output] = run(checked(folder), form(PROMPTS[0]), MIXED[0])
+    assert output.outputs[0].token_ids == expected[0]
+    assert output.prompt_token_ids == PROMPTS[0]
+    assert all(type(token) is int for token in output.prompt_token_ids)
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 3, 1.5, b"abc", [1.5], [True], [None], [[None]], [[[3]]], {"text": "x"}]
+)
+def test_what_is_no_prompt_is_refused_in_one_sentence(folder, prompt):
+    llm = checked(folder)
+    with pytest.raises(InvalidRequest, match="give text, a list of token ids"):
+        llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_no_prompts_give_no_outputs(folder):
+    assert run(checked(folder), []) == []
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [None], SamplingParams])
+def test_what_is_no_sampling_params_is_refused(folder, params):
+    with pytest.raises(InvalidRequest, match=r"SamplingParams\(...\)"):
+        checked(folder).generate([PROMPTS[0]], params, use_tqdm=False)
+
+
+def test_streams_that_are_open_together_share_the_steps_and_lose_nothing(folder, expected):
+    llm = checked(folder)
+    one = llm.stream(PROMPTS[:3], MIXED[:3])
+    two = llm.stream(PROMPTS[3:], MIXED[3:])
+    found: dict[int, list[int]] = {}
+    index, output = next(one)
+    for index, output in two:
+        found[index + 3] = output.outputs[0].token_ids
+    middle = run(llm, [PROMPTS[0]], MIXED[0]) if not llm.engine.scheduler.memory.tables else None
+    for index, output in one:
+        found[index] = output.outputs[0].token_ids
+    assert [found[i] for i in range(len(PROMPTS))] == expected
+    assert middle is None or tokens(middle) == expected[:1]
+    assert_all_blocks_are_back(llm)
+
+
+def test_generate_does_not_run_requests_whose_outputs_it_would_lose(folder):
+    llm = checked(folder)
+    llm.engine.add_request("llm-0", PROMPTS[0], GREEDY)
+    with pytest.raises(InvalidRequest, match="added to it directly"):
+        llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
+    assert llm.engine.has_unfinished_requests()
 
 
 def test_parameters_that_the_model_cannot_serve_are_refused(folder):
@@ -334,6 +430,35 @@ def test_two_requests_of_one_name_are_refused(folder):
 def test_an_option_that_cannot_work_is_refused(folder, options, error, sentence):
     with pytest.raises(error, match=sentence):
         LLM(folder, **options)
+
+
+def test_a_pool_larger_than_the_machine_is_refused(folder):
+    with pytest.raises(InvalidOption, match="the machine has"):
+        LLM(folder, num_blocks=10**12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_blocks", 1.5),
+        ("num_blocks", "4"),
+        ("num_swap_blocks", -1),
+        ("block_size", None),
+        ("max_model_len", "8"),
+        ("max_model_len", 1),
+        ("max_num_seqs", 2.0),
+        ("max_num_batched_tokens", 0),
+        ("enable_chunked_prefill", "no"),
+        ("gpu_memory_utilization", 7),
+        ("watermark", "a"),
+        ("device", None),
+        ("device", "meta"),
+        ("dtype", "float65"),
+    ],
+)
+def test_an_option_of_a_wrong_kind_is_refused_by_its_name(folder, name, value):
+    with pytest.raises(InvalidOption, match=name):
+        LLM(folder, **{name: value})
 
 
 def test_a_misspelt_option_is_refused(folder):
@@ -387,6 +512,18 @@ def test_a_part_of_ones_own_plays_its_role(folder, expected):
     llm = checked(folder, parts=Parts(allocator=Backwards, paged_attention=attention))
     assert tokens(run(llm, params=MIXED)) == expected
     assert max(calls) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "victim", [lambda groups: None, lambda groups: groups[99], lambda groups: 0]
+)
+def test_a_part_that_fails_is_named_and_every_block_comes_back(folder, victim):
+    llm = checked(folder, parts=Parts(victim=victim), num_blocks=8)
+    with pytest.raises((InvalidOption, IndexError), match=r"`victim` chose|list index"):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests()
+    assert not llm.engine.scheduler.has_unfinished()
+    assert_all_blocks_are_back(llm)
 
 
 def test_attention_to_a_neighbours_block_changes_the_tokens(folder, expected):

@@ -16,7 +16,7 @@ def checked_manager(allocator=BlockAllocator, manager=BlockManager, **options):
 
 def group_of(*lengths: int, first_id: int = 0) -> SequenceGroup:
     sequences = [Sequence(first_id + i, range(n)) for i, n in enumerate(lengths)]
-    return SequenceGroup(f"request {first_id}", sequences, max_num_seqs=len(lengths))
+    return SequenceGroup(f"request {first_id}", sequences, num_seats=len(lengths))
 
 
 # ---- allocator ---------------------------------------------------------------------------------

@@ -29,12 +29,12 @@ class Engine:
         self.lengths: dict[str, int] = {}  # how many tokens each request generates
         self.groups: dict[str, SequenceGroup] = {}
         self.finished: list[str] = []
-        self.outgrown: list[str] = []
+        self.ended: list[str] = []
         self.next_id = 0
 
     def add(self, prompt_len: int, num_tokens: int = 5, num_seqs: int = 1) -> SequenceGroup:
         seq = Sequence(self.next_id, range(prompt_len))
-        group = SequenceGroup(str(len(self.groups)), [seq], max_num_seqs=num_seqs)
+        group = SequenceGroup(str(len(self.groups)), [seq], num_seats=num_seqs)
         self.scheduler.add(group)
         self.next_id += 1
         self.groups[group.request_id] = group
@@ -43,25 +43,28 @@ class Engine:
 
     def step(self):
         plan = self.scheduler.schedule()
-        samples = {s.seq.seq_id: s.samples for s in plan.sequences}
         for scheduled in plan.sequences:
             group, seq = scheduled.group, scheduled.seq
             seq.mark_computed(scheduled.num_new_tokens)
-            if samples[seq.seq_id]:
+            if scheduled.samples:
                 if seq.num_output_tokens == 0:
                     self.fork(group, seq)
                 for each in group.unfinished if seq.num_output_tokens == 0 else [seq]:
                     each.append(7)
                 for each in list(group.unfinished):
-                    if each.num_output_tokens >= self.lengths[group.request_id]:
+                    if each.num_output_tokens >= self.length_of(group, each):
                         self.scheduler.finish(group, each)
                 if not group.unfinished:
                     self.finished.append(group.request_id)
-        self.outgrown += [g.request_id for g in plan.outgrown]
+        self.ended += [g.request_id for g in plan.ended]
         return plan
 
+    def length_of(self, group: SequenceGroup, seq: Sequence) -> int:
+        """The sequences of a group end one after the other."""
+        return self.lengths[group.request_id] + group.sequences.index(seq)
+
     def fork(self, group: SequenceGroup, parent: Sequence) -> None:
-        while len(group.sequences) < group.max_num_seqs:
+        while len(group.sequences) < group.num_seats:
             child = Sequence(1000 + self.next_id, parent.token_ids)
             self.next_id += 1
             child.num_computed_tokens = parent.num_computed_tokens
@@ -72,6 +75,7 @@ class Engine:
         plans = []
         while self.scheduler.has_unfinished():
             plans.append(self.step())
+            check_plan(self, plans[-1])
             assert len(plans) < limit, "the scheduler does not finish"
         return plans
 
@@ -152,7 +156,7 @@ def test_a_prompt_that_fills_the_whole_context_is_refused():
 
 def test_a_request_of_more_sequences_than_seats_is_refused():
     with pytest.raises(InvalidRequest, match="may hold 5 sequences at once, but max_num_seqs is 4"):
-        build(max_num_seqs=4).add(SequenceGroup("0", [Sequence(0, [1])], max_num_seqs=5))
+        build(max_num_seqs=4).add(SequenceGroup("0", [Sequence(0, [1])], num_seats=5))
 
 
 def test_a_sequence_that_outgrows_the_pool_ends_and_the_others_go_on():
@@ -160,7 +164,7 @@ def test_a_sequence_that_outgrows_the_pool_ends_and_the_others_go_on():
     engine.add(4, num_tokens=300)
     engine.add(4, num_tokens=3)
     engine.run()
-    assert engine.outgrown == ["0"]
+    assert engine.ended == ["0"]
     assert engine.finished == ["1"]
     assert engine.groups["0"].sequences[0].num_tokens == 5 * 4 + 1
     assert engine.groups["0"].status is SequenceStatus.FINISHED
@@ -172,7 +176,7 @@ def test_a_sequence_that_outgrows_the_pool_ends_and_the_others_go_on():
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"block_size": 0}, "block_size is 0"),
         ({"num_swap_blocks": -1}, "num_swap_blocks is -1"),
-        ({"watermark": 1.0}, "watermark is 1.0"),
+        ({"watermark": 1.0}, "watermark is 1.0: give a number from 0.0 to 0.99"),
         ({"preemption": "sometimes"}, "preemption is 'sometimes'"),
         ({"preemption": "swap", "num_swap_blocks": 0}, "needs a swap pool"),
         ({"max_num_batched_tokens": 8, "max_num_seqs": 9}, "below max_num_seqs"),
@@ -310,7 +314,8 @@ requests = st.lists(
         st.integers(1, 40),  # prompt length
         st.integers(1, 30),  # tokens to generate
         st.integers(1, 4),  # sequences
-        st.integers(0, 6),  # steps to wait before it arrives
+        st.integers(0, 6),  # steps to run after it arrives
+        st.integers(0, 5).map(lambda n: n == 0),  # whether somebody is aborted then
     ),
     min_size=1,
     max_size=12,
@@ -346,32 +351,38 @@ def test_every_request_ends_and_every_block_comes_back(
             watermark=watermark,
         )
     )
-    budget = engine.scheduler.config.max_num_batched_tokens
-    refused = 0
-    for prompt_len, num_tokens, num_seqs, pause in requests:
+    refused, aborted = 0, []
+    for prompt_len, num_tokens, num_seqs, pause, abort in requests:
         try:
             engine.add(prompt_len, num_tokens, num_seqs)
         except PromptTooLong:
             refused += 1
         for _ in range(pause):
             if engine.scheduler.has_unfinished():
-                check_plan(engine, engine.step(), budget, max_num_seqs)
-    for plan in engine.run():
-        assert sum(s.num_new_tokens for s in plan.sequences) <= budget
-    assert len(engine.finished) + len(engine.outgrown) + refused == len(requests)
+                check_plan(engine, engine.step())
+        alive = [g for g in engine.groups.values() if g.unfinished]
+        if abort and alive:
+            engine.scheduler.abort(alive[len(alive) // 2])
+            aborted.append(alive[len(alive) // 2].request_id)
+    engine.run()
+    ends = len(engine.finished) + len(engine.ended) + len(aborted) + refused
+    assert ends == len(requests)
     for request_id in engine.finished:
         group = engine.groups[request_id]
-        assert len(group.sequences) == group.max_num_seqs
-        assert all(s.num_output_tokens == engine.lengths[request_id] for s in group.sequences)
+        assert len(group.sequences) == group.num_seats
+        found = [s.num_output_tokens for s in group.sequences]
+        assert found == [engine.length_of(group, s) for s in group.sequences]
     memory = engine.scheduler.memory
     assert memory.num_free == memory.num_blocks
     assert memory.num_free_swap_blocks == memory.num_swap_blocks
     assert not memory.tables
 
 
-def check_plan(engine: Engine, plan, budget: int, max_num_seqs: int) -> None:
-    assert sum(s.num_new_tokens for s in plan.sequences) <= budget
-    assert len(plan.sequences) <= max_num_seqs
+def check_plan(engine: "Engine", plan) -> None:
+    """What must hold in every step."""
+    config = engine.scheduler.config
+    assert sum(s.num_new_tokens for s in plan.sequences) <= config.max_num_batched_tokens
+    assert len(plan.sequences) <= config.max_num_seqs
     assert all(s.num_new_tokens >= 1 for s in plan.sequences)
     assert not (plan.swap_in and plan.swap_out)
     queues = engine.scheduler
@@ -381,12 +392,48 @@ def check_plan(engine: Engine, plan, budget: int, max_num_seqs: int) -> None:
         assert all(queues.memory.is_swapped(s.seq_id) for s in group.unfinished)
 
 
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=2, max_size=8))
-def test_the_oldest_running_group_advances_in_every_step(requests):
-    engine = Engine(build(num_blocks=11, max_num_batched_tokens=16, max_num_seqs=8))
-    for prompt_len, num_tokens in requests:
-        engine.add(prompt_len, num_tokens)
-    while engine.scheduler.has_unfinished():
-        oldest = min((g for g in engine.groups.values() if g.unfinished), key=lambda g: g.arrival)
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 3)),
+        min_size=2,
+        max_size=8,
+    ),
+    preemption=st.sampled_from(["auto", "recompute", "swap"]),
+    num_swap_blocks=st.sampled_from([1, 5, 100]),
+)
+def test_the_oldest_running_group_advances_and_nobody_overtakes_the_oldest_who_waits(
+    requests, preemption, num_swap_blocks
+):
+    engine = Engine(
+        build(
+            num_blocks=11,
+            max_num_batched_tokens=16,
+            max_num_seqs=8,
+            preemption=preemption,
+            num_swap_blocks=num_swap_blocks,
+        )
+    )
+    scheduler = engine.scheduler
+    for prompt_len, num_tokens, num_seqs in requests:
+        engine.add(prompt_len, num_tokens, num_seqs)
+    while scheduler.has_unfinished():
+        ran = list(scheduler.running)
+        out = scheduler.swapped + scheduler.waiting
         plan = engine.step()
-        assert oldest in plan.outgrown or oldest in {s.group for s in plan.sequences}
+        computed = {s.group for s in plan.sequences}
+        if ran:
+            assert ran[0] in computed or ran[0] in plan.ended
+        joined = [g.arrival for g in computed if g in out]
+        left_out = [g.arrival for g in out if g.unfinished and g not in computed]
+        assert not joined or not left_out or max(joined) < min(left_out)
+
+
+def test_a_young_swapped_group_does_not_overtake_an_older_one_that_waits():
+    engine = Engine(build(num_blocks=8, preemption="swap", num_swap_blocks=1))
+    for _ in range(3):
+        engine.add(4, num_tokens=20)
+    seen = []
+    while engine.scheduler.has_unfinished():
+        plan = engine.step()
+        seen.append(sorted({s.group.arrival for s in plan.sequences}))
+    assert all(arrivals == list(range(arrivals[0], arrivals[-1] + 1)) for arrivals in seen)

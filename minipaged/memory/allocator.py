@@ -52,13 +52,13 @@ class BlockAllocator:
 
     def share(self, block: int) -> None:
         """Add an owner. Raises DoubleFree if the block is free: nobody can share it."""
-        if self._ref_counts[block] == 0:
+        if not self._is_owned(block):
             raise DoubleFree(f"block {block} has no owner, so it cannot be shared.")
         self._ref_counts[block] += 1
 
     def free(self, block: int) -> None:
         """Drop one owner; the last one returns the block. Raises DoubleFree if it has none."""
-        if self._ref_counts[block] == 0:
+        if not self._is_owned(block):
             raise DoubleFree(f"block {block} has no owner, so it cannot be freed again.")
         self._ref_counts[block] -= 1
         if self._ref_counts[block] == 0:
@@ -67,3 +67,6 @@ class BlockAllocator:
     def ref_count(self, block: int) -> int:
         """How many owners the block has; 0 means free."""
         return self._ref_counts[block]
+
+    def _is_owned(self, block: int) -> bool:
+        return 0 <= block < self.num_blocks and self._ref_counts[block] > 0

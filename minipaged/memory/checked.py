@@ -85,9 +85,9 @@ class CheckedMemory:
         if name not in self._MOVERS:
             return value
 
-        def call_and_recount(*args: Any) -> Any:
-            result = value(*args)
-            self._recount(f"{name}({', '.join(map(repr, args))})")
+        def call_and_recount(*args: Any, **options: Any) -> Any:
+            result = value(*args, **options)
+            self._recount(f"{name}({', '.join(map(repr, (*args, *options.values())))})")
             return result
 
         return call_and_recount
