@@ -4,24 +4,29 @@ Mistakes end with one sentence on standard error and exit code 2. torch is impor
 command runs, so that `--help` answers at once.
 """
 
+import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-from minipaged.errors import MinipagedError
+from minipaged.errors import InvalidRequest, MinipagedError
 from minipaged.terminal import Session
 from minipaged.version import __version__
 
+if TYPE_CHECKING:
+    from minipaged.outputs import RequestOutput
+
 app = typer.Typer(
     help="PagedAttention, the system behind vLLM, from scratch.",
-    no_args_is_help=True,
     rich_markup_mode=None,  # plain help: it is read in scripts too
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,7 +41,7 @@ NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; default
 Preemption = Annotated[str, typer.Option(help="auto, recompute or swap.")]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 ShowBlocks = Annotated[bool, typer.Option("--show-blocks", help="Draw the pool live.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines: one JSON object a line.")]
 Trace = Annotated[Path | None, typer.Option(help="Write every event to this file, as JSON lines.")]
 
 
@@ -45,12 +50,15 @@ def main() -> None:
     # Before torch is imported: threads that wait shall sleep. Spinning, they hold up each other
     # whenever the machine does something else too, and a step takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except MinipagedError as error:
-        _fail(str(error))
+        _fail(_in_words_of_the_shell(str(error)))
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}.")
+        _fail(f"{error.filename or 'the output'}: {error.strerror}.")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -65,14 +73,21 @@ def _fail(sentence: str) -> None:
     sys.exit(2)
 
 
+def _in_words_of_the_shell(sentence: str) -> str:
+    """Options by the names they have here: num_blocks is --num-blocks."""
+    names = r"\b(attention_backend|block_size|num_blocks|max_tokens|top_p|top_k)\b"
+    return re.sub(names, lambda name: "--" + name[0].replace("_", "-"), sentence)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"minipaged {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def common(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -81,6 +96,8 @@ def common(
     ] = False,
 ) -> None:
     """PagedAttention, the system behind vLLM, from scratch."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 # ---- demo ----------------------------------------------------------------------------------------
@@ -100,7 +117,7 @@ def demo(
 ) -> None:
     """Eight questions about eight stories, answered together by the embedded model."""
     with Session(show_blocks, trace, live=not as_json) as session:
-        from minipaged.demo import Scoreboard, make_cases
+        from minipaged import demo as eight
         from minipaged.sampling import SamplingParams
 
         llm = session.load(
@@ -114,25 +131,26 @@ def demo(
         )
         tokenizer = llm.get_tokenizer()
         assert tokenizer is not None, "the embedded model has a tokenizer"
-        board = Scoreboard(make_cases(tokenizer, seed))
-        greedy = SamplingParams(temperature=0.0, max_tokens=32)
+        board = eight.Scoreboard(eight.make_cases(tokenizer, seed))
+        eight.refuse_too_small_a_pool(board.cases, num_blocks, block_size)
+        session.log.listeners.append(board)
+        if not as_json:
+            about, example = eight.introduction(board.cases, num_blocks, block_size)
+            session.console.print(about, "", Text(example, style="dim"), "", sep="\n")
         start = time.perf_counter()
         with session.watch(None if as_json else board):
+            greedy = SamplingParams(temperature=0.0, max_tokens=eight.MAX_ANSWER)
             for index, output in llm.stream([case.prompt for case in board.cases], greedy):
                 board.update(index, output)
         seconds = time.perf_counter() - start
-
-        read = sum(case.num_tokens for case in board.cases)
         if as_json:
             answers = board.as_dict()
             report = {"right": board.num_right, "of": len(answers), "seconds": round(seconds, 3)}
             print(json.dumps({**report, "answers": answers}))
             return
-        session.console.print(
-            f"\n{board.num_right} of {len(board.cases)} right; {read} prompt tokens read and "
-            f"{board.num_generated} generated in {seconds:.1f} s "
-            f"({(read + board.num_generated) / seconds:.0f} tokens/s)"
-        )
+        slots, longest = num_blocks * block_size, llm.engine.config.max_model_len
+        summary = board.summary(None if session.is_live else seconds, slots // longest, longest)
+        session.console.print(f"\n{summary}", highlight=False)
 
 
 # ---- generate ------------------------------------------------------------------------------------
@@ -182,14 +200,28 @@ def generate(
             seed=seed,
         )
         texts = [line for text in prompts for line in _lines(text)]
+        if not texts:
+            raise InvalidRequest("there is no prompt on standard input: give a line or more.")
         with session.watch(None):
             outputs = llm.generate(list(texts), params, use_tqdm=not (as_json or show_blocks))
         for output in outputs:
+            _warn_of_an_early_end(output, max_tokens)
             if as_json:
                 print(json.dumps(asdict(output)))
             else:
-                session.console.print(output.prompt, style="dim", end="", markup=False)
-                session.console.print(output.outputs[0].text, markup=False, highlight=False)
+                text = Text(output.prompt or "", style="dim")
+                text.append(output.outputs[0].text, style="not dim")
+                session.console.print(text, soft_wrap=True)
+
+
+def _warn_of_an_early_end(output: "RequestOutput", max_tokens: int) -> None:
+    completion = output.outputs[0]
+    if completion.finish_reason == "length" and len(completion.token_ids) < max_tokens:
+        print(
+            f"minipaged: {output.prompt!r} ended after {len(completion.token_ids)} of {max_tokens} "
+            "tokens: the pool or the model's context is full.",
+            file=sys.stderr,
+        )
 
 
 def _lines(prompt: str) -> Iterator[str]:
@@ -222,9 +254,9 @@ def chat(
     shown, and another for another --seed.
     """
     with Session(show_blocks, trace, live=False) as session:
-        from minipaged.chat import Message, render_chat
         from minipaged.sampling import SamplingParams
         from minipaged.stories import tell
+        from minipaged.talk import converse
 
         params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
         llm = session.load(
@@ -236,24 +268,6 @@ def chat(
         )
         if system is None and model == "storyteller":
             system = tell(num_facts=6, seed=seed).text
-        messages: list[Message] = []
         if system is not None:
-            session.console.print(system, style="dim", markup=False, highlight=False)
-            messages.append({"role": "system", "content": system})
-        while line := _ask():
-            messages.append({"role": "user", "content": line})
-            shown = ""
-            with session.watch(None):
-                for _, output in llm.stream(render_chat(llm.folder, messages), params):
-                    text = output.outputs[0].text
-                    print(text[len(shown) :], end="", flush=True)
-                    shown = text
-            print()
-            messages.append({"role": "assistant", "content": shown})
-
-
-def _ask() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
+            session.console.print(Text(system, style="dim"))
+        converse(llm, session, system, params)

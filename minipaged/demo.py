@@ -1,4 +1,4 @@
-"""`minipaged demo`: eight prompts of very different length, answered together.
+"""`minipaged demo`: eight stories of very different length, asked about together.
 
 Each prompt is a story with a question about one of its first sentences, so the answer stands far
 back: a model gets it right only if every block of keys and values in between is where its block
@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from random import Random
 
 from rich.table import Table
+from rich.text import Text
 
+from minipaged.errors import InvalidOption
+from minipaged.events import Event
 from minipaged.outputs import RequestOutput
 from minipaged.stories import KINDS, Question, prompt, tell
+from minipaged.terminal import letter
 from minipaged.tokenizer import Tokenizer
 
-STORY_SIZES = (1, 2, 4, 8, 12, 16, 24, 40)  # facts
+STORY_SIZES = (1, 2, 4, 8, 12, 16, 24, 48)  # facts
+MAX_ANSWER = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -51,25 +56,61 @@ def make_cases(tokenizer: Tokenizer, seed: int) -> list[Case]:
     return cases
 
 
+def refuse_too_small_a_pool(cases: list[Case], num_blocks: int, block_size: int) -> None:
+    """Raise InvalidOption if the longest story and its answer could never be in the pool."""
+    needed = -(-(max(case.num_tokens for case in cases) + MAX_ANSWER) // block_size)
+    if num_blocks < needed:
+        raise InvalidOption(
+            f"num_blocks is {num_blocks}, and the longest story with its answer needs {needed} "
+            f"blocks of {block_size} tokens: raise num_blocks to {needed} or more."
+        )
+
+
+def introduction(cases: list[Case], num_blocks: int, block_size: int) -> tuple[str, str]:
+    """What there is to see, and one of the prompts as an example."""
+    about = (
+        f"Eight stories, of 1 to {cases[-1].num_facts} facts, share a pool of {num_blocks} blocks. "
+        f"A block holds the keys and values of {block_size} tokens, and a story takes one only "
+        'when it needs it. "Back" is how many tokens back the answer stands. Story B, for one:'
+    )
+    return about, cases[1].prompt
+
+
 class Scoreboard:
-    """The cases and the answers so far, right and wrong."""
+    """The cases and how far each has come; listens to the events, and is drawn as a table."""
 
     def __init__(self, cases: list[Case]) -> None:
         self.cases = cases
         self.outputs: list[RequestOutput | None] = [None] * len(cases)
+        self._requests: list[str] = []  # in order of admission, which is the order of the cases
+        self._computed: dict[str, int] = {}  # tokens, by request
+        self._owners: dict[int, str] = {}  # sequence id -> request
+        self._out: list[str] = []
 
     def update(self, index: int, output: RequestOutput) -> None:
+        """Note what a case has so far."""
         self.outputs[index] = output
 
+    def __call__(self, event: Event) -> None:
+        """Listen to one event."""
+        if event.event == "admit":
+            request = event.fields["request"]
+            if request not in self._requests:
+                self._requests.append(request)
+            self._computed[request] = 0
+            self._owners |= dict.fromkeys(event.fields["seqs"], request)
+        elif event.event == "schedule":
+            self._out = event.fields["waiting"] + event.fields["swapped"]
+            for seq_id, num_tokens in event.fields["tokens"].items():
+                self._computed[self._owners[seq_id]] += num_tokens
+
     def answer(self, index: int) -> str:
+        """What has been generated for a case."""
         output = self.outputs[index]
         return "" if output is None else output.outputs[0].text.strip()
 
-    def is_finished(self, index: int) -> bool:
-        output = self.outputs[index]
-        return output is not None and output.finished
-
     def is_right(self, index: int) -> bool:
+        """Whether the answer is the only right one, word for word."""
         return self.cases[index].question.is_answered_by(self.answer(index))
 
     @property
@@ -95,26 +136,49 @@ class Scoreboard:
             for index, case in enumerate(self.cases)
         ]
 
+    def summary(self, seconds: float | None, fitted_before: int, max_model_len: int) -> str:
+        """What has been seen. `seconds` is None where the run was slowed down to be watched."""
+        read = sum(case.num_tokens for case in self.cases)
+        speed = ""
+        if seconds is not None:
+            speed = f" in {seconds:.1f} s ({(read + self.num_generated) / seconds:.0f} tokens/s)"
+        return (
+            f"{self.num_right} of {len(self.cases)} right; {read} prompt tokens read and "
+            f"{self.num_generated} generated{speed}. Had each story reserved room for "
+            f"{max_model_len} tokens beforehand, as was usual before paging, the same memory would "
+            f"have held {fitted_before} of them at a time."
+        )
+
     def __rich__(self) -> Table:
-        table = Table(box=None, padding=(0, 1))
-        for title in ("facts", "tokens", "looks back"):
-            table.add_column(title, justify="right")
-        for title in ("question", "answer", ""):
-            table.add_column(title)
+        # One line a case and fixed widths: a table that grows would push what is above it away.
+        table = Table(box=None, padding=(0, 1), expand=True)
+        table.add_column("")
+        for title in ("facts", "tokens", "back"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("question", ratio=5, no_wrap=True, overflow="ellipsis")
+        table.add_column("answer", ratio=4, no_wrap=True, overflow="ellipsis")
+        table.add_column("", ratio=3, no_wrap=True, overflow="ellipsis")
         for index, case in enumerate(self.cases):
             table.add_row(
+                letter(index),
                 str(case.num_facts),
                 str(case.num_tokens),
                 str(case.looks_back),
                 case.question.text,
                 self.answer(index),
-                self._verdict(index),
+                self._state(index),
             )
         return table
 
-    def _verdict(self, index: int) -> str:
-        if not self.is_finished(index):
-            return ""
-        if self.is_right(index):
-            return "[green]right[/green]"
-        return f"[red]wrong: {self.cases[index].question.answer}[/red]"
+    def _state(self, index: int) -> Text:
+        output, case = self.outputs[index], self.cases[index]
+        if output is not None and output.finished:
+            if self.is_right(index):
+                return Text("right", style="green")
+            return Text(f"wrong: {case.question.answer}", style="red")
+        request = self._requests[index] if index < len(self._requests) else None
+        if request is None or request in self._out:
+            return Text("waiting", style="dim")
+        if self._computed[request] < case.num_tokens:
+            return Text(f"reading {self._computed[request]}/{case.num_tokens}", style="dim")
+        return Text("answering", style="dim")

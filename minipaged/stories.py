@@ -107,7 +107,12 @@ class Story:
 def ask(fact: Fact, fact_index: int = 0) -> tuple[Question, ...]:
     """All questions about one fact, one of each kind, in the order of `KINDS`."""
     return (
-        Question(f"What did {fact.name} do?", f"{fact}", fact_index, "deed"),
+        Question(
+            f"What did {fact.name} do with the {fact.thing}?",
+            str(fact),
+            fact_index,
+            "deed",
+        ),
         Question(
             f"Where is the {fact.thing} of {fact.name}?",
             f"{fact.place.capitalize()}.",
@@ -148,6 +153,12 @@ def tell(num_facts: int, seed: int) -> Story:
             rng.sample(NAMES, num_facts), rng.sample(THINGS, num_facts), strict=True
         )
     )
+    return retell(facts)
+
+
+def retell(facts: Iterable[Fact]) -> Story:
+    """The story of facts of your own choice; give each its own name and its own thing."""
+    facts = tuple(facts)
     return Story(
         facts=facts,
         text=" ".join([OPENING, *map(str, facts)]),

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 LAYERS = (
     "version shapes errors config events sequence outputs stories memory scheduler batch kv_cache "
     "attention models sampling tokenizer prompts detokenizer chat request runner parts engine llm "
-    "demo terminal cli __main__"
+    "terminal demo talk cli __main__"
 ).split()
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

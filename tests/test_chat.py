@@ -50,16 +50,30 @@ def test_a_template_can_do_nothing_but_build_text(tmp_path, attack):
         render_chat(write(tmp_path, attack), MESSAGES)
 
 
+def test_a_template_may_refuse_messages_with_a_reason(tmp_path):
+    folder = write(tmp_path, "{{ raise_exception('no system turns here') }}")
+    with pytest.raises(InvalidRequest, match="no system turns here"):
+        render_chat(folder, MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "messages", [[], "hello", [{"role": "user"}], [{"role": "user", "content": [{"type": "x"}]}]]
+)
+def test_what_is_no_chat_is_refused(tmp_path, messages):
+    with pytest.raises(InvalidRequest, match="is no message of a chat"):
+        render_chat(write(tmp_path, ""), messages)
+
+
 def test_a_conversation_and_many_conversations_are_answered():
     llm = LLM("storyteller")
     story = "Once upon a time Theo the frog put the white key in the meadow."
     told = [
         {"role": "system", "content": story},
-        {"role": "user", "content": "What did Theo do?"},
+        {"role": "user", "content": "What did Theo do with the key?"},
     ]
     greedy = SamplingParams(temperature=0.0, max_tokens=20)
     [one] = llm.chat(told, greedy, use_tqdm=False)
-    assert one.prompt == f"{story}\nQ: What did Theo do?\nA:"
+    assert one.prompt == f"{story}\nQ: What did Theo do with the key?\nA:"
     assert one.outputs[0].text == " Theo the frog put the white key in the meadow."
     many = llm.chat([told, told], greedy, use_tqdm=False)
     assert [o.outputs[0].text for o in many] == [one.outputs[0].text] * 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -37,7 +38,7 @@ def test_a_starved_demo_gives_the_same_answers(capsys, monkeypatch):
     _, ample, _ = minipaged(capsys, monkeypatch, "demo", "--json")
     for preemption in ("recompute", "swap"):
         _, starved, _ = minipaged(
-            capsys, monkeypatch, "demo", "--json", "--num-blocks", "33", "--preemption", preemption
+            capsys, monkeypatch, "demo", "--json", "--num-blocks", "36", "--preemption", preemption
         )
         assert json.loads(starved)["answers"] == json.loads(ample)["answers"]
 
@@ -45,9 +46,10 @@ def test_a_starved_demo_gives_the_same_answers(capsys, monkeypatch):
 def test_demo_shows_the_questions_and_the_pool(capsys, monkeypatch):
     code, out, _ = minipaged(capsys, monkeypatch, "demo", "--show-blocks")
     assert code == 0
-    assert "right" in out
-    assert "The pool at its fullest" in out
-    assert "█" in out
+    assert out.count(" right ") + out.count(" wrong: ") >= 8
+    picture = out[out.index("The pool at its fullest") :]
+    assert re.search(r"^ +0 [A-Ha-h·]{64}$", picture, re.MULTILINE)
+    assert "128 blocks of 16 in use" in " ".join(picture.split())
 
 
 def test_a_trace_is_a_file_of_versioned_events_and_ends_with_an_empty_pool(
@@ -75,7 +77,10 @@ def test_a_trace_is_a_file_of_versioned_events_and_ends_with_an_empty_pool(
 
 def test_a_trace_of_a_run_that_fails_is_not_left_half_written(capsys, monkeypatch, tmp_path):
     trace = tmp_path / "events.jsonl"
-    code, _, _ = minipaged(capsys, monkeypatch, "demo", "--num-blocks", "2", "--trace", str(trace))
+    code, _, _ = minipaged(
+        capsys, monkeypatch, "generate", "x y z", "--num-blocks", "1", "--block-size", "1",
+        "--trace", str(trace),
+    )  # fmt: skip
     assert code == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -105,10 +110,10 @@ def test_chat_answers_from_the_story_it_was_told(capsys, monkeypatch):
     code, out, _ = minipaged(
         capsys, monkeypatch, "chat",
         "--system", "Once upon a time Theo the frog put the white key in the meadow.",
-        stdin="What did Theo do?\nWhat colour is the key of Theo?\n\nnever read\n",
+        stdin="What did Theo do with the key?\nWhat colour is the key of Theo?\n\nnever read\n",
     )  # fmt: skip
     assert code == 0
-    assert out.splitlines()[-2:] == [" Theo the frog put the white key in the meadow.", " White."]
+    assert out.splitlines()[-2:] == ["Theo the frog put the white key in the meadow.", "White."]
 
 
 def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
@@ -128,11 +133,15 @@ def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
         (["demo", "--num-block", "3"], "No such option: --num-block"),
         (["dance"], "No such command 'dance'"),
         (["demo", "--block-size", "large"], "'--block-size'"),
-        (["demo", "--block-size", "0"], "block_size is 0"),
-        (["demo", "--num-blocks", "1"], "the pool has 1"),
+        (["demo", "--block-size", "0"], "--block-size is 0"),
+        (["demo", "--num-blocks", "9"], "--num-blocks is 9, and the longest story"),
+        (["demo", "--num-blocks", "10000000"], "the machine has"),
+        (["generate", "-"], "no prompt on standard input"),
+        (["generate", "once upon a time", "--num-blocks", "0"], "--num-blocks is 0"),
+        (["demo", "--trace", "."], "trace is '.', a folder"),
         (["demo", "--attention-backend", "magic"], "no attention backend 'magic'"),
         (["demo", "--preemption", "never"], "preemption is 'never'"),
-        (["demo", "--trace", "no/such/folder/t"], "no/such/folder/t.part: No such file"),
+        (["demo", "--trace", "no/such/folder/t"], "trace is 'no/such/folder/t', where nothing"),
         (["generate", "hi", "--model", "nowhere"], "no folder 'nowhere'"),
         (["generate", "hi", "--temperature", "-1"], "temperature is -1"),
         (["generate"], "Missing argument"),
@@ -146,6 +155,48 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, monkeypatch, argument
     assert len(lines) == 1
     assert sentence in lines[0]
     assert "Traceback" not in err
+
+
+def test_no_command_prints_the_help(capsys, monkeypatch):
+    code, out, err = minipaged(capsys, monkeypatch)
+    assert (code, err) == (0, "")
+    assert "Commands:" in out
+
+
+def test_a_trace_can_go_to_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = f"cat {pipe} & {sys.executable} -m minipaged generate Once --max-tokens 2 --json"
+    shell = ["bash", "-c", f"{command} --trace {pipe}; wait"]
+    result = subprocess.run(shell, capture_output=True, text=True, check=True)
+    kinds = {json.loads(line).get("event", "output") for line in result.stdout.splitlines()}
+    assert {"admit", "schedule", "free", "output"} <= kinds
+    assert pipe.is_fifo()
+
+
+def test_text_that_ends_early_for_want_of_memory_says_so(capsys, monkeypatch):
+    code, _, err = minipaged(
+        capsys, monkeypatch, "generate", "Once upon a time", "--num-blocks", "2", "--ignore-eos"
+    )
+    assert code == 0
+    assert "'Once upon a time' ended after 29 of 64 tokens" in err
+
+
+def test_generated_text_is_not_broken_into_lines(capsys, monkeypatch):
+    prompt = "Theo the frog put the white key in the meadow. " * 5
+    _, out, _ = minipaged(capsys, monkeypatch, "generate", prompt, "--max-tokens", "1")
+    assert out.startswith(prompt)
+
+
+def test_a_terminal_that_cannot_show_a_letter_shows_a_question_mark():
+    result = subprocess.run(
+        [sys.executable, "-m", "minipaged", "generate", "Wörld", "--max-tokens", "1"],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert result.returncode == 0
+    assert b"W?rld" in result.stdout
 
 
 def test_a_model_without_a_tokenizer_says_so(capsys, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The event stream: complete enough to rebuild, from outside, who owns which block."""
 
 import json
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +13,6 @@ from minipaged.terminal import BlockMap
 
 
 def traced_engine(*listeners, **options) -> Engine:
-    from dataclasses import replace
-
     ticks = iter(range(10**9))
     log = EventLog(*listeners, clock=lambda: float(next(ticks)))
     return Engine(Parts().checked().traced(log).build_scheduler(replace(CONFIG, **options)))
@@ -70,16 +69,42 @@ def test_a_listener_knows_every_block_table_and_every_owner(requests, num_blocks
 
 def test_the_picture_shows_full_partial_shared_and_free_blocks():
     picture = BlockMap(4, 4)
-    picture(Event("admit", 1, 0.0, {"request": "0", "seqs": {0: [0, 1]}, "tokens": {0: 6}}))
-    picture(Event("admit", 1, 0.0, {"request": "1", "seqs": {1: [3]}, "tokens": {1: 4}}))
+    picture(Event("admit", 1, 0.0, {"request": "x", "seqs": {0: [0, 1]}, "tokens": {0: 6}}))
+    picture(Event("admit", 1, 0.0, {"request": "y", "seqs": {1: [3]}, "tokens": {1: 4}}))
     picture(Event("fork", 1, 0.0, {"parent": 1, "child": 2}))
-    queues = {"running": ["0", "1"], "waiting": [], "swapped": []}
+    queues = {"running": ["x", "y"], "waiting": [], "swapped": []}
     picture(Event("schedule", 1, 0.0, {"tokens": {0: 6, 1: 4}, **queues}))
-    headline, row = picture.picture().plain.splitlines()
+    headline, _, row = picture.picture().plain.splitlines()
     assert headline == (
         "step 1: 2 running, 0 waiting, 0 swapped; 3 of 4 blocks of 4 in use, "
         "83% of their slots filled"
     )
-    assert row.split() == ["0", "█▌·2"]
+    assert row.split() == ["0", "Aa·2"]
     picture(Event("free", 2, 0.0, {"seq": 0}))
-    assert picture.picture().plain.splitlines()[1].split() == ["0", "···2"]
+    headline, _, row = picture.picture().plain.splitlines()
+    assert headline.startswith("step 2: 1 running")
+    assert row.split() == ["0", "···2"]
+    assert picture.fullest().plain.splitlines()[2].split() == ["0", "Aa·2"]
+
+
+def test_a_pool_too_large_to_draw_is_drawn_as_far_as_it_was_used():
+    picture = BlockMap(10_000, 4)
+    picture(Event("admit", 1, 0.0, {"request": "x", "seqs": {0: [0, 70]}, "tokens": {0: 8}}))
+    queues = {"running": ["x"], "waiting": [], "swapped": []}
+    picture(Event("schedule", 1, 0.0, {"tokens": {0: 8}, **queues}))
+    lines = picture.picture(width=48).plain.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["0", "40", "and"]
+    assert lines[-1].split() == ["and", "9929", "more"]
+
+
+def test_one_traced_set_of_parts_can_serve_two_engines():
+    pools = []
+    log = EventLog(lambda e: pools.append(e.fields["pool"]) if e.event == "allocate" else None)
+    parts = Parts().traced(log)
+    for _ in range(2):
+        engine = Engine(parts.build_scheduler(replace(CONFIG, num_blocks=4, preemption="swap")))
+        engine.add(8)
+        engine.add(8)
+        engine.run()
+    assert pools[: len(pools) // 2] == pools[len(pools) // 2 :]
+    assert set(pools) == {"pool", "swap"}

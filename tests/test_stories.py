@@ -19,6 +19,7 @@ from minipaged.stories import (
     Fact,
     ask,
     prompt,
+    retell,
     tell,
     transcript,
 )
@@ -53,6 +54,13 @@ def test_the_text_is_the_opening_and_then_every_fact_in_order(num_facts: int) ->
     assert rest == ""
 
 
+def test_facts_of_your_own_make_a_story_too() -> None:
+    story = retell([THEO])
+    assert story.text == f"{OPENING} {THEO}"
+    assert story.questions == ask(THEO)
+    assert retell(tell(8, seed=9).facts) == tell(8, seed=9)
+
+
 def test_a_fact_is_one_regular_sentence() -> None:
     assert str(THEO) == "Theo the frog put the white key in the meadow."
 
@@ -60,7 +68,10 @@ def test_a_fact_is_one_regular_sentence() -> None:
 def test_each_kind_of_question_asks_for_its_part_of_the_fact() -> None:
     asked = {question.kind: (question.text, question.answer) for question in ask(THEO)}
     assert asked == {
-        "deed": ("What did Theo do?", "Theo the frog put the white key in the meadow."),
+        "deed": (
+            "What did Theo do with the key?",
+            "Theo the frog put the white key in the meadow.",
+        ),
         "place": ("Where is the key of Theo?", "In the meadow."),
         "colour": ("What colour is the key of Theo?", "White."),
         "animal": ("Which animal is Theo?", "A frog."),

@@ -8,6 +8,8 @@ from minipaged import LLM, Parts, SamplingParams
 from minipaged.stories import KINDS, prompt, tell
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
+STORY = "Once upon a time Theo the frog put the white key in the meadow."
+QUESTION = f"{STORY}\nQ: What did Theo do with the key?\nA:"
 
 
 def questions_of(num_facts: int, num_stories: int, seed: int = 10**6):
@@ -49,24 +51,18 @@ def test_it_cannot_answer_when_blocks_are_mixed_up():
 
 def test_text_ends_before_a_stop_string_however_tokens_straddle_it():
     llm = LLM("storyteller")
-    story = (
-        "Once upon a time Theo the frog put the white key in the meadow.\nQ: What did Theo do?\nA:"
-    )
-    [whole] = llm.generate(story, GREEDY, use_tqdm=False)
+    [whole] = llm.generate(QUESTION, GREEDY, use_tqdm=False)
     text = whole.outputs[0].text
     assert text == " Theo the frog put the white key in the meadow."
     params = SamplingParams(temperature=0.0, max_tokens=32, stop=["og put the wh", "zebra"])
-    [stopped] = llm.generate(story, params, use_tqdm=False)
+    [stopped] = llm.generate(QUESTION, params, use_tqdm=False)
     assert stopped.outputs[0].text == " Theo the fr"
     assert stopped.outputs[0].stop_reason == "og put the wh"
 
 
 def test_what_is_streamed_adds_up_to_the_text():
     llm = LLM("storyteller")
-    story = (
-        "Once upon a time Theo the frog put the white key in the meadow.\nQ: What did Theo do?\nA:"
-    )
-    texts = [output.outputs[0].text for _, output in llm.stream(story, GREEDY)]
+    texts = [output.outputs[0].text for _, output in llm.stream(QUESTION, GREEDY)]
     assert len(texts) > 5
     assert all(late.startswith(early) for early, late in pairwise(texts))
 
