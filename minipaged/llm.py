@@ -1,6 +1,6 @@
 """The front door: prompts in, RequestOutputs out."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources import files
 from itertools import count
 from math import ceil
@@ -95,19 +95,13 @@ class LLM:
         self.folder = _find(model)
         loaded = load_model(self.folder, backend, dtype, where)
         kv_dtype = next(loaded.parameters()).dtype
-        max_model_len = _choose_length(max_model_len, loaded.config)
         require_whole("block_size", block_size, 1)
-        require_whole("max_num_seqs", max_num_seqs, 1)
         block_bytes = block_size * loaded.config.kv_bytes_per_token(kv_dtype.itemsize)
-        if num_blocks is None:
-            enough = max_num_seqs * ceil(max_model_len / block_size)
-            num_blocks = min(enough, blocks_that_fit(block_bytes, where, gpu_memory_utilization))
-        if max_num_batched_tokens is None:
-            whole_prompt = 0 if enable_chunked_prefill else max_model_len
-            max_num_batched_tokens = max(2048, max_num_seqs, whole_prompt)
-        config = EngineConfig(
+        config = _choose_config(
+            loaded.config,
+            lambda: blocks_that_fit(block_bytes, where, gpu_memory_utilization),
             num_blocks=num_blocks,
-            num_swap_blocks=num_blocks if num_swap_blocks is None else num_swap_blocks,
+            num_swap_blocks=num_swap_blocks,
             max_model_len=max_model_len,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
@@ -243,16 +237,47 @@ def _open_tokenizer(folder: Path) -> Tokenizer | None:
         return None  # token ids still work; text is refused with a sentence
 
 
-def _choose_length(asked: int | None, config: ModelConfig) -> int:
-    longest = config.max_position_embeddings
-    if asked is not None:
-        require_whole("max_model_len", asked, 2)
-    if asked is not None and asked > longest:
+def _choose_config(
+    model: ModelConfig,
+    room: Callable[[], int],
+    *,
+    num_blocks: int | None,
+    num_swap_blocks: int | None,
+    max_model_len: int | None,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int | None,
+    enable_chunked_prefill: bool,
+    **others: Any,
+) -> EngineConfig:
+    """What was asked for, and a number for what was left open; `room` is the pool that fits."""
+    require_whole("max_num_seqs", max_num_seqs, 1)
+    longest = model.max_position_embeddings
+    if max_model_len is None:
+        max_model_len = longest
+    require_whole("max_model_len", max_model_len, 2)
+    if max_model_len > longest:
         raise InvalidOption(
-            f"max_model_len is {asked}, but {config.architecture} was made for {longest} "
+            f"max_model_len is {max_model_len}, but {model.architecture} was made for {longest} "
             f"tokens here: give at most {longest}."
         )
-    return longest if asked is None else asked
+    if num_blocks is None:
+        num_blocks = min(max_num_seqs * ceil(max_model_len / block_size), room())
+    if num_swap_blocks is None:
+        num_swap_blocks = num_blocks
+    if max_num_batched_tokens is None:
+        whole_prompt = 0 if enable_chunked_prefill else max_model_len
+        max_num_batched_tokens = max(2048, max_num_seqs, whole_prompt)
+    return EngineConfig(
+        num_blocks=num_blocks,
+        num_swap_blocks=num_swap_blocks,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_chunked_prefill=enable_chunked_prefill,
+        **others,
+    )
 
 
 def _one_for_each(params: Any, num_prompts: int) -> list[SamplingParams]:

@@ -46,7 +46,13 @@ FAMILIES: dict[str, Family] = {  # by the architecture that config.json names
     "OPTForCausalLM": Family(OPTConfig.from_hf, OPT, OPT_WEIGHTS),
 }
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float": torch.float32,
+    "half": torch.float16,
+}
 # As safetensors names the types that weights may be stored in; all others are quantised formats.
 _DTYPES_IN_FILES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FROM_ONE_PLACE = "download config.json and the weights from one place"
