@@ -1,7 +1,8 @@
 """From what the scheduler decided to tensors: all index arithmetic of a step is in this file.
 
-A step's query tokens lie flat, sequence behind sequence. Two sequences, the first decoding one
-token behind 5 others, the second beginning a prompt of 3, with blocks of 4 slots:
+The tokens that a step computes, its query tokens, lie flat, sequence behind sequence. Two of them,
+the first decoding one token behind 5 others, the second beginning a prompt of 3, with blocks of 4
+slots:
 
     token_ids     [ t5 | p0 p1 p2 ]
     positions     [  5 |  0  1  2 ]      place of each token in its sequence
@@ -91,7 +92,7 @@ class BatchBuilder:
         self._free_rows = list(reversed(range(max_num_seqs)))
 
     def build(self, queries: Many[Query]) -> Batch:
-        """One batch of these queries, in this order. Raises nothing: the scheduler has checked."""
+        """One batch of these queries, in this order; at most `max_num_seqs` of them."""
         spans: list[Span] = []
         token_ids: list[int] = []
         logit_rows: list[int] = []

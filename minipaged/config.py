@@ -47,8 +47,8 @@ class EngineConfig:
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 2048  # query tokens in one step
     enable_chunked_prefill: bool = True  # False: a prompt runs whole or not at all, as in the paper
-    preemption: PreemptionMode = "auto"  # auto: swap groups of several sequences, recompute others
-    watermark: float = 0.01  # the part of the pool that admission leaves free (section 4.3)
+    preemption: PreemptionMode = "auto"  # auto: swap groups of several, recompute others
+    watermark: float = 0.01  # the part of the pool that admission leaves free
 
     def __post_init__(self) -> None:
         least = {"block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1}
@@ -81,7 +81,7 @@ class EngineConfig:
 
     @property
     def watermark_blocks(self) -> int:
-        """Blocks that admission leaves free, so that those who run can grow (section 4.3)."""
+        """Blocks that admission leaves free, so that those who run can grow."""
         return int(self.watermark * self.num_blocks)
 
     @property

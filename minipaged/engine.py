@@ -127,6 +127,7 @@ class LLMEngine:
 
         Raises:
             InvalidRequest, PromptTooLong: it could never be served; all others go on.
+            InvalidOption: its parameters name a token that the model lacks.
             MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
         """
         params = SamplingParams() if params is None else params
@@ -135,15 +136,13 @@ class LLMEngine:
         seq = Sequence(next(self._seq_ids), token_ids)
         group = SequenceGroup(request_id, [seq], num_seats=params.num_samples)
         self.scheduler.add(group)
-        own_seed = self._seeds.getrandbits(63)
+        seed = self._seeds.getrandbits(63)  # drawn in any case: one request shifts no other's seed
+        if params.seed is not None:
+            seed = params.seed
         self._requests[request_id] = Request(
             group,
             params,
-            [
-                Completion(
-                    seq, params, self.tokenizer, own_seed if params.seed is None else params.seed
-                )
-            ],
+            [Completion(seq, params, self.tokenizer, seed)],
             prompt=text,
             arrival_time=self._clock(),
             eos_token_ids=self.runner.model.config.eos_token_ids,
@@ -160,8 +159,8 @@ class LLMEngine:
         return request.output()
 
     @property
-    def num_unfinished_requests(self) -> int:
-        return len(self._requests)
+    def unfinished_request_ids(self) -> set[str]:
+        return set(self._requests)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)

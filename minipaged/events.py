@@ -32,7 +32,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened: in which step, when (seconds on the log's clock), and its fields."""
+    """One thing that happened: the step, the time (seconds since the log began), its fields."""
 
     event: str
     step: int
@@ -84,17 +84,6 @@ class TracedAllocator(_Wrapper):
     def __init__(self, inner: Any, log: EventLog, pool: str) -> None:
         super().__init__(inner, log)
         self._pool = pool
-
-    @property
-    def num_blocks(self) -> int:
-        return self._inner.num_blocks
-
-    @property
-    def num_free(self) -> int:
-        return self._inner.num_free
-
-    def ref_count(self, block: int) -> int:
-        return self._inner.ref_count(block)
 
     def allocate(self) -> int:
         block = self._inner.allocate()

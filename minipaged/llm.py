@@ -1,6 +1,6 @@
 """The front door: prompts in, RequestOutputs out."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from itertools import count
 from math import ceil
@@ -27,12 +27,13 @@ from minipaged.outputs import RequestOutput
 from minipaged.parts import Parts
 from minipaged.prompts import Prompt, list_prompts
 from minipaged.runner import (
+    SWAP_BYTES,
     ModelRunner,
     blocks_that_fit,
     choose_device,
     refuse_more_than_memory,
 )
-from minipaged.sampling import SamplingParams
+from minipaged.sampling import SamplingParams, one_for_each
 from minipaged.tokenizer import Tokenizer
 
 EMBEDDED = ("storyteller",)  # models that ship inside the package
@@ -53,13 +54,15 @@ class LLM:
         block_size: token slots in a block.
         num_blocks: blocks in the pool; None: enough for `max_num_seqs` of the longest sequences,
             if the memory has room for them.
-        num_swap_blocks: blocks in the swap pool in host memory; None: as many as in the pool.
+        num_swap_blocks: blocks in the swap pool in host memory; None: as many as in the pool, up to
+            2 GiB of them.
         max_model_len: longest prompt and output together; None: what the model can take.
         gpu_memory_utilization: the part of a GPU's memory that weights and cache may fill.
         max_num_seqs: sequences in one step.
         max_num_batched_tokens: tokens in one step; None: 2,048, more where a whole prompt needs it.
         enable_chunked_prefill: whether a long prompt may be computed over several steps.
-        preemption: "recompute", "swap", or "auto" as the paper does.
+        preemption: "recompute", "swap", or "auto": what the first vLLM did, swapping groups of
+            several sequences and recomputing single ones.
         watermark: the part of the pool that admission leaves free for those who run.
         seed: of all random choices of requests that bring no seed of their own.
         parts: other players for allocator, memory, scheduler, victim, attention.
@@ -100,6 +103,7 @@ class LLM:
         config = _choose_config(
             loaded.config,
             lambda: blocks_that_fit(block_bytes, where, gpu_memory_utilization),
+            max(1, SWAP_BYTES // block_bytes),
             num_blocks=num_blocks,
             num_swap_blocks=num_swap_blocks,
             max_model_len=max_model_len,
@@ -110,7 +114,7 @@ class LLM:
             preemption=preemption,
             watermark=watermark,
         )
-        refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes)
+        refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes, where)
         self.engine = LLMEngine(
             config,
             parts.build_scheduler(config),
@@ -142,8 +146,8 @@ class LLM:
             use_tqdm: show a progress bar with tokens per second.
 
         Raises:
-            InvalidRequest, MissingTokenizer: a prompt can never be served. None of this call's
-                prompts is then left in the engine; other calls go on.
+            InvalidRequest, InvalidOption, MissingTokenizer: a prompt can never be served. None of
+                this call's prompts is then left in the engine; other calls go on.
         """
         many = list_prompts(prompts)
         finished: dict[int, RequestOutput] = {}
@@ -170,7 +174,7 @@ class LLM:
         computed before the first output is asked for.
         """
         many = list_prompts(prompts)
-        params = _one_for_each(sampling_params, len(many))
+        params = one_for_each(sampling_params, len(many))
         self._refuse_to_run_for_others()
         mine: dict[str, int] = {}  # request id -> index of the prompt
         try:
@@ -196,7 +200,7 @@ class LLM:
                 self._news.pop(request_id, None)
 
     def _refuse_to_run_for_others(self) -> None:
-        if self.engine.num_unfinished_requests > len(self._news):
+        if not self.engine.unfinished_request_ids <= self._news.keys():
             raise InvalidRequest(
                 "llm.engine is serving requests that were added to it directly, whose outputs "
                 "would be lost here: finish them with llm.engine.step() first."
@@ -240,6 +244,7 @@ def _open_tokenizer(folder: Path) -> Tokenizer | None:
 def _choose_config(
     model: ModelConfig,
     room: Callable[[], int],
+    swap_room: int,
     *,
     num_blocks: int | None,
     num_swap_blocks: int | None,
@@ -250,7 +255,7 @@ def _choose_config(
     enable_chunked_prefill: bool,
     **others: Any,
 ) -> EngineConfig:
-    """What was asked for, and a number for what was left open; `room` is the pool that fits."""
+    """What was asked for, and a number for what was left open, within what memory has room for."""
     require_whole("max_num_seqs", max_num_seqs, 1)
     longest = model.max_position_embeddings
     if max_model_len is None:
@@ -263,8 +268,9 @@ def _choose_config(
         )
     if num_blocks is None:
         num_blocks = min(max_num_seqs * ceil(max_model_len / block_size), room())
+    require_whole("num_blocks", num_blocks, 1)
     if num_swap_blocks is None:
-        num_swap_blocks = num_blocks
+        num_swap_blocks = min(num_blocks, swap_room)
     if max_num_batched_tokens is None:
         whole_prompt = 0 if enable_chunked_prefill else max_model_len
         max_num_batched_tokens = max(2048, max_num_seqs, whole_prompt)
@@ -278,21 +284,3 @@ def _choose_config(
         enable_chunked_prefill=enable_chunked_prefill,
         **others,
     )
-
-
-def _one_for_each(params: Any, num_prompts: int) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * num_prompts
-    if isinstance(params, Mapping) or not isinstance(params, Iterable):
-        raise InvalidRequest(f"{params!r} is no SamplingParams: give SamplingParams(...).")
-    each = list(params)
-    if None in each:
-        raise InvalidRequest("one of the sampling_params is None: give SamplingParams(...).")
-    if len(each) != num_prompts:
-        raise InvalidRequest(
-            f"{num_prompts} prompts came with {len(each)} sampling_params: give one for all, or "
-            "one for each."
-        )
-    return each

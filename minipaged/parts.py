@@ -2,7 +2,7 @@
 
     LLM(parts=Parts(allocator=MyAllocator))      # a class of yours
     LLM(parts=Parts().checked())                 # everything counted twice
-    LLM(parts=Parts().traced(log))               # everything observed
+    LLM(parts=Parts().traced(log))               # scheduler, memory and allocators observed
 
 `checked` and `traced` wrap whatever parts they find, so yours are checked and traced like ours.
 """
@@ -30,8 +30,8 @@ class Parts:
     """The roles, and the library's own players as defaults.
 
     allocator        called with the number of blocks; once for the pool, once for the swap pool
-    memory           called with the arguments of BlockManager
-    scheduler        called with the arguments of FCFSScheduler
+    memory           called with the arguments of BlockManager, by keyword
+    scheduler        called with the arguments of FCFSScheduler, by position
     victim           whom to preempt, of the running groups younger than the one in need
     paged_attention  None: the attention backend's
     store_kv         None: the attention backend's
@@ -72,7 +72,7 @@ class Parts:
         )
 
     def traced(self, log: EventLog) -> "Parts":
-        """The same parts, every call of which is written to the log."""
+        """The same parts, with every change to queues and blocks written to the log."""
 
         def scheduler(*arguments: Any) -> Scheduler:
             return cast(Scheduler, TracedScheduler(self.scheduler(*arguments), log))

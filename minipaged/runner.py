@@ -13,6 +13,7 @@ from minipaged.scheduler import ScheduledBatch
 from minipaged.shapes import Float
 
 GIB = 1024**3
+SWAP_BYTES = 2 * GIB  # a swap pool takes no more host memory than this unless asked to
 
 
 class ModelRunner:
@@ -32,7 +33,7 @@ class ModelRunner:
         self.kv_cache.swap_out(plan.swap_out)
         self.kv_cache.swap_in(plan.swap_in)
         self.kv_cache.copy(plan.copies)
-        if not batch.spans:  # a step may do nothing but move blocks, or end a group
+        if not batch.spans:  # a step that only ended a group has no tokens
             return torch.empty(0, self.model.config.vocab_size)
         hidden = self.model(batch.token_ids, batch.positions, self.kv_cache, batch)
         return self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
@@ -57,14 +58,14 @@ def blocks_that_fit(block_bytes: int, device: torch.device, gpu_memory_utilizati
     """How many blocks of keys and values the memory has room for, weights already loaded.
 
     On a GPU: what `gpu_memory_utilization` of its memory leaves beside all that is in use. On a
-    CPU: a quarter of the machine's memory, 4 GiB at the most, since others need some too.
-    Raises InvalidOption if not even one block fits.
+    CPU: an eighth of the machine's memory, 2 GiB at the most, for the swap pool takes as much
+    again, and others need some too. Raises InvalidOption if not even one block fits.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * gpu_memory_utilization) - (total - free)
     else:
-        budget = min(physical_memory() // 4, 4 * GIB)
+        budget = min(physical_memory() // 8, SWAP_BYTES)
     if budget < block_bytes:
         raise InvalidOption(
             f"a block of keys and values takes {block_bytes} bytes, and {max(budget, 0)} are left "
@@ -73,17 +74,20 @@ def blocks_that_fit(block_bytes: int, device: torch.device, gpu_memory_utilizati
     return budget // block_bytes
 
 
-def refuse_more_than_memory(num_blocks: int, num_swap_blocks: int, block_bytes: int) -> None:
+def refuse_more_than_memory(
+    num_blocks: int, num_swap_blocks: int, block_bytes: int, device: torch.device
+) -> None:
     """Raise InvalidOption for pools that the machine could never hold.
 
-    Without this, the machine would run out of memory in the middle of a run, or at the first touch.
+    Without this, it would run out of memory in the middle of a run, when the blocks are first used.
     """
-    needed, has = (num_blocks + num_swap_blocks) * block_bytes, physical_memory()
-    if needed > has:
+    in_host = num_swap_blocks if device.type == "cuda" else num_blocks + num_swap_blocks
+    has = physical_memory()
+    if in_host * block_bytes > has:
         raise InvalidOption(
             f"num_blocks is {num_blocks} and num_swap_blocks {num_swap_blocks}: at {block_bytes} "
-            f"bytes a block they need {needed / GIB:.1f} GiB, and the machine has "
-            f"{has / GIB:.1f} GiB. Give at most {has // block_bytes} in all."
+            f"bytes a block, {in_host} of them need {in_host * block_bytes / GIB:.1f} GiB, and the "
+            f"machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all."
         )
 
 

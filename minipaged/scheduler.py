@@ -1,8 +1,8 @@
-"""Who runs next: iteration-level, first come first served (sections 4.5 and 5).
+"""Who runs next: iteration-level scheduling, first come first served (sections 2.3 and 4.5).
 
-Every step begins anew: `schedule()` looks at who is running, swapped and waiting, and says how many
-tokens of which sequence the model computes now. A prompt, a chunk of one, a decode step and a
-recomputation differ only in that number. The order is the paper's:
+Iteration-level means that every step begins anew: `schedule()` looks at who is running, swapped and
+waiting, and says how many tokens of which sequence the model computes now. A prompt, a chunk of
+one, a decode step and a recomputation differ only in that number. The order is that of the first vLLM:
 
     1. the running, oldest first, get the blocks for their next tokens; when the pool runs out, the
        youngest is preempted, by swapping or by recomputation
@@ -150,7 +150,7 @@ class FCFSScheduler:
     def _make_room(
         self, group: SequenceGroup, younger: list[SequenceGroup], plan: ScheduledBatch
     ) -> bool:
-        """Preempt younger groups until this one can go on; False if it had to yield itself."""
+        """Preempt younger groups until this one can go on; False if it had to yield or end."""
         while not self.memory.can_append(group):
             if self._has_outgrown_the_pool(group):
                 self._end(group, plan)
@@ -172,7 +172,8 @@ class FCFSScheduler:
         """Decodes first, one token each, so that no prompt makes them wait; then prompt chunks.
 
         There is a token for every decode, because max_num_batched_tokens >= max_num_seqs. So a
-        group's sequences advance together, and a prompt always gets at least one token.
+        group's sequences advance together. Prompts share what is left in order, and at least one of
+        them advances: not all seats can be taken by decodes then.
         """
         for decoding in (True, False):
             for group in self.running:
@@ -216,11 +217,12 @@ class FCFSScheduler:
     # ---- preemption (section 4.5) --------------------------------------------------------------
 
     def _preempt(self, group: SequenceGroup, plan: ScheduledBatch) -> None:
-        """Take all blocks of a group: the paper swaps groups of several, recomputes the others.
+        """Take all blocks of a group: "auto" swaps groups of several and recomputes the others.
 
+        The paper describes both and compares them (section 7.3); the rule is the first vLLM's.
         Forks share blocks, which recomputation would undo; so a group that has forked is swapped
         whatever the option says. If the swap pool is full, keys and values of a single sequence
-        can still be computed again.
+        can still be computed again, but a forked group must end.
         """
         mode, forked = self.config.preemption, len(group.unfinished) > 1
         swap = forked or mode == "swap" or (mode == "auto" and group.num_seats > 1)

@@ -8,8 +8,9 @@ A sequence is a list of tokens, the first of which have their keys and values in
     [num_computed_tokens, num_tokens)  still to be computed: a whole prompt at first, one token
                                while decoding, everything again after a preemption by recomputation
 
-Prefill and decode are not two states here but two lengths of that last range. Once it is empty,
-the last token's logits are known and the next token is sampled.
+To compute a prompt is called prefill, to go on by one token decode. They are not two states here
+but two lengths of that last range. Once it is empty, the last token's logits are known and the next
+token is sampled.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from enum import Enum, auto
 
 
 class SequenceStatus(Enum):
-    """Where a group stands. The scheduler alone changes it."""
+    """Where a group, and so each of its sequences, stands. The scheduler alone changes it."""
 
     WAITING = auto()  # holds no blocks
     RUNNING = auto()  # its blocks are in the pool
@@ -29,8 +30,8 @@ class SequenceStatus(Enum):
 class Sequence:
     """One prompt and what has been generated after it. Owns the tokens; nobody else edits them.
 
-    The engine appends tokens and marks them computed; the scheduler makes it forget, if its blocks
-    are taken away.
+    A request appends what was sampled, the engine marks what was computed, and the scheduler makes
+    it forget, if its blocks are taken away.
     """
 
     def __init__(self, seq_id: int, prompt_token_ids: Iterable[int]) -> None:
@@ -86,7 +87,7 @@ class SequenceGroup:
     sequences: list[Sequence]
     num_seats: int = 1
     status: SequenceStatus = SequenceStatus.WAITING
-    arrival: int = -1  # the scheduler's running number: first come, first served
+    arrival: int = 0  # the scheduler's running number, from when it is added
     num_preemptions: int = 0
     finished_ids: set[int] = field(default_factory=set[int])
 

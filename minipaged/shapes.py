@@ -6,7 +6,7 @@ read by people only and costs nothing.
 The key to the words, the same everywhere:
 
     tokens      all query tokens of one step, sequence behind sequence
-    seqs        sequences in the step
+    seqs        sequences in the step   seqs_and_one  one more: where each begins and the last ends
     rows        rows of logits that are read
     heads       query heads             kv_heads    key/value heads
     head_dim    numbers in one head     hidden      width of the residual stream

@@ -77,9 +77,8 @@ class BlockMap:
             self._holders[seq_id] = _Holder(request, list(blocks), tokens[seq_id])
 
     def _on_append(self, seq: int, blocks: list[int], tokens: int) -> None:
-        if seq in self._holders:  # an append within an admission is part of its event
-            self._holders[seq].blocks += blocks
-            self._holders[seq].num_tokens = tokens
+        self._holders[seq].blocks += blocks
+        self._holders[seq].num_tokens = tokens
 
     def _on_copy_on_write(self, seq: int, pairs: list[tuple[int, int]]) -> None:
         self._replace(seq, dict(pairs))
@@ -124,9 +123,8 @@ class BlockMap:
         for holder in self._holders.values():
             for logical, block in enumerate([] if holder.swapped else holder.blocks):
                 filled = min(self.block_size, holder.num_tokens - logical * self.block_size)
-                other = owned.get(block, _Owned(holder.request, 0, 0))
-                most = max(filled, other.num_filled)
-                owned[block] = _Owned(holder.request, other.num_owners + 1, most)
+                others = owned[block].num_owners if block in owned else 0
+                owned[block] = _Owned(holder.request, others + 1, filled)
         return owned
 
     def picture(self, width: int = MAX_COLUMNS + 8) -> Text:

@@ -11,6 +11,7 @@ from minipaged.errors import InvalidOption
 from minipaged.kv_cache import KVCache
 from minipaged.memory import BlockTable
 from minipaged.runner import (
+    GIB,
     ModelRunner,
     blocks_that_fit,
     choose_device,
@@ -193,9 +194,12 @@ def test_a_pool_that_not_one_block_fits_into_is_refused():
 
 def test_pools_larger_than_the_machine_are_refused_with_what_would_fit():
     room = physical_memory() // 1000
-    refuse_more_than_memory(room // 2, room // 2, 1000)
-    with pytest.raises(InvalidOption, match=f"Give at most {room} in all"):
-        refuse_more_than_memory(room, 1, 1000)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    refuse_more_than_memory(room // 2, room // 2, 1000, cpu)
+    refuse_more_than_memory(room * 3, room, 1000, cuda)  # there the pool is not in host memory
+    for blocks, swap_blocks, device in [(room, 1, cpu), (1, room + 1, cuda)]:
+        with pytest.raises(InvalidOption, match=f"Give at most {room} in all"):
+            refuse_more_than_memory(blocks, swap_blocks, 1000, device)
 
 
 def test_a_step_swaps_out_then_in_then_copies_and_only_then_runs():
@@ -231,6 +235,33 @@ def test_a_step_without_tokens_still_moves_its_blocks():
     logits = ModelRunner(Model(), cache).run(plan, BatchBuilder(1, 4, 2).build([]))
     assert logits.shape == (0, 50)
     assert blocks_of(cache.layers[0][0]) == [0, 1, 2, 1]
+
+
+def test_slots_of_a_huge_pool_do_not_overflow():
+    batch = BatchBuilder(1, 8, 4).build([query(0, [1], 0, [2**30])])
+    assert batch.slots.tolist() == [2**32]
+
+
+def test_the_model_runs_without_autograd():
+    class Model:
+        config = CONFIG
+
+        def __call__(self, token_ids, positions, kv_cache, batch):
+            assert torch.is_inference_mode_enabled()
+            return torch.zeros(len(token_ids), 12)
+
+        def logits(self, hidden):
+            return hidden
+
+    batch = BatchBuilder(1, 4, 2).build([query(0, [5], 0, [0])])
+    plan = ScheduledBatch(tokens_left=0)
+    assert ModelRunner(Model(), numbered_cache()).run(plan, batch).is_inference()
+
+
+def test_on_a_cpu_the_pool_takes_an_eighth_of_the_memory_and_2_gib_at_most(monkeypatch):
+    for memory, blocks in [(8 * GIB, 1), (100 * GIB, 2)]:
+        monkeypatch.setattr("minipaged.runner.physical_memory", lambda m=memory: m)
+        assert blocks_that_fit(GIB, torch.device("cpu"), 0.9) == blocks
 
 
 def test_devices_are_chosen_by_name():

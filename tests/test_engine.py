@@ -322,7 +322,7 @@ def test_a_prompt_that_cannot_be_served_is_refused_and_leaves_nothing_behind(
     next(somebody_else)
     with pytest.raises(error, match=sentence):
         llm.generate([PROMPTS[2], prompt], GREEDY, use_tqdm=False)
-    assert llm.engine.num_unfinished_requests == 1
+    assert len(llm.engine.unfinished_request_ids) == 1
     *_, (_, last) = somebody_else
     assert tokens([last]) == tokens(run(checked(folder), [PROMPTS[0]]))
     assert_all_blocks_are_back(llm)
@@ -382,6 +382,39 @@ def test_streams_that_are_open_together_share_the_steps_and_lose_nothing(folder,
     assert [found[i] for i in range(len(PROMPTS))] == expected
     assert middle is None or tokens(middle) == expected[:1]
     assert_all_blocks_are_back(llm)
+
+
+def test_unread_outputs_do_not_hide_a_request_added_directly(folder):
+    llm = checked(folder)
+    one = llm.stream(PROMPTS[:2], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
+    next(one)
+    list(llm.stream(PROMPTS[2], GREEDY))  # the first stream's requests finish meanwhile, unread
+    llm.engine.add_request("x", PROMPTS[0], GREEDY)
+    with pytest.raises(InvalidRequest, match="added to it directly"):
+        llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
+
+
+def test_nothing_that_a_call_leaves_behind_hides_a_request_added_directly(folder):
+    llm = checked(folder)
+    stream = llm.stream(PROMPTS[:2], GREEDY)
+    next(stream)
+    stream.close()
+    with pytest.raises(PromptTooLong):
+        llm.generate([3] * 128, GREEDY, use_tqdm=False)
+    llm.engine.add_request("x", PROMPTS[0], GREEDY)
+    with pytest.raises(InvalidRequest, match="added to it directly"):
+        llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
+
+
+def test_streamed_outputs_do_not_change_afterwards(folder):
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=1)
+    outputs = [output for _, output in checked(folder).stream(PROMPTS[0], params)]
+    assert [len(o.outputs[0].logprobs) for o in outputs] == [1, 2, 3, 4, 5]
+
+
+def test_a_negative_token_id_is_refused(folder):
+    with pytest.raises(InvalidRequest, match="token id -1"):
+        checked(folder).generate([3, -1], GREEDY, use_tqdm=False)
 
 
 def test_generate_does_not_run_requests_whose_outputs_it_would_lose(folder):
@@ -461,6 +494,23 @@ def test_an_option_of_a_wrong_kind_is_refused_by_its_name(folder, name, value):
         LLM(folder, **{name: value})
 
 
+def test_the_token_budget_grows_with_seats_and_with_whole_prompts(tmp_path):
+    folder = make_checkpoint("llama", tmp_path, max_position_embeddings=4096)
+    whole = LLM(folder, num_blocks=4, enable_chunked_prefill=False)
+    assert whole.engine.config.max_num_batched_tokens == 4096
+    many = LLM(folder, num_blocks=4, max_num_seqs=3000)
+    assert many.engine.config.max_num_batched_tokens == 3000
+    assert LLM(folder, num_blocks=4).engine.config.max_num_batched_tokens == 2048
+
+
+def test_the_pool_holds_the_longest_sequences_or_as_much_as_memory_allows(folder, monkeypatch):
+    assert LLM(folder, max_num_seqs=3).engine.config.num_blocks == 3 * 128 // 16
+    monkeypatch.setattr("minipaged.llm.blocks_that_fit", lambda *_: 7)
+    assert LLM(folder).engine.config.num_blocks == 7
+    monkeypatch.setattr("minipaged.llm.SWAP_BYTES", 0)
+    assert LLM(folder).engine.config.num_swap_blocks == 1
+
+
 def test_a_misspelt_option_is_refused(folder):
     with pytest.raises(TypeError, match="num_block"):
         LLM(folder, num_block=3)
@@ -512,6 +562,17 @@ def test_a_part_of_ones_own_plays_its_role(folder, expected):
     llm = checked(folder, parts=Parts(allocator=Backwards, paged_attention=attention))
     assert tokens(run(llm, params=MIXED)) == expected
     assert max(calls) == len(PROMPTS)
+
+
+def test_a_store_kv_of_ones_own_is_called(folder):
+    calls = []
+
+    def store(*arguments):
+        calls.append(1)
+        return BACKENDS["torch"].store_kv(*arguments)
+
+    run(checked(folder, parts=Parts(store_kv=store)), [PROMPTS[0]])
+    assert calls
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_scheduler import CONFIG, Engine
@@ -108,3 +109,65 @@ def test_one_traced_set_of_parts_can_serve_two_engines():
         engine.run()
     assert pools[: len(pools) // 2] == pools[len(pools) // 2 :]
     assert set(pools) == {"pool", "swap"}
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_every_preemption_is_told_with_its_mode(mode):
+    events: list[Event] = []
+    engine = traced_engine(events.append, num_blocks=6, preemption=mode)
+    for _ in range(3):
+        engine.add(8, num_tokens=6)
+    plans = engine.run()
+    told = [(e.fields["request"], e.fields["mode"]) for e in events if e.event == "preempt"]
+    assert told
+    assert told == [(g.request_id, mode) for plan in plans for g in plan.preempted]
+
+
+def test_who_ends_for_want_of_memory_is_told():
+    events: list[Event] = []
+    engine = traced_engine(events.append, num_blocks=5)
+    engine.add(4, num_tokens=300)
+    engine.run()
+    assert [e.fields for e in events if e.event == "end"] == [{"request": "0"}]
+
+
+def test_a_schedule_event_names_the_queues_and_the_tokens_of_its_step():
+    told: list[dict] = []
+
+    def listen(event: Event) -> None:
+        if event.event == "schedule":
+            told.append(event.fields["tokens"])
+            for name in ("running", "waiting", "swapped"):
+                queue = getattr(engine.scheduler, name)
+                assert event.fields[name] == [g.request_id for g in queue]
+
+    engine = traced_engine(
+        listen, num_blocks=9, preemption="swap", max_num_batched_tokens=6, max_num_seqs=4
+    )
+    for _ in range(4):
+        engine.add(8, num_tokens=20)
+    plans = engine.run()
+    assert told == [{s.seq.seq_id: s.num_new_tokens for s in plan.sequences} for plan in plans]
+
+
+def test_what_happens_within_a_step_bears_its_number():
+    events: list[Event] = []
+    engine = traced_engine(events.append)
+    engine.add(5, num_tokens=4)
+    engine.run()
+    assert [e.step for e in events if e.event == "admit"] == [1]
+    assert [e.step for e in events if e.event == "append"] == [2, 3, 4]
+    assert [e.step for e in events if e.event == "free"] == [4]
+
+
+def test_the_fullest_picture_stays_when_the_pool_empties():
+    picture = BlockMap(4, 4)
+    queues = {"running": ["x"], "waiting": [], "swapped": []}
+    picture(Event("admit", 1, 0.0, {"request": "x", "seqs": {0: [0, 1]}, "tokens": {0: 8}}))
+    for child in range(1, 12):
+        picture(Event("fork", 1, 0.0, {"parent": 0, "child": child}))
+    picture(Event("schedule", 1, 0.0, {"tokens": {0: 8}, **queues}))
+    for seq in range(12):
+        picture(Event("free", 2, 0.0, {"seq": seq}))
+    picture(Event("schedule", 2, 0.0, {"tokens": {}, **queues}))
+    assert picture.fullest().plain.splitlines()[2].split() == ["0", "99··"]

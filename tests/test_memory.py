@@ -4,9 +4,11 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from minipaged.config import EngineConfig
 from minipaged.errors import CheckFailed, DoubleFree, InvalidOption, OutOfBlocks
 from minipaged.memory import BlockAllocator, BlockManager, BlockTable
 from minipaged.memory.checked import CheckedAllocator, CheckedMemory
+from minipaged.parts import Parts
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -467,3 +469,143 @@ def test_checked_memory_names_the_sequence_and_the_call():
     memory.admit(group)
     with pytest.raises(CheckFailed, match=r"ref_count\(0\) is 1, but counting gives 2.*fork\("):
         fork(memory, group, group.sequences[0], 1)
+
+
+class ForgetsToShare(BlockAllocator):
+    def share(self, block: int) -> None:
+        pass
+
+
+class SharesAFreeBlock(BlockAllocator):
+    def share(self, block: int) -> None:
+        self._ref_counts[block] += 1
+
+
+class HandsOutABlockThatIsNotThere(BlockAllocator):
+    def allocate(self) -> int:
+        return super().allocate() + 3
+
+
+class HandsOutABlockTwiceAndCountsWell(HandsOutTheSameBlockTwice):
+    @property
+    def num_free(self) -> int:
+        return self.num_blocks - sum(map(bool, self._ref_counts))
+
+
+@pytest.mark.parametrize(
+    ("fault", "calls", "sentence"),
+    [
+        (ForgetsToShare, "allocate share", r"ref_count\(0\) is 1, but 2 own it.*share\(0\)"),
+        (SharesAFreeBlock, "share", r"share\(0\) was accepted, but block 0 has no owner"),
+        (HandsOutABlockThatIsNotThere, "allocate", r"allocate\(\) gave block 3, outside 0 to 2"),
+        (HandsOutABlockTwiceAndCountsWell, "allocate " * 4, "gave block 2, which somebody owns"),
+    ],
+)
+def test_checked_says_what_the_allocator_did_wrong(fault, calls, sentence):
+    allocator = CheckedAllocator(fault(3))
+
+    def make_the_calls() -> None:
+        for call in calls.split():
+            getattr(allocator, call)(*[0] * (call == "share"))
+
+    with pytest.raises(CheckFailed, match=sentence):
+        make_the_calls()
+
+
+@pytest.mark.parametrize("name", ["num_free", "num_free_swap_blocks"])
+def test_checked_memory_counts_the_free_blocks_of_both_pools(name):
+    manager = type("Miscounts", (BlockManager,), {name: 99})
+    with pytest.raises(CheckFailed, match=f"{name} is 99, but counting gives .*admit"):
+        checked_manager(manager=manager, num_blocks=4, block_size=4).admit(group_of(5))
+
+
+@pytest.mark.parametrize("name", ["ref_count", "swap_ref_count"])
+def test_checked_memory_counts_the_owners_in_both_pools(name):
+    manager = type("Miscounts", (BlockManager,), {name: lambda self, block: 7})
+    memory = checked_manager(manager=manager, num_blocks=4, num_swap_blocks=4, block_size=4)
+    with pytest.raises(CheckFailed, match=rf"^{name}\(0\) is 7, but counting gives .*admit"):
+        memory.admit(group_of(5))
+
+
+class ListsABlockTwice(BlockManager):
+    def admit(self, group):
+        super().admit(group)
+        blocks = self.block_table(group.sequences[0].seq_id).blocks
+        self._pool.free(blocks.pop())
+        self._pool.share(blocks[0])
+        blocks.append(blocks[0])
+
+
+@pytest.mark.parametrize(
+    ("manager", "sentence"),
+    [
+        (ListsABlockTwice, "distinct blocks of sequence 0 is 1, but counting gives 2"),
+        (AllocatesOneBlockTooFew, "blocks of sequence 0 is 1, but counting gives 2"),
+    ],
+)
+def test_checked_memory_looks_into_each_block_table(manager, sentence):
+    memory = checked_manager(manager=manager, num_blocks=4, block_size=4)
+    with pytest.raises(CheckFailed, match=sentence):
+        memory.admit(group_of(7))
+
+
+def test_swapping_out_is_recounted():
+    class Loses(BlockManager):
+        def swap_out(self, group):
+            super().swap_out(group)
+            self._swap_pool.free(self.block_table(0).blocks[0])
+            return []
+
+    memory = CheckedMemory(Loses(num_blocks=4, num_swap_blocks=4, block_size=4))
+    group = group_of(5)
+    memory.admit(group)
+    with pytest.raises(CheckFailed, match=r"swap_ref_count\(0\) is 0.*last call: swap_out"):
+        memory.swap_out(group)
+
+
+def test_checked_parts_recount_memory_and_allocator():
+    config = EngineConfig(num_blocks=8, num_swap_blocks=8, max_model_len=64, block_size=4)
+
+    class Wrong(BlockManager):
+        num_free = 99
+
+    scheduler = Parts(memory=Wrong).checked().build_scheduler(config)
+    with pytest.raises(CheckFailed, match="num_free is 99"):
+        scheduler.memory.admit(group_of(5))
+    scheduler = Parts(allocator=ForgetsToShare).checked().build_scheduler(config)
+    scheduler.memory.admit(group := group_of(5))
+    with pytest.raises(CheckFailed, match=r"last call: share\(0\)"):
+        scheduler.memory.fork(group.sequences[0], group_of(5, first_id=1).sequences[0])
+
+
+def test_a_block_shared_with_outsiders_costs_a_writer_exactly_one_copy():
+    memory = checked_manager(num_blocks=10, block_size=4)
+    group = group_of(6)
+    memory.admit(group)
+    [writer] = group.sequences
+    writer.mark_computed(6)
+    for outsider in (1, 2):
+        memory.fork(writer, Sequence(outsider, writer.token_ids))
+    writer.append(0)
+    assert memory.blocks_needed(group) == 3
+    assert len(memory.append(writer)) == 1
+
+
+def test_a_forked_group_swaps_out_into_room_for_its_distinct_blocks():
+    memory = checked_manager(num_blocks=10, num_swap_blocks=3, block_size=4)
+    group = group_of(9)
+    memory.admit(group)
+    fork(memory, group, group.sequences[0], 1)
+    assert memory.can_swap_out(group)
+    assert len(memory.swap_out(group)) == 3
+
+
+def test_a_fork_of_a_swapped_sequence_is_swapped():
+    memory = checked_manager(num_blocks=4, num_swap_blocks=4, block_size=4)
+    group = group_of(5)
+    memory.admit(group)
+    memory.swap_out(group)
+    child = fork(memory, group, group.sequences[0], 1)
+    assert memory.is_swapped(1)
+    memory.free(child)
+    assert memory.num_free_swap_blocks == 2

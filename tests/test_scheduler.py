@@ -307,6 +307,66 @@ def test_an_aborted_group_gives_its_blocks_back_wherever_it_stands():
     assert engine.scheduler.memory.num_free_swap_blocks == 100
 
 
+def test_a_forks_first_write_is_copied_also_when_it_was_swapped_out_before():
+    for num_blocks in (4, 100):
+        engine = Engine(build(num_blocks=num_blocks, preemption="swap"))
+        engine.add(4, num_tokens=2)
+        engine.add(10, num_seqs=2)
+        plans = [engine.step() for _ in range(3)]
+        [[(source, target)]] = [plan.copies for plan in plans if plan.copies]
+        assert source != target
+        if num_blocks == 4:
+            assert plans[1].swap_out
+            assert source in [block for _, block in plans[2].swap_in]
+
+
+def test_a_newcomer_leaves_the_watermark_free_for_those_who_run():
+    engine = Engine(build(num_blocks=8, watermark=0.5))
+    engine.add(8)
+    engine.add(12)
+    assert tokens_of(engine.step()) == {"0": 8}
+
+
+def test_a_swapped_group_comes_back_only_above_the_watermark():
+    engine = Engine(build(num_blocks=8, watermark=0.375, preemption="swap"))
+    engine.add(8, num_tokens=11)
+    engine.add(8, num_tokens=7)
+    late = engine.add(4, num_tokens=8)
+    while late.status is not SequenceStatus.SWAPPED:
+        engine.step()
+    while late.status is SequenceStatus.SWAPPED:
+        still_running = list(engine.scheduler.running)
+        engine.step()
+    assert not still_running, "it took the blocks that others will need"
+
+
+def test_seats_stay_free_for_the_forks_to_come():
+    engine = Engine(build(max_num_seqs=4))
+    engine.add(4, num_seqs=3)
+    engine.add(4, num_seqs=2)
+    assert tokens_of(engine.step()) == {"0": 4}
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_every_preemption_is_counted_once(preemption):
+    engine = Engine(build(num_blocks=6, preemption=preemption))
+    for _ in range(3):
+        engine.add(8, num_tokens=6)
+    plans = engine.run()
+    for group in engine.groups.values():
+        assert group.num_preemptions == sum(group in plan.preempted for plan in plans)
+    assert engine.groups["2"].num_preemptions > 0
+
+
+def test_auto_swaps_a_group_that_has_yet_to_fork():
+    engine = Engine(build(num_blocks=4, max_num_batched_tokens=6, max_num_seqs=4))
+    engine.add(4)
+    forker = engine.add(12, num_seqs=2)
+    engine.step()
+    assert engine.step().preempted == [forker]
+    assert forker.status is SequenceStatus.SWAPPED
+
+
 # ---- any workload --------------------------------------------------------------------------------
 
 requests = st.lists(

@@ -60,6 +60,25 @@ def test_text_ends_before_a_stop_string_however_tokens_straddle_it():
     assert stopped.outputs[0].stop_reason == "og put the wh"
 
 
+def test_text_held_back_for_a_stop_string_is_shown_when_the_tokens_run_out():
+    def text(**more):
+        params = SamplingParams(temperature=0.0, max_tokens=3, **more)
+        return LLM("storyteller").generate(QUESTION, params, use_tqdm=False)[0].outputs[0].text
+
+    whole = text()
+    assert text(stop=[whole[-1] + "@"]) == whole
+
+
+def test_a_text_prompt_may_come_in_vllms_forms():
+    llm = LLM("storyteller")
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    [plain] = llm.generate(QUESTION, params, use_tqdm=False)
+    ids = plain.prompt_token_ids
+    for form in ({"prompt": QUESTION}, {"prompt": QUESTION, "prompt_token_ids": ids}):
+        [output] = llm.generate(form, params, use_tqdm=False)
+        assert (output.prompt, output.prompt_token_ids) == (QUESTION, ids)
+
+
 def test_what_is_streamed_adds_up_to_the_text():
     llm = LLM("storyteller")
     texts = [output.outputs[0].text for _, output in llm.stream(QUESTION, GREEDY)]

@@ -15,7 +15,9 @@ from pathlib import Path
 import tiktoken
 import torch
 import torch.nn.functional as F
-from train_storyteller import HELD_OUT_SEEDS, Storyteller, load_model, load_tokenizer
+from bpe import load_tokenizer
+from dense_llama import Storyteller, load_model
+from windows import HELD_OUT_SEEDS
 
 from minipaged.stories import END, KINDS, MAX_FACTS, Question, Story, prompt, tell
 
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="write the table into MODEL_CARD.md")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # one short pass at a time: a second thread would mostly wait
     encoding = load_tokenizer(args.model)
     model = load_model(args.model)
     scores: dict[int, Score] = {}
@@ -102,8 +105,10 @@ def main() -> None:
     print(result)
     if args.card:
         card = args.model / "MODEL_CARD.md"
-        between = r"(<!-- recall -->\n).*?(\n<!-- /recall -->)"
-        text = re.sub(between, lambda m: m[1] + result + m[2], card.read_text(), flags=re.DOTALL)
+        between = r"(?<=<!-- recall -->\n).*?(?=<!-- /recall -->)"
+        text, found = re.subn(between, f"{result}\n", card.read_text(), flags=re.DOTALL)
+        if not found:
+            raise SystemExit(f"{card} has no lines '<!-- recall -->' and '<!-- /recall -->'")
         card.write_text(text)
 
 

@@ -100,8 +100,8 @@ class BlockManager:
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
         """Whether a waiting group's blocks are free, beyond the watermark unless it is alone.
 
-        The watermark keeps newcomers from taking the blocks that those who run will soon need
-        (section 4.3). A group that would have the pool to itself takes nobody's.
+        The watermark, vLLM's addition to the paper, keeps newcomers from taking the blocks that
+        those who run will soon need. A group that would have the pool to itself takes nobody's.
         """
         watermark = 0 if alone else self._watermark_blocks
         return self._pool.num_free - self.blocks_needed(group) >= watermark
@@ -124,7 +124,7 @@ class BlockManager:
         return self._pool.num_free >= self._growth(group)
 
     def append(self, seq: Sequence) -> list[BlockPair]:
-        """Make the sequence ready to be written to: a slot for each token, in blocks of its own.
+        """Make the sequence ready to be written to: a slot for each token, in a block of its own.
 
         Returns the copies to make first: a block that is about to be written and has other owners
         is copied, and the sequence then owns the copy (section 4.4, copy-on-write). Raises
@@ -172,7 +172,10 @@ class BlockManager:
         return pairs
 
     def can_swap_in(self, group: SequenceGroup, alone: bool) -> bool:
-        """Whether a swapped group fits, together with the blocks that its next step needs."""
+        """Whether a swapped group fits, together with the blocks that its next step needs.
+
+        Blocks are blocks: the question is the one that is asked of a newcomer.
+        """
         return self.can_admit(group, alone)
 
     def swap_in(self, group: SequenceGroup) -> list[BlockPair]:
@@ -235,11 +238,11 @@ class BlockManager:
 
     def usage(self) -> MemoryUsage:
         """How the slots of the pool are used, by the categories of the paper's Figure 2."""
-        filled: dict[int, int] = {}  # by physical block: sharers may have filled it differently far
+        filled: dict[int, int] = {}  # by physical block, so that a shared one counts once
         for seq_id, table in self._tables.items():
             if seq_id not in self._swapped:
                 for logical, block in enumerate(table.blocks):
-                    filled[block] = max(filled.get(block, 0), table.filled(logical))
+                    filled[block] = table.filled(logical)
         used = sum(filled.values())
         return MemoryUsage(
             used=used,
@@ -270,8 +273,6 @@ class BlockManager:
             blocks = table.blocks if table is not None else []
             missing += max(0, self._blocks_for(seq.num_tokens) - len(blocks))
             writers.update(blocks[seq.num_computed_tokens // self.block_size :])
-        if not writers:
-            return missing
         pool = self._pool_of(group.unfinished[0])
         # If all owners of a block write to it, the last one finds itself alone and keeps it.
         return missing + sum(min(n, pool.ref_count(b) - 1) for b, n in writers.items())

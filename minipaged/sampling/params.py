@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
-from minipaged.errors import InvalidOption
+from minipaged.errors import InvalidOption, InvalidRequest
 
 Number = float | int  # the checker under test takes a number without a point for no float
 GREEDY_BELOW = 1e-5
@@ -110,6 +110,28 @@ class SamplingParams:
         """`stop_token_ids` as it is kept, whatever form it was given in."""
         assert isinstance(self.stop_token_ids, tuple), "__post_init__ makes stop_token_ids a tuple"
         return self.stop_token_ids
+
+
+def one_for_each(params: Any, num_prompts: int) -> list[SamplingParams]:
+    """Parameters for each of so many prompts: the same for all, or a list of as many.
+
+    Raises InvalidRequest if they are neither.
+    """
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if isinstance(params, Mapping) or not isinstance(params, Iterable):
+        raise InvalidRequest(f"{params!r} is no SamplingParams: give SamplingParams(...).")
+    each = list(params)
+    if None in each:
+        raise InvalidRequest("one of the sampling_params is None: give SamplingParams(...).")
+    if len(each) != num_prompts:
+        raise InvalidRequest(
+            f"{num_prompts} prompts came with {len(each)} sampling_params: give one for all, or "
+            "one for each."
+        )
+    return each
 
 
 @dataclass(frozen=True)
