@@ -149,7 +149,7 @@ def demo(
             print(json.dumps({**report, "answers": answers}))
             return
         slots, longest = num_blocks * block_size, llm.engine.config.max_model_len
-        summary = board.summary(None if session.is_live else seconds, slots // longest, longest)
+        summary = board.summary(seconds - session.seconds_watched, slots // longest, longest)
         session.console.print(f"\n{summary}", highlight=False)
 
 
@@ -244,8 +244,11 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
     attention_backend: Backend = "auto",
+    block_size: BlockSize = 16,
+    num_blocks: NumBlocks = None,
     seed: Seed = 0,
     show_blocks: ShowBlocks = False,
+    as_json: AsJson = False,
     trace: Trace = None,
 ) -> None:
     """Talk with a model, a line a turn; an empty line ends it.
@@ -264,10 +267,12 @@ def chat(
             device=device,
             dtype=dtype,
             attention_backend=attention_backend,
+            block_size=block_size,
+            num_blocks=num_blocks,
             seed=seed,
         )
         if system is None and model == "storyteller":
             system = tell(num_facts=6, seed=seed).text
-        if system is not None:
+        if system is not None and not as_json:
             session.console.print(Text(system, style="dim"))
-        converse(llm, session, system, params)
+        converse(llm, session, system, params, as_json)

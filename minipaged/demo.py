@@ -136,16 +136,14 @@ class Scoreboard:
             for index, case in enumerate(self.cases)
         ]
 
-    def summary(self, seconds: float | None, fitted_before: int, max_model_len: int) -> str:
-        """What has been seen. `seconds` is None where the run was slowed down to be watched."""
+    def summary(self, seconds: float, fitted_before: int, max_model_len: int) -> str:
+        """What has been seen, and what the same memory could have held before paging."""
         read = sum(case.num_tokens for case in self.cases)
-        speed = ""
-        if seconds is not None:
-            speed = f" in {seconds:.1f} s ({(read + self.num_generated) / seconds:.0f} tokens/s)"
         return (
             f"{self.num_right} of {len(self.cases)} right; {read} prompt tokens read and "
-            f"{self.num_generated} generated{speed}. Had each story reserved room for "
-            f"{max_model_len} tokens beforehand, as was usual before paging, the same memory would "
+            f"{self.num_generated} generated in {seconds:.1f} s of computing "
+            f"({(read + self.num_generated) / seconds:.0f} tokens/s). Had each story reserved room "
+            f"for {max_model_len} tokens beforehand, as was usual before paging, the same memory would "
             f"have held {fitted_before} of them at a time."
         )
 

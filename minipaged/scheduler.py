@@ -2,7 +2,7 @@
 
 Iteration-level means that every step begins anew: `schedule()` looks at who is running, swapped and
 waiting, and says how many tokens of which sequence the model computes now. A prompt, a chunk of
-one, a decode step and a recomputation differ only in that number. The order is that of the first vLLM:
+one, a decode step and a recomputation differ only in that number. The order is the first vLLM's:
 
     1. the running, oldest first, get the blocks for their next tokens; when the pool runs out, the
        youngest is preempted, by swapping or by recomputation

@@ -1,5 +1,6 @@
 """`minipaged chat`: a conversation in the terminal, a line a turn."""
 
+import json
 import sys
 
 from minipaged.chat import Message, render_chat
@@ -9,14 +10,20 @@ from minipaged.sampling import SamplingParams
 from minipaged.terminal import Session
 
 
-def converse(llm: LLM, session: Session, system: str | None, params: SamplingParams) -> None:
+def converse(
+    llm: LLM, session: Session, system: str | None, params: SamplingParams, as_json: bool
+) -> None:
     """Read questions and print answers until an empty line or the end of the input."""
     told: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     turns: list[Message] = []
-    print("An empty line ends the chat.", file=sys.stderr)
+    if not as_json:
+        print("An empty line ends the chat.", file=sys.stderr)
     while line := _ask():
         turns.append({"role": "user", "content": line})
-        turns.append({"role": "assistant", "content": _answer(llm, session, told, turns, params)})
+        answer = _answer(llm, session, told, turns, params, aloud=not as_json)
+        turns.append({"role": "assistant", "content": answer})
+        if as_json:
+            print(json.dumps({"question": line, "answer": answer}), flush=True)
 
 
 def _ask() -> str:
@@ -32,19 +39,25 @@ def _answer(
     told: list[Message],
     turns: list[Message],
     params: SamplingParams,
+    aloud: bool,
 ) -> str:
-    """Print the answer as it comes. A chat that outgrows the context forgets its oldest turns."""
+    """The answer, printed as it comes if `aloud`.
+
+    A chat that outgrows the model's context forgets its oldest turns.
+    """
     shown = ""
     try:
         with session.watch(None):
             for _, output in llm.stream(render_chat(llm.folder, told + turns), params):
                 text = output.outputs[0].text.lstrip()
-                print(text[len(shown) :], end="", flush=True)
+                if aloud:
+                    print(text[len(shown) :], end="", flush=True)
                 shown = text
-            print()
+            if aloud:
+                print()
     except PromptTooLong:
         if len(turns) == 1:
             raise
         del turns[:2]
-        return _answer(llm, session, told, turns, params)
+        return _answer(llm, session, told, turns, params, aloud)
     return shown

@@ -186,6 +186,7 @@ class Session:
     def __init__(self, show_blocks: bool, trace: Path | None, live: bool) -> None:
         self.console = Console()
         self.is_live = live and self.console.is_terminal
+        self.seconds_watched = 0.0  # in which nothing was computed, so that a person could look
         self.log = EventLog()
         self.block_map: BlockMap | None = None
         self._show_blocks = show_blocks
@@ -235,8 +236,10 @@ class Session:
     def _redrawing(self, live: Live) -> Generator[None]:
         def redraw(event: Event) -> None:
             if event.event == "schedule":
+                start = time.perf_counter()
                 live.refresh()
                 time.sleep(FRAME_SECONDS)
+                self.seconds_watched += time.perf_counter() - start
 
         self.log.listeners.append(redraw)
         try:

@@ -116,6 +116,31 @@ def test_chat_answers_from_the_story_it_was_told(capsys, monkeypatch):
     assert out.splitlines()[-2:] == ["Theo the frog put the white key in the meadow.", "White."]
 
 
+def test_chat_speaks_json_lines_to_machines(capsys, monkeypatch):
+    code, out, err = minipaged(
+        capsys, monkeypatch, "chat", "--json", "--num-blocks", "20",
+        "--system", "Once upon a time Theo the frog put the white key in the meadow.",
+        stdin="Which animal is Theo?\nWhere is the key of Theo?\n",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"question": "Which animal is Theo?", "answer": "A frog."},
+        {"question": "Where is the key of Theo?", "answer": "In the meadow."},
+    ]
+
+
+def test_a_chat_that_outgrows_the_context_forgets_its_oldest_turns(capsys, monkeypatch):
+    from minipaged.stories import tell
+
+    story = tell(num_facts=6, seed=0)
+    [question] = [q for q in story.questions if (q.kind, q.fact_index) == ("place", 4)]
+    code, out, _ = minipaged(capsys, monkeypatch, "chat", "--json", stdin=f"{question.text}\n" * 80)
+    answers = [json.loads(line)["answer"] for line in out.splitlines()]
+    assert code == 0
+    assert len(answers) == 80
+    assert answers.count(question.answer) >= 70
+
+
 def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
     from minipaged.stories import tell
 
