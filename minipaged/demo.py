@@ -143,8 +143,8 @@ class Scoreboard:
             f"{self.num_right} of {len(self.cases)} right; {read} prompt tokens read and "
             f"{self.num_generated} generated in {seconds:.1f} s of computing "
             f"({(read + self.num_generated) / seconds:.0f} tokens/s). Had each story reserved room "
-            f"for {max_model_len} tokens beforehand, as was usual before paging, the same memory would "
-            f"have held {fitted_before} of them at a time."
+            f"for {max_model_len} tokens beforehand, as was usual before paging, the same memory "
+            f"would have held {fitted_before} of them at a time."
         )
 
     def __rich__(self) -> Table:
