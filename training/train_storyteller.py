@@ -13,6 +13,7 @@ and cannot learn one by heart. What it must learn is to look back, and it does s
 3. settle   stories of every length, while the learning rate falls to nothing.
 
 The run can be stopped and started again: it resumes from the checkpoint under `--work`.
+Needs torch 2.9 or newer, for its Muon optimiser.
 """
 
 import argparse
