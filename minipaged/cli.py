@@ -256,7 +256,7 @@ def chat(
     The embedded model answers questions about a story. Without --system it is told one, which is
     shown, and another for another --seed.
     """
-    with Session(show_blocks, trace, live=False) as session:
+    with Session(show_blocks, trace, live=show_blocks and not as_json) as session:
         from minipaged.sampling import SamplingParams
         from minipaged.stories import tell
         from minipaged.talk import converse
@@ -271,8 +271,11 @@ def chat(
             num_blocks=num_blocks,
             seed=seed,
         )
+        hint = ""
         if system is None and model == "storyteller":
-            system = tell(num_facts=6, seed=seed).text
+            story = tell(num_facts=6, seed=seed)
+            system, deed, animal = story.text, story.questions[0], story.questions[-2]
+            hint = f'Ask as it was taught: "{deed.text}", "{animal.text}" and the like.'
         if system is not None and not as_json:
-            session.console.print(Text(system, style="dim"))
+            session.console.print(Text(f"{system}\n{hint}".rstrip(), style="dim"))
         converse(llm, session, system, params, as_json)

@@ -8,6 +8,8 @@ table says.
 from dataclasses import dataclass
 from random import Random
 
+from rich.console import Group
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -147,7 +149,12 @@ class Scoreboard:
             f"would have held {fitted_before} of them at a time."
         )
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        answered = sum(output is not None and output.finished for output in self.outputs)
+        bar = ProgressBar(total=len(self.cases), completed=answered, width=32)
+        return Group(self._table(), "", bar, f" {answered} of {len(self.cases)} answered")
+
+    def _table(self) -> Table:
         # One line a case and fixed widths: a table that grows would push what is above it away.
         table = Table(box=None, padding=(0, 1), expand=True)
         table.add_column("")

@@ -2,6 +2,9 @@
 
 import json
 import sys
+import time
+
+from rich.text import Text
 
 from minipaged.chat import Message, render_chat
 from minipaged.errors import PromptTooLong
@@ -33,6 +36,22 @@ def _ask() -> str:
         return ""
 
 
+class _Answer:
+    """The answer so far, drawn below the block map or printed piece by piece."""
+
+    def __init__(self, printed: bool) -> None:
+        self.text = ""
+        self._printed = printed
+
+    def grow(self, text: str) -> None:
+        if self._printed:
+            print(text[len(self.text) :], end="", flush=True)
+        self.text = text
+
+    def __rich__(self) -> Text:
+        return Text(self.text)
+
+
 def _answer(
     llm: LLM,
     session: Session,
@@ -41,23 +60,24 @@ def _answer(
     params: SamplingParams,
     aloud: bool,
 ) -> str:
-    """The answer, printed as it comes if `aloud`.
+    """The answer, shown as it comes if `aloud`.
 
     A chat that outgrows the model's context forgets its oldest turns.
     """
-    shown = ""
+    answer = _Answer(printed=aloud and not session.is_live)
+    num_tokens, start = 0, time.perf_counter() - session.seconds_watched
     try:
-        with session.watch(None):
+        with session.watch(answer if session.is_live else None):
             for _, output in llm.stream(render_chat(llm.folder, told + turns), params):
-                text = output.outputs[0].text.lstrip()
-                if aloud:
-                    print(text[len(shown) :], end="", flush=True)
-                shown = text
-            if aloud:
-                print()
+                answer.grow(output.outputs[0].text.lstrip())
+                num_tokens = len(output.outputs[0].token_ids)
     except PromptTooLong:
         if len(turns) == 1:
             raise
         del turns[:2]
         return _answer(llm, session, told, turns, params, aloud)
-    return shown
+    seconds = time.perf_counter() - session.seconds_watched - start
+    if aloud:
+        print("" if session.is_live else "\n", end="")
+        print(f"({num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s)", file=sys.stderr)
+    return answer.text

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from paged_setup import PagedSetup, dense_attention, paged_setup
 from torch import Tensor
 
@@ -24,13 +25,8 @@ from minipaged.attention import (
 from minipaged.attention.reference import store_kv
 from minipaged.errors import InvalidOption
 
-REFUSALS: tuple[type[Exception], ...] = (AssertionError,)
-try:  # with --jaxtyping-packages the signature itself refuses a wrong shape
-    from jaxtyping import TypeCheckError
-
-    REFUSALS += (TypeCheckError,)
-except ImportError:
-    pass
+# With --jaxtyping-packages the signature itself refuses a wrong shape.
+REFUSALS: tuple[type[Exception], ...] = (AssertionError, TypeCheckError)
 
 every_implementation = pytest.mark.parametrize(
     "attention",

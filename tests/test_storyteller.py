@@ -38,6 +38,23 @@ def test_it_answers_from_unseen_stories(num_facts, aim):
     assert recall(LLM("storyteller"), num_facts, num_stories=30) >= aim
 
 
+def test_transformers_answers_the_same_from_the_same_folder():
+    import torch
+    import transformers
+
+    llm = LLM("storyteller")
+    model = transformers.AutoModelForCausalLM.from_pretrained(llm.folder, dtype=torch.float32)
+    model.eval()
+    prompts = [text for text, _ in questions_of(24, num_stories=4)]
+    for output in llm.generate(prompts, GREEDY, use_tqdm=False):
+        ids = torch.tensor([output.prompt_token_ids])
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
+
+
 def test_it_cannot_answer_when_blocks_are_mixed_up():
     """The proof that its answers come from the cache, and from the right place in it."""
     from minipaged.attention import BACKENDS

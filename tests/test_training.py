@@ -30,6 +30,17 @@ def test_the_shipped_tokenizer_is_the_one_that_the_script_trains(tmp_path):
         assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes()
 
 
+def test_every_word_of_the_grammar_is_one_token():
+    from bpe import load_tokenizer
+
+    from minipaged.stories import ANIMALS, COLOURS, NAMES, PLACES, THINGS
+
+    encoding = load_tokenizer(ASSETS)
+    words = {word for place in PLACES for word in place.split()}
+    for word in (*NAMES, *ANIMALS, *COLOURS, *THINGS, *words):
+        assert len(encoding.encode(f" {word}")) == 1, word
+
+
 def test_answers_count_in_full_and_facts_hardly():
     from bpe import load_tokenizer
     from windows import FACT_WEIGHT, Windows
