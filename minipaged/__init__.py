@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     from minipaged.errors import MinipagedError
     from minipaged.events import Event, EventLog
     from minipaged.llm import LLM
-    from minipaged.outputs import CompletionOutput, RequestOutput
+    from minipaged.outputs import CachedPrefix, CompletionOutput, RequestOutput
     from minipaged.parts import Parts
-    from minipaged.sampling import SamplingParams
+    from minipaged.sampling import BeamSearchParams, SamplingParams
 
 _HOMES = {
     "LLM": "llm",
     "LLMEngine": "engine",
     "SamplingParams": "sampling",
+    "BeamSearchParams": "sampling",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
+    "CachedPrefix": "outputs",
     "Parts": "parts",
     "EngineConfig": "config",
     "ModelConfig": "config",
@@ -41,6 +43,8 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
+    "CachedPrefix",
     "CompletionOutput",
     "EngineConfig",
     "Event",

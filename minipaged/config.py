@@ -47,6 +47,7 @@ class EngineConfig:
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 2048  # query tokens in one step
     enable_chunked_prefill: bool = True  # False: a prompt runs whole or not at all, as in the paper
+    enable_prefix_caching: bool = True  # whether full blocks are found again by their content
     preemption: PreemptionMode = "auto"  # auto: swap groups of several, recompute others
     watermark: float = 0.01  # the part of the pool that admission leaves free
 
@@ -57,7 +58,8 @@ class EngineConfig:
             require_whole(name, getattr(self, name), smallest)
         require_share("watermark", self.watermark, 0.0, 0.99)
         require_one_of("preemption", self.preemption, get_args(PreemptionMode))
-        require_one_of("enable_chunked_prefill", self.enable_chunked_prefill, (True, False))
+        for name in ("enable_chunked_prefill", "enable_prefix_caching"):
+            require_one_of(name, getattr(self, name), (True, False))
         self._check_together()
 
     def _check_together(self) -> None:

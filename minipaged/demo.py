@@ -99,7 +99,7 @@ class Scoreboard:
             request = event.fields["request"]
             if request not in self._requests:
                 self._requests.append(request)
-            self._computed[request] = 0
+            self._computed[request] = sum(event.fields["found"].values())
             self._owners |= dict.fromkeys(event.fields["seqs"], request)
         elif event.event == "schedule":
             self._out = event.fields["waiting"] + event.fields["swapped"]

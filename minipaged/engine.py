@@ -3,21 +3,33 @@
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 from torch import Tensor
 
 from minipaged.batch import BatchBuilder, Query
+from minipaged.beam_request import BeamRequest
 from minipaged.config import EngineConfig
 from minipaged.errors import InvalidRequest, MissingTokenizer
-from minipaged.outputs import RequestOutput
-from minipaged.prompts import Prompt, read_prompt
-from minipaged.request import Completion, Request
+from minipaged.outputs import CachedPrefix, RequestOutput
+from minipaged.plan import ScheduledBatch, ScheduledSequence
+from minipaged.prompts import Prompt, TokenizedPrompt, read_prompt
+from minipaged.request import ModelTraits, Request, SamplingRequest
 from minipaged.runner import ModelRunner
-from minipaged.sampling import SampledToken, Sampler, SamplingParams, SamplingRow
-from minipaged.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from minipaged.sampling import (
+    BeamSearchParams,
+    Params,
+    SampledToken,
+    Sampler,
+    SamplingParams,
+    SamplingRow,
+)
+from minipaged.scheduler import Scheduler
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer import Tokenizer
+
+Sampled = dict[str, dict[int, list[SampledToken]]]  # by request id, by sequence id
 
 
 class LLMEngine:
@@ -44,7 +56,10 @@ class LLMEngine:
         self.runner = runner
         self.tokenizer = tokenizer
         self.sampler = Sampler()
+        eos_token_ids = runner.model.config.eos_token_ids
+        self._traits = ModelTraits(tokenizer, eos_token_ids, config.max_model_len)
         self._requests: dict[str, Request] = {}
+        self._prefixes: dict[int, Sequence] = {}  # the pinned ones, by prefix id
         self._seq_ids = count()
         self._seeds = random.Random(seed)  # for requests that bring no seed of their own
         self._clock = clock
@@ -56,7 +71,7 @@ class LLMEngine:
         plan = self.scheduler.schedule()  # who runs, how many tokens of each
         batch = self.batches.build([self._query(s) for s in plan.sequences])  # to tensors
         logits = self.runner.run(plan, batch)  # [rows, vocab]: the device side
-        sampled = self._sample(plan, logits)  # by sequence id
+        sampled = self._sample(plan, logits)  # by request, by sequence
         return self._commit(plan, sampled)
 
     def _query(self, scheduled: ScheduledSequence) -> Query:
@@ -76,78 +91,99 @@ class LLMEngine:
             return scheduled.num_new_tokens
         return 1 if scheduled.samples else 0
 
-    def _sample(self, plan: ScheduledBatch, logits: Tensor) -> dict[int, SampledToken]:
-        """Choose the next token of every sequence of which nothing is left to compute."""
+    def _sample(self, plan: ScheduledBatch, logits: Tensor) -> Sampled:
+        """Choose the next token of every sequence of which nothing is left to compute.
+
+        Several tokens for a prompt with several samples: they are drawn from the same logits.
+        """
         rows: list[SamplingRow] = []
         row_indices: list[int] = []
-        seq_ids: list[int] = []
+        owners: list[tuple[str, int]] = []
         start = 0
         for scheduled in plan.sequences:
             request, seq = self._requests[scheduled.group.request_id], scheduled.seq
             stop = start + self._num_logits(scheduled)
             if request.wants_prompt_logits(seq):
                 request.note_prompt_logits(seq, logits[start:stop])
-            if scheduled.samples:
-                rows.append(request.sampling_row(seq))
+            for row in request.rows(seq) if scheduled.samples else ():
+                rows.append(row)
                 row_indices.append(stop - 1)
-                seq_ids.append(seq.seq_id)
+                owners.append((request.group.request_id, seq.seq_id))
             start = stop
-        if len(rows) < logits.shape[0]:
+        if row_indices != list(range(logits.shape[0])):
             logits = logits[row_indices]  # [sampled rows, vocab]
-        return dict(zip(seq_ids, self.sampler.sample(logits, rows), strict=True))
+        sampled: Sampled = {}
+        for (request_id, seq_id), token in zip(
+            owners, self.sampler.sample(logits, rows), strict=True
+        ):
+            sampled.setdefault(request_id, {}).setdefault(seq_id, []).append(token)
+        return sampled
 
-    def _commit(
-        self, plan: ScheduledBatch, sampled: dict[int, SampledToken]
-    ) -> list[RequestOutput]:
-        """Note what was computed, add the new tokens, and let go of what has ended."""
-        changed: dict[str, Request] = {}
+    def _commit(self, plan: ScheduledBatch, sampled: Sampled) -> list[RequestOutput]:
+        """Note what was computed, fork and go on as each request decides, free what has ended."""
+        self.scheduler.commit(plan)
+        self._note_sharing(plan)
         now = self._clock()
-        for scheduled in plan.sequences:
-            group, seq = scheduled.group, scheduled.seq
-            seq.mark_computed(scheduled.num_new_tokens)
-            if seq.seq_id in sampled:
-                request = changed[group.request_id] = self._requests[group.request_id]
-                if request.add(seq, sampled[seq.seq_id], now):
-                    self.scheduler.finish(group, seq)
+        changed: list[Request] = []
+        for request_id, tokens in sampled.items():
+            request = self._requests[request_id]
+            request.note_time(now)
+            for seq in request.advance(tokens, partial(self._fork, request.group)):
+                self.scheduler.finish(request.group, seq)
+            changed.append(request)
         for group in plan.ended:
-            request = changed[group.request_id] = self._requests[group.request_id]
+            request = self._requests[group.request_id]
             request.finish_all("length")
-        outputs = [request.output() for request in changed.values()]
+            changed.append(request)
+        outputs = [request.output() for request in changed if request.can_be_shown]
         for output in outputs:
             if output.finished:
                 del self._requests[output.request_id]
         return outputs
 
+    def _fork(self, group: SequenceGroup, parent: Sequence) -> Sequence:
+        return self.scheduler.fork(group, parent, next(self._seq_ids))
+
+    def _note_sharing(self, plan: ScheduledBatch) -> None:
+        """Count the blocks of requests with several sequences (the paper's Figure 15)."""
+        memory = self.scheduler.memory
+        for group in {s.group for s in plan.sequences if s.group.width > 1}:
+            unshared = sum(len(memory.block_table(seq.seq_id)) for seq in group.sequences)
+            held = memory.num_distinct_blocks(group)
+            self._requests[group.request_id].note_blocks(held, unshared)
+
     # ---- requests come and go ------------------------------------------------------------------
 
-    def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None
-    ) -> None:
-        """Queue a prompt (text or token ids).
+    def add_request(self, request_id: str, prompt: Prompt, params: Params | None = None) -> None:
+        """Queue a prompt (text or token ids) for sampling or, with BeamSearchParams, beam search.
 
         Raises:
             InvalidRequest, PromptTooLong: it could never be served; all others go on.
-            InvalidOption: its parameters name a token that the model lacks.
+            InvalidOption: its parameters do not suit the model, as a token that it lacks.
             MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
         """
         params = SamplingParams() if params is None else params
-        text, token_ids = read_prompt(prompt, self.tokenizer)
-        self._refuse_what_cannot_be_served(request_id, token_ids, params)
-        seq = Sequence(next(self._seq_ids), token_ids)
-        group = SequenceGroup(request_id, [seq], num_seats=params.num_samples)
-        self.scheduler.add(group)
-        seed = self._seeds.getrandbits(63)  # drawn in any case: one request shifts no other's seed
-        if params.seed is not None:
-            seed = params.seed
-        self._requests[request_id] = Request(
-            group,
-            params,
-            [Completion(seq, params, self.tokenizer, seed)],
-            prompt=text,
-            arrival_time=self._clock(),
-            eos_token_ids=self.runner.model.config.eos_token_ids,
-            max_model_len=self.config.max_model_len,
+        read = read_prompt(prompt, self.tokenizer)
+        self._refuse_what_cannot_be_served(request_id, read, params)
+        if isinstance(params, SamplingParams):
+            width, wants_prompt = params.num_samples, params.prompt_logprobs is not None
+        else:
+            width, wants_prompt = params.beam_width, False
+        seq = Sequence(
+            next(self._seq_ids),
+            read.token_ids,
+            cache_salt=read.cache_salt,
+            reads_cache=not wants_prompt,  # for the logits of the prompt, all of it is computed
         )
+        group = SequenceGroup(request_id, [seq], width=width)
+        self.scheduler.add(group)
+        common = group, read, self._traits, self._clock()
+        seed = self._seeds.getrandbits(63)  # drawn in any case: one request shifts no other's seed
+        if isinstance(params, BeamSearchParams):
+            self._requests[request_id] = BeamRequest(*common, params)
+        else:
+            seed = seed if params.seed is None else params.seed
+            self._requests[request_id] = SamplingRequest(*common, params, seed)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request at once and return what it has; None if there is no such request."""
@@ -165,28 +201,51 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
 
+    # ---- prefixes that stay (section 4.4, shared prefix) ---------------------------------------
+
+    def pin_prefix(self, prompt: Prompt) -> CachedPrefix | None:
+        """Keep the blocks of a computed prefix; None if it is not, or no longer, in the cache."""
+        read = read_prompt(prompt, self.tokenizer)
+        seq = Sequence(next(self._seq_ids), read.token_ids, cache_salt=read.cache_salt)
+        memory = self.scheduler.memory
+        if memory.pin(seq) < seq.num_tokens:
+            memory.free(seq)
+            return None
+        self._prefixes[seq.seq_id] = seq
+        return CachedPrefix(seq.seq_id, seq.num_tokens, len(memory.block_table(seq.seq_id)))
+
+    def release_prefix(self, prefix: CachedPrefix) -> None:
+        """Let go of a pinned prefix: it stays until its blocks are needed, like any other."""
+        seq = self._prefixes.pop(prefix.prefix_id, None)
+        if seq is None:
+            raise InvalidRequest(
+                f"prefix {prefix.prefix_id} is not pinned: was it released before?"
+            )
+        self.scheduler.memory.free(seq)
+
     def _refuse_what_cannot_be_served(
-        self, request_id: str, token_ids: list[int], params: SamplingParams
+        self, request_id: str, prompt: TokenizedPrompt, params: Params
     ) -> None:
         vocab_size = self.runner.model.config.vocab_size
-        if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidRequest(f"{params!r} is no SamplingParams: give SamplingParams(...).")
         if request_id in self._requests:
             raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
-        outside = [t for t in token_ids if not 0 <= t < vocab_size]
+        outside = [t for t in prompt.token_ids if not 0 <= t < vocab_size]
         if outside:
             raise InvalidRequest(
                 f"the prompt holds token id {outside[0]}, and the model knows ids from 0 to "
                 f"{vocab_size - 1}: was it encoded for another model?"
             )
-        params.check_vocab(vocab_size)
-        if params.stop_strings and self.tokenizer is None:
-            raise MissingTokenizer(
-                "stop strings need text, but the model's folder holds no tokenizer: "
-                "use stop_token_ids."
-            )
-        if params.num_samples > 1:
+        if isinstance(params, SamplingParams):
+            params.check_vocab(vocab_size)
+            if params.stop_strings and self.tokenizer is None:
+                raise MissingTokenizer(
+                    "stop strings need text, but the model's folder holds no tokenizer: "
+                    "use stop_token_ids."
+                )
+        elif isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+            params.check_vocab(vocab_size, len(self._traits.eos_token_ids))
+        else:
             raise InvalidRequest(
-                f"the request asks for {params.num_samples} samples of one prompt, which is not "
-                "built yet: ask for n=1, or send the prompt several times."
+                f"{params!r} is no SamplingParams: give SamplingParams(...) or "
+                "BeamSearchParams(...)."
             )

@@ -6,16 +6,21 @@ An event is one line of JSON:
 
     event          fields
     schedule       running, waiting, swapped (request ids); tokens {sequence id: how many}
-    admit          request, seqs {sequence id: its blocks}, tokens {sequence id: how many}
+    admit          request, seqs {sequence id: its blocks}, tokens {sequence id: how many},
+                   found {sequence id: how many of them the prefix cache held}
     append         seq, blocks (new ones, in order), tokens (how many it has now)
     copy_on_write  seq, pairs [[source, destination], ...]
     fork           parent, child
-    swap_out       request, pairs [[pool block, swap block], ...]
-    swap_in        request, pairs [[swap block, pool block], ...]
+    swap_out       request, seqs, pairs [[pool block, swap block], ...]
+    swap_in        request, seqs, pairs [[swap block, pool block], ...]: those that were copied
+    cache          seq, blocks: they are written, and can be found from now on
+    evict          block: it was given up for somebody else, and cannot be found any more
+    pin            seq, blocks: they stay until it is freed
     preempt        request, mode ("swap" or "recompute")
     end            request: it ended for want of memory, with what it had
     free           seq
-    allocate, share, release   pool ("pool" or "swap"), block, owners (afterwards)
+    allocate, share, release   pool ("pool" or "swap"), block, owners (afterwards; the prefix cache
+                   is one of them)
 
 Nothing in scheduler, memory or allocator knows about this file: each is observed from outside, so a
 part of your own is traced like the library's.
@@ -105,22 +110,33 @@ class TracedAllocator(_Wrapper):
 class TracedMemory(_Wrapper):
     """Any memory, observed."""
 
-    def admit(self, group: Any) -> None:
-        self._inner.admit(group)
-        tables = {s.seq_id: self._inner.block_table(s.seq_id) for s in group.unfinished}
+    def __init__(self, inner: Any, log: EventLog) -> None:
+        super().__init__(inner, log)
+        self._findable: set[int] = set()
+
+    def admit(self, group: Any) -> list[tuple[int, int]]:
+        pairs = self._inner.admit(group)
+        seqs = self._tables(group)
+        self._note_evictions(seqs)
         self._log.emit(
             "admit",
             request=group.request_id,
-            seqs={seq_id: list(table.blocks) for seq_id, table in tables.items()},
-            tokens={seq_id: table.num_tokens for seq_id, table in tables.items()},
+            seqs=seqs,
+            tokens={s.seq_id: s.num_tokens for s in group.sequences},
+            found={s.seq_id: s.num_computed_tokens for s in group.sequences},
         )
+        for source, target in pairs:
+            seq_id = next(seq_id for seq_id, blocks in seqs.items() if target in blocks)
+            self._log.emit("copy_on_write", seq=seq_id, pairs=[(source, target)])
+        return pairs
 
     def append(self, seq: Any) -> list[tuple[int, int]]:
         before = len(self._inner.block_table(seq.seq_id).blocks)
         pairs = self._inner.append(seq)
+        table = self._inner.block_table(seq.seq_id)
+        self._note_evictions({seq.seq_id: table.blocks})
         if pairs:
             self._log.emit("copy_on_write", seq=seq.seq_id, pairs=pairs)
-        table = self._inner.block_table(seq.seq_id)
         self._log.emit(
             "append", seq=seq.seq_id, blocks=table.blocks[before:], tokens=table.num_tokens
         )
@@ -136,13 +152,38 @@ class TracedMemory(_Wrapper):
 
     def swap_out(self, group: Any) -> list[tuple[int, int]]:
         pairs = self._inner.swap_out(group)
-        self._log.emit("swap_out", request=group.request_id, pairs=pairs)
+        self._log.emit("swap_out", request=group.request_id, seqs=self._tables(group), pairs=pairs)
         return pairs
 
     def swap_in(self, group: Any) -> list[tuple[int, int]]:
         pairs = self._inner.swap_in(group)
-        self._log.emit("swap_in", request=group.request_id, pairs=pairs)
+        seqs = self._tables(group)
+        self._note_evictions(seqs)
+        self._log.emit("swap_in", request=group.request_id, seqs=seqs, pairs=pairs)
         return pairs
+
+    def publish(self, seq: Any) -> list[int]:
+        blocks = self._inner.publish(seq)
+        if blocks:
+            self._findable.update(blocks)
+            self._log.emit("cache", seq=seq.seq_id, blocks=blocks)
+        return blocks
+
+    def pin(self, seq: Any) -> int:
+        num_tokens = self._inner.pin(seq)
+        blocks = list(self._inner.block_table(seq.seq_id).blocks)
+        self._log.emit("pin", seq=seq.seq_id, blocks=blocks)
+        return num_tokens
+
+    def _tables(self, group: Any) -> dict[int, list[int]]:
+        return {s.seq_id: list(self._inner.block_table(s.seq_id).blocks) for s in group.sequences}
+
+    def _note_evictions(self, seqs: dict[int, list[int]]) -> None:
+        # A block is given up only when somebody takes it, so it stands in one of these tables.
+        for block in {block for blocks in seqs.values() for block in blocks}:
+            if block in self._findable and block not in self._inner.cached:
+                self._findable.remove(block)
+                self._log.emit("evict", block=block)
 
 
 class TracedScheduler(_Wrapper):

@@ -1,11 +1,9 @@
 """The front door: prompts in, RequestOutputs out."""
 
-from collections.abc import Callable, Iterable, Iterator
-from importlib.resources import files
+from collections.abc import Iterable, Iterator
 from itertools import count
-from math import ceil
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from tqdm import tqdm
 
@@ -13,19 +11,18 @@ from minipaged.attention import choose_backend
 from minipaged.batch import BatchBuilder
 from minipaged.chat import Message, render_chat
 from minipaged.config import (
-    EngineConfig,
-    ModelConfig,
     PreemptionMode,
     require_share,
     require_whole,
 )
+from minipaged.defaults import choose_config, find_model, open_tokenizer
 from minipaged.engine import LLMEngine
-from minipaged.errors import CheckpointError, InvalidOption, InvalidRequest, MissingTokenizer
+from minipaged.errors import InvalidRequest
 from minipaged.kv_cache import KVCache
 from minipaged.models.loader import load_model
-from minipaged.outputs import RequestOutput
+from minipaged.outputs import CachedPrefix, RequestOutput
 from minipaged.parts import Parts
-from minipaged.prompts import Prompt, list_prompts
+from minipaged.prompts import Prompt, list_prompts, read_prompt
 from minipaged.runner import (
     SWAP_BYTES,
     ModelRunner,
@@ -33,10 +30,8 @@ from minipaged.runner import (
     choose_device,
     refuse_more_than_memory,
 )
-from minipaged.sampling import SamplingParams, one_for_each
+from minipaged.sampling import BeamSearchParams, Params, SamplingParams, one_for_each
 from minipaged.tokenizer import Tokenizer
-
-EMBEDDED = ("storyteller",)  # models that ship inside the package
 
 
 class LLM:
@@ -61,6 +56,8 @@ class LLM:
         max_num_seqs: sequences in one step.
         max_num_batched_tokens: tokens in one step; None: 2,048, more where a whole prompt needs it.
         enable_chunked_prefill: whether a long prompt may be computed over several steps.
+        enable_prefix_caching: whether full blocks are found again by their content, so that a
+            beginning that several prompts have in common is computed and stored once.
         preemption: "recompute", "swap", or "auto": what the first vLLM did, swapping groups of
             several sequences and recomputing single ones.
         watermark: the part of the pool that admission leaves free for those who run.
@@ -86,6 +83,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int | None = None,
         enable_chunked_prefill: bool = True,
+        enable_prefix_caching: bool = True,
         preemption: PreemptionMode = "auto",
         watermark: float = 0.01,
         seed: int = 0,
@@ -95,12 +93,12 @@ class LLM:
         where = choose_device(device)
         require_share("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0)
         backend = parts.attention(choose_backend(attention_backend))
-        self.folder = _find(model)
+        self.folder = find_model(model)
         loaded = load_model(self.folder, backend, dtype, where)
         kv_dtype = next(loaded.parameters()).dtype
         require_whole("block_size", block_size, 1)
         block_bytes = block_size * loaded.config.kv_bytes_per_token(kv_dtype.itemsize)
-        config = _choose_config(
+        config = choose_config(
             loaded.config,
             lambda: blocks_that_fit(block_bytes, where, gpu_memory_utilization),
             max(1, SWAP_BYTES // block_bytes),
@@ -111,6 +109,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_chunked_prefill=enable_chunked_prefill,
+            enable_prefix_caching=enable_prefix_caching,
             preemption=preemption,
             watermark=watermark,
         )
@@ -120,7 +119,7 @@ class LLM:
             parts.build_scheduler(config),
             BatchBuilder(max_num_seqs, config.max_blocks_per_seq, block_size, where),
             ModelRunner(loaded, KVCache.build(loaded.config, config, kv_dtype, where)),
-            _open_tokenizer(self.folder),
+            open_tokenizer(self.folder),
             seed=seed,
         )
         self._numbers = count()
@@ -135,14 +134,15 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
-        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling_params: Params | Iterable[Params] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate after every prompt, all together, and return the results in the given order.
 
         Args:
             prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}; one or many.
-            sampling_params: one for all, or one a prompt.
+            sampling_params: one for all, or one a prompt. Greedy, sampled and beam search
+                (BeamSearchParams) may stand side by side.
             use_tqdm: show a progress bar with tokens per second.
 
         Raises:
@@ -165,9 +165,11 @@ class LLM:
     def stream(
         self,
         prompts: Prompt | Iterable[Prompt],
-        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling_params: Params | Iterable[Params] | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Like `generate`, token by token: yields (index of the prompt, what it has so far).
+
+        Beam search and best_of show nothing before the end: they change their minds.
 
         Several streams may be open at once; they share every step. Whoever stops listening before
         the end, or is stopped by an error, aborts what is left. Nothing is checked and nothing
@@ -199,6 +201,53 @@ class LLM:
                 self.engine.abort_request(request_id)
                 self._news.pop(request_id, None)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Search for the likeliest sequences after each prompt; the outputs come best first.
+
+        Raises InvalidRequest if params are no BeamSearchParams, and what `generate` raises.
+        """
+        if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequest(f"{params!r} is no BeamSearchParams: give BeamSearchParams(...).")
+        return self.generate(prompts, params, use_tqdm)
+
+    def cache_prefix(self, prefix: Prompt) -> CachedPrefix:
+        """Compute a beginning that many prompts have in common, and keep it until it is released.
+
+        The paper's shared prefix (section 4.4, Figure 10). Only full blocks are kept: the tokens
+        behind the last of them are computed with every prompt. A prompt finds the prefix if its
+        first tokens are the same, whatever the text.
+
+        Raises:
+            InvalidRequest: prefix caching is off, or the prefix does not fill a block.
+            PromptTooLong: it does not fit.
+        """
+        config = self.engine.config
+        read = read_prompt(prefix, self.engine.tokenizer)
+        num_tokens = len(read.token_ids) // config.block_size * config.block_size
+        if not config.enable_prefix_caching:
+            raise InvalidRequest("a prefix can be cached only with enable_prefix_caching=True.")
+        if num_tokens == 0:
+            raise InvalidRequest(
+                f"the prefix has {len(read.token_ids)} tokens, and only full blocks are shared: "
+                f"give at least {config.block_size}, or lower block_size."
+            )
+        whole: Prompt = {"prompt_token_ids": read.token_ids[:num_tokens]}
+        if read.cache_salt is not None:
+            whole["cache_salt"] = read.cache_salt
+        self.generate(whole, SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
+        pinned = self.engine.pin_prefix(whole)
+        assert pinned is not None, "what was just computed can be found"
+        return pinned
+
+    def release_prefix(self, prefix: CachedPrefix) -> None:
+        """Let the prefix go once its blocks are needed. Raises InvalidRequest the second time."""
+        self.engine.release_prefix(prefix)
+
     def _refuse_to_run_for_others(self) -> None:
         if not self.engine.unfinished_request_ids <= self._news.keys():
             raise InvalidRequest(
@@ -209,7 +258,7 @@ class LLM:
     def chat(
         self,
         messages: list[Message] | list[list[Message]],
-        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling_params: Params | Iterable[Params] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate the next assistant turn of one conversation, or of many.
@@ -221,66 +270,3 @@ class LLM:
         chats = cast(list[list[Message]], messages if isinstance(first, list) else [messages])
         prompts = [render_chat(self.folder, chat) for chat in chats]
         return self.generate(prompts, sampling_params, use_tqdm)
-
-
-def _find(model: str | Path) -> Path:
-    if model in EMBEDDED:
-        return Path(str(files("minipaged") / "assets" / str(model)))
-    if not model or not Path(model).is_dir():
-        raise CheckpointError(
-            f"there is no folder {str(model)!r}: give a folder with a checkpoint, or the name of "
-            f"an embedded model ({', '.join(EMBEDDED)})."
-        )
-    return Path(model)
-
-
-def _open_tokenizer(folder: Path) -> Tokenizer | None:
-    try:
-        return Tokenizer.from_folder(folder)
-    except MissingTokenizer:
-        return None  # token ids still work; text is refused with a sentence
-
-
-def _choose_config(
-    model: ModelConfig,
-    room: Callable[[], int],
-    swap_room: int,
-    *,
-    num_blocks: int | None,
-    num_swap_blocks: int | None,
-    max_model_len: int | None,
-    block_size: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int | None,
-    enable_chunked_prefill: bool,
-    **others: Any,
-) -> EngineConfig:
-    """What was asked for, and a number for what was left open, within what memory has room for."""
-    require_whole("max_num_seqs", max_num_seqs, 1)
-    longest = model.max_position_embeddings
-    if max_model_len is None:
-        max_model_len = longest
-    require_whole("max_model_len", max_model_len, 2)
-    if max_model_len > longest:
-        raise InvalidOption(
-            f"max_model_len is {max_model_len}, but {model.architecture} was made for {longest} "
-            f"tokens here: give at most {longest}."
-        )
-    if num_blocks is None:
-        num_blocks = min(max_num_seqs * ceil(max_model_len / block_size), room())
-    require_whole("num_blocks", num_blocks, 1)
-    if num_swap_blocks is None:
-        num_swap_blocks = min(num_blocks, swap_room)
-    if max_num_batched_tokens is None:
-        whole_prompt = 0 if enable_chunked_prefill else max_model_len
-        max_num_batched_tokens = max(2048, max_num_seqs, whole_prompt)
-    return EngineConfig(
-        num_blocks=num_blocks,
-        num_swap_blocks=num_swap_blocks,
-        max_model_len=max_model_len,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        enable_chunked_prefill=enable_chunked_prefill,
-        **others,
-    )

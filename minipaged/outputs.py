@@ -13,7 +13,8 @@ class CompletionOutput:
     finish_reason is None while it grows; then "stop" (end-of-sequence token, stop token or stop
     string), "length" (max_tokens, max_model_len, or pool or swap pool too small to go on), "abort".
     stop_reason is the stop string or stop token that ended it, None for the end-of-sequence token.
-    logprobs holds, for each token, the log-probabilities of it and of the likeliest others.
+    logprobs holds, for each token, the log-probabilities of it and of the likeliest others. score
+    is what beam search ranks by: the log-probability under the length penalty.
     """
 
     index: int
@@ -23,16 +24,28 @@ class CompletionOutput:
     logprobs: list[dict[int, float]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """What serving the request took; times in seconds on the engine's clock."""
+    """What serving the request took; times in seconds on the engine's clock.
+
+    Blocks are summed over the steps of a request with several samples or beams: those that its
+    sequences held, and those they would have held had nothing been shared.
+    """
 
     arrival_time: float
     first_token_time: float | None
     last_token_time: float | None
     num_preemptions: int
+    num_blocks_held: int = 0
+    num_blocks_unshared: int = 0
+
+    @property
+    def blocks_saved(self) -> float:
+        """The part of its blocks that sharing saved, as in the paper's Figure 15; 0 to 1."""
+        return 1 - self.num_blocks_held / max(1, self.num_blocks_unshared)
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,8 @@ class RequestOutput:
     """A request's prompt and what has been generated after it.
 
     prompt_logprobs has one entry a prompt token, fewer if the request was aborted before; the first
-    is None, as nothing precedes it.
+    is None, as nothing precedes it. num_cached_tokens says how many tokens of the prompt were found
+    in the prefix cache when it was first admitted, and so needed no computing.
     """
 
     request_id: str
@@ -50,3 +64,13 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, float] | None] | None = field(default=None)
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class CachedPrefix:
+    """A prefix whose full blocks stay in the pool until it is released."""
+
+    prefix_id: int
+    num_tokens: int
+    num_blocks: int

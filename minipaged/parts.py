@@ -52,6 +52,7 @@ class Parts:
             block_size=config.block_size,
             watermark_blocks=config.watermark_blocks,
             allocator=self.allocator,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
         return self.scheduler(config, memory, self.victim)
 

@@ -1,6 +1,7 @@
 """What may be given as a prompt, and how it becomes token ids."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -8,12 +9,24 @@ from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.tokenizer import Tokenizer
 
 Prompt = str | Iterable[int] | Mapping[str, Any]
-"""Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}."""
+"""Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
+
+The dicts may also hold a "cache_salt": only prompts with the same one share cached blocks.
+"""
 
 _FORMS = (
     'give text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of '
     "such prompts"
 )
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as the engine takes it: its text, if it came as text, and its token ids."""
+
+    text: str | None
+    token_ids: list[int]
+    cache_salt: str | None = None
 
 
 def list_prompts(prompts: Any) -> list[Prompt]:
@@ -26,25 +39,34 @@ def list_prompts(prompts: Any) -> list[Prompt]:
     return many
 
 
-def read_prompt(prompt: Any, tokenizer: Tokenizer | None) -> tuple[str | None, list[int]]:
-    """A prompt's text, if it came as text, and its token ids.
+def read_prompt(prompt: Any, tokenizer: Tokenizer | None) -> TokenizedPrompt:
+    """A prompt, whatever its form.
 
     Raises:
         InvalidRequest: it is no prompt, or an empty one.
         MissingTokenizer: it is text, and the model has no tokenizer.
     """
+    salt = None
     if isinstance(prompt, Mapping):
+        salt = _read_salt(prompt.get("cache_salt"))
         if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), _read_token_ids(prompt["prompt_token_ids"])
+            ids = _read_token_ids(prompt["prompt_token_ids"])
+            return TokenizedPrompt(prompt.get("prompt"), ids, salt)
         prompt = prompt.get("prompt")
     if not isinstance(prompt, str):
-        return None, _read_token_ids(prompt)
+        return TokenizedPrompt(None, _read_token_ids(prompt), salt)
     if tokenizer is None:
         raise MissingTokenizer(
             "the prompt is text, but the model's folder holds no tokenizer: "
             "give the prompt as a list of token ids."
         )
-    return prompt, _not_empty(tokenizer.encode(prompt))
+    return TokenizedPrompt(prompt, _not_empty(tokenizer.encode(prompt)), salt)
+
+
+def _read_salt(salt: Any) -> str | None:
+    if salt is not None and not (isinstance(salt, str) and salt):
+        raise InvalidRequest(f"cache_salt is {salt!r}: give a string of one character or more.")
+    return salt
 
 
 def _read_token_ids(prompt: Any) -> list[int]:

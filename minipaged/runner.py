@@ -9,7 +9,7 @@ from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
 from minipaged.kv_cache import KVCache
 from minipaged.models import Model
-from minipaged.scheduler import ScheduledBatch
+from minipaged.plan import ScheduledBatch
 from minipaged.shapes import Float
 
 GIB = 1024**3

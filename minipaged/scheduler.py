@@ -10,6 +10,9 @@ one, a decode step and a recomputation differ only in that number. The order is 
        waiting are admitted. Whoever is swapped has run before, and so is older than all who have
        not: nobody new is admitted while somebody is swapped
 
+Whoever joins shares what the prefix cache finds of it; and if someone is just computing the block
+that it would look for next, it joins a step later and finds it.
+
 The oldest of the running can take all blocks from the others, so it advances in every step and
 finishes; and nobody overtakes the oldest of those who do not run. So nobody starves.
 """
@@ -17,12 +20,12 @@ finishes; and nobody overtakes the oldest of those who do not run. So nobody sta
 from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from minipaged.config import EngineConfig
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
-from minipaged.memory import BlockPair, Memory
+from minipaged.memory import Memory
+from minipaged.plan import ScheduledBatch
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
 Victim = Callable[[Many[SequenceGroup]], SequenceGroup]
@@ -31,40 +34,6 @@ Victim = Callable[[Many[SequenceGroup]], SequenceGroup]
 def youngest(candidates: Many[SequenceGroup]) -> SequenceGroup:
     """The role `victim`, as the paper plays it: last come, first preempted (section 4.5)."""
     return max(candidates, key=lambda group: group.arrival)
-
-
-@dataclass(frozen=True)
-class ScheduledSequence:
-    """One sequence's part in a step: its first `num_new_tokens` uncomputed tokens are computed."""
-
-    group: SequenceGroup
-    seq: Sequence
-    num_new_tokens: int
-    samples: bool  # nothing is left uncomputed after it, so the next token can be sampled
-
-
-@dataclass
-class ScheduledBatch:
-    """What one step does. The block operations come first, in this order, then the model.
-
-    `schedule()` fills it in; everybody else only reads it.
-    """
-
-    tokens_left: int  # of max_num_batched_tokens
-    swap_out: list[BlockPair] = field(default_factory=list[BlockPair])
-    swap_in: list[BlockPair] = field(default_factory=list[BlockPair])
-    copies: list[BlockPair] = field(default_factory=list[BlockPair])
-    sequences: list[ScheduledSequence] = field(default_factory=list[ScheduledSequence])
-    preempted: list[SequenceGroup] = field(default_factory=list[SequenceGroup])
-    ended: list[SequenceGroup] = field(default_factory=list[SequenceGroup])  # for want of memory
-
-    def add(self, group: SequenceGroup, seq: Sequence) -> None:
-        """Give a sequence as many of the tokens that are left as it can use."""
-        num_new_tokens = min(seq.num_uncomputed_tokens, self.tokens_left)
-        if num_new_tokens > 0:
-            samples = num_new_tokens == seq.num_uncomputed_tokens
-            self.sequences.append(ScheduledSequence(group, seq, num_new_tokens, samples))
-            self.tokens_left -= num_new_tokens
 
 
 class Scheduler(Protocol):
@@ -80,6 +49,8 @@ class Scheduler(Protocol):
     def swapped(self) -> list[SequenceGroup]: ...
     def add(self, group: SequenceGroup) -> None: ...
     def schedule(self) -> ScheduledBatch: ...
+    def commit(self, plan: ScheduledBatch) -> None: ...
+    def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence: ...
     def finish(self, group: SequenceGroup, seq: Sequence) -> None: ...
     def abort(self, group: SequenceGroup) -> None: ...
     def has_unfinished(self) -> bool: ...
@@ -109,17 +80,28 @@ class FCFSScheduler:
         self._arrivals += 1
         self.waiting.append(group)
 
+    def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence:
+        """Let a sequence go on in two ways: a sample or a beam more, which shares all its blocks.
+
+        Only before the parent is given its next token, and before any sequence of the group ends.
+        """
+        child = parent.fork(child_id)
+        group.sequences.append(child)
+        group.has_forked = True
+        self.memory.fork(parent, child)
+        return child
+
     def finish(self, group: SequenceGroup, seq: Sequence) -> None:
         """A sequence has generated its last token: its blocks return at once."""
-        group.finished_ids.add(seq.seq_id)
+        group.sequences.remove(seq)
         if seq.seq_id in self.memory.tables:  # a waiting sequence holds no blocks
             self.memory.free(seq)
-        if not group.unfinished:
+        if not group.sequences:
             self._move(group, SequenceStatus.FINISHED)
 
     def abort(self, group: SequenceGroup) -> None:
         """End a group, wherever it stands; its blocks return at once."""
-        for seq in group.unfinished:
+        for seq in group.sequences.copy():
             self.finish(group, seq)
 
     def has_unfinished(self) -> bool:
@@ -137,6 +119,12 @@ class FCFSScheduler:
         progress = plan.sequences or plan.ended or not self.has_unfinished()
         assert progress, "a step must compute a token or end a group, or the engine would hang"
         return plan
+
+    def commit(self, plan: ScheduledBatch) -> None:
+        """The step has run: its keys and values are written, and full blocks can be found."""
+        for scheduled in plan.sequences:
+            scheduled.seq.mark_computed(scheduled.num_new_tokens)
+            self.memory.publish(scheduled.seq)
 
     def _reserve_for_running(self, plan: ScheduledBatch) -> None:
         """Blocks for the next token of all who run, the oldest first (section 4.5)."""
@@ -177,9 +165,8 @@ class FCFSScheduler:
         """
         for decoding in (True, False):
             for group in self.running:
-                for seq in group.unfinished:
-                    if (seq.num_uncomputed_tokens == 1) is decoding:
-                        plan.add(group, seq)
+                if group.is_decoding is decoding:
+                    plan.add(group)
 
     def _let_others_join(self, plan: ScheduledBatch) -> None:
         """The swapped and the waiting, by age; the first that does not fit holds up the others."""
@@ -188,31 +175,49 @@ class FCFSScheduler:
             if self._has_outgrown_the_pool(group):
                 self._end(group, plan)
                 continue
-            if not self._can_join(group, plan):
+            if not self._can_join(group, plan) or self._finds_more_a_step_later(group):
                 break
             if group.status is SequenceStatus.SWAPPED:
                 plan.swap_in += self.memory.swap_in(group)
                 self._append(group, plan)
             else:
-                assert len(group.unfinished) == 1, "a group is admitted with one sequence"
-                self.memory.admit(group)
+                plan.copies += self.memory.admit(group)
             self._move(group, SequenceStatus.RUNNING)
-            for seq in group.unfinished:
-                plan.add(group, seq)
+            plan.add(group)
 
     def _can_join(self, group: SequenceGroup, plan: ScheduledBatch) -> bool:
         """Whether seats, tokens and blocks are left for the whole group."""
         seats_taken = sum(other.num_seats for other in self.running)
         if seats_taken + group.num_seats > self.config.max_num_seqs:
             return False
-        whole = not self.config.enable_chunked_prefill  # then a prompt runs whole or not at all
-        least = [s.num_uncomputed_tokens if whole else 1 for s in group.unfinished]
-        if sum(least) > plan.tokens_left:
-            return False
-        alone = not self.running
+        alone, least = not self.running, len(group.sequences)
         if group.status is SequenceStatus.SWAPPED:
-            return self.memory.can_swap_in(group, alone)
-        return self.memory.can_admit(group, alone)
+            return least <= plan.tokens_left and self.memory.can_swap_in(group, alone)
+        if least == 1 and not self.config.enable_chunked_prefill:  # then a prompt runs whole
+            [seq] = group.sequences
+            least = seq.num_tokens - self.memory.num_found(seq)
+        return least <= plan.tokens_left and self.memory.can_admit(group, alone)
+
+    def _finds_more_a_step_later(self, group: SequenceGroup) -> bool:
+        """Whether the block that a waiting prompt would look for next is just being computed.
+
+        Nobody finds a block before it is written, so of two equal prompts that come together the
+        second lets the first go ahead. The first computes tokens in this step: it is a short wait.
+        """
+        seq, size = group.sequences[0], self.memory.block_size
+        found = self.memory.num_found(seq)
+        stop = (found // size + 1) * size
+        looks_on = self.config.enable_prefix_caching and seq.reads_cache and found % size == 0
+        if group.status is SequenceStatus.SWAPPED or not looks_on or stop > seq.num_tokens:
+            return False
+        return any(
+            found <= other.num_computed_tokens < stop <= other.num_tokens
+            and other.cache_salt == seq.cache_salt
+            and other.token_ids[:stop] == seq.token_ids[:stop]
+            for running in self.running
+            if not running.is_decoding
+            for other in running.sequences
+        )
 
     # ---- preemption (section 4.5) --------------------------------------------------------------
 
@@ -221,19 +226,16 @@ class FCFSScheduler:
 
         The paper describes both and compares them (section 7.3); the rule is the first vLLM's.
         Forks share blocks, which recomputation would undo; so a group that has forked is swapped
-        whatever the option says. If the swap pool is full, keys and values of a single sequence
-        can still be computed again, but a forked group must end.
+        whatever the option says, unless the swap pool is full. Then it is recomputed all the same,
+        and shares what the prefix cache still finds.
         """
-        mode, forked = self.config.preemption, len(group.unfinished) > 1
+        mode, forked = self.config.preemption, len(group.sequences) > 1
         swap = forked or mode == "swap" or (mode == "auto" and group.num_seats > 1)
         if swap and self.memory.can_swap_out(group):
             plan.swap_out += self.memory.swap_out(group)
             self._move(group, SequenceStatus.SWAPPED)
-        elif forked:
-            self._end(group, plan)
-            return
         else:
-            for seq in group.unfinished:
+            for seq in group.sequences:
                 self.memory.free(seq)
                 seq.forget_computed()
             self._move(group, SequenceStatus.WAITING)  # it is older than all who wait: in front
@@ -242,17 +244,15 @@ class FCFSScheduler:
 
     def _has_outgrown_the_pool(self, group: SequenceGroup) -> bool:
         """Whether the group could not go on even with the pool to itself."""
-        return self.memory.blocks_needed(group) > self.memory.num_blocks
+        return not self.memory.fits(group)
 
     def _end(self, group: SequenceGroup, plan: ScheduledBatch) -> None:
         """Out of memory for good: the group ends with what it has, and the others go on."""
         self.abort(group)
         plan.ended.append(group)
 
-    # ---- small things --------------------------------------------------------------------------
-
     def _append(self, group: SequenceGroup, plan: ScheduledBatch) -> None:
-        for seq in group.unfinished:
+        for seq in group.sequences:
             plan.copies += self.memory.append(seq)
 
     def _move(self, group: SequenceGroup, status: SequenceStatus) -> None:
@@ -269,7 +269,8 @@ class FCFSScheduler:
 
     def _refuse_what_can_never_run(self, group: SequenceGroup) -> None:
         length = group.sequences[0].num_tokens
-        needed, has = self.memory.blocks_needed(group), self.memory.num_blocks
+        size, has = self.memory.block_size, self.memory.num_blocks
+        needed = -(-length // size)
         if length >= self.config.max_model_len:
             over = length - self.config.max_model_len + 1
             raise PromptTooLong(
@@ -278,11 +279,15 @@ class FCFSScheduler:
                 f"{'token' if over == 1 else 'tokens'}, or raise max_model_len if the model allows."
             )
         if needed > has:
-            size = self.memory.block_size
             raise PromptTooLong(
                 f"the prompt needs {needed} blocks of {size} tokens, the pool has {has}. "
                 f"Raise num_blocks to {needed} or shorten the prompt by {length - has * size} "
                 "tokens."
+            )
+        if not self.memory.fits(group):
+            raise PromptTooLong(
+                f"the prompt needs {needed} blocks of {size} tokens, and the pool of {has} keeps "
+                "too many of the others for pinned prefixes: raise num_blocks or release a prefix."
             )
         if group.num_seats > self.config.max_num_seqs:
             raise InvalidRequest(

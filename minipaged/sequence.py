@@ -4,7 +4,8 @@ A sequence is a list of tokens, the first of which have their keys and values in
 
     [0, prompt_len)            given by the user
     [prompt_len, num_tokens)   generated
-    [0, num_computed_tokens)   keys and values written to the cache by earlier steps
+    [0, num_computed_tokens)   keys and values written to the cache by earlier steps, or found
+                               there because another request wrote the same ones
     [num_computed_tokens, num_tokens)  still to be computed: a whole prompt at first, one token
                                while decoding, everything again after a preemption by recomputation
 
@@ -14,7 +15,7 @@ token is sampled.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 
 
@@ -30,16 +31,39 @@ class SequenceStatus(Enum):
 class Sequence:
     """One prompt and what has been generated after it. Owns the tokens; nobody else edits them.
 
-    A request appends what was sampled, the engine marks what was computed, and the scheduler makes
-    it forget, if its blocks are taken away.
+    A request appends what was sampled, the memory marks what it found, the scheduler marks what was
+    computed, and makes it forget that if its blocks are taken away.
+
+    Args:
+        cache_salt: it finds and leaves cached blocks under this name alone; None is a name too.
+        reads_cache: False computes everything: for somebody who wants the logits of the prompt.
     """
 
-    def __init__(self, seq_id: int, prompt_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        seq_id: int,
+        prompt_token_ids: Iterable[int],
+        *,
+        cache_salt: str | None = None,
+        reads_cache: bool = True,
+    ) -> None:
         self.seq_id = seq_id
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_cached_tokens: int | None = None  # found at the first admission; None: none yet
+        self.cache_salt = cache_salt
+        self.reads_cache = reads_cache
         assert self.prompt_len > 0, "a sequence begins with at least one token"
+
+    def fork(self, child_id: int) -> "Sequence":
+        """A second sequence with the same tokens, from which both go on (section 4.4)."""
+        child = Sequence(child_id, self.token_ids, cache_salt=self.cache_salt)
+        child.prompt_len = self.prompt_len
+        child.num_computed_tokens = self.num_computed_tokens
+        child.num_cached_tokens = self.num_cached_tokens
+        child.reads_cache = self.reads_cache
+        return child
 
     def append(self, token_id: int) -> None:
         """Add a sampled token. Its own keys and values are computed by the next step."""
@@ -49,6 +73,13 @@ class Sequence:
         """Note that a step has written the keys and values of so many more tokens."""
         self.num_computed_tokens += num_new_tokens
         assert self.num_computed_tokens <= self.num_tokens, "computed a token that is not there"
+
+    def mark_found(self, num_tokens: int) -> None:
+        """Note on admission that keys and values of so many first tokens need no computing."""
+        assert num_tokens < self.num_tokens, "the last token's logits must still be computed"
+        self.num_computed_tokens = num_tokens
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = num_tokens
 
     def forget_computed(self) -> None:
         """Note that the cache entries are gone: preempted by recomputation (section 4.5)."""
@@ -78,23 +109,27 @@ class Sequence:
 class SequenceGroup:
     """The sequences of one request. They run, wait and are swapped together (section 4.5).
 
-    `num_seats` is how many sequences the request may ever have in one step: 1, or its samples or
-    beams. Known before the first fork, it keeps seats free for the forks to come, and decides how
-    the group is preempted.
+    A group begins with one sequence. Once its prompt is computed, it forks into `width` of them, as
+    many as the request asks for in samples or beams; those that have ended leave the list.
     """
 
     request_id: str
-    sequences: list[Sequence]
-    num_seats: int = 1
+    sequences: list[Sequence]  # that still generate, in the order they joined
+    width: int = 1
+    has_forked: bool = False
     status: SequenceStatus = SequenceStatus.WAITING
     arrival: int = 0  # the scheduler's running number, from when it is added
     num_preemptions: int = 0
-    finished_ids: set[int] = field(default_factory=set[int])
 
     @property
-    def unfinished(self) -> list[Sequence]:
-        """The sequences that still generate, in the order they joined."""
-        return [s for s in self.sequences if s.seq_id not in self.finished_ids]
+    def num_seats(self) -> int:
+        """How many sequences it may have in a step: kept free for the forks that are to come."""
+        return len(self.sequences) if self.has_forked else self.width
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every sequence has one token left to compute, and then samples the next."""
+        return all(seq.num_uncomputed_tokens == 1 for seq in self.sequences)
 
     def __repr__(self) -> str:
         return f"SequenceGroup({self.request_id!r}, {self.status.name}, {self.sequences})"

@@ -1,6 +1,5 @@
-"""What the command line draws and writes while a model runs, all of it from the event stream."""
+"""What the command line draws while a model runs, all of it from the event stream."""
 
-import stat
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,14 +11,14 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from minipaged.errors import InvalidOption
 from minipaged.events import Event, EventLog
+from minipaged.trace import TraceFile
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM
 
 COLOURS = ("cyan", "magenta", "green", "blue", "red", "bright_blue", "bright_magenta", "bright_red")
-LEGEND = "A: full block of request A   a: its last, filling   2: shared by two   ·: free"
+LEGEND = "A: full block of request A   a: its last, filling   2: owned by two   +: cached   ·: free"
 MAX_COLUMNS = 64
 MAX_ROWS = 12
 FRAME_SECONDS = 0.1  # a step takes a few milliseconds: slowed down, a person can watch it
@@ -49,6 +48,15 @@ class _Owned:
     num_filled: int
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """What is drawn: the pool at one moment."""
+
+    headline: str
+    owned: dict[int, _Owned]
+    cached: set[int]
+
+
 class BlockMap:
     """The pool as a picture, a letter a block; see LEGEND."""
 
@@ -59,8 +67,11 @@ class BlockMap:
         self._reach = 0  # one more than the highest block used so far
         self._numbers: dict[str, int] = {}  # of requests, in order of admission
         self._holders: dict[int, _Holder] = {}  # by sequence id
+        self._cached: set[int] = set()  # blocks that can be found by their content
+        self._num_copied = 0  # on write, since the beginning
+        self._num_evicted = 0
         self._queues: dict[str, list[str]] = {"running": [], "waiting": [], "swapped": []}
-        self._fullest: tuple[str, dict[int, _Owned]] = ("", {})
+        self._fullest = _Picture("", {}, set())
 
     def __call__(self, event: Event) -> None:
         """Listen to one event."""
@@ -71,7 +82,15 @@ class BlockMap:
 
     # ---- the events that change the picture ------------------------------------------------------
 
-    def _on_admit(self, request: str, seqs: dict[int, list[int]], tokens: dict[int, int]) -> None:
+    def _on_admit(
+        self, request: str, seqs: dict[int, list[int]], tokens: dict[int, int], **_: object
+    ) -> None:
+        self._hold(request, seqs, tokens)
+
+    def _on_pin(self, seq: int, blocks: list[int]) -> None:
+        self._hold(f"prefix {seq}", {seq: blocks}, {seq: len(blocks) * self.block_size})
+
+    def _hold(self, request: str, seqs: dict[int, list[int]], tokens: dict[int, int]) -> None:
         self._numbers.setdefault(request, len(self._numbers))
         for seq_id, blocks in seqs.items():
             self._holders[seq_id] = _Holder(request, list(blocks), tokens[seq_id])
@@ -81,7 +100,17 @@ class BlockMap:
         self._holders[seq].num_tokens = tokens
 
     def _on_copy_on_write(self, seq: int, pairs: list[tuple[int, int]]) -> None:
-        self._replace(seq, dict(pairs))
+        moved = dict(pairs)
+        holder = self._holders[seq]
+        holder.blocks = [moved.get(block, block) for block in holder.blocks]
+        self._num_copied += len(pairs)
+
+    def _on_cache(self, seq: int, blocks: list[int]) -> None:
+        self._cached.update(blocks)
+
+    def _on_evict(self, block: int) -> None:
+        self._cached.remove(block)
+        self._num_evicted += 1
 
     def _on_fork(self, parent: int, child: int) -> None:
         source = self._holders[parent]
@@ -93,28 +122,23 @@ class BlockMap:
             for queue, requests in self._queues.items():
                 self._queues[queue] = [r for r in requests if r != holder.request]
 
-    def _on_swap_out(self, request: str, pairs: list[tuple[int, int]]) -> None:
-        self._swap(request, dict(pairs), swapped=True)
+    def _on_swap_out(self, seqs: dict[int, list[int]], **_: object) -> None:
+        self._swap(seqs, swapped=True)
 
-    def _on_swap_in(self, request: str, pairs: list[tuple[int, int]]) -> None:
-        self._swap(request, dict(pairs), swapped=False)
+    def _on_swap_in(self, seqs: dict[int, list[int]], **_: object) -> None:
+        self._swap(seqs, swapped=False)
 
     def _on_schedule(self, tokens: dict[int, int], **queues: list[str]) -> None:
         self._queues = queues
         owned = self._owned()
         self._reach = max([self._reach, *(block + 1 for block in owned)])
-        if len(owned) > len(self._fullest[1]):
-            self._fullest = (self._headline(owned), owned)
+        if len(owned) > len(self._fullest.owned):
+            self._fullest = _Picture(self._headline(owned), owned, self._cached.copy())
 
-    def _swap(self, request: str, moved: dict[int, int], swapped: bool) -> None:
-        for seq_id, holder in self._holders.items():
-            if holder.request == request:
-                self._replace(seq_id, moved)
-                holder.swapped = swapped
-
-    def _replace(self, seq_id: int, moved: dict[int, int]) -> None:
-        holder = self._holders[seq_id]
-        holder.blocks = [moved.get(block, block) for block in holder.blocks]
+    def _swap(self, seqs: dict[int, list[int]], swapped: bool) -> None:
+        for seq_id, blocks in seqs.items():
+            self._holders[seq_id].blocks = list(blocks)
+            self._holders[seq_id].swapped = swapped
 
     # ---- drawing ---------------------------------------------------------------------------------
 
@@ -130,31 +154,30 @@ class BlockMap:
     def picture(self, width: int = MAX_COLUMNS + 8) -> Text:
         """The pool now, below a line that says what is going on."""
         owned = self._owned()
-        return self._draw(self._headline(owned), owned, width)
+        return self._draw(_Picture(self._headline(owned), owned, self._cached), width)
 
     def fullest(self, width: int = MAX_COLUMNS + 8) -> Text:
         """The pool when most of its blocks were in use."""
-        headline, owned = self._fullest
-        return self._draw(headline, owned, width)
+        return self._draw(self._fullest, width)
 
-    def _draw(self, headline: str, owned: dict[int, _Owned], width: int) -> Text:
-        text = Text(f"{headline}\n{LEGEND}")
-        text.stylize("dim", len(headline))
+    def _draw(self, picture: _Picture, width: int) -> Text:
+        text = Text(f"{picture.headline}\n{LEGEND}")
+        text.stylize("dim", len(picture.headline))
         columns = max(8, min(MAX_COLUMNS, width - 8))
         room = columns * MAX_ROWS
         shown = self.num_blocks if self.num_blocks <= room else min(self._reach, room)
         for block in range(shown):
             if block % columns == 0:
                 text.append(f"\n{block:>6} ", style="dim")
-            text.append_text(self._cell(owned.get(block)))
+            text.append_text(self._cell(picture.owned.get(block), block in picture.cached))
         hidden = self.num_blocks - shown
         if hidden:
             text.append(f"\n       and {hidden} more", style="dim")
         return text
 
-    def _cell(self, owned: _Owned | None) -> Text:
+    def _cell(self, owned: _Owned | None, cached: bool) -> Text:
         if owned is None:
-            return Text("·", style="dim")
+            return Text("+" if cached else "·", style="dim")
         sign = letter(self._numbers[owned.request])
         if owned.num_owners > 1:
             return Text(str(min(owned.num_owners, 9)), style=sign.style)
@@ -165,9 +188,12 @@ class BlockMap:
         filled = sum(block.num_filled for block in owned.values())
         queues = ", ".join(f"{len(names)} {queue}" for queue, names in self._queues.items())
         full = f", {filled / slots:.0%} of their slots filled" if slots else ""
+        shared = sum(block.num_owners > 1 for block in owned.values())
+        counts = {"shared": shared, "copied": self._num_copied, "evicted": self._num_evicted}
+        sharing = "".join(f", {number} {what}" for what, number in counts.items() if number)
         return (
             f"step {self.step}: {queues}; {len(owned)} of {self.num_blocks} blocks of "
-            f"{self.block_size} in use{full}"
+            f"{self.block_size} in use{full}{sharing}"
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Generator[Text]:
@@ -246,39 +272,3 @@ class Session:
             yield
         finally:
             self.log.listeners.remove(redraw)
-
-
-class TraceFile:
-    """Events as JSON lines in a file that is whole or absent.
-
-    A regular file is written beside its place and renamed at the end. A pipe or a terminal cannot
-    be renamed over: it is written to as it is. Raises InvalidOption if the place cannot be used.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if path.is_dir() or not path.name:
-            raise InvalidOption(f"trace is {str(path)!r}, a folder: give the name of a file.")
-        special = path.exists() and not stat.S_ISREG(path.stat().st_mode)
-        self._path = path
-        self._part = path if special else path.with_name(path.name + ".part")
-        try:
-            self._file = self._part.open("w", encoding="utf-8")
-        except OSError as error:
-            raise InvalidOption(
-                f"trace is {str(path)!r}, where nothing can be written ({error.strerror}): give "
-                "another place."
-            ) from error
-
-    def write(self, event: Event) -> None:
-        """Add one line."""
-        print(event.to_json(), file=self._file)
-
-    def close(self, keep: bool) -> None:
-        """Put the file into its place, or take it away again."""
-        self._file.close()
-        if self._part == self._path:
-            return
-        if keep:
-            self._part.replace(self._path)
-        else:
-            self._part.unlink()

@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
-    "version shapes errors config events sequence outputs stories memory scheduler batch kv_cache "
-    "attention models sampling tokenizer prompts detokenizer chat request runner parts engine llm "
-    "terminal demo talk cli __main__"
+    "version shapes errors config events sequence outputs stories memory plan scheduler batch "
+    "kv_cache attention models sampling tokenizer prompts detokenizer completion chat "
+    "request beam_request runner parts engine defaults llm trace terminal demo talk cli __main__"
 ).split()
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -48,7 +48,7 @@ def test_demo_shows_the_questions_and_the_pool(capsys, monkeypatch):
     assert code == 0
     assert out.count(" right ") + out.count(" wrong: ") >= 8
     picture = out[out.index("The pool at its fullest") :]
-    assert re.search(r"^ +0 [A-Ha-h·]{64}$", picture, re.MULTILINE)
+    assert re.search(r"^ +0 [A-Ha-h2-9+·]{64}$", picture, re.MULTILINE)
     assert "128 blocks of 16 in use" in " ".join(picture.split())
 
 
@@ -71,7 +71,13 @@ def test_a_trace_is_a_file_of_versioned_events_and_ends_with_an_empty_pool(
     for event in events:
         if event["event"] in ("allocate", "share", "release"):
             owned[event["pool"], event["block"]] = event["owners"]
-    assert set(owned.values()) == {0}
+    cached = {block for e in events if e["event"] == "cache" for block in e["blocks"]}
+    for event in events:
+        if event["event"] == "evict":
+            assert event["block"] in cached
+    still_owned = {place for place, owners in owned.items() if owners}
+    assert still_owned <= {("pool", block) for block in cached}, "by the prefix cache alone"
+    assert set(owned.values()) == {0, 1}
     assert [e["step"] for e in events] == sorted(e["step"] for e in events)
 
 

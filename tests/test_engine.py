@@ -1,12 +1,13 @@
 """The engine end to end: the same tokens whatever the memory, the company and the attention."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
 
-from minipaged import LLM, Parts, SamplingParams
+from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.attention import BACKENDS
 from minipaged.errors import (
     CheckpointError,
@@ -51,6 +52,11 @@ def run(llm: LLM, prompts=PROMPTS, params=GREEDY):
 
 def tokens(outputs) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
+
+
+def set_eos(llm: LLM, *token_ids: int) -> None:
+    """Let other tokens end a sequence: random models never say their own."""
+    llm.engine._traits = replace(llm.engine._traits, eos_token_ids=token_ids)
 
 
 def assert_all_blocks_are_back(llm: LLM) -> None:
@@ -192,7 +198,7 @@ def test_the_end_of_sequence_token_ends_it_unless_ignored(folder):
     eos = whole.outputs[0].token_ids[4]
     first = whole.outputs[0].token_ids.index(eos)
     llm = checked(folder)
-    object.__setattr__(llm.engine.runner.model.config, "eos_token_ids", (eos,))
+    set_eos(llm, eos)
     [ended] = run(llm, [PROMPTS[0]], SamplingParams(temperature=0.0, max_tokens=32))
     assert ended.outputs[0].token_ids == whole.outputs[0].token_ids[: first + 1]
     assert (ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == ("stop", None)
@@ -236,8 +242,7 @@ def test_an_end_that_is_also_the_last_token_allowed_is_a_stop(folder):
 def test_an_ignored_end_of_sequence_token_is_not_forbidden_before_min_tokens(folder):
     [whole] = run(checked(folder), [PROMPTS[0]])
     llm = checked(folder)
-    eos = (whole.outputs[0].token_ids[0],)
-    object.__setattr__(llm.engine.runner.model.config, "eos_token_ids", eos)
+    set_eos(llm, whole.outputs[0].token_ids[0])
     params = SamplingParams(temperature=0.0, max_tokens=32, min_tokens=9, ignore_eos=True)
     [output] = run(llm, [PROMPTS[0]], params)
     assert output.outputs[0].token_ids == whole.outputs[0].token_ids
@@ -428,7 +433,8 @@ def test_generate_does_not_run_requests_whose_outputs_it_would_lose(folder):
 def test_parameters_that_the_model_cannot_serve_are_refused(folder):
     llm = checked(folder)
     for params, error, sentence in [
-        (SamplingParams(n=2), InvalidRequest, "2 samples of one prompt"),
+        (SamplingParams(n=65), InvalidRequest, "65 sequences at once, but max_num_seqs is 64"),
+        (BeamSearchParams(65), InvalidOption, "130 tokens, but the vocabulary has"),
         (SamplingParams(stop="x"), MissingTokenizer, "use stop_token_ids"),
         (SamplingParams(stop_token_ids=[VOCAB_SIZE]), InvalidOption, "stop_token_ids"),
         (SamplingParams(logit_bias={VOCAB_SIZE: 1.0}), InvalidOption, "logit_bias"),

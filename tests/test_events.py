@@ -54,7 +54,7 @@ def test_a_listener_knows_every_block_table_and_every_owner(requests, num_blocks
 
     engine = traced_engine(picture, count, num_blocks=num_blocks, preemption=preemption)
     for prompt_len, num_tokens, num_seqs in requests:
-        engine.add(prompt_len, num_tokens, num_seqs)
+        engine.add(prompt_len, num_tokens, num_seqs, alike=prompt_len % 2 == 0)
     memory = engine.scheduler.memory
     while engine.scheduler.has_unfinished():
         engine.step()
@@ -64,7 +64,9 @@ def test_a_listener_knows_every_block_table_and_every_owner(requests, num_blocks
             for seq, table in memory.tables.items()
         }
         for block in range(num_blocks):
-            assert owners.get(("pool", block), 0) == memory.ref_count(block)
+            by_cache = block in memory.cached
+            assert owners.get(("pool", block), 0) == memory.ref_count(block) + by_cache
+        assert picture._cached == memory.cached.keys()
         picture.picture()
 
 
@@ -78,7 +80,7 @@ def test_the_picture_shows_full_partial_shared_and_free_blocks():
     headline, _, row = picture.picture().plain.splitlines()
     assert headline == (
         "step 1: 2 running, 0 waiting, 0 swapped; 3 of 4 blocks of 4 in use, "
-        "83% of their slots filled"
+        "83% of their slots filled, 1 shared"
     )
     assert row.split() == ["0", "Aa·2"]
     picture(Event("free", 2, 0.0, {"seq": 0}))

@@ -28,13 +28,18 @@ class Engine:
         self.scheduler = scheduler
         self.lengths: dict[str, int] = {}  # how many tokens each request generates
         self.groups: dict[str, SequenceGroup] = {}
+        self.sequences: dict[str, list[Sequence]] = {}  # of each request, also the finished ones
         self.finished: list[str] = []
         self.ended: list[str] = []
         self.next_id = 0
 
-    def add(self, prompt_len: int, num_tokens: int = 5, num_seqs: int = 1) -> SequenceGroup:
-        seq = Sequence(self.next_id, range(prompt_len))
-        group = SequenceGroup(str(len(self.groups)), [seq], num_seats=num_seqs)
+    def add(
+        self, prompt_len: int, num_tokens: int = 5, num_seqs: int = 1, *, alike: bool = False
+    ) -> SequenceGroup:
+        first = 0 if alike else 1000 * (1 + self.next_id)
+        seq = Sequence(self.next_id, range(first, first + prompt_len))
+        group = SequenceGroup(str(len(self.groups)), [seq], width=num_seqs)
+        self.sequences[group.request_id] = [seq]
         self.scheduler.add(group)
         self.next_id += 1
         self.groups[group.request_id] = group
@@ -43,33 +48,31 @@ class Engine:
 
     def step(self):
         plan = self.scheduler.schedule()
+        self.scheduler.commit(plan)
         for scheduled in plan.sequences:
             group, seq = scheduled.group, scheduled.seq
-            seq.mark_computed(scheduled.num_new_tokens)
             if scheduled.samples:
                 if seq.num_output_tokens == 0:
                     self.fork(group, seq)
-                for each in group.unfinished if seq.num_output_tokens == 0 else [seq]:
+                for each in group.sequences if seq.num_output_tokens == 0 else [seq]:
                     each.append(7)
-                for each in list(group.unfinished):
+                for each in list(group.sequences):
                     if each.num_output_tokens >= self.length_of(group, each):
                         self.scheduler.finish(group, each)
-                if not group.unfinished:
+                if not group.sequences:
                     self.finished.append(group.request_id)
         self.ended += [g.request_id for g in plan.ended]
         return plan
 
     def length_of(self, group: SequenceGroup, seq: Sequence) -> int:
         """The sequences of a group end one after the other."""
-        return self.lengths[group.request_id] + group.sequences.index(seq)
+        return self.lengths[group.request_id] + self.sequences[group.request_id].index(seq)
 
     def fork(self, group: SequenceGroup, parent: Sequence) -> None:
-        while len(group.sequences) < group.num_seats:
-            child = Sequence(1000 + self.next_id, parent.token_ids)
+        while len(group.sequences) < group.width:
+            child = self.scheduler.fork(group, parent, 1000 + self.next_id)
+            self.sequences[group.request_id].append(child)
             self.next_id += 1
-            child.num_computed_tokens = parent.num_computed_tokens
-            group.sequences.append(child)
-            self.scheduler.memory.fork(parent, child)
 
     def run(self, limit: int = 10_000) -> list:
         plans = []
@@ -156,7 +159,7 @@ def test_a_prompt_that_fills_the_whole_context_is_refused():
 
 def test_a_request_of_more_sequences_than_seats_is_refused():
     with pytest.raises(InvalidRequest, match="may hold 5 sequences at once, but max_num_seqs is 4"):
-        build(max_num_seqs=4).add(SequenceGroup("0", [Sequence(0, [1])], num_seats=5))
+        build(max_num_seqs=4).add(SequenceGroup("0", [Sequence(0, [1])], width=5))
 
 
 def test_a_sequence_that_outgrows_the_pool_ends_and_the_others_go_on():
@@ -166,7 +169,7 @@ def test_a_sequence_that_outgrows_the_pool_ends_and_the_others_go_on():
     engine.run()
     assert engine.ended == ["0"]
     assert engine.finished == ["1"]
-    assert engine.groups["0"].sequences[0].num_tokens == 5 * 4 + 1
+    assert engine.sequences["0"][0].num_tokens == 5 * 4 + 1
     assert engine.groups["0"].status is SequenceStatus.FINISHED
 
 
@@ -420,7 +423,7 @@ def test_every_request_ends_and_every_block_comes_back(
         for _ in range(pause):
             if engine.scheduler.has_unfinished():
                 check_plan(engine, engine.step())
-        alive = [g for g in engine.groups.values() if g.unfinished]
+        alive = [g for g in engine.groups.values() if g.sequences]
         if abort and alive:
             engine.scheduler.abort(alive[len(alive) // 2])
             aborted.append(alive[len(alive) // 2].request_id)
@@ -428,10 +431,10 @@ def test_every_request_ends_and_every_block_comes_back(
     ends = len(engine.finished) + len(engine.ended) + len(aborted) + refused
     assert ends == len(requests)
     for request_id in engine.finished:
-        group = engine.groups[request_id]
-        assert len(group.sequences) == group.num_seats
-        found = [s.num_output_tokens for s in group.sequences]
-        assert found == [engine.length_of(group, s) for s in group.sequences]
+        group, sequences = engine.groups[request_id], engine.sequences[request_id]
+        assert len(sequences) == group.width
+        generated = [s.num_output_tokens for s in sequences]
+        assert generated == [engine.length_of(group, s) for s in sequences]
     memory = engine.scheduler.memory
     assert memory.num_free == memory.num_blocks
     assert memory.num_free_swap_blocks == memory.num_swap_blocks
@@ -449,7 +452,7 @@ def check_plan(engine: "Engine", plan) -> None:
     for queue in (queues.waiting, queues.running, queues.swapped):
         assert [g.arrival for g in queue] == sorted(g.arrival for g in queue)
     for group in queues.swapped:  # gang-scheduled: all sequences of a group are out together
-        assert all(queues.memory.is_swapped(s.seq_id) for s in group.unfinished)
+        assert all(queues.memory.is_swapped(s.seq_id) for s in group.sequences)
 
 
 @given(
@@ -484,7 +487,7 @@ def test_the_oldest_running_group_advances_and_nobody_overtakes_the_oldest_who_w
         if ran:
             assert ran[0] in computed or ran[0] in plan.ended
         joined = [g.arrival for g in computed if g in out]
-        left_out = [g.arrival for g in out if g.unfinished and g not in computed]
+        left_out = [g.arrival for g in out if g.sequences and g not in computed]
         assert not joined or not left_out or max(joined) < min(left_out)
 
 

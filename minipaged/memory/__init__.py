@@ -1,13 +1,16 @@
 """Who owns which block. Pure Python: nothing in this package imports torch.
 
-Read it in this order: allocator (physical blocks), block_table (one sequence), block_manager (all
-sequences), checked (a second opinion wrapped round the others).
+Read it in this order: allocator (physical blocks), block_table (one sequence), prefix_cache (blocks
+found again by their content), roles (what a memory must do), block_manager (all sequences), checked
+(a second opinion wrapped round the others).
 """
 
 from minipaged.memory.allocator import Allocator, BlockAllocator
-from minipaged.memory.block_manager import BlockManager, BlockPair, Memory, MemoryUsage
+from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.checked import CheckedAllocator, CheckedMemory
+from minipaged.memory.prefix_cache import CacheKey, PrefixCache
+from minipaged.memory.roles import BlockPair, Memory, MemoryUsage
 
 __all__ = [
     "Allocator",
@@ -15,8 +18,10 @@ __all__ = [
     "BlockManager",
     "BlockPair",
     "BlockTable",
+    "CacheKey",
     "CheckedAllocator",
     "CheckedMemory",
     "Memory",
     "MemoryUsage",
+    "PrefixCache",
 ]

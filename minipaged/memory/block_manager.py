@@ -7,70 +7,13 @@ step's attention reads anything. Section numbers are the paper's.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 from minipaged.memory.allocator import Allocator, BlockAllocator
 from minipaged.memory.block_table import BlockTable
+from minipaged.memory.prefix_cache import CacheKey, PrefixCache
+from minipaged.memory.roles import BlockPair, MemoryUsage
 from minipaged.sequence import Sequence, SequenceGroup
-
-BlockPair = tuple[int, int]  # copy the first block into the second
-
-
-@dataclass(frozen=True)
-class MemoryUsage:
-    """Token slots of the pool by the categories of the paper's Figure 2; they add up to `total`.
-
-    used      hold a token of some sequence (a slot that several sequences share counts once)
-    reserved  kept for tokens that a sequence is known to generate; always 0 with paging
-    internal  inside an owned block but never needed, or not yet: the tail of a last block
-    external  free, but in pieces too small to be used; always 0, for all blocks are alike
-    free      in blocks that nobody owns (the figure counts these to "external & others")
-    """
-
-    used: int
-    reserved: int
-    internal: int
-    external: int
-    free: int
-
-    @property
-    def total(self) -> int:
-        return self.used + self.reserved + self.internal + self.external + self.free
-
-
-class Memory(Protocol):
-    """The role `memory`: what the scheduler may ask and do. See `BlockManager` for each."""
-
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def num_free(self) -> int: ...
-    @property
-    def num_swap_blocks(self) -> int: ...
-    @property
-    def num_free_swap_blocks(self) -> int: ...
-    @property
-    def tables(self) -> Mapping[int, BlockTable]: ...
-    def blocks_needed(self, group: SequenceGroup) -> int: ...
-    def can_admit(self, group: SequenceGroup, alone: bool) -> bool: ...
-    def admit(self, group: SequenceGroup) -> None: ...
-    def can_append(self, group: SequenceGroup) -> bool: ...
-    def append(self, seq: Sequence) -> list[BlockPair]: ...
-    def fork(self, parent: Sequence, child: Sequence) -> None: ...
-    def free(self, seq: Sequence) -> None: ...
-    def can_swap_out(self, group: SequenceGroup) -> bool: ...
-    def swap_out(self, group: SequenceGroup) -> list[BlockPair]: ...
-    def can_swap_in(self, group: SequenceGroup, alone: bool) -> bool: ...
-    def swap_in(self, group: SequenceGroup) -> list[BlockPair]: ...
-    def is_swapped(self, seq_id: int) -> bool: ...
-    def block_table(self, seq_id: int) -> BlockTable: ...
-    def ref_count(self, block: int) -> int: ...
-    def swap_ref_count(self, block: int) -> int: ...
-    def usage(self) -> MemoryUsage: ...
 
 
 class BlockManager:
@@ -83,19 +26,23 @@ class BlockManager:
         block_size: int = 16,
         watermark_blocks: int = 0,
         allocator: Callable[[int], Allocator] = BlockAllocator,
+        enable_prefix_caching: bool = False,
     ) -> None:
         self.block_size = block_size
         self._watermark_blocks = watermark_blocks
-        self._pool = allocator(num_blocks)
+        self._pool = PrefixCache(allocator(num_blocks), block_size, enable_prefix_caching)
         self._swap_pool = allocator(num_swap_blocks)
         self._tables: dict[int, BlockTable] = {}  # by sequence id
         self._swapped: set[int] = set()  # the sequences whose table speaks of the swap pool
+        self._pinned: set[int] = set()  # the prefixes that stay, by sequence id
 
     # ---- admission -----------------------------------------------------------------------------
 
-    def blocks_needed(self, group: SequenceGroup) -> int:
-        """Blocks of the pool that the group would hold if it took part in the next step."""
-        return len(self._unique_blocks(group)) + self._growth(group)
+    def fits(self, group: SequenceGroup) -> bool:
+        """Whether the pool would hold the group's next step if all others left but pinned ones."""
+        staying = Counter(b for seq_id in self._pinned for b in self._tables[seq_id].blocks)
+        claimed, new = self._claim(group, lambda block: staying[block])
+        return len(claimed | staying.keys()) + new <= self.num_blocks
 
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
         """Whether a waiting group's blocks are free, beyond the watermark unless it is alone.
@@ -104,24 +51,26 @@ class BlockManager:
         those who run will soon need. A group that would have the pool to itself takes nobody's.
         """
         watermark = 0 if alone else self._watermark_blocks
-        return self._pool.num_free - self.blocks_needed(group) >= watermark
+        return self.num_free - self._num_to_take(group) >= watermark
 
-    def admit(self, group: SequenceGroup) -> None:
+    def admit(self, group: SequenceGroup) -> list[BlockPair]:
         """Give every sequence of a waiting group the blocks of the tokens it has, and no more.
 
-        Never those of the tokens it may come to have: reserving by `max_tokens` is the very waste
-        that the paper removes (section 3.1).
+        Those that the prefix cache finds are shared, the others new. Never those of the tokens it
+        may come to have: reserving by `max_tokens` is the very waste that the paper removes
+        (section 3.1). Returns the copies to make first, as `append` does.
         """
-        for seq in group.unfinished:
+        for seq in group.sequences:
             assert seq.seq_id not in self._tables, f"sequence {seq.seq_id} is admitted already"
-            self._tables[seq.seq_id] = BlockTable(self.block_size, [], 0)
-            self.append(seq)
+            seq.mark_found(self.num_found(seq))
+            self._tables[seq.seq_id] = self._pool.share_found(seq)
+        return [pair for seq in group.sequences for pair in self.append(seq)]
 
     # ---- growing -------------------------------------------------------------------------------
 
     def can_append(self, group: SequenceGroup) -> bool:
         """Whether the blocks are free that the next step's new tokens need."""
-        return self._pool.num_free >= self._growth(group)
+        return self.num_free >= self._num_to_take(group)
 
     def append(self, seq: Sequence) -> list[BlockPair]:
         """Make the sequence ready to be written to: a slot for each token, in a block of its own.
@@ -139,6 +88,7 @@ class BlockManager:
             elif self._pool.ref_count(shared := table.blocks[logical]) > 1:
                 table.blocks[logical] = self._pool.allocate()
                 self._pool.free(shared)
+                table.num_published = min(table.num_published, logical)
                 pairs.append((shared, table.blocks[logical]))
         table.num_tokens = seq.num_tokens
         return pairs
@@ -155,48 +105,96 @@ class BlockManager:
     def free(self, seq: Sequence) -> None:
         """Let go of a sequence's blocks; those without another owner become free."""
         pool = self._pool_of(seq)
-        for block in self._tables.pop(seq.seq_id).blocks:
+        for block in reversed(self._tables.pop(seq.seq_id).blocks):  # children before parents
             pool.free(block)
         self._swapped.discard(seq.seq_id)
+        self._pinned.discard(seq.seq_id)
+
+    # ---- prefixes (section 4.4, shared prefix) ---------------------------------------------------
+
+    def num_found(self, seq: Sequence) -> int:
+        """How many first tokens of a waiting sequence need no computing.
+
+        Never the last one: its logits are needed. If all is found, the last token's keys are
+        written once more, as they were; and if others own the block, to a copy of it.
+        """
+        return min(len(self._pool.find(seq)) * self.block_size, seq.num_tokens - 1)
+
+    def publish(self, seq: Sequence) -> list[int]:
+        """Let the sequence's full blocks be found; returns those that could not be found before.
+
+        Called after a step, when keys and values of `num_computed_tokens` are really written.
+        """
+        return self._pool.publish(seq, self._tables[seq.seq_id])
+
+    def pin(self, seq: Sequence) -> int:
+        """Keep all known blocks of a prefix until it is freed; returns how many tokens they hold.
+
+        The paper's predefined prefix: what pins a block is one more owner.
+        """
+        table = self._tables[seq.seq_id] = self._pool.share_found(seq)
+        self._pinned.add(seq.seq_id)
+        return table.num_tokens
 
     # ---- swapping (section 4.5) ----------------------------------------------------------------
 
     def can_swap_out(self, group: SequenceGroup) -> bool:
         """Whether the swap pool has room for all blocks of the group."""
-        return self._swap_pool.num_free >= len(self._unique_blocks(group))
+        return self._swap_pool.num_free >= self.num_distinct_blocks(group)
 
     def swap_out(self, group: SequenceGroup) -> list[BlockPair]:
         """Move the group to the swap pool; returns (pool block, swap block) pairs to copy."""
-        pairs = self._move(group, self._pool, self._swap_pool)
-        self._swapped.update(s.seq_id for s in group.unfinished)
+        pairs = self._move(group, self._pool, self._swap_pool, {})
+        self._swapped.update(s.seq_id for s in group.sequences)
         return pairs
 
     def can_swap_in(self, group: SequenceGroup, alone: bool) -> bool:
-        """Whether a swapped group fits, together with the blocks that its next step needs.
-
-        Blocks are blocks: the question is the one that is asked of a newcomer.
-        """
+        """Whether a swapped group fits, by the same count as a newcomer: blocks are blocks."""
         return self.can_admit(group, alone)
 
     def swap_in(self, group: SequenceGroup) -> list[BlockPair]:
-        """Move the group back to the pool; returns (swap block, pool block) pairs to copy."""
-        pairs = self._move(group, self._swap_pool, self._pool)
-        self._swapped.difference_update(s.seq_id for s in group.unfinished)
+        """Move the group back to the pool; returns (swap block, pool block) pairs to copy.
+
+        Blocks that the prefix cache still knows are shared again, and need no copy.
+        """
+        known = self._still_known(group)
+        for block in known.values():
+            self._pool.share(block)  # held, lest another block's allocation evict it
+        pairs = self._move(group, self._swap_pool, self._pool, known)
+        for block in known.values():
+            self._pool.free(block)
+        self._swapped.difference_update(s.seq_id for s in group.sequences)
         return pairs
 
-    def _move(self, group: SequenceGroup, source: Allocator, target: Allocator) -> list[BlockPair]:
+    def _move(
+        self, group: SequenceGroup, source: Allocator, target: Allocator, there: dict[int, int]
+    ) -> list[BlockPair]:
         # Each block moves once, however many sequences share it: the map keeps the sharing.
-        moved: dict[int, int] = {}
-        for seq in group.unfinished:
+        moved = there.copy()
+        pairs: list[BlockPair] = []
+        for seq in group.sequences:
             table = self._tables[seq.seq_id]
-            for logical, block in enumerate(table.blocks):
+            old, table.blocks = table.blocks, []
+            for block in old:
                 if block in moved:
                     target.share(moved[block])
                 else:
                     moved[block] = target.allocate()
+                    pairs.append((block, moved[block]))
+                table.blocks.append(moved[block])
+            for block in reversed(old):  # children before parents
                 source.free(block)
-                table.blocks[logical] = moved[block]
-        return list(moved.items())
+            table.num_published = sum(block in there for block in old)
+        return pairs
+
+    def _still_known(self, group: SequenceGroup) -> dict[int, int]:
+        """By swap block: the block of the pool that holds the same keys and values still."""
+        known: dict[int, int] = {}
+        for seq in group.sequences:
+            num_full = seq.num_computed_tokens // self.block_size
+            swapped = self._tables[seq.seq_id].blocks[:num_full]
+            known.update(zip(swapped, self._pool.find(seq), strict=False))
+        return known
 
     # ---- what others may know ------------------------------------------------------------------
 
@@ -206,6 +204,7 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
+        """Blocks that no sequence owns, the ones that only the prefix cache keeps among them."""
         return self._pool.num_free
 
     @property
@@ -220,6 +219,11 @@ class BlockManager:
     def tables(self) -> Mapping[int, BlockTable]:
         """The block tables of all sequences that hold blocks, by sequence id; to be read only."""
         return MappingProxyType(self._tables)
+
+    @property
+    def cached(self) -> Mapping[int, CacheKey]:
+        """The blocks that the prefix cache knows, and by what; to be read only."""
+        return self._pool.known
 
     def block_table(self, seq_id: int) -> BlockTable:
         return self._tables[seq_id]
@@ -236,21 +240,13 @@ class BlockManager:
         """How many sequences own this block of the swap pool."""
         return self._swap_pool.ref_count(block)
 
+    def num_distinct_blocks(self, group: SequenceGroup) -> int:
+        """How many blocks the group holds, a shared one counted once."""
+        return len({b for s in group.sequences for b in self._tables[s.seq_id].blocks})
+
     def usage(self) -> MemoryUsage:
         """How the slots of the pool are used, by the categories of the paper's Figure 2."""
-        filled: dict[int, int] = {}  # by physical block, so that a shared one counts once
-        for seq_id, table in self._tables.items():
-            if seq_id not in self._swapped:
-                for logical, block in enumerate(table.blocks):
-                    filled[block] = table.filled(logical)
-        used = sum(filled.values())
-        return MemoryUsage(
-            used=used,
-            reserved=0,
-            internal=len(filled) * self.block_size - used,
-            external=0,
-            free=self._pool.num_free * self.block_size,
-        )
+        return MemoryUsage.of_pages(self)
 
     # ---- arithmetic ----------------------------------------------------------------------------
 
@@ -260,19 +256,39 @@ class BlockManager:
     def _pool_of(self, seq: Sequence) -> Allocator:
         return self._swap_pool if seq.seq_id in self._swapped else self._pool
 
-    def _unique_blocks(self, group: SequenceGroup) -> set[int]:
-        tables = (self._tables.get(s.seq_id) for s in group.unfinished)
-        return {block for table in tables if table is not None for block in table.blocks}
+    def _claim(self, group: SequenceGroup, among: Callable[[int], int]) -> tuple[set[int], int]:
+        """What a group's next step claims of the pool, exactly.
 
-    def _growth(self, group: SequenceGroup) -> int:
-        """Blocks that `append` will take for all sequences of the group together, exactly."""
-        missing = 0
-        writers = Counter[int]()  # by block: how many of the group are about to write to it
-        for seq in group.unfinished:
-            table = self._tables.get(seq.seq_id)
-            blocks = table.blocks if table is not None else []
-            missing += max(0, self._blocks_for(seq.num_tokens) - len(blocks))
-            writers.update(blocks[seq.num_computed_tokens // self.block_size :])
-        pool = self._pool_of(group.unfinished[0])
-        # If all owners of a block write to it, the last one finds itself alone and keeps it.
-        return missing + sum(min(n, pool.ref_count(b) - 1) for b, n in writers.items())
+        The blocks that it holds or will share, and how many `append` takes besides for all its
+        sequences together, if a block has so many other owners as `among` says.
+        """
+        swapped = group.sequences[0].seq_id in self._swapped
+        own, written = Counter[int](), Counter[int]()  # by block: how many of the group
+        new = 0
+        for seq in group.sequences:
+            if seq.seq_id in self._tables:
+                blocks, computed = self._tables[seq.seq_id].blocks, seq.num_computed_tokens
+            else:
+                blocks, computed = self._pool.find(seq), self.num_found(seq)
+            own.update(blocks)
+            written.update(blocks[computed // self.block_size :])
+            new += max(0, self._blocks_for(seq.num_tokens) - len(blocks))
+        for block, writers in written.items():
+            # If all owners of a block write to it, the last one finds itself alone and keeps it.
+            others = 0 if swapped else among(block)
+            new += min(writers, own[block] + others - 1)
+        if not swapped:
+            return set(own), new
+        known = self._still_known(group)
+        return set(known.values()), new + len(own) - len(known)
+
+    def _num_to_take(self, group: SequenceGroup) -> int:
+        """Free blocks of the pool that the group's next step takes; idle ones it finds are free."""
+        holds = Counter(
+            block
+            for seq in group.sequences
+            if seq.seq_id in self._tables and seq.seq_id not in self._swapped
+            for block in self._tables[seq.seq_id].blocks
+        )
+        claimed, new = self._claim(group, lambda b: self._pool.ref_count(b) - holds[b])
+        return new + sum(self._pool.ref_count(block) == 0 for block in claimed)

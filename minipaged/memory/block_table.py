@@ -12,10 +12,13 @@ class BlockTable:
         logical block 2 -> physical 3: tokens 8 9 and two empty slots
     """
 
-    def __init__(self, block_size: int, blocks: list[int], num_tokens: int) -> None:
+    def __init__(
+        self, block_size: int, blocks: list[int], num_tokens: int, num_published: int = 0
+    ) -> None:
         self.block_size = block_size
         self.blocks = blocks
         self.num_tokens = num_tokens
+        self.num_published = num_published  # first blocks, that the prefix cache knows
 
     def __len__(self) -> int:
         """The number of logical blocks."""
@@ -33,7 +36,7 @@ class BlockTable:
 
     def copy(self) -> "BlockTable":
         """The same mapping in a list of its own: what a fork starts from (section 4.4)."""
-        return BlockTable(self.block_size, self.blocks.copy(), self.num_tokens)
+        return BlockTable(self.block_size, self.blocks.copy(), self.num_tokens, self.num_published)
 
     def __repr__(self) -> str:
         return f"BlockTable({self.num_tokens} tokens in blocks {self.blocks})"

@@ -11,7 +11,7 @@ from typing import Any
 
 from minipaged.errors import CheckFailed
 from minipaged.memory.allocator import Allocator
-from minipaged.memory.block_manager import Memory
+from minipaged.memory.roles import Memory
 
 
 class CheckedAllocator:
@@ -71,11 +71,13 @@ class CheckedMemory:
     """Recounts the owners of every block from the block tables after every call that may move one.
 
     What must always be true: a block has as many owners as tables list it; blocks that no table
-    lists are free; no table lists a block twice; and a table has exactly the blocks that its tokens
-    need.
+    lists are free; no table lists a block twice; a table has exactly the blocks that its tokens
+    need; and a block that can be found has a parent that can be found.
     """
 
-    _MOVERS = frozenset({"admit", "append", "fork", "free", "swap_out", "swap_in"})
+    _MOVERS = frozenset(
+        {"admit", "append", "fork", "publish", "pin", "free", "swap_out", "swap_in"}
+    )
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -106,6 +108,12 @@ class CheckedMemory:
             name = f"swap_ref_count({block})"
             _expect(memory.swap_ref_count(block), swap_owners[block], name, call)
         _expect(memory.num_free, memory.num_blocks - len(+owners), "num_free", call)
+        for block, (parent, _) in memory.cached.items():
+            if isinstance(parent, int) and parent not in memory.cached:
+                raise CheckFailed(
+                    f"block {block} can be found, but not block {parent} before it (last call: "
+                    f"{call})."
+                )
         free_to_swap = memory.num_swap_blocks - len(+swap_owners)
         _expect(memory.num_free_swap_blocks, free_to_swap, "num_free_swap_blocks", call)
 

@@ -1,4 +1,4 @@
-"""SamplingParams: what a request asks of the sampler, in vLLM's names and with vLLM's meanings.
+"""What a request asks for: SamplingParams or BeamSearchParams, in vLLM's names and meanings.
 
 Every value is checked when the object is made, long before a batch depends on it, and every refusal
 says what was given and what to choose instead. Afterwards the object never changes.
@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from minipaged.errors import InvalidOption, InvalidRequest
 
@@ -25,8 +25,8 @@ class SamplingParams:
     ask for the same compare equal and hash alike.
     """
 
-    n: int = 1
-    best_of: int | None = None
+    n: int = 1  # samples to return
+    best_of: int | None = None  # samples to generate, of which the n likeliest are returned
     temperature: Number = 1.0  # 0 is greedy: always the likeliest token
     top_k: int = 0  # draw from the k likeliest tokens; 0 or -1 from all
     top_p: Number = 1.0  # draw from the fewest tokens that hold this much probability
@@ -35,7 +35,7 @@ class SamplingParams:
     frequency_penalty: Number = 0.0  # ... as often as it was generated
     repetition_penalty: Number = 1.0  # divides positive logits, multiplies negative ones
     logit_bias: Mapping[int, Number] | None = field(default=None, hash=False)
-    seed: int | None = None  # None: the engine chooses one
+    seed: int | None = None  # sample i draws with seed + i; None: the engine chooses one
     stop: str | Iterable[str] | None = None
     stop_token_ids: Iterable[int] | None = None
     ignore_eos: bool = False
@@ -112,17 +112,74 @@ class SamplingParams:
         return self.stop_token_ids
 
 
-def one_for_each(params: Any, num_prompts: int) -> list[SamplingParams]:
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """What a request asks of beam search. Raises `InvalidOption` for a value that cannot work.
+
+    A finished sequence scores its log-probability, divided by length ** length_penalty: above 0,
+    long sequences win more easily, below 0 short ones. early_stopping says when the search ends:
+    True, once `beam_width` sequences have ended; False, once none of the beams would score better
+    if it ended now; "never", once none could at any length.
+    """
+
+    beam_width: int
+    max_tokens: int | None = 16  # None: as many as the model's context holds
+    length_penalty: Number = 1.0
+    early_stopping: bool | Literal["never"] = False
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name in "beam_width", "max_tokens":
+            value = getattr(self, name)
+            none = name == "max_tokens" and value is None
+            if not none and (not is_number(value, int) or value < 1):
+                raise InvalidOption(f"{name} is {value!r}: choose a whole number from 1 up.")
+        if not is_number(self.length_penalty, float) or not abs(self.length_penalty) <= 100:
+            raise InvalidOption(
+                f"length_penalty is {self.length_penalty!r}: choose a number from -100 to 100, "
+                "0 for none."
+            )
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise InvalidOption(
+                f'early_stopping is {self.early_stopping!r}: choose True, False or "never".'
+            )
+        if not isinstance(self.ignore_eos, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidOption(f"ignore_eos is {self.ignore_eos!r}: choose True or False.")
+
+    def num_candidates(self, num_ends: int) -> int:
+        """How many candidates a step compares, if so many tokens can end a sequence.
+
+        Enough for `beam_width` to go on even if all of the best end there.
+        """
+        return max(2, 1 + (0 if self.ignore_eos else num_ends)) * self.beam_width
+
+    def check_vocab(self, vocab_size: int, num_ends: int) -> None:
+        """Raise `InvalidOption` if the vocabulary has fewer tokens than the first step compares."""
+        if self.num_candidates(num_ends) > vocab_size:
+            most = vocab_size * self.beam_width // self.num_candidates(num_ends)
+            raise InvalidOption(
+                f"beam_width is {self.beam_width}, so the first step compares "
+                f"{self.num_candidates(num_ends)} tokens, but the vocabulary has {vocab_size}: "
+                f"choose a beam_width up to {most}."
+            )
+
+
+Params = SamplingParams | BeamSearchParams
+
+
+def one_for_each(params: Any, num_prompts: int) -> list[Params]:
     """Parameters for each of so many prompts: the same for all, or a list of as many.
 
     Raises InvalidRequest if they are neither.
     """
     if params is None:
         params = SamplingParams()
-    if isinstance(params, SamplingParams):
+    if isinstance(params, SamplingParams | BeamSearchParams):
         return [params] * num_prompts
     if isinstance(params, Mapping) or not isinstance(params, Iterable):
-        raise InvalidRequest(f"{params!r} is no SamplingParams: give SamplingParams(...).")
+        raise InvalidRequest(
+            f"{params!r} is no SamplingParams: give SamplingParams(...) or BeamSearchParams(...)."
+        )
     each = list(params)
     if None in each:
         raise InvalidRequest("one of the sampling_params is None: give SamplingParams(...).")
@@ -147,7 +204,7 @@ class _Rule:
         """The value as a plain Python number. Raises `InvalidOption`."""
         if value is None and self.optional:
             return None
-        if not _is_number(value, self.kind) or not self.fits(value):
+        if not is_number(value, self.kind) or not self.fits(value):
             none = " or None" if self.optional else ""
             raise InvalidOption(f"{name} is {value!r}: choose {self.advice}{none}.")
         return self.kind(value)
@@ -175,7 +232,7 @@ _RULES = {
 }
 
 
-def _is_number(value: object, kind: type[int] | type[float]) -> TypeGuard[int | float]:
+def is_number(value: object, kind: type[int] | type[float]) -> TypeGuard[int | float]:
     """Whether it is a number of that kind, numpy's included; True and False are no numbers here."""
     return not isinstance(value, bool) and isinstance(value, Integral if kind is int else Real)
 
@@ -195,7 +252,7 @@ def _stop_token_ids(ids: Any) -> tuple[int, ...]:
         return ()
     ids = tuple(ids) if isinstance(ids, Iterable) else (ids,)
     for token_id in ids:
-        if not _is_number(token_id, int) or token_id < 0:
+        if not is_number(token_id, int) or token_id < 0:
             raise InvalidOption(f"stop_token_ids holds {token_id!r}: choose ids from 0 up.")
     return tuple(int(token_id) for token_id in ids)
 
@@ -207,9 +264,9 @@ def _logit_bias(bias: Any) -> dict[int, float] | None:
     if not isinstance(bias, Mapping):
         raise InvalidOption(f"logit_bias is {bias!r}: choose a dict from token id to bias.")
     for token_id, value in bias.items():
-        if not _is_number(token_id, int) or token_id < 0:
+        if not is_number(token_id, int) or token_id < 0:
             raise InvalidOption(f"logit_bias names token {token_id!r}: choose ids from 0 up.")
-        if not _is_number(value, float) or not -100 <= value <= 100:
+        if not is_number(value, float) or not -100 <= value <= 100:
             raise InvalidOption(
                 f"logit_bias of token {token_id} is {value!r}: choose a number from -100 "
                 "(as good as never) to 100 (as good as always)."

@@ -1,0 +1,78 @@
+"""What `LLM` was not told: the folder, the tokenizer, and a number for every option left open."""
+
+from collections.abc import Callable
+from importlib.resources import files
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from minipaged.config import EngineConfig, ModelConfig, require_whole
+from minipaged.errors import CheckpointError, InvalidOption, MissingTokenizer
+from minipaged.tokenizer import Tokenizer
+
+EMBEDDED = ("storyteller",)  # models that ship inside the package
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a checkpoint, or of an embedded model. Raises CheckpointError."""
+    if model in EMBEDDED:
+        return Path(str(files("minipaged") / "assets" / str(model)))
+    if not model or not Path(model).is_dir():
+        raise CheckpointError(
+            f"there is no folder {str(model)!r}: give a folder with a checkpoint, or the name of "
+            f"an embedded model ({', '.join(EMBEDDED)})."
+        )
+    return Path(model)
+
+
+def open_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in this folder; None if it holds none."""
+    try:
+        return Tokenizer.from_folder(folder)
+    except MissingTokenizer:
+        return None  # token ids still work; text is refused with a sentence
+
+
+def choose_config(
+    model: ModelConfig,
+    room: Callable[[], int],
+    swap_room: int,
+    *,
+    num_blocks: int | None,
+    num_swap_blocks: int | None,
+    max_model_len: int | None,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int | None,
+    enable_chunked_prefill: bool,
+    **others: Any,
+) -> EngineConfig:
+    """What was asked for, and a number for what was left open, within what memory has room for."""
+    require_whole("max_num_seqs", max_num_seqs, 1)
+    longest = model.max_position_embeddings
+    if max_model_len is None:
+        max_model_len = longest
+    require_whole("max_model_len", max_model_len, 2)
+    if max_model_len > longest:
+        raise InvalidOption(
+            f"max_model_len is {max_model_len}, but {model.architecture} was made for {longest} "
+            f"tokens here: give at most {longest}."
+        )
+    if num_blocks is None:
+        num_blocks = min(max_num_seqs * ceil(max_model_len / block_size), room())
+    require_whole("num_blocks", num_blocks, 1)
+    if num_swap_blocks is None:
+        num_swap_blocks = min(num_blocks, swap_room)
+    if max_num_batched_tokens is None:
+        whole_prompt = 0 if enable_chunked_prefill else max_model_len
+        max_num_batched_tokens = max(2048, max_num_seqs, whole_prompt)
+    return EngineConfig(
+        num_blocks=num_blocks,
+        num_swap_blocks=num_swap_blocks,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_chunked_prefill=enable_chunked_prefill,
+        **others,
+    )

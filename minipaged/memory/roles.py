@@ -1,0 +1,89 @@
+"""What the scheduler may ask of a memory, whoever plays the role."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from minipaged.memory.block_table import BlockTable
+from minipaged.memory.prefix_cache import CacheKey
+from minipaged.sequence import Sequence, SequenceGroup
+
+BlockPair = tuple[int, int]  # copy the first block into the second
+
+
+@dataclass(frozen=True)
+class MemoryUsage:
+    """Token slots of the pool by the categories of the paper's Figure 2; they add up to `total`.
+
+    used      hold a token of some sequence (a slot that several sequences share counts once)
+    reserved  kept for tokens that a sequence is known to generate; always 0 with paging
+    internal  inside an owned block but never needed, or not yet: the tail of a last block
+    external  free, but in pieces too small to be used; always 0, for all blocks are alike
+    free      in blocks that no sequence owns (the figure counts these to "external & others")
+    """
+
+    used: int
+    reserved: int
+    internal: int
+    external: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        return self.used + self.reserved + self.internal + self.external + self.free
+
+    @classmethod
+    def of_pages(cls, memory: "Memory") -> "MemoryUsage":
+        """The usage of a memory that takes blocks one by one, as paging does."""
+        filled: dict[int, int] = {}  # by physical block, so that a shared one counts once
+        for seq_id, table in memory.tables.items():
+            if not memory.is_swapped(seq_id):
+                for logical, block in enumerate(table.blocks):
+                    filled[block] = table.filled(logical)
+        used = sum(filled.values())
+        return cls(
+            used=used,
+            reserved=0,
+            internal=len(filled) * memory.block_size - used,
+            external=0,
+            free=memory.num_free * memory.block_size,
+        )
+
+
+class Memory(Protocol):
+    """The role `memory`: what the scheduler may ask and do. See `BlockManager` for each."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_free(self) -> int: ...
+    @property
+    def num_swap_blocks(self) -> int: ...
+    @property
+    def num_free_swap_blocks(self) -> int: ...
+    @property
+    def tables(self) -> Mapping[int, BlockTable]: ...
+    @property
+    def cached(self) -> Mapping[int, CacheKey]: ...
+    def fits(self, group: SequenceGroup) -> bool: ...
+    def num_found(self, seq: Sequence) -> int: ...
+    def can_admit(self, group: SequenceGroup, alone: bool) -> bool: ...
+    def admit(self, group: SequenceGroup) -> list[BlockPair]: ...
+    def can_append(self, group: SequenceGroup) -> bool: ...
+    def append(self, seq: Sequence) -> list[BlockPair]: ...
+    def fork(self, parent: Sequence, child: Sequence) -> None: ...
+    def publish(self, seq: Sequence) -> list[int]: ...
+    def pin(self, seq: Sequence) -> int: ...
+    def free(self, seq: Sequence) -> None: ...
+    def can_swap_out(self, group: SequenceGroup) -> bool: ...
+    def swap_out(self, group: SequenceGroup) -> list[BlockPair]: ...
+    def can_swap_in(self, group: SequenceGroup, alone: bool) -> bool: ...
+    def swap_in(self, group: SequenceGroup) -> list[BlockPair]: ...
+    def is_swapped(self, seq_id: int) -> bool: ...
+    def block_table(self, seq_id: int) -> BlockTable: ...
+    def ref_count(self, block: int) -> int: ...
+    def swap_ref_count(self, block: int) -> int: ...
+    def num_distinct_blocks(self, group: SequenceGroup) -> int: ...
+    def usage(self) -> MemoryUsage: ...
