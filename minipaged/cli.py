@@ -1,4 +1,4 @@
-"""The command line: `minipaged demo | generate | chat`.
+"""The command line: `minipaged demo | generate | chat | bench`.
 
 Mistakes end with one sentence on standard error and exit code 2. torch is imported only once a
 command runs, so that `--help` answers at once.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from minipaged.bench.commands import app as bench
 from minipaged.errors import InvalidRequest, MinipagedError
 from minipaged.terminal import Session
 from minipaged.version import __version__
@@ -31,6 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Option(help="storyteller, or a folder with a checkpoint.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -75,7 +78,9 @@ def _fail(sentence: str) -> None:
 
 def _in_words_of_the_shell(sentence: str) -> str:
     """Options by the names they have here: num_blocks is --num-blocks."""
-    names = r"\b(attention_backend|block_size|num_blocks|max_tokens|top_p|top_k)\b"
+    names = (
+        r"\b(attention_backend|best_of|beam_width|block_size|num_blocks|max_tokens|top_p|top_k)\b"
+    )
     return re.sub(names, lambda name: "--" + name[0].replace("_", "-"), sentence)
 
 
@@ -164,6 +169,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Probability to draw from.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Likeliest tokens to draw from; 0: all.")] = 0,
+    n: Annotated[int, typer.Option(help="Samples of each prompt.")] = 1,
+    best_of: Annotated[int | None, typer.Option(help="Samples to take the best n of.")] = None,
+    beam_width: Annotated[int | None, typer.Option(help="Search with so many beams.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to the limit.")] = False,
     device: Device = "auto",
@@ -179,9 +187,11 @@ def generate(
 ) -> None:
     """Go on from one or more prompts, all together."""
     with Session(show_blocks, trace, live=not as_json) as session:
-        from minipaged.sampling import SamplingParams
+        from minipaged.sampling import BeamSearchParams, SamplingParams
 
         params = SamplingParams(
+            n=n,
+            best_of=best_of,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -189,6 +199,8 @@ def generate(
             stop=stop,
             ignore_eos=ignore_eos,
         )
+        if beam_width is not None:
+            params = BeamSearchParams(beam_width, max_tokens, ignore_eos=ignore_eos)
         llm = session.load(
             model=model,
             device=device,
@@ -208,9 +220,10 @@ def generate(
             _warn_of_an_early_end(output, max_tokens)
             if as_json:
                 print(json.dumps(asdict(output)))
-            else:
+                continue
+            for completion in output.outputs:
                 text = Text(output.prompt or "", style="dim")
-                text.append(output.outputs[0].text, style="not dim")
+                text.append(completion.text, style="not dim")
                 session.console.print(text, soft_wrap=True)
 
 

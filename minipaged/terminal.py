@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minipaged.llm import LLM
 
 COLOURS = ("cyan", "magenta", "green", "blue", "red", "bright_blue", "bright_magenta", "bright_red")
-LEGEND = "A: full block of request A   a: its last, filling   2: owned by two   +: cached   ·: free"
+LEGEND = "A: full block of A   a: its last, filling   2: of two owners   +: cached   ·: free"
 MAX_COLUMNS = 64
 MAX_ROWS = 12
 FRAME_SECONDS = 0.1  # a step takes a few milliseconds: slowed down, a person can watch it

@@ -1,0 +1,31 @@
+"""On what a benchmark ran: a figure without it means little."""
+
+import os
+import platform
+from datetime import date
+from pathlib import Path
+
+from minipaged.version import __version__
+
+
+def describe_machine(device: str) -> str:
+    """One line: processor, versions, date."""
+    import torch
+
+    if device.startswith("cuda"):
+        chip = torch.cuda.get_device_name(device)
+    else:
+        chip = f"{_cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return (
+        f"{chip}; minipaged {__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}; {date.today().isoformat()}"
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
