@@ -65,12 +65,15 @@ def _answer(
     A chat that outgrows the model's context forgets its oldest turns.
     """
     answer = _Answer(printed=aloud and not session.is_live)
-    num_tokens, start = 0, time.perf_counter() - session.seconds_watched
+    num_tokens, cached, start = 0, "", time.perf_counter() - session.seconds_watched
     try:
         with session.watch(answer if session.is_live else None):
             for _, output in llm.stream(render_chat(llm.folder, told + turns), params):
                 answer.grow(output.outputs[0].text.lstrip())
                 num_tokens = len(output.outputs[0].token_ids)
+                if output.num_cached_tokens:
+                    asked = len(output.prompt_token_ids)
+                    cached = f"; {output.num_cached_tokens} of {asked} prompt tokens were cached"
     except PromptTooLong:
         if len(turns) == 1:
             raise
@@ -79,5 +82,6 @@ def _answer(
     seconds = time.perf_counter() - session.seconds_watched - start
     if aloud:
         print("" if session.is_live else "\n", end="")
-        print(f"({num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s)", file=sys.stderr)
+        speed = f"{num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s"
+        print(f"({speed}{cached})", file=sys.stderr)
     return answer.text

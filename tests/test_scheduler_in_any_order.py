@@ -328,7 +328,7 @@ FAULTS = [
 def test_a_deliberate_fault_is_caught(fault):
     machine = type(fault.__name__, (AnyRequests,), {"scheduler_class": fault})
     quick = settings(
-        max_examples=600, phases=[Phase.generate], derandomize=True, deadline=None, database=None
+        max_examples=1500, phases=[Phase.generate], derandomize=True, deadline=None, database=None
     )
     with pytest.raises((CheckFailed, AssertionError, DoubleFree, OutOfBlocks, LookupError)):
         run_state_machine_as_test(machine, settings=quick)

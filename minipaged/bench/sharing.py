@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
+from statistics import NormalDist
 
 from rich.table import Table
 
@@ -45,18 +46,21 @@ class Row:
 
 
 def alpaca_lengths(num_requests: int, longest: int, seed: int) -> list[tuple[int, int]]:
-    """(prompt tokens, output tokens) of so many requests, none longer than `longest` in all."""
-    rng = Random(seed)
+    """(prompt tokens, output tokens) of so many requests, none longer than `longest` in all.
 
-    def length(mu: float, sigma: float) -> int:
-        return max(SHORTEST, round(math.exp(rng.gauss(mu, sigma))))
+    Not drawn, but the middles of as many equal slices of the distribution: so a few requests have
+    the spread of many. Which prompt meets which output is left to chance, for in the traces the two
+    do not depend on each other.
+    """
 
-    lengths: list[tuple[int, int]] = []
-    while len(lengths) < num_requests:
-        both = length(*LOG_PROMPT), length(*LOG_OUTPUT)
-        if sum(both) <= longest:
-            lengths.append(both)
-    return lengths
+    def slices(mu: float, sigma: float) -> list[int]:
+        normal = NormalDist(mu, sigma)
+        points = ((i + 0.5) / num_requests for i in range(num_requests))
+        return [max(SHORTEST, round(math.exp(normal.inv_cdf(point)))) for point in points]
+
+    prompts, outputs = slices(*LOG_PROMPT), slices(*LOG_OUTPUT)
+    Random(seed).shuffle(outputs)
+    return [(p, min(o, longest - p)) for p, o in zip(prompts, outputs, strict=True)]
 
 
 def measure(

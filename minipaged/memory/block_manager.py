@@ -50,8 +50,10 @@ class BlockManager:
         The watermark, vLLM's addition to the paper, keeps newcomers from taking the blocks that
         those who run will soon need. A group that would have the pool to itself takes nobody's.
         """
+        shared, new = self._claim(group, self._pool.ref_count)
+        idle = sum(self._pool.ref_count(block) == 0 for block in shared)  # counted as free so far
         watermark = 0 if alone else self._watermark_blocks
-        return self.num_free - self._num_to_take(group) >= watermark
+        return self.num_free - new - idle >= watermark
 
     def admit(self, group: SequenceGroup) -> list[BlockPair]:
         """Give every sequence of a waiting group the blocks of the tokens it has, and no more.
@@ -70,7 +72,7 @@ class BlockManager:
 
     def can_append(self, group: SequenceGroup) -> bool:
         """Whether the blocks are free that the next step's new tokens need."""
-        return self.num_free >= self._num_to_take(group)
+        return self.num_free >= self._growth(group, self._pool.ref_count)
 
     def append(self, seq: Sequence) -> list[BlockPair]:
         """Make the sequence ready to be written to: a slot for each token, in a block of its own.
@@ -256,39 +258,32 @@ class BlockManager:
     def _pool_of(self, seq: Sequence) -> Allocator:
         return self._swap_pool if seq.seq_id in self._swapped else self._pool
 
-    def _claim(self, group: SequenceGroup, among: Callable[[int], int]) -> tuple[set[int], int]:
-        """What a group's next step claims of the pool, exactly.
+    def _blocks_of(self, seq: Sequence) -> list[int]:
+        """The blocks that a sequence holds; of a waiting one, those that it would find."""
+        table = self._tables.get(seq.seq_id)
+        return self._pool.find(seq) if table is None else table.blocks
 
-        The blocks that it holds or will share, and how many `append` takes besides for all its
-        sequences together, if a block has so many other owners as `among` says.
-        """
-        swapped = group.sequences[0].seq_id in self._swapped
-        own, written = Counter[int](), Counter[int]()  # by block: how many of the group
+    def _growth(self, group: SequenceGroup, num_owners: Callable[[int], int]) -> int:
+        """Blocks that `append` will take for all sequences of the group together, exactly."""
         new = 0
+        written = Counter[int]()  # by block: how many of the group write to it
         for seq in group.sequences:
-            if seq.seq_id in self._tables:
-                blocks, computed = self._tables[seq.seq_id].blocks, seq.num_computed_tokens
-            else:
-                blocks, computed = self._pool.find(seq), self.num_found(seq)
-            own.update(blocks)
+            blocks = self._blocks_of(seq)
+            waits = seq.seq_id not in self._tables
+            computed = self.num_found(seq) if waits else seq.num_computed_tokens
             written.update(blocks[computed // self.block_size :])
             new += max(0, self._blocks_for(seq.num_tokens) - len(blocks))
-        for block, writers in written.items():
-            # If all owners of a block write to it, the last one finds itself alone and keeps it.
-            others = 0 if swapped else among(block)
-            new += min(writers, own[block] + others - 1)
-        if not swapped:
-            return set(own), new
-        known = self._still_known(group)
-        return set(known.values()), new + len(own) - len(known)
+        # If all owners of a block write to it, the last one finds itself alone and keeps it.
+        return new + sum(min(n, num_owners(block) - 1) for block, n in written.items())
 
-    def _num_to_take(self, group: SequenceGroup) -> int:
-        """Free blocks of the pool that the group's next step takes; idle ones it finds are free."""
-        holds = Counter(
-            block
-            for seq in group.sequences
-            if seq.seq_id in self._tables and seq.seq_id not in self._swapped
-            for block in self._tables[seq.seq_id].blocks
-        )
-        claimed, new = self._claim(group, lambda b: self._pool.ref_count(b) - holds[b])
-        return new + sum(self._pool.ref_count(block) == 0 for block in claimed)
+    def _claim(self, group: SequenceGroup, others: Callable[[int], int]) -> tuple[set[int], int]:
+        """Blocks of the pool that a group holds or will share, and how many its step takes besides.
+
+        `others` tells how many owners a block has outside the group.
+        """
+        own = Counter(block for seq in group.sequences for block in self._blocks_of(seq))
+        if group.sequences[0].seq_id not in self._swapped:
+            return set(own), self._growth(group, lambda block: own[block] + others(block))
+        known = self._still_known(group)
+        growth = self._growth(group, lambda block: own[block])
+        return set(known.values()), len(own) - len(known) + growth
