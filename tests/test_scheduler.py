@@ -370,6 +370,98 @@ def test_auto_swaps_a_group_that_has_yet_to_fork():
     assert forker.status is SequenceStatus.SWAPPED
 
 
+# ---- sharing -------------------------------------------------------------------------------------
+
+
+def test_of_two_equal_prompts_the_second_joins_a_step_later_and_finds_the_first():
+    engine = Engine(build())
+    engine.add(10, alike=True)
+    engine.add(10, alike=True)
+    assert tokens_of(engine.step()) == {"0": 10}
+    assert tokens_of(engine.step()) == {"0": 1, "1": 2}
+
+
+def test_a_prompt_waits_only_for_the_block_that_is_computed_next():
+    engine = Engine(build(max_num_batched_tokens=8, max_num_seqs=4))
+    engine.add(16, alike=True)
+    other = engine.add(6, alike=True)
+    other.sequences[0].token_ids[4:] = [77, 78]
+    assert tokens_of(engine.step()) == {"0": 8}
+    assert tokens_of(engine.step()) == {"0": 8}, "no tokens are left, but nobody waits for a block"
+    assert tokens_of(engine.step()) == {"0": 1, "1": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "salt"), [({"enable_prefix_caching": False}, None), ({}, "another")]
+)
+def test_who_could_find_nothing_does_not_wait(options, salt):
+    engine = Engine(build(**options))
+    engine.add(10, alike=True)
+    engine.add(10, alike=True).sequences[0].cache_salt = salt
+    assert tokens_of(engine.step()) == {"0": 10, "1": 10}
+
+
+def test_without_chunking_only_the_tokens_that_are_not_found_must_fit_the_budget():
+    engine = Engine(
+        build(
+            max_num_batched_tokens=20,
+            max_num_seqs=4,
+            max_model_len=20,
+            enable_chunked_prefill=False,
+        )
+    )
+    engine.add(16, num_tokens=1, alike=True)
+    engine.step()
+    engine.add(10)
+    engine.add(16, alike=True)
+    assert tokens_of(engine.step()) == {"1": 10, "2": 1}
+
+
+def test_a_recomputed_sequence_finds_what_is_left_of_its_own_blocks():
+    engine = Engine(build(num_blocks=5, preemption="recompute"))
+    engine.add(8, num_tokens=9)
+    victim = engine.add(8, num_tokens=9)
+    while not engine.step().preempted:
+        pass
+    while victim.status is not SequenceStatus.RUNNING:
+        plan = engine.step()
+    [part] = [s for s in plan.sequences if s.group is victim]
+    assert part.num_new_tokens < victim.sequences[0].num_tokens
+
+
+def test_a_sample_that_ends_leaves_its_seat_to_others():
+    engine = Engine(build(max_num_seqs=3))
+    engine.add(4, num_tokens=2, num_seqs=3)  # the samples end one after the other
+    engine.add(4)
+    joined = [("1" in tokens_of(engine.step())) for _ in range(4)]
+    assert joined == [False, False, True, True]
+
+
+@pytest.mark.parametrize("preemption", ["auto", "recompute"])
+def test_a_forked_group_without_room_to_swap_is_recomputed(preemption):
+    engine = Engine(build(num_blocks=9, num_swap_blocks=0, preemption=preemption))
+    engine.add(8, num_tokens=16)
+    forked = engine.add(8, num_tokens=8, num_seqs=3)
+    plans = engine.run()
+    assert any(forked in plan.preempted for plan in plans)
+    assert engine.finished == ["0", "1"]
+    assert not engine.ended
+
+
+def test_a_prompt_that_cannot_fit_beside_pinned_prefixes_is_refused():
+    engine = Engine(build(num_blocks=6))
+    engine.add(16, num_tokens=1, alike=True)
+    engine.run()
+    engine.scheduler.memory.pin(prefix := Sequence(999, range(16)))
+    with pytest.raises(PromptTooLong, match="needs 3 blocks of 4 tokens, and the pool of 6 keeps"):
+        engine.add(12)
+    engine.add(20, num_tokens=2, alike=True)
+    engine.run()
+    assert engine.finished == ["0", "1"]
+    engine.scheduler.memory.free(prefix)
+    engine.add(12)
+
+
 # ---- any workload --------------------------------------------------------------------------------
 
 requests = st.lists(
