@@ -1,0 +1,737 @@
+"""Shared blocks end to end: samples of one prompt, cached and pinned prefixes, mixed decoding."""
+
+import random
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+from checkpoints import VOCAB_SIZE, make_checkpoint
+from test_engine import GREEDY, assert_all_blocks_are_back, checked, run, set_eos, tokens
+
+from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
+from minipaged.attention import BACKENDS
+from minipaged.errors import InvalidRequest, PromptTooLong
+from minipaged.events import EventLog
+from minipaged.memory import BlockPair
+from minipaged.sequence import SequenceGroup, SequenceStatus
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def storyteller() -> LLM:
+    return LLM("storyteller", parts=Parts().checked(), num_blocks=100)
+
+
+def small(folder, **options) -> LLM:
+    """A pool that is ample for these tests, and quickly recounted."""
+    return checked(folder, **{"block_size": 4, "num_blocks": 200, **options})
+
+
+def prompt(length: int, first: int = 0) -> list[int]:
+    """Tokens that are like those of no other prompt here, from the first one on."""
+    return [(7 * i + 13 * first + i * i) % (VOCAB_SIZE - 3) + 3 for i in range(length)]
+
+
+def sampled(max_tokens: int = 12, **options) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": max_tokens, "ignore_eos": True, "seed": 5, **options})
+
+
+def all_tokens(outputs) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+
+@dataclass
+class Step:
+    """What a step did, noted just before the model runs."""
+
+    computed: dict[str, int]  # by request: how many tokens of it
+    tables: dict[str, list[list[int]]]  # by request: the blocks of each of its sequences
+    copies: list[BlockPair]
+
+    def held(self, request_id: str) -> int:
+        return len({block for table in self.tables[request_id] for block in table})
+
+    def unshared(self, request_id: str) -> int:
+        return sum(map(len, self.tables[request_id]))
+
+
+def watch(llm: LLM) -> list[Step]:
+    """A list to which every step from now on is added."""
+    steps: list[Step] = []
+    run_model, memory = llm.engine.runner.run, llm.engine.scheduler.memory
+
+    def run_and_note(plan, batch):
+        step = Step({}, {}, list(plan.copies))
+        for scheduled in plan.sequences:
+            name = scheduled.group.request_id
+            step.computed[name] = step.computed.get(name, 0) + scheduled.num_new_tokens
+            blocks = memory.block_table(scheduled.seq.seq_id).blocks
+            step.tables.setdefault(name, []).append(blocks.copy())
+        steps.append(step)
+        return run_model(plan, batch)
+
+    llm.engine.runner.run = run_and_note
+    return steps
+
+
+def num_computed(steps: list[Step]) -> int:
+    return sum(sum(step.computed.values()) for step in steps)
+
+
+def step_to_the_end(llm: LLM):
+    """Yields after every step what it has finished."""
+    while llm.engine.has_unfinished_requests():
+        yield [output for output in llm.engine.step() if output.finished]
+
+
+def assert_only_the_living_hold_blocks(llm: LLM, groups: list[SequenceGroup]) -> None:
+    memory = llm.engine.scheduler.memory
+    begun = [group for group in groups if group.status is not SequenceStatus.WAITING]
+    living = [seq.seq_id for group in begun for seq in group.sequences]
+    blocks = {b for seq_id in living for b in memory.block_table(seq_id).blocks}
+    assert sorted(memory.tables) == sorted(living)
+    assert memory.num_blocks - memory.num_free == len(blocks)
+
+
+# ---- several samples of one prompt -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+        {"min_tokens": 5, "stop_token_ids": list(range(3, 40))},
+        {"logprobs": 2, "min_p": 0.05, "logit_bias": {7: 3.0}},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_n_samples_of_one_prompt_are_those_of_n_requests_with_seeds_in_a_row(folder, options):
+    prompts = [prompt(length, first=length) for length in (3, 16, 21)]
+    together = run(small(folder), prompts, sampled(n=4, **options))
+    alone = run(
+        small(folder),
+        [one for one in prompts for _ in range(4)],
+        [sampled(**options | {"seed": 5 + i}) for _ in prompts for i in range(4)],
+    )
+    samples = [sample for output in together for sample in output.outputs]
+    assert [sample.index for sample in samples] == [0, 1, 2, 3] * 3
+    for sample, output in zip(samples, alone, strict=True):
+        [single] = output.outputs
+        assert sample.token_ids == single.token_ids
+        assert (sample.finish_reason, sample.stop_reason) == (
+            single.finish_reason,
+            single.stop_reason,
+        )
+        assert sample.cumulative_logprob == pytest.approx(single.cumulative_logprob, abs=1e-3)
+        assert (sample.logprobs is None) == (single.logprobs is None)
+    assert len({tuple(sample.token_ids) for sample in samples}) == len(samples)
+
+
+def test_each_sample_ends_at_its_own_stop_string_and_has_its_own_text(storyteller):
+    params = sampled(max_tokens=30, stop=["the", "."])
+    [together] = run(storyteller, ["Once upon a time"], [sampled(30, n=4, stop=["the", "."])])
+    alone = run(
+        storyteller,
+        ["Once upon a time"] * 4,
+        [sampled(30, stop=params.stop, seed=5 + i) for i in range(4)],
+    )
+    for sample, output in zip(together.outputs, alone, strict=True):
+        [single] = output.outputs
+        assert (sample.text, sample.stop_reason) == (single.text, single.stop_reason)
+    assert len({sample.text for sample in together.outputs}) > 1
+    assert "stop" in {sample.finish_reason for sample in together.outputs}
+
+
+def test_best_of_returns_the_likeliest_samples_the_best_first(folder):
+    prompts = [prompt(5), prompt(18, first=3)]
+    all_five = run(small(folder), prompts, sampled(n=5))
+    best_two = run(small(folder), prompts, sampled(n=2, best_of=5))
+    in_order = []
+    for five, two in zip(all_five, best_two, strict=True):
+        ranked = sorted(five.outputs, key=lambda sample: -sample.cumulative_logprob)
+        assert [s.token_ids for s in two.outputs] == [s.token_ids for s in ranked[:2]]
+        assert [s.index for s in two.outputs] == [0, 1]
+        in_order.append([s.index for s in ranked[:2]])
+    assert in_order != [[0, 1], [0, 1]]
+
+
+def test_best_of_shows_nothing_before_the_end_and_n_samples_show_every_token(folder):
+    shown = [output for _, output in small(folder).stream([prompt(5)], sampled(4, n=2, best_of=3))]
+    assert [output.finished for output in shown] == [True]
+    shown = [output for _, output in small(folder).stream([prompt(5)], sampled(4, n=3))]
+    assert [[len(s.token_ids) for s in o.outputs] for o in shown] == [[i] * 3 for i in (1, 2, 3, 4)]
+
+
+def test_one_sample_shares_with_nobody_and_is_not_counted(folder):
+    [output] = run(small(folder), [prompt(9)], sampled())
+    assert (output.metrics.num_blocks_held, output.metrics.num_blocks_unshared) == (0, 0)
+    [best_of_one] = run(small(folder), [prompt(9)], sampled(best_of=1))
+    assert tokens([best_of_one]) == tokens([output])
+
+
+def test_a_sample_that_ends_returns_its_blocks_at_once(folder):
+    llm = small(folder)
+    set_eos(llm, *range(3, 20))
+    llm.engine.add_request("a", prompt(10), sampled(40, n=5, ignore_eos=False, seed=0))
+    group = llm.engine.scheduler.waiting[0]
+    living = []
+    for _ in step_to_the_end(llm):
+        assert_only_the_living_hold_blocks(llm, [group])
+        living.append(len(group.sequences))
+    assert living == sorted(living, reverse=True)
+    assert len(set(living)) >= 4
+    assert_all_blocks_are_back(llm)
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [64, 8])
+def test_the_prompt_of_several_samples_is_computed_once(folder, max_num_batched_tokens):
+    llm = small(folder, max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens)
+    steps = watch(llm)
+    run(llm, [prompt(21)], sampled(7, n=4))
+    assert num_computed(steps) == 21 + 4 * 6
+
+
+def test_samples_outgrow_the_pool_together_and_keep_what_they_have(folder):
+    llm = small(folder, num_blocks=8, watermark=0.0)
+    [output] = run(llm, [prompt(9)], sampled(40, n=3))
+    # 2 shared blocks and 2 of each sample: 16 tokens of each, and one more is sampled from them
+    assert [len(s.token_ids) for s in output.outputs] == [16 + 1 - 9] * 3
+    assert {s.finish_reason for s in output.outputs} == {"length"}
+    [ample] = run(small(folder), [prompt(9)], sampled(8, n=3))
+    assert all_tokens([output]) == all_tokens([ample])
+
+
+def test_a_group_takes_its_seats_before_it_forks(folder):
+    llm = small(folder, max_num_seqs=4, max_num_batched_tokens=64)
+    steps = watch(llm)
+    run(llm, [prompt(5), prompt(6, first=1), prompt(7, first=2)], sampled(6, n=2))
+    assert max(sum(map(len, step.tables.values())) for step in steps) == 4
+
+
+# ---- how many blocks sharing saves -----------------------------------------------------------
+
+
+def blocks_by_formula(p: int, g: int, n: int, size: int) -> tuple[int, int]:
+    """The blocks of n samples with p prompt and g generated tokens: those held, and unshared."""
+    if g == 0:
+        return -(-p // size), -(-p // size)  # the prompt's own step: one sequence
+    unshared = n * -(-(p + g) // size)
+    return unshared - (n - 1) * (p // size), unshared
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+@pytest.mark.parametrize("block_size", [1, 3, 4, 16])
+def test_blocks_saved_are_those_of_the_closed_formula(folder, block_size, enable_prefix_caching):
+    llm = small(
+        folder, block_size=block_size, num_blocks=800, enable_prefix_caching=enable_prefix_caching
+    )
+    shapes = [(1, 2), (4, 3), (12, 5), (15, 2), (16, 4), (17, 3), (32, 2), (37, 4)]
+    max_tokens = 9
+    steps = watch(llm)
+    outputs = run(
+        llm,
+        [prompt(p, first=i) for i, (p, _) in enumerate(shapes)],
+        [sampled(max_tokens, n=n) for _, n in shapes],
+    )
+    assert len(steps) == max_tokens
+    for (p, n), output in zip(shapes, outputs, strict=True):
+        by_formula = [blocks_by_formula(p, g, n, block_size) for g in range(max_tokens)]
+        name = output.request_id
+        assert [(s.held(name), s.unshared(name)) for s in steps] == by_formula
+        metrics = output.metrics
+        held, unshared = (sum(column) for column in zip(*by_formula, strict=True))
+        assert (metrics.num_blocks_held, metrics.num_blocks_unshared) == (held, unshared)
+        assert metrics.blocks_saved == pytest.approx(1 - held / unshared)
+        for g, step in enumerate(steps):
+            begun = steps[0].tables[name][0][-1]
+            of_this = [target for source, target in step.copies if source == begun]
+            assert len(of_this) == (n - 1 if g == 1 and p % block_size else 0)
+    begun_blocks = sum(n - 1 for p, n in shapes if p % block_size)
+    assert [len(step.copies) for step in steps] == [0, begun_blocks] + [0] * (max_tokens - 2)
+
+
+def test_the_last_sample_keeps_the_block_that_the_others_copied(folder):
+    llm = small(folder)
+    steps = watch(llm)
+    run(llm, [prompt(6)], sampled(3, n=4))
+    [original] = steps[0].tables["llm-0"]
+    after = steps[1].tables["llm-0"]
+    assert [table[0] for table in after] == [original[0]] * 4
+    assert [table[1] == original[1] for table in after] == [False, False, False, True]
+    assert sorted(steps[1].copies) == sorted((original[1], table[1]) for table in after[:3])
+
+
+def test_a_prompt_in_chunks_is_counted_once_a_step(folder):
+    llm = small(folder, max_num_seqs=4, max_num_batched_tokens=8)
+    [output] = run(llm, [prompt(30)], sampled(5, n=3))
+    by_formula = [blocks_by_formula(30, 0, 3, 4)] * 4
+    by_formula += [blocks_by_formula(30, g, 3, 4) for g in range(1, 5)]
+    held, unshared = (sum(column) for column in zip(*by_formula, strict=True))
+    assert (output.metrics.num_blocks_held, output.metrics.num_blocks_unshared) == (held, unshared)
+
+
+def test_samples_that_have_ended_are_counted_no_more(folder):
+    llm = small(folder)
+    set_eos(llm, *range(3, 20))
+    steps = watch(llm)
+    [output] = run(llm, [prompt(10)], sampled(40, n=5, ignore_eos=False, seed=0))
+    computed = [len(s.token_ids) - 1 for s in output.outputs]
+    expected = [blocks_by_formula(10, 0, 1, 4)]
+    for g in range(1, max(computed) + 1):
+        expected.append(blocks_by_formula(10, g, sum(c >= g for c in computed), 4))
+    assert len(set(computed)) >= 4
+    assert [(s.held("llm-0"), s.unshared("llm-0")) for s in steps] == expected
+    held, unshared = (sum(column) for column in zip(*expected, strict=True))
+    assert (output.metrics.num_blocks_held, output.metrics.num_blocks_unshared) == (held, unshared)
+
+
+# ---- the prefix cache ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("common", [0, 1, 4, 15, 16, 31, 40])
+def test_a_second_prompt_finds_the_full_blocks_of_their_common_beginning(
+    folder, block_size, common
+):
+    llm = small(folder, block_size=block_size)
+    first, second = prompt(45), prompt(45)[:common] + prompt(50, first=1)[common:]
+    second[common] = 3 if first[common] != 3 else 4
+    run(llm, [first], GREEDY)
+    steps = watch(llm)
+    [output] = run(llm, [second], GREEDY)
+    assert output.num_cached_tokens == common // block_size * block_size
+    assert steps[0].computed == {output.request_id: 50 - output.num_cached_tokens}
+    uncached = small(folder, block_size=block_size, enable_prefix_caching=False)
+    assert tokens([output]) == tokens(run(uncached, [second], GREEDY))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_of_a_wholly_cached_prompt_only_the_last_token_is_computed(folder, n):
+    llm = small(folder)
+    params = sampled(n=n)
+    [once] = run(llm, [prompt(20)], params)
+    steps = watch(llm)
+    [again] = run(llm, [prompt(20)], params)
+    assert (once.num_cached_tokens, again.num_cached_tokens) == (0, 19)
+    assert [step.computed[again.request_id] for step in steps] == [1] + [n] * 11
+    assert all_tokens([again]) == all_tokens([once])
+
+
+def test_a_wholly_cached_prompt_whose_blocks_are_in_use_is_written_to_a_copy(folder):
+    llm = small(folder)
+    [expected] = run(small(folder), [prompt(20)], GREEDY)
+    first = llm.stream([prompt(20)], GREEDY)
+    next(first)
+    steps = watch(llm)
+    [second] = run_beside(llm, [prompt(20)], GREEDY)
+    assert second.num_cached_tokens == 19
+    [(source, target)] = steps[0].copies
+    assert (source, target) == (steps[0].tables["llm-0"][0][4], steps[0].tables["llm-1"][0][4])
+    *_, (_, last) = first
+    assert tokens([second, last]) == tokens([expected]) * 2
+    assert_all_blocks_are_back(llm)
+
+
+def run_beside(llm: LLM, prompts, params):
+    """Like `run`, while others hold blocks."""
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def test_two_equal_prompts_that_come_together_share(folder):
+    llm = small(folder)
+    steps = watch(llm)
+    first, second, other = run(llm, [prompt(22), prompt(22), prompt(9, first=4)], GREEDY)
+    assert [o.num_cached_tokens for o in (first, second, other)] == [0, 20, 0]
+    assert tokens([first]) == tokens([second]) == tokens(run(small(folder), [prompt(22)], GREEDY))
+    shared = steps[1].tables[first.request_id][0][:5]
+    assert steps[1].tables[second.request_id][0][:5] == shared
+
+
+def test_what_was_generated_is_found_too(folder):
+    llm = small(folder)
+    [first] = run(llm, [prompt(10)], GREEDY)
+    conversation = prompt(10) + first.outputs[0].token_ids
+    [second] = run(llm, [[*conversation, 5, 6]], GREEDY)
+    # the last token was sampled, but nothing came after it: its keys were never computed
+    assert second.num_cached_tokens == (len(conversation) - 1) // 4 * 4 == 40
+    expected = run(small(folder, enable_prefix_caching=False), [[*conversation, 5, 6]], GREEDY)
+    assert tokens([second]) == tokens(expected)
+
+
+def test_what_each_sample_generated_is_found_too(folder):
+    llm = small(folder)
+    [first] = run(llm, [prompt(10)], sampled(15, n=3, seed=8))
+    assert len({tuple(sample.token_ids[:2]) for sample in first.outputs}) == 3
+    for sample in first.outputs:
+        [output] = run(llm, [prompt(10) + sample.token_ids], GREEDY)
+        assert output.num_cached_tokens == 24
+
+
+def test_only_prompts_with_the_same_salt_share(folder):
+    llm = small(folder)
+    ids = prompt(20)
+    salted = {
+        salt: {"prompt_token_ids": ids, "cache_salt": salt} if salt else ids
+        for salt in (None, "a", "b")
+    }
+    found = []
+    for salt in (None, "a", "b", "a", None, "b"):
+        [output] = run(llm, [salted[salt]], GREEDY)
+        found.append(output.num_cached_tokens)
+    assert found == [0, 0, 0, 19, 19, 19]
+    together = run(llm, [{**salted["a"], "cache_salt": salt} for salt in "cdc"], GREEDY)
+    assert [output.num_cached_tokens for output in together] == [0, 0, 19]
+
+
+def test_without_prefix_caching_nothing_is_found(folder):
+    llm = small(folder, enable_prefix_caching=False)
+    outputs = [*run(llm, [prompt(20)] * 2, GREEDY), *run(llm, [prompt(20)], GREEDY)]
+    assert [output.num_cached_tokens for output in outputs] == [0, 0, 0]
+    assert not llm.engine.scheduler.memory.cached
+
+
+def test_prompt_logprobs_are_computed_though_the_prompt_is_cached(folder):
+    import transformers
+
+    llm = small(folder)
+    run(llm, [prompt(20)], GREEDY)
+    steps = watch(llm)
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=0)
+    together = run(llm, [prompt(20), prompt(20), prompt(20)], [params, GREEDY, params])
+    assert [output.num_cached_tokens for output in together] == [0, 19, 0]
+    assert steps[0].computed[together[0].request_id] == 20
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        dense = model(torch.tensor([prompt(20)])).logits[0].log_softmax(-1)
+    for output in together[::2]:
+        assert output.prompt_logprobs[0] is None
+        for i, (token, entry) in enumerate(
+            zip(prompt(20)[1:], output.prompt_logprobs[1:], strict=True)
+        ):
+            assert entry == {token: pytest.approx(dense[i, token].item(), abs=1e-3)}
+
+
+def test_a_request_preempted_by_recomputation_finds_its_own_blocks_again(folder):
+    prompts = [prompt(17), prompt(19, first=1), prompt(18, first=2)]
+    computed = {}
+    for caching in (True, False):
+        llm = small(
+            folder, num_blocks=18, preemption="recompute", enable_prefix_caching=caching,
+            watermark=0.0,
+        )  # fmt: skip
+        steps = watch(llm)
+        outputs = run(llm, prompts, GREEDY)
+        assert sum(output.metrics.num_preemptions for output in outputs) > 0
+        assert [output.num_cached_tokens for output in outputs] == [0, 0, 0]
+        assert tokens(outputs) == tokens(run(small(folder), prompts, GREEDY))
+        computed[caching] = num_computed(steps)
+    assert computed[True] < computed[False]
+
+
+@pytest.mark.parametrize("num_blocks", [13, 17])
+def test_a_tiny_pool_gives_up_cached_blocks_and_stays_right(folder, num_blocks):
+    events = []
+    parts = Parts().traced(EventLog(events.append))
+    llm = small(folder, num_blocks=num_blocks, parts=parts)
+    expected = {}
+    ample = small(folder, enable_prefix_caching=False)
+    order = random.Random(0).choices(range(4), k=14)
+    for first in order:
+        ids = prompt(8) + prompt(6 + first, first=first)
+        if first not in expected:
+            [expected[first]] = tokens(run(ample, [ids], GREEDY))
+        [output] = run(llm, [ids], GREEDY)
+        assert output.outputs[0].token_ids == expected[first]
+    assert sum(event.event == "evict" for event in events) > 20
+
+
+# ---- pinned prefixes -------------------------------------------------------------------------
+
+
+def flood(llm: LLM) -> None:
+    """Fill the pool with others' blocks, so that every block that may go is given up."""
+    memory = llm.engine.scheduler.memory
+    before = dict(memory.cached)
+    held = {block for table in memory.tables.values() for block in table.blocks}
+    for first in range(6, 9):
+        length = (memory.num_free - 1) * memory.block_size
+        params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+        run_beside(llm, [prompt(length, first=first)], params)
+    assert not {b for b, key in before.items() if memory.cached.get(b) == key} - held
+
+
+def test_a_pinned_prefix_stays_whatever_else_runs_until_it_is_released(folder):
+    llm = small(folder, num_blocks=16)
+    memory = llm.engine.scheduler.memory
+    pinned = llm.cache_prefix(prompt(14))
+    assert (pinned.num_tokens, pinned.num_blocks) == (12, 3)
+    assert memory.num_free == memory.num_blocks - pinned.num_blocks
+    expected = tokens(run(small(folder), [prompt(20)], GREEDY))
+    for _ in range(2):
+        flood(llm)
+        [output] = run_beside(llm, [prompt(20)], GREEDY)
+        assert output.num_cached_tokens == 12
+        assert tokens([output]) == expected
+    llm.release_prefix(pinned)
+    assert_all_blocks_are_back(llm)
+    flood(llm)
+    [output] = run(llm, [prompt(20)], GREEDY)
+    assert output.num_cached_tokens == 0
+    assert tokens([output]) == expected
+
+
+def test_a_released_prefix_is_still_found_until_its_blocks_are_needed(folder):
+    llm = small(folder)
+    llm.release_prefix(llm.cache_prefix(prompt(12)))
+    [output] = run(llm, [prompt(20)], GREEDY)
+    assert output.num_cached_tokens == 12
+
+
+def test_a_pinned_prefix_that_is_the_whole_prompt_is_written_to_a_copy(folder):
+    llm = small(folder)
+    pinned = llm.cache_prefix(prompt(12))
+    steps = watch(llm)
+    [output] = run_beside(llm, [prompt(12)], sampled(n=3))
+    assert output.num_cached_tokens == 11
+    assert len(steps[0].copies) == 1
+    assert all_tokens([output]) == all_tokens(run(small(folder), [prompt(12)], sampled(n=3)))
+    llm.release_prefix(pinned)
+    assert_all_blocks_are_back(llm)
+
+
+def test_two_pins_of_one_prefix_share_its_blocks_and_are_released_one_by_one(folder):
+    llm = small(folder)
+    memory = llm.engine.scheduler.memory
+    one, two = llm.cache_prefix(prompt(12)), llm.cache_prefix(prompt(16))
+    assert memory.num_free == memory.num_blocks - 4
+    llm.release_prefix(two)
+    assert memory.num_free == memory.num_blocks - 3
+    with pytest.raises(InvalidRequest, match="is not pinned: was it released before"):
+        llm.release_prefix(two)
+    assert memory.num_free == memory.num_blocks - 3
+    llm.release_prefix(one)
+    assert_all_blocks_are_back(llm)
+
+
+def test_a_prefix_is_pinned_under_its_salt(folder):
+    llm = small(folder)
+    pinned = llm.cache_prefix({"prompt_token_ids": prompt(12), "cache_salt": "a"})
+    salts = ("a", "b", None)
+    outputs = run_beside(
+        llm, [{"prompt_token_ids": prompt(20), "cache_salt": s} for s in salts], GREEDY
+    )
+    assert [output.num_cached_tokens for output in outputs] == [12, 0, 0]
+    llm.release_prefix(pinned)
+
+
+def test_a_prefix_that_cannot_be_cached_is_refused(folder):
+    llm = small(folder, num_blocks=8)
+    with pytest.raises(InvalidRequest, match="has 3 tokens, and only full blocks are shared"):
+        llm.cache_prefix(prompt(3))
+    with pytest.raises(InvalidRequest, match="the prompt is empty"):
+        llm.cache_prefix([])
+    with pytest.raises(PromptTooLong, match="needs 9 blocks of 4 tokens, the pool has 8"):
+        llm.cache_prefix(prompt(36))
+    with pytest.raises(InvalidRequest, match="only with enable_prefix_caching=True"):
+        small(folder, enable_prefix_caching=False).cache_prefix(prompt(12))
+    assert_all_blocks_are_back(llm)
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_a_prompt_that_does_not_fit_beside_a_pinned_prefix_is_refused_and_others_go_on(folder):
+    llm = small(folder, num_blocks=12)
+    pinned = llm.cache_prefix(prompt(24))
+    somebody_else = llm.stream([prompt(5, first=1)], sampled(10))
+    next(somebody_else)
+    with pytest.raises(PromptTooLong, match=r"needs 7 blocks .* pinned prefixes: raise num_blocks"):
+        llm.generate([prompt(26, first=2)], GREEDY, use_tqdm=False)
+    [with_it] = run_beside(llm, [prompt(26)], sampled(10))
+    assert with_it.num_cached_tokens == 24
+    *_, (_, last) = somebody_else
+    expected = run(small(folder), [prompt(5, first=1), prompt(26)], sampled(10))
+    assert tokens([last, with_it]) == tokens(expected)
+    llm.release_prefix(pinned)
+    assert len(run(llm, [prompt(26, first=2)], sampled(10))[0].outputs[0].token_ids) == 10
+
+
+def test_a_request_that_outgrows_the_pool_beside_a_pinned_prefix_ends_by_length(folder):
+    llm = small(folder, num_blocks=12)
+    pinned = llm.cache_prefix(prompt(24))
+    [output] = run_beside(llm, [prompt(10, first=1)], GREEDY)
+    assert output.outputs[0].finish_reason == "length"
+    assert len(output.outputs[0].token_ids) == 6 * 4 + 1 - 10
+    llm.release_prefix(pinned)
+    assert_all_blocks_are_back(llm)
+
+
+def test_a_prompt_whose_room_is_pinned_while_it_waits_ends_without_a_token(folder):
+    llm = small(folder, num_blocks=12)
+    run(llm, [prompt(24)], GREEDY)
+    llm.engine.add_request("a", prompt(30, first=1), sampled(n=2))
+    pinned = llm.engine.pin_prefix(prompt(24))
+    [[output]] = step_to_the_end(llm)
+    assert [(s.token_ids, s.finish_reason) for s in output.outputs] == [([], "length")] * 2
+    llm.release_prefix(pinned)
+    assert_all_blocks_are_back(llm)
+
+
+def test_the_engine_pins_only_what_is_there(folder):
+    llm = small(folder)
+    assert llm.engine.pin_prefix(prompt(12)) is None
+    assert_all_blocks_are_back(llm)
+    run(llm, [prompt(10)], GREEDY)
+    assert llm.engine.pin_prefix(prompt(12)) is None
+    assert llm.engine.pin_prefix(prompt(8)).num_blocks == 2
+
+
+# ---- all ways of decoding side by side -------------------------------------------------------
+
+MIXED: list[tuple[list[int], SamplingParams | BeamSearchParams]] = [
+    (prompt(9, first=1), SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)),
+    (prompt(16, first=2), sampled(12, n=3)),
+    (prompt(7, first=3), BeamSearchParams(beam_width=4, max_tokens=12)),
+    (prompt(21, first=4), sampled(12, top_p=0.9, repetition_penalty=1.2)),
+    (prompt(17, first=5), sampled(10, n=2, best_of=4, temperature=1.3)),
+    (prompt(16, first=2), BeamSearchParams(beam_width=2, max_tokens=14, length_penalty=0.0)),
+    (prompt(13, first=6), BeamSearchParams(beam_width=3, max_tokens=10, early_stopping="never")),
+    (prompt(16, first=2), sampled(8, n=2, seed=9, presence_penalty=1.0)),
+    (prompt(2, first=7), BeamSearchParams(beam_width=1, max_tokens=9, early_stopping=True)),
+]
+ENDS = (15, 85, 32, 44)  # tokens that the model says often
+
+
+def mixed(llm: LLM):
+    set_eos(llm, *ENDS)
+    return run(llm, *map(list, zip(*MIXED, strict=True)))
+
+
+def assert_same(outputs, expected) -> None:
+    assert all_tokens(outputs) == all_tokens(expected)
+    for output, other in zip(outputs, expected, strict=True):
+        for one, two in zip(output.outputs, other.outputs, strict=True):
+            assert (one.index, one.finish_reason) == (two.index, two.finish_reason)
+            assert one.cumulative_logprob == pytest.approx(two.cumulative_logprob, abs=1e-3)
+            assert one.score == pytest.approx(two.score, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What each of the mixed requests gives with an engine to itself."""
+    outputs = []
+    for ids, params in MIXED:
+        llm = small(folder, attention_backend="reference", enable_prefix_caching=False)
+        set_eos(llm, *ENDS)
+        outputs += run(llm, [ids], params)
+    reasons = {(o.score is None, o.finish_reason) for output in outputs for o in output.outputs}
+    assert {(True, "length"), (False, "stop"), (False, "length")} <= reasons
+    return outputs
+
+
+def some_of(seed: int, how_many: int, *choices):
+    return random.Random(seed).sample(list(product(*choices)), how_many)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "attention_backend", "enable_prefix_caching", "steps"),
+    some_of(1, 8, [1, 4, 16], sorted(BACKENDS), [True, False], ["whole", "chunks", "roomy"]),
+)
+def test_every_way_of_decoding_gives_in_company_what_it_gives_alone(
+    folder, alone, block_size, attention_backend, enable_prefix_caching, steps
+):
+    llm = small(
+        folder,
+        block_size=block_size,
+        num_blocks=1200 // block_size,
+        attention_backend=attention_backend,
+        enable_prefix_caching=enable_prefix_caching,
+        **STEPS[steps],
+    )
+    outputs = mixed(llm)
+    assert_same(outputs, alone)
+    assert sum(output.metrics.num_preemptions for output in outputs) == 0
+
+
+STEPS = {
+    "whole": {"enable_chunked_prefill": False},
+    "chunks": {"max_num_seqs": 10, "max_num_batched_tokens": 10},
+    "roomy": {},
+}
+MEMORY = {
+    "recompute": {"preemption": "recompute"},
+    "swap": {"preemption": "swap"},
+    "auto": {"preemption": "auto"},
+    "no swap pool": {"preemption": "auto", "num_swap_blocks": 0},
+    "a small swap pool": {"preemption": "swap", "num_swap_blocks": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("block_size", "attention_backend", "memory", "enable_prefix_caching", "steps"),
+    some_of(3, 18, [1, 4, 16], sorted(BACKENDS), MEMORY, [True, False], STEPS),
+)
+def test_every_way_of_decoding_gives_the_same_in_a_starved_pool(
+    folder, alone, block_size, attention_backend, memory, enable_prefix_caching, steps
+):
+    llm = small(
+        folder,
+        block_size=block_size,
+        num_blocks={1: 110, 4: 29, 16: 9}[block_size],
+        attention_backend=attention_backend,
+        enable_prefix_caching=enable_prefix_caching,
+        watermark=0.0,
+        **MEMORY[memory],
+        **STEPS[steps],
+    )
+    outputs = mixed(llm)
+    assert_same(outputs, alone)
+    assert sum(output.metrics.num_preemptions for output in outputs) > 0
+
+
+def sharing(llm: LLM, group: SequenceGroup) -> list[list[int]]:
+    """The group's block tables with its blocks numbered in the order in which they occur."""
+    tables = [llm.engine.scheduler.memory.block_table(s.seq_id).blocks for s in group.sequences]
+    numbers: dict[int, int] = {}
+    return [[numbers.setdefault(block, len(numbers)) for block in table] for table in tables]
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+@pytest.mark.parametrize(
+    "params", [sampled(16, n=3), BeamSearchParams(beam_width=4, max_tokens=24)]
+)
+def test_a_forked_group_that_is_swapped_keeps_its_sharing(folder, params, enable_prefix_caching):
+    llm = small(folder, num_blocks=18, enable_prefix_caching=enable_prefix_caching)
+    scheduler = llm.engine.scheduler
+    memory = scheduler.memory
+    llm.engine.add_request("old", prompt(13), GREEDY)
+    llm.engine.add_request("forked", prompt(14, first=1), params)
+    group = scheduler.waiting[1]
+    found, times_swapped, before = {}, 0, [[]]
+    while llm.engine.has_unfinished_requests():
+        was = group.status
+        found.update({o.request_id: o for o in llm.engine.step() if o.finished})
+        if group.status is SequenceStatus.SWAPPED:
+            now = sharing(llm, group)
+            assert now == before
+            distinct = memory.num_distinct_blocks(group)
+            assert distinct < sum(map(len, now))
+            assert memory.num_swap_blocks - memory.num_free_swap_blocks == distinct
+            times_swapped += was is not SequenceStatus.SWAPPED
+        elif group.status is SequenceStatus.RUNNING:
+            assert memory.num_free_swap_blocks == memory.num_swap_blocks
+            if was is SequenceStatus.SWAPPED and isinstance(params, SamplingParams):
+                now = sharing(llm, group)
+                grown = [table[: len(old)] for table, old in zip(now, before, strict=True)]
+                assert {b for t in grown for b in t[:3]} == {0, 1, 2}
+                assert memory.num_distinct_blocks(group) - 3 == sum(len(t) - 3 for t in now)
+            before = sharing(llm, group)
+    assert times_swapped > 0
+    expected = run(small(folder), [prompt(13), prompt(14, first=1)], [GREEDY, params])
+    assert all_tokens([found["old"], found["forked"]]) == all_tokens(expected)
+    assert_all_blocks_are_back(llm)
