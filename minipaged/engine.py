@@ -59,7 +59,7 @@ class LLMEngine:
         eos_token_ids = runner.model.config.eos_token_ids
         self._traits = ModelTraits(tokenizer, eos_token_ids, config.max_model_len)
         self._requests: dict[str, Request] = {}
-        self._prefixes: dict[int, Sequence] = {}  # the pinned ones, by prefix id
+        self._prefixes: dict[CachedPrefix, Sequence] = {}  # the pinned ones
         self._seq_ids = count()
         self._seeds = random.Random(seed)  # for requests that bring no seed of their own
         self._clock = clock
@@ -211,16 +211,15 @@ class LLMEngine:
         if memory.pin(seq) < seq.num_tokens:
             memory.free(seq)
             return None
-        self._prefixes[seq.seq_id] = seq
-        return CachedPrefix(seq.seq_id, seq.num_tokens, len(memory.block_table(seq.seq_id)))
+        prefix = CachedPrefix(seq.num_tokens, len(memory.block_table(seq.seq_id)))
+        self._prefixes[prefix] = seq
+        return prefix
 
     def release_prefix(self, prefix: CachedPrefix) -> None:
         """Let go of a pinned prefix: it stays until its blocks are needed, like any other."""
-        seq = self._prefixes.pop(prefix.prefix_id, None)
+        seq = self._prefixes.pop(prefix, None)
         if seq is None:
-            raise InvalidRequest(
-                f"prefix {prefix.prefix_id} is not pinned: was it released before?"
-            )
+            raise InvalidRequest(f"{prefix} is not pinned here: was it released before?")
         self.scheduler.memory.free(seq)
 
     def _refuse_what_cannot_be_served(

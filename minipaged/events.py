@@ -14,6 +14,7 @@ An event is one line of JSON:
     swap_out       request, seqs, pairs [[pool block, swap block], ...]
     swap_in        request, seqs, pairs [[swap block, pool block], ...]: those that were copied
     cache          seq, blocks: they are written, and can be found from now on
+    merge          seq, pairs [[its block, an equal one that was known before and takes its place]]
     evict          block: it was given up for somebody else, and cannot be found any more
     pin            seq, blocks: they stay until it is freed
     preempt        request, mode ("swap" or "recompute")
@@ -163,7 +164,12 @@ class TracedMemory(_Wrapper):
         return pairs
 
     def publish(self, seq: Any) -> list[int]:
+        before = list(self._inner.block_table(seq.seq_id).blocks)
         blocks = self._inner.publish(seq)
+        after = self._inner.block_table(seq.seq_id).blocks
+        merged = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+        if merged:
+            self._log.emit("merge", seq=seq.seq_id, pairs=merged)
         if blocks:
             self._findable.update(blocks)
             self._log.emit("cache", seq=seq.seq_id, blocks=blocks)

@@ -45,7 +45,9 @@ class RequestMetrics:
     @property
     def blocks_saved(self) -> float:
         """The part of its blocks that sharing saved, as in the paper's Figure 15; 0 to 1."""
-        return 1 - self.num_blocks_held / max(1, self.num_blocks_unshared)
+        if self.num_blocks_unshared == 0:  # a single sequence, or none that ever ran
+            return 0.0
+        return 1 - self.num_blocks_held / self.num_blocks_unshared
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,9 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedPrefix:
     """A prefix whose full blocks stay in the pool until it is released."""
 
-    prefix_id: int
     num_tokens: int
     num_blocks: int

@@ -286,8 +286,8 @@ class FCFSScheduler:
             )
         if not self.memory.fits(group):
             raise PromptTooLong(
-                f"the prompt needs {needed} blocks of {size} tokens, and the pool of {has} keeps "
-                "too many of the others for pinned prefixes: raise num_blocks or release a prefix."
+                f"pinned prefixes keep too many of the pool's {has} blocks for a prompt of "
+                f"{length} tokens: raise num_blocks, or release a prefix."
             )
         if group.num_seats > self.config.max_num_seqs:
             raise InvalidRequest(

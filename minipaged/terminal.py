@@ -100,10 +100,13 @@ class BlockMap:
         self._holders[seq].num_tokens = tokens
 
     def _on_copy_on_write(self, seq: int, pairs: list[tuple[int, int]]) -> None:
+        self._on_merge(seq, pairs)
+        self._num_copied += len(pairs)
+
+    def _on_merge(self, seq: int, pairs: list[tuple[int, int]]) -> None:
         moved = dict(pairs)
         holder = self._holders[seq]
         holder.blocks = [moved.get(block, block) for block in holder.blocks]
-        self._num_copied += len(pairs)
 
     def _on_cache(self, seq: int, blocks: list[int]) -> None:
         self._cached.update(blocks)

@@ -331,7 +331,7 @@ def test_every_beam_has_its_text():
         ({"beam_width": None}, "beam_width is None: choose a whole number"),
         ({"max_tokens": 0}, "max_tokens is 0: choose a whole number from 1 up"),
         ({"max_tokens": "9"}, "max_tokens is '9': choose a whole number"),
-        ({"length_penalty": "1"}, "length_penalty is '1': choose a number from -100 to 100"),
+        ({"length_penalty": "1"}, "length_penalty is '1': choose a number from -10 to 10"),
         ({"length_penalty": None}, "length_penalty is None"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
         ({"length_penalty": float("inf")}, "length_penalty is inf"),

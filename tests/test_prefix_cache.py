@@ -132,17 +132,22 @@ def test_switched_off_nothing_is_ever_found():
     assert not memory.cached
 
 
-def test_of_two_who_computed_the_same_one_is_known_until_it_goes(served):
-    """Both ran at once; the second is known as soon as the first is forgotten."""
+def test_two_who_computed_the_same_at_once_share_it_afterwards(served):
     first, second = served.admit([1, 2, 3, 4, 5]), served.admit([1, 2, 3, 4, 5])
+    assert served.memory.num_free == 4
     served.compute(first)
     served.compute(second)
-    assert served.memory.cached.keys() == {served.memory.block_table(first.seq_id).blocks[0]}
-    served.memory.free(first)
-    served.serve(range(100, 100 + 4 * 6))  # takes all there is
-    assert served.memory.num_free == 0
-    served.memory.publish(second)
-    assert served.num_found([1, 2, 3, 4, 5]) == 4
+    blocks, others = (served.memory.block_table(s.seq_id).blocks for s in (first, second))
+    assert blocks[0] == others[0]
+    assert blocks[1] != others[1]
+    assert served.memory.num_free == 5
+
+
+def test_what_follows_a_block_that_another_knew_before_is_found_too(served):
+    first, second = served.admit([1, 2, 3, 4, 5]), served.admit([1, 2, 3, 4, 6, 7, 8, 9])
+    served.compute(first)
+    served.compute(second)
+    assert served.num_found([1, 2, 3, 4, 6, 7, 8, 9, 0]) == 8
 
 
 # ---- who goes first ------------------------------------------------------------------------------

@@ -453,7 +453,7 @@ def test_a_prompt_that_cannot_fit_beside_pinned_prefixes_is_refused():
     engine.add(16, num_tokens=1, alike=True)
     engine.run()
     engine.scheduler.memory.pin(prefix := Sequence(999, range(16)))
-    with pytest.raises(PromptTooLong, match="needs 3 blocks of 4 tokens, and the pool of 6 keeps"):
+    with pytest.raises(PromptTooLong, match="too many of the pool's 6 blocks for a prompt of 12"):
         engine.add(12)
     engine.add(20, num_tokens=2, alike=True)
     engine.run()

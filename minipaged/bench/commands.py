@@ -33,7 +33,14 @@ def sharing(
     from minipaged.bench.machine import describe_machine
     from minipaged.llm import LLM
 
-    llm = LLM("storyteller", device=device, block_size=block_size, max_num_seqs=256, seed=seed)
+    llm = LLM(
+        "storyteller",
+        device=device,
+        block_size=block_size,
+        max_num_seqs=256,
+        enable_prefix_caching=False,  # only what a request's own sequences share is counted
+        seed=seed,
+    )
     lengths = figure_15.alpaca_lengths(num_requests, llm.engine.config.max_model_len, seed)
     rows = list(figure_15.measure(llm, lengths, seed, use_tqdm=not as_json))
     machine = describe_machine(str(llm.engine.runner.kv_cache.layers[0][0].device))

@@ -108,7 +108,8 @@ class PrefixCache:
     def publish(self, seq: Sequence, table: BlockTable) -> list[int]:
         """Let all full blocks of a sequence be found whose keys and values have been written.
 
-        Returns those that could not be found before.
+        Returns those that could not be found before. A block whose content is known already gives
+        way to the known one, so all that was published of a sequence stays known while it runs.
         """
         published: list[int] = []
         num_written = seq.num_computed_tokens // self._block_size if self._enabled else 0
@@ -120,9 +121,10 @@ class PrefixCache:
                 self._keys[block] = key
                 published.append(block)
             elif self._blocks[key] != block:
-                # The same tokens are known in another block. As long as they are, what follows here
-                # would only be found by way of that other block: it stays unknown.
-                break
+                # Another sequence has computed the same in the meantime. One of the two is enough.
+                table.blocks[logical] = self._blocks[key]
+                self.share(table.blocks[logical])
+                self.free(block)
             table.num_published = logical + 1
         return published
 

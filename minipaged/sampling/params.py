@@ -134,10 +134,10 @@ class BeamSearchParams:
             none = name == "max_tokens" and value is None
             if not none and (not is_number(value, int) or value < 1):
                 raise InvalidOption(f"{name} is {value!r}: choose a whole number from 1 up.")
-        if not is_number(self.length_penalty, float) or not abs(self.length_penalty) <= 100:
+        if not is_number(self.length_penalty, float) or not abs(self.length_penalty) <= 10:
             raise InvalidOption(
-                f"length_penalty is {self.length_penalty!r}: choose a number from -100 to 100, "
-                "0 for none."
+                f"length_penalty is {self.length_penalty!r}: choose a number from -10 to 10, 0 for "
+                "none."
             )
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InvalidOption(
