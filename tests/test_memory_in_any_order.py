@@ -411,17 +411,6 @@ class LetsUnwrittenBlocksBeFound(BlockManager):
         return pairs
 
 
-class LooksForBlocksThatWereSwappedUnwritten(BlockManager):
-    def _still_known(self, group):
-        return {
-            swapped: block
-            for seq in group.sequences
-            for swapped, block in zip(
-                self._tables[seq.seq_id].blocks, self._pool.find(seq), strict=False
-            )
-        }
-
-
 class ForgetsThatACopyIsNotPublished(BlockManager):
     def append(self, seq):
         published = self._tables[seq.seq_id].num_published
@@ -524,7 +513,7 @@ MANAGERS = [
     WritesIntoSharedBlocks, ForgetsTheCopy, CopiesTheWrongWay, SharesTheTableItself,
     ForksWithoutCounting, LosesSharingInTheSwap, FreesIntoTheWrongPool, KeepsAFreedTable,
     AllocatesOneBlockTooFew, LooksIntoTheWrongSlot, FreesParentsBeforeChildren,
-    LetsUnwrittenBlocksBeFound, LooksForBlocksThatWereSwappedUnwritten,
+    LetsUnwrittenBlocksBeFound,
     ForgetsThatACopyIsNotPublished, ForgetsThatASwapUnpublishes, ComputesNotEvenTheLastToken,
     PinsWithoutOwning,
 ]  # fmt: skip

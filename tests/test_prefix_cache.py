@@ -241,6 +241,19 @@ def test_blocks_that_are_still_known_come_back_from_a_swap_without_a_copy():
     assert memory.block_table(0).blocks[:2] == before[:2]
 
 
+def test_what_was_swapped_before_it_was_computed_comes_back_to_blocks_of_its_own():
+    """Another has computed the same since; to share its blocks would mean to write to them."""
+    memory = build(num_swap_blocks=8)
+    served = Served(memory)
+    swapped = SequenceGroup("0", [served.admit(range(10))])
+    memory.swap_out(swapped)
+    other = served.serve(range(10))
+    memory.swap_in(swapped)
+    blocks = set(memory.block_table(0).blocks)
+    assert not blocks & set(memory.block_table(other.seq_id).blocks)
+    assert memory.append(swapped.sequences[0]) == []
+
+
 def test_a_pinned_prefix_stays_and_is_shared_until_it_is_freed(served):
     served.memory.free(served.serve(range(10)))
     prefix = Sequence(50, range(8))
