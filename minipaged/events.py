@@ -10,7 +10,7 @@ An event is one line of JSON:
                    found {sequence id: how many of them the prefix cache held}
     append         seq, blocks (new ones, in order), tokens (how many it has now)
     copy_on_write  seq, pairs [[source, destination], ...]
-    fork           parent, child
+    fork           parent, child, tokens (how many of the parent's the child begins with)
     swap_out       request, seqs, pairs [[pool block, swap block], ...]
     swap_in        request, seqs, pairs [[swap block, pool block], ...]: those that were copied
     cache          seq, blocks: they are written, and can be found from now on
@@ -145,7 +145,8 @@ class TracedMemory(_Wrapper):
 
     def fork(self, parent: Any, child: Any) -> None:
         self._inner.fork(parent, child)
-        self._log.emit("fork", parent=parent.seq_id, child=child.seq_id)
+        tokens = self._inner.block_table(child.seq_id).num_tokens
+        self._log.emit("fork", parent=parent.seq_id, child=child.seq_id, tokens=tokens)
 
     def free(self, seq: Any) -> None:
         self._inner.free(seq)

@@ -220,7 +220,8 @@ class LLM:
 
         The paper's shared prefix (section 4.4, Figure 10). Only full blocks are kept: the tokens
         behind the last of them are computed with every prompt. A prompt finds the prefix if its
-        first tokens are the same, whatever the text.
+        first tokens are the same, whatever the text. If streams are open, the prefix waits its turn
+        as any request does, and they go on meanwhile.
 
         Raises:
             InvalidRequest: prefix caching is off, or the prefix does not fill a block.
@@ -241,7 +242,7 @@ class LLM:
             whole["cache_salt"] = read.cache_salt
         self.generate(whole, SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
         pinned = self.engine.pin_prefix(whole)
-        assert pinned is not None, "what was just computed can be found"
+        assert pinned is not None, "what was just computed is known, in this block or an equal one"
         return pinned
 
     def release_prefix(self, prefix: CachedPrefix) -> None:

@@ -11,7 +11,7 @@ class CompletionOutput:
     """One generated sequence, so far or whole.
 
     finish_reason is None while it grows; then "stop" (end-of-sequence token, stop token or stop
-    string), "length" (max_tokens, max_model_len, or pool or swap pool too small to go on), "abort".
+    string), "length" (max_tokens, max_model_len, or a pool too small to go on), "abort".
     stop_reason is the stop string or stop token that ended it, None for the end-of-sequence token.
     logprobs holds, for each token, the log-probabilities of it and of the likeliest others. score
     is what beam search ranks by: the log-probability under the length penalty.

@@ -35,12 +35,14 @@ class ScheduledBatch:
         """Give each sequence of a group as many of the tokens that are left as it can use.
 
         The sequences of a group sample in the same step, for the next beams are chosen among the
-        candidates of all. So while one is behind, recomputed from further back, the others wait
-        with their last token.
+        candidates of all. So while one is behind or absent, because the group is recomputed, the
+        others wait with their last token.
         """
-        waits_for_others = len(group.sequences) > 1 and not group.is_decoding
+        is_whole = not group.absent and len(group.sequences) == 1
+        last_token_waits = not is_whole and not group.is_decoding
         for seq in group.sequences:
-            num_new_tokens = min(seq.num_uncomputed_tokens - waits_for_others, self.tokens_left)
+            most = seq.num_uncomputed_tokens - (1 if last_token_waits else 0)
+            num_new_tokens = min(most, self.tokens_left)
             if num_new_tokens > 0:
                 samples = num_new_tokens == seq.num_uncomputed_tokens
                 self.sequences.append(ScheduledSequence(group, seq, num_new_tokens, samples))

@@ -166,7 +166,7 @@ class SamplingRequest(Request):
         return [
             SamplingRow(
                 params=params,
-                prompt_token_ids=seq.token_ids[: seq.prompt_len],
+                prompt_token_ids=self._prompt.token_ids,
                 output_token_ids=seq.output_token_ids,
                 seed=seed + sample,
                 end_token_ids=(*ends, *params.stop_ids),

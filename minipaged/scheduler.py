@@ -22,8 +22,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import Protocol
 
+from minipaged.admission import refuse_what_can_never_run
 from minipaged.config import EngineConfig
-from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
+from minipaged.errors import InvalidOption
 from minipaged.memory import Memory
 from minipaged.plan import ScheduledBatch
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
@@ -75,7 +76,7 @@ class FCFSScheduler:
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a new group. Raises PromptTooLong or InvalidRequest if it could never run."""
-        self._refuse_what_can_never_run(group)
+        refuse_what_can_never_run(group, self.memory, self.config)
         group.arrival = self._arrivals
         self._arrivals += 1
         self.waiting.append(group)
@@ -83,7 +84,7 @@ class FCFSScheduler:
     def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence:
         """Let a sequence go on in two ways: a sample or a beam more, which shares all its blocks.
 
-        Only before the parent is given its next token, and before any sequence of the group ends.
+        After a step, all forks come before the first token and the first end.
         """
         child = parent.fork(child_id)
         group.sequences.append(child)
@@ -93,15 +94,15 @@ class FCFSScheduler:
 
     def finish(self, group: SequenceGroup, seq: Sequence) -> None:
         """A sequence has generated its last token: its blocks return at once."""
-        group.sequences.remove(seq)
+        (group.absent if seq in group.absent else group.sequences).remove(seq)
         if seq.seq_id in self.memory.tables:  # a waiting sequence holds no blocks
             self.memory.free(seq)
-        if not group.sequences:
+        if not group.sequences and not group.absent:
             self._move(group, SequenceStatus.FINISHED)
 
     def abort(self, group: SequenceGroup) -> None:
         """End a group, wherever it stands; its blocks return at once."""
-        for seq in group.sequences.copy():
+        for seq in [*group.sequences, *group.absent]:
             self.finish(group, seq)
 
     def has_unfinished(self) -> bool:
@@ -112,11 +113,13 @@ class FCFSScheduler:
     def schedule(self) -> ScheduledBatch:
         """Decide one step and reserve its blocks; nothing is computed yet."""
         plan = ScheduledBatch(tokens_left=self.config.max_num_batched_tokens)
+        self._fork_again()
         self._reserve_for_running(plan)
         self._share_out_tokens(plan)
         if not plan.preempted:  # whoever takes blocks away in a step gives none to newcomers
             self._let_others_join(plan)
-        progress = plan.sequences or plan.ended or not self.has_unfinished()
+        comes_back = any(group.absent for group in self.running)
+        progress = plan.sequences or plan.ended or comes_back or not self.has_unfinished()
         assert progress, "a step must compute a token or end a group, or the engine would hang"
         return plan
 
@@ -140,7 +143,7 @@ class FCFSScheduler:
     ) -> bool:
         """Preempt younger groups until this one can go on; False if it had to yield or end."""
         while not self.memory.can_append(group):
-            if self._has_outgrown_the_pool(group):
+            if not self.memory.fits(group):
                 self._end(group, plan)
                 return False
             if not younger:
@@ -172,11 +175,11 @@ class FCFSScheduler:
         """The swapped and the waiting, by age; the first that does not fit holds up the others."""
         while oldest := self.swapped[:1] + self.waiting[:1]:
             group = min(oldest, key=lambda g: g.arrival)
-            if self._has_outgrown_the_pool(group):
+            if not self._can_join(group, plan):
+                if self.memory.fits(group):
+                    break
                 self._end(group, plan)
                 continue
-            if not self._can_join(group, plan) or self._finds_more_a_step_later(group):
-                break
             if group.status is SequenceStatus.SWAPPED:
                 plan.swap_in += self.memory.swap_in(group)
                 self._append(group, plan)
@@ -190,25 +193,29 @@ class FCFSScheduler:
         seats_taken = sum(other.num_seats for other in self.running)
         if seats_taken + group.num_seats > self.config.max_num_seqs:
             return False
-        alone, least = not self.running, len(group.sequences)
-        if group.status is SequenceStatus.SWAPPED:
-            return least <= plan.tokens_left and self.memory.can_swap_in(group, alone)
-        if least == 1 and not self.config.enable_chunked_prefill:  # then a prompt runs whole
-            [seq] = group.sequences
-            least = seq.num_tokens - self.memory.num_found(seq)
+        if group.status is SequenceStatus.WAITING:
+            [seq] = group.sequences  # no blocks, no forks
+            found = self.memory.num_found(seq)
+            least = 1 if self.config.enable_chunked_prefill else seq.num_tokens - found
+            if self._finds_more_a_step_later(seq, found):
+                return False
+        else:
+            least = len(group.sequences)
+        alone = not self.running
         return least <= plan.tokens_left and self.memory.can_admit(group, alone)
 
-    def _finds_more_a_step_later(self, group: SequenceGroup) -> bool:
+    def _finds_more_a_step_later(self, seq: Sequence, found: int) -> bool:
         """Whether the block that a waiting prompt would look for next is just being computed.
 
         Nobody finds a block before it is written, so of two equal prompts that come together the
-        second lets the first go ahead. The first computes tokens in this step: it is a short wait.
+        second lets the first go ahead. It is a short wait: the block is written in this step, or as
+        soon as the prompts before it have left tokens for it, which newcomers need as well.
         """
-        seq, size = group.sequences[0], self.memory.block_size
-        found = self.memory.num_found(seq)
+        size = self.memory.block_size
         stop = (found // size + 1) * size
-        looks_on = self.config.enable_prefix_caching and seq.reads_cache and found % size == 0
-        if group.status is SequenceStatus.SWAPPED or not looks_on or stop > seq.num_tokens:
+        if not self.config.enable_prefix_caching or not seq.reads_cache:
+            return False
+        if found % size or stop > seq.num_tokens:  # all of it is found already
             return False
         return any(
             found <= other.num_computed_tokens < stop <= other.num_tokens
@@ -225,9 +232,8 @@ class FCFSScheduler:
         """Take all blocks of a group: "auto" swaps groups of several and recomputes the others.
 
         The paper describes both and compares them (section 7.3); the rule is the first vLLM's.
-        Forks share blocks, which recomputation would undo; so a group that has forked is swapped
-        whatever the option says, unless the swap pool is full. Then it is recomputed all the same,
-        and shares what the prefix cache still finds.
+        A group that has forked is swapped whatever the option says, unless the swap pool is full:
+        to recompute it takes a step for every sequence. See `_fork_again`.
         """
         mode, forked = self.config.preemption, len(group.sequences) > 1
         swap = forked or mode == "swap" or (mode == "auto" and group.num_seats > 1)
@@ -238,13 +244,26 @@ class FCFSScheduler:
             for seq in group.sequences:
                 self.memory.free(seq)
                 seq.forget_computed()
+            group.sequences, group.absent = group.sequences[:1], group.sequences[1:] + group.absent
             self._move(group, SequenceStatus.WAITING)  # it is older than all who wait: in front
         group.num_preemptions += 1
         plan.preempted.append(group)
 
-    def _has_outgrown_the_pool(self, group: SequenceGroup) -> bool:
-        """Whether the group could not go on even with the pool to itself."""
-        return not self.memory.fits(group)
+    def _fork_again(self) -> None:
+        """Bring back the sequences of groups that were recomputed after they had forked.
+
+        Computed each for itself, they would share nothing any more, and might not even fit. So such
+        a group comes back as it came: with one sequence. Once that is computed, the next forks from
+        it where their tokens part, and so on; each from the one with which it has most in common.
+        """
+        for group in self.running:
+            while group.absent and all(s.num_uncomputed_tokens == 1 for s in group.sequences):
+                child = group.absent.pop(0)
+                in_common = {s: s.num_in_common(child) for s in group.sequences}
+                parent = max(group.sequences, key=lambda s: in_common[s])
+                child.mark_computed(min(in_common[parent], parent.num_computed_tokens))
+                self.memory.fork(parent, child)
+                group.sequences.append(child)
 
     def _end(self, group: SequenceGroup, plan: ScheduledBatch) -> None:
         """Out of memory for good: the group ends with what it has, and the others go on."""
@@ -266,31 +285,3 @@ class FCFSScheduler:
         group.status = status
         if status in queues:
             insort(queues[status], group, key=lambda g: g.arrival)
-
-    def _refuse_what_can_never_run(self, group: SequenceGroup) -> None:
-        length = group.sequences[0].num_tokens
-        size, has = self.memory.block_size, self.memory.num_blocks
-        needed = -(-length // size)
-        if length >= self.config.max_model_len:
-            over = length - self.config.max_model_len + 1
-            raise PromptTooLong(
-                f"the prompt has {length} tokens, and prompt and output together may have "
-                f"{self.config.max_model_len} (max_model_len). Shorten the prompt by {over} "
-                f"{'token' if over == 1 else 'tokens'}, or raise max_model_len if the model allows."
-            )
-        if needed > has:
-            raise PromptTooLong(
-                f"the prompt needs {needed} blocks of {size} tokens, the pool has {has}. "
-                f"Raise num_blocks to {needed} or shorten the prompt by {length - has * size} "
-                "tokens."
-            )
-        if not self.memory.fits(group):
-            raise PromptTooLong(
-                f"pinned prefixes keep too many of the pool's {has} blocks for a prompt of "
-                f"{length} tokens: raise num_blocks, or release a prefix."
-            )
-        if group.num_seats > self.config.max_num_seqs:
-            raise InvalidRequest(
-                f"the request may hold {group.num_seats} sequences at once, but max_num_seqs is "
-                f"{self.config.max_num_seqs}. Ask for fewer, or raise max_num_seqs."
-            )

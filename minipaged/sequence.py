@@ -15,7 +15,7 @@ token is sampled.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 
@@ -85,6 +85,13 @@ class Sequence:
         """Note that the cache entries are gone: preempted by recomputation (section 4.5)."""
         self.num_computed_tokens = 0
 
+    def num_in_common(self, other: "Sequence") -> int:
+        """How many first tokens are the same in both."""
+        pairs = zip(self.token_ids, other.token_ids, strict=False)
+        return next(
+            (i for i, (a, b) in enumerate(pairs) if a != b), min(self.num_tokens, other.num_tokens)
+        )
+
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
@@ -110,12 +117,14 @@ class SequenceGroup:
     """The sequences of one request. They run, wait and are swapped together (section 4.5).
 
     A group begins with one sequence. Once its prompt is computed, it forks into `width` of them, as
-    many as the request asks for in samples or beams; those that have ended leave the list.
+    many as the request asks for in samples or beams; those that have ended leave the list. If it
+    must be recomputed after that, all but the first are absent until they can fork again.
     """
 
     request_id: str
     sequences: list[Sequence]  # that still generate, in the order they joined
     width: int = 1
+    absent: list[Sequence] = field(default_factory=list[Sequence])
     has_forked: bool = False
     status: SequenceStatus = SequenceStatus.WAITING
     arrival: int = 0  # the scheduler's running number, from when it is added
@@ -124,12 +133,12 @@ class SequenceGroup:
     @property
     def num_seats(self) -> int:
         """How many sequences it may have in a step: kept free for the forks that are to come."""
-        return len(self.sequences) if self.has_forked else self.width
+        return len(self.sequences) + len(self.absent) if self.has_forked else self.width
 
     @property
     def is_decoding(self) -> bool:
         """Whether every sequence has one token left to compute, and then samples the next."""
-        return all(seq.num_uncomputed_tokens == 1 for seq in self.sequences)
+        return not self.absent and all(s.num_uncomputed_tokens == 1 for s in self.sequences)
 
     def __repr__(self) -> str:
         return f"SequenceGroup({self.request_id!r}, {self.status.name}, {self.sequences})"

@@ -115,9 +115,10 @@ class BlockMap:
         self._cached.remove(block)
         self._num_evicted += 1
 
-    def _on_fork(self, parent: int, child: int) -> None:
+    def _on_fork(self, parent: int, child: int, tokens: int) -> None:
         source = self._holders[parent]
-        self._holders[child] = _Holder(source.request, list(source.blocks), source.num_tokens)
+        blocks = source.blocks[: -(-tokens // self.block_size)]
+        self._holders[child] = _Holder(source.request, blocks, tokens)
 
     def _on_free(self, seq: int) -> None:
         holder = self._holders.pop(seq)

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
-    "version shapes errors config events sequence outputs stories memory plan scheduler batch "
-    "kv_cache attention models sampling tokenizer prompts detokenizer completion chat "
+    "version shapes errors config events sequence outputs stories memory plan admission scheduler "
+    "batch kv_cache attention models sampling tokenizer prompts detokenizer completion chat "
     "request beam_request runner parts engine defaults llm bench trace terminal demo talk cli "
     "__main__"
 ).split()

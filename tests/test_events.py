@@ -74,7 +74,7 @@ def test_the_picture_shows_full_partial_shared_and_free_blocks():
     picture = BlockMap(4, 4)
     picture(Event("admit", 1, 0.0, {"request": "x", "seqs": {0: [0, 1]}, "tokens": {0: 6}}))
     picture(Event("admit", 1, 0.0, {"request": "y", "seqs": {1: [3]}, "tokens": {1: 4}}))
-    picture(Event("fork", 1, 0.0, {"parent": 1, "child": 2}))
+    picture(Event("fork", 1, 0.0, {"parent": 1, "child": 2, "tokens": 4}))
     queues = {"running": ["x", "y"], "waiting": [], "swapped": []}
     picture(Event("schedule", 1, 0.0, {"tokens": {0: 6, 1: 4}, **queues}))
     headline, _, row = picture.picture().plain.splitlines()
@@ -167,7 +167,7 @@ def test_the_fullest_picture_stays_when_the_pool_empties():
     queues = {"running": ["x"], "waiting": [], "swapped": []}
     picture(Event("admit", 1, 0.0, {"request": "x", "seqs": {0: [0, 1]}, "tokens": {0: 8}}))
     for child in range(1, 12):
-        picture(Event("fork", 1, 0.0, {"parent": 0, "child": child}))
+        picture(Event("fork", 1, 0.0, {"parent": 0, "child": child, "tokens": 8}))
     picture(Event("schedule", 1, 0.0, {"tokens": {0: 8}, **queues}))
     for seq in range(12):
         picture(Event("free", 2, 0.0, {"seq": seq}))

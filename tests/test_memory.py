@@ -178,6 +178,7 @@ def test_internal_fragmentation_stays_below_one_block_a_sequence():
 
 
 def fork(memory, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence:
+    parent.mark_computed(parent.num_uncomputed_tokens)
     child = parent.fork(child_id)
     group.sequences.append(child)
     memory.fork(parent, child)
@@ -212,7 +213,9 @@ class AcceptsADoubleFree(BlockAllocator):
 
 class ForksWithoutCounting(BlockManager):
     def fork(self, parent, child):
-        self._tables[child.seq_id] = self._tables[parent.seq_id].copy()
+        self._tables[child.seq_id] = self._tables[parent.seq_id].beginning(
+            child.num_computed_tokens
+        )
 
 
 class AllocatesOneBlockTooFew(BlockManager):
@@ -348,7 +351,7 @@ def test_checked_parts_recount_memory_and_allocator():
     scheduler = Parts(allocator=ForgetsToShare).checked().build_scheduler(config)
     scheduler.memory.admit(group := group_of(5))
     with pytest.raises(CheckFailed, match=r"last call: share\(0\)"):
-        scheduler.memory.fork(group.sequences[0], group_of(5, first_id=1).sequences[0])
+        fork(scheduler.memory, group, group.sequences[0], 1)
 
 
 def test_a_block_shared_with_outsiders_costs_a_writer_exactly_one_copy():
@@ -358,7 +361,7 @@ def test_a_block_shared_with_outsiders_costs_a_writer_exactly_one_copy():
     [writer] = group.sequences
     writer.mark_computed(6)
     for outsider in (1, 2):
-        memory.fork(writer, Sequence(outsider, writer.token_ids))
+        memory.fork(writer, writer.fork(outsider))
     writer.append(0)
     assert len(memory.append(writer)) == 1
 

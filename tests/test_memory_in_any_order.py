@@ -227,7 +227,7 @@ class AnyOrder(RuleBasedStateMachine):
         group = data.draw(st.sampled_from(self.those(swapped=True)))
         distinct = self.memory.num_distinct_blocks(group)
         self.check_fits(group)
-        if self.memory.can_swap_in(group, alone=True):
+        if self.memory.can_admit(group, alone=True):
             self.copy_blocks(self.memory.swap_in(group), self.swap_pool, self.pool)
             assert self.memory.num_distinct_blocks(group) <= distinct, "sharing survives a swap"
             for seq in group.sequences:
@@ -348,7 +348,9 @@ class SharesTheTableItself(BlockManager):
 
 class ForksWithoutCounting(BlockManager):
     def fork(self, parent, child):
-        self._tables[child.seq_id] = self._tables[parent.seq_id].copy()
+        self._tables[child.seq_id] = self._tables[parent.seq_id].beginning(
+            child.num_computed_tokens
+        )
 
 
 class LosesSharingInTheSwap(BlockManager):
@@ -437,8 +439,8 @@ class ForgetsThatASwapUnpublishes(BlockManager):
 
 
 class ComputesNotEvenTheLastToken(BlockManager):
-    def num_found(self, seq):
-        return len(self._pool.find(seq)) * self.block_size
+    def _num_known(self, seq, found):
+        return len(found) * self.block_size
 
 
 class PinsWithoutOwning(BlockManager):

@@ -55,7 +55,7 @@ class Engine:
                 if seq.num_output_tokens == 0:
                     self.fork(group, seq)
                 for each in group.sequences if seq.num_output_tokens == 0 else [seq]:
-                    each.append(7)
+                    each.append(10**6 + each.seq_id)  # no two generate alike
                 for each in list(group.sequences):
                     if each.num_output_tokens >= self.length_of(group, each):
                         self.scheduler.finish(group, each)
@@ -446,6 +446,52 @@ def test_a_forked_group_without_room_to_swap_is_recomputed(preemption):
     assert any(forked in plan.preempted for plan in plans)
     assert engine.finished == ["0", "1"]
     assert not engine.ended
+
+
+def step_until(engine: Engine, condition, limit: int = 300) -> None:
+    while not condition():
+        engine.step()
+        limit -= 1
+        assert limit, "what was waited for did not happen"
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_a_recomputed_group_forks_again_where_its_tokens_part(enable_prefix_caching):
+    """It holds as few blocks as before, though nothing was swapped and nothing may be cached."""
+    engine = Engine(
+        build(num_blocks=20, num_swap_blocks=0, enable_prefix_caching=enable_prefix_caching)
+    )
+    engine.add(20, num_tokens=40)
+    forked = engine.add(17, num_tokens=10, num_seqs=4)
+    memory, held = engine.scheduler.memory, []
+
+    def preempted() -> bool:
+        if len(forked.sequences) == 4:
+            held.append(memory.num_distinct_blocks(forked))
+        return forked.num_preemptions > 0
+
+    step_until(engine, preempted)
+    assert len(forked.sequences) == 1
+    assert len(forked.absent) == 3
+    assert forked.num_seats == 4
+    step_until(engine, lambda: forked.is_decoding)
+    assert len(forked.sequences) == 4
+    assert memory.num_distinct_blocks(forked) <= held[-1] + 4, "a block more of each at the most"
+    engine.run()
+    assert sorted(engine.finished) == ["0", "1"]
+    assert [s.num_output_tokens for s in engine.sequences["1"]] == [10, 11, 12, 13]
+
+
+def test_a_group_aborted_while_some_of_it_is_absent_leaves_nothing_behind():
+    engine = Engine(build(num_blocks=10, num_swap_blocks=0, enable_prefix_caching=False))
+    engine.add(8, num_tokens=30)
+    forked = engine.add(9, num_tokens=7, num_seqs=3)
+    step_until(engine, lambda: bool(forked.absent))
+    engine.scheduler.abort(forked)
+    assert forked.status is SequenceStatus.FINISHED
+    assert not forked.absent
+    engine.run()
+    assert engine.scheduler.memory.num_free == 10
 
 
 def test_a_prompt_that_cannot_fit_beside_pinned_prefixes_is_refused():

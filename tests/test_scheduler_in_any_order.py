@@ -312,9 +312,9 @@ class AdmitsWhatDoesNotFit(FCFSScheduler):
 class WaitsForPrefixesThatStay(FCFSScheduler):
     """Pinned blocks are counted as if they could be had."""
 
-    def _has_outgrown_the_pool(self, group):
-        size = self.memory.block_size
-        return -(-group.sequences[0].num_tokens // size) > self.memory.num_blocks
+    def schedule(self):
+        self.memory._memory._pinned.clear()
+        return super().schedule()
 
 
 FAULTS = [

@@ -27,7 +27,8 @@ class BlockAllocator:
     """A stack of free blocks and one reference count a block.
 
     The stack hands out low numbers first and the most recently freed block before older ones: the
-    part of the pool in use stays small and warm in the processor's cache.
+    part of the pool in use stays small and warm in the processor's cache (as long as no prefix
+    cache keeps blocks that were used).
     """
 
     def __init__(self, num_blocks: int) -> None:

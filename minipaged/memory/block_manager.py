@@ -45,7 +45,7 @@ class BlockManager:
         return len(claimed | staying.keys()) + new <= self.num_blocks
 
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
-        """Whether a waiting group's blocks are free, beyond the watermark unless it is alone.
+        """Whether a waiting or swapped group's blocks are free, and the watermark unless alone.
 
         The watermark, vLLM's addition to the paper, keeps newcomers from taking the blocks that
         those who run will soon need. A group that would have the pool to itself takes nobody's.
@@ -64,8 +64,8 @@ class BlockManager:
         """
         for seq in group.sequences:
             assert seq.seq_id not in self._tables, f"sequence {seq.seq_id} is admitted already"
-            seq.mark_found(self.num_found(seq))
-            self._tables[seq.seq_id] = self._pool.share_found(seq)
+            table = self._tables[seq.seq_id] = self._pool.share_found(seq)
+            seq.mark_found(self._num_known(seq, table.blocks))
         return [pair for seq in group.sequences for pair in self.append(seq)]
 
     # ---- growing -------------------------------------------------------------------------------
@@ -96,11 +96,14 @@ class BlockManager:
         return pairs
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let a child share all blocks of its parent (section 4.4). Takes no free block."""
-        table = self._tables[parent.seq_id]
+        """Let a child share its parent's blocks (section 4.4). Takes no free block.
+
+        Those in which the child's computed tokens lie: all of them, if it begins as a copy.
+        """
+        table = self._tables[parent.seq_id].beginning(child.num_computed_tokens)
         for block in table.blocks:
             self._pool_of(parent).share(block)
-        self._tables[child.seq_id] = table.copy()
+        self._tables[child.seq_id] = table
         if parent.seq_id in self._swapped:
             self._swapped.add(child.seq_id)
 
@@ -120,7 +123,10 @@ class BlockManager:
         Never the last one: its logits are needed. If all is found, the last token's keys are
         written once more, as they were; and if others own the block, to a copy of it.
         """
-        return min(len(self._pool.find(seq)) * self.block_size, seq.num_tokens - 1)
+        return self._num_known(seq, self._pool.find(seq))
+
+    def _num_known(self, seq: Sequence, found: list[int]) -> int:
+        return min(len(found) * self.block_size, seq.num_tokens - 1)
 
     def publish(self, seq: Sequence) -> list[int]:
         """Let the sequence's full blocks be found; returns those that could not be found before.
@@ -150,10 +156,6 @@ class BlockManager:
         self._swapped.update(s.seq_id for s in group.sequences)
         return pairs
 
-    def can_swap_in(self, group: SequenceGroup, alone: bool) -> bool:
-        """Whether a swapped group fits, by the same count as a newcomer: blocks are blocks."""
-        return self.can_admit(group, alone)
-
     def swap_in(self, group: SequenceGroup) -> list[BlockPair]:
         """Move the group back to the pool; returns (swap block, pool block) pairs to copy.
 
@@ -169,10 +171,14 @@ class BlockManager:
         return pairs
 
     def _move(
-        self, group: SequenceGroup, source: Allocator, target: Allocator, there: dict[int, int]
+        self,
+        group: SequenceGroup,
+        source: Allocator,
+        target: Allocator,
+        already_there: dict[int, int],
     ) -> list[BlockPair]:
         # Each block moves once, however many sequences share it: the map keeps the sharing.
-        moved = there.copy()
+        moved = already_there.copy()
         pairs: list[BlockPair] = []
         for seq in group.sequences:
             table = self._tables[seq.seq_id]
@@ -186,7 +192,7 @@ class BlockManager:
                 table.blocks.append(moved[block])
             for block in reversed(old):  # children before parents
                 source.free(block)
-            table.num_published = sum(block in there for block in old)
+            table.num_published = sum(block in already_there for block in old)
         return pairs
 
     def _still_known(self, group: SequenceGroup) -> dict[int, int]:
@@ -219,7 +225,7 @@ class BlockManager:
 
     @property
     def tables(self) -> Mapping[int, BlockTable]:
-        """The block tables of all sequences that hold blocks, by sequence id; to be read only."""
+        """The block tables of all sequences that hold blocks, by id; to be read only."""
         return MappingProxyType(self._tables)
 
     @property
@@ -264,16 +270,19 @@ class BlockManager:
         return self._pool.find(seq) if table is None else table.blocks
 
     def _growth(self, group: SequenceGroup, num_owners: Callable[[int], int]) -> int:
-        """Blocks that `append` will take for all sequences of the group together, exactly."""
+        """Blocks that `append` will take for all sequences of the group together, exactly.
+
+        Two forks that share a half-full block and both write to it take one: the first gets a copy,
+        and the second is then alone and keeps the original.
+        """
         new = 0
         written = Counter[int]()  # by block: how many of the group write to it
         for seq in group.sequences:
-            blocks = self._blocks_of(seq)
-            waits = seq.seq_id not in self._tables
-            computed = self.num_found(seq) if waits else seq.num_computed_tokens
+            blocks, computed = self._blocks_of(seq), seq.num_computed_tokens
+            if seq.seq_id not in self._tables:
+                computed = self._num_known(seq, blocks)
             written.update(blocks[computed // self.block_size :])
             new += max(0, self._blocks_for(seq.num_tokens) - len(blocks))
-        # If all owners of a block write to it, the last one finds itself alone and keeps it.
         return new + sum(min(n, num_owners(block) - 1) for block, n in written.items())
 
     def _claim(self, group: SequenceGroup, others: Callable[[int], int]) -> tuple[set[int], int]:

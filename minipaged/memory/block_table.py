@@ -34,9 +34,11 @@ class BlockTable:
         """How many slots of this logical block hold a token."""
         return min(self.block_size, self.num_tokens - logical * self.block_size)
 
-    def copy(self) -> "BlockTable":
-        """The same mapping in a list of its own: what a fork starts from (section 4.4)."""
-        return BlockTable(self.block_size, self.blocks.copy(), self.num_tokens, self.num_published)
+    def beginning(self, num_tokens: int) -> "BlockTable":
+        """The mapping of the first tokens, in a list of its own: what a fork starts from."""
+        blocks = self.blocks[: -(-num_tokens // self.block_size)]
+        num_published = min(self.num_published, num_tokens // self.block_size)
+        return BlockTable(self.block_size, blocks, num_tokens, num_published)
 
     def __repr__(self) -> str:
         return f"BlockTable({self.num_tokens} tokens in blocks {self.blocks})"

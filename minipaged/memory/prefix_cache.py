@@ -108,8 +108,8 @@ class PrefixCache:
     def publish(self, seq: Sequence, table: BlockTable) -> list[int]:
         """Let all full blocks of a sequence be found whose keys and values have been written.
 
-        Returns those that could not be found before. A block whose content is known already gives
-        way to the known one, so all that was published of a sequence stays known while it runs.
+        Returns those that could not be found before. If another block with the same content is
+        known, the sequence shares that one from now on, and lets go of its own.
         """
         published: list[int] = []
         num_written = seq.num_computed_tokens // self._block_size if self._enabled else 0

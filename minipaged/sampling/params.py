@@ -127,8 +127,13 @@ class BeamSearchParams:
     length_penalty: Number = 1.0
     early_stopping: bool | Literal["never"] = False
     ignore_eos: bool = False
+    temperature: Number = 0.0  # nothing is drawn: only 0 is accepted, for scripts written for vLLM
 
     def __post_init__(self) -> None:
+        if self.temperature != 0:
+            raise InvalidOption(
+                f"temperature is {self.temperature!r}, but beam search draws nothing: leave it 0."
+            )
         for name in "beam_width", "max_tokens":
             value = getattr(self, name)
             none = name == "max_tokens" and value is None
