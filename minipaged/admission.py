@@ -29,6 +29,7 @@ def refuse_what_can_never_run(group: SequenceGroup, memory: Memory, config: Engi
         )
     if group.num_seats > config.max_num_seqs:
         raise InvalidRequest(
-            f"the request may hold {group.num_seats} sequences at once, but max_num_seqs is "
-            f"{config.max_num_seqs}. Ask for fewer, or raise max_num_seqs."
+            f"the request asks for {group.num_seats} sequences at once (n, best_of or beam_width), "
+            f"but max_num_seqs is {config.max_num_seqs}: ask for fewer, or raise max_num_seqs to "
+            f"{group.num_seats}."
         )

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,12 +19,13 @@ import typer
 from rich.text import Text
 
 from minipaged.bench.commands import app as bench
-from minipaged.errors import InvalidRequest, MinipagedError
+from minipaged.errors import InvalidOption, InvalidRequest, MinipagedError
+from minipaged.show import print_completions, read_lines, warn_of_an_early_end
 from minipaged.terminal import Session
 from minipaged.version import __version__
 
 if TYPE_CHECKING:
-    from minipaged.outputs import RequestOutput
+    pass
 
 app = typer.Typer(
     help="PagedAttention, the system behind vLLM, from scratch.",
@@ -200,6 +201,12 @@ def generate(
             ignore_eos=ignore_eos,
         )
         if beam_width is not None:
+            drawn = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+            if params != drawn:
+                raise InvalidOption(
+                    "beam search draws nothing and looks for no text: with beam_width, leave out "
+                    "--n, best_of, --temperature, top_p, top_k and --stop."
+                )
             params = BeamSearchParams(beam_width, max_tokens, ignore_eos=ignore_eos)
         llm = session.load(
             model=model,
@@ -211,38 +218,17 @@ def generate(
             preemption=preemption,
             seed=seed,
         )
-        texts = [line for text in prompts for line in _lines(text)]
+        texts = [line for text in prompts for line in read_lines(text)]
         if not texts:
             raise InvalidRequest("there is no prompt on standard input: give a line or more.")
         with session.watch(None):
             outputs = llm.generate(list(texts), params, use_tqdm=not (as_json or show_blocks))
         for output in outputs:
-            _warn_of_an_early_end(output, max_tokens)
+            warn_of_an_early_end(output, max_tokens)
             if as_json:
                 print(json.dumps(asdict(output)))
                 continue
-            for completion in output.outputs:
-                text = Text(output.prompt or "", style="dim")
-                text.append(completion.text, style="not dim")
-                session.console.print(text, soft_wrap=True)
-
-
-def _warn_of_an_early_end(output: "RequestOutput", max_tokens: int) -> None:
-    completion = output.outputs[0]
-    if completion.finish_reason == "length" and len(completion.token_ids) < max_tokens:
-        print(
-            f"minipaged: {output.prompt!r} ended after {len(completion.token_ids)} of {max_tokens} "
-            "tokens: the pool or the model's context is full.",
-            file=sys.stderr,
-        )
-
-
-def _lines(prompt: str) -> Iterator[str]:
-    """ "-" stands for the lines of standard input."""
-    if prompt != "-":
-        yield prompt
-        return
-    yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+            print_completions(session.console, output)
 
 
 # ---- chat ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The engine: every `step()` computes one more token, or a chunk of prompt, of all who run."""
+"""The engine: every `step()` computes a token more, or a chunk of prompt, of those who run."""
 
 import random
 import time
@@ -33,7 +33,7 @@ Sampled = dict[str, dict[int, list[SampledToken]]]  # by request id, by sequence
 
 
 class LLMEngine:
-    """Requests go in at any time; each step returns what it has added to them.
+    """Requests go in at any time; each step returns those of which there is more to show.
 
     The engine owns the requests and their texts. Queues belong to the scheduler, blocks to the
     memory below it, tensors to batches and runner.
@@ -67,7 +67,10 @@ class LLMEngine:
     # ---- one step, in the order a token travels ------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; returns the requests it changed, finished ones for the last time."""
+        """Compute one step; returns the requests with something new, finished ones a last time.
+
+        An output holds all that its request has so far.
+        """
         plan = self.scheduler.schedule()  # who runs, how many tokens of each
         batch = self.batches.build([self._query(s) for s in plan.sequences])  # to tensors
         logits = self.runner.run(plan, batch)  # [rows, vocab]: the device side
@@ -217,6 +220,10 @@ class LLMEngine:
 
     def release_prefix(self, prefix: CachedPrefix) -> None:
         """Let go of a pinned prefix: it stays until its blocks are needed, like any other."""
+        if not isinstance(prefix, CachedPrefix):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRequest(
+                f"{prefix!r} is no cached prefix: give what cache_prefix returned."
+            )
         seq = self._prefixes.pop(prefix, None)
         if seq is None:
             raise InvalidRequest(f"{prefix} is not pinned here: was it released before?")

@@ -59,7 +59,8 @@ class LLM:
         enable_prefix_caching: whether full blocks are found again by their content, so that a
             beginning that several prompts have in common is computed and stored once.
         preemption: "recompute", "swap", or "auto": what the first vLLM did, swapping groups of
-            several sequences and recomputing single ones.
+            several sequences and recomputing single ones. Whatever is chosen, groups of several
+            are swapped while the swap pool has room, and all are recomputed when it has none.
         watermark: the part of the pool that admission leaves free for those who run.
         seed: of all random choices of requests that bring no seed of their own.
         parts: other players for allocator, memory, scheduler, victim, attention.
@@ -212,7 +213,10 @@ class LLM:
         Raises InvalidRequest if params are no BeamSearchParams, and what `generate` raises.
         """
         if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidRequest(f"{params!r} is no BeamSearchParams: give BeamSearchParams(...).")
+            raise InvalidRequest(
+                f"beam_search takes one BeamSearchParams for all prompts, not {params!r:.40}: for "
+                "sampling, or one for each prompt, use generate."
+            )
         return self.generate(prompts, params, use_tqdm)
 
     def cache_prefix(self, prefix: Prompt) -> CachedPrefix:
@@ -234,8 +238,8 @@ class LLM:
             raise InvalidRequest("a prefix can be cached only with enable_prefix_caching=True.")
         if num_tokens == 0:
             raise InvalidRequest(
-                f"the prefix has {len(read.token_ids)} tokens, and only full blocks are shared: "
-                f"give at least {config.block_size}, or lower block_size."
+                f"a prefix of {len(read.token_ids)} fills no block of {config.block_size} tokens, "
+                "and only full blocks are shared: give a longer one, or lower block_size."
             )
         whole: Prompt = {"prompt_token_ids": read.token_ids[:num_tokens]}
         if read.cache_salt is not None:

@@ -48,6 +48,12 @@ def read_prompt(prompt: Any, tokenizer: Tokenizer | None) -> TokenizedPrompt:
     """
     salt = None
     if isinstance(prompt, Mapping):
+        unknown = prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}
+        if unknown:
+            raise InvalidRequest(
+                f"a prompt has the key {sorted(map(str, unknown))[0]!r}: its keys are prompt, "
+                "prompt_token_ids and cache_salt."
+            )
         salt = _read_salt(prompt.get("cache_salt"))
         if "prompt_token_ids" in prompt:
             ids = _read_token_ids(prompt["prompt_token_ids"])

@@ -1,8 +1,8 @@
 """One request on its way from sampled tokens to text: what the engine remembers of it.
 
 A request knows how its sequences go on. Sampling forks its first sequence once, when the prompt is
-computed, into as many as are wanted, and from there they never meet again. Beam search forks and
-gives up sequences in every step. In the engine, both are rows of the same batch.
+computed, into as many as are wanted, and each then goes its own way. Beam search forks and gives up
+sequences in every step. In the engine, both are rows of the same batch.
 """
 
 from abc import ABC, abstractmethod
@@ -90,7 +90,7 @@ class Request(ABC):
             self._first_token_time = now
 
     def note_blocks(self, held: int, unshared: int) -> None:
-        """In this step its sequences hold so many blocks, and without sharing would hold more."""
+        """Add a step's blocks: those that its sequences hold, and would hold without sharing."""
         self._num_blocks_held += held
         self._num_blocks_unshared += unshared
 
@@ -214,7 +214,7 @@ class SamplingRequest(Request):
     def completions(self) -> list[CompletionOutput]:
         """The n samples, in their order; of best_of, the likeliest ones, the best first."""
         samples = list(self._completions.values())
-        samples += samples[:1] * (self._params.n - len(samples))  # it ended before its first token
+        samples += samples[:1] * (self._params.n - len(samples))  # ended before it forked: n empty
         if self._params.num_samples > self._params.n:
             samples.sort(key=lambda sample: -sample.cumulative_logprob)
         return [sample.output(index) for index, sample in enumerate(samples[: self._params.n])]

@@ -84,7 +84,7 @@ class FCFSScheduler:
     def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence:
         """Let a sequence go on in two ways: a sample or a beam more, which shares all its blocks.
 
-        After a step, all forks come before the first token and the first end.
+        After a step, fork before anyone is given a token or ends: a child begins as its parent was.
         """
         child = parent.fork(child_id)
         group.sequences.append(child)
@@ -118,7 +118,7 @@ class FCFSScheduler:
         self._share_out_tokens(plan)
         if not plan.preempted:  # whoever takes blocks away in a step gives none to newcomers
             self._let_others_join(plan)
-        comes_back = any(group.absent for group in self.running)
+        comes_back = any(group.absent for group in self.running)  # its next one forks a step later
         progress = plan.sequences or plan.ended or comes_back or not self.has_unfinished()
         assert progress, "a step must compute a token or end a group, or the engine would hang"
         return plan
@@ -232,11 +232,11 @@ class FCFSScheduler:
         """Take all blocks of a group: "auto" swaps groups of several and recomputes the others.
 
         The paper describes both and compares them (section 7.3); the rule is the first vLLM's.
-        A group that has forked is swapped whatever the option says, unless the swap pool is full:
-        to recompute it takes a step for every sequence. See `_fork_again`.
+        A group of several sequences is swapped whatever the option says, unless the swap pool is
+        full: to recompute it may take a step for every sequence. See `_fork_again`.
         """
-        mode, forked = self.config.preemption, len(group.sequences) > 1
-        swap = forked or mode == "swap" or (mode == "auto" and group.num_seats > 1)
+        mode, several = self.config.preemption, len(group.sequences) > 1
+        swap = several or mode == "swap" or (mode == "auto" and group.num_seats > 1)
         if swap and self.memory.can_swap_out(group):
             plan.swap_out += self.memory.swap_out(group)
             self._move(group, SequenceStatus.SWAPPED)
@@ -245,7 +245,7 @@ class FCFSScheduler:
                 self.memory.free(seq)
                 seq.forget_computed()
             group.sequences, group.absent = group.sequences[:1], group.sequences[1:] + group.absent
-            self._move(group, SequenceStatus.WAITING)  # it is older than all who wait: in front
+            self._move(group, SequenceStatus.WAITING)
         group.num_preemptions += 1
         plan.preempted.append(group)
 
@@ -253,8 +253,12 @@ class FCFSScheduler:
         """Bring back the sequences of groups that were recomputed after they had forked.
 
         Computed each for itself, they would share nothing any more, and might not even fit. So such
-        a group comes back as it came: with one sequence. Once that is computed, the next forks from
-        it where their tokens part, and so on; each from the one with which it has most in common.
+        a group comes back as it came, with one sequence, and forks again where the tokens part:
+
+            A  "once a frog sat"  is computed, all but its last token, and waits with that one
+            B  "once a frog ran"  forks from A behind "once a frog", and waits as well
+            C  "once a cat ran"   forks from A behind "once a", and computes "cat"
+            then all three compute their last tokens, and sample together
         """
         for group in self.running:
             while group.absent and all(s.num_uncomputed_tokens == 1 for s in group.sequences):

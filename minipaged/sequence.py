@@ -4,8 +4,8 @@ A sequence is a list of tokens, the first of which have their keys and values in
 
     [0, prompt_len)            given by the user
     [prompt_len, num_tokens)   generated
-    [0, num_computed_tokens)   keys and values written to the cache by earlier steps, or found
-                               there because another request wrote the same ones
+    [0, num_computed_tokens)   keys and values in the KV cache: written by earlier steps, shared by
+                               the parent of a fork, or found because another wrote the same ones
     [num_computed_tokens, num_tokens)  still to be computed: a whole prompt at first, one token
                                while decoding, everything again after a preemption by recomputation
 
@@ -35,7 +35,7 @@ class Sequence:
     computed, and makes it forget that if its blocks are taken away.
 
     Args:
-        cache_salt: it finds and leaves cached blocks under this name alone; None is a name too.
+        cache_salt: it shares cached blocks only with sequences of the same salt, or none as well.
         reads_cache: False computes everything: for somebody who wants the logits of the prompt.
     """
 
@@ -51,7 +51,9 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(self.token_ids)
         self.num_computed_tokens = 0
-        self.num_cached_tokens: int | None = None  # found at the first admission; None: none yet
+        self.num_cached_tokens: int | None = (
+            None  # found at first admission; None: not admitted yet
+        )
         self.cache_salt = cache_salt
         self.reads_cache = reads_cache
         assert self.prompt_len > 0, "a sequence begins with at least one token"
@@ -70,7 +72,7 @@ class Sequence:
         self.token_ids.append(token_id)
 
     def mark_computed(self, num_new_tokens: int) -> None:
-        """Note that a step has written the keys and values of so many more tokens."""
+        """Note that keys and values of so many more tokens are written, or shared by a parent."""
         self.num_computed_tokens += num_new_tokens
         assert self.num_computed_tokens <= self.num_tokens, "computed a token that is not there"
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minipaged.llm import LLM
 
 COLOURS = ("cyan", "magenta", "green", "blue", "red", "bright_blue", "bright_magenta", "bright_red")
-LEGEND = "A: full block of A   a: its last, filling   2: of two owners   +: cached   ·: free"
+LEGEND = "A: full block of A   a: its last, filling   2-9: owners   +: cached   ·: free"
 MAX_COLUMNS = 64
 MAX_ROWS = 12
 FRAME_SECONDS = 0.1  # a step takes a few milliseconds: slowed down, a person can watch it
@@ -70,6 +70,7 @@ class BlockMap:
         self._cached: set[int] = set()  # blocks that can be found by their content
         self._num_copied = 0  # on write, since the beginning
         self._num_evicted = 0
+        self._num_preempted = 0
         self._queues: dict[str, list[str]] = {"running": [], "waiting": [], "swapped": []}
         self._fullest = _Picture("", {}, set())
 
@@ -114,6 +115,9 @@ class BlockMap:
     def _on_evict(self, block: int) -> None:
         self._cached.remove(block)
         self._num_evicted += 1
+
+    def _on_preempt(self, **_: object) -> None:
+        self._num_preempted += 1
 
     def _on_fork(self, parent: int, child: int, tokens: int) -> None:
         source = self._holders[parent]
@@ -164,6 +168,13 @@ class BlockMap:
         """The pool when most of its blocks were in use."""
         return self._draw(self._fullest, width)
 
+    def totals(self) -> str:
+        """What has happened to blocks and requests since the beginning."""
+        return (
+            f"In all: {self._num_preempted} preemptions, {self._num_copied} blocks copied on "
+            f"write, {self._num_evicted} evicted from the prefix cache."
+        )
+
     def _draw(self, picture: _Picture, width: int) -> Text:
         text = Text(f"{picture.headline}\n{LEGEND}")
         text.stylize("dim", len(picture.headline))
@@ -193,8 +204,7 @@ class BlockMap:
         queues = ", ".join(f"{len(names)} {queue}" for queue, names in self._queues.items())
         full = f", {filled / slots:.0%} of their slots filled" if slots else ""
         shared = sum(block.num_owners > 1 for block in owned.values())
-        counts = {"shared": shared, "copied": self._num_copied, "evicted": self._num_evicted}
-        sharing = "".join(f", {number} {what}" for what, number in counts.items() if number)
+        sharing = f", {shared} shared" if shared else ""
         return (
             f"step {self.step}: {queues}; {len(owned)} of {self.num_blocks} blocks of "
             f"{self.block_size} in use{full}{sharing}"
@@ -261,6 +271,7 @@ class Session:
             # Where standard output is for machines or for text, the picture goes beside it.
             console = self.console if board is not None else Console(stderr=True)
             console.print("\nThe pool at its fullest:", self.block_map.fullest(console.width))
+            console.print(self.block_map.totals(), highlight=False)
 
     @contextmanager
     def _redrawing(self, live: Live) -> Generator[None]:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 LAYERS = (
     "version shapes errors config events sequence outputs stories memory plan admission scheduler "
     "batch kv_cache attention models sampling tokenizer prompts detokenizer completion chat "
-    "request beam_request runner parts engine defaults llm bench trace terminal demo talk cli "
+    "request beam_request runner parts engine defaults llm bench trace terminal demo talk show cli "
     "__main__"
 ).split()
 

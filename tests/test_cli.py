@@ -81,6 +81,29 @@ def test_a_trace_is_a_file_of_versioned_events_and_ends_with_an_empty_pool(
     assert [e["step"] for e in events] == sorted(e["step"] for e in events)
 
 
+def test_samples_and_beams_are_numbered_and_what_they_shared_is_said(capsys, monkeypatch):
+    for option in ("--n", "--beam-width"):
+        code, out, err = minipaged(
+            capsys, monkeypatch, "generate", "Once upon a time", option, "3", "--max-tokens", "9",
+            "--block-size", "2", "--show-blocks",
+        )  # fmt: skip
+        assert code == 0
+        assert [line[:8] for line in out.splitlines() if line.startswith("[")] == [
+            "[1 of 3]", "[2 of 3]", "[3 of 3]",
+        ]  # fmt: skip
+        assert re.search(r"sharing saved [1-9]\d?% of the blocks", err)
+        assert re.search(r"In all: 0 preemptions, \d+ blocks copied on\s+write, 0 evicted", err)
+
+
+def test_beam_search_refuses_the_options_of_sampling(capsys, monkeypatch):
+    for options in (["--n", "2"], ["--temperature", "0.5"], ["--top-k", "3"], ["--stop", "x"]):
+        code, _, err = minipaged(
+            capsys, monkeypatch, "generate", "Once", "--beam-width", "2", *options
+        )
+        assert code == 2
+        assert "with --beam-width, leave out" in err
+
+
 def test_a_trace_of_a_run_that_fails_is_not_left_half_written(capsys, monkeypatch, tmp_path):
     trace = tmp_path / "events.jsonl"
     code, _, _ = minipaged(

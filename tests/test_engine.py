@@ -313,6 +313,8 @@ def check_logprobs(folder, llm: LLM, prompts):
     ("prompt", "error", "sentence"),
     [
         ([], InvalidRequest, "the prompt is empty"),
+        ({"prompt_token_ids": [3], "salt": "x"}, InvalidRequest, "the key 'salt': its keys are"),
+        ({"prompt_token_ids": [3], "cache_salt": ""}, InvalidRequest, "cache_salt is ''"),
         ([3, VOCAB_SIZE], InvalidRequest, f"token id {VOCAB_SIZE}.*0 to {VOCAB_SIZE - 1}"),
         ([3] * 128, PromptTooLong, "128 tokens.*Shorten the prompt by 1 token"),
         ([3] * 60, PromptTooLong, "needs 4 blocks of 16 tokens, the pool has 3"),
@@ -354,7 +356,7 @@ def test_a_prompt_may_come_in_vllms_forms_or_as_an_array(folder, expected, form)
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, 3, 1.5, b"abc", [1.5], [True], [None], [[None]], [[[3]]], {"text": "x"}]
+    "prompt", [None, 3, 1.5, b"abc", [1.5], [True], [None], [[None]], [[[3]]], {"prompt": None}]
 )
 def test_what_is_no_prompt_is_refused_in_one_sentence(folder, prompt):
     llm = checked(folder)
@@ -433,7 +435,11 @@ def test_generate_does_not_run_requests_whose_outputs_it_would_lose(folder):
 def test_parameters_that_the_model_cannot_serve_are_refused(folder):
     llm = checked(folder)
     for params, error, sentence in [
-        (SamplingParams(n=65), InvalidRequest, "65 sequences at once, but max_num_seqs is 64"),
+        (
+            SamplingParams(n=65),
+            InvalidRequest,
+            "asks for 65 sequences at once .* raise max_num_seqs to 65",
+        ),
         (BeamSearchParams(65), InvalidOption, "130 tokens, but the vocabulary has"),
         (SamplingParams(stop="x"), MissingTokenizer, "use stop_token_ids"),
         (SamplingParams(stop_token_ids=[VOCAB_SIZE]), InvalidOption, "stop_token_ids"),

@@ -554,7 +554,7 @@ def test_a_prefix_is_pinned_under_its_salt(folder):
 
 def test_a_prefix_that_cannot_be_cached_is_refused(folder):
     llm = small(folder, num_blocks=8)
-    with pytest.raises(InvalidRequest, match="has 3 tokens, and only full blocks are shared"):
+    with pytest.raises(InvalidRequest, match="a prefix of 3 fills no block of 4 tokens"):
         llm.cache_prefix(prompt(3))
     with pytest.raises(InvalidRequest, match="the prompt is empty"):
         llm.cache_prefix([])

@@ -7,7 +7,8 @@ no sequence ends early. The paper measured it on OPT-13B.
 
 For parallel sampling the answer is arithmetic: the full blocks of the prompt are shared, and
 nothing else. For beam search it depends on how the beams descend from each other, and so on the
-model.
+model. The prefix cache is off, as the paper had none: it would also let samples share what they
+happen to write alike.
 """
 
 import math
@@ -126,7 +127,7 @@ def as_table(rows: list[Row]) -> Table:
     table = Table(box=None, padding=(0, 2))
     for title in ("", "sequences"):
         table.add_column(title)
-    for title in ("saved", "by formula", "paper"):
+    for title in ("saved", "by formula", "paper (OPT-13B)"):
         table.add_column(title, justify="right")
     for row in rows:
         formula = "" if row.formula_percent is None else f"{row.formula_percent:.2f} %"

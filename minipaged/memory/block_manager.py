@@ -39,7 +39,7 @@ class BlockManager:
     # ---- admission -----------------------------------------------------------------------------
 
     def fits(self, group: SequenceGroup) -> bool:
-        """Whether the pool would hold the group's next step if all others left but pinned ones."""
+        """Whether the pool would hold the group's next step if only pinned prefixes stayed."""
         staying = Counter(b for seq_id in self._pinned for b in self._tables[seq_id].blocks)
         claimed, new = self._claim(group, lambda block: staying[block])
         return len(claimed | staying.keys()) + new <= self.num_blocks
@@ -71,11 +71,11 @@ class BlockManager:
     # ---- growing -------------------------------------------------------------------------------
 
     def can_append(self, group: SequenceGroup) -> bool:
-        """Whether the blocks are free that the next step's new tokens need."""
+        """Whether enough blocks are free for the tokens of the next step."""
         return self.num_free >= self._growth(group, self._pool.ref_count)
 
     def append(self, seq: Sequence) -> list[BlockPair]:
-        """Make the sequence ready to be written to: a slot for each token, in a block of its own.
+        """Give every token of the sequence a slot, and the uncomputed ones one that it owns alone.
 
         Returns the copies to make first: a block that is about to be written and has other owners
         is copied, and the sequence then owns the copy (section 4.4, copy-on-write). Raises
@@ -87,11 +87,11 @@ class BlockManager:
         for logical in range(first_written, self._blocks_for(seq.num_tokens)):
             if logical == len(table):
                 table.blocks.append(self._pool.allocate())
-            elif self._pool.ref_count(shared := table.blocks[logical]) > 1:
+            elif self._pool.ref_count(old := table.blocks[logical]) > 1:
                 table.blocks[logical] = self._pool.allocate()
-                self._pool.free(shared)
-                table.num_published = min(table.num_published, logical)
-                pairs.append((shared, table.blocks[logical]))
+                self._pool.free(old)
+                table.num_published = min(table.num_published, logical)  # nobody knows the copy
+                pairs.append((old, table.blocks[logical]))
         table.num_tokens = seq.num_tokens
         return pairs
 
@@ -288,7 +288,7 @@ class BlockManager:
     def _claim(self, group: SequenceGroup, others: Callable[[int], int]) -> tuple[set[int], int]:
         """Blocks of the pool that a group holds or will share, and how many its step takes besides.
 
-        `others` tells how many owners a block has outside the group.
+        `others` tells how many owners a block of the pool has outside the group.
         """
         own = Counter(block for seq in group.sequences for block in self._blocks_of(seq))
         if group.sequences[0].seq_id not in self._swapped:

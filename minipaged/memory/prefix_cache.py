@@ -16,6 +16,8 @@ The cache is one more owner of every block that it knows, so a block stays when 
 lets go of it. Such a block is idle: it counts as free, and is given up when no other block is left,
 the one unused for longest first. A sequence lets go of its last block first, so children are always
 idle before their parents, and are given up before them.
+
+If two sequences write the same block at the same time, both go on with one of the two.
 """
 
 from collections import OrderedDict

@@ -1,12 +1,13 @@
 """Beam search: not the likeliest next token, but the likeliest sequences (section 4.4).
 
 The search itself, without tensors or blocks. It keeps `beam_width` sequences going, its beams. In a
-step every beam proposes its likeliest next tokens; of all proposals together the best go on:
+step every beam proposes its likeliest next tokens; of all proposals together the best go on. With
+two beams:
 
     beams              candidates, best first             what becomes of them
-    A "a frog" -1.2    A "a frog."   -1.5   ends          a hypothesis, if among the best `width`
+    A "a frog" -1.2    A "a frog."   -1.5   ends          first of all, so kept as a hypothesis
     B "the cat" -1.4   A "a frog in" -2.0   goes on       A itself
-                       B "the cat."  -2.1   ends          a hypothesis, if among the best `width`
+                       B "the cat."  -2.1   ends          third, beyond the two best: dropped
                        A "a frog on" -2.6   goes on       a fork of A; B is given up
 
 A beam with two successors forks and one with none ends, so beams share most of their blocks. All
@@ -80,7 +81,7 @@ class BeamSearch:
             ends = candidate.token_id in self._end_token_ids
             if not ends and length < self._max_tokens:
                 going_on.append(candidate)
-            elif rank < self._params.beam_width:  # the others only stand by
+            elif rank < self._params.beam_width:
                 self._end(candidate, "stop" if ends else "length")
         going_on = going_on[: self._params.beam_width]
         return [] if self._is_over(going_on, length) else going_on

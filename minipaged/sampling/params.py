@@ -187,7 +187,10 @@ def one_for_each(params: Any, num_prompts: int) -> list[Params]:
         )
     each = list(params)
     if None in each:
-        raise InvalidRequest("one of the sampling_params is None: give SamplingParams(...).")
+        raise InvalidRequest(
+            f"sampling_params number {each.index(None) + 1} of {len(each)} is None: give "
+            "SamplingParams(...) or BeamSearchParams(...)."
+        )
     if len(each) != num_prompts:
         raise InvalidRequest(
             f"{num_prompts} prompts came with {len(each)} sampling_params: give one for all, or "
