@@ -374,7 +374,7 @@ def test_a_width_that_compares_more_tokens_than_there_are_is_refused(
 def test_a_width_beyond_the_seats_is_refused(folder):
     llm = small(folder, max_num_seqs=3)
     with pytest.raises(
-        InvalidRequest, match="asks for 4 sequences at once .* raise max_num_seqs to 4"
+        InvalidRequest, match=r"asks for 4 sequences at once .* raise max_num_seqs to 4"
     ):
         llm.beam_search(PROMPTS[0], BeamSearchParams(4), use_tqdm=False)
     assert not llm.engine.has_unfinished_requests()

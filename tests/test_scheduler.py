@@ -158,7 +158,7 @@ def test_a_prompt_that_fills_the_whole_context_is_refused():
 
 
 def test_a_request_of_more_sequences_than_seats_is_refused():
-    with pytest.raises(InvalidRequest, match="asks for 5 sequences at once .* max_num_seqs is 4"):
+    with pytest.raises(InvalidRequest, match=r"asks for 5 sequences at once .* max_num_seqs is 4"):
         build(max_num_seqs=4).add(SequenceGroup("0", [Sequence(0, [1])], width=5))
 
 
