@@ -151,10 +151,11 @@ class LLM:
                 this call's prompts is then left in the engine; other calls go on.
         """
         many = list_prompts(prompts)
+        params = one_for_each(sampling_params, len(many))
         finished: dict[int, RequestOutput] = {}
         num_tokens = 0
         with tqdm(total=len(many), desc="prompts", disable=not use_tqdm) as bar:
-            for index, output in self.stream(many, sampling_params):
+            for index, output in self.stream(many, params):
                 if output.finished:
                     finished[index] = output
                     num_tokens += sum(len(o.token_ids) for o in output.outputs)
