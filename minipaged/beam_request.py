@@ -2,8 +2,7 @@
 
 from minipaged.detokenizer import Detokenizer
 from minipaged.outputs import CompletionOutput, FinishReason
-from minipaged.prompts import TokenizedPrompt
-from minipaged.request import Fork, ModelTraits, Request
+from minipaged.request import Arrival, Fork, Request
 from minipaged.sampling import (
     Beam,
     BeamSearch,
@@ -12,24 +11,17 @@ from minipaged.sampling import (
     SamplingParams,
     SamplingRow,
 )
-from minipaged.sequence import Sequence, SequenceGroup
+from minipaged.sequence import Sequence
 
 
 class BeamRequest(Request):
     """One beam search, and what it has found."""
 
-    def __init__(
-        self,
-        group: SequenceGroup,
-        prompt: TokenizedPrompt,
-        model: ModelTraits,
-        arrival_time: float,
-        params: BeamSearchParams,
-    ) -> None:
-        super().__init__(group, prompt, model, arrival_time)
-        room = model.max_model_len - len(prompt.token_ids)
+    def __init__(self, arrival: Arrival, params: BeamSearchParams) -> None:
+        super().__init__(arrival)
+        room = self._model.max_model_len - self._first.num_tokens
         max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
-        self._search = BeamSearch(params, model.eos_token_ids, max_tokens)
+        self._search = BeamSearch(params, self._model.eos_token_ids, max_tokens)
         self._beams = [Beam(self._first, 0.0)]
         self._end_reason: FinishReason | None = None
         # What a beam needs of the sampler: its likeliest next tokens.

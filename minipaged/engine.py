@@ -15,7 +15,7 @@ from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.outputs import CachedPrefix, RequestOutput
 from minipaged.plan import ScheduledBatch, ScheduledSequence
 from minipaged.prompts import Prompt, TokenizedPrompt, read_prompt
-from minipaged.request import ModelTraits, Request, SamplingRequest
+from minipaged.request import Arrival, ModelTraits, Request, SamplingRequest
 from minipaged.runner import ModelRunner
 from minipaged.sampling import (
     BeamSearchParams,
@@ -180,13 +180,13 @@ class LLMEngine:
         )
         group = SequenceGroup(request_id, [seq], width=width)
         self.scheduler.add(group)
-        common = group, read, self._traits, self._clock()
+        arrival = Arrival(group, read, self._traits, self._clock())
         seed = self._seeds.getrandbits(63)  # drawn in any case: one request shifts no other's seed
         if isinstance(params, BeamSearchParams):
-            self._requests[request_id] = BeamRequest(*common, params)
+            self._requests[request_id] = BeamRequest(arrival, params)
         else:
             seed = seed if params.seed is None else params.seed
-            self._requests[request_id] = SamplingRequest(*common, params, seed)
+            self._requests[request_id] = SamplingRequest(arrival, params, seed)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request at once and return what it has; None if there is no such request."""

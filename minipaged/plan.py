@@ -38,8 +38,8 @@ class ScheduledBatch:
         candidates of all. So while one is behind or absent, because the group is recomputed, the
         others wait with their last token.
         """
-        is_whole = not group.absent and len(group.sequences) == 1
-        last_token_waits = not is_whole and not group.is_decoding
+        several = len(group.sequences) + len(group.absent) > 1
+        last_token_waits = several and not group.is_decoding
         for seq in group.sequences:
             most = seq.num_uncomputed_tokens - (1 if last_token_waits else 0)
             num_new_tokens = min(most, self.tokens_left)

@@ -30,22 +30,25 @@ class ModelTraits:
     max_model_len: int
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """A request as it came in, whatever it asks for."""
+
+    group: SequenceGroup  # of one sequence still
+    prompt: TokenizedPrompt
+    model: ModelTraits
+    time: float
+
+
 class Request(ABC):
     """What sampling and beam search have in common: a prompt, a group, and how long all took."""
 
-    def __init__(
-        self,
-        group: SequenceGroup,
-        prompt: TokenizedPrompt,
-        model: ModelTraits,
-        arrival_time: float,
-        num_prompt_logprobs: int | None = None,
-    ) -> None:
-        self.group = group
-        self._first = group.sequences[0]
-        self._prompt = prompt
-        self._model = model
-        self._arrival_time = arrival_time
+    def __init__(self, arrival: Arrival, num_prompt_logprobs: int | None = None) -> None:
+        self.group = arrival.group
+        self._first = arrival.group.sequences[0]
+        self._prompt = arrival.prompt
+        self._model = arrival.model
+        self._arrival_time = arrival.time
         self._first_token_time: float | None = None
         self._last_token_time: float | None = None
         self._num_blocks_held = 0
@@ -119,7 +122,7 @@ class Request(ABC):
         return RequestOutput(
             request_id=self.group.request_id,
             prompt=self._prompt.text,
-            prompt_token_ids=self._prompt.token_ids,
+            prompt_token_ids=self._prompt.token_ids.copy(),  # the user's own, to change at will
             outputs=self.completions(),
             finished=self.is_finished,
             metrics=RequestMetrics(
@@ -140,16 +143,8 @@ class Request(ABC):
 class SamplingRequest(Request):
     """One or several samples of a prompt, a `Completion` each."""
 
-    def __init__(
-        self,
-        group: SequenceGroup,
-        prompt: TokenizedPrompt,
-        model: ModelTraits,
-        arrival_time: float,
-        params: SamplingParams,
-        seed: int,
-    ) -> None:
-        super().__init__(group, prompt, model, arrival_time, params.prompt_logprobs)
+    def __init__(self, arrival: Arrival, params: SamplingParams, seed: int) -> None:
+        super().__init__(arrival, params.prompt_logprobs)
         self._params = params
         self._seed = seed
         self._completions: dict[int, Completion] = {}  # by sequence id, in the order of samples

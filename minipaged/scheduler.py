@@ -10,8 +10,9 @@ one, a decode step and a recomputation differ only in that number. The order is 
        waiting are admitted. Whoever is swapped has run before, and so is older than all who have
        not: nobody new is admitted while somebody is swapped
 
-Whoever joins shares what the prefix cache finds of it; and if someone is just computing the block
-that it would look for next, it joins a step later and finds it.
+A group of several sequences that was preempted by recomputation comes back with one, from which the
+others fork again. Whoever joins shares what the prefix cache finds of it; and if someone is just
+computing the block that it would look for next, it joins a step later and finds it.
 
 The oldest of the running can take all blocks from the others, so it advances in every step and
 finishes; and nobody overtakes the oldest of those who do not run. So nobody starves.
@@ -88,7 +89,6 @@ class FCFSScheduler:
         """
         child = parent.fork(child_id)
         group.sequences.append(child)
-        group.has_forked = True
         self.memory.fork(parent, child)
         return child
 

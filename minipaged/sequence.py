@@ -20,7 +20,7 @@ from enum import Enum, auto
 
 
 class SequenceStatus(Enum):
-    """Where a group, and so each of its sequences, stands. The scheduler alone changes it."""
+    """Where a group stands, and each of its sequences that is not absent. The scheduler's own."""
 
     WAITING = auto()  # holds no blocks
     RUNNING = auto()  # its blocks are in the pool
@@ -51,20 +51,18 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(self.token_ids)
         self.num_computed_tokens = 0
-        self.num_cached_tokens: int | None = (
-            None  # found at first admission; None: not admitted yet
-        )
+        self.num_cached_tokens: int | None = None  # found at first admission; None: not admitted
         self.cache_salt = cache_salt
         self.reads_cache = reads_cache
         assert self.prompt_len > 0, "a sequence begins with at least one token"
 
     def fork(self, child_id: int) -> "Sequence":
         """A second sequence with the same tokens, from which both go on (section 4.4)."""
-        child = Sequence(child_id, self.token_ids, cache_salt=self.cache_salt)
+        child = Sequence(
+            child_id, self.token_ids, cache_salt=self.cache_salt, reads_cache=self.reads_cache
+        )
         child.prompt_len = self.prompt_len
         child.num_computed_tokens = self.num_computed_tokens
-        child.num_cached_tokens = self.num_cached_tokens
-        child.reads_cache = self.reads_cache
         return child
 
     def append(self, token_id: int) -> None:
@@ -127,15 +125,15 @@ class SequenceGroup:
     sequences: list[Sequence]  # that still generate, in the order they joined
     width: int = 1
     absent: list[Sequence] = field(default_factory=list[Sequence])
-    has_forked: bool = False
     status: SequenceStatus = SequenceStatus.WAITING
     arrival: int = 0  # the scheduler's running number, from when it is added
     num_preemptions: int = 0
 
     @property
     def num_seats(self) -> int:
-        """How many sequences it may have in a step: kept free for the forks that are to come."""
-        return len(self.sequences) + len(self.absent) if self.has_forked else self.width
+        """How many sequences it may have in a step: as many as it has, or will when it forks."""
+        has_yet_to_fork = self.sequences[0].num_output_tokens == 0  # the first token forks it
+        return self.width if has_yet_to_fork else len(self.sequences) + len(self.absent)
 
     @property
     def is_decoding(self) -> bool:

@@ -419,6 +419,16 @@ def test_streamed_outputs_do_not_change_afterwards(folder):
     assert [len(o.outputs[0].logprobs) for o in outputs] == [1, 2, 3, 4, 5]
 
 
+def test_who_changes_the_lists_of_an_output_changes_nothing_for_the_request(folder):
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, repetition_penalty=1.5)
+    [expected] = run(checked(folder), PROMPTS[:1], params)
+    for _, output in checked(folder).stream(PROMPTS[0], params):
+        last = output.prompt_token_ids.copy(), output.outputs[0].token_ids.copy()
+        output.prompt_token_ids.append(7)
+        output.outputs[0].token_ids.clear()
+    assert last == (PROMPTS[0], expected.outputs[0].token_ids)
+
+
 def test_a_negative_token_id_is_refused(folder):
     with pytest.raises(InvalidRequest, match="token id -1"):
         checked(folder).generate([3, -1], GREEDY, use_tqdm=False)

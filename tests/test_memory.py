@@ -1,6 +1,12 @@
 """Who owns which block: allocator, block table, block manager, and the second opinion on them."""
 
 import pytest
+from test_memory_in_any_order import (
+    AllocatesOneBlockTooFew,
+    ForksWithoutCounting,
+    HandsOutABlockTwice,
+    NeverReturnsABlock,
+)
 
 from minipaged.config import EngineConfig
 from minipaged.errors import CheckFailed, DoubleFree, InvalidOption, OutOfBlocks
@@ -188,21 +194,6 @@ def fork(memory, group: SequenceGroup, parent: Sequence, child_id: int) -> Seque
 # ---- the second opinion --------------------------------------------------------------------------
 
 
-class ForgetsToReturnABlock(BlockAllocator):
-    def free(self, block: int) -> None:
-        super().free(block)
-        if self.ref_count(block) == 0 and block == 1:
-            self._free.remove(block)
-
-
-class HandsOutTheSameBlockTwice(BlockAllocator):
-    def allocate(self) -> int:
-        block = super().allocate()
-        if block == 2:
-            self._free.append(block)
-        return block
-
-
 class AcceptsADoubleFree(BlockAllocator):
     def free(self, block: int) -> None:
         if self.ref_count(block):
@@ -211,20 +202,8 @@ class AcceptsADoubleFree(BlockAllocator):
             self._free.append(block)
 
 
-class ForksWithoutCounting(BlockManager):
-    def fork(self, parent, child):
-        self._tables[child.seq_id] = self._tables[parent.seq_id].beginning(
-            child.num_computed_tokens
-        )
-
-
-class AllocatesOneBlockTooFew(BlockManager):
-    def _blocks_for(self, num_tokens):
-        return max(1, num_tokens // self.block_size)
-
-
 def test_checked_names_the_call_after_which_the_count_was_wrong():
-    allocator = CheckedAllocator(ForgetsToReturnABlock(3))
+    allocator = CheckedAllocator(NeverReturnsABlock(3))
     allocator.allocate()
     block = allocator.allocate()
     with pytest.raises(CheckFailed, match=r"num_free is 1, but 2 blocks have no owner.*free\(1\)"):
@@ -262,7 +241,7 @@ class HandsOutABlockThatIsNotThere(BlockAllocator):
         return super().allocate() + 3
 
 
-class HandsOutABlockTwiceAndCountsWell(HandsOutTheSameBlockTwice):
+class HandsOutABlockTwiceAndCountsWell(HandsOutABlockTwice):
     @property
     def num_free(self) -> int:
         return self.num_blocks - sum(map(bool, self._ref_counts))

@@ -189,7 +189,7 @@ class AnyRequests(RuleBasedStateMachine):
         """One token more; samples fork once, beams fork and are given up in every step."""
         parents = group.sequences.copy()
         chosen = parents
-        if len(parents) < group.width and not group.has_forked:
+        if parents[0].num_output_tokens == 0:
             chosen = parents * group.width
         elif group.request_id in self.beams:
             chosen = self.random.choices(parents, k=group.width)
