@@ -253,19 +253,24 @@ class FCFSScheduler:
         """Bring back the sequences of groups that were recomputed after they had forked.
 
         Computed each for itself, they would share nothing any more, and might not even fit. So such
-        a group comes back as it came, with one sequence, and forks again where the tokens part:
+        a group comes back as it came, with one sequence, and forks again before the tokens part:
 
             A  "once a frog sat"  is computed, all but its last token, and waits with that one
             B  "once a frog ran"  forks from A behind "once a frog", and waits as well
             C  "once a cat ran"   forks from A behind "once a", and computes "cat"
             then all three compute their last tokens, and sample together
+
+        They share full blocks only. To fork inside a block would be to write into one that may be
+        known by the parent's tokens.
         """
+        size = self.memory.block_size
         for group in self.running:
             while group.absent and all(s.num_uncomputed_tokens == 1 for s in group.sequences):
                 child = group.absent.pop(0)
                 in_common = {s: s.num_in_common(child) for s in group.sequences}
                 parent = max(group.sequences, key=lambda s: in_common[s])
-                child.mark_computed(min(in_common[parent], parent.num_computed_tokens))
+                most = min(in_common[parent], parent.num_computed_tokens)
+                child.mark_computed(most // size * size)
                 self.memory.fork(parent, child)
                 group.sequences.append(child)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from minipaged.config import EngineConfig
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
 from minipaged.parts import Parts
+from minipaged.plan import ScheduledBatch
 from minipaged.scheduler import Scheduler, youngest
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
@@ -480,6 +481,24 @@ def test_a_recomputed_group_forks_again_where_its_tokens_part(enable_prefix_cach
     engine.run()
     assert sorted(engine.finished) == ["0", "1"]
     assert [s.num_output_tokens for s in engine.sequences["1"]] == [10, 11, 12, 13]
+
+
+def test_no_fork_that_comes_back_writes_into_a_block_that_others_can_find():
+    engine = Engine(build(num_swap_blocks=0))
+    forked = engine.add(3, num_tokens=9, num_seqs=3)
+    engine.step()
+    one, two, three = forked.sequences  # of 4 tokens, the last of which is not computed
+    memory = engine.scheduler.memory
+    engine.scheduler._preempt(forked, ScheduledBatch(tokens_left=0))
+    equal = Sequence(900, one.token_ids)
+    memory.admit(SequenceGroup("equal", [equal]))
+    equal.mark_computed(4)
+    [known] = memory.publish(equal)
+    memory.free(equal)
+    step_until(engine, lambda: len(forked.sequences) == 3)
+    assert memory.block_table(one.seq_id).blocks[0] == known
+    assert known not in memory.block_table(two.seq_id).blocks
+    assert known not in memory.block_table(three.seq_id).blocks
 
 
 def test_a_group_aborted_while_some_of_it_is_absent_leaves_nothing_behind():
