@@ -15,12 +15,14 @@ slots:
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from minipaged.memory import BlockTable
 from minipaged.shapes import Int
+from minipaged.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,21 @@ class Batch:
     @property
     def num_seqs(self) -> int:
         return len(self.spans)
+
+    @cached_property
+    def longest(self) -> int:
+        """Keys of the longest sequence."""
+        return max((span.seq_len for span in self.spans), default=0)
+
+    @cached_property
+    def has_decodes(self) -> bool:
+        """Whether some sequence has one query."""
+        return any(span.query_len == 1 for span in self.spans)
+
+    @cached_property
+    def has_prefills(self) -> bool:
+        """Whether some sequence has several queries."""
+        return any(span.query_len > 1 for span in self.spans)
 
 
 @dataclass(frozen=True)
@@ -109,13 +126,13 @@ class BatchBuilder:
         blocks = block_tables[owner, positions // self._block_size]  # [tokens]
         slots = blocks.long() * self._block_size + positions % self._block_size  # [tokens]
         return Batch(
-            token_ids=torch.tensor(token_ids, dtype=torch.long).to(self._device),
-            positions=positions.to(self._device),
-            slots=slots.to(self._device),
-            query_starts=starts.to(self._device),
-            context_lens=context_lens.to(self._device),
-            block_tables=block_tables.to(self._device),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.long).to(self._device),
+            token_ids=to_device(token_ids, self._device, torch.long),
+            positions=to_device(positions, self._device),
+            slots=to_device(slots, self._device),
+            query_starts=to_device(starts, self._device),
+            context_lens=to_device(context_lens, self._device),
+            block_tables=to_device(block_tables, self._device),
+            logit_rows=to_device(logit_rows, self._device, torch.long),
             spans=tuple(spans),
         )
 

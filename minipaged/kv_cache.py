@@ -1,25 +1,50 @@
-"""The tensors behind the block numbers: one pool of keys and one of values a layer.
+"""The tensors behind the block numbers: one pool of keys and values for all layers.
 
-    layers[i] -> (k, v), each [num_blocks, kv_heads, block_size, head_dim]
+    pool       [layers, 2, num_blocks, kv_heads, block_size, head_dim]    2: keys, values
+    layers[i]  (k, v), the part of layer i: each [num_blocks, kv_heads, block_size, head_dim]
 
 Head-major: the slots of one block and one head lie side by side, so that attention multiplies a
 whole block at a time where it lies. A slot is `physical block * block_size + offset`.
 
-The block manager plans copies and swaps as pairs of blocks; they are carried out here.
+The block manager plans copies and swaps as pairs of blocks; they are carried out here. In one
+tensor, a pair is copied for all layers at once.
 """
+
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from minipaged.config import EngineConfig, ModelConfig
+from minipaged.errors import InvalidOption
 from minipaged.memory import BlockPair
-from minipaged.shapes import Float
+from minipaged.quantized import LARGEST, KVPool, QuantizedPool
+from minipaged.transfer import to_device
 
-KVPair = tuple[
-    Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-]
-Pools = list[tuple[Tensor, Tensor]]  # of any number of blocks: pool and swap pool differ in it
+KVPair = tuple[KVPool, KVPool]
+CopyBlocks = Callable[[Tensor, Tensor, Tensor], None]
+
+KV_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+_BYTES_SET_ASIDE = 64 * 1024**2  # of GPU memory, for blocks on their way to the swap pool
+
+
+def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
+    """Copy blocks of `source` over blocks of `target`, which may be the same tensor.
+
+    Args:
+        source, target: [layers, 2, num_blocks, ...], on whatever devices.
+        pairs: [pairs, 2] block numbers, from and to, on the device of the pool.
+    """
+    # The gather on the right is complete before the first write on the left.
+    copied = source[:, :, pairs[:, 0].to(source.device)]
+    target[:, :, pairs[:, 1].to(target.device)] = copied.to(target.device)
 
 
 class KVCache:
@@ -34,22 +59,19 @@ class KVCache:
         num_swap_blocks: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        copy_blocks: CopyBlocks = copy_blocks,
     ) -> None:
-        def pool(blocks: int, where: torch.device | str) -> list[KVPair]:
-            # Zeros, not empty: attention multiplies unwritten slots by a weight of zero, and
-            # zero times an accidental NaN would be NaN.
-            shape = (blocks, config.num_kv_heads, block_size, config.head_dim)
-            return [
-                (
-                    torch.zeros(shape, dtype=dtype, device=where),
-                    torch.zeros(shape, dtype=dtype, device=where),
-                )
-                for _ in range(config.num_layers)
-            ]
-
         self.block_size = block_size
-        self.layers = pool(num_blocks, device)
-        self.swap_layers = pool(num_swap_blocks, "cpu")
+        self.device = torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        self._pool = _new_pool(config, num_blocks, block_size, dtype, self.device)
+        # Pinned: the GPU reads and writes it by itself.
+        host = torch.device("cpu")
+        self._swap_pool = _new_pool(config, num_swap_blocks, block_size, dtype, host, pin=on_gpu)
+        self.layers = _by_layer(self._pool)
+        self.swap_layers = _by_layer(self._swap_pool)
+        self._copy_blocks = copy_blocks
+        self._swap_stream = torch.cuda.Stream(self.device) if on_gpu else None
 
     @classmethod
     def build(
@@ -58,6 +80,7 @@ class KVCache:
         engine: EngineConfig,
         dtype: torch.dtype,
         device: torch.device | str,
+        copy_blocks: CopyBlocks = copy_blocks,
     ) -> "KVCache":
         """The cache that this model needs under these options."""
         return cls(
@@ -67,27 +90,98 @@ class KVCache:
             num_swap_blocks=engine.num_swap_blocks,
             dtype=dtype,
             device=device,
+            copy_blocks=copy_blocks,
         )
 
     def copy(self, pairs: list[BlockPair]) -> None:
         """Copy blocks inside the pool: copy-on-write (section 4.4)."""
-        _copy_blocks(self.layers, self.layers, pairs)
+        # A GPU copies all pairs at once and in no order.
+        assert not {s for s, _ in pairs} & {t for _, t in pairs}, f"a copy of a copy in {pairs}"
+        self._copy(self._pool, self._pool, pairs)
 
     def swap_out(self, pairs: list[BlockPair]) -> None:
-        """Copy blocks from the pool to the swap pool (section 4.5)."""
-        _copy_blocks(self.layers, self.swap_layers, pairs)
+        """Copy blocks from the pool to the swap pool (section 4.5).
+
+        The blocks may be given to others in this very step, and the bus to the host is slow. So a
+        GPU first copies them aside, and from there to the host on a stream of its own, while the
+        step computes.
+        """
+        if self._swap_stream is None:
+            self._copy(self._pool, self._swap_pool, pairs)
+            return
+        for some in _portions(pairs, self._blocks_aside):
+            blocks = to_device([source for source, _ in some], self.device)
+            aside = [tensor[:, :, blocks] for tensor in self._pool]
+            self._swap_stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._swap_stream):
+                self._copy(aside, self._swap_pool, [(i, t) for i, (_, t) in enumerate(some)])
+            for tensor in aside:
+                tensor.record_stream(self._swap_stream)  # not to be given away before it is read
 
     def swap_in(self, pairs: list[BlockPair]) -> None:
-        """Copy blocks from the swap pool back to the pool (section 4.5)."""
-        _copy_blocks(self.swap_layers, self.layers, pairs)
+        """Copy blocks from the swap pool back to the pool (section 4.5), before the step reads."""
+        if pairs and self._swap_stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._swap_stream)
+        self._copy(self._swap_pool, self._pool, pairs)
+
+    def _copy(self, source: list[Tensor], target: list[Tensor], pairs: list[BlockPair]) -> None:
+        if pairs:
+            on_device = to_device(pairs, self.device)  # [pairs, 2]
+            for from_tensor, to_tensor in zip(source, target, strict=True):
+                self._copy_blocks(from_tensor, to_tensor, on_device)
+
+    @property
+    def _blocks_aside(self) -> int:
+        block_bytes = sum(t[:, :, 0].numel() * t.itemsize for t in self._pool)
+        return max(1, _BYTES_SET_ASIDE // block_bytes)
 
 
-def _copy_blocks(source: Pools, target: Pools, pairs: list[BlockPair]) -> None:
-    if not pairs:
-        return
-    from_blocks = torch.tensor([s for s, _ in pairs], device=source[0][0].device)
-    to_blocks = torch.tensor([t for _, t in pairs], device=target[0][0].device)
-    for source_pools, target_pools in zip(source, target, strict=True):
-        for source_pool, target_pool in zip(source_pools, target_pools, strict=True):
-            # The gather on the right is complete before the first write on the left.
-            target_pool[to_blocks] = source_pool[from_blocks].to(target_pool.device)
+def choose_kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """In what keys and values are kept; "auto" is the model's own type. Raises InvalidOption."""
+    if name == "auto":
+        return model_dtype
+    if name not in KV_DTYPES:
+        names = ", ".join(["auto", *KV_DTYPES])
+        raise InvalidOption(f"kv_cache_dtype is {name!r}: choose one of {names}.")
+    return KV_DTYPES[name]
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, scales included."""
+    num_keys = 2 * config.num_layers * config.num_kv_heads * block_size  # and values
+    scales = num_keys * torch.float32.itemsize if dtype in LARGEST else 0
+    return block_size * config.kv_bytes_per_token(dtype.itemsize) + scales
+
+
+def _new_pool(
+    config: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pin: bool = False,
+) -> list[Tensor]:
+    """Numbers and, in 8 bits, their scales."""
+    # Zeros, not empty: attention multiplies unwritten slots by a weight of zero, and zero times an
+    # accidental NaN would be NaN.
+    shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size)
+    pool = [torch.zeros(*shape, config.head_dim, dtype=dtype, device=device, pin_memory=pin)]
+    if dtype in LARGEST:
+        pool.append(torch.zeros(shape, dtype=torch.float32, device=device, pin_memory=pin))
+    return pool
+
+
+def _by_layer(pool: list[Tensor]) -> list[KVPair]:
+    if len(pool) == 1:
+        return [(keys, values) for keys, values in pool[0]]
+    numbers, scales = pool
+    return [
+        (QuantizedPool(k, k_scales), QuantizedPool(v, v_scales))
+        for (k, v), (k_scales, v_scales) in zip(numbers, scales, strict=True)
+    ]
+
+
+def _portions(pairs: list[BlockPair], size: int) -> Iterator[list[BlockPair]]:
+    rest = iter(pairs)
+    while some := list(islice(rest, size)):
+        yield some

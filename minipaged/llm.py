@@ -18,8 +18,8 @@ from minipaged.config import (
 from minipaged.defaults import choose_config, find_model, open_tokenizer
 from minipaged.engine import LLMEngine
 from minipaged.errors import InvalidRequest
-from minipaged.kv_cache import KVCache
-from minipaged.models.loader import load_model
+from minipaged.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
+from minipaged.models.loader import load_model, read_model_config
 from minipaged.outputs import CachedPrefix, RequestOutput
 from minipaged.parts import Parts
 from minipaged.prompts import Prompt, list_prompts, read_prompt
@@ -45,7 +45,9 @@ class LLM:
             Face checkpoint (config.json and safetensors).
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" ...
         dtype: "auto" (float32 on a CPU, as saved on a GPU), "float32", "bfloat16", "float16".
-        attention_backend: "auto", "reference", "blockwise" or "torch".
+        attention_backend: "auto", "reference", "blockwise", "torch", "triton" or "triton-naive".
+        kv_cache_dtype: in what keys and values are kept: "auto" (as the model computes), "float32",
+            "bfloat16", "float16"; in 8 bits, for twice the tokens: "int8" or "fp8".
         block_size: token slots in a block.
         num_blocks: blocks in the pool; None: enough for `max_num_seqs` of the longest sequences,
             if the memory has room for them.
@@ -76,6 +78,7 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         attention_backend: str = "auto",
+        kv_cache_dtype: str = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         num_swap_blocks: int | None = None,
@@ -93,12 +96,14 @@ class LLM:
         parts = Parts() if parts is None else parts
         where = choose_device(device)
         require_share("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0)
-        backend = parts.attention(choose_backend(attention_backend))
         self.folder = find_model(model)
+        head_dim = read_model_config(self.folder).head_dim
+        backend = choose_backend(attention_backend, where, head_dim, kv_cache_dtype)
+        backend = parts.attention(backend)
         loaded = load_model(self.folder, backend, dtype, where)
-        kv_dtype = next(loaded.parameters()).dtype
+        kv_dtype = choose_kv_dtype(kv_cache_dtype, next(loaded.parameters()).dtype)
         require_whole("block_size", block_size, 1)
-        block_bytes = block_size * loaded.config.kv_bytes_per_token(kv_dtype.itemsize)
+        block_bytes = bytes_per_block(loaded.config, block_size, kv_dtype)
         config = choose_config(
             loaded.config,
             lambda: blocks_that_fit(block_bytes, where, gpu_memory_utilization),
@@ -119,7 +124,10 @@ class LLM:
             config,
             parts.build_scheduler(config),
             BatchBuilder(max_num_seqs, config.max_blocks_per_seq, block_size, where),
-            ModelRunner(loaded, KVCache.build(loaded.config, config, kv_dtype, where)),
+            ModelRunner(
+                loaded,
+                KVCache.build(loaded.config, config, kv_dtype, where, backend.copy_blocks),
+            ),
             open_tokenizer(self.folder),
             seed=seed,
         )

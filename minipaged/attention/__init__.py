@@ -1,8 +1,10 @@
 """Paged attention, several times over: one contract, chosen by name.
 
-    reference   gather, then plain attention: the specification
-    blockwise   the paper's Equation 4, block by block, never gathering
-    torch       the fast one in pure PyTorch: the default on a CPU
+    reference     gather, then plain attention: the specification
+    blockwise     the paper's Equation 4, block by block, never gathering
+    torch         the fast one in pure PyTorch: the default on a CPU
+    triton        the kernels for a GPU: the default there
+    triton-naive  their first rung: one block at a time, as the paper draws it
 
 Every implementation has the signature of `PagedAttention`. Query i of a sequence stands at position
 `context_len + i` and sees the keys of positions 0 up to and including its own. Query heads are
@@ -16,35 +18,44 @@ What lies in the pool beyond a sequence's own keys must never show in its result
     a table entry behind the last block  is no block number: never read through it
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from minipaged.attention.blockwise import blockwise_paged_attention
 from minipaged.attention.reference import reference_paged_attention, store_kv
 from minipaged.attention.torch_paged import torch_paged_attention
+from minipaged.attention.triton.machine import why_no_triton
 from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
+from minipaged.kv_cache import CopyBlocks, copy_blocks
+from minipaged.quantized import KVPool
 
-PagedAttention = Callable[[Tensor, Tensor, Tensor, Batch, float], Tensor]
-StoreKV = Callable[[Tensor, Tensor, Tensor, Tensor, Batch], None]
+PagedAttention = Callable[[Tensor, KVPool, KVPool, Batch, float], Tensor]
+StoreKV = Callable[[Tensor, Tensor, KVPool, KVPool, Batch], None]
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """The two functions through which a model uses the cache.
+    """The functions through which a model and its cache use the pool: section 5.1 names the same.
 
     paged_attention(q, k_cache, v_cache, batch, scale) -> out
         q and out [tokens, heads, head_dim];
         k_cache and v_cache [num_blocks, kv_heads, block_size, head_dim]
     store_kv(k, v, k_cache, v_cache, batch)
         k and v [tokens, kv_heads, head_dim], written to the slots `batch.slots`
+    copy_blocks(source, target, pairs)
+        source and target [layers, 2, num_blocks, ...], pairs [pairs, 2] from and to
     """
 
     name: str
     paged_attention: PagedAttention
     store_kv: StoreKV
+    copy_blocks: CopyBlocks = copy_blocks
+    reads_only_tensors: bool = False  # and no Python number of the batch: CUDA graphs can record it
 
 
 BACKENDS: dict[str, AttentionBackend] = {
@@ -52,13 +63,53 @@ BACKENDS: dict[str, AttentionBackend] = {
     "blockwise": AttentionBackend("blockwise", blockwise_paged_attention, store_kv),
     "torch": AttentionBackend("torch", torch_paged_attention, store_kv),
 }
+TRITON_BACKENDS = ("triton", "triton-naive")
 
 
-def choose_backend(name: str) -> AttentionBackend:
-    """The backend of this name; "auto" is the fastest for the machine. Raises InvalidOption."""
+def choose_backend(
+    name: str,
+    device: torch.device | str = "cpu",
+    head_dim: int = 64,
+    kv_cache_dtype: str = "auto",
+) -> AttentionBackend:
+    """The backend of this name; "auto" is the fastest that this device can run.
+
+    Args:
+        device: where the model runs.
+        head_dim: numbers in one of its heads.
+        kv_cache_dtype: in what its keys and values are kept, as `LLM` takes it.
+
+    Raises:
+        InvalidOption: there is no such backend, or it cannot run there.
+    """
+    device = torch.device(device)
     if name == "auto":
-        name = "torch"
+        can_run = device.type == "cuda" and not why_no_triton(device, head_dim, kv_cache_dtype)
+        name = "triton" if can_run else "torch"
+    if name in TRITON_BACKENDS:
+        if reason := why_no_triton(device, head_dim, kv_cache_dtype):
+            raise InvalidOption(
+                f'attention_backend="{name}" cannot run: {reason}. Choose "auto" or "torch".'
+            )
+        return _triton_backend(name, device)
     if name not in BACKENDS:
-        names = ", ".join(["auto", *BACKENDS])
+        names = ", ".join(["auto", *BACKENDS, *TRITON_BACKENDS])
         raise InvalidOption(f"there is no attention backend {name!r}: choose one of {names}.")
     return BACKENDS[name]
+
+
+def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
+    # Imported only now: Triton takes a second, and need not be installed.
+    from minipaged.attention.triton.backend import triton_paged_attention
+    from minipaged.attention.triton.copy_blocks import copy_blocks
+    from minipaged.attention.triton.naive_decode import naive_paged_attention
+    from minipaged.attention.triton.store_kv import triton_store_kv
+
+    if device.type != "cuda":
+        warnings.warn(
+            "no GPU: the Triton kernels run in Triton's interpreter, which checks them and is "
+            'some thousand times slower. For speed choose attention_backend="torch".',
+            stacklevel=4,
+        )
+    attention = triton_paged_attention if name == "triton" else naive_paged_attention
+    return AttentionBackend(name, attention, triton_store_kv, copy_blocks, reads_only_tensors=True)

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from minipaged.attention.reference import heads_per_kv_head
 from minipaged.batch import Batch
+from minipaged.quantized import KVPool
 from minipaged.shapes import Float
 
 
 def blockwise_paged_attention(
     q: Float[Tensor, "tokens heads head_dim"],
-    k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    k_cache: KVPool,
+    v_cache: KVPool,
     batch: Batch,
     scale: float,
 ) -> Float[Tensor, "tokens heads head_dim"]:
@@ -45,8 +46,8 @@ def blockwise_paged_attention(
 
 def _attend_to_blocks(
     q: Float[Tensor, "queries heads head_dim"],
-    k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    k_cache: KVPool,
+    v_cache: KVPool,
     blocks: list[int],
     context_len: int,
     scale: float,

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from minipaged.batch import Batch
+from minipaged.quantized import KVPool
 from minipaged.shapes import Float, Int
 
 
 def reference_paged_attention(
     q: Float[Tensor, "tokens heads head_dim"],
-    k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    k_cache: KVPool,
+    v_cache: KVPool,
     batch: Batch,
     scale: float,
 ) -> Float[Tensor, "tokens heads head_dim"]:
@@ -29,7 +30,7 @@ def reference_paged_attention(
 
 
 def gather(
-    cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    cache: KVPool,
     table: Int[Tensor, " max_blocks"],
     seq_len: int,
 ) -> Float[Tensor, "length kv_heads head_dim"]:
@@ -62,7 +63,7 @@ def causal_attention(
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)  # [queries, heads, head_dim]
 
 
-def heads_per_kv_head(q: Tensor, keys: Tensor, values: Tensor) -> int:
+def heads_per_kv_head(q: Tensor, keys: Tensor | KVPool, values: Tensor | KVPool) -> int:
     """How many query heads read each key head. All have their heads in dimension 1."""
     # Without these checks a single head might be broadcast to all, and nobody would notice.
     heads, kv_heads = q.shape[1], keys.shape[1]
@@ -81,8 +82,8 @@ def heads_per_kv_head(q: Tensor, keys: Tensor, values: Tensor) -> int:
 def store_kv(
     k: Float[Tensor, "tokens kv_heads head_dim"],
     v: Float[Tensor, "tokens kv_heads head_dim"],
-    k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    k_cache: KVPool,
+    v_cache: KVPool,
     batch: Batch,
 ) -> None:
     """Write the step's new keys and values into their slots of the pool, in place."""
@@ -94,5 +95,5 @@ def store_kv(
             f"the new {name} are {tuple(new.shape)}, the cache takes {expected}"
         )
     blocks, offsets = batch.slots // block_size, batch.slots % block_size  # [tokens] each
-    k_cache[blocks, :, offsets] = k
-    v_cache[blocks, :, offsets] = v
+    k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minipaged.attention.reference import heads_per_kv_head
 from minipaged.batch import Batch, Span
+from minipaged.quantized import KVPool, QuantizedPool
 from minipaged.shapes import Float, Int
 
 # Gather at most so many numbers at a time (one sequence at least). A copy of this size is still in
@@ -23,8 +24,8 @@ _NUMBERS_AT_ONCE = 1 << 20
 
 def torch_paged_attention(
     q: Float[Tensor, "tokens heads head_dim"],
-    k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    k_cache: KVPool,
+    v_cache: KVPool,
     batch: Batch,
     scale: float,
 ) -> Float[Tensor, "tokens heads head_dim"]:
@@ -69,8 +70,8 @@ def _alike_in_length(
 
 def _attend_one_query_each(
     q: Float[Tensor, "seqs heads head_dim"],
-    k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    k_cache: KVPool,
+    v_cache: KVPool,
     tables: Int[Tensor, "seqs max_blocks"],
     seq_lens: Int[Tensor, " seqs"],
     longest: int,
@@ -86,8 +87,8 @@ def _attend_one_query_each(
     # weighted with zero, but never NaN, as another's block might be.
     used = visible[:, ::block_size]  # [seqs, columns]
     tables = torch.where(used, tables[:, :columns], tables[:, :1])  # [seqs, columns]
-    keys = _gather(k_cache, tables)  # [seqs, kv_heads, positions, head_dim]
-    values = _gather(v_cache, tables)  # [seqs, kv_heads, positions, head_dim]
+    keys = _gather(k_cache, tables, q.dtype)  # [seqs, kv_heads, positions, head_dim]
+    values = _gather(v_cache, tables, q.dtype)  # [seqs, kv_heads, positions, head_dim]
 
     # The query heads that share a key head stand where SDPA expects several queries of one head:
     # the keys are read once for all of them.
@@ -100,8 +101,8 @@ def _attend_one_query_each(
 
 def _attend_many_queries(
     q: Float[Tensor, "queries heads head_dim"],
-    k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    k_cache: KVPool,
+    v_cache: KVPool,
     table: Int[Tensor, " max_blocks"],
     context_len: int,
     scale: float,
@@ -114,8 +115,8 @@ def _attend_many_queries(
 
     # Each key head is seen group_size times, by a stride of zero: nothing is copied for it.
     # [1, kv_heads, positions, head_dim] -> [kv_heads, group, length, head_dim]
-    keys = _gather(k_cache, blocks)[0, :, None, :seq_len].expand(-1, group_size, -1, -1)
-    values = _gather(v_cache, blocks)[0, :, None, :seq_len].expand(-1, group_size, -1, -1)
+    keys = _gather(k_cache, blocks, q.dtype)[0, :, None, :seq_len].expand(-1, group_size, -1, -1)
+    values = _gather(v_cache, blocks, q.dtype)[0, :, None, :seq_len].expand(-1, group_size, -1, -1)
     grouped = q.transpose(0, 1).unflatten(0, (-1, group_size))
     visible = None  # is_causal says the same for a sequence from its beginning, and computes half
     if context_len > 0:
@@ -128,10 +129,17 @@ def _attend_many_queries(
 
 
 def _gather(
-    cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    tables: Int[Tensor, "seqs columns"],
+    cache: KVPool, tables: Int[Tensor, "seqs columns"], dtype: torch.dtype
 ) -> Float[Tensor, "seqs kv_heads positions head_dim"]:
     """Keys (or values) in the order of their positions, each head's side by side, in one copy."""
+    if isinstance(cache, QuantizedPool):
+        # float8 has no index_select, and needs none: to copy, any 8 bits will do.
+        stored = _gather_rows(cache.numbers.view(torch.int8), tables).view(cache.numbers.dtype)
+        return (stored.float() * _gather_rows(cache.scales[..., None], tables)).to(dtype)
+    return _gather_rows(cache, tables).to(dtype)
+
+
+def _gather_rows(cache: Tensor, tables: Tensor) -> Tensor:
     seqs, columns = tables.shape
     _, kv_heads, block_size, head_dim = cache.shape
     # Blocks of one head as rows: block b of head h is row b * kv_heads + h.

@@ -1,0 +1,49 @@
+"""What every launcher needs: pointers into a pool of any format, and the pool's constants."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minipaged.attention.triton.machine import is_interpreted
+from minipaged.quantized import KVPool, QuantizedPool
+
+LOG2_E = 1.4426950408889634  # 2^(x * log2(e)) is e^x
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def pointers(k_cache: KVPool, v_cache: KVPool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Numbers of keys and values, then their scales; of a pool of floats, anything for scales."""
+    if isinstance(k_cache, QuantizedPool):
+        assert isinstance(v_cache, QuantizedPool), "keys are quantized, and values are not"
+        tensors = (k_cache.numbers, v_cache.numbers, k_cache.scales, v_cache.scales)
+    else:
+        assert isinstance(v_cache, Tensor), "values are quantized, and keys are not"
+        tensors = (k_cache, v_cache, k_cache, v_cache)
+    for tensor in tensors:
+        assert tensor.is_contiguous(), "the kernels number the cells of a pool without gaps"
+    return tensors
+
+
+def pool_constants(k_cache: KVPool) -> dict[str, Any]:
+    """What a kernel must know of the pool when it is compiled."""
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    return {
+        "KV_HEADS": kv_heads,
+        "BLOCK_SIZE": block_size,
+        "HEAD_DIM": head_dim,
+        "WIDTH": max(16, triton.next_power_of_2(head_dim)),  # tl.dot multiplies 16 at least
+        "QUANTIZED": isinstance(k_cache, QuantizedPool),
+    }
+
+
+def math_type(dtype: torch.dtype) -> Any:
+    """The type in which a kernel multiplies tiles: that of the queries.
+
+    Interpreted, it is float32, for Triton's interpreter multiplies the bit patterns of bfloat16 as
+    if they were whole numbers (seen with Triton 3.6 to 3.9).
+    """
+    return tl.float32 if is_interpreted() else _TYPES[dtype]

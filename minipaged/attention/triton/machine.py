@@ -1,0 +1,92 @@
+"""Where the kernels can run: compiled on a GPU, interpreted on a CPU, and why not elsewhere."""
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+LARGEST_HEAD = 256  # numbers in a head; a larger tile of keys would not fit beside the others
+OLDEST_GPU = (8, 0)  # Ampere: the first whose tensor cores take bfloat16
+OLDEST_GPU_FOR_FP8 = (8, 9)  # Ada and Hopper
+
+_INTERPRET = "TRITON_INTERPRET"
+_INTERPRETED_SMS = 4  # what an interpreted launch takes for the size of its GPU
+
+
+def prepare_triton() -> None:
+    """Decide, once a process, whether kernels are compiled or interpreted.
+
+    Interpreted if there is no GPU, or if TRITON_INTERPRET=1 asks for it; TRITON_INTERPRET=0
+    compiles even without a GPU (`minipaged bench compile` does).
+    """
+    if find_spec("triton") is None:
+        return  # `why_no_triton` says so
+    from triton import knobs
+
+    if _INTERPRET not in os.environ:
+        knobs.runtime.interpret = not torch.cuda.is_available()
+    if knobs.runtime.interpret:
+        _interpret_functions_of_triton()
+    # Fusing a multiplication and an addition is what both were written for; newer versions of
+    # Triton want it said.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def _interpret_functions_of_triton() -> None:
+    """Triton's own `tl.sum` and others are compiled functions if it was imported before."""
+    from triton import JITFunction
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    for module in (tl.standard, tl):
+        for name, member in list(vars(module).items()):
+            if isinstance(member, JITFunction):
+                setattr(module, name, InterpretedFunction(member.fn))
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def why_no_triton(device: torch.device, head_dim: int, kv_dtype: str = "auto") -> str | None:
+    """Why the kernels cannot serve such a model on this device, in one sentence; None if they can.
+
+    Args:
+        head_dim: numbers in one head.
+        kv_dtype: in what keys and values are kept, as `LLM(kv_cache_dtype=...)` names it.
+    """
+    if find_spec("triton") is None:
+        return 'the package "triton" is not installed (it exists for Linux only)'
+    if head_dim > LARGEST_HEAD:
+        return (
+            f"the kernels take heads of up to {LARGEST_HEAD} numbers, and this model's have "
+            f"{head_dim}"
+        )
+    if device.type != "cuda":
+        if is_interpreted():
+            return None
+        return (
+            "the kernels of this process are compiled for the GPU, and the model shall run on the "
+            f'CPU (set {_INTERPRET}=1 to interpret them, or device="cuda")'
+        )
+    capability = torch.cuda.get_device_capability(device)
+    oldest = OLDEST_GPU_FOR_FP8 if kv_dtype == "fp8" else OLDEST_GPU
+    if capability < oldest:
+        return (
+            f"{'fp8' if kv_dtype == 'fp8' else 'the kernels'} need a GPU of compute capability "
+            f"{oldest[0]}.{oldest[1]} or newer, and {torch.cuda.get_device_name(device)} has "
+            f"{capability[0]}.{capability[1]}"
+        )
+    return None
+
+
+@lru_cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of the GPU: how many programs run at the same time, at the least."""
+    if device.type != "cuda":
+        return _INTERPRETED_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,129 @@
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+"""The first rung: paged attention as the paper's Figure 5 draws it, and no more.
+
+What it computes   one query of one head against all keys of its sequence, a block at a time,
+                   wherever the block table says that the block is (section 4.1, Equation 4).
+Grid               (tokens, heads): a program a query token and head, so prefill works too.
+
+                       token 0   token 1   token 2
+               head 0     []        []        []      each [] walks the blocks of its sequence,
+               head 1     []        []        []      table[0], table[1], ... up to its position
+
+Bytes              all keys and values of a sequence once for *every query head*: with 32 heads over
+                   8 key heads, four times as many as needed.
+Operations         4 * head_dim a key and query head, as everywhere; but as sums of products, not on
+                   the tensor cores: those take 16 rows at least, and here is one.
+
+Of the paper's kernels (section 5.1) it is "fused block read and attention", without the two tricks
+that the paper describes, a warp for each block and reads that coalesce, and without ours: `decode`
+has those, and reads the same table.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minipaged.attention.reference import heads_per_kv_head
+from minipaged.attention.triton.launch import LOG2_E, pointers, pool_constants
+from minipaged.batch import Batch
+from minipaged.quantized import KVPool
+
+
+def naive_paged_attention(
+    q: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch, scale: float
+) -> Tensor:
+    """Attention of every query token of the batch: [tokens, heads, head_dim], like q."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_tokens, heads, _ = q.shape
+    naive_kernel[(num_tokens, heads)](
+        out,
+        q,
+        *pointers(k_cache, v_cache),
+        batch.query_starts,
+        batch.context_lens,
+        batch.block_tables,
+        batch.num_seqs,
+        scale * LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        batch.block_tables.stride(0),
+        HEADS=heads,
+        GROUP=heads_per_kv_head(q, k_cache, v_cache),
+        SLOTS=triton.next_power_of_2(k_cache.shape[2]),
+        **pool_constants(k_cache),
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def naive_kernel(
+    out,  # [tokens, heads, head_dim]
+    q,  # [tokens, heads, head_dim]
+    k_cache,
+    v_cache,
+    k_scales,
+    v_scales,
+    query_starts,
+    context_lens,
+    block_tables,
+    num_seqs,
+    scale,  # of scores, times log2(e)
+    q_token_stride,
+    q_head_stride,
+    table_stride,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads that share a key head
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,  # BLOCK_SIZE, or the next power of two
+    QUANTIZED: tl.constexpr,
+):
+    """One query token and head; see the top of the file."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    kv_head = head // GROUP
+
+    # Whose token is it, and at which position does it stand?
+    seq = 0
+    while (seq < num_seqs - 1) & (tl.load(query_starts + seq + 1) <= token):
+        seq += 1
+    if token >= tl.load(query_starts + seq + 1):
+        return  # nobody's: padding behind the last sequence
+    position = tl.load(context_lens + seq) + token - tl.load(query_starts + seq)
+
+    dims = tl.arange(0, WIDTH)
+    in_head = dims < HEAD_DIM
+    start = token.to(tl.int64) * q_token_stride + head * q_head_stride
+    query = tl.load(q + start + dims, mask=in_head, other=0.0).to(tl.float32)  # [WIDTH]
+
+    maximum = float("-inf")
+    total = 0.0
+    output = tl.full([WIDTH], 0.0, tl.float32)
+    for logical in range(position // BLOCK_SIZE + 1):
+        physical = tl.load(block_tables + seq * table_stride + logical).to(tl.int64)
+        offsets = tl.arange(0, SLOTS)
+        visible = (offsets < BLOCK_SIZE) & (logical * BLOCK_SIZE + offsets <= position)  # [SLOTS]
+        cells = (physical * KV_HEADS + kv_head) * BLOCK_SIZE + offsets  # [SLOTS]
+        numbers = cells[:, None] * HEAD_DIM + dims[None, :]  # [SLOTS, WIDTH]
+        mask = visible[:, None] & in_head[None, :]
+        keys = tl.load(k_cache + numbers, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(v_cache + numbers, mask=mask, other=0.0).to(tl.float32)
+        if QUANTIZED:
+            keys *= tl.load(k_scales + cells, mask=visible, other=0.0)[:, None]
+            values *= tl.load(v_scales + cells, mask=visible, other=0.0)[:, None]
+
+        scores = tl.sum(query[None, :] * keys, axis=1) * scale  # [SLOTS]
+        scores = tl.where(visible, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
+        correction = tl.exp2(maximum - new_maximum)
+        weights = tl.exp2(scores - new_maximum)  # [SLOTS]
+        total = total * correction + tl.sum(weights, axis=0)
+        output = output * correction + tl.sum(weights[:, None] * values, axis=0)
+        maximum = new_maximum
+
+    place = (token.to(tl.int64) * HEADS + head) * HEAD_DIM
+    tl.store(out + place + dims, output / total, mask=in_head)

@@ -1,0 +1,186 @@
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+"""Prefill: many queries a sequence, whole prompts or chunks, behind any context.
+
+What it computes   for every sequence with two query tokens or more, causal attention of each over
+                   all keys up to its own, in the pool already: whether they come from this step,
+                   from an earlier chunk or from a cached prefix makes no difference. Sequences
+                   with a single query are left to `decode`.
+Grid               (tiles, kv_heads). The flattened query tokens are cut into tiles of QUERIES, each
+                   within one sequence. How many each sequence has, only the GPU knows. So the grid
+                   has as many as there can be, and a program finds its own:
+
+                       tokens   0 1 2 3 4 5 6 | 7 8 9 | 10 ...      QUERIES = 4
+                       tiles    [  0  ][ 1  ]   [ 2 ]   ...
+                       first tile of sequence s  = query_starts[s] // QUERIES + s
+
+                   (A sequence then owns one tile more than it fills, at times: that one ends.)
+                   A tile's rows are its tokens times the query heads that share the key head.
+Bytes              A tile of queries reads all keys up to its last position, mostly from the L2
+                   cache, where the tiles before left them.
+Operations         4 * head_dim for each query head and key that it sees: half of
+                   4 * queries * seq_len * heads * head_dim for a whole prompt. This is the floor:
+                   operations / what the tensor cores do a second.
+
+The paper has no such kernel: its prompts were computed whole, by an attention without blocks, and
+only then written to them (section 4.3). Tiles below the diagonal are computed without masks.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minipaged.attention.reference import heads_per_kv_head
+from minipaged.attention.triton.launch import LOG2_E, math_type, pointers, pool_constants
+from minipaged.attention.triton.tile import attend_to_tile, load_query
+from minipaged.batch import Batch
+from minipaged.quantized import KVPool
+
+
+def choose_tiles(width: int, bytes_per_number: int) -> tuple[int, int, int, int]:
+    """Rows of queries, positions in a tile of keys, warps, and tiles of keys in flight.
+
+    Args:
+        width: numbers in a row of either tile.
+        bytes_per_number: of a query.
+    """
+    if bytes_per_number == 4:  # three multiplications with half of each number: many registers
+        rows, tile = {64: (64, 16), 128: (32, 32), 256: (16, 16)}[max(64, width)]
+        return rows, tile, 4, 2
+    return (128, 64, 8, 2) if width <= 128 else (64, 32, 8, 2)
+
+
+def prefill(
+    q: Tensor,
+    k_cache: KVPool,
+    v_cache: KVPool,
+    batch: Batch,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Write to `out` the attention of all sequences with two queries or more.
+
+    Args:
+        q, out: [tokens, heads, head_dim]; the rows of other sequences are left alone.
+    """
+    num_tokens, heads, _ = q.shape
+    constants = pool_constants(k_cache)
+    group_size = heads_per_kv_head(q, k_cache, v_cache)
+    rows, tile, num_warps, num_stages = choose_tiles(constants["WIDTH"], q.itemsize)
+    rows = max(rows, triton.next_power_of_2(group_size))
+    queries = rows // group_size
+    most_tiles = num_tokens // queries + batch.num_seqs
+    prefill_kernel[(most_tiles, constants["KV_HEADS"])](
+        out,
+        q,
+        *pointers(k_cache, v_cache),
+        batch.query_starts,
+        batch.context_lens,
+        batch.block_tables,
+        batch.num_seqs,
+        scale * LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        batch.block_tables.stride(0),
+        HEADS=heads,
+        GROUP=group_size,
+        ROWS=rows,
+        QUERIES=queries,
+        TILE=tile,
+        MATH=math_type(q.dtype),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **constants,
+    )
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def prefill_kernel(
+    out,  # [tokens, heads, head_dim]
+    q,  # [tokens, heads, head_dim]
+    k_cache,
+    v_cache,
+    k_scales,
+    v_scales,
+    query_starts,
+    context_lens,
+    block_tables,
+    num_seqs,
+    scale,  # of scores, times log2(e)
+    q_token_stride,
+    q_head_stride,
+    table_stride,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads that share a key head
+    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,  # query tokens in a tile: ROWS // GROUP
+    TILE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """One tile of query tokens, for the query heads of one key head."""
+    # Backwards: the last tile of a prompt sees the most keys. Begun last, it would end long last.
+    query_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+
+    seq = _find_sequence(query_starts, num_seqs, query_tile, QUERIES)
+    first_token = tl.load(query_starts + seq)
+    query_len = tl.load(query_starts + seq + 1) - first_token
+    first_query = (query_tile - (first_token // QUERIES + seq)) * QUERIES
+    if (query_len == 1) | (first_query >= query_len):
+        return  # decode's, or a tile too many
+    context_len = tl.load(context_lens + seq)
+
+    rows = tl.arange(0, ROWS)
+    queries = first_query + rows // GROUP  # [ROWS], counted from the sequence's first query token
+    is_row = (rows < QUERIES * GROUP) & (queries < query_len)
+    heads = kv_head * GROUP + rows % GROUP
+    query = load_query(
+        q, first_token + queries, heads, is_row, q_token_stride, q_head_stride,
+        HEAD_DIM, WIDTH, MATH,
+    )  # fmt: skip
+    row_positions = context_len + queries
+    table = block_tables + seq.to(tl.int64) * table_stride
+
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    output = tl.full([ROWS, WIDTH], 0.0, tl.float32)
+    end = context_len + tl.minimum(first_query + QUERIES, query_len)
+    # Every row sees what the first query sees: so far no mask is needed.
+    whole_tiles_end = (context_len + first_query + 1) // TILE * TILE
+    for tile_start in range(0, whole_tiles_end, TILE):
+        maximum, total, output = attend_to_tile(
+            maximum, total, output, query, row_positions, tile_start, end,
+            k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
+            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False, QUANTIZED, MATH,
+        )  # fmt: skip
+    for tile_start in range(whole_tiles_end, end, TILE):  # across the diagonal
+        maximum, total, output = attend_to_tile(
+            maximum, total, output, query, row_positions, tile_start, end,
+            k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
+            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, True, QUANTIZED, MATH,
+        )  # fmt: skip
+
+    dims = tl.arange(0, WIDTH)
+    places = (first_token + queries).to(tl.int64) * HEADS + heads  # [ROWS]
+    mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]
+    result = output / total[:, None]  # [ROWS, WIDTH]
+    tl.store(out + places[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
+
+
+@triton.jit
+def _find_sequence(query_starts, num_seqs, query_tile, QUERIES: tl.constexpr):
+    """The last sequence whose first tile is not behind this one, by halving."""
+    low = 0
+    high = num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_starts + middle) // QUERIES + middle <= query_tile:
+            low = middle
+        else:
+            high = middle
+    return low

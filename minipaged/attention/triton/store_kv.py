@@ -1,0 +1,264 @@
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+"""Store: the step's new keys and values into their slots, in one launch.
+
+What it computes   k_cache[block, :, offset] = k[token] and the same for v, where `slots[token]` is
+                   block * block_size + offset; in an 8-bit pool, the scales too.
+Grid               (tokens,): a program a token, for its keys and its values of all heads.
+Bytes              4 * kv_heads * head_dim numbers a token: each is read once and written once. At
+                   decode that is 1 / seq_len of what attention reads, so what counts is that it
+                   is one launch and not six.
+Operations         None; in an 8-bit pool a division a number.
+
+Of the paper's kernels (section 5.1) it is "fused reshape and block write". The second kernel of
+this file turns queries and keys by RoPE on the way: what takes fourteen small operations in PyTorch
+and as many passes over q and k, in one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minipaged.attention.triton.launch import pointers, pool_constants
+from minipaged.batch import Batch
+from minipaged.quantized import LARGEST, SMALLEST_SCALE, KVPool, QuantizedPool
+
+
+def triton_store_kv(k: Tensor, v: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch) -> None:
+    """Write the new keys and values, [tokens, kv_heads, head_dim] each, to `batch.slots`."""
+    _check_new(k, v, k_cache, batch)
+    store_kernel[(len(batch.slots),)](
+        k,
+        v,
+        *pointers(k_cache, v_cache),
+        batch.slots,
+        batch.query_starts,
+        batch.num_seqs,
+        *k.stride()[:2],
+        *v.stride()[:2],
+        LARGEST=_largest(k_cache),
+        SMALLEST=SMALLEST_SCALE,
+        HEADS_WIDTH=triton.next_power_of_2(k.shape[1]),
+        **pool_constants(k_cache),
+    )
+
+
+def rope_and_store_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: KVPool,
+    v_cache: KVPool,
+    batch: Batch,
+) -> Tensor:
+    """Turn queries and keys (see `models/rope.py`), store keys and values; returns the queries.
+
+    Args:
+        q: [tokens, heads, head_dim]. k, v: [tokens, kv_heads, head_dim].
+        cos, sin: [tokens, 1, head_dim / 2], of the angle by which each pair of numbers is turned.
+    """
+    _check_new(k, v, k_cache, batch)
+    turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    constants = pool_constants(k_cache)
+    rope_and_store_kernel[(len(batch.slots),)](
+        turned,
+        q,
+        k,
+        v,
+        cos.contiguous(),
+        sin.contiguous(),
+        *pointers(k_cache, v_cache),
+        batch.slots,
+        batch.query_starts,
+        batch.num_seqs,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        LARGEST=_largest(k_cache),
+        SMALLEST=SMALLEST_SCALE,
+        HEADS=q.shape[1],
+        Q_HEADS_WIDTH=triton.next_power_of_2(q.shape[1]),
+        HEADS_WIDTH=triton.next_power_of_2(k.shape[1]),
+        HALF_WIDTH=constants["WIDTH"] // 2,
+        **constants,
+    )
+    return turned
+
+
+def _check_new(k: Tensor, v: Tensor, k_cache: KVPool, batch: Batch) -> None:
+    _, kv_heads, _, head_dim = k_cache.shape
+    expected = (len(batch.slots), kv_heads, head_dim)
+    for name, new in (("keys", k), ("values", v)):
+        # A kernel takes pointers: it would read past the end of what is too small.
+        assert new.shape == expected, (
+            f"the new {name} are {tuple(new.shape)}, the cache takes {expected}"
+        )
+        assert new.stride(2) == 1, f"the numbers of one head of the new {name} lie apart"
+
+
+def _largest(k_cache: KVPool) -> float:
+    """The largest number that an 8-bit pool can store; 0.0, and not used, for a pool of floats."""
+    return LARGEST[k_cache.numbers.dtype] if isinstance(k_cache, QuantizedPool) else 0.0
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def store_kernel(
+    k,  # [tokens, kv_heads, head_dim]
+    v,  # [tokens, kv_heads, head_dim]
+    k_cache,
+    v_cache,
+    k_scales,
+    v_scales,
+    slots,
+    query_starts,
+    num_seqs,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    HEADS_WIDTH: tl.constexpr,  # KV_HEADS, or the next power of two
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+):
+    """The keys and values of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    if token >= tl.load(query_starts + num_seqs):
+        return  # nobody's: padding behind the last sequence has no slot
+    heads = tl.arange(0, HEADS_WIDTH)
+    cells = _cells_of(tl.load(slots + token), heads, KV_HEADS, BLOCK_SIZE)
+    dims = tl.arange(0, WIDTH)[None, :]
+    mask = (heads < KV_HEADS)[:, None] & (dims < HEAD_DIM)
+
+    k_places = token * k_token_stride + heads[:, None] * k_head_stride + dims
+    keys = tl.load(k + k_places, mask=mask, other=0.0)
+    v_places = token * v_token_stride + heads[:, None] * v_head_stride + dims
+    values = tl.load(v + v_places, mask=mask, other=0.0)
+    if QUANTIZED:
+        keys, key_scales = _quantize(keys, LARGEST, SMALLEST)
+        values, value_scales = _quantize(values, LARGEST, SMALLEST)
+        tl.store(k_scales + cells, key_scales, mask=heads < KV_HEADS)
+        tl.store(v_scales + cells, value_scales, mask=heads < KV_HEADS)
+    numbers = cells[:, None] * HEAD_DIM + dims
+    tl.store(k_cache + numbers, keys.to(k_cache.dtype.element_ty), mask=mask)
+    tl.store(v_cache + numbers, values.to(v_cache.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def rope_and_store_kernel(
+    turned,  # [tokens, heads, head_dim]
+    q,  # [tokens, heads, head_dim]
+    k,  # [tokens, kv_heads, head_dim]
+    v,  # [tokens, kv_heads, head_dim]
+    cos,  # [tokens, head_dim / 2]
+    sin,  # [tokens, head_dim / 2]
+    k_cache,
+    v_cache,
+    k_scales,
+    v_scales,
+    slots,
+    query_starts,
+    num_seqs,
+    q_token_stride,
+    q_head_stride,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    HEADS: tl.constexpr,
+    Q_HEADS_WIDTH: tl.constexpr,
+    HEADS_WIDTH: tl.constexpr,
+    HALF_WIDTH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+):
+    """The queries, keys and values of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    if token >= tl.load(query_starts + num_seqs):
+        return
+    HALF: tl.constexpr = HEAD_DIM // 2  # noqa: N806
+    half = tl.arange(0, HALF_WIDTH)[None, :]
+    c = tl.load(cos + token * HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
+
+    q_heads = tl.arange(0, Q_HEADS_WIDTH)[:, None]
+    mask = (q_heads < HEADS) & (half < HALF)
+    first, second = _turn(
+        q + token * q_token_stride + q_heads * q_head_stride, half, mask, c, s, HALF
+    )
+    places = (token * HEADS + q_heads) * HEAD_DIM + half
+    tl.store(turned + places, first, mask=mask)
+    tl.store(turned + places + HALF, second, mask=mask)
+
+    heads = tl.arange(0, HEADS_WIDTH)
+    is_head = heads < KV_HEADS
+    cells = _cells_of(tl.load(slots + token), heads, KV_HEADS, BLOCK_SIZE)
+    mask = is_head[:, None] & (half < HALF)
+    start = k + token * k_token_stride + heads[:, None] * k_head_stride
+    first, second = _turn(start, half, mask, c, s, HALF)
+    if QUANTIZED:
+        scale = _choose_scale(tl.maximum(tl.abs(first), tl.abs(second)), LARGEST, SMALLEST)
+        tl.store(k_scales + cells, scale, mask=is_head)
+        first = _to_steps(first, scale, LARGEST)
+        second = _to_steps(second, scale, LARGEST)
+    numbers = cells[:, None] * HEAD_DIM + half
+    tl.store(k_cache + numbers, first.to(k_cache.dtype.element_ty), mask=mask)
+    tl.store(k_cache + numbers + HALF, second.to(k_cache.dtype.element_ty), mask=mask)
+
+    dims = tl.arange(0, WIDTH)[None, :]
+    mask = is_head[:, None] & (dims < HEAD_DIM)
+    values = tl.load(
+        v + token * v_token_stride + heads[:, None] * v_head_stride + dims, mask=mask, other=0.0
+    )
+    if QUANTIZED:
+        values, value_scales = _quantize(values, LARGEST, SMALLEST)
+        tl.store(v_scales + cells, value_scales, mask=is_head)
+    numbers = cells[:, None] * HEAD_DIM + dims
+    tl.store(v_cache + numbers, values.to(v_cache.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _cells_of(slot, heads, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Where each head's key of the token in this slot lies: [heads], 64 bits like the slot."""
+    return (slot // BLOCK_SIZE * KV_HEADS + heads) * BLOCK_SIZE + slot % BLOCK_SIZE
+
+
+@triton.jit
+def _turn(rows, half, mask, cos, sin, HALF: tl.constexpr):
+    """Both halves of these heads after the rotation; number i is paired with i + HALF."""
+    first = tl.load(rows + half, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(rows + half + HALF, mask=mask, other=0.0).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _quantize(numbers, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """The numbers in steps of their row's scale, and the scales; see `minipaged/quantized.py`."""
+    numbers = numbers.to(tl.float32)
+    scale = _choose_scale(tl.abs(numbers), LARGEST, SMALLEST)
+    return _to_steps(numbers, scale, LARGEST), scale
+
+
+@triton.jit
+def _choose_scale(magnitudes, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    return tl.maximum(tl.div_rn(tl.max(magnitudes, axis=1), LARGEST), SMALLEST)
+
+
+@triton.jit
+def _to_steps(numbers, scale, LARGEST: tl.constexpr):
+    steps = tl.div_rn(numbers, scale[:, None])
+    if LARGEST == 127:  # int8 counts whole steps; float8 rounds when it is stored
+        steps = tl.floor(steps + 0.5)
+    return tl.minimum(tl.maximum(steps, -LARGEST), LARGEST)
