@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from minipaged.batch import BatchBuilder, Query
@@ -28,6 +29,7 @@ from minipaged.sampling import (
 from minipaged.scheduler import Scheduler
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer import Tokenizer
+from minipaged.transfer import to_device
 
 Sampled = dict[str, dict[int, list[SampledToken]]]  # by request id, by sequence id
 
@@ -114,7 +116,8 @@ class LLMEngine:
                 owners.append((request.group.request_id, seq.seq_id))
             start = stop
         if row_indices != list(range(logits.shape[0])):
-            logits = logits[row_indices]  # [sampled rows, vocab]
+            wanted = to_device(row_indices, logits.device, torch.long)
+            logits = logits[wanted]  # [sampled rows, vocab]
         sampled: Sampled = {}
         for (request_id, seq_id), token in zip(
             owners, self.sampler.sample(logits, rows), strict=True

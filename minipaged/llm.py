@@ -18,6 +18,7 @@ from minipaged.config import (
 from minipaged.defaults import choose_config, find_model, open_tokenizer
 from minipaged.engine import LLMEngine
 from minipaged.errors import InvalidRequest
+from minipaged.graphs import DecodeGraphs, record_cuda_graphs
 from minipaged.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
 from minipaged.models.loader import load_model, read_model_config
 from minipaged.outputs import CachedPrefix, RequestOutput
@@ -64,6 +65,7 @@ class LLM:
             several sequences and recomputing single ones. Whatever is chosen, groups of several
             are swapped while the swap pool has room, and all are recomputed when it has none.
         watermark: the part of the pool that admission leaves free for those who run.
+        enforce_eager: launch every kernel of a decode step, instead of replaying a CUDA graph.
         seed: of all random choices of requests that bring no seed of their own.
         parts: other players for allocator, memory, scheduler, victim, attention.
 
@@ -90,6 +92,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         preemption: PreemptionMode = "auto",
         watermark: float = 0.01,
+        enforce_eager: bool = False,
         seed: int = 0,
         parts: Parts | None = None,
     ) -> None:
@@ -120,14 +123,16 @@ class LLM:
             watermark=watermark,
         )
         refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes, where)
+        kv_cache = KVCache.build(loaded.config, config, kv_dtype, where, backend.copy_blocks)
+        graphs = None
+        if where.type == "cuda" and backend.reads_only_tensors and not enforce_eager:
+            blocks = config.max_blocks_per_seq
+            graphs = DecodeGraphs(loaded, kv_cache, max_num_seqs, blocks, record_cuda_graphs())
         self.engine = LLMEngine(
             config,
             parts.build_scheduler(config),
             BatchBuilder(max_num_seqs, config.max_blocks_per_seq, block_size, where),
-            ModelRunner(
-                loaded,
-                KVCache.build(loaded.config, config, kv_dtype, where, backend.copy_blocks),
-            ),
+            ModelRunner(loaded, kv_cache, graphs),
             open_tokenizer(self.folder),
             seed=seed,
         )

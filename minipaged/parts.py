@@ -58,10 +58,13 @@ class Parts:
 
     def attention(self, backend: AttentionBackend) -> AttentionBackend:
         """The backend with the functions replaced that these parts replace."""
+        if self.paged_attention is None and self.store_kv is None:
+            return backend
         return replace(
             backend,
             paged_attention=self.paged_attention or backend.paged_attention,
             store_kv=self.store_kv or backend.store_kv,
+            reads_only_tensors=False,  # who knows what theirs read
         )
 
     def checked(self) -> "Parts":

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
+from minipaged.graphs import DecodeGraphs
 from minipaged.kv_cache import KVCache
 from minipaged.models import Model
 from minipaged.plan import ScheduledBatch
@@ -17,11 +18,12 @@ SWAP_BYTES = 2 * GIB  # a swap pool takes no more host memory than this unless a
 
 
 class ModelRunner:
-    """One model and its cache."""
+    """One model and its cache; where there are graphs, decode steps are replayed from them."""
 
-    def __init__(self, model: Model, kv_cache: KVCache) -> None:
+    def __init__(self, model: Model, kv_cache: KVCache, graphs: DecodeGraphs | None = None) -> None:
         self.model = model
         self.kv_cache = kv_cache
+        self.graphs = graphs
 
     @torch.inference_mode()
     def run(self, plan: ScheduledBatch, batch: Batch) -> Float[Tensor, "rows vocab"]:
@@ -35,6 +37,8 @@ class ModelRunner:
         self.kv_cache.copy(plan.copies)
         if not batch.spans:  # a step that only ended a group has no tokens
             return torch.empty(0, self.model.config.vocab_size)
+        if self.graphs is not None and self.graphs.can_run(batch):
+            return self.graphs.run(batch)
         hidden = self.model(batch.token_ids, batch.positions, self.kv_cache, batch)
         return self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
 

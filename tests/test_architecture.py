@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 LAYERS = (
     "version shapes errors config events sequence outputs stories memory plan admission scheduler "
     "transfer quantized batch kv_cache attention models sampling tokenizer prompts detokenizer "
-    "completion chat request beam_request runner parts engine defaults llm bench trace terminal demo "
-    "talk show cli __main__"
+    "completion chat request beam_request graphs runner parts engine defaults llm bench trace "
+    "terminal demo talk show cli __main__"
 ).split()
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

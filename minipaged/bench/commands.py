@@ -1,11 +1,20 @@
 """`minipaged bench ...`: the commands. torch is imported only once one of them runs."""
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from minipaged.errors import InvalidOption
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
 
 app = typer.Typer(
     help="Measure, and print what the documentation quotes.",
@@ -20,13 +29,130 @@ def bench(context: typer.Context) -> None:
         print(context.get_help())
 
 
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DType = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, float16, bfloat16.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")]
+Save = Annotated[Path | None, typer.Option(help="Write the JSON object to this file, too.")]
+
+
+@app.command()
+def kernel(
+    device: Device = "auto",
+    dtype: DType = "auto",
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Attention, storing and copying against bandwidth and against attention without blocks."""
+    from minipaged.bench import kernel as kernels
+    from minipaged.bench.writes import measure_writes
+
+    where, chosen, on_gpu = _choose(device, dtype)
+    backends = ["triton", "triton-naive"] if on_gpu else ["torch", "blockwise"]
+    cases = kernels.GPU_CASES if on_gpu else kernels.CPU_CASES
+    heads = kernels.LLAMA_3_8B if on_gpu else kernels.SMALL
+    rows = list(kernels.measure(cases, backends, where, chosen))
+    rows += measure_writes(heads, 32 if on_gpu else 4, backends[0], where, chosen)
+    note = f"{chosen}, blocks of {kernels.BLOCK_SIZE}; medians of rounds in turn"
+    _report(rows, kernels.as_table(rows), note, where, save, as_json)
+
+
+@app.command()
+def tune(
+    device: Device = "auto",
+    dtype: DType = "auto",
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """The sweep over tiles, warps and stages behind the shipped choices. Needs a GPU."""
+    from minipaged.bench import tune as tuning
+
+    where, chosen, on_gpu = _choose(device, dtype)
+    if not on_gpu:
+        raise InvalidOption("tuning measures a GPU, and none is found: run it where one is.")
+    rows = list(tuning.sweep(tuning.CASES, where, chosen))
+    note = f"{chosen}; the fastest choices of each case, beside the shipped one"
+    _report(rows, tuning.as_table(rows), note, where, save, as_json)
+
+
+@app.command()
+def step(
+    device: Device = "auto",
+    dtype: DType = "auto",
+    num_seqs: Annotated[int, typer.Option(help="Sequences that decode.", min=1)] = 64,
+    context_len: Annotated[int, typer.Option(help="Tokens before them, of each.", min=1)] = 1024,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """A decode step of the whole engine against the bytes of weights, keys and values."""
+    from minipaged.bench import decode_step
+
+    where, chosen, on_gpu = _choose(device, dtype)
+    config = decode_step.ONE_BILLION if on_gpu else decode_step.TINY
+    backends = ["triton", "torch"] if on_gpu else ["torch", "reference"]
+    context_len = min(context_len, config.max_position_embeddings - 2 * decode_step.STEPS)
+    rows = list(decode_step.measure(config, backends, num_seqs, context_len, where, chosen))
+    note = f"{config.num_layers} layers, hidden size {config.hidden_size}, {chosen}"
+    _report(rows, decode_step.as_table(rows), note, where, save, as_json)
+
+
+@app.command(name="compile")
+def compile_kernels(
+    more: Annotated[bool, typer.Option(help="Padded heads and float32, too.")] = False,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compile every kernel for Ampere and Hopper, without a GPU: registers, spills, memory."""
+    os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is defined
+    from minipaged.bench import compile as compiling
+
+    settings = compiling.SETTINGS + (compiling.MORE_SETTINGS if more else ())
+    rows = list(compiling.compile_all(settings))
+    note = "a thread has 255 registers at most; what spills lies on its stack"
+    _report(rows, compiling.as_table(rows), note, None, save, as_json)
+
+
+def _choose(device: str, dtype: str) -> tuple["torch.device", "torch.dtype", bool]:
+    """Where, in which type, and whether that is a GPU."""
+    import torch
+
+    from minipaged.models.loader import choose_dtype
+    from minipaged.runner import choose_device
+
+    where = choose_device(device)
+    return where, choose_dtype(dtype, torch.bfloat16, where), where.type == "cuda"
+
+
+def _report(
+    rows: Sequence[Any],
+    table: "Table",
+    note: str,
+    device: "torch.device | None",
+    save: Path | None,
+    as_json: bool,
+) -> None:
+    """Print the table, or the JSON; write the JSON to a file if asked to."""
+    from minipaged.bench.machine import describe_machine
+
+    machine = describe_machine("cpu" if device is None else str(device))
+    found = {"machine": machine, "note": note, "rows": [asdict(row) for row in rows]}
+    text = json.dumps(found, default=str)
+    if save is not None:
+        save.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+    else:
+        Console(width=max(150, Console().width)).print(
+            note, table, machine, sep="\n\n", highlight=False
+        )
+
+
 @app.command()
 def sharing(
     num_requests: Annotated[int, typer.Option(help="Requests of every setting.", min=1)] = 32,
     block_size: Annotated[int, typer.Option(help="Token slots in a block.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of lengths, stories and samples.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")] = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Blocks saved by parallel sampling and beam search, beside the paper's Figure 15."""
     from minipaged.bench import sharing as figure_15
@@ -43,7 +169,7 @@ def sharing(
     )
     lengths = figure_15.alpaca_lengths(num_requests, llm.engine.config.max_model_len, seed)
     rows = list(figure_15.measure(llm, lengths, seed, use_tqdm=not as_json))
-    machine = describe_machine(str(llm.engine.runner.kv_cache.layers[0][0].device))
+    machine = describe_machine(str(llm.engine.runner.kv_cache.device))
     mean_in, mean_out = (sum(each) / num_requests for each in zip(*lengths, strict=True))
     if as_json:
         means = {"num_requests": num_requests, "prompt_tokens": mean_in, "output_tokens": mean_out}

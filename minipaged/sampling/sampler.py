@@ -18,6 +18,8 @@ The draw itself counts in whole numbers. Weights are rounded to integers once, e
 from there on sums are exact, whatever order the device adds in. So the same row of logits yields
 the same token alone or in any company, a token of weight zero is never drawn, and no rounding can
 push the draw past the last token.
+
+On a GPU nothing here waits for it but the very end, where all results come to the host at once.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from minipaged.sampling.params import SamplingParams
 from minipaged.shapes import Float, Int
+from minipaged.transfer import to_device
 
 WEIGHT_OF_LIKELIEST = 2**40
 """Tokens 2^40 times less likely than the likeliest are never drawn. 2^23 tokens still sum up to
@@ -71,8 +74,9 @@ class Sampler:
         token_ids = adjusted.argmax(-1)  # [rows]; the lowest id of equals
         chance = [i for i, row in enumerate(rows) if not row.params.is_greedy]
         if chance:
-            token_ids[chance] = draw(adjusted[chance], [rows[i] for i in chance])
-        return score(raw, token_ids.tolist(), [row.params.logprobs for row in rows])
+            places = to_device(chance, logits.device)
+            token_ids[places] = draw(adjusted[places], [rows[i] for i in chance])
+        return score(raw, token_ids, [row.params.logprobs for row in rows])
 
 
 # -- Logprobs ---------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ class Sampler:
 
 def score(
     logits: Float[Tensor, "rows vocab"],
-    token_ids: Sequence[int],
+    token_ids: Sequence[int] | Int[Tensor, " rows"],
     num_top: Sequence[int | None],
 ) -> list[SampledToken]:
     """How likely the model found one token in each row, and which others it found likeliest.
@@ -89,21 +93,23 @@ def score(
     gives `prompt_logprobs`. `num_top[i]` is how many of the likeliest are wanted; None for none.
     """
     logprobs = logits.float().log_softmax(-1)
-    ids = torch.tensor(token_ids, dtype=torch.long, device=logits.device)
-    chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()  # [rows]
-    tops: list[dict[int, float] | None] = [None] * len(token_ids)
+    chosen = to_device(token_ids, logits.device, torch.long)[:, None]  # [rows, 1]
+    results = [chosen, logprobs.gather(-1, chosen)]
     asking = [i for i, count in enumerate(num_top) if count is not None]
-    if asking:
-        most = min(max(num_top[i] or 0 for i in asking), logits.shape[-1])
-        values, top_ids = logprobs[asking].topk(most, dim=-1)  # [rows that ask, most]
-        for i, row_ids, row_values in zip(asking, top_ids.tolist(), values.tolist(), strict=True):
-            top = dict(zip(row_ids[: num_top[i]], row_values, strict=False))
-            top.setdefault(token_ids[i], chosen[i])  # if it is new, then it is the least likely
-            tops[i] = top
-    return [
-        SampledToken(token_id, logprob, top)
-        for token_id, logprob, top in zip(token_ids, chosen, tops, strict=True)
-    ]
+    most = min(max((num_top[i] or 0 for i in asking), default=0), logits.shape[-1])
+    if most > 0:
+        values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], of rows that do not ask too
+        results += [top_ids, values]
+    # All in one table, for each transfer waits for the GPU. Doubles hold any id exactly.
+    table = torch.cat([result.double() for result in results], dim=-1).tolist()
+    sampled: list[SampledToken] = []
+    for row, count in zip(table, num_top, strict=True):
+        token_id, logprob, top = int(row[0]), row[1], None
+        if count is not None:
+            top = {int(row[2 + k]): row[2 + most + k] for k in range(min(count, most))}
+            top.setdefault(token_id, logprob)  # if it is new, then it is the least likely
+        sampled.append(SampledToken(token_id, logprob, top))
+    return sampled
 
 
 # -- Stages that a greedy row passes too ------------------------------------------------------
@@ -128,7 +134,8 @@ def adjust(
     if any(forbidden):
         logits[_places(forbidden, logits.device)] = -torch.inf
     if penalised:
-        logits[penalised] = penalise(logits[penalised], [rows[i] for i in penalised])
+        places = to_device(penalised, logits.device)
+        logits[places] = penalise(logits[places], [rows[i] for i in penalised])
     return logits
 
 
@@ -174,7 +181,7 @@ def draw(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> In
     random = [uniform(row.seed, len(row.output_token_ids)) for row in rows]
     ends = draw_weights(logits, rows).cumsum(-1)  # [rows, vocab]
     total = ends[:, -1:]  # [rows, 1]
-    target = torch.tensor(random, dtype=torch.float64, device=logits.device)[:, None] * total
+    target = _column(random, logits.device, torch.float64) * total
     # In [0, total): a double may round the product up to the total itself.
     target = torch.minimum(target.long(), total - 1)
     return torch.searchsorted(ends, target, right=True)[:, 0]  # the first that ends beyond it
@@ -188,14 +195,17 @@ def draw_weights(
     logits = logits / _column([p.temperature for p in params], device)
     if asking := _asking(rows, lambda p: p.min_p > 0):
         floor = _column([params[i].min_p for i in asking], device)
-        logits[asking] = keep_min_p(logits[asking], floor)
+        places = to_device(asking, device)
+        logits[places] = keep_min_p(logits[places], floor)
     if asking := _asking(rows, lambda p: p.top_k > 0):
-        logits[asking] = keep_top_k(logits[asking], [params[i].top_k for i in asking])
+        places = to_device(asking, device)
+        logits[places] = keep_top_k(logits[places], [params[i].top_k for i in asking])
     relative = (logits - logits.amax(-1, keepdim=True)).exp()  # the likeliest is 1
     weights = (relative.nan_to_num(0) * WEIGHT_OF_LIKELIEST).long()
     if asking := _asking(rows, lambda p: p.top_p < 1):
-        top_p = [params[i].top_p for i in asking]
-        weights[asking] = keep_top_p(weights[asking], _column(top_p, device, torch.float64))
+        top_p = _column([params[i].top_p for i in asking], device, torch.float64)
+        places = to_device(asking, device)
+        weights[places] = keep_top_p(weights[places], top_p)
     return weights
 
 
@@ -212,7 +222,7 @@ def keep_top_k(
     """Cut all tokens behind the k-th likeliest. Equals of that one stay, as in vLLM."""
     ranks = [min(k, logits.shape[-1]) - 1 for k in top_k]
     likeliest = logits.topk(max(ranks) + 1, dim=-1).values  # [rows, largest k]
-    kth = likeliest.gather(-1, torch.tensor(ranks, device=logits.device)[:, None])
+    kth = likeliest.gather(-1, to_device(ranks, logits.device)[:, None])
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
@@ -261,7 +271,7 @@ def _asking(rows: Sequence[SamplingRow], wants: Callable[[SamplingParams], bool]
 def _column(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "rows 1"]:
-    return torch.tensor(values, dtype=dtype, device=device)[:, None]
+    return to_device(values, device, dtype)[:, None]
 
 
 def _places(
@@ -269,5 +279,5 @@ def _places(
 ) -> tuple[Int[Tensor, " places"], Int[Tensor, " places"]]:
     """Where the tokens of each row stand in the logits: as many row numbers, as many columns."""
     places = [(row, token_id) for row, ids in enumerate(token_ids) for token_id in ids]
-    both = torch.tensor(places, dtype=torch.long, device=device).view(-1, 2)
+    both = to_device(places, device, torch.long).view(-1, 2)
     return both[:, 0], both[:, 1]

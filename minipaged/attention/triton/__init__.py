@@ -27,7 +27,3 @@ and one key head, numbered through the whole pool:
 
 In numbers of 64 bits: a pool of 2^31 numbers is 4 GiB in half precision, and GPUs have more.
 """
-
-from minipaged.attention.triton.machine import prepare_triton
-
-prepare_triton()  # before a file with kernels is imported: its mode is then settled

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
+
 CHUNK = 4096  # numbers a program copies
 
 

@@ -24,6 +24,7 @@ Of the paper's kernels (section 5.1) it is "fused block read and attention".
 """
 
 from math import ceil
+from typing import NamedTuple
 
 import torch
 import triton
@@ -62,17 +63,20 @@ def choose_num_splits(num_seqs: int, kv_heads: int, longest: int, num_sms: int) 
     return min(triton.next_power_of_2(num_splits), MOST_SPLITS)
 
 
-def choose_tile(width: int, bytes_per_number: int) -> tuple[int, int, int]:
-    """Positions in a tile, warps of a program, and tiles that are in flight at a time.
+class TileShape(NamedTuple):
+    """How a program of `decode` works: found by measuring (`minipaged bench tune`)."""
 
-    Args:
-        width: numbers in a row of the tile.
-        bytes_per_number: of a cached key or value.
-    """
+    tile: int  # positions
+    num_warps: int
+    num_stages: int  # tiles in flight
+
+
+def choose_tile(width: int, bytes_per_number: int) -> TileShape:
+    """The shape for tiles with rows of so many numbers, and so many bytes a cached number."""
     row_bytes = width * bytes_per_number
     if bytes_per_number == 4 and width >= 128:
-        return 16, 8, 2
-    return (64 if row_bytes <= 256 else 32), 4, 3
+        return TileShape(16, 8, 2)
+    return TileShape(64 if row_bytes <= 256 else 32, 4, 3)
 
 
 def decode(
@@ -83,27 +87,31 @@ def decode(
     scale: float,
     out: Tensor,
     num_splits: int | None = None,
+    shape: TileShape | None = None,
 ) -> None:
     """Write to `out` the attention of all sequences with one query.
 
     Args:
         q, out: [tokens, heads, head_dim]; the rows of other sequences are left alone.
-        num_splits: pieces of a sequence; None: `choose_num_splits`.
+        num_splits: pieces of a sequence, a power of two; None: `choose_num_splits`.
+        shape: None: `choose_tile`.
     """
     _, heads, head_dim = q.shape
     constants = pool_constants(k_cache)
-    kv_heads = constants["KV_HEADS"]
+    kv_heads, width = constants["KV_HEADS"], constants["WIDTH"]
     group_size = heads_per_kv_head(q, k_cache, v_cache)
+    tensors = pointers(k_cache, v_cache)
+    if shape is None:
+        shape = choose_tile(width, tensors[0].itemsize)
     if num_splits is None:
         num_splits = choose_num_splits(batch.num_seqs, kv_heads, batch.longest, num_sms(q.device))
+    cut = {"TILE": shape.tile, "NUM_SPLITS": num_splits, "SHORTEST": SHORTEST_SPLIT}
+
     partial, lse = out, out  # with one split there is nothing to merge, and these are not written
     if num_splits > 1:
-        shape = (batch.num_seqs, heads, num_splits)
-        partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    tensors = pointers(k_cache, v_cache)
-    tile, num_warps, num_stages = choose_tile(constants["WIDTH"], tensors[0].itemsize)
-    how_split = {"HEADS": heads, "TILE": tile, "NUM_SPLITS": num_splits, "SHORTEST": SHORTEST_SPLIT}
+        pieces = (batch.num_seqs, heads, num_splits)
+        partial = torch.empty((*pieces, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty(pieces, dtype=torch.float32, device=q.device)
     decode_kernel[(kv_heads, batch.num_seqs, num_splits)](
         out,
         partial,
@@ -117,12 +125,13 @@ def decode(
         q.stride(0),
         q.stride(1),
         batch.block_tables.stride(0),
+        HEADS=heads,
         GROUP=group_size,
         ROWS=max(16, triton.next_power_of_2(group_size)),
         MATH=math_type(q.dtype),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        **how_split,
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        **cut,
         **constants,
     )
     if num_splits > 1:
@@ -132,10 +141,11 @@ def decode(
             lse,
             batch.query_starts,
             batch.context_lens,
+            HEADS=heads,
             HEAD_DIM=head_dim,
-            WIDTH=constants["WIDTH"],
+            WIDTH=width,
             num_warps=4 if num_splits <= 32 else 8,
-            **how_split,
+            **cut,
         )
 
 

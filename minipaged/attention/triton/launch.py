@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.attention.triton.machine import is_interpreted
+from minipaged.attention.triton.machine import is_interpreted, prepare_triton
 from minipaged.quantized import KVPool, QuantizedPool
+
+prepare_triton()  # every file with kernels imports this one, before it defines them
 
 LOG2_E = 1.4426950408889634  # 2^(x * log2(e)) is e^x
 

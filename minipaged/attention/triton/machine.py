@@ -1,7 +1,7 @@
 """Where the kernels can run: compiled on a GPU, interpreted on a CPU, and why not elsewhere."""
 
 import os
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -14,8 +14,9 @@ _INTERPRET = "TRITON_INTERPRET"
 _INTERPRETED_SMS = 4  # what an interpreted launch takes for the size of its GPU
 
 
+@cache
 def prepare_triton() -> None:
-    """Decide, once a process, whether kernels are compiled or interpreted.
+    """Decide, once a process and before any kernel is defined, how kernels run.
 
     Interpreted if there is no GPU, or if TRITON_INTERPRET=1 asks for it; TRITON_INTERPRET=0
     compiles even without a GPU (`minipaged bench compile` does).
@@ -47,6 +48,7 @@ def _interpret_functions_of_triton() -> None:
 
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
+    prepare_triton()
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
@@ -67,6 +69,8 @@ def why_no_triton(device: torch.device, head_dim: int, kv_dtype: str = "auto") -
             f"{head_dim}"
         )
     if device.type != "cuda":
+        if is_interpreted() and kv_dtype == "fp8":
+            return "Triton's interpreter, which stands in for a GPU here, rounds fp8 wrongly"
         if is_interpreted():
             return None
         return (
@@ -84,7 +88,7 @@ def why_no_triton(device: torch.device, head_dim: int, kv_dtype: str = "auto") -
     return None
 
 
-@lru_cache
+@cache
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of the GPU: how many programs run at the same time, at the least."""
     if device.type != "cuda":

@@ -26,6 +26,8 @@ The paper has no such kernel: its prompts were computed whole, by an attention w
 only then written to them (section 4.3). Tiles below the diagonal are computed without masks.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,17 +39,21 @@ from minipaged.batch import Batch
 from minipaged.quantized import KVPool
 
 
-def choose_tiles(width: int, bytes_per_number: int) -> tuple[int, int, int, int]:
-    """Rows of queries, positions in a tile of keys, warps, and tiles of keys in flight.
+class TileShapes(NamedTuple):
+    """How a program of `prefill` works: found by measuring (`minipaged bench tune`)."""
 
-    Args:
-        width: numbers in a row of either tile.
-        bytes_per_number: of a query.
-    """
+    rows: int  # of queries: tokens times heads of a group
+    tile: int  # positions in a tile of keys
+    num_warps: int
+    num_stages: int  # tiles of keys in flight
+
+
+def choose_tiles(width: int, bytes_per_number: int) -> TileShapes:
+    """The shapes for tiles with rows of so many numbers, and so many bytes a query's number."""
     if bytes_per_number == 4:  # three multiplications with half of each number: many registers
         rows, tile = {64: (64, 16), 128: (32, 32), 256: (16, 16)}[max(64, width)]
-        return rows, tile, 4, 2
-    return (128, 64, 8, 2) if width <= 128 else (64, 32, 8, 2)
+        return TileShapes(rows, tile, 4, 2)
+    return TileShapes(128, 64, 8, 2) if width <= 128 else TileShapes(64, 32, 8, 2)
 
 
 def prefill(
@@ -57,17 +63,19 @@ def prefill(
     batch: Batch,
     scale: float,
     out: Tensor,
+    shapes: TileShapes | None = None,
 ) -> None:
     """Write to `out` the attention of all sequences with two queries or more.
 
     Args:
         q, out: [tokens, heads, head_dim]; the rows of other sequences are left alone.
+        shapes: None: `choose_tiles`.
     """
     num_tokens, heads, _ = q.shape
     constants = pool_constants(k_cache)
     group_size = heads_per_kv_head(q, k_cache, v_cache)
-    rows, tile, num_warps, num_stages = choose_tiles(constants["WIDTH"], q.itemsize)
-    rows = max(rows, triton.next_power_of_2(group_size))
+    shapes = choose_tiles(constants["WIDTH"], q.itemsize) if shapes is None else shapes
+    rows = max(shapes.rows, triton.next_power_of_2(group_size))
     queries = rows // group_size
     most_tiles = num_tokens // queries + batch.num_seqs
     prefill_kernel[(most_tiles, constants["KV_HEADS"])](
@@ -86,10 +94,10 @@ def prefill(
         GROUP=group_size,
         ROWS=rows,
         QUERIES=queries,
-        TILE=tile,
+        TILE=shapes.tile,
         MATH=math_type(q.dtype),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=shapes.num_warps,
+        num_stages=shapes.num_stages,
         **constants,
     )
 

@@ -21,6 +21,8 @@ same for all its numbers, so it can be applied to the score instead, and a value
 import triton
 import triton.language as tl
 
+import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
+
 
 @triton.jit
 def attend_to_tile(

@@ -1,0 +1,71 @@
+"""How long something takes beside something else: rounds in turn, and the median of each.
+
+A figure alone says little on a machine whose speed changes from minute to minute. So whatever is
+compared runs interleaved, A B C A B C ..., and only ratios within one run are reported.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Work = Callable[[], object]
+_SHORTEST = 2e-3  # seconds that a measurement lasts at the least: the work is repeated until then
+
+
+def median_seconds(
+    works: Mapping[str, Work], device: torch.device, rounds: int = 11
+) -> dict[str, float]:
+    """Seconds that each takes once, in the middle of all rounds.
+
+    On a GPU each is recorded as a CUDA graph first: what is measured is the GPU's work, without the
+    time that the host takes to launch it.
+    """
+    once = _on_gpu if device.type == "cuda" else _on_cpu
+    prepared = {name: _prepare(work, device) for name, work in works.items()}
+    repeats = {}
+    for name, work in prepared.items():
+        repeats[name] = max(1, round(_SHORTEST / max(once(work, 1), 1e-9)))
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in prepared.items():
+            times[name].append(once(work, repeats[name]))
+    return {name: statistics.median(of_one) for name, of_one in times.items()}
+
+
+def _prepare(work: Work, device: torch.device) -> Work:
+    work()  # kernels are compiled, caches warmed
+    if device.type != "cuda":
+        return work
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def _on_cpu(work: Work, repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - begin) / repeats
+
+
+def _on_gpu(work: Work, repeats: int) -> float:
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / repeats
+
+
+def copy_work(device: torch.device) -> tuple[Work, int]:
+    """A large copy within the device's memory, and how many bytes it reads and writes."""
+    numbers = 2**28 if device.type == "cuda" else 2**25  # 1 GiB, 128 MiB
+    source = torch.ones(numbers, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * source.numel() * source.itemsize

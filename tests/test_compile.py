@@ -1,0 +1,178 @@
+"""The kernels as the compiler makes them for GPUs that are not there: do they fit, are they fast?
+
+In processes of their own: whether kernels are compiled or interpreted is settled once in each.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton exists for Linux only")
+
+COMPILE = """
+import json
+from dataclasses import asdict, replace
+from io import StringIO
+
+from rich.console import Console
+from triton import JITFunction
+
+from minipaged.bench import compile as bench
+
+
+def as_dict(row):
+    return {**asdict(row), "programs": row.programs}
+
+
+launch = JITFunction.run
+rows = list(bench.compile_all())
+
+setting = bench.Setting(*bench.LLAMA_3_8B, bench.torch.float16, "auto")
+with bench.catch_launches() as launches:
+    bench.launch_everything(setting)
+[prefill] = [each for each in launches if each.kernel.__name__ == "prefill_kernel"]
+half_the_warps = replace(prefill, kwargs={**prefill.kwargs, "num_warps": 4, "num_stages": 3})
+starved = bench.compile_launch(half_the_warps, setting, 80)
+
+table = StringIO()
+Console(file=table, width=200).print(bench.as_table(rows))
+report = {
+    "rows": [as_dict(row) for row in rows],
+    "starved": as_dict(starved),
+    "table": table.getvalue(),
+    "launches_again": JITFunction.run is launch,
+}
+print(json.dumps(report))
+"""
+
+KERNELS = {"decode", "merge", "prefill", "naive", "store", "rope_and_store", "copy"}
+KIB = 1024
+SHARED_OF_A_PROGRAM = {80: 163 * KIB, 90: 227 * KIB}
+
+# Known to keep more than fits: to the 64 registers of the output and 32 of scores come keys that
+# wait to be widened. What spills is little, most of it between the loops, not in them.
+SPILLS = {("prefill", "int8", 80): 128}  # bytes of a thread, at most
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Everything compiled from nothing: with a cache of kernels that is empty."""
+    cache = tmp_path_factory.mktemp("triton")
+    run = python(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache))
+    assert run.returncode == 0, run.stderr
+    assert any(cache.iterdir())
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def rows(report):
+    return report["rows"]
+
+
+def of(rows, kernel: str, **wanted):
+    """The rows of this kernel with these values; at least one."""
+    found = [
+        row
+        for row in rows
+        if row["kernel"] == kernel and all(row[name] == value for name, value in wanted.items())
+    ]
+    assert found, f"{kernel} was not compiled for {wanted}"
+    return found
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_kernel_compiles_for_ampere_and_hopper(rows, dtype, sm):
+    assert {row["kernel"] for row in rows if (row["dtype"], row["sm"]) == (dtype, sm)} == KERNELS
+
+
+def test_nothing_is_compiled_twice(rows):
+    decodes = of(rows, "decode", heads="32/8 x 128", dtype="float16", kv_dtype="auto", sm=80)
+    assert len(decodes) == 2  # with one split, and with several
+    # It reads what decode left, whatever the pool's type.
+    assert len(of(rows, "merge", heads="32/8 x 128", dtype="float16", sm=80)) == 1
+
+
+def test_fp8_is_compiled_for_gpus_that_know_it(rows):
+    assert {row["sm"] for row in rows if row["kv_dtype"] == "fp8"} == {90}
+    assert {row["sm"] for row in rows if row["kv_dtype"] == "int8"} == {80, 90}
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_no_kernel_spills_its_registers(rows, kernel):
+    for row in of(rows, kernel):
+        allowed = SPILLS.get((kernel, row["kv_dtype"], row["sm"]), 0)
+        assert row["stack_bytes"] <= allowed, row
+
+
+def test_a_kernel_with_too_few_warps_would_be_seen_to_spill(report):
+    # The same tile on half the threads: twice as many numbers each.
+    assert report["starved"]["num_warps"] == 4
+    assert report["starved"]["stack_bytes"] > 0
+
+
+def test_every_program_fits_into_shared_memory(rows):
+    for row in rows:
+        assert row["shared_bytes"] <= SHARED_OF_A_PROGRAM[row["sm"]], row
+        assert row["programs"] >= 1, row
+
+
+def test_several_decoding_programs_share_a_multiprocessor(rows):
+    for row in of(rows, "decode"):
+        threads = 32 * row["num_warps"]
+        assert 2 * threads * row["registers"] <= 65536, row
+        assert 2 * row["shared_bytes"] <= SHARED_OF_A_PROGRAM[row["sm"]], row
+        assert row["programs"] >= 2, row
+    for row in of(rows, "decode", kv_dtype="auto"):
+        assert row["programs"] >= 4, row
+
+
+@pytest.mark.parametrize(("sm", "instruction"), [(80, "HMMA"), (90, "HGMMA")])
+def test_prefill_multiplies_with_the_best_instruction_of_the_gpu(rows, sm, instruction):
+    # HGMMA: four warps together multiply a matrix that lies in shared memory.
+    assert {row["instructions"] for row in of(rows, "prefill", sm=sm)} == {instruction}
+
+
+def test_decode_multiplies_on_the_tensor_cores_and_the_plain_kernels_do_not(rows):
+    # HGMMA takes 64 rows, and decode has 16.
+    assert {row["instructions"] for row in of(rows, "decode")} == {"HMMA"}
+    for kernel in KERNELS - {"decode", "prefill"}:
+        assert {row["instructions"] for row in of(rows, kernel)} == {"-"}
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_keys_are_read_16_bytes_at_a_time_while_others_are_multiplied(rows, kernel):
+    assert {row["reads"] for row in of(rows, kernel)} == {"LDGSTS.128"}
+
+
+def test_launches_go_through_again_afterwards(report):
+    assert report["launches_again"]
+
+
+def test_the_table_names_kernels_shapes_and_gpus(report):
+    lines = report["table"].splitlines()
+    assert len(lines) == 1 + len(report["rows"])
+    for part in ("prefill", "32/8 x 128", "bfloat16", "int8", "sm_90", "HGMMA", "LDGSTS.128"):
+        assert part in report["table"]
+
+
+def test_interpreted_kernels_cannot_be_compiled():
+    code = "from minipaged.bench.compile import compile_all; next(compile_all())"
+    run = python(code, TRITON_INTERPRET="1")
+    assert run.returncode == 1
+    [error] = [line for line in run.stderr.splitlines() if "InvalidOption" in line]
+    assert "set TRITON_INTERPRET=0" in error
