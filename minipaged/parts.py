@@ -64,6 +64,7 @@ class Parts:
             backend,
             paged_attention=self.paged_attention or backend.paged_attention,
             store_kv=self.store_kv or backend.store_kv,
+            rope_and_store_kv=None,  # theirs is to be called, not passed over
             reads_only_tensors=False,  # who knows what theirs read
         )
 

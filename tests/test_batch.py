@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from minipaged.batch import BatchBuilder, Query
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption
-from minipaged.kv_cache import KVCache
+from minipaged.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
 from minipaged.memory import BlockTable
 from minipaged.runner import (
     GIB,
@@ -157,6 +157,57 @@ def test_blocks_are_copied_in_every_layer_keys_and_values():
     for layer, (k, v) in enumerate(cache.layers):
         assert blocks_of(k) == [100 * layer + b for b in (0, 1, 0, 1)]
         assert blocks_of(v) == [1000 + 100 * layer + b for b in (0, 1, 0, 1)]
+
+
+def test_a_copy_of_a_copy_is_refused():
+    # On a GPU all pairs are copied at once: block 2 would hold what 1 held before, or after.
+    with pytest.raises(AssertionError, match="a copy of a copy"):
+        numbered_cache().copy([(0, 1), (1, 2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_8_bit_blocks_are_copied_and_swapped_with_their_scales(dtype: torch.dtype):
+    cache = KVCache(CONFIG, 4, 2, num_swap_blocks=3, dtype=dtype)
+    keys = torch.randn(4, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    for layer, (k, v) in enumerate(cache.layers):
+        k[torch.arange(4)] = keys * 10**layer
+        v[torch.arange(4)] = -keys
+    cache.swap_out([(1, 2), (3, 0)])
+    cache.copy([(0, 1)])
+    cache.swap_in([(2, 3), (0, 2)])
+    for layer, (k, v) in enumerate(cache.layers):
+        moved = keys[[0, 0, 3, 1]]  # what blocks 0 to 3 hold now
+        torch.testing.assert_close(k[torch.arange(4)], moved * 10**layer, rtol=0.07, atol=0.02)
+        torch.testing.assert_close(v[torch.arange(4)], -moved, rtol=0.07, atol=0.02)
+
+
+def test_8_bits_hold_nearly_twice_the_tokens_of_16():
+    llama_3_8b = ModelConfig(
+        architecture="LlamaForCausalLM",
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        hidden_size=4096,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    )
+    half = bytes_per_block(llama_3_8b, 16, torch.bfloat16)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        eight = bytes_per_block(llama_3_8b, 16, dtype)
+        assert half / eight == pytest.approx(256 / 132)  # 128 numbers and a scale of 4 bytes
+        cache = KVCache(CONFIG, 5, 4, dtype=dtype)
+        held = sum(
+            t.numel() * t.itemsize for kv in cache.layers for p in kv for t in vars(p).values()
+        )
+        assert held == 5 * bytes_per_block(CONFIG, 4, dtype)
+
+
+def test_a_kv_dtype_is_chosen_by_name():
+    assert choose_kv_dtype("auto", torch.bfloat16) is torch.bfloat16
+    assert choose_kv_dtype("int8", torch.bfloat16) is torch.int8
+    with pytest.raises(InvalidOption, match="kv_cache_dtype is 'int4'"):
+        choose_kv_dtype("int4", torch.bfloat16)
 
 
 def test_what_is_swapped_out_comes_back_into_other_blocks():

@@ -174,5 +174,6 @@ def test_interpreted_kernels_cannot_be_compiled():
     code = "from minipaged.bench.compile import compile_all; next(compile_all())"
     run = python(code, TRITON_INTERPRET="1")
     assert run.returncode == 1
-    [error] = [line for line in run.stderr.splitlines() if "InvalidOption" in line]
+    error = run.stderr.splitlines()[-1]
+    assert error.startswith("minipaged.errors.InvalidOption")
     assert "set TRITON_INTERPRET=0" in error

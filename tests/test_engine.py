@@ -97,6 +97,46 @@ def expected(folder) -> list[list[int]]:
     return tokens(outputs)
 
 
+@pytest.mark.filterwarnings("ignore:no GPU")
+@pytest.mark.parametrize("attention_backend", ["triton", "triton-naive"])
+def test_the_triton_kernels_write_what_the_reference_writes(folder, attention_backend):
+    # Interpreted here: few prompts, but a mixture of chunks, decodes, copies and preemptions.
+    options = {"block_size": 4, "num_blocks": 14, "max_model_len": 40, "max_num_seqs": 4}
+    options |= {"max_num_batched_tokens": 8}
+    prompts = [prompt[:n] for prompt, n in zip(PROMPTS[1:4], (13, 5, 9), strict=True)]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True),
+        SamplingParams(n=2, seed=3, max_tokens=6, ignore_eos=True),
+        SamplingParams(temperature=0.0, max_tokens=7, ignore_eos=True),
+    ]
+    expected = run(checked(folder, attention_backend="reference", **options), prompts, params)
+    llm = checked(folder, attention_backend=attention_backend, **options)
+    for found, right in zip(run(llm, prompts, params), expected, strict=True):
+        assert [o.token_ids for o in found.outputs] == [o.token_ids for o in right.outputs]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float16", "bfloat16", "int8", "fp8"])
+def test_every_backend_reads_a_smaller_cache_alike(folder, kv_cache_dtype):
+    outputs = [
+        run(LLM(folder, attention_backend=name, kv_cache_dtype=kv_cache_dtype)) for name in BACKENDS
+    ]
+    assert tokens(outputs[0]) == tokens(outputs[1]) == tokens(outputs[2])
+    used = LLM(folder, kv_cache_dtype=kv_cache_dtype).engine.runner.kv_cache
+    assert used.layers[0][0].dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def test_an_8_bit_cache_of_the_same_memory_holds_more_blocks(folder, monkeypatch):
+    from minipaged import llm as front_door
+
+    monkeypatch.setattr(front_door, "blocks_that_fit", lambda block_bytes, *_: 2**20 // block_bytes)
+    blocks = {
+        dtype: LLM(folder, kv_cache_dtype=dtype, max_num_seqs=256).engine.config.num_blocks
+        for dtype in ("float32", "float16", "int8")
+    }
+    assert blocks["float16"] // 2 == blocks["float32"]
+    assert blocks["int8"] > 1.4 * blocks["float16"]  # heads of 12: 12 + 4 bytes instead of 24
+
+
 @pytest.mark.parametrize("attention_backend", sorted(BACKENDS))
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32])

@@ -311,6 +311,36 @@ def test_a_greedy_batch_enters_no_other_stage(monkeypatch):
     assert sample_ids(logits, [row(temperature=0)] * 3) == logits.argmax(-1).tolist()
 
 
+def test_all_results_of_a_step_come_to_the_host_at_once(monkeypatch):
+    # Each of these makes the host wait for a GPU. (test_gpu.py counts the waits themselves.)
+    fetched: list[str] = []
+
+    def watch(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, **options):
+            fetched.append(name)
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    rng = random.Random(5)
+    rows = [*(random_row(rng) for _ in range(8)), row(temperature=0.0, logprobs=3), row(logprobs=0)]
+    logits = random_logits(len(rows))
+    for name in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+        watch(name)
+    Sampler().sample(logits, rows)
+    assert fetched == ["tolist"]
+
+
+def test_an_id_beyond_the_whole_numbers_of_a_float_is_told_apart():
+    logits = torch.zeros(1, 2**24 + 4, dtype=torch.float16)  # float32 counts to 2^24
+    logits[0, -1] = 1
+    [token] = Sampler().sample(logits, [row(temperature=0.0, logprobs=1)])
+    assert token.token_id == 2**24 + 3
+    assert list(token.top_logprobs) == [2**24 + 3]
+
+
 def test_the_same_seed_and_place_give_the_same_token_after_a_preemption():
     logits = random_logits(1)
     before = row(output=[5, 6], seed=-3)

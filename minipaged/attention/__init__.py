@@ -36,6 +36,7 @@ from minipaged.quantized import KVPool
 
 PagedAttention = Callable[[Tensor, KVPool, KVPool, Batch, float], Tensor]
 StoreKV = Callable[[Tensor, Tensor, KVPool, KVPool, Batch], None]
+RopeAndStoreKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, KVPool, KVPool, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,16 @@ class AttentionBackend:
         k and v [tokens, kv_heads, head_dim], written to the slots `batch.slots`
     copy_blocks(source, target, pairs)
         source and target [layers, 2, num_blocks, ...], pairs [pairs, 2] from and to
+    rope_and_store_kv(q, k, v, cos, sin, k_cache, v_cache, batch) -> q
+        where a backend can do it in one: queries and keys turned (see `models/rope.py`), then
+        keys and values stored
     """
 
     name: str
     paged_attention: PagedAttention
     store_kv: StoreKV
     copy_blocks: CopyBlocks = copy_blocks
+    rope_and_store_kv: RopeAndStoreKV | None = None
     reads_only_tensors: bool = False  # and no Python number of the batch: CUDA graphs can record it
 
 
@@ -103,7 +108,7 @@ def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
     from minipaged.attention.triton.backend import triton_paged_attention
     from minipaged.attention.triton.copy_blocks import copy_blocks
     from minipaged.attention.triton.naive_decode import naive_paged_attention
-    from minipaged.attention.triton.store_kv import triton_store_kv
+    from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 
     if device.type != "cuda":
         warnings.warn(
@@ -111,5 +116,12 @@ def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
             'some thousand times slower. For speed choose attention_backend="torch".',
             stacklevel=4,
         )
-    attention = triton_paged_attention if name == "triton" else naive_paged_attention
-    return AttentionBackend(name, attention, triton_store_kv, copy_blocks, reads_only_tensors=True)
+    naive = name == "triton-naive"
+    return AttentionBackend(
+        name,
+        naive_paged_attention if naive else triton_paged_attention,
+        triton_store_kv,
+        copy_blocks,
+        rope_and_store_kv=None if naive else rope_and_store_kv,
+        reads_only_tensors=True,
+    )

@@ -89,7 +89,9 @@ class Compiled:
     shared_bytes: int  # of a program
     num_warps: int  # of a program, 32 threads each
     instructions: str  # that multiply matrices: "HGMMA", "HMMA" or "-"
-    reads: str  # "LDGSTS.128": the widest copy to shared memory; "LDG.128": only to registers
+    # And where there are any, the widest read: "LDGSTS.128" goes to shared memory while the program
+    # goes on, "LDG.128" to registers; 128 bits are the most.
+    reads: str
 
     @property
     def programs(self) -> int:
@@ -239,7 +241,7 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
             attributes[i,] = backend.parse_attr(known)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled: Any = triton.compile(source, target=target, options=options)
-    usage, code = _disassemble(compiled.asm["cubin"])
+    usage, code = _examine(compiled.asm)
     return Compiled(
         kernel=launch.kernel.__name__.removesuffix("_kernel"),
         heads=f"{setting.heads}/{setting.kv_heads} x {setting.head_dim}",
@@ -255,15 +257,17 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
     )
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
-    """What the kernel uses of a multiprocessor, and its instructions."""
+def _examine(asm: dict[str, Any]) -> tuple[dict[str, int], str]:
+    """What the kernel takes of a multiprocessor, and its instructions if it multiplies matrices."""
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage"]
+    if "mma.sync" in asm["ptx"] or "wgmma." in asm["ptx"]:
+        command.append("-sass")  # takes as long as all else: only where there is something to find
     with TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
-        file.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
-    return usage, text
+        file.write_bytes(asm["cubin"])
+        run = subprocess.run([*command, str(file)], capture_output=True, text=True, check=True)
+    usage = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", run.stdout)}
+    return usage, run.stdout
 
 
 def _widest_read(code: str) -> str:

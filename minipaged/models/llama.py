@@ -147,10 +147,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        # Rounded before the weight is applied, as Hugging Face's LlamaRMSNorm does.
-        return self.weight * normed.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -183,10 +180,13 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(split))  # [tokens, heads, head_dim]
         k = self.k_norm(self.k_proj(x).view(split))  # [tokens, kv_heads, head_dim]
         v = self.v_proj(x).view(split)  # [tokens, kv_heads, head_dim]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k_cache, v_cache = kv
         # Stored first: a token attends to itself too, and finds itself in the cache.
-        self.backend.store_kv(k, v, k_cache, v_cache, batch)
+        if self.backend.rope_and_store_kv is None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            self.backend.store_kv(k, v, k_cache, v_cache, batch)
+        else:  # the same two lines as one kernel
+            q = self.backend.rope_and_store_kv(q, k, v, cos, sin, k_cache, v_cache, batch)
         scale = self.head_dim**-0.5
         out = self.backend.paged_attention(q, k_cache, v_cache, batch, scale)
         return self.o_proj(out.flatten(1))  # [tokens, hidden]
