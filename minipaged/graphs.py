@@ -25,9 +25,8 @@ from minipaged.models import Model
 from minipaged.shapes import Float
 
 Step = Callable[[], Tensor]
-Record = Callable[
-    [Step], Step
-]  # what it returns does the same again, with whatever inputs now hold
+# Returns a step that does the same again, with whatever its inputs then hold.
+Record = Callable[[Step], Step]
 
 
 def record_cuda_graphs() -> Record:

@@ -53,10 +53,6 @@ KERNELS = {"decode", "merge", "prefill", "naive", "store", "rope_and_store", "co
 KIB = 1024
 SHARED_OF_A_PROGRAM = {80: 163 * KIB, 90: 227 * KIB}
 
-# Known to keep more than fits: to the 64 registers of the output and 32 of scores come keys that
-# wait to be widened. What spills is little, most of it between the loops, not in them.
-SPILLS = {("prefill", "int8", 80): 128}  # bytes of a thread, at most
-
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -115,8 +111,7 @@ def test_fp8_is_compiled_for_gpus_that_know_it(rows):
 @pytest.mark.parametrize("kernel", sorted(KERNELS))
 def test_no_kernel_spills_its_registers(rows, kernel):
     for row in of(rows, kernel):
-        allowed = SPILLS.get((kernel, row["kv_dtype"], row["sm"]), 0)
-        assert row["stack_bytes"] <= allowed, row
+        assert row["stack_bytes"] == 0, row
 
 
 def test_a_kernel_with_too_few_warps_would_be_seen_to_spill(report):
@@ -156,7 +151,10 @@ def test_decode_multiplies_on_the_tensor_cores_and_the_plain_kernels_do_not(rows
 
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])
 def test_keys_are_read_16_bytes_at_a_time_while_others_are_multiplied(rows, kernel):
-    assert {row["reads"] for row in of(rows, kernel)} == {"LDGSTS.128"}
+    assert {row["reads"] for row in of(rows, kernel, kv_dtype="auto")} == {"LDGSTS.128"}
+    for kv_dtype in ("int8", "fp8"):  # where some versions of Triton read values 8 bytes at a time
+        reads = {row["reads"] for row in of(rows, kernel, kv_dtype=kv_dtype)}
+        assert reads <= {"LDGSTS.128", "LDGSTS.64/128"}
 
 
 def test_launches_go_through_again_afterwards(report):

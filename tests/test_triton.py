@@ -39,7 +39,7 @@ from minipaged.attention.triton.machine import is_interpreted, num_sms, why_no_t
 from minipaged.attention.triton.naive_decode import naive_paged_attention
 from minipaged.attention.triton.prefill import TileShapes, prefill
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
-from minipaged.batch import Batch
+from minipaged.batch import Batch, Span
 from minipaged.errors import InvalidOption
 from minipaged.models.rope import RopeConfig, Rotary, rotate
 from minipaged.quantized import LARGEST, SMALLEST_SCALE, KVPool, QuantizedPool, quantize
@@ -270,6 +270,25 @@ def test_tokens_behind_the_last_sequence_are_left_alone(attention: PagedAttentio
     out = run(attention, padded(setup, 5))
     assert_near(out[:-5], dense_attention(setup))
     assert out[-5:].isnan().all()
+
+
+@every_kernel
+def test_a_recorded_batch_is_padded_and_knows_only_bounds(attention: PagedAttention) -> None:
+    # As in a CUDA graph: sequences without tokens, and spans that are longer than the sequences.
+    setup = paged_setup([(1, 6), (1, 0), (1, 62)])
+    expected = dense_attention(setup)
+    setup = padded(setup, 2)
+    more = {
+        "query_starts": torch.tensor([3, 3]),
+        "context_lens": torch.tensor([9, 0]),
+        "block_tables": setup.batch.block_tables[:2] * 0 - 1,
+    }
+    batch = {name: torch.cat((getattr(setup.batch, name), new)) for name, new in more.items()}
+    spans = tuple(Span(i, 1, 999) for i in range(5))
+    batch = replace(setup.batch, **{name: tensor.int() for name, tensor in batch.items()})
+    out = run(attention, replace(setup, batch=replace(batch, spans=spans)))
+    assert_near(out[:3], expected)
+    assert out[3:].isnan().all()
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
@@ -739,7 +758,7 @@ def test_copying_counts_in_64_bits(huge: QuantizedPool) -> None:
     last = pool.shape[2] - 1
     pool[:, :, last - 2] = torch.arange(2048, device=DEVICE).view(16, 128) % 100
     pool[:, 1, last] = 0
-    copy_blocks(pool, pool, torch.tensor([[last - 2, last]], device=DEVICE))
+    copy_blocks(pool, pool, torch.tensor([[last - 2, last]], dtype=torch.int32, device=DEVICE))
     assert torch.equal(pool[:, :, last - 2], pool[:, :, last])
 
 

@@ -60,7 +60,8 @@ class AttentionBackend:
     store_kv: StoreKV
     copy_blocks: CopyBlocks = copy_blocks
     rope_and_store_kv: RopeAndStoreKV | None = None
-    reads_only_tensors: bool = False  # and no Python number of the batch: CUDA graphs can record it
+    # Of the batch's Python numbers it needs no more than bounds: a CUDA graph can record it.
+    reads_only_tensors: bool = False
 
 
 BACKENDS: dict[str, AttentionBackend] = {

@@ -89,8 +89,8 @@ class Compiled:
     shared_bytes: int  # of a program
     num_warps: int  # of a program, 32 threads each
     instructions: str  # that multiply matrices: "HGMMA", "HMMA" or "-"
-    # And where there are any, the widest read: "LDGSTS.128" goes to shared memory while the program
-    # goes on, "LDG.128" to registers; 128 bits are the most.
+    # And how these kernels read keys and values: "LDGSTS.128" copies 128 bits, the most there are,
+    # to shared memory while the program goes on; "LDG" brings them to registers.
     reads: str
 
     @property
@@ -253,7 +253,7 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
         shared_bytes=compiled.metadata.shared,
         num_warps=compiled.metadata.num_warps,
         instructions=next((name for name in ("HGMMA", "HMMA") if f" {name}." in code), "-"),
-        reads=_widest_read(code),
+        reads=_wide_reads(code),
     )
 
 
@@ -270,12 +270,13 @@ def _examine(asm: dict[str, Any]) -> tuple[dict[str, int], str]:
     return usage, run.stdout
 
 
-def _widest_read(code: str) -> str:
+def _wide_reads(code: str) -> str:
+    """The reads of keys and values: what is narrower are table entries and scales."""
     for name in ("LDGSTS", "LDG"):
         reads = re.findall(rf" {name}\.([\w.]+)", code)
-        widths = [int(w) for read in reads for w in read.split(".") if w in ("32", "64", "128")]
-        if reads:
-            return f"{name}.{max(widths, default=32)}"
+        widths = {w for read in reads for w in read.split(".") if w in ("64", "128")}
+        if widths:
+            return f"{name}." + "/".join(sorted(widths, key=int))
     return "-"
 
 

@@ -161,7 +161,8 @@ def _scatter(keys: Tensor, order: Tensor, kv_dtype: torch.dtype) -> KVPool:
     """A pool with these keys in it: block i of all sequences, end to end, is in `order[i]`."""
     seqs, kv_heads, length, head_dim = keys.shape
     in_blocks = keys.view(seqs, kv_heads, length // BLOCK_SIZE, BLOCK_SIZE, head_dim)
-    in_blocks = in_blocks.transpose(1, 2).flatten(0, 1)  # [blocks, kv_heads, slots, head_dim]
+    # [blocks, kv_heads, slots, head_dim]
+    in_blocks = in_blocks.transpose(1, 2).flatten(0, 1).contiguous()
     if kv_dtype not in LARGEST:
         pool = torch.empty_like(in_blocks, dtype=kv_dtype)
         pool[order] = in_blocks.to(kv_dtype)

@@ -31,6 +31,7 @@ CASES = [
     Case(LLAMA_3_8B, 64, 4096, kv_dtype="int8"),
     Case(OPT_13B, 64, 2048),
     Case(LLAMA_3_8B, 1, 4096, queries=4096),
+    Case(LLAMA_3_8B, 1, 4096, queries=4096, kv_dtype="int8"),
     Case(OPT_13B, 1, 4096, queries=4096),
 ]
 DECODE_SHAPES = [TileShape(*shape) for shape in product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))]
@@ -90,7 +91,9 @@ def _decodes(inputs: Inputs) -> tuple[str, dict[str, Work]]:
 
 def _prefills(inputs: Inputs) -> tuple[str, dict[str, Work]]:
     out = torch.empty_like(inputs.q)
-    shipped = choose_tiles(pool_constants(inputs.k_cache)["WIDTH"], inputs.q.itemsize)
+    keys, *_ = pointers(inputs.k_cache, inputs.v_cache)
+    width = pool_constants(inputs.k_cache)["WIDTH"]
+    shipped = choose_tiles(width, inputs.q.itemsize, keys.itemsize)
     works: dict[str, Work] = {}
     for shapes in dict.fromkeys([*PREFILL_SHAPES, shipped]):
         works[_name(shapes)] = partial(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.triton.decode import decode
+from minipaged.attention.triton.launch import check_rows
 from minipaged.attention.triton.prefill import prefill
 from minipaged.batch import Batch
 from minipaged.quantized import KVPool
@@ -18,7 +19,7 @@ def triton_paged_attention(
     the worse of the two, and IBM measured such a kernel at half the speed (arXiv 2511.11581). Each
     is launched over all sequences and passes over those of the other.
     """
-    assert q.stride(2) == 1, "the numbers of one query head lie apart"
+    check_rows(q=q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.has_decodes:
         decode(q, k_cache, v_cache, batch, scale, out)

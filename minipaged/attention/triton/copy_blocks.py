@@ -34,6 +34,7 @@ def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
     """
     assert source.shape[:2] + source.shape[3:] == target.shape[:2] + target.shape[3:]
     assert source.dtype == target.dtype
+    assert pairs.is_contiguous()
     assert source.is_contiguous()
     assert target.is_contiguous()
     num_layers, kv, num_source_blocks = source.shape[:3]

@@ -25,9 +25,17 @@ def pointers(k_cache: KVPool, v_cache: KVPool) -> tuple[Tensor, Tensor, Tensor, 
     else:
         assert isinstance(v_cache, Tensor), "values are quantized, and keys are not"
         tensors = (k_cache, v_cache, k_cache, v_cache)
+    # A kernel takes pointers: it would read and write past the end of what is too small.
+    assert k_cache.shape == v_cache.shape, f"{k_cache.shape} of keys, {v_cache.shape} of values"
     for tensor in tensors:
         assert tensor.is_contiguous(), "the kernels number the cells of a pool without gaps"
     return tensors
+
+
+def check_rows(**tensors: Tensor) -> None:
+    """Kernels read a head's numbers side by side; tokens and heads may lie anyhow."""
+    for name, tensor in tensors.items():
+        assert tensor.stride(-1) == 1, f"the numbers of one head of {name} lie apart"
 
 
 def pool_constants(k_cache: KVPool) -> dict[str, Any]:

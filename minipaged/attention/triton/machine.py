@@ -3,6 +3,7 @@
 import os
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -68,22 +69,44 @@ def why_no_triton(device: torch.device, head_dim: int, kv_dtype: str = "auto") -
             f"the kernels take heads of up to {LARGEST_HEAD} numbers, and this model's have "
             f"{head_dim}"
         )
+    if device.type == "cuda" and (reason := _why_not_on_gpu(device, kv_dtype)):
+        return reason
+    if is_interpreted():
+        return _why_not_interpreted(kv_dtype)
     if device.type != "cuda":
-        if is_interpreted() and kv_dtype == "fp8":
-            return "Triton's interpreter, which stands in for a GPU here, rounds fp8 wrongly"
-        if is_interpreted():
-            return None
         return (
             "the kernels of this process are compiled for the GPU, and the model shall run on the "
             f'CPU (set {_INTERPRET}=1 to interpret them, or device="cuda")'
         )
+    return None
+
+
+def _why_not_on_gpu(device: torch.device, kv_dtype: str) -> str | None:
+    who, oldest = "the kernels need", OLDEST_GPU
+    if kv_dtype == "fp8":
+        who, oldest = "fp8 needs", OLDEST_GPU_FOR_FP8
     capability = torch.cuda.get_device_capability(device)
-    oldest = OLDEST_GPU_FOR_FP8 if kv_dtype == "fp8" else OLDEST_GPU
-    if capability < oldest:
+    if capability >= oldest:
+        return None
+    return (
+        f"{who} a GPU of compute capability {oldest[0]}.{oldest[1]} or newer, and "
+        f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+    )
+
+
+def _why_not_interpreted(kv_dtype: str) -> str | None:
+    if kv_dtype == "fp8":
+        return "Triton's interpreter, which stands in for a GPU, rounds fp8 wrongly"
+    import numpy
+    import triton
+
+    def version(package: Any) -> tuple[int, ...]:
+        return tuple(int(part) for part in package.__version__.split(".")[:2])
+
+    if version(triton) < (3, 9) and version(numpy) >= (2, 4):
         return (
-            f"{'fp8' if kv_dtype == 'fp8' else 'the kernels'} need a GPU of compute capability "
-            f"{oldest[0]}.{oldest[1]} or newer, and {torch.cuda.get_device_name(device)} has "
-            f"{capability[0]}.{capability[1]}"
+            f"the interpreter of Triton {triton.__version__} does not suit NumPy "
+            f"{numpy.__version__} (install triton 3.9, or numpy below 2.4)"
         )
     return None
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minipaged.attention.reference import heads_per_kv_head
-from minipaged.attention.triton.launch import LOG2_E, pointers, pool_constants
+from minipaged.attention.triton.launch import LOG2_E, check_rows, pointers, pool_constants
 from minipaged.batch import Batch
 from minipaged.quantized import KVPool
 
@@ -35,6 +35,7 @@ def naive_paged_attention(
     q: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch, scale: float
 ) -> Tensor:
     """Attention of every query token of the batch: [tokens, heads, head_dim], like q."""
+    check_rows(q=q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_tokens, heads, _ = q.shape
     naive_kernel[(num_tokens, heads)](

@@ -48,12 +48,21 @@ class TileShapes(NamedTuple):
     num_stages: int  # tiles of keys in flight
 
 
-def choose_tiles(width: int, bytes_per_number: int) -> TileShapes:
-    """The shapes for tiles with rows of so many numbers, and so many bytes a query's number."""
-    if bytes_per_number == 4:  # three multiplications with half of each number: many registers
+def choose_tiles(width: int, query_bytes: int, cache_bytes: int) -> TileShapes:
+    """The largest shapes that keep to their registers (`minipaged bench compile` shows it).
+
+    Args:
+        width: numbers in a row of either tile.
+        query_bytes, cache_bytes: of a query's number, and of a cached one.
+    """
+    if query_bytes == 4:  # three multiplications of parts of each number: many registers
         rows, tile = {64: (64, 16), 128: (32, 32), 256: (16, 16)}[max(64, width)]
         return TileShapes(rows, tile, 4, 2)
-    return TileShapes(128, 64, 8, 2) if width <= 128 else TileShapes(64, 32, 8, 2)
+    if width > 128:
+        return TileShapes(64, 32, 8, 2)
+    if cache_bytes == 1:  # keys that wait to be widened take registers, too
+        return TileShapes(64, 64, 8, 2)
+    return TileShapes(128, 64, 8, 2)
 
 
 def prefill(
@@ -74,14 +83,16 @@ def prefill(
     num_tokens, heads, _ = q.shape
     constants = pool_constants(k_cache)
     group_size = heads_per_kv_head(q, k_cache, v_cache)
-    shapes = choose_tiles(constants["WIDTH"], q.itemsize) if shapes is None else shapes
+    tensors = pointers(k_cache, v_cache)
+    if shapes is None:
+        shapes = choose_tiles(constants["WIDTH"], q.itemsize, tensors[0].itemsize)
     rows = max(shapes.rows, triton.next_power_of_2(group_size))
     queries = rows // group_size
     most_tiles = num_tokens // queries + batch.num_seqs
     prefill_kernel[(most_tiles, constants["KV_HEADS"])](
         out,
         q,
-        *pointers(k_cache, v_cache),
+        *tensors,
         batch.query_starts,
         batch.context_lens,
         batch.block_tables,

@@ -8,7 +8,7 @@ Grid               (tokens,): a program a token, for its keys and its values of 
 Bytes              4 * kv_heads * head_dim numbers a token: each is read once and written once. At
                    decode that is 1 / seq_len of what attention reads, so what counts is that it
                    is one launch and not six.
-Operations         None; in an 8-bit pool a division a number.
+Operations         None; in an 8-bit pool a maximum over each key, and a division a number.
 
 Of the paper's kernels (section 5.1) it is "fused reshape and block write". The second kernel of
 this file turns queries and keys by RoPE on the way: what takes fourteen small operations in PyTorch
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.attention.triton.launch import pointers, pool_constants
+from minipaged.attention.triton.launch import check_rows, pointers, pool_constants
 from minipaged.batch import Batch
 from minipaged.quantized import LARGEST, SMALLEST_SCALE, KVPool, QuantizedPool
 
@@ -61,6 +61,11 @@ def rope_and_store_kv(
         cos, sin: [tokens, 1, head_dim / 2], of the angle by which each pair of numbers is turned.
     """
     _check_new(k, v, k_cache, batch)
+    check_rows(queries=q)
+    num_tokens, _, head_dim = k.shape
+    assert head_dim % 2 == 0, f"{head_dim} numbers of a head are no pairs"
+    assert q.shape[::2] == k.shape[::2], f"{q.shape} of queries, {k.shape} of keys"
+    assert cos.shape == sin.shape == (num_tokens, 1, head_dim // 2), f"angles are {cos.shape}"
     turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     constants = pool_constants(k_cache)
     rope_and_store_kernel[(len(batch.slots),)](
@@ -91,12 +96,11 @@ def rope_and_store_kv(
 def _check_new(k: Tensor, v: Tensor, k_cache: KVPool, batch: Batch) -> None:
     _, kv_heads, _, head_dim = k_cache.shape
     expected = (len(batch.slots), kv_heads, head_dim)
+    check_rows(keys=k, values=v)
     for name, new in (("keys", k), ("values", v)):
-        # A kernel takes pointers: it would read past the end of what is too small.
         assert new.shape == expected, (
             f"the new {name} are {tuple(new.shape)}, the cache takes {expected}"
         )
-        assert new.stride(2) == 1, f"the numbers of one head of the new {name} lie apart"
 
 
 def _largest(k_cache: KVPool) -> float:

@@ -54,7 +54,7 @@ def attend_to_tile(
     positions = start + tl.arange(0, TILE)
     readable = positions < end
     if MASKED:
-        blocks = tl.load(table + positions // BLOCK_SIZE, mask=readable, other=0.0)
+        blocks = tl.load(table + positions // BLOCK_SIZE, mask=readable, other=0)
     else:
         blocks = tl.load(table + positions // BLOCK_SIZE)
     cells = (blocks.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
