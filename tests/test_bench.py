@@ -1,12 +1,22 @@
 """The benchmarks behind the numbers in the documentation: they run, and check what they measure."""
 
+import io
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
+import torch
+from rich.console import Console
 from test_cli import minipaged
 
+from minipaged.attention import BACKENDS, reference
+from minipaged.attention.triton.decode import TileShape
+from minipaged.attention.triton.machine import is_interpreted
+from minipaged.attention.triton.prefill import TileShapes
+from minipaged.bench import kernel, tune
 from minipaged.bench.sharing import alpaca_lengths
+from minipaged.bench.writes import measure_writes
 
 
 def test_the_lengths_have_the_means_of_the_papers_trace():
@@ -47,6 +57,133 @@ def test_the_report_is_a_table_with_the_papers_numbers_and_the_machine(capsys, m
     assert code == 0
     for part in ("parallel sampling", "beam search", "55.16 %", "by formula", "torch", "Python"):
         assert part in out
+
+
+# ---- kernels and steps ---------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+TINY = kernel.Heads("tiny", 2, 1, 32)
+
+
+def test_kernels_are_reported_beside_their_floor_and_their_rival(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        kernel, "CPU_CASES", [kernel.Case(TINY, 2, 32), kernel.Case(TINY, 1, 32, 32)]
+    )
+    saved = tmp_path / "kernel.json"
+    code, out, _ = minipaged(
+        capsys, monkeypatch, "bench", "kernel", "--device", "cpu", "--json", "--save", str(saved)
+    )
+    assert code == 0
+    report = json.loads(out)
+    assert json.loads(saved.read_text()) == report
+    assert "torch" in report["machine"]
+    found = {(row["what"], row["backend"]): row for row in report["rows"]}
+    assert {name for what, name in found if what == "decode"} == {
+        "SDPA, grouped",
+        "SDPA, enable_gqa",
+        "torch",
+        "blockwise",
+    }
+    assert {what for what, _ in found} == {"decode", "prefill", "store", "copy, 4 layers"}
+    assert min(row["times_rival"] for row in report["rows"] if row["what"] == "decode") == 1
+    for row in report["rows"]:
+        assert row["seconds"] > 0
+        if row["what"] == "decode":
+            assert row["percent_of_floor"] > 0
+
+
+def test_the_kernel_table_names_what_was_measured(capsys, monkeypatch):
+    monkeypatch.setattr(kernel, "CPU_CASES", [kernel.Case(TINY, 2, 32, kv_dtype="int8")])
+    code, out, _ = minipaged(capsys, monkeypatch, "bench", "kernel", "--device", "cpu")
+    assert code == 0
+    for part in ("tiny", "int8", "SDPA, grouped", "of the floor", "x rival", "torch.float32"):
+        assert part in out
+
+
+@pytest.mark.parametrize("case", [kernel.Case(TINY, 2, 32), kernel.Case(TINY, 1, 48, 16)])
+def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch, case):
+    right = BACKENDS["torch"].paged_attention
+
+    def wrong(q, k_cache, v_cache, batch, scale):
+        return right(q, k_cache, v_cache, batch, 2 * scale)
+
+    list(kernel.measure([case], ["torch"], CPU, torch.float32))
+    monkeypatch.setitem(BACKENDS, "torch", replace(BACKENDS["torch"], paged_attention=wrong))
+    with pytest.raises(AssertionError):
+        list(kernel.measure([case], ["torch"], CPU, torch.float32))
+
+
+def test_the_pool_of_a_case_holds_the_keys_that_lie_side_by_side():
+    case = kernel.Case(TINY, 3, 48, queries=5)
+    inputs = kernel.make_inputs(case, CPU, torch.float32)
+    for keys, pool in ((inputs.keys, inputs.k_cache), (inputs.values, inputs.v_cache)):
+        for seq, table in enumerate(inputs.batch.block_tables):
+            assert torch.equal(reference.gather(pool, table, 48), keys[seq].transpose(0, 1))
+        assert pool.is_contiguous()
+        new = keys[:, :, -5:].transpose(1, 2).flatten(0, 1)  # [tokens, kv_heads, head_dim]
+        slots = pool.transpose(1, 2).flatten(0, 1)  # [slots, kv_heads, head_dim]
+        assert torch.equal(slots[inputs.batch.slots], new)
+
+
+@pytest.mark.filterwarnings("ignore:no GPU")
+def test_the_kernels_that_write_are_measured_beside_their_plain_forms():
+    rows = list(measure_writes(TINY, 2, "triton", CPU, torch.float32, (3,), 2))
+    assert [row.backend for row in rows] == [
+        "index",
+        "triton",
+        "rotate, then triton",
+        "RoPE within triton",
+        "index",
+        "triton",
+    ]
+
+
+def test_the_sweep_puts_the_fastest_first_beside_what_is_shipped(monkeypatch):
+    monkeypatch.setattr(tune, "DECODE_SHAPES", [TileShape(16, 4, 2)])
+    monkeypatch.setattr(tune, "PREFILL_SHAPES", [TileShapes(16, 16, 4, 2)])
+    cases = [kernel.Case(TINY, 1, 32), kernel.Case(TINY, 1, 32, queries=32)]
+    rows = list(tune.sweep(cases, CPU, torch.float32, rounds=1))
+    assert {row.case for row in rows} == set(cases)
+    for case in cases:
+        times = [row.seconds for row in rows if row.case == case]
+        assert times == sorted(times)
+        [shipped] = {row.shipped_choice for row in rows if row.case == case}
+        assert shipped in {row.choice for row in rows if row.case == case}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(tune.as_table(rows, best=1))
+    assert console.export_text().count("(shipped)") == 2
+
+
+def test_tuning_without_a_gpu_is_refused(capsys, monkeypatch):
+    code, _, err = minipaged(capsys, monkeypatch, "bench", "tune", "--device", "cpu")
+    assert code != 0
+    assert "needs" in err or "measures a GPU" in err
+
+
+def test_a_decode_step_is_reported_beside_the_bytes_that_it_reads(capsys, monkeypatch):
+    code, out, _ = minipaged(
+        capsys,
+        monkeypatch,
+        *("bench", "step", "--device", "cpu", "--num-seqs", "2", "--context-len", "9", "--json"),
+    )
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [(row["backend"], row["graphs"]) for row in rows] == [
+        ("torch", False),
+        ("reference", False),
+    ]
+    for row in rows:
+        assert row["seconds"] >= row["model_seconds"] > 0
+        assert row["floor_seconds"] > 0
+
+
+def test_compiling_in_a_process_that_interprets_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # set back afterwards, whatever the command does
+    if not is_interpreted():  # from now on, the kernels of this file's imports included
+        pytest.skip("this process compiles")
+    code, _, err = minipaged(capsys, monkeypatch, "bench", "compile")
+    assert code != 0
+    assert "TRITON_INTERPRET=0" in err
 
 
 def test_bench_alone_says_what_there_is(capsys, monkeypatch):

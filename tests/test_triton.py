@@ -988,6 +988,7 @@ def test_an_ampere_gpu_is_taken_but_not_for_fp8(monkeypatch: pytest.MonkeyPatch)
     assert choose_backend("auto", GPU).name == "triton"
     assert_refused("capability 8.9 or newer, and NVIDIA A100 has 8.0", GPU, 64, "fp8")
     on_gpu(monkeypatch, (9, 0), "NVIDIA H200")
+    monkeypatch.setattr(machine, "is_interpreted", lambda: False)
     assert why_no_triton(GPU, 64, "fp8") is None
 
 
@@ -1015,3 +1016,53 @@ def test_interpreted_kernels_are_taken_with_a_warning(name: str) -> None:
     assert backend.name == name
     assert backend.reads_only_tensors
     assert choose_backend("auto", CPU).name == "torch"
+
+
+def test_an_old_interpreter_with_a_new_numpy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy
+    import triton
+
+    monkeypatch.setattr(machine, "is_interpreted", lambda: True)
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(numpy, "__version__", "2.4.1")
+    assert_refused("install triton 3.9, or numpy below 2.4", CPU, 64)
+    monkeypatch.setattr(numpy, "__version__", "2.3.5")
+    assert why_no_triton(CPU, 64) is None
+
+
+# ---- what a launcher refuses, since a pointer cannot ---------------------------------------------
+
+
+def test_values_of_another_shape_than_keys_are_refused() -> None:
+    setup = on_device(paged_setup([(3, 2)]))
+    k, v = setup.q[:, :2], setup.q[:, 2:]
+    smaller = setup.v_cache[1:].contiguous()
+    for call in (
+        lambda: triton_store_kv(k, v, setup.k_cache, smaller, setup.batch),
+        lambda: triton_paged_attention(setup.q, setup.k_cache, smaller, setup.batch, 1.0),
+        lambda: naive_paged_attention(setup.q, setup.k_cache, smaller, setup.batch, 1.0),
+    ):
+        with pytest.raises(AssertionError):
+            call()
+
+
+def test_heads_whose_numbers_lie_apart_are_refused() -> None:
+    setup = on_device(paged_setup([(3, 2)]))
+    apart = setup.q.transpose(1, 2).contiguous().transpose(1, 2)
+    for attend in (triton_paged_attention, naive_paged_attention):
+        with pytest.raises(AssertionError, match="lie apart"):
+            attend(apart, setup.k_cache, setup.v_cache, setup.batch, 1.0)
+    k = setup.q[:, :2]
+    cos = torch.ones(3, 1, setup.q.shape[2] // 2, device=DEVICE)
+    pools = setup.k_cache, setup.v_cache
+    with pytest.raises(AssertionError, match="lie apart"):
+        rope_and_store_kv(apart, k, k, cos, cos, *pools, setup.batch)
+    with pytest.raises(AssertionError, match="angles are"):
+        rope_and_store_kv(setup.q, k, k, cos[:2], cos, *pools, setup.batch)
+
+
+def test_pairs_that_lie_apart_are_refused() -> None:
+    pool = torch.zeros(1, 2, 5, 1, 4, 8, device=DEVICE)
+    pairs = torch.tensor([[3, 0], [1, 2]], device=DEVICE)
+    with pytest.raises(AssertionError):
+        copy_blocks(pool, pool, pairs.t())

@@ -17,12 +17,18 @@ from minipaged.models.rope import rotate
 
 
 def measure_writes(
-    heads: Heads, num_layers: int, backend: str, device: torch.device, dtype: torch.dtype
+    heads: Heads,
+    num_layers: int,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    step_sizes: tuple[int, ...] = (64, 1024),
+    num_pairs: int = 64,
 ) -> Iterator[Row]:
-    """Storing a decode step and a prefill; copying blocks over all layers."""
-    for num_tokens in (64, 1024):
+    """Storing steps of so many tokens; copying so many blocks over all layers."""
+    for num_tokens in step_sizes:
         yield from _measure_store(Case(heads, num_tokens, BLOCK_SIZE), backend, device, dtype)
-    yield from _measure_copy(heads, num_layers, backend, device, dtype)
+    yield from _measure_copy(heads, num_layers, num_pairs, backend, device, dtype)
 
 
 def _measure_store(
@@ -89,9 +95,13 @@ def _check_stores(inputs: Inputs, works: dict[str, Work]) -> None:
 
 
 def _measure_copy(
-    heads: Heads, num_layers: int, backend: str, device: torch.device, dtype: torch.dtype
+    heads: Heads,
+    num_layers: int,
+    num_pairs: int,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Iterator[Row]:
-    num_pairs = 64
     shape = (num_layers, 2, 4 * num_pairs, heads.kv_heads, BLOCK_SIZE, heads.head_dim)
     pool = torch.randn(shape, dtype=dtype, device=device)
     pairs = torch.randperm(4 * num_pairs, device=device)[: 2 * num_pairs].view(-1, 2)

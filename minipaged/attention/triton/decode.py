@@ -99,7 +99,6 @@ def decode(
     _, heads, head_dim = q.shape
     constants = pool_constants(k_cache)
     kv_heads, width = constants["KV_HEADS"], constants["WIDTH"]
-    group_size = heads_per_kv_head(q, k_cache, v_cache)
     tensors = pointers(k_cache, v_cache)
     if shape is None:
         shape = choose_tile(width, tensors[0].itemsize)
@@ -126,8 +125,8 @@ def decode(
         q.stride(1),
         batch.block_tables.stride(0),
         HEADS=heads,
-        GROUP=group_size,
-        ROWS=max(16, triton.next_power_of_2(group_size)),
+        GROUP=heads_per_kv_head(q, k_cache, v_cache),
+        ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
         MATH=math_type(q.dtype),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
