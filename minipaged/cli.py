@@ -10,10 +10,11 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -23,9 +24,6 @@ from minipaged.errors import InvalidOption, InvalidRequest, MinipagedError
 from minipaged.show import print_completions, read_lines, warn_of_an_early_end
 from minipaged.terminal import Session
 from minipaged.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="PagedAttention, the system behind vLLM, from scratch.",
@@ -39,7 +37,10 @@ app.add_typer(bench, name="bench")
 Model = Annotated[str, typer.Option(help="storyteller, or a folder with a checkpoint.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Backend = Annotated[str, typer.Option(help="auto, reference, blockwise or torch.")]
+Backend = Annotated[
+    str, typer.Option(help="auto, reference, blockwise, torch, triton or triton-naive.")
+]
+KVDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8 or fp8.")]
 BlockSize = Annotated[int, typer.Option(help="Token slots in a block.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; default: ample.")]
 Preemption = Annotated[str, typer.Option(help="auto, recompute or swap.")]
@@ -54,6 +55,7 @@ def main() -> None:
     # Before torch is imported: threads that wait shall sleep. Spinning, they hold up each other
     # whenever the machine does something else too, and a step takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.formatwarning = lambda message, *_: f"minipaged: {message}\n"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
@@ -79,10 +81,9 @@ def _fail(sentence: str) -> None:
 
 def _in_words_of_the_shell(sentence: str) -> str:
     """Options by the names they have here: num_blocks is --num-blocks."""
-    names = (
-        r"\b(attention_backend|best_of|beam_width|block_size|num_blocks|max_tokens|top_p|top_k)\b"
-    )
-    return re.sub(names, lambda name: "--" + name[0].replace("_", "-"), sentence)
+    names = "attention_backend kv_cache_dtype best_of beam_width block_size num_blocks max_tokens"
+    any_of_them = rf"\b({'|'.join([*names.split(), 'top_p', 'top_k'])})\b"
+    return re.sub(any_of_them, lambda name: "--" + name[0].replace("_", "-"), sentence)
 
 
 def _print_version(wanted: bool) -> None:
@@ -177,6 +178,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to the limit.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv_cache_dtype: KVDtype = "auto",
     attention_backend: Backend = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
@@ -212,6 +214,7 @@ def generate(
             model=model,
             device=device,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             attention_backend=attention_backend,
             block_size=block_size,
             num_blocks=num_blocks,
@@ -242,6 +245,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv_cache_dtype: KVDtype = "auto",
     attention_backend: Backend = "auto",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
@@ -265,6 +269,7 @@ def chat(
             model=model,
             device=device,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             attention_backend=attention_backend,
             block_size=block_size,
             num_blocks=num_blocks,

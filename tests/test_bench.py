@@ -154,6 +154,20 @@ def test_the_sweep_puts_the_fastest_first_beside_what_is_shipped(monkeypatch):
     assert console.export_text().count("(shipped)") == 2
 
 
+def test_formats_are_reported_with_their_gain_and_their_error(capsys, monkeypatch):
+    code, out, _ = minipaged(
+        capsys, monkeypatch, "bench", "formats", "--num-questions", "3", "--json"
+    )
+    assert code == 0
+    rows = {row["kv_dtype"]: row for row in json.loads(out)["rows"]}
+    assert rows["float32"]["attention_error"] == rows["float32"]["num_changed"] == 0
+    errors = [rows[name]["attention_error"] for name in ("float16", "bfloat16", "int8", "fp8")]
+    assert errors == sorted(errors)
+    assert errors[0] > 0
+    assert errors[-1] < 0.05
+    assert rows["int8"]["times_tokens"] == rows["fp8"]["times_tokens"] == 256 / 132
+
+
 def test_tuning_without_a_gpu_is_refused(capsys, monkeypatch):
     code, _, err = minipaged(capsys, monkeypatch, "bench", "tune", "--device", "cpu")
     assert code != 0

@@ -113,8 +113,8 @@ def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
 
     if device.type != "cuda":
         warnings.warn(
-            "no GPU: the Triton kernels run in Triton's interpreter, which checks them and is "
-            'some thousand times slower. For speed choose attention_backend="torch".',
+            "no GPU: the Triton kernels run in Triton's interpreter, which shows that they are "
+            'right and is very slow. For speed choose attention_backend="torch".',
             stacklevel=4,
         )
     naive = name == "triton-naive"

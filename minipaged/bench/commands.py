@@ -57,6 +57,20 @@ def kernel(
 
 
 @app.command()
+def formats(
+    num_questions: Annotated[int, typer.Option(help="Questions to the model.", min=1)] = 128,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """A KV cache in fewer bits: how many tokens more it holds, and what error that costs."""
+    from minipaged.bench import formats as kv_formats
+
+    rows = list(kv_formats.measure(num_questions))
+    note = 'LLM(kv_cache_dtype=...); "changed": answers with another token than in float32'
+    _report(rows, kv_formats.as_table(rows), note, None, save, as_json)
+
+
+@app.command()
 def tune(
     device: Device = "auto",
     dtype: DType = "auto",

@@ -41,7 +41,7 @@ from minipaged.quantized import KVPool
 SHORTEST_SPLIT = 256  # positions; a program that does less is mostly beginning and end
 LONGEST_SPLIT = 4096  # positions; else one long sequence keeps a few programs busy after all others
 MOST_SPLITS = 128  # more, and merging them costs more than it saves
-PROGRAMS_PER_SM = 8  # splits are made until there are so many: several share an SM, none waits long
+PROGRAMS_PER_SM = 4  # as many as find registers there: splits are made until the GPU is full
 
 
 def choose_num_splits(num_seqs: int, kv_heads: int, longest: int, num_sms: int) -> int:
