@@ -44,11 +44,6 @@ from minipaged.errors import InvalidOption
 from minipaged.models.rope import RopeConfig, Rotary, rotate
 from minipaged.quantized import LARGEST, SMALLEST_SCALE, KVPool, QuantizedPool, quantize
 
-# Triton's interpreter, up to 3.6, takes an array of one number for a number.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMPTY = torch.empty  # before it is poisoned
 

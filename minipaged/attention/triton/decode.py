@@ -7,18 +7,18 @@ What it computes   for every sequence with one query token, attention over its k
 Grid               (kv_heads, seqs, splits): the keys of a sequence are cut into splits, a program
                    each, so that few long sequences fill the GPU as well as many short ones.
 
-                       sequence 0, 300 keys    [  split 0  ][  split 1  ][ 2 ]
-                       sequence 1, 150 keys    [  split 0  ][ 1 ]  -            - ends at once
-                       sequence 2,  40 keys    [ 0 ]  -  -
+                       sequence 0, 900 keys    [ split 0 ][ split 1 ][ split 2 ][ 3 ]
+                       sequence 1, 450 keys    [ split 0 ][    1   ]   -   -      - ends at once
+                       sequence 2, 120 keys    [   0 ]   -   -   -
 
                    With one split a program writes its result. With more, it leaves a partial
                    result, and a second kernel merges those of a sequence and head.
 Bytes              2 * seq_len * kv_heads * head_dim numbers a sequence, each read once: a program
                    serves all query heads of its key head. (Queries, tables and results are less
                    than a hundredth of that from 100 keys on.) This is the floor: bytes / bandwidth.
-Operations         4 * seq_len * heads * head_dim: in half precision 2 to 16 a byte, where a GPU
-                   could do some 200. So the arithmetic is free, even though a matrix of 16 rows is
-                   multiplied for the 1 to 8 query heads of a group.
+Operations         4 * seq_len * heads * head_dim: in half precision as many a byte as query heads
+                   share a key head, 1 to 8, where a GPU could do some 200. So the arithmetic is
+                   free, even though a matrix of 16 rows is multiplied for those 1 to 8 heads.
 
 Of the paper's kernels (section 5.1) it is "fused block read and attention".
 """
@@ -64,7 +64,7 @@ def choose_num_splits(num_seqs: int, kv_heads: int, longest: int, num_sms: int) 
 
 
 class TileShape(NamedTuple):
-    """How a program of `decode` works: found by measuring (`minipaged bench tune`)."""
+    """How a program of `decode` works; `minipaged bench tune` measures others."""
 
     tile: int  # positions
     num_warps: int

@@ -10,12 +10,13 @@ Grid               (tiles, kv_heads). The flattened query tokens are cut into ti
                    within one sequence. How many each sequence has, only the GPU knows. So the grid
                    has as many as there can be, and a program finds its own:
 
-                       tokens   0 1 2 3 4 5 6 | 7 8 9 | 10 ...      QUERIES = 4
-                       tiles    [  0  ][ 1  ]   [ 2 ]   ...
-                       first tile of sequence s  = query_starts[s] // QUERIES + s
+                       tokens   0 1 2 3 4 5 6 | 7 8 9 | 10 11 ...      QUERIES = 4
+                       tiles    [  0  ][  1 ]   [ 2 ]   [ 4 ...
+                       first tile of sequence s = query_starts[s] // QUERIES + s
 
-                   (A sequence then owns one tile more than it fills, at times: that one ends.)
-                   A tile's rows are its tokens times the query heads that share the key head.
+                   (At times a sequence owns a tile more than it fills, as tile 3 here: that one
+                   ends at once.) A tile's rows are its tokens times the query heads that share
+                   the key head.
 Bytes              A tile of queries reads all keys up to its last position, mostly from the L2
                    cache, where the tiles before left them.
 Operations         4 * head_dim for each query head and key that it sees: half of
@@ -40,7 +41,7 @@ from minipaged.quantized import KVPool
 
 
 class TileShapes(NamedTuple):
-    """How a program of `prefill` works: found by measuring (`minipaged bench tune`)."""
+    """How a program of `prefill` works; `minipaged bench tune` measures others."""
 
     rows: int  # of queries: tokens times heads of a group
     tile: int  # positions in a tile of keys
