@@ -29,13 +29,20 @@ Step = Callable[[], Tensor]
 Record = Callable[[Step], Step]
 
 
-def record_cuda_graphs() -> Record:
+def record_cuda_graphs(device: torch.device) -> Record:
     """A recorder whose graphs share one pool of memory: only one of them runs at a time."""
     pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)
 
     def record(step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Not in inference mode: what PyTorch keeps for all graphs of a process could then not be
+        # written by anybody else's.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.cuda.graph(graph, pool=pool, stream=stream),
+        ):
             result = step()
 
         def replay() -> Tensor:

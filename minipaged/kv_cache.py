@@ -32,7 +32,7 @@ KV_DTYPES = {
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }
-_BYTES_SET_ASIDE = 64 * 1024**2  # of GPU memory, for blocks on their way to the swap pool
+_BYTES_SET_ASIDE = 256 * 1024**2  # of GPU memory, for blocks on their way to the swap pool
 
 
 def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
@@ -109,10 +109,13 @@ class KVCache:
         if self._swap_stream is None:
             self._copy(self._pool, self._swap_pool, pairs)
             return
-        for some in _portions(pairs, self._blocks_aside):
+        main = torch.cuda.current_stream(self.device)
+        for number, some in enumerate(_portions(pairs, self._blocks_aside)):
+            if number > 0:
+                main.wait_stream(self._swap_stream)  # so that one portion is set aside at a time
             blocks = to_device([source for source, _ in some], self.device)
             aside = [tensor[:, :, blocks] for tensor in self._pool]
-            self._swap_stream.wait_stream(torch.cuda.current_stream(self.device))
+            self._swap_stream.wait_stream(main)
             with torch.cuda.stream(self._swap_stream):
                 self._copy(aside, self._swap_pool, [(i, t) for i, (_, t) in enumerate(some)])
             for tensor in aside:
@@ -172,13 +175,13 @@ def _new_pool(
 
 
 def _by_layer(pool: list[Tensor]) -> list[KVPair]:
-    if len(pool) == 1:
-        return [(keys, values) for keys, values in pool[0]]
-    numbers, scales = pool
-    return [
-        (QuantizedPool(k, k_scales), QuantizedPool(v, v_scales))
-        for (k, v), (k_scales, v_scales) in zip(numbers, scales, strict=True)
-    ]
+    def part(layer: int, kv: int) -> KVPool:
+        if len(pool) == 1:
+            return pool[0][layer, kv]
+        numbers, scales = pool
+        return QuantizedPool(numbers[layer, kv], scales[layer, kv])
+
+    return [(part(layer, 0), part(layer, 1)) for layer in range(len(pool[0]))]
 
 
 def _portions(pairs: list[BlockPair], size: int) -> Iterator[list[BlockPair]]:

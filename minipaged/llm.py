@@ -127,7 +127,7 @@ class LLM:
         graphs = None
         if where.type == "cuda" and backend.reads_only_tensors and not enforce_eager:
             blocks = config.max_blocks_per_seq
-            graphs = DecodeGraphs(loaded, kv_cache, max_num_seqs, blocks, record_cuda_graphs())
+            graphs = DecodeGraphs(loaded, kv_cache, max_num_seqs, blocks, record_cuda_graphs(where))
         self.engine = LLMEngine(
             config,
             parts.build_scheduler(config),

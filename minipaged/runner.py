@@ -1,6 +1,8 @@
 """The device side: carries out a step's block operations, then runs the model."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,10 @@ class ModelRunner:
         The order matters: a block that is swapped out may be handed to somebody else in the same
         step, and a block that was just swapped in may be the source of a copy-on-write.
         """
+        with _as_current(self.kv_cache.device):
+            return self._run(plan, batch)
+
+    def _run(self, plan: ScheduledBatch, batch: Batch) -> Float[Tensor, "rows vocab"]:
         self.kv_cache.swap_out(plan.swap_out)
         self.kv_cache.swap_in(plan.swap_in)
         self.kv_cache.copy(plan.copies)
@@ -41,6 +47,11 @@ class ModelRunner:
             return self.graphs.run(batch)
         hidden = self.model(batch.token_ids, batch.positions, self.kv_cache, batch)
         return self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
+
+
+def _as_current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, whichever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose_device(name: str) -> torch.device:

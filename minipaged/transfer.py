@@ -16,6 +16,6 @@ def to_device(
     From ordinary memory the copy would first wait until the GPU has done all it was told before.
     """
     tensor = torch.as_tensor(values, dtype=dtype)
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)  # not to a GPU, or there already
     return tensor.pin_memory().to(device, non_blocking=True)

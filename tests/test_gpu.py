@@ -84,7 +84,7 @@ def test_long_contexts_are_split_and_merged(num_seqs: int, length: int, kv_dtype
     inputs = make_inputs(case, DEVICE, torch.bfloat16)
     attend = choose_backend("triton", DEVICE, 128, kv_dtype).paged_attention
     out = attend(inputs.q, inputs.k_cache, inputs.v_cache, inputs.batch, inputs.scale)
-    [*_, expected] = contiguous_attention(inputs, case).values()
+    [expected, *_] = contiguous_attention(inputs, case).values()
     tolerance = 1e-2 if kv_dtype == "auto" else 5e-2
     torch.testing.assert_close(out, expected(), rtol=tolerance, atol=tolerance)
 
@@ -95,7 +95,7 @@ def test_prefill_of_4096_tokens(queries: int) -> None:
     inputs = make_inputs(case, DEVICE, torch.bfloat16)
     attend = choose_backend("triton", DEVICE, 128).paged_attention
     out = attend(inputs.q, inputs.k_cache, inputs.v_cache, inputs.batch, inputs.scale)
-    [expected] = contiguous_attention(inputs, case).values()
+    [expected, *_] = contiguous_attention(inputs, case).values()
     torch.testing.assert_close(out, expected(), rtol=1e-2, atol=1e-2)
 
 
@@ -209,14 +209,14 @@ def test_auto_means_triton_on_a_gpu() -> None:
 
 def waits(work: Callable[[], object]) -> int:
     """How often the host waits for the GPU meanwhile."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # warns of itself, too
+        try:
             work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(w.message) for w in caught)
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False])
@@ -225,7 +225,15 @@ def waits(work: Callable[[], object]) -> int:
     [
         SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True),
         SamplingParams(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01, max_tokens=20, seed=1),
-        SamplingParams(repetition_penalty=1.2, logprobs=5, max_tokens=20, ignore_eos=True),
+        SamplingParams(
+            repetition_penalty=1.2,
+            presence_penalty=0.1,
+            logit_bias={5: 1.0},
+            min_tokens=15,
+            logprobs=5,
+            max_tokens=20,
+            ignore_eos=True,
+        ),
     ],
     ids=["greedy", "sampled", "penalised"],
 )

@@ -127,10 +127,10 @@ def test_only_a_batch_of_decodes_is_replayed(folder):
 
 
 def test_a_cpu_and_foreign_attention_have_no_graphs(folder):
-    assert LLM(folder, **OPTIONS).engine.runner.graphs is None
+    assert LLM(folder, device="cpu", **OPTIONS).engine.runner.graphs is None
     from minipaged.attention import choose_backend
 
-    backend = choose_backend("triton")
+    backend = choose_backend("triton", "cuda" if torch.cuda.is_available() else "cpu")
     assert backend.reads_only_tensors
     mine = Parts(paged_attention=reference.reference_paged_attention).attention(backend)
     assert not mine.reads_only_tensors

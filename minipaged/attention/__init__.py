@@ -28,7 +28,7 @@ from torch import Tensor
 from minipaged.attention.blockwise import blockwise_paged_attention
 from minipaged.attention.reference import reference_paged_attention, store_kv
 from minipaged.attention.torch_paged import torch_paged_attention
-from minipaged.attention.triton.machine import why_no_triton
+from minipaged.attention.triton.machine import is_interpreted, why_no_triton
 from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
 from minipaged.kv_cache import CopyBlocks, copy_blocks
@@ -124,5 +124,6 @@ def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
         triton_store_kv,
         copy_blocks,
         rope_and_store_kv=None if naive else rope_and_store_kv,
-        reads_only_tensors=True,
+        # Interpreted on a GPU's tensors, kernels copy them to the host and back.
+        reads_only_tensors=device.type != "cuda" or not is_interpreted(),
     )

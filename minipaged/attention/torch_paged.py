@@ -15,6 +15,7 @@ from minipaged.attention.reference import heads_per_kv_head
 from minipaged.batch import Batch, Span
 from minipaged.quantized import KVPool, QuantizedPool
 from minipaged.shapes import Float, Int
+from minipaged.transfer import to_device
 
 # Gather at most so many numbers at a time (one sequence at least). A copy of this size is still in
 # the processor's cache when attention reads it, and its memory serves for the next one: fresh
@@ -43,7 +44,7 @@ def torch_paged_attention(
     _, kv_heads, _, head_dim = k_cache.shape
     positions_at_once = _NUMBERS_AT_ONCE // (kv_heads * head_dim)
     for group in _alike_in_length(decoding, batch.spans, positions_at_once):
-        seqs = torch.tensor(group, device=q.device)  # [seqs]
+        seqs = to_device(group, q.device)  # [seqs]
         rows = batch.query_starts[seqs]  # [seqs]
         tables = batch.block_tables[seqs]  # [seqs, max_blocks]
         seq_lens = batch.context_lens[seqs] + 1  # [seqs]

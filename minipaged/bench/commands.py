@@ -53,6 +53,8 @@ def kernel(
     rows = list(kernels.measure(cases, backends, where, chosen))
     rows += measure_writes(heads, 32 if on_gpu else 4, backends[0], where, chosen)
     note = f"{chosen}, blocks of {kernels.BLOCK_SIZE}; medians of rounds in turn"
+    if left_out := [case for case in cases if not kernels.has_room(case, where, chosen)]:
+        note += f"; left out for want of memory: {left_out}"
     _report(rows, kernels.as_table(rows), note, where, save, as_json)
 
 

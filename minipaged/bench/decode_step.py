@@ -23,7 +23,7 @@ from minipaged.engine import LLMEngine
 from minipaged.graphs import DecodeGraphs, record_cuda_graphs
 from minipaged.kv_cache import KVCache
 from minipaged.models.llama import Llama, LlamaConfig
-from minipaged.models.rope import RopeConfig
+from minipaged.models.rope import RopeConfig, rope_frequencies
 from minipaged.parts import Parts
 from minipaged.plan import ScheduledBatch
 from minipaged.runner import ModelRunner
@@ -83,7 +83,9 @@ def measure(
     bandwidth = copy_bytes / median_seconds({"copy": copy}, device)["copy"]
     expected: list[list[int]] | None = None
     for backend in backends:
-        for with_graphs in (False, True) if device.type == "cuda" else (False,):
+        chosen = choose_backend(backend, device, config.head_dim)
+        can_record = device.type == "cuda" and chosen.reads_only_tensors
+        for with_graphs in (False, True) if can_record else (False,):
             engine = build_engine(
                 config, backend, num_seqs, context_len, device, dtype, with_graphs
             )
@@ -112,7 +114,9 @@ def build_engine(
     backend = choose_backend(backend_name, device, config.head_dim)
     torch.manual_seed(0)
     with torch.device(device):
-        model = Llama(config, backend).to(dtype).eval().requires_grad_(False)
+        model = Llama(config, backend).to(device, dtype).eval().requires_grad_(False)
+    # Made on the CPU, and not to be rounded with the weights.
+    model.rotary.frequencies = rope_frequencies(config.rope, config.head_dim).to(device)
     longest = context_len + STEPS + 8
     engine = EngineConfig(
         num_blocks=num_seqs * (longest // 16 + 1),
@@ -127,7 +131,7 @@ def build_engine(
     graphs = None
     if with_graphs:
         blocks = engine.max_blocks_per_seq
-        graphs = DecodeGraphs(model, cache, num_seqs, blocks, record_cuda_graphs())
+        graphs = DecodeGraphs(model, cache, num_seqs, blocks, record_cuda_graphs(device))
     return LLMEngine(
         engine,
         Parts().build_scheduler(engine),
@@ -153,11 +157,11 @@ def _time_steps(
     while engine.has_unfinished_requests():
         begin = time.perf_counter()
         outputs = engine.step()  # ends with the tokens on the host
-        if len(outputs) == num_seqs:  # no prompt in it
+        if len(outputs) == num_seqs:
             seconds.append(time.perf_counter() - begin)
             model_seconds.append(clock.seconds_of_last_run())
         tokens |= {output.request_id: output.outputs[0].token_ids for output in outputs}
-    # The first decode step compiles and records.
+    # The first step computes the prompts, the second compiles and records.
     in_order = [tokens[str(i)] for i in range(num_seqs)]
     return statistics.median(seconds[2:]), statistics.median(model_seconds[2:]), in_order
 

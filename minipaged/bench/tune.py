@@ -34,7 +34,7 @@ CASES = [
     Case(LLAMA_3_8B, 1, 4096, queries=4096, kv_dtype="int8"),
     Case(OPT_13B, 1, 4096, queries=4096),
 ]
-DECODE_SHAPES = [TileShape(*shape) for shape in product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))]
+DECODE_SHAPES = [TileShape(*shape) for shape in product((32, 64, 128), (4, 8), (2, 3, 4))]
 PREFILL_SHAPES = [
     TileShapes(*shapes) for shapes in product((64, 128), (32, 64, 128), (4, 8), (2, 3))
 ]
@@ -69,23 +69,24 @@ def _decodes(inputs: Inputs) -> tuple[str, dict[str, Work]]:
     batch = inputs.batch
     constants = pool_constants(inputs.k_cache)
     keys, *_ = pointers(inputs.k_cache, inputs.v_cache)
-    shipped = choose_tile(constants["WIDTH"], keys.itemsize)
+    shipped = choose_tile(constants["WIDTH"], inputs.q.itemsize, keys.itemsize)
     sms = num_sms(inputs.q.device)
     splits = choose_num_splits(batch.num_seqs, constants["KV_HEADS"], batch.longest, sms)
     works: dict[str, Work] = {}
-    for shape in dict.fromkeys([*DECODE_SHAPES, shipped]):
-        for num_splits in sorted({max(1, splits // 2), splits, 2 * splits}):
-            works[_name(shape, num_splits)] = partial(
-                decode,
-                inputs.q,
-                inputs.k_cache,
-                inputs.v_cache,
-                batch,
-                inputs.scale,
-                out,
-                num_splits,
-                shape,
-            )
+    choices = [(shape, splits) for shape in [*DECODE_SHAPES, shipped]]
+    choices += [(shipped, max(1, splits // 2)), (shipped, 2 * splits)]
+    for shape, num_splits in dict.fromkeys(choices):
+        works[_name(shape, num_splits)] = partial(
+            decode,
+            inputs.q,
+            inputs.k_cache,
+            inputs.v_cache,
+            batch,
+            inputs.scale,
+            out,
+            num_splits,
+            shape,
+        )
     return _name(shipped, splits), works
 
 

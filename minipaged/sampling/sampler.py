@@ -132,7 +132,8 @@ def adjust(
         values = [value for bias in biased for value in bias.values()]
         logits[_places(biased, logits.device)] += _column(values, logits.device)[:, 0]
     if any(forbidden):
-        logits[_places(forbidden, logits.device)] = -torch.inf
+        # By index_put_: a number that is assigned comes from the host, and that is a wait.
+        logits.index_put_(_places(forbidden, logits.device), logits.new_full((), -torch.inf))
     if penalised:
         places = to_device(penalised, logits.device)
         logits[places] = penalise(logits[places], [rows[i] for i in penalised])
@@ -151,7 +152,8 @@ def penalise(
     places = _places([row.output_token_ids for row in rows], device)
     times_generated.index_put_(places, times_generated.new_ones(()), accumulate=True)
     was_there = times_generated > 0  # [rows, vocab]
-    was_there[_places([row.prompt_token_ids for row in rows], device)] = True
+    places = _places([row.prompt_token_ids for row in rows], device)
+    was_there.index_put_(places, was_there.new_ones(()))
 
     # A logit has no natural zero, so "less" is a division above zero, a multiplication below.
     repetition = _column([p.repetition_penalty for p in params], device)

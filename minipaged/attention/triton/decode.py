@@ -71,12 +71,11 @@ class TileShape(NamedTuple):
     num_stages: int  # tiles in flight
 
 
-def choose_tile(width: int, bytes_per_number: int) -> TileShape:
-    """The shape for tiles with rows of so many numbers, and so many bytes a cached number."""
-    row_bytes = width * bytes_per_number
-    if bytes_per_number == 4 and width >= 128:
+def choose_tile(width: int, query_bytes: int, cache_bytes: int) -> TileShape:
+    """The shape for tiles with rows of so many numbers, and so many bytes a number."""
+    if query_bytes == 4 and width >= 128:  # float32 takes many registers; see `prefill`
         return TileShape(16, 8, 2)
-    return TileShape(64 if row_bytes <= 256 else 32, 4, 3)
+    return TileShape(64 if width * cache_bytes <= 256 else 32, 4, 3)
 
 
 def decode(
@@ -101,7 +100,7 @@ def decode(
     kv_heads, width = constants["KV_HEADS"], constants["WIDTH"]
     tensors = pointers(k_cache, v_cache)
     if shape is None:
-        shape = choose_tile(width, tensors[0].itemsize)
+        shape = choose_tile(width, q.itemsize, tensors[0].itemsize)
     if num_splits is None:
         num_splits = choose_num_splits(batch.num_seqs, kv_heads, batch.longest, num_sms(q.device))
     cut = {"TILE": shape.tile, "NUM_SPLITS": num_splits, "SHORTEST": SHORTEST_SPLIT}
@@ -148,7 +147,7 @@ def decode(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # it changes while sequences grow
 def decode_kernel(
     out,  # [tokens, heads, head_dim]
     partial,  # [seqs, heads, splits, head_dim] float32: what each split alone would answer

@@ -58,7 +58,7 @@ def naive_paged_attention(
     return out
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def naive_kernel(
     out,  # [tokens, heads, head_dim]
     q,  # [tokens, heads, head_dim]

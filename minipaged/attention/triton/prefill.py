@@ -114,7 +114,7 @@ def prefill(
     )
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def prefill_kernel(
     out,  # [tokens, heads, head_dim]
     q,  # [tokens, heads, head_dim]
