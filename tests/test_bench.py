@@ -1,22 +1,16 @@
 """The benchmarks behind the numbers in the documentation: they run, and check what they measure."""
 
-import io
 import json
 import statistics
 from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 from test_cli import minipaged
 
 from minipaged.attention import BACKENDS, reference
-from minipaged.attention.triton.decode import TileShape
-from minipaged.attention.triton.machine import is_interpreted
-from minipaged.attention.triton.prefill import TileShapes
-from minipaged.bench import kernel, tune
+from minipaged.bench import kernel
 from minipaged.bench.sharing import alpaca_lengths
-from minipaged.bench.writes import measure_writes
 
 
 def test_the_lengths_have_the_means_of_the_papers_trace():
@@ -125,35 +119,6 @@ def test_the_pool_of_a_case_holds_the_keys_that_lie_side_by_side():
         assert torch.equal(slots[inputs.batch.slots], new)
 
 
-@pytest.mark.filterwarnings("ignore:no GPU")
-def test_the_kernels_that_write_are_measured_beside_their_plain_forms():
-    rows = list(measure_writes(TINY, 2, "triton", CPU, torch.float32, (3,), 2))
-    assert [row.backend for row in rows] == [
-        "index",
-        "triton",
-        "rotate, then triton",
-        "RoPE within triton",
-        "index",
-        "triton",
-    ]
-
-
-def test_the_sweep_puts_the_fastest_first_beside_what_is_shipped(monkeypatch):
-    monkeypatch.setattr(tune, "DECODE_SHAPES", [TileShape(16, 4, 2)])
-    monkeypatch.setattr(tune, "PREFILL_SHAPES", [TileShapes(16, 16, 4, 2)])
-    cases = [kernel.Case(TINY, 1, 32), kernel.Case(TINY, 1, 32, queries=32)]
-    rows = list(tune.sweep(cases, CPU, torch.float32, rounds=1))
-    assert {row.case for row in rows} == set(cases)
-    for case in cases:
-        times = [row.seconds for row in rows if row.case == case]
-        assert times == sorted(times)
-        [shipped] = {row.shipped_choice for row in rows if row.case == case}
-        assert shipped in {row.choice for row in rows if row.case == case}
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(tune.as_table(rows, best=1))
-    assert console.export_text().count("(shipped)") == 2
-
-
 def test_formats_are_reported_with_their_gain_and_their_error(capsys, monkeypatch):
     code, out, _ = minipaged(
         capsys, monkeypatch, "bench", "formats", "--num-questions", "3", "--json"
@@ -189,15 +154,6 @@ def test_a_decode_step_is_reported_beside_the_bytes_that_it_reads(capsys, monkey
     for row in rows:
         assert row["seconds"] >= row["model_seconds"] > 0
         assert row["floor_seconds"] > 0
-
-
-def test_compiling_in_a_process_that_interprets_is_refused(capsys, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # set back afterwards, whatever the command does
-    if not is_interpreted():  # from now on, the kernels of this file's imports included
-        pytest.skip("this process compiles")
-    code, _, err = minipaged(capsys, monkeypatch, "bench", "compile")
-    assert code != 0
-    assert "TRITON_INTERPRET=0" in err
 
 
 def test_bench_alone_says_what_there_is(capsys, monkeypatch):

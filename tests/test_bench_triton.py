@@ -1,0 +1,55 @@
+"""The benchmarks of the Triton kernels, on tiny cases in Triton's interpreter."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from test_cli import minipaged
+
+from minipaged.attention.triton.decode import TileShape
+from minipaged.attention.triton.machine import is_interpreted
+from minipaged.attention.triton.prefill import TileShapes
+from minipaged.bench import kernel, tune
+from minipaged.bench.writes import measure_writes
+
+CPU = torch.device("cpu")
+TINY = kernel.Heads("tiny", 2, 1, 32)
+
+pytestmark = pytest.mark.skipif(not is_interpreted(), reason="this process compiles for a GPU")
+
+
+@pytest.mark.filterwarnings("ignore:no GPU")
+def test_the_kernels_that_write_are_measured_beside_their_plain_forms():
+    rows = list(measure_writes(TINY, 2, "triton", CPU, torch.float32, (3,), 2))
+    assert [row.backend for row in rows] == [
+        "index",
+        "triton",
+        "rotate, then triton",
+        "RoPE within triton",
+        "index",
+        "triton",
+    ]
+
+
+def test_the_sweep_puts_the_fastest_first_beside_what_is_shipped(monkeypatch):
+    monkeypatch.setattr(tune, "DECODE_SHAPES", [TileShape(16, 4, 2)])
+    monkeypatch.setattr(tune, "PREFILL_SHAPES", [TileShapes(16, 16, 4, 2)])
+    cases = [kernel.Case(TINY, 1, 32), kernel.Case(TINY, 1, 32, queries=32)]
+    rows = list(tune.sweep(cases, CPU, torch.float32, rounds=1))
+    assert {row.case for row in rows} == set(cases)
+    for case in cases:
+        times = [row.seconds for row in rows if row.case == case]
+        assert times == sorted(times)
+        [shipped] = {row.shipped_choice for row in rows if row.case == case}
+        assert shipped in {row.choice for row in rows if row.case == case}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(tune.as_table(rows, best=1))
+    assert console.export_text().count("(shipped)") == 2
+
+
+def test_compiling_in_a_process_that_interprets_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # set back afterwards, whatever the command does
+    code, _, err = minipaged(capsys, monkeypatch, "bench", "compile")
+    assert code != 0
+    assert "TRITON_INTERPRET=0" in err
