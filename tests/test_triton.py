@@ -889,7 +889,7 @@ MUTANTS = {
     ),
     "padding is stored": (store_passes, "store_kv", "if token >= tl", "if token > tl"),
     "values are read like keys": (
-        store_passes, "store_kv", "token * k_token_stride", "token * v_token_stride"
+        store_passes, "store_kv", "v + token * v_token_stride", "v + token * k_token_stride"
     ),
     "keys are stored slot by slot": (
         store_passes, "store_kv", "* KV_HEADS + heads) * BLOCK_SIZE + slot % BLOCK_SIZE",

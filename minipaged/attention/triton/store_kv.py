@@ -138,21 +138,14 @@ def store_kernel(
         return  # nobody's: padding behind the last sequence has no slot
     heads = tl.arange(0, HEADS_WIDTH)
     cells = _cells_of(tl.load(slots + token), heads, KV_HEADS, BLOCK_SIZE)
-    dims = tl.arange(0, WIDTH)[None, :]
-    mask = (heads < KV_HEADS)[:, None] & (dims < HEAD_DIM)
-
-    k_places = token * k_token_stride + heads[:, None] * k_head_stride + dims
-    keys = tl.load(k + k_places, mask=mask, other=0.0)
-    v_places = token * v_token_stride + heads[:, None] * v_head_stride + dims
-    values = tl.load(v + v_places, mask=mask, other=0.0)
-    if QUANTIZED:
-        keys, key_scales = _quantize(keys, LARGEST, SMALLEST)
-        values, value_scales = _quantize(values, LARGEST, SMALLEST)
-        tl.store(k_scales + cells, key_scales, mask=heads < KV_HEADS)
-        tl.store(v_scales + cells, value_scales, mask=heads < KV_HEADS)
-    numbers = cells[:, None] * HEAD_DIM + dims
-    tl.store(k_cache + numbers, keys.to(k_cache.dtype.element_ty), mask=mask)
-    tl.store(v_cache + numbers, values.to(v_cache.dtype.element_ty), mask=mask)
+    _store_rows(
+        k + token * k_token_stride, k_head_stride, k_cache, k_scales, cells, heads,
+        LARGEST, SMALLEST, KV_HEADS, HEAD_DIM, WIDTH, QUANTIZED,
+    )  # fmt: skip
+    _store_rows(
+        v + token * v_token_stride, v_head_stride, v_cache, v_scales, cells, heads,
+        LARGEST, SMALLEST, KV_HEADS, HEAD_DIM, WIDTH, QUANTIZED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -221,16 +214,39 @@ def rope_and_store_kernel(
     tl.store(k_cache + numbers, first.to(k_cache.dtype.element_ty), mask=mask)
     tl.store(k_cache + numbers + HALF, second.to(k_cache.dtype.element_ty), mask=mask)
 
+    _store_rows(
+        v + token * v_token_stride, v_head_stride, v_cache, v_scales, cells, heads,
+        LARGEST, SMALLEST, KV_HEADS, HEAD_DIM, WIDTH, QUANTIZED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_rows(
+    rows,  # pointer to one token's keys, or to its values
+    head_stride,
+    cache,
+    scales,
+    cells,  # [heads]
+    heads,  # [heads]
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+):
+    """Write the keys (or values) of all heads to their cells."""
+    is_head = heads < KV_HEADS
     dims = tl.arange(0, WIDTH)[None, :]
     mask = is_head[:, None] & (dims < HEAD_DIM)
-    values = tl.load(
-        v + token * v_token_stride + heads[:, None] * v_head_stride + dims, mask=mask, other=0.0
-    )
+    numbers = tl.load(rows + heads[:, None] * head_stride + dims, mask=mask, other=0.0)
     if QUANTIZED:
-        values, value_scales = _quantize(values, LARGEST, SMALLEST)
-        tl.store(v_scales + cells, value_scales, mask=is_head)
-    numbers = cells[:, None] * HEAD_DIM + dims
-    tl.store(v_cache + numbers, values.to(v_cache.dtype.element_ty), mask=mask)
+        numbers = numbers.to(tl.float32)
+        scale = _choose_scale(tl.abs(numbers), LARGEST, SMALLEST)
+        tl.store(scales + cells, scale, mask=is_head)
+        numbers = _to_steps(numbers, scale, LARGEST)
+    places = cells[:, None] * HEAD_DIM + dims
+    tl.store(cache + places, numbers.to(cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -248,20 +264,14 @@ def _turn(rows, half, mask, cos, sin, HALF: tl.constexpr):
 
 
 @triton.jit
-def _quantize(numbers, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """The numbers in steps of their row's scale, and the scales; see `minipaged/quantized.py`."""
-    numbers = numbers.to(tl.float32)
-    scale = _choose_scale(tl.abs(numbers), LARGEST, SMALLEST)
-    return _to_steps(numbers, scale, LARGEST), scale
-
-
-@triton.jit
 def _choose_scale(magnitudes, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """What a step of each row's numbers is worth; see `minipaged/quantized.py`."""
     return tl.maximum(tl.div_rn(tl.max(magnitudes, axis=1), LARGEST), SMALLEST)
 
 
 @triton.jit
 def _to_steps(numbers, scale, LARGEST: tl.constexpr):
+    """Rows of numbers in steps of their scale."""
     steps = tl.div_rn(numbers, scale[:, None])
     if LARGEST == 127:  # int8 counts whole steps; float8 rounds when it is stored
         steps = tl.floor(steps + 0.5)
