@@ -158,6 +158,19 @@ def test_a_starved_pool_preempts_over_and_over_and_gives_the_same_tokens(
     assert sum(output.metrics.num_preemptions for output in outputs) >= 4
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_8_bit_keys_survive_sharing_copies_and_preemption(folder, preemption, kv_cache_dtype):
+    # A key's bits depend on nothing but the key: whoever computes it again stores the same.
+    prompts, params = PROMPTS[:4], SamplingParams(n=3, seed=4, max_tokens=12, ignore_eos=True)
+    options = {"kv_cache_dtype": kv_cache_dtype, "block_size": 4, "preemption": preemption}
+    ample = run(checked(folder, **options), prompts, params)
+    starved = run(checked(folder, **options, num_blocks=40, num_swap_blocks=99), prompts, params)
+    assert sum(output.metrics.num_preemptions for output in starved) >= 2
+    for found, right in zip(starved, ample, strict=True):
+        assert [o.token_ids for o in found.outputs] == [o.token_ids for o in right.outputs]
+
+
 @pytest.mark.parametrize("max_num_batched_tokens", [8, 13, 64])
 def test_the_size_of_prompt_chunks_changes_no_token(folder, expected, max_num_batched_tokens):
     llm = checked(folder, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=8)
