@@ -5,9 +5,11 @@ them run. A graph holds all launches of a step, and replaying it is a single one
 is fixed, though: every address, every shape, every number that Python had in hand. So
 
     inputs   are copied into tensors that stay where they are
-    sizes    are rounded up to one of a few, each recorded when it is first met; the rows too many
-             belong to sequences without tokens, which every kernel passes over
-    numbers  that kernels need of a batch lie on the GPU; the host knows only bounds for them
+    sizes    are rounded up to one of a few, each recorded when it is first met. The rows too many
+             belong to sequences without tokens: attention and store pass over them, and whatever
+             the other layers make of what lies there stays in these rows
+    numbers  that kernels need of a batch lie on the GPU; of the longest length, which decides how
+             far attention is split, a graph knows a bound, and there is one for each of a few
 
 Prefills differ in size from step to step, and have enough work in each kernel: they are not worth
 recording. The results of a step stand in the graph's own memory until the next replay.
@@ -75,13 +77,14 @@ class DecodeGraphs:
         self._model = model
         self._kv_cache = kv_cache
         self._record = record
+        longest = max_blocks_per_seq * kv_cache.block_size
         self._sizes = sizes_to_record(max_num_seqs)
-        self._replays: dict[int, Step] = {}
+        self._lengths = lengths_to_record(longest)
+        self._replays: dict[tuple[int, int], Step] = {}
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=kv_cache.device)
 
-        longest = max_blocks_per_seq * kv_cache.block_size
         self._inputs = Batch(
             token_ids=zeros(max_num_seqs, dtype=torch.long),
             positions=zeros(max_num_seqs, dtype=torch.long),
@@ -90,7 +93,7 @@ class DecodeGraphs:
             context_lens=zeros(max_num_seqs),
             block_tables=zeros(max_num_seqs, max_blocks_per_seq),
             logit_rows=torch.arange(max_num_seqs, device=kv_cache.device),
-            spans=tuple(Span(i, 1, longest - 1) for i in range(max_num_seqs)),  # bounds
+            spans=(),  # those of a padded batch
         )
 
     def can_run(self, batch: Batch) -> bool:
@@ -100,15 +103,16 @@ class DecodeGraphs:
     def run(self, batch: Batch) -> Float[Tensor, "seqs vocab"]:
         """The logits of this step, valid until the next one."""
         size = next(size for size in self._sizes if size >= batch.num_seqs)
+        longest = next(length for length in self._lengths if length >= batch.longest)
         self._copy_in(batch, size)
-        if size in self._replays:
-            logits = self._replays[size]()
+        if (size, longest) in self._replays:
+            logits = self._replays[size, longest]()
         else:
             # The first time it runs as ever: kernels are compiled, libraries set up their memory,
             # and neither may happen while a graph is recorded (which computes nothing).
-            padded = self._padded(size)
+            padded = self._padded(size, longest)
             logits = self._step(padded)
-            self._replays[size] = self._record(lambda: self._step(padded))
+            self._replays[size, longest] = self._record(lambda: self._step(padded))
         return logits[: batch.num_seqs]
 
     def _step(self, batch: Batch) -> Float[Tensor, "seqs vocab"]:
@@ -126,7 +130,7 @@ class DecodeGraphs:
         inputs.query_starts[: count + 1] = batch.query_starts
         inputs.query_starts[count + 1 : size + 1] = count  # the others begin where they end
 
-    def _padded(self, size: int) -> Batch:
+    def _padded(self, size: int, longest: int) -> Batch:
         inputs = self._inputs
         return replace(
             inputs,
@@ -137,7 +141,7 @@ class DecodeGraphs:
             context_lens=inputs.context_lens[:size],
             block_tables=inputs.block_tables[:size],
             logit_rows=inputs.logit_rows[:size],
-            spans=inputs.spans[:size],
+            spans=tuple(Span(i, 1, longest - 1) for i in range(size)),
         )
 
 
@@ -145,3 +149,9 @@ def sizes_to_record(max_num_seqs: int) -> list[int]:
     """1, 2, 4, then every eighth: padding stays below 8 rows, which cost next to nothing."""
     sizes = [1, 2, 4, *range(8, max_num_seqs, 8)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def lengths_to_record(longest: int) -> list[int]:
+    """4,096 tokens, four times as many, and so on: bounds for the longest sequence of a batch."""
+    lengths = [4096 * 4**power for power in range(10)]
+    return [length for length in lengths if length < longest] + [longest]

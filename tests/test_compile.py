@@ -49,7 +49,9 @@ report = {
 print(json.dumps(report))
 """
 
-KERNELS = {"decode", "merge", "prefill", "naive", "store", "rope_and_store", "copy"}
+DECODES = ["decode", "decode, split"]
+MULTIPLYING = [*DECODES, "prefill"]
+KERNELS = {*MULTIPLYING, "merge", "naive", "store", "rope_and_store", "copy"}
 KIB = 1024
 SHARED_OF_A_PROGRAM = {80: 163 * KIB, 90: 227 * KIB}
 
@@ -97,8 +99,9 @@ def test_every_kernel_compiles_for_ampere_and_hopper(rows, dtype, sm):
 
 
 def test_nothing_is_compiled_twice(rows):
-    decodes = of(rows, "decode", heads="32/8 x 128", dtype="float16", kv_dtype="auto", sm=80)
-    assert len(decodes) == 2  # with one split, and with several
+    for kernel in MULTIPLYING:
+        options = {"heads": "32/8 x 128", "dtype": "float16", "kv_dtype": "auto", "sm": 80}
+        assert len(of(rows, kernel, **options)) == 1
     # It reads what decode left, whatever the pool's type.
     assert len(of(rows, "merge", heads="32/8 x 128", dtype="float16", sm=80)) == 1
 
@@ -127,13 +130,11 @@ def test_every_program_fits_into_shared_memory(rows):
 
 
 def test_several_decoding_programs_share_a_multiprocessor(rows):
-    for row in of(rows, "decode"):
+    for row in (row for kernel in DECODES for row in of(rows, kernel)):
         threads = 32 * row["num_warps"]
         assert 2 * threads * row["registers"] <= 65536, row
         assert 2 * row["shared_bytes"] <= SHARED_OF_A_PROGRAM[row["sm"]], row
-        assert row["programs"] >= 2, row
-    for row in of(rows, "decode", kv_dtype="auto"):
-        assert row["programs"] >= 4, row
+        assert row["programs"] >= (4 if row["kv_dtype"] == "auto" else 2), row
 
 
 @pytest.mark.parametrize(("sm", "instruction"), [(80, "HMMA"), (90, "HGMMA")])
@@ -144,12 +145,13 @@ def test_prefill_multiplies_with_the_best_instruction_of_the_gpu(rows, sm, instr
 
 def test_decode_multiplies_on_the_tensor_cores_and_the_plain_kernels_do_not(rows):
     # HGMMA takes 64 rows, and decode has 16.
-    assert {row["instructions"] for row in of(rows, "decode")} == {"HMMA"}
-    for kernel in KERNELS - {"decode", "prefill"}:
+    for kernel in DECODES:
+        assert {row["instructions"] for row in of(rows, kernel)} == {"HMMA"}
+    for kernel in KERNELS.difference(MULTIPLYING):
         assert {row["instructions"] for row in of(rows, kernel)} == {"-"}
 
 
-@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("kernel", MULTIPLYING)
 def test_keys_are_read_16_bytes_at_a_time_while_others_are_multiplied(rows, kernel):
     assert {row["reads"] for row in of(rows, kernel, kv_dtype="auto")} == {"LDGSTS.128"}
     for kv_dtype in ("int8", "fp8"):  # where some versions of Triton read values 8 bytes at a time

@@ -171,8 +171,8 @@ def launch_everything(setting: Setting) -> None:
     decodes, prompts = _batch(tokens_each=1), _batch(tokens_each=8)
     scale = head_dim**-0.5
 
-    decode(q, k_cache, v_cache, decodes, scale, out, num_splits=1)
-    decode(q, k_cache, v_cache, decodes, scale, out, num_splits=_NUM_SPLITS)
+    decode(q, k_cache, v_cache, decodes, scale, out, to_fill=1)
+    decode(q, k_cache, v_cache, decodes, scale, out, to_fill=_NUM_SPLITS)
     prefill(q, k_cache, v_cache, prompts, scale, out)
     naive_paged_attention(q, k_cache, v_cache, prompts, scale)
     triton_store_kv(new, new, k_cache, v_cache, prompts)
@@ -243,7 +243,7 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
     compiled: Any = triton.compile(source, target=target, options=options)
     usage, code = _examine(compiled.asm)
     return Compiled(
-        kernel=launch.kernel.__name__.removesuffix("_kernel"),
+        kernel=launch.kernel.__name__.removesuffix("_kernel") + ", split" * bound.get("SPLIT", 0),
         heads=f"{setting.heads}/{setting.kv_heads} x {setting.head_dim}",
         dtype=str(setting.dtype).removeprefix("torch."),
         kv_dtype=setting.kv_dtype,

@@ -13,15 +13,11 @@ from itertools import product
 import torch
 from rich.table import Table
 
-from minipaged.attention.triton.decode import (
-    TileShape,
-    choose_num_splits,
-    choose_tile,
-    decode,
-)
+from minipaged.attention.triton.decode import TileShape, choose_tile, decode
 from minipaged.attention.triton.launch import pointers, pool_constants
 from minipaged.attention.triton.machine import num_sms
 from minipaged.attention.triton.prefill import TileShapes, choose_tiles, prefill
+from minipaged.attention.triton.splits import splits_to_fill
 from minipaged.bench.kernel import LLAMA_3_8B, OPT_13B, Case, Inputs, make_inputs
 from minipaged.bench.timing import Work, median_seconds
 
@@ -71,12 +67,12 @@ def _decodes(inputs: Inputs) -> tuple[str, dict[str, Work]]:
     keys, *_ = pointers(inputs.k_cache, inputs.v_cache)
     shipped = choose_tile(constants["WIDTH"], inputs.q.itemsize, keys.itemsize)
     sms = num_sms(inputs.q.device)
-    splits = choose_num_splits(batch.num_seqs, constants["KV_HEADS"], batch.longest, sms)
+    splits = splits_to_fill(batch.num_seqs, constants["KV_HEADS"], sms)
     works: dict[str, Work] = {}
     choices = [(shape, splits) for shape in [*DECODE_SHAPES, shipped]]
     choices += [(shipped, max(1, splits // 2)), (shipped, 2 * splits)]
-    for shape, num_splits in dict.fromkeys(choices):
-        works[_name(shape, num_splits)] = partial(
+    for shape, to_fill in dict.fromkeys(choices):
+        works[_name(shape, to_fill)] = partial(
             decode,
             inputs.q,
             inputs.k_cache,
@@ -84,7 +80,7 @@ def _decodes(inputs: Inputs) -> tuple[str, dict[str, Work]]:
             batch,
             inputs.scale,
             out,
-            num_splits,
+            to_fill,
             shape,
         )
     return _name(shipped, splits), works
@@ -110,9 +106,9 @@ def _prefills(inputs: Inputs) -> tuple[str, dict[str, Work]]:
     return _name(shipped), works
 
 
-def _name(shape: TileShape | TileShapes, num_splits: int | None = None) -> str:
+def _name(shape: TileShape | TileShapes, to_fill: int | None = None) -> str:
     parts = [f"{name} {value}" for name, value in shape._asdict().items()]
-    return ", ".join(parts if num_splits is None else [*parts, f"splits {num_splits}"])
+    return ", ".join(parts if to_fill is None else [*parts, f"splits {to_fill}"])
 
 
 def _fits(work: Work) -> bool:

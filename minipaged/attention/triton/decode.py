@@ -7,15 +7,17 @@ What it computes   for every sequence with one query token, attention over its k
 Grid               (kv_heads, seqs, splits): the keys of a sequence are cut into splits, a program
                    each, so that few long sequences fill the GPU as well as many short ones.
 
-                       sequence 0, 900 keys    [ split 0 ][ split 1 ][ split 2 ][ 3 ]
-                       sequence 1, 450 keys    [ split 0 ][    1   ]   -   -      - ends at once
-                       sequence 2, 120 keys    [   0 ]   -   -   -
+                       sequence 0, 2,000 keys    [ 512 ][ 512 ][ 512 ][ 464 ]
+                       sequence 1,   900 keys    [ 256 ][ 256 ][ 256 ][ 132 ]
+                       sequence 2,   400 keys    [ 256 ][ 144 ]   -      -     - ends at once
 
                    With one split a program writes its result. With more, it leaves a partial
-                   result, and a second kernel merges those of a sequence and head.
+                   result, and a second kernel merges those of a sequence and head. Heads come
+                   first in the grid: those of one block lie side by side, and are read together.
 Bytes              2 * seq_len * kv_heads * head_dim numbers a sequence, each read once: a program
-                   serves all query heads of its key head. (Queries, tables and results are less
-                   than a hundredth of that from 100 keys on.) This is the floor: bytes / bandwidth.
+                   serves all query heads of its key head. (Queries and results are less than a
+                   hundredth of that from 100 keys for each query head of a group on.) This is
+                   the floor: bytes / bandwidth. A split adds 8 * heads * head_dim bytes.
 Operations         4 * seq_len * heads * head_dim: in half precision as many a byte as query heads
                    share a key head, 1 to 8, where a GPU could do some 200. So the arithmetic is
                    free, even though a matrix of 16 rows is multiplied for those 1 to 8 heads.
@@ -23,7 +25,6 @@ Operations         4 * seq_len * heads * head_dim: in half precision as many a b
 Of the paper's kernels (section 5.1) it is "fused block read and attention".
 """
 
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -34,33 +35,16 @@ from torch import Tensor
 from minipaged.attention.reference import heads_per_kv_head
 from minipaged.attention.triton.launch import LOG2_E, math_type, pointers, pool_constants
 from minipaged.attention.triton.machine import num_sms
+from minipaged.attention.triton.splits import (
+    SPLIT_RULE,
+    merge,
+    most_splits,
+    split_length,
+    splits_to_fill,
+)
 from minipaged.attention.triton.tile import attend_to_tile, load_query
 from minipaged.batch import Batch
 from minipaged.quantized import KVPool
-
-SHORTEST_SPLIT = 256  # positions; a program that does less is mostly beginning and end
-LONGEST_SPLIT = 4096  # positions; else one long sequence keeps a few programs busy after all others
-MOST_SPLITS = 128  # more, and merging them costs more than it saves
-PROGRAMS_PER_SM = 4  # as many as find registers there: splits are made until the GPU is full
-
-
-def choose_num_splits(num_seqs: int, kv_heads: int, longest: int, num_sms: int) -> int:
-    """Into how many pieces the longest sequence is cut, a power of two; a shorter one fills fewer.
-
-    From numbers that the host knows: looking at the lengths on the GPU would make it wait for it.
-    A power of two, since each number of splits is a kernel of its own, to be compiled.
-
-    Args:
-        longest: keys of the longest sequence, or more.
-        num_sms: multiprocessors of the GPU.
-    """
-    fill_the_gpu = ceil(PROGRAMS_PER_SM * num_sms / (num_seqs * kv_heads))
-    # Batch and heads alone do not decide: one sequence of 32,000 keys among a hundred short ones
-    # is read by kv_heads programs, long after all others are done, unless it is cut up.
-    cut_the_longest = ceil(longest / LONGEST_SPLIT)
-    not_to_slivers = ceil(longest / SHORTEST_SPLIT)
-    num_splits = min(max(fill_the_gpu, cut_the_longest), not_to_slivers)
-    return min(triton.next_power_of_2(num_splits), MOST_SPLITS)
 
 
 class TileShape(NamedTuple):
@@ -68,7 +52,7 @@ class TileShape(NamedTuple):
 
     tile: int  # positions
     num_warps: int
-    num_stages: int  # tiles in flight
+    num_stages: int  # of the loop: the first loads table entries, the next keys and values ...
 
 
 def choose_tile(width: int, query_bytes: int, cache_bytes: int) -> TileShape:
@@ -85,14 +69,14 @@ def decode(
     batch: Batch,
     scale: float,
     out: Tensor,
-    num_splits: int | None = None,
+    to_fill: int | None = None,
     shape: TileShape | None = None,
 ) -> None:
     """Write to `out` the attention of all sequences with one query.
 
     Args:
         q, out: [tokens, heads, head_dim]; the rows of other sequences are left alone.
-        num_splits: pieces of a sequence, a power of two; None: `choose_num_splits`.
+        to_fill: splits of a sequence of middling length; None: `splits_to_fill`.
         shape: None: `choose_tile`.
     """
     _, heads, head_dim = q.shape
@@ -101,57 +85,50 @@ def decode(
     tensors = pointers(k_cache, v_cache)
     if shape is None:
         shape = choose_tile(width, q.itemsize, tensors[0].itemsize)
-    if num_splits is None:
-        num_splits = choose_num_splits(batch.num_seqs, kv_heads, batch.longest, num_sms(q.device))
-    cut = {"TILE": shape.tile, "NUM_SPLITS": num_splits, "SHORTEST": SHORTEST_SPLIT}
+    if to_fill is None:
+        to_fill = splits_to_fill(batch.num_seqs, kv_heads, num_sms(q.device))
+    num_splits = most_splits(batch.longest, to_fill)
 
-    partial, lse = out, out  # with one split there is nothing to merge, and these are not written
+    partial, log_sums = out, out  # one split leaves nothing to merge: these are not written then
     if num_splits > 1:
         pieces = (batch.num_seqs, heads, num_splits)
         partial = torch.empty((*pieces, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty(pieces, dtype=torch.float32, device=q.device)
+        log_sums = torch.empty(pieces, dtype=torch.float32, device=q.device)
     decode_kernel[(kv_heads, batch.num_seqs, num_splits)](
         out,
         partial,
-        lse,
+        log_sums,
         q,
         *tensors,
         batch.query_starts,
         batch.context_lens,
         batch.block_tables,
         scale * LOG2_E,
+        to_fill,
         q.stride(0),
         q.stride(1),
         batch.block_tables.stride(0),
         HEADS=heads,
         GROUP=heads_per_kv_head(q, k_cache, v_cache),
         ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
+        SPLIT=num_splits > 1,
+        TILE=shape.tile,
         MATH=math_type(q.dtype),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
-        **cut,
+        **SPLIT_RULE,
         **constants,
     )
     if num_splits > 1:
-        merge_kernel[(batch.num_seqs, heads)](
-            out,
-            partial,
-            lse,
-            batch.query_starts,
-            batch.context_lens,
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            WIDTH=width,
-            num_warps=4 if num_splits <= 32 else 8,
-            **cut,
-        )
+        merge(out, partial, log_sums, batch, to_fill, shape.tile)
 
 
-@triton.jit(do_not_specialize=["table_stride"])  # it changes while sequences grow
+# What changes from step to step is not built into the kernel, or it would be compiled again.
+@triton.jit(do_not_specialize=["to_fill", "table_stride"])
 def decode_kernel(
     out,  # [tokens, heads, head_dim]
     partial,  # [seqs, heads, splits, head_dim] float32: what each split alone would answer
-    lse,  # [seqs, heads, splits] float32: log2 of the sum of its weights
+    log_sums,  # [seqs, heads, splits] float32: log2 of the sum of its weights
     q,  # [tokens, heads, head_dim]
     k_cache,
     v_cache,
@@ -161,20 +138,24 @@ def decode_kernel(
     context_lens,
     block_tables,
     scale,  # of scores, times log2(e)
+    to_fill,
     q_token_stride,
     q_head_stride,
     table_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads that share a key head
     ROWS: tl.constexpr,  # GROUP, padded to what tl.dot takes
+    SPLIT: tl.constexpr,  # whether there is anything to merge
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     SHORTEST: tl.constexpr,
+    LONGEST: tl.constexpr,
+    MOST: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    LARGEST: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One split of one sequence, for the query heads of one key head."""
@@ -186,7 +167,7 @@ def decode_kernel(
     if tl.load(query_starts + seq + 1) - token != 1:
         return  # not decoding, or padding
     seq_len = tl.load(context_lens + seq) + 1
-    split_len = _split_len(seq_len, TILE, NUM_SPLITS, SHORTEST)
+    split_len = split_length(seq_len, to_fill, TILE, SHORTEST, LONGEST, MOST)
     start = split * split_len
     end = tl.minimum(start + split_len, seq_len)
     if start >= end:
@@ -210,68 +191,22 @@ def decode_kernel(
         maximum, total, output = attend_to_tile(
             maximum, total, output, query, last_position, tile_start, end,
             k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
-            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False, QUANTIZED, MATH,
+            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
     if whole_tiles_end < end:
         maximum, total, output = attend_to_tile(
             maximum, total, output, query, last_position, whole_tiles_end, end,
             k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
-            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, True, QUANTIZED, MATH,
+            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, True, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
 
     dims = tl.arange(0, WIDTH)
     mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    result = output / total[:, None]  # [ROWS, WIDTH]
-    if NUM_SPLITS == 1:
+    result = output / (total * LARGEST)[:, None]  # [ROWS, WIDTH]
+    if SPLIT:
+        places = (seq.to(tl.int64) * HEADS + heads) * tl.num_programs(2) + split  # [ROWS]
+        tl.store(partial + places[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
+        tl.store(log_sums + places, maximum + tl.log2(total), mask=is_row)
+    else:
         places = tokens.to(tl.int64) * HEADS + heads  # [ROWS]
         tl.store(out + places[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
-    else:
-        places = (seq.to(tl.int64) * HEADS + heads) * NUM_SPLITS + split  # [ROWS]
-        tl.store(partial + places[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
-        tl.store(lse + places, maximum + tl.log2(total), mask=is_row)
-
-
-@triton.jit
-def merge_kernel(
-    out,  # [tokens, heads, head_dim]
-    partial,  # [seqs, heads, splits, head_dim] float32
-    lse,  # [seqs, heads, splits] float32
-    query_starts,
-    context_lens,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    SHORTEST: tl.constexpr,
-):
-    """The splits of one sequence and head, each weighted by its share of all weights."""
-    seq = tl.program_id(0)
-    head = tl.program_id(1)
-    token = tl.load(query_starts + seq)
-    if tl.load(query_starts + seq + 1) - token != 1:
-        return
-    seq_len = tl.load(context_lens + seq) + 1
-
-    splits = tl.arange(0, NUM_SPLITS)
-    split_len = _split_len(seq_len, TILE, NUM_SPLITS, SHORTEST)
-    written = splits * split_len < seq_len  # the first is always
-    dims = tl.arange(0, WIDTH)
-    places = (seq.to(tl.int64) * HEADS + head) * NUM_SPLITS + splits
-    sums = tl.load(lse + places, mask=written, other=float("-inf"))  # [NUM_SPLITS]
-    shares = tl.exp2(sums - tl.max(sums, axis=0))  # 0 where nothing was written
-    results = tl.load(
-        partial + places[:, None] * HEAD_DIM + dims[None, :],
-        mask=written[:, None] & (dims < HEAD_DIM)[None, :],
-        other=0.0,
-    )  # [NUM_SPLITS, WIDTH]
-    merged = tl.sum(shares[:, None] * results, axis=0) / tl.sum(shares, axis=0)
-    place = (token.to(tl.int64) * HEADS + head) * HEAD_DIM
-    tl.store(out + place + dims, merged, mask=dims < HEAD_DIM)
-
-
-@triton.jit
-def _split_len(seq_len, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, SHORTEST: tl.constexpr):
-    """Positions in each split of a sequence of this length: whole tiles, and no slivers."""
-    tiles = (seq_len + TILE * NUM_SPLITS - 1) // (TILE * NUM_SPLITS)
-    return tl.maximum(tiles, SHORTEST // TILE) * TILE

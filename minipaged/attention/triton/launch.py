@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minipaged.attention.triton.machine import is_interpreted, prepare_triton
-from minipaged.quantized import KVPool, QuantizedPool
+from minipaged.quantized import LARGEST, KVPool, QuantizedPool
 
 prepare_triton()  # every file with kernels imports this one, before it defines them
 
@@ -47,7 +47,13 @@ def pool_constants(k_cache: KVPool) -> dict[str, Any]:
         "HEAD_DIM": head_dim,
         "WIDTH": max(16, triton.next_power_of_2(head_dim)),  # tl.dot multiplies 16 at least
         "QUANTIZED": isinstance(k_cache, QuantizedPool),
+        "LARGEST": largest(k_cache),
     }
+
+
+def largest(k_cache: KVPool) -> float:
+    """The largest number that an 8-bit pool can store; for a pool of floats 1.0, which is idle."""
+    return LARGEST[k_cache.numbers.dtype] if isinstance(k_cache, QuantizedPool) else 1.0
 
 
 def math_type(dtype: torch.dtype) -> Any:

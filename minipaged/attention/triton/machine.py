@@ -12,7 +12,7 @@ OLDEST_GPU = (8, 0)  # Ampere: the first whose tensor cores take bfloat16
 OLDEST_GPU_FOR_FP8 = (8, 9)  # Ada and Hopper
 
 _INTERPRET = "TRITON_INTERPRET"
-_INTERPRETED_SMS = 4  # what an interpreted launch takes for the size of its GPU
+_INTERPRETED_SMS = 4  # an interpreted launch takes its GPU for so small, and still splits a little
 
 
 @cache

@@ -10,14 +10,14 @@ Grid               (tokens, heads): a program a query token and head, so prefill
                head 0     []        []        []      each [] walks the blocks of its sequence,
                head 1     []        []        []      table[0], table[1], ... up to its position
 
-Bytes              all keys and values of a sequence once for *every query head*: with 32 heads over
-                   8 key heads, four times as many as needed.
+Bytes              all keys and values of a sequence once for *every query token and head*: with 32
+                   heads over 8 key heads, at decode four times as many as needed.
 Operations         4 * head_dim a key and query head, as everywhere; but as sums of products, not on
                    the tensor cores: those take 16 rows at least, and here is one.
 
-Of the paper's kernels (section 5.1) it is "fused block read and attention", without the two tricks
-that the paper describes, a warp for each block and reads that coalesce, and without ours: `decode`
-has those, and reads the same table.
+Of the paper's kernels (section 5.1) it is "fused block read and attention". What it lacks beside
+`decode`, which reads the same table: key heads read once for all their query heads, long sequences
+cut into splits, tensor cores, and loads that are under way before they are needed.
 """
 
 import torch
@@ -70,7 +70,7 @@ def naive_kernel(
     context_lens,
     block_tables,
     num_seqs,
-    scale,  # of scores, times log2(e)
+    scale,  # of scores, times log2(e), for a GPU has an instruction for 2^x
     q_token_stride,
     q_head_stride,
     table_stride,
@@ -78,10 +78,11 @@ def naive_kernel(
     GROUP: tl.constexpr,  # query heads that share a key head
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,  # HEAD_DIM, or the next power of two: a tile has no other sizes
     BLOCK_SIZE: tl.constexpr,
     SLOTS: tl.constexpr,  # BLOCK_SIZE, or the next power of two
     QUANTIZED: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """One query token and head; see the top of the file."""
     token = tl.program_id(0)

@@ -46,7 +46,7 @@ class TileShapes(NamedTuple):
     rows: int  # of queries: tokens times heads of a group
     tile: int  # positions in a tile of keys
     num_warps: int
-    num_stages: int  # tiles of keys in flight
+    num_stages: int  # of the loop over tiles of keys, as in `decode`
 
 
 def choose_tiles(width: int, query_bytes: int, cache_bytes: int) -> TileShapes:
@@ -140,10 +140,12 @@ def prefill_kernel(
     WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    LARGEST: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One tile of query tokens, for the query heads of one key head."""
-    # Backwards: the last tile of a prompt sees the most keys. Begun last, it would end long last.
+    # Backwards, for every key head: the last tile of a prompt sees the most keys, and begun last,
+    # it would end long after the others. (Tiles first in the grid: neighbours read the same keys.)
     query_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
 
@@ -176,19 +178,19 @@ def prefill_kernel(
         maximum, total, output = attend_to_tile(
             maximum, total, output, query, row_positions, tile_start, end,
             k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
-            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False, QUANTIZED, MATH,
+            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
     for tile_start in range(whole_tiles_end, end, TILE):  # across the diagonal
         maximum, total, output = attend_to_tile(
             maximum, total, output, query, row_positions, tile_start, end,
             k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
-            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, True, QUANTIZED, MATH,
+            KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, True, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
 
     dims = tl.arange(0, WIDTH)
     places = (first_token + queries).to(tl.int64) * HEADS + heads  # [ROWS]
     mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    result = output / total[:, None]  # [ROWS, WIDTH]
+    result = output / (total * LARGEST)[:, None]  # [ROWS, WIDTH]
     tl.store(out + places[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
 
 

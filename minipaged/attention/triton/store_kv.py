@@ -6,7 +6,7 @@ What it computes   k_cache[block, :, offset] = k[token] and the same for v, wher
                    block * block_size + offset; in an 8-bit pool, the scales too.
 Grid               (tokens,): a program a token, for its keys and its values of all heads.
 Bytes              4 * kv_heads * head_dim numbers a token: each is read once and written once. At
-                   decode that is 1 / seq_len of what attention reads, so what counts is that it
+                   decode that is 2 / seq_len of what attention reads, so what counts is that it
                    is one launch and not six.
 Operations         None; in an 8-bit pool a maximum over each key, and a division a number.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minipaged.attention.triton.launch import check_rows, pointers, pool_constants
 from minipaged.batch import Batch
-from minipaged.quantized import LARGEST, SMALLEST_SCALE, KVPool, QuantizedPool
+from minipaged.quantized import SMALLEST_SCALE, KVPool
 
 
 def triton_store_kv(k: Tensor, v: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch) -> None:
@@ -37,7 +37,6 @@ def triton_store_kv(k: Tensor, v: Tensor, k_cache: KVPool, v_cache: KVPool, batc
         batch.num_seqs,
         *k.stride()[:2],
         *v.stride()[:2],
-        LARGEST=_largest(k_cache),
         SMALLEST=SMALLEST_SCALE,
         HEADS_WIDTH=triton.next_power_of_2(k.shape[1]),
         **pool_constants(k_cache),
@@ -82,7 +81,6 @@ def rope_and_store_kv(
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
-        LARGEST=_largest(k_cache),
         SMALLEST=SMALLEST_SCALE,
         HEADS=q.shape[1],
         Q_HEADS_WIDTH=triton.next_power_of_2(q.shape[1]),
@@ -101,11 +99,6 @@ def _check_new(k: Tensor, v: Tensor, k_cache: KVPool, batch: Batch) -> None:
         assert new.shape == expected, (
             f"the new {name} are {tuple(new.shape)}, the cache takes {expected}"
         )
-
-
-def _largest(k_cache: KVPool) -> float:
-    """The largest number that an 8-bit pool can store; 0.0, and not used, for a pool of floats."""
-    return LARGEST[k_cache.numbers.dtype] if isinstance(k_cache, QuantizedPool) else 0.0
 
 
 @triton.jit(do_not_specialize=["num_seqs"])

@@ -12,10 +12,15 @@ It is Equation 4 of the paper (section 4.1) as in `attention/blockwise.py`, with
                          cores, which multiply 16 rows at least, have something to do.
     exp2, not exp        scores come multiplied by log2(e): a GPU has an instruction for 2^x.
 
-With 8-bit keys and values no tile is ever widened to floats number by number. A key's scale is the
-same for all its numbers, so it can be applied to the score instead, and a value's to its weight:
+8-bit numbers are converted to the type of the queries, for the tensor cores, but not multiplied by
+their scale. It is the same for all numbers of a key, so it can be applied to the score instead, and
+a value's to its weight, once instead of head_dim times:
 
     q . (scale * k) = scale * (q . k)        sum of w * (scale * v) = sum of (w * scale) * v
+
+A value's scale may be too small for a weight in half precision. So weights are multiplied by the
+scale times the largest stored number, which is the size of the value itself, and the end result is
+divided by that number.
 """
 
 import triton
@@ -33,7 +38,7 @@ def attend_to_tile(
     query,  # [ROWS, WIDTH]
     row_positions,  # [ROWS]: a row sees the keys up to and including its own position
     start,  # the tile holds positions [start, start + TILE)
-    end,  # no position from here on may be read
+    end,  # no position from here on may be read; where it cuts off a tile, the sequence ends
     k_cache,
     v_cache,
     k_scales,
@@ -48,6 +53,7 @@ def attend_to_tile(
     TILE: tl.constexpr,
     MASKED: tl.constexpr,  # False promises: every row sees every position of the tile
     QUANTIZED: tl.constexpr,
+    LARGEST: tl.constexpr,  # number that the pool can store; 1 for a pool of floats
     MATH: tl.constexpr,  # the type in which tiles are multiplied
 ):
     """Maximum, total and output of the rows, with this tile's keys and values taken in."""
@@ -77,7 +83,7 @@ def attend_to_tile(
 
     values = _load_rows(v_cache, cells, readable, HEAD_DIM, WIDTH, MASKED)  # [TILE, WIDTH]
     if QUANTIZED:
-        weights *= _load_scales(v_scales, cells, readable, MASKED)[None, :]
+        weights *= (_load_scales(v_scales, cells, readable, MASKED) * LARGEST)[None, :]
     output = tl.dot(
         weights.to(MATH), values.to(MATH), output * correction[:, None], input_precision="tf32x3"
     )
