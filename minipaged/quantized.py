@@ -48,7 +48,7 @@ class QuantizedPool:
 
     def __getitem__(self, index: Any) -> Float[Tensor, "..."]:
         """Keys as float32. The index picks among blocks, heads and slots, never inside a key."""
-        # As int8, since not everything can be done with float8: which key it is does not depend.
+        # As int8, for indexing is not built for float8: to pick keys, any 8 bits will do.
         stored = self.numbers.view(torch.int8)[index].view(self.numbers.dtype)
         return stored.float() * self.scales[index][..., None]
 

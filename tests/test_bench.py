@@ -90,7 +90,7 @@ def test_the_kernel_table_names_what_was_measured(capsys, monkeypatch):
     monkeypatch.setattr(kernel, "CPU_CASES", [kernel.Case(TINY, 2, 32, kv_dtype="int8")])
     code, out, _ = minipaged(capsys, monkeypatch, "bench", "kernel", "--device", "cpu")
     assert code == 0
-    for part in ("tiny", "int8", "SDPA, grouped", "of the floor", "x rival", "torch.float32"):
+    for part in ("tiny", "int8", "SDPA, grouped", "of bandwidth", "x best SDPA", "torch.float32"):
         assert part in out
 
 

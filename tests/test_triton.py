@@ -948,7 +948,7 @@ MUTANTS = {
         rope_passes, "store_kv", "tl.maximum(tl.abs(first), tl.abs(second))", "tl.abs(first)"
     ),
     "the target is taken to be as large as the source": (
-        copy_passes, "copy_blocks", "pool * num_target_blocks", "pool * num_source_blocks"
+        copy_passes, "copy_blocks", "part * num_target_blocks", "part * num_source_blocks"
     ),
     "only the first chunk is copied": (copy_passes, "copy_blocks", "chunk * CHUNK + ", ""),
 }  # fmt: skip

@@ -42,7 +42,7 @@ def kernel(
     save: Save = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Attention, storing and copying against bandwidth and against attention without blocks."""
+    """Attention, stores and copies, against bandwidth and SDPA."""
     from minipaged.bench import kernel as kernels
     from minipaged.bench.writes import measure_writes
 
@@ -52,7 +52,13 @@ def kernel(
     heads = kernels.LLAMA_3_8B if on_gpu else kernels.SMALL
     rows = list(kernels.measure(cases, backends, where, chosen))
     rows += measure_writes(heads, 32 if on_gpu else 4, backends[0], where, chosen)
-    note = f"{chosen}, blocks of {kernels.BLOCK_SIZE}; medians of rounds in turn"
+    note = (
+        f"{chosen}, blocks of {kernels.BLOCK_SIZE}; all candidates of a case in turn, round after "
+        'round, and the median of each. "of bandwidth": bytes that must be moved, over those that '
+        "a large copy moves in that time. store, copy: beside PyTorch's indexing."
+    )
+    if not on_gpu:
+        note += " No GPU: without the Triton kernels."
     if left_out := [case for case in cases if not kernels.has_room(case, where, chosen)]:
         note += f"; left out for want of memory: {left_out}"
     _report(rows, kernels.as_table(rows), note, where, save, as_json)
@@ -64,11 +70,14 @@ def formats(
     save: Save = None,
     as_json: AsJSON = False,
 ) -> None:
-    """A KV cache in fewer bits: how many tokens more it holds, and what error that costs."""
+    """A KV cache in fewer bits: its gain and its error."""
     from minipaged.bench import formats as kv_formats
 
     rows = list(kv_formats.measure(num_questions))
-    note = 'LLM(kv_cache_dtype=...); "changed": answers with another token than in float32'
+    note = (
+        'LLM(kv_cache_dtype=...). "tokens": that the same memory holds, beside float16; "right": '
+        'answers about the first sentence of a story; "changed": with another token than in float32'
+    )
     _report(rows, kv_formats.as_table(rows), note, None, save, as_json)
 
 
@@ -79,7 +88,7 @@ def tune(
     save: Save = None,
     as_json: AsJSON = False,
 ) -> None:
-    """The sweep over tiles, warps and stages behind the shipped choices. Needs a GPU."""
+    """Sweep over tiles, warps and stages of kernels (on a GPU)."""
     from minipaged.bench import tune as tuning
 
     where, chosen, on_gpu = _choose(device, dtype)
@@ -99,7 +108,7 @@ def step(
     save: Save = None,
     as_json: AsJSON = False,
 ) -> None:
-    """A decode step of the whole engine against the bytes of weights, keys and values."""
+    """A decode step of the engine against the bytes it reads."""
     from minipaged.bench import decode_step
 
     where, chosen, on_gpu = _choose(device, dtype)
@@ -107,7 +116,10 @@ def step(
     backends = ["triton", "torch"] if on_gpu else ["torch", "reference"]
     context_len = min(context_len, config.max_position_embeddings - 2 * decode_step.STEPS)
     rows = list(decode_step.measure(config, backends, num_seqs, context_len, where, chosen))
-    note = f"{config.num_layers} layers, hidden size {config.hidden_size}, {chosen}"
+    note = (
+        f"{config.num_layers} layers, hidden size {config.hidden_size}, {chosen}; floor: bytes of "
+        "weights, keys and values over the bandwidth of a large copy"
+    )
     _report(rows, decode_step.as_table(rows), note, where, save, as_json)
 
 
@@ -117,7 +129,7 @@ def compile_kernels(
     save: Save = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Compile every kernel for Ampere and Hopper, without a GPU: registers, spills, memory."""
+    """Compile every kernel for GPUs that need not be there."""
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is defined
     from minipaged.bench import compile as compiling
 
@@ -170,7 +182,7 @@ def sharing(
     seed: Annotated[int, typer.Option(help="Of lengths, stories and samples.")] = 0,
     as_json: AsJSON = False,
 ) -> None:
-    """Blocks saved by parallel sampling and beam search, beside the paper's Figure 15."""
+    """Blocks saved by sharing, beside the paper's Figure 15."""
     from minipaged.bench import sharing as figure_15
     from minipaged.bench.machine import describe_machine
     from minipaged.llm import LLM

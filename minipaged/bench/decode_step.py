@@ -200,7 +200,7 @@ def as_table(rows: list[Row]) -> Table:
     table = Table(box=None, padding=(0, 2))
     for title in ("by", "graphs"):
         table.add_column(title)
-    for title in ("batch", "context", "a step", "the model", "floor", "step", "model"):
+    for title in ("batch", "context", "floor", "model", "whole step", "model", "whole step"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
@@ -208,10 +208,10 @@ def as_table(rows: list[Row]) -> Table:
             "yes" if row.graphs else "no",
             str(row.num_seqs),
             f"{row.context_len:,}",
-            f"{1e3 * row.seconds:.2f} ms",
-            f"{1e3 * row.model_seconds:.2f} ms",
             f"{1e3 * row.floor_seconds:.2f} ms",
-            f"{row.seconds / row.floor_seconds:.2f} x floor",
+            f"{1e3 * row.model_seconds:.2f} ms",
+            f"{1e3 * row.seconds:.2f} ms",
             f"{row.model_seconds / row.floor_seconds:.2f} x floor",
+            f"{row.seconds / row.floor_seconds:.2f} x floor",
         )
     return table

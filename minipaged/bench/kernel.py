@@ -274,7 +274,7 @@ def as_table(rows: list[Row]) -> Table:
     table = Table(box=None, padding=(0, 2))
     for title in ("", "heads", "batch", "length", "kv", "by"):
         table.add_column(title)
-    for title in ("time", "of the floor", "x rival"):
+    for title in ("time", "of bandwidth", "x best SDPA"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(

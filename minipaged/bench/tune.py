@@ -30,7 +30,7 @@ CASES = [
     Case(LLAMA_3_8B, 1, 4096, queries=4096, kv_dtype="int8"),
     Case(OPT_13B, 1, 4096, queries=4096),
 ]
-DECODE_SHAPES = [TileShape(*shape) for shape in product((32, 64, 128), (4, 8), (2, 3, 4))]
+DECODE_SHAPES = [TileShape(*shape) for shape in product((32, 64, 128), (2, 4, 8), (3, 4))]
 PREFILL_SHAPES = [
     TileShapes(*shapes) for shapes in product((64, 128), (32, 64, 128), (4, 8), (2, 3))
 ]

@@ -6,6 +6,7 @@ What it computes   target[layer, k or v, t] = source[layer, k or v, s] for every
                    Inside the pool that is copy-on-write (section 4.4); between the pool and pinned
                    host memory, which a GPU can read and write itself, it is swapping (section 4.5).
 Grid               (pairs, 2 * layers, chunks): a program a chunk of one layer's keys or values.
+                   (In an 8-bit pool the scales are a tensor of their own, and a second launch.)
 Bytes              2 * block_bytes a pair, over all layers: each number is read and written once. On
                    the way to the host the slower side is the bus; copies of a block and layer each
                    would have to be started one by one (the paper's Figure 19a shows what it costs).
@@ -63,10 +64,10 @@ def copy_kernel(
 ):
     """A chunk of one block of one layer's keys or values."""
     pair = tl.program_id(0)
-    pool = tl.program_id(1).to(tl.int64)  # one layer's keys, or its values
+    part = tl.program_id(1).to(tl.int64)  # one layer's keys, or its values
     chunk = tl.program_id(2)
-    source_block = pool * num_source_blocks + tl.load(pairs + 2 * pair)
-    target_block = pool * num_target_blocks + tl.load(pairs + 2 * pair + 1)
+    source_block = part * num_source_blocks + tl.load(pairs + 2 * pair)
+    target_block = part * num_target_blocks + tl.load(pairs + 2 * pair + 1)
     numbers = chunk * CHUNK + tl.arange(0, CHUNK)
     mask = numbers < BLOCK_NUMBERS
     copied = tl.load(source + source_block * BLOCK_NUMBERS + numbers, mask=mask)
