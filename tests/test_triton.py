@@ -7,7 +7,9 @@ The results that are expected come from PyTorch on the CPU. All scratch memory i
 import importlib
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -733,6 +735,11 @@ def test_a_block_larger_than_a_chunk_is_copied_whole() -> None:
     assert CHUNK < 3 * 25 * 80
 
 
+@pytest.mark.parametrize("num_programs", [1, 3, 7, 1000])
+def test_few_programs_share_the_copying(num_programs: int) -> None:
+    check_copy(partial(copy_blocks, num_programs=num_programs), 3, 25, 80)
+
+
 def test_what_is_not_alike_is_not_copied() -> None:
     pool, pairs = torch.zeros(2, 2, 5, 4), torch.tensor([[0, 1]])
     for other in (pool[:1], pool[..., :3], pool.half(), pool.transpose(0, 1)):
@@ -1002,7 +1009,9 @@ def assert_refused(reason: str, device: torch.device, *options: Any) -> None:
     assert said is not None
     assert reason in said
     assert not said.endswith(".")
-    assert choose_backend("auto", device, *options).name == "torch"
+    told = pytest.warns(UserWarning, match="runs in PyTorch") if device == GPU else nullcontext()
+    with told:
+        assert choose_backend("auto", device, *options).name == "torch"
     for name in ("triton", "triton-naive"):
         with pytest.raises(InvalidOption) as refusal:
             choose_backend(name, device, *options)

@@ -90,8 +90,10 @@ def choose_backend(
     """
     device = torch.device(device)
     if name == "auto":
-        can_run = device.type == "cuda" and not why_no_triton(device, head_dim, kv_cache_dtype)
-        name = "triton" if can_run else "torch"
+        reason = why_no_triton(device, head_dim, kv_cache_dtype) if device.type == "cuda" else None
+        name = "torch" if device.type != "cuda" or reason else "triton"
+        if reason:
+            warnings.warn(f"attention runs in PyTorch: {reason}.", stacklevel=3)
     if name in TRITON_BACKENDS:
         if reason := why_no_triton(device, head_dim, kv_cache_dtype):
             raise InvalidOption(

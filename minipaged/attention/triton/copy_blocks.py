@@ -5,7 +5,10 @@
 What it computes   target[layer, k or v, t] = source[layer, k or v, s] for every pair (s, t).
                    Inside the pool that is copy-on-write (section 4.4); between the pool and pinned
                    host memory, which a GPU can read and write itself, it is swapping (section 4.5).
-Grid               (pairs, 2 * layers, chunks): a program a chunk of one layer's keys or values.
+Grid               (programs,): a piece of work is a chunk of a block of one layer's keys or values,
+                   and each program takes every programs-th piece. Inside the GPU there are as many
+                   programs as pieces. To and from the host there are few: the bus is slow, and many
+                   would only keep the step that runs meanwhile from the multiprocessors.
                    (In an 8-bit pool the scales are a tensor of their own, and a second launch.)
 Bytes              2 * block_bytes a pair, over all layers: each number is read and written once. On
                    the way to the host the slower side is the bus; copies of a block and layer each
@@ -21,10 +24,13 @@ from torch import Tensor
 
 import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
 
-CHUNK = 4096  # numbers a program copies
+CHUNK = 4096  # numbers in a piece of work
+PROGRAMS_ON_THE_BUS = 16  # some 100 KiB on the way at a time: what a bus carries in microseconds
 
 
-def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
+def copy_blocks(
+    source: Tensor, target: Tensor, pairs: Tensor, num_programs: int | None = None
+) -> None:
     """Copy blocks of `source` over blocks of `target`; both may be the same tensor.
 
     Args:
@@ -32,6 +38,7 @@ def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
             as many blocks as you like in each, the rest alike.
         pairs: [pairs, 2] block numbers, from and to. No block is both a source and a target, if
             the tensors are the same: programs run in no order.
+        num_programs: among which the work is divided; None: few over the bus, else many.
     """
     assert source.shape[:2] + source.shape[3:] == target.shape[:2] + target.shape[3:]
     assert source.dtype == target.dtype
@@ -40,35 +47,46 @@ def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
     assert target.is_contiguous()
     num_layers, kv, num_source_blocks = source.shape[:3]
     block_numbers = source[0, 0, 0].numel()
-    grid = (len(pairs), num_layers * kv, triton.cdiv(block_numbers, CHUNK))
-    copy_kernel[grid](
+    num_chunks = triton.cdiv(block_numbers, CHUNK)
+    num_pieces = len(pairs) * num_layers * kv * num_chunks
+    if num_programs is None:
+        over_the_bus = source.device.type != target.device.type
+        num_programs = PROGRAMS_ON_THE_BUS if over_the_bus else num_pieces
+    copy_kernel[(min(num_programs, num_pieces),)](
         source,
         target,
         pairs,
+        num_pieces,
         num_source_blocks,
         target.shape[2],
         BLOCK_NUMBERS=block_numbers,
+        PARTS=num_layers * kv,
+        CHUNKS=num_chunks,
         CHUNK=min(CHUNK, triton.next_power_of_2(block_numbers)),
     )
 
 
-@triton.jit(do_not_specialize=["num_source_blocks", "num_target_blocks"])
+@triton.jit(do_not_specialize=["num_pieces", "num_source_blocks", "num_target_blocks"])
 def copy_kernel(
     source,
     target,
     pairs,  # [pairs, 2]
+    num_pieces,
     num_source_blocks,
     num_target_blocks,
     BLOCK_NUMBERS: tl.constexpr,  # numbers in a block of one layer's keys
+    PARTS: tl.constexpr,  # of a block: the keys of each layer, and the values
+    CHUNKS: tl.constexpr,  # of a part
     CHUNK: tl.constexpr,
 ):
-    """A chunk of one block of one layer's keys or values."""
-    pair = tl.program_id(0)
-    part = tl.program_id(1).to(tl.int64)  # one layer's keys, or its values
-    chunk = tl.program_id(2)
-    source_block = part * num_source_blocks + tl.load(pairs + 2 * pair)
-    target_block = part * num_target_blocks + tl.load(pairs + 2 * pair + 1)
-    numbers = chunk * CHUNK + tl.arange(0, CHUNK)
-    mask = numbers < BLOCK_NUMBERS
-    copied = tl.load(source + source_block * BLOCK_NUMBERS + numbers, mask=mask)
-    tl.store(target + target_block * BLOCK_NUMBERS + numbers, copied, mask=mask)
+    """Every so many pieces: a chunk of one block of one layer's keys or values."""
+    for piece in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
+        chunk = piece % CHUNKS
+        part = piece // CHUNKS % PARTS
+        pair = piece // (CHUNKS * PARTS)
+        source_block = tl.load(pairs + 2 * pair).to(tl.int64) + part * num_source_blocks
+        target_block = tl.load(pairs + 2 * pair + 1).to(tl.int64) + part * num_target_blocks
+        numbers = chunk * CHUNK + tl.arange(0, CHUNK)
+        mask = numbers < BLOCK_NUMBERS
+        copied = tl.load(source + source_block * BLOCK_NUMBERS + numbers, mask=mask)
+        tl.store(target + target_block * BLOCK_NUMBERS + numbers, copied, mask=mask)
