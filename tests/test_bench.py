@@ -9,7 +9,7 @@ import torch
 from test_cli import minipaged
 
 from minipaged.attention import BACKENDS, reference
-from minipaged.bench import kernel
+from minipaged.bench import cases, kernel
 from minipaged.bench.sharing import alpaca_lengths
 
 
@@ -94,7 +94,14 @@ def test_the_kernel_table_names_what_was_measured(capsys, monkeypatch):
         assert part in out
 
 
-@pytest.mark.parametrize("case", [kernel.Case(TINY, 2, 32), kernel.Case(TINY, 1, 48, 16)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        kernel.Case(TINY, 2, 32),
+        kernel.Case(TINY, 1, 48, 16),
+        kernel.Case(TINY, 3, 96, short=32),
+    ],
+)
 def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch, case):
     right = BACKENDS["torch"].paged_attention
 
@@ -107,9 +114,19 @@ def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch, case):
         list(kernel.measure([case], ["torch"], CPU, torch.float32))
 
 
+def test_one_long_sequence_among_short_ones_reads_few_bytes():
+    case = kernel.Case(TINY, 5, 96, short=16)
+    inputs = cases.make_inputs(case, CPU, torch.float32)
+    assert [span.seq_len for span in inputs.batch.spans] == [96, 16, 16, 16, 16]
+    assert inputs.batch.positions.tolist() == [95, 15, 15, 15, 15]
+    assert kernel._bytes_read(inputs) == 2 * (96 + 4 * 16) * 32 * 4
+    even = cases.make_inputs(kernel.Case(TINY, 5, 96, kv_dtype="int8"), CPU, torch.float32)
+    assert kernel._bytes_read(even) == 2 * 5 * 96 * (32 + 4)
+
+
 def test_the_pool_of_a_case_holds_the_keys_that_lie_side_by_side():
     case = kernel.Case(TINY, 3, 48, queries=5)
-    inputs = kernel.make_inputs(case, CPU, torch.float32)
+    inputs = cases.make_inputs(case, CPU, torch.float32)
     for keys, pool in ((inputs.keys, inputs.k_cache), (inputs.values, inputs.v_cache)):
         for seq, table in enumerate(inputs.batch.block_tables):
             assert torch.equal(reference.gather(pool, table, 48), keys[seq].transpose(0, 1))

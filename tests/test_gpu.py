@@ -17,7 +17,7 @@ from torch import Tensor
 from minipaged import LLM, SamplingParams, kv_cache
 from minipaged.attention import choose_backend
 from minipaged.attention.reference import reference_paged_attention, store_kv
-from minipaged.bench.kernel import Case, Heads, contiguous_attention, make_inputs
+from minipaged.bench.cases import Case, Heads, contiguous_attention, make_inputs
 from minipaged.config import ModelConfig
 from minipaged.kv_cache import KVCache
 from minipaged.quantized import QuantizedPool

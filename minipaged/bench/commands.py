@@ -44,6 +44,7 @@ def kernel(
 ) -> None:
     """Attention, stores and copies, against bandwidth and SDPA."""
     from minipaged.bench import kernel as kernels
+    from minipaged.bench.cases import BLOCK_SIZE, has_room
     from minipaged.bench.writes import measure_writes
 
     where, chosen, on_gpu = _choose(device, dtype)
@@ -53,13 +54,13 @@ def kernel(
     rows = list(kernels.measure(cases, backends, where, chosen))
     rows += measure_writes(heads, 32 if on_gpu else 4, backends[0], where, chosen)
     note = (
-        f"{chosen}, blocks of {kernels.BLOCK_SIZE}; all candidates of a case in turn, round after "
+        f"{chosen}, blocks of {BLOCK_SIZE}; all candidates of a case in turn, round after "
         'round, and the median of each. "of bandwidth": bytes that must be moved, over those that '
         "a large copy moves in that time. store, copy: beside PyTorch's indexing."
     )
     if not on_gpu:
         note += " No GPU: without the Triton kernels."
-    if left_out := [case for case in cases if not kernels.has_room(case, where, chosen)]:
+    if left_out := [case for case in cases if not has_room(case, where, chosen)]:
         note += f"; left out for want of memory: {left_out}"
     _report(rows, kernels.as_table(rows), note, where, save, as_json)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from minipaged.attention import BACKENDS
-from minipaged.bench.kernel import Case, Heads, make_inputs
+from minipaged.bench.cases import Case, Heads, make_inputs
 from minipaged.kv_cache import KV_DTYPES, bytes_per_block
 from minipaged.llm import LLM
 from minipaged.models.llama import LlamaConfig

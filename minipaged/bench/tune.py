@@ -18,13 +18,15 @@ from minipaged.attention.triton.launch import pointers, pool_constants
 from minipaged.attention.triton.machine import num_sms
 from minipaged.attention.triton.prefill import TileShapes, choose_tiles, prefill
 from minipaged.attention.triton.splits import splits_to_fill
-from minipaged.bench.kernel import LLAMA_3_8B, OPT_13B, Case, Inputs, make_inputs
+from minipaged.bench.cases import Case, Inputs, make_inputs
+from minipaged.bench.kernel import LLAMA_3_8B, OPT_13B
 from minipaged.bench.timing import Work, median_seconds
 
 CASES = [
     Case(LLAMA_3_8B, 64, 4096),
     Case(LLAMA_3_8B, 4, 32768),
     Case(LLAMA_3_8B, 64, 4096, kv_dtype="int8"),
+    Case(LLAMA_3_8B, 64, 32768, short=1024),
     Case(OPT_13B, 64, 2048),
     Case(LLAMA_3_8B, 1, 4096, queries=4096),
     Case(LLAMA_3_8B, 1, 4096, queries=4096, kv_dtype="int8"),
@@ -138,7 +140,7 @@ def as_table(rows: list[Row], best: int = 5) -> Table:
             table.add_row(
                 f"{case.name}, {case.heads.name}",
                 str(case.num_seqs),
-                f"{case.length:,}",
+                case.lengths,
                 case.kv_dtype,
                 row.choice + mark,
                 f"{1e6 * row.seconds:,.1f} us",

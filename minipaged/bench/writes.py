@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from minipaged.attention import choose_backend, reference
-from minipaged.bench.kernel import BLOCK_SIZE, Case, Heads, Inputs, Row, make_inputs
+from minipaged.bench.cases import BLOCK_SIZE, Case, Heads, Inputs, make_inputs
+from minipaged.bench.kernel import Row
 from minipaged.bench.timing import Work, copy_work, median_seconds
 from minipaged.kv_cache import copy_blocks
 from minipaged.models.rope import rotate
@@ -70,7 +71,7 @@ def _measure_store(
             "store",
             case.heads.name,
             case.num_seqs,
-            1,
+            "1",
             "auto",
             name,
             seconds[name],
@@ -124,7 +125,7 @@ def _measure_copy(
             f"copy, {num_layers} layers",
             heads.name,
             num_pairs,
-            BLOCK_SIZE,
+            f"{BLOCK_SIZE}",
             "auto",
             name,
             seconds[name],
