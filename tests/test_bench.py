@@ -9,7 +9,7 @@ import torch
 from test_cli import minipaged
 
 from minipaged.attention import BACKENDS, reference
-from minipaged.bench import cases, kernel
+from minipaged.bench import cases, commands, kernel
 from minipaged.bench.sharing import alpaca_lengths
 
 
@@ -148,6 +148,13 @@ def test_formats_are_reported_with_their_gain_and_their_error(capsys, monkeypatc
     assert errors[0] > 0
     assert errors[-1] < 0.05
     assert rows["int8"]["times_tokens"] == rows["fp8"]["times_tokens"] == 256 / 132
+
+
+def test_compiling_without_triton_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(commands, "find_spec", lambda _: None)
+    code, _, err = minipaged(capsys, monkeypatch, "bench", "compile")
+    assert code != 0
+    assert '"triton" is not installed' in err
 
 
 def test_tuning_without_a_gpu_is_refused(capsys, monkeypatch):

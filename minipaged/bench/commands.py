@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,11 +91,12 @@ def tune(
     as_json: AsJSON = False,
 ) -> None:
     """Sweep over tiles, warps and stages of kernels (on a GPU)."""
-    from minipaged.bench import tune as tuning
-
     where, chosen, on_gpu = _choose(device, dtype)
     if not on_gpu:
         raise InvalidOption("tuning measures a GPU, and none is found: run it where one is.")
+    _require_triton()
+    from minipaged.bench import tune as tuning
+
     rows = list(tuning.sweep(tuning.CASES, where, chosen))
     note = f"{chosen}; the fastest choices of each case, beside the shipped one"
     _report(rows, tuning.as_table(rows), note, where, save, as_json)
@@ -131,6 +133,7 @@ def compile_kernels(
     as_json: AsJSON = False,
 ) -> None:
     """Compile every kernel for GPUs that need not be there."""
+    _require_triton()
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is defined
     from minipaged.bench import compile as compiling
 
@@ -138,6 +141,11 @@ def compile_kernels(
     rows = list(compiling.compile_all(settings))
     note = "a thread has 255 registers at most; what spills lies on its stack"
     _report(rows, compiling.as_table(rows), note, None, save, as_json)
+
+
+def _require_triton() -> None:
+    if find_spec("triton") is None:
+        raise InvalidOption('the package "triton" is not installed; it exists for Linux only.')
 
 
 def _choose(device: str, dtype: str) -> tuple["torch.device", "torch.dtype", bool]:
