@@ -13,7 +13,7 @@ import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from torch import Tensor
 
-from minipaged import LLM, Parts, SamplingParams
+from minipaged import LLM, Parts, SamplingParams, graphs
 from minipaged.attention import reference
 from minipaged.graphs import DecodeGraphs, Step, sizes_to_record
 
@@ -146,3 +146,20 @@ def test_every_batch_has_a_size_with_fewer_than_eight_rows_too_many(largest: int
     for count in range(1, largest + 1):
         size = next(size for size in sizes if size >= count)
         assert size - count < min(8, max(count, 2))
+
+
+def test_each_bound_of_the_longest_sequence_has_graphs_of_its_own(folder, monkeypatch):
+    assert graphs.lengths_to_record(100) == [100]
+    assert graphs.lengths_to_record(4096) == [4096]
+    assert graphs.lengths_to_record(20_000) == [4096, 16_384, 20_000]
+    expected = tokens(LLM(folder, attention_backend="triton", **OPTIONS))
+    monkeypatch.setattr(graphs, "lengths_to_record", lambda longest: [12, longest])
+    bounds: list[int] = []
+
+    def record(step: Step) -> Step:
+        bounds.append(step.__closure__[0].cell_contents.longest)
+        return step
+
+    llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), record)
+    assert tokens(llm) == expected
+    assert set(bounds) == {12, 24}
