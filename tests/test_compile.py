@@ -15,12 +15,14 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton exis
 
 COMPILE = """
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from io import StringIO
 
 from rich.console import Console
 from triton import JITFunction
 
+from minipaged.attention.triton.decode import TileShape
+from minipaged.attention.triton.prefill import TileShapes
 from minipaged.bench import compile as bench
 
 
@@ -32,17 +34,14 @@ launch = JITFunction.run
 rows = list(bench.compile_all())
 
 setting = bench.Setting(*bench.LLAMA_3_8B, bench.torch.float16, "auto")
-with bench.catch_launches() as launches:
-    bench.launch_everything(setting)
-[prefill] = [each for each in launches if each.kernel.__name__ == "prefill_kernel"]
-half_the_warps = replace(prefill, kwargs={**prefill.kwargs, "num_warps": 4, "num_stages": 3})
-starved = bench.compile_launch(half_the_warps, setting, 80)
+tried = bench.compile_all([setting], [80], TileShape(32, 2, 3), TileShapes(128, 64, 4, 3))
+tried = {row.kernel: row for row in tried}
 
 table = StringIO()
 Console(file=table, width=200).print(bench.as_table(rows))
 report = {
     "rows": [as_dict(row) for row in rows],
-    "starved": as_dict(starved),
+    "tried": {kernel: as_dict(row) for kernel, row in tried.items()},
     "table": table.getvalue(),
     "launches_again": JITFunction.run is launch,
 }
@@ -119,8 +118,15 @@ def test_no_kernel_spills_its_registers(rows, kernel):
 
 def test_a_kernel_with_too_few_warps_would_be_seen_to_spill(report):
     # The same tile on half the threads: twice as many numbers each.
-    assert report["starved"]["num_warps"] == 4
-    assert report["starved"]["stack_bytes"] > 0
+    assert report["tried"]["prefill"]["num_warps"] == 4
+    assert report["tried"]["prefill"]["stack_bytes"] > 0
+
+
+def test_other_tiles_than_the_shipped_ones_can_be_tried(rows, report):
+    for kernel in DECODES:
+        [shipped] = of(rows, kernel, heads="32/8 x 128", dtype="float16", kv_dtype="auto", sm=80)
+        assert report["tried"][kernel]["num_warps"] == 2 < shipped["num_warps"]
+        assert report["tried"][kernel]["shared_bytes"] < shipped["shared_bytes"]
 
 
 def test_every_program_fits_into_shared_memory(rows):

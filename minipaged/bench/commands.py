@@ -129,16 +129,27 @@ def step(
 @app.command(name="compile")
 def compile_kernels(
     more: Annotated[bool, typer.Option(help="Padded heads and float32, too.")] = False,
+    decode_tile: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Positions, warps, stages to try.")
+    ] = None,
+    prefill_tiles: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(help="Rows, positions, warps, stages to try."),
+    ] = None,
     save: Save = None,
     as_json: AsJSON = False,
 ) -> None:
     """Compile every kernel for GPUs that need not be there."""
     _require_triton()
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is defined
+    from minipaged.attention.triton.decode import TileShape
+    from minipaged.attention.triton.prefill import TileShapes
     from minipaged.bench import compile as compiling
 
     settings = compiling.SETTINGS + (compiling.MORE_SETTINGS if more else ())
-    rows = list(compiling.compile_all(settings))
+    tile = TileShape(*decode_tile) if decode_tile else None
+    tiles = TileShapes(*prefill_tiles) if prefill_tiles else None
+    rows = list(compiling.compile_all(settings, tile=tile, tiles=tiles))
     note = "a thread has 255 registers at most; what spills lies on its stack"
     _report(rows, compiling.as_table(rows), note, None, save, as_json)
 

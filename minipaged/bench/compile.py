@@ -6,8 +6,7 @@ one program at a time. Or it misses the instructions that it was written for. Al
 when it is compiled, and the compiler needs no GPU.
 
 No list of types and constants is kept here, which could go out of step with the launchers. They run
-as they are, on tensors that have a shape and a type and hold nothing, and what they would launch is
-caught.
+as they are, on tensors that hold nothing, and what they would launch is caught.
 """
 
 import os
@@ -32,10 +31,10 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from minipaged.attention.triton.copy_blocks import copy_blocks
-from minipaged.attention.triton.decode import decode
+from minipaged.attention.triton.decode import TileShape, decode
 from minipaged.attention.triton.machine import OLDEST_GPU_FOR_FP8
 from minipaged.attention.triton.naive_decode import naive_kernel, naive_paged_attention
-from minipaged.attention.triton.prefill import prefill
+from minipaged.attention.triton.prefill import TileShapes, prefill
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 from minipaged.batch import Batch, Span
 from minipaged.errors import InvalidOption
@@ -114,11 +113,15 @@ class Launch:
 
 
 def compile_all(
-    settings: Iterable[Setting] = SETTINGS, sms: Iterable[int] = SMS
+    settings: Iterable[Setting] = SETTINGS,
+    sms: Iterable[int] = SMS,
+    tile: TileShape | None = None,
+    tiles: TileShapes | None = None,
 ) -> Iterator[Compiled]:
-    """Every kernel in every setting, for every GPU that can run it, as they are compiled.
+    """Every kernel in every setting, for every GPU that can run it; what two have in common, once.
 
-    What two settings have in common, such as the merging of splits, comes once: with the first.
+    Args:
+        tile, tiles: those of decode and of prefill, to be tried instead of the shipped ones.
 
     Raises:
         InvalidOption: the kernels of this process are interpreted.
@@ -134,11 +137,10 @@ def compile_all(
         if setting.kv_dtype == "fp8" and divmod(sm, 10) < OLDEST_GPU_FOR_FP8:
             continue
         with catch_launches() as launches:
-            launch_everything(setting)
+            launch_everything(setting, tile, tiles)
         for launch in launches:
             jobs.setdefault(_identity(launch, sm), (launch, setting, sm))
-    # Much of the work is done by other programs, ptxas and cuobjdump: threads need not be more.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # which start ptxas and cuobjdump
         yield from threads.map(lambda job: compile_launch(*job), jobs.values())
 
 
@@ -158,7 +160,9 @@ def catch_launches() -> Generator[list[Launch], None, None]:
         JITFunction.run = launch
 
 
-def launch_everything(setting: Setting) -> None:
+def launch_everything(
+    setting: Setting, tile: TileShape | None = None, tiles: TileShapes | None = None
+) -> None:
     """Call every launcher, on tensors of PyTorch's "meta" device: they hold nothing."""
     heads, kv_heads, head_dim = setting.heads, setting.kv_heads, setting.head_dim
     kv_dtype = choose_kv_dtype(setting.kv_dtype, setting.dtype)
@@ -171,9 +175,9 @@ def launch_everything(setting: Setting) -> None:
     decodes, prompts = _batch(tokens_each=1), _batch(tokens_each=8)
     scale = head_dim**-0.5
 
-    decode(q, k_cache, v_cache, decodes, scale, out, to_fill=1)
-    decode(q, k_cache, v_cache, decodes, scale, out, to_fill=_NUM_SPLITS)
-    prefill(q, k_cache, v_cache, prompts, scale, out)
+    decode(q, k_cache, v_cache, decodes, scale, out, 1, tile)
+    decode(q, k_cache, v_cache, decodes, scale, out, _NUM_SPLITS, tile)
+    prefill(q, k_cache, v_cache, prompts, scale, out, tiles)
     naive_paged_attention(q, k_cache, v_cache, prompts, scale)
     triton_store_kv(new, new, k_cache, v_cache, prompts)
     rope_and_store_kv(q, new, new, angles, angles, k_cache, v_cache, prompts)

@@ -3,6 +3,7 @@
 import os
 import platform
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from minipaged.version import __version__
@@ -17,9 +18,16 @@ def describe_machine(device: str) -> str:
     else:
         chip = f"{_cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
     return (
-        f"{chip}; minipaged {__version__}, torch {torch.__version__}, "
+        f"{chip}; minipaged {__version__}, torch {torch.__version__}, {_triton_version()}, "
         f"Python {platform.python_version()}; {date.today().isoformat()}"
     )
+
+
+def _triton_version() -> str:
+    try:
+        return f"triton {version('triton')}"
+    except PackageNotFoundError:
+        return "no triton"
 
 
 def _cpu_name() -> str:
