@@ -49,10 +49,10 @@ def draw_params(rng: random.Random) -> Params:
 
 def draw_options(rng: random.Random, longest: int) -> dict[str, Any]:
     block_size = rng.choice([1, 2, 3, 4, 8, 16])
+    slots = longest + rng.choice([16, 24, 60])  # one sequence fits, two hardly
     return {
         "block_size": block_size,
-        "num_blocks": (longest + rng.choice([16, 24, 60])) // block_size
-        + 1,  # one fits; two hardly
+        "num_blocks": slots // block_size + 1,
         "num_swap_blocks": rng.choice([8, 64, 300]),
         "max_model_len": 64,
         "max_num_seqs": rng.choice([4, 8]),
