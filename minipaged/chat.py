@@ -1,14 +1,32 @@
-"""From messages to one prompt: the checkpoint's own chat template, rendered in a sandbox."""
+"""From messages to one prompt: the checkpoint's own chat template, rendered in a sandbox.
 
+Every chat model was taught with marks of its own between the turns, and published with a program
+that puts them there: a Jinja template. What is at hand for templates here is what Hugging Face's
+`transformers` has at hand for them.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minipaged.errors import CheckpointError, InvalidRequest
+from minipaged.errors import CheckpointError, InvalidRequest, MissingTokenizer
+from minipaged.json_files import read_json_object
+from minipaged.prompts import Prompt
+from minipaged.tokenizer import Tokenizer
+from minipaged.tokenizer.special_names import read_special_names
 
 TEMPLATE_FILE = "chat_template.jinja"
+
+# Put behind a message that is to be continued, to be found again: a character for private use, and
+# a space to see whether the template strips messages.
+_END_MARK = "\ue000 "
 
 
 class Message(TypedDict):
@@ -18,48 +36,170 @@ class Message(TypedDict):
     content: str
 
 
-def render_chat(folder: Path, messages: list[Message]) -> str:
+def chat_prompt(
+    folder: Path, tokenizer: Tokenizer | None, messages: list[Message], **options: Any
+) -> Prompt:
+    """A conversation as a prompt; `options` are those of `render_chat`, which raises for it.
+
+    The template has written every special token, so none is added when the text is encoded. Raises
+    MissingTokenizer without a tokenizer.
+    """
+    text = render_chat(folder, messages, **options)
+    if tokenizer is None:
+        raise MissingTokenizer("a chat is text, but the model's folder holds no tokenizer.")
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    return {"prompt": text, "prompt_token_ids": token_ids}
+
+
+def render_chat(
+    folder: Path,
+    messages: list[Message],
+    *,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
     """The prompt that asks the model in `folder` for the next assistant turn.
 
     A template comes with the checkpoint, so it is somebody else's program: the sandbox lets it
     read the messages and build text, and nothing more.
 
+    Args:
+        folder: holds chat_template.jinja, or a tokenizer_config.json with a "chat_template".
+        messages: the turns so far.
+        chat_template: used in place of the checkpoint's own.
+        add_generation_prompt: whether the assistant's turn is opened at the end.
+        continue_final_message: leave the last message open, for the model to go on with it.
+        tools: JSON schemas of functions that the model may ask to be called.
+        chat_template_kwargs: more for the template to read, as {"enable_thinking": False}.
+
     Raises:
         CheckpointError: the folder holds no template, or one that cannot be read.
-        InvalidRequest: the template refuses these messages.
+        InvalidRequest: what was given is no chat, or the template refuses it.
     """
-    _refuse_what_is_no_chat(messages)
+    turns = [_read_message(turn) for turn in _not_empty(messages)]
+    if continue_final_message and add_generation_prompt:
+        raise InvalidRequest(
+            "the final message cannot be continued behind the opening of a new one: with "
+            "continue_final_message give add_generation_prompt=False."
+        )
+    source = chat_template if chat_template is not None else read_template(folder)
+    try:
+        template = _environment().from_string(source, globals=_FUNCTIONS)
+    except TemplateError as error:
+        raise CheckpointError(f"the chat template of {folder} is broken: {error}.") from error
+    if continue_final_message:
+        turns[-1]["content"] += _END_MARK
+    names = {"bos_token": "", "eos_token": "", **read_special_names(folder)}
+    known = {"messages": turns, "tools": tools, "documents": None}
+    options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+    try:
+        text = template.render({**names, **known, **options})
+    except Exception as error:  # a program of others: any mistake that a program can make
+        raise InvalidRequest(
+            f"the model's chat template refuses the messages: {str(error).rstrip('.')}."
+        ) from error
+    return _cut_at_end_mark(text) if continue_final_message else text
+
+
+def read_template(folder: Path) -> str:
+    """The checkpoint's template, as it is written. Raises CheckpointError if it has none."""
     path = folder / TEMPLATE_FILE
-    if not path.is_file():
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): download it again.") from error
+    config = folder / "tokenizer_config.json"
+    template = read_json_object(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if not isinstance(template, str):
         raise CheckpointError(
-            f"{folder} holds no {TEMPLATE_FILE}, so it is not known how the model was taught to "
-            "chat: use generate() with a prompt of your own."
+            f"{folder} holds no chat template ({TEMPLATE_FILE}, or one in tokenizer_config.json), "
+            "so it is not known how the model was taught to chat, or whether it was: use "
+            "generate() with a prompt of your own."
         )
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    try:
-        template = environment.from_string(path.read_text(encoding="utf-8"))
-    except TemplateError as error:
-        raise CheckpointError(f"{path} is no template that can be read: {error}.") from error
-    try:
-        return template.render(
-            messages=messages, add_generation_prompt=True, raise_exception=_raise_exception
-        )
-    except TemplateError as error:
-        raise InvalidRequest(f"the model's chat template refuses the messages: {error}.") from error
+    return template
 
 
-def _refuse_what_is_no_chat(messages: Any) -> None:
-    turns = messages if isinstance(messages, list) else [messages]
-    for turn in turns or [None]:
-        if not isinstance(turn, dict) or not all(
-            isinstance(turn.get(key), str) for key in ("role", "content")
-        ):
-            raise InvalidRequest(
-                f"{turn!r} is no message of a chat: give a list of "
-                '{"role": "user", "content": "some text"}.'
-            )
+# --------------------------------------------------------------------------------- the messages
+
+
+def _not_empty(messages: Any) -> list[Any]:
+    return messages if isinstance(messages, list) and messages else [messages]
+
+
+def _read_message(turn: Any) -> dict[str, Any]:
+    """The turn, with the parts of its content joined. Raises InvalidRequest for what is none."""
+    if isinstance(turn, dict) and isinstance(turn.get("role"), str):
+        content = turn.get("content")
+        if isinstance(content, list) and all(_is_text(part) for part in content):
+            content = "\n".join(part["text"] for part in content)
+        if isinstance(content, str) or (content is None and turn.get("tool_calls")):
+            return {**turn, "content": content}
+    raise InvalidRequest(
+        f"{turn!r} is no message of a chat: give a list of "
+        '{"role": "user", "content": "some text"}.'
+    )
+
+
+def _is_text(part: Any) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
+
+
+def _cut_at_end_mark(text: str) -> str:
+    """The prompt without what the template put behind the last message."""
+    before, mark, _ = text.rpartition(_END_MARK)
+    if mark:
+        return before
+    before, mark, _ = text.rpartition(_END_MARK.strip())
+    if not mark:
+        raise InvalidRequest(
+            "the chat template leaves the final message out, so it cannot be continued: leave out "
+            "continue_final_message."
+        )
+    return before.rstrip()  # the template strips messages: it took the mark's own space away
+
+
+# --------------------------------------------------------------------- what templates can count on
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}`: marks what an assistant said, for training. Here it marks nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+    )
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Jinja's own makes "<" safe for web pages, which is not what models were taught."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise_exception(reason: str) -> None:
-    """Templates call this by name to refuse messages, as in Hugging Face's `transformers`."""
     raise TemplateError(reason)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+# By the names under which templates call them: to refuse messages, and to tell the date.
+_FUNCTIONS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}

@@ -9,6 +9,7 @@ from typing import Any
 from minipaged.config import EngineConfig, ModelConfig, require_whole
 from minipaged.errors import CheckpointError, InvalidOption, MissingTokenizer
 from minipaged.tokenizer import Tokenizer
+from minipaged.tokenizer.folder import read_tokenizer
 
 EMBEDDED = ("storyteller",)  # models that ship inside the package
 
@@ -26,9 +27,9 @@ def find_model(model: str | Path) -> Path:
 
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in this folder; None if it holds none."""
+    """The tokenizer in this folder; None if it holds none. Raises CheckpointError for a bad one."""
     try:
-        return Tokenizer.from_folder(folder)
+        return read_tokenizer(folder)
     except MissingTokenizer:
         return None  # token ids still work; text is refused with a sentence
 

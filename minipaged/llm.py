@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from minipaged.attention import choose_backend
 from minipaged.batch import BatchBuilder
-from minipaged.chat import Message, render_chat
+from minipaged.chat import Message, chat_prompt
 from minipaged.config import (
     PreemptionMode,
     require_share,
@@ -279,13 +279,16 @@ class LLM:
         messages: list[Message] | list[list[Message]],
         sampling_params: Params | Iterable[Params] | None = None,
         use_tqdm: bool = True,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Generate the next assistant turn of one conversation, or of many.
 
-        The messages become a prompt by the checkpoint's own chat template. Raises CheckpointError
-        if it has none, and what `generate` raises.
+        The messages become a prompt by the checkpoint's own chat template; `options` are those of
+        `minipaged.chat.render_chat`. Raises CheckpointError if it has none, and what `generate`
+        raises.
         """
         first = messages[0] if messages else None
         chats = cast(list[list[Message]], messages if isinstance(first, list) else [messages])
-        prompts = [render_chat(self.folder, chat) for chat in chats]
+        tokenizer = self.get_tokenizer()
+        prompts = [chat_prompt(self.folder, tokenizer, chat, **options) for chat in chats]
         return self.generate(prompts, sampling_params, use_tqdm)

@@ -6,7 +6,7 @@ import time
 
 from rich.text import Text
 
-from minipaged.chat import Message, render_chat
+from minipaged.chat import Message, chat_prompt
 from minipaged.errors import PromptTooLong
 from minipaged.llm import LLM
 from minipaged.sampling import SamplingParams
@@ -68,7 +68,8 @@ def _answer(
     num_tokens, cached, start = 0, "", time.perf_counter() - session.seconds_watched
     try:
         with session.watch(answer if session.is_live else None):
-            for _, output in llm.stream(render_chat(llm.folder, told + turns), params):
+            prompt = chat_prompt(llm.folder, llm.get_tokenizer(), told + turns)
+            for _, output in llm.stream(prompt, params):
                 answer.grow(output.outputs[0].text.lstrip())
                 num_tokens = len(output.outputs[0].token_ids)
                 if output.num_cached_tokens:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
-    "version shapes errors config events sequence outputs stories memory plan admission scheduler "
+    "version shapes errors json_files config events sequence outputs stories memory plan admission scheduler "
     "transfer quantized batch kv_cache attention models sampling tokenizer prompts detokenizer "
     "completion chat request beam_request graphs runner parts engine defaults llm bench trace "
     "terminal demo talk show cli __main__"

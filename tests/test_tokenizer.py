@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from minipaged.detokenizer import Detokenizer
 from minipaged.errors import CheckpointError, MissingTokenizer
 from minipaged.tokenizer import Tokenizer
+from minipaged.tokenizer.folder import read_tokenizer
 
 # All single bytes, then merges; two of them cut the emoji U+1F600 and the letter é in the middle.
 MERGES = [b"th", b"the", b" t", b"\xf0\x9f", b"e\xc3", b"##"]
@@ -30,7 +31,7 @@ def write(folder, config=CONFIG, ranks=RANKS):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    return Tokenizer.from_folder(write(tmp_path_factory.mktemp("tokenizer")))
+    return read_tokenizer(write(tmp_path_factory.mktemp("tokenizer")))
 
 
 # -- Tokenizer --------------------------------------------------------------------------------
@@ -80,8 +81,10 @@ def test_bytes_that_are_no_text_become_the_replacement_character(tokenizer):
 
 
 def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
-    with pytest.raises(MissingTokenizer, match=r"holds no tokenizer: add tiktoken\.json .*ids\.$"):
-        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(
+        MissingTokenizer, match=r"holds no tokenizer \(tokenizer\.json.*as token ids\.$"
+    ):
+        read_tokenizer(tmp_path)
 
 
 BROKEN = {
@@ -111,14 +114,14 @@ BROKEN = {
 @pytest.mark.parametrize(("files", "sentence"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_tokenizer_says_which_file_and_why(tmp_path, files, sentence):
     with pytest.raises(CheckpointError, match=sentence) as refusal:
-        Tokenizer.from_folder(write(tmp_path, **files))
+        read_tokenizer(write(tmp_path, **files))
     assert str(tmp_path) in str(refusal.value)
     assert str(refusal.value).endswith(".")
 
 
 def test_blank_lines_and_windows_line_ends_in_the_ranks_are_harmless(tmp_path):
     ranks = RANKS.replace("\n", "\r\n") + "\r\n"
-    assert Tokenizer.from_folder(write(tmp_path, ranks=ranks)).encode("the") == [257]
+    assert read_tokenizer(write(tmp_path, ranks=ranks)).encode("the") == [257]
 
 
 # -- Detokenizer ------------------------------------------------------------------------------

@@ -1,0 +1,95 @@
+"""A list of merges -> ranks for tiktoken, and the proof that both cut every text alike.
+
+Hugging Face's byte-pair encoding merges *pairs of tokens*: the neighbours whose pair stands highest
+in a list of merges. tiktoken merges *bytes*: the neighbours that together spell the token of the
+lowest rank, whatever pair they are. Both take the leftmost of equals. So tiktoken could merge two
+neighbours that spell a token and stand in no list. It never does if this holds:
+
+    Spell a token in single bytes and merge them by rank until two pieces are left. Those two are
+    its *last pair*, and the list must hold it.
+
+For a pair can only meet in a text if no merge went across its two ends before; then all merges
+between them were those of the token by itself, and the pair that met is its last pair. With last
+pairs in the same order as ranks, both ways see the same candidates in every step, and take the same
+one. A token whose bytes get stuck in more than two pieces is never merged at all, in any text.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+from minipaged.errors import UnsupportedTokenizer
+
+Pair = tuple[bytes, bytes]
+
+# Bytes that no character has in UTF-8. A vocabulary may do without them, and tiktoken may not.
+_NOT_IN_UTF8 = frozenset(bytes([byte]) for byte in (0xC0, 0xC1, *range(0xF5, 0x100)))
+
+
+def rank_tokens(tokens: Iterable[bytes], merges: list[Pair], whole_words: bool) -> dict[bytes, int]:
+    """The ranks with which tiktoken encodes as the list of merges does.
+
+    Args:
+        tokens: the vocabulary, without added tokens.
+        merges: pairs, best first.
+        whole_words: a word that is a token is that token, though merges may not lead there
+            ("ignore_merges"). tiktoken does so always; so without it, a token that no merge leads
+            to gets no rank.
+
+    Raises UnsupportedTokenizer if tiktoken could cut some text in another way.
+    """
+    vocabulary = set(tokens)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    lacking = len(ranks.keys() - vocabulary - _NOT_IN_UTF8)
+    if lacking:
+        raise UnsupportedTokenizer(f"its vocabulary lacks {lacking} of the single bytes")
+    for left, right in merges:
+        ranks.setdefault(left + right, len(ranks))
+    if ranks.keys() - vocabulary - _NOT_IN_UTF8:
+        raise UnsupportedTokenizer("it merges pairs into what is no token of its vocabulary")
+    unreachable = _prove_equal(ranks, merges)
+    if not whole_words:
+        return {token: rank for token, rank in ranks.items() if token not in unreachable}
+    for token in vocabulary - ranks.keys():
+        if len(_before_last_merge(token, ranks)) == 2:
+            raise UnsupportedTokenizer(f"no merge leads to {token!r}, and tiktoken would find one")
+        ranks[token] = len(ranks)
+    return ranks
+
+
+def _prove_equal(ranks: Mapping[bytes, int], merges: list[Pair]) -> set[bytes]:
+    """Raises UnsupportedTokenizer, or returns the tokens that no merge ever leads to."""
+    places = {pair: place for place, pair in enumerate(merges)}
+    unreachable: set[bytes] = set()
+    latest = -1
+    for token in ranks:
+        if len(token) == 1:
+            continue
+        pieces = _before_last_merge(token, ranks)
+        if len(pieces) > 2:
+            unreachable.add(token)
+            continue
+        place = places.get((pieces[0], pieces[1]))
+        if place is None:
+            raise UnsupportedTokenizer(f"tiktoken would merge {pieces} into one token")
+        if place < latest:
+            raise UnsupportedTokenizer(f"tiktoken would merge {pieces} too early")
+        latest = place
+    return unreachable
+
+
+def _before_last_merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """The last pair that the bytes of a token become, or the pieces in which they get stuck.
+
+    The token itself has no part in it: of three pieces or more, no two neighbours are all of it.
+    """
+    ends = list(range(len(token) + 1))  # piece i is token[ends[i] : ends[i + 1]]
+    while len(ends) > 3:
+        best, place = None, 0
+        for i in range(len(ends) - 2):
+            rank = ranks.get(token[ends[i] : ends[i + 2]])
+            if rank is not None and (best is None or rank < best):
+                best, place = rank, i + 1
+        if best is None:
+            break
+        del ends[place]
+    return [token[begin:end] for begin, end in pairwise(ends)]

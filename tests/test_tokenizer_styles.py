@@ -1,0 +1,263 @@
+"""Published tokenizers, by tiktoken: against Hugging Face's `tokenizers` as the other opinion."""
+
+import json
+import unicodedata
+
+import pytest
+from tokenizers_of_styles import STYLES, make_qwen, make_sentencepiece, make_texts
+
+from minipaged.errors import CheckpointError, InvalidRequest, UnsupportedTokenizer
+from minipaged.tokenizer import patterns
+from minipaged.tokenizer.byte_pairs import BytePairTokenizer
+from minipaged.tokenizer.folder import read_tokenizer
+from minipaged.tokenizer.library import LibraryTokenizer
+
+TEXTS = make_texts(20_000)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {style: tmp_path_factory.mktemp(style) for style in STYLES}
+
+
+@pytest.fixture(scope="module")
+def judges(folders):
+    return {style: make(folders[style]) for style, make in STYLES.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders, judges):
+    return {style: read_tokenizer(folders[style]) for style in STYLES}
+
+
+def num_differing(tokenizer, judge, texts, **options) -> int:
+    expected = judge.encode_batch(texts, add_special_tokens=True)
+    return sum(tokenizer.encode(t) != e.ids for t, e in zip(texts, expected, strict=True))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_text_has_the_same_tokens(style, tokenizers, judges):
+    assert isinstance(tokenizers[style], BytePairTokenizer)
+    expected = judges[style].encode_batch(TEXTS)
+    for text, encoding in zip(TEXTS, expected, strict=True):
+        assert tokenizers[style].encode(text) == encoding.ids, text
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_text_without_special_tokens_is_the_same_too(style, tokenizers, judges):
+    judge = judges[style]
+    judge.encode_special_tokens = True
+    expected = judge.encode_batch(TEXTS[:3_000], add_special_tokens=False)
+    judge.encode_special_tokens = False
+    for text, encoding in zip(TEXTS, expected, strict=False):
+        mere = tokenizers[style].encode(text, add_special_tokens=False, allow_special=False)
+        assert mere == encoding.ids, text
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_tokens_become_the_text_again(style, tokenizers):
+    tokenizer = tokenizers[style]
+    for text in TEXTS[:2_000]:
+        normal = unicodedata.normalize("NFC", text) if style == "qwen" else text
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == normal
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_id_stands_for_the_bytes_of_its_token(style, tokenizers, judges):
+    tokenizer, judge = tokenizers[style], judges[style]
+    assert tokenizer.vocab_size == judge.get_vocab_size()
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+        assert text == judge.decode([token_id], skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_pattern_of_another_style_would_be_noticed(style, folders, judges, monkeypatch):
+    others = [patterns.GPT2, patterns.SMOLLM, patterns.LLAMA3, patterns.QWEN]
+    own = read_tokenizer(folders[style])._encoding._pat_str
+    for other in others:
+        # Qwen's vocabulary has no token of two digits, so it does not matter how they are cut.
+        if other != own and (style, other) != ("qwen", patterns.LLAMA3):
+            for module in ("hugging_face.choose_pattern", "hugging_face.GPT2"):
+                name = f"minipaged.tokenizer.{module}"
+                by_name = other if module.endswith("GPT2") else lambda _, other=other: other
+                monkeypatch.setattr(name, by_name)
+            wrong = read_tokenizer(folders[style])
+            assert num_differing(wrong, judges[style], TEXTS[:1_000]) > 10
+
+
+def test_without_the_normal_form_accents_would_differ(folders, judges, monkeypatch):
+    monkeypatch.setattr("minipaged.tokenizer.hugging_face._read_normalizer", lambda _: False)
+    wrong = read_tokenizer(folders["qwen"])
+    assert num_differing(wrong, judges["qwen"], TEXTS[:1_000]) > 10
+
+
+def test_marks_that_are_text_and_marks_that_are_not_are_told_apart(tokenizers):
+    qwen = tokenizers["qwen"]
+    assert set(qwen.special_tokens) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+    ids = qwen.encode("<think>a</think><|im_end|>")
+    assert len(ids) == 4
+    assert qwen.decode(ids, skip_special=True) == "<think>a</think>"
+
+
+def test_the_mark_before_every_text_is_left_out_when_asked(tokenizers):
+    for style, begin in (("llama3", "<|begin_of_text|>"), ("opt", "</s>")):
+        tokenizer = tokenizers[style]
+        assert tokenizer.encode("") == [tokenizer.special_tokens[begin]]
+        assert tokenizer.encode("", add_special_tokens=False) == []
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("character", ["a", " ", "\n", "!", "1", "é"])
+def test_a_very_long_text_without_a_break_is_no_trouble(style, character, tokenizers):
+    text = character * 200_000 + "x"
+    assert tokenizers[style].decode(tokenizers[style].encode(text), skip_special=True) == text
+
+
+def test_too_many_spaces_in_a_row_are_refused_in_a_sentence(tokenizers):
+    with pytest.raises(InvalidRequest, match=r"3000001 characters .* a million or more spaces"):
+        tokenizers["gpt2"].encode(" " * 3_000_000 + "x")
+
+
+# ---- tokenizers that tiktoken cannot play ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    return folder, make_sentencepiece(folder)
+
+
+def test_a_sentencepiece_tokenizer_goes_through_the_library(sentencepiece):
+    folder, judge = sentencepiece
+    tokenizer = read_tokenizer(folder)
+    assert isinstance(tokenizer, LibraryTokenizer)
+    assert tokenizer.first_ids == [1]
+    for text, encoding in zip(TEXTS[:3_000], judge.encode_batch(TEXTS[:3_000]), strict=True):
+        assert tokenizer.encode(text) == encoding.ids
+        bare = tokenizer.encode(text, add_special_tokens=False)
+        without_marks = [i for i in bare if i not in tokenizer.special_ids]
+        assert tokenizer.decode(bare, skip_special=True).removeprefix(" ") == judge.decode(
+            without_marks
+        )
+
+
+def test_without_the_library_the_sentence_names_the_extra(sentencepiece, monkeypatch):
+    monkeypatch.setattr("minipaged.tokenizer.library.find_spec", lambda name: None)
+    with pytest.raises(
+        UnsupportedTokenizer, match=r"since .*pip install 'minipaged\[tokenizers\]'"
+    ):
+        read_tokenizer(sentencepiece[0])
+
+
+def change(folder, target, **changes):
+    """A tokenizer.json with parts replaced; names with two underscores reach into the model."""
+    described = json.loads((folder / "tokenizer.json").read_text())
+    for name, value in changes.items():
+        part = described["model"] if name.startswith("model__") else described
+        part[name.removeprefix("model__")] = value
+    (target / "tokenizer.json").write_text(json.dumps(described))
+    return target
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFD"}]}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": None},
+        {"model__byte_fallback": True},
+        {"model__end_of_word_suffix": "</w>"},
+    ],
+    ids=str,
+)
+def test_what_tiktoken_cannot_do_goes_through_the_library(changes, folders, judges, tmp_path):
+    tokenizer = read_tokenizer(change(folders["gpt2"], tmp_path, **changes))
+    assert isinstance(tokenizer, LibraryTokenizer)
+    judge = tokenizer._library
+    for text in TEXTS[:200]:
+        assert tokenizer.encode(text) == judge.encode(text).ids
+
+
+@pytest.mark.parametrize("option", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_with_a_will_of_their_own_go_through_the_library(option, tmp_path):
+    make_qwen(tmp_path)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    described["added_tokens"][-1][option] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    assert isinstance(read_tokenizer(tmp_path), LibraryTokenizer)
+
+
+def test_tokens_that_end_every_text_are_left_out_of_a_prompt(folders, tmp_path):
+    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
+        "pair": [],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    tokenizer = read_tokenizer(change(folders["gpt2"], tmp_path, post_processor=template))
+    assert tokenizer.encode("a")[-1] != 0
+    assert tokenizer.first_ids == []
+
+
+# ---- broken files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is JSON but no object"),
+        ("{}", 'has no "model"'),
+        ('{"model": {"type": "BPE", "vocab": {}}}', "is no whole tokenizer|cuts text"),
+    ],
+)
+def test_a_broken_file_is_named(text, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr("minipaged.tokenizer.library.find_spec", lambda name: None)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=sentence) as refusal:
+        read_tokenizer(tmp_path)
+    assert str(tmp_path) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__vocab": None},
+        {"model__merges": None},
+        {"model__merges": ["a b c"]},
+        {"model__merges": [["a"]]},
+        {"model__merges": [3]},
+        {"added_tokens": [{"id": 3}]},
+        {"post_processor": {"type": "TemplateProcessing"}},
+        {"model__vocab": {"a": "b"}},
+    ],
+    ids=str,
+)
+def test_a_file_with_a_part_that_is_wrong_is_refused(changes, folders, judges, tmp_path):
+    with pytest.raises(CheckpointError) as refusal:
+        read_tokenizer(change(folders["gpt2"], tmp_path, **changes))
+    assert str(tmp_path) in str(refusal.value)
+
+
+def test_vocab_and_merges_of_an_unknown_class_are_refused(folders, judges, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((folders["opt"] / name).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    with pytest.raises(UnsupportedTokenizer, match="was made for CLIPTokenizer"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version\na b c\n")
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match="no whole tokenizer"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_folder_with_a_sentencepiece_model_only_says_what_to_fetch(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UnsupportedTokenizer, match=r"download tokenizer\.json too"):
+        read_tokenizer(tmp_path)
