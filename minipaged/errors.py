@@ -43,3 +43,11 @@ class UnsupportedModel(CheckpointError):
 
 class MissingTokenizer(MinipagedError):
     """Text was given or asked for, but the model's folder holds no tokenizer."""
+
+
+class UnsupportedTokenizer(CheckpointError):
+    """A tokenizer that tiktoken cannot be proved to equal; another library may know it."""
+
+
+class FetchError(MinipagedError):
+    """A model cannot be fetched: its name, the network, rights, room or a checksum forbid it."""

@@ -1,10 +1,15 @@
 """Chat templates: the checkpoint's own, rendered in a sandbox."""
 
+import json
+
 import pytest
+from checkpoints import make_checkpoint
+from tokenizers_of_styles import make_llama3
 
 from minipaged import LLM, SamplingParams
-from minipaged.chat import TEMPLATE_FILE, render_chat
-from minipaged.errors import CheckpointError, InvalidRequest
+from minipaged.chat import TEMPLATE_FILE, chat_prompt, render_chat
+from minipaged.errors import CheckpointError, InvalidRequest, MissingTokenizer
+from minipaged.tokenizer.folder import read_tokenizer
 
 MESSAGES = [
     {"role": "user", "content": "hello"},
@@ -57,7 +62,16 @@ def test_a_template_may_refuse_messages_with_a_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "messages", [[], "hello", [{"role": "user"}], [{"role": "user", "content": [{"type": "x"}]}]]
+    "messages",
+    [
+        [],
+        "hello",
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "x"}]}],
+        [{"role": 3, "content": "a"}],
+        [None],
+    ],
 )
 def test_what_is_no_chat_is_refused(tmp_path, messages):
     with pytest.raises(InvalidRequest, match="is no message of a chat"):
@@ -77,3 +91,176 @@ def test_a_conversation_and_many_conversations_are_answered():
     assert one.outputs[0].text == " Theo the frog put the white key in the meadow."
     many = llm.chat([told, told], greedy, use_tqdm=False)
     assert [o.outputs[0].text for o in many] == [one.outputs[0].text] * 2
+
+
+# ---- as transformers renders them ----------------------------------------------------------------
+
+# In the styles of published ones, with what is hard in each.
+CHATML = """{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}
+{%- endif %}
+{% for message in messages %}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+LLAMA3 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}{%- set date_string = strftime_now("%Y") %}
+    {%- else %}{%- set date_string = "2024" %}{%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}{%- set system_message = "" %}{%- endif %}
+{{- "<|start|>system\\n\\nToday: " + date_string + "\\n" }}
+{%- if tools is not none %}{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}{% endif %}
+{{- system_message }}{{- eos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}{% continue %}{% endif %}
+    {{- '<|start|>' + message['role'] + '\\n\\n'+ message['content'] | trim + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant\\n\\n' }}{%- endif %}
+"""
+QWEN3 = """{%- set ns = namespace(last=messages|length - 1, seen=false) %}
+{%- for message in messages[::-1] %}
+    {%- if not ns.seen and message.role == "user" and message.content is string %}
+        {%- set ns.seen = true %}{%- set ns.last = (messages|length - 1) - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- macro turn(role, text) %}<|im_start|>{{ role }}\\n{{ text }}<|im_end|>\\n{% endmacro %}
+{%- for message in messages %}
+    {%- set text = message.content %}
+    {%- if message.role == "assistant" and '</think>' in text %}
+        {%- set text = text.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {%- if message.role == "assistant" %}
+        {%- generation %}{{- turn(message.role, text) }}{%- endgeneration %}
+    {%- else %}{{- turn(message.role, text) }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "qwen3": QWEN3}
+LONG = [
+    {"role": "system", "content": ' Be <brief> & "kind". '},
+    *MESSAGES[:1],
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nÉ bien! "},
+    {"role": "user", "content": "1 < 2?\n"},
+]
+OPEN = [*LONG[:2], {"role": "assistant", "content": "É bien! "}]
+TOOL = {"type": "function", "function": {"name": "é<b>", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A folder with a tokenizer and names of special tokens, and transformers' view of it."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("chat")
+    make_llama3(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+    )
+    tokenizer.save_pretrained(folder)
+    return folder, tokenizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_generation_prompt": False},
+        {"tools": [TOOL]},
+        {"enable_thinking": False},
+        {"add_generation_prompt": False, "continue_final_message": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("messages", [MESSAGES, LONG, OPEN], ids=["short", "long", "open"])
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_a_template_gives_the_prompt_that_transformers_gives(style, messages, options, judge):
+    folder, tokenizer = judge
+    expected = tokenizer.apply_chat_template(
+        messages,
+        chat_template=TEMPLATES[style],
+        tokenize=False,
+        **{"add_generation_prompt": True, **options},
+    )
+    own = {name: value for name, value in options.items() if name != "enable_thinking"}
+    if "enable_thinking" in options:
+        own["chat_template_kwargs"] = {"enable_thinking": False}
+    assert render_chat(folder, messages, chat_template=TEMPLATES[style], **own) == expected
+
+
+def test_a_chat_is_encoded_without_a_second_mark_at_its_beginning(judge):
+    folder, tokenizer = judge
+    prompt = chat_prompt(folder, read_tokenizer(folder), MESSAGES, chat_template=LLAMA3)
+    begin = tokenizer.bos_token_id
+    assert prompt["prompt_token_ids"].count(begin) == 1
+    expected = tokenizer.apply_chat_template(
+        MESSAGES, chat_template=LLAMA3, add_generation_prompt=True, return_dict=False
+    )
+    assert prompt["prompt_token_ids"] == expected
+
+
+def test_the_template_is_found_where_checkpoints_keep_it(tmp_path):
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "a {{ eos_token }}", "eos_token": "</s>"}))
+    assert render_chat(tmp_path, MESSAGES) == "a </s>"
+    several = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "c"}]
+    config.write_text(json.dumps({"chat_template": several, "eos_token": {"content": "</s>"}}))
+    assert render_chat(tmp_path, MESSAGES) == "c"
+    write(tmp_path, "d {{ eos_token }}")  # the newer place
+    assert render_chat(tmp_path, MESSAGES) == "d </s>"
+    config.write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        render_chat(tmp_path, MESSAGES)
+
+
+def test_content_in_parts_is_joined(tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    folder = write(tmp_path, "{{ messages[0].content }}")
+    assert render_chat(folder, [{"role": "user", "content": parts}]) == "a\nb"
+
+
+def test_what_cannot_be_continued_is_refused(tmp_path):
+    write(tmp_path, "{{ messages[0].content }}")
+    with pytest.raises(InvalidRequest, match="give add_generation_prompt=False"):
+        render_chat(tmp_path, MESSAGES, continue_final_message=True)
+    with pytest.raises(InvalidRequest, match="leaves the final message out"):
+        render_chat(tmp_path, MESSAGES, continue_final_message=True, add_generation_prompt=False)
+
+
+def test_a_fault_inside_a_template_is_a_sentence_too(tmp_path):
+    for template in ("{{ messages[9].content }}", "{{ 1 // 0 }}", "{{ messages[0].content + 1 }}"):
+        with pytest.raises(InvalidRequest, match=r"refuses the messages: [^\n]+\.$"):
+            render_chat(write(tmp_path, template), MESSAGES)
+
+
+def test_a_chat_needs_a_tokenizer(tmp_path):
+    make_checkpoint("llama", tmp_path)
+    write(tmp_path, CHATML)
+    with pytest.raises(MissingTokenizer, match="holds no tokenizer"):
+        LLM(tmp_path, num_blocks=8).chat(MESSAGES)
+
+
+def test_llm_chat_passes_the_templates_options_on():
+    llm = LLM("storyteller", num_blocks=64)
+    greedy = SamplingParams(temperature=0.0, max_tokens=4)
+    [output] = llm.chat(
+        [{"role": "user", "content": "Once upon"}],
+        greedy,
+        use_tqdm=False,
+        chat_template="{{ messages[0].content }}{{ word }}",
+        chat_template_kwargs={"word": " a time"},
+    )
+    assert output.prompt == "Once upon a time"
+    with pytest.raises(TypeError):
+        llm.chat([{"role": "user", "content": "a"}], greedy, no_such_option=1)
