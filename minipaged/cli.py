@@ -1,4 +1,4 @@
-"""The command line: `minipaged demo | generate | chat | bench`.
+"""The command line: `minipaged demo | generate | chat | fetch | convert | bench`.
 
 Mistakes end with one sentence on standard error and exit code 2. torch is imported only once a
 command runs, so that `--help` answers at once.
@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from minipaged import fetch_command
 from minipaged.bench.commands import app as bench
 from minipaged.errors import InvalidOption, InvalidRequest, MinipagedError
 from minipaged.show import print_completions, read_lines, warn_of_an_early_end
@@ -34,7 +35,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 
-Model = Annotated[str, typer.Option(help="storyteller, or a folder with a checkpoint.")]
+Model = Annotated[str, typer.Option(help="storyteller, a folder, or owner/name on the hub.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Backend = Annotated[
@@ -210,6 +211,7 @@ def generate(
                     "--n, best_of, --temperature, top_p, top_k and --stop."
                 )
             params = BeamSearchParams(beam_width, max_tokens, ignore_eos=ignore_eos)
+        fetch_command.offer_to_fetch(model)
         llm = session.load(
             model=model,
             device=device,
@@ -265,6 +267,7 @@ def chat(
         from minipaged.talk import converse
 
         params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+        fetch_command.offer_to_fetch(model)
         llm = session.load(
             model=model,
             device=device,
@@ -283,3 +286,9 @@ def chat(
         if system is not None and not as_json:
             session.console.print(Text(f"{system}\n{hint}".rstrip(), style="dim"))
         converse(llm, session, system, params, as_json)
+
+
+# ---- fetch and convert ---------------------------------------------------------------------------
+
+app.command()(fetch_command.fetch)
+app.command()(fetch_command.convert)

@@ -6,8 +6,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from minipaged.catalogue import find_known, in_words
 from minipaged.config import EngineConfig, ModelConfig, require_whole
-from minipaged.errors import CheckpointError, InvalidOption, MissingTokenizer
+from minipaged.errors import CheckpointError, FetchError, InvalidOption, MissingTokenizer
+from minipaged.local_models import ModelName, find_local
 from minipaged.tokenizer import Tokenizer
 from minipaged.tokenizer.folder import read_tokenizer
 
@@ -15,15 +17,34 @@ EMBEDDED = ("storyteller",)  # models that ship inside the package
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder of a checkpoint, or of an embedded model. Raises CheckpointError."""
+    """The folder of a model: of an embedded one, of a path, or of a name that was fetched before.
+
+    Raises CheckpointError if there is none; nothing is ever downloaded from here.
+    """
     if model in EMBEDDED:
         return Path(str(files("minipaged") / "assets" / str(model)))
-    if not model or not Path(model).is_dir():
-        raise CheckpointError(
-            f"there is no folder {str(model)!r}: give a folder with a checkpoint, or the name of "
-            f"an embedded model ({', '.join(EMBEDDED)})."
+    if model and Path(model).is_dir():
+        return Path(model)
+    fetched = find_local(model) if isinstance(model, str) else None
+    if fetched is None:
+        raise CheckpointError(_how_to_get(str(model)))
+    return fetched
+
+
+def _how_to_get(model: str) -> str:
+    try:
+        name = ModelName.parse(model)
+    except FetchError as error:
+        embedded = " or ".join(EMBEDDED)
+        return f"there is no folder {model!r}, the embedded model is {embedded}, and {error}"
+    known = find_known(name.repo)
+    if known is None:
+        return (
+            f"{model!r} is neither a folder nor a model that was fetched: correct the path, or "
+            f"fetch it by `minipaged fetch {model}`."
         )
-    return Path(model)
+    size = f"about {in_words(known.num_bytes)}, licence: {known.licence}"
+    return f"{name} is not on this machine: fetch it ({size}) by `minipaged fetch {model}`."
 
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:

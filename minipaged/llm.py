@@ -42,8 +42,8 @@ class LLM:
         >>> [output] = llm.generate("Theo the frog", SamplingParams(temperature=0, max_tokens=8))
 
     Args:
-        model: "storyteller", the model that ships with the library, or a folder with a Hugging
-            Face checkpoint (config.json and safetensors).
+        model: "storyteller", the model that ships with the library; a folder with a Hugging Face
+            checkpoint; or a name on the hub, "owner/name", that `minipaged fetch` has brought.
         device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" ...
         dtype: "auto" (float32 on a CPU, as saved on a GPU), "float32", "bfloat16", "float16".
         attention_backend: "auto", "reference", "blockwise", "torch", "triton" or "triton-naive".
@@ -54,7 +54,8 @@ class LLM:
             if the memory has room for them.
         num_swap_blocks: blocks in the swap pool in host memory; None: as many as in the pool, up to
             2 GiB of them.
-        max_model_len: longest prompt and output together; None: what the model can take.
+        max_model_len: longest prompt and output together; None: what the model can take, which with
+            a sliding window is at most its width.
         gpu_memory_utilization: the part of a GPU's memory that weights and cache may fill.
         max_num_seqs: sequences in one step.
         max_num_batched_tokens: tokens in one step; None: 2,048, more where a whole prompt needs it.
@@ -70,7 +71,8 @@ class LLM:
         parts: other players for allocator, memory, scheduler, victim, attention.
 
     Raises:
-        InvalidOption: an option cannot work. CheckpointError: the model cannot be loaded.
+        InvalidOption: an option cannot work, or the weights do not fit the memory.
+        CheckpointError: the model is not on this machine, or cannot be loaded.
     """
 
     def __init__(

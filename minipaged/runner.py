@@ -1,6 +1,5 @@
 """The device side: carries out a step's block operations, then runs the model."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,10 +11,10 @@ from minipaged.errors import InvalidOption
 from minipaged.graphs import DecodeGraphs
 from minipaged.kv_cache import KVCache
 from minipaged.models import Model
+from minipaged.models.loader import GIB, physical_memory
 from minipaged.plan import ScheduledBatch
 from minipaged.shapes import Float
 
-GIB = 1024**3
 SWAP_BYTES = 2 * GIB  # a swap pool takes no more host memory than this unless asked to
 
 
@@ -104,8 +103,3 @@ def refuse_more_than_memory(
             f"bytes a block, {in_host} of them need {in_host * block_bytes / GIB:.1f} GiB, and the "
             f"machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all."
         )
-
-
-def physical_memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
-    "version shapes errors json_files config events sequence outputs stories memory plan admission scheduler "
-    "transfer quantized batch kv_cache attention models sampling tokenizer prompts detokenizer "
-    "completion chat request beam_request graphs runner parts engine defaults llm bench trace "
-    "terminal demo talk show cli __main__"
+    "version shapes errors json_files catalogue local_models hub config events sequence "
+    "outputs stories memory plan admission scheduler transfer quantized batch kv_cache "
+    "attention models convert fetch sampling tokenizer prompts detokenizer completion chat "
+    "request beam_request graphs runner parts engine defaults llm bench trace terminal demo "
+    "talk show fetch_command cli __main__"
 ).split()
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 from dataclasses import replace
 from datetime import date
 
@@ -10,8 +11,9 @@ import torch
 from test_cli import minipaged
 
 from minipaged.attention import BACKENDS, reference
-from minipaged.bench import cases, commands, kernel
+from minipaged.bench import cases, commands, kernel, load
 from minipaged.bench.sharing import alpaca_lengths
+from minipaged.models.loader import check_checkpoint
 
 
 def test_the_lengths_have_the_means_of_the_papers_trace():
@@ -150,6 +152,35 @@ def test_formats_are_reported_with_their_gain_and_their_error(capsys, monkeypatc
     assert errors[0] > 0
     assert errors[-1] < 0.05
     assert rows["int8"]["times_tokens"] == rows["fp8"]["times_tokens"] == 256 / 132
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+def test_loading_is_reported_with_its_peak_beside_the_weights(capsys, monkeypatch, tmp_path):
+    tiny = {**load.CHECKPOINTS["gpt2, small"], "n_embd": 48, "n_layer": 2, "vocab_size": 64}
+    monkeypatch.setattr(load, "CHECKPOINTS", {"tiny": tiny})
+    monkeypatch.setattr(load, "FROM_AND_TO", [("bfloat16", "float32")])
+    monkeypatch.setattr(load, "find_spec", lambda _: None)  # transformers takes seconds to import
+    saved = tmp_path / "load.json"
+    code, out, _ = minipaged(capsys, monkeypatch, "bench", "load", "--save", str(saved))
+    assert code == 0
+    for part in ("tiny", "bfloat16", "float32", "minipaged", "peak / weights", "torch"):
+        assert part in out
+    rows = json.loads(saved.read_text())["rows"]
+    assert [row["num_files"] for row in rows] == [1, load.NUM_SHARDS]
+    for row in rows:
+        assert 4 * (64 + 1024) * 48 < row["weight_bytes"] < 1e6
+        assert row["peak_bytes"] >= 0
+        assert row["seconds"] > 0
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+@pytest.mark.parametrize("name", load.CHECKPOINTS)
+def test_the_checkpoints_to_load_are_whole(name, num_files, tmp_path):
+    small = {"n_embd": 24, "n_layer": 1, "vocab_size": 9, "n_head": 2, "num_hidden_layers": 1}
+    small |= {"hidden_size": 24, "intermediate_size": 32}
+    load.make_checkpoint({**load.CHECKPOINTS[name], **small}, tmp_path, torch.float16, num_files)
+    assert len(list(tmp_path.glob("*.safetensors"))) == num_files
+    assert check_checkpoint(tmp_path).num_layers == 1
 
 
 def test_compiling_without_triton_is_refused(capsys, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
@@ -277,3 +278,12 @@ def test_python_dash_m_is_the_same_program():
     )
     assert result.returncode == 2
     assert result.stderr == "minipaged: No such command 'dance'.\n"
+
+
+def test_the_script_in_the_root_is_the_fetch_command(tmp_path):
+    script = Path(__file__).parents[1] / "model_weights_fetch.py"
+    home = {**os.environ, "MINIPAGED_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
+    command = [sys.executable, str(script), "--list"]
+    result = subprocess.run(command, env=home, capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in result.stdout

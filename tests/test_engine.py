@@ -70,25 +70,6 @@ def assert_all_blocks_are_back(llm: LLM) -> None:
 # ---- the right tokens ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2", "qwen3", "mistral"])
-def test_a_ragged_batch_gives_the_tokens_of_transformers(family, tmp_path):
-    import transformers
-
-    make_checkpoint(family, tmp_path)
-    outputs = run(checked(tmp_path, max_num_batched_tokens=64))
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    for prompt, found in zip(PROMPTS, tokens(outputs), strict=True):
-        expected = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=32,
-            min_new_tokens=32,
-            do_sample=False,
-            eos_token_id=None,
-        )
-        assert found == expected[0, len(prompt) :].tolist()
-
-
 @pytest.fixture(scope="module")
 def expected(folder) -> list[list[int]]:
     """What an ample pool and the reference attention give."""

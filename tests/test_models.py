@@ -28,6 +28,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"n_inner": 40, "layer_norm_epsilon": 0.1, "activation_function": "gelu"},
     ),
     "opt": ("opt", {}),
+    "opt, untied": ("opt", {"tie_word_embeddings": False}),
+    "opt, 350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    "opt, norms behind": ("opt", {"do_layer_norm_before": False}),
+    "opt, narrow embedding": ("opt", {"word_embed_proj_dim": 24, "tie_word_embeddings": False}),
     "llama, all heads alike": ("llama", {"num_key_value_heads": 4}),
     "llama, grouped": ("llama", {}),
     "llama, one kv head": ("llama", {"num_key_value_heads": 1}),
@@ -168,6 +172,27 @@ def test_what_the_pool_held_before_does_not_matter(
         keys.fill_(7.0)
         values.fill_(-7.0)
     torch.testing.assert_close(used.step({0: prompt(9)}), clean.step({0: prompt(9)}))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("mistral", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 1})],
+)
+def test_up_to_the_width_of_its_window_a_sliding_attention_is_full_and_no_further(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    window = 24
+    make_checkpoint(family, tmp_path, sliding_window=window, **options)
+    model = load_model(tmp_path, BACKENDS["reference"])
+    assert model.config.max_position_embeddings == window  # no token that would differ is served
+    slides = AutoModelForCausalLM.from_pretrained(tmp_path)
+    token_ids = prompt(window + 1)
+    full = Paged(model).step({0: token_ids}, all_logits=True)
+    difference = (full - judged(slides, token_ids)).abs().amax(-1)  # [tokens]
+    assert difference[:window].max() < 1e-4
+    assert difference[window] > 1e-2
 
 
 def test_bfloat16_stays_near_transformers_in_bfloat16(checkpoints: dict[str, Path]) -> None:

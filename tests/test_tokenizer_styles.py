@@ -119,6 +119,18 @@ def test_too_many_spaces_in_a_row_are_refused_in_a_sentence(tokenizers):
         tokenizers["gpt2"].encode(" " * 3_000_000 + "x")
 
 
+def test_vocab_and_merges_of_qwen_know_its_pattern_and_its_added_tokens(folders, judges, tmp_path):
+    described = json.loads((folders["qwen"] / "tokenizer.json").read_text())
+    model, added = described["model"], {t["id"]: t for t in described["added_tokens"]}
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(merges))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = read_tokenizer(tmp_path)
+    assert num_differing(tokenizer, judges["qwen"], TEXTS[:3_000]) == 0
+
+
 # ---- tokenizers that tiktoken cannot play ------------------------------------------------------
 
 

@@ -84,6 +84,25 @@ def formats(
 
 
 @app.command()
+def load(
+    model: Annotated[
+        Path | None, typer.Option(help="A folder with a checkpoint, instead of made ones.")
+    ] = None,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Memory at its peak and time to load a checkpoint."""
+    from minipaged.bench import load as loading
+
+    rows = list(loading.measure(model))
+    note = (
+        "every load in a process of its own, which then reads each weight once; peak: resident "
+        "memory at its highest, less what it was before"
+    )
+    _report(rows, loading.as_table(rows), note, None, save, as_json)
+
+
+@app.command()
 def tune(
     device: Device = "auto",
     dtype: DType = "auto",

@@ -6,6 +6,7 @@
     rope    the rotary positions of llama
     layers  the little that two of them share
     loader  a folder with config.json and safetensors -> a model with every parameter filled
+    weight_files  what stands in safetensors, and how it gets from there into a model's memory
 
 Here is what they have in common: the contract `Model`, the form of a weight map, and how numbers
 are read out of a Hugging Face config.json.
@@ -47,8 +48,9 @@ class Model(nn.Module, ABC):
         kv_cache: KVCache,
         batch: Batch,
     ) -> Float[Tensor, "tokens hidden"]:
-        """One step: writes the tokens' keys and values, returns hidden states after the last norm.
+        """One step: writes the tokens' keys and values, returns what `logits` takes.
 
+        That is the hidden states after the last layer and, where there is one, the last norm.
         Positions are below `config.max_position_embeddings`: the engine has checked.
         """
 

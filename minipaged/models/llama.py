@@ -3,7 +3,8 @@
 "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971), "The Llama 3 Herd of
 Models" (2407.21783), "Mistral 7B" (2310.06825), "Qwen2" (2407.10671), "Qwen3" (2505.09388). What
 one of them adds is an option of `LlamaConfig`: Qwen2 biases for q, k and v, Qwen3 a norm on every
-query and key head. Numbers agree with Hugging Face's `transformers`.
+query and key head. Mistral's sliding window is no option: the context ends with it (see
+`_read_context`). Numbers agree with Hugging Face's `transformers`.
 
 Read on in the order a token travels: the whole way in `Llama.forward`, then each station.
 """
@@ -55,7 +56,6 @@ class LlamaConfig(ModelConfig):
             CheckpointError: a number is missing or cannot be.
             UnsupportedModel: an option that is not built here.
         """
-        _refuse_sliding_window(hf)
         architecture = read_architecture(hf)
         num_heads, num_kv_heads, head_dim = _read_heads(hf)
         attention_bias = bool(hf.get("attention_bias", False))
@@ -68,7 +68,7 @@ class LlamaConfig(ModelConfig):
             head_dim=head_dim,
             hidden_size=read_int(hf, "hidden_size"),
             vocab_size=read_int(hf, "vocab_size"),
-            max_position_embeddings=read_int(hf, "max_position_embeddings"),
+            max_position_embeddings=_read_context(hf, architecture),
             eos_token_ids=read_eos_token_ids(hf),
             intermediate_size=read_int(hf, "intermediate_size"),
             rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
@@ -245,13 +245,32 @@ def _read_heads(hf: HFConfig) -> tuple[int, int, int]:
     return num_heads, num_kv_heads, divide_heads(read_int(hf, "hidden_size"), num_heads)
 
 
-def _refuse_sliding_window(hf: HFConfig) -> None:
-    """Raises UnsupportedModel when some token of the context would not see all before it."""
-    window = hf.get("sliding_window")
+def _read_context(hf: HFConfig, architecture: str) -> int:
+    """The longest context in which every token sees all before it.
+
+    In a layer with a sliding window a token sees itself and the `window - 1` before it. Up to
+    `window` tokens that is full attention, which is what is built here, so the context ends there.
+    """
     context = read_int(hf, "max_position_embeddings")
-    if window is None or window >= context or hf.get("use_sliding_window") is False:
-        return
-    raise UnsupportedModel(
-        f"config.json limits attention to the last {window} of {context} tokens, and only full "
-        f"attention is built here: lower max_position_embeddings to {window}, where both are one."
-    )
+    slides = _any_layer_slides(hf, architecture)
+    return min(context, read_int(hf, "sliding_window")) if slides else context
+
+
+def _any_layer_slides(hf: HFConfig, architecture: str) -> bool:
+    """Raises UnsupportedModel if a layer's attention is neither full nor through a window."""
+    kinds: list[str] = hf.get("layer_types") or []  # newer files have one for each layer
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModel(
+                f"config.json has a layer with {kind!r}, and only full_attention, and "
+                "sliding_attention up to its window, are built here: choose another checkpoint."
+            )
+    if "sliding_attention" in kinds:
+        return True
+    if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        # They name a window even where none is used. Where it is, the first layers stay full.
+        num_full = hf.get("max_window_layers")
+        num_full = 28 if num_full is None else num_full  # 28 as in transformers
+        uses = not kinds and bool(hf.get("use_sliding_window"))
+        return uses and read_int(hf, "num_hidden_layers") > num_full
+    return hf.get("sliding_window") is not None

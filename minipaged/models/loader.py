@@ -1,29 +1,35 @@
 """A folder with `config.json` and safetensors -> a model, every parameter of which is filled.
 
 The model is first built on torch's "meta" device, where parameters have a shape and no memory. All
-names and shapes are compared with the files' headers before the first number is read. Then each
-tensor is copied into place by itself, so that loading needs the memory of the model and of one
-tensor. A parameter that no tensor filled would have no memory: it cannot hold leftovers.
+names and shapes are compared with the files' headers before the first number is read. Then the
+parameters get their memory, and `weight_files` reads every tensor straight into its place.
 """
 
-import json
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from minipaged.attention import AttentionBackend
+from minipaged.attention import BACKENDS, AttentionBackend
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckpointError, InvalidOption, UnsupportedModel
+from minipaged.json_files import read_json_object
 from minipaged.models import HFConfig, Model, WeightMap, read_architecture, read_eos_token_ids
 from minipaged.models.gpt2 import GPT2, GPT2_WEIGHTS, GPT2Config
 from minipaged.models.llama import LLAMA_WEIGHTS, Llama, LlamaConfig
 from minipaged.models.opt import OPT, OPT_WEIGHTS, OPTConfig
+from minipaged.models.weight_files import (
+    DTYPES_IN_FILES,
+    StoredTensor,
+    copy_tensors,
+    find_weight_files,
+    read_header,
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,7 @@ DTYPES = {
     "float": torch.float32,
     "half": torch.float16,
 }
-# As safetensors names the types that weights may be stored in; all others are quantised formats.
-_DTYPES_IN_FILES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GIB = 1024**3
 _FROM_ONE_PLACE = "download config.json and the weights from one place"
 
 
@@ -72,10 +77,24 @@ def read_model_config(folder: Path) -> ModelConfig:
     config: ModelConfig = _choose_family(hf).read_config(hf)
     generation = folder / "generation_config.json"
     if generation.is_file():
-        more = read_eos_token_ids(_read_json(generation))
+        more = read_eos_token_ids(read_json_object(generation))
         # dict.fromkeys: each once, in order
         config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
     return config
+
+
+def check_checkpoint(folder: Path) -> ModelConfig:
+    """Check all that can be checked before the first number is read; returns the model's numbers.
+
+    That is: config.json, the architecture and its options, that every file is there and whole by
+    its header, and that the names, shapes and dtypes of all tensors fit the model.
+
+    Raises:
+        CheckpointError: something is missing, broken, unexpected or misshapen.
+        UnsupportedModel: an architecture, or an option of one, that is not built here.
+    """
+    model, _ = _build(folder, BACKENDS["reference"])  # one backend is as good as another here
+    return model.config
 
 
 def load_model(
@@ -97,15 +116,11 @@ def load_model(
     Raises:
         CheckpointError: something is missing, broken, unexpected or misshapen.
         UnsupportedModel: an architecture, or an option of one, that is not built here.
-        InvalidOption: there is no such dtype.
+        InvalidOption: there is no such dtype, or no room for the weights in it.
     """
-    config = read_model_config(folder)
-    family = FAMILIES[config.architecture]
-    with torch.device("meta"):
-        model = family.build(config, attention)
-    stored = _read_headers(_find_weight_files(folder), family.weights.prefix)
-    plan = _plan(model, family.weights, stored)
-    chosen = choose_dtype(dtype, _DTYPES_IN_FILES[plan[0].source.dtype], device)
+    model, plan = _build(folder, attention)
+    chosen = choose_dtype(dtype, DTYPES_IN_FILES[plan[0].source.dtype], device)
+    _refuse_more_than_memory(model, chosen, device)
     _fill(model, plan, chosen, device)
     return model.to(device).eval()  # the parameters are there already: this moves the buffers
 
@@ -122,7 +137,7 @@ def choose_dtype(
     return dtype
 
 
-# ------------------------------------------------------------------------------------ the folder
+# ---------------------------------------------------------------------------------- the folder
 
 
 def _read_hf_config(folder: Path) -> HFConfig:
@@ -134,17 +149,7 @@ def _read_hf_config(folder: Path) -> HFConfig:
         raise CheckpointError(
             f"{folder} holds no config.json: copy the one that the weights were published with."
         )
-    return _read_json(folder / "config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither JSON nor, perhaps, text
-        raise CheckpointError(f"{path} is not JSON ({error}): download it again.") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} is JSON but no object: download it again.")
-    return parsed
+    return read_json_object(folder / "config.json")
 
 
 def _choose_family(hf: HFConfig) -> Family:
@@ -162,51 +167,7 @@ def _choose_family(hf: HFConfig) -> Family:
     return FAMILIES[architecture]
 
 
-def _find_weight_files(folder: Path) -> list[Path]:
-    """One file, or the shards that the index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise CheckpointError(_nothing_to_load(folder))
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map: download it again.")
-    shards = [folder / name for name in sorted(set(map(str, weight_map.values())))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(shards)} shards that its index names, "
-            f"first {missing[0]}: download them."
-        )
-    return shards
-
-
-def _nothing_to_load(folder: Path) -> str:
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled:
-        return (
-            f"{folder} holds its weights as {pickled[0]} only, which is not read since it can run "
-            "code: convert it to safetensors, with transformers by "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
-        )
-    return (
-        f"{folder} holds neither model.safetensors nor model.safetensors.index.json: download the "
-        "weights into it."
-    )
-
-
 # --------------------------------------------------------------------------------- the tensors
-
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor in a file, as the file's header describes it."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -214,35 +175,39 @@ class Placement:
     """Which tensor goes into which parameter."""
 
     parameter: str
-    source: Source
+    source: StoredTensor
     transposed: bool
 
 
-@contextmanager
-def _opened(path: Path) -> Generator[Any, None, None]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} of {path.stat().st_size} bytes is cut short or no safetensors file ({error}): "
-            "download it again."
-        ) from error
+def _build(folder: Path, attention: AttentionBackend) -> tuple[Model, list[Placement]]:
+    """The model without memory, and what is to fill it."""
+    config = read_model_config(folder)
+    family = FAMILIES[config.architecture]
+    with torch.device("meta"), _Unset():
+        model = family.build(config, attention)
+    sources = {
+        source.name.removeprefix(family.weights.prefix): source
+        for path in find_weight_files(folder)
+        for source in read_header(path)
+    }
+    return model, _plan(model, family.weights, sources)
 
 
-def _read_headers(paths: list[Path], prefix: str) -> dict[str, Source]:
-    """Every tensor in the files, by its name without the prefix."""
-    sources: dict[str, Source] = {}
-    for path in paths:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                header = file.get_slice(name)
-                shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                sources[name.removeprefix(prefix)] = Source(path, name, shape, dtype)
-    return sources
+class _Unset(TorchFunctionMode):
+    """Leaves new parameters as they are, for which torch.nn would draw random numbers.
+
+    On "meta" that draws nothing, but imports torch's compiler first: a second and 150 MB.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
-def _plan(model: Model, weights: WeightMap, sources: dict[str, Source]) -> list[Placement]:
+def _plan(model: Model, weights: WeightMap, sources: dict[str, StoredTensor]) -> list[Placement]:
     """Pair every parameter with its tensor. Raises CheckpointError unless both sides come out."""
     wanted = {name: weights.source_of(name) for name, _ in model.named_parameters()}
     ignored = {t.format(i=i) for t in weights.ignored for i in range(model.config.num_layers)}
@@ -275,26 +240,51 @@ def _check_form(placement: Placement, shape: torch.Size) -> None:
             f"the tensor {source.name!r} is {list(source.shape)}, and config.json asks for "
             f"{list(expected)}: {_FROM_ONE_PLACE}."
         )
-    if source.dtype not in _DTYPES_IN_FILES:
+    if source.dtype not in DTYPES_IN_FILES:
         raise UnsupportedModel(
             f"the tensor {source.name!r} is stored as {source.dtype}, and only "
-            f"{', '.join(_DTYPES_IN_FILES)} are read here: choose a checkpoint in one of them."
+            f"{', '.join(DTYPES_IN_FILES)} are read here: choose a checkpoint in one of them."
         )
+
+
+def _refuse_more_than_memory(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Raise InvalidOption for weights that the machine, or the GPU as it stands, cannot hold."""
+    where = torch.device(device)
+    needs = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if where.type == "cuda":
+        has, owner = _free_memory(where), f"{where} has no more free than"
+    else:
+        has, owner = physical_memory(), "the machine has"
+    if needs > has:
+        half_fits = dtype == torch.float32 and needs // 2 <= has
+        less = 'dtype="bfloat16", which takes half of that, or ' if half_fits else ""
+        raise InvalidOption(
+            f"the weights take {needs / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
+            f"{owner} {has / GIB:.1f} GiB: choose {less}a smaller model."
+        )
+
+
+def physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _free_memory(gpu: torch.device) -> int:
+    """Bytes that nobody uses, and those that torch keeps after they were used."""
+    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + kept
 
 
 def _fill(
     model: Model, plan: list[Placement], dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    for path in sorted({placement.source.path for placement in plan}):
-        with _opened(path) as file:
-            for placement in plan:
-                if placement.source.path == path:
-                    tensor = file.get_tensor(placement.source.name)
-                    tensor = tensor.t() if placement.transposed else tensor
-                    # A copy: what safetensors returns may be a window on the file itself.
-                    filled = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-                    module, _, leaf = placement.parameter.rpartition(".")
-                    parameter = nn.Parameter(filled, requires_grad=False)
-                    setattr(model.get_submodule(module), leaf, parameter)
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    assert not empty, f"the plan left parameters empty: {empty}"
+    """Give the parameters memory, and the memory its numbers."""
+    places: list[tuple[StoredTensor, torch.Tensor]] = []
+    for placement in plan:
+        shape = model.get_parameter(placement.parameter).shape
+        place = torch.empty(shape, dtype=dtype, device=device)
+        module, _, leaf = placement.parameter.rpartition(".")
+        parameter = nn.Parameter(place, requires_grad=False)
+        setattr(model.get_submodule(module), leaf, parameter)
+        places.append((placement.source, place.t() if placement.transposed else place))
+    copy_tensors(places)

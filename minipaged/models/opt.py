@@ -2,7 +2,8 @@
 
 "OPT: Open Pre-trained Transformer Language Models" (arXiv 2205.01068), the model of most
 experiments in the PagedAttention paper. Numbers agree with Hugging Face's `transformers`. OPT-350m
-alone was trained with another plan (norms behind, narrower embeddings) and is refused.
+alone follows another plan, and two options tell it: its norms stand behind each half of a layer
+instead of before it, and its token embedding is narrower than the layers.
 
 Read on in the order a token travels: the whole way in `OPT.forward`, then each station.
 """
@@ -38,6 +39,8 @@ class OPTConfig(ModelConfig):
     """The numbers and options of one OPT."""
 
     inner_size: int
+    embedding_size: int  # of a token: 512 in OPT-350m, elsewhere the hidden size
+    norm_first: bool = True  # False, OPT-350m: the norms of a layer stand behind its halves
     activation: str = "relu"
     tied: bool = True  # the embedding is the output matrix too
 
@@ -50,9 +53,7 @@ class OPTConfig(ModelConfig):
             UnsupportedModel: an option that is not built here.
         """
         hidden_size, num_heads = read_int(hf, "hidden_size"), read_int(hf, "num_attention_heads")
-        require_option(hf, "do_layer_norm_before", True)
         require_option(hf, "_remove_final_layer_norm", False)
-        require_option(hf, "word_embed_proj_dim", hidden_size)
         require_option(hf, "enable_bias", True)
         require_option(hf, "layer_norm_elementwise_affine", True)
         return cls(
@@ -66,6 +67,8 @@ class OPTConfig(ModelConfig):
             max_position_embeddings=read_int(hf, "max_position_embeddings"),
             eos_token_ids=read_eos_token_ids(hf),
             inner_size=read_int(hf, "ffn_dim"),
+            embedding_size=read_int(hf, "word_embed_proj_dim", hidden_size),
+            norm_first=hf.get("do_layer_norm_before") is not False,  # absent, null: before
             activation=str(hf.get("activation_function", "relu")),
             tied=bool(hf.get("tie_word_embeddings", True)),
         )
@@ -77,13 +80,17 @@ class OPT(Model):
     def __init__(self, config: OPTConfig, attention: AttentionBackend) -> None:
         super().__init__()
         self.config = config
-        hidden = config.hidden_size
-        self.embedding = nn.Embedding(config.vocab_size, hidden)
+        hidden, narrow = config.hidden_size, config.embedding_size
+        projects = narrow != hidden
+        self.embedding = nn.Embedding(config.vocab_size, narrow)
+        self.project_in = nn.Linear(narrow, hidden, bias=False) if projects else nn.Identity()
         num_rows = config.max_position_embeddings + POSITION_OFFSET
         self.position_embedding = nn.Embedding(num_rows, hidden)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(hidden)
-        self.head = None if config.tied else nn.Linear(hidden, config.vocab_size, bias=False)
+        # With the norms behind, the last layer has ended with one.
+        self.norm = nn.LayerNorm(hidden) if config.norm_first else nn.Identity()
+        self.project_out = nn.Linear(hidden, narrow, bias=False) if projects else nn.Identity()
+        self.head = None if config.tied else nn.Linear(narrow, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -94,7 +101,7 @@ class OPT(Model):
     ) -> Float[Tensor, "tokens hidden"]:
         """One step; see `Model.forward`."""
         places = self.position_embedding(positions + POSITION_OFFSET)  # [tokens, hidden]
-        x = self.embedding(token_ids) + places  # [tokens, hidden]
+        x = self.project_in(self.embedding(token_ids)) + places  # [tokens, hidden]
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
             x = layer(x, kv, batch)
         return self.norm(x)
@@ -102,14 +109,19 @@ class OPT(Model):
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """Scores of all tokens; see `Model.logits`."""
         matrix = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(hidden, matrix)  # [rows, vocab]
+        return F.linear(self.project_out(hidden), matrix)  # [rows, vocab]
 
 
 class Layer(nn.Module):
-    """Attention, then the feed-forward, each on a normed copy and added to what came in."""
+    """Attention, then the feed-forward, each added to what came in, with a norm before or behind.
+
+    Before: each works on a normed copy, and what is added to is never normed itself. Behind, as in
+    "Attention Is All You Need": the sum is normed.
+    """
 
     def __init__(self, config: OPTConfig, attention: AttentionBackend) -> None:
         super().__init__()
+        self.norm_first = config.norm_first
         self.attention_norm = nn.LayerNorm(config.hidden_size)
         self.attention = Attention(config, attention)
         self.mlp_norm = nn.LayerNorm(config.hidden_size)
@@ -118,8 +130,11 @@ class Layer(nn.Module):
     def forward(
         self, x: Float[Tensor, "tokens hidden"], kv: KVPair, batch: Batch
     ) -> Float[Tensor, "tokens hidden"]:
-        x = x + self.attention(self.attention_norm(x), kv, batch)
-        return x + self.mlp(self.mlp_norm(x))
+        if self.norm_first:
+            x = x + self.attention(self.attention_norm(x), kv, batch)
+            return x + self.mlp(self.mlp_norm(x))
+        x = self.attention_norm(x + self.attention(x, kv, batch))
+        return self.mlp_norm(x + self.mlp(x))
 
 
 class Attention(nn.Module):
@@ -154,17 +169,19 @@ OPT_WEIGHTS = WeightMap(
     prefix="model.",
     modules={
         "embedding": "decoder.embed_tokens",
+        "project_in": "decoder.project_in",
         "position_embedding": "decoder.embed_positions",
         "layers.{i}.attention_norm": "decoder.layers.{i}.self_attn_layer_norm",
         "layers.{i}.attention.q_proj": "decoder.layers.{i}.self_attn.q_proj",
         "layers.{i}.attention.k_proj": "decoder.layers.{i}.self_attn.k_proj",
         "layers.{i}.attention.v_proj": "decoder.layers.{i}.self_attn.v_proj",
         "layers.{i}.attention.o_proj": "decoder.layers.{i}.self_attn.out_proj",
-        # A layer's own "final" norm: the one between its attention and its feed-forward.
+        # A layer's own "final" norm: that of its feed-forward.
         "layers.{i}.mlp_norm": "decoder.layers.{i}.final_layer_norm",
         "layers.{i}.mlp.up_proj": "decoder.layers.{i}.fc1",
         "layers.{i}.mlp.down_proj": "decoder.layers.{i}.fc2",
         "norm": "decoder.final_layer_norm",
+        "project_out": "decoder.project_out",
         "head": "lm_head",
     },
 )
