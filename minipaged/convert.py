@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,6 +47,7 @@ def convert_to_safetensors(folder: Path) -> list[Path]:
             names |= dict.fromkeys(tensors, name)
             num_bytes += sum(tensor.nbytes for tensor in tensors.values())
             _write(tensors, Path(scratch) / name)
+            shutil.copymode(shard, Path(scratch) / name)  # else it is for its owner's eyes only
             del tensors  # before the next shard is read
         if len(shards) > 1:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": names}

@@ -10,8 +10,10 @@ The block manager plans copies and swaps as pairs of blocks; they are carried ou
 tensor, a pair is copied for all layers at once.
 """
 
+import mmap
 from collections.abc import Callable, Iterator
 from itertools import islice
+from math import prod
 
 import torch
 from torch import Tensor
@@ -168,10 +170,19 @@ def _new_pool(
     # Zeros, not empty: attention multiplies unwritten slots by a weight of zero, and zero times an
     # accidental NaN would be NaN.
     shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size)
-    pool = [torch.zeros(*shape, config.head_dim, dtype=dtype, device=device, pin_memory=pin)]
+    pool = [_zeros((*shape, config.head_dim), dtype, device, pin)]
     if dtype in LARGEST:
-        pool.append(torch.zeros(shape, dtype=torch.float32, device=device, pin_memory=pin))
+        pool.append(_zeros(shape, torch.float32, device, pin))
     return pool
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:
+    num_bytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or pin or num_bytes == 0:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
+    # torch.zeros writes every zero, which takes a second for each GiB. A page that comes from the
+    # operating system is zero, and is not even there before somebody writes to it.
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _by_layer(pool: list[Tensor]) -> list[KVPair]:

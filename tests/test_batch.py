@@ -1,5 +1,8 @@
 """From decisions to tensors: positions, slots, block tables, and the cache behind them."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -125,6 +128,22 @@ def test_rows_of_sequences_that_left_serve_others():
 
 
 # ---- the cache -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_block_takes_memory_only_once_it_is_written():
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+    before = resident()
+    cache = KVCache(CONFIG, 200_000, 16, num_swap_blocks=200_000)
+    size = 2 * 200_000 * bytes_per_block(CONFIG, 16, torch.float32)
+    assert size > 200e6
+    assert resident() - before < size / 10
+    assert not cache.layers[0][0][::1000].any()
+    cache.layers[0][0].fill_(1.0)
+    assert resident() - before > size / 16
 
 
 def numbered_cache(**options) -> KVCache:

@@ -74,6 +74,7 @@ def test_a_converted_checkpoint_loads_as_the_original_does(family: str, tmp_path
     save(folder, load_file(original / "model.safetensors"))
     [file] = convert_to_safetensors(folder)
     assert file == folder / "model.safetensors"
+    assert file.stat().st_mode == (folder / "pytorch_model.bin").stat().st_mode
     backend = BACKENDS["reference"]
     converted, expected = load_model(folder, backend), load_model(original, backend)
     assert_equal(dict(converted.state_dict()), dict(expected.state_dict()))

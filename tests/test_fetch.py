@@ -656,7 +656,7 @@ def test_a_bar_goes_on_from_what_is_kept(hub: Hub, monkeypatch: pytest.MonkeyPat
 
 
 class Terminal(io.StringIO):
-    """Something that shows progress bars."""
+    """A stream with a person at it."""
 
     def isatty(self) -> bool:
         return True
@@ -735,19 +735,12 @@ def test_a_folder_goes_before_a_name(
     assert LLM(llama.name, num_blocks=8).folder == Path(llama.name)
 
 
-class Person(io.StringIO):
-    """Standard input, with a person at it."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize(("answer", "fetched"), [("y\n", True), ("n\n", False), ("\n", False)])
 def test_a_person_is_asked_before_anything_is_downloaded(
     hub: Hub, answer: str, fetched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = Person()
-    monkeypatch.setattr(sys, "stdin", Person(answer))
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
     monkeypatch.setattr(sys, "stderr", shown)
     offer_to_fetch(NAME)
     assert f"{NAME} is not on this machine: fetch {size_of(hub)}? [y/N]" in shown.getvalue()
