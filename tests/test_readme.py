@@ -49,3 +49,17 @@ def test_every_link_into_the_repository_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_every_test_that_a_page_cites_exists():
+    cited = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\|", "|")
+        cited |= set(re.findall(r"`(?:tests/)?(test_\w+\.py::test_\w+(?:\[[^\]]+\])?)`", text))
+    assert len(cited) > 15
+    files = sorted({f"tests/{name.partition('::')[0]}" for name in cited})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *files]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    known = {line.removeprefix("tests/") for line in listed.splitlines()}
+    known |= {name.partition("[")[0] for name in known}
+    assert cited <= known, cited - known
