@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minipaged.errors import CheckpointError
-from minipaged.json_files import read_json_object
+from minipaged.models.weight_files import find_shards
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -73,17 +73,7 @@ def find_pickled(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: give another folder.")
-    weight_map = read_json_object(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map: download it again.")
-    shards = [folder / name for name in sorted(set(map(str, weight_map.values())))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(shards)} shards that {INDEX} names, first "
-            f"{missing[0]}: download them."
-        )
-    return shards
+    return find_shards(folder / INDEX)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -52,15 +52,20 @@ def find_weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise CheckpointError(_nothing_to_load(folder))
+    return find_shards(index)
+
+
+def find_shards(index: Path) -> list[Path]:
+    """The files that an index names, beside it. Raises CheckpointError unless all are there."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: download it again.")
-    shards = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+    shards = sorted({index.parent / Path(str(name)).name for name in weight_map.values()})
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(shards)} shards that its index names, "
-            f"first {missing[0]}: download them."
+            f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} "
+            f"names, first {missing[0]}: download them."
         )
     return shards
 

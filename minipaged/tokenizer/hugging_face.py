@@ -90,7 +90,7 @@ def read_vocab_and_merges(folder: Path) -> BytePairTokenizer:
     names = {"eos_token": "<|endoftext|>", **read_special_names(folder)}
     listed = config.get("added_tokens_decoder") or {}  # from id, which JSON has as text
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         added = _read_added_tokens(
             [{**token, "id": int(i)} for i, token in listed.items()], is_qwen
         )
