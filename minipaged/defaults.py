@@ -6,10 +6,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from minipaged.catalogue import find_known, in_words
 from minipaged.config import EngineConfig, ModelConfig, require_whole
 from minipaged.errors import CheckpointError, FetchError, InvalidOption, MissingTokenizer
-from minipaged.local_models import ModelName, find_local
+from minipaged.fetching.catalogue import find_known, in_words
+from minipaged.fetching.local_models import ModelName, find_local
 from minipaged.tokenizer import Tokenizer
 from minipaged.tokenizer.folder import read_tokenizer
 

@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.catalogue import KNOWN_MODELS, find_known, in_words
 from minipaged.defaults import find_model
 from minipaged.errors import CheckpointError, InvalidOption
-from minipaged.fetch import download, find_here
-from minipaged.hub import ask_hub
-from minipaged.local_models import ModelName, find_local, is_model_name
+from minipaged.fetching.catalogue import KNOWN_MODELS, find_known, in_words
+from minipaged.fetching.fetch import download, find_here
+from minipaged.fetching.hub import ask_hub
+from minipaged.fetching.local_models import ModelName, find_local, is_model_name
 
 
 def fetch(
@@ -53,7 +53,7 @@ def convert(
 
     They cannot run code when they are read. The pickled files stay.
     """
-    from minipaged.convert import convert_to_safetensors, find_pickled
+    from minipaged.fetching.convert import convert_to_safetensors, find_pickled
 
     old = find_pickled(folder)
     for path in convert_to_safetensors(folder):

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minipaged.attention import BACKENDS
-from minipaged.convert import convert_to_safetensors, find_pickled
 from minipaged.errors import CheckpointError
 from minipaged.fetch_command import convert
+from minipaged.fetching.convert import convert_to_safetensors, find_pickled
 from minipaged.models.loader import load_model
 
 SINGLE = "pytorch_model.bin"

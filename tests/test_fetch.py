@@ -23,12 +23,12 @@ from hub import Hub, Request, running
 from safetensors.torch import load_file
 
 from minipaged import LLM, SamplingParams
-from minipaged.catalogue import KNOWN_MODELS, find_known, in_words
 from minipaged.errors import CheckpointError, FetchError, MinipagedError, UnsupportedModel
-from minipaged.fetch import download, fetch, find_here
 from minipaged.fetch_command import fetch_and_report, offer_to_fetch, print_known_models
-from minipaged.hub import ask_hub
-from minipaged.local_models import ModelName, find_local, folder_of, models_folder
+from minipaged.fetching.catalogue import KNOWN_MODELS, find_known, in_words
+from minipaged.fetching.fetch import download, fetch, find_here
+from minipaged.fetching.hub import ask_hub
+from minipaged.fetching.local_models import ModelName, find_local, folder_of, models_folder
 
 NAME = "someone/small-llama"
 WEIGHTS = "model.safetensors"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from minipaged.catalogue import KNOWN_MODELS, find_known
 from minipaged.errors import FetchError
+from minipaged.fetching.catalogue import KNOWN_MODELS, find_known
 
 # What a fetch brings besides the weights, and of which a folder needs one to read text.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")

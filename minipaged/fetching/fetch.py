@@ -18,10 +18,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from minipaged.catalogue import in_words
 from minipaged.errors import CheckpointError, FetchError
-from minipaged.hub import CONFIG, DISK_IS_FULL, Offer, RemoteFile, ask_hub, receive
-from minipaged.local_models import ModelName, find_local, folder_of
+from minipaged.fetching.catalogue import in_words
+from minipaged.fetching.hub import CONFIG, DISK_IS_FULL, Offer, RemoteFile, ask_hub, receive
+from minipaged.fetching.local_models import ModelName, find_local, folder_of
 
 SOURCE = "source.json"  # what was fetched, when it is whole: written last
 
@@ -232,7 +232,7 @@ def _remove_if_empty(staging: Path) -> None:
 
 def _make_loadable(offer: Offer, staging: Path) -> None:
     """Convert what is pickled, and see that the weights are those that config.json speaks of."""
-    from minipaged.convert import convert_to_safetensors
+    from minipaged.fetching.convert import convert_to_safetensors
     from minipaged.models.loader import check_checkpoint
 
     if offer.pickled:

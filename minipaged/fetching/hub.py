@@ -15,7 +15,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from minipaged.errors import FetchError, MinipagedError
-from minipaged.local_models import TOKENIZER_FILES, ModelName
+from minipaged.fetching.local_models import TOKENIZER_FILES, ModelName
 
 if TYPE_CHECKING:
     from tqdm import tqdm
