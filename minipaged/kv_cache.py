@@ -18,6 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from minipaged.available_memory import GIB
 from minipaged.config import EngineConfig, ModelConfig
 from minipaged.errors import InvalidOption
 from minipaged.memory import BlockPair
@@ -181,8 +182,16 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin
     if device.type != "cpu" or pin or num_bytes == 0:
         return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
     # torch.zeros writes every zero, which takes a second for each GiB. A page that comes from the
-    # operating system is zero, and is not even there before somebody writes to it.
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8).view(dtype).view(shape)
+    # operating system is zero, and is not even there before somebody writes to it. Private: a
+    # process that forks shall not share its cache with the other.
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise InvalidOption(
+            f"the system refuses {num_bytes / GIB:.1f} GiB for keys and values ({error}): lower "
+            "num_blocks or num_swap_blocks."
+        ) from error
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _by_layer(pool: list[Tensor]) -> list[KVPair]:

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipaged.available_memory import GIB, physical_memory
 from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
 from minipaged.graphs import DecodeGraphs
 from minipaged.kv_cache import KVCache
 from minipaged.models import Model
-from minipaged.models.loader import GIB, physical_memory
 from minipaged.plan import ScheduledBatch
 from minipaged.shapes import Float
 

@@ -1,5 +1,6 @@
 """From decisions to tensors: positions, slots, block tables, and the cache behind them."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -144,6 +145,25 @@ def test_a_block_takes_memory_only_once_it_is_written():
     assert not cache.layers[0][0][::1000].any()
     cache.layers[0][0].fill_(1.0)
     assert resident() - before > size / 16
+
+
+def test_a_process_that_forks_has_a_cache_of_its_own():
+    cache = KVCache(CONFIG, 4, 2)
+    child = os.fork()
+    if child == 0:
+        cache.layers[0][0].fill_(7.0)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not cache.layers[0][0].any()
+
+
+def test_memory_that_the_system_refuses_is_a_sentence(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("minipaged.kv_cache.mmap.mmap", refuse)
+    with pytest.raises(InvalidOption, match=r"refuses 0.0 GiB .*: lower num_blocks"):
+        KVCache(CONFIG, 4, 2)
 
 
 def numbered_cache(**options) -> KVCache:

@@ -462,6 +462,23 @@ BROKEN_CONFIGS = {
         llama_config(layer_types=["sliding_attention"] * 2),
         "has no sliding_window",
     ),
+    "no number": (llama_config(rms_norm_eps="x"), "rms_norm_eps as 'x'"),
+    "not above 0": (llama_config(rms_norm_eps=0), "rms_norm_eps as 0"),
+    "rope turned by no number": (llama_config(rope_theta="a"), "rope_theta as 'a'"),
+    "rope with factor 0": (
+        llama_config(rope_scaling={"type": "linear", "factor": 0}),
+        "factor as 0",
+    ),
+    "rope without numbers": (
+        llama_config(rope_scaling={**LLAMA3_SCALING, "factor": None}),
+        "RoPE as 'llama3' but gives no 'factor'",
+    ),
+    "rope as text": (llama_config(rope_parameters="x"), "what no config.json can"),
+    "layers of no kind": (llama_config(layer_types=5), "what no config.json can"),
+    "an end that is text": (llama_config(eos_token_id="x"), "eos_token_id as 'x'"),
+    "ends in a list in a list": (llama_config(eos_token_id=[[1]]), r"eos_token_id as \[\[1\]\]"),
+    "an end that is an object": (llama_config(eos_token_id={}), "eos_token_id as {}"),
+    "too large a vocabulary": (llama_config(vocab_size=10**20), "vocab_size as 10000"),
     "rope without its factor": (
         llama_config(rope_scaling={"type": "linear"}),
         "RoPE as 'linear' but gives no 'factor'",
@@ -538,9 +555,9 @@ def test_a_loaded_model_owns_its_memory_and_all_of_it_is_filled(llama: Path) -> 
 @pytest.mark.parametrize(
     ("family", "prefix", "extra"),
     [
-        ("gpt2", "transformer.", ["h.1.attn.bias", "h.0.attn.masked_bias", "lm_head.weight"]),
-        ("llama", "model.", ["layers.1.self_attn.rotary_emb.inv_freq", "lm_head.weight"]),
-        ("opt", "model.", ["lm_head.weight"]),
+        ("gpt2", "transformer.", ["h.1.attn.bias", "h.0.attn.masked_bias"]),
+        ("llama", "model.", ["layers.1.self_attn.rotary_emb.inv_freq"]),
+        ("opt", "model.", []),
     ],
 )
 def test_names_without_their_prefix_and_known_leftovers_are_understood(
@@ -779,3 +796,31 @@ def test_on_a_gpu_its_free_memory_decides_and_what_torch_keeps_is_free(
         "the weights take 164.8 GiB in float32, and cuda:1 has no more free than 90.0 GiB: choose "
         'dtype="bfloat16", which takes half of that, or a smaller model.'
     )
+
+
+def test_a_second_copy_of_the_embedding_is_ignored_and_another_head_is_refused(
+    tmp_path: Path,
+) -> None:
+    for family in ("llama", "gpt2"):
+        folder = make_checkpoint(family, tmp_path / family, tie_word_embeddings=True)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        name = "model.embed_tokens.weight" if family == "llama" else "transformer.wte.weight"
+        before = weights(folder)
+        save_file({**tensors, "lm_head.weight": tensors[name].clone()}, file, {"format": "pt"})
+        assert_equal(weights(folder), before)
+        another = tensors[name].clone()
+        another[-1, -1] += 1.0
+        save_file({**tensors, "lm_head.weight": another}, file, {"format": "pt"})
+        assert "is another one: set tie_word_embeddings to false" in refusal(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+        assert torch.equal(weights(folder)["head.weight"], another)
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint("gpt2", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["wte.weight"] = tensors["transformer.wte.weight"] + 1.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "'wte.weight'" in refusal(folder)

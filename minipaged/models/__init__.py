@@ -16,6 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from torch import Tensor, nn
@@ -103,19 +104,37 @@ def read_int(hf: HFConfig, name: str, default: int | None = None) -> int:
             f"config.json has no {name}: add it, or copy the config.json that the weights were "
             "published with."
         )
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
         raise CheckpointError(
-            f"config.json gives {name} as {value!r}: correct it to a whole number above 0."
+            f"config.json gives {name} as {value!r}: correct it to a whole number from 1 to 2^31."
         )
     return value
 
 
+def read_float(hf: HFConfig, name: str, default: float) -> float:
+    """A number above 0 from config.json; null counts as absent. Raises CheckpointError."""
+    value = hf.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < inf:
+        raise CheckpointError(
+            f"config.json gives {name} as {value!r}: correct it to a number above 0."
+        )
+    return float(value)
+
+
 def read_eos_token_ids(hf: HFConfig) -> tuple[int, ...]:
-    """`eos_token_id` may be absent, null, one number or a list of them."""
+    """`eos_token_id` may be absent, null, one number or a list of them. Raises CheckpointError."""
     value = hf.get("eos_token_id")
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    token_ids: list[Any] = value if isinstance(value, list) else [value]
+    if not all(type(token_id) is int for token_id in token_ids):
+        raise CheckpointError(
+            f"config.json gives eos_token_id as {value!r}: correct it to a token id, or a list of "
+            "them."
+        )
+    return tuple(token_ids)
 
 
 def divide_heads(hidden_size: int, num_heads: int) -> int:

@@ -22,6 +22,7 @@ from minipaged.models import (
     divide_heads,
     read_architecture,
     read_eos_token_ids,
+    read_float,
     read_int,
     require_option,
 )
@@ -62,7 +63,7 @@ class GPT2Config(ModelConfig):
             max_position_embeddings=read_int(hf, "n_positions"),
             eos_token_ids=read_eos_token_ids(hf),
             inner_size=read_int(hf, "n_inner", 4 * hidden_size),
-            layer_norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
+            layer_norm_eps=read_float(hf, "layer_norm_epsilon", 1e-5),
             activation=str(hf.get("activation_function", "gelu_new")),
             tied=bool(hf.get("tie_word_embeddings", True)),
         )

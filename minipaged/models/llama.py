@@ -27,6 +27,7 @@ from minipaged.models import (
     divide_heads,
     read_architecture,
     read_eos_token_ids,
+    read_float,
     read_int,
 )
 from minipaged.models.layers import choose_activation
@@ -71,7 +72,7 @@ class LlamaConfig(ModelConfig):
             max_position_embeddings=_read_context(hf, architecture),
             eos_token_ids=read_eos_token_ids(hf),
             intermediate_size=read_int(hf, "intermediate_size"),
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=read_float(hf, "rms_norm_eps", 1e-6),
             rope=RopeConfig.from_hf(hf),
             activation=str(hf.get("hidden_act", "silu")),
             qkv_bias=attention_bias or is_qwen2,  # Qwen2's config.json does not mention its biases

@@ -5,7 +5,6 @@ names and shapes are compared with the files' headers before the first number is
 parameters get their memory, and `weight_files` reads every tensor straight into its place.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from minipaged.attention import BACKENDS, AttentionBackend
+from minipaged.available_memory import GIB, free_gpu_memory, physical_memory
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckpointError, InvalidOption, UnsupportedModel
 from minipaged.json_files import read_json_object
@@ -28,7 +28,8 @@ from minipaged.models.weight_files import (
     StoredTensor,
     copy_tensors,
     find_weight_files,
-    read_header,
+    read_headers,
+    same_numbers,
 )
 
 
@@ -59,7 +60,6 @@ DTYPES = {
     "float": torch.float32,
     "half": torch.float16,
 }
-GIB = 1024**3
 _FROM_ONE_PLACE = "download config.json and the weights from one place"
 
 
@@ -74,7 +74,14 @@ def read_model_config(folder: Path) -> ModelConfig:
         UnsupportedModel: an architecture, or an option of one, that is not built here.
     """
     hf = _read_hf_config(folder)
-    config: ModelConfig = _choose_family(hf).read_config(hf)
+    family = _choose_family(hf)
+    try:
+        config: ModelConfig = family.read_config(hf)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} holds what no config.json can ({error}): copy the one that "
+            "the weights were published with."
+        ) from error
     generation = folder / "generation_config.json"
     if generation.is_file():
         more = read_eos_token_ids(read_json_object(generation))
@@ -185,11 +192,7 @@ def _build(folder: Path, attention: AttentionBackend) -> tuple[Model, list[Place
     family = FAMILIES[config.architecture]
     with torch.device("meta"), _Unset():
         model = family.build(config, attention)
-    sources = {
-        source.name.removeprefix(family.weights.prefix): source
-        for path in find_weight_files(folder)
-        for source in read_header(path)
-    }
+    sources = read_headers(find_weight_files(folder), family.weights.prefix)
     return model, _plan(model, family.weights, sources)
 
 
@@ -211,8 +214,9 @@ def _plan(model: Model, weights: WeightMap, sources: dict[str, StoredTensor]) ->
     """Pair every parameter with its tensor. Raises CheckpointError unless both sides come out."""
     wanted = {name: weights.source_of(name) for name, _ in model.named_parameters()}
     ignored = {t.format(i=i) for t in weights.ignored for i in range(model.config.num_layers)}
-    if model.head is None:
-        ignored.add("lm_head.weight")  # tied: some files hold the embedding a second time
+    if model.head is None and "lm_head.weight" in sources:
+        _refuse_another_head(sources["lm_head.weight"], sources.get(wanted["embedding.weight"][0]))
+        ignored.add("lm_head.weight")
     architecture = model.config.architecture
     missing = [theirs for theirs, _ in wanted.values() if theirs not in sources]
     if missing:
@@ -230,6 +234,15 @@ def _plan(model: Model, weights: WeightMap, sources: dict[str, StoredTensor]) ->
     for placement in plan:
         _check_form(placement, model.get_parameter(placement.parameter).shape)
     return plan
+
+
+def _refuse_another_head(head: StoredTensor, embedding: StoredTensor | None) -> None:
+    """Some files hold a tied matrix a second time; some another one, which was trained apart."""
+    if embedding is not None and not same_numbers(head, embedding):
+        raise CheckpointError(
+            "config.json ties the output matrix to the embedding, but the tensor "
+            f"{head.name!r} is another one: set tie_word_embeddings to false to use it."
+        )
 
 
 def _check_form(placement: Placement, shape: torch.Size) -> None:
@@ -252,7 +265,7 @@ def _refuse_more_than_memory(model: Model, dtype: torch.dtype, device: torch.dev
     where = torch.device(device)
     needs = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if where.type == "cuda":
-        has, owner = _free_memory(where), f"{where} has no more free than"
+        has, owner = free_gpu_memory(where), f"{where} has no more free than"
     else:
         has, owner = physical_memory(), "the machine has"
     if needs > has:
@@ -262,17 +275,6 @@ def _refuse_more_than_memory(model: Model, dtype: torch.dtype, device: torch.dev
             f"the weights take {needs / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
             f"{owner} {has / GIB:.1f} GiB: choose {less}a smaller model."
         )
-
-
-def physical_memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _free_memory(gpu: torch.device) -> int:
-    """Bytes that nobody uses, and those that torch keeps after they were used."""
-    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
-    return torch.cuda.mem_get_info(gpu)[0] + kept
 
 
 def _fill(

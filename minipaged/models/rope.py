@@ -8,13 +8,13 @@ has to be touched again.
 
 from dataclasses import dataclass
 from math import pi
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from minipaged.errors import CheckpointError, UnsupportedModel
-from minipaged.models import HFConfig, read_int
+from minipaged.models import HFConfig, read_float, read_int
 from minipaged.shapes import Float, Int
 
 
@@ -38,8 +38,8 @@ class RopeConfig:
             UnsupportedModel: a scaling, or rotating a part of each head, that is not built here.
         """
         # Many files say null for "not scaled".
-        rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
-        theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
+        rope: dict[str, Any] = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+        theta = read_float(rope if rope.get("rope_theta") else hf, "rope_theta", 10_000.0)
         part = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
         if part != 1.0:
             raise UnsupportedModel(
@@ -47,29 +47,30 @@ class RopeConfig:
                 "choose a checkpoint with partial_rotary_factor 1."
             )
         kind = rope.get("rope_type", rope.get("type", "default"))
-        try:
-            if kind == "default":
-                return cls(theta=theta)
-            if kind == "linear":
-                return cls(theta=theta, kind="linear", factor=float(rope["factor"]))
-            if kind == "llama3":
-                return cls(
-                    theta=theta,
-                    kind="llama3",
-                    factor=float(rope["factor"]),
-                    low_freq_factor=float(rope["low_freq_factor"]),
-                    high_freq_factor=float(rope["high_freq_factor"]),
-                    old_context=rope.get("original_max_position_embeddings")
-                    or read_int(hf, "max_position_embeddings"),
-                )
-        except KeyError as missing:
-            raise CheckpointError(
-                f"config.json scales RoPE as {kind!r} but gives no {missing}: add it."
-            ) from None
+        if kind == "default":
+            return cls(theta=theta)
+        if kind == "linear":
+            return cls(theta=theta, kind="linear", factor=_read_scaling(rope, kind, "factor"))
+        if kind == "llama3":
+            old, now = "original_max_position_embeddings", "max_position_embeddings"
+            return cls(
+                theta=theta,
+                kind="llama3",
+                factor=_read_scaling(rope, kind, "factor"),
+                low_freq_factor=_read_scaling(rope, kind, "low_freq_factor"),
+                high_freq_factor=_read_scaling(rope, kind, "high_freq_factor"),
+                old_context=read_int(rope, old) if rope.get(old) else read_int(hf, now),
+            )
         raise UnsupportedModel(
             f"config.json scales RoPE as {kind!r}, and only default, linear and llama3 are built "
             "here: choose another checkpoint, or remove the scaling and keep to the old context."
         )
+
+
+def _read_scaling(rope: HFConfig, kind: str, name: str) -> float:
+    if rope.get(name) is None:
+        raise CheckpointError(f"config.json scales RoPE as {kind!r} but gives no {name!r}: add it.")
+    return read_float(rope, name, 1.0)
 
 
 class Rotary(nn.Module):

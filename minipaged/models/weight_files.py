@@ -71,7 +71,7 @@ def find_shards(index: Path) -> list[Path]:
 
 
 def _nothing_to_load(folder: Path) -> str:
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickled:
         return (
             f"{folder} holds its weights as {pickled[0]} only, which is not read since it can run "
@@ -83,8 +83,26 @@ def _nothing_to_load(folder: Path) -> str:
     )
 
 
-def read_header(path: Path) -> list[StoredTensor]:
-    """Every tensor in a safetensors file. Raises CheckpointError unless all of them are there."""
+def read_headers(paths: list[Path], prefix: str) -> dict[str, StoredTensor]:
+    """Every tensor in these files, by its name without the prefix, which some files leave out.
+
+    Raises:
+        CheckpointError: a file is no whole safetensors file, or a tensor stands there twice.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        for tensor in _read_header(path):
+            first = tensors.setdefault(tensor.name.removeprefix(prefix), tensor)
+            if first is not tensor:
+                raise CheckpointError(
+                    f"{path} holds {tensor.name!r}, which {first.path} holds as {first.name!r}: "
+                    "download the weights again."
+                )
+    return tensors
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    """Every tensor in one file. Raises CheckpointError unless all of them are there."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -101,7 +119,10 @@ def read_header(path: Path) -> list[StoredTensor]:
         end = max((tensor.end for tensor in tensors), default=begin)
         if size != end:
             raise ValueError(f"it should have {end}")
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError),
+        *(OverflowError, RecursionError, OSError),
+    ) as error:
         raise _broken(path, error) from error
     return tensors
 
@@ -122,6 +143,23 @@ def _broken(path: Path, reason: object) -> CheckpointError:
     return CheckpointError(
         f"{path} of {size} bytes is cut short or no safetensors file ({reason}): download it again."
     )
+
+
+def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are the same to the last bit. Raises CheckpointError."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with one.path.open("rb") as first, other.path.open("rb") as second:
+            first.seek(one.begin)
+            second.seek(other.begin)
+            for done in range(0, one.end - one.begin, PIECE_BYTES):
+                size = min(PIECE_BYTES, one.end - one.begin - done)
+                if first.read(size) != second.read(size):
+                    return False
+    except OSError as error:
+        raise _broken(one.path, error) from error
+    return True
 
 
 def copy_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]]) -> None:
