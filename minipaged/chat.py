@@ -6,6 +6,8 @@ that puts them there: a Jinja template. What is at hand for templates here is wh
 """
 
 import json
+import reprlib
+import secrets
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -23,10 +25,6 @@ from minipaged.tokenizer import Tokenizer
 from minipaged.tokenizer.special_names import read_special_names
 
 TEMPLATE_FILE = "chat_template.jinja"
-
-# Put behind a message that is to be continued, to be found again: a character for private use, and
-# a space to see whether the template strips messages.
-_END_MARK = "\ue000 "
 
 
 class Message(TypedDict):
@@ -80,31 +78,36 @@ def render_chat(
         InvalidRequest: what was given is no chat, or the template refuses it.
     """
     turns = [_read_message(turn) for turn in _not_empty(messages)]
-    if continue_final_message and add_generation_prompt:
-        raise InvalidRequest(
-            "the final message cannot be continued behind the opening of a new one: with "
-            "continue_final_message give add_generation_prompt=False."
-        )
-    source = chat_template if chat_template is not None else read_template(folder)
+    end_mark = f"\ue000{secrets.token_hex(8)} "  # to be found again behind the last message
+    said = turns[-1]["content"]
+    if continue_final_message:
+        _refuse_to_continue(turns[-1], add_generation_prompt)
+        turns[-1]["content"] = said + end_mark
+    source = read_template(folder, bool(tools)) if chat_template is None else chat_template
     try:
         template = _environment().from_string(source, globals=_FUNCTIONS)
-    except TemplateError as error:
-        raise CheckpointError(f"the chat template of {folder} is broken: {error}.") from error
-    if continue_final_message:
-        turns[-1]["content"] += _END_MARK
+    except Exception as error:  # a program of others: any mistake that a program can make
+        raise CheckpointError(
+            f"the chat template of {folder} is broken: {_said(error)}."
+        ) from error
     names = {"bos_token": "", "eos_token": "", **read_special_names(folder)}
     known = {"messages": turns, "tools": tools, "documents": None}
     options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
     try:
         text = template.render({**names, **known, **options})
-    except Exception as error:  # a program of others: any mistake that a program can make
+    except Exception as error:
         raise InvalidRequest(
-            f"the model's chat template refuses the messages: {str(error).rstrip('.')}."
+            f"the model's chat template refuses the messages: {_said(error)}."
         ) from error
-    return _cut_at_end_mark(text) if continue_final_message else text
+    return _cut_at(end_mark, text, said) if continue_final_message else text
 
 
-def read_template(folder: Path) -> str:
+def _said(error: Exception) -> str:
+    """What an error says, on one line and without its full stop."""
+    return " ".join(str(error).split()).rstrip(".!") or type(error).__name__
+
+
+def read_template(folder: Path, with_tools: bool = False) -> str:
     """The checkpoint's template, as it is written. Raises CheckpointError if it has none."""
     path = folder / TEMPLATE_FILE
     if path.is_file():
@@ -115,8 +118,8 @@ def read_template(folder: Path) -> str:
     config = folder / "tokenizer_config.json"
     template = read_json_object(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
+        template = (named.get("tool_use") if with_tools else None) or named.get("default")
     if not isinstance(template, str):
         raise CheckpointError(
             f"{folder} holds no chat template ({TEMPLATE_FILE}, or one in tokenizer_config.json), "
@@ -134,15 +137,18 @@ def _not_empty(messages: Any) -> list[Any]:
 
 
 def _read_message(turn: Any) -> dict[str, Any]:
-    """The turn, with the parts of its content joined. Raises InvalidRequest for what is none."""
+    """The turn as plain data, with the parts of its content joined.
+
+    A template could call methods of whatever else stood there. Raises InvalidRequest for no turn.
+    """
     if isinstance(turn, dict) and isinstance(turn.get("role"), str):
         content = turn.get("content")
         if isinstance(content, list) and all(_is_text(part) for part in content):
             content = "\n".join(part["text"] for part in content)
         if isinstance(content, str) or (content is None and turn.get("tool_calls")):
-            return {**turn, "content": content}
+            return json.loads(json.dumps({**turn, "content": content}, default=str))
     raise InvalidRequest(
-        f"{turn!r} is no message of a chat: give a list of "
+        f"{reprlib.repr(turn)} is no message of a chat: give a list of "
         '{"role": "user", "content": "some text"}.'
     )
 
@@ -153,18 +159,31 @@ def _is_text(part: Any) -> bool:
     )
 
 
-def _cut_at_end_mark(text: str) -> str:
-    """The prompt without what the template put behind the last message."""
-    before, mark, _ = text.rpartition(_END_MARK)
-    if mark:
-        return before
-    before, mark, _ = text.rpartition(_END_MARK.strip())
-    if not mark:
+def _refuse_to_continue(last: dict[str, Any], add_generation_prompt: bool) -> None:
+    if add_generation_prompt:
         raise InvalidRequest(
-            "the chat template leaves the final message out, so it cannot be continued: leave out "
+            "the final message cannot be continued behind the opening of a new one: with "
+            "continue_final_message give add_generation_prompt=False."
+        )
+    if not last["content"]:
+        raise InvalidRequest(
+            "the final message has no content, so it cannot be continued: leave out "
             "continue_final_message."
         )
-    return before.rstrip()  # the template strips messages: it took the mark's own space away
+
+
+def _cut_at(end_mark: str, text: str, said: str) -> str:
+    """The prompt without what the template put behind the last message."""
+    # Where the template strips messages, it has taken the mark's own space away.
+    stripped = end_mark not in text
+    before, *behind = text.split(end_mark.strip() if stripped else end_mark)
+    before = before.rstrip() if stripped else before
+    if len(behind) != 1 or not before.rstrip().endswith(said.rstrip()):
+        raise InvalidRequest(
+            "the chat template leaves the final message out or rewrites it, so it cannot be "
+            "continued: leave out continue_final_message."
+        )
+    return before
 
 
 # --------------------------------------------------------------------- what templates can count on
@@ -175,9 +194,10 @@ class _GenerationTag(Extension):
 
     tags = {"generation"}
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -56,8 +56,12 @@ def read_prompt(prompt: Any, tokenizer: Tokenizer | None) -> TokenizedPrompt:
             )
         salt = _read_salt(prompt.get("cache_salt"))
         if "prompt_token_ids" in prompt:
-            ids = _read_token_ids(prompt["prompt_token_ids"])
-            return TokenizedPrompt(prompt.get("prompt"), ids, salt)
+            text, ids = prompt.get("prompt"), _read_token_ids(prompt["prompt_token_ids"])
+            if text is not None and not isinstance(text, str):
+                raise InvalidRequest(
+                    f"a prompt's text is {text!r}: give a string, or leave it out."
+                )
+            return TokenizedPrompt(text, ids, salt)
         prompt = prompt.get("prompt")
     if not isinstance(prompt, str):
         return TokenizedPrompt(None, _read_token_ids(prompt), salt)

@@ -234,7 +234,7 @@ def test_what_cannot_be_continued_is_refused(tmp_path):
     write(tmp_path, "{{ messages[0].content }}")
     with pytest.raises(InvalidRequest, match="give add_generation_prompt=False"):
         render_chat(tmp_path, MESSAGES, continue_final_message=True)
-    with pytest.raises(InvalidRequest, match="leaves the final message out"):
+    with pytest.raises(InvalidRequest, match="out or rewrites it"):
         render_chat(tmp_path, MESSAGES, continue_final_message=True, add_generation_prompt=False)
 
 
@@ -242,6 +242,77 @@ def test_a_fault_inside_a_template_is_a_sentence_too(tmp_path):
     for template in ("{{ messages[9].content }}", "{{ 1 // 0 }}", "{{ messages[0].content + 1 }}"):
         with pytest.raises(InvalidRequest, match=r"refuses the messages: [^\n]+\.$"):
             render_chat(write(tmp_path, template), MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% continue %}",
+        "{{ " + "(" * 20_000 + ")" * 20_000 + " }}",
+        "{% if 1 %}" * 150 + "{% endif %}" * 150,
+        "{{ " + "9" * 5_000 + " }}",
+        5,
+    ],
+    ids=["continue", "brackets", "nested", "digits", "number"],
+)
+def test_a_template_that_cannot_be_compiled_is_a_sentence(template, tmp_path):
+    with pytest.raises(CheckpointError, match=r"is broken: [^\n]*[^.]\.$"):
+        render_chat(tmp_path, MESSAGES, chat_template=template)
+
+
+def test_a_message_without_content_cannot_be_continued(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"id": "1"}]}
+    with pytest.raises(InvalidRequest, match="has no content, so it cannot be continued"):
+        render_chat(
+            tmp_path,
+            [*MESSAGES, call],
+            chat_template="{{ messages }}",
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content }}{{ messages[-1].content }}{{ messages[-1].content }}",
+        "{{ messages[-1].content | upper }}",
+        "{{ messages[-1].content[:1] }}",
+    ],
+)
+def test_a_final_message_that_is_twice_there_or_rewritten_cannot_be_continued(template, tmp_path):
+    with pytest.raises(InvalidRequest, match="out or rewrites it"):
+        render_chat(
+            tmp_path,
+            MESSAGES,
+            chat_template=template,
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
+
+
+def test_the_template_for_tools_is_used_when_there_are_tools(tmp_path):
+    several = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert render_chat(tmp_path, MESSAGES) == "a"
+    assert render_chat(tmp_path, MESSAGES, tools=[TOOL]) == "b"
+
+
+def test_a_template_sees_plain_data_only_and_changes_none_of_ours(tmp_path):
+    class Door:
+        def open(self) -> str:
+            return "opened"
+
+    messages = [{"role": "user", "content": "a", "door": Door()}]
+    with pytest.raises(InvalidRequest, match="refuses the messages"):
+        render_chat(tmp_path, messages, chat_template="{{ messages[0].door.open() }}")
+    assert messages[0].keys() == {"role", "content", "door"}
+
+
+def test_a_refused_message_is_not_quoted_at_full_length(tmp_path):
+    with pytest.raises(InvalidRequest) as refusal:
+        render_chat(write(tmp_path, ""), [{"role": 3, "content": "a" * 100_000}])
+    assert len(str(refusal.value)) < 500
 
 
 def test_a_chat_needs_a_tokenizer(tmp_path):

@@ -4,6 +4,7 @@ import json
 import unicodedata
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_of_styles import STYLES, make_qwen, make_sentencepiece, make_texts
 
 from minipaged.errors import CheckpointError, InvalidRequest, UnsupportedTokenizer
@@ -217,6 +218,110 @@ def test_tokens_that_end_every_text_are_left_out_of_a_prompt(folders, tmp_path):
     assert tokenizer.first_ids == []
 
 
+def added(text: str, token_id: int, **options) -> dict:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": token_id, "content": text, "special": True, **plain, **options}
+
+
+NEXT = 1500  # the first id that GPT-2's vocabulary here does not have
+ODD_TOKENS = {
+    "overlapping, found in two passes": [
+        added("<ab", NEXT, normalized=True),
+        added("ab>", NEXT + 1),
+    ],
+    "one within another, found in two passes": [
+        added("<ab", NEXT, normalized=True),
+        added("<a", NEXT + 1),
+    ],
+    "another id in the vocabulary": [added("in", NEXT)],
+    "an id of another token": [added("<x>", 300)],
+    "one text twice": [added("<x>", NEXT), added("<x>", NEXT + 1)],
+}
+
+
+@pytest.mark.parametrize("case", ODD_TOKENS)
+def test_added_tokens_that_another_would_find_otherwise_go_through_the_library(
+    case, folders, judges, tmp_path
+):
+    assert judges["gpt2"].get_vocab_size() == NEXT
+    listed = json.loads((folders["gpt2"] / "tokenizer.json").read_text())["added_tokens"]
+    tokens = [*listed, *ODD_TOKENS[case]]
+    tokenizer = read_tokenizer(change(folders["gpt2"], tmp_path, added_tokens=tokens))
+    assert isinstance(tokenizer, LibraryTokenizer)
+
+
+def test_added_tokens_of_two_passes_that_cannot_meet_are_tiktokens(folders, judges, tmp_path):
+    listed = json.loads((folders["gpt2"] / "tokenizer.json").read_text())["added_tokens"]
+    tokens = [*listed, added("[one]", NEXT, normalized=True), added("<two>", NEXT + 1)]
+    folder = change(folders["gpt2"], tmp_path, added_tokens=tokens)
+    tokenizer, judge = read_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert isinstance(tokenizer, BytePairTokenizer)
+    for text in ("[one]<two>", "<t[one]wo>", "<two>>[[one]", "[on<two>e]"):
+        assert tokenizer.encode(text) == judge.encode(text).ids
+
+
+def opt_folder(folders, target, files: dict):
+    """OPT's tokenizer without the last words of its vocabulary, and with other files beside it."""
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (target / name).write_bytes((folders["opt"] / name).read_bytes())
+    for name, content in files.items():
+        before = json.loads((target / name).read_text()) if (target / name).exists() else {}
+        (target / name).write_text(json.dumps({**before, **content}))
+    return target
+
+
+def test_a_token_that_plays_a_further_role_is_one_token(folders, judges, tmp_path):
+    more = {"additional_special_tokens": ["<unk>"], "mask_token": "<s>"}
+    tokenizer = read_tokenizer(opt_folder(folders, tmp_path, {"tokenizer_config.json": more}))
+    assert tokenizer.encode("<unk>a<s>")[1::2] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": {"<mask>": 5000}},
+        {"tokenizer_config.json": {"mask_token": {"content": "<s>", "lstrip": True}}},
+        {"tokenizer_config.json": {"add_prefix_space": True}},
+    ],
+    ids=str,
+)
+def test_vocab_and_merges_with_more_than_is_understood_are_refused(
+    files, folders, judges, tmp_path
+):
+    with pytest.raises(UnsupportedTokenizer, match=r"save it as tokenizer\.json"):
+        read_tokenizer(opt_folder(folders, tmp_path, files))
+
+
+def test_line_ends_and_marks_of_other_systems_are_harmless(folders, judges, tmp_path):
+    opt_folder(folders, tmp_path, {})
+    merges = tmp_path / "merges.txt"
+    merges.write_bytes(b"\xef\xbb\xbf" + merges.read_bytes().replace(b"\n", b"\r\n"))
+    tokenizer = read_tokenizer(tmp_path)
+    assert num_differing(tokenizer, judges["opt"], TEXTS[:300]) == 0
+
+
+def make_other(kind: str) -> Tokenizer:
+    if kind == "WordPiece":
+        tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+        tokenizer.decoder = decoders.WordPiece()
+    else:
+        tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "WordLevel"])
+def test_a_tokenizer_whose_tokens_are_no_text_is_refused(kind, tmp_path):
+    make_other(kind).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UnsupportedTokenizer, match="neither a byte-level nor a SentencePiece"):
+        read_tokenizer(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character_everywhere(sentencepiece, tokenizers):
+    for tokenizer in (read_tokenizer(sentencepiece[0]), tokenizers["gpt2"]):
+        assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
+
+
 # ---- broken files --------------------------------------------------------------------------------
 
 
@@ -248,6 +353,18 @@ def test_a_broken_file_is_named(text, sentence, tmp_path, monkeypatch):
         {"added_tokens": [{"id": 3}]},
         {"post_processor": {"type": "TemplateProcessing"}},
         {"model__vocab": {"a": "b"}},
+        {"model__vocab": {"a": -1}},
+        {"model__vocab": {"a": 2.5}},
+        {"model__vocab": {"a": 2**40}},
+        {"model__vocab": {"a": True}},
+        {"added_tokens": [{"id": 3, "content": ""}]},
+        {"added_tokens": [{"id": 3, "content": "x" * 5000}]},
+        {"added_tokens": [{"id": "7", "content": "<x>"}]},
+        {"normalizer": "NFC"},
+        {"normalizer": [1]},
+        {"normalizer": {"type": "Sequence", "normalizers": {"a": 1}}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": 5}},
+        {"post_processor": 3},
     ],
     ids=str,
 )

@@ -80,7 +80,7 @@ class BytePairTokenizer(Tokenizer):
             # The pattern's engine gives up after turning back a million times.
             raise InvalidRequest(
                 f"a text of {len(text)} characters cannot be cut into tokens, since it has a "
-                "million or more spaces in a row: shorten them."
+                "million or more spaces or line ends in a row: shorten them."
             ) from error
         return [self._id_of_rank[rank] for rank in ranks]
 

@@ -29,6 +29,10 @@ def _byte_characters() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER = _byte_characters()
+LONGEST_TOKEN = 1000  # bytes; the proof takes the square of a token's length
+
+# What a broken file leads to, wherever it is broken.
+_BROKEN = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class AddedToken:
     text: str
     token_id: int
     is_special: bool
+    in_normal_form: bool = False  # looked for in the text's normal form
 
 
 def read_tokenizer_json(path: Path) -> BytePairTokenizer:
@@ -51,22 +56,21 @@ def read_tokenizer_json(path: Path) -> BytePairTokenizer:
     model = described.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f'{path} has no "model": download it again.')
-    _refuse_other_models(model)
-    pattern = choose_pattern(described.get("pre_tokenizer"))
-    if pattern is None:
-        raise UnsupportedTokenizer("it cuts text into words in a way of its own")
-    normal_form = _read_normalizer(described.get("normalizer"))
     try:
+        _refuse_other_models(model)
+        pattern = choose_pattern(described.get("pre_tokenizer"))
+        if pattern is None:
+            raise UnsupportedTokenizer("it cuts text into words in a way of its own")
         return _build(
             pattern,
             model["vocab"],
             [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]],
-            _read_added_tokens(described.get("added_tokens") or [], normal_form),
+            [_read_added_token(token) for token in described.get("added_tokens") or []],
             first_ids=_read_first_ids(described.get("post_processor")),
-            normal_form=normal_form,
-            whole_words=bool(model.get("ignore_merges")),
+            normal_form=_read_normalizer(described.get("normalizer")),
+            whole_words=model.get("ignore_merges") is True,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _BROKEN as error:
         raise CheckpointError(
             f"{path} is no whole tokenizer ({error!r}): download it again."
         ) from error
@@ -86,33 +90,45 @@ def read_vocab_and_merges(folder: Path) -> BytePairTokenizer:
     if config.get("add_prefix_space"):
         raise UnsupportedTokenizer("it puts a space before every text")
     is_qwen = made_for == "Qwen2Tokenizer"
+    end = "<|endoftext|>"
+    names = {"bos_token": end, "eos_token": end, **read_special_names(folder)}
     vocab = read_json_object(folder / "vocab.json")
-    names = {"eos_token": "<|endoftext|>", **read_special_names(folder)}
-    listed = config.get("added_tokens_decoder") or {}  # from id, which JSON has as text
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        added = _read_added_tokens(
-            [{**token, "id": int(i)} for i, token in listed.items()], is_qwen
-        )
-        known = {token.text for token in added}
-        added += [
-            AddedToken(text, vocab[text], is_special=True)
-            for text in sorted(set(names.values()))
-            if text in vocab and text not in known
-        ]
+        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
+        merges = [line.rstrip("\r") for line in lines if not line.startswith("#version")]
         return _build(
             QWEN if is_qwen else GPT2,
             vocab,
-            [line.split(" ") for line in lines if line and not line.startswith("#version")],
-            added,
+            [merge.split(" ") for merge in merges if merge],
+            _list_added_tokens(folder, config, vocab, names),
             first_ids=[vocab[names["bos_token"]]] if config.get("add_bos_token") else [],
             normal_form=is_qwen,
         )
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, *_BROKEN) as error:
         raise CheckpointError(
             f"{folder} holds no whole tokenizer in vocab.json and merges.txt ({error!r}): download "
             "them again."
         ) from error
+
+
+def _list_added_tokens(
+    folder: Path, config: dict[str, Any], vocab: dict[str, int], names: dict[str, str]
+) -> list[AddedToken]:
+    """Those that are described with their ids, then those that only play a role."""
+    listed = config.get("added_tokens_decoder") or {}  # from id, which JSON has as text
+    added = {t["content"]: _read_added_token({**t, "id": int(i)}) for i, t in listed.items()}
+    ids = folder / "added_tokens.json"
+    if ids.is_file() and read_json_object(ids).keys() - added.keys():
+        raise UnsupportedTokenizer("its added_tokens.json does not say how tokens are found")
+    roles = [config.get(role) or text for role, text in names.items()]
+    for role in ("additional_special_tokens", "extra_special_tokens"):
+        roles += config.get(role) or []
+    for token in roles:
+        described = token if isinstance(token, dict) else {"content": token}
+        text = described["content"]
+        if text in vocab and text not in added:
+            added[text] = _read_added_token({**described, "id": vocab[text], "special": True})
+    return list(added.values())
 
 
 def _build(
@@ -125,9 +141,14 @@ def _build(
     normal_form: bool,
     whole_words: bool = False,
 ) -> BytePairTokenizer:
+    _check_ids([*vocab.values(), *(token.token_id for token in added), *first_ids])
+    _check_added_tokens(added, vocab, normal_form)
     added_ids = {token.token_id for token in added}
     tokens = {i: _spell(text) for text, i in vocab.items() if i not in added_ids}
     pairs = [(_spell(left), _spell(right)) for left, right in merges]
+    longest = max(map(len, tokens.values()), default=0)
+    if longest > LONGEST_TOKEN:
+        raise UnsupportedTokenizer(f"it has a token of {longest} bytes")
     return BytePairTokenizer(
         pattern,
         rank_tokens(tokens.values(), pairs, whole_words),
@@ -159,34 +180,76 @@ def _refuse_other_models(model: dict[str, Any]) -> None:
             raise UnsupportedTokenizer(f"its byte-pair encoding has {option}")
 
 
-def _read_normalizer(normalizer: Any) -> bool:
+def _read_normalizer(normalizer: dict[str, Any] | None) -> bool:
     """Whether text is put into normal form C first."""
-    kind = normalizer and normalizer.get("type")
+    if normalizer is None:
+        return False
+    kind = normalizer["type"]
     if kind == "Sequence":
-        stages = normalizer.get("normalizers") or []
-        return _read_normalizer(stages[0] if len(stages) == 1 else stages and {"type": "many"})
-    if kind not in (None, "NFC"):
+        stages = normalizer["normalizers"]
+        if len(stages) < 2:
+            return _read_normalizer(stages[0] if stages else None)
+    if kind != "NFC":
         raise UnsupportedTokenizer(f"it rewrites text first ({kind})")
-    return kind == "NFC"
+    return True
 
 
-def _read_added_tokens(listed: list[dict[str, Any]], normal_form: bool) -> list[AddedToken]:
-    for token in listed:
-        if any(token.get(option) for option in ("single_word", "lstrip", "rstrip")):
-            raise UnsupportedTokenizer(f"its token {token['content']!r} takes in what is around it")
-        if normal_form and token.get("normalized"):
-            raise UnsupportedTokenizer(
-                f"its token {token['content']!r} is looked for in normal form"
-            )
-    return [AddedToken(t["content"], t["id"], bool(t.get("special"))) for t in listed]
+def _read_added_token(token: dict[str, Any]) -> AddedToken:
+    text = token["content"]
+    if not isinstance(text, str) or not 0 < len(text) <= LONGEST_TOKEN:
+        raise ValueError(f"an added token of {len(text)} characters")
+    if any(token.get(option) for option in ("single_word", "lstrip", "rstrip")):
+        raise UnsupportedTokenizer(f"its token {text!r} takes in what is around it")
+    return AddedToken(
+        text, token["id"], token.get("special") is True, bool(token.get("normalized"))
+    )
 
 
-def _read_first_ids(processor: Any) -> list[int]:
+def _check_ids(ids: list[Any]) -> None:
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < 2**31:
+            raise ValueError(f"{token_id!r} is no token id")
+
+
+def _check_added_tokens(added: list[AddedToken], vocab: dict[str, int], normal_form: bool) -> None:
+    """Raises UnsupportedTokenizer for what the other library would number or find otherwise."""
+    texts, ids = {token.text for token in added}, {token.token_id for token in added}
+    text_of = {token_id: text for text, token_id in vocab.items()}
+    if len(texts) < len(added) or len(ids) < len(added) or len(text_of) < len(vocab):
+        raise UnsupportedTokenizer("two of its tokens share a text or an id")
+    for token in added:
+        if vocab.get(token.text, token.token_id) != token.token_id or (
+            text_of.get(token.token_id, token.text) != token.text
+        ):
+            raise UnsupportedTokenizer(f"its token {token.text!r} has two ids")
+        if normal_form and token.in_normal_form:
+            raise UnsupportedTokenizer(f"its token {token.text!r} is looked for in normal form")
+    # Those that are not looked for in normal form are found first, whatever stands left of them.
+    first = [token.text for token in added if not token.in_normal_form]
+    second = [token.text for token in added if token.in_normal_form]
+    if any(_overlap(one, other) for one in first for other in second):
+        raise UnsupportedTokenizer("its added tokens overlap, and are looked for in two passes")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether some text could hold both in such a way that they share a character."""
+    if one in other or other in one:
+        return True
+    ends = range(1, min(len(one), len(other)))
+    return any(one[-n:] == other[:n] or other[-n:] == one[:n] for n in ends)
+
+
+def _read_first_ids(processor: dict[str, Any] | None) -> list[int]:
     """The ids with which every text begins."""
-    kind = processor and processor.get("type")
+    if processor is None:
+        return []
+    kind = processor["type"]
     if kind == "Sequence":
-        return [i for part in processor["processors"] for i in _read_first_ids(part)]
-    if kind in (None, "ByteLevel"):  # which looks after offsets, not tokens
+        first = [ids for part in processor["processors"] if (ids := _read_first_ids(part))]
+        if len(first) > 1:
+            raise UnsupportedTokenizer("it adds tokens twice")
+        return first[0] if first else []
+    if kind == "ByteLevel":  # which looks after offsets, not tokens
         return []
     if kind != "TemplateProcessing":
         raise UnsupportedTokenizer(f"it adds tokens in a way of its own ({kind})")

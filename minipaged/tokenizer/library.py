@@ -5,14 +5,17 @@ back: its `decode` gives text, and a token is some bytes. Those are read out of 
 """
 
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from minipaged.errors import CheckpointError, UnsupportedTokenizer
 from minipaged.tokenizer import Tokenizer
 from minipaged.tokenizer.hugging_face import BYTE_OF_CHARACTER
 
+_PROBE = "Is this a text? 1 2 3"  # any that has tokens
 EXTRA = "pip install 'minipaged[tokenizers]'"
 
 
@@ -29,11 +32,11 @@ class LibraryTokenizer(Tokenizer):
             raise CheckpointError(
                 f"{path} is no tokenizer ({error}): download it again."
             ) from error
+        self._alone = Lock()  # encode_special_tokens belongs to the library's object
         self._library.no_truncation()
         self._library.no_padding()
         added: dict[int, Any] = self._library.get_added_tokens_decoder()
-        is_byte_level = "ByteLevel" in repr(self._library.decoder)
-        spell = _spell_byte_level if is_byte_level else _spell_sentence_piece
+        spell = _choose_spelling(path, repr(self._library.decoder))
         vocabulary = {
             token_id: token.encode() if token_id in added else spell(token)
             for token, token_id in self._library.get_vocab().items()
@@ -43,14 +46,16 @@ class LibraryTokenizer(Tokenizer):
 
     def _find_first_ids(self) -> list[int]:
         """What stands before every text. What would stand behind it is left out: it is an end."""
-        bare = self._library.encode("a", add_special_tokens=False).ids
-        framed = self._library.encode("a").ids
+        bare = self._library.encode(_PROBE, add_special_tokens=False).ids
+        framed = self._library.encode(_PROBE).ids
         begins = [i for i in range(len(framed)) if framed[i : i + len(bare)] == bare]
         return framed[: begins[0]] if begins else []
 
     def _encode(self, text: str, allow_special: bool) -> list[int]:
-        self._library.encode_special_tokens = not allow_special
-        return self._library.encode(text, add_special_tokens=False).ids
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair
+        with self._alone:
+            self._library.encode_special_tokens = not allow_special
+            return self._library.encode(text, add_special_tokens=False).ids
 
 
 def refuse_without_the_library(path: Path, reason: str) -> None:
@@ -60,6 +65,17 @@ def refuse_without_the_library(path: Path, reason: str) -> None:
             f"{path} is no tokenizer for tiktoken, since {reason}: install the library that reads "
             f"it by {EXTRA}, or give prompts as token ids."
         )
+
+
+def _choose_spelling(path: Path, decoder: str) -> Callable[[str], bytes]:
+    if "ByteLevel" in decoder:
+        return _spell_byte_level
+    if "Metaspace" in decoder or "\u2581" in decoder:
+        return _spell_sentence_piece
+    raise UnsupportedTokenizer(
+        f"{path} is neither a byte-level nor a SentencePiece tokenizer, and how its tokens become "
+        "text is not known here: give another checkpoint."
+    )
 
 
 def _spell_sentence_piece(token: str) -> bytes:
