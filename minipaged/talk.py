@@ -6,7 +6,7 @@ import time
 
 from rich.text import Text
 
-from minipaged.chat import Message, chat_prompt
+from minipaged.chat import Message, chat_prompt, read_template
 from minipaged.errors import PromptTooLong
 from minipaged.llm import LLM
 from minipaged.sampling import SamplingParams
@@ -16,7 +16,11 @@ from minipaged.terminal import Session
 def converse(
     llm: LLM, session: Session, system: str | None, params: SamplingParams, as_json: bool
 ) -> None:
-    """Read questions and print answers until an empty line or the end of the input."""
+    """Read questions and print answers until an empty line or the end of the input.
+
+    Raises CheckpointError before the first question if the model was not taught to chat.
+    """
+    read_template(llm.folder)
     told: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     turns: list[Message] = []
     if not as_json:

@@ -171,6 +171,15 @@ def test_a_chat_that_outgrows_the_context_forgets_its_oldest_turns(capsys, monke
     assert answers.count(question.answer) >= 70
 
 
+def test_a_model_that_was_not_taught_to_chat_says_so_before_the_first_question(
+    capsys, monkeypatch, tmp_path
+):
+    make_checkpoint("llama", tmp_path)
+    code, out, err = minipaged(capsys, monkeypatch, "chat", "--model", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "holds no chat template" in err.splitlines()[-1]
+
+
 def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
     from minipaged.stories import tell
 
