@@ -1,6 +1,7 @@
 """`minipaged fetch` and `minipaged convert`: the commands, and what they print."""
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,12 @@ from minipaged.errors import CheckpointError, InvalidOption
 from minipaged.fetching.catalogue import KNOWN_MODELS, find_known, in_words
 from minipaged.fetching.fetch import download, find_here
 from minipaged.fetching.hub import ask_hub
-from minipaged.fetching.local_models import ModelName, find_local, is_model_name
+from minipaged.fetching.local_models import (
+    TOKENIZER_FILES,
+    ModelName,
+    find_local,
+    is_model_name,
+)
 
 
 def fetch(
@@ -77,7 +83,7 @@ def fetch_and_report(
         named = known.licence if known else offer.licence  # the hub calls most of them "other"
         licence = f", licence: {named}" if named else ""
         size = f"{len(offer.files)} files, {in_words(offer.num_bytes)}{licence}"
-        print(f"fetching {model} from {offer.endpoint}: {size}", file=sys.stderr)
+        print(f"fetching {model} from {offer.hub}: {size}", file=sys.stderr)
         folder = download(offer, directory, progress=not as_json)
     num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     if as_json:
@@ -91,8 +97,11 @@ def fetch_and_report(
         return
     use = str(folder if directory else model)
     print(f"{model} {'was here already' if found else 'is here'}: {folder} ({in_words(num_bytes)})")
-    print(f'  minipaged generate "Once upon a time" --model {use}')
-    print(f'  LLM("{use}")')
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        print(f'  minipaged generate "Once upon a time" --model {shlex.quote(use)}')
+    else:
+        print("  it has no tokenizer: give prompts as token ids.")
+    print(f"  LLM({json.dumps(use, ensure_ascii=False)})")
 
 
 def offer_to_fetch(model: str) -> None:

@@ -8,6 +8,8 @@ noted in `requests`.
 
 import hashlib
 import json
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,9 +56,13 @@ class Hub:
     renamed: dict[str, str] = field(default_factory=dict)
     # Faults, by the name of a file or "api".
     statuses: dict[str, int] = field(default_factory=dict)  # answer with this one instead
+    hiccups: dict[str, list[int]] = field(default_factory=dict)  # or with these, one after another
+    retry_after: int | None = None  # what it says with a status of these
     corrupt: set[str] = field(default_factory=set)  # one byte differs
     cuts: dict[str, list[int]] = field(default_factory=dict)  # hang up after so many bytes
+    resets: bool = False  # and not hang up, but forget the connection
     ignores_ranges: bool = False
+    forgets_queries: bool = False  # when it redirects
     tells_checksums: bool = True
     silent: bool = False  # never answer
     nonsense: bool = False  # answer with what is no hub's
@@ -146,7 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, b"<html>welcome</html>", {})
             return
         if name in self.hub.renamed:
-            self.redirect(self.path.replace(name, self.hub.renamed[name]))
+            where = self.path.replace(name, self.hub.renamed[name])
+            self.redirect(where.partition("?")[0] if self.hub.forgets_queries else where)
             return
         repo = self.find(name, revision, "api")
         if repo is None:
@@ -166,11 +173,14 @@ class _Handler(BaseHTTPRequestHandler):
     def find(self, name: str, revision: str, fault: str) -> Repo | None:
         """The repository, if it is there and may be seen; else say why not."""
         repo, token = self.hub.repos.get(name), self.headers.get("Authorization")
-        if fault in self.hub.statuses:
-            status = self.hub.statuses[fault]
+        hiccups = self.hub.hiccups.get(fault)
+        status = hiccups.pop(0) if hiccups else self.hub.statuses.get(fault, 200)
+        if status != 200:
             self.refuse(status, "EntryNotFound" if status == 404 else None)
         elif token == "Bearer wrong":
             self.refuse(401, None, "Invalid credentials in Authorization header")
+        elif token == "Bearer expired":  # as if there were no such model
+            self.refuse(401, "RepoNotFound", "User Access Token is expired.")
         elif repo is None or (repo.token and not repo.gated and token != f"Bearer {repo.token}"):
             self.refuse(404 if token else 401, "RepoNotFound")
         elif repo.gated and fault != "api" and token != f"Bearer {repo.token}":
@@ -215,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str | None, message: str = "no") -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        if self.hub.retry_after is not None:
+            headers["Retry-After"] = str(self.hub.retry_after)
         self.answer(status, b"", headers)
 
     def answer(
@@ -227,3 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content[:cut])
         if cut is not None:
             self.close_connection = True  # in the middle of what was announced
+        if cut is not None and self.hub.resets:
+            self.wfile.flush()
+            self.hub.stopping.wait(0.2)  # else the other side would not even see what came
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()

@@ -1,11 +1,14 @@
 """From pickles to safetensors: the same tensors, and none of the code that a pickle can hold."""
 
+import contextlib
 import errno
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,24 @@ def test_an_output_matrix_of_its_own_is_kept(tmp_path: Path) -> None:
     assert load_file(file).keys() == {"wte.weight", "lm_head.weight"}
 
 
+@pytest.mark.parametrize("rows", ["others", "the same, turned", "the same, shorter"])
+def test_an_output_matrix_is_left_out_only_if_it_is_the_very_embedding(
+    rows: str, tmp_path: Path
+) -> None:
+    flat = torch.arange(24.0)
+    embedding = flat[:9].view(3, 3)
+    heads = {"others": flat[9:18].view(3, 3), "the same, turned": embedding.t()}
+    views = {"lm_head.weight": heads.get(rows, embedding[:2]), "wte.weight": embedding}
+    [file] = convert_to_safetensors(save(tmp_path, views))
+    assert_equal(load_file(file), views)
+
+
+def test_a_sign_that_is_only_noted_is_written(tmp_path: Path) -> None:
+    view = torch.tensor([1 + 2j]).conj().imag
+    [file] = convert_to_safetensors(save(tmp_path, {"a": view}))
+    assert load_file(file)["a"].tolist() == [-2.0]
+
+
 def test_other_tensors_that_share_memory_get_their_own(tmp_path: Path) -> None:
     whole = torch.arange(12.0)
     views = {"whole": whole, "half": whole[6:], "rows": whole.reshape(3, 4)}
@@ -171,6 +192,86 @@ def test_a_file_cut_short_is_named_with_its_size(
 )
 def test_what_is_no_table_of_tensors_is_refused(state: Any, sentence: str, tmp_path: Path) -> None:
     assert sentence in refusal(save(tmp_path, state))
+
+
+def odd_tensor(kind: str) -> Tensor:
+    ones = torch.ones(2, 2)
+    if kind == "sparse":
+        return ones.to_sparse()
+    if kind == "nested":
+        return torch.nested.nested_tensor([ones, ones])
+    if kind == "quantized":
+        return torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8)
+    return ones.to("meta") if kind == "without its numbers" else ones.to(torch.complex64)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch itself discourages most of them
+@pytest.mark.parametrize(
+    "kind", ["sparse", "nested", "quantized", "without its numbers", "complex numbers"]
+)
+def test_what_is_no_plain_tensor_is_refused(kind: str, tmp_path: Path) -> None:
+    sentence = refusal(save(tmp_path, {"a": odd_tensor(kind)}))
+    assert kind in sentence
+    assert "under 'a', where a tensor should be" in sentence
+
+
+@pytest.mark.parametrize("name", ["a\udc80", "a\nb", "__metadata__"])
+def test_a_name_that_no_tensor_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    sentence = refusal(save(tmp_path, {name: torch.ones(2)}))
+    assert f"holds a tensor under {name!a}, which is no name" in sentence
+
+
+@pytest.mark.parametrize(
+    "kind", [AssertionError, TypeError, AttributeError, struct.error, RecursionError, KeyError]
+)
+def test_whatever_torch_makes_of_a_broken_file_is_one_sentence(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise kind("some\nlines")
+
+    monkeypatch.setattr(torch, "load", broken)
+    assert "is cut short or no file of torch's (" in refusal(save(tmp_path, TENSORS))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_in_which_some_bytes_changed_is_read_or_refused(
+    zipped: bool, tmp_path: Path
+) -> None:
+    file = save(tmp_path, {"a": torch.ones(9)}, _use_new_zipfile_serialization=zipped) / SINGLE
+    content, numbers = file.read_bytes(), random.Random(1)
+    for _ in range(100):
+        changed = bytearray(content)
+        for _ in range(numbers.choice([1, 2, 5])):
+            changed[numbers.randrange(min(700, len(content)))] = numbers.randrange(256)
+        file.write_bytes(changed)
+        with contextlib.suppress(CheckpointError):
+            [converted] = convert_to_safetensors(tmp_path)
+            converted.unlink()
+        assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
+
+
+def test_too_little_memory_is_said_as_such(tmp_path: Path) -> None:
+    save(tmp_path, {"a": torch.zeros(1).expand(2**46)})  # a number in the file, 256 TB written out
+    with pytest.raises(OSError, match=r"too little memory to convert 1.* kB: close") as refused:
+        convert_to_safetensors(tmp_path)
+    assert (refused.value.errno, refused.value.filename) == (errno.ENOMEM, str(tmp_path / SINGLE))
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
+    left = save(tmp_path, TENSORS) / ".minipaged-converting-abc"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half of it")
+    convert_to_safetensors(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", SINGLE]
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".bin", "a\0b.bin"])
+def test_an_index_with_names_that_no_file_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    index = {"weight_map": {"a": name}}
+    (tmp_path / f"{SINGLE}.index.json").write_text(json.dumps(index))
+    refusal(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
-import huggingface_hub.file_download
 import pytest
 import torch
 from checkpoints import make_checkpoint
@@ -25,11 +24,14 @@ from safetensors.torch import load_file
 from minipaged import LLM, SamplingParams
 from minipaged.errors import CheckpointError, FetchError, MinipagedError, UnsupportedModel
 from minipaged.fetch_command import fetch_and_report, offer_to_fetch, print_known_models
+from minipaged.fetching import fetch as fetch_module
+from minipaged.fetching import hub as hub_module
 from minipaged.fetching.catalogue import KNOWN_MODELS, find_known, in_words
 from minipaged.fetching.fetch import download, fetch, find_here
-from minipaged.fetching.hub import ask_hub
+from minipaged.fetching.hub import ask_hub, receive
 from minipaged.fetching.local_models import ModelName, find_local, folder_of, models_folder
 
+PIECE_BYTES = hub_module.PIECE_BYTES  # before the tests make it smaller
 NAME = "someone/small-llama"
 WEIGHTS = "model.safetensors"
 
@@ -44,10 +46,9 @@ def _in_a_home_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     # What is received is written in pieces of this size; a broken connection loses one of them.
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 4096)
-    # The library waits a second before it tries again.
-    patient = SimpleNamespace(sleep=lambda seconds: None)
-    monkeypatch.setattr(huggingface_hub.file_download, "time", patient)
+    monkeypatch.setattr(hub_module, "PIECE_BYTES", 4096)
+    # Nor does any wait, before it tries again.
+    monkeypatch.setattr(hub_module, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def beside(target: Path, what: str) -> Path:
+    """Where a fetch has its files, or its lock, until it has finished."""
+    return target.parent / f".{target.name}.minipaged-{what}"
 
 
 def size_of(hub: Hub) -> str:
@@ -177,6 +183,84 @@ def pickle_weights(original: Path, folder: Path, shards: int) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"),
+        MemoryError(),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+    ids=["allocator", "mmap", "python", "disk"],
+)
+def test_a_machine_that_fails_to_convert_keeps_what_was_downloaded(
+    failure: Exception, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = make_checkpoint("opt", tmp_path / "opt")
+    hub.add("someone/opt", pickle_weights(original, tmp_path / "pickled", 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(failure))
+        with pytest.raises(OSError, match=r"memory|Input/output error") as refused:
+            fetch("someone/opt")
+    assert refused.value.filename.endswith("pytorch_model.bin")
+    hub.requests.clear()
+    assert tokens(fetch("someone/opt")) == tokens(original)
+    assert not [request for request in hub.requests if request.file]
+
+
+def test_a_pickle_that_was_published_broken_is_not_called_a_bad_download(
+    hub: Hub, tmp_path: Path
+) -> None:
+    original = make_checkpoint("opt", tmp_path / "opt")
+    repo = hub.add("someone/opt", pickle_weights(original, tmp_path / "pickled", 1))
+    repo.files["pytorch_model.bin"] = repo.files["pytorch_model.bin"][:-500]
+    sentence = refusal("someone/opt")
+    assert "pytorch_model.bin of someone/opt came with the right checksum, and yet" in sentence
+    assert "are kept" in sentence
+
+
+def test_a_machine_that_fails_to_read_what_it_wrote_keeps_it(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_text
+
+    def unreadable(path: Path, *args: Any, **options: Any) -> str:
+        if path.name == "config.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", unreadable)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            fetch(NAME)
+    fetch(NAME)
+    assert len(hub.asked_for("config.json")) == 1
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_fetch_that_is_killed_before_the_rename_loses_nothing(
+    shards: int, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = make_checkpoint("opt", tmp_path / "opt")
+    hub.add("someone/opt", pickle_weights(original, tmp_path / "pickled", shards))
+    rename = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.is_dir():
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetch("someone/opt")
+    hub.requests.clear()
+    folder = fetch("someone/opt")
+    assert not [r for r in hub.requests if r.file and r.file.endswith(".bin")]
+    assert not list(folder.glob("*.bin*"))
+    assert tokens(folder) == tokens(original)
+
+
 def test_a_pickle_that_would_run_code_is_refused_and_not_kept(hub: Hub, tmp_path: Path) -> None:
     original = make_checkpoint("opt", tmp_path / "opt")
     hub.add("someone/evil", pickle_weights(original, tmp_path / "evil", 1))
@@ -214,6 +298,11 @@ def test_a_renamed_model_is_fetched_under_the_name_asked_for(hub: Hub) -> None:
     assert json.loads((folder / "source.json").read_text())["repo"] == NAME
 
 
+def test_a_redirect_that_forgets_what_was_asked_costs_one_question_more(hub: Hub) -> None:
+    hub.renamed["someone/old-name"], hub.forgets_queries = NAME, True
+    assert fetch("someone/old-name").name == "someone--old-name"
+
+
 def test_a_revision_has_a_folder_of_its_own(hub: Hub) -> None:
     hub.repos[NAME].revisions = ("main", "refs/pr/1")
     folder = fetch(NAME, revision="refs/pr/1")
@@ -247,6 +336,107 @@ def test_a_directory_that_holds_something_else_is_left_alone(
     before = left_in(target)
     assert f"{target} is not empty and holds no {NAME}" in refusal(directory=target)
     assert left_in(target) == before
+
+
+def test_files_that_only_look_like_a_fetch_s_are_the_user_s(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "poetry.lock").write_text("mine")
+    (tmp_path / "poetry.partial").mkdir()
+    (tmp_path / "poetry.partial" / "thesis.txt").write_text("mine")
+    fetch(NAME, directory=tmp_path / "poetry")
+    assert (tmp_path / "poetry.lock").read_text() == "mine"
+    assert (tmp_path / "poetry.partial" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["file", "link", "notes", "folder", "link within", "lock"])
+def test_what_no_fetch_can_have_left_is_refused_and_left_alone(
+    what: str, hub: Hub, tmp_path: Path
+) -> None:
+    staging = beside(tmp_path / "llama", "lock" if what == "lock" else "partial")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    if what == "file":
+        staging.write_text("mine")
+    elif what in ("link", "lock"):
+        staging.symlink_to(mine)
+    else:
+        staging.mkdir()
+        (staging / "config.json").write_text("left by a fetch")
+    if what == "notes":
+        (staging / "notes.txt").write_text("mine")
+    elif what == "folder":
+        (staging / "config.json.d").mkdir()
+    elif what == "link within":
+        (staging / WEIGHTS).symlink_to(mine)
+    before = sorted(tmp_path.rglob("*"))
+    sentence = refusal(directory=tmp_path / "llama")
+    assert "is in the way, and no fetch has left it there: move it elsewhere." in sentence
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_whatever_a_fetch_left_is_cleared_away(hub: Hub, llama: Path) -> None:
+    staging = beside(folder_of(NAME), "partial")
+    (staging / ".minipaged-converting-abc").mkdir(parents=True)
+    old = "pytorch_model.bin model-00001-of-00002.safetensors model.safetensors.index.json"
+    for name in f"{old} merges.txt source.json {WEIGHTS}.0123456789abcdef.part".split():
+        (staging / name).write_text("of an older version")
+    folder = fetch(NAME)
+    assert contents(folder).keys() == contents(llama).keys() | {"source.json"}
+
+
+def test_a_beginning_that_is_longer_than_its_file_is_of_no_use(hub: Hub, llama: Path) -> None:
+    hub.cuts[WEIGHTS] = [50_000] + [0] * 9
+    refusal()
+    [beginning] = beside(folder_of(NAME), "partial").glob("*.part")
+    beginning.write_bytes(bytes(1_000_000))
+    assert contents(fetch(NAME))[WEIGHTS] == contents(llama)[WEIGHTS]
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert fetch(NAME, directory=tmp_path / "link") == tmp_path / "real"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_folder_that_cannot_be_replaced_is_said_before_anybody_is_asked(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    instead = f"give one within it, {folder / 'someone--small-llama'}"
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        sentence = refusal(directory=".")
+        assert "is the current directory, and a fetch puts" in sentence
+        assert instead in sentence
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path == folder)
+        sentence = refusal(directory=folder)
+        assert "is a mount point, and a fetch puts" in sentence
+        assert instead in sentence
+    assert not hub.requests
+
+
+def test_a_home_of_nobody_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "~nobody-here/x leads to no folder" in refusal(directory="~nobody-here/x")
+    monkeypatch.setenv("MINIPAGED_HOME", "~nobody-here")
+    assert "MINIPAGED_HOME leads to no folder" in refusal()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"https://huggingface.co/{NAME}", f"http://www.hf.co/{NAME}/", f"{NAME}/", f" {NAME}\n",
+        f"{NAME}@main", f"https://huggingface.co/{NAME}@main",
+    ],
+)  # fmt: skip
+def test_one_model_has_one_name_however_it_is_written(name: str) -> None:
+    assert ModelName.parse(name) == ModelName.parse(NAME, "main") == ModelName(NAME)
+
+
+@pytest.mark.parametrize("name", [f"a/{'b' * 300}", f"a/b@{'c' * 300}", f"a/b@{'c/' * 3000}d"])
+def test_a_name_that_is_too_long_for_a_file_is_no_model_here(name: str) -> None:
+    assert find_local(name) is None
 
 
 @pytest.mark.parametrize(
@@ -390,7 +580,7 @@ def test_a_file_with_a_wrong_checksum_is_thrown_away_and_named(
 def test_a_kept_file_that_changed_on_the_disk_is_fetched_again(hub: Hub, llama: Path) -> None:
     hub.statuses[WEIGHTS] = 500
     refusal()
-    staging = folder_of(NAME).with_name(folder_of(NAME).name + ".partial")
+    staging = beside(folder_of(NAME), "partial")
     (staging / "config.json").write_bytes(b"x")
     hub.statuses.clear()
     assert contents(fetch(NAME))["config.json"] == contents(llama)["config.json"]
@@ -399,7 +589,7 @@ def test_a_kept_file_that_changed_on_the_disk_is_fetched_again(hub: Hub, llama: 
 def test_two_processes_do_not_fetch_the_same_at_once(hub: Hub) -> None:
     target = folder_of(NAME)
     target.parent.mkdir(parents=True)
-    with FileLock(f"{target}.lock"):
+    with FileLock(beside(target, "lock")):
         assert f"another process is fetching {NAME}" in refusal()
     assert fetch(NAME) == target
 
@@ -413,23 +603,85 @@ def test_who_waited_finds_what_the_other_process_fetched(hub: Hub) -> None:
 
 
 def test_an_interrupt_leaves_no_target_and_the_next_call_goes_on(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = huggingface_hub.file_download.http_get
-
-    def interrupted(url: str, temp_file: Any, **options: Any) -> None:
-        if WEIGHTS in url:
-            temp_file.write(hub.repos[NAME].files[WEIGHTS][:7000])
+    def interrupted(offer: Any, file: Any, into: Any, bar: Any) -> None:
+        if file.name == WEIGHTS:
+            into.write(hub.repos[NAME].files[WEIGHTS][:7000])
             raise KeyboardInterrupt
-        whole(url, temp_file, **options)
+        receive(offer, file, into, bar)
 
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface_hub.file_download, "http_get", interrupted)
+        patch.setattr(fetch_module, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fetch(NAME)
+    assert f"fetching {NAME} was interrupted (7.9 kB of" in capsys.readouterr().err
     assert find_local(NAME) is None
     fetch(NAME)
     assert ranges(hub.asked_for(WEIGHTS)) == ["bytes=7000-"]
+
+
+def test_a_cut_loses_less_than_a_piece_even_of_a_small_file(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "PIECE_BYTES", PIECE_BYTES)
+    hub.repos[NAME].files["tokenizer.json"] = bytes(2_000_000)
+    hub.cuts["tokenizer.json"] = [1_000_000] + [0] * 9
+    refusal()
+    [beginning] = beside(folder_of(NAME), "partial").glob("tokenizer.json.*.part")
+    assert 700_000 < beginning.stat().st_size <= 1_000_000
+
+
+def test_a_connection_that_is_reset_is_taken_up_where_it_broke(hub: Hub, llama: Path) -> None:
+    hub.resets, hub.cuts[WEIGHTS] = True, [50_000]
+    assert contents(fetch(NAME))[WEIGHTS] == contents(llama)[WEIGHTS]
+    assert ranges(hub.asked_for(WEIGHTS)) == [None, f"bytes={50_000 // 4096 * 4096}-"]
+
+
+def test_a_hub_that_is_busy_in_the_middle_is_asked_again(hub: Hub, llama: Path) -> None:
+    hub.cuts[WEIGHTS] = [50_000, 50_000]
+    hub.hiccups[WEIGHTS] = [200, 503, 500, 503, 502, 200, 503, 503, 503, 503, 200]
+    assert contents(fetch(NAME))[WEIGHTS] == contents(llama)[WEIGHTS]
+    assert len(hub.asked_for(WEIGHTS)) == 3
+
+
+def test_a_server_that_ignores_ranges_and_hangs_up_takes_nothing_away(hub: Hub) -> None:
+    hub.ignores_ranges, hub.cuts[WEIGHTS] = True, [50_000] + [100] * 9
+    refusal()
+    [beginning] = beside(folder_of(NAME), "partial").glob("*.part")
+    assert beginning.stat().st_size == 50_000 // 4096 * 4096
+
+
+@pytest.mark.parametrize(("seconds", "slept"), [(20, [20] * 4), (61, [])])
+def test_a_hub_that_asks_to_wait_is_obeyed_for_a_minute_at_most(
+    seconds: int, slept: list[int], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(hub_module, "time", SimpleNamespace(sleep=waits.append))
+    hub.statuses[WEIGHTS], hub.retry_after = 429, seconds
+    asks = "status 429: try again later (" if slept else f"status 429 and asks to wait {seconds} s:"
+    assert asks in refusal()
+    assert waits == slept
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES])
+def test_a_disk_that_fails_is_not_called_a_network(
+    number: int, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(io.BytesIO):
+        def write(self, content: Any) -> int:
+            raise OSError(number, "it is broken")
+
+    with pytest.raises(OSError, match="it is broken"):
+        receive(ask_hub(NAME), ask_hub(NAME).files[0], Broken())
+
+    def broken(offer: Any, file: Any, into: Any, bar: Any) -> None:
+        raise OSError(number, "it is broken")
+
+    monkeypatch.setattr(fetch_module, "receive", broken)
+    with pytest.raises(OSError, match="it is broken") as refused:
+        fetch(NAME)
+    assert "config.json" in refused.value.filename
 
 
 # --------------------------------------------------------------------------------- what hubs refuse
@@ -457,9 +709,19 @@ def test_a_private_model_comes_with_the_right_token_only(
     hub.repos[NAME].token = "mine"
     assert "or it is private" in refusal()
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    assert "refuses the token: set HF_TOKEN to a valid one" in refusal()
+    assert "(it says: Invalid credentials in Authorization header): use another token" in refusal()
     monkeypatch.setenv("HF_TOKEN", "mine")
     fetch(NAME)
+
+
+def test_a_token_that_expired_is_said_though_the_hub_calls_the_model_unknown(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "expired")
+    sentence = refusal()
+    assert f"there is no model {NAME}" in sentence
+    assert "use another token if yours is wrong or expired (HF_TOKEN, or what" in sentence
+    assert sentence.endswith("(it says: User Access Token is expired).")
 
 
 @pytest.mark.parametrize("token", [None, "somebody"])
@@ -483,10 +745,29 @@ def test_the_token_is_sent_to_the_hub_and_not_to_where_it_stores_its_files(
     assert sent == {False: "Bearer mine", True: None}
 
 
-@pytest.mark.parametrize("status", [403, 429, 500, 503])
+@pytest.mark.parametrize("status", [400, 403, 416, 429, 451, 500, 503])
 def test_another_answer_is_said_with_its_status(status: int, hub: Hub) -> None:
     hub.statuses["api"] = status
-    assert str(status) in refusal()
+    sentence = refusal()
+    assert f"with status {status}" in sentence
+    assert ("try again later" in sentence) == (status in (429, 500, 503))
+    assert ("(it says: no)" in sentence) == (status not in (429, 500, 503))
+
+
+def test_a_password_in_the_address_of_a_hub_is_never_shown(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("//", "//me:secret@"))
+    hub.statuses[WEIGHTS] = 500
+    assert f"{hub.url} answered" in refusal()
+    hub.statuses.clear()
+    fetch_and_report(NAME)
+    assert all(request.authorization for request in hub.asked_for("config.json"))
+    assert "secret" not in "".join(capsys.readouterr())
+    assert "secret" not in (folder_of(NAME) / "source.json").read_text()
+    assert "secret" not in repr(ask_hub(NAME))
+    monkeypatch.setenv("HF_ENDPOINT", "me:secret@hub.example")
+    assert refusal("a/b") == "HF_ENDPOINT is 'hub.example': begin it with https://."
 
 
 def test_a_hub_that_fails_in_the_middle_keeps_what_came(hub: Hub) -> None:
@@ -575,6 +856,8 @@ def test_a_repository_without_weights_that_can_be_read_is_refused(hub: Hub) -> N
     [
         (b'{"weight_map": {"a": "model-1.safetensors"}}', "lacks 1 of the files"),
         (b'{"weight_map": {"a": "../../model-1.safetensors"}}', "does not name its shards"),
+        (b'{"weight_map": {"a": "model-1.bin"}}', "does not name its shards"),
+        (b'{"weight_map": {"a": "%s.safetensors"}}' % (b"a" * 200), "does not name its shards"),
         (b'{"weight_map": {}}', "does not name its shards"),
         (b"[]", "does not name its shards"),
         (b"\x80", "does not name its shards"),
@@ -615,12 +898,12 @@ def test_conversion_needs_room_for_the_weights_twice(
 
 
 def test_a_disk_that_fills_up_keeps_what_came(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(url: str, temp_file: Any, **options: Any) -> None:
-        temp_file.write(b"{" * 10)
+    def full(offer: Any, file: Any, into: Any, bar: Any) -> None:
+        into.write(b"{" * 10)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface_hub.file_download, "http_get", full)
+        patch.setattr(fetch_module, "receive", full)
         sentence = refusal()
     assert f"{models_folder()} is full: free some of it (10 bytes of {size_of(hub)}" in sentence
 
@@ -673,6 +956,22 @@ def test_the_command_says_what_comes_and_how_to_use_it(
     fetch_and_report(NAME, as_json=True)
     report = json.loads(capsys.readouterr().out)
     assert (report["folder"], report["fetched"]) == (str(folder_of(NAME)), False)
+
+
+def test_the_command_quotes_a_folder_and_says_what_a_model_lacks(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my models"
+    fetch_and_report(NAME, directory=folder / "a")
+    out = capsys.readouterr().out
+    assert "it has no tokenizer: give prompts as token ids." in out
+    assert "minipaged generate" not in out
+    hub.repos[NAME].files["tokenizer.json"] = b"{}"
+    fetch_and_report(NAME, directory=folder / "b")
+    out = capsys.readouterr().out
+    assert f"--model '{folder / 'b'}'\n" in out
+    assert f'LLM("{folder / "b"}")' in out
+    assert "no tokenizer" not in out
 
 
 def test_the_list_names_sizes_licences_and_what_is_here(

@@ -3,6 +3,8 @@
 catalogue     small models that are known by name, with sizes and licences
 local_models  where models lie on this machine, and what a name is
 hub           what the hub offers under a name, and the bytes of one file
+failures      what goes wrong on the way there, in sentences
+staging       the folder beside the target that all of it goes into first
 convert       pickled weights to safetensors
 fetch         all of it: downloaded, checked, converted, then named
 """

@@ -4,12 +4,15 @@ A `.bin` file is a pickle, and a pickle may call any function while it is read. 
 reader refuses all but tensors; so a file that holds more is refused here, and never run.
 """
 
+import errno
 import json
 import os
 import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,9 +23,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minipaged.errors import CheckpointError
+from minipaged.fetching.catalogue import in_words
+from minipaged.fetching.failures import THIS_MACHINE
+from minipaged.fetching.staging import SCRATCH, drop_scratch
 from minipaged.models.weight_files import find_shards
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_GET = "get the checkpoint as safetensors"
+
+
+class UnreadablePickle(CheckpointError):
+    """torch can make nothing of this file: it is cut short, or of another kind."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"{path} of {path.stat().st_size} bytes is cut short or no file of torch's ({reason}): "
+            "download it again."
+        )
 
 
 def convert_to_safetensors(folder: Path) -> list[Path]:
@@ -34,19 +52,21 @@ def convert_to_safetensors(folder: Path) -> list[Path]:
 
     Raises:
         CheckpointError: there is nothing to convert, or what there is is broken or would run code.
-        OSError: the disk is full.
+        OSError: the disk is full, or there is too little memory.
     """
     shards = find_pickled(folder)
     names: dict[str, str] = {}  # from tensor to file
     num_bytes = 0
-    with TemporaryDirectory(prefix=".converting-", dir=folder) as scratch:
+    drop_scratch(folder)
+    with TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
         for number, shard in enumerate(shards, start=1):
             many = f"model-{number:05}-of-{len(shards):05}.safetensors"
             name = many if len(shards) > 1 else "model.safetensors"
-            tensors = _read_tensors(shard)
-            names |= dict.fromkeys(tensors, name)
-            num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-            _write(tensors, Path(scratch) / name)
+            with _failures_told(shard):
+                tensors = _read_tensors(shard)
+                names |= dict.fromkeys(tensors, name)
+                num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+                save_file(tensors, Path(scratch) / name, metadata={"format": "pt"})
             shutil.copymode(shard, Path(scratch) / name)  # else it is for its owner's eyes only
             del tensors  # before the next shard is read
         if len(shards) > 1:
@@ -73,7 +93,15 @@ def find_pickled(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: give another folder.")
-    return find_shards(folder / INDEX)
+    try:
+        return find_shards(folder / INDEX)
+    except (OSError, ValueError) as error:  # longer than any file's name, or not one at all
+        raise CheckpointError(
+            f"{folder / INDEX} names files that cannot be ({error}): download it again."
+        ) from error
+
+
+# ---------------------------------------------------------------------------------- one file
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -83,36 +111,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         what = type(state).__name__
         raise CheckpointError(f"{path} holds a {what} and no tensors by name: {_GET}.")
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path} holds a {type(value).__name__} under {name!r}, where a tensor should be: "
-                f"{_GET}."
-            )
+        _refuse_all_but_tensors(path, name, value)
     tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    storages: set[int] = set()
+    views: set[tuple[Any, ...]] = set()
     # The output matrix last: where it is the embedding itself, it is left out, and a model that
     # ties the two needs it once only. Whatever else shares memory gets a copy.
     for name in sorted(state, key=lambda name: name.endswith("lm_head.weight")):
         tensor: Tensor = state[name]
-        shared = tensor.untyped_storage().data_ptr() in seen
-        if shared and name.endswith("lm_head.weight"):
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if name.endswith("lm_head.weight") and view in views:
             continue
-        seen.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor.clone() if shared else tensor.contiguous()
+        shared = tensor.untyped_storage().data_ptr() in storages
+        storages.add(tensor.untyped_storage().data_ptr())
+        views.add(view)
+        own = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        tensors[name] = own.resolve_neg()  # a sign that torch only notes is not in the bytes
     return tensors
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))  # of a full disk, say, only in its text
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-_GET = "get the checkpoint as safetensors"
 
 
 def _unpickle(path: Path) -> Any:
@@ -127,8 +142,69 @@ def _unpickle(path: Path) -> Any:
         raise CheckpointError(
             f"{path} asks for more than tensors{what}, and reading it could run code: {_GET}."
         ) from error
-    except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path} of {size} bytes is cut short or no file of torch's: download it again."
-        ) from error
+    except Exception as error:  # a broken file makes torch raise almost anything
+        if _errno_in(error) is not None:
+            raise
+        raise UnreadablePickle(path, _reason(error)) from error
+
+
+def _refuse_all_but_tensors(path: Path, name: object, value: object) -> None:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        what = f"a {type(value).__name__}"
+    elif not name.isprintable() or name == "__metadata__":
+        raise CheckpointError(f"{path} holds a tensor under {name!a}, which is no name: {_GET}.")
+    elif value.is_nested or value.layout != torch.strided:
+        what = "a sparse or nested tensor"
+    elif value.is_quantized:
+        what = "a quantized tensor"
+    elif value.is_complex():
+        what = "complex numbers"
+    elif value.is_meta:
+        what = "a tensor without its numbers"
+    else:
+        return
+    raise CheckpointError(f"{path} holds {what} under {name!a}, where a tensor should be: {_GET}.")
+
+
+# ---------------------------------------------------------------------------------------- failures
+
+
+@contextmanager
+def _failures_told(path: Path) -> Generator[None, None, None]:
+    """Failures of this machine as OSErrors, whatever torch and safetensors make of them."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        number = _errno_in(error)
+        if number is None and isinstance(error, OSError):
+            raise
+        if number is None:
+            raise CheckpointError(
+                f"{path} holds what safetensors cannot ({_reason(error)}): {_GET}."
+            ) from error
+        reason = os.strerror(number)
+        if number == errno.ENOMEM:
+            size = in_words(path.stat().st_size)
+            reason = f"too little memory to convert {size}: close other programs, and try again"
+        raise OSError(number, reason, str(path)) from error
+
+
+def _errno_in(error: Exception) -> int | None:
+    """What the operating system said, which may stand in the text alone; None: it said nothing."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in THIS_MACHINE else None
+    said = str(error)
+    if isinstance(error, MemoryError) or re.search("(not|n't) (enough|allocate) memory", said):
+        return errno.ENOMEM
+    if isinstance(error, SafetensorError):
+        number = re.search(r"os error (\d+)", said)
+    else:
+        number = re.search(r"unable to \w+ .*\((\d+)\)", said)  # as torch says it
+    return int(number[1]) if number else None
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0].strip(" .:")[:150] if lines else "") or type(error).__name__

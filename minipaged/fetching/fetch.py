@@ -1,29 +1,36 @@
 """From a name on the hub to a folder that loads: downloaded, checked, converted, then named.
 
-Everything happens in a folder beside the target, `<target>.partial`, which becomes the target by
-one rename at the end. So the target is whole or absent. What a broken transfer left is found again
-by its name: in the staging folder, a file has its own name only once its checksum was right, and
-until then it has its checksum in its name. This is all the state there is.
+The target is whole or absent: until all is right, everything lies in a folder beside it.
 """
 
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from minipaged.errors import CheckpointError, FetchError
 from minipaged.fetching.catalogue import in_words
-from minipaged.fetching.hub import CONFIG, DISK_IS_FULL, Offer, RemoteFile, ask_hub, receive
-from minipaged.fetching.local_models import ModelName, find_local, folder_of
-
-SOURCE = "source.json"  # what was fetched, when it is whole: written last
+from minipaged.fetching.failures import DISK_IS_FULL
+from minipaged.fetching.hub import CONFIG, Offer, RemoteFile, ask_hub, receive
+from minipaged.fetching.local_models import ModelName, find_local
+from minipaged.fetching.staging import (
+    SOURCE,
+    alone,
+    beginning_of,
+    drop_leftovers,
+    num_bytes_in,
+    refuse_to_replace,
+    remove_if_empty,
+    staging_of,
+    target_of,
+)
 
 
 def fetch(
@@ -49,6 +56,7 @@ def fetch(
         FetchError: the hub, the network, the disk or a checksum forbids it. What was received is
             kept, and the next call goes on from there.
         CheckpointError: what was downloaded cannot be loaded here. It is not kept.
+        OSError: this machine's disk, memory or rights forbid it. What was received is kept.
     """
     model = ModelName.parse(name, revision)
     return find_here(model, directory) or download(ask_hub(model), directory, progress=progress)
@@ -62,13 +70,14 @@ def find_here(model: ModelName, directory: str | Path | None = None) -> Path | N
     """
     if directory is None:
         return find_local(model)
-    target = Path(directory).expanduser().absolute()
+    target = target_of(model, directory)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        refuse_to_replace(target, model)
         return None
     try:
         source: Any = json.loads((target / SOURCE).read_text(encoding="utf-8"))
-        same = ModelName(source["asked_for"], source["revision"]) == model
-    except (OSError, ValueError, LookupError, TypeError):
+        same = ModelName.parse(source["asked_for"], source["revision"]) == model
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, FetchError):
         same = False
     if not same:
         raise FetchError(f"{target} is not empty and holds no {model}: give another directory.")
@@ -77,59 +86,63 @@ def find_here(model: ModelName, directory: str | Path | None = None) -> Path | N
 
 def download(offer: Offer, directory: str | Path | None = None, *, progress: bool = True) -> Path:
     """Bring what the hub offers into its folder; arguments and errors as for `fetch`."""
-    target = folder_of(offer.model) if directory is None else Path(directory)
-    target = target.expanduser().absolute()
-    staging = target.with_name(target.name + ".partial")
-    with _alone(target, offer):
+    target = target_of(offer.model, directory)
+    with alone(target, offer.model):
         found = find_here(offer.model, target)  # another process may just have finished
         if found is not None:
             return found
-        try:
-            _receive_all(offer, staging, progress)
-            _make_loadable(offer, staging)
-            _write_source(offer, staging)
-        except CheckpointError:
-            shutil.rmtree(staging)  # more of it would not help
-            raise
-        except FetchError as error:
-            what = str(error).removesuffix(".")
-            raise FetchError(what + _what_is_kept(offer, staging)) from error
-        except OSError as error:
-            if error.errno not in DISK_IS_FULL:
-                raise
-            what = f"the disk of {target.parent} is full: free some of it"
-            raise FetchError(what + _what_is_kept(offer, staging)) from error
-        finally:
-            _remove_if_empty(staging)
-        staging.replace(target)
+        staging = staging_of(target)
+        # Had it been killed just before the rename, it would find neither the old nor the new
+        # weights right, if it did not see that all was done.
+        finished = _is_finished(offer, staging)
+        if not finished:
+            staging.mkdir(exist_ok=True)
+            drop_leftovers(offer, staging)
+        with _told_what_is_kept(offer, staging):
+            if not finished:
+                _receive_all(offer, staging, progress)
+                _make_loadable(offer, staging)
+                (staging / SOURCE).write_text(_source(offer), encoding="utf-8")
+            for file in offer.pickled:
+                (staging / file.name).unlink(missing_ok=True)
+            staging.replace(target)
     return target
 
 
 @contextmanager
-def _alone(target: Path, offer: Offer) -> Generator[None, None, None]:
-    """Two downloads at once would write into the same files."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(target.name + ".lock"), timeout=0)
+def _told_what_is_kept(offer: Offer, staging: Path) -> Generator[None, None, None]:
+    """Whatever ends a fetch: keep what can be of use, and say how much it is."""
     try:
-        with lock:
-            try:
-                yield
-            finally:
-                Path(lock.lock_file).unlink(missing_ok=True)
-    except Timeout:
-        raise FetchError(
-            f"another process is fetching {offer.model} into {target}: wait until it has finished."
-        ) from None
+        yield
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, OSError):  # which would be a matter of this machine
+            shutil.rmtree(staging)  # more of it would not help
+        raise
+    except FetchError as error:
+        what = str(error).removesuffix(".")
+        raise FetchError(what + _what_is_kept(offer, staging)) from error
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        what = f"the disk of {staging.parent} is full: free some of it"
+        raise FetchError(what + _what_is_kept(offer, staging)) from error
+    except KeyboardInterrupt:
+        kept = _what_is_kept(offer, staging)
+        print(f"fetching {offer.model} was interrupted{kept}", file=sys.stderr)
+        raise
+    finally:
+        remove_if_empty(staging)
 
 
 # ------------------------------------------------------------------------------------- the bytes
 
 
 def _receive_all(offer: Offer, staging: Path, progress: bool) -> None:
-    staging.mkdir(exist_ok=True)
-    _drop_leftovers(offer, staging)
-    missing = [file for file in offer.files if not (staging / file.name).exists()]
-    kept = _num_bytes(staging)
+    here = {file for file in offer.files if _is_right(staging / file.name, file)}
+    missing = [file for file in offer.files if file not in here]
+    for file in missing:
+        (staging / file.name).unlink(missing_ok=True)
+    kept = num_bytes_in(staging)
     _refuse_without_room(offer, staging, offer.num_bytes - kept)
     from minipaged.models.loader import read_model_config  # torch, only now
 
@@ -147,32 +160,14 @@ def _receive_all(offer: Offer, staging: Path, progress: bool) -> None:
                 read_model_config(staging)  # an architecture not built here: before gigabytes come
 
 
-def _drop_leftovers(offer: Offer, staging: Path) -> None:
-    """Keep of an earlier try what is right: whole files, and beginnings of these very files."""
-    wanted = {file.name: file for file in offer.files}
-    beginnings = {_beginning(staging, file).name for file in offer.files}
-    for path in staging.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name in beginnings:
-            continue
-        elif path.name not in wanted or not _is_right(path, wanted[path.name]):
-            path.unlink()
-
-
-def _beginning(staging: Path, file: RemoteFile) -> Path:
-    """Where a file grows. Named by its checksum: another version of it has another beginning."""
-    return staging / f"{file.name}.{file.checksum.partition(':')[2][:16]}.part"
-
-
 def _receive_one(offer: Offer, file: RemoteFile, staging: Path, bar: "tqdm[Any]") -> None:
-    beginning = _beginning(staging, file)
+    beginning = beginning_of(staging, file)
     try:
         with beginning.open("ab") as opened:
             receive(offer, file, opened, bar)
-    finally:
-        if beginning.stat().st_size > file.num_bytes:  # a server gave more than was asked for
-            beginning.unlink()
+    except OSError as error:  # of this machine: the network's are FetchErrors
+        error.filename = error.filename or str(beginning)
+        raise
     if not _is_right(beginning, file):
         beginning.unlink()
         raise FetchError(
@@ -183,7 +178,9 @@ def _receive_one(offer: Offer, file: RemoteFile, staging: Path, bar: "tqdm[Any]"
 
 
 def _is_right(path: Path, file: RemoteFile) -> bool:
-    """Whether the file has the checksum that the hub named for it."""
+    """Whether the file is there and has the checksum that the hub named for it."""
+    if not path.is_file():
+        return False
     kind, _, expected = file.checksum.partition(":")
     if kind == "sha256":
         digest = hashlib.sha256()
@@ -210,21 +207,12 @@ def _refuse_without_room(offer: Offer, staging: Path, to_come: int) -> None:
         )
 
 
-def _num_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
 def _what_is_kept(offer: Offer, staging: Path) -> str:
-    kept = _num_bytes(staging) if staging.is_dir() else 0
+    kept = num_bytes_in(staging) if staging.is_dir() else 0
     if kept == 0:
         return "."
     of_all = f"{in_words(kept)} of {in_words(offer.num_bytes)}"
     return f" ({of_all} are kept, and the same command goes on from there)."
-
-
-def _remove_if_empty(staging: Path) -> None:
-    if staging.is_dir() and _num_bytes(staging) == 0:
-        shutil.rmtree(staging)
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
@@ -232,24 +220,34 @@ def _remove_if_empty(staging: Path) -> None:
 
 def _make_loadable(offer: Offer, staging: Path) -> None:
     """Convert what is pickled, and see that the weights are those that config.json speaks of."""
-    from minipaged.fetching.convert import convert_to_safetensors
+    from minipaged.fetching.convert import UnreadablePickle, convert_to_safetensors
     from minipaged.models.loader import check_checkpoint
 
     if offer.pickled:
-        convert_to_safetensors(staging)
-        for file in offer.pickled:
-            (staging / file.name).unlink()
+        try:
+            convert_to_safetensors(staging)
+        except UnreadablePickle as error:
+            raise FetchError(
+                f"{error.path.name} of {offer.model} came with the right checksum, and yet torch "
+                f"cannot read it ({error.reason}): choose another revision or model."
+            ) from error
     check_checkpoint(staging)
 
 
-def _write_source(offer: Offer, staging: Path) -> None:
+def _is_finished(offer: Offer, staging: Path) -> bool:
+    """Whether an earlier try did everything but the rename."""
+    source = staging / SOURCE
+    return source.is_file() and source.read_bytes() == _source(offer).encode()
+
+
+def _source(offer: Offer) -> str:
     source = {
         "asked_for": offer.model.repo,
         "revision": offer.model.revision,
         "repo": offer.repo,
         "commit": offer.commit,
         "licence": offer.licence,
-        "endpoint": offer.endpoint,
+        "endpoint": offer.hub,
         "files": [asdict(file) for file in offer.files],  # as downloaded, before any conversion
     }
-    (staging / SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    return json.dumps(source, indent=2) + "\n"

@@ -1,20 +1,19 @@
 """The Hugging Face hub: what it offers under a name, and the bytes of one file.
 
-All talk with the network is here, and all its ways to fail end as one sentence each. It goes
-through `huggingface_hub`, which is imported only when a function needs it.
+All talk with the network is here. It goes through `huggingface_hub`, which is imported only when a
+function needs it.
 """
 
-import errno
 import json
 import os
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from minipaged.errors import FetchError, MinipagedError
+from minipaged.errors import FetchError
+from minipaged.fetching.failures import BrokenOff, failures_explained, without_password
 from minipaged.fetching.local_models import TOKENIZER_FILES, ModelName
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 PUBLIC_HUB = "https://huggingface.co"
 CONFIG = "config.json"
-_BESIDE_THE_WEIGHTS = (
+BESIDE_THE_WEIGHTS = (
     CONFIG,
     *TOKENIZER_FILES,
     *"generation_config.json tokenizer_config.json special_tokens_map.json".split(),
@@ -30,8 +29,12 @@ _BESIDE_THE_WEIGHTS = (
 )
 # In the order of preference. A pickled checkpoint (.bin) is converted once it is here.
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|bin)")
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PICKLED = (".bin", f"{PICKLED_WEIGHTS}.index.json")
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,180}\.(safetensors|bin)")
+_CHECKSUM = re.compile(r"[0-9a-f]{40,64}")  # its beginning becomes a part of a file's name
+
+PIECE_BYTES = 256 * 1024  # written at a time: what is lost when a connection is cut
+NUM_TRIES = 5  # in a row that bring nothing, and a transfer has broken off
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,12 @@ class Offer:
     commit: str  # every file is asked for by it, so that all are of one time
     files: tuple[RemoteFile, ...]  # config.json first
     licence: str | None
-    endpoint: str
+    endpoint: str = field(repr=False)  # may hold a password
+
+    @property
+    def hub(self) -> str:
+        """The endpoint as it may be printed and written down."""
+        return without_password(self.endpoint)
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +70,7 @@ class Offer:
     @property
     def pickled(self) -> tuple[RemoteFile, ...]:
         """Weights that must be converted, with their index; empty if none must."""
-        return tuple(file for file in self.files if file.name.startswith("pytorch_model"))
+        return tuple(file for file in self.files if file.name.endswith(_PICKLED))
 
 
 def ask_hub(name: str | ModelName, revision: str | None = None) -> Offer:
@@ -74,70 +82,119 @@ def ask_hub(name: str | ModelName, revision: str | None = None) -> Offer:
         FetchError: no such model or revision, no right to it, no weights in it, no network.
     """
     model = ModelName.parse(name, revision) if isinstance(name, str) else name
-    endpoint = os.environ.get("HF_ENDPOINT", PUBLIC_HUB).rstrip("/") or PUBLIC_HUB
-    with _failures_explained(model, endpoint, f"{endpoint} could not be reached"):
-        from huggingface_hub import HfApi
-        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-
-        # The endpoint is passed on everywhere: the library reads HF_ENDPOINT only when imported.
-        info = HfApi(endpoint=endpoint).model_info(
-            model.repo,
-            revision=model.revision,
-            files_metadata=True,
-            timeout=HF_HUB_DOWNLOAD_TIMEOUT,
-        )
+    endpoint = _endpoint()
+    info = _describe(model, endpoint, model.repo)
+    # The redirect of a renamed model may forget that sizes and checksums were asked for.
+    if info.id != model.repo and info.siblings and all(s.size is None for s in info.siblings):
+        info = _describe(model, endpoint, info.id)
     licences = [tag for tag in info.tags or [] if tag.startswith("license:")]
     listed = Offer(
         model=model,
         repo=info.id,
         commit=str(info.sha),
-        files=_list_files(info, model, endpoint),
+        files=_list_files(info, model, without_password(endpoint)),
         licence=licences[0].partition(":")[2] if licences else None,
         endpoint=endpoint,
     )
     return _choose_files(listed)
 
 
+def _endpoint() -> str:
+    given = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or PUBLIC_HUB
+    if not re.match("https?://", given):
+        raise FetchError(f"HF_ENDPOINT is {without_password(given)!r}: begin it with https://.")
+    return given
+
+
+def _describe(model: ModelName, endpoint: str, repo: str) -> Any:
+    hub = without_password(endpoint)
+    with failures_explained(model, hub, f"{hub} could not be reached"):
+        from huggingface_hub import HfApi
+        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+
+        # The endpoint is passed on everywhere: the library reads HF_ENDPOINT only when imported.
+        return HfApi(endpoint=endpoint).model_info(
+            repo, revision=model.revision, files_metadata=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT
+        )
+
+
+# ---------------------------------------------------------------------------------------- bytes
+
+
 def receive(offer: Offer, file: RemoteFile, into: BinaryIO, bar: "tqdm[Any] | None" = None) -> None:
     """Append to `into` what it still lacks of this file. Nothing is checked but the length.
 
-    Raises:
-        FetchError: the transfer broke off. What came until then is written.
-        OSError: the disk is full.
-    """
-    broken = f"the transfer of {file.name} from {offer.endpoint} broke off"
-    with _failures_explained(offer.model, offer.endpoint, broken):
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import build_hf_headers
+    What breaks off is taken up again, as long as more comes.
 
-        # Not hf_hub_download, of which this is the core: from release 1.18 on, that throws away
-        # what came before a transfer broke off. A compressed body could not be resumed either.
-        url = hf_hub_url(offer.repo, file.name, revision=offer.commit, endpoint=offer.endpoint)
-        http_get(
-            url,
-            into,
-            resume_size=into.tell(),
-            headers=build_hf_headers() | {"Accept-Encoding": "identity"},
-            expected_size=file.num_bytes,
-            displayed_filename=file.name,
-            _tqdm_bar=bar,
-        )
+    Raises:
+        FetchError: the transfer broke off for good. What came until then is written.
+        OSError: the disk is full, say.
+    """
+    broken = f"the transfer of {file.name} from {offer.hub} broke off"
+    tries_left = NUM_TRIES
+    while True:
+        before = into.tell()
+        try:
+            with failures_explained(offer.model, offer.hub, broken):
+                return _receive_rest(offer, file, into, bar)
+        except BrokenOff as error:
+            tries_left = NUM_TRIES if into.tell() > before else tries_left - 1
+            if tries_left == 0:
+                raise
+            time.sleep(error.wait)
+
+
+def _receive_rest(
+    offer: Offer, file: RemoteFile, into: BinaryIO, bar: "tqdm[Any] | None" = None
+) -> None:
+    """Ask once, and append what comes."""
+    # Not by one of the library's own downloads: they write in pieces of 10 MB, of which a cut loses
+    # one, or throw away all that came, and they wait for hours in silence if the hub asks for it.
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    start = into.tell()
+    if start == file.num_bytes:
+        return
+    url = hf_hub_url(offer.repo, file.name, revision=offer.commit, endpoint=offer.endpoint)
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # compressed: not to be resumed
+    if start > 0:
+        headers["Range"] = f"bytes={start}-"
+    ask = get_session().stream("GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
+    with ask as response:
+        hf_raise_for_status(response)
+        if response.status_code not in (200, 206):
+            raise ValueError(f"status {response.status_code} for {file.name}")
+        skip = start if response.status_code == 200 else 0  # it gives the whole, asked or not
+        for piece in response.iter_bytes(PIECE_BYTES):
+            new = piece[skip:]
+            skip = max(0, skip - len(piece))
+            into.write(new)
+            if bar is not None:
+                bar.update(len(new))
+            if into.tell() > file.num_bytes:
+                return  # more than there should be: its checksum will be wrong
+    if into.tell() < file.num_bytes:
+        raise EOFError(f"{into.tell()} of {file.num_bytes} bytes came")
 
 
 # --------------------------------------------------------------------------------- which files
 
 
-def _list_files(info: Any, model: ModelName, endpoint: str) -> tuple[RemoteFile, ...]:
+def _list_files(info: Any, model: ModelName, hub: str) -> tuple[RemoteFile, ...]:
     siblings = info.siblings or []
-    known = [s for s in siblings if s.size is not None and (s.lfs or s.blob_id)]
+    sums = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in siblings}
+    known = [
+        s for s in siblings if s.size is not None and _CHECKSUM.fullmatch(sums[s.rfilename] or "")
+    ]
     if siblings and not known:
         raise FetchError(
-            f"{endpoint} tells no sizes and checksums of {model}, so that nothing could be "
+            f"{hub} tells no sizes and checksums of {model}, so that nothing could be "
             "checked: set HF_ENDPOINT to another hub, or unset it."
         )
-    checksums = [f"sha256:{s.lfs.sha256}" if s.lfs else f"git:{s.blob_id}" for s in known]
-    return tuple(RemoteFile(s.rfilename, s.size, c) for s, c in zip(known, checksums, strict=True))
+    kinds = [("sha256:" if s.lfs else "git:") + sums[s.rfilename] for s in known]
+    return tuple(RemoteFile(s.rfilename, s.size, c) for s, c in zip(known, kinds, strict=True))
 
 
 def _choose_files(listed: Offer) -> Offer:
@@ -155,7 +212,7 @@ def _choose_files(listed: Offer) -> Offer:
             f"{listed.model} lacks {len(missing)} of the files that its index of weights names, "
             f"first {missing[0]}: choose another revision or model."
         )
-    names = [name for name in _BESIDE_THE_WEIGHTS if name in by_name] + weights
+    names = [name for name in BESIDE_THE_WEIGHTS if name in by_name] + weights
     return replace(listed, files=tuple(by_name[name] for name in names))
 
 
@@ -182,79 +239,13 @@ def _read_shard_names(listed: Offer, index: RemoteFile) -> list[str]:
         names = sorted(set(json.loads(content.getvalue())["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError):
         names = []
-    # They become paths here, so they must be mere names.
-    if not names or not all(isinstance(n, str) and _SHARD.fullmatch(n) for n in names):
+    # They become paths here, so they must be mere names; and of the kind that the index is of.
+    suffix = ".safetensors" if index.name.startswith(SAFE_WEIGHTS) else ".bin"
+    if not names or not all(
+        isinstance(n, str) and SHARD.fullmatch(n) and n.endswith(suffix) for n in names
+    ):
         raise FetchError(
             f"{index.name} of {listed.model} does not name its shards as it should: choose another "
             "revision or model."
         )
     return names
-
-
-# ------------------------------------------------------------------------------------- failures
-
-
-@contextmanager
-def _failures_explained(
-    model: ModelName, endpoint: str, no_answer: str
-) -> Generator[None, None, None]:
-    """Turn whatever the library raises into a FetchError, and keep its own warnings quiet."""
-    try:
-        from huggingface_hub.utils import logging
-    except ImportError as error:
-        raise FetchError(
-            "models are fetched by huggingface_hub, which is not installed: "
-            "pip install huggingface_hub."
-        ) from error
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise FetchError(f"HF_HUB_OFFLINE is set: unset it to fetch {model}.")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of every retry, and of every request without a token
-    try:
-        yield
-    except MinipagedError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-            raise  # a matter of this machine
-        what = _explain(error, model, endpoint)
-        raise FetchError(what or f"{no_answer} ({_reason(error)}): check the network.") from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _explain(error: Exception, model: ModelName, endpoint: str) -> str | None:
-    """What the hub's answer means; None: there was no answer, or not the whole of it."""
-    from huggingface_hub import errors
-
-    # Gated is a kind of not found, and every answer has a status: from the narrow to the wide.
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"{model} is given only to those who accepted its licence: accept it at "
-            f"{endpoint}/{model.repo}, and set HF_TOKEN to a token of your account."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{model.repo} has no revision {model.revision!r} at {endpoint}: check its name."
-    if isinstance(error, errors.EntryNotFoundError):
-        return f"a file of {model} is gone from {endpoint} since it was listed: fetch again."
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-        return (
-            f"there is no model {model.repo} at {endpoint}, or it is private: check the name, and "
-            "for a private one set HF_TOKEN."
-        )
-    if status == 401:
-        return f"{endpoint} refuses the token: set HF_TOKEN to a valid one, or unset it."
-    if status == 403:
-        return f"{endpoint} forbids access to {model} (status 403): use another token in HF_TOKEN."
-    if status is not None:
-        return f"{endpoint} answered {model} with status {status}: try again later."
-    if isinstance(error, ValueError | LookupError | TypeError):
-        return f"{endpoint} does not answer as a hub does ({_reason(error)}): check HF_ENDPOINT."
-    return None
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what the error says, or its kind, if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return (lines[0].strip(" .:")[:200] if lines else "") or type(error).__name__

@@ -19,6 +19,7 @@ from minipaged.fetching.catalogue import KNOWN_MODELS, find_known
 # What a fetch brings besides the weights, and of which a folder needs one to read text.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
+_PAGE = re.compile(r"https?://(www\.)?(huggingface\.co|hf\.co)/")
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_PART}/{_PART}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
@@ -35,16 +36,21 @@ class ModelName:
     def parse(cls, text: str, revision: str | None = None) -> "ModelName":
         """Read "owner/name", "owner/name@revision", or a listed model's name without its owner.
 
+        The address of its page is a name as well. "main" is what the hub shows first.
+
         Raises:
             FetchError: it is none of them. A name becomes a part of a path, so nothing else passes.
         """
-        repo, _, in_text = text.partition("@")
+        name = _PAGE.sub("", text.strip()).rstrip("/")
+        repo, _, in_text = name.partition("@")
         if in_text and revision not in (None, in_text):
             raise FetchError(
                 f"{text!r} and --revision {revision} name two revisions: give one of them."
             )
         known = find_known(repo)
         repo, revision = known.name if known else repo, revision or in_text or None
+        if revision == "main":
+            revision = None  # else one model would have two folders
         # The hub allows neither in a name; "--" is also what "/" becomes in the folder's name.
         if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
             raise FetchError(_no_name(repo))
@@ -105,8 +111,11 @@ def find_local(name: str | ModelName) -> Path | None:
             return None
         name = ModelName.parse(name)
     # Ours is whole if it is there at all: it got its name by one rename, when all was checked.
-    own = folder_of(name)
-    return own if own.is_dir() else _find_in_hub_cache(name)
+    try:
+        own = folder_of(name)
+        return own if own.is_dir() else _find_in_hub_cache(name)
+    except (OSError, ValueError, RuntimeError):
+        return None  # longer than a file's name, a reference that is no text, a home of nobody
 
 
 # ---------------------------------------------------------------------------- Hugging Face's cache

@@ -61,7 +61,10 @@ def find_shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: download it again.")
     shards = sorted({index.parent / Path(str(name)).name for name in weight_map.values()})
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    try:
+        missing = [shard.name for shard in shards if not shard.is_file()]
+    except (OSError, ValueError) as error:  # too long a name
+        raise CheckpointError(f"{index} names files that cannot be: download it again.") from error
     if missing:
         raise CheckpointError(
             f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} "
