@@ -1,13 +1,13 @@
 """What one step does, as the scheduler decides it and everybody below carries it out."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from minipaged.memory import BlockPair
 from minipaged.sequence import Sequence, SequenceGroup
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """One sequence's part in a step: its first `num_new_tokens` uncomputed tokens are computed."""
 
     group: SequenceGroup
@@ -41,9 +41,9 @@ class ScheduledBatch:
         several = len(group.sequences) + len(group.absent) > 1
         last_token_waits = several and not group.is_decoding
         for seq in group.sequences:
-            most = seq.num_uncomputed_tokens - (1 if last_token_waits else 0)
-            num_new_tokens = min(most, self.tokens_left)
+            left = seq.num_uncomputed_tokens
+            num_new_tokens = min(left - 1 if last_token_waits else left, self.tokens_left)
             if num_new_tokens > 0:
-                samples = num_new_tokens == seq.num_uncomputed_tokens
+                samples = num_new_tokens == left
                 self.sequences.append(ScheduledSequence(group, seq, num_new_tokens, samples))
                 self.tokens_left -= num_new_tokens

@@ -116,7 +116,8 @@ class FCFSScheduler:
         self._fork_again()
         self._reserve_for_running(plan)
         self._share_out_tokens(plan)
-        if not plan.preempted:  # whoever takes blocks away in a step gives none to newcomers
+        # Whoever takes blocks away in a step gives none to newcomers.
+        if not plan.preempted and (self.swapped or self.waiting):
             self._let_others_join(plan)
         comes_back = any(group.absent for group in self.running)  # its next one forks a step later
         progress = plan.sequences or plan.ended or comes_back or not self.has_unfinished()
@@ -134,7 +135,8 @@ class FCFSScheduler:
         served = 0  # running[:served] have all they need; preemption takes only from behind them
         while served < len(self.running):
             group = self.running[served]
-            if self._make_room(group, self.running[served + 1 :], plan):
+            has_room = self.memory.can_append(group)
+            if has_room or self._make_room(group, self.running[served + 1 :], plan):
                 self._append(group, plan)
                 served += 1
 
@@ -166,16 +168,15 @@ class FCFSScheduler:
         group's sequences advance together. Prompts share what is left in order, and at least one of
         them advances: not all seats can be taken by decodes then.
         """
-        for decoding in (True, False):
-            for group in self.running:
-                if group.is_decoding is decoding:
-                    plan.add(group)
+        for group in sorted(self.running, key=lambda group: not group.is_decoding):  # it is stable
+            plan.add(group)
 
     def _let_others_join(self, plan: ScheduledBatch) -> None:
         """The swapped and the waiting, by age; the first that does not fit holds up the others."""
+        seats_left = self.config.max_num_seqs - sum(group.num_seats for group in self.running)
         while oldest := self.swapped[:1] + self.waiting[:1]:
             group = min(oldest, key=lambda g: g.arrival)
-            if not self._can_join(group, plan):
+            if group.num_seats > seats_left or not self._can_join(group, plan):
                 if self.memory.fits(group):
                     break
                 self._end(group, plan)
@@ -187,12 +188,10 @@ class FCFSScheduler:
                 plan.copies += self.memory.admit(group)
             self._move(group, SequenceStatus.RUNNING)
             plan.add(group)
+            seats_left -= group.num_seats
 
     def _can_join(self, group: SequenceGroup, plan: ScheduledBatch) -> bool:
-        """Whether seats, tokens and blocks are left for the whole group."""
-        seats_taken = sum(other.num_seats for other in self.running)
-        if seats_taken + group.num_seats > self.config.max_num_seqs:
-            return False
+        """Whether tokens and blocks are left for the whole group."""
         if group.status is SequenceStatus.WAITING:
             [seq] = group.sequences  # no blocks, no forks
             found = self.memory.num_found(seq)

@@ -72,7 +72,10 @@ class BlockManager:
 
     def can_append(self, group: SequenceGroup) -> bool:
         """Whether enough blocks are free for the tokens of the next step."""
-        return self.num_free >= self._growth(group, self._pool.ref_count)
+        seqs, size = group.sequences, self.block_size
+        # No step takes more blocks than it writes, and mostly there are as many.
+        most = sum(-(-s.num_tokens // size) - s.num_computed_tokens // size for s in seqs)
+        return self.num_free >= most or self.num_free >= self._growth(group, self._pool.ref_count)
 
     def append(self, seq: Sequence) -> list[BlockPair]:
         """Give every token of the sequence a slot, and the uncomputed ones one that it owns alone.
@@ -85,7 +88,7 @@ class BlockManager:
         pairs: list[BlockPair] = []
         first_written = seq.num_computed_tokens // self.block_size
         for logical in range(first_written, self._blocks_for(seq.num_tokens)):
-            if logical == len(table):
+            if logical == len(table.blocks):
                 table.blocks.append(self._pool.allocate())
             elif self._pool.ref_count(old := table.blocks[logical]) > 1:
                 table.blocks[logical] = self._pool.allocate()
@@ -152,9 +155,8 @@ class BlockManager:
 
     def swap_out(self, group: SequenceGroup) -> list[BlockPair]:
         """Move the group to the swap pool; returns (pool block, swap block) pairs to copy."""
-        pairs = self._move(group, self._pool, self._swap_pool, {})
         self._swapped.update(s.seq_id for s in group.sequences)
-        return pairs
+        return self._move(group, self._pool, self._swap_pool, {})
 
     def swap_in(self, group: SequenceGroup) -> list[BlockPair]:
         """Move the group back to the pool; returns (swap block, pool block) pairs to copy.
