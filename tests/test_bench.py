@@ -217,3 +217,17 @@ def test_bench_alone_says_what_there_is(capsys, monkeypatch):
     code, out, _ = minipaged(capsys, monkeypatch, "bench")
     assert code == 0
     assert "sharing" in out
+
+
+def test_bookkeeping_is_timed_at_every_size(monkeypatch, capsys):
+    from minipaged.bench import bookkeeping
+
+    monkeypatch.setattr(bookkeeping, "POOLS", (10, 1_000))
+    monkeypatch.setattr(bookkeeping, "RUNNING", (1, 20))
+    rows = list(bookkeeping.measure())
+    assert [(row.what, row.size) for row in rows] == [
+        *(("allocate and free", size) for size in (10, 1_000)),
+        *(("schedule and commit", size) for size in (1, 20)),
+    ]
+    assert all(row.seconds > 0 for row in rows)
+    assert len(bookkeeping.as_table(rows).rows) == 4

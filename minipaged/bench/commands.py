@@ -103,6 +103,45 @@ def load(
 
 
 @app.command()
+def engine(
+    against: Annotated[
+        str | None, typer.Option(help="transformers, beside it; default: nothing.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model: only to try it.")] = False,
+    rounds: Annotated[int, typer.Option(help="Runs of each, in turn.", min=1)] = 3,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads; default: torch's choice.", min=1)
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens per second to this PNG.")] = None,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """The whole engine on a CPU against transformers; takes minutes."""
+    from minipaged.bench import engine as engines
+    from minipaged.bench import engine_report as report
+    from minipaged.bench import engine_workload as workloads
+
+    report.refuse_what_cannot_be(against, dtype, save, plot)
+    workload = workloads.QUICK if quick else workloads.FULL
+    rows = list(engines.measure(workload, dtype, rounds, against, threads))
+    note = report.describe(workload, dtype, rounds, against)
+    _report(rows, report.as_table(rows), note, None, save, as_json)
+    if plot is not None:
+        report.plot_rows(rows, plot)
+
+
+@app.command()
+def bookkeeping(save: Save = None, as_json: AsJSON = False) -> None:
+    """The allocator, and a step's scheduling, without any model."""
+    from minipaged.bench import bookkeeping as books
+
+    rows = list(books.measure())
+    note = f"plain Python; sequences of {books.NUM_TOKENS:,} tokens, all decoding"
+    _report(rows, books.as_table(rows), note, None, save, as_json)
+
+
+@app.command()
 def tune(
     device: Device = "auto",
     dtype: DType = "auto",

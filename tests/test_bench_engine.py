@@ -1,0 +1,252 @@
+"""`minipaged bench engine`: it measures what it says, and a wrong token is found out."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cli import minipaged
+
+from minipaged.attention import BACKENDS
+from minipaged.bench import engine, engine_report, engine_sides
+from minipaged.bench.engine_report import Row
+from minipaged.bench.engine_sides import Run
+from minipaged.bench.engine_workload import FULL, QUICK, make_model
+from minipaged.sampling import Sampler
+
+QUICKLY = ("bench", "engine", "--quick", "--rounds", "1")
+AGAINST = ("--against", "transformers")
+STATIC = [f"transformers, static {size}" for size in QUICK.static_batches]
+CONTINUOUS = "transformers, continuous"
+
+
+@pytest.fixture
+def without_memory(monkeypatch):
+    """No processes of their own: each imports torch again, and takes seconds."""
+    monkeypatch.setattr(engine, "peak_bytes", lambda *_: 12345)
+
+
+def test_every_case_is_reported_with_ratios_tokens_and_memory(
+    capsys, monkeypatch, tmp_path, without_memory
+):
+    saved = tmp_path / "engine.json"
+    code, out, _ = minipaged(
+        capsys, monkeypatch, *QUICKLY[:-1], "2", *AGAINST, "--json", "--save", str(saved)
+    )
+    assert code == 0
+    report = json.loads(out)
+    assert json.loads(saved.read_text()) == report
+    assert "torch" in report["machine"]
+    rows = {(row["case"], row["by"]): row for row in report["rows"]}
+    assert list(rows) == [
+        ("decode, batch 1", "minipaged"),
+        ("decode, batch 1", "transformers"),
+        ("decode, batch 1", "a read of all weights"),
+        ("decode, batch 3", "minipaged"),
+        ("decode, batch 3", "transformers"),
+        *(("mixed trace", by) for by in ("minipaged", *STATIC, CONTINUOUS)),
+    ]
+    wanted = sum(output for _, output in QUICK.mixed_requests())
+    for (case, by), row in rows.items():
+        assert row["failure"] is None
+        assert len(row["rounds"]) == 2
+        assert row["tokens_per_second"] == pytest.approx(row["num_tokens"] / row["seconds"])
+        assert row["peak_bytes"] == (12345 if case == "mixed trace" else None)
+        assert (row["percent_of_read"] is not None) == (case == "decode, batch 1")
+        assert (row["times_seconds"] is not None) == by.startswith("transformers")
+        if case == "mixed trace":
+            assert row["num_tokens"] == wanted
+        if by == "minipaged":
+            assert row["num_alike"] == row["num_requests"]
+    assert rows["decode, batch 3", "minipaged"]["num_tokens"] == 3 * QUICK.new_tokens
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("by", [engine_sides.OURS, CONTINUOUS])
+def test_the_peak_of_each_side_is_measured_in_a_process_of_its_own(tmp_path, by):
+    weight_bytes = 4 * make_model(QUICK, tmp_path)
+    peak = engine_sides.peak_bytes(by, tmp_path, "float32", QUICK)
+    assert peak is not None
+    assert weight_bytes < peak < 1e9
+
+
+def test_the_table_names_what_was_measured(capsys, monkeypatch, without_memory):
+    code, out, _ = minipaged(capsys, monkeypatch, *QUICKLY)
+    assert code == 0
+    for part in ("decode, batch 1", "decode, batch 3", "mixed trace", "a read of all weights"):
+        assert part in out
+    for part in ("tokens/s", "a CPU second", "random weights", "float32", "torch"):
+        assert part in out
+    assert "transformers" not in out
+
+
+def test_a_table_shows_ratios_close_calls_peaks_and_who_could_not_run():
+    rows = [
+        Row("mixed trace", "minipaged", num_requests=24, num_alike=23, num_close=1),
+        Row("mixed trace", "static 8", times_seconds=2.5, times_cpu_seconds=3.0, peak_bytes=10**9),
+        Row("mixed trace", "continuous", failure="ImportError: no such thing"),
+    ]
+    columns = [list(column.cells) for column in engine_report.as_table(rows).columns]
+    assert columns[4:] == [
+        ["", "2.50 x", ""],
+        ["", "3.00 x", ""],
+        ["", "", ""],
+        ["", "1000 MB", ""],
+        ["23 of 24, close calls in 1", "", "cannot run: ImportError: no such thing"],
+    ]
+
+
+def test_the_mixed_trace_is_the_one_that_the_documentation_names():
+    requests = FULL.mixed_requests()
+    assert requests == FULL.mixed_requests()
+    assert len(requests) == 24
+    assert sum(len(prompt) for prompt, _ in requests) == 3262
+    assert sum(output for _, output in requests) == 2637
+    assert len({tuple(prompt) for prompt, _ in requests}) == 24
+
+
+# ---- the same tokens -----------------------------------------------------------------------------
+
+
+def off_by_one(monkeypatch):
+    right = Sampler.sample
+
+    def wrong(self, logits, rows):
+        tokens = right(self, logits, rows)
+        return [replace(token, token_id=(token.token_id + 1) % 512) for token in tokens]
+
+    monkeypatch.setattr(Sampler, "sample", wrong)
+
+
+def attention_at_twice_the_scale(monkeypatch):
+    right = BACKENDS["torch"].paged_attention
+
+    def wrong(q, k_cache, v_cache, batch, scale):
+        return right(q, k_cache, v_cache, batch, 2 * scale)
+
+    monkeypatch.setitem(BACKENDS, "torch", replace(BACKENDS["torch"], paged_attention=wrong))
+
+
+@pytest.mark.parametrize("fault", [off_by_one, attention_at_twice_the_scale])
+@pytest.mark.parametrize("options", [(), AGAINST, ("--dtype", "bfloat16")])
+def test_a_wrong_token_in_a_timed_run_is_found_out(
+    capsys, monkeypatch, without_memory, fault, options
+):
+    fault(monkeypatch)
+    code, out, err = minipaged(capsys, monkeypatch, *QUICKLY, *options)
+    assert code == 2
+    assert out == ""
+    assert "minipaged's token" in err
+    assert "below the likeliest" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_bfloat16_is_held_against_the_reference_and_agreement_is_counted(
+    capsys, monkeypatch, without_memory
+):
+    code, out, _ = minipaged(
+        capsys, monkeypatch, *QUICKLY, *AGAINST, "--dtype", "bfloat16", "--json"
+    )
+    assert code == 0
+    [row] = [
+        row
+        for row in json.loads(out)["rows"]
+        if (row["case"], row["by"]) == ("mixed trace", "minipaged")
+    ]
+    assert 0 <= row["num_alike"] <= row["num_requests"] == QUICK.num_requests
+
+
+@pytest.mark.parametrize(
+    ("trusts", "tokens", "shortfall", "num_close"),
+    [
+        (True, [1, 2], None, 0),  # as the rival has them: not looked at again
+        (True, [1, 3], 5e-4, 1),
+        (True, [1, 3], 0.0, 1),  # the rival itself was rounded otherwise
+        (False, [1, 2], 0.0, 0),
+        (False, [1, 2], 5e-4, 1),
+        (True, [1, 3], 2e-3, None),
+        (False, [1, 2], 2e-3, None),
+        (False, [1, 2], float("nan"), None),
+        (True, [1], 0.0, None),
+    ],
+)
+def test_only_rounding_may_choose_another_token(trusts, tokens, shortfall, num_close):
+    referee = engine.Referee("the judge", lambda *_: [0.0, shortfall], 1e-3, trusts)
+    case = engine.Case("decode", [([7], 2)], {})
+    run = Run(2, 1.0, 1.0, [tokens])
+    if num_close is None:
+        with pytest.raises(engine.WrongTokens, match="decode, request 0"):
+            referee.check(case, run, [[1, 2]])
+    else:
+        assert referee.check(case, run, [[1, 2]]) == num_close
+
+
+def test_both_sides_measure_alike_how_far_a_token_is_from_the_likeliest(tmp_path):
+    make_model(QUICK, tmp_path)
+    ours = engine_sides.Minipaged(tmp_path, "float32", QUICK, backend="reference")
+    theirs = engine_sides.Transformers(tmp_path, "float32")
+    prompt, tokens = [3, 1, 4, 1, 5], [9, 2, 6]
+    found = ours.shortfalls(prompt, tokens)
+    assert min(found) > 0
+    assert found == pytest.approx(theirs.shortfalls(prompt, tokens), abs=1e-4)
+    [greedy] = ours.serve([(prompt, 4)]).tokens
+    assert ours.shortfalls(prompt, greedy) == [0, 0, 0, 0]
+
+
+# ---- what cannot be ------------------------------------------------------------------------------
+
+
+def test_a_rival_that_cannot_run_leaves_the_others_their_rows(capsys, monkeypatch, without_memory):
+    def broken(*_):
+        raise RuntimeError("no CPU, please")
+
+    monkeypatch.setattr(engine_sides.Transformers, "_manager", broken)
+    code, out, _ = minipaged(capsys, monkeypatch, *QUICKLY, *AGAINST, "--json")
+    assert code == 0
+    failures = {row["by"]: row["failure"] for row in json.loads(out)["rows"]}
+    assert failures.pop(CONTINUOUS) == "RuntimeError: no CPU, please"
+    assert set(failures.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (AGAINST, "transformers is not installed: pip install 'minipaged[test]'"),
+        (("--plot", "bars.png"), "pip install matplotlib"),
+        (("--plot", "bars.txt"), "give a file that ends in .png"),
+        (("--dtype", "float16"), "choose float32 or bfloat16"),
+        (("--against", "vllm"), "give transformers, or leave it out"),
+        (("--save", "no/such/folder/engine.json"), "there is no folder no/such/folder"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_before_anything_runs(
+    capsys, monkeypatch, options, sentence
+):
+    monkeypatch.setattr(engine_report, "find_spec", lambda _: None)
+    monkeypatch.setattr(engine, "measure", lambda *_: pytest.fail("it ran"))
+    code, out, err = minipaged(capsys, monkeypatch, *QUICKLY, *options)
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_bars_are_drawn_to_a_file(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        Row("decode, batch 1", "minipaged", tokens_per_second=20.0),
+        Row("decode, batch 1", "transformers", failure="no"),
+        Row("mixed trace", "minipaged", tokens_per_second=90.0),
+    ]
+    engine_report.plot_rows(rows, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_threads_are_set_only_when_asked_for(capsys, monkeypatch, without_memory):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    minipaged(capsys, monkeypatch, *QUICKLY)
+    assert chosen == []
+    minipaged(capsys, monkeypatch, *QUICKLY, "--threads", "1")
+    assert chosen == [1]
