@@ -73,6 +73,23 @@ def test_every_id_stands_for_the_bytes_of_its_token(style, tokenizers, judges):
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_every_vocabulary_entry_that_is_text_encodes_to_itself(style, tokenizers, judges):
+    """Or, where it can be no word of a text by itself, to what the other library makes of it."""
+    tokenizer, judge = tokenizers[style], judges[style]
+    num_themselves = num_text = 0
+    for token_id in range(tokenizer.vocab_size):
+        try:
+            text = tokenizer.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            continue
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        assert encoded == judge.encode(text, add_special_tokens=False).ids, text
+        num_themselves += encoded == [token_id]
+        num_text += 1
+    assert num_themselves > 0.98 * num_text > 500
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_the_pattern_of_another_style_would_be_noticed(style, folders, judges, monkeypatch):
     others = [patterns.GPT2, patterns.SMOLLM, patterns.LLAMA3, patterns.QWEN]
     own = read_tokenizer(folders[style])._encoding._pat_str
