@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minipaged.bench.engine_workload import Lengths, Request, Workload
+from minipaged.bench.load import forget_the_peak, resident_bytes
 from minipaged.llm import LLM
 from minipaged.models.loader import DTYPES
 from minipaged.prompts import Prompt
@@ -269,20 +270,13 @@ def _report_peak(by: str, folder: Path, dtype: str) -> None:
         config = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):  # imports what it needs
             transformers.AutoModelForCausalLM.from_config(config)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again
-    before = _resident_bytes("VmRSS")
+    before = forget_the_peak()
     if by == OURS:
         works = Minipaged(folder, dtype, workload).mixed(workload)
     else:
         works = Transformers(folder, dtype).mixed(workload)
     works[by]()
-    print(_resident_bytes("VmHWM") - before)
-
-
-def _resident_bytes(which: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    [kib] = [line.split()[1] for line in lines if line.startswith(which)]
-    return 1024 * int(kib)
+    print(resident_bytes("VmHWM") - before)
 
 
 if __name__ == "__main__":

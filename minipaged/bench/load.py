@@ -148,13 +148,13 @@ def load_in_new_process(folder: Path, dtype: str, loader: str = "minipaged") -> 
 def _load_and_report(folder: Path, dtype: str, loader: str) -> None:
     prepare = _prepare_transformers if loader == "transformers" else _prepare_minipaged
     load = prepare(folder, dtype)
-    before = _forget_the_peak()
+    before = forget_the_peak()
     begin = time.perf_counter()
     model = load()
     for parameter in model.parameters():
         parameter.max()
     seconds = time.perf_counter() - begin
-    peak = _resident_bytes("VmHWM") - before
+    peak = resident_bytes("VmHWM") - before
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     print(json.dumps({"weight_bytes": weight_bytes, "peak_bytes": peak, "seconds": seconds}))
 
@@ -173,13 +173,13 @@ def _prepare_transformers(folder: Path, dtype: str) -> Callable[[], nn.Module]:
     return lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
 
 
-def _forget_the_peak() -> int:
+def forget_the_peak() -> int:
     """Let the peak start again from what is resident now, and return that."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return _resident_bytes("VmRSS")
+    return resident_bytes("VmRSS")
 
 
-def _resident_bytes(which: str) -> int:
+def resident_bytes(which: str) -> int:
     """VmRSS: now. VmHWM: the most there has been."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     [kib] = [line.split()[1] for line in lines if line.startswith(which)]
