@@ -296,3 +296,25 @@ def test_the_script_in_the_root_is_the_fetch_command(tmp_path):
     result = subprocess.run(command, env=home, capture_output=True, text=True, check=False)
     assert result.returncode == 0
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["fetch", "someone/a-model"], "could not be reached"),
+        (["fetch", "no name"], "is no model's name"),
+        (["fetch"], "no model is named"),
+        (["convert", "nowhere"], "there is no folder nowhere"),
+    ],
+)
+def test_a_fetch_that_cannot_be_is_one_sentence_and_exit_code_2(
+    arguments, sentence, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("MINIPAGED_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    code, out, err = minipaged(capsys, monkeypatch, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("minipaged: ")
+    assert sentence in err

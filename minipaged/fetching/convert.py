@@ -93,12 +93,7 @@ def find_pickled(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: give another folder.")
-    try:
-        return find_shards(folder / INDEX)
-    except (OSError, ValueError) as error:  # longer than any file's name, or not one at all
-        raise CheckpointError(
-            f"{folder / INDEX} names files that cannot be ({error}): download it again."
-        ) from error
+    return find_shards(folder / INDEX)
 
 
 # ---------------------------------------------------------------------------------- one file

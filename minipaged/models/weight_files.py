@@ -63,7 +63,7 @@ def find_shards(index: Path) -> list[Path]:
     shards = sorted({index.parent / Path(str(name)).name for name in weight_map.values()})
     try:
         missing = [shard.name for shard in shards if not shard.is_file()]
-    except (OSError, ValueError) as error:  # too long a name
+    except (OSError, ValueError) as error:  # longer than any file's name, or not one at all
         raise CheckpointError(f"{index} names files that cannot be: download it again.") from error
     if missing:
         raise CheckpointError(

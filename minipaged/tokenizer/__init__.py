@@ -3,7 +3,9 @@
     patterns      how text is cut into words before pairs of tokens are merged
     byte_pairs    byte-level byte-pair encoding, by tiktoken
     ranks         tiktoken.json and a file of ranks -> such an encoding
-    hugging_face  tokenizer.json, or vocab.json and merges.txt -> the same, proved to be equal
+    merges        a list of pairs -> ranks, and the proof that both cut every text alike
+    special_names which token plays which role: "bos_token" is "<s>" in one checkpoint
+    hugging_face  tokenizer.json, or vocab.json and merges.txt -> an encoding by tiktoken
     library       all other tokenizers, through Hugging Face's own library
     folder        which of them a checkpoint's folder holds
 

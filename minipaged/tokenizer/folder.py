@@ -32,13 +32,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         except UnsupportedTokenizer as reason:
             raise UnsupportedTokenizer(
                 f"{folder} holds a tokenizer in vocab.json and merges.txt that is not read here, "
-                f"since {reason}: save it as tokenizer.json with transformers, or give prompts as "
-                "token ids."
+                f"since {reason}: save it as tokenizer.json with transformers."
             ) from reason
     if (folder / "tokenizer.model").is_file():
         raise UnsupportedTokenizer(
             f"{folder} holds its tokenizer as tokenizer.model only, which is not read here: "
-            "download tokenizer.json too, or give prompts as token ids."
+            "download tokenizer.json too."
         )
     raise MissingTokenizer(
         f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): download it, "

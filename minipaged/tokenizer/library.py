@@ -63,7 +63,7 @@ def refuse_without_the_library(path: Path, reason: str) -> None:
     if find_spec("tokenizers") is None:
         raise UnsupportedTokenizer(
             f"{path} is no tokenizer for tiktoken, since {reason}: install the library that reads "
-            f"it by {EXTRA}, or give prompts as token ids."
+            f"it by {EXTRA}."
         )
 
 
