@@ -20,6 +20,7 @@ from minipaged.engine import LLMEngine
 from minipaged.errors import InvalidRequest
 from minipaged.graphs import DecodeGraphs, record_cuda_graphs
 from minipaged.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
+from minipaged.models.linear import pack_weights
 from minipaged.models.loader import load_model, read_model_config
 from minipaged.outputs import CachedPrefix, RequestOutput
 from minipaged.parts import Parts
@@ -106,6 +107,8 @@ class LLM:
         backend = choose_backend(attention_backend, where, head_dim, kv_cache_dtype)
         backend = parts.attention(backend)
         loaded = load_model(self.folder, backend, dtype, where)
+        if where.type == "cpu":
+            pack_weights(loaded)
         kv_dtype = choose_kv_dtype(kv_cache_dtype, next(loaded.parameters()).dtype)
         require_whole("block_size", block_size, 1)
         block_bytes = bytes_per_block(loaded.config, block_size, kv_dtype)

@@ -738,14 +738,16 @@ def test_the_size_of_the_pieces_that_are_read_changes_nothing(
     tensors = load_file(folder / "model.safetensors")
     monkeypatch.setattr(weight_files, "PIECE_BYTES", piece_bytes)
     model = load_model(folder, BACKENDS["reference"])
-    for name, parameter in model.named_parameters():
-        theirs, transposed = FAMILIES[model.config.architecture].weights.source_of(name)
+    filled = 0
+    for placement in FAMILIES[model.config.architecture].weights.placements(model):
         [stored] = [
-            tensor
-            for full, tensor in tensors.items()
-            if full.split(".", 1)[1] == theirs or full == theirs
+            tensor.float()
+            for name, tensor in tensors.items()
+            if placement.tensor in (name, name.split(".", 1)[1])
         ]
-        assert torch.equal(parameter, stored.float().t() if transposed else stored.float())
+        assert torch.equal(placement.place_in(model), stored)
+        filled += stored.numel()
+    assert filled == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")

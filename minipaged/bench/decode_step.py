@@ -22,6 +22,7 @@ from minipaged.config import EngineConfig
 from minipaged.engine import LLMEngine
 from minipaged.graphs import DecodeGraphs, record_cuda_graphs
 from minipaged.kv_cache import KVCache
+from minipaged.models.linear import pack_weights
 from minipaged.models.llama import Llama, LlamaConfig
 from minipaged.models.rope import RopeConfig, rope_frequencies
 from minipaged.parts import Parts
@@ -115,6 +116,8 @@ def build_engine(
     torch.manual_seed(0)
     with torch.device(device):
         model = Llama(config, backend).to(device, dtype).eval().requires_grad_(False)
+    if device.type == "cpu":
+        pack_weights(model)
     # Made on the CPU, and not to be rounded with the weights.
     model.rotary.frequencies = rope_frequencies(config.rope, config.head_dim).to(device)
     longest = context_len + STEPS + 8

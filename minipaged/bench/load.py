@@ -109,10 +109,9 @@ def make_checkpoint(
     with torch.device("meta"):
         model = family.build(family.read_config(hf), BACKENDS["reference"])
     shards: list[dict[str, Tensor]] = [{} for _ in range(num_files)]
-    for number, (ours, parameter) in enumerate(model.named_parameters()):
-        theirs, transposed = family.weights.source_of(ours)
-        shape = parameter.shape[::-1] if transposed else parameter.shape
-        shards[number % num_files][family.weights.prefix + theirs] = torch.randn(shape).to(dtype)
+    for number, placement in enumerate(family.weights.placements(model)):
+        tensor = torch.randn(placement.place_in(model).shape).to(dtype)
+        shards[number % num_files][family.weights.prefix + placement.tensor] = tensor
     metadata = {"format": "pt"}  # transformers asks for it
     if num_files == 1:
         save_file(shards[0], folder / "model.safetensors", metadata)

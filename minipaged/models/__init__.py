@@ -4,6 +4,7 @@
     gpt2    LayerNorm, learned positions, one output matrix with the embedding
     opt     GPT-2's plan with ReLU and separate query, key and value projections
     rope    the rotary positions of llama
+    linear  linear layers, joined, and packed for a CPU
     layers  the little that two of them share
     loader  a folder with config.json and safetensors -> a model with every parameter filled
     weight_files  what stands in safetensors, and how it gets from there into a model's memory
@@ -14,10 +15,10 @@ are read out of a Hugging Face config.json.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -60,27 +61,57 @@ class Model(nn.Module, ABC):
         """Scores of all tokens, for the rows that will be sampled or reported only."""
 
 
+@dataclass(frozen=True)
+class Placement:
+    """A tensor of a checkpoint, and where it belongs: rows [start, stop) of a parameter."""
+
+    tensor: str  # its name, less the prefix
+    parameter: str
+    start: int
+    stop: int
+    transposed: bool
+
+    def place_in(self, model: Model) -> Tensor:
+        """That part of the parameter, in the tensor's own form."""
+        rows = model.get_parameter(self.parameter)[self.start : self.stop]
+        return rows.t() if self.transposed else rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightMap:
     """Where each module's parameters stand in a Hugging Face checkpoint.
 
     Names are of modules; `.weight` and `.bias` follow them on both sides. `{i}` is a layer's
-    number. The map may name more than a given model has (a norm for each head, a head of its own):
-    the model's options decide which parameters exist, and a checkpoint must fill exactly those.
+    number. Several names are those of layers that are one `JoinedLinear` here, in its order. The
+    map may name more than a given model has (a norm for each head, a head of its own): the model's
+    options decide which parameters exist, and a checkpoint must fill exactly those.
     """
 
     prefix: str  # before the checkpoint's names; files of the bare body leave it out
-    modules: Mapping[str, str]  # ours -> the checkpoint's, less the prefix
+    modules: Mapping[str, str | tuple[str, ...]]  # ours -> the checkpoint's, less the prefix
     transposed: frozenset[str] = frozenset()  # ours, whose matrices are stored [in, out]
     ignored: tuple[str, ...] = ()  # tensors of some files that no model here needs
 
-    def source_of(self, parameter: str) -> tuple[str, bool]:
-        """The tensor, less the prefix, that fills this parameter; and whether it is transposed."""
+    def placements(self, model: Model) -> list[Placement]:
+        """The tensors that fill this model, parameter by parameter."""
+        names = [name for name, _ in model.named_parameters()]
+        return [placement for name in names for placement in self._placements_in(model, name)]
+
+    def _placements_in(self, model: Model, parameter: str) -> Iterator[Placement]:
         module, _, leaf = parameter.rpartition(".")
         layer = re.search(r"\.(\d+)\.", module)
         template = module if layer is None else module.replace(layer[0], ".{i}.", 1)
-        theirs = self.modules[template].format(i=layer and layer[1])
-        return f"{theirs}.{leaf}", template in self.transposed and leaf == "weight"
+        transposed = template in self.transposed and leaf == "weight"
+        theirs = self.modules[template]
+        if isinstance(theirs, str):
+            theirs, sizes = (theirs,), model.get_parameter(parameter).shape[:1]
+        else:
+            sizes = cast(tuple[int, ...], model.get_submodule(module).sizes)
+        start = 0
+        for name, size in zip(theirs, sizes, strict=True):
+            tensor = f"{name.format(i=layer and layer[1])}.{leaf}"
+            yield Placement(tensor, parameter, start, start + size, transposed)
+            start += size
 
 
 def read_architecture(hf: HFConfig) -> str:

@@ -27,6 +27,7 @@ from minipaged.models import (
     require_option,
 )
 from minipaged.models.layers import MLP
+from minipaged.models.linear import JoinedLinear, Linear
 from minipaged.shapes import Float, Int
 
 
@@ -80,7 +81,7 @@ class GPT2(Model):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, hidden)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(hidden, config.layer_norm_eps)
-        self.head = None if config.tied else nn.Linear(hidden, config.vocab_size, bias=False)
+        self.head = None if config.tied else Linear(hidden, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -97,8 +98,9 @@ class GPT2(Model):
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """Scores of all tokens; see `Model.logits`."""
-        matrix = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(hidden, matrix)  # [rows, vocab]
+        if self.head is None:  # tied
+            return F.linear(hidden, self.embedding.weight)  # [rows, vocab]
+        return self.head(hidden)  # [rows, vocab]
 
 
 class Layer(nn.Module):
@@ -123,8 +125,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPT2Config, attention: AttentionBackend) -> None:
         super().__init__()
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = JoinedLinear(config.hidden_size, 3 * (config.hidden_size,))
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
         self.head_dim = config.head_dim
         self.backend = attention
 
@@ -132,8 +134,8 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "tokens hidden"], kv: KVPair, batch: Batch
     ) -> Float[Tensor, "tokens hidden"]:
         # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
-        heads = self.qkv_proj(x).view(x.shape[0], 3, -1, self.head_dim)
-        q, k, v = heads.unbind(1)  # each [tokens, heads, head_dim]
+        split = (x.shape[0], -1, self.head_dim)
+        q, k, v = (part.view(split) for part in self.qkv_proj(x))  # [tokens, heads, head_dim]
         k_cache, v_cache = kv
         # Stored first: a token attends to itself too, and finds itself in the cache.
         self.backend.store_kv(k, v, k_cache, v_cache, batch)

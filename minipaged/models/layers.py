@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipaged.errors import UnsupportedModel
+from minipaged.models.linear import Linear
 from minipaged.shapes import Float
 
 Activation = Callable[[Tensor], Tensor]
@@ -41,8 +42,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int, activation: str) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, inner_size)
-        self.down_proj = nn.Linear(inner_size, hidden_size)
+        self.up_proj = Linear(hidden_size, inner_size)
+        self.down_proj = Linear(inner_size, hidden_size)
         self.activation = choose_activation(activation)
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:

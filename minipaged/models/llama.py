@@ -31,6 +31,7 @@ from minipaged.models import (
     read_int,
 )
 from minipaged.models.layers import choose_activation
+from minipaged.models.linear import JoinedLinear, Linear
 from minipaged.models.rope import RopeConfig, Rotary, rotate
 from minipaged.shapes import Float, Int
 
@@ -94,7 +95,7 @@ class Llama(Model):
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tied
-        self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -113,8 +114,9 @@ class Llama(Model):
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """Scores of all tokens; see `Model.logits`."""
-        matrix = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(hidden, matrix)  # [rows, vocab]
+        if self.head is None:  # tied
+            return F.linear(hidden, self.embedding.weight)  # [rows, vocab]
+        return self.head(hidden)  # [rows, vocab]
 
 
 class Layer(nn.Module):
@@ -158,10 +160,9 @@ class Attention(nn.Module):
         super().__init__()
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        qkv_sizes = q_size, kv_size, kv_size
+        self.qkv_proj = JoinedLinear(config.hidden_size, qkv_sizes, bias=config.qkv_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=config.o_bias)
         head_norm = config.head_dim, config.rms_norm_eps
         self.q_norm = RMSNorm(*head_norm) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(*head_norm) if config.qk_norm else nn.Identity()
@@ -178,9 +179,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "tokens hidden"]:
         # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
         split = (x.shape[0], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(split))  # [tokens, heads, head_dim]
-        k = self.k_norm(self.k_proj(x).view(split))  # [tokens, kv_heads, head_dim]
-        v = self.v_proj(x).view(split)  # [tokens, kv_heads, head_dim]
+        q, k, v = (part.view(split) for part in self.qkv_proj(x))  # [tokens, any_heads, head_dim]
+        q, k = self.q_norm(q), self.k_norm(k)
         k_cache, v_cache = kv
         # Stored first: a token attends to itself too, and finds itself in the cache.
         if self.backend.rope_and_store_kv is None:
@@ -199,14 +199,13 @@ class GatedMLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.gate_up_proj = JoinedLinear(hidden, (inner, inner), bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
         self.activation = choose_activation(config.activation)
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        gated = self.activation(self.gate_proj(x)) * self.up_proj(x)  # [tokens, inner]
-        return self.down_proj(gated)  # [tokens, hidden]
+        gate, up = self.gate_up_proj(x)  # [tokens, inner] each
+        return self.down_proj(self.activation(gate) * up)  # [tokens, hidden]
 
 
 LLAMA_WEIGHTS = WeightMap(
@@ -214,15 +213,16 @@ LLAMA_WEIGHTS = WeightMap(
     modules={
         "embedding": "embed_tokens",
         "layers.{i}.attention_norm": "layers.{i}.input_layernorm",
-        "layers.{i}.attention.q_proj": "layers.{i}.self_attn.q_proj",
-        "layers.{i}.attention.k_proj": "layers.{i}.self_attn.k_proj",
-        "layers.{i}.attention.v_proj": "layers.{i}.self_attn.v_proj",
+        "layers.{i}.attention.qkv_proj": (
+            "layers.{i}.self_attn.q_proj",
+            "layers.{i}.self_attn.k_proj",
+            "layers.{i}.self_attn.v_proj",
+        ),
         "layers.{i}.attention.q_norm": "layers.{i}.self_attn.q_norm",
         "layers.{i}.attention.k_norm": "layers.{i}.self_attn.k_norm",
         "layers.{i}.attention.o_proj": "layers.{i}.self_attn.o_proj",
         "layers.{i}.mlp_norm": "layers.{i}.post_attention_layernorm",
-        "layers.{i}.mlp.gate_proj": "layers.{i}.mlp.gate_proj",
-        "layers.{i}.mlp.up_proj": "layers.{i}.mlp.up_proj",
+        "layers.{i}.mlp.gate_up_proj": ("layers.{i}.mlp.gate_proj", "layers.{i}.mlp.up_proj"),
         "layers.{i}.mlp.down_proj": "layers.{i}.mlp.down_proj",
         "norm": "norm",
         "head": "lm_head",

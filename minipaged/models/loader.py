@@ -19,7 +19,14 @@ from minipaged.available_memory import GIB, free_gpu_memory, physical_memory
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckpointError, InvalidOption, UnsupportedModel
 from minipaged.json_files import read_json_object
-from minipaged.models import HFConfig, Model, WeightMap, read_architecture, read_eos_token_ids
+from minipaged.models import (
+    HFConfig,
+    Model,
+    Placement,
+    WeightMap,
+    read_architecture,
+    read_eos_token_ids,
+)
 from minipaged.models.gpt2 import GPT2, GPT2_WEIGHTS, GPT2Config
 from minipaged.models.llama import LLAMA_WEIGHTS, Llama, LlamaConfig
 from minipaged.models.opt import OPT, OPT_WEIGHTS, OPTConfig
@@ -126,7 +133,7 @@ def load_model(
         InvalidOption: there is no such dtype, or no room for the weights in it.
     """
     model, plan = _build(folder, attention)
-    chosen = choose_dtype(dtype, DTYPES_IN_FILES[plan[0].source.dtype], device)
+    chosen = choose_dtype(dtype, DTYPES_IN_FILES[plan[0][1].dtype], device)
     _refuse_more_than_memory(model, chosen, device)
     _fill(model, plan, chosen, device)
     return model.to(device).eval()  # the parameters are there already: this moves the buffers
@@ -177,23 +184,17 @@ def _choose_family(hf: HFConfig) -> Family:
 # --------------------------------------------------------------------------------- the tensors
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Which tensor goes into which parameter."""
-
-    parameter: str
-    source: StoredTensor
-    transposed: bool
+Plan = list[tuple[Placement, StoredTensor]]
 
 
-def _build(folder: Path, attention: AttentionBackend) -> tuple[Model, list[Placement]]:
+def _build(folder: Path, attention: AttentionBackend) -> tuple[Model, Plan]:
     """The model without memory, and what is to fill it."""
     config = read_model_config(folder)
     family = FAMILIES[config.architecture]
     with torch.device("meta"), _Unset():
         model = family.build(config, attention)
-    sources = read_headers(find_weight_files(folder), family.weights.prefix)
-    return model, _plan(model, family.weights, sources)
+    found = read_headers(find_weight_files(folder), family.weights.prefix)
+    return model, _plan(model, family.weights, found)
 
 
 class _Unset(TorchFunctionMode):
@@ -210,30 +211,30 @@ class _Unset(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _plan(model: Model, weights: WeightMap, sources: dict[str, StoredTensor]) -> list[Placement]:
+def _plan(model: Model, weights: WeightMap, found: dict[str, StoredTensor]) -> Plan:
     """Pair every parameter with its tensor. Raises CheckpointError unless both sides come out."""
-    wanted = {name: weights.source_of(name) for name, _ in model.named_parameters()}
+    wanted = weights.placements(model)
     ignored = {t.format(i=i) for t in weights.ignored for i in range(model.config.num_layers)}
-    if model.head is None and "lm_head.weight" in sources:
-        _refuse_another_head(sources["lm_head.weight"], sources.get(wanted["embedding.weight"][0]))
+    if model.head is None and "lm_head.weight" in found:
+        [embedding] = [each.tensor for each in wanted if each.parameter == "embedding.weight"]
+        _refuse_another_head(found["lm_head.weight"], found.get(embedding))
         ignored.add("lm_head.weight")
     architecture = model.config.architecture
-    missing = [theirs for theirs, _ in wanted.values() if theirs not in sources]
+    missing = [each.tensor for each in wanted if each.tensor not in found]
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of the {len(wanted)} tensors that config.json "
             f"asks for in a {architecture}, first {missing[0]!r}: {_FROM_ONE_PLACE}."
         )
-    unexpected = sources.keys() - {theirs for theirs, _ in wanted.values()} - ignored
+    unexpected = found.keys() - {each.tensor for each in wanted} - ignored
     if unexpected:
         raise CheckpointError(
             f"the checkpoint holds {len(unexpected)} tensors that have no place in a "
             f"{architecture} with this config.json, first {min(unexpected)!r}: {_FROM_ONE_PLACE}."
         )
-    plan = [Placement(ours, sources[theirs], t) for ours, (theirs, t) in wanted.items()]
-    for placement in plan:
-        _check_form(placement, model.get_parameter(placement.parameter).shape)
-    return plan
+    for each in wanted:
+        _check_form(found[each.tensor], each.place_in(model).shape)
+    return [(each, found[each.tensor]) for each in wanted]
 
 
 def _refuse_another_head(head: StoredTensor, embedding: StoredTensor | None) -> None:
@@ -245,13 +246,11 @@ def _refuse_another_head(head: StoredTensor, embedding: StoredTensor | None) -> 
         )
 
 
-def _check_form(placement: Placement, shape: torch.Size) -> None:
-    source = placement.source
-    expected = tuple(reversed(shape)) if placement.transposed else tuple(shape)
-    if source.shape != expected:
+def _check_form(source: StoredTensor, shape: torch.Size) -> None:
+    if source.shape != shape:
         raise CheckpointError(
             f"the tensor {source.name!r} is {list(source.shape)}, and config.json asks for "
-            f"{list(expected)}: {_FROM_ONE_PLACE}."
+            f"{list(shape)}: {_FROM_ONE_PLACE}."
         )
     if source.dtype not in DTYPES_IN_FILES:
         raise UnsupportedModel(
@@ -277,16 +276,10 @@ def _refuse_more_than_memory(model: Model, dtype: torch.dtype, device: torch.dev
         )
 
 
-def _fill(
-    model: Model, plan: list[Placement], dtype: torch.dtype, device: torch.device | str
-) -> None:
+def _fill(model: Model, plan: Plan, dtype: torch.dtype, device: torch.device | str) -> None:
     """Give the parameters memory, and the memory its numbers."""
-    places: list[tuple[StoredTensor, torch.Tensor]] = []
-    for placement in plan:
-        shape = model.get_parameter(placement.parameter).shape
-        place = torch.empty(shape, dtype=dtype, device=device)
-        module, _, leaf = placement.parameter.rpartition(".")
-        parameter = nn.Parameter(place, requires_grad=False)
-        setattr(model.get_submodule(module), leaf, parameter)
-        places.append((placement.source, place.t() if placement.transposed else place))
-    copy_tensors(places)
+    for name, unfilled in list(model.named_parameters()):
+        memory = torch.empty(unfilled.shape, dtype=dtype, device=device)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(memory, requires_grad=False))
+    copy_tensors((stored, placement.place_in(model)) for placement, stored in plan)

@@ -28,6 +28,7 @@ from minipaged.models import (
     require_option,
 )
 from minipaged.models.layers import MLP
+from minipaged.models.linear import JoinedLinear, Linear
 from minipaged.shapes import Float, Int
 
 # Position 0 is row 2 of the table: in training, row 1 belonged to padding and row 0 to nothing.
@@ -83,14 +84,14 @@ class OPT(Model):
         hidden, narrow = config.hidden_size, config.embedding_size
         projects = narrow != hidden
         self.embedding = nn.Embedding(config.vocab_size, narrow)
-        self.project_in = nn.Linear(narrow, hidden, bias=False) if projects else nn.Identity()
+        self.project_in = Linear(narrow, hidden, bias=False) if projects else nn.Identity()
         num_rows = config.max_position_embeddings + POSITION_OFFSET
         self.position_embedding = nn.Embedding(num_rows, hidden)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
         # With the norms behind, the last layer has ended with one.
         self.norm = nn.LayerNorm(hidden) if config.norm_first else nn.Identity()
-        self.project_out = nn.Linear(hidden, narrow, bias=False) if projects else nn.Identity()
-        self.head = None if config.tied else nn.Linear(narrow, config.vocab_size, bias=False)
+        self.project_out = Linear(hidden, narrow, bias=False) if projects else nn.Identity()
+        self.head = None if config.tied else Linear(narrow, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -108,8 +109,10 @@ class OPT(Model):
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """Scores of all tokens; see `Model.logits`."""
-        matrix = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.project_out(hidden), matrix)  # [rows, vocab]
+        hidden = self.project_out(hidden)  # [rows, embedding_size]
+        if self.head is None:  # tied
+            return F.linear(hidden, self.embedding.weight)  # [rows, vocab]
+        return self.head(hidden)  # [rows, vocab]
 
 
 class Layer(nn.Module):
@@ -142,10 +145,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: OPTConfig, attention: AttentionBackend) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = JoinedLinear(config.hidden_size, 3 * (config.hidden_size,))
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
         self.head_dim = config.head_dim
         self.backend = attention
 
@@ -154,9 +155,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "tokens hidden"]:
         # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
         split = (x.shape[0], -1, self.head_dim)
-        q = self.q_proj(x).view(split)  # [tokens, heads, head_dim]
-        k = self.k_proj(x).view(split)  # [tokens, heads, head_dim]
-        v = self.v_proj(x).view(split)  # [tokens, heads, head_dim]
+        q, k, v = (part.view(split) for part in self.qkv_proj(x))  # [tokens, heads, head_dim]
         k_cache, v_cache = kv
         # Stored first: a token attends to itself too, and finds itself in the cache.
         self.backend.store_kv(k, v, k_cache, v_cache, batch)
@@ -172,9 +171,11 @@ OPT_WEIGHTS = WeightMap(
         "project_in": "decoder.project_in",
         "position_embedding": "decoder.embed_positions",
         "layers.{i}.attention_norm": "decoder.layers.{i}.self_attn_layer_norm",
-        "layers.{i}.attention.q_proj": "decoder.layers.{i}.self_attn.q_proj",
-        "layers.{i}.attention.k_proj": "decoder.layers.{i}.self_attn.k_proj",
-        "layers.{i}.attention.v_proj": "decoder.layers.{i}.self_attn.v_proj",
+        "layers.{i}.attention.qkv_proj": (
+            "decoder.layers.{i}.self_attn.q_proj",
+            "decoder.layers.{i}.self_attn.k_proj",
+            "decoder.layers.{i}.self_attn.v_proj",
+        ),
         "layers.{i}.attention.o_proj": "decoder.layers.{i}.self_attn.out_proj",
         # A layer's own "final" norm: that of its feed-forward.
         "layers.{i}.mlp_norm": "decoder.layers.{i}.final_layer_norm",
