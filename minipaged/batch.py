@@ -13,9 +13,11 @@ slots:
                                          mean anything; never read the others as blocks
 """
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ class Span:
         return self.context_len + self.query_len
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Everything that a model and its attention need to know of one step."""
 
@@ -55,6 +57,8 @@ class Batch:
     block_tables: Int[Tensor, "seqs max_blocks"]
     logit_rows: Int[Tensor, " rows"]  # the tokens whose logits are wanted
     spans: tuple[Span, ...]  # query_starts and context_lens once more, as Python numbers
+    # Of attention: what it has worked out of all this in one layer, for the others.
+    notes: dict[Hashable, Any] = field(init=False, repr=False, default_factory=dict)
 
     @property
     def num_seqs(self) -> int:

@@ -1,7 +1,8 @@
 """Every implementation of paged attention against dense attention over the unpaged keys."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -17,16 +18,36 @@ from torch import Tensor
 from minipaged.attention import (
     BACKENDS,
     PagedAttention,
+    StoreKV,
     blockwise,
     choose_backend,
     reference,
+    torch_decode,
     torch_paged,
 )
 from minipaged.attention.reference import store_kv
+from minipaged.attention.torch_paged import torch_store_kv
+from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
 
 # With --jaxtyping-packages the signature itself refuses a wrong shape.
-REFUSALS: tuple[type[Exception], ...] = (AssertionError, TypeCheckError)
+REFUSALS: tuple[type[Exception], ...] = (AssertionError, TypeCheckError, IndexError)
+
+
+def torch_in_place(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float):
+    """PyTorch's, which decodes in place whatever the batch, unless sequences share blocks."""
+    with always_in_place(torch_decode):
+        return torch_paged.torch_paged_attention(q, k_cache, v_cache, batch, scale)
+
+
+@contextmanager
+def always_in_place(module: ModuleType) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FEWEST_IN_PLACE", 0)
+        patch.setattr(module, "LEAST_IN_USE", 0.0)
+        patch.setattr(module, "LARGEST_GROUP", 1000)
+        yield
+
 
 every_implementation = pytest.mark.parametrize(
     "attention",
@@ -34,8 +55,9 @@ every_implementation = pytest.mark.parametrize(
         reference.reference_paged_attention,
         blockwise.blockwise_paged_attention,
         torch_paged.torch_paged_attention,
+        torch_in_place,
     ],
-    ids=["reference", "blockwise", "torch"],
+    ids=["reference", "blockwise", "torch", "torch in place"],
 )
 
 TOLERANCE = {
@@ -184,8 +206,41 @@ def test_sequences_too_many_for_one_gather_are_taken_in_groups(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for positions in (1, 12, 20):  # each sequence alone; two or three together
-        monkeypatch.setattr(torch_paged, "_NUMBERS_AT_ONCE", positions * 2 * 32)
+        monkeypatch.setattr(torch_decode, "NUMBERS_AT_ONCE", positions * 2 * 32)
         check(torch_paged.torch_paged_attention, paged_setup([(1, n) for n in range(12)] + MIXED))
+
+
+def way_of_decoding(setup: PagedSetup) -> str:
+    decodes = torch_decode.Decodes.plan(setup.batch, setup.k_cache, setup.q)
+    assert decodes is not None
+    return "in place" if isinstance(decodes.way, torch_decode.InPlace) else "gathered"
+
+
+def test_large_batches_whose_blocks_lie_close_together_are_decoded_in_place() -> None:
+    large = [(1, 400)] * 24  # 24 * 401 keys of 2 * 32 numbers are more than 2^19
+    assert way_of_decoding(paged_setup(large)) == "in place"
+    assert way_of_decoding(paged_setup([*large, (9, 3)])) == "in place"
+    assert way_of_decoding(paged_setup(large[:8])) == "gathered"  # few keys
+    assert way_of_decoding(paged_setup(large, shared_blocks=1)) == "gathered"
+    assert way_of_decoding(paged_setup(large, heads=8)) == "gathered"  # 4 read the same keys
+    far_apart = [*large, (700, 400 * 24)]  # half of the blocks belong to a prefill
+    assert way_of_decoding(paged_setup(far_apart)) == "gathered"
+
+
+def test_a_pool_of_another_type_is_not_read_in_place() -> None:
+    setup = paged_setup(MIXED)
+    with always_in_place(torch_decode):
+        assert way_of_decoding(setup) == "in place"
+        half = replace(setup, k_cache=setup.k_cache.half(), v_cache=setup.v_cache.half())
+        assert way_of_decoding(half) == "gathered"
+
+
+def test_a_step_is_planned_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = paged_setup(MIXED)
+    first = run(torch_paged.torch_paged_attention, setup)
+    monkeypatch.setattr(torch_paged, "_plan_prefills", None)
+    monkeypatch.setattr(torch_paged, "Decodes", None)
+    assert torch.equal(run(torch_paged.torch_paged_attention, setup), first)
 
 
 def test_a_backend_is_chosen_by_name() -> None:
@@ -198,9 +253,15 @@ def test_a_backend_is_chosen_by_name() -> None:
 # ---- storing keys and values ---------------------------------------------------------------------
 
 
+every_store = pytest.mark.parametrize("store", [store_kv, torch_store_kv], ids=["plain", "torch"])
+
+
+@every_store
 @pytest.mark.parametrize("block_size", [1, 4, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_new_keys_go_to_their_slots_and_nowhere_else(block_size: int, dtype: torch.dtype) -> None:
+def test_new_keys_go_to_their_slots_and_nowhere_else(
+    store: StoreKV, block_size: int, dtype: torch.dtype
+) -> None:
     setup = paged_setup(MIXED, block_size=block_size, dtype=dtype)
     k_cache, v_cache = torch.zeros_like(setup.k_cache), torch.ones_like(setup.v_cache)
     expected_k, expected_v = k_cache.clone(), v_cache.clone()
@@ -209,29 +270,43 @@ def test_new_keys_go_to_their_slots_and_nowhere_else(block_size: int, dtype: tor
             block, offset = divmod(setup.tables[i].slot(position), block_size)
             expected_k[block, :, offset] = setup.keys[i][position]
             expected_v[block, :, offset] = setup.values[i][position]
-    store_kv(setup.new(setup.keys), setup.new(setup.values), k_cache, v_cache, setup.batch)
+    store(setup.new(setup.keys), setup.new(setup.values), k_cache, v_cache, setup.batch)
     assert torch.equal(k_cache, expected_k)
     assert torch.equal(v_cache, expected_v)
 
 
-def test_keys_with_the_wrong_head_count_are_not_stored() -> None:
+@every_store
+def test_keys_with_the_wrong_head_count_are_not_stored(store: StoreKV) -> None:
     setup = paged_setup(MIXED)
     k, v = setup.new(setup.keys), setup.new(setup.values)
     for wrong_k, wrong_v in ((k[:, :1], v), (k, v[:, :1]), (k[:1], v), (k, v[..., :1])):
         with pytest.raises(REFUSALS):
-            store_kv(wrong_k, wrong_v, setup.k_cache, setup.v_cache, setup.batch)
+            store(wrong_k, wrong_v, setup.k_cache, setup.v_cache, setup.batch)
 
 
 # ---- deliberate faults: each must fail where the real thing passes -------------------------------
 
 
-def altered(module: ModuleType, old: str, new: str) -> PagedAttention:
-    """The module's paged attention with one piece of its text replaced, wherever it stands."""
+def altered(module: ModuleType, *changes: tuple[str, str]) -> PagedAttention:
+    """The module's paged attention with pieces of its text replaced, wherever they stand."""
+    mutant = compiled(module, *changes)
+    if module is torch_decode:
+        user = compiled(torch_paged)
+        for name in ("Decodes", "gather", "rows_of_blocks"):
+            setattr(user, name, getattr(mutant, name))
+        return user.torch_paged_attention
+    name = module.__name__.split(".")[-1].removesuffix("_paged")
+    return getattr(mutant, f"{name}_paged_attention")
+
+
+def compiled(module: ModuleType, *changes: tuple[str, str]) -> ModuleType:
     source = inspect.getsource(module)
-    assert old in source, f"{module.__name__} has changed, no more {old!r}: renew this mutant"
-    namespace: dict[str, Callable[..., Tensor]] = {}
-    exec(compile(source.replace(old, new), f"<mutant of {module.__name__}>", "exec"), namespace)
-    return namespace[f"{module.__name__.split('.')[-1].removesuffix('_paged')}_paged_attention"]
+    for old, new in changes:
+        assert old in source, f"{module.__name__} has changed, no more {old!r}: renew this mutant"
+        source = source.replace(old, new)
+    mutant = ModuleType(module.__name__)  # dataclasses look the module up by its name
+    exec(compile(source, f"<mutant of {module.__name__}>", "exec"), mutant.__dict__)
+    return mutant
 
 
 MUTANTS = {
@@ -245,9 +320,10 @@ MUTANTS = {
         reference, "repeat_interleave(group_size, dim=1)", "repeat(1, group_size, 1)"
     ),
     "query heads are grouped the wrong way": (
-        torch_paged,
-        "q.unflatten(1, (-1, heads_per_kv_head(q, k_cache, v_cache)))",
-        "q.unflatten(1, (-1, k_cache.shape[1])).transpose(1, 2)",
+        torch_decode, "q.unflatten(1, (kv_heads, -1))", "q.unflatten(1, (-1, kv_heads)).mT"
+    ),
+    "query heads of a prompt are grouped the wrong way": (
+        torch_paged, "unflatten(0, (kv_heads, -1))", "unflatten(0, (-1, kv_heads)).transpose(0, 1)"
     ),
     "the output is not corrected": (blockwise, "correction * output", "output"),
     "the total is not corrected": (blockwise, "correction * total", "total"),
@@ -255,28 +331,81 @@ MUTANTS = {
         blockwise, "torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))", "maximum * 0"
     ),
     "stale slots of the last block are read": (
-        torch_paged, "positions < seq_lens[:, None]", "positions <= seq_lens[:, None]"
+        torch_decode, "positions >= to_device(lengths", "positions > to_device(lengths"
     ),
-    "a padded entry becomes block 0": (torch_paged, "tables[:, :1])", "0)"),
-    "a padded entry is read": (
-        torch_paged,
-        "torch.where(used, tables[:, :columns], tables[:, :1])",
-        "tables[:, :columns]",
+    "the last key is not seen": (
+        torch_decode, "positions >= to_device(lengths", "1 + positions >= to_device(lengths"
     ),
+    "a padded entry becomes block 0": (torch_decode, "tables, tables[:, :1])", "tables, 0)"),
+    "a padded entry is read": (torch_decode, "torch.where(used, tables, tables[:, :1])", "tables"),
     "the context is forgotten in a chunk": (
-        torch_paged, "positions[context_len:, None]", "positions[:num_queries, None]"
+        torch_paged, "positions[span.context_len :, None]", "positions[: span.query_len, None]"
     ),
-    "a chunk is taken for a whole prompt": (torch_paged, "if context_len > 0:", "if False:"),
+    "a chunk is taken for a whole prompt": (torch_paged, "if span.context_len > 0:", "if False:"),
+    "a prompt's last block is read to its end": (
+        torch_paged, "keys[:, :, : prefill.seq_len]", "keys"
+    ),
     "the group's first sequence sets the length": (
-        torch_paged, "batch.context_lens[seqs] + 1", "batch.context_lens[seqs[:1]] + 1"
+        torch_decode, "to_device(lengths, q.device)[:, None]", "to_device(lengths[:1], q.device)"
+    ),
+    "results go to the wrong sequences": (
+        torch_decode, "spans[seq].start for seq in seqs", "spans[seq].start for seq in sorted(seqs)"
+    ),
+    "a sequence between two groups is left out": (
+        torch_decode, "start = stop\n", "start = stop + 1\n"
+    ),
+}  # fmt: skip
+IN_PLACE_MUTANTS = {
+    "a shared block has one owner": (
+        "not torch.equal(entry_of_block[blocks], entries)", "False"
+    ),
+    "every block has the first query": (
+        "owner=entry_of_block // tables.shape[1]", "owner=entry_of_block * 0"
+    ),
+    "scores keep the order of the blocks": (
+        "block_of_entry=(tables - first).flatten()",
+        "block_of_entry=torch.arange(tables.numel()).clamp(max=stop - first - 1)",
+    ),
+    "weights keep the order of the positions": (
+        "weights.index_select(0, plan.entry_of_block)",
+        "weights[torch.arange(num_blocks).clamp(max=len(weights) - 1)]",
+    ),
+    "stale slots are read": (
+        "torch.add(plan.mask, scores, alpha=scale)", "(scores * scale)"
+    ),
+    "a block of nobody's is summed": (
+        "F.embedding_bag(plan.blocks,", "F.embedding_bag(plan.owner.argsort(),"
+    ),
+    "the range ends too early": ("int(blocks.max()) + 1", "int(blocks.max())"),
+    "sums begin where the neighbour's end": (
+        "starts=ends - torch.tensor(columns)", "starts=ends.clamp(max=len(blocks))"
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
-def test_a_deliberate_fault_is_caught(mutant: tuple[ModuleType, str, str]) -> None:
-    faulty = altered(*mutant)
-    with pytest.raises((AssertionError, IndexError)):  # wrong numbers, or no such block
+def test_a_deliberate_fault_is_caught(
+    mutant: tuple[ModuleType, str, str],
+) -> None:
+    module, old, new = mutant
+    small_groups = [("= 2**20", "= 2**11")] if module is torch_decode else []
+    faulty = altered(module, (old, new), *small_groups)
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):  # wrong, or no such block
+        check_all(faulty)
+
+
+ALWAYS_IN_PLACE = [("= 2**19", "= 0"), ("= 2 / 3", "= 0.0"), ("GROUP = 3", "GROUP = 1000")]
+
+
+def test_without_a_fault_the_altered_module_is_right() -> None:
+    check_all(altered(torch_decode, ("= 2**20", "= 2**11")))
+    check_all(altered(torch_decode, *ALWAYS_IN_PLACE))
+
+
+@pytest.mark.parametrize("mutant", IN_PLACE_MUTANTS.values(), ids=IN_PLACE_MUTANTS.keys())
+def test_a_deliberate_fault_in_place_is_caught(mutant: tuple[str, str]) -> None:
+    faulty = altered(torch_decode, mutant, *ALWAYS_IN_PLACE)
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
         check_all(faulty)
 
 

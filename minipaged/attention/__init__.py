@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minipaged.attention.blockwise import blockwise_paged_attention
 from minipaged.attention.reference import reference_paged_attention, store_kv
-from minipaged.attention.torch_paged import torch_paged_attention
+from minipaged.attention.torch_paged import torch_paged_attention, torch_store_kv
 from minipaged.attention.triton.machine import is_interpreted, why_no_triton
 from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
@@ -67,7 +67,7 @@ class AttentionBackend:
 BACKENDS: dict[str, AttentionBackend] = {
     "reference": AttentionBackend("reference", reference_paged_attention, store_kv),
     "blockwise": AttentionBackend("blockwise", blockwise_paged_attention, store_kv),
-    "torch": AttentionBackend("torch", torch_paged_attention, store_kv),
+    "torch": AttentionBackend("torch", torch_paged_attention, torch_store_kv),
 }
 TRITON_BACKENDS = ("triton", "triton-naive")
 

@@ -1,0 +1,270 @@
+"""Decode in pure PyTorch: one query a sequence, two ways to reach the blocks.
+
+    gathered   copy the blocks of some sequences side by side, a piece at a time, and give them to
+               PyTorch's attention (SDPA). Each key is read, written, and read again
+    in place   multiply every block where it lies with the query of its owner, and put only the
+               scores in order, which are head_dim times fewer numbers. Each key is read once
+
+In place takes about as long as SDPA takes over keys that lie side by side already, but more
+operations, and it multiplies whatever else lies between the first and the last block in use. So it
+is for large batches whose blocks fill their part of the pool; there it is up to twice as fast.
+`Decodes.plan` chooses. It runs once a step, for the answer is the same in every layer.
+"""
+
+from dataclasses import dataclass
+from math import inf
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipaged.batch import Batch
+from minipaged.quantized import KVPool, QuantizedPool
+from minipaged.shapes import Float, Int
+from minipaged.transfer import to_device
+
+# Gather at most so many numbers at a time (one sequence at least). A copy of this size is still in
+# the processor's cache when attention reads it.
+NUMBERS_AT_ONCE = 2**20
+# In place, from so many numbers on: below, what counts is the number of operations.
+FEWEST_IN_PLACE = 2**19
+# In place, if at least this part of the range of blocks is in use: the rest is read in vain.
+LEAST_IN_USE = 2 / 3
+# In place, if no more query heads share a key head: SDPA is faster where it has much to multiply.
+LARGEST_GROUP = 3
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Some sequences of similar length, side by side."""
+
+    start: int  # they are sequences [start, stop) of those that decode
+    stop: int
+    rows: Int[Tensor, " rows"]  # of the pool, where the block of one head is a row
+    mask: Float[Tensor, "seqs 1 1 positions"]
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """All sequences at once, in the blocks [first, stop) of the pool.
+
+    A table entry is one column of one sequence in a table of all, padded to the longest.
+    """
+
+    first: int
+    stop: int
+    owner: Int[Tensor, " blocks"]  # the sequence with whose query a block is multiplied
+    block_of_entry: Int[Tensor, " entries"]
+    entry_of_block: Int[Tensor, " blocks"]
+    blocks: Int[Tensor, " used"]  # those of each sequence, one sequence behind the other
+    starts: Int[Tensor, " seqs"]  # where in `blocks` a sequence's begin
+    mask: Float[Tensor, "seqs 1 positions"]
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """The sequences of a batch with one query, the longest first, and how to attend to them."""
+
+    tokens: Int[Tensor, " seqs"]  # of the batch: their queries
+    way: InPlace | list[Gathered]
+    scratch: list[Tensor]  # for keys and for values that are gathered: fresh memory costs time
+
+    @classmethod
+    def plan(cls, batch: Batch, k_cache: KVPool, q: Tensor) -> "Decodes | None":
+        """What all layers of this step have in common; None if no sequence decodes."""
+        spans = batch.spans
+        seqs = [seq for seq, span in enumerate(spans) if span.query_len == 1]
+        if not seqs:
+            return None
+        seqs.sort(key=lambda seq: spans[seq].seq_len, reverse=True)
+        _, _, block_size, head_dim = k_cache.shape
+        lengths = [spans[seq].seq_len for seq in seqs]
+        columns = [-(-length // block_size) for length in lengths]
+
+        # Table entries behind a sequence's end are no blocks. Its own first block stands in for
+        # them: weighted with zero, but never NaN, as another's block might be.
+        tables = batch.block_tables[to_device(seqs, q.device)].long()[:, : columns[0]]
+        used = torch.arange(columns[0], device=q.device) < to_device(columns, q.device)[:, None]
+        tables = torch.where(used, tables, tables[:, :1])  # [seqs, columns]
+        positions = torch.arange(columns[0] * block_size, device=q.device)
+        hidden = positions >= to_device(lengths, q.device)[:, None]  # [seqs, positions]
+        mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -inf)
+
+        tokens = to_device([spans[seq].start for seq in seqs], q.device)
+        if _is_worth_it(sum(lengths), k_cache, q):
+            in_place = _plan_in_place(tables, used, columns, mask)
+            if in_place is not None:
+                return cls(tokens, in_place, [])
+        groups = _plan_gathered(tables, columns, mask, k_cache)
+        most = max(len(group.rows) for group in groups)
+        scratch = [q.new_empty(most, block_size, head_dim) for _ in range(2)]
+        return cls(tokens, groups, scratch)
+
+    def attend(
+        self,
+        q: Float[Tensor, "seqs heads head_dim"],
+        k_cache: KVPool,
+        v_cache: KVPool,
+        scale: float,
+    ) -> Float[Tensor, "seqs heads head_dim"]:
+        """The last query of each sequence sees all its keys."""
+        if isinstance(self.way, InPlace):
+            k_blocks, v_blocks = cast(Tensor, k_cache), cast(Tensor, v_cache)  # as planned
+            return _attend_in_place(q, k_blocks, v_blocks, self.way, scale)
+        parts = [
+            _attend_gathered(q[each.start : each.stop], k_cache, v_cache, each, self.scratch, scale)
+            for each in self.way
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# ------------------------------------------------------------------------------------- gathered
+
+
+def _plan_gathered(
+    tables: Int[Tensor, "seqs columns"],
+    columns: list[int],
+    mask: Float[Tensor, "seqs positions"],
+    k_cache: KVPool,
+) -> list[Gathered]:
+    """The longest first: padding each group to its longest wastes little."""
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    blocks_at_once = NUMBERS_AT_ONCE // (kv_heads * block_size * head_dim)
+    groups: list[Gathered] = []
+    start = 0
+    while start < len(columns):
+        longest = columns[start]
+        stop = min(len(columns), start + max(1, blocks_at_once // longest))
+        rows = rows_of_blocks(tables[start:stop, :longest], kv_heads)
+        part = mask[start:stop, None, None, : longest * block_size].contiguous()
+        groups.append(Gathered(start, stop, rows, part))
+        start = stop
+    return groups
+
+
+def _attend_gathered(
+    q: Float[Tensor, "seqs heads head_dim"],
+    k_cache: KVPool,
+    v_cache: KVPool,
+    group: Gathered,
+    scratch: list[Tensor],
+    scale: float,
+) -> Float[Tensor, "seqs heads head_dim"]:
+    seqs, kv_heads = q.shape[0], k_cache.shape[1]
+    keys = gather(k_cache, group.rows, q.dtype, scratch[0])
+    values = gather(v_cache, group.rows, q.dtype, scratch[1])
+    # The query heads that share a key head stand where SDPA expects several queries of one head:
+    # the keys are read once for all of them.
+    out = F.scaled_dot_product_attention(
+        q.unflatten(1, (kv_heads, -1)),  # [seqs, kv_heads, group, head_dim]
+        keys.view(seqs, kv_heads, -1, q.shape[2]),  # [seqs, kv_heads, positions, head_dim]
+        values.view(seqs, kv_heads, -1, q.shape[2]),
+        attn_mask=group.mask,
+        scale=scale,
+    )  # [seqs, kv_heads, group, head_dim]
+    return out.flatten(1, 2)  # [seqs, heads, head_dim]
+
+
+def rows_of_blocks(
+    tables: Int[Tensor, "seqs columns"], kv_heads: int
+) -> Int[Tensor, " rows_of_all"]:
+    """Which rows of the pool to gather, so that each head's keys lie side by side.
+
+    A row is the block of one head: block b of head h is row b * kv_heads + h.
+    """
+    heads = torch.arange(kv_heads, device=tables.device)[:, None]
+    return (tables[:, None, :] * kv_heads + heads).flatten()  # [seqs * kv_heads * columns]
+
+
+def gather(
+    cache: KVPool, rows: Int[Tensor, " rows"], dtype: torch.dtype, scratch: Tensor | None = None
+) -> Float[Tensor, "rows block_size head_dim"]:
+    """These rows, in this type; in `scratch`, if there is one and they need no conversion."""
+    if isinstance(cache, QuantizedPool):
+        # float8 has no index_select, and needs none: to copy, any 8 bits will do.
+        numbers = cache.numbers.view(torch.int8).flatten(0, 1).index_select(0, rows)
+        scales = cache.scales.flatten(0, 1).index_select(0, rows)
+        return (numbers.view(cache.numbers.dtype).float() * scales[..., None]).to(dtype)
+    # index_select copies whole rows, and so is faster than indexing.
+    if scratch is None or cache.dtype != dtype:
+        return cache.flatten(0, 1).index_select(0, rows).to(dtype)
+    return torch.index_select(cache.flatten(0, 1), 0, rows, out=scratch[: len(rows)])
+
+
+# ------------------------------------------------------------------------------------- in place
+
+
+def _is_worth_it(num_keys: int, k_cache: KVPool, q: Tensor) -> bool:
+    _, kv_heads, _, head_dim = k_cache.shape
+    return (
+        q.device.type == "cpu"
+        and not isinstance(k_cache, QuantizedPool)
+        and k_cache.dtype == q.dtype
+        and num_keys * kv_heads * head_dim >= FEWEST_IN_PLACE
+        and q.shape[1] <= LARGEST_GROUP * kv_heads
+    )
+
+
+def _plan_in_place(
+    tables: Int[Tensor, "seqs columns"],
+    used: Tensor,
+    columns: list[int],
+    mask: Float[Tensor, "seqs positions"],
+) -> InPlace | None:
+    """None if the blocks lie too far apart, or if sequences share some."""
+    blocks = tables[used]  # [used]
+    first, stop = int(blocks.min()), int(blocks.max()) + 1
+    if len(blocks) < LEAST_IN_USE * (stop - first):
+        return None
+    blocks = blocks - first
+    entries = used.flatten().nonzero()[:, 0]  # [used]
+    entry_of_block = torch.zeros(stop - first, dtype=torch.long)
+    entry_of_block[blocks] = entries
+    if not torch.equal(entry_of_block[blocks], entries):  # a block with two entries
+        return None
+    ends = torch.tensor(columns).cumsum(0)
+    return InPlace(
+        first,
+        stop,
+        owner=entry_of_block // tables.shape[1],
+        block_of_entry=(tables - first).flatten(),
+        entry_of_block=entry_of_block,
+        blocks=blocks,
+        starts=ends - torch.tensor(columns),
+        mask=mask[:, None],
+    )
+
+
+def _attend_in_place(
+    q: Float[Tensor, "seqs heads head_dim"],
+    k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
+    plan: InPlace,
+    scale: float,
+) -> Float[Tensor, "seqs heads head_dim"]:
+    """In the range may lie blocks of others, or nobody's. They are multiplied too, and whatever
+    comes out of that, be it NaN, is never looked at.
+    """
+    seqs, heads, head_dim = q.shape
+    _, kv_heads, block_size, _ = k_cache.shape
+    num_blocks = plan.stop - plan.first
+    keys = k_cache[plan.first : plan.stop].flatten(0, 1)  # [blocks * kv_heads, block_size, ...]
+    values = v_cache[plan.first : plan.stop].flatten(0, 1)
+    queries = q.flatten(1).index_select(0, plan.owner)  # [blocks, heads * head_dim]
+    queries = queries.view(num_blocks * kv_heads, -1, head_dim)  # [.., group, head_dim]
+    scores = torch.bmm(queries, keys.transpose(1, 2))  # [blocks * kv_heads, group, block_size]
+
+    # From the order of blocks to that of positions, where softmax wants them, and back.
+    scores = scores.view(num_blocks, -1).index_select(0, plan.block_of_entry)
+    scores = scores.view(seqs, -1, heads, block_size).transpose(1, 2)
+    scores = scores.reshape(seqs, heads, -1)  # [seqs, heads, positions]
+    weights = torch.add(plan.mask, scores, alpha=scale).softmax(-1)
+    weights = weights.view(seqs, heads, -1, block_size).transpose(1, 2)
+    weights = weights.reshape(-1, heads * block_size)  # [entries, heads * block_size]
+    weights = weights.index_select(0, plan.entry_of_block)
+
+    parts = torch.bmm(weights.view(num_blocks * kv_heads, -1, block_size), values)
+    parts = parts.view(num_blocks, -1)  # [blocks, heads * head_dim]
+    # The sum over the blocks of each sequence: what embedding_bag was made for.
+    return F.embedding_bag(plan.blocks, parts, plan.starts, mode="sum").view_as(q)
