@@ -15,7 +15,7 @@ slots:
 
 from collections.abc import Hashable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -45,7 +45,7 @@ class Span:
         return self.context_len + self.query_len
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Batch:
     """Everything that a model and its attention need to know of one step."""
 
@@ -57,8 +57,6 @@ class Batch:
     block_tables: Int[Tensor, "seqs max_blocks"]
     logit_rows: Int[Tensor, " rows"]  # the tokens whose logits are wanted
     spans: tuple[Span, ...]  # query_starts and context_lens once more, as Python numbers
-    # Of attention: what it has worked out of all this in one layer, for the others.
-    notes: dict[Hashable, Any] = field(init=False, repr=False, default_factory=dict)
 
     @property
     def num_seqs(self) -> int:
@@ -68,6 +66,11 @@ class Batch:
     def longest(self) -> int:
         """Keys of the longest sequence."""
         return max((span.seq_len for span in self.spans), default=0)
+
+    @cached_property
+    def notes(self) -> dict[Hashable, Any]:
+        """What attention has worked out of all this in one layer, for the others."""
+        return {}
 
     @cached_property
     def has_decodes(self) -> bool:

@@ -200,7 +200,8 @@ def test_a_decode_step_is_reported_beside_the_bytes_that_it_reads(capsys, monkey
     code, out, _ = minipaged(
         capsys,
         monkeypatch,
-        *("bench", "step", "--device", "cpu", "--num-seqs", "2", "--context-len", "9", "--json"),
+        *("bench", "step", "--device", "cpu", "--num-seqs", "2", "--context-len", "9"),
+        *("--quick", "--json"),
     )
     assert code == 0
     rows = json.loads(out)["rows"]
@@ -211,6 +212,9 @@ def test_a_decode_step_is_reported_beside_the_bytes_that_it_reads(capsys, monkey
     for row in rows:
         assert row["seconds"] >= row["model_seconds"] > 0
         assert row["floor_seconds"] > 0
+        assert list(row["parts"]) == ["schedule", "batch", "model", "sample", "commit", "rest"]
+        assert all(part > 0 for part in row["parts"].values())
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"], rel=0.5)
 
 
 def test_bench_alone_says_what_there_is(capsys, monkeypatch):

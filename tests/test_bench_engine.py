@@ -213,7 +213,7 @@ def test_a_rival_that_cannot_run_leaves_the_others_their_rows(capsys, monkeypatc
     ("options", "sentence"),
     [
         (AGAINST, "transformers is not installed: pip install 'minipaged[test]'"),
-        (("--plot", "bars.png"), "pip install matplotlib"),
+        (("--plot", "bars.png"), "pip install 'minipaged[plot]'"),
         (("--plot", "bars.txt"), "give a file that ends in .png"),
         (("--dtype", "float16"), "choose float32 or bfloat16"),
         (("--against", "vllm"), "give transformers, or leave it out"),
@@ -233,7 +233,6 @@ def test_what_cannot_be_is_one_sentence_before_anything_runs(
 
 
 def test_bars_are_drawn_to_a_file(tmp_path):
-    pytest.importorskip("matplotlib")
     rows = [
         Row("decode, batch 1", "minipaged", tokens_per_second=20.0),
         Row("decode, batch 1", "transformers", failure="no"),

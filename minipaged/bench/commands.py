@@ -164,23 +164,28 @@ def tune(
 def step(
     device: Device = "auto",
     dtype: DType = "auto",
-    num_seqs: Annotated[int, typer.Option(help="Sequences that decode.", min=1)] = 64,
-    context_len: Annotated[int, typer.Option(help="Tokens before them, of each.", min=1)] = 1024,
+    num_seqs: Annotated[
+        int | None, typer.Option(help="Sequences that decode; default: 32, on a GPU 64.", min=1)
+    ] = None,
+    context_len: Annotated[
+        int | None, typer.Option(help="Tokens before them; default: 128, on a GPU 1024.", min=1)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model: only to try it.")] = False,
     save: Save = None,
     as_json: AsJSON = False,
 ) -> None:
-    """A decode step of the engine against the bytes it reads."""
+    """A decode step: its parts, and the bytes it reads."""
     from minipaged.bench import decode_step
 
     where, chosen, on_gpu = _choose(device, dtype)
-    config = decode_step.ONE_BILLION if on_gpu else decode_step.TINY
+    config = decode_step.ONE_BILLION if on_gpu else decode_step.SMALL
+    config = decode_step.TINY if quick else config
     backends = ["triton", "torch"] if on_gpu else ["torch", "reference"]
+    num_seqs = num_seqs or (64 if on_gpu else 32)
+    context_len = context_len or (1024 if on_gpu else 128)
     context_len = min(context_len, config.max_position_embeddings - 2 * decode_step.STEPS)
     rows = list(decode_step.measure(config, backends, num_seqs, context_len, where, chosen))
-    note = (
-        f"{config.num_layers} layers, hidden size {config.hidden_size}, {chosen}; floor: bytes of "
-        "weights, keys and values over the bandwidth of a large copy"
-    )
+    note = decode_step.describe(config, chosen)
     _report(rows, decode_step.as_table(rows), note, where, save, as_json)
 
 

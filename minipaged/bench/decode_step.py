@@ -1,13 +1,16 @@
-"""A decode step of the whole engine, against the bytes that it must read.
+"""A decode step of the whole engine: what its parts take, and the bytes that it must read.
 
 Each step reads every weight once, whatever the batch, and the keys and values of every sequence:
 those bytes over the bandwidth of a large copy are the floor. The model has random weights, since
 what it says costs the same.
+
+The parts are those of `LLMEngine.step`, each timed from outside on the host. On a GPU the model's
+part is over when all is launched, and the wait for its results falls to sampling.
 """
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from minipaged.attention import choose_backend
+from minipaged.attention import BACKENDS, choose_backend
 from minipaged.batch import Batch, BatchBuilder
 from minipaged.bench.timing import copy_work, median_seconds
 from minipaged.config import EngineConfig
@@ -45,17 +48,20 @@ ONE_BILLION = LlamaConfig(  # the form of Llama 3.2 1B
     activation="silu",
     tied=True,
 )
-TINY = replace(
+SMALL = replace(  # 135 million parameters, the form of SmolLM2 135M
     ONE_BILLION,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    hidden_size=256,
-    intermediate_size=512,
-    vocab_size=1024,
-    max_position_embeddings=512,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    hidden_size=576,
+    intermediate_size=1536,
+    vocab_size=49152,
+)
+TINY = replace(
+    SMALL, num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=48, intermediate_size=64
 )
 STEPS = 32  # that are timed
+PARTS = ("schedule", "batch", "model", "sample", "commit", "rest")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Row:
     seconds: float  # of a whole step, in the middle of all
     model_seconds: float  # of the model alone, on its device
     floor_seconds: float
+    parts: dict[str, float]  # seconds of each of PARTS, in the middle of all
 
 
 def measure(
@@ -90,16 +97,30 @@ def measure(
             engine = build_engine(
                 config, backend, num_seqs, context_len, device, dtype, with_graphs
             )
-            seconds, model_seconds, tokens = _time_steps(engine, num_seqs, context_len)
-            model = engine.runner.model
-            weights = sum(p.numel() * p.itemsize for p in model.parameters())
+            timed = _time_steps(engine, num_seqs, context_len)
+            seconds, model_seconds, parts, tokens = timed
             keys = config.kv_bytes_per_token(dtype.itemsize) * num_seqs
-            floor = (weights + keys * (context_len + STEPS // 2)) / bandwidth
-            yield Row(backend, with_graphs, num_seqs, context_len, seconds, model_seconds, floor)
+            num_bytes = _num_weights(config) * dtype.itemsize + keys * (context_len + STEPS // 2)
+            yield Row(
+                backend,
+                with_graphs,
+                num_seqs,
+                context_len,
+                seconds,
+                model_seconds,
+                num_bytes / bandwidth,
+                parts,
+            )
             # In half precision two kernels may round apart, and a random model's tokens with them.
             if dtype is torch.float32:
                 expected = expected or tokens
                 assert tokens == expected, f"{backend} generates other tokens than {backends[0]}"
+
+
+def _num_weights(config: LlamaConfig) -> int:
+    with torch.device("meta"):
+        model = Llama(config, BACKENDS["reference"])
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def build_engine(
@@ -146,27 +167,58 @@ def build_engine(
 
 def _time_steps(
     engine: LLMEngine, num_seqs: int, context_len: int
-) -> tuple[float, float, list[list[int]]]:
-    """Seconds of a step in which all sequences decode, of the model in it, and all tokens."""
+) -> tuple[float, float, dict[str, float], list[list[int]]]:
+    """Of a step in which all decode: its seconds, the model's, each part's; and all tokens."""
     params = SamplingParams(temperature=0.0, max_tokens=STEPS + 4, ignore_eos=True)
     vocab_size = engine.runner.model.config.vocab_size
     for i in range(num_seqs):
         prompt = [(i * 7919 + 31 * n) % vocab_size for n in range(context_len)]
         engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
     clock = _ModelClock(engine.runner)
+    stopwatch = _Stopwatch(engine)
     seconds: list[float] = []
     model_seconds: list[float] = []
+    parts: list[dict[str, float]] = []
     tokens: dict[str, list[int]] = {}
     while engine.has_unfinished_requests():
+        stopwatch.seconds.clear()
         begin = time.perf_counter()
         outputs = engine.step()  # ends with the tokens on the host
         if len(outputs) == num_seqs:
             seconds.append(time.perf_counter() - begin)
             model_seconds.append(clock.seconds_of_last_run())
+            rest = seconds[-1] - sum(stopwatch.seconds.values())
+            parts.append({**stopwatch.seconds, "rest": rest})
         tokens |= {output.request_id: output.outputs[0].token_ids for output in outputs}
     # The first step computes the prompts, the second compiles and records.
     in_order = [tokens[str(i)] for i in range(num_seqs)]
-    return statistics.median(seconds[2:]), statistics.median(model_seconds[2:]), in_order
+    medians = {part: statistics.median(each[part] for each in parts[2:]) for part in PARTS}
+    return statistics.median(seconds[2:]), statistics.median(model_seconds[2:]), medians, in_order
+
+
+class _Stopwatch:
+    """Seconds of each part of a step, taken from outside: it wraps what `LLMEngine.step` calls."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self.seconds: dict[str, float] = {}
+        calls: dict[str, tuple[Any, str]] = {
+            "schedule": (engine.scheduler, "schedule"),
+            "batch": (engine.batches, "build"),
+            "model": (engine.runner, "run"),
+            "sample": (engine.sampler, "sample"),
+            "commit": (engine.scheduler, "commit"),
+        }
+        for part, (owner, name) in calls.items():
+            setattr(owner, name, self._timed(part, getattr(owner, name)))
+
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            begin = time.perf_counter()
+            result = call(*args)
+            self.seconds[part] = time.perf_counter() - begin
+            return result
+
+        return timed
 
 
 class _ModelClock:
@@ -198,12 +250,23 @@ class _ModelClock:
         return self._begin.elapsed_time(self._end) / 1000
 
 
+def describe(config: LlamaConfig, dtype: torch.dtype) -> str:
+    """What the table shows."""
+    return (
+        f"{config.num_layers} layers, hidden size {config.hidden_size}, {dtype}; floor: bytes of "
+        "weights, keys and values over the bandwidth of a large copy. schedule to rest: shares of "
+        "the step's time on the host"
+    )
+
+
 def as_table(rows: list[Row]) -> Table:
     """The rows for a person to read."""
     table = Table(box=None, padding=(0, 2))
     for title in ("by", "graphs"):
         table.add_column(title)
-    for title in ("batch", "context", "floor", "model", "whole step", "model", "whole step"):
+    for title in ("batch", "context", "floor", "model", "whole step"):
+        table.add_column(title, justify="right")
+    for title in ("model", "whole step", *PARTS):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
@@ -216,5 +279,6 @@ def as_table(rows: list[Row]) -> Table:
             f"{1e3 * row.seconds:.2f} ms",
             f"{row.model_seconds / row.floor_seconds:.2f} x floor",
             f"{row.seconds / row.floor_seconds:.2f} x floor",
+            *(f"{100 * row.parts[part] / row.seconds:.1f} %" for part in PARTS),
         )
     return table

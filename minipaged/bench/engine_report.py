@@ -55,7 +55,7 @@ def refuse_what_cannot_be(
     if plot is not None and plot.suffix not in PICTURES:
         raise InvalidOption(f"--plot is {plot}: give a file that ends in {', '.join(PICTURES)}.")
     if plot is not None and find_spec("matplotlib") is None:
-        raise InvalidOption("--plot draws with matplotlib: pip install matplotlib.")
+        raise InvalidOption("--plot draws with matplotlib: pip install 'minipaged[plot]'.")
     for file in (save, plot):
         if file is not None and not file.parent.is_dir():
             raise InvalidOption(f"there is no folder {file.parent} for {file.name}: create it.")
