@@ -27,8 +27,10 @@ from minipaged.transfer import to_device
 # Gather at most so many numbers at a time (one sequence at least). A copy of this size is still in
 # the processor's cache when attention reads it.
 NUMBERS_AT_ONCE = 2**20
-# In place, from so many numbers on: below, what counts is the number of operations.
-FEWEST_IN_PLACE = 2**19
+# In place, from so many numbers on. Below, what counts is the number of operations, and more so if
+# threads are woken for each of them.
+FEWEST_IN_PLACE = 2**17
+FEWEST_FOR_SEVERAL_THREADS = 2**19
 # In place, if at least this part of the range of blocks is in use: the rest is read in vain.
 LEAST_IN_USE = 2 / 3
 # In place, if no more query heads share a key head: SDPA is faster where it has much to multiply.
@@ -64,9 +66,9 @@ class InPlace:
 
 @dataclass(frozen=True)
 class Decodes:
-    """The sequences of a batch with one query, the longest first, and how to attend to them."""
+    """The sequences of a batch with one query, and how to attend to them."""
 
-    tokens: Int[Tensor, " seqs"]  # of the batch: their queries
+    tokens: Int[Tensor, " seqs"] | None  # of the batch: their queries; None: all, in their order
     way: InPlace | list[Gathered]
     scratch: list[Tensor]  # for keys and for values that are gathered: fresh memory costs time
 
@@ -77,21 +79,25 @@ class Decodes:
         seqs = [seq for seq, span in enumerate(spans) if span.query_len == 1]
         if not seqs:
             return None
-        seqs.sort(key=lambda seq: spans[seq].seq_len, reverse=True)
-        _, _, block_size, head_dim = k_cache.shape
+        _, kv_heads, block_size, head_dim = k_cache.shape
+        numbers_if_padded = len(seqs) * batch.longest * kv_heads * head_dim
+        if numbers_if_padded > NUMBERS_AT_ONCE:  # in groups of similar length, little is padding
+            seqs.sort(key=lambda seq: spans[seq].seq_len, reverse=True)
         lengths = [spans[seq].seq_len for seq in seqs]
         columns = [-(-length // block_size) for length in lengths]
+        widest = max(columns)
 
         # Table entries behind a sequence's end are no blocks. Its own first block stands in for
         # them: weighted with zero, but never NaN, as another's block might be.
-        tables = batch.block_tables[to_device(seqs, q.device)].long()[:, : columns[0]]
-        used = torch.arange(columns[0], device=q.device) < to_device(columns, q.device)[:, None]
+        tables = batch.block_tables[to_device(seqs, q.device)].long()[:, :widest]
+        used = torch.arange(widest, device=q.device) < to_device(columns, q.device)[:, None]
         tables = torch.where(used, tables, tables[:, :1])  # [seqs, columns]
-        positions = torch.arange(columns[0] * block_size, device=q.device)
+        positions = torch.arange(widest * block_size, device=q.device)
         hidden = positions >= to_device(lengths, q.device)[:, None]  # [seqs, positions]
         mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -inf)
 
-        tokens = to_device([spans[seq].start for seq in seqs], q.device)
+        starts = [spans[seq].start for seq in seqs]
+        tokens = None if starts == list(range(q.shape[0])) else to_device(starts, q.device)
         if _is_worth_it(sum(lengths), k_cache, q):
             in_place = _plan_in_place(tables, used, columns, mask)
             if in_place is not None:
@@ -128,13 +134,13 @@ def _plan_gathered(
     mask: Float[Tensor, "seqs positions"],
     k_cache: KVPool,
 ) -> list[Gathered]:
-    """The longest first: padding each group to its longest wastes little."""
+    """As many sequences at a time as are allowed, each group padded to its longest."""
     _, kv_heads, block_size, head_dim = k_cache.shape
     blocks_at_once = NUMBERS_AT_ONCE // (kv_heads * block_size * head_dim)
     groups: list[Gathered] = []
     start = 0
     while start < len(columns):
-        longest = columns[start]
+        longest = max(columns[start:])
         stop = min(len(columns), start + max(1, blocks_at_once // longest))
         rows = rows_of_blocks(tables[start:stop, :longest], kv_heads)
         part = mask[start:stop, None, None, : longest * block_size].contiguous()
@@ -197,11 +203,12 @@ def gather(
 
 def _is_worth_it(num_keys: int, k_cache: KVPool, q: Tensor) -> bool:
     _, kv_heads, _, head_dim = k_cache.shape
+    fewest = FEWEST_IN_PLACE if torch.get_num_threads() == 1 else FEWEST_FOR_SEVERAL_THREADS
     return (
         q.device.type == "cpu"
         and not isinstance(k_cache, QuantizedPool)
         and k_cache.dtype == q.dtype
-        and num_keys * kv_heads * head_dim >= FEWEST_IN_PLACE
+        and num_keys * kv_heads * head_dim >= fewest
         and q.shape[1] <= LARGEST_GROUP * kv_heads
     )
 

@@ -70,11 +70,13 @@ def torch_paged_attention(
         batch.notes[key] = _plan_prefills(batch, k_cache, q), Decodes.plan(batch, k_cache, q)
     prefills, decodes = batch.notes[key]
 
+    if decodes is not None and decodes.tokens is None:
+        return decodes.attend(q, k_cache, v_cache, scale)
     out = torch.empty_like(q)
     for prefill in prefills:
         tokens = slice(prefill.start, prefill.stop)
         out[tokens] = _attend_many_queries(q[tokens], k_cache, v_cache, prefill, scale)
-    if decodes is not None:
+    if decodes is not None and decodes.tokens is not None:
         queries = q.index_select(0, decodes.tokens)  # [seqs, heads, head_dim]
         out.index_copy_(0, decodes.tokens, decodes.attend(queries, k_cache, v_cache, scale))
     return out

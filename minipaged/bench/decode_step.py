@@ -264,10 +264,8 @@ def as_table(rows: list[Row]) -> Table:
     table = Table(box=None, padding=(0, 2))
     for title in ("by", "graphs"):
         table.add_column(title)
-    for title in ("batch", "context", "floor", "model", "whole step"):
-        table.add_column(title, justify="right")
-    for title in ("model", "whole step", *PARTS):
-        table.add_column(title, justify="right")
+    for title in ("batch", "context", "floor", "model", "over floor", "step", "over floor", *PARTS):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.backend,
@@ -276,9 +274,9 @@ def as_table(rows: list[Row]) -> Table:
             f"{row.context_len:,}",
             f"{1e3 * row.floor_seconds:.2f} ms",
             f"{1e3 * row.model_seconds:.2f} ms",
+            f"{row.model_seconds / row.floor_seconds:.2f} x",
             f"{1e3 * row.seconds:.2f} ms",
-            f"{row.model_seconds / row.floor_seconds:.2f} x floor",
-            f"{row.seconds / row.floor_seconds:.2f} x floor",
-            *(f"{100 * row.parts[part] / row.seconds:.1f} %" for part in PARTS),
+            f"{row.seconds / row.floor_seconds:.2f} x",
+            *(f"{100 * row.parts[part] / row.seconds:.2f} %" for part in PARTS),
         )
     return table
