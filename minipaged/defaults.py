@@ -14,6 +14,9 @@ from minipaged.tokenizer import Tokenizer
 from minipaged.tokenizer.folder import read_tokenizer
 
 EMBEDDED = ("storyteller",)  # models that ship inside the package
+# Query tokens in a step: as many as it takes to multiply matrices at full speed. More would let
+# those who decode wait longer, and take more memory.
+STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 
 
 def find_model(model: str | Path) -> Path:
@@ -57,6 +60,7 @@ def open_tokenizer(folder: Path) -> Tokenizer | None:
 
 def choose_config(
     model: ModelConfig,
+    device_type: str,
     room: Callable[[], int],
     swap_room: int,
     *,
@@ -87,7 +91,7 @@ def choose_config(
         num_swap_blocks = min(num_blocks, swap_room)
     if max_num_batched_tokens is None:
         whole_prompt = 0 if enable_chunked_prefill else max_model_len
-        max_num_batched_tokens = max(2048, max_num_seqs, whole_prompt)
+        max_num_batched_tokens = max(STEP_TOKENS[device_type], max_num_seqs, whole_prompt)
     return EngineConfig(
         num_blocks=num_blocks,
         num_swap_blocks=num_swap_blocks,

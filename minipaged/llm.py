@@ -10,11 +10,7 @@ from tqdm import tqdm
 from minipaged.attention import choose_backend
 from minipaged.batch import BatchBuilder
 from minipaged.chat import Message, chat_prompt
-from minipaged.config import (
-    PreemptionMode,
-    require_share,
-    require_whole,
-)
+from minipaged.config import PreemptionMode, require_share, require_whole
 from minipaged.defaults import choose_config, find_model, open_tokenizer
 from minipaged.engine import LLMEngine
 from minipaged.errors import InvalidRequest
@@ -59,7 +55,8 @@ class LLM:
             a sliding window is at most its width.
         gpu_memory_utilization: the part of a GPU's memory that weights and cache may fill.
         max_num_seqs: sequences in one step.
-        max_num_batched_tokens: tokens in one step; None: 2,048, more where a whole prompt needs it.
+        max_num_batched_tokens: tokens in one step; None: 512 (GPU: 2,048), or those of a prompt
+            that may not be cut.
         enable_chunked_prefill: whether a long prompt may be computed over several steps.
         enable_prefix_caching: whether full blocks are found again by their content, so that a
             beginning that several prompts have in common is computed and stored once.
@@ -114,6 +111,7 @@ class LLM:
         block_bytes = bytes_per_block(loaded.config, block_size, kv_dtype)
         config = choose_config(
             loaded.config,
+            where.type,
             lambda: blocks_that_fit(block_bytes, where, gpu_memory_utilization),
             max(1, SWAP_BYTES // block_bytes),
             num_blocks=num_blocks,

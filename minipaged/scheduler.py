@@ -168,7 +168,13 @@ class FCFSScheduler:
         group's sequences advance together. Prompts share what is left in order, and at least one of
         them advances: not all seats can be taken by decodes then.
         """
-        for group in sorted(self.running, key=lambda group: not group.is_decoding):  # it is stable
+        prompts: list[SequenceGroup] = []
+        for group in self.running:
+            if group.is_decoding:
+                plan.add(group)
+            else:
+                prompts.append(group)
+        for group in prompts:
             plan.add(group)
 
     def _let_others_join(self, plan: ScheduledBatch) -> None:

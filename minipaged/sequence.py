@@ -138,7 +138,10 @@ class SequenceGroup:
     @property
     def is_decoding(self) -> bool:
         """Whether every sequence has one token left to compute, and then samples the next."""
-        return not self.absent and all(s.num_uncomputed_tokens == 1 for s in self.sequences)
+        for seq in self.sequences:  # all(...) would take twice as long, for every group every step
+            if len(seq.token_ids) - seq.num_computed_tokens != 1:
+                return False
+        return not self.absent
 
     def __repr__(self) -> str:
         return f"SequenceGroup({self.request_id!r}, {self.status.name}, {self.sequences})"

@@ -557,7 +557,7 @@ def test_the_token_budget_grows_with_seats_and_with_whole_prompts(tmp_path):
     assert whole.engine.config.max_num_batched_tokens == 4096
     many = LLM(folder, num_blocks=4, max_num_seqs=3000)
     assert many.engine.config.max_num_batched_tokens == 3000
-    assert LLM(folder, num_blocks=4).engine.config.max_num_batched_tokens == 2048
+    assert LLM(folder, num_blocks=4).engine.config.max_num_batched_tokens == 512
 
 
 def test_the_pool_holds_the_longest_sequences_or_as_much_as_memory_allows(folder, monkeypatch):

@@ -72,10 +72,11 @@ class BlockManager:
 
     def can_append(self, group: SequenceGroup) -> bool:
         """Whether enough blocks are free for the tokens of the next step."""
-        seqs, size = group.sequences, self.block_size
-        # No step takes more blocks than it writes, and mostly there are as many.
-        most = sum(-(-s.num_tokens // size) - s.num_computed_tokens // size for s in seqs)
-        return self.num_free >= most or self.num_free >= self._growth(group, self._pool.ref_count)
+        # No step takes more blocks than it computes tokens, and mostly there are as many.
+        num_free, most = self._pool.num_free, 0
+        for seq in group.sequences:
+            most += seq.num_uncomputed_tokens
+        return num_free >= most or num_free >= self._growth(group, self._pool.ref_count)
 
     def append(self, seq: Sequence) -> list[BlockPair]:
         """Give every token of the sequence a slot, and the uncomputed ones one that it owns alone.
