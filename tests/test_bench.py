@@ -223,6 +223,44 @@ def test_bench_alone_says_what_there_is(capsys, monkeypatch):
     assert "sharing" in out
 
 
+def test_packed_weights_are_timed_beside_plain_ones(monkeypatch):
+    from minipaged.bench import linear
+
+    if not linear.can_pack(torch.float32):
+        pytest.skip("this processor, or this torch, packs nothing")
+    monkeypatch.setattr(linear, "BYTES_IN_TURN", 2**20)
+    rows = list(linear.measure(torch.float32, {"a matrix": (512, 512)}))
+    assert [row.num_rows for row in rows] == list(linear.NUM_ROWS)
+    assert all(row.plain_seconds > 0 and row.packed_seconds > 0 for row in rows)
+    assert len(linear.as_table(rows).rows) == len(rows)
+
+
+def test_weights_that_cannot_be_packed_are_not_timed(capsys, monkeypatch):
+    from minipaged.bench import linear
+
+    monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
+    code, _, err = minipaged(capsys, monkeypatch, "bench", "linear")
+    assert code == 2
+    assert "packs no weights of torch.float32" in err
+
+
+def test_both_ways_of_decoding_are_timed_beside_sdpa(monkeypatch):
+    from minipaged.bench import decode
+
+    monkeypatch.setattr(decode, "BYTES_IN_TURN", 2**20)
+    rows = list(decode.measure(torch.float32, [(1, 20, 1), (3, 40, 2)]))
+    assert [(row.num_seqs, row.context_len, row.part_in_use) for row in rows] == [
+        (1, 20, 1.0),
+        (3, 40, 0.5),
+    ]
+    for row in rows:
+        assert row.sdpa_seconds > 0
+        assert row.gathered_seconds > 0
+        assert row.in_place_seconds > 0
+        assert row.chosen == "gathered"
+    assert len(decode.as_table(rows).rows) == 2
+
+
 def test_bookkeeping_is_timed_at_every_size(monkeypatch, capsys):
     from minipaged.bench import bookkeeping
 

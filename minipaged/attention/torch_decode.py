@@ -13,7 +13,7 @@ is for large batches whose blocks fill their part of the pool; there it is up to
 
 from dataclasses import dataclass
 from math import inf
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from minipaged.batch import Batch
 from minipaged.quantized import KVPool, QuantizedPool
 from minipaged.shapes import Float, Int
 from minipaged.transfer import to_device
+
+Way = Literal["gathered", "in place"]
 
 # Gather at most so many numbers at a time (one sequence at least). A copy of this size is still in
 # the processor's cache when attention reads it.
@@ -73,8 +75,14 @@ class Decodes:
     scratch: list[Tensor]  # for keys and for values that are gathered: fresh memory costs time
 
     @classmethod
-    def plan(cls, batch: Batch, k_cache: KVPool, q: Tensor) -> "Decodes | None":
-        """What all layers of this step have in common; None if no sequence decodes."""
+    def plan(
+        cls, batch: Batch, k_cache: KVPool, q: Tensor, way: Way | None = None
+    ) -> "Decodes | None":
+        """What all layers of this step have in common; None if no sequence decodes.
+
+        `way`: None chooses the one that should be faster. "in place" is followed where it can be:
+        blocks that sequences share are gathered.
+        """
         spans = batch.spans
         seqs = [seq for seq, span in enumerate(spans) if span.query_len == 1]
         if not seqs:
@@ -98,8 +106,13 @@ class Decodes:
 
         starts = [spans[seq].start for seq in seqs]
         tokens = None if starts == list(range(q.shape[0])) else to_device(starts, q.device)
-        if _is_worth_it(sum(lengths), k_cache, q):
-            in_place = _plan_in_place(tables, used, columns, mask)
+        if way is None:
+            way = "in place" if _is_worth_it(sum(lengths), k_cache, q) else "gathered"
+            least_in_use = LEAST_IN_USE
+        else:
+            least_in_use = 0.0
+        if way == "in place" and _is_possible(k_cache, q):
+            in_place = _plan_in_place(tables, used, columns, mask, least_in_use)
             if in_place is not None:
                 return cls(tokens, in_place, [])
         groups = _plan_gathered(tables, columns, mask, k_cache)
@@ -201,16 +214,16 @@ def gather(
 # ------------------------------------------------------------------------------------- in place
 
 
+def _is_possible(k_cache: KVPool, q: Tensor) -> bool:
+    on_cpu = q.device.type == "cpu"
+    return on_cpu and not isinstance(k_cache, QuantizedPool) and k_cache.dtype == q.dtype
+
+
 def _is_worth_it(num_keys: int, k_cache: KVPool, q: Tensor) -> bool:
     _, kv_heads, _, head_dim = k_cache.shape
     fewest = FEWEST_IN_PLACE if torch.get_num_threads() == 1 else FEWEST_FOR_SEVERAL_THREADS
-    return (
-        q.device.type == "cpu"
-        and not isinstance(k_cache, QuantizedPool)
-        and k_cache.dtype == q.dtype
-        and num_keys * kv_heads * head_dim >= fewest
-        and q.shape[1] <= LARGEST_GROUP * kv_heads
-    )
+    numbers = num_keys * kv_heads * head_dim
+    return numbers >= fewest and q.shape[1] <= LARGEST_GROUP * kv_heads
 
 
 def _plan_in_place(
@@ -218,11 +231,12 @@ def _plan_in_place(
     used: Tensor,
     columns: list[int],
     mask: Float[Tensor, "seqs positions"],
+    least_in_use: float,
 ) -> InPlace | None:
     """None if the blocks lie too far apart, or if sequences share some."""
     blocks = tables[used]  # [used]
     first, stop = int(blocks.min()), int(blocks.max()) + 1
-    if len(blocks) < LEAST_IN_USE * (stop - first):
+    if len(blocks) < least_in_use * (stop - first):
         return None
     blocks = blocks - first
     entries = used.flatten().nonzero()[:, 0]  # [used]

@@ -2,20 +2,16 @@
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from minipaged.bench.options import AsJSON, Device, DType, Save, choose, report
 from minipaged.errors import InvalidOption
-
-if TYPE_CHECKING:
-    import torch
-    from rich.table import Table
 
 app = typer.Typer(
     help="Measure, and print what the documentation quotes.",
@@ -30,12 +26,6 @@ def bench(context: typer.Context) -> None:
         print(context.get_help())
 
 
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DType = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, float16, bfloat16.")]
-AsJSON = Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")]
-Save = Annotated[Path | None, typer.Option(help="Write the JSON object to this file, too.")]
-
-
 @app.command()
 def kernel(
     device: Device = "auto",
@@ -48,7 +38,7 @@ def kernel(
     from minipaged.bench.cases import BLOCK_SIZE, has_room
     from minipaged.bench.writes import measure_writes
 
-    where, chosen, on_gpu = _choose(device, dtype)
+    where, chosen, on_gpu = choose(device, dtype)
     backends = ["triton", "triton-naive"] if on_gpu else ["torch", "blockwise"]
     cases = kernels.GPU_CASES if on_gpu else kernels.CPU_CASES
     heads = kernels.LLAMA_3_8B if on_gpu else kernels.SMALL
@@ -63,7 +53,7 @@ def kernel(
         note += " No GPU: without the Triton kernels."
     if left_out := [case for case in cases if not has_room(case, where, chosen)]:
         note += f"; left out for want of memory: {left_out}"
-    _report(rows, kernels.as_table(rows), note, where, save, as_json)
+    report(rows, kernels.as_table(rows), note, where, save, as_json)
 
 
 @app.command()
@@ -80,7 +70,7 @@ def formats(
         'LLM(kv_cache_dtype=...). "tokens": that the same memory holds, beside float16; "right": '
         'answers about the first sentence of a story; "changed": with another token than in float32'
     )
-    _report(rows, kv_formats.as_table(rows), note, None, save, as_json)
+    report(rows, kv_formats.as_table(rows), note, None, save, as_json)
 
 
 @app.command()
@@ -99,7 +89,7 @@ def load(
         "every load in a process of its own, which then reads each weight once; peak: resident "
         "memory at its highest, less what it was before"
     )
-    _report(rows, loading.as_table(rows), note, None, save, as_json)
+    report(rows, loading.as_table(rows), note, None, save, as_json)
 
 
 @app.command()
@@ -119,16 +109,16 @@ def engine(
 ) -> None:
     """The whole engine on a CPU against transformers; takes minutes."""
     from minipaged.bench import engine as engines
-    from minipaged.bench import engine_report as report
+    from minipaged.bench import engine_report as results
     from minipaged.bench import engine_workload as workloads
 
-    report.refuse_what_cannot_be(against, dtype, save, plot)
+    results.refuse_what_cannot_be(against, dtype, save, plot)
     workload = workloads.QUICK if quick else workloads.FULL
     rows = list(engines.measure(workload, dtype, rounds, against, threads))
-    note = report.describe(workload, dtype, rounds, against)
-    _report(rows, report.as_table(rows), note, None, save, as_json)
+    note = results.describe(workload, dtype, rounds, against)
+    report(rows, results.as_table(rows), note, None, save, as_json)
     if plot is not None:
-        report.plot_rows(rows, plot)
+        results.plot_rows(rows, plot)
 
 
 @app.command()
@@ -138,7 +128,35 @@ def bookkeeping(save: Save = None, as_json: AsJSON = False) -> None:
 
     rows = list(books.measure())
     note = f"plain Python; sequences of {books.NUM_TOKENS:,} tokens, all decoding"
-    _report(rows, books.as_table(rows), note, None, save, as_json)
+    report(rows, books.as_table(rows), note, None, save, as_json)
+
+
+@app.command()
+def linear(
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Packed weights on a CPU, beside PyTorch's own layout."""
+    from minipaged.bench import linear as matrices
+
+    _, chosen, _ = choose("cpu", dtype)
+    rows = list(matrices.measure(chosen))
+    report(rows, matrices.as_table(rows), matrices.describe(chosen), None, save, as_json)
+
+
+@app.command()
+def decode(
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Decode attention on a CPU: gathered and in place, beside SDPA."""
+    from minipaged.bench import decode as decoding
+
+    _, chosen, _ = choose("cpu", dtype)
+    rows = list(decoding.measure(chosen))
+    report(rows, decoding.as_table(rows), decoding.describe(chosen), None, save, as_json)
 
 
 @app.command()
@@ -149,7 +167,7 @@ def tune(
     as_json: AsJSON = False,
 ) -> None:
     """Sweep over tiles, warps and stages of kernels (on a GPU)."""
-    where, chosen, on_gpu = _choose(device, dtype)
+    where, chosen, on_gpu = choose(device, dtype)
     if not on_gpu:
         raise InvalidOption("tuning measures a GPU, and none is found: run it where one is.")
     _require_triton()
@@ -157,7 +175,7 @@ def tune(
 
     rows = list(tuning.sweep(tuning.CASES, where, chosen))
     note = f"{chosen}; the fastest choices of each case, beside the shipped one"
-    _report(rows, tuning.as_table(rows), note, where, save, as_json)
+    report(rows, tuning.as_table(rows), note, where, save, as_json)
 
 
 @app.command()
@@ -177,7 +195,7 @@ def step(
     """A decode step: its parts, and the bytes it reads."""
     from minipaged.bench import decode_step
 
-    where, chosen, on_gpu = _choose(device, dtype)
+    where, chosen, on_gpu = choose(device, dtype)
     config = decode_step.ONE_BILLION if on_gpu else decode_step.SMALL
     config = decode_step.TINY if quick else config
     backends = ["triton", "torch"] if on_gpu else ["torch", "reference"]
@@ -186,7 +204,7 @@ def step(
     context_len = min(context_len, config.max_position_embeddings - 2 * decode_step.STEPS)
     rows = list(decode_step.measure(config, backends, num_seqs, context_len, where, chosen))
     note = decode_step.describe(config, chosen)
-    _report(rows, decode_step.as_table(rows), note, where, save, as_json)
+    report(rows, decode_step.as_table(rows), note, where, save, as_json)
 
 
 @app.command(name="compile")
@@ -214,47 +232,12 @@ def compile_kernels(
     tiles = TileShapes(*prefill_tiles) if prefill_tiles else None
     rows = list(compiling.compile_all(settings, tile=tile, tiles=tiles))
     note = "a thread has 255 registers at most; what spills lies on its stack"
-    _report(rows, compiling.as_table(rows), note, None, save, as_json)
+    report(rows, compiling.as_table(rows), note, None, save, as_json)
 
 
 def _require_triton() -> None:
     if find_spec("triton") is None:
         raise InvalidOption('the package "triton" is not installed; it exists for Linux only.')
-
-
-def _choose(device: str, dtype: str) -> tuple["torch.device", "torch.dtype", bool]:
-    """Where, in which type, and whether that is a GPU."""
-    import torch
-
-    from minipaged.models.loader import choose_dtype
-    from minipaged.runner import choose_device
-
-    where = choose_device(device)
-    return where, choose_dtype(dtype, torch.bfloat16, where), where.type == "cuda"
-
-
-def _report(
-    rows: Sequence[Any],
-    table: "Table",
-    note: str,
-    device: "torch.device | None",
-    save: Path | None,
-    as_json: bool,
-) -> None:
-    """Print the table, or the JSON; write the JSON to a file if asked to."""
-    from minipaged.bench.machine import describe_machine
-
-    machine = describe_machine("cpu" if device is None else str(device))
-    found = {"machine": machine, "note": note, "rows": [asdict(row) for row in rows]}
-    text = json.dumps(found, default=str)
-    if save is not None:
-        save.write_text(text + "\n", encoding="utf-8")
-    if as_json:
-        print(text)
-    else:
-        Console(width=max(150, Console().width)).print(
-            note, table, machine, sep="\n\n", highlight=False
-        )
 
 
 @app.command()

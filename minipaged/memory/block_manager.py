@@ -73,9 +73,8 @@ class BlockManager:
     def can_append(self, group: SequenceGroup) -> bool:
         """Whether enough blocks are free for the tokens of the next step."""
         # No step takes more blocks than it computes tokens, and mostly there are as many.
-        num_free, most = self._pool.num_free, 0
-        for seq in group.sequences:
-            most += seq.num_uncomputed_tokens
+        num_free = self._pool.num_free
+        most = sum([seq.num_uncomputed_tokens for seq in group.sequences])
         return num_free >= most or num_free >= self._growth(group, self._pool.ref_count)
 
     def append(self, seq: Sequence) -> list[BlockPair]:
