@@ -21,6 +21,7 @@ finishes; and nobody overtakes the oldest of those who do not run. So nobody sta
 from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from operator import attrgetter
 from typing import Protocol
 
 from minipaged.admission import refuse_what_can_never_run
@@ -168,13 +169,8 @@ class FCFSScheduler:
         group's sequences advance together. Prompts share what is left in order, and at least one of
         them advances: not all seats can be taken by decodes then.
         """
-        prompts: list[SequenceGroup] = []
-        for group in self.running:
-            if group.is_decoding:
-                plan.add(group)
-            else:
-                prompts.append(group)
-        for group in prompts:
+        # The sort is stable, and stays so in reverse.
+        for group in sorted(self.running, key=attrgetter("is_decoding"), reverse=True):
             plan.add(group)
 
     def _let_others_join(self, plan: ScheduledBatch) -> None:
