@@ -262,21 +262,19 @@ def describe(config: LlamaConfig, dtype: torch.dtype) -> str:
 def as_table(rows: list[Row]) -> Table:
     """The rows for a person to read."""
     table = Table(box=None, padding=(0, 2))
-    for title in ("by", "graphs"):
-        table.add_column(title)
-    for title in ("batch", "context", "floor", "model", "over floor", "step", "over floor", *PARTS):
+    table.add_column("by", no_wrap=True)
+    for title in ("batch", "context", "floor", "model", "", "step", "", *PARTS):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.backend,
-            "yes" if row.graphs else "no",
+            row.backend + (", graphs" if row.graphs else ""),
             str(row.num_seqs),
             f"{row.context_len:,}",
             f"{1e3 * row.floor_seconds:.2f} ms",
             f"{1e3 * row.model_seconds:.2f} ms",
-            f"{row.model_seconds / row.floor_seconds:.2f} x",
+            f"{row.model_seconds / row.floor_seconds:.2f} x floor",
             f"{1e3 * row.seconds:.2f} ms",
-            f"{row.seconds / row.floor_seconds:.2f} x",
+            f"{row.seconds / row.floor_seconds:.2f} x floor",
             *(f"{100 * row.parts[part] / row.seconds:.2f} %" for part in PARTS),
         )
     return table

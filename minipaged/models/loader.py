@@ -123,8 +123,8 @@ def load_model(
         folder: holds config.json and model.safetensors, or shards with their index.
         attention: the functions through which the model will use the cache.
         dtype: of the parameters. "auto" is the one the checkpoint was saved in; but on a CPU it is
-            always float32, since half precision saves nothing there but memory, and costs
-            exactness and mostly time.
+            always float32: half precision costs exactness, and is faster only on processors that
+            multiply it natively.
         device: where the parameters shall lie.
 
     Raises:
