@@ -46,6 +46,7 @@ def always_in_place(module: ModuleType) -> Iterator[None]:
         patch.setattr(module, "FEWEST_IN_PLACE", 0)
         patch.setattr(module, "FEWEST_FOR_SEVERAL_THREADS", 0)
         patch.setattr(module, "LEAST_IN_USE", 0.0)
+        patch.setattr(module, "MOST_ENTRIES", 1000)
         patch.setattr(module, "LARGEST_GROUP", 1000)
         yield
 
@@ -224,6 +225,9 @@ def test_large_batches_whose_blocks_lie_close_together_are_decoded_in_place() ->
     assert way_of_decoding(paged_setup(large[:4])) == "gathered"  # few keys
     assert way_of_decoding(paged_setup(large, shared_blocks=1)) == "gathered"
     assert way_of_decoding(paged_setup(large, heads=8)) == "gathered"  # 4 read the same keys
+    uneven = [(1, 9000), *[(1, 50)] * 24]  # padded to the longest, 20 entries for each block
+    assert way_of_decoding(paged_setup(uneven)) == "gathered"
+    assert way_of_decoding(paged_setup([(1, 9000)] * 2)) == "in place"
     far_apart = [*large, (700, 400 * 24)]  # half of the blocks belong to a prefill
     assert way_of_decoding(paged_setup(far_apart)) == "gathered"
 
@@ -400,6 +404,7 @@ ALWAYS_IN_PLACE = [
     ("= 2**19", "= 0"),
     ("= 2 / 3", "= 0.0"),
     ("GROUP = 3", "GROUP = 1000"),
+    ("ENTRIES = 4", "ENTRIES = 1000"),
 ]
 
 

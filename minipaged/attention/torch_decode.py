@@ -35,6 +35,8 @@ FEWEST_IN_PLACE = 2**17
 FEWEST_FOR_SEVERAL_THREADS = 2**19
 # In place, if at least this part of the range of blocks is in use: the rest is read in vain.
 LEAST_IN_USE = 2 / 3
+# In place, if a table of all sequences, padded to the longest, has at most so many entries a block.
+MOST_ENTRIES = 4
 # In place, if no more query heads share a key head: SDPA is faster where it has much to multiply.
 LARGEST_GROUP = 3
 
@@ -106,13 +108,10 @@ class Decodes:
 
         starts = [spans[seq].start for seq in seqs]
         tokens = None if starts == list(range(q.shape[0])) else to_device(starts, q.device)
-        if way is None:
-            way = "in place" if _is_worth_it(sum(lengths), k_cache, q) else "gathered"
-            least_in_use = LEAST_IN_USE
-        else:
-            least_in_use = 0.0
-        if way == "in place" and _is_possible(k_cache, q):
-            in_place = _plan_in_place(tables, used, columns, mask, least_in_use)
+        forced = way == "in place"
+        worth_it = forced or (way is None and _is_worth_it(sum(lengths), k_cache, q))
+        if worth_it and _is_possible(k_cache, q):
+            in_place = _plan_in_place(tables, used, columns, mask, forced)
             if in_place is not None:
                 return cls(tokens, in_place, [])
         groups = _plan_gathered(tables, columns, mask, k_cache)
@@ -231,12 +230,14 @@ def _plan_in_place(
     used: Tensor,
     columns: list[int],
     mask: Float[Tensor, "seqs positions"],
-    least_in_use: float,
+    forced: bool,
 ) -> InPlace | None:
-    """None if the blocks lie too far apart, or if sequences share some."""
+    """None if sequences share blocks or, unless forced, if it would be slow: see above."""
     blocks = tables[used]  # [used]
     first, stop = int(blocks.min()), int(blocks.max()) + 1
-    if len(blocks) < least_in_use * (stop - first):
+    is_dense = len(blocks) >= LEAST_IN_USE * (stop - first)
+    is_even = tables.numel() <= MOST_ENTRIES * len(blocks)
+    if not forced and not (is_dense and is_even):
         return None
     blocks = blocks - first
     entries = used.flatten().nonzero()[:, 0]  # [used]
