@@ -14,8 +14,8 @@ from minipaged.tokenizer import Tokenizer
 from minipaged.tokenizer.folder import read_tokenizer
 
 EMBEDDED = ("storyteller",)  # models that ship inside the package
-# Query tokens in a step: as many as it takes to multiply matrices at full speed. More would let
-# those who decode wait longer, and take more memory.
+# Query tokens in a step: as many as it takes to multiply matrices at full speed. More would only
+# let those who decode wait longer.
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 
 

@@ -261,9 +261,9 @@ def describe(config: LlamaConfig, dtype: torch.dtype) -> str:
 
 def as_table(rows: list[Row]) -> Table:
     """The rows for a person to read."""
-    table = Table(box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 1))
     table.add_column("by", no_wrap=True)
-    for title in ("batch", "context", "floor", "model", "", "step", "", *PARTS):
+    for title in ("batch", "context", "floor", "model", "/ floor", "step", "/ floor", *PARTS):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -272,9 +272,9 @@ def as_table(rows: list[Row]) -> Table:
             f"{row.context_len:,}",
             f"{1e3 * row.floor_seconds:.2f} ms",
             f"{1e3 * row.model_seconds:.2f} ms",
-            f"{row.model_seconds / row.floor_seconds:.2f} x floor",
+            f"{row.model_seconds / row.floor_seconds:.2f}",
             f"{1e3 * row.seconds:.2f} ms",
-            f"{row.seconds / row.floor_seconds:.2f} x floor",
+            f"{row.seconds / row.floor_seconds:.2f}",
             *(f"{100 * row.parts[part] / row.seconds:.2f} %" for part in PARTS),
         )
     return table
