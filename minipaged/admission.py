@@ -8,8 +8,7 @@ from minipaged.sequence import SequenceGroup
 
 def refuse_what_can_never_run(group: SequenceGroup, memory: Memory, config: EngineConfig) -> None:
     """Raise PromptTooLong or InvalidRequest for a group that no wait would ever let run."""
-    length, size, has = group.sequences[0].num_tokens, memory.block_size, memory.num_blocks
-    needed = -(-length // size)
+    length = group.sequences[0].num_tokens
     if length >= config.max_model_len:
         over = length - config.max_model_len + 1
         raise PromptTooLong(
@@ -17,16 +16,8 @@ def refuse_what_can_never_run(group: SequenceGroup, memory: Memory, config: Engi
             f"{config.max_model_len} (max_model_len). Shorten the prompt by {over} "
             f"{'token' if over == 1 else 'tokens'}, or raise max_model_len if the model allows."
         )
-    if needed > has:
-        raise PromptTooLong(
-            f"the prompt needs {needed} blocks of {size} tokens, the pool has {has}. "
-            f"Raise num_blocks to {needed} or shorten the prompt by {length - has * size} tokens."
-        )
     if not memory.fits(group):
-        raise PromptTooLong(
-            f"pinned prefixes keep too many of the pool's {has} blocks for a prompt of "
-            f"{length} tokens: raise num_blocks, or release a prefix."
-        )
+        raise PromptTooLong(memory.why_not(group))
     if group.num_seats > config.max_num_seqs:
         raise InvalidRequest(
             f"the request asks for {group.num_seats} sequences at once (n, best_of or beam_width), "

@@ -178,6 +178,7 @@ class LLMEngine:
         seq = Sequence(
             next(self._seq_ids),
             read.token_ids,
+            max_output_len=params.max_tokens,
             cache_salt=read.cache_salt,
             reads_cache=not wants_prompt,  # for the logits of the prompt, all of it is computed
         )

@@ -7,27 +7,14 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from minipaged.attention import choose_backend
-from minipaged.batch import BatchBuilder
+from minipaged.assembly import build_engine
 from minipaged.chat import Message, chat_prompt
-from minipaged.config import PreemptionMode, require_share, require_whole
-from minipaged.defaults import choose_config, find_model, open_tokenizer
-from minipaged.engine import LLMEngine
+from minipaged.config import PreemptionMode
+from minipaged.defaults import find_model
 from minipaged.errors import InvalidRequest
-from minipaged.graphs import DecodeGraphs, record_cuda_graphs
-from minipaged.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
-from minipaged.models.linear import pack_weights
-from minipaged.models.loader import load_model, read_model_config
 from minipaged.outputs import CachedPrefix, RequestOutput
 from minipaged.parts import Parts
 from minipaged.prompts import Prompt, list_prompts, read_prompt
-from minipaged.runner import (
-    SWAP_BYTES,
-    ModelRunner,
-    blocks_that_fit,
-    choose_device,
-    refuse_more_than_memory,
-)
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams, one_for_each
 from minipaged.tokenizer import Tokenizer
 
@@ -46,6 +33,9 @@ class LLM:
         attention_backend: "auto", "reference", "blockwise", "torch", "triton" or "triton-naive".
         kv_cache_dtype: in what keys and values are kept: "auto" (as the model computes), "float32",
             "bfloat16", "float16"; in 8 bits, for twice the tokens: "int8" or "fp8".
+        memory: "paged"; or a rival, to compare with: "contiguous-max", "contiguous-pow2" and
+            "contiguous-oracle" reserve what a request may need in advance, and "static" besides
+            admits nobody before a whole batch has ended. They share and swap nothing.
         block_size: token slots in a block.
         num_blocks: blocks in the pool; None: enough for `max_num_seqs` of the longest sequences,
             if the memory has room for them.
@@ -81,6 +71,7 @@ class LLM:
         dtype: str = "auto",
         attention_backend: str = "auto",
         kv_cache_dtype: str = "auto",
+        memory: str = "paged",
         block_size: int = 16,
         num_blocks: int | None = None,
         num_swap_blocks: int | None = None,
@@ -96,47 +87,27 @@ class LLM:
         seed: int = 0,
         parts: Parts | None = None,
     ) -> None:
-        parts = Parts() if parts is None else parts
-        where = choose_device(device)
-        require_share("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0)
         self.folder = find_model(model)
-        head_dim = read_model_config(self.folder).head_dim
-        backend = choose_backend(attention_backend, where, head_dim, kv_cache_dtype)
-        backend = parts.attention(backend)
-        loaded = load_model(self.folder, backend, dtype, where)
-        if where.type == "cpu":
-            pack_weights(loaded)
-        kv_dtype = choose_kv_dtype(kv_cache_dtype, next(loaded.parameters()).dtype)
-        require_whole("block_size", block_size, 1)
-        block_bytes = bytes_per_block(loaded.config, block_size, kv_dtype)
-        config = choose_config(
-            loaded.config,
-            where.type,
-            lambda: blocks_that_fit(block_bytes, where, gpu_memory_utilization),
-            max(1, SWAP_BYTES // block_bytes),
+        self.engine = build_engine(
+            self.folder,
+            Parts() if parts is None else parts,
+            device=device,
+            dtype=dtype,
+            attention_backend=attention_backend,
+            kv_cache_dtype=kv_cache_dtype,
+            memory=memory,
+            block_size=block_size,
             num_blocks=num_blocks,
             num_swap_blocks=num_swap_blocks,
             max_model_len=max_model_len,
-            block_size=block_size,
+            gpu_memory_utilization=gpu_memory_utilization,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_chunked_prefill=enable_chunked_prefill,
             enable_prefix_caching=enable_prefix_caching,
             preemption=preemption,
             watermark=watermark,
-        )
-        refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes, where)
-        kv_cache = KVCache.build(loaded.config, config, kv_dtype, where, backend.copy_blocks)
-        graphs = None
-        if where.type == "cuda" and backend.reads_only_tensors and not enforce_eager:
-            blocks = config.max_blocks_per_seq
-            graphs = DecodeGraphs(loaded, kv_cache, max_num_seqs, blocks, record_cuda_graphs(where))
-        self.engine = LLMEngine(
-            config,
-            parts.build_scheduler(config),
-            BatchBuilder(max_num_seqs, config.max_blocks_per_seq, block_size, where),
-            ModelRunner(loaded, kv_cache, graphs),
-            open_tokenizer(self.folder),
+            enforce_eager=enforce_eager,
             seed=seed,
         )
         self._numbers = count()

@@ -24,6 +24,8 @@ from minipaged.memory import (
 )
 from minipaged.scheduler import FCFSScheduler, Scheduler, Victim, youngest
 
+BuildMemory = Callable[..., Memory]
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -35,18 +37,23 @@ class Parts:
     victim           whom to preempt, of the running groups younger than the one in need
     paged_attention  None: the attention backend's
     store_kv         None: the attention backend's
+    memory_wrappers  what `checked` and `traced` put round the memory, whoever plays it
     """
 
     allocator: Callable[[int], Allocator] = BlockAllocator
-    memory: Callable[..., Memory] = BlockManager
+    memory: BuildMemory = BlockManager
     scheduler: Callable[..., Scheduler] = FCFSScheduler
     victim: Victim = youngest
     paged_attention: PagedAttention | None = None
     store_kv: StoreKV | None = None
+    memory_wrappers: tuple[Callable[[BuildMemory], BuildMemory], ...] = ()
 
     def build_scheduler(self, config: EngineConfig) -> Scheduler:
         """The scheduler and, below it, the memory and its allocators."""
-        memory = self.memory(
+        build_memory = self.memory
+        for wrap in self.memory_wrappers:
+            build_memory = wrap(build_memory)
+        memory = build_memory(
             num_blocks=config.num_blocks,
             num_swap_blocks=config.num_swap_blocks,
             block_size=config.block_size,
@@ -70,10 +77,14 @@ class Parts:
 
     def checked(self) -> "Parts":
         """The same parts, recounted after every call; slow, for tests and labs."""
+
+        def check(build: BuildMemory) -> BuildMemory:
+            return lambda **options: cast(Memory, CheckedMemory(build(**options)))
+
         return replace(
             self,
             allocator=lambda num_blocks: CheckedAllocator(self.allocator(num_blocks)),
-            memory=lambda **options: cast(Memory, CheckedMemory(self.memory(**options))),
+            memory_wrappers=(*self.memory_wrappers, check),
         )
 
     def traced(self, log: EventLog) -> "Parts":
@@ -82,14 +93,18 @@ class Parts:
         def scheduler(*arguments: Any) -> Scheduler:
             return cast(Scheduler, TracedScheduler(self.scheduler(*arguments), log))
 
-        def memory(**options: Any) -> Memory:
-            pools = iter(("pool", "swap"))  # the order in which a memory asks for its allocators
+        def trace(build: BuildMemory) -> BuildMemory:
+            def memory(**options: Any) -> Memory:
+                pools = iter(("pool", "swap"))  # the order in which a memory asks for allocators
 
-            def allocator(num_blocks: int) -> Allocator:
-                inner = options["allocator"](num_blocks)
-                return cast(Allocator, TracedAllocator(inner, log, next(pools)))
+                def allocator(num_blocks: int) -> Allocator:
+                    inner = options["allocator"](num_blocks)
+                    return cast(Allocator, TracedAllocator(inner, log, next(pools)))
 
-            traced = TracedMemory(self.memory(**{**options, "allocator": allocator}), log)
-            return cast(Memory, traced)
+                traced = TracedMemory(build(**{**options, "allocator": allocator}), log)
+                return cast(Memory, traced)
 
-        return replace(self, memory=memory, scheduler=scheduler)
+            return memory
+
+        wrappers = (*self.memory_wrappers, trace)
+        return replace(self, scheduler=scheduler, memory_wrappers=wrappers)

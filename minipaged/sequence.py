@@ -35,6 +35,8 @@ class Sequence:
     computed, and makes it forget that if its blocks are taken away.
 
     Args:
+        max_output_len: the most tokens it will generate; only memories that reserve ask for it.
+            None: as many as the model's context holds.
         cache_salt: it shares cached blocks only with sequences of the same salt, or none as well.
         reads_cache: False computes everything: for somebody who wants the logits of the prompt.
     """
@@ -44,6 +46,7 @@ class Sequence:
         seq_id: int,
         prompt_token_ids: Iterable[int],
         *,
+        max_output_len: int | None = None,
         cache_salt: str | None = None,
         reads_cache: bool = True,
     ) -> None:
@@ -51,6 +54,7 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.max_output_len = max_output_len
         self.num_cached_tokens: int | None = None  # found at first admission; None: not admitted
         self.cache_salt = cache_salt
         self.reads_cache = reads_cache
@@ -59,7 +63,11 @@ class Sequence:
     def fork(self, child_id: int) -> "Sequence":
         """A second sequence with the same tokens, from which both go on (section 4.4)."""
         child = Sequence(
-            child_id, self.token_ids, cache_salt=self.cache_salt, reads_cache=self.reads_cache
+            child_id,
+            self.token_ids,
+            max_output_len=self.max_output_len,
+            cache_salt=self.cache_salt,
+            reads_cache=self.reads_cache,
         )
         child.prompt_len = self.prompt_len
         child.num_computed_tokens = self.num_computed_tokens

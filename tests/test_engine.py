@@ -562,9 +562,9 @@ def test_the_token_budget_grows_with_seats_and_with_whole_prompts(tmp_path):
 
 def test_the_pool_holds_the_longest_sequences_or_as_much_as_memory_allows(folder, monkeypatch):
     assert LLM(folder, max_num_seqs=3).engine.config.num_blocks == 3 * 128 // 16
-    monkeypatch.setattr("minipaged.llm.blocks_that_fit", lambda *_: 7)
+    monkeypatch.setattr("minipaged.assembly.blocks_that_fit", lambda *_: 7)
     assert LLM(folder).engine.config.num_blocks == 7
-    monkeypatch.setattr("minipaged.llm.SWAP_BYTES", 0)
+    monkeypatch.setattr("minipaged.assembly.SWAP_BYTES", 0)
     assert LLM(folder).engine.config.num_swap_blocks == 1
 
 

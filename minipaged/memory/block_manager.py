@@ -12,12 +12,14 @@ from types import MappingProxyType
 from minipaged.memory.allocator import Allocator, BlockAllocator
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import CacheKey, PrefixCache
-from minipaged.memory.roles import BlockPair, MemoryUsage
+from minipaged.memory.roles import BlockPair, MemoryUsage, ceil_div, why_no_pages
 from minipaged.sequence import Sequence, SequenceGroup
 
 
 class BlockManager:
     """Paged memory over two pools of blocks: the pool that attention reads, and the swap pool."""
+
+    reserves = False  # a sequence has the blocks of its tokens, and no others
 
     def __init__(
         self,
@@ -43,6 +45,9 @@ class BlockManager:
         staying = Counter(b for seq_id in self._pinned for b in self._tables[seq_id].blocks)
         claimed, new = self._claim(group, lambda block: staying[block])
         return len(claimed | staying.keys()) + new <= self.num_blocks
+
+    def why_not(self, group: SequenceGroup) -> str:
+        return why_no_pages(self, group)
 
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
         """Whether a waiting or swapped group's blocks are free, and the watermark unless alone.
@@ -87,7 +92,7 @@ class BlockManager:
         table = self._tables[seq.seq_id]
         pairs: list[BlockPair] = []
         first_written = seq.num_computed_tokens // self.block_size
-        for logical in range(first_written, self._blocks_for(seq.num_tokens)):
+        for logical in range(first_written, ceil_div(seq.num_tokens, self.block_size)):
             if logical == len(table.blocks):
                 table.blocks.append(self._pool.allocate())
             elif self._pool.ref_count(old := table.blocks[logical]) > 1:
@@ -231,8 +236,7 @@ class BlockManager:
         return MappingProxyType(self._tables)
 
     @property
-    def cached(self) -> Mapping[int, CacheKey]:
-        """The blocks that the prefix cache knows, and by what; to be read only."""
+    def cached(self) -> Mapping[int, CacheKey]:  # also to be read only
         return self._pool.known
 
     def block_table(self, seq_id: int) -> BlockTable:
@@ -260,9 +264,6 @@ class BlockManager:
 
     # ---- arithmetic ----------------------------------------------------------------------------
 
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)  # rounded up
-
     def _pool_of(self, seq: Sequence) -> Allocator:
         return self._swap_pool if seq.seq_id in self._swapped else self._pool
 
@@ -284,7 +285,7 @@ class BlockManager:
             if seq.seq_id not in self._tables:
                 computed = self._num_known(seq, blocks)
             written.update(blocks[computed // self.block_size :])
-            new += max(0, self._blocks_for(seq.num_tokens) - len(blocks))
+            new += max(0, ceil_div(seq.num_tokens, self.block_size) - len(blocks))
         return new + sum(min(n, num_owners(block) - 1) for block, n in written.items())
 
     def _claim(self, group: SequenceGroup, others: Callable[[int], int]) -> tuple[set[int], int]:

@@ -16,10 +16,11 @@ class MemoryUsage:
     """Token slots of the pool by the categories of the paper's Figure 2; they add up to `total`.
 
     used      hold a token of some sequence (a slot that several sequences share counts once)
-    reserved  kept for tokens that a sequence is known to generate; always 0 with paging
-    internal  inside an owned block but never needed, or not yet: the tail of a last block
-    external  free, but in pieces too small to be used; always 0, for all blocks are alike
-    free      in blocks that no sequence owns (the figure counts these to "external & others")
+    reserved  kept for tokens that a sequence will still generate; always 0 with paging
+    internal  kept for a sequence that will never need them; with paging, the tail of a last block
+    external  lost by rounding up to sizes that the allocator has; always 0 with paging
+    free      kept for nobody (the figure counts these to "external & others", for where pieces are
+              of different sizes, some are too small for whoever waits)
     """
 
     used: int
@@ -50,6 +51,26 @@ class MemoryUsage:
         )
 
 
+def ceil_div(number: int, by: int) -> int:
+    """Rounded up, where `//` rounds down."""
+    return -(-number // by)
+
+
+def why_no_pages(memory: "Memory", group: SequenceGroup) -> str:
+    """What to change for a waiting group that fits no pool of pages."""
+    length, size, has = group.sequences[0].num_tokens, memory.block_size, memory.num_blocks
+    needed = ceil_div(length, size)
+    if needed > has:
+        return (
+            f"the prompt needs {needed} blocks of {size} tokens, the pool has {has}. Raise "
+            f"num_blocks to {needed} or shorten the prompt by {length - has * size} tokens."
+        )
+    return (
+        f"pinned prefixes keep too many of the pool's {has} blocks for a prompt of {length} "
+        "tokens: raise num_blocks, or release a prefix."
+    )
+
+
 class Memory(Protocol):
     """The role `memory`: what the scheduler may ask and do. See `BlockManager` for each."""
 
@@ -67,6 +88,9 @@ class Memory(Protocol):
     def tables(self) -> Mapping[int, BlockTable]: ...
     @property
     def cached(self) -> Mapping[int, CacheKey]: ...
+    @property
+    def reserves(self) -> bool: ...
+    def why_not(self, group: SequenceGroup) -> str: ...
     def fits(self, group: SequenceGroup) -> bool: ...
     def num_found(self, seq: Sequence) -> int: ...
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool: ...

@@ -1,0 +1,32 @@
+"""The kinds of memory by the names that a user gives them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from minipaged.config import require_one_of
+from minipaged.memory.contiguous import ContiguousMemory, Reserve
+from minipaged.memory.roles import Memory
+
+CONTIGUOUS: dict[str, Reserve] = {
+    "contiguous-oracle": "oracle",
+    "contiguous-pow2": "pow2",
+    "contiguous-max": "max",
+    "static": "max",
+}
+KINDS = ("paged", *CONTIGUOUS)
+
+
+def contiguous(name: str, longest: int) -> Callable[..., Memory]:
+    """The rival of this name, to be called with the arguments of BlockManager, by keyword.
+
+    Args:
+        name: one of CONTIGUOUS; "static" is FasterTransformer's batches.
+        longest: tokens of the longest sequence allowed.
+    """
+    require_one_of("memory", name, tuple(CONTIGUOUS))
+
+    def build(*, num_blocks: int, block_size: int, **_: Any) -> Memory:
+        joins = name != "static"
+        return ContiguousMemory(num_blocks, block_size, CONTIGUOUS[name], longest, joins)
+
+    return build
