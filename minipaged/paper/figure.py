@@ -1,0 +1,119 @@
+"""What every figure has: published numbers, ours, the bar between them, data and a drawing."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+# Where the number comes from.
+EXACT, SIMULATED, MEASURED = "arithmetic", "simulated", "measured"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A published number, ours, and between which bounds ours must lie.
+
+    Without bounds it is shown for comparison only, because the paper says too little to hold it to
+    anything, or because it was used for fitting.
+    """
+
+    what: str
+    paper: str  # as the paper prints it
+    ours: float
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    remark: str = ""  # for a miss: why; for a fitted number: that it is
+
+    @property
+    def is_met(self) -> bool | None:
+        """None: there is no bar."""
+        if self.low is None and self.high is None:
+            return None
+        above = self.low is None or self.ours >= self.low
+        return above and (self.high is None or self.ours <= self.high)
+
+
+def near(
+    what: str,
+    paper: float,
+    ours: float,
+    *,
+    percent: float | None = None,
+    points: float | None = None,
+    unit: str = "",
+    remark: str = "",
+) -> Check:
+    """A check that ours is the paper's number, give or take so many percent of it, or points."""
+    slack = points if points is not None else paper * (percent or 0.0) / 100
+    # A bar counts in the digits that are printed: 7.0004 is 7.00.
+    low, high = paper - slack - 0.005, paper + slack + 0.005
+    return Check(what, f"{paper:g}", ours, low, high, unit, remark)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A figure that was run."""
+
+    name: str
+    title: str
+    how: str  # EXACT, SIMULATED, MEASURED, or several of them
+    checks: list[Check]
+    data: dict[str, Any]  # all that the drawing needs
+    notes: list[str] = field(default_factory=list[str])
+
+    def as_dict(self) -> dict[str, Any]:
+        checks = [{**asdict(check), "met": check.is_met} for check in self.checks]
+        return {**asdict(self), "checks": checks}
+
+    def as_table(self) -> Table:
+        """The checks for a person to read."""
+        table = Table(box=None, padding=(0, 2))
+        for title in ("", "paper", "ours", "bar", ""):
+            table.add_column(title, justify="left" if not title else "right")
+        for check in self.checks:
+            unit = f" {check.unit}" if check.unit else ""
+            verdict = {None: "", True: "met", False: "MISSED"}[check.is_met]
+            remark = f"{verdict}{', ' if verdict and check.remark else ''}{check.remark}"
+            ours = f"{check.ours:,.4g}{unit}" if abs(check.ours) < 1e4 else f"{check.ours:,.0f}"
+            table.add_row(check.what, f"{check.paper}{unit}", ours, _bar(check), remark)
+        return table
+
+
+def _bar(check: Check) -> str:
+    if check.low is None and check.high is None:
+        return ""
+    if check.high is None:
+        return f"from {check.low:.4g}"
+    if check.low is None:
+        return f"to {check.high:.4g}"
+    return f"{check.low:.4g} to {check.high:.4g}"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to simulate: `--quick` for a look, `--full` for what the paper did."""
+
+    name: str
+    seconds: float  # of a trace of conversations
+    short_seconds: float  # of one of instructions, of which ten times as many come
+    num_seeds: int
+    num_requests: int  # for what is measured with a real model
+
+
+QUICK = Effort("quick", 400.0, 100.0, 1, 16)
+FULL = Effort("full", 3600.0, 900.0, 3, 128)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of the paper: how to run it, and how to draw what came out."""
+
+    name: str
+    title: str
+    run: Callable[[Effort], Result]
+    draw: Callable[[Result, "Canvas"], None]

@@ -1,0 +1,53 @@
+"""The rate of requests that a system can bear: where its normalised latency crosses a threshold."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+THRESHOLDS = (0.1, 0.2, 0.5)  # seconds a token; the paper names none, its curves turn up in between
+NEAR = 1.03  # bounds are near enough if they are no more than this factor apart
+WIDER = 1.3  # by this factor, bounds are looked for
+
+
+@dataclass
+class Curve:
+    """Normalised latency by rate, looked at where it is needed.
+
+    It rises with the rate: slowly, and beyond what the system can bear without end.
+
+    Args:
+        latency: seconds a token at a rate in requests a second; infinite if it is too long to tell.
+        guess: a rate to begin with.
+    """
+
+    latency: Callable[[float], float]
+    guess: float
+    points: dict[float, float] = field(default_factory=dict[float, float])  # latency by rate
+
+    def at(self, rate: float) -> float:
+        """The latency at this rate, computed once."""
+        if rate not in self.points:
+            self.points[rate] = self.latency(rate)
+        return self.points[rate]
+
+    def crossing(self, threshold: float) -> float:
+        """The rate at which latency passes the threshold, to about one percent."""
+        self.at(self.guess)
+        low = max((r for r, s in self.points.items() if s <= threshold), default=0.0)
+        high = min((r for r, s in self.points.items() if s > threshold), default=0.0)
+        while not low or not high:
+            rate = low * WIDER if low else high / WIDER
+            if self.at(rate) <= threshold:
+                low = rate
+            else:
+                high = rate
+        while high / low > NEAR:
+            middle = (low * high) ** 0.5
+            if self.at(middle) <= threshold:
+                low = middle
+            else:
+                high = middle
+        return (low * high) ** 0.5
+
+    def crossings(self, thresholds: Iterable[float]) -> dict[float, float]:
+        """The same for several thresholds, the lowest first."""
+        return {t: self.crossing(t) for t in sorted(thresholds)}

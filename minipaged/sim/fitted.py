@@ -1,0 +1,14 @@
+"""The constants that were fitted to the paper's figures: all of them, and to which.
+
+Everything else in `minipaged.sim` is arithmetic, a published number or a stated assumption. A
+figure that was used for fitting proves nothing; the paper commands name those.
+"""
+
+# Spread of output lengths: standard deviation over mean, before requests that are longer than the
+# context are left out. The paper gives the means only.
+SHAREGPT_OUTPUT_CV = 1.05  # fitted to Figure 2: reserved and used slots of Orca (Max)
+ALPACA_OUTPUT_CV = 1.02  # fitted to Figure 13b: batched requests of Orca (Pow2) and Orca (Oracle)
+
+# What the host needs for a step beside the GPU: the first vLLM's scheduler and sampler in Python.
+STEP_SECONDS = 2e-3  # fitted to Figure 13: batched requests of vLLM, both traces ...
+SEQUENCE_SECONDS = 0.285e-3  # ... together with this, for each sequence that decodes

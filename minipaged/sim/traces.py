@@ -1,0 +1,168 @@
+"""Who comes when, and how long: traces like the paper's (section 6.1), or a real one from a file.
+
+The paper draws lengths from ShareGPT (conversations with ChatGPT) and Alpaca (short instructions),
+and arrivals from a Poisson process. Of the lengths it gives the means. Here they are lognormal and
+independent of each other, which its Figure 2 implies: see `fitted`. Requests that are longer than
+the context are left out, as there, and the means are those of what is left.
+"""
+
+import csv
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from math import log, sqrt
+from pathlib import Path
+
+import numpy as np
+
+from minipaged.errors import InvalidOption
+from minipaged.sim.fitted import ALPACA_OUTPUT_CV, SHAREGPT_OUTPUT_CV
+
+SHORTEST = 4  # tokens; a normalised latency over a single token would be mostly waiting
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """One request of a trace: it comes, has a prompt, and generates exactly so many tokens."""
+
+    arrival: float  # seconds
+    input_len: int  # tokens
+    output_len: int
+    prefix_len: int = 0  # first tokens of the prompt that all requests of the trace share
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lognormal prompts and outputs, with these means once the too long ones are left out."""
+
+    input_mean: float
+    output_mean: float
+    input_cv: float  # standard deviation over mean, before any is left out
+    output_cv: float
+    longest: int = 2048  # prompt and output together stay below this
+
+    def draw(self, num_requests: int, seed: int) -> list[tuple[int, int]]:
+        """(prompt tokens, output tokens) of so many requests."""
+        random = np.random.default_rng(seed)
+        mu_in, mu_out = _calibrated(self)
+        lengths: list[tuple[int, int]] = []
+        while len(lengths) < num_requests:
+            normal = random.standard_normal((2, max(1024, num_requests)))
+            lengths += zip(*_cut(self, mu_in, mu_out, normal).tolist(), strict=True)
+        return lengths[:num_requests]
+
+
+# The means are the paper's (Figure 11), the spread of inputs is assumed: it moves little.
+WORKLOADS = {
+    "sharegpt": Lengths(161.31, 337.99, 2.0, SHAREGPT_OUTPUT_CV),
+    "alpaca": Lengths(19.31, 58.45, 0.6, ALPACA_OUTPUT_CV),
+}
+
+
+@cache
+def _calibrated(lengths: Lengths) -> tuple[float, float]:
+    """The means of the logarithms with which what is not left out has the wanted means."""
+    normal = np.random.default_rng(0).standard_normal((2, 100_000))
+    wanted = np.array([lengths.input_mean, lengths.output_mean])
+    spread = np.array([_sigma(lengths.input_cv), _sigma(lengths.output_cv)])
+    mu = np.log(wanted) - spread**2 / 2
+    for _ in range(30):  # each cut shortens the mean a little: correct for it, and look again
+        mu += np.log(wanted / _cut(lengths, mu[0], mu[1], normal).mean(1))
+    return float(mu[0]), float(mu[1])
+
+
+def _cut(
+    lengths: Lengths, mu_in: float, mu_out: float, normal: "np.ndarray"
+) -> "np.ndarray":  # [2, requests]
+    inputs = np.exp(mu_in + _sigma(lengths.input_cv) * normal[0])
+    outputs = np.exp(mu_out + _sigma(lengths.output_cv) * normal[1])
+    both = np.maximum(SHORTEST, np.stack([inputs, outputs]).round()).astype(int)
+    return both[:, both.sum(0) < lengths.longest]
+
+
+def _sigma(cv: float) -> float:
+    return sqrt(log(1 + cv * cv))
+
+
+def poisson_trace(
+    lengths: Lengths, rate: float, duration: float, seed: int = 0
+) -> list[TraceRequest]:
+    """Requests that come independently of each other, `rate` a second, for `duration` seconds."""
+    random = np.random.default_rng(seed + 1000)
+    gaps = random.exponential(1 / rate, int(rate * duration * 1.5) + 100)
+    times = gaps.cumsum()
+    times = times[times < duration]
+    drawn = lengths.draw(len(times), seed)
+    return [TraceRequest(t, *both) for t, both in zip(times.tolist(), drawn, strict=True)]
+
+
+# ---- real traces ---------------------------------------------------------------------------------
+
+# Column names of arrival, input and output: ours, BurstGPT's, Azure's, and Vidur's copies of these.
+COLUMNS = (
+    ("arrival", "input", "output"),
+    ("Timestamp", "Request tokens", "Response tokens"),
+    ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
+)
+
+
+def read_trace(file: Path, longest: int | None = None) -> list[TraceRequest]:
+    """The requests in a CSV file, in order of arrival, the first at time 0.
+
+    Args:
+        file: its first line names the columns; see COLUMNS. Times are seconds, or dates.
+        longest: requests of so many tokens or more are left out, and those that generate nothing.
+
+    Raises:
+        InvalidOption: columns are missing, a line holds no numbers, or no request is left.
+    """
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        names = {name.strip(): name for name in reader.fieldnames or ()}
+        known = next((c for c in COLUMNS if all(name in names for name in c)), None)
+        if known is None:
+            wanted = "; or ".join(", ".join(c) for c in COLUMNS)
+            raise InvalidOption(
+                f"{file} has the columns {', '.join(names) or '(none)'}: give {wanted}."
+            )
+        requests = [
+            _read_row(file, number, [row[names[name]] for name in known])
+            for number, row in enumerate(reader, 2)
+        ]
+    kept = [
+        r
+        for r in sorted(requests, key=lambda r: r.arrival)
+        if r.output_len > 0
+        and r.input_len > 0
+        and (longest is None or r.input_len + r.output_len < longest)
+    ]
+    if not kept:
+        raise InvalidOption(
+            f"none of the {len(requests)} requests in {file} has a prompt, an output, and fewer "
+            f"than {longest} tokens."
+        )
+    start = kept[0].arrival
+    return [TraceRequest(r.arrival - start, r.input_len, r.output_len) for r in kept]
+
+
+def _read_row(file: Path, number: int, values: list[str]) -> TraceRequest:
+    try:
+        time, *lens = values
+        return TraceRequest(_seconds(time), *(int(float(n)) for n in lens))
+    except (ValueError, TypeError) as error:
+        raise InvalidOption(f"{file}, line {number}: {values} are no time and counts.") from error
+
+
+def _seconds(time: str) -> float:
+    try:
+        return float(time)
+    except ValueError:  # a date; Python before 3.11 reads no more than six decimals
+        whole, _, fraction = time.strip().partition(".")
+        return datetime.fromisoformat(whole).timestamp() + float(f"0.{fraction or 0}")
+
+
+def mean_lengths(trace: list[TraceRequest]) -> tuple[float, float]:
+    """Mean prompt and output of a trace, in tokens."""
+    n = max(1, len(trace))
+    return sum(r.input_len for r in trace) / n, sum(r.output_len for r in trace) / n
