@@ -1,4 +1,4 @@
-"""The command line: `minipaged demo | generate | chat | fetch | convert | bench`.
+"""The command line: `minipaged demo | generate | chat | paper | plan | fetch | convert | bench`.
 
 Mistakes end with one sentence on standard error and exit code 2. torch is imported only once a
 command runs, so that `--help` answers at once.
@@ -22,7 +22,9 @@ from rich.text import Text
 from minipaged import fetch_command
 from minipaged.bench.commands import app as bench
 from minipaged.errors import InvalidOption, InvalidRequest, MinipagedError
+from minipaged.paper.command import paper
 from minipaged.show import print_completions, read_lines, warn_of_an_early_end
+from minipaged.sim.command import plan
 from minipaged.terminal import Session
 from minipaged.version import __version__
 
@@ -288,7 +290,9 @@ def chat(
         converse(llm, session, system, params, as_json)
 
 
-# ---- fetch and convert ---------------------------------------------------------------------------
+# ---- the paper's figures, fetch and convert ------------------------------------------------------
 
+app.command()(paper)
+app.command()(plan)
 app.command()(fetch_command.fetch)
 app.command()(fetch_command.convert)

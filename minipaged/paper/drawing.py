@@ -1,6 +1,6 @@
 """Bars and lines as the figures need them; matplotlib comes with the canvas, from outside."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def panel(canvas: "Canvas", rows: int, columns: int, number: int, title: str) ->
 def side_by_side(
     axes: Any,
     labels: Sequence[str],
-    heights: dict[str, Sequence[float]],
+    heights: Mapping[str, Sequence[float]],
     unit: str,
     form: str = "{:.3g}",
 ) -> None:
@@ -45,7 +45,7 @@ def side_by_side(
 
 
 def stacked(
-    axes: Any, labels: Sequence[str], parts: dict[str, Sequence[float]], colours: Sequence[str]
+    axes: Any, labels: Sequence[str], parts: Mapping[str, Sequence[float]], colours: Sequence[str]
 ) -> None:
     """Bars made of parts, each part with its number if there is room."""
     bottom = [0.0] * len(labels)

@@ -58,7 +58,7 @@ def run(effort: Effort) -> Result:
     """What five systems bear, in all six panels."""
     searches = [_search(*axis, system, effort) for axis in AXES for system in SYSTEMS]
     rates: dict[str, dict[float, float]] = {}
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[tuple[float, float | None]]] = {}
     for found in in_parallel(find_capacity, searches, "fig12"):
         case = found.search.case
         key = _key(case.server, str(case.workload), case.system)
@@ -109,7 +109,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
             rates, latencies = zip(*curves[f"{server}/{workload}/{system}"], strict=True)
             axes.plot(
                 rates,
-                [min(s, 1.0) for s in latencies],
+                [1.0 if s is None else min(s, 1.0) for s in latencies],
                 "o-",
                 markersize=3,
                 color=COLOURS[system],
@@ -121,4 +121,4 @@ def draw(result: Result, canvas: "Canvas") -> None:
     canvas.axes[0].legend(fontsize=6, frameon=False)
 
 
-FIGURE = Figure("fig12", "Figure 12: latency by rate", run, draw)
+FIGURE = Figure("fig12", "Figure 12: latency by rate", run, draw, (11.0, 6.0))

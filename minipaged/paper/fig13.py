@@ -71,4 +71,4 @@ def draw(result: Result, canvas: "Canvas") -> None:
         side_by_side(axes, [s.replace("-", "\n") for s in bars], heights, "requests at a time")
 
 
-FIGURE = Figure("fig13", "Figure 13: requests at a time", run, draw)
+FIGURE = Figure("fig13", "Figure 13: requests at a time", run, draw, (9.0, 4.0))

@@ -79,8 +79,9 @@ class Result:
             unit = f" {check.unit}" if check.unit else ""
             verdict = {None: "", True: "met", False: "MISSED"}[check.is_met]
             remark = f"{verdict}{', ' if verdict and check.remark else ''}{check.remark}"
-            ours = f"{check.ours:,.4g}{unit}" if abs(check.ours) < 1e4 else f"{check.ours:,.0f}"
-            table.add_row(check.what, f"{check.paper}{unit}", ours, _bar(check), remark)
+            number = any(letter.isdigit() for letter in check.paper)
+            paper = f"{check.paper}{unit}" if number else check.paper
+            table.add_row(check.what, paper, f"{_figure(check.ours)}{unit}", _bar(check), remark)
         return table
 
 
@@ -88,10 +89,14 @@ def _bar(check: Check) -> str:
     if check.low is None and check.high is None:
         return ""
     if check.high is None:
-        return f"from {check.low:.4g}"
+        return f"from {_figure(check.low or 0.0)}"
     if check.low is None:
-        return f"to {check.high:.4g}"
-    return f"{check.low:.4g} to {check.high:.4g}"
+        return f"to {_figure(check.high)}"
+    return f"{_figure(check.low)} to {_figure(check.high)}"
+
+
+def _figure(number: float) -> str:
+    return f"{number:.4g}" if abs(number) < 1e4 else f"{number:,.0f}"
 
 
 @dataclass(frozen=True)
@@ -117,3 +122,4 @@ class Figure:
     title: str
     run: Callable[[Effort], Result]
     draw: Callable[[Result, "Canvas"], None]
+    size: tuple[float, float] = (8.0, 4.0)  # inches

@@ -18,7 +18,7 @@ from minipaged.sim.cost_model import CostModel
 from minipaged.sim.requests import GREEDY, Decoding
 from minipaged.sim.simulator import Report, Simulation
 from minipaged.sim.systems import SYSTEMS, Setting
-from minipaged.sim.traces import WORKLOADS, Lengths, TraceRequest, poisson_trace
+from minipaged.sim.traces import WORKLOADS, Lengths, TraceRequest, chat_trace, poisson_trace
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -36,6 +36,7 @@ class Case:
     seed: int = 0
     decoding: Decoding = GREEDY
     block_size: int = 16
+    max_num_seqs: int = 256
     kv_factor: float = 1.0
     copy_factor: float = 1.0
     prefix_len: int = 0  # that all prompts begin with
@@ -43,10 +44,13 @@ class Case:
     preemption: PreemptionMode = "auto"
     limit: float | None = None  # give up above this normalised latency
     only_while_they_come: bool = False  # look from a quarter on, and only until requests stop
+    watch_memory: bool = False
 
     def trace(self) -> list[TraceRequest]:
         """Who comes when."""
         name = self.workload
+        if name == "chat":
+            return chat_trace(self.rate, self.seconds, self.seed)
         lengths = WORKLOADS[name] if isinstance(name, str) else name
         trace = poisson_trace(lengths, self.rate, self.seconds, self.seed)
         return [_with_prefix(request, self.prefix_len) for request in trace]
@@ -57,6 +61,7 @@ class Case:
         setting = Setting(
             server.num_slots,
             block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
             prefix_caching=self.prefix_caching,
             preemption=self.preemption,
         )
@@ -71,6 +76,7 @@ class Case:
             limit=self.limit,
             until=self.seconds if watched else None,
             look_from=self.seconds / 4 if watched else 0.0,
+            watch_memory=watched or self.watch_memory,
         ).run()
 
 
@@ -130,7 +136,7 @@ class Capacity:
 
     search: Search
     rates: dict[float, float]  # by threshold
-    points: list[tuple[float, float]]  # rate, latency
+    points: list[tuple[float, float | None]]  # rate, latency; None: beyond all thresholds
 
 
 def find_capacity(search: Search) -> Capacity:
@@ -143,7 +149,8 @@ def find_capacity(search: Search) -> Capacity:
     curve = Curve(latency, search.case.rate)
     curve.at(search.case.rate / 2)  # for the flat part of the drawing
     rates = curve.crossings(search.thresholds)
-    return Capacity(search, rates, sorted(curve.points.items()))
+    points = [(r, None if s == float("inf") else s) for r, s in sorted(curve.points.items())]
+    return Capacity(search, rates, points)
 
 
 def in_parallel(

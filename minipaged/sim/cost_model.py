@@ -66,7 +66,7 @@ class CostModel:
         model = self.server.model
         num_bytes = num_blocks * block_size * model.kv_bytes_per_token
         launches = num_blocks * 2 * model.num_layers
-        return max(num_bytes / (HOST_LINK * self.server.num_gpus), launches * COPY_LAUNCH)
+        return num_bytes / (HOST_LINK * self.server.num_gpus) + launches * COPY_LAUNCH
 
     def copies(self, num_blocks: int, block_size: int) -> float:
         """To copy blocks on the GPU: each is read and written."""

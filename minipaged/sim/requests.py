@@ -19,11 +19,14 @@ NUM_CANDIDATES = 64  # next tokens of a beam that are worth a look
 NUM_GENEALOGIES = 64  # that are drawn at a time; requests take turns
 
 
+Method = Literal["sample", "beam"]
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How requests decode: `width` samples, or `width` beams."""
 
-    method: Literal["sample", "beam"] = "sample"
+    method: Method = "sample"
     width: int = 1
     peakedness: float = 3.0  # of beams: the scale of a next token's logits
 

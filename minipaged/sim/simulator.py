@@ -64,6 +64,7 @@ class Simulation:
         limit: give up once the mean normalised latency must come out above so many seconds.
         until: simulated seconds after which nothing more is looked at. None: to the last token.
         look_from: when to begin with looks and means, so that the empty start does not count.
+        watch_memory: whether looks at the memory are wanted: they take time.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Simulation:
         limit: float | None = None,
         until: float | None = None,
         look_from: float = 0.0,
+        watch_memory: bool = True,
     ) -> None:
         self.scheduler: FCFSScheduler = build_scheduler(system, setting)
         self.now = 0.0
@@ -91,6 +93,8 @@ class Simulation:
         self._limit = limit
         self._until = until
         self._look_from = look_from
+        self._watch_memory = watch_memory
+        self._num_looks = 0
         self._next_look = look_from
         self._batch_seconds = 0.0
         self._watched_seconds = 0.0
@@ -172,15 +176,17 @@ class Simulation:
     def _look(self) -> bool:
         """Note how the memory is used; True if it is certain that the limit is passed."""
         self._next_look = max(self._next_look + LOOK_SECONDS, self.now)
+        self._num_looks += 1
         report, memory = self.report, self.scheduler.memory
-        report.looks.append(memory.usage())
-        for group in self.scheduler.running:
-            if group.width > 1:
-                held = memory.num_distinct_blocks(group)
-                unshared = sum(len(memory.block_table(s.seq_id)) for s in group.sequences)
-                report.num_blocks_held += held
-                report.num_blocks_unshared += unshared
-        if self._limit is None or len(report.looks) % 10:
+        if self._watch_memory:
+            report.looks.append(memory.usage())
+            for group in self.scheduler.running:
+                if group.width > 1:
+                    held = memory.num_distinct_blocks(group)
+                    unshared = sum(len(memory.block_table(s.seq_id)) for s in group.sequences)
+                    report.num_blocks_held += held
+                    report.num_blocks_unshared += unshared
+        if self._limit is None or self._num_looks % 10:
             return False
         # No unfinished request can come out better than if it ended now.
         least = sum(r.normalized_latency for r in report.finished)

@@ -18,6 +18,8 @@ import numpy as np
 from minipaged.errors import InvalidOption
 from minipaged.sim.fitted import ALPACA_OUTPUT_CV, SHAREGPT_OUTPUT_CV
 
+CHAT_LIMIT = 1024  # tokens of a prompt, and of an answer
+CHAT_ROUNDS = 8
 SHORTEST = 4  # tokens; a normalised latency over a single token would be mostly waiting
 
 
@@ -43,11 +45,14 @@ class Lengths:
 
     def draw(self, num_requests: int, seed: int) -> list[tuple[int, int]]:
         """(prompt tokens, output tokens) of so many requests."""
-        random = np.random.default_rng(seed)
+        return self.draw_some(np.random.default_rng(seed), num_requests)
+
+    def draw_some(self, random: np.random.Generator, num_requests: int) -> list[tuple[int, int]]:
+        """The same, from a stream of random numbers."""
         mu_in, mu_out = _calibrated(self)
         lengths: list[tuple[int, int]] = []
         while len(lengths) < num_requests:
-            normal = random.standard_normal((2, max(1024, num_requests)))
+            normal = random.standard_normal((2, num_requests + 8))
             lengths += zip(*_cut(self, mu_in, mu_out, normal).tolist(), strict=True)
         return lengths[:num_requests]
 
@@ -105,6 +110,24 @@ COLUMNS = (
     ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
     ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
 )
+
+
+def chat_trace(rate: float, duration: float, seed: int = 0) -> list[TraceRequest]:
+    """Rounds of ShareGPT conversations, each with all that was said before (section 6.4).
+
+    Prompts are cut to their last 1,024 tokens, answers end after 1,024. A request is the first to
+    the eighth round of its conversation, each as likely: a guess, for the paper says only that most
+    prompts have 1,024 tokens.
+    """
+    random = np.random.default_rng(seed + 2000)
+    requests: list[TraceRequest] = []
+    for first in poisson_trace(WORKLOADS["sharegpt"], rate, duration, seed):
+        said = WORKLOADS["sharegpt"].draw_some(random, int(random.integers(0, CHAT_ROUNDS)))
+        history = sum(question + answer for question, answer in said)
+        prompt = min(CHAT_LIMIT, history + first.input_len)
+        output = min(CHAT_LIMIT - 1, first.output_len)
+        requests.append(TraceRequest(first.arrival, prompt, output))
+    return requests
 
 
 def read_trace(file: Path, longest: int | None = None) -> list[TraceRequest]:

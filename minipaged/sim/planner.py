@@ -1,0 +1,147 @@
+"""How much a server bears: `minipaged plan`, on the same scheduler, memory and cost model.
+
+The pool is what the weights leave of the GPUs' memory. Requests are simulated at the rate that is
+asked for, and at others, to find the knee: the rate at which a token takes several times as long as
+on an idle server. What bounds it there is either the pool, or the largest part of a step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minipaged.errors import InvalidOption
+from minipaged.sim.capacity import Curve
+from minipaged.sim.catalogue import GB, GPU, Deployment, ServedModel
+from minipaged.sim.cost_model import CostModel
+from minipaged.sim.simulator import Report, Simulation
+from minipaged.sim.systems import SYSTEMS, Setting
+from minipaged.sim.traces import Lengths, poisson_trace
+
+USABLE = 0.9  # of a GPU's memory, as `gpu_memory_utilization`
+ACTIVATIONS = 1 * GB  # a GPU, for what is neither weights nor keys: assumed
+FULL = 0.9  # a pool of which more is used is the bound
+KNEE = 3.0  # times the latency of an idle server
+# A present-day host, assumed: the first vLLM's, to which `fitted` was fitted, took 15 times as long.
+STEP_SECONDS, SEQUENCE_SECONDS = 2e-3, 0.02e-3
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a server does at one rate."""
+
+    rate: float  # requests a second
+    latency: float  # seconds a token, as a mean over requests; infinite: it cannot keep up
+    first_token: float  # seconds from arrival
+    batch: float  # requests that run at a time
+    utilisation: float  # of the pool's slots that hold a token
+    num_preemptions: int
+    parts: dict[str, float]  # of a step, in seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a server and a workload."""
+
+    server: Deployment
+    num_blocks: int
+    block_size: int
+    load: Load
+    knee: Load
+    bound: str
+
+
+def deploy(model: ServedModel, gpu: GPU, num_gpus: int) -> Deployment:
+    """The model on these GPUs, with the slots that are left. Raises InvalidOption if none are."""
+    usable = num_gpus * (USABLE * gpu.memory_bytes - ACTIVATIONS)
+    slots = int((usable - model.weight_bytes) // model.kv_bytes_per_token)
+    if slots < 1:
+        each = USABLE * gpu.memory_bytes - ACTIVATIONS
+        least = int(model.weight_bytes // each) + 1
+        raise InvalidOption(
+            f"the weights of {model.name} take {model.weight_bytes / GB:.0f} GB, and {num_gpus} x "
+            f"{gpu.name} have {max(usable, 0) / GB:.0f} GB for them: take at least {least}."
+        )
+    return Deployment(model, gpu, num_gpus, slots)
+
+
+def make_plan(
+    server: Deployment,
+    lengths: Lengths,
+    rate: float,
+    *,
+    block_size: int = 16,
+    max_num_seqs: int = 256,
+    step_seconds: float = STEP_SECONDS,
+    sequence_seconds: float = SEQUENCE_SECONDS,
+    seconds: float = 300.0,
+) -> Plan:
+    """Simulate the rate, look for the knee, and say what bounds it.
+
+    Raises:
+        InvalidOption: not even one request fits into the pool.
+    """
+    setting = Setting(
+        server.num_slots,
+        block_size,
+        longest=lengths.longest,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(8192, lengths.longest),
+    )
+    if setting.num_blocks * block_size < lengths.longest:
+        raise InvalidOption(
+            f"the pool has {server.num_slots} token slots, and a request may have "
+            f"{lengths.longest} tokens: take more or larger GPUs, or shorter requests."
+        )
+    costs = CostModel(server, step_seconds, sequence_seconds)
+    idle = _unloaded(costs, lengths)
+
+    def simulate(at: float, limit: float | None) -> Report:
+        trace = poisson_trace(lengths, at, seconds)
+        return Simulation(SYSTEMS["vllm"], setting, costs, trace, limit=limit, until=None).run()
+
+    curve = Curve(lambda at: simulate(at, KNEE * idle).normalized_latency, rate)
+    knee = curve.crossing(KNEE * idle)
+    load, at_knee = (_load(r, simulate(r, None), costs, lengths) for r in (rate, knee))
+    return Plan(
+        server, setting.num_blocks, block_size, load, at_knee, _bound(at_knee, max_num_seqs)
+    )
+
+
+def _unloaded(costs: CostModel, lengths: Lengths) -> float:
+    """Seconds a token of a request that has the server to itself."""
+    p, o = lengths.input_mean, lengths.output_mean
+    prompt = costs.step(0, 0, round(p), p * p / 2)
+    return (prompt + o * costs.step(1, round(p + o / 2), 0, 0)) / o
+
+
+def _load(rate: float, report: Report, costs: CostModel, lengths: Lengths) -> Load:
+    finished: list[float] = [
+        r.first_token - r.arrival for r in report.finished if r.first_token is not None
+    ]
+    batch = report.mean_batch
+    context = lengths.input_mean + lengths.output_mean / 2
+    step = report.seconds / max(1, report.num_steps)
+    prompt_tokens = rate * lengths.input_mean * step  # that come while a step runs
+    parts = {
+        "the host": costs.host(round(batch)),
+        "reading or multiplying weights": costs.weights(round(batch + prompt_tokens)),
+        "reading keys and values": costs.keys(round(batch * context)),
+        "attention of prompts": costs.prompts(prompt_tokens * lengths.input_mean / 2),
+    }
+    return Load(
+        rate,
+        report.normalized_latency,
+        sum(finished) / max(1, len(finished)),
+        batch,
+        report.share(lambda usage: usage.used),
+        report.num_preemptions,
+        parts,
+    )
+
+
+def _bound(load: Load, max_num_seqs: int) -> str:
+    if load.utilisation > FULL or load.num_preemptions:
+        return "the pool: memory for keys and values is full"
+    if load.batch > FULL * max_num_seqs:
+        return f"max_num_seqs: no more than {max_num_seqs} requests may run"
+    longest: Callable[[str], float] = load.parts.__getitem__
+    return f"time: {max(load.parts, key=longest)} is the largest part of a step"
