@@ -14,8 +14,8 @@ LAYERS = (
     "version shapes errors json_files config events sequence outputs stories memory plan "
     "admission scheduler sim available_memory transfer quantized batch "
     "kv_cache attention models fetching sampling tokenizer prompts detokenizer completion chat "
-    "request beam_request graphs runner parts engine defaults assembly llm bench paper trace terminal "
-    "demo talk show fetch_command cli __main__"
+    "request beam_request graphs runner parts engine defaults assembly llm bench paper trace "
+    "terminal demo talk show fetch_command cli __main__"
 ).split()
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

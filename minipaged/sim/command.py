@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +92,9 @@ def _rows(*loads: Load) -> dict[str, list[str]]:
         "requests at a time": [f"{load.batch:.1f}" for load in loads],
         "of the pool in use": [f"{load.utilisation:.0%}" for load in loads],
         "preemptions": [f"{load.num_preemptions}" for load in loads],
-        "milliseconds a token": [f"{1e3 * load.latency:.1f}" for load in loads],
+        "milliseconds a token": [
+            f"{1e3 * load.latency:.1f}" if isfinite(load.latency) else "too many" for load in loads
+        ],
         "seconds to the first token": [f"{load.first_token:.2f}" for load in loads],
     } | {
         f"of a step, {part}": [

@@ -20,7 +20,7 @@ USABLE = 0.9  # of a GPU's memory, as `gpu_memory_utilization`
 ACTIVATIONS = 1 * GB  # a GPU, for what is neither weights nor keys: assumed
 FULL = 0.9  # a pool of which more is used is the bound
 KNEE = 3.0  # times the latency of an idle server
-# A present-day host, assumed: the first vLLM's, to which `fitted` was fitted, took 15 times as long.
+# A present-day host, assumed: the first vLLM's, as in `fitted`, took 14 times as long a sequence.
 STEP_SECONDS, SEQUENCE_SECONDS = 2e-3, 0.02e-3
 
 
@@ -72,7 +72,7 @@ def make_plan(
     max_num_seqs: int = 256,
     step_seconds: float = STEP_SECONDS,
     sequence_seconds: float = SEQUENCE_SECONDS,
-    seconds: float = 300.0,
+    seconds: float = 120.0,
 ) -> Plan:
     """Simulate the rate, look for the knee, and say what bounds it.
 
@@ -94,16 +94,18 @@ def make_plan(
     costs = CostModel(server, step_seconds, sequence_seconds)
     idle = _unloaded(costs, lengths)
 
-    def simulate(at: float, limit: float | None) -> Report:
+    def simulate(at: float, **options: float) -> Report:
         trace = poisson_trace(lengths, at, seconds)
-        return Simulation(SYSTEMS["vllm"], setting, costs, trace, limit=limit, until=None).run()
+        return Simulation(SYSTEMS["vllm"], setting, costs, trace, **options).run()
 
-    curve = Curve(lambda at: simulate(at, KNEE * idle).normalized_latency, rate)
-    knee = curve.crossing(KNEE * idle)
-    load, at_knee = (_load(r, simulate(r, None), costs, lengths) for r in (rate, knee))
-    return Plan(
-        server, setting.num_blocks, block_size, load, at_knee, _bound(at_knee, max_num_seqs)
-    )
+    def load(at: float) -> Load:
+        busy = simulate(at, until=seconds, look_from=seconds / 4)  # neither filling nor emptying
+        return _load(at, curve.at(at), busy, costs, lengths)
+
+    curve = Curve(lambda at: simulate(at, limit=4 * KNEE * idle).normalized_latency, rate)
+    at_knee = load(curve.crossing(KNEE * idle))
+    bound = _bound(at_knee, max_num_seqs)
+    return Plan(server, setting.num_blocks, block_size, load(rate), at_knee, bound)
 
 
 def _unloaded(costs: CostModel, lengths: Lengths) -> float:
@@ -113,7 +115,7 @@ def _unloaded(costs: CostModel, lengths: Lengths) -> float:
     return (prompt + o * costs.step(1, round(p + o / 2), 0, 0)) / o
 
 
-def _load(rate: float, report: Report, costs: CostModel, lengths: Lengths) -> Load:
+def _load(rate: float, latency: float, report: Report, costs: CostModel, lengths: Lengths) -> Load:
     finished: list[float] = [
         r.first_token - r.arrival for r in report.finished if r.first_token is not None
     ]
@@ -129,7 +131,7 @@ def _load(rate: float, report: Report, costs: CostModel, lengths: Lengths) -> Lo
     }
     return Load(
         rate,
-        report.normalized_latency,
+        latency,
         sum(finished) / max(1, len(finished)),
         batch,
         report.share(lambda usage: usage.used),
