@@ -7,6 +7,7 @@ on an idle server. What bounds it there is either the pool, or the largest part 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from minipaged.errors import InvalidOption
 from minipaged.sim.capacity import Curve
@@ -94,7 +95,7 @@ def make_plan(
     costs = CostModel(server, step_seconds, sequence_seconds)
     idle = _unloaded(costs, lengths)
 
-    def simulate(at: float, **options: float) -> Report:
+    def simulate(at: float, **options: Any) -> Report:
         trace = poisson_trace(lengths, at, seconds)
         return Simulation(SYSTEMS["vllm"], setting, costs, trace, **options).run()
 
