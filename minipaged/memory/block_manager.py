@@ -46,8 +46,7 @@ class BlockManager:
         claimed, new = self._claim(group, lambda block: staying[block])
         return len(claimed | staying.keys()) + new <= self.num_blocks
 
-    def why_not(self, group: SequenceGroup) -> str:
-        return why_no_pages(self, group)
+    why_not = why_no_pages
 
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
         """Whether a waiting or swapped group's blocks are free, and the watermark unless alone.

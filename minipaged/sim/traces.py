@@ -12,6 +12,7 @@ from datetime import datetime
 from functools import cache
 from math import log, sqrt
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from minipaged.sim.fitted import ALPACA_OUTPUT_CV, SHAREGPT_OUTPUT_CV
 
 CHAT_LIMIT = 1024  # tokens of a prompt, and of an answer
 CHAT_ROUNDS = 8
+STRATA = 256
 SHORTEST = 4  # tokens; a normalised latency over a single token would be mostly waiting
 
 
@@ -48,11 +50,18 @@ class Lengths:
         return self.draw_some(np.random.default_rng(seed), num_requests)
 
     def draw_some(self, random: np.random.Generator, num_requests: int) -> list[tuple[int, int]]:
-        """The same, from a stream of random numbers."""
+        """The same, from a stream of random numbers.
+
+        Drawn by strata: of every 256 lengths one lies in each 256th part of the distribution, in
+        random order. A few very long requests decide much, and so even a short trace has its share
+        of them. The first lengths are the same however many are drawn.
+        """
         mu_in, mu_out = _calibrated(self)
         lengths: list[tuple[int, int]] = []
         while len(lengths) < num_requests:
-            normal = random.standard_normal((2, num_requests + 8))
+            places = random.permuted(np.tile(np.arange(STRATA), (2, 1)), axis=1)
+            shares = (places + random.random((2, STRATA))) / STRATA
+            normal = np.vectorize(NormalDist().inv_cdf)(shares)
             lengths += zip(*_cut(self, mu_in, mu_out, normal).tolist(), strict=True)
         return lengths[:num_requests]
 
