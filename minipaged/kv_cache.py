@@ -14,7 +14,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from itertools import islice
 from math import prod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
     target[:, :, pairs[:, 1].to(target.device)] = copied.to(target.device)
 
 
+@runtime_checkable  # shapes are checked at run time in tests, and types with them
 class Cache(Protocol):
     """What a model and its runner ask of keys and values, wherever these lie."""
 
