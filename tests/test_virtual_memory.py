@@ -264,7 +264,7 @@ def test_usage_counts_surplus_as_free_and_adds_up_to_the_budget():
 
 
 def test_a_fork_maps_nothing_and_its_first_write_copies_all_of_it():
-    memory, book = make()
+    memory, _ = make()
     group = admitted(memory, 6, 0)
     forked(memory, group, 1)
     forked(memory, group, 2)
