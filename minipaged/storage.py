@@ -103,8 +103,11 @@ def _virtual(
         sliced=kind.sliced,
     )
     budget = config.num_blocks * bytes_per_block(model, config.block_size, dtype)
-    groups = budget // layout.group_bytes
-    kv_cache = VirtualKVCache.on_cpu(model, layout, dtype)
+    groups = layout.groups_within(budget)
+    if device.type == "cuda":
+        kv_cache = VirtualKVCache.on_gpu(model, layout, dtype, groups, device)
+    else:
+        kv_cache = VirtualKVCache.on_cpu(model, layout, dtype)
 
     def memory(**_: Any) -> VirtualMemory:
         return VirtualMemory(layout, groups, kv_cache.pages, int(config.watermark * groups))

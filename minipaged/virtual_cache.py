@@ -19,6 +19,7 @@ from minipaged.kv_cache import KVPair
 from minipaged.memory import BlockPair
 from minipaged.memory.pages import MappedPages
 from minipaged.memory.slots import Pages, SlotLayout
+from minipaged.virtual_cuda import CudaPages
 
 
 class CountedPages(Pages, Protocol):
@@ -69,6 +70,19 @@ class VirtualKVCache:
         # By way of NumPy: its array holds the mapping, which torch.frombuffer alone does not.
         memory = torch.from_numpy(np.frombuffer(pages.view(), dtype=np.uint8))
         return cls(config, layout, dtype, memory, pages)
+
+    @classmethod
+    def on_gpu(
+        cls,
+        config: ModelConfig,
+        layout: SlotLayout,
+        dtype: torch.dtype,
+        budget: int,
+        device: torch.device,
+    ) -> "VirtualKVCache":
+        """A cache in a GPU's memory: `budget` page groups. Raises InvalidOption."""
+        pages = CudaPages(layout, budget, device)
+        return cls(config, layout, dtype, pages.tensor(), pages)
 
     def copy(self, pairs: list[BlockPair]) -> None:
         """Copy what is mapped of slots to others: a fork's first write."""

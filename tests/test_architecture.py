@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
     "version shapes errors json_files config events sequence outputs stories memory plan "
-    "admission scheduler sim available_memory transfer quantized batch kv_cache virtual_cache "
-    "attention models fetching sampling tokenizer prompts detokenizer completion chat request "
-    "beam_request graphs runner parts storage engine defaults assembly llm bench paper trace "
-    "terminal demo talk show fetch_command cli __main__"
+    "admission scheduler sim available_memory transfer quantized batch kv_cache virtual_cuda "
+    "virtual_cache attention models fetching sampling tokenizer prompts detokenizer completion "
+    "chat request beam_request graphs runner parts storage engine defaults assembly llm bench "
+    "paper trace terminal demo talk show fetch_command cli __main__"
 ).split()
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -179,8 +179,9 @@ def test_a_prompt_that_no_budget_holds_is_told_what_it_needs():
 
 
 def test_a_pool_smaller_than_a_page_group_is_refused():
-    with pytest.raises(InvalidOption, match="a page group takes 8 bytes, a page of 4 in each of 2"):
-        VirtualMemory(FOUR_A_GROUP, 0, Book())
+    with pytest.raises(InvalidOption, match="takes 8 bytes, a page of 4 in each of 2 buffers, and"):
+        FOUR_A_GROUP.groups_within(7)
+    assert [FOUR_A_GROUP.groups_within(num_bytes) for num_bytes in (8, 15, 16)] == [1, 1, 2]
 
 
 def test_nothing_is_swapped_and_no_prefix_is_kept():

@@ -355,7 +355,7 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(folder):
         virtual(folder, kv_cache_dtype="int8")
     with pytest.raises(InvalidOption, match="only paged memory swaps"):
         virtual(folder, preemption="swap")
-    with pytest.raises(InvalidOption, match="the pool is smaller than that: raise num_blocks"):
+    with pytest.raises(InvalidOption, match="and the pool has 6144: raise num_blocks"):
         virtual(folder, num_blocks=1)
     with pytest.raises(InvalidOption, match="there is no attention backend 'unpaged'"):
         LLM(folder, attention_backend="unpaged")

@@ -6,6 +6,7 @@ from math import gcd
 from typing import Protocol
 
 from minipaged.config import ModelConfig
+from minipaged.errors import InvalidOption
 from minipaged.memory.roles import ceil_div
 
 
@@ -66,6 +67,16 @@ class SlotLayout:
     def num_bytes(self) -> int:
         """Of all addresses; few of them will ever have memory behind them."""
         return self.num_buffers * self.num_slots * self.slot_bytes
+
+    def groups_within(self, num_bytes: int) -> int:
+        """How many page groups so many bytes are. Raises InvalidOption if they are not even one."""
+        if num_bytes < self.group_bytes:
+            raise InvalidOption(
+                f"a page group takes {self.group_bytes} bytes, a page of {self.page_bytes} in "
+                f"each of {self.num_buffers} buffers, and the pool has {num_bytes}: raise "
+                "num_blocks, or choose smaller pages."
+            )
+        return num_bytes // self.group_bytes
 
     def groups_for(self, num_tokens: int) -> int:
         """How many page groups so many first tokens of a slot touch."""

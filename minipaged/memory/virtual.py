@@ -19,7 +19,7 @@ For everybody else a slot is a block, of which a sequence has one: a block table
 
 from dataclasses import dataclass
 
-from minipaged.errors import InvalidOption, OutOfBlocks
+from minipaged.errors import OutOfBlocks
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.plain import PlainMemory
 from minipaged.memory.roles import BlockPair, MemoryUsage
@@ -55,12 +55,7 @@ class VirtualMemory(PlainMemory):
         self, layout: SlotLayout, budget: int, pages: Pages, watermark_groups: int = 0
     ) -> None:
         super().__init__()
-        if budget < 1:
-            raise InvalidOption(
-                f"a page group takes {layout.group_bytes} bytes, a page of {layout.page_bytes} in "
-                f"each of {layout.num_buffers} buffers, and the pool is smaller than that: raise "
-                "num_blocks, or choose smaller pages."
-            )
+        assert budget > 0, "a budget of no page group holds no token"
         self.layout = layout
         self.budget = budget
         self.num_blocks = layout.num_slots
@@ -132,6 +127,8 @@ class VirtualMemory(PlainMemory):
             self._own(table, slot)
         if growth > 0:
             self._grow(slot, growth)
+        # On a GPU, to touch what is not mapped would be the end of the process.
+        assert self._slots[slot].mapped >= needed, f"slot {slot} has tokens without pages"
         table.num_tokens = seq.num_tokens
         return pairs
 
