@@ -106,6 +106,11 @@ def test_every_slot_begins_on_a_page_and_no_two_pieces_overlap(sliced, head_dim,
     assert ends[-1] == layout.num_bytes
 
 
+def test_two_slots_never_have_a_page_in_common():
+    with pytest.raises(AssertionError, match="a slot is a whole number of pages"):
+        SlotLayout(num_buffers=2, num_slots=4, slot_len=10, token_bytes=1, page_bytes=4)
+
+
 def test_slicing_wastes_as_many_times_less_as_there_are_layers():
     options = {"num_slots": 1, "longest": 100, "page_bytes": 4096}
     whole = SlotLayout.for_model(MODEL, 2, **options)
@@ -495,7 +500,7 @@ class FitsEverything(VirtualMemory):
 def test_a_deliberate_fault_is_caught(fault):
     machine = type(fault.__name__, (VirtualInAnyOrder,), {"manager": fault})
     quick = settings(
-        max_examples=200, phases=[Phase.generate], derandomize=True, deadline=None, database=None
+        max_examples=1500, phases=[Phase.generate], derandomize=True, deadline=None, database=None
     )
     with pytest.raises((CheckFailed, AssertionError, OutOfBlocks, LookupError)):
         run_state_machine_as_test(machine, settings=quick)

@@ -323,6 +323,16 @@ def test_what_others_left_in_a_slot_never_shows(folder, expected):
         assert tokens(llm.generate(PROMPTS, params, use_tqdm=False)) == expected[name]
 
 
+@pytest.mark.parametrize("params", ["samples", "beams"])
+def test_without_its_copy_a_fork_forgets_what_it_has_in_common(
+    folder, expected, params, monkeypatch
+):
+    """The proof that the tokens above are those of copies, and not of luck."""
+    monkeypatch.setattr(VirtualKVCache, "copy", lambda *_: None)
+    outputs = virtual(folder).generate(PROMPTS, PARAMS[params], use_tqdm=False)
+    assert tokens(outputs) != expected[params]
+
+
 def test_the_second_batch_maps_a_quarter_of_the_first_at_most(folder, monkeypatch):
     llm = virtual(folder)
     pages, mapped = llm.engine.runner.kv_cache.pages, []

@@ -28,6 +28,10 @@ class SlotLayout:
     token_bytes: int  # in one buffer
     page_bytes: int
 
+    def __post_init__(self) -> None:
+        # A page that belonged to two slots could not be given back by one of them.
+        assert self.slot_bytes % self.page_bytes == 0, "a slot is a whole number of pages"
+
     @classmethod
     def for_model(
         cls,
@@ -48,8 +52,7 @@ class SlotLayout:
         """
         num_buffers = 2 if sliced else 2 * config.num_layers
         token_bytes = config.kv_bytes_per_token(bytes_per_number) // num_buffers
-        # A slot is whole pages, for a page that belonged to two slots could not be given back by
-        # one of them; and whole tokens, so that a buffer is a tensor.
+        # Whole pages and whole tokens: so a buffer is a tensor whose slots begin on pages.
         step = page_bytes // gcd(page_bytes, token_bytes)
         slot_len = ceil_div(longest, step) * step
         return cls(num_buffers, num_slots, slot_len, token_bytes, page_bytes)
