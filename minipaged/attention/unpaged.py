@@ -25,19 +25,23 @@ def unpaged_attention(
 ) -> Float[Tensor, "tokens heads head_dim"]:
     """Attention of every sequence over the slice that is its own."""
     heads_per_kv_head(q, k_cache, v_cache)  # refuses shapes that do not fit
-    out = torch.empty_like(q)
+    grouped = q.unflatten(1, (k_cache.shape[1], -1))  # [tokens, kv_heads, group, head_dim]
+    out: list[Tensor] = []
     for span, slot in zip(batch.spans, _slots(batch), strict=True):
-        keys = k_cache[slot, :, : span.seq_len].to(q.dtype)  # [kv_heads, length, head_dim]
-        values = v_cache[slot, :, : span.seq_len].to(q.dtype)  # [kv_heads, length, head_dim]
-        queries = q[span.start : span.stop]
+        # [1, kv_heads, length, head_dim] both; nothing is copied
+        keys = k_cache[slot : slot + 1, :, : span.seq_len].to(q.dtype)
+        values = v_cache[slot : slot + 1, :, : span.seq_len].to(q.dtype)
         if span.query_len == 1:
-            out[span.start] = _attend_one_query(queries[0], keys, values, scale)
+            # Decode: one query sees every key, so the heads of a group can stand as its queries.
+            queries = grouped[span.start : span.stop]  # [1, kv_heads, group, head_dim]
+            seen = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+            out.append(seen.flatten(1, 2))  # [1, heads, head_dim]
         else:
             if span not in batch.notes:  # the first layer
                 batch.notes[span] = causal_mask(q, span)
-            mask = batch.notes[span]
-            out[span.start : span.stop] = attend(queries, keys, values, mask, scale)
-    return out
+            queries = q[span.start : span.stop]  # [queries, heads, head_dim]
+            out.append(attend(queries, keys[0], values[0], batch.notes[span], scale))
+    return torch.cat(out)  # [tokens, heads, head_dim]
 
 
 def unpaged_store_kv(
@@ -55,18 +59,6 @@ def unpaged_store_kv(
         _, kv_heads, _, head_dim = cache.shape
         rows = cache.transpose(1, 2).view(-1, kv_heads, head_dim)  # [slots * length, ...]
         rows.index_copy_(0, batch.slots, new.to(cache.dtype))
-
-
-def _attend_one_query(
-    q: Float[Tensor, "heads head_dim"],
-    keys: Float[Tensor, "kv_heads length head_dim"],
-    values: Float[Tensor, "kv_heads length head_dim"],
-    scale: float,
-) -> Float[Tensor, "heads head_dim"]:
-    """Decode: one query sees every key, so the heads of a group can stand as its queries."""
-    grouped = q.unflatten(0, (keys.shape[0], -1))[None]  # [1, kv_heads, group, head_dim]
-    out = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scale)
-    return out[0].flatten(0, 1)  # [heads, head_dim]
 
 
 def _slots(batch: Batch) -> list[int]:
