@@ -13,8 +13,10 @@ import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from paged_setup import dense_attention, paged_setup
+from test_attention import compiled
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
+from minipaged.attention import unpaged
 from minipaged.attention.unpaged import unpaged_attention, unpaged_store_kv
 from minipaged.batch import BatchBuilder, Query
 from minipaged.config import ModelConfig
@@ -186,6 +188,31 @@ def test_attention_in_slots_gives_what_dense_attention_gives(sizes, dtype, slice
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     assert torch.allclose(out.double(), dense_attention(setup), atol=tolerance, rtol=tolerance)
     assert cache.pages.resident_bytes() == resident, "read or written where nothing is mapped"
+
+
+DECODES = [(1, 6), (1, 0), (1, 90)]
+PROMPTS_TOO = [(1, 6), (3, 5), (5, 0), (1, 90)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "right", "wrong"),
+    [
+        (DECODES, ": span.seq_len]", ": span.seq_len + 1]"),
+        (DECODES, ": span.seq_len]", ": span.seq_len - 1]"),
+        (DECODES, "slot : slot + 1", ": 1"),
+        (DECODES, "(k_cache.shape[1], -1))", "(-1, k_cache.shape[1])).transpose(1, 2)"),
+        (PROMPTS_TOO, "0, batch.slots, new", "0, batch.slots.flip(0), new"),
+        (PROMPTS_TOO, "causal_mask(q, span)", "None"),
+    ],
+)
+def test_a_deliberate_fault_of_attention_is_caught(sizes, right, wrong):
+    mutant = compiled(unpaged, (right, wrong))
+    setup = paged_setup(sizes)
+    cache, batch = in_slots(setup, sizes, torch.float32, sliced=False)
+    new = setup.new(setup.keys), setup.new(setup.values)
+    mutant.unpaged_store_kv(*new, *cache.layers[1], batch)
+    out = mutant.unpaged_attention(setup.q, *cache.layers[1], batch, setup.scale)
+    assert not torch.allclose(out.double(), dense_attention(setup), atol=1e-3, rtol=1e-3)
 
 
 def in_slots(setup, sizes, dtype, sliced):

@@ -114,8 +114,8 @@ def _attend_many_queries(
 
 def causal_mask(q: Tensor, span: Span) -> Float[Tensor, "queries length"] | None:
     """What to add to the scores of one sequence's queries; None: `is_causal` says it."""
-    if span.context_len == 0:  # it means the same for a sequence from its beginning
-        return None  # and computes half
+    if span.context_len == 0:
+        return None  # for a sequence from its beginning it means the same, and computes half
     positions = torch.arange(span.seq_len, device=q.device)
     hidden = positions > positions[span.context_len :, None]  # [queries, length]
     return q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
