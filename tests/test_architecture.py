@@ -78,7 +78,14 @@ def test_a_function_fits_on_a_screen(path: Path):
 
 @pytest.mark.parametrize(
     "modules",
-    ["minipaged.memory, minipaged.scheduler", "minipaged.events", "minipaged.stories", "minipaged"],
+    [
+        "minipaged.memory, minipaged.scheduler",
+        "minipaged.memory.kinds, minipaged.memory.virtual",
+        "minipaged.memory.pages",
+        "minipaged.events",
+        "minipaged.stories",
+        "minipaged",
+    ],
 )
 def test_bookkeeping_leaves_torch_alone(modules: str):
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"

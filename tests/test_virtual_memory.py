@@ -161,6 +161,14 @@ def test_a_memory_out_of_budget_says_so_before_it_maps_anything():
     assert (sum(book.mapped.values()), memory.block_table(0).num_tokens) == (3, 12)
 
 
+def test_nobody_grows_into_the_next_slot():
+    memory, _ = make(budget=100)
+    group = admitted(memory, 40, 0)
+    group.sequences[0].append(0)
+    with pytest.raises(AssertionError, match="would grow into another slot"):
+        memory.append(group.sequences[0])
+
+
 def test_nobody_is_admitted_without_a_slot():
     memory, _ = make(budget=100)
     for seq_id in range(4):

@@ -113,6 +113,7 @@ class VirtualMemory(PlainMemory):
         Returns the slot to copy first, where the sequence had to leave a shared one. Raises
         OutOfBlocks if slots or budget run out, before anything is mapped.
         """
+        assert seq.num_tokens <= self.block_size, f"{seq} would grow into another slot"
         table = self._tables[seq.seq_id]
         needed = self.layout.groups_for(seq.num_tokens)
         alone = bool(table.blocks) and self.ref_count(table.blocks[0]) == 1
