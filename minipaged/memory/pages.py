@@ -17,9 +17,9 @@ from minipaged.memory.slots import SlotLayout
 SMALL_PAGE = mmap.PAGESIZE  # 4 KiB on most machines
 HUGE_PAGE = 2 * 1024**2  # which is also the smallest that a GPU maps
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
-# Names that Python's mmap has since 3.13 or not at all; the numbers are Linux's.
-_MAP_NORESERVE = 0x4000
-_MADV_POPULATE_WRITE = 23
+# Not every Python knows these names; the numbers are Linux's.
+_MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MADV_POPULATE_WRITE: int = getattr(mmap, "MADV_POPULATE_WRITE", 23)
 
 
 def why_no_pages_of(page_bytes: int) -> str | None:
