@@ -1,19 +1,14 @@
 """From options to an engine: attention, weights, cache and scheduler, put together."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minipaged.attention import AttentionBackend, choose_backend
-from minipaged.batch import BatchBuilder
-from minipaged.config import EngineConfig, require_one_of, require_share, require_whole
+from minipaged.attention import AttentionBackend
+from minipaged.config import EngineConfig, require_share, require_whole
 from minipaged.defaults import choose_config, open_tokenizer
 from minipaged.engine import LLMEngine
-from minipaged.errors import InvalidOption
 from minipaged.graphs import DecodeGraphs, record_cuda_graphs
-from minipaged.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
-from minipaged.memory import BlockManager
-from minipaged.memory.kinds import KINDS, contiguous
+from minipaged.kv_cache import Cache, bytes_per_block, choose_kv_dtype
 from minipaged.models import Model
 from minipaged.models.linear import pack_weights
 from minipaged.models.loader import load_model, read_model_config
@@ -25,6 +20,7 @@ from minipaged.runner import (
     choose_device,
     refuse_more_than_memory,
 )
+from minipaged.storage import build_storage, check_memory, choose_attention
 
 
 def build_engine(
@@ -45,9 +41,9 @@ def build_engine(
     """The engine of `LLM`, whose options these are. Raises InvalidOption, CheckpointError."""
     where = choose_device(device)
     require_share("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0)
-    options |= _options_of(memory, parts, options)
+    options |= check_memory(memory, parts, options["preemption"])
     head_dim = read_model_config(folder).head_dim
-    backend = choose_backend(attention_backend, where, head_dim, kv_cache_dtype)
+    backend = choose_attention(memory, attention_backend, where, head_dim, kv_cache_dtype)
     backend = parts.attention(backend)
     model = load_model(folder, backend, dtype, where)
     if where.type == "cpu":
@@ -64,40 +60,21 @@ def build_engine(
         **options,
     )
     refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes, where)
-    kv_cache = KVCache.build(model.config, config, kv_dtype, where, backend.copy_blocks)
-    columns = config.max_blocks_per_seq
-    if memory != "paged":
-        parts = replace(parts, memory=contiguous(memory, config.max_model_len))
-        columns = 1 << (columns - 1).bit_length()  # a run is rounded up to a power of two
+    storage = build_storage(memory, parts, model.config, config, kv_dtype, where, backend)
+    graphs = _graphs(model, storage.kv_cache, backend, config, enforce_eager)
     return LLMEngine(
         config,
-        parts.build_scheduler(config),
-        BatchBuilder(config.max_num_seqs, columns, block_size, where),
-        ModelRunner(model, kv_cache, _graphs(model, kv_cache, backend, config, enforce_eager)),
+        storage.parts.build_scheduler(config),
+        storage.batches,
+        ModelRunner(model, storage.kv_cache, graphs),
         open_tokenizer(folder),
         seed=seed,
     )
 
 
-def _options_of(memory: str, parts: Parts, options: dict[str, Any]) -> dict[str, Any]:
-    """What must be changed for a memory that is not paged. Raises InvalidOption."""
-    require_one_of("memory", memory, KINDS)
-    if memory == "paged":
-        return {}
-    if parts.memory is not BlockManager:
-        raise InvalidOption(
-            f"memory is {memory!r}, and parts bring a memory of their own: leave out one of them."
-        )
-    if options["preemption"] == "swap":
-        raise InvalidOption(
-            f'only paged memory swaps, and memory is {memory!r}: leave out preemption="swap".'
-        )
-    return {"enable_prefix_caching": False, "num_swap_blocks": 0}
-
-
 def _graphs(
     model: Model,
-    kv_cache: KVCache,
+    kv_cache: Cache,
     backend: AttentionBackend,
     config: EngineConfig,
     enforce_eager: bool,

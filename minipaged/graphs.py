@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minipaged.batch import Batch, Span
-from minipaged.kv_cache import KVCache
+from minipaged.kv_cache import Cache
 from minipaged.models import Model
 from minipaged.shapes import Float
 
@@ -69,7 +69,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: Model,
-        kv_cache: KVCache,
+        kv_cache: Cache,
         max_num_seqs: int,
         max_blocks_per_seq: int,
         record: Record,

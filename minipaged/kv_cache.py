@@ -14,6 +14,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from itertools import islice
 from math import prod
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,6 +49,23 @@ def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
     # The gather on the right is complete before the first write on the left.
     copied = source[:, :, pairs[:, 0].to(source.device)]
     target[:, :, pairs[:, 1].to(target.device)] = copied.to(target.device)
+
+
+@runtime_checkable  # shapes are checked at run time in tests, and types with them
+class Cache(Protocol):
+    """What a model and its runner ask of keys and values, wherever these lie."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def layers(self) -> list[KVPair]: ...
+    @property
+    def swap_layers(self) -> list[KVPair]: ...
+    def copy(self, pairs: list[BlockPair]) -> None: ...
+    def swap_out(self, pairs: list[BlockPair]) -> None: ...
+    def swap_in(self, pairs: list[BlockPair]) -> None: ...
 
 
 class KVCache:

@@ -10,7 +10,7 @@ from minipaged.available_memory import GIB, physical_memory
 from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
 from minipaged.graphs import DecodeGraphs
-from minipaged.kv_cache import KVCache
+from minipaged.kv_cache import Cache
 from minipaged.models import Model
 from minipaged.plan import ScheduledBatch
 from minipaged.shapes import Float
@@ -21,7 +21,7 @@ SWAP_BYTES = 2 * GIB  # a swap pool takes no more host memory than this unless a
 class ModelRunner:
     """One model and its cache; where there are graphs, decode steps are replayed from them."""
 
-    def __init__(self, model: Model, kv_cache: KVCache, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(self, model: Model, kv_cache: Cache, graphs: DecodeGraphs | None = None) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.graphs = graphs

@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
     "version shapes errors json_files config events sequence outputs stories memory plan "
-    "admission scheduler sim available_memory transfer quantized batch "
-    "kv_cache attention models fetching sampling tokenizer prompts detokenizer completion chat "
-    "request beam_request graphs runner parts engine defaults assembly llm bench paper trace "
-    "terminal demo talk show fetch_command cli __main__"
+    "admission scheduler sim available_memory transfer quantized batch kv_cache virtual_cuda "
+    "virtual_cache attention models fetching sampling tokenizer prompts detokenizer completion "
+    "chat request beam_request graphs runner parts storage engine defaults assembly llm bench "
+    "paper trace terminal demo talk show fetch_command cli __main__"
 ).split()
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
@@ -78,7 +78,14 @@ def test_a_function_fits_on_a_screen(path: Path):
 
 @pytest.mark.parametrize(
     "modules",
-    ["minipaged.memory, minipaged.scheduler", "minipaged.events", "minipaged.stories", "minipaged"],
+    [
+        "minipaged.memory, minipaged.scheduler",
+        "minipaged.memory.kinds, minipaged.memory.virtual",
+        "minipaged.memory.pages",
+        "minipaged.events",
+        "minipaged.stories",
+        "minipaged",
+    ],
 )
 def test_bookkeeping_leaves_torch_alone(modules: str):
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"

@@ -328,7 +328,9 @@ MUTANTS = {
         torch_decode, "q.unflatten(1, (kv_heads, -1))", "q.unflatten(1, (-1, kv_heads)).mT"
     ),
     "query heads of a prompt are grouped the wrong way": (
-        torch_paged, "unflatten(0, (kv_heads, -1))", "unflatten(0, (-1, kv_heads)).transpose(0, 1)"
+        torch_paged,
+        "unflatten(0, (keys.shape[0], -1))",
+        "unflatten(0, (-1, keys.shape[0])).transpose(0, 1)",
     ),
     "the output is not corrected": (blockwise, "correction * output", "output"),
     "the total is not corrected": (blockwise, "correction * total", "total"),
@@ -346,9 +348,9 @@ MUTANTS = {
     "the context is forgotten in a chunk": (
         torch_paged, "positions[span.context_len :, None]", "positions[: span.query_len, None]"
     ),
-    "a chunk is taken for a whole prompt": (torch_paged, "if span.context_len > 0:", "if False:"),
+    "a chunk is taken for a whole prompt": (torch_paged, "if span.context_len == 0:", "if True:"),
     "a prompt's last block is read to its end": (
-        torch_paged, "keys[:, :, : prefill.seq_len]", "keys"
+        torch_paged, "keys[:, : prefill.seq_len]", "keys"
     ),
     "the group's first sequence sets the length": (
         torch_decode, "to_device(lengths, q.device)[:, None]", "to_device(lengths[:1], q.device)"

@@ -5,6 +5,7 @@
     torch         the fast one in pure PyTorch: the default on a CPU
     triton        the kernels for a GPU: the default there
     triton-naive  their first rung: one block at a time, as the paper draws it
+    unpaged       no paged attention: for sequences in one piece, with memory="virtual" only
 
 Every implementation has the signature of `PagedAttention`. Query i of a sequence stands at position
 `context_len + i` and sees the keys of positions 0 up to and including its own. Query heads are
@@ -29,6 +30,7 @@ from minipaged.attention.blockwise import blockwise_paged_attention
 from minipaged.attention.reference import reference_paged_attention, store_kv
 from minipaged.attention.torch_paged import torch_paged_attention, torch_store_kv
 from minipaged.attention.triton.machine import is_interpreted, why_no_triton
+from minipaged.attention.unpaged import unpaged_attention, unpaged_store_kv
 from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
 from minipaged.kv_cache import CopyBlocks, copy_blocks
@@ -70,6 +72,8 @@ BACKENDS: dict[str, AttentionBackend] = {
     "torch": AttentionBackend("torch", torch_paged_attention, torch_store_kv),
 }
 TRITON_BACKENDS = ("triton", "triton-naive")
+# Not among them: it understands block tables of one entry only, and they read what is not mapped.
+UNPAGED = AttentionBackend("unpaged", unpaged_attention, unpaged_store_kv)
 
 
 def choose_backend(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minipaged.attention.reference import heads_per_kv_head, store_kv
 from minipaged.attention.torch_decode import Decodes, gather, rows_of_blocks
-from minipaged.batch import Batch
+from minipaged.batch import Batch, Span
 from minipaged.quantized import KVPool, QuantizedPool
 from minipaged.shapes import Float, Int
 
@@ -89,11 +89,7 @@ def _plan_prefills(batch: Batch, k_cache: KVPool, q: Tensor) -> list[Prefill]:
         if span.query_len == 1:
             continue
         blocks = table[None, : -(-span.seq_len // block_size)].long()  # [1, columns]
-        mask = None  # is_causal means the same for a sequence from its beginning, and computes half
-        if span.context_len > 0:
-            positions = torch.arange(span.seq_len, device=q.device)
-            hidden = positions > positions[span.context_len :, None]  # [queries, length]
-            mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        mask = causal_mask(q, span)
         rows = rows_of_blocks(blocks, kv_heads)
         prefills.append(Prefill(span.start, span.stop, span.seq_len, rows, mask))
     return prefills
@@ -108,19 +104,41 @@ def _attend_many_queries(
 ) -> Float[Tensor, "queries heads head_dim"]:
     """Prefill, whole or in chunks: the queries of one sequence, each up to its own position."""
     _, kv_heads, _, head_dim = k_cache.shape
-    grouped = q.transpose(0, 1).unflatten(0, (kv_heads, -1))  # [kv_heads, group, queries, head_dim]
 
-    def gathered(cache: KVPool) -> Float[Tensor, "kv_heads group length head_dim"]:
-        keys = gather(cache, prefill.rows, q.dtype).view(kv_heads, 1, -1, head_dim)
-        # Each head is seen by its whole group, by a stride of zero: nothing is copied for it.
-        return keys[:, :, : prefill.seq_len].expand(-1, grouped.shape[1], -1, -1)
+    def gathered(cache: KVPool) -> Float[Tensor, "kv_heads length head_dim"]:
+        keys = gather(cache, prefill.rows, q.dtype).view(kv_heads, -1, head_dim)
+        return keys[:, : prefill.seq_len]
 
+    return attend(q, gathered(k_cache), gathered(v_cache), prefill.mask, scale)
+
+
+def causal_mask(q: Tensor, span: Span) -> Float[Tensor, "queries length"] | None:
+    """What to add to the scores of one sequence's queries; None: `is_causal` says it."""
+    if span.context_len == 0:
+        return None  # for a sequence from its beginning it means the same, and computes half
+    positions = torch.arange(span.seq_len, device=q.device)
+    hidden = positions > positions[span.context_len :, None]  # [queries, length]
+    return q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+
+def attend(
+    q: Float[Tensor, "queries heads head_dim"],
+    keys: Float[Tensor, "kv_heads length head_dim"],
+    values: Float[Tensor, "kv_heads length head_dim"],
+    mask: Float[Tensor, "queries length"] | None,
+    scale: float,
+) -> Float[Tensor, "queries heads head_dim"]:
+    """PyTorch's own attention over the keys of one sequence, with a mask of `causal_mask`."""
+    # [kv_heads, group, queries, head_dim]
+    grouped = q.transpose(0, 1).unflatten(0, (keys.shape[0], -1))
+    # Each head is seen by its whole group, by a stride of zero: nothing is copied for it.
+    seen = (-1, grouped.shape[1], -1, -1)
     out = F.scaled_dot_product_attention(
         grouped,
-        gathered(k_cache),
-        gathered(v_cache),
-        attn_mask=prefill.mask,
-        is_causal=prefill.mask is None,
+        keys[:, None].expand(seen),
+        values[:, None].expand(seen),
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
     )  # [kv_heads, group, queries, head_dim]
     return out.flatten(0, 1).transpose(0, 1)  # [queries, heads, head_dim]

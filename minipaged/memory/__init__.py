@@ -2,7 +2,8 @@
 
 Read it in this order: allocator (physical blocks), block_table (one sequence), prefix_cache (blocks
 found again by their content), roles (what a memory must do), block_manager (all sequences), checked
-(a second opinion wrapped round the others).
+(a second opinion wrapped round the others). The rivals of paging stand beside it: contiguous, on
+buddy; and virtual, on slots and pages. What both lack is in plain, and all names are in kinds.
 """
 
 from minipaged.memory.allocator import Allocator, BlockAllocator

@@ -1,6 +1,7 @@
 """The kinds of memory by the names that a user gives them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from minipaged.config import require_one_of
@@ -13,7 +14,23 @@ CONTIGUOUS: dict[str, Reserve] = {
     "contiguous-max": "max",
     "static": "max",
 }
-KINDS = ("paged", *CONTIGUOUS)
+
+
+@dataclass(frozen=True)
+class VirtualKind:
+    """What differs from one virtual memory to another; see `SlotLayout`."""
+
+    huge_pages: bool = False  # of 2 MiB; else the smallest that the device has
+    sliced: bool = False  # all layers of a token side by side
+
+
+VIRTUAL = {
+    "virtual": VirtualKind(),
+    "virtual-sliced": VirtualKind(sliced=True),
+    "virtual-2m": VirtualKind(huge_pages=True),
+    "virtual-2m-sliced": VirtualKind(huge_pages=True, sliced=True),
+}
+KINDS = ("paged", *CONTIGUOUS, *VIRTUAL)
 
 
 def contiguous(name: str, longest: int) -> Callable[..., Memory]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minipaged.batch import Batch
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckpointError, UnsupportedModel
-from minipaged.kv_cache import KVCache
+from minipaged.kv_cache import Cache
 from minipaged.shapes import Float, Int
 
 HFConfig = Mapping[str, Any]  # a parsed config.json
@@ -47,7 +47,7 @@ class Model(nn.Module, ABC):
         self,
         token_ids: Int[Tensor, " tokens"],
         positions: Int[Tensor, " tokens"],
-        kv_cache: KVCache,
+        kv_cache: Cache,
         batch: Batch,
     ) -> Float[Tensor, "tokens hidden"]:
         """One step: writes the tokens' keys and values, returns what `logits` takes.

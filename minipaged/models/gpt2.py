@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minipaged.attention import AttentionBackend
 from minipaged.batch import Batch
 from minipaged.config import ModelConfig
-from minipaged.kv_cache import KVCache, KVPair
+from minipaged.kv_cache import Cache, KVPair
 from minipaged.models import (
     HFConfig,
     Model,
@@ -87,7 +87,7 @@ class GPT2(Model):
         self,
         token_ids: Int[Tensor, " tokens"],
         positions: Int[Tensor, " tokens"],
-        kv_cache: KVCache,
+        kv_cache: Cache,
         batch: Batch,
     ) -> Float[Tensor, "tokens hidden"]:
         """One step; see `Model.forward`."""

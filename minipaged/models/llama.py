@@ -19,7 +19,7 @@ from minipaged.attention import AttentionBackend
 from minipaged.batch import Batch
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckpointError, UnsupportedModel
-from minipaged.kv_cache import KVCache, KVPair
+from minipaged.kv_cache import Cache, KVPair
 from minipaged.models import (
     HFConfig,
     Model,
@@ -101,7 +101,7 @@ class Llama(Model):
         self,
         token_ids: Int[Tensor, " tokens"],
         positions: Int[Tensor, " tokens"],
-        kv_cache: KVCache,
+        kv_cache: Cache,
         batch: Batch,
     ) -> Float[Tensor, "tokens hidden"]:
         """One step; see `Model.forward`."""
