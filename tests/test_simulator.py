@@ -139,7 +139,7 @@ def test_a_step_costs_what_the_roofline_says():
     assert COSTS.weights(1) == pytest.approx(weights)
     assert COSTS.weights(1000) == pytest.approx(2 * 12.85e9 * 1000 / (312e12 * 0.55))
     assert COSTS.keys(1000) == pytest.approx(1000 * 819_200 / (1555e9 * 0.7))
-    assert COSTS.host(10) == pytest.approx(2e-3 + 10 * 0.285e-3)
+    assert COSTS.host(10) == pytest.approx(2e-3 + 10 * 0.30e-3)
 
 
 def test_swapping_small_blocks_takes_longer_and_recomputing_does_not_care():

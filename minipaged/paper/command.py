@@ -13,7 +13,7 @@ from rich.console import Console
 from minipaged.errors import InvalidOption
 from minipaged.paper.figure import FULL, QUICK, Figure, Result
 
-NAMES = "table1 fig1 fig2 fig3 fig12 fig13 fig14 fig15 fig16 fig17 fig18 fig19".split()
+NAMES = "table1 fig1 fig2 fig3 fig12 fig13 fig14 fig15 fig16 fig17 fig18 fig19 vattention".split()
 
 
 def paper(

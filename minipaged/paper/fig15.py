@@ -36,7 +36,7 @@ def run(effort: Effort) -> Result:
         Case(
             workload=workload,
             rate=RATE[workload],
-            seconds=1200.0,  # the long requests, of which few come, weigh most
+            seconds=1000.0,
             decoding=Decoding(method, width, PEAKEDNESS[workload]),
             watch_memory=True,
         )

@@ -17,7 +17,7 @@ from minipaged.sim.catalogue import DEPLOYMENTS
 from minipaged.sim.cost_model import CostModel
 from minipaged.sim.requests import GREEDY, Decoding
 from minipaged.sim.simulator import Report, Simulation
-from minipaged.sim.systems import SYSTEMS, Setting
+from minipaged.sim.systems import Setting, find_system
 from minipaged.sim.traces import WORKLOADS, Lengths, TraceRequest, chat_trace, poisson_trace
 
 Input = TypeVar("Input")
@@ -64,11 +64,12 @@ class Case:
             max_num_seqs=self.max_num_seqs,
             prefix_caching=self.prefix_caching,
             preemption=self.preemption,
+            model=server.model,
         )
         costs = CostModel(server, kv_factor=self.kv_factor, copy_factor=self.copy_factor)
         watched = self.only_while_they_come
         return Simulation(
-            SYSTEMS[self.system],
+            find_system(self.system),
             setting,
             costs,
             self.trace(),
@@ -128,6 +129,7 @@ class Search:
 
     case: Case
     thresholds: tuple[float, ...] = (0.2,)  # seconds a token
+    near: float = 1.03  # to half of this factor
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,13 @@ class Capacity:
 
 
 def find_capacity(search: Search) -> Capacity:
-    """Simulates until the rates are known to about one percent."""
+    """Simulates until the rates are known."""
     limit = max(search.thresholds)
 
     def latency(rate: float) -> float:
         return replace(search.case, rate=rate, limit=limit).simulate().normalized_latency
 
-    curve = Curve(latency, search.case.rate)
+    curve = Curve(latency, search.case.rate, search.near)
     curve.at(search.case.rate / 2)  # for the flat part of the drawing
     rates = curve.crossings(search.thresholds)
     points = [(r, None if s == float("inf") else s) for r, s in sorted(curve.points.items())]

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 THRESHOLDS = (0.1, 0.2, 0.5)  # seconds a token; the paper names none, its curves turn up in between
-NEAR = 1.03  # bounds are near enough if they are no more than this factor apart
 WIDER = 1.3  # by this factor, bounds are looked for
 
 
@@ -17,10 +16,12 @@ class Curve:
     Args:
         latency: seconds a token at a rate in requests a second; infinite if it is too long to tell.
         guess: a rate to begin with.
+        near: bounds are near enough if they are no more than this factor apart.
     """
 
     latency: Callable[[float], float]
     guess: float
+    near: float = 1.03
     points: dict[float, float] = field(default_factory=dict[float, float])  # latency by rate
 
     def at(self, rate: float) -> float:
@@ -30,7 +31,7 @@ class Curve:
         return self.points[rate]
 
     def crossing(self, threshold: float) -> float:
-        """The rate at which latency passes the threshold, to about one percent."""
+        """The rate at which latency passes the threshold, to half of `near`."""
         self.at(self.guess)
         low = max((r for r, s in self.points.items() if s <= threshold), default=0.0)
         high = min((r for r, s in self.points.items() if s > threshold), default=0.0)
@@ -40,7 +41,7 @@ class Curve:
                 low = rate
             else:
                 high = rate
-        while high / low > NEAR:
+        while high / low > self.near:
             middle = (low * high) ** 0.5
             if self.at(middle) <= threshold:
                 low = middle

@@ -11,7 +11,7 @@ ALPACA_OUTPUT_CV = 1.02  # fitted to Figure 13b: batched requests of Orca (Pow2)
 
 # What the host needs for a step beside the GPU: the first vLLM's scheduler and sampler in Python.
 STEP_SECONDS = 2e-3  # fitted to Figure 13: batched requests of vLLM, both traces ...
-SEQUENCE_SECONDS = 0.285e-3  # ... together with this, for each sequence that decodes
+SEQUENCE_SECONDS = 0.30e-3  # ... together with this, for each sequence that decodes
 
 # Beams only: how sure the synthetic model is of its next token, the scale of its logits. How beams
 # descend from each other is the model's, and so is what they share.

@@ -21,7 +21,7 @@ USABLE = 0.9  # of a GPU's memory, as `gpu_memory_utilization`
 ACTIVATIONS = 1 * GB  # a GPU, for what is neither weights nor keys: assumed
 FULL = 0.9  # a pool of which more is used is the bound
 KNEE = 3.0  # times the latency of an idle server
-# A present-day host, assumed: the first vLLM's, as in `fitted`, took 14 times as long a sequence.
+# A present-day host, assumed: the first vLLM's, as in `fitted`, took 15 times as long a sequence.
 STEP_SECONDS, SEQUENCE_SECONDS = 2e-3, 0.02e-3
 
 

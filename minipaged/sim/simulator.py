@@ -101,7 +101,7 @@ class Simulation:
 
     def run(self) -> Report:
         """Serve all of the trace, or until a limit is reached."""
-        while self._to_come or self._requests or self._kept_back:
+        while (self._to_come or self._requests or self._kept_back) and not self.report.gave_up:
             if self._until is not None and self.now >= self._until:
                 break
             self._let_come()
@@ -109,8 +109,6 @@ class Simulation:
                 self.now = self._to_come[-1].arrival
                 continue
             self.step()
-            if self.now >= self._next_look and self._look():
-                break
         report = self.report
         report.seconds = self.now
         report.mean_batch = self._batch_seconds / max(self._watched_seconds, 1e-9)
@@ -128,6 +126,8 @@ class Simulation:
         self.report.num_steps += 1
         self.report.num_sequence_steps += len(plan.sequences)
         self.report.num_preemptions += len(plan.preempted)
+        if self.now >= self._next_look:
+            self._look()  # while the step is under way
         scheduler.commit(plan)
         self._advance(plan)
 
@@ -173,8 +173,8 @@ class Simulation:
             self.report.finished += self._kept_back
             self._kept_back = []
 
-    def _look(self) -> bool:
-        """Note how the memory is used; True if it is certain that the limit is passed."""
+    def _look(self) -> None:
+        """Note how the memory is used, and give up if it is certain that the limit is passed."""
         self._next_look = max(self._next_look + LOOK_SECONDS, self.now)
         self._num_looks += 1
         report, memory = self.report, self.scheduler.memory
@@ -186,10 +186,8 @@ class Simulation:
                     unshared = sum(len(memory.block_table(s.seq_id)) for s in group.sequences)
                     report.num_blocks_held += held
                     report.num_blocks_unshared += unshared
-        if self._limit is None or self._num_looks % 10:
-            return False
-        # No unfinished request can come out better than if it ended now.
-        least = sum(r.normalized_latency for r in report.finished)
-        least += sum((self.now - r.arrival) / r.output_len for r in self._requests.values())
-        report.gave_up = least > self._limit * report.num_requests
-        return report.gave_up
+        if self._limit is not None and self._num_looks % 10 == 0:
+            # No unfinished request can come out better than if it ended now.
+            least = sum(r.normalized_latency for r in report.finished)
+            least += sum((self.now - r.arrival) / r.output_len for r in self._requests.values())
+            report.gave_up = least > self._limit * report.num_requests

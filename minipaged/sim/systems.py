@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 
 from minipaged.config import EngineConfig, PreemptionMode
 from minipaged.errors import InvalidOption
 from minipaged.memory import BlockManager, Memory
 from minipaged.memory.contiguous import ContiguousMemory, Reserve
+from minipaged.memory.roles import ceil_div
+from minipaged.memory.slots import SlotLayout
+from minipaged.memory.virtual import VirtualMemory
 from minipaged.scheduler import FCFSScheduler
+from minipaged.sim.catalogue import MODELS, ServedModel
 
 LONGEST = 2048  # tokens of prompt and output together: what OPT was made for
 NO_LIMIT = 10**9  # tokens in a step: the rivals have none but their memory
@@ -25,6 +30,7 @@ class Setting:
     watermark: float = 0.01
     prefix_caching: bool = False  # the paper had none, but for prefixes that were given
     preemption: PreemptionMode = "auto"
+    model: ServedModel = MODELS["opt-13b"]  # for memory that is counted in bytes
 
     @property
     def num_blocks(self) -> int:
@@ -75,14 +81,55 @@ SYSTEMS = {
         ),
     )
 }
+
+
+class NoPages:
+    """Pages that nobody maps: the memory's own count is all that a simulation needs."""
+
+    def map(self, slot: int, groups: range) -> None: ...
+    def unmap(self, slot: int, groups: range) -> None: ...
+
+
+def _virtual(page_bytes: int, sliced: bool = False) -> Callable[[Setting], Memory]:
+    def build(setting: Setting) -> Memory:
+        layout = virtual_layout(setting, page_bytes, sliced)
+        budget = layout.groups_within(setting.num_slots * setting.model.kv_bytes_per_token)
+        watermark = int(setting.watermark * budget)
+        return VirtualMemory(layout, budget, NoPages(), watermark)
+
+    return build
+
+
+def virtual_layout(setting: Setting, page_bytes: int, sliced: bool) -> SlotLayout:
+    """vAttention's slots for the model of a setting."""
+    num_buffers = 2 if sliced else 2 * setting.model.num_layers
+    token_bytes = setting.model.kv_bytes_per_token // num_buffers
+    step = page_bytes // gcd(page_bytes, token_bytes)  # whole pages and whole tokens
+    slot_len = ceil_div(setting.longest, step) * step
+    return SlotLayout(num_buffers, setting.max_num_seqs, slot_len, token_bytes, page_bytes)
+
+
+KIB = 1024
+VATTENTION = {
+    system.name: system
+    for system in (
+        System("vattention-64k", "vAttention, 64 KiB", _virtual(64 * KIB), True),
+        System("vattention-256k", "vAttention, 256 KiB", _virtual(256 * KIB), True),
+        System("vattention-2m", "vAttention, 2 MiB", _virtual(2048 * KIB), True),
+        System(
+            "vattention-2m-sliced", "vAttention, 2 MiB, sliced", _virtual(2048 * KIB, True), True
+        ),
+    )
+}
 ORCAS = ("orca-oracle", "orca-pow2", "orca-max")
 
 
 def find_system(name: str) -> System:
     """The system of this name. Raises InvalidOption with the names there are."""
-    if name not in SYSTEMS:
-        raise InvalidOption(f"there is no system {name!r}: choose one of {', '.join(SYSTEMS)}.")
-    return SYSTEMS[name]
+    known = SYSTEMS | VATTENTION
+    if name not in known:
+        raise InvalidOption(f"there is no system {name!r}: choose one of {', '.join(known)}.")
+    return known[name]
 
 
 def build_scheduler(system: System, setting: Setting) -> FCFSScheduler:
