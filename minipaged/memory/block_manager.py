@@ -91,7 +91,7 @@ class BlockManager:
         table = self._tables[seq.seq_id]
         pairs: list[BlockPair] = []
         first_written = seq.num_computed_tokens // self.block_size
-        for logical in range(first_written, ceil_div(seq.num_tokens, self.block_size)):
+        for logical in range(first_written, self._blocks_for(seq.num_tokens)):
             if logical == len(table.blocks):
                 table.blocks.append(self._pool.allocate())
             elif self._pool.ref_count(old := table.blocks[logical]) > 1:
@@ -177,14 +177,10 @@ class BlockManager:
         return pairs
 
     def _move(
-        self,
-        group: SequenceGroup,
-        source: Allocator,
-        target: Allocator,
-        already_there: dict[int, int],
+        self, group: SequenceGroup, source: Allocator, target: Allocator, known: dict[int, int]
     ) -> list[BlockPair]:
         # Each block moves once, however many sequences share it: the map keeps the sharing.
-        moved = already_there.copy()
+        moved = known.copy()
         pairs: list[BlockPair] = []
         for seq in group.sequences:
             table = self._tables[seq.seq_id]
@@ -198,7 +194,7 @@ class BlockManager:
                 table.blocks.append(moved[block])
             for block in reversed(old):  # children before parents
                 source.free(block)
-            table.num_published = sum(block in already_there for block in old)
+            table.num_published = sum(block in known for block in old)
         return pairs
 
     def _still_known(self, group: SequenceGroup) -> dict[int, int]:
@@ -263,6 +259,9 @@ class BlockManager:
 
     # ---- arithmetic ----------------------------------------------------------------------------
 
+    def _blocks_for(self, num_tokens: int) -> int:
+        return ceil_div(num_tokens, self.block_size)
+
     def _pool_of(self, seq: Sequence) -> Allocator:
         return self._swap_pool if seq.seq_id in self._swapped else self._pool
 
@@ -284,7 +283,7 @@ class BlockManager:
             if seq.seq_id not in self._tables:
                 computed = self._num_known(seq, blocks)
             written.update(blocks[computed // self.block_size :])
-            new += max(0, ceil_div(seq.num_tokens, self.block_size) - len(blocks))
+            new += max(0, self._blocks_for(seq.num_tokens) - len(blocks))
         return new + sum(min(n, num_owners(block) - 1) for block, n in written.items())
 
     def _claim(self, group: SequenceGroup, others: Callable[[int], int]) -> tuple[set[int], int]:
