@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,11 +21,26 @@ from rich.text import Text
 from minipaged import fetch_command
 from minipaged.bench.commands import app as bench
 from minipaged.errors import InvalidOption, InvalidRequest, MinipagedError
+from minipaged.options import (
+    AsJson,
+    Backend,
+    BlockSize,
+    Device,
+    Dtype,
+    KVDtype,
+    Memory,
+    Model,
+    NumBlocks,
+    Preemption,
+    Seed,
+    ShowBlocks,
+    Trace,
+    Version,
+)
 from minipaged.paper.command import paper
 from minipaged.show import print_completions, read_lines, warn_of_an_early_end
 from minipaged.sim.command import plan
 from minipaged.terminal import Session
-from minipaged.version import __version__
 
 app = typer.Typer(
     help="PagedAttention, the system behind vLLM, from scratch.",
@@ -36,21 +50,6 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
-
-Model = Annotated[str, typer.Option(help="storyteller, a folder, or owner/name on the hub.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Backend = Annotated[
-    str, typer.Option(help="auto, reference, blockwise, torch, triton or triton-naive.")
-]
-KVDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8 or fp8.")]
-BlockSize = Annotated[int, typer.Option(help="Token slots in a block.")]
-NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; default: ample.")]
-Preemption = Annotated[str, typer.Option(help="auto, recompute or swap.")]
-Seed = Annotated[int, typer.Option(help="Of every random choice.")]
-ShowBlocks = Annotated[bool, typer.Option("--show-blocks", help="Draw the pool live.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines: one JSON object a line.")]
-Trace = Annotated[Path | None, typer.Option(help="Write every event to this file, as JSON lines.")]
 
 
 def main() -> None:
@@ -89,21 +88,10 @@ def _in_words_of_the_shell(sentence: str) -> str:
     return re.sub(any_of_them, lambda name: "--" + name[0].replace("_", "-"), sentence)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"minipaged {__version__}")
-        raise typer.Exit
-
-
 @app.callback(invoke_without_command=True)
 def common(
     context: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
+    version: Version = False,
 ) -> None:
     """PagedAttention, the system behind vLLM, from scratch."""
     if context.invoked_subcommand is None:
@@ -117,6 +105,7 @@ def common(
 def demo(
     device: Device = "auto",
     attention_backend: Backend = "auto",
+    memory: Memory = "paged",
     block_size: BlockSize = 16,
     num_blocks: Annotated[int, typer.Option(help="Blocks in the pool.")] = 128,
     preemption: Preemption = "auto",
@@ -133,6 +122,7 @@ def demo(
         llm = session.load(
             device=device,
             attention_backend=attention_backend,
+            memory=memory,
             block_size=block_size,
             num_blocks=num_blocks,
             preemption=preemption,
@@ -183,6 +173,7 @@ def generate(
     dtype: Dtype = "auto",
     kv_cache_dtype: KVDtype = "auto",
     attention_backend: Backend = "auto",
+    memory: Memory = "paged",
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
     preemption: Preemption = "auto",
@@ -220,6 +211,7 @@ def generate(
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
             attention_backend=attention_backend,
+            memory=memory,
             block_size=block_size,
             num_blocks=num_blocks,
             preemption=preemption,

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from minipaged.llm import LLM
 
 COLOURS = ("cyan", "magenta", "green", "blue", "red", "bright_blue", "bright_magenta", "bright_red")
-LEGEND = "A: full block of A   a: its last, filling   2-9: owners   +: cached   ·: free"
+LEGEND = (
+    "A: full block of A   a: its last, filling   _: reserved   2-9: owners   +: cached   ·: free"
+)
 MAX_COLUMNS = 64
 MAX_ROWS = 12
 FRAME_SECONDS = 0.1  # a step takes a few milliseconds: slowed down, a person can watch it
@@ -154,7 +156,8 @@ class BlockMap:
         owned: dict[int, _Owned] = {}
         for holder in self._holders.values():
             for logical, block in enumerate([] if holder.swapped else holder.blocks):
-                filled = min(self.block_size, holder.num_tokens - logical * self.block_size)
+                left = holder.num_tokens - logical * self.block_size
+                filled = max(0, min(self.block_size, left))
                 others = owned[block].num_owners if block in owned else 0
                 owned[block] = _Owned(holder.request, others + 1, filled)
         return owned
@@ -196,6 +199,8 @@ class BlockMap:
         sign = letter(self._numbers[owned.request])
         if owned.num_owners > 1:
             return Text(str(min(owned.num_owners, 9)), style=sign.style)
+        if owned.num_filled == 0:  # reserved in advance, as rivals of paging do
+            return Text("_", style=sign.style)
         return sign if owned.num_filled == self.block_size else Text(sign.plain.lower(), sign.style)
 
     def _headline(self, owned: dict[int, _Owned]) -> str:

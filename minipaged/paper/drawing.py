@@ -29,16 +29,18 @@ def panel(canvas: "Canvas", rows: int, columns: int, number: int, title: str) ->
 def side_by_side(
     axes: Any,
     labels: Sequence[str],
-    heights: Mapping[str, Sequence[float]],
+    heights: Mapping[str, Sequence[float | None]],
     unit: str,
     form: str = "{:.3g}",
 ) -> None:
-    """Groups of bars: for each label one bar of each kind, with its number."""
+    """Groups of bars: for each label one bar of each kind, with its number; None: no bar."""
     width = 0.8 / len(heights)
     for number, (kind, values) in enumerate(heights.items()):
         places = [i + (number - (len(heights) - 1) / 2) * width for i in range(len(labels))]
-        bars = axes.bar(places, values, width * 0.95, label=kind, color=COLOURS.get(kind))
-        axes.bar_label(bars, [form.format(v) for v in values], fontsize=7, padding=1)
+        shown = [0.0 if value is None else value for value in values]
+        labels_of_bars = ["" if value is None else form.format(value) for value in values]
+        bars = axes.bar(places, shown, width * 0.95, label=kind, color=COLOURS.get(kind))
+        axes.bar_label(bars, labels_of_bars, fontsize=7, padding=1)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel(unit, fontsize=8)
     axes.legend(fontsize=7, frameon=False)

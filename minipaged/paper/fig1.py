@@ -12,6 +12,7 @@ from minipaged.paper.figure import EXACT, SIMULATED, Check, Effort, Figure, Resu
 from minipaged.paper.serving import Case, Outcome, in_parallel, serve
 from minipaged.sim.catalogue import DEPLOYMENTS
 from minipaged.sim.cost_model import CostModel
+from minipaged.sim.systems import SYSTEMS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -58,7 +59,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
     axes = panel(canvas, 1, 2, 2, "tokens a second by requests at a time")
     axes.plot(data["batches"], data["speed"], color="black", linewidth=1)
     for name, batch in data["held"].items():
-        axes.axvline(batch, color=COLOURS[name], linestyle="--", label=name)
+        axes.axvline(batch, color=COLOURS[name], linestyle="--", label=SYSTEMS[name].title)
     axes.set_xlabel("requests at a time", fontsize=8)
     axes.set_ylim(0)
     axes.legend(fontsize=7, frameon=False)

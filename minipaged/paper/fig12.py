@@ -106,19 +106,26 @@ def draw(result: Result, canvas: "Canvas") -> None:
     for number, (server, workload) in enumerate(AXES, 1):
         axes = panel(canvas, 2, 3, number, f"{server}, {workload}")
         for system, about in SYSTEMS.items():
-            rates, latencies = zip(*curves[f"{server}/{workload}/{system}"], strict=True)
-            axes.plot(
-                rates,
-                [1.0 if s is None else min(s, 1.0) for s in latencies],
-                "o-",
-                markersize=3,
-                color=COLOURS[system],
-                label=about.title,
-            )
+            points = _up_to_the_first_that_fails(curves[_key(server, workload, system)])
+            rates, latencies = zip(*points, strict=True)
+            colour = COLOURS[system]
+            axes.plot(rates, latencies, "o-", markersize=3, color=colour, label=about.title)
         axes.set_ylim(0, 1)
         axes.set_xlabel("requests a second", fontsize=8)
         axes.set_ylabel("s a token", fontsize=8)
     canvas.axes[0].legend(fontsize=6, frameon=False)
+
+
+def _up_to_the_first_that_fails(
+    points: list[tuple[float, float | None]],
+) -> list[tuple[float, float]]:
+    """From there on latency is beyond the drawing."""
+    drawn: list[tuple[float, float]] = []
+    for rate, latency in points:
+        drawn.append((rate, 2.0 if latency is None else latency))
+        if latency is None:
+            break
+    return drawn
 
 
 FIGURE = Figure("fig12", "Figure 12: latency by rate", run, draw, (11.0, 6.0))

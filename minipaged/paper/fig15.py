@@ -81,7 +81,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
     """Paper and ours, a panel for each trace and method."""
     for number, ((workload, method), paper) in enumerate(PAPER.items(), 1):
         axes = panel(canvas, 2, 2, number, f"{workload}, {METHODS[method]}")
-        heights = {"paper": [p or 0.0 for p in paper], "ours": result.data[f"{workload}/{method}"]}
+        heights = {"paper": paper, "ours": result.data[f"{workload}/{method}"]}
         if (workload, method) == ("alpaca", "beam"):
             heights["embedded model"] = result.data["measured"]
         side_by_side(axes, [str(w) for w in WIDTHS], heights, "% of blocks saved")
