@@ -266,10 +266,12 @@ def test_bookkeeping_is_timed_at_every_size(monkeypatch, capsys):
 
     monkeypatch.setattr(bookkeeping, "POOLS", (10, 1_000))
     monkeypatch.setattr(bookkeeping, "RUNNING", (1, 20))
+    monkeypatch.setattr(bookkeeping, "SIMULATED_SECONDS", 5.0)
     rows = list(bookkeeping.measure())
-    assert [(row.what, row.size) for row in rows] == [
+    assert [(row.what, row.size) for row in rows[:4]] == [
         *(("allocate and free", size) for size in (10, 1_000)),
         *(("schedule and commit", size) for size in (1, 20)),
     ]
+    assert [row.what for row in rows[4:]] == ["simulate a step, vllm", "simulate a step, orca-max"]
     assert all(row.seconds > 0 for row in rows)
-    assert len(bookkeeping.as_table(rows).rows) == 4
+    assert len(bookkeeping.as_table(rows).rows) == 6

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minipaged.cli import app
 from minipaged.errors import CheckFailed, DoubleFree, InvalidOption, InvalidRequest, PromptTooLong
 from minipaged.llm import LLM
 from minipaged.memory import CheckedMemory
@@ -386,3 +387,11 @@ def test_a_rival_keeps_no_prefix():
 def test_paging_is_what_there_is_by_default():
     assert KINDS[0] == "paged"
     assert not LLM().engine.scheduler.memory.reserves
+
+
+def test_the_block_map_shows_what_is_reserved_and_empty(capsys):
+    shown = ["demo", "--memory", "contiguous-max", "--show-blocks"]
+    app(shown, standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "8 of 8 right" in printed
+    assert "BBb____" in printed

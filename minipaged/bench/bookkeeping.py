@@ -1,6 +1,6 @@
-"""What the bookkeeping costs: the allocator at every size of pool, and a step's scheduling.
+"""What the bookkeeping costs: the allocator, a step's scheduling, a simulated step.
 
-Both are plain Python without tensors, and stand still while the model waits. So a step's scheduling
+All are plain Python without tensors, and stand still while the model waits. So a step's scheduling
 is counted beside what it decides about: how many sequences run, and how long they are.
 """
 
@@ -15,12 +15,18 @@ from minipaged.config import EngineConfig
 from minipaged.memory import BlockAllocator
 from minipaged.parts import Parts
 from minipaged.sequence import Sequence, SequenceGroup
+from minipaged.sim.catalogue import DEPLOYMENTS
+from minipaged.sim.cost_model import CostModel
+from minipaged.sim.simulator import Simulation
+from minipaged.sim.systems import Setting, find_system
+from minipaged.sim.traces import WORKLOADS, poisson_trace
 
 POOLS = (1_000, 10_000, 100_000, 1_000_000)  # blocks
 RUNNING = (1, 32, 256, 1_000)  # sequences
 BLOCK_SIZE = 16
 NUM_TOKENS = 1_000  # of each sequence when the steps begin
 ROUNDS = 9
+SIMULATED_SECONDS = 100.0
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,13 @@ class Row:
 
 
 def measure() -> Iterator[Row]:
-    """Both, at all sizes."""
+    """All, at all sizes."""
     for num_blocks in POOLS:
         yield Row("allocate and free", num_blocks, _time_allocator(num_blocks))
     for num_seqs in RUNNING:
         yield Row("schedule and commit", num_seqs, _time_scheduler(num_seqs, NUM_TOKENS))
+    for system in ("vllm", "orca-max"):
+        yield _time_simulation(system, SIMULATED_SECONDS)
 
 
 def _time_allocator(num_blocks: int, repeats: int = 20_000) -> float:
@@ -83,6 +91,26 @@ def _time_scheduler(num_seqs: int, num_tokens: int) -> float:
         for scheduled in plan.sequences:
             scheduled.seq.append(7)
     return statistics.median(seconds[1:])  # the first computed the prompts
+
+
+def _time_simulation(system: str, simulated_seconds: float) -> Row:
+    """Conversations with OPT-13B, as `minipaged paper` simulates them."""
+    server = DEPLOYMENTS["opt-13b"]
+    trace = poisson_trace(WORKLOADS["sharegpt"], 2.0, simulated_seconds)
+    seconds: list[float] = []
+    for _ in range(3):
+        simulation = Simulation(
+            find_system(system),
+            Setting(server.num_slots),
+            CostModel(server),
+            trace,
+            watch_memory=False,
+        )
+        begin = time.perf_counter()
+        report = simulation.run()
+        seconds.append((time.perf_counter() - begin) / report.num_steps)
+    mean_batch = report.num_sequence_steps / report.num_steps
+    return Row(f"simulate a step, {system}", round(mean_batch), statistics.median(seconds))
 
 
 def as_table(rows: list[Row]) -> Table:
