@@ -77,6 +77,8 @@ def run(effort: Effort) -> Result:
 
 def _search(server: str, workload: str, system: str, effort: Effort) -> Search:
     seconds = effort.seconds if workload == "sharegpt" else effort.short_seconds
+    if server != "opt-13b":
+        seconds *= 0.75
     if server == "opt-175b":
         seconds = min(seconds, 900.0)  # as in the paper
     rate = AXES[server, workload] * SLOWER[system]

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 AT = 0.2  # seconds a token
-WIDTHS = (2, 4, 6)
 METHODS = {"sample": "parallel sampling", "beam": "beam search"}
 NOTE = """\
 The paper's 2.3 x for 6 beams do not come out: this is what the room alone gives. Orca copies whole
@@ -33,8 +32,8 @@ def run(effort: Effort) -> Result:
     """Ratios of both methods at all widths."""
     peakedness = PEAKEDNESS["alpaca"]
     decodings = [Decoding()]
-    decodings += [Decoding("sample", width) for width in WIDTHS]
-    decodings += [Decoding("beam", width, peakedness) for width in WIDTHS]
+    decodings += [Decoding("sample", width) for width in effort.widths]
+    decodings += [Decoding("beam", width, peakedness) for width in effort.widths]
     searches: list[Search] = []
     for decoding in decodings:
         guess = 28.0 if decoding.width == 1 else 2 * GUESS[decoding.method] / decoding.width
@@ -53,9 +52,9 @@ def run(effort: Effort) -> Result:
     checks = [Check("one sequence: vLLM over Orca (Oracle)", "1.3", ratios[0], 1.2, 1.4, "x")]
     data: dict[str, list[float]] = {}
     for number, method in enumerate(("sample", "beam")):
-        of_method = ratios[1 + number * len(WIDTHS) :][: len(WIDTHS)]
+        of_method = ratios[1 + number * len(effort.widths) :][: len(effort.widths)]
         data[method] = [ratios[0], *of_method]
-        for width, ratio in zip(WIDTHS, of_method, strict=True):
+        for width, ratio in zip(effort.widths, of_method, strict=True):
             paper = "2.3" if (method, width) == ("beam", 6) else "-"
             remark = "no bar: see the note" if paper != "-" else ""
             what = f"{METHODS[method]}, {width}: vLLM over Orca (Oracle)"
@@ -63,6 +62,7 @@ def run(effort: Effort) -> Result:
         what = f"{METHODS[method]}: gain with 6 over gain with 2"
         gain = Check(what, "more", of_method[-1] / of_method[0], 1.0, None, "x")
         checks.append(gain if gain.is_met else replace(gain, remark=HOST))
+    data["widths"] = [1, *effort.widths]
     return Result("fig14", FIGURE.title, SIMULATED, checks, data, [NOTE])
 
 
@@ -70,7 +70,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
     """Ratios by width."""
     heights = {METHODS[m]: result.data[m] for m in ("sample", "beam")}
     axes = panel(canvas, 1, 1, 1, "rate borne at 0.2 s a token: vLLM over Orca (Oracle)")
-    side_by_side(axes, ["1", *map(str, WIDTHS)], heights, "x")
+    side_by_side(axes, [str(width) for width in result.data["widths"]], heights, "x")
     axes.set_xlabel("sequences of a request", fontsize=8)
 
 

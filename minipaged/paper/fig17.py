@@ -24,7 +24,7 @@ GUESS = {"vllm": 1.0, "orca-oracle": 0.65, "orca-pow2": 0.65, "orca-max": 0.65}
 
 def run(effort: Effort) -> Result:
     """All systems but FasterTransformer."""
-    case = Case(workload="chat", seconds=max(1000.0, effort.seconds))
+    case = Case(workload="chat", seconds=max(800.0, effort.seconds))
     searches = [Search(replace(case, system=s, rate=r), (AT,)) for s, r in GUESS.items()]
     found = in_parallel(find_capacity, searches, "fig17")
     rates = {f.search.case.system: f.rates[AT] for f in found}

@@ -28,7 +28,7 @@ def run(effort: Effort) -> Result:
         Case(
             workload=workload,
             rate=rate,
-            seconds=effort.seconds if workload == "sharegpt" else effort.short_seconds,
+            seconds=(effort.seconds if workload == "sharegpt" else effort.short_seconds) / 2,
             block_size=size,
             kv_factor=1 + TAKES_LONGER / size,
         )

@@ -106,12 +106,12 @@ class Effort:
     name: str
     seconds: float  # of a trace of conversations
     short_seconds: float  # of one of instructions, of which ten times as many come
-    num_seeds: int
     num_requests: int  # for what is measured with a real model
+    widths: tuple[int, ...]  # sequences of a request, where each width takes long
 
 
-QUICK = Effort("quick", 400.0, 100.0, 1, 16)
-FULL = Effort("full", 3600.0, 900.0, 3, 128)
+QUICK = Effort("quick", 400.0, 100.0, 16, (2, 6))
+FULL = Effort("full", 3600.0, 900.0, 128, (2, 4, 6))
 
 
 @dataclass(frozen=True)

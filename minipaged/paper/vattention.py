@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 RATES = {"sharegpt": 2.8, "alpaca": 50.0}  # requests a second: more than can be served
-SECONDS = {"sharegpt": 400.0, "alpaca": 60.0}
+SECONDS = {"sharegpt": 240.0, "alpaca": 40.0}
 PAGED = {"paged, blocks of 16": 16, "paged, blocks of 256": 256}
 MIB = 1024**2
 
