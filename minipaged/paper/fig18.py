@@ -28,7 +28,7 @@ def run(effort: Effort) -> Result:
         Case(
             workload=workload,
             rate=rate,
-            seconds=(effort.seconds if workload == "sharegpt" else effort.short_seconds) / 2,
+            seconds=effort.seconds / 2 if workload == "sharegpt" else effort.short_seconds,
             block_size=size,
             kv_factor=1 + TAKES_LONGER / size,
         )
