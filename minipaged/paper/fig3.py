@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from minipaged.memory import MemoryUsage
 from minipaged.memory.contiguous import ContiguousMemory
 from minipaged.paper.drawing import panel, stacked
-from minipaged.paper.figure import EXACT, Effort, Figure, Result, near
+from minipaged.paper.figure import EXACT, Check, Effort, Figure, Result
 from minipaged.sequence import Sequence, SequenceGroup
 
 if TYPE_CHECKING:
@@ -22,14 +22,13 @@ PAPER_UNUSED = {"A": 2038, "B": 507}
 def run(effort: Effort) -> Result:
     """Both requests, each in a pool of its own with blocks of one token."""
     usage = {name: _reserve(*numbers) for name, numbers in REQUESTS.items()}
-    checks = [
-        near(f"request {name}: slots never used", paper, usage[name].internal, points=0)
-        for name, paper in PAPER_UNUSED.items()
-    ]
-    checks += [
-        near(f"request {name}: slots kept for later", to_come, usage[name].reserved, points=0)
-        for name, (_, _, to_come, _) in REQUESTS.items()
-    ]
+    checks: list[Check] = []
+    for name, paper in PAPER_UNUSED.items():
+        unused, later = usage[name].internal, usage[name].reserved
+        to_come = REQUESTS[name][2]
+        checks.append(Check(f"request {name}: slots never used", str(paper), unused, paper, paper))
+        what = f"request {name}: slots kept for later"
+        checks.append(Check(what, str(to_come), later, to_come, to_come))
     data = {name: [u.used, u.reserved, u.internal] for name, u in usage.items()}
     return Result("fig3", FIGURE.title, EXACT, checks, data)
 

@@ -88,6 +88,8 @@ class Result:
 def _bar(check: Check) -> str:
     if check.low is None and check.high is None:
         return ""
+    if check.low == check.high:
+        return _figure(check.low or 0.0)
     if check.high is None:
         return f"from {_figure(check.low or 0.0)}"
     if check.low is None:
