@@ -1,4 +1,4 @@
-"""The command line: `minipaged demo | generate | chat | paper | plan | fetch | convert | bench`.
+"""The command line: `minipaged demo | generate | chat | paper | simulate | plan | bench ...`.
 
 Mistakes end with one sentence on standard error and exit code 2. torch is imported only once a
 command runs, so that `--help` answers at once.
@@ -40,6 +40,7 @@ from minipaged.options import (
 from minipaged.paper.command import paper
 from minipaged.show import print_completions, read_lines, warn_of_an_early_end
 from minipaged.sim.command import plan
+from minipaged.sim.compare import simulate
 from minipaged.terminal import Session
 
 app = typer.Typer(
@@ -285,6 +286,7 @@ def chat(
 # ---- the paper's figures, fetch and convert ------------------------------------------------------
 
 app.command()(paper)
+app.command()(simulate)
 app.command()(plan)
 app.command()(fetch_command.fetch)
 app.command()(fetch_command.convert)

@@ -1,5 +1,6 @@
 """Serving without a model: traces, costs, the loop, capacities; nothing here imports torch."""
 
+import json
 import math
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minipaged.cli import app
 from minipaged.errors import InvalidOption
 from minipaged.memory import CheckedMemory
 from minipaged.sim.capacity import Curve
@@ -342,6 +344,39 @@ def test_a_plan_for_requests_that_never_fit_is_refused():
         make_plan(server, Lengths(9e3, 9e3, 0.5, 0.5, longest=65_536), rate=1.0)
 
 
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_systems_are_compared_on_a_real_trace(tmp_path, capsys):
+    file = tmp_path / "trace.csv"
+    file.write_text("arrival,input,output\n0,100,20\n0.5,200,30\n", encoding="utf-8")
+    app(["simulate", "--trace", str(file)], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "2 requests" in printed
+    assert all(system.title in printed for system in SYSTEMS.values())
+    app(
+        ["simulate", "vllm", "vattention-2m", "--trace", str(file), "--json"], standalone_mode=False
+    )
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["system"] for row in rows] == ["vllm", "vattention-2m"]
+    assert rows[0]["seconds_a_token"] == pytest.approx(rows[1]["seconds_a_token"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sglang"], "there is no system 'sglang'"),
+        (["--server", "abacus"], "server is 'abacus'"),
+        (["--workload", "poems"], "workload is 'poems'"),
+        (["--rate", "0"], "numbers above 0"),
+        (["--rate", "0.001", "--seconds", "1"], "no request comes"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(arguments, words):
+    with pytest.raises(InvalidOption, match=words):
+        app(["simulate", *arguments], standalone_mode=False)
+
+
 # ---- without torch, and quick --------------------------------------------------------------------
 
 
@@ -349,7 +384,7 @@ RUN_A_FIGURE = """\
 from minipaged.cli import app
 app(["paper", "fig3", "--out", sys.argv[1]], standalone_mode=False)
 """
-IMPORT = "import minipaged.sim, minipaged.sim.simulator, minipaged.sim.planner"
+IMPORT = "import minipaged.sim, minipaged.sim.planner, minipaged.paper.fig2, minipaged.paper.fig15"
 
 
 @pytest.mark.parametrize("program", [IMPORT, RUN_A_FIGURE])

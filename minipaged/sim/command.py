@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -51,9 +51,17 @@ def plan(
     lengths = Lengths(input_len, output_len, spread, spread, longest)
     found = make_plan(server, lengths, rate, block_size=block_size, max_num_seqs=max_num_seqs)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(_without_infinity(asdict(found))))
     else:
         _show(found, lengths)
+
+
+def _without_infinity(value: Any) -> Any:
+    """JSON has no word for it: None stands for "too long to tell"."""
+    if isinstance(value, dict):
+        fields = cast(dict[str, Any], value)
+        return {name: _without_infinity(field) for name, field in fields.items()}
+    return None if value == float("inf") else value
 
 
 def _show(plan: Plan, lengths: Lengths) -> None:
