@@ -6,8 +6,9 @@ over all layers holds hundreds of tokens, and the last group of every request is
 puts all layers of a token side by side, so that a group is two pages and not eighty.
 
 Simulated: how many requests fit, in an overloaded server. Measured on this machine: what it takes
-to map a page group, beside a block of paging. What is saved by not reading block tables is shown by
-`minipaged paper fig18`; what cannot be had is sharing, but for whole pages.
+to map a page group, beside a block of paging; and the embedded model served from both. What a
+kernel would save by reading no block tables is shown by `minipaged paper fig18`; what cannot be had
+is sharing, but for whole pages.
 """
 
 import time
@@ -68,7 +69,7 @@ def run(effort: Effort) -> Result:
         checks.append(Check(what, "much", worse, 10, None, "points"))
         what = f"{workload}: sliced, they are as good as blocks of 16, within"
         checks.append(Check(what, "a little", used[small][i] - used[sliced][i], None, 2, "points"))
-    checks += _half_a_group() + _measure()
+    checks += _half_a_group() + _measure() + _serve()
     data = {"used": used, "batch": batch}
     return Result("vattention", FIGURE.title, f"{SIMULATED}, {MEASURED}", checks, data)
 
@@ -94,6 +95,23 @@ def _measure() -> list[Check]:
         if why_no_pages_of(page_bytes) is None:
             what = f"a page of {title}, mapped, in each of 16 buffers"
             checks.append(Check(what, "-", 1e6 * _seconds_of_a_group(page_bytes), unit="us"))
+    return checks
+
+
+def _serve() -> list[Check]:
+    """The embedded model on this processor, from paged and from virtual memory of 4 KiB pages."""
+    if why_no_pages_of(SMALL_PAGE) is not None:
+        return []
+    from minipaged.bench.memories import measure  # torch, only here
+
+    paged, *others = measure(("paged", "virtual", "virtual-sliced"))
+    checks: list[Check] = []
+    for row in others:
+        what = f"embedded model, {row.memory}: time of paging"
+        checks.append(Check(what, "-", row.seconds / paged.seconds, unit="x"))
+        checks.append(
+            Check(f"embedded model, {row.memory}: same tokens", "1", float(row.same_tokens), 1, 1)
+        )
     return checks
 
 
