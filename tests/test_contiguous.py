@@ -196,9 +196,11 @@ def test_a_static_batch_takes_nobody_in_until_all_of_it_has_ended():
         group.sequences[0].append(7)
         memory.append(group.sequences[0])
     assert not memory.can_admit(late, alone=False)
+    wasted = memory.usage().internal
     memory.free(first.sequences[0])
     assert memory.num_free == 16, "its run is kept for the batch"
     assert not memory.can_admit(late, alone=False)
+    assert memory.usage().internal == wasted + 12, "its tokens and those to come are waste now"
     assert memory.usage().total == 32 * 8
     memory.free(second.sequences[0])
     assert memory.num_free == 32

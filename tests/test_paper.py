@@ -139,6 +139,7 @@ def test_fitted_constants_stand_in_one_place():
         "ALPACA_OUTPUT_CV",
         "STEP_SECONDS",
         "SEQUENCE_SECONDS",
+        "SYNC_SECONDS",
         "PEAKEDNESS",
     }
 
@@ -158,7 +159,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     saved = json.loads((tmp_path / "fig3.json").read_text(encoding="utf-8"))
     assert saved["effort"] == "quick"
     assert all(check["met"] for check in saved["checks"])
-    assert (tmp_path / "fig3.png").exists() == ("pictures" in printed)
+    assert (tmp_path / "fig3.png").exists() == ("JSON and pictures" in printed)
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -17,9 +17,9 @@ from minipaged.sim.capacity import Curve
 from minipaged.sim.catalogue import DEPLOYMENTS, GPUS, MODELS
 from minipaged.sim.cost_model import CostModel
 from minipaged.sim.planner import deploy, make_plan
-from minipaged.sim.requests import Decoding, genealogy
+from minipaged.sim.requests import Decoding, SimRequest, genealogy
 from minipaged.sim.simulator import Simulation
-from minipaged.sim.systems import SYSTEMS, Setting
+from minipaged.sim.systems import SYSTEMS, Setting, build_scheduler
 from minipaged.sim.traces import (
     WORKLOADS,
     Lengths,
@@ -78,6 +78,11 @@ def test_most_prompts_of_a_chat_are_as_long_as_they_may_be():
     assert max(r.output_len for r in trace) < 1024
 
 
+AZURE_2024 = """\
+TIMESTAMP,ContextTokens,GeneratedTokens
+2024-05-10 00:00:00.009930+00:00,30,40
+2024-05-10 01:00:02.009930+01:00,10,20
+"""
 BURST_GPT = """\
 Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
 3.5,ChatGPT,10,20,30,API
@@ -96,9 +101,10 @@ TIMESTAMP,ContextTokens,GeneratedTokens
         "arrival,input,output\n3.5,10,20\n1.5,30,40\n",
         BURST_GPT,
         AZURE,
+        AZURE_2024,
         "\ufeffarrived_at,num_prefill_tokens,num_decode_tokens\n1.5,30,40\n3.5,10.0,20\n",
     ],
-    ids=["ours", "BurstGPT", "Azure", "Vidur"],
+    ids=["ours", "BurstGPT", "Azure", "Azure with zones", "Vidur"],
 )
 def test_a_real_trace_is_read_in_its_own_words(tmp_path, text):
     file = tmp_path / "trace.csv"
@@ -117,12 +123,22 @@ def test_a_real_trace_is_read_in_its_own_words(tmp_path, text):
         ("arrival,input,output\n1,2,3\n1,x,3\n", "line 3"),
         ("arrival,input,output\n1,2\n", "line 2"),
         ("arrival,input,output\n1,2,0\n", "none of the 1 requests"),
+        ("arrival,input,output\nnan,2,3\n", "nan is no time"),
+        ("arrival,input,output\n1,inf,3\n", "line 2"),
+        ("arrival,input,output\nnoon,2,3\n", "line 2"),
     ],
 )
 def test_a_trace_that_cannot_be_read_says_why(tmp_path, text, words):
     file = tmp_path / "trace.csv"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(InvalidOption, match=words):
+        read_trace(file)
+
+
+def test_a_file_that_is_no_text_says_so(tmp_path):
+    file = tmp_path / "trace.csv"
+    file.write_bytes(b"arrival,input,output\n\xff\xfe,1,2\n")
+    with pytest.raises(InvalidOption, match="no CSV in UTF-8"):
         read_trace(file)
 
 
@@ -223,13 +239,12 @@ def test_it_gives_up_early_and_only_when_the_limit_is_passed():
 
 
 def test_preemption_by_recomputation_and_by_swapping_both_serve_everybody():
-    tight = Setting(num_slots=640, longest=512, watermark=0.0)
     for way in ("recompute", "swap"):
         setting = Setting(640, longest=512, watermark=0.0, preemption=way)
         report = simulate("vllm", TRACE, setting)
         assert report.num_preemptions > 0
+        assert (report.num_blocks_swapped > 0) == (way == "swap")
         assert len(report.finished) == len(TRACE)
-    assert tight.num_blocks == 40
 
 
 def test_the_paper_s_order_holds_for_a_short_trace():
@@ -289,6 +304,40 @@ def test_beams_descend_from_beams_and_the_surer_the_model_the_longer_they_live()
     assert parted(1.0) < parted(8.0) <= 4
 
 
+def test_every_beam_descends_from_whom_the_genealogy_says():
+    """Prompts are told apart by their second token: it is that of the beam it descends from."""
+    request = SimRequest(0, TraceRequest(0.0, 8, 50), Decoding("beam", 3), count())
+    scheduler = build_scheduler(SYSTEMS["vllm"], SMALL)
+    scheduler.add(request.group)
+    request._parents = iter([(0, 0, 0), (0, 0, 1), (2, 2, 2), (1, 0, 1)])
+
+    def step() -> list[list[int]]:
+        scheduler.commit(scheduler.schedule())
+        before = [list(beam.token_ids) for beam in request._beams]
+        request.advance(scheduler)
+        return [[beam.token_ids[:-1] for beam in request._beams], before]
+
+    step()
+    for parents in ((0, 0, 1), (2, 2, 2), (1, 0, 1)):
+        after, before = step()
+        assert after == [before[parent] for parent in parents]
+
+
+def test_a_request_that_outgrows_the_pool_ends_the_simulation_with_a_sentence():
+    with pytest.raises(InvalidOption, match="outgrown the whole pool of 160"):
+        simulate("vllm", [TraceRequest(0.0, 10, 400)], Setting(160, longest=512))
+
+
+def test_a_padded_batch_costs_what_its_longest_prompt_makes_it_cost():
+    """Also after the request with that prompt has ended."""
+    trace = [TraceRequest(0.0, 300, 5), TraceRequest(0.0, 10, 20)]
+    report = simulate("fastertransformer", trace)
+    steps = COSTS.step(0, 0, 600, 300**2) + sum(
+        COSTS.step(2, 2 * (300 + i), 0, 0) for i in range(1, 20)
+    )
+    assert report.seconds == pytest.approx(steps)
+
+
 def test_genealogies_are_the_same_whoever_asks_first():
     steps = genealogy(3, 2.0, 5)
     ahead = [next(steps) for _ in range(50)]
@@ -304,6 +353,18 @@ def test_genealogies_are_the_same_whoever_asks_first():
 def test_a_crossing_is_found_from_wherever_one_looks(true, guess):
     curve = Curve(lambda rate: 0.05 if rate <= true else math.inf, guess)
     assert curve.crossing(0.2) == pytest.approx(true, rel=0.03)
+
+
+@pytest.mark.parametrize("latency", [0.0, math.inf])
+def test_a_crossing_that_is_nowhere_is_not_looked_for_for_ever(latency):
+    with pytest.raises(InvalidOption, match="no rate to be found"):
+        Curve(lambda rate: latency, 1.0).crossing(0.2)
+
+
+def test_a_point_that_is_out_of_order_does_not_end_the_search():
+    noisy = {1.0: 0.25, 2.0: 0.15, 4.0: 0.3}
+    curve = Curve(lambda rate: 0.1 if rate < 3 else 1.0, 1.0, points=noisy)
+    assert curve.crossing(0.2) == pytest.approx(3.0, rel=0.03)
 
 
 def test_several_thresholds_share_what_was_looked_at():
@@ -338,6 +399,14 @@ def test_a_plan_says_when_the_pool_is_the_bound():
     assert "time" in make_plan(large, short, rate=20.0, seconds=4.0).bound
 
 
+def test_a_plan_at_a_rate_that_is_next_to_nothing_finds_the_same_knee():
+    server = deploy(MODELS["llama-3-8b"], GPUS["l4-24g"], 1)
+    short = Lengths(50.0, 50.0, 2.0, 2.0, longest=1024)
+    knees = [make_plan(server, short, rate, seconds=10.0, max_num_seqs=8) for rate in (0.001, 2.0)]
+    assert knees[0].knee.rate == pytest.approx(knees[1].knee.rate, rel=0.05)
+    assert knees[0].load.latency < 2 * knees[0].knee.latency / 3
+
+
 def test_a_plan_for_requests_that_never_fit_is_refused():
     server = deploy(MODELS["llama-2-7b"], GPUS["l4-24g"], 1)
     with pytest.raises(InvalidOption, match="shorter requests"):
@@ -370,6 +439,8 @@ def test_systems_are_compared_on_a_real_trace(tmp_path, capsys):
         (["--workload", "poems"], "workload is 'poems'"),
         (["--rate", "0"], "numbers above 0"),
         (["--rate", "0.001", "--seconds", "1"], "no request comes"),
+        (["--rate", "inf"], "no more than 1,000,000"),
+        (["--seed", "-1"], "seed is -1"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(arguments, words):

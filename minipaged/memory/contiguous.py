@@ -84,7 +84,8 @@ class ContiguousMemory(PlainMemory):
             f"the request reserves {seats} contiguous {'run' if seats == 1 else 'runs'} of "
             f"{self._runs.rounded(num_blocks)} blocks ({num_blocks} rounded up to a power of two), "
             f"and the pool of {self.num_blocks} has room for {most}: raise num_blocks, or lower "
-            "max_model_len or max_tokens."
+            f"{'max_model_len' if self._reserve == 'max' else 'max_tokens'}"
+            f"{', or ask for fewer sequences' if most else ''}."
         )
 
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
@@ -168,7 +169,7 @@ class ContiguousMemory(PlainMemory):
 
     def usage(self) -> MemoryUsage:
         """How the slots of the pool are used, by the categories of the paper's Figure 2."""
-        used = reserved = internal = 0
+        used = reserved = internal = external = 0
         seen = {id(r): r for r in self._reservations.values()}
         for reservation in seen.values():
             num_runs = self._num_runs(reservation)
@@ -177,10 +178,11 @@ class ContiguousMemory(PlainMemory):
             needed = num_runs * reservation.num_needed
             internal += num_runs * reservation.num_reserved - needed
             reserved += needed
+            runs = [*reservation.owners, *reservation.spare]
+            external += sum(len(run) * self.block_size - reservation.num_reserved for run in runs)
         reserved -= used
         free = self.num_free * self.block_size
         kept = sum(map(len, self._kept)) * self.block_size  # of those who ended before their batch
-        external = self.num_blocks * self.block_size - used - reserved - internal - kept - free
         return MemoryUsage(used, reserved, internal + kept, external, free)
 
     # ---- arithmetic ----------------------------------------------------------------------------

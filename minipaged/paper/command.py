@@ -18,9 +18,7 @@ NAMES = "table1 fig1 fig2 fig3 fig12 fig13 fig14 fig15 fig16 fig17 fig18 fig19 v
 
 def paper(
     names: Annotated[list[str], typer.Argument(help=f"all, or some of {' '.join(NAMES)}.")],
-    full: Annotated[
-        bool, typer.Option("--full", help="An hour of requests, as the paper.")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Up to an hour of requests.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes of requests: default.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for JSON and pictures.")] = Path("paper"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,

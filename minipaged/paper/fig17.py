@@ -4,7 +4,7 @@ Every request brings the conversation so far, its last 1,024 tokens, and gets an
 1,024; nothing is kept between requests. Most conversations are long, so most prompts are 1,024
 tokens, and a buddy allocator rounds 1,024 and any answer up to 2,048: the three Orcas are alike.
 
-The paper's 2 times does not follow from its own curve, and does not come out here.
+The paper's 2 times does not come out here, nor was it found in its curve by those who digitised it.
 """
 
 from dataclasses import replace
@@ -36,7 +36,7 @@ def run(effort: Effort) -> Result:
             1.3,
             None,
             "x",
-            "bar: 1.3; 2 does not follow from the paper's curve" if orca == ORCAS[0] else "",
+            "the bar is 1.3: see the page" if orca == ORCAS[0] else "",
         )
         for orca in ORCAS
     ]

@@ -3,8 +3,11 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from minipaged.errors import InvalidOption
+
 THRESHOLDS = (0.1, 0.2, 0.5)  # seconds a token; the paper names none, its curves turn up in between
 WIDER = 1.3  # by this factor, bounds are looked for
+FARTHEST = 1e4  # times the guess, or that part of it: nobody looks beyond
 
 
 @dataclass
@@ -31,12 +34,20 @@ class Curve:
         return self.points[rate]
 
     def crossing(self, threshold: float) -> float:
-        """The rate at which latency passes the threshold, to half of `near`."""
+        """The rate at which latency passes the threshold, to half of `near`.
+
+        Raises InvalidOption if it is on the same side of it at all rates that are looked at.
+        """
         self.at(self.guess)
         low = max((r for r, s in self.points.items() if s <= threshold), default=0.0)
-        high = min((r for r, s in self.points.items() if s > threshold), default=0.0)
+        high = min((r for r, s in self.points.items() if s > threshold and r > low), default=0.0)
         while not low or not high:
             rate = low * WIDER if low else high / WIDER
+            if not 1 / FARTHEST < rate / self.guess < FARTHEST:
+                raise InvalidOption(
+                    f"a token takes {'less' if low else 'more'} than {threshold:.3g} s at "
+                    f"{rate:.2g} requests a second still: there is no rate to be found."
+                )
             if self.at(rate) <= threshold:
                 low = rate
             else:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from minipaged.errors import InvalidOption
+from minipaged.sim.fitted import SYNC_SECONDS
 
 GB = 10**9
 
@@ -88,12 +89,13 @@ MODELS = {
 }
 
 # Table 1 of the paper: the servers of its evaluation. The slots are its own numbers, a thousand of
-# them written "15.7K", as exactly as the memory beside them allows. That GPUs wait for each other
-# is assumed: 20 ms puts the knee of the 66B model where Figure 12 has it, 40 ms that of the 175B.
+# them written "15.7K", as exactly as the memory beside them allows.
 DEPLOYMENTS = {
     "opt-13b": Deployment(MODELS["opt-13b"], GPUS["a100-40g"], 1, 15_728),
-    "opt-66b": Deployment(MODELS["opt-66b"], GPUS["a100-40g"], 4, 9_700, 20e-3),
-    "opt-175b": Deployment(MODELS["opt-175b"], GPUS["a100-80g"], 8, 60_100, 40e-3),
+    "opt-66b": Deployment(MODELS["opt-66b"], GPUS["a100-40g"], 4, 9_700, SYNC_SECONDS["opt-66b"]),
+    "opt-175b": Deployment(
+        MODELS["opt-175b"], GPUS["a100-80g"], 8, 60_100, SYNC_SECONDS["opt-175b"]
+    ),
     "llama-13b": Deployment(MODELS["llama-13b"], GPUS["a100-40g"], 1, 15_728),
 }
 

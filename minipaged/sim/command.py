@@ -26,7 +26,7 @@ def plan(
     output_len: Annotated[float, typer.Option("--output", help="Mean of an output.")] = 300.0,
     spread: Annotated[float, typer.Option(help="Of lengths: deviation over mean.")] = 0.8,
     longest: Annotated[int, typer.Option(help="Most tokens of prompt and output.")] = 8192,
-    trace: Annotated[Path | None, typer.Option(help="A CSV to take the lengths from.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="A CSV to take mean lengths from.")] = None,
     block_size: Annotated[int, typer.Option(help="Token slots in a block.")] = 16,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at a time.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -36,7 +36,7 @@ def plan(
     for name, value in {**least, "longest": longest}.items():
         require_whole(name, value, 1)
     for name, mean in {"rate": rate, "input": input_len, "output": output_len}.items():
-        if not mean > 0:
+        if not (mean > 0 and isfinite(mean)):
             raise InvalidOption(f"--{name} is {mean:g}: give a number above 0.")
     if not 0 < spread <= 3:
         raise InvalidOption(f"--spread is {spread:g}: give a number above 0, and at most 3.")
@@ -45,7 +45,7 @@ def plan(
     if input_len + output_len > longest / 2:
         raise InvalidOption(
             f"requests have {input_len + output_len:.0f} tokens on average and may have {longest}: "
-            "raise --longest to at least twice the mean, or shorten --input and --output."
+            "raise --longest to at least twice the mean, or let requests be shorter."
         )
     server = deploy(find_model(model), find_gpu(gpu), num_gpus)
     lengths = Lengths(input_len, output_len, spread, spread, longest)
@@ -85,8 +85,8 @@ def _show(plan: Plan, lengths: Lengths) -> None:
         f"there: {plan.bound}.",
         highlight=False,
     )
-    if plan.load.rate > plan.knee.rate:
-        console.print("The server cannot keep up with what is asked for: requests pile up.")
+    if not isfinite(plan.load.latency):
+        console.print("It cannot keep up with what is asked for: requests pile up.")
 
 
 def _held(lengths: Lengths) -> float:

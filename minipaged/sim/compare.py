@@ -25,6 +25,8 @@ from minipaged.sim.traces import (
     read_trace,
 )
 
+MOST_REQUESTS = 1_000_000  # that are worth waiting for
+
 
 @dataclass(frozen=True)
 class Row:
@@ -57,6 +59,7 @@ def simulate(
     require_one_of("server", server, tuple(DEPLOYMENTS))
     require_one_of("workload", workload, (*WORKLOADS, "chat"))
     require_whole("block_size", block_size, 1)
+    require_whole("seed", seed, 0)
     chosen = [find_system(name) for name in systems or SYSTEMS]
     requests = _read(trace) if trace is not None else _make(workload, rate, seconds, seed)
     deployed = DEPLOYMENTS[server]
@@ -77,8 +80,11 @@ def simulate(
 
 
 def _make(workload: str, rate: float, seconds: float, seed: int) -> list[TraceRequest]:
-    if not (rate > 0 and seconds > 0):
-        raise InvalidOption(f"--rate is {rate:g} and --seconds {seconds:g}: give numbers above 0.")
+    if not (rate > 0 and seconds > 0 and rate * seconds <= MOST_REQUESTS):
+        raise InvalidOption(
+            f"--rate is {rate:g} and --seconds {seconds:g}: give numbers above 0, that make no "
+            f"more than {MOST_REQUESTS:,} requests."
+        )
     if workload == "chat":
         requests = chat_trace(rate, seconds, seed)
     else:
@@ -96,12 +102,11 @@ def _read(file: Path) -> list[TraceRequest]:
 
 def _serve(system: System, setting: Setting, costs: CostModel, trace: list[TraceRequest]) -> Row:
     report = Simulation(system, setting, costs, trace).run()
-    waits = [r.first_token - r.arrival for r in report.finished if r.first_token is not None]
     return Row(
         system.name,
         report.seconds,
         report.normalized_latency,
-        sum(waits) / len(waits),
+        sum(report.waits) / len(report.waits),
         report.mean_batch,
         report.share(lambda usage: usage.used),
         report.share(lambda usage: usage.reserved),

@@ -19,7 +19,8 @@ from minipaged.sim.traces import Lengths, poisson_trace
 
 USABLE = 0.9  # of a GPU's memory, as `gpu_memory_utilization`
 ACTIVATIONS = 1 * GB  # a GPU, for what is neither weights nor keys: assumed
-FULL = 0.9  # a pool of which more is used is the bound
+FULL = 0.9  # a pool of which more is taken is the bound
+LEAST_REQUESTS = 100  # in a simulation
 KNEE = 3.0  # times the latency of an idle server
 # A present-day host, assumed: the first vLLM's, as in `fitted`, took 15 times as long a sequence.
 STEP_SECONDS, SEQUENCE_SECONDS = 2e-3, 0.02e-3
@@ -34,6 +35,7 @@ class Load:
     first_token: float  # seconds from arrival
     batch: float  # requests that run at a time
     utilisation: float  # of the pool's slots that hold a token
+    taken: float  # of the pool's slots, in blocks that somebody owns
     num_preemptions: int
     parts: dict[str, float]  # of a step, in seconds
 
@@ -85,7 +87,7 @@ def make_plan(
         block_size,
         longest=lengths.longest,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(8192, lengths.longest),
+        max_num_batched_tokens=max(8192, lengths.longest, max_num_seqs),
     )
     if setting.num_blocks * block_size < lengths.longest:
         raise InvalidOption(
@@ -96,33 +98,39 @@ def make_plan(
     idle = _unloaded(costs, lengths)
 
     def simulate(at: float, **options: Any) -> Report:
-        trace = poisson_trace(lengths, at, seconds)
+        trace = poisson_trace(lengths, at, duration(at))
         return Simulation(SYSTEMS["vllm"], setting, costs, trace, **options).run()
 
+    def duration(at: float) -> float:
+        """Several times what a request takes, and long enough for many of them."""
+        return max(seconds, 10 * idle * lengths.output_mean, LEAST_REQUESTS / at)
+
     def load(at: float) -> Load:
-        busy = simulate(at, until=seconds, look_from=seconds / 4)  # neither filling nor emptying
+        until = duration(at)
+        busy = simulate(at, until=until, look_from=until / 4)  # neither filling nor emptying
         return _load(at, curve.at(at), busy, costs, lengths)
 
-    curve = Curve(lambda at: simulate(at, limit=4 * KNEE * idle).normalized_latency, rate)
+    guess = 8 / (8 * idle * lengths.output_mean)  # as if eight requests took eight times as long
+    curve = Curve(lambda at: simulate(at, limit=4 * KNEE * idle).normalized_latency, guess)
     at_knee = load(curve.crossing(KNEE * idle))
     bound = _bound(at_knee, max_num_seqs)
     return Plan(server, setting.num_blocks, block_size, load(rate), at_knee, bound)
 
 
 def _unloaded(costs: CostModel, lengths: Lengths) -> float:
-    """Seconds a token of a request that has the server to itself."""
-    p, o = lengths.input_mean, lengths.output_mean
-    prompt = costs.step(0, 0, round(p), p * p / 2)
-    return (prompt + o * costs.step(1, round(p + o / 2), 0, 0)) / o
+    """Seconds a token of requests that have the server to themselves, as a mean over them."""
+    ratios: list[float] = []
+    for p, o in lengths.draw(512, seed=0):
+        prompt = costs.step(0, 0, p, p * p / 2)
+        ratios.append((prompt + (o - 1) * costs.step(1, round(p + o / 2), 0, 0)) / o)
+    return sum(ratios) / len(ratios)
 
 
 def _load(rate: float, latency: float, report: Report, costs: CostModel, lengths: Lengths) -> Load:
-    finished: list[float] = [
-        r.first_token - r.arrival for r in report.finished if r.first_token is not None
-    ]
+    waits = report.waits
     batch = report.mean_batch
     context = lengths.input_mean + lengths.output_mean / 2
-    step = report.seconds / max(1, report.num_steps)
+    step = report.busy_seconds / max(1, report.num_busy_steps)
     prompt_tokens = rate * lengths.input_mean * step  # that come while a step runs
     parts = {
         "the host": costs.host(round(batch)),
@@ -133,16 +141,17 @@ def _load(rate: float, latency: float, report: Report, costs: CostModel, lengths
     return Load(
         rate,
         latency,
-        sum(finished) / max(1, len(finished)),
+        sum(waits) / max(1, len(waits)),
         batch,
         report.share(lambda usage: usage.used),
+        report.share(lambda usage: usage.total - usage.free),
         report.num_preemptions,
         parts,
     )
 
 
 def _bound(load: Load, max_num_seqs: int) -> str:
-    if load.utilisation > FULL or load.num_preemptions:
+    if load.taken > FULL:
         return "the pool: memory for keys and values is full"
     if load.batch > FULL * max_num_seqs:
         return f"max_num_seqs: no more than {max_num_seqs} requests may run"

@@ -52,6 +52,7 @@ class SimRequest:
         self._parents = None
         if decoding.method == "beam":
             self._parents = genealogy(decoding.width, decoding.peakedness, number)
+        self._beams = [seq]  # in the order of the genealogy, which is not that of the group
         self._tokens = count()
 
     @property
@@ -79,15 +80,17 @@ class SimRequest:
 
     def _choose_beams(self, scheduler: FCFSScheduler, parents: tuple[int, ...]) -> None:
         """Let beam i go on from the beam `parents[i]`; those without a child are given up."""
-        beams = list(self.group.sequences)
-        if len(beams) == 1:
+        if len(self._beams) == 1:
             parents = (0,) * self.group.width
-        for i, parent in enumerate(parents):
-            if parent in parents[:i]:
-                scheduler.fork(self.group, beams[parent], next(self._seq_ids))
-        for i, beam in enumerate(beams):
-            if i not in parents:
+        continued: list[Sequence] = []
+        for parent in (self._beams[number] for number in parents):
+            taken = parent in continued
+            child = scheduler.fork(self.group, parent, next(self._seq_ids)) if taken else parent
+            continued.append(child)
+        for beam in self._beams:
+            if beam not in continued:
                 scheduler.finish(self.group, beam)
+        self._beams = continued
 
 
 def genealogy(width: int, peakedness: float, number: int) -> Iterator[tuple[int, ...]]:

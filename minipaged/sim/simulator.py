@@ -8,6 +8,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from itertools import count
 
+from minipaged.errors import InvalidOption
 from minipaged.memory import MemoryUsage
 from minipaged.plan import ScheduledBatch
 from minipaged.scheduler import FCFSScheduler
@@ -29,6 +30,10 @@ class Report:
     num_steps: int = 0
     num_sequence_steps: int = 0  # a step of one sequence
     num_preemptions: int = 0
+    num_blocks_swapped: int = 0  # out and in
+    busy_seconds: float = 0.0  # simulated, in steps that were looked at
+    num_busy_steps: int = 0
+    waits: list[float] = field(default_factory=list[float])  # seconds to a first token
     mean_batch: float = 0.0  # requests that run at a time
     looks: list[MemoryUsage] = field(default_factory=list[MemoryUsage])
     num_blocks_held: int = 0  # at the looks: by groups of several sequences,
@@ -97,7 +102,7 @@ class Simulation:
         self._num_looks = 0
         self._next_look = look_from
         self._batch_seconds = 0.0
-        self._watched_seconds = 0.0
+        self._longest_prompt = 0  # of a padded batch
 
     def run(self) -> Report:
         """Serve all of the trace, or until a limit is reached."""
@@ -111,21 +116,29 @@ class Simulation:
             self.step()
         report = self.report
         report.seconds = self.now
-        report.mean_batch = self._batch_seconds / max(self._watched_seconds, 1e-9)
+        report.mean_batch = self._batch_seconds / max(report.busy_seconds, 1e-9)
         return report
 
     def step(self) -> None:
         """One step of the scheduler, and what follows from it."""
         scheduler = self.scheduler
         plan = scheduler.schedule()
+        if plan.ended:
+            slots = scheduler.memory.num_blocks * scheduler.memory.block_size
+            raise InvalidOption(
+                f"request {plan.ended[0].request_id} has outgrown the whole pool of {slots} token "
+                "slots: simulate a larger pool, or shorter requests."
+            )
         seconds = self._seconds(plan)
         self.now += seconds
         if self.now >= self._look_from:
-            self._watched_seconds += seconds
+            self.report.busy_seconds += seconds
+            self.report.num_busy_steps += 1
             self._batch_seconds += seconds * (len(scheduler.running) + len(self._kept_back))
         self.report.num_steps += 1
         self.report.num_sequence_steps += len(plan.sequences)
         self.report.num_preemptions += len(plan.preempted)
+        self.report.num_blocks_swapped += len(plan.swap_out) + len(plan.swap_in)
         if self.now >= self._next_look:
             self._look()  # while the step is under way
         scheduler.commit(plan)
@@ -140,13 +153,18 @@ class Simulation:
     def _seconds(self, plan: ScheduledBatch) -> float:
         if not self._system.forms_batches:
             return self._costs.of_plan(plan, self._setting.block_size)
-        # Padded: all are as long as the longest, and who has ended is computed on with the others.
-        size = len(self.scheduler.running) + len(self._kept_back)
-        longest = max((s.seq.num_computed_tokens for s in plan.sequences), default=0)
-        prompt = max((s.num_new_tokens for s in plan.sequences), default=0)
-        if prompt > 1:
+        # Padded: all prompts are as long as the longest, and who has ended is computed on with the
+        # others.
+        batch = [*self.scheduler.running, *(request.group for request in self._kept_back)]
+        size = sum(group.width for group in batch)
+        prompt = self._longest_prompt = max(
+            (s.num_new_tokens for s in plan.sequences if s.num_new_tokens > 1),
+            default=self._longest_prompt,
+        )
+        generated = max((s.seq.num_output_tokens for s in plan.sequences), default=0)
+        if generated == 0:
             return self._costs.step(0, 0, size * prompt, size * prompt**2 / 2)
-        return self._costs.step(size, size * (longest + 1), 0, 0)
+        return self._costs.step(size, size * (prompt + generated), 0, 0)
 
     def _advance(self, plan: ScheduledBatch) -> None:
         """A token more for every sequence of which nothing is left to compute."""
@@ -157,6 +175,7 @@ class Simulation:
             request = self._requests[group.request_id]
             if request.first_token is None:
                 request.first_token = self.now
+                self.report.waits.append(self.now - request.arrival)
             if group.width > 1:
                 advanced.add(group.request_id)
                 ended = request.advance(self.scheduler)

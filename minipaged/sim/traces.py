@@ -7,10 +7,11 @@ the context are left out, as there, and the means are those of what is left.
 """
 
 import csv
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from math import log, sqrt
+from math import isfinite, log, sqrt
 from pathlib import Path
 from statistics import NormalDist
 
@@ -110,6 +111,8 @@ def poisson_trace(
     return [TraceRequest(t, *both) for t, both in zip(times.tolist(), drawn, strict=True)]
 
 
+_DATE = re.compile(r"(\d+-\d+-\d+[ T]\d+:\d+:\d+)(\.\d+)?([+-]\d+:\d+)?")
+
 # ---- real traces ---------------------------------------------------------------------------------
 
 # Column names of arrival, input and output: ours, BurstGPT's, Azure's, and Vidur's copies of these.
@@ -149,6 +152,27 @@ def read_trace(file: Path, longest: int | None = None) -> list[TraceRequest]:
     Raises:
         InvalidOption: columns are missing, a line holds no numbers, or no request is left.
     """
+    try:
+        requests = _read_rows(file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidOption(f"{file} is no CSV in UTF-8: {error}.") from error
+    kept = [
+        r
+        for r in sorted(requests, key=lambda r: r.arrival)
+        if r.output_len > 0
+        and r.input_len > 0
+        and (longest is None or r.input_len + r.output_len < longest)
+    ]
+    if not kept:
+        short = "" if longest is None else f", and fewer than {longest} tokens"
+        raise InvalidOption(
+            f"none of the {len(requests)} requests in {file} has a prompt and an output{short}."
+        )
+    start = kept[0].arrival
+    return [TraceRequest(r.arrival - start, r.input_len, r.output_len) for r in kept]
+
+
+def _read_rows(file: Path) -> list[TraceRequest]:
     with file.open(newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines)
         names = {name.strip(): name for name in reader.fieldnames or ()}
@@ -158,40 +182,33 @@ def read_trace(file: Path, longest: int | None = None) -> list[TraceRequest]:
             raise InvalidOption(
                 f"{file} has the columns {', '.join(names) or '(none)'}: give {wanted}."
             )
-        requests = [
+        return [
             _read_row(file, number, [row[names[name]] for name in known])
             for number, row in enumerate(reader, 2)
         ]
-    kept = [
-        r
-        for r in sorted(requests, key=lambda r: r.arrival)
-        if r.output_len > 0
-        and r.input_len > 0
-        and (longest is None or r.input_len + r.output_len < longest)
-    ]
-    if not kept:
-        raise InvalidOption(
-            f"none of the {len(requests)} requests in {file} has a prompt, an output, and fewer "
-            f"than {longest} tokens."
-        )
-    start = kept[0].arrival
-    return [TraceRequest(r.arrival - start, r.input_len, r.output_len) for r in kept]
 
 
 def _read_row(file: Path, number: int, values: list[str]) -> TraceRequest:
     try:
         time, *lens = values
-        return TraceRequest(_seconds(time), *(int(float(n)) for n in lens))
-    except (ValueError, TypeError) as error:
+        seconds = _seconds(time)
+        request = TraceRequest(seconds, *(int(float(n)) for n in lens))
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidOption(f"{file}, line {number}: {values} are no time and counts.") from error
+    if not isfinite(seconds):
+        raise InvalidOption(f"{file}, line {number}: {time} is no time.")
+    return request
 
 
 def _seconds(time: str) -> float:
     try:
         return float(time)
-    except ValueError:  # a date; Python before 3.11 reads no more than six decimals
-        whole, _, fraction = time.strip().partition(".")
-        return datetime.fromisoformat(whole).timestamp() + float(f"0.{fraction or 0}")
+    except ValueError:  # a date, with or without a zone, and with however many decimals
+        found = _DATE.fullmatch(time.strip())
+        if found is None:
+            raise
+        whole, fraction, zone = found.groups()
+        return datetime.fromisoformat(whole + (zone or "+00:00")).timestamp() + float(fraction or 0)
 
 
 def mean_lengths(trace: list[TraceRequest]) -> tuple[float, float]:
