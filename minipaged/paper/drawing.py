@@ -43,7 +43,8 @@ def side_by_side(
         axes.bar_label(bars, labels_of_bars, fontsize=7, padding=1)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel(unit, fontsize=8)
-    axes.legend(fontsize=7, frameon=False)
+    if len(heights) > 1:
+        axes.legend(fontsize=7, frameon=False)
 
 
 def stacked(

@@ -110,7 +110,7 @@ def make_plan(
         busy = simulate(at, until=until, look_from=until / 4)  # neither filling nor emptying
         return _load(at, curve.at(at), busy, costs, lengths)
 
-    guess = 8 / (8 * idle * lengths.output_mean)  # as if eight requests took eight times as long
+    guess = 1 / (idle * lengths.output_mean)  # one request at a time: the knee is not far below
     curve = Curve(lambda at: simulate(at, limit=4 * KNEE * idle).normalized_latency, guess)
     at_knee = load(curve.crossing(KNEE * idle))
     bound = _bound(at_knee, max_num_seqs)
