@@ -108,9 +108,9 @@ def test_every_backend_reads_a_smaller_cache_alike(folder, kv_cache_dtype):
 
 
 def test_an_8_bit_cache_of_the_same_memory_holds_more_blocks(folder, monkeypatch):
-    from minipaged import llm as front_door
+    from minipaged import assembly
 
-    monkeypatch.setattr(front_door, "blocks_that_fit", lambda block_bytes, *_: 2**20 // block_bytes)
+    monkeypatch.setattr(assembly, "blocks_that_fit", lambda block_bytes, *_: 2**20 // block_bytes)
     blocks = {
         dtype: LLM(folder, kv_cache_dtype=dtype, max_num_seqs=256).engine.config.num_blocks
         for dtype in ("float32", "float16", "int8")
