@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
-from typing import Protocol
+from typing import Any, Protocol
 
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption
@@ -33,25 +33,31 @@ class SlotLayout:
         assert self.slot_bytes % self.page_bytes == 0, "a slot is a whole number of pages"
 
     @classmethod
-    def for_model(
+    def for_model(cls, config: ModelConfig, bytes_per_number: int, **options: Any) -> "SlotLayout":
+        """The layout that a model needs; `options` are those of `for_tokens`."""
+        num_bytes = config.kv_bytes_per_token(bytes_per_number)
+        return cls.for_tokens(num_bytes, config.num_layers, **options)
+
+    @classmethod
+    def for_tokens(
         cls,
-        config: ModelConfig,
-        bytes_per_number: int,
+        num_bytes: int,
+        num_layers: int,
         *,
         num_slots: int,
         longest: int,
         page_bytes: int,
         sliced: bool = False,
     ) -> "SlotLayout":
-        """The layout that a model needs.
+        """The layout for tokens of so many bytes over so many layers.
 
         Args:
             longest: tokens of the longest sequence allowed.
             sliced: two buffers for all layers together, in which the layers of one token lie side
                 by side. A group is then two pages, and holds fewer tokens: less is wasted.
         """
-        num_buffers = 2 if sliced else 2 * config.num_layers
-        token_bytes = config.kv_bytes_per_token(bytes_per_number) // num_buffers
+        num_buffers = 2 if sliced else 2 * num_layers
+        token_bytes = num_bytes // num_buffers
         # Whole pages and whole tokens: so a buffer is a tensor whose slots begin on pages.
         step = page_bytes // gcd(page_bytes, token_bytes)
         slot_len = ceil_div(longest, step) * step

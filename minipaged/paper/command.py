@@ -1,5 +1,6 @@
 """`minipaged paper fig2`: runs figures, prints paper against ours, writes JSON and pictures."""
 
+import io
 import json
 import time
 from importlib import import_module
@@ -37,7 +38,8 @@ def paper(
         start = time.perf_counter()
         result = figure.run(effort)
         verdicts += [check.is_met for check in result.checks]
-        _write(out / f"{figure.name}.json", json.dumps({**result.as_dict(), "effort": effort.name}))
+        saved = json.dumps({**result.as_dict(), "effort": effort.name})
+        _write(out / f"{figure.name}.json", f"{saved}\n".encode())
         if draws:
             _draw(figure, result, out / f"{figure.name}.png")
         if as_json:
@@ -75,11 +77,13 @@ def _draw(figure: Figure, result: Result, file: Path) -> None:
     canvas = Canvas(figsize=figure.size, layout="constrained")
     canvas.suptitle(figure.title, fontsize=11)
     figure.draw(result, canvas)
-    canvas.savefig(file, dpi=120)
+    picture = io.BytesIO()
+    canvas.savefig(picture, format="png", dpi=120)
+    _write(file, picture.getvalue())
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, content: bytes) -> None:
     """Whole or not at all."""
     beside = file.with_suffix(".part")
-    beside.write_text(text + "\n", encoding="utf-8")
+    beside.write_bytes(content)
     beside.replace(file)

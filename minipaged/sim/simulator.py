@@ -48,11 +48,6 @@ class Report:
         return sum(r.normalized_latency for r in self.finished) / len(self.finished)
 
     @property
-    def throughput(self) -> float:
-        """Requests finished a second."""
-        return len(self.finished) / self.seconds if self.seconds else 0.0
-
-    @property
     def blocks_saved(self) -> float:
         """The part of their blocks that groups of several sequences saved by sharing."""
         return 1 - self.num_blocks_held / max(1, self.num_blocks_unshared)

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd
 
 from minipaged.config import EngineConfig, PreemptionMode
 from minipaged.errors import InvalidOption
 from minipaged.memory import BlockManager, Memory
 from minipaged.memory.contiguous import ContiguousMemory, Reserve
-from minipaged.memory.roles import ceil_div
 from minipaged.memory.slots import SlotLayout
 from minipaged.memory.virtual import VirtualMemory
 from minipaged.scheduler import FCFSScheduler
@@ -102,11 +100,14 @@ def _virtual(page_bytes: int, sliced: bool = False) -> Callable[[Setting], Memor
 
 def virtual_layout(setting: Setting, page_bytes: int, sliced: bool) -> SlotLayout:
     """vAttention's slots for the model of a setting."""
-    num_buffers = 2 if sliced else 2 * setting.model.num_layers
-    token_bytes = setting.model.kv_bytes_per_token // num_buffers
-    step = page_bytes // gcd(page_bytes, token_bytes)  # whole pages and whole tokens
-    slot_len = ceil_div(setting.longest, step) * step
-    return SlotLayout(num_buffers, setting.max_num_seqs, slot_len, token_bytes, page_bytes)
+    return SlotLayout.for_tokens(
+        setting.model.kv_bytes_per_token,
+        setting.model.num_layers,
+        num_slots=setting.max_num_seqs,
+        longest=setting.longest,
+        page_bytes=page_bytes,
+        sliced=sliced,
+    )
 
 
 KIB = 1024
