@@ -64,10 +64,10 @@ def blocks(
 
     Args:
         contents: the tokens in each block that has an owner.
-        owners: who that is; one colour each, and "A, B" where there are several.
+        owners: who that is. "A", "B", ... have the same colour in every picture.
         columns: blocks side by side.
     """
-    colours = _colours(owners.values())
+    colours = _colours(list(owners.values()))
     for block in range(num_blocks):
         row, column = divmod(block, columns)
         left, top = column * (block_size + 1.2), -1.25 * row
@@ -83,7 +83,7 @@ def blocks(
             if filled:
                 axes.text(
                     left + offset + 0.5, top - 0.5, tokens[offset].strip(), ha="center",
-                    va="center", fontsize=7, color="white", fontweight="bold",
+                    va="center", fontsize=7, color=_ink(face), fontweight="bold",
                 )  # fmt: skip
     rows = -(-num_blocks // columns)
     axes.set_xlim(-0.8, columns * (block_size + 1.2) - 1.1)
@@ -118,5 +118,13 @@ def strips(axes: Axes, rows: Mapping[str, Iterable[str]], labels: Mapping[str, s
 
 
 def _colours(owners: Iterable[str]) -> dict[str, str]:
-    names = sorted(set(owners))
-    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    letters = {name: ord(name) - ord("A") for name in owners if len(name) == 1}
+    others = sorted({name for name in owners if len(name) > 1})
+    numbers = letters | {name: len(letters) + index for index, name in enumerate(others)}
+    return {name: COLOURS[number % len(COLOURS)] for name, number in numbers.items()}
+
+
+def _ink(face: str) -> str:
+    """White on dark colours, black on light ones."""
+    red, green, blue = mpl.colors.to_rgb(face)
+    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else "black"
