@@ -4,14 +4,8 @@ Mistakes end with one sentence on standard error and exit code 2. torch is impor
 command runs, so that `--help` answers at once.
 """
 
-import io
 import json
-import os
-import re
-import sys
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated
 
@@ -20,7 +14,8 @@ from rich.text import Text
 
 from minipaged import fetch_command
 from minipaged.bench.commands import app as bench
-from minipaged.errors import InvalidOption, InvalidRequest, MinipagedError
+from minipaged.errors import InvalidOption, InvalidRequest
+from minipaged.labs.command import app as lab
 from minipaged.options import (
     AsJson,
     Backend,
@@ -34,10 +29,12 @@ from minipaged.options import (
     Preemption,
     Seed,
     ShowBlocks,
+    Swap,
     Trace,
     Version,
 )
 from minipaged.paper.command import paper
+from minipaged.shell import run
 from minipaged.show import print_completions, read_lines, warn_of_an_early_end
 from minipaged.sim.command import plan
 from minipaged.sim.compare import simulate
@@ -51,42 +48,12 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(lab, name="lab")
 
 
 def main() -> None:
-    """The entry point: runs a command and turns mistakes into one sentence and exit code 2."""
-    # Before torch is imported: threads that wait shall sleep. Spinning, they hold up each other
-    # whenever the machine does something else too, and a step takes ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    warnings.formatwarning = lambda message, *_: f"minipaged: {message}\n"
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
-    try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except MinipagedError as error:
-        _fail(_in_words_of_the_shell(str(error)))
-    except OSError as error:
-        _fail(f"{error.filename or 'the output'}: {error.strerror}.")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        format_message: Callable[[], str] | None = getattr(error, "format_message", None)
-        if format_message is None:  # a fault of ours: show where
-            raise
-        _fail(format_message())  # typer's own: an unknown option, a missing argument
-
-
-def _fail(sentence: str) -> None:
-    print(f"minipaged: {sentence}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _in_words_of_the_shell(sentence: str) -> str:
-    """Options by the names they have here: num_blocks is --num-blocks."""
-    names = "attention_backend kv_cache_dtype best_of beam_width block_size num_blocks max_tokens"
-    any_of_them = rf"\b({'|'.join([*names.split(), 'top_p', 'top_k'])})\b"
-    return re.sub(any_of_them, lambda name: "--" + name[0].replace("_", "-"), sentence)
+    """The entry point."""
+    run(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -111,6 +78,7 @@ def demo(
     num_blocks: Annotated[int, typer.Option(help="Blocks in the pool.")] = 128,
     preemption: Preemption = "auto",
     seed: Seed = 0,
+    swap: Swap = None,
     show_blocks: ShowBlocks = False,
     as_json: AsJson = False,
     trace: Trace = None,
@@ -129,6 +97,7 @@ def demo(
             preemption=preemption,
             max_num_batched_tokens=256,  # several steps of prompt chunks, for the eye
             seed=seed,
+            swap=swap,
         )
         tokenizer = llm.get_tokenizer()
         assert tokenizer is not None, "the embedded model has a tokenizer"
@@ -179,6 +148,7 @@ def generate(
     num_blocks: NumBlocks = None,
     preemption: Preemption = "auto",
     seed: Seed = 0,
+    swap: Swap = None,
     show_blocks: ShowBlocks = False,
     as_json: AsJson = False,
     trace: Trace = None,
@@ -217,6 +187,7 @@ def generate(
             num_blocks=num_blocks,
             preemption=preemption,
             seed=seed,
+            swap=swap,
         )
         texts = [line for text in prompts for line in read_lines(text)]
         if not texts:
@@ -247,6 +218,7 @@ def chat(
     block_size: BlockSize = 16,
     num_blocks: NumBlocks = None,
     seed: Seed = 0,
+    swap: Swap = None,
     show_blocks: ShowBlocks = False,
     as_json: AsJson = False,
     trace: Trace = None,
@@ -272,6 +244,7 @@ def chat(
             block_size=block_size,
             num_blocks=num_blocks,
             seed=seed,
+            swap=swap,
         )
         hint = ""
         if system is None and model == "storyteller":

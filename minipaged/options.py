@@ -29,6 +29,11 @@ ShowBlocks = Annotated[bool, typer.Option("--show-blocks", help="Draw the pool l
 AsJson = Annotated[bool, typer.Option("--json", help="For machines: one JSON object a line.")]
 Trace = Annotated[Path | None, typer.Option(help="Write every event to this file, as JSON lines.")]
 
+Swap = Annotated[
+    list[str] | None,
+    typer.Option(help="Let a part of yours play a role: allocator=mine.py:MyAllocator."),
+]
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:

@@ -246,13 +246,14 @@ class Session:
         if self._trace is not None:
             self._trace.close(keep=kind is None)
 
-    def load(self, **options: Any) -> "LLM":
+    def load(self, swap: list[str] | None = None, **options: Any) -> "LLM":
         """The model, with whatever options the command has; raises what `LLM` raises."""
         from minipaged.llm import LLM
-        from minipaged.parts import Parts
+        from minipaged.swap import parts_with, read_swaps
 
+        parts = parts_with(read_swaps(swap or ()))
         observed = self._show_blocks or self.is_live or self._trace is not None
-        llm = LLM(parts=Parts().traced(self.log) if observed else Parts(), **options)
+        llm = LLM(parts=parts.traced(self.log) if observed else parts, **options)
         if self._show_blocks:
             memory = llm.engine.scheduler.memory
             self.block_map = BlockMap(memory.num_blocks, memory.block_size)

@@ -11,14 +11,19 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
-    "version shapes errors json_files config events sequence outputs stories memory plan "
-    "admission scheduler sim available_memory transfer quantized batch kv_cache virtual_cuda "
+    "version shapes errors whole_file json_files config events sequence outputs stories memory "
+    "plan admission scheduler sim available_memory transfer quantized batch kv_cache virtual_cuda "
     "virtual_cache attention models fetching sampling tokenizer prompts detokenizer completion "
     "chat request beam_request graphs runner parts storage engine defaults assembly llm bench "
-    "paper trace replay terminal demo talk show options fetch_command cli __main__"
+    "paper trace replay swap labs terminal demo talk show options fetch_command shell cli __main__"
 ).split()
 
-MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+LAB_TESTS = PACKAGE / "labs" / "tests"
+MODULES = sorted(
+    path
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py" and path.parent != LAB_TESTS
+)
 
 
 def layer_of(path: Path) -> str:

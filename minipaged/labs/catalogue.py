@@ -1,0 +1,16 @@
+"""The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
+
+from minipaged.errors import InvalidOption
+from minipaged.labs import lab1_allocator
+from minipaged.labs.lab import Lab
+
+LABS: tuple[Lab, ...] = (lab1_allocator.LAB,)
+
+
+def find_lab(number: int) -> Lab:
+    """The lab of this number. Raises InvalidOption."""
+    for lab in LABS:
+        if lab.number == number:
+            return lab
+    numbers = ", ".join(str(lab.number) for lab in LABS)
+    raise InvalidOption(f"there is no lab {number}: choose one of {numbers}.")

@@ -1,0 +1,73 @@
+"""What Gradescope wants: results.json, and the two scripts of an autograder.
+
+An autograder is a zip of `setup.sh`, run once when it is built, and `run_autograder`, run for each
+submission. Submissions lie in /autograder/submission, and results.json must appear in
+/autograder/results.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from minipaged.labs.grading import Result
+from minipaged.labs.lab import Lab
+from minipaged.version import __version__
+from minipaged.whole_file import write_whole
+
+SETUP = """\
+#!/usr/bin/env bash
+# Built once: Python, a PyTorch for CPUs, and the library with what its labs need.
+set -euo pipefail
+apt-get update && apt-get install -y python3 python3-venv
+python3 -m venv /autograder/venv
+/autograder/venv/bin/pip install --index-url https://download.pytorch.org/whl/cpu torch
+/autograder/venv/bin/pip install /autograder/source/minipaged-*.whl"[labs]"
+"""
+
+RUN = """\
+#!/usr/bin/env bash
+# Run for each submission. Whatever happens in it, results.json is written.
+set -uo pipefail
+/autograder/venv/bin/minipaged lab grade {number} "/autograder/submission/{file}" \\
+    --gradescope /autograder/results/results.json
+exit 0
+"""
+
+
+def results(lab: Lab, graded: Iterable[Result]) -> dict[str, object]:
+    """What results.json holds: a line for each task, whatever became of it."""
+    tests = [
+        {
+            "number": f"{lab.number}.{result.task.number}",
+            "name": result.task.title,
+            "score": result.points,
+            "max_score": result.task.points,
+            "status": "passed" if result.is_full else "failed",
+            "output": _told(result),
+            "visibility": "visible",
+        }
+        for result in graded
+    ]
+    return {"output": f"{lab.title} (minipaged {__version__})", "tests": tests}
+
+
+def _told(result: Result) -> str:
+    passed = f"{result.num_passed} of {result.num_tests} tests passed"
+    return f"{passed}\n{result.complaint}".strip() if result.num_tests else result.complaint
+
+
+def write_results(path: Path, lab: Lab, graded: Iterable[Result]) -> None:
+    """Whole or absent. Raises InvalidOption if it cannot be written."""
+    write_whole(path, json.dumps(results(lab, graded), indent=2) + "\n")
+
+
+def write_autograder(folder: Path, lab: Lab) -> None:
+    """`setup.sh` and `run_autograder`, to be zipped with a wheel of this library."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scripts = {
+        "setup.sh": SETUP,
+        "run_autograder": RUN.format(number=lab.number, file=lab.file_name),
+    }
+    for name, text in scripts.items():
+        write_whole(folder / name, text)
+        (folder / name).chmod(0o755)

@@ -1,0 +1,56 @@
+"""What a lab is: a role of the library, with some bodies for the student to write."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part of a lab, with its own tests and points.
+
+    Args:
+        holes: the bodies to write, as "BlockAllocator.free" or, for a function, "gather". None: the
+            task puts together what the others have brought.
+        hints: from a nudge to nearly the answer; given one at a time.
+        seconds: after so long its tests are stopped, and the task has no points.
+    """
+
+    number: int
+    title: str
+    points: float
+    holes: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One lab.
+
+    Args:
+        name: the student's file is `lab<number>_<name>.py`.
+        sources: dotted names of the classes and functions that the file begins with.
+        swaps: by role of `Parts`, what in the student's file plays it.
+    """
+
+    number: int
+    name: str
+    title: str
+    sources: tuple[str, ...]
+    swaps: dict[str, str]
+    tasks: tuple[Task, ...]
+
+    @property
+    def file_name(self) -> str:
+        return f"lab{self.number}_{self.name}.py"
+
+    @property
+    def points(self) -> float:
+        return sum(task.points for task in self.tasks)
+
+    @property
+    def holes(self) -> list[str]:
+        return [hole for task in self.tasks for hole in task.holes]
+
+    def swap_options(self, file: str) -> list[str]:
+        """What to pass to pytest, so that this file's parts are tested."""
+        return [f"--swap={role}={file}:{name}" for role, name in self.swaps.items()]

@@ -1,0 +1,75 @@
+"""What the tests of all labs share, as a plugin of pytest.
+
+    pytest -m "lab(number=1, task=2)" --swap allocator=my_lab1.py:BlockAllocator
+
+Without --swap the library's own parts are tested: they are the reference solution.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minipaged.events import Event, EventLog
+from minipaged.swap import parts_with, player, read_swaps
+from minipaged.trace import TraceFile
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --swap and --trace-dir."""
+    group = parser.getgroup("minipaged labs")
+    group.addoption("--swap", action="append", default=[], metavar="ROLE=FILE:NAME")
+    group.addoption("--trace-dir", default=".", help="where a failing engine test leaves its trace")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Add the mark by which a task's tests are chosen."""
+    config.addinivalue_line("markers", "lab(number, task): the tests of a task of a teaching lab")
+
+
+@pytest.fixture(scope="session")
+def swapped(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """By role, the student's parts."""
+    return read_swaps(request.config.getoption("--swap") or ())
+
+
+@pytest.fixture
+def part(swapped: dict[str, Any]) -> Callable[[str], Any]:
+    """`part("allocator")`: who plays this role, the student or else the library."""
+    return lambda role: player(role, swapped)
+
+
+@pytest.fixture
+def observed(
+    request: pytest.FixtureRequest, swapped: dict[str, Any]
+) -> Callable[..., AbstractContextManager[Any]]:
+    """`with observed(num_blocks=24) as llm:` a model on the student's parts, checked and traced.
+
+    If what is done with it fails, the trace stays behind, to be watched.
+    """
+
+    @contextmanager
+    def observe(**options: Any) -> Generator[Any]:
+        from minipaged.llm import LLM
+
+        events: list[Event] = []
+        try:
+            parts = parts_with(swapped).traced(EventLog(events.append))
+            yield LLM(parts=parts, **options)
+        except BaseException:
+            _leave_trace(request, events)
+            raise
+
+    return observe
+
+
+def _leave_trace(request: pytest.FixtureRequest, events: list[Event]) -> None:
+    folder = Path(str(request.config.getoption("--trace-dir"))).resolve()
+    place = folder / f"{request.node.name.split('[')[0]}.jsonl"
+    trace = TraceFile(place)
+    for event in events:
+        trace.write(event)
+    trace.close(keep=True)
+    print(f"What happened before can be watched: minipaged trace view {place}")

@@ -1,0 +1,46 @@
+"""The end of every lab: the embedded model on the student's part, beside the library's own."""
+
+from functools import cache
+from typing import Any
+
+from minipaged.stories import prompt, tell
+
+SIZES = (1, 3, 5, 8, 12)  # facts of the stories
+
+
+@cache
+def prompts() -> tuple[str, ...]:
+    stories = [tell(num_facts=size, seed=size) for size in SIZES]
+    asked = [story.questions[index] for index, story in enumerate(stories)]
+    return tuple(prompt(story, question) for story, question in zip(stories, asked, strict=True))
+
+
+@cache
+def expected(samples: int) -> list[list[list[int]]]:
+    """What the library generates, by prompt and sample."""
+    from minipaged.llm import LLM
+
+    return generate(LLM(), samples)
+
+
+def generate(llm: Any, samples: int) -> list[list[list[int]]]:
+    from minipaged.sampling import SamplingParams
+
+    temperature = 0.0 if samples == 1 else 1.0
+    params = SamplingParams(
+        n=samples, temperature=temperature, seed=1, max_tokens=20, ignore_eos=True
+    )
+    outputs = llm.generate(list(prompts()), params, use_tqdm=False)
+    return [[sample.token_ids for sample in output.outputs] for output in outputs]
+
+
+def serves_what_the_library_serves(observed: Any, samples: int = 1, **options: Any) -> None:
+    """Token for token, and every block comes back. Raises AssertionError."""
+    with observed(**options) as llm:
+        got = generate(llm, samples)
+        for text, ours, theirs in zip(prompts(), got, expected(samples), strict=True):
+            assert ours == theirs, f"other tokens than the library's after {text[-60:]!r}"
+        memory = llm.engine.scheduler.memory
+        lost = memory.num_blocks - memory.num_free
+        assert lost == 0, f"all requests have ended, and {lost} blocks did not come back"
+        assert memory.num_free_swap_blocks == memory.num_swap_blocks, "swap blocks were lost"
