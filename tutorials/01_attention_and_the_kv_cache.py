@@ -74,8 +74,6 @@ print("from", tuple(q.shape), "to", tuple(out.shape), "with weights", tuple(weig
 
 # %% The weights of six tokens; and of the same tokens if the scores are not divided
 import drawing
-
-blunt, _ = attention(q, k, v)
 from matplotlib.colors import LinearSegmentedColormap
 
 _, sharp = attention(q * math.sqrt(64), k, v)
@@ -133,33 +131,28 @@ class WithCache:
 # beside each other for 128 tokens. PyTorch counts the multiplications meanwhile, so no clock is
 # needed.
 
-# %% Multiplications for one more token, and for all tokens so far, by the length of the text
-from itertools import accumulate
-
+# %% Multiplications for one more token, by the length of the text so far
 from torch.utils.flop_counter import FlopCounterMode
 
 cached, tokens = WithCache(), [0]
 work: dict[str, list[int]] = {"everything again": [], "with a cache": []}
 for _ in range(128):
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as slow_count:
         slow_token, slow_out = everything_again(tokens)
-    work["everything again"].append(counter.get_total_flops() // 2)  # it counts additions too
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as count:
         token, out = cached(tokens[-1])
-    work["with a cache"].append(counter.get_total_flops() // 2)
+    for name, counted in zip(work, (slow_count, count), strict=True):
+        work[name].append(counted.get_total_flops() // 2)  # it counts additions too
     assert token == slow_token
     torch.testing.assert_close(out, slow_out, rtol=1e-12, atol=1e-12)
     tokens.append(token)
 print("said:", *tokens[:12], "...")
 
-figure, (left, right) = drawing.picture(ncols=2)
+figure, axes = drawing.picture()
 for name, multiplications in work.items():
-    left.plot(range(1, 129), multiplications, label=name)
-    right.plot(range(1, 129), list(accumulate(multiplications)))
-left.set(title="for one more token", xscale="log", yscale="log", xlabel="tokens so far")
-right.set(title="for all so far", xscale="log", yscale="log", xlabel="tokens so far")
-left.set(ylabel="multiplications")
-left.legend()
+    axes.plot(range(1, 129), multiplications, label=name)
+axes.set(xscale="log", yscale="log", xlabel="tokens so far", ylabel="multiplications")
+axes.legend()
 
 # %% [markdown]
 # The numbers agree to the twelfth digit and the tokens are the same. The slopes differ: without a
@@ -276,32 +269,21 @@ print(prompt(story, question) + answer.outputs[0].text)
 # %% What one head of layer 1 looks at while the model answers; the sentence with the fact is framed
 tokenizer = yours.get_tokenizer()
 ids = list(answer.prompt_token_ids)
-names = [tokenizer.decode([t]).strip() or "\\n" for t in ids]
+names = [tokenizer.decode([t]).strip() for t in ids]
 said = [tokenizer.decode([t]).strip() for t in answer.outputs[0].token_ids]
-told = prompt(story, question).partition(str(story.facts[2]))[0]  # up to the next sentence
-end = len(tokenizer.encode(told.rstrip()))
-fact = slice(end - 11, end)
+up_to_the_fact = prompt(story, question).partition(" " + str(story.facts[2]))[0]
+end = len(tokenizer.encode(up_to_the_fact))
+fact = slice(end - 11, end)  # each sentence has 11 tokens
 
-config = yours.engine.runner.model.config
-steps = [
-    watched.seen[i:][: config.num_layers] for i in range(0, len(watched.seen), config.num_layers)
-]
-places = [(layer, head) for layer in range(config.num_layers) for head in range(config.num_heads)]
-
-
-def on_the_fact(place: tuple[int, int]) -> float:
-    layer, head = place
-    return sum(float(step[layer][head, -1, fact].sum()) for step in steps)
-
-
-layer, head = max(places, key=on_the_fact)
-looks = torch.stack([step[layer][head, -1, : len(ids)] for step in steps])  # [steps, prompt]
+last_queries = torch.stack([weights[:, -1, : len(ids)] for weights in watched.seen])
+looks = last_queries.unflatten(0, (-1, 4))  # [steps, layers, heads, tokens of the prompt]
+on_the_fact = looks[..., fact].sum(dim=(0, 3))  # [layers, heads]
+layer, head = divmod(int(on_the_fact.argmax()), 4)
 figure, axis = drawing.picture(7.2, 1.9)
-axis.imshow(looks, cmap=shades, vmin=0, vmax=1, aspect="auto")
+axis.imshow(looks[:, layer, head], cmap=shades, vmin=0, vmax=1, aspect="auto")
 axis.set_xticks(range(len(ids)), names, rotation=90, fontsize=6)
 axis.set_yticks(range(len(said)), [f"says {word}" for word in said], fontsize=8)
 axis.axvspan(fact.start - 0.5, fact.stop - 0.5, fill=False, edgecolor=drawing.COLOURS[0], lw=2)
-
 
 # %% [markdown]
 # The answer looks back, and it looks into the right sentence, over two others that have the same
@@ -311,11 +293,9 @@ axis.axvspan(fact.start - 0.5, fact.stop - 0.5, fill=False, edgecolor=drawing.CO
 
 # %%
 thing = fact.start + 6  # Dora the wren put the black coin
-below = steps[0][0][:, thing]  # layer 0, while the prompt was read: [heads, keys]
-for below_head, its_weights in enumerate(below):
-    looked_at = int(its_weights.argmax())
-    print(f"layer 0, head {below_head}: {names[thing]!r} looked at {names[looked_at]!r:7}", end="")
-    print(f" with weight {its_weights[looked_at]:.2f}")
+for below, weights in enumerate(watched.seen[0][:, thing]):  # layer 0, while it read the prompt
+    found = int(weights.argmax())
+    print(f"head {below}: {names[thing]!r} -> {names[found]!r:6} weight {weights[found]:.2f}")
 
 # %% [markdown]
 # One head of layer 0 fetched *Dora* and left the name in what `coin` hands on. So the value of
@@ -334,10 +314,11 @@ for below_head, its_weights in enumerate(below):
 # %% Gigabytes of keys and values for one request of 2,048 tokens; requests beside the weights
 from minipaged.sim.catalogue import GPUS, MODELS
 
-weight_bytes = 4 * sum(weight.numel() for weight in yours.engine.runner.model.parameters())
-a_token = config.kv_bytes_per_token(bytes_per_number=4)
+model = yours.engine.runner.model
+weight_bytes = 4 * sum(weight.numel() for weight in model.parameters())
+a_token = model.config.kv_bytes_per_token(bytes_per_number=4)
 print(
-    f"storyteller: {a_token:,} bytes a token; its weights are {weight_bytes / a_token:,.0f} tokens"
+    f"storyteller: {a_token:,} bytes a token, all weights are {weight_bytes / a_token:,.0f} tokens"
 )
 
 served = {name: MODELS[name] for name in ("opt-13b", "llama-2-7b", "llama-3-8b")}
@@ -451,7 +432,7 @@ else:
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # Without a cache the model reads 344 tokens, then 345, and so on to 375: 11,504 in all. With one it
-# reads 407: the prompt, and each generated token but the last. A token of storyteller takes 2 x 4 x
+# reads 375: the prompt, and each generated token but the last. A token of storyteller takes 2 x 4 x
 # 2 x 64 x 4 = 4,096 bytes, so 2,114 tokens are as large as the whole model: two texts of its full
 # length. And 7 requests fit, with 5 % left for what a step computes.
 #
@@ -485,16 +466,6 @@ else:
 # No. Each new token would then change what all earlier ones have computed, and their keys and
 # values in every layer but the lowest. Everything would have to be computed again, for every token.
 # It is rule 1 that makes rule 2 true.
-#
-# </details>
-#
-# **What limits a step that reads a prompt of 2,000 tokens?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# Computing. It uses each weight 2,000 times for one reading, which is 2,000 operations a byte and
-# far above the 200 that an A100 needs to be busy. Reading a prompt and generating tokens are
-# different work for a GPU; chapter 6 mixes them.
 #
 # </details>
 #
