@@ -92,18 +92,15 @@ def uses(prompt: int, generated: int, to_come: int, reserved: int) -> list[str]:
 
 
 strip = FirstFit(3072)
-first, ended, second = (strip.allocate(size) for size in (2048, 512, 512))
-assert first
-assert ended
-assert second
-strip.free(ended)
-print("gaps:", strip.gaps, " room for 1,024:", strip.allocate(1024))
+pieces = [strip.allocate(size) for size in (2048, 512, 512)]
+strip.free(range(2048, 2560))  # the second has ended
+print("pieces:", *pieces, " gaps:", strip.gaps, " room for 1,024:", strip.allocate(1024))
 
 a, b = uses(7, 1, 2, 2048), uses(3, 1, 1, 512)
 for name, slots in (("A", a), ("B", b)):
     print(f"{name}: {slots.count('internal'):,} slots of {len(slots):,} will never be used")
 figure, axis = drawing.picture(7.2, 1.4)
-drawing.strips(axis, {"memory": [*a, *["external"] * len(ended), *b]}, KINDS)
+drawing.strips(axis, {"memory": [*a, *["external"] * 512, *b]}, KINDS)
 axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=2, fontsize=8)
 axis.set(xlim=(0, 3072))
 
@@ -120,11 +117,11 @@ axis.set(xlim=(0, 3072))
 # ### A server that reserves
 #
 # Now a server of the usual size: OPT-13B on a GPU with 40 GB has room for 15,728 tokens beside its
-# weights (Table 1). More requests wait than fit. In each step everybody who runs generates a token;
-# who has generated all of his gives the piece back, and the first who waits gets one, if there is a
-# gap. The lengths are drawn like those of ChatGPT's users (the paper's ShareGPT trace, section 6.1;
-# of its lengths only the means are published, so the spread is a guess that was fitted to Figure
-# 2).
+# weights (Table 1). More requests wait than fit. In each step everybody who runs generates a token.
+# A request that has generated its last token gives its piece back, and whoever waits longest gets
+# one as soon as a gap is large enough. The lengths are drawn like those of ChatGPT's users (the
+# paper's ShareGPT trace, section 6.1; of its lengths only the means are published, so the spread is
+# a guess that was fitted to Figure 2).
 #
 # How much a request reserves is the one thing that we vary. Orca, the system that the paper
 # compares with, is taken in three versions, which differ in what they know: *Max* knows nothing and
@@ -213,12 +210,11 @@ axes[-1].legend(loc="upper center", bbox_to_anchor=(0.45, -0.05), ncols=2, fonts
 
 # %%
 print("        " + "".join(f"{kind:>10}" for kind in KINDS) + "   requests at a time")
-shares: dict[str, dict[str, float]] = {}
 for name, moments in seen.items():
     late = moments[20:]  # the beginning, when all came together, is left out
-    shares[name] = {k: sum(m.count(k) for m in late) / len(late) / NUM_SLOTS for k in KINDS}
+    shares = [sum(m.count(kind) for m in late) / len(late) / NUM_SLOTS for kind in KINDS]
     pieces = sum(sum(use == "token" for use, _ in m.parts) for m in late) / len(late)
-    print(f"{name:8}" + "".join(f"{v:10.1%}" for v in shares[name].values()) + f"{pieces:10.1f}")
+    print(f"{name:8}" + "".join(f"{v:10.1%}" for v in shares) + f"{pieces:10.1f}")
 
 unlucky = [m for m in seen["Oracle"] if m.count("external") >= m.wanted]
 of_all = f"{len(unlucky)} of {len(seen['Oracle'])} moments"
@@ -228,8 +224,8 @@ print(f"for example: wanted {unlucky[0].wanted}, free {sum(gaps)}, in gaps of {g
 
 # %% [markdown]
 # That last line is external fragmentation in one sentence: enough memory is free, and nobody can
-# use it. One could move the pieces together, as a garbage collector does; but a piece is a
-# gigabyte, and everybody would wait meanwhile (section 3.1).
+# use it. One could move the pieces together, as a garbage collector does; but a piece can be a
+# gigabyte and more, and everybody would wait meanwhile (section 3.1).
 #
 # ### The rivals, inside the engine
 #
@@ -278,7 +274,7 @@ for kind in ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged"):
 # seconds of serving, with more requests than any of the systems can bear. (The paper measured an
 # hour, and `minipaged paper fig2` simulates 15 minutes.)
 
-# %% How each system uses its memory, simulated; a diamond marks the paper's share of slots with a token
+# %% What each system's memory is used for, simulated; diamonds: the paper's slots with a token
 from minipaged.paper.serving import Case, Outcome
 from minipaged.paper.serving import serve as simulate
 
@@ -452,13 +448,13 @@ for mistake in (NeverJoins, ForgetsToCut):
 # ## What changed in the numbers
 
 # %%
-print("slots that hold a token (simulated), and requests at a time:")
-for name, outcome in ours.items():
-    print(f"    {name:11} {outcome.used:6.1%} {outcome.mean_batch:5.1f}")
-speedup = tokens_per_second(ours["vllm"].mean_batch) / tokens_per_second(
-    ours["orca-max"].mean_batch
+before, after = ours["orca-max"], ours["vllm"]
+print(
+    f"slots that hold a token: {before.used:.1%} if the longest is reserved, {after.used:.1%} paged"
 )
-print(f"tokens a second, paged over reserving the longest: {speedup:.1f} times")
+print(f"requests at a time:      {before.mean_batch:.1f} and {after.mean_batch:.1f}")
+gain = tokens_per_second(after.mean_batch) / tokens_per_second(before.mean_batch)
+print(f"tokens a second:         {gain:.1f} times as many")
 
 # %% [markdown]
 # Next: [blocks, and the tables that find them](03_blocks_and_block_tables.md).
