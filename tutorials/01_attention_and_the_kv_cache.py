@@ -298,10 +298,9 @@ for below, weights in enumerate(watched.seen[0][:, thing]):  # layer 0, while it
     print(f"head {below}: {names[thing]!r} -> {names[found]!r:6} weight {weights[found]:.2f}")
 
 # %% [markdown]
-# One head of layer 0 fetched *Dora* and left the name in what `coin` hands on. So the value of
-# `coin` in layer 1 is no longer that of a word: it knows whose coin it is. This is why a cache must
-# keep keys and values of *every layer*, and why nobody can work them out again from one token
-# alone.
+# Head 1 of layer 0 fetched *Dora*, so what `coin` hands on to layer 1 is no longer that of a word
+# alone: it carries the name of the owner. This is why a cache must keep keys and values of *every
+# layer*, and why nobody can work them out again from one token alone.
 #
 # ### What a token costs
 #
