@@ -80,7 +80,7 @@ _, sharp = attention(q * math.sqrt(64), k, v)
 shades = LinearSegmentedColormap.from_list("shades", ["#D55E0000", "#D55E00"])
 figure, axes = drawing.picture(5.6, 2.8, ncols=2)
 for axis, matrix, title in zip(axes, (weights, sharp), ("divided", "not divided"), strict=True):
-    axis.imshow(matrix, cmap=shades, vmin=0, vmax=1)
+    axis.imshow(matrix.tolist(), cmap=shades, vmin=0, vmax=1)
     axis.set(title=title, xlabel="key", ylabel="query")
 
 # %% [markdown]
@@ -280,7 +280,7 @@ looks = last_queries.unflatten(0, (-1, 4))  # [steps, layers, heads, tokens of t
 on_the_fact = looks[..., fact].sum(dim=(0, 3))  # [layers, heads]
 layer, head = divmod(int(on_the_fact.argmax()), 4)
 figure, axis = drawing.picture(7.2, 1.9)
-axis.imshow(looks[:, layer, head], cmap=shades, vmin=0, vmax=1, aspect="auto")
+axis.imshow(looks[:, layer, head].tolist(), cmap=shades, vmin=0, vmax=1, aspect="auto")
 axis.set_xticks(range(len(ids)), names, rotation=90, fontsize=6)
 axis.set_yticks(range(len(said)), [f"says {word}" for word in said], fontsize=8)
 axis.axvspan(fact.start - 0.5, fact.stop - 0.5, fill=False, edgecolor=drawing.COLOURS[0], lw=2)

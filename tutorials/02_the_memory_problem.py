@@ -264,8 +264,8 @@ for kind in ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged"):
 
 # %% [markdown]
 # *Pow2* reserves 32 output tokens where *Oracle* reserves 24, the `max_tokens` of the request: all
-# that a real server knows of the future. The last line is paging. It needs a third of the steps of
-# the first, because four times as many requests run together.
+# that a real server knows of the future. The last line is paging. It needs about a third of the
+# steps of the first, because four times as many requests run together.
 #
 # ### The paper's Figure 2
 #
