@@ -1,0 +1,460 @@
+# %% [markdown]
+# # 2. The memory problem: reservation and fragmentation
+#
+# If each request gets its memory in one piece beforehand, most of the memory holds nothing.
+#
+# ## What you will know at the end
+#
+# - Why serving systems before PagedAttention reserved the longest output for every request.
+# - Three ways to waste memory, by their names: reserved slots, internal fragmentation, external
+#   fragmentation (section 3.1 and Figure 3 of the paper).
+# - How much each of them costs, and why that makes a server slow.
+#
+# ## What must hold
+#
+# 1. Pieces that are given out never overlap.
+# 2. Every slot is of exactly one kind: it holds a token, is kept for one that will come, is kept
+#    for nothing, or is free. The kinds add up to the pool.
+# 3. Who manages the memory changes how many requests run at a time, and never what they say.
+#
+# ## Predict before you run
+#
+# - A request has a prompt of 7 tokens and will generate 3. The system reserves 2,048 slots. How
+#   many of them will never hold a token?
+# - Requests are as long as those of ChatGPT's users: 161 tokens in and 338 out on average. Each
+#   reserves 2,048 slots. What part of the memory holds a token at a given moment?
+# - And if each reserved exactly what it needs in the end, which nobody can know?
+#
+# ## The step: an allocator for pieces
+#
+# Chapter 1 kept the keys of a sequence in one tensor, and a tensor lies in one piece: its rows
+# stand side by side in memory. So for a sequence that grows, the room has to be kept free behind
+# it. How much? The model decides when it stops, and nobody knows before. The safe answer is the
+# longest output allowed.
+#
+# Here is memory as one strip of slots, and an allocator that gives out pieces of it. It takes the
+# first gap that is large enough (*first-fit*), and joins gaps that touch when a piece comes back.
+
+# %%
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class FirstFit:
+    """Pieces of one strip of slots."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.gaps = [range(num_slots)]  # from left to right
+
+    def allocate(self, size: int) -> range | None:
+        for index, gap in enumerate(self.gaps):
+            if len(gap) >= size:
+                rest = gap[size:]
+                self.gaps[index : index + 1] = [rest] if rest else []
+                return gap[:size]
+        return None
+
+    def free(self, piece: range) -> None:
+        self.gaps = sorted([*self.gaps, piece], key=lambda gap: gap.start)
+        self.join()
+
+    def join(self) -> None:
+        joined: list[range] = []
+        for gap in self.gaps:
+            if joined and joined[-1].stop == gap.start:
+                gap = range(joined.pop().start, gap.stop)
+            joined.append(gap)
+        self.gaps = joined
+
+
+# %% [markdown]
+# First the two requests of the paper's Figure 3, in the middle of their work. A has a prompt of 7
+# tokens, has generated 1 and will generate 2 more; 2,048 slots are reserved for it. B has a prompt
+# of 3, has generated 1, will generate 1 more, and got 512. Between them stood a request that has
+# ended, and another one waits that wants 1,024 slots:
+
+# %% Figure 3 of the paper: what the slots of two requests are used for
+import drawing
+
+KINDS = {
+    "token": "holds a token",
+    "later": "reserved: a token will come",
+    "internal": "internal fragmentation: nothing will come",
+    "external": "external fragmentation: a gap too small",
+}
+
+
+def uses(prompt: int, generated: int, to_come: int, reserved: int) -> list[str]:
+    tokens = prompt + generated
+    never = reserved - tokens - to_come
+    return ["token"] * tokens + ["later"] * to_come + ["internal"] * never
+
+
+strip = FirstFit(3072)
+pieces = [strip.allocate(size) for size in (2048, 512, 512)]
+strip.free(range(2048, 2560))  # the second has ended
+print("pieces:", *pieces, " gaps:", strip.gaps, " room for 1,024:", strip.allocate(1024))
+
+a, b = uses(7, 1, 2, 2048), uses(3, 1, 1, 512)
+for name, slots in (("A", a), ("B", b)):
+    print(f"{name}: {slots.count('internal'):,} slots of {len(slots):,} will never be used")
+figure, axis = drawing.picture(7.2, 1.4)
+drawing.strips(axis, {"memory": [*a, *["external"] * 512, *b]}, KINDS)
+axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=2, fontsize=8)
+axis.set(xlim=(0, 3072))
+
+# %% [markdown]
+# The tokens are the thin line at the left end of A and B. All the rest is waste, of the three kinds
+# that the paper names:
+#
+# - *Reserved* slots will hold a token later. They are needed, but not now: until then somebody else
+#   could use them.
+# - *Internal fragmentation* is what lies inside a reservation and will never be used. It is known
+#   only when the request has ended.
+# - *External fragmentation* lies between reservations: gaps that are too small for whoever waits.
+#
+# ### A server that reserves
+#
+# Now a server of the usual size: OPT-13B on a GPU with 40 GB has room for 15,728 tokens beside its
+# weights (Table 1). More requests wait than fit. In each step everybody who runs generates a token.
+# A request that has generated its last token gives its piece back, and whoever waits longest gets
+# one as soon as a gap is large enough. The lengths are drawn like those of ChatGPT's users (the
+# paper's ShareGPT trace, section 6.1; of its lengths only the means are published, so the spread is
+# a guess that was fitted to Figure 2).
+#
+# How much a request reserves is the one thing that we vary. Orca, the system that the paper
+# compares with, is taken in three versions, which differ in what they know: *Max* knows nothing and
+# reserves the longest sequence, *Pow2* guesses the output and is never more than twice too high,
+# and *Oracle* knows, which no real system does.
+
+# %%
+from minipaged.sim.traces import WORKLOADS
+
+NUM_SLOTS, LONGEST = 15_728, 2048
+Reserve = Callable[[int, int], int]  # (prompt, output) -> slots
+RESERVE: dict[str, Reserve] = {
+    "Max": lambda prompt, output: LONGEST,
+    "Pow2": lambda prompt, output: min(prompt + (1 << (output - 1).bit_length()), LONGEST),
+    "Oracle": lambda prompt, output: prompt + output,
+}
+
+
+@dataclass
+class Running:
+    piece: range
+    prompt: int
+    output: int
+    generated: int = 0
+
+
+@dataclass
+class Moment:
+    parts: list[tuple[str, range]]  # from left to right: what it is used for
+    wanted: int  # slots that the first who waits would reserve
+
+    def count(self, use: str) -> int:
+        return sum(len(part) for its_use, part in self.parts if its_use == use)
+
+
+def look(gaps: list[range], running: list[Running], wanted: int) -> Moment:
+    parts = [("external", gap) for gap in gaps]
+    for r in running:
+        now, end = r.prompt + r.generated, r.prompt + r.output
+        parts += [("token", r.piece[:now]), ("later", r.piece[now:end])]
+        parts += [("internal", r.piece[end:])]
+    return Moment(sorted(parts, key=lambda part: part[1].start), wanted)
+
+
+def serve(reserve: Reserve) -> list[Moment]:
+    """Serve for 2,500 steps, and look at the memory in every 25th."""
+    waiting = deque(WORKLOADS["sharegpt"].draw(num_requests=1000, seed=0))
+    strip, running, moments = FirstFit(NUM_SLOTS), list[Running](), list[Moment]()
+    for step in range(2500):
+        while (piece := strip.allocate(reserve(*waiting[0]))) is not None:
+            running.append(Running(piece, *waiting.popleft()))
+        if step % 25 == 0:
+            moments.append(look(strip.gaps, running, reserve(*waiting[0])))
+        for r in running:
+            r.generated += 1
+            if r.generated == r.output:
+                strip.free(r.piece)
+        running = [r for r in running if r.generated < r.output]
+    return moments
+
+
+seen = {name: serve(reserve) for name, reserve in RESERVE.items()}
+
+# %% [markdown]
+# Here is the strip at seven moments of each run. One line is all of the memory:
+
+# %% The strip of 15,728 slots over time, if each request reserves the longest, guesses, or knows
+figure, axes = drawing.picture(7.2, 6.4, nrows=3)
+for axis, (name, moments) in zip(axes, seen.items(), strict=True):
+    rows = {
+        f"step {step}": [use for use, part in moments[step // 25].parts for _ in part]
+        for step in range(1000, 2400, 200)
+    }
+    drawing.strips(axis, rows, KINDS)
+    axis.set(title=name, xlim=(0, NUM_SLOTS), xticks=[])
+    if axis is not axes[-1]:
+        axis.get_legend().remove()
+axes[-1].legend(loc="upper center", bbox_to_anchor=(0.45, -0.05), ncols=2, fontsize=8)
+
+# %% [markdown]
+# Under *Max* all pieces are equally long, so no gap is left between them, and the last piece of the
+# strip is too short for anybody. Most of each piece is green: nothing will come. *Oracle* has no
+# internal fragmentation at all, yet half of its memory holds nothing: a request that will generate
+# 400 tokens keeps 400 slots from its first step to its last. And between its pieces of different
+# length, gaps remain. Averages over the last 2,000 steps, in percent of the pool:
+
+# %%
+print("        " + "".join(f"{kind:>10}" for kind in KINDS) + "   requests at a time")
+for name, moments in seen.items():
+    late = moments[20:]  # the beginning, when all came together, is left out
+    shares = [sum(m.count(kind) for m in late) / len(late) / NUM_SLOTS for kind in KINDS]
+    pieces = sum(sum(use == "token" for use, _ in m.parts) for m in late) / len(late)
+    print(f"{name:8}" + "".join(f"{v:10.1%}" for v in shares) + f"{pieces:10.1f}")
+
+unlucky = [m for m in seen["Oracle"] if m.count("external") >= m.wanted]
+of_all = f"{len(unlucky)} of {len(seen['Oracle'])} moments"
+print(f"\nOracle: in {of_all} there was room for one more, but not in one piece")
+gaps = [len(part) for use, part in unlucky[0].parts if use == "external"]
+print(f"for example: wanted {unlucky[0].wanted}, free {sum(gaps)}, in gaps of {gaps}")
+
+# %% [markdown]
+# That last line is external fragmentation in one sentence: enough memory is free, and nobody can
+# use it. One could move the pieces together, as a garbage collector does; but a piece can be a
+# gigabyte and more, and everybody would wait meanwhile (section 3.1).
+#
+# ### The rivals, inside the engine
+#
+# The library has these systems, too. Where your allocator takes pieces of any size, theirs is a
+# *buddy allocator*, as in the paper: sizes are powers of two, and a piece is split in halves until
+# it is just large enough. That is quicker and joins gaps more easily, but what is rounded up is
+# lost:
+#
+# @@ minipaged.memory.buddy.BuddyAllocator.allocate
+#
+# They serve real models. Sixteen questions to storyteller, sequences of 256 tokens at most, and a
+# pool of 1,024 slots. `usage()` counts by the same kinds, and is shown where most slots hold a
+# token:
+
+# %%
+from minipaged import LLM, SamplingParams
+from minipaged.stories import prompt, tell
+
+stories = [tell(num_facts=1 + number % 6, seed=number) for number in range(16)]
+prompts = [prompt(story, story.questions[0]) for story in stories]
+greedy = SamplingParams(temperature=0, max_tokens=24)
+answers: dict[str, dict[str, list[int]]] = {}
+for kind in ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged"):
+    llm = LLM(memory=kind, num_blocks=64, max_model_len=256, enable_prefix_caching=False)
+    for number, text in enumerate(prompts):
+        llm.engine.add_request(str(number), text, greedy)
+    usages, at_a_time, answers[kind] = [], [], {}
+    while llm.engine.has_unfinished_requests():
+        for output in llm.engine.step():
+            answers[kind][output.request_id] = list(output.outputs[0].token_ids)
+        at_a_time.append(len(llm.engine.scheduler.running))
+        usages.append(llm.engine.scheduler.memory.usage())
+    assert all(usage.total == 1024 for usage in usages)
+    print(f"{kind}: {len(usages)} steps, up to {max(at_a_time)} requests at a time")
+    print("   ", max(usages, key=lambda usage: usage.used))
+
+# %% [markdown]
+# *Pow2* reserves 32 output tokens where *Oracle* reserves 24, the `max_tokens` of the request: all
+# that a real server knows of the future. The last line is paging. It needs about a third of the
+# steps of the first, because four times as many requests run together.
+#
+# ### The paper's Figure 2
+#
+# What would a whole server do? The library can play that without a GPU: the real scheduler and the
+# real memories, with a formula in the place of the model's time. It takes a few seconds for 160
+# seconds of serving, with more requests than any of the systems can bear. (The paper measured an
+# hour, and `minipaged paper fig2` simulates 15 minutes.)
+
+# %% What each system's memory is used for, simulated; diamonds: the paper's slots with a token
+from minipaged.paper.serving import Case, Outcome
+from minipaged.paper.serving import serve as simulate
+
+PAPER = {"orca-max": 20.4, "orca-pow2": 26.8, "orca-oracle": 38.2, "vllm": 96.3}
+ours: dict[str, Outcome] = {}
+for name, percent in PAPER.items():
+    case = Case(name, rate=4.0, seconds=160.0, only_while_they_come=True)
+    ours[name] = simulate(case)
+    print(f"{name:11} slots with a token: {ours[name].used:5.1%}, paper {percent} %; ", end="")
+    print(f"requests at a time: {ours[name].mean_batch:.1f}")
+
+figure, axis = drawing.picture()
+bottom = [0.0] * len(ours)
+for use, part in zip(KINDS, ("used", "reserved", "internal", "external"), strict=True):
+    heights = [100 * getattr(outcome, part) for outcome in ours.values()]
+    axis.bar(list(ours), heights, bottom=bottom, width=0.6, label=KINDS[use].split(":")[0])
+    bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+axis.scatter(list(PAPER), list(PAPER.values()), marker="D", color="black", edgecolor="white")
+axis.set(ylabel="percent of the slots")
+axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+
+# %% [markdown]
+# With the buddy allocator the pink part is larger than with your first-fit, which wastes less on
+# rounding and needs more time to search. But no allocator that gives out pieces removes the orange
+# part, and none that does not know the future removes the green one. (Free slots count as external
+# fragmentation here, as in the paper, since somebody always waits.)
+#
+# ### What it costs: Figure 1
+#
+# Memory is what a request needs, and requests are what a step needs to be worth its while (chapter
+# 1). So the paper's first figure says two things: of a GPU's memory, the weights take two thirds
+# and the keys and values nearly all the rest; and tokens a second grow with the requests that fit
+# into this rest.
+
+# %% Memory of a GPU that serves OPT-13B; and tokens a second by requests at a time, from a formula
+from minipaged.sim.catalogue import DEPLOYMENTS
+from minipaged.sim.cost_model import CostModel
+
+server = DEPLOYMENTS["opt-13b"]
+weights_gb = server.model.weight_bytes / 1e9
+kv_gb = server.num_slots * server.model.kv_bytes_per_token / 1e9
+costs, half_way = CostModel(server), 161 + 338 // 2  # tokens of a request half way
+
+
+def tokens_per_second(batch: float) -> float:
+    return batch / costs.step(round(batch), round(batch) * half_way, 0, 0)
+
+
+figure, (left, right) = drawing.picture(ncols=2)
+parts = {"weights": weights_gb, "keys and values": kv_gb, "other": 40 - weights_gb - kv_gb}
+left.bar(list(parts), list(parts.values()), color=drawing.COLOURS[:3])
+left.set(title="an A100, 40 GB", ylabel="GB")
+batches = [1, 2, 4, 8, 16, 24, 32, 40]
+right.plot(batches, [tokens_per_second(batch) for batch in batches], color=drawing.GREY)
+for name, outcome in ours.items():
+    right.scatter(outcome.mean_batch, tokens_per_second(outcome.mean_batch), label=name, zorder=3)
+right.set(xlabel="requests at a time", ylabel="tokens a second", ylim=(0, None))
+right.legend(fontsize=8)
+
+# %% [markdown]
+# ### What paging promises
+#
+# Cut the memory into blocks of 16 slots, and give a sequence a block when its last one is full.
+# Nothing is reserved for later but the rest of that block, so a sequence wastes at most a block
+# less one slot. All blocks are equally long, so no gap is too small. What it takes is a table that
+# says where the blocks are, and an attention that reads through it: chapters 3 and 4.
+#
+# There is another answer: keep each sequence in one piece of *virtual* memory, and let the system
+# put physical pages behind it when they are needed. That is vAttention
+# ([arXiv 2405.04437](https://arxiv.org/abs/2405.04437)), and on Linux `LLM(memory="virtual")` does
+# it.
+#
+# ## Check
+#
+# Rule 3: the same tokens from all four memories. Rule 2: the kinds add up, in your strip as in the
+# library's pools (whose sum was checked in each step above).
+
+# %%
+assert all(tokens == answers["paged"] for tokens in answers.values())
+assert all(
+    sum(moment.count(kind) for kind in KINDS) == NUM_SLOTS
+    for moments in seen.values()
+    for moment in moments
+)
+print("same tokens from", ", ".join(answers))
+
+# %% [markdown]
+# Rule 1, and that nothing is lost: pieces come and go at random, and two allocators with a mistake
+# do the same.
+
+# %%
+from random import Random
+
+
+class NeverJoins(FirstFit):
+    def join(self) -> None:
+        pass
+
+
+class ForgetsToCut(FirstFit):
+    def allocate(self, size: int) -> range | None:
+        return next((gap[:size] for gap in self.gaps if len(gap) >= size), None)
+
+
+def check(kind: type[FirstFit]) -> None:
+    random, strip, owned = Random(0), kind(100), list[range]()
+    for _ in range(500):
+        if random.random() < 0.5 and owned:
+            strip.free(owned.pop(random.randrange(len(owned))))
+        elif (piece := strip.allocate(random.randint(1, 30))) is not None:
+            for other in owned:
+                apart = piece.stop <= other.start or other.stop <= piece.start
+                assert apart, f"{kind.__name__}: {piece} overlaps {other}, which has an owner"
+            owned.append(piece)
+    for piece in owned:
+        strip.free(piece)
+    whole = strip.gaps == [range(100)]
+    assert whole, f"{kind.__name__}: all is free, but in {len(strip.gaps)} gaps instead of one"
+
+
+check(FirstFit)
+for mistake in (NeverJoins, ForgetsToCut):
+    try:
+        check(mistake)
+    except AssertionError as error:
+        print(error)
+    else:
+        raise RuntimeError("the mistake was not noticed")
+
+# %% [markdown]
+# <details markdown="1"><summary>Your predictions</summary>
+#
+# 2,038 of 2,048 slots will never hold a token. If each of these requests reserves 2,048 slots,
+# about a fifth of the memory holds tokens (yours 18.7 %, the paper 20.4 %). If each reserves
+# exactly what it needs, it is about a half with first-fit, and 38.2 % in the paper, where a buddy
+# allocator rounds sizes up.
+#
+# </details>
+#
+# ## Questions
+#
+# **Oracle knows everything. Why is half of its memory without a token?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# It knows how much a request needs in the end, and must keep all of it from the start: the piece
+# cannot grow, since somebody else's begins behind it. On average a request is half way through its
+# output.
+#
+# </details>
+#
+# **Under Max no gap lies between pieces. Is a pool without external fragmentation a good one?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# No. Equal pieces fit everywhere, and waste inside instead of outside. Paging has equal pieces,
+# too, and they are small: that is what makes the waste inside small.
+#
+# </details>
+#
+# **Could a request begin with a small piece and be moved to a larger one when it grows?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# Yes, and with each move all its keys and values are copied: for OPT-13B 800 KB a token, hundreds
+# of megabytes for one sequence. While it is moved it needs both pieces. And the new piece has the
+# same three kinds of waste.
+#
+# </details>
+#
+# ## What changed in the numbers
+
+# %%
+before, after = ours["orca-max"], ours["vllm"]
+print(
+    f"slots that hold a token: {before.used:.1%} if the longest is reserved, {after.used:.1%} paged"
+)
+print(f"requests at a time:      {before.mean_batch:.1f} and {after.mean_batch:.1f}")
+gain = tokens_per_second(after.mean_batch) / tokens_per_second(before.mean_batch)
+print(f"tokens a second:         {gain:.1f} times as many")
+
+# %% [markdown]
+# Next: [blocks, and the tables that find them](03_blocks_and_block_tables.md).
