@@ -179,16 +179,16 @@ axes[0].set_ylabel("query")
 #
 # $$
 # A_{ij} = \frac{\exp(q_i^\top K_j / \sqrt{d})}
-#          {\sum_{t=1}^{\lceil i/B \rceil} \exp(q_i^\top K_t \mathbf{1} / \sqrt{d})},
+#          {\sum_{t=1}^{\lceil i/B \rceil} \exp(q_i^\top K_t / \sqrt{d})\,\mathbf{1}},
 # \qquad o_i = \sum_{j=1}^{\lceil i/B \rceil} V_j A_{ij}^\top .
 # $$
 #
-# In words: weights out of the scores of all blocks, then a sum of values by these weights. The
-# denominator runs over all blocks. That is no hindrance: sum numerator and denominator side by
-# side, and divide at the end. The hindrance is the exponential. $\exp(89)$ is too large for a
-# 32-bit number, so a softmax first subtracts the largest score. That changes no ratio, but which
-# score is the largest is known only when all blocks were read. So they must be read twice, it
-# seems.
+# ($\mathbf{1}$ is a vector of ones, which adds a row up.) In words: weights out of the scores of
+# all blocks, then a sum of values by these weights. The denominator runs over all blocks. That is
+# no hindrance: sum numerator and denominator side by side, and divide at the end. The hindrance is
+# the exponential. $\exp(89)$ is too large for a 32-bit number, so a softmax first subtracts the
+# largest score. That changes no ratio, but which score is the largest is known only when all blocks
+# were read. So they must be read twice, it seems.
 #
 # They need not be, if what was summed can be corrected. Subtract the largest score *so far*. When a
 # block brings a larger one, everything before is too large by the same factor: multiply it by
@@ -214,7 +214,7 @@ for some_scores, some_values in zip(scores, values, strict=True):
     print(f"{maximum:7}{correction:12.4f}{total:8.3f}{output:9.3f}{output / total:16.3f}")
 
 all_scores, all_values = (
-    torch.tensor([x for block in all for x in block]) for all in (scores, values)
+    torch.tensor([x for block in blocks for x in block]) for blocks in (scores, values)
 )
 print(f"all ten at once: {float(all_scores.softmax(0) @ all_values):36.3f}")
 
@@ -320,9 +320,9 @@ tray = watched.get_tokenizer().decode(answer.prompt_token_ids[4 * 19 : 4 * 20])
 print(f"{len(states)} blocks; block 19 holds {tray!r}")
 
 # %% [markdown]
-# Nineteen blocks tell this head next to nothing. Then comes block 19, which has the tray. The
-# maximum leaps up, the correction wipes out what there was, and the output is final but for a rest
-# too small to see.
+# What the first nineteen blocks tell this head is worth next to nothing. Then comes block 19, which
+# has the tray. The maximum leaps up, the correction wipes out what there was, and the output is
+# final but for a rest too small to see.
 #
 # The library's form goes on from block to block instead of merging, and can be read beside the
 # paper:
