@@ -100,8 +100,8 @@ above.axis("off")
 # them in the pool.
 #
 # B samples nothing in this step: its prompt goes on. The scores of all words of the vocabulary, the
-# *logits*, are computed for the two rows that sample and no others. This is the end of the step, in
-# full:
+# *logits*, are computed for the two rows that sample and no others. This is how a step is run; its
+# first lines move blocks, which chapters 7 and 9 are about:
 #
 # @@ minipaged.runner.ModelRunner._run
 #
@@ -157,12 +157,12 @@ def turn(x: Tensor, positions: Tensor, theta: float = 500_000.0) -> Tensor:
 
 
 random = torch.Generator().manual_seed(0)
-q, k = torch.randn(2, 1, 1, 64, generator=random)
+q, k = torch.randn(2, 1, 1, 64, generator=random)  # one token, one head each
 
 
 def score(query_position: int, key_position: int) -> float:
-    turned_q = turn(q[None, 0], torch.tensor([query_position]))
-    return float((turned_q * turn(k[None, 0], torch.tensor([key_position]))).sum())
+    at = torch.tensor([query_position]), torch.tensor([key_position])
+    return float((turn(q, at[0]) * turn(k, at[1])).sum())
 
 
 for position in (3, 10, 100, 900):
@@ -260,7 +260,7 @@ class OwnLlama:
 
 # %% [markdown]
 # A model is no role of `Parts`; it is put into the `ModelRunner`. Steps compute 40 tokens at the
-# most, so that prompts are cut and most steps are mixed. We note each step's batch and logits.
+# most, so that prompts are cut and come beside decodes. We note each step's batch and logits.
 
 # %%
 from minipaged import SamplingParams
@@ -295,7 +295,8 @@ furthest = max(
     for (_, mine), (_, theirs) in zip(own_steps, steps, strict=True)
     if len(theirs)
 )
-print(f"{len(steps)} steps, same tokens; logits differ by {furthest:.0e} at the most")
+mixed = sum(batch.has_prefills and batch.has_decodes for batch, _ in steps)
+print(f"{len(steps)} steps, {mixed} of them mixed; same tokens; logits differ by {furthest:.0e}")
 assert furthest < 1e-4
 
 # %% [markdown]
@@ -316,7 +317,8 @@ assert furthest < 1e-4
 # | feed-forward | two matrices, GELU between | SwiGLU: three, one the gate of another |
 # | biases | everywhere | none |
 #
-# Its attention is the same but for the turning:
+# (GELU and the gate's SiLU bend numbers as ReLU does, with a smooth corner.) Its attention is the
+# same but for the turning:
 #
 # @@ minipaged.models.gpt2.Attention.forward
 #
