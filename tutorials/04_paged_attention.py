@@ -158,9 +158,11 @@ spans = {"prefill": (0, 7), "chunk": (4, 3), "decode": (6, 1)}
 for axis, (kind, (context_len, query_len)) in zip(axes, spans.items(), strict=True):
     keys = torch.arange(context_len + query_len)
     seen = keys <= keys[context_len:, None]
-    x, y = torch.arange(8) - 0.5, torch.arange(context_len, 8) - 0.5  # edges of the squares
+    x, y = ([i - 0.5 for i in range(start, 8)] for start in (0, context_len))  # edges
     colours = ListedColormap(["none", drawing.COLOURS[0]])
-    axis.pcolormesh(x, y, seen, cmap=colours, vmin=0, vmax=1, edgecolor=drawing.GREY, lw=0.3)
+    axis.pcolormesh(
+        x, y, seen.numpy(), cmap=colours, vmin=0, vmax=1, edgecolor=drawing.GREY, lw=0.3
+    )
     axis.vlines(3.5, context_len - 0.5, 6.5, color=drawing.COLOURS[1], lw=3)
     axis.set(xticks=range(7), yticks=range(7), ylim=(6.6, -0.6), aspect="equal", xlabel="key")
     axis.set_title(f"{kind}, context {context_len}: {int(seen.sum())} pairs", fontsize="small")
