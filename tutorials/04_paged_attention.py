@@ -1,0 +1,475 @@
+# %% [markdown]
+# # 4. Paged attention
+#
+# A query reads its keys and values through the block table: first gathered into one piece, then
+# block by block where they lie.
+#
+# ## What you will know at the end
+#
+# - How attention finds the keys of a sequence that lies in pieces (section 4.1 of the paper).
+# - How softmax over many blocks is computed in one pass, though it seems to need two (Equation 4).
+# - Why one function serves whole prompts, pieces of prompts and single tokens.
+#
+# ## What must hold
+#
+# 1. The result is that of plain attention over the same keys in one piece.
+# 2. The query at position $p$ sees positions $0$ to $p$, and nothing else.
+# 3. What does not belong to a sequence is never read: other blocks, empty slots, the unused end of
+#    a row of the block tables.
+#
+# ## Predict before you run
+#
+# - C has 9 tokens in blocks of 4 slots, and computes a tenth. How many blocks does its query read,
+#   and how many slots of the last one must it leave out?
+# - A prompt of 7 tokens has its first 4 in the pool already. How many queries does the next step
+#   have, and for how many pairs does a query see a key?
+# - The largest score so far is 2, and the next block brings a 5. By what factor must the sum so far
+#   be multiplied?
+#
+# ## The step
+#
+# ### Through the table
+#
+# Here is the pool of chapter 3 as it stood at the end: A in blocks 0, 1 and 4, C in blocks 2, 3 and
+# 5. Attention for C needs C's keys, in order. The table says where they are.
+
+# %% Left the pool, right what C's block table makes of it
+import drawing
+import torch
+from matplotlib.patches import ConnectionPatch
+
+tables = {"A": [0, 1, 4], "C": [2, 3, 5]}
+words = {
+    "A": "four score and seven years ago our fathers brought forth".split(),
+    "C": "once upon a time there was a small frog".split(),
+}
+contents, owners = {}, {}
+for name, table in tables.items():
+    for logical, physical in enumerate(table):
+        contents[physical] = words[name][4 * logical : 4 * logical + 4]
+        owners[physical] = name
+
+figure, (pool, piece) = drawing.picture(7.2, 3.6, ncols=2)
+drawing.blocks(pool, contents, owners, num_blocks=8, block_size=4)
+in_order = {logical: contents[physical] for logical, physical in enumerate(tables["C"])}
+drawing.blocks(piece, in_order, dict.fromkeys(in_order, "C"), num_blocks=3, block_size=4)
+piece.set_ylim(pool.get_ylim())
+piece.get_legend().remove()
+pool.set_title("physical blocks")
+piece.set_title("logical blocks of C")
+for logical, physical in enumerate(tables["C"]):
+    ends = (4.05, -1.25 * physical - 0.5), (-0.5, -1.25 * logical - 0.5)
+    arrow = ConnectionPatch(*ends, "data", "data", axesA=pool, axesB=piece, arrowstyle="->")
+    arrow.set_color(drawing.GREY)
+    figure.add_artist(arrow)
+
+# %% [markdown]
+# To *gather* is to follow these arrows and to copy what is found, side by side. Position $p$ lies
+# in block `table[p // 4]` at offset `p % 4`. With tensors that is two lines for all positions at
+# once:
+
+# %%
+positions = torch.arange(9)
+blocks, offsets = torch.tensor(tables["C"])[positions // 4], positions % 4
+print([contents[int(block)][offset] for block, offset in zip(blocks, offsets, strict=True)])
+
+# %% [markdown]
+# ### Gather, then attend
+#
+# In the real pool each slot holds vectors instead of a word, one for each *head*. The keys of a
+# layer are a tensor `[num_blocks, kv_heads, block_size, head_dim]`, the values another. (Chapter 5
+# shows where the layers are.)
+#
+# A step computes tokens of several sequences. Their queries lie in one tensor, sequence behind
+# sequence, and `batch` says whose is what. For each sequence it has a row of the block tables and a
+# *span*, three plain numbers: `start`, the row of its first query; `query_len`, how many queries it
+# has; and `context_len`, how many of its tokens are in the pool already. The keys of the new tokens
+# were written to the pool just before, so there are `seq_len = context_len + query_len` of them.
+#
+# There may be more heads of queries than heads of keys: *grouped-query attention*. The embedded
+# model has four and two. Query heads 0 and 1 read key head 0, query heads 2 and 3 read key head 1,
+# and keys and values take half the memory. Below, `unflatten` splits the query heads into
+# `[kv_heads, group]`, and `einsum` names the dimensions: `q`ueries, `h` for a key head, `g` for a
+# place in its group, `k`eys, `d` for the numbers of a vector.
+
+# %%
+from torch import Tensor
+
+from minipaged.batch import Batch
+
+
+def by_gathering(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+    """Attention of every sequence of a batch, over keys that are first laid side by side."""
+    block_size, out = k_cache.shape[2], []
+    for span, table in zip(batch.spans, batch.block_tables, strict=True):
+        positions = torch.arange(span.seq_len)
+        blocks, offsets = table[positions // block_size].long(), positions % block_size
+        keys = k_cache[blocks, :, offsets]  # [length, kv_heads, head_dim]
+        values = v_cache[blocks, :, offsets]
+
+        queries = q[span.start : span.stop].unflatten(1, (keys.shape[1], -1))
+        scores = scale * torch.einsum("qhgd,khd->qhgk", queries, keys)
+        later = positions > positions[span.context_len :, None]  # [queries, length]
+        weights = scores.masked_fill(later[:, None, None], -torch.inf).softmax(-1)
+        out.append(torch.einsum("qhgk,khd->qhgd", weights, values).flatten(1, 2))
+    return torch.cat(out)  # [tokens, heads, head_dim]
+
+
+# %% [markdown]
+# Let it serve. `Parts` has a role for it, as for the allocator. A step computes 40 tokens at the
+# most here, so longer prompts are cut into pieces: *chunked prefill*.
+
+# %%
+from minipaged import LLM, Parts, SamplingParams
+from minipaged.stories import prompt, tell
+
+greedy = SamplingParams(temperature=0, max_tokens=24)
+stories = [tell(num_facts=size, seed=size) for size in (1, 2, 3, 4, 6, 8)]
+prompts = [prompt(story, story.questions[0]) for story in stories]
+
+
+def tokens_with(parts: Parts) -> list[list[int]]:
+    llm = LLM(parts=parts, num_blocks=64, max_num_seqs=8, max_num_batched_tokens=40)
+    outputs = llm.generate(prompts, greedy, use_tqdm=False)
+    assert llm.engine.scheduler.memory.num_free == 64
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+expected = tokens_with(Parts())
+assert tokens_with(Parts(paged_attention=by_gathering)) == expected
+print(sum(len(tokens) for tokens in expected), "tokens for 6 requests, the same as ever")
+
+# %% [markdown]
+# The tokens are the library's. Its specification, the backend `reference`, gathers whole blocks
+# instead of positions:
+#
+# @@ minipaged.attention.reference.gather
+#
+# ### One function for three kinds of work
+#
+# Query $i$ of a span stands at position `context_len + i`, and sees the keys up to its own
+# position. That one rule gives three pictures:
+
+# %% Which keys each query sees (blue); the orange line is the border between two blocks of 4
+from matplotlib.colors import ListedColormap
+
+figure, axes = drawing.picture(7.2, 2.9, ncols=3, sharey=True)
+spans = {"prefill": (0, 7), "chunk": (4, 3), "decode": (6, 1)}
+for axis, (kind, (context_len, query_len)) in zip(axes, spans.items(), strict=True):
+    keys = torch.arange(context_len + query_len)
+    seen = keys <= keys[context_len:, None]
+    x, y = ([i - 0.5 for i in range(start, 8)] for start in (0, context_len))  # edges
+    colours = ListedColormap(["none", drawing.COLOURS[0]])
+    axis.pcolormesh(
+        x, y, seen.numpy(), cmap=colours, vmin=0, vmax=1, edgecolor=drawing.GREY, lw=0.3
+    )
+    axis.vlines(3.5, context_len - 0.5, 6.5, color=drawing.COLOURS[1], lw=3)
+    axis.set(xticks=range(7), yticks=range(7), ylim=(6.6, -0.6), aspect="equal", xlabel="key")
+    axis.set_title(f"{kind}, context {context_len}: {int(seen.sum())} pairs", fontsize="small")
+axes[0].set_ylabel("query")
+
+# %% [markdown]
+# The second picture is the lower part of the first, the third its last row. So a prompt may be cut
+# anywhere: with the keys before it in the pool, each query sees what it would have seen in one
+# piece.
+#
+# ### One block at a time
+#
+# Gathering reads every key, writes it to another place, and reads it there again. The paper's
+# attention leaves it where it lies. With $K_j$ and $V_j$ the keys and values of block $j$ and $q_i$
+# one query, Equation 4 is
+#
+# $$
+# A_{ij} = \frac{\exp(q_i^\top K_j / \sqrt{d})}
+#          {\sum_{t=1}^{\lceil i/B \rceil} \exp(q_i^\top K_t / \sqrt{d})\,\mathbf{1}},
+# \qquad o_i = \sum_{j=1}^{\lceil i/B \rceil} V_j A_{ij}^\top .
+# $$
+#
+# ($\mathbf{1}$ is a vector of ones, which adds a row up.) In words: weights out of the scores of
+# all blocks, then a sum of values by these weights. The denominator runs over all blocks. That is
+# no hindrance: sum numerator and denominator side by side, and divide at the end. The hindrance is
+# the exponential. $\exp(89)$ is too large for a 32-bit number, so a softmax first subtracts the
+# largest score. That changes no ratio, but which score is the largest is known only when all blocks
+# were read. So they must be read twice, it seems.
+#
+# They need not be, if what was summed can be corrected. Subtract the largest score *so far*. When a
+# block brings a larger one, everything before is too large by the same factor: multiply it by
+# $\exp(\text{old maximum} - \text{new maximum})$. This is *online softmax*. Three things are kept:
+# `maximum`, `total` (the denominator so far) and `output` (the numerator so far). One query, ten
+# keys in three blocks, and for every value a single number:
+
+# %%
+from math import exp, inf
+
+scores = [[1.0, 2.0, 0.0, 1.0], [5.0, 1.0, 2.0, 0.0], [3.0, 4.0]]
+values = [[10.0, 20.0, 30.0, 40.0], [50.0, 60.0, 70.0, 80.0], [90.0, 100.0]]
+
+maximum, total, output = -inf, 0.0, 0.0
+print("maximum  correction   total   output  output / total")
+for some_scores, some_values in zip(scores, values, strict=True):
+    new_maximum = max(maximum, *some_scores)
+    correction = exp(maximum - new_maximum)
+    weights = [exp(score - new_maximum) for score in some_scores]
+    total = correction * total + sum(weights)
+    output = correction * output + sum(w * v for w, v in zip(weights, some_values, strict=True))
+    maximum = new_maximum
+    print(f"{maximum:7}{correction:12.4f}{total:8.3f}{output:9.3f}{output / total:16.3f}")
+
+all_scores, all_values = (
+    torch.tensor([x for block in blocks for x in block]) for blocks in (scores, values)
+)
+print(f"all ten at once: {float(all_scores.softmax(0) @ all_values):36.3f}")
+
+# %% [markdown]
+# The second block brings the 5. What the first had summed shrinks to a twentieth, which is what it
+# is worth beside a 5. The third brings nothing larger, so its correction is 1.
+#
+# ### Block by block, yours
+#
+# Now for tensors. Here each block is worked out alone, and `merge` puts two results together: the
+# correction, on both sides. So the order does not matter, and blocks could be worked out at the
+# same time, which chapter 11 makes use of. (`reduce` merges the first two, the result with the
+# third, and so on.)
+
+# %%
+from collections.abc import Iterator
+from functools import reduce
+
+from minipaged.batch import Span
+
+Partial = tuple[Tensor, Tensor, Tensor]  # maximum, total, output: [queries, kv_heads, group, .]
+
+
+class BlockByBlock:
+    """Attention that reads each block where it lies, as Equation 4 has it."""
+
+    def __call__(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
+    ) -> Tensor:
+        out = []
+        for span, table in zip(batch.spans, batch.block_tables, strict=True):
+            queries = scale * q[span.start : span.stop].unflatten(1, (k_cache.shape[1], -1))
+            partials = self.partials(queries, k_cache, v_cache, span, table)
+            _, total, output = reduce(self.merge, partials)
+            out.append((output / total).flatten(1, 2))
+        return torch.cat(out)
+
+    def partials(
+        self, queries: Tensor, k_cache: Tensor, v_cache: Tensor, span: Span, table: Tensor
+    ) -> Iterator[Partial]:
+        block_size = k_cache.shape[2]
+        for first in range(0, span.seq_len, block_size):
+            physical, filled = table[first // block_size], self.filled(first, block_size, span)
+            keys, values = k_cache[physical, :, :filled], v_cache[physical, :, :filled]
+            scores = torch.einsum("qhgd,hkd->qhgk", queries, keys)
+            hidden = self.hidden(first + torch.arange(filled), span)
+            scores = scores.masked_fill(hidden[:, None, None], -inf)
+            # A query may see nothing of a block. Then -inf - -inf would be no number at all.
+            maximum = scores.amax(-1, keepdim=True).clamp(min=-1e30)
+            weights = (scores - maximum).exp()
+            output = torch.einsum("qhgk,hkd->qhgd", weights, values)
+            yield maximum, weights.sum(-1, keepdim=True), output
+
+    def filled(self, first: int, block_size: int, span: Span) -> int:
+        return min(block_size, span.seq_len - first)  # of the last block, a part
+
+    def hidden(self, positions: Tensor, span: Span) -> Tensor:
+        return positions > span.context_len + torch.arange(span.query_len)[:, None]
+
+    def merge(self, one: Partial, two: Partial) -> Partial:
+        maximum = torch.maximum(one[0], two[0])
+        a, b = (one[0] - maximum).exp(), (two[0] - maximum).exp()
+        return maximum, a * one[1] + b * two[1], a * one[2] + b * two[2]
+
+
+# %% [markdown]
+# Let us watch one real query in it: the last token of a prompt with eight sentences, in layer 1,
+# head 0. It is to say who put the brown tray behind the wall. (`accumulate` is `reduce` that shows
+# every result on the way.)
+
+# %% Maximum and total so far, and how far the output so far is from the final one, block by block
+from itertools import accumulate
+
+story = tell(num_facts=8, seed=5)
+question = next(question for question in story.questions if question.answer == "Una.")
+calls = []
+
+
+def noted(*arguments):
+    calls.append(arguments)
+    return by_gathering(*arguments)
+
+
+watched = LLM(num_blocks=64, block_size=4, parts=Parts(paged_attention=noted))
+[answer] = watched.generate(prompt(story, question), greedy, use_tqdm=False)
+print(question.text, answer.outputs[0].text)
+
+q, k_cache, v_cache, batch, scale = calls[1]  # the first step, which reads the prompt, in layer 1
+queries, online = scale * q[-1:].unflatten(1, (2, -1)), BlockByBlock()
+span = Span(start=0, query_len=1, context_len=len(q) - 1)  # its last query is a span, too
+partials = online.partials(queries, k_cache, v_cache, span, batch.block_tables[0])
+states = [[x[0, 0, 0] for x in state] for state in accumulate(partials, online.merge)]
+maxima, totals, outputs = (torch.stack(each) for each in zip(*states, strict=True))
+
+figure, (left, right) = drawing.picture(ncols=2)
+left.plot(maxima, label="maximum")
+left.plot(totals, label="total")
+left.set(xlabel="block", ylabel="after this block")
+left.legend()
+right.plot((outputs / totals - outputs[-1] / totals[-1]).norm(dim=1), color=drawing.COLOURS[2])
+right.set(xlabel="block", ylabel="output: still to go")
+tray = watched.get_tokenizer().decode(answer.prompt_token_ids[4 * 19 : 4 * 20])
+print(f"{len(states)} blocks; block 19 holds {tray!r}")
+
+# %% [markdown]
+# What the first nineteen blocks tell this head is worth next to nothing. Then comes block 19, which
+# has the tray. The maximum leaps up, the correction wipes out what there was, and the output is
+# final but for a rest too small to see.
+#
+# The library's form goes on from block to block instead of merging, and can be read beside the
+# paper:
+#
+# @@ minipaged.attention.blockwise._attend_to_blocks
+#
+# A Python loop over blocks is not fast. On a CPU the library therefore works out once a step, for
+# all layers, which rows of the pool belong to whom. Then it gathers the keys of all decoding
+# sequences in one call; or, where a range of the pool is long and mostly in use, it multiplies the
+# whole range where it lies and throws away what is nobody's. [Fast on a plain CPU](../speed.md) has
+# the measurements. On a GPU the loop becomes a kernel: chapters 10 and 11.
+#
+# ## Check
+#
+# First the distance from plain attention in 64-bit numbers, over a step with all three kinds of
+# work. Then the same with poison: every slot that belongs to nobody is NaN ("not a number", and so
+# is whatever is computed with it), and every unused entry of the block tables is the number of a
+# block that does not exist.
+
+# %%
+from dataclasses import replace
+
+from minipaged.attention import reference_paged_attention
+from minipaged.batch import BatchBuilder, Query
+from minipaged.memory import BlockTable
+
+random = torch.Generator().manual_seed(0)
+free, steps = torch.randperm(32, generator=random).tolist(), []
+for seq_id, (context_len, query_len) in enumerate([(0, 7), (4, 3), (8, 5), (6, 1), (16, 1)]):
+    length = context_len + query_len
+    table = BlockTable(4, [free.pop() for _ in range(0, length, 4)], length)
+    steps.append(Query(seq_id, [0] * query_len, context_len, table))
+batch = BatchBuilder(max_num_seqs=8, max_blocks_per_seq=8, block_size=4).build(steps)
+q = 3 * torch.randn(17, 4, 8, generator=random)  # 17 queries, 4 heads of 8 numbers
+cache = torch.randn(2, 32, 2, 4, 8, generator=random)  # keys and values: 32 blocks, 2 heads
+exact = reference_paged_attention(q.double(), *cache.double(), batch, 8**-0.5)
+
+slots = torch.tensor([s.table.slot(p) for s in steps for p in range(s.table.num_tokens)])
+poisoned = torch.full_like(cache, torch.nan)
+poisoned[:, slots // 4, :, slots % 4] = cache[:, slots // 4, :, slots % 4]
+tables = torch.tensor([(s.table.blocks + 5 * [1_000_000])[:5] for s in steps])
+
+
+def error(attention) -> float:
+    return float((attention(q, *cache, batch, 8**-0.5) - exact).abs().max())
+
+
+for attention in (by_gathering, online):
+    with_poison = attention(q, *poisoned, replace(batch, block_tables=tables), 8**-0.5)
+    assert torch.equal(with_poison, attention(q, *cache, batch, 8**-0.5))
+    assert error(attention) < 1e-5
+    print(f"off by {error(attention):.0e}, with poison exactly the same")
+
+# %% [markdown]
+# (Yours cuts the end of the last block off, so even NaN may lie there. Fast attention multiplies
+# whole blocks and gives empty slots a weight of zero. Zero times NaN is NaN, so the library asks
+# for *some* number in them: the pool starts with zeros.)
+#
+# And three mistakes, each of which looks like a good idea:
+
+
+# %%
+class ForgetsToRescale(BlockByBlock):
+    def merge(self, one: Partial, two: Partial) -> Partial:  # "just add them up"
+        return torch.maximum(one[0], two[0]), one[1] + two[1], one[2] + two[2]
+
+
+class ReadsTheTail(BlockByBlock):
+    def filled(self, first: int, block_size: int, span: Span) -> int:
+        return block_size  # "the mask hides the rest"
+
+    def hidden(self, positions: Tensor, span: Span) -> Tensor:
+        # "a decode sees everything, it needs no mask"
+        return super().hidden(positions, span) & (span.query_len > 1)
+
+
+class SeesOneAhead(BlockByBlock):
+    def hidden(self, positions: Tensor, span: Span) -> Tensor:
+        return super().hidden(positions - 1, span)  # off by one
+
+
+for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlock()):
+    tokens = tokens_with(Parts(paged_attention=attention))
+    same = sum(mine == theirs for mine, theirs in zip(tokens, expected, strict=True))
+    caught = error(attention) > 1e-3 or tokens != expected
+    name, verdict = type(attention).__name__, "caught" if caught else "right"
+    print(f"{name:17}{verdict:7} off by {error(attention):7.0e}, {same} of 6 answers the same")
+    assert caught == (type(attention) is not BlockByBlock)
+
+# %% [markdown]
+# Two of the mistakes answered every question rightly. The empty slots of that pool held zeros or
+# old keys, which happened to weigh little; and to see one token ahead in its prompt did this model
+# no harm. Models are robust, and so they hide faults. That is why attention is compared with a
+# specification, number by number.
+#
+# <details markdown="1"><summary>Your predictions</summary>
+#
+# C's tenth token sees 10 keys in 3 blocks, and leaves out 2 slots of the last. The step has 3
+# queries and 5 + 6 + 7 = 18 pairs, of the 28 of the whole prompt. The sum so far is multiplied by
+# $\exp(2 - 5)$, about 0.05.
+#
+# </details>
+#
+# ## Questions
+#
+# **Why are the keys of a new token written to the pool before the attention of that step, and not
+# after it?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# A token attends to itself and, in a prompt, to others of the same step. If all keys are in the
+# pool already, there is one place to read them from, and old and new need no telling apart.
+#
+# </details>
+#
+# **`merge` does not care for the order of blocks. Could a block table be sorted, then?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# No: the place of an entry says which positions the block holds, and the mask needs them. But the
+# blocks may be *visited* in any order, or by several workers at once.
+#
+# </details>
+#
+# **In a prefill of 1,000 tokens, how much of the work of `BlockByBlock` is for nothing, and how
+# would you save it?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# Almost half: all queries meet all blocks, and what lies behind a query is hidden afterwards. Cut
+# the queries into pieces too, and let each piece stop at the block of its last query. The kernel of
+# chapter 11 does so.
+#
+# </details>
+#
+# ## What changed in the numbers
+#
+# What the attention of one layer copies aside in a decode step of one sequence of 2,000 tokens,
+# with heads as in OPT-13B, the paper's model: 40 heads of 128 numbers, 2 bytes each.
+
+# %%
+per_token = 2 * 40 * 128 * 2  # keys and values
+print(f"gathered:     {2000 * per_token / 2**20:4.1f} MiB, read, written and read again")
+print(f"blocks of 16: {16 * per_token / 2**20:4.1f} MiB at a time, read once")
+print(f"off by:       {error(by_gathering):.0e} and {error(online):.0e}")
+
+# %% [markdown]
+# Next: [whole models on pages](05_models_on_pages.md).
