@@ -30,8 +30,8 @@
 # ## The step: first bytes and operations
 #
 # A sequence of $L$ tokens decodes one token, with $H$ query heads over $K$ key heads of $D$ numbers
-# of $b$ bytes. It must read all keys and values, and for each number of a key that it reads it does
-# a multiplication and an addition for each query head, and the same for values:
+# of $b$ bytes. It must read all keys and values, and with each number of a key it does a
+# multiplication and an addition for every query head that shares the key, and the same for values:
 #
 # $$
 # \text{bytes} = 2 L K D b, \qquad \text{operations} = 4 L H D, \qquad
@@ -201,19 +201,21 @@ for name, kernel in kernels.items():
 # ```
 #
 # The tile is not the block: blocks of 16 waste little memory (chapter 3), but a tile of 64
-# positions is what the hardware likes to load and multiply. Every lane looks up its own position in
-# the block table, so a tile may cross blocks:
+# positions is what the hardware likes to load and multiply. Each position of a tile is looked up in
+# the block table on its own, so a tile may cross blocks, and its size is chosen by what the
+# hardware has room for:
 #
-# @@ minipaged.attention.triton.tile._load_rows
+# @@ minipaged.attention.triton.decode.choose_tile
 #
 # ### Cut long sequences
 #
 # Packing leaves fewer programs: sequences times key heads. A GPU has some hundred *multiprocessors*
-# (SMs), an H100 132, and each holds several programs at a time, four of these. One sequence over 8
-# key heads is 8 programs for 528 places: the memory waits. So a sequence is cut into *splits* of
-# neighbouring positions, a program each (this is known as flash-decoding, or split-KV). Each gives
-# an answer as if its keys were all, and a second kernel merges the answers. Write the two parts in
-# PyTorch first. A piece returns its output, and the logarithm of the sum of its weights:
+# (SMs), an H100 132, and each holds several programs at a time: four of `decode`, as you will see.
+# One sequence over 8 key heads is 8 programs for 528 places: the memory waits. So a sequence is cut
+# into *splits* of neighbouring positions, a program each (this is known as flash-decoding, or
+# split-KV). Each gives an answer as if its keys were all, and a second kernel merges the answers.
+# Write the two parts in PyTorch first. A piece returns its output, and the logarithm of the sum of
+# its weights:
 
 
 # %%
@@ -349,8 +351,8 @@ kernels = {launch.kernel.__name__: launch for launch in reversed(launches)}
 for name in ("naive_kernel", "decode_kernel"):
     for sm in (80, 90):
         row = compile_launch(kernels[name], llama, sm)
-        print(f"{row.kernel:7} sm_{sm}  {row.registers:4} registers  {row.stack_bytes} bytes spilled",
-              f"{row.shared_bytes:7,} shared  {row.programs} programs  {row.instructions}")
+        print(f"{row.kernel:7} sm_{sm} {row.registers:4} registers, {row.stack_bytes} bytes spilled,",
+              f"{row.shared_bytes:6,} shared; {row.programs} programs, {row.instructions}")
 """
 process = subprocess.run(
     [sys.executable, "-c", COMPILE],
