@@ -7,8 +7,8 @@
 # ## What you will know at the end
 #
 # - How a GPU program finds its data: a number of its own, a base address, strides and a mask.
-# - How thirty lines read a block table and compute attention without copying a key (section 4.3 and
-#   Figure 5 of the paper).
+# - How thirty lines read a block table and compute attention without copying a key (Figure 5 of the
+#   paper; section 5.1 names the kernel).
 # - How to test a kernel so that the usual mistakes cannot hide, on a machine without a GPU.
 #
 # ## What must hold
@@ -391,8 +391,8 @@ print(calls)
 # were whole numbers, cuts bfloat16 off where a GPU rounds, and loses a carry when it stores float8
 # ([kernels](../kernels.md), "What was tried"). With float32, as here, it agrees. Under the
 # interpreter a plain `print` works in a kernel, and so does `breakpoint()`. Before you trust a
-# kernel, run the same test on a GPU: set the variable of the first cell to "0", and put the tensors
-# on `"cuda"`.
+# kernel, run its tests on a GPU as well: the library's `tests/test_triton.py` takes a GPU where
+# there is one, and the interpreter elsewhere.
 #
 # ## Check
 #
@@ -423,7 +423,7 @@ MISTAKES = {
     "every head its own key head": ("head // GROUP", "head % 2"),
 }
 source = inspect.getsource(paged_decode_kernel.fn).replace('"', "'")
-print(f"{'largest error with':30}", *(f"{length:>3} tokens" for length in LENGTHS))
+print(f"{'largest error':30}", *(f"length {length:2}" for length in LENGTHS))
 with tempfile.TemporaryDirectory() as folder:
     for name, (right, wrong) in MISTAKES.items():
         assert source.count(right) == 1
@@ -432,7 +432,7 @@ with tempfile.TemporaryDirectory() as folder:
         file.write_text(text)
         mistaken = launched(runpy.run_path(str(file))["paged_decode_kernel"])
         found = errors(mistaken)
-        print(f"{name:30}", *(f"{error:10.0e}" for error in found))
+        print(f"{name:30}", *(f"{error:9.0e}" for error in found))
         assert not max(found) < 1e-2, f"the test does not notice: {name}"
 
 # %% [markdown]

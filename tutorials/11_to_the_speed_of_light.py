@@ -93,8 +93,8 @@ axes.legend(loc="upper left", fontsize=8)
 # %%
 for name, (bandwidth, operations) in GPUS.items():
     share = points["decode, 4"] * bandwidth / operations
-    print(f"{name:15} roof from {operations / bandwidth:3.0f} operations per byte on;", end=" ")
-    print(f"decode with 4 heads a key head uses {share:.1%} of its arithmetic")
+    print(f"{name:15} {operations / bandwidth:3.0f} operations in the time of a byte,", end=" ")
+    print(f"{share:.1%} of them used by decode, 4")
 
 # %% [markdown]
 # So for decode the arithmetic is free, and the *floor* is bytes over bandwidth. To come near it,
@@ -189,15 +189,11 @@ for name, kernel in kernels.items():
 #
 # ```mermaid
 # flowchart LR
-#   subgraph naive["chapter 10: a program a query head"]
-#     q0[head 0] --> k0[(keys)]
-#     q1[head 1] --> k0
-#     q2[head 2] --> k0
-#     q3[head 3] --> k0
-#   end
-#   subgraph packed["packed: a program a key head"]
-#     q["heads 0 to 3, as rows of a matrix"] -- once --> k1[(keys)]
-#   end
+#   q0["head 0: a program"] --> k0[(keys)]
+#   q1["head 1: a program"] --> k0
+#   q2["head 2: a program"] --> k0
+#   q3["head 3: a program"] --> k0
+#   q["heads 0 to 3: one program"] --> k1[(keys)]
 # ```
 #
 # The tile is not the block: blocks of 16 waste little memory (chapter 3), but a tile of 64
@@ -351,8 +347,8 @@ kernels = {launch.kernel.__name__: launch for launch in reversed(launches)}
 for name in ("naive_kernel", "decode_kernel"):
     for sm in (80, 90):
         row = compile_launch(kernels[name], llama, sm)
-        print(f"{row.kernel:7} sm_{sm} {row.registers:4} registers, {row.stack_bytes} bytes spilled,",
-              f"{row.shared_bytes:6,} shared; {row.programs} programs, {row.instructions}")
+        print(f"{row.kernel:7} sm_{sm} {row.registers:4} registers, {row.stack_bytes} spilled",
+              f"{row.shared_bytes:7,} shared bytes, {row.programs} programs, {row.instructions}")
 """
 process = subprocess.run(
     [sys.executable, "-c", COMPILE],
