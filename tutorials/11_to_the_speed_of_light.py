@@ -361,11 +361,11 @@ print(process.stdout)
 
 # %% [markdown]
 # (sm_80 is Ampere, as in an A100; sm_90 is Hopper, as in an H100 and H200.) `HMMA` is a
-# multiplication by the tensor cores: `decode` has it, the naive kernel does not. `decode` uses 128
-# registers in each of 128 threads: four programs take all that a multiprocessor has, and spill
-# nothing. Each has a tile of keys and one of values on the way while it multiplies the tile before.
-# Larger tiles, more stages and other variants were tried and given up by such tables:
-# [what was tried](../kernels.md) lists them, with what was expected and what was found.
+# multiplication by the tensor cores: `decode` has it, the naive kernel does not. With Triton 3.9,
+# `decode` uses 128 registers in each of 128 threads: four programs take all that a multiprocessor
+# has, and spill nothing. Each has a tile of keys and one of values on the way while it multiplies
+# the tile before. Larger tiles, more stages and other variants were tried and given up by such
+# tables: [what was tried](../kernels.md) lists them, with what was expected and what was found.
 #
 # ### Fewer bytes
 #
