@@ -7,9 +7,9 @@ const SIGNS = {
   evicted: ["\u00d7", "evicted", "The prefix cache gave it up, because no empty block was left."],
   copy: ["\u00bb", "copy", "Copy-on-write: the copy, for whoever writes."],
   source: ["\u00ab", "copied", "Copy-on-write: what was copied; the other owners keep it."],
-  in: ["\u2191", "swap in", "Comes back from the swap pool."],
-  out: ["\u2193", "swap out", "Goes to the swap pool, because its request is preempted."],
-  found: ["?", "found", "Found by the prefix cache: its tokens need not be computed."],
+  in: ["\u2191", "back", "Comes back from the swap pool."],
+  out: ["\u2193", "swap", "Goes to the swap pool, because its request is preempted."],
+  found: ["\u2713", "found", "Found by the prefix cache: its tokens need not be computed."],
   merged: ["=", "merged", "Another sequence computed the same, and uses this block now."],
   shared: ["&", "shared", "Forked: one more sequence owns it."],
   new: ["+", "new", "Taken for a sequence."],
@@ -20,9 +20,12 @@ const SIGNS = {
 // The most telling first: a block shows one sign. Some speak of a block that is held, some of one left.
 const OF_HELD = ["evicted", "copy", "in", "out", "found", "source", "merged", "shared", "new", "known"];
 const OF_LEFT = ["out", "in", "evicted", "idle", "freed"];
+// Sentences about no block in particular have a word beside them instead.
+const WORDS = { computed: "compute", pinned: "pinned", ended: "ended", pool: "begin" };
 const NUM_DYES = 8;
+const MOST_ARROWS = 8; // more of them would hide what they point at
 const MOST_TABLES = 48; // drawn; a page of more helps nobody
-const MOST_ENTRIES = 72; // of one block table
+const MOST_ENTRIES = 48; // of one block table
 
 const byId = (id) => document.getElementById(id);
 
@@ -67,7 +70,7 @@ function paint(made, numbers, level) {
 }
 
 function percent(part, whole) {
-  return whole ? `${Math.round((100 * part) / whole)} %` : "none";
+  return whole ? `${Math.round((100 * part) / whole)}%` : "none";
 }
 
 // ---- one block of a pool ----------------------------------------------------------------------------
@@ -115,8 +118,9 @@ function drawBlock(cell, look, blockSize) {
     element("span", { class: "number" }, `${look.block}`),
     element("span", { class: letters.length > 2 ? "owner long" : "owner" }, letters),
   ];
-  if (look.times > 1) parts.push(element("span", { class: "times" }, `\u00d7${look.times}`));
-  if (look.isKnown) parts.push(element("span", { class: "known" }, look.kind === "idle" ? "\u25c7" : "\u25c6"));
+  const known = look.isKnown ? (look.kind === "idle" ? "\u25c7" : "\u25c6") : "";
+  const times = look.times > 1 ? `\u00d7${look.times}` : "";
+  if (known || times) parts.push(element("span", { class: "more" }, known + times));
   if (look.sign) parts.push(drawSign(look.sign));
   cell.replaceChildren(...parts);
   cell.setAttribute("aria-label", labelOf(look, blockSize));
@@ -140,13 +144,15 @@ function labelOf(look, blockSize) {
 
 /* One pool as a grid of buttons, made once; `draw` changes those that look different. */
 class PoolGrid {
-  constructor(name, title, size, numShown) {
+  constructor(name, title, size, numShown, most = "large") {
     this.name = name;
     this.looks = new Array(numShown).fill("");
     this.cells = this.looks.map((_, block) =>
       element("button", { type: "button", class: "block", tabindex: block ? -1 : 0, "data-place": `${name}:${block}` }),
     );
-    const scale = numShown <= 48 ? "large" : numShown <= 260 ? "medium" : numShown <= 1200 ? "small" : "tiny";
+    const limits = { large: 48, medium: 260, small: 1200, tiny: Infinity };
+    const scales = Object.keys(limits).slice(Object.keys(limits).indexOf(most));
+    const scale = scales.find((one) => numShown <= limits[one]);
     const heading = element("h2", { id: `title-${name}` }, title);
     this.grid = element("div", { class: `grid ${scale}`, role: "group", "aria-labelledby": heading.id }, ...this.cells);
     const rest = size - numShown;
@@ -254,16 +260,16 @@ class Page {
 
   setPools() {
     const { numBlocks, numSwapBlocks, used } = this.player.shape;
-    const isFew = (size) => size <= 128;
-    const shown = (size, reach) => (isFew(size) ? size : Math.min(size, Math.max(32, 16 * Math.ceil(reach / 16))));
+    // Of a pool that is much too large for its trace, the part that is used.
+    const shown = (size, reach, few) => (size <= few ? size : Math.min(size, Math.max(few, 16 * Math.ceil(reach / 16))));
     const slots = count(this.player.shape.blockSize, "slot");
-    const title = `The pool: ${count(numBlocks, "block")} of ${slots}`;
-    this.grids = [new PoolGrid("pool", title, numBlocks, shown(numBlocks, used.pool))];
+    const title = `Pool: ${count(numBlocks, "block")} of ${slots}`;
+    this.grids = [new PoolGrid("pool", title, numBlocks, shown(numBlocks, used.pool, 64))];
     if (numSwapBlocks > 0 && used.swap > 0) {
-      const swapTitle = `The swap pool, in the CPU's memory: ${count(numSwapBlocks, "block")}`;
-      this.grids.push(new PoolGrid("swap", swapTitle, numSwapBlocks, shown(numSwapBlocks, used.swap)));
+      const swapTitle = `Swap pool: ${count(numSwapBlocks, "block")}`;
+      this.grids.push(new PoolGrid("swap", swapTitle, numSwapBlocks, shown(numSwapBlocks, used.swap, 16), "medium"));
     }
-    byId("pools").replaceChildren(...this.grids.flatMap((grid) => grid.parts));
+    byId("pools").prepend(...this.grids.flatMap((grid) => grid.parts));
   }
 
   setCurve() {
@@ -286,7 +292,7 @@ class Page {
       drawBlock(cell, { block: 7, numbers: [0], times: 1, level: 1, isKnown: false, sign: null, filled: 0, ...look }, 16);
       cell.removeAttribute("aria-label");
       cell.setAttribute("aria-hidden", "true");
-      return element("span", { class: "grid large" }, cell);
+      return element("span", { class: "large" }, cell);
     };
     const rows = [
       [sample({ kind: "held" }), "A block of request A, all its slots filled. The small number is the block's."],
@@ -312,12 +318,46 @@ class Page {
     const { state } = this;
     const held = Object.fromEntries(this.grids.map((grid) => [grid.name, holdings(state, grid.name)]));
     for (const grid of this.grids) grid.draw(state, held[grid.name], isMove);
+    this.drawArrows();
     this.drawWhere();
     this.drawCounts(statistics(state, held.pool));
     this.drawWords();
     this.drawQueues();
     this.drawTables(held);
     this.drawAbout(held);
+  }
+
+  /* From the block that was copied to its copy, and between the pools. Of many, those of one block. */
+  drawArrows() {
+    const { moves } = this.state;
+    const place = this.pointed ?? this.chosen;
+    const drawn = moves.length > MOST_ARROWS ? moves.filter((ends) => ends.includes(place)) : moves;
+    const paths = drawn.map(([from, to]) => this.arrow(from, to));
+    byId("arrows").replaceChildren(...paths.filter((path) => path !== null));
+  }
+
+  arrow(from, to) {
+    const [start, end] = [this.boxOf(from), this.boxOf(to)];
+    if (!start || !end) return null;
+    // From edge to edge, so that letters stay free: downwards, upwards, or over the top of a row.
+    const y1 = end.top > start.bottom ? start.bottom : start.top;
+    const y2 = end.bottom < start.top ? end.bottom : end.top;
+    const [dx, dy] = [end.middle - start.middle, y2 - y1];
+    const bend = Math.sign(dx || 1) * Math.min(22, Math.hypot(dx, dy) / 3);
+    const far = Math.hypot(dx, dy) || 1;
+    const over = { x: (start.middle + end.middle) / 2 + (dy / far) * bend, y: (y1 + y2) / 2 - (dx / far) * bend };
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    path.setAttribute("d", `M${start.middle},${y1} Q${over.x},${over.y} ${end.middle},${y2}`);
+    path.setAttribute("marker-end", "url(#head)");
+    return path;
+  }
+
+  boxOf(place) {
+    const cell = document.querySelector(`.block[data-place="${place}"]`);
+    if (!cell) return null;
+    const [box, all] = [cell.getBoundingClientRect(), byId("pools").getBoundingClientRect()];
+    const inset = Math.min(8, box.height / 6);
+    return { middle: box.left + box.width / 2 - all.left, top: box.top - all.top + inset, bottom: box.bottom - all.top - inset };
   }
 
   drawWhere() {
@@ -358,7 +398,7 @@ class Page {
       byId("words").scrollTop = 0;
       if (!notes.length) return [element("li", { class: "none" }, "No block is taken, shared or given up.")];
       return notes.map(({ kind, text }) => {
-        const sign = kind in SIGNS ? drawSign(kind) : element("span", {});
+        const sign = kind in SIGNS ? drawSign(kind) : element("span", { class: "sign quiet" }, WORDS[kind] ?? "");
         return element("li", {}, sign, element("span", {}, text));
       });
     });
@@ -419,7 +459,8 @@ class Page {
     const chip = element("span", { class: "chip" }, seq.name);
     paint(chip, [this.order(seq)], 1);
     const what = seq.isPinned ? "pinned" : seq.isSwapped ? "swapped" : "";
-    const who = element("div", { class: "who" }, chip, element("div", {}, count(seq.tokens, "token")), element("div", {}, what));
+    const tokens = element("span", {}, count(seq.tokens, "token"), ...(what ? [element("br"), what] : []));
+    const who = element("div", { class: "who" }, chip, tokens);
     const row = element("div", { class: `table ${what}` }, who, element("div", { class: "entries" }, ...made));
     this.rows.set(seq.id, { key, row });
     return row;
@@ -444,8 +485,10 @@ class Page {
 
   drawAbout(held) {
     const place = this.pointed ?? this.chosen;
+    byId("about").classList.toggle("idle", !place);
     for (const cell of document.querySelectorAll(".linked")) cell.classList.remove("linked");
     for (const cell of document.querySelectorAll(".block.chosen")) cell.classList.remove("chosen");
+    if (this.state.moves.length > MOST_ARROWS) this.drawArrows();
     if (this.chosen) document.querySelector(`.block[data-place="${this.chosen}"]`)?.classList.add("chosen");
     if (!place) {
       show(byId("about"), "", () => [element("p", { class: "quiet" }, "Point at a block, or tap it, to see whose it is.")]);
@@ -507,6 +550,7 @@ class Page {
       this.go(this.at);
     });
     byId("curve").addEventListener("click", (event) => this.jump(event));
+    window.addEventListener("resize", () => this.drawArrows());
     document.addEventListener("keydown", (event) => this.onKey(event));
     this.listenToBlocks();
   }
@@ -577,7 +621,7 @@ function begin() {
   }
   byId("player").hidden = false;
   const page = new Page(events);
-  byId("legend").open = window.innerHeight > 900 && window.innerWidth > 900;
+  byId("legend").open = window.innerHeight >= 800 && window.innerWidth > 900;
   // For tests, and for those who like to look behind: the one name that this page adds.
   window.replay = {
     state: () => summary(page.state),

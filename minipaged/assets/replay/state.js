@@ -37,6 +37,7 @@ function emptyState(shape) {
     // What happened in this step:
     isScheduled: true, // the scheduler has decided it; before the first step there is nothing to decide
     marks: new Map(), // "pool:7" -> kinds of what happened to the block
+    moves: [], // [["pool:7", "swap:2"], ...]: keys and values that were copied
     notes: [], // the same in words
     givenUp: new Map(), // request -> blocks that the scheduler took from it
   };
@@ -205,6 +206,13 @@ function mark(state, pool, block, kind) {
   state.marks.set(key, kinds);
 }
 
+/* Keys and values are copied from one block to another. */
+function move(state, [fromPool, from, fromKind], [toPool, to, toKind]) {
+  mark(state, fromPool, from, fromKind);
+  mark(state, toPool, to, toKind);
+  state.moves.push([`${fromPool}:${from}`, `${toPool}:${to}`]);
+}
+
 function markAll(state, pool, blocks, kind) {
   for (const block of blocks) mark(state, pool, block, kind);
 }
@@ -225,6 +233,7 @@ function beginStep(state, step) {
   state.step = step;
   state.isScheduled = false;
   state.marks = new Map();
+  state.moves = [];
   state.notes = [];
   state.givenUp = new Map();
 }
@@ -278,8 +287,7 @@ const handlers = {
     state.totals.copied += event.pairs.length;
     for (const [source, target] of event.pairs) {
       const others = inList(namesOfHolders(state, source, seq), 3) || "the prefix cache";
-      mark(state, "pool", source, "source");
-      mark(state, "pool", target, "copy");
+      move(state, ["pool", source, "source"], ["pool", target, "copy"]);
       const owns = others.includes(" and ") ? "own" : "owns";
       const what = `${seq.name} writes to block ${source}, which ${others} ${owns} too`;
       note(state, "copy", `${what}: it is copied to block ${target} (copy-on-write).`);
@@ -327,10 +335,7 @@ const handlers = {
   swap_out(state, event) {
     const letter = letterOfRequest(state, event.request);
     moveTables(state, event.seqs, true);
-    for (const [from, to] of event.pairs) {
-      mark(state, "pool", from, "out");
-      mark(state, "swap", to, "out");
-    }
+    for (const [from, to] of event.pairs) move(state, ["pool", from, "out"], ["swap", to, "out"]);
     const moved = `${count(event.pairs.length, "block")} ${event.pairs.length === 1 ? "goes" : "go"}`;
     note(state, "out", `${letter} is preempted (swapping): ${moved} to the swap pool.`);
   },
@@ -338,10 +343,7 @@ const handlers = {
   swap_in(state, event) {
     const letter = letterOfRequest(state, event.request);
     moveTables(state, event.seqs, false);
-    for (const [from, to] of event.pairs) {
-      mark(state, "swap", from, "in");
-      mark(state, "pool", to, "in");
-    }
+    for (const [from, to] of event.pairs) move(state, ["swap", from, "in"], ["pool", to, "in"]);
     const copied = new Set(event.pairs.map(([, to]) => to));
     const known = [...new Set(Object.values(event.seqs).flat())].filter((block) => !copied.has(block));
     markAll(state, "pool", known, "found");
@@ -457,7 +459,8 @@ function noteComputed(state, tokens) {
   }
   if (total === 0) return;
   const parts = [...byNumber].map(([number, names]) => `${number}${names.length > 1 ? " each" : ""} of ${inList(names)}`);
-  note(state, "computed", `The model computes ${count(total, "token")}: ${parts.join("; ")}.`);
+  const whose = Object.keys(tokens).length === 1 ? ` of ${[...byNumber.values()][0]}` : `: ${parts.join("; ")}`;
+  note(state, "computed", `The model computes ${count(total, "token")}${whose}.`);
 }
 
 /* The next state, in place: whoever wants to keep the old one copies it first. */
