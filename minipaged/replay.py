@@ -5,9 +5,9 @@
     llm.generate(...)
     Replay(events, title="Four samples of one prompt").save("samples.html")
 
-The page is one file: its style sheet, its program and the trace stand in it, and it asks for nothing
-from anywhere. How events become a picture is in assets/replay/state.js, which is worth reading
-beside events.py; how it is drawn, in assets/replay/replay.js.
+The page is one file: its style sheet, its program and the trace stand in it, and it asks nobody for
+anything. How events become a picture is in assets/replay/state.js, which is worth reading beside
+events.py; how it is drawn, in assets/replay/replay.js.
 """
 
 import html

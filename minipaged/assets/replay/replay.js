@@ -24,7 +24,7 @@ const OF_LEFT = ["out", "in", "evicted", "idle", "freed"];
 const WORDS = { computed: "compute", pinned: "pinned", ended: "ended", pool: "begin" };
 const NUM_DYES = 8;
 const MOST_ARROWS = 8; // more of them would hide what they point at
-const MOST_TABLES = 48; // drawn; a page of more helps nobody
+const MOST_TABLES = 32; // drawn; a page of more helps nobody
 const MOST_ENTRIES = 48; // of one block table
 
 const byId = (id) => document.getElementById(id);
@@ -316,12 +316,12 @@ class Page {
 
   draw(isMove) {
     const { state } = this;
+    this.drawWords(); // first: it scrolls, and while nothing else has changed that costs nothing
     const held = Object.fromEntries(this.grids.map((grid) => [grid.name, holdings(state, grid.name)]));
     for (const grid of this.grids) grid.draw(state, held[grid.name], isMove);
     this.drawArrows();
     this.drawWhere();
     this.drawCounts(statistics(state, held.pool));
-    this.drawWords();
     this.drawQueues();
     this.drawTables(held);
     this.drawAbout(held);
@@ -620,7 +620,15 @@ function begin() {
     return;
   }
   byId("player").hidden = false;
-  const page = new Page(events);
+  let page;
+  try {
+    page = new Page(events);
+  } catch (error) {
+    byId("player").hidden = true;
+    byId("empty").hidden = false;
+    byId("empty").textContent = `This trace cannot be replayed, an event lacks something (${error.message}): record it again.`;
+    return;
+  }
   byId("legend").open = window.innerHeight >= 800 && window.innerWidth > 900;
   // For tests, and for those who like to look behind: the one name that this page adds.
   window.replay = {

@@ -62,13 +62,11 @@ function shapeOf(events) {
 
 function blocksNamedBy(event) {
   if (Number.isInteger(event.block)) return [[event.pool ?? "pool", event.block]];
-  const [from, to] = { swap_out: ["pool", "swap"], swap_in: ["swap", "pool"] }[event.event] ?? [
-    "pool",
-    "pool",
-  ];
+  const from = event.event === "swap_in" ? "swap" : "pool";
+  const to = event.event === "swap_out" ? "swap" : "pool";
   const named = (event.pairs ?? []).flatMap(([a, b]) => [[from, a], [to, b]]);
   const tables = [event.blocks ?? [], ...Object.values(event.seqs ?? {})].flat();
-  return named.concat(tables.map((block) => [event.event === "swap_out" ? "swap" : "pool", block]));
+  return named.concat(tables.map((block) => [to, block]));
 }
 
 /* n tokens in b blocks: a block has room for n / b at least, and n tokens do not fit into b - 1. */
