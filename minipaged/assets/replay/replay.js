@@ -118,9 +118,10 @@ function drawBlock(cell, look, blockSize) {
     element("span", { class: "number" }, `${look.block}`),
     element("span", { class: letters.length > 2 ? "owner long" : "owner" }, letters),
   ];
-  const known = look.isKnown ? (look.kind === "idle" ? "\u25c7" : "\u25c6") : "";
-  const times = look.times > 1 ? `\u00d7${look.times}` : "";
-  if (known || times) parts.push(element("span", { class: "more" }, known + times));
+  const more = element("span", { class: "more" });
+  if (look.times > 1) more.append(element("span", { class: "times" }, `\u00d7${look.times}`));
+  if (look.isKnown) more.append(element("span", { class: "known" }, look.kind === "idle" ? "\u25c7" : "\u25c6"));
+  if (more.firstChild) parts.push(more);
   if (look.sign) parts.push(drawSign(look.sign));
   cell.replaceChildren(...parts);
   cell.setAttribute("aria-label", labelOf(look, blockSize));
@@ -382,10 +383,11 @@ class Page {
     const { size } = this.state.pools.pool;
     const rows = [
       ["blocks in use", `${now.used} of ${size}`],
+      ["idle", `${now.idle}`],
       ["free", `${now.free}`],
       ["shared", `${now.shared}`],
-      ["cached", now.idle ? `${now.cached} (${now.idle} idle)` : `${now.cached}`],
-      ["of their slots filled", percent(now.filled, now.slots)],
+      ["cached", `${now.cached}`],
+      ["of slots filled", percent(now.filled, now.slots)],
     ];
     show(byId("counts"), JSON.stringify(rows), () =>
       rows.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))),
@@ -510,7 +512,9 @@ class Page {
     const lines = [`Block ${block}${where}: ${this.inShort(look)}`];
     const holders = held.get(block)?.holders ?? [];
     if (holders.length) {
-      const whose = holders.map(({ seq, logical }) => `logical block ${logical} of ${seq.name}`);
+      const byLogical = new Map(); // mostly all holders have it at the same place
+      for (const { seq, logical } of holders) byLogical.set(logical, [...(byLogical.get(logical) ?? []), seq.name]);
+      const whose = [...byLogical].map(([logical, names]) => `logical block ${logical} of ${inList(names, 6)}`);
       const counted = state.isCounted ? ` Reference count: ${pool.owners[block]}${look.isKnown ? ", the prefix cache included" : ""}.` : "";
       lines.push(`It is ${inList(whose, 4)}, since step ${pool.since[block]}.${counted}`);
     }
@@ -571,6 +575,13 @@ class Page {
       this.chosen = place;
       this.drawAbout();
     };
+    byId("tables").addEventListener("keydown", (event) => {
+      const to = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+      if (to === undefined || !event.target.matches(".entry")) return;
+      event.preventDefault();
+      event.stopPropagation();
+      event.target[to]?.focus();
+    });
     document.addEventListener("focusin", choose);
     document.addEventListener("click", choose); // some browsers do not focus a button that is tapped
   }

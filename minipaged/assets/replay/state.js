@@ -332,16 +332,16 @@ const handlers = {
 
   swap_out(state, event) {
     const letter = letterOfRequest(state, event.request);
-    moveTables(state, event.seqs, true);
     for (const [from, to] of event.pairs) move(state, ["pool", from, "out"], ["swap", to, "out"]);
+    moveTables(state, event.seqs, true);
     const moved = `${count(event.pairs.length, "block")} ${event.pairs.length === 1 ? "goes" : "go"}`;
     note(state, "out", `${letter} is preempted (swapping): ${moved} to the swap pool.`);
   },
 
   swap_in(state, event) {
     const letter = letterOfRequest(state, event.request);
-    moveTables(state, event.seqs, false);
     for (const [from, to] of event.pairs) move(state, ["swap", from, "in"], ["pool", to, "in"]);
+    moveTables(state, event.seqs, false);
     const copied = new Set(event.pairs.map(([, to]) => to));
     const known = [...new Set(Object.values(event.seqs).flat())].filter((block) => !copied.has(block));
     markAll(state, "pool", known, "found");
