@@ -7,7 +7,7 @@
 
 The page is one file: its style sheet, its program and the trace stand in it, and it asks nobody for
 anything. How events become a picture is in assets/replay/state.js, which is worth reading beside
-events.py; how it is drawn, in assets/replay/replay.js.
+events.py; how it is drawn, in blocks.js and replay.js there.
 """
 
 import html
@@ -89,7 +89,7 @@ class Replay:
         return f"[{events}]".replace("<", "\\u003c")
 
 
-_ASSETS = ("replay.css", "state.js", "replay.js")
+_ASSETS = ("replay.css", "state.js", "blocks.js", "replay.js")
 
 
 def _parse(path: Path, number: int, line: str) -> Event:

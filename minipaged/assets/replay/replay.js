@@ -1,197 +1,15 @@
-/* The page: draws the state of state.js, and lets a person move through the trace.
+/* The page: draws the state of state.js with the blocks of blocks.js, and moves through the trace.
 
    Everything on the page is a function of the player's state; `draw` is called after every move and
-   touches only what changed. All text goes through textContent: names of requests are the user's. */
+   touches only what changed. */
 
-const SIGNS = {
-  evicted: ["\u00d7", "evicted", "The prefix cache gave it up, because no empty block was left."],
-  copy: ["\u00bb", "copy", "Copy-on-write: the copy, for whoever writes."],
-  source: ["\u00ab", "copied", "Copy-on-write: what was copied; the other owners keep it."],
-  in: ["\u2191", "back", "Comes back from the swap pool."],
-  out: ["\u2193", "swap", "Goes to the swap pool, because its request is preempted."],
-  found: ["\u2713", "found", "Found by the prefix cache: its tokens need not be computed."],
-  merged: ["=", "merged", "Another sequence computed the same, and uses this block now."],
-  shared: ["&", "shared", "Forked: one more sequence owns it."],
-  new: ["+", "new", "Taken for a sequence."],
-  known: ["\u25c6", "cached", "Full and written: the prefix cache can find it from now on."],
-  idle: ["\u25c7", "idle", "Nobody holds it any more; the prefix cache keeps it."],
-  freed: ["\u2212", "freed", "Nobody holds it any more: it is free."],
-};
-// The most telling first: a block shows one sign. Some speak of a block that is held, some of one left.
-const OF_HELD = ["evicted", "copy", "in", "out", "found", "source", "merged", "shared", "new", "known"];
-const OF_LEFT = ["out", "in", "evicted", "idle", "freed"];
 // Sentences about no block in particular have a word beside them instead.
 const WORDS = { computed: "compute", pinned: "pinned", ended: "ended", pool: "begin" };
-const NUM_DYES = 8;
-const MOST_ARROWS = 8; // more of them would hide what they point at
 const MOST_TABLES = 32; // drawn; a page of more helps nobody
 const MOST_ENTRIES = 48; // of one block table
+const MOST_ARROWS = 8; // more of them would hide what they point at
 
-const byId = (id) => document.getElementById(id);
-
-/* An element with attributes and children; a child that is a string becomes text, never markup. */
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined) made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
-
-/* Replace the children, but only if what they show is something else than before. */
-function show(parent, key, makeChildren) {
-  if (parent.shownKey === key) return;
-  parent.shownKey = key;
-  parent.replaceChildren(...makeChildren());
-}
-
-// ---- colours ----------------------------------------------------------------------------------------
-
-function mixed(number, share) {
-  return `color-mix(in srgb, var(--dye-${number % NUM_DYES}) var(--${share}), var(--paper))`;
-}
-
-/* One colour, or stripes side by side where several requests share. */
-function stripes(numbers, share) {
-  const shown = numbers.slice(0, 4);
-  const stops = shown.map((number, i) => {
-    const [from, to] = [(100 * i) / shown.length, (100 * (i + 1)) / shown.length];
-    return `${mixed(number, share)} ${from}% ${to}%`;
-  });
-  return `linear-gradient(90deg, ${stops.join(", ")})`;
-}
-
-function paint(made, numbers, level) {
-  made.style.setProperty("--paint", stripes(numbers, "filled"));
-  made.style.setProperty("--tint", stripes(numbers, "pale"));
-  made.style.setProperty("--edge", `var(--dye-${numbers[0] % NUM_DYES})`);
-  made.style.setProperty("--level", `${Math.round(100 * level)}%`);
-}
-
-function percent(part, whole) {
-  return whole ? `${Math.round((100 * part) / whole)}%` : "none";
-}
-
-// ---- one block of a pool ----------------------------------------------------------------------------
-
-/* All that is to be seen of a block, as plain values: two that are equal need no drawing. */
-function lookOf(state, poolName, block, held) {
-  const pool = state.pools[poolName];
-  const isKnown = poolName === "pool" && state.cached.has(block);
-  const kinds = state.marks.get(`${poolName}:${block}`) ?? [];
-  const order = held ? OF_HELD : OF_LEFT;
-  const sign = order.find((kind) => kinds.includes(kind)) ?? null;
-  const look = { block, kind: "free", numbers: [], times: 0, level: 0, isKnown, sign, filled: 0 };
-  if (held) {
-    const requests = [...new Set(held.holders.map(({ seq }) => seq.request))];
-    look.kind = held.filled === 0 ? "reserved" : "held";
-    look.numbers = requests.map((request) => state.requests.get(request).number).sort((a, b) => a - b);
-    look.times = held.holders.length;
-    look.filled = held.filled;
-    look.level = held.filled / state.blockSize;
-  } else if (isKnown) {
-    look.kind = "idle";
-    const last = pool.lastRequest[block];
-    if (last !== null) look.numbers = [state.requests.get(last).number];
-  } else if (pool.owners[block] > 0) {
-    look.kind = "taken";
-  }
-  return look;
-}
-
-function lettersOn(look) {
-  const letters = look.numbers.map(letterOf);
-  return letters.length > 3 ? `${letters.slice(0, 2).join("")}+` : letters.join("");
-}
-
-function drawBlock(cell, look, blockSize) {
-  const letters = lettersOn(look);
-  const classes = ["block", look.kind];
-  if (look.kind === "reserved") classes.push("held");
-  if (look.times > 1) classes.push("shared");
-  if (look.sign) classes.push("changed", OF_LEFT.includes(look.sign) && look.kind !== "held" ? "left" : "stays");
-  for (const kept of ["chosen", "linked"]) if (cell.classList.contains(kept)) classes.push(kept);
-  cell.className = classes.join(" ");
-  if (look.kind === "held" || look.kind === "reserved") paint(cell, look.numbers, look.level);
-  const parts = [
-    element("span", { class: "number" }, `${look.block}`),
-    element("span", { class: letters.length > 2 ? "owner long" : "owner" }, letters),
-  ];
-  const more = element("span", { class: "more" });
-  if (look.times > 1) more.append(element("span", { class: "times" }, `\u00d7${look.times}`));
-  if (look.isKnown) more.append(element("span", { class: "known" }, look.kind === "idle" ? "\u25c7" : "\u25c6"));
-  if (more.firstChild) parts.push(more);
-  if (look.sign) parts.push(drawSign(look.sign));
-  cell.replaceChildren(...parts);
-  cell.setAttribute("aria-label", labelOf(look, blockSize));
-}
-
-function drawSign(kind) {
-  const [sign, word] = SIGNS[kind];
-  return element("span", { class: "sign" }, `${sign}`, element("span", { class: "word" }, ` ${word}`));
-}
-
-function labelOf(look, blockSize) {
-  const parts = [`block ${look.block}`];
-  if (look.kind === "held") parts.push(inList(look.numbers.map(letterOf)), `${look.filled} of ${blockSize} slots filled`);
-  else if (look.kind === "reserved") parts.push(`reserved for ${inList(look.numbers.map(letterOf))}, empty`);
-  else if (look.kind === "idle") parts.push("in the prefix cache only");
-  else parts.push(look.kind);
-  if (look.times > 1) parts.push(`owned ${look.times} times`);
-  if (look.sign) parts.push(SIGNS[look.sign][1]);
-  return parts.join(", ");
-}
-
-/* One pool as a grid of buttons, made once; `draw` changes those that look different. */
-class PoolGrid {
-  constructor(name, title, size, numShown, most = "large") {
-    this.name = name;
-    this.looks = new Array(numShown).fill("");
-    this.cells = this.looks.map((_, block) =>
-      element("button", { type: "button", class: "block", tabindex: block ? -1 : 0, "data-place": `${name}:${block}` }),
-    );
-    const limits = { large: 48, medium: 260, small: 1200, tiny: Infinity };
-    const scales = Object.keys(limits).slice(Object.keys(limits).indexOf(most));
-    const scale = scales.find((one) => numShown <= limits[one]);
-    const heading = element("h2", { id: `title-${name}` }, title);
-    this.grid = element("div", { class: `grid ${scale}`, role: "group", "aria-labelledby": heading.id }, ...this.cells);
-    const rest = size - numShown;
-    const after = rest ? [element("p", { class: "rest" }, `and ${rest.toLocaleString("en")} more, never used`)] : [];
-    this.parts = [heading, this.grid, ...after];
-    this.grid.addEventListener("keydown", (event) => this.walk(event));
-  }
-
-  draw(state, held, isMove) {
-    this.cells.forEach((cell, block) => {
-      const look = lookOf(state, this.name, block, held.get(block));
-      const key = JSON.stringify(look);
-      const isNews = look.sign && isMove;
-      if (this.looks[block] !== key) {
-        this.looks[block] = key;
-        drawBlock(cell, look, state.blockSize);
-        if (isNews) cell.classList.add("flash");
-      }
-    });
-  }
-
-  /* Arrow keys go from block to block; the page's own keys are for everywhere else. */
-  walk(event) {
-    const here = this.cells.indexOf(event.target);
-    const across = getComputedStyle(this.grid).gridTemplateColumns.split(" ").length;
-    const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across }[event.key];
-    if (here < 0 || by === undefined) return;
-    event.preventDefault();
-    event.stopPropagation();
-    const there = this.cells[here + by];
-    if (!there) return;
-    event.target.tabIndex = -1;
-    there.tabIndex = 0;
-    there.focus();
-  }
-}
-
-// ---- the page -----------------------------------------------------------------------------------------
+// ---- the page -----------------------------------------------------------------------------------
 
 class Page {
   constructor(events) {
@@ -222,7 +40,9 @@ class Page {
 
   goToStep(step) {
     const stops = this.player.stops.steps;
-    const place = stops.findLastIndex((stop) => stop > 0 && this.player.events[stop - 1].step <= step);
+    const place = stops.findLastIndex(
+      (stop) => stop > 0 && this.player.events[stop - 1].step <= step,
+    );
     this.finely(false);
     this.go(Math.max(0, place));
   }
@@ -262,13 +82,22 @@ class Page {
   setPools() {
     const { numBlocks, numSwapBlocks, used } = this.player.shape;
     // Of a pool that is much too large for its trace, the part that is used.
-    const shown = (size, reach, few) => (size <= few ? size : Math.min(size, Math.max(few, 16 * Math.ceil(reach / 16))));
+    const shown = (size, reach, few) =>
+      size <= few ? size : Math.min(size, Math.max(few, 16 * Math.ceil(reach / 16)));
     const slots = count(this.player.shape.blockSize, "slot");
     const title = `Pool: ${count(numBlocks, "block")} of ${slots}`;
     this.grids = [new PoolGrid("pool", title, numBlocks, shown(numBlocks, used.pool, 64))];
     if (numSwapBlocks > 0 && used.swap > 0) {
       const swapTitle = `Swap pool: ${count(numSwapBlocks, "block")}`;
-      this.grids.push(new PoolGrid("swap", swapTitle, numSwapBlocks, shown(numSwapBlocks, used.swap, 16), "medium"));
+      this.grids.push(
+        new PoolGrid(
+          "swap",
+          swapTitle,
+          numSwapBlocks,
+          shown(numSwapBlocks, used.swap, 16),
+          "medium",
+        ),
+      );
     }
     byId("pools").prepend(...this.grids.flatMap((grid) => grid.parts));
   }
@@ -278,7 +107,11 @@ class Page {
     const every = Math.max(1, Math.floor(curve.length / 800)); // more points than that nobody sees
     const last = Math.max(1, curve.length - 1);
     const line = (valueOf) =>
-      curve.flatMap((one, i) => (i % every && i < last ? [] : [`${((1000 * i) / last).toFixed(1)},${(96 - 92 * valueOf(one)).toFixed(1)}`]));
+      curve.flatMap((one, i) =>
+        i % every && i < last
+          ? []
+          : [`${((1000 * i) / last).toFixed(1)},${(96 - 92 * valueOf(one)).toFixed(1)}`],
+      );
     const used = line((one) => one.used / (shape.numBlocks || 1));
     const filled = line((one) => (one.slots ? one.filled / one.slots : 0));
     const [area, usedLine, filledLine] = byId("curve").querySelectorAll("path");
@@ -290,23 +123,50 @@ class Page {
   setLegend() {
     const sample = (look) => {
       const cell = element("span", { class: "block" });
-      drawBlock(cell, { block: 7, numbers: [0], times: 1, level: 1, isKnown: false, sign: null, filled: 0, ...look }, 16);
+      drawBlock(
+        cell,
+        {
+          block: 7,
+          numbers: [0],
+          times: 1,
+          level: 1,
+          isKnown: false,
+          sign: null,
+          filled: 0,
+          ...look,
+        },
+        16,
+      );
       cell.removeAttribute("aria-label");
       cell.setAttribute("aria-hidden", "true");
       return element("span", { class: "large" }, cell);
     };
     const rows = [
-      [sample({ kind: "held" }), "A block of request A, all its slots filled. The small number is the block's."],
+      [
+        sample({ kind: "held" }),
+        "A block of request A, all its slots filled. The small number is the block's.",
+      ],
       [sample({ kind: "held", level: 0.3 }), "Filled in part: the colour rises with every token."],
-      [sample({ kind: "held", numbers: [0, 1], times: 3 }), "Shared: three sequences, of requests A and B, have it in their block table."],
+      [
+        sample({ kind: "held", numbers: [0, 1], times: 3 }),
+        "Shared: three sequences, of requests A and B, have it in their block table.",
+      ],
       [sample({ kind: "held", isKnown: true }), "\u25c6 The prefix cache knows it by its content."],
-      [sample({ kind: "idle", isKnown: true }), "\u25c7 Idle: nobody holds it; it can be found until the room is needed."],
-      [sample({ kind: "reserved", level: 0 }), "Reserved and empty: memory that is not paged takes it in advance."],
+      [
+        sample({ kind: "idle", isKnown: true }),
+        "\u25c7 Idle: nobody holds it; it can be found until the room is needed.",
+      ],
+      [
+        sample({ kind: "reserved", level: 0 }),
+        "Reserved and empty: memory that is not paged takes it in advance.",
+      ],
       [sample({ kind: "free", numbers: [] }), "Free."],
       ...Object.entries(SIGNS).map(([kind, [, , text]]) => [drawSign(kind), text]),
     ];
-    const whole = "A thick outline marks a block to which something happened in this step, and a sign says what. " +
-      "A/2 is the second sequence of request A. Keys: space plays and pauses, the arrows go step by step, Home and End to either end.";
+    const whole =
+      "A thick outline marks a block to which something happened in this step, and a sign says what. " +
+      "A/2 is the second sequence of request A. Keys: space plays and pauses, the arrows go step by " +
+      "step, Home and End to either end.";
     byId("legend-body").replaceChildren(
       ...rows.map(([picture, text]) => element("div", {}, picture, element("p", {}, text))),
       element("p", { class: "whole" }, whole),
@@ -318,7 +178,9 @@ class Page {
   draw(isMove) {
     const { state } = this;
     this.drawWords(); // first: it scrolls, and while nothing else has changed that costs nothing
-    const held = Object.fromEntries(this.grids.map((grid) => [grid.name, holdings(state, grid.name)]));
+    const held = Object.fromEntries(
+      this.grids.map((grid) => [grid.name, holdings(state, grid.name)]),
+    );
     for (const grid of this.grids) grid.draw(state, held[grid.name], isMove);
     this.drawArrows();
     this.drawWhere();
@@ -346,7 +208,10 @@ class Page {
     const [dx, dy] = [end.middle - start.middle, y2 - y1];
     const bend = Math.sign(dx || 1) * Math.min(22, Math.hypot(dx, dy) / 3);
     const far = Math.hypot(dx, dy) || 1;
-    const over = { x: (start.middle + end.middle) / 2 + (dy / far) * bend, y: (y1 + y2) / 2 - (dx / far) * bend };
+    const over = {
+      x: (start.middle + end.middle) / 2 + (dy / far) * bend,
+      y: (y1 + y2) / 2 - (dx / far) * bend,
+    };
     const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
     path.setAttribute("d", `M${start.middle},${y1} Q${over.x},${over.y} ${end.middle},${y2}`);
     path.setAttribute("marker-end", "url(#head)");
@@ -358,7 +223,11 @@ class Page {
     if (!cell) return null;
     const [box, all] = [cell.getBoundingClientRect(), byId("pools").getBoundingClientRect()];
     const inset = Math.min(8, box.height / 6);
-    return { middle: box.left + box.width / 2 - all.left, top: box.top - all.top + inset, bottom: box.bottom - all.top - inset };
+    return {
+      middle: box.left + box.width / 2 - all.left,
+      top: box.top - all.top + inset,
+      bottom: box.bottom - all.top - inset,
+    };
   }
 
   drawWhere() {
@@ -370,7 +239,9 @@ class Page {
     const x = (1000 * Math.max(0, place)) / Math.max(1, steps.length - 1);
     for (const end of ["x1", "x2"]) byId("curve").querySelector(".cursor").setAttribute(end, x);
     const last = this.player.events.at(-1).step;
-    const within = byId("finely").checked ? `, event ${this.state.numEvents} of ${this.player.events.length}` : "";
+    const within = byId("finely").checked
+      ? `, event ${this.state.numEvents} of ${this.player.events.length}`
+      : "";
     const now = this.state.step === 0 ? "before the first step" : `step ${this.state.step}`;
     slider.setAttribute("aria-valuetext", `${now} of ${last}${within}`);
     show(byId("where"), `${now}${within}`, () => [
@@ -390,7 +261,9 @@ class Page {
       ["of slots filled", percent(now.filled, now.slots)],
     ];
     show(byId("counts"), JSON.stringify(rows), () =>
-      rows.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))),
+      rows.map(([name, value]) =>
+        element("div", {}, element("dt", {}, name), element("dd", {}, value)),
+      ),
     );
   }
 
@@ -398,9 +271,13 @@ class Page {
     const { notes } = this.state;
     show(byId("words"), `${this.state.step} ${JSON.stringify(notes)}`, () => {
       byId("words").scrollTop = 0;
-      if (!notes.length) return [element("li", { class: "none" }, "No block is taken, shared or given up.")];
+      if (!notes.length)
+        return [element("li", { class: "none" }, "No block is taken, shared or given up.")];
       return notes.map(({ kind, text }) => {
-        const sign = kind in SIGNS ? drawSign(kind) : element("span", { class: "sign quiet" }, WORDS[kind] ?? "");
+        const sign =
+          kind in SIGNS
+            ? drawSign(kind)
+            : element("span", { class: "sign quiet" }, WORDS[kind] ?? "");
         return element("li", {}, sign, element("span", {}, text));
       });
     });
@@ -421,23 +298,31 @@ class Page {
 
   request(request) {
     const known = this.state.requests.get(request);
-    const chip = element("span", { class: known ? "chip" : "chip unknown" }, known ? letterOf(known.number) : "\u2026");
+    const chip = element(
+      "span",
+      { class: known ? "chip" : "chip unknown" },
+      known ? letterOf(known.number) : "\u2026",
+    );
     if (known) paint(chip, [known.number], 1);
     const id = element("span", { class: "id", title: request }, request);
     return element("span", { class: "request" }, chip, id);
   }
 
   drawTables(held) {
-    const all = [...this.state.sequences.values()].sort((a, b) => a.isSwapped - b.isSwapped || this.order(a) - this.order(b) || a.id - b.id);
+    const all = [...this.state.sequences.values()].sort(
+      (a, b) => a.isSwapped - b.isSwapped || this.order(a) - this.order(b) || a.id - b.id,
+    );
     const shown = all.slice(0, MOST_TABLES);
     const parent = byId("tables");
     this.rows ??= new Map();
     const rows = shown.map((seq) => this.tableRow(seq, held[poolOf(seq)] ?? new Map()));
     const more = all.length - shown.length;
-    if (more > 0) rows.push(element("p", { class: "rest" }, `and the tables of ${more} more sequences`));
+    if (more > 0)
+      rows.push(element("p", { class: "rest" }, `and the tables of ${more} more sequences`));
     if (!rows.length) rows.push(element("p", { class: "rest" }, "No sequence holds a block."));
     for (const id of this.rows.keys()) if (!this.state.sequences.has(id)) this.rows.delete(id);
-    const isSame = rows.length === parent.children.length && rows.every((row, i) => row === parent.children[i]);
+    const isSame =
+      rows.length === parent.children.length && rows.every((row, i) => row === parent.children[i]);
     if (!isSame) parent.replaceChildren(...rows);
   }
 
@@ -448,34 +333,64 @@ class Page {
   /* The row of one sequence: the one there is, if it would look the same. */
   tableRow(seq, held) {
     const pool = poolOf(seq);
-    const isChanged = (block) => (this.state.marks.get(`${pool}:${block}`) ?? []).some((kind) => OF_HELD.includes(kind));
-    const entries = seq.blocks.map((block) => [block, held.get(block)?.holders.length > 1, isChanged(block)]);
+    const isChanged = (block) =>
+      (this.state.marks.get(`${pool}:${block}`) ?? []).some((kind) => OF_HELD.includes(kind));
+    const entries = seq.blocks.map((block) => [
+      block,
+      held.get(block)?.holders.length > 1,
+      isChanged(block),
+    ]);
     const key = JSON.stringify([seq.tokens, pool, entries]);
     const old = this.rows.get(seq.id);
     if (old?.key === key) return old.row;
-    const made = entries.map(([block, isShared, changed], logical) => this.entry(seq, block, logical, isShared, changed));
+    const made = entries.map(([block, isShared, changed], logical) =>
+      this.entry(seq, block, logical, isShared, changed),
+    );
     if (made.length > MOST_ENTRIES) {
-      const gap = element("span", { class: "gap" }, `\u2026 ${made.length - MOST_ENTRIES} more \u2026`);
+      const gap = element(
+        "span",
+        { class: "gap" },
+        `\u2026 ${made.length - MOST_ENTRIES} more \u2026`,
+      );
       made.splice(MOST_ENTRIES / 2, made.length - MOST_ENTRIES, gap);
     }
     const chip = element("span", { class: "chip" }, seq.name);
     paint(chip, [this.order(seq)], 1);
     const what = seq.isPinned ? "pinned" : seq.isSwapped ? "swapped" : "";
-    const tokens = element("span", {}, count(seq.tokens, "token"), ...(what ? [element("br"), what] : []));
+    const tokens = element(
+      "span",
+      {},
+      count(seq.tokens, "token"),
+      ...(what ? [element("br"), what] : []),
+    );
     const who = element("div", { class: "who" }, chip, tokens);
-    const row = element("div", { class: `table ${what}` }, who, element("div", { class: "entries" }, ...made));
+    const row = element(
+      "div",
+      { class: `table ${what}` },
+      who,
+      element("div", { class: "entries" }, ...made),
+    );
     this.rows.set(seq.id, { key, row });
     return row;
   }
 
   entry(seq, block, logical, isShared, isChanged) {
-    const filled = Math.max(0, Math.min(this.state.blockSize, seq.tokens - logical * this.state.blockSize));
+    const filled = Math.max(
+      0,
+      Math.min(this.state.blockSize, seq.tokens - logical * this.state.blockSize),
+    );
     const classes = `entry${isShared ? " is-shared" : ""}${isChanged ? " changed" : ""}`;
     const pool = poolOf(seq);
     const label = `logical block ${logical} of ${seq.name} is block ${block}${seq.isSwapped ? " of the swap pool" : ""}`;
     const made = element(
       "button",
-      { type: "button", class: classes, "data-place": `${pool}:${block}`, "aria-label": label, tabindex: logical ? -1 : 0 },
+      {
+        type: "button",
+        class: classes,
+        "data-place": `${pool}:${block}`,
+        "aria-label": label,
+        tabindex: logical ? -1 : 0,
+      },
       element("span", { class: "logical" }, `${logical}`),
       element("span", { class: "physical" }, `${block}`),
     );
@@ -491,14 +406,22 @@ class Page {
     for (const cell of document.querySelectorAll(".linked")) cell.classList.remove("linked");
     for (const cell of document.querySelectorAll(".block.chosen")) cell.classList.remove("chosen");
     if (this.state.moves.length > MOST_ARROWS) this.drawArrows();
-    if (this.chosen) document.querySelector(`.block[data-place="${this.chosen}"]`)?.classList.add("chosen");
+    if (this.chosen)
+      document.querySelector(`.block[data-place="${this.chosen}"]`)?.classList.add("chosen");
     if (!place) {
-      show(byId("about"), "", () => [element("p", { class: "quiet" }, "Point at a block, or tap it, to see whose it is.")]);
+      show(byId("about"), "", () => [
+        element("p", { class: "quiet" }, "Point at a block, or tap it, to see whose it is."),
+      ]);
       return;
     }
-    for (const other of document.querySelectorAll(`[data-place="${place}"]`)) other.classList.add("linked");
+    for (const other of document.querySelectorAll(`[data-place="${place}"]`))
+      other.classList.add("linked");
     const [pool, number] = place.split(":");
-    const lines = this.about(pool, Number(number), (held ?? {})[pool] ?? holdings(this.state, pool));
+    const lines = this.about(
+      pool,
+      Number(number),
+      (held ?? {})[pool] ?? holdings(this.state, pool),
+    );
     show(byId("about"), JSON.stringify(lines), () =>
       lines.map((line, i) => element("p", { class: i ? "" : "title" }, line)),
     );
@@ -513,14 +436,25 @@ class Page {
     const holders = held.get(block)?.holders ?? [];
     if (holders.length) {
       const byLogical = new Map(); // mostly all holders have it at the same place
-      for (const { seq, logical } of holders) byLogical.set(logical, [...(byLogical.get(logical) ?? []), seq.name]);
-      const whose = [...byLogical].map(([logical, names]) => `logical block ${logical} of ${inList(names, 6)}`);
-      const counted = state.isCounted ? ` Reference count: ${pool.owners[block]}${look.isKnown ? ", the prefix cache included" : ""}.` : "";
+      for (const { seq, logical } of holders)
+        byLogical.set(logical, [...(byLogical.get(logical) ?? []), seq.name]);
+      const whose = [...byLogical].map(
+        ([logical, names]) => `logical block ${logical} of ${inList(names, 6)}`,
+      );
+      const counted = state.isCounted
+        ? ` Reference count: ${pool.owners[block]}${look.isKnown ? ", the prefix cache included" : ""}.`
+        : "";
       lines.push(`It is ${inList(whose, 4)}, since step ${pool.since[block]}.${counted}`);
     }
-    if (look.isKnown) lines.push(holders.length ? "The prefix cache knows it." : `The prefix cache knows it still; written since step ${pool.since[block]}.`);
+    if (look.isKnown)
+      lines.push(
+        holders.length
+          ? "The prefix cache knows it."
+          : `The prefix cache knows it still; written since step ${pool.since[block]}.`,
+      );
     const kinds = (state.marks.get(`${poolName}:${block}`) ?? []).filter((kind) => kind in SIGNS);
-    if (kinds.length) lines.push(`In this step: ${kinds.map((kind) => SIGNS[kind][1]).join(", then ")}.`);
+    if (kinds.length)
+      lines.push(`In this step: ${kinds.map((kind) => SIGNS[kind][1]).join(", then ")}.`);
     return lines;
   }
 
@@ -536,7 +470,11 @@ class Page {
   // ---- listening
 
   listen() {
-    const onClick = { first: () => this.go(0), back: () => this.go(this.at - 1), forward: () => this.go(this.at + 1) };
+    const onClick = {
+      first: () => this.go(0),
+      back: () => this.go(this.at - 1),
+      forward: () => this.go(this.at + 1),
+    };
     onClick.last = () => this.go(this.stops.length - 1);
     for (const [id, move] of Object.entries(onClick)) {
       byId(id).addEventListener("click", () => {
@@ -576,7 +514,9 @@ class Page {
       this.drawAbout();
     };
     byId("tables").addEventListener("keydown", (event) => {
-      const to = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+      const to = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[
+        event.key
+      ];
       if (to === undefined || !event.target.matches(".entry")) return;
       event.preventDefault();
       event.stopPropagation();
@@ -637,7 +577,8 @@ function begin() {
   } catch (error) {
     byId("player").hidden = true;
     byId("empty").hidden = false;
-    byId("empty").textContent = `This trace cannot be replayed, an event lacks something (${error.message}): record it again.`;
+    byId("empty").textContent =
+      `This trace cannot be replayed, an event lacks something (${error.message}): record it again.`;
     return;
   }
   byId("legend").open = window.innerHeight >= 800 && window.innerWidth > 900;

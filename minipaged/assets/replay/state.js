@@ -64,7 +64,10 @@ function blocksNamedBy(event) {
   if (Number.isInteger(event.block)) return [[event.pool ?? "pool", event.block]];
   const from = event.event === "swap_in" ? "swap" : "pool";
   const to = event.event === "swap_out" ? "swap" : "pool";
-  const named = (event.pairs ?? []).flatMap(([a, b]) => [[from, a], [to, b]]);
+  const named = (event.pairs ?? []).flatMap(([a, b]) => [
+    [from, a],
+    [to, b],
+  ]);
   const tables = [event.blocks ?? [], ...Object.values(event.seqs ?? {})].flat();
   return named.concat(tables.map((block) => [to, block]));
 }
@@ -75,7 +78,8 @@ function narrowBlockSize(size, event) {
     const tokens = event.tokens[seq];
     if (blocks.length === 0) continue;
     size.least = Math.max(size.least, Math.ceil(tokens / blocks.length));
-    if (blocks.length > 1) size.most = Math.min(size.most, Math.ceil(tokens / (blocks.length - 1)) - 1);
+    if (blocks.length > 1)
+      size.most = Math.min(size.most, Math.ceil(tokens / (blocks.length - 1)) - 1);
   }
 }
 
@@ -93,7 +97,8 @@ function letterOf(number) {
 }
 
 function inList(words, most = 8) {
-  const shown = words.length > most ? [...words.slice(0, most), `${words.length - most} more`] : words;
+  const shown =
+    words.length > most ? [...words.slice(0, most), `${words.length - most} more`] : words;
   return shown.length < 2 ? shown.join("") : `${shown.slice(0, -1).join(", ")} and ${shown.at(-1)}`;
 }
 
@@ -106,7 +111,11 @@ function blocksInWords(blocks, kind = "block") {
     else runs.push([block, block]);
   }
   const parts = runs.flatMap(([first, last]) =>
-    last - first > 1 ? [`${first} to ${last}`] : first === last ? [`${first}`] : [`${first}`, `${last}`],
+    last - first > 1
+      ? [`${first} to ${last}`]
+      : first === last
+        ? [`${first}`]
+        : [`${first}`, `${last}`],
   );
   return `${kind}${blocks.length === 1 ? "" : "s"} ${inList(parts)}`;
 }
@@ -184,7 +193,11 @@ function addSequence(state, id, request, blocks, tokens, more = {}) {
 function exchange(state, seq, pairs) {
   const to = new Map(pairs);
   const moved = seq.blocks.filter((block) => to.has(block));
-  hold(state, seq, moved.map((block) => to.get(block)));
+  hold(
+    state,
+    seq,
+    moved.map((block) => to.get(block)),
+  );
   seq.blocks = seq.blocks.map((block) => to.get(block) ?? block);
   letGo(state, seq, moved);
 }
@@ -311,7 +324,9 @@ const handlers = {
     const inUse = Math.ceil(event.tokens / state.blockSize);
     const blocks = isWhole ? parent.blocks : parent.blocks.slice(0, inUse);
     const { isSwapped } = parent;
-    const child = addSequence(state, event.child, parent.request, blocks, event.tokens, { isSwapped });
+    const child = addSequence(state, event.child, parent.request, blocks, event.tokens, {
+      isSwapped,
+    });
     markAll(state, poolOf(child), blocks, "shared");
     noteTogether(state, "shared", [child.name, parent.name], (items) => {
       const forks = items.map(([name, from]) => `${name} from ${from}`);
@@ -343,10 +358,19 @@ const handlers = {
     for (const [from, to] of event.pairs) move(state, ["swap", from, "in"], ["pool", to, "in"]);
     moveTables(state, event.seqs, false);
     const copied = new Set(event.pairs.map(([, to]) => to));
-    const known = [...new Set(Object.values(event.seqs).flat())].filter((block) => !copied.has(block));
+    const known = [...new Set(Object.values(event.seqs).flat())].filter(
+      (block) => !copied.has(block),
+    );
     markAll(state, "pool", known, "found");
-    const rest = known.length ? ` ${count(known.length, "block")} need no copy: the prefix cache knows them still.` : "";
-    note(state, "in", `${letter} comes back: ${count(copied.size, "block")} copied from the swap pool.${rest}`);
+    const need = known.length > 1 ? "need" : "needs";
+    const rest = known.length
+      ? ` ${count(known.length, "block")} ${need} no copy: the prefix cache still knows the content.`
+      : "";
+    note(
+      state,
+      "in",
+      `${letter} comes back: ${count(copied.size, "block")} copied from the swap pool.${rest}`,
+    );
   },
 
   cache(state, event) {
@@ -373,9 +397,15 @@ const handlers = {
 
   pin(state, event) {
     const tokens = event.blocks.length * state.blockSize;
-    const seq = addSequence(state, event.seq, `prefix ${event.seq}`, event.blocks, tokens, { isPinned: true });
+    const seq = addSequence(state, event.seq, `prefix ${event.seq}`, event.blocks, tokens, {
+      isPinned: true,
+    });
     const what = `${seq.name} is a pinned prefix: ${blocksInWords(event.blocks)}`;
-    note(state, "pinned", `${what} ${event.blocks.length === 1 ? "stays" : "stay"} until it is freed.`);
+    note(
+      state,
+      "pinned",
+      `${what} ${event.blocks.length === 1 ? "stays" : "stay"} until it is freed.`,
+    );
   },
 
   preempt(state, event) {
@@ -383,11 +413,19 @@ const handlers = {
     if (event.mode === "swap") return; // swap_out has said it
     const blocks = new Set(state.givenUp.get(event.request));
     const gives = `it gives up ${count(blocks.size, "block")}, and waits to be computed again`;
-    note(state, "freed", `${letterOfRequest(state, event.request)} is preempted (recomputation): ${gives}.`);
+    note(
+      state,
+      "freed",
+      `${letterOfRequest(state, event.request)} is preempted (recomputation): ${gives}.`,
+    );
   },
 
   end(state, event) {
-    note(state, "freed", `${letterOfRequest(state, event.request)} ends for want of memory, with what it has.`);
+    note(
+      state,
+      "freed",
+      `${letterOfRequest(state, event.request)} ends for want of memory, with what it has.`,
+    );
   },
 
   schedule(state, event) {
@@ -421,14 +459,18 @@ function leaveQueues(state, request) {
 
 function noteAdmission(state, seq, blocks, cameBack) {
   const is = cameBack ? "is admitted again, to be recomputed" : "is admitted";
-  const takes = blocks.length ? `: ${blocksInWords(blocks)} for its ${count(seq.tokens, "token")}` : "";
+  const takes = blocks.length
+    ? `: ${blocksInWords(blocks)} for its ${count(seq.tokens, "token")}`
+    : "";
   note(state, "new", `${seq.name} ${is}${takes}.`);
 }
 
 function noteFound(state, seq, known, found, others) {
   state.totals.found += found;
   const owners = [...new Set([...others.values()].flat())];
-  const whose = owners.length ? `which ${inList(owners, 3)} ${owners.length > 1 ? "own" : "owns"} too` : "known from an ended request";
+  const whose = owners.length
+    ? `which ${inList(owners, 3)} ${owners.length > 1 ? "own" : "owns"} too`
+    : "known from an ended request";
   const are = known.length > 1 ? "are" : "is";
   const text = `${blocksInWords(known, "Block")}, ${whose}, ${are} found: ${seq.name} need not compute ${count(found, "token")}.`;
   note(state, "found", text);
@@ -436,15 +478,26 @@ function noteFound(state, seq, known, found, others) {
 
 function noteEnd(state, seq, goesOn) {
   if (goesOn) {
-    noteTogether(state, "ended", seq.name, (names) =>
-      `${inList(names)} ${names.length > 1 ? "end or are" : "ends or is"} given up; blocks that nobody else owns are free.`,
+    noteTogether(
+      state,
+      "ended",
+      seq.name,
+      (names) =>
+        `${inList(names)} ${names.length > 1 ? "end or are" : "ends or is"} given up; blocks that nobody else owns are free.`,
     );
     return;
   }
-  const cached = poolOf(seq) === "pool" ? seq.blocks.filter((block) => state.cached.has(block)) : [];
-  const kept = cached.length ? ` The prefix cache keeps ${cached.length} of them, as long as nobody needs the room.` : "";
+  const cached =
+    poolOf(seq) === "pool" ? seq.blocks.filter((block) => state.cached.has(block)) : [];
+  const kept = cached.length
+    ? ` The prefix cache keeps ${cached.length} of them, as long as nobody needs the room.`
+    : "";
   const what = seq.isPinned ? "is pinned no longer" : "has ended";
-  note(state, "freed", `${seq.name} ${what}: it lets go of ${count(seq.blocks.length, "block")}.${kept}`);
+  note(
+    state,
+    "freed",
+    `${seq.name} ${what}: it lets go of ${count(seq.blocks.length, "block")}.${kept}`,
+  );
 }
 
 function noteComputed(state, tokens) {
@@ -456,8 +509,11 @@ function noteComputed(state, tokens) {
     total += number;
   }
   if (total === 0) return;
-  const parts = [...byNumber].map(([number, names]) => `${number}${names.length > 1 ? " each" : ""} of ${inList(names)}`);
-  const whose = Object.keys(tokens).length === 1 ? ` of ${[...byNumber.values()][0]}` : `: ${parts.join("; ")}`;
+  const parts = [...byNumber].map(
+    ([number, names]) => `${number}${names.length > 1 ? " each" : ""} of ${inList(names)}`,
+  );
+  const whose =
+    Object.keys(tokens).length === 1 ? ` of ${[...byNumber.values()][0]}` : `: ${parts.join("; ")}`;
   note(state, "computed", `The model computes ${count(total, "token")}${whose}.`);
 }
 
@@ -472,7 +528,7 @@ function apply(state, event) {
 
 // ---- what is read off a state ---------------------------------------------------------------------
 
-/* For every block of a pool that sequences hold: which, at which place, and how many slots are filled. */
+/* For every block that sequences hold: which, at which place, and how many slots are filled. */
 function holdings(state, poolName) {
   const held = new Map();
   for (const seq of state.sequences.values()) {
@@ -506,9 +562,12 @@ function statistics(state, held = holdings(state, "pool")) {
 
 /* The state as plain JSON, for tests. */
 function summary(state) {
-  const owners = (pool) => Object.fromEntries([...pool.owners.entries()].filter(([, number]) => number));
+  const owners = (pool) =>
+    Object.fromEntries([...pool.owners.entries()].filter(([, number]) => number));
   const held = (name) =>
-    Object.fromEntries([...holdings(state, name)].map(([b, { holders, filled }]) => [b, [holders.length, filled]]));
+    Object.fromEntries(
+      [...holdings(state, name)].map(([b, { holders, filled }]) => [b, [holders.length, filled]]),
+    );
   return {
     step: state.step,
     events: state.numEvents,
@@ -575,7 +634,8 @@ class Player {
 
   seek(numEvents) {
     const nearest = Math.floor(numEvents / this.every);
-    const isBehind = this.state.numEvents <= numEvents && this.state.numEvents >= nearest * this.every;
+    const isBehind =
+      this.state.numEvents <= numEvents && this.state.numEvents >= nearest * this.every;
     if (!isBehind) this.state = structuredClone(this.copies[nearest]);
     this.forward(numEvents);
     return this.state;
