@@ -42,6 +42,9 @@ def state_of(tables: dict, owners: dict, cached, queues: dict, block_size: int) 
         "sequences": {str(seq): table for seq, table in tables.items()},
         "owners": owners,
         "held": held,
+        "holders": {
+            name: {b: many for b, (many, _) in pool.items()} for name, pool in held.items()
+        },
         "cached": sorted(cached),
         "queues": queues,
     }
@@ -217,6 +220,8 @@ def test_the_page_knows_after_every_step_what_the_memory_knows():
             [(9, "auto"), (9, "swap"), (9, "recompute"), (14, "auto"), (14, "swap"), (30, "auto")]
         )
     ]
+    # Groups of several that cannot be swapped are recomputed, and fork again inside their tokens.
+    runs += [run_engine(seed, num_blocks=12, num_swap_blocks=0) for seed in (20, 21)]
     runs.append(run_engine(50, num_blocks=64, memory=contiguous("contiguous-max", 40)))
     kinds = {event.event for events, _ in runs for event in events}
     assert kinds >= {"fork", "copy_on_write", "swap_in", "swap_out", "cache", "evict", "preempt"}

@@ -562,8 +562,8 @@ function statistics(state, held = holdings(state, "pool")) {
 
 /* The state as plain JSON, for tests. */
 function summary(state) {
-  const owners = (pool) =>
-    Object.fromEntries([...pool.owners.entries()].filter(([, number]) => number));
+  const counts = (numbers) =>
+    Object.fromEntries([...numbers.entries()].filter(([, number]) => number));
   const held = (name) =>
     Object.fromEntries(
       [...holdings(state, name)].map(([b, { holders, filled }]) => [b, [holders.length, filled]]),
@@ -577,7 +577,8 @@ function summary(state) {
         { request, blocks: [...blocks], tokens, swapped: isSwapped },
       ]),
     ),
-    owners: { pool: owners(state.pools.pool), swap: owners(state.pools.swap) },
+    owners: { pool: counts(state.pools.pool.owners), swap: counts(state.pools.swap.owners) },
+    holders: { pool: counts(state.pools.pool.holders), swap: counts(state.pools.swap.holders) },
     held: { pool: held("pool"), swap: held("swap") },
     cached: [...state.cached].sort((a, b) => a - b),
     queues: state.queues,
