@@ -172,7 +172,12 @@ class PoolGrid {
         "data-place": `${name}:${block}`,
       }),
     );
-    const limits = { large: window.innerWidth < 900 ? 48 : 96, medium: 260, small: 1200, tiny: Infinity };
+    const limits = {
+      large: window.innerWidth < 900 ? 48 : 96,
+      medium: 260,
+      small: 1200,
+      tiny: Infinity,
+    };
     const scales = Object.keys(limits).slice(Object.keys(limits).indexOf(most));
     const scale = scales.find((one) => numShown <= limits[one]);
     const heading = element("h2", { id: `title-${name}` }, title);
