@@ -5,13 +5,15 @@ from pathlib import Path
 from minipaged.errors import InvalidOption
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write beside the place, then rename. Raises InvalidOption if nothing can be written there."""
     if path.is_dir() or not path.name:
         raise InvalidOption(f"{str(path)!r} is a folder: give the name of a file.")
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8", errors="replace")
+        part.write_bytes(
+            content if isinstance(content, bytes) else content.encode("utf-8", errors="replace")
+        )
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ LAYERS = (
     "plan admission scheduler sim available_memory transfer quantized batch kv_cache virtual_cuda "
     "virtual_cache attention models fetching sampling tokenizer prompts detokenizer completion "
     "chat request beam_request graphs runner parts storage engine defaults assembly llm bench "
-    "paper trace replay swap labs terminal demo talk show options fetch_command shell cli __main__"
+    "paper trace replay swap labs terminal demo talk show options fetch_command trace_command "
+    "shell cli __main__"
 ).split()
 
 LAB_TESTS = PACKAGE / "labs" / "tests"

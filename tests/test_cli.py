@@ -195,7 +195,7 @@ def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
     ("arguments", "sentence"),
     [
         (["demo", "--num-block", "3"], "No such option: --num-block"),
-        (["dance"], "No such command 'dance'"),
+        (["juggle"], "No such command 'juggle'"),
         (["demo", "--block-size", "large"], "'--block-size'"),
         (["demo", "--block-size", "0"], "--block-size is 0"),
         (["demo", "--num-blocks", "9"], "--num-blocks is 9, and the longest story"),
@@ -279,14 +279,14 @@ def test_the_version_is_printed(capsys, monkeypatch):
 
 def test_python_dash_m_is_the_same_program():
     result = subprocess.run(
-        [sys.executable, "-m", "minipaged", "dance"],
+        [sys.executable, "-m", "minipaged", "juggle"],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ},
     )
     assert result.returncode == 2
-    assert result.stderr == "minipaged: No such command 'dance'.\n"
+    assert result.stderr == "minipaged: No such command 'juggle'.\n"
 
 
 def test_the_script_in_the_root_is_the_fetch_command(tmp_path):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from minipaged.errors import InvalidOption
 from minipaged.paper.figure import FULL, QUICK, Figure, Result
+from minipaged.whole_file import write_whole
 
 NAMES = "table1 fig1 fig2 fig3 fig12 fig13 fig14 fig15 fig16 fig17 fig18 fig19 vattention".split()
 
@@ -79,11 +80,4 @@ def _draw(figure: Figure, result: Result, file: Path) -> None:
     figure.draw(result, canvas)
     picture = io.BytesIO()
     canvas.savefig(picture, format="png", dpi=120)
-    _write(file, picture.getvalue())
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    beside = file.with_suffix(".part")
-    beside.write_bytes(content)
-    beside.replace(file)
+    write_whole(file, picture.getvalue())

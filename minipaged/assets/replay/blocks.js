@@ -1,0 +1,224 @@
+/* How one block looks, and a pool as a grid of blocks.
+
+   All text goes through textContent, never through markup: names of requests are the user's. */
+
+const SIGNS = {
+  evicted: ["\u00d7", "evicted", "The prefix cache gave it up, because no empty block was left."],
+  copy: ["\u00bb", "copy", "Copy-on-write: the copy, for whoever writes."],
+  source: ["\u00ab", "copied", "Copy-on-write: what was copied; the other owners keep it."],
+  in: ["\u2191", "back", "Comes back from the swap pool."],
+  out: ["\u2193", "swap", "Goes to the swap pool, because its request is preempted."],
+  found: ["\u2713", "found", "Found by the prefix cache: its tokens need not be computed."],
+  merged: ["=", "merged", "Another sequence computed the same, and uses this block now."],
+  shared: ["&", "shared", "Forked: one more sequence owns it."],
+  new: ["+", "new", "Taken for a sequence."],
+  known: ["\u25c6", "cached", "Full and written: the prefix cache can find it from now on."],
+  idle: ["\u25c7", "idle", "Nobody holds it any more; the prefix cache keeps it."],
+  freed: ["\u2212", "freed", "Nobody holds it any more: it is free."],
+};
+// The most telling first: a block shows one sign. Some speak of a block that is held, some of one left.
+const OF_HELD = [
+  "evicted",
+  "copy",
+  "in",
+  "out",
+  "found",
+  "source",
+  "merged",
+  "shared",
+  "new",
+  "known",
+];
+const OF_LEFT = ["out", "in", "evicted", "idle", "freed"];
+const NUM_DYES = 8;
+
+const byId = (id) => document.getElementById(id);
+
+/* An element with attributes and children; a child that is a string becomes text, never markup. */
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined) made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+/* Replace the children, but only if what they show is something else than before. */
+function show(parent, key, makeChildren) {
+  if (parent.shownKey === key) return;
+  parent.shownKey = key;
+  parent.replaceChildren(...makeChildren());
+}
+
+// ---- colours ----------------------------------------------------------------------------------------
+
+function mixed(number, share) {
+  return `color-mix(in srgb, var(--dye-${number % NUM_DYES}) var(--${share}), var(--paper))`;
+}
+
+/* One colour, or stripes side by side where several requests share. */
+function stripes(numbers, share) {
+  const shown = numbers.slice(0, 4);
+  const stops = shown.map((number, i) => {
+    const [from, to] = [(100 * i) / shown.length, (100 * (i + 1)) / shown.length];
+    return `${mixed(number, share)} ${from}% ${to}%`;
+  });
+  return `linear-gradient(90deg, ${stops.join(", ")})`;
+}
+
+function paint(made, numbers, level) {
+  made.style.setProperty("--paint", stripes(numbers, "filled"));
+  made.style.setProperty("--tint", stripes(numbers, "pale"));
+  made.style.setProperty("--edge", `var(--dye-${numbers[0] % NUM_DYES})`);
+  made.style.setProperty("--level", `${Math.round(100 * level)}%`);
+}
+
+function percent(part, whole) {
+  return whole ? `${Math.round((100 * part) / whole)}%` : "none";
+}
+
+// ---- one block of a pool ----------------------------------------------------------------------------
+
+/* All that is to be seen of a block, as plain values: two that are equal need no drawing. */
+function lookOf(state, poolName, block, held) {
+  const pool = state.pools[poolName];
+  const isKnown = poolName === "pool" && state.cached.has(block);
+  const kinds = state.marks.get(`${poolName}:${block}`) ?? [];
+  const order = held ? OF_HELD : OF_LEFT;
+  const sign = order.find((kind) => kinds.includes(kind)) ?? null;
+  const look = { block, kind: "free", numbers: [], times: 0, level: 0, isKnown, sign, filled: 0 };
+  if (held) {
+    const requests = [...new Set(held.holders.map(({ seq }) => seq.request))];
+    look.kind = held.filled === 0 ? "reserved" : "held";
+    look.numbers = requests
+      .map((request) => state.requests.get(request).number)
+      .sort((a, b) => a - b);
+    look.times = held.holders.length;
+    look.filled = held.filled;
+    look.level = held.filled / state.blockSize;
+  } else if (isKnown) {
+    look.kind = "idle";
+    const last = pool.lastRequest[block];
+    if (last !== null) look.numbers = [state.requests.get(last).number];
+  } else if (pool.owners[block] > 0) {
+    look.kind = "taken";
+  }
+  return look;
+}
+
+function lettersOn(look) {
+  const letters = look.numbers.map(letterOf);
+  return letters.length > 3 ? `${letters.slice(0, 2).join("")}+` : letters.join("");
+}
+
+function drawBlock(cell, look, blockSize) {
+  const letters = lettersOn(look);
+  const classes = ["block", look.kind];
+  if (look.kind === "reserved") classes.push("held");
+  if (look.times > 1) classes.push("shared");
+  if (look.sign) classes.push("changed");
+  if (look.sign && look.times === 0) classes.push("left");
+  for (const kept of ["chosen", "linked"]) if (cell.classList.contains(kept)) classes.push(kept);
+  cell.className = classes.join(" ");
+  if (look.kind === "held" || look.kind === "reserved") paint(cell, look.numbers, look.level);
+  const parts = [
+    element("span", { class: "number" }, `${look.block}`),
+    element("span", { class: letters.length > 2 ? "owner long" : "owner" }, letters),
+  ];
+  const more = element("span", { class: "more" });
+  if (look.times > 1) more.append(element("span", { class: "times" }, `\u00d7${look.times}`));
+  if (look.isKnown)
+    more.append(element("span", { class: "known" }, look.kind === "idle" ? "\u25c7" : "\u25c6"));
+  if (more.firstChild) parts.push(more);
+  if (look.sign) parts.push(drawSign(look.sign));
+  cell.replaceChildren(...parts);
+  cell.setAttribute("aria-label", labelOf(look, blockSize));
+}
+
+function drawSign(kind) {
+  const [sign, word] = SIGNS[kind];
+  return element(
+    "span",
+    { class: "sign" },
+    `${sign}`,
+    element("span", { class: "word" }, ` ${word}`),
+  );
+}
+
+function labelOf(look, blockSize) {
+  const parts = [`block ${look.block}`];
+  if (look.kind === "held")
+    parts.push(inList(look.numbers.map(letterOf)), `${look.filled} of ${blockSize} slots filled`);
+  else if (look.kind === "reserved")
+    parts.push(`reserved for ${inList(look.numbers.map(letterOf))}, empty`);
+  else if (look.kind === "idle") parts.push("in the prefix cache only");
+  else parts.push(look.kind);
+  if (look.times > 1) parts.push(`owned ${look.times} times`);
+  if (look.sign) parts.push(SIGNS[look.sign][1]);
+  return parts.join(", ");
+}
+
+/* One pool as a grid of buttons, made once; `draw` changes those that look different. */
+class PoolGrid {
+  constructor(name, title, size, numShown, most = "large") {
+    this.name = name;
+    this.looks = new Array(numShown).fill("");
+    this.cells = this.looks.map((_, block) =>
+      element("button", {
+        type: "button",
+        class: "block",
+        tabindex: block ? -1 : 0,
+        "data-place": `${name}:${block}`,
+      }),
+    );
+    const limits = {
+      large: window.innerWidth < 900 ? 48 : 96,
+      medium: 260,
+      small: 1200,
+      tiny: Infinity,
+    };
+    const scales = Object.keys(limits).slice(Object.keys(limits).indexOf(most));
+    const scale = scales.find((one) => numShown <= limits[one]);
+    const heading = element("h2", { id: `title-${name}` }, title);
+    this.grid = element(
+      "div",
+      { class: `grid ${scale}`, role: "group", "aria-labelledby": heading.id },
+      ...this.cells,
+    );
+    const rest = size - numShown;
+    const after = rest
+      ? [element("p", { class: "rest" }, `and ${rest.toLocaleString("en")} more, never used`)]
+      : [];
+    this.parts = [heading, this.grid, ...after];
+    this.grid.addEventListener("keydown", (event) => this.walk(event));
+  }
+
+  draw(state, held, isMove) {
+    this.cells.forEach((cell, block) => {
+      const look = lookOf(state, this.name, block, held.get(block));
+      const key = JSON.stringify(look);
+      const isNews = look.sign && isMove;
+      if (this.looks[block] !== key) {
+        this.looks[block] = key;
+        drawBlock(cell, look, state.blockSize);
+        if (isNews) cell.classList.add("flash");
+      }
+    });
+  }
+
+  /* Arrow keys go from block to block; the page's own keys are for everywhere else. */
+  walk(event) {
+    const here = this.cells.indexOf(event.target);
+    const across = getComputedStyle(this.grid).gridTemplateColumns.split(" ").length;
+    const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across }[event.key];
+    if (here < 0 || by === undefined) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const there = this.cells[here + by];
+    if (!there) return;
+    event.target.tabIndex = -1;
+    there.tabIndex = 0;
+    there.focus();
+  }
+}

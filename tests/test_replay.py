@@ -1,0 +1,616 @@
+"""The page that replays a trace: its state is that of the memory, and it shows what it is given."""
+
+import html
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from random import Random
+
+import pytest
+from test_scheduler import CONFIG, Engine
+
+from minipaged import cli, replay
+from minipaged.errors import InvalidOption
+from minipaged.events import Event, EventLog
+from minipaged.memory.kinds import contiguous
+from minipaged.parts import Parts
+from minipaged.replay import Replay
+from minipaged.terminal import BlockMap
+
+ASSETS = Path(replay.__file__).parent / "assets" / "replay"
+HOSTILE = '</script><img src=x onerror="document.title=1">{{trace}} \u2028 <!-- "A" & B'
+
+
+# ---- traces, and what must be read out of them ---------------------------------------------------
+
+
+def state_of(tables: dict, owners: dict, cached, queues: dict, block_size: int) -> dict:
+    """All that a page must know after a step, counted from block tables."""
+    held: dict[str, dict[str, list[int]]] = {"pool": {}, "swap": {}}
+    for table in tables.values():
+        pool = held["swap" if table["swapped"] else "pool"]
+        for logical, block in enumerate(table["blocks"]):
+            filled = max(0, min(block_size, table["tokens"] - logical * block_size))
+            number, most = pool.get(str(block), [0, 0])
+            pool[str(block)] = [number + 1, max(most, filled)]
+    return {
+        "sequences": {str(seq): table for seq, table in tables.items()},
+        "owners": owners,
+        "held": held,
+        "holders": {
+            name: {b: many for b, (many, _) in pool.items()} for name, pool in held.items()
+        },
+        "cached": sorted(cached),
+        "queues": queues,
+    }
+
+
+def truth(engine: Engine, is_counted: bool) -> dict:
+    """What the memory itself says."""
+    scheduler = engine.scheduler
+    memory = scheduler.memory
+    queues = {
+        name: [group.request_id for group in getattr(scheduler, name)]
+        for name in ("running", "waiting", "swapped")
+    }
+    request_of = {
+        seq.seq_id: group.request_id
+        for group in [*scheduler.running, *scheduler.waiting, *scheduler.swapped]
+        for seq in group.sequences
+    }
+    tables = {
+        seq: {
+            "request": request_of[seq],
+            "blocks": list(table.blocks),
+            "tokens": table.num_tokens,
+            "swapped": memory.is_swapped(seq),
+        }
+        for seq, table in memory.tables.items()
+    }
+    owners: dict[str, dict[str, int]] = {"pool": {}, "swap": {}}
+    if is_counted:
+        counts = {b: memory.ref_count(b) + (b in memory.cached) for b in range(memory.num_blocks)}
+        owners["pool"] = {str(block): number for block, number in counts.items() if number}
+        swap = {b: memory.swap_ref_count(b) for b in range(memory.num_swap_blocks)}
+        owners["swap"] = {str(block): number for block, number in swap.items() if number}
+    return state_of(tables, owners, memory.cached, queues, memory.block_size)
+
+
+def run_engine(seed: int, **options) -> tuple[list[Event], dict[int, dict]]:
+    """A random load on a small pool: its events, and the truth after every step."""
+    random, events = Random(seed), list[Event]()
+    memory = options.pop("memory", None)
+    ticks = iter(range(10**9))
+    log = EventLog(events.append, clock=lambda: float(next(ticks)))
+    parts = Parts() if memory is None else Parts(memory=memory)
+    config = replace(CONFIG, **options)
+    engine = Engine(parts.checked().traced(log).build_scheduler(config))
+    for _ in range(7):
+        engine.add(
+            random.randint(1, 22),
+            random.randint(1, 15),
+            random.choice([1, 1, 2, 3]),
+            alike=random.random() < 0.6,
+        )
+    expected = {}
+    while engine.scheduler.has_unfinished():
+        engine.step()
+        expected[events[-1].step] = truth(engine, is_counted=memory is None)
+    return events, expected
+
+
+def recount(events: list[Event]) -> dict[int, dict]:
+    """The state after every step, as the terminal's block map hears it."""
+    size = events[0].fields["block_size"]
+    picture = BlockMap(events[0].fields["num_blocks"], size)
+    owners: dict[str, dict[str, int]] = {"pool": {}, "swap": {}}
+    expected = {}
+    for event, after in zip(events, [*events[1:], None], strict=True):
+        picture(event)
+        if event.event in ("allocate", "share", "release"):
+            pool, block = owners[event.fields["pool"]], str(event.fields["block"])
+            pool[block] = event.fields["owners"]
+            if not pool[block]:
+                del pool[block]
+        if after is None or after.step != event.step:
+            tables = {
+                seq: {
+                    "request": holder.request,
+                    "blocks": list(holder.blocks),
+                    "tokens": holder.num_tokens,
+                    "swapped": holder.swapped,
+                }
+                for seq, holder in picture._holders.items()
+            }
+            copied = {name: dict(pool) for name, pool in owners.items()}
+            queues = {name: list(queue) for name, queue in picture._queues.items()}
+            expected[event.step] = state_of(tables, copied, picture._cached, queues, size)
+    return expected
+
+
+def record(generate, **options) -> list[Event]:
+    """The events of a real model at work."""
+    from minipaged.llm import LLM
+
+    events: list[Event] = []
+    generate(LLM("storyteller", parts=Parts().traced(EventLog(events.append)), **options))
+    return events
+
+
+@pytest.fixture(scope="module")
+def real_traces() -> dict[str, list[Event]]:
+    from minipaged.sampling import BeamSearchParams, SamplingParams
+
+    prompts = [f"Once upon a time there was a cat named {name}" for name in ("Ada", "Ben", "Cleo")]
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    samples = replace(greedy, temperature=0.9, n=3)
+    beams = BeamSearchParams(beam_width=3, max_tokens=12, ignore_eos=True)
+
+    def two_waves(llm) -> None:
+        llm.cache_prefix("Once upon a time there was")
+        for _ in range(2):
+            llm.generate(prompts, greedy, use_tqdm=False)
+
+    paged = {"block_size": 4, "num_blocks": 20, "enable_prefix_caching": True}
+    return {
+        "beams": record(lambda llm: llm.beam_search(prompts[:2], beams), **paged),
+        "samples": record(lambda llm: llm.generate(prompts, samples, use_tqdm=False), **paged),
+        "two waves": record(two_waves, **paged),
+        "virtual": record(
+            lambda llm: llm.generate(prompts, greedy, use_tqdm=False), memory="virtual"
+        ),
+    }
+
+
+def as_json(events: list[Event]) -> list[dict]:
+    return [json.loads(event.to_json()) for event in events]
+
+
+# ---- the program of the page, without a browser --------------------------------------------------
+
+NODE_PROGRAM = """
+const { Player, summary } = require(process.argv[1]);
+const traces = JSON.parse(require("fs").readFileSync(0, "utf8"));
+const all = traces.map((events) => {
+  const player = new Player(events);
+  const at = (stop) => summary(structuredClone(player.seek(stop)));
+  const forth = player.stops.steps.map(at);
+  const back = [...player.stops.steps].reverse().map(at).reverse();
+  const finely = player.stops.moments.map(at);
+  const same = JSON.stringify(forth) === JSON.stringify(back);
+  return { shape: player.shape, states: forth, same, moments: finely.length };
+});
+console.log(JSON.stringify(all));
+"""
+
+
+def play_in_node(traces: list[list[dict]]) -> list[dict]:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no node on this machine to run state.js")
+    done = subprocess.run(
+        [node, "-e", NODE_PROGRAM, str(ASSETS / "state.js")],
+        input=json.dumps(traces),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_played(played: dict, expected: dict[int, dict]) -> None:
+    """After every step the page's state is the expected one, whichever way it was reached."""
+    assert played["same"], "backwards it is another state than forwards"
+    states = {state["step"]: state for state in played["states"]}
+    for step, right in expected.items():
+        assert {name: states[step][name] for name in right} == right, f"step {step}"
+
+
+def test_the_page_knows_after_every_step_what_the_memory_knows():
+    runs = [
+        run_engine(seed, num_blocks=num_blocks, preemption=preemption)
+        for seed, (num_blocks, preemption) in enumerate(
+            [(9, "auto"), (9, "swap"), (9, "recompute"), (14, "auto"), (14, "swap"), (30, "auto")]
+        )
+    ]
+    # Groups of several that cannot be swapped are recomputed, and fork again inside their tokens.
+    runs += [run_engine(seed, num_blocks=12, num_swap_blocks=0) for seed in (20, 21)]
+    runs.append(run_engine(50, num_blocks=64, memory=contiguous("contiguous-max", 40)))
+    kinds = {event.event for events, _ in runs for event in events}
+    assert kinds >= {"fork", "copy_on_write", "swap_in", "swap_out", "cache", "evict", "preempt"}
+    played = play_in_node([as_json(events) for events, _ in runs])
+    for (_, expected), one in zip(runs, played, strict=True):
+        assert_played(one, expected)
+
+
+def test_the_page_counts_real_traces_as_the_terminal_does(real_traces):
+    played = play_in_node([as_json(events) for events in real_traces.values()])
+    kinds = {event.event for events in real_traces.values() for event in events}
+    assert kinds >= {"fork", "copy_on_write", "cache", "evict", "pin", "free"}
+    for events, one in zip(real_traces.values(), played, strict=True):
+        assert_played(one, recount(events))
+
+
+def test_a_trace_without_the_pool_event_is_played_all_the_same():
+    events, expected = run_engine(3, num_blocks=9, preemption="swap")
+    [played] = play_in_node([as_json([e for e in events if e.event != "pool"])])
+    assert played["shape"]["blockSize"] == CONFIG.block_size
+    assert played["shape"]["numBlocks"] <= 9
+    assert_played(played, expected)
+
+
+def test_unknown_events_and_cut_traces_are_played_as_far_as_they_can_be():
+    events, _ = run_engine(4, num_blocks=9, preemption="swap")
+    strange = [Event(name, 1, 0.0, {}) for name in ("constructor", "toString", "new_kind")]
+    _, cut = play_in_node([as_json([*events[:9], *strange]), as_json(events[len(events) // 2 :])])
+    assert len(cut["states"]) > 2
+
+
+def test_a_second_engine_on_the_same_log_begins_with_an_empty_pool():
+    first, _ = run_engine(5, num_blocks=30)
+    step = first[-1].step
+    second, expected = run_engine(6, num_blocks=20)
+    later = [replace(event, step=event.step + step) for event in second]
+    [played] = play_in_node([as_json([*first, *later])])
+    states = {state["step"]: state for state in played["states"]}
+    last = max(expected)
+    right = {name: expected[last // 2][name] for name in ("sequences", "cached", "held")}
+    assert {name: states[step + last // 2][name] for name in right} == right
+
+
+def test_the_words_say_what_happened():
+    events, _ = run_engine(1, num_blocks=9, preemption="swap")
+    [played] = play_in_node([as_json(events)])
+    words = " ".join(note for state in played["states"] for note in state["notes"])
+    for phrase in (
+        "is admitted: block",
+        "is preempted (swapping): ",
+        "comes back: ",
+        "(copy-on-write)",
+        "need not compute",
+        "(eviction)",
+        "has ended: it lets go of",
+    ):
+        assert phrase in words
+    assert "undefined" not in words
+    assert "NaN" not in words
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, and the text of its scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] == "script" and data.strip():
+            self.scripts.append(data)
+
+
+def hostile_events() -> list[Event]:
+    queues = {"running": [HOSTILE], "waiting": [], "swapped": []}
+    admitted = {"request": HOSTILE, "seqs": {0: [1]}, "tokens": {0: 3}, "found": {0: 0}}
+    return [
+        Event("pool", 0, 0.0, {"num_blocks": 4, "num_swap_blocks": 0, "block_size": 4}),
+        Event("admit", 1, 0.1, admitted),
+        Event("schedule", 1, 0.2, {**queues, "tokens": {0: 3}}),
+    ]
+
+
+def test_names_of_requests_and_titles_cannot_become_markup():
+    page = Elements(Replay(hostile_events(), title=HOSTILE).html())
+    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert "img" not in {tag for tag, _ in page.tags}
+    trace = json.loads(page.scripts[0])
+    assert trace == as_json(hostile_events())
+
+
+def test_the_page_refers_to_nothing_outside_itself():
+    events, _ = run_engine(2, num_blocks=14)
+    page = Replay(events).html()
+    assert not [tag for tag, attributes in Elements(page).tags if {"src", "href"} & set(attributes)]
+    assert "@import" not in page
+    assert page.replace("http://www.w3.org/2000/svg", "").count("://") == 0
+    assert "{{" not in page.replace("{{trace}}", "")
+
+
+def test_in_a_notebook_the_page_is_a_frame_that_holds_all_of_it():
+    shown = Replay(hostile_events(), title=HOSTILE)
+    [(tag, attributes)] = Elements(shown._repr_html_()).tags
+    assert tag == "iframe"
+    assert attributes["class"] == "replay"
+    assert attributes["title"] == HOSTILE
+    assert attributes["srcdoc"] == shown.html()
+
+
+def write_lines(path: Path, *lines: str) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_a_trace_is_read_as_it_was_written(tmp_path):
+    events, _ = run_engine(2, num_blocks=14)
+    path = write_lines(tmp_path / "trace.jsonl", *(event.to_json() for event in events))
+    read = Replay.read(path)
+    assert read.title == "trace.jsonl"
+    assert as_json(read.events) == as_json(events)
+    assert Replay.read(str(path), title="Two").title == "Two"
+
+
+GOOD = '{"v": 1, "step": 1, "time": 0.5, "event": "free", "seq": 0}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ([], "is empty"),
+        (["", "  "], "is empty"),
+        ([GOOD, "{"], "line 2 is not JSON"),
+        ([GOOD, GOOD[:-9]], "line 2 is not JSON"),
+        (["[1]"], "line 1 is not an event"),
+        (['{"a": 1}'], "line 1 is not an event"),
+        ([GOOD.replace('"v": 1', '"v": 2')], "version 2 in line 1"),
+        ([GOOD, GOOD.replace('"step": 1, ', "")], "line 2 lacks event, step or time"),
+        ([GOOD.replace("0.5", '"x"')], "line 1 lacks event, step or time"),
+        (["[" * 100_000], "line 1 is not JSON"),
+    ],
+)
+def test_a_damaged_trace_is_refused_with_its_line(tmp_path, lines, sentence):
+    path = write_lines(tmp_path / "trace.jsonl", *lines)
+    with pytest.raises(InvalidOption, match=sentence):
+        Replay.read(path)
+
+
+def test_what_is_no_text_file_is_refused(tmp_path):
+    (tmp_path / "picture").write_bytes(b"\x89PNG\xff\xfe")
+    for path in (tmp_path / "picture", tmp_path / "missing", tmp_path):
+        with pytest.raises(InvalidOption, match=path.name):
+            Replay.read(path)
+
+
+def test_the_page_is_whole_or_absent(tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    shown = Replay(hostile_events(), title="old")
+    shown.save(page)
+    assert page.read_text(encoding="utf-8") == shown.html()
+
+    def fail(*_: object, **__: object) -> None:
+        (tmp_path / "page.html.part").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(InvalidOption, match="No space left"):
+        Replay(hostile_events(), title="new").save(page)
+    assert page.read_text(encoding="utf-8") == shown.html()
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_page_cannot_take_the_place_of_a_folder(tmp_path):
+    with pytest.raises(InvalidOption, match="folder"):
+        Replay(hostile_events()).save(tmp_path)
+    with pytest.raises(InvalidOption, match="cannot be written"):
+        Replay(hostile_events()).save(tmp_path / "no" / "page.html")
+
+
+# ---- the event, and the command ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_a_trace_begins_with_the_sizes_of_its_pools(preemption):
+    events, _ = run_engine(1, num_blocks=14, preemption=preemption)
+    assert (events[0].event, events[0].step) == ("pool", 0)
+    assert events[0].fields == {
+        "num_blocks": 14,
+        "num_swap_blocks": CONFIG.num_swap_blocks,
+        "block_size": CONFIG.block_size,
+    }
+    assert [event.event for event in events].count("pool") == 1
+
+
+def minipaged(capsys, monkeypatch, *arguments: str):
+    monkeypatch.setattr(sys, "argv", ["minipaged", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    captured = capsys.readouterr()
+    return exit_info.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def trace_file(tmp_path) -> Path:
+    events, _ = run_engine(2, num_blocks=14)
+    return write_lines(tmp_path / "trace.jsonl", *(event.to_json() for event in events))
+
+
+def test_the_command_writes_the_page_where_it_is_told(capsys, monkeypatch, tmp_path, trace_file):
+    page = tmp_path / "page.html"
+    monkeypatch.setattr("webbrowser.open", lambda _: pytest.fail("it was told not to"))
+    command = ("trace", "view", str(trace_file), "--output", str(page), "--no-open")
+    code, out, _ = minipaged(capsys, monkeypatch, *command)
+    assert code == 0
+    assert out.strip() == str(page)
+    assert html.escape(trace_file.name) in page.read_text(encoding="utf-8")
+
+
+def test_the_command_opens_a_page_in_a_temporary_place(capsys, monkeypatch, tmp_path, trace_file):
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, out, _ = minipaged(capsys, monkeypatch, "trace", "view", str(trace_file))
+    assert code == 0
+    assert opened == [Path(out.strip()).as_uri()]
+    assert Path(out.strip()).is_file()
+
+
+def test_the_command_refuses_what_is_no_trace_and_leaves_no_page(capsys, monkeypatch, tmp_path):
+    trace, page = write_lines(tmp_path / "trace.jsonl", GOOD, "{"), tmp_path / "page.html"
+    command = ("trace", "view", str(trace), "--output", str(page), "--no-open")
+    code, _, err = minipaged(capsys, monkeypatch, *command)
+    assert code == 2
+    assert "line 2 is not JSON" in err
+    assert list(tmp_path.iterdir()) == [trace]
+
+
+# ---- in a browser --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("there is no Chromium on this machine: name one in CHROMIUM")
+    with api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Opens a replay; at the end there must have been no request and no error."""
+    complaints: list[str] = []
+    contexts = []
+
+    def open_it(events, title="A trace", **options):
+        path = tmp_path / "page.html"
+        Replay(events, title).save(path)
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: complaints.append(said.text))
+        page.on("request", lambda one: one.url == path.as_uri() or complaints.append(one.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+def test_in_every_step_the_page_shows_the_memory(open_page):
+    events, expected = run_engine(1, num_blocks=9, preemption="swap")
+    page = open_page(events)
+    for step, right in expected.items():
+        page.evaluate("(step) => window.replay.goTo(step)", step)
+        state = page.evaluate("window.replay.state()")
+        assert {name: state[name] for name in right} == right
+        shown = page.evaluate(
+            "[...document.querySelectorAll('#pools .held')].map((b) => b.dataset.place)"
+        )
+        held = [f"{pool}:{block}" for pool, blocks in right["held"].items() for block in blocks]
+        assert sorted(shown) == sorted(held)
+        tables = page.evaluate(
+            "[...document.querySelectorAll('.entry')].map((e) => e.dataset.place)"
+        )
+        entries = [
+            f"{'swap' if table['swapped'] else 'pool'}:{block}"
+            for table in right["sequences"].values()
+            for block in table["blocks"]
+        ]
+        assert sorted(tables) == sorted(entries)
+
+
+def test_a_hostile_name_is_shown_as_text(open_page):
+    page = open_page(hostile_events(), title=HOSTILE)
+    page.evaluate("window.replay.goTo(1)")
+    assert page.locator("h1").text_content() == HOSTILE
+    assert page.locator("#queues .id").first.text_content() == HOSTILE
+    assert page.locator("img").count() == 0
+
+
+def test_a_trace_that_lacks_something_is_refused_in_a_sentence(open_page):
+    page = open_page([*hostile_events(), Event("admit", 2, 0.3, {"request": "x"})])
+    assert page.locator("#empty").inner_text().startswith("This trace cannot be replayed")
+    assert page.locator("#player").is_hidden()
+
+
+@pytest.mark.parametrize("events", [[], hostile_events()[:1]], ids=["no events", "no steps"])
+def test_a_trace_without_steps_says_so(open_page, events):
+    page = open_page(events)
+    assert page.locator("#empty").is_visible()
+    assert page.locator("#player").is_hidden()
+
+
+def test_the_keys_and_the_buttons_move_through_the_steps(open_page):
+    events, expected = run_engine(1, num_blocks=9, preemption="swap")
+    page = open_page(events)
+    last = max(expected)
+
+    def step() -> int:
+        return page.evaluate("window.replay.state().step")
+
+    for key, there in [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", last)]:
+        page.keyboard.press(key)
+        assert step() == there
+    page.keyboard.press("Home")
+    assert step() == 0
+    page.get_by_role("button", name="One step forward").click()
+    assert step() == 1
+    page.locator("#place").fill("5")
+    assert step() == 5
+    page.locator("#finely").check()
+    before = page.evaluate("window.replay.state().events")
+    page.locator("#forward").click()
+    assert page.evaluate("window.replay.state().events") > before
+    assert step() in (5, 6)
+    page.evaluate("window.replay.goTo(3)")
+    page.locator("#speed").select_option("15")
+    page.locator("h1").click()
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("Space")
+    page.wait_for_function("window.replay.state().step > 5")
+    page.keyboard.press("Space")
+    assert page.get_by_role("button", name="Play").count() == 1
+
+
+def test_a_block_is_explained_by_pointer_focus_and_tap(open_page):
+    page = open_page(hostile_events())
+    page.evaluate("window.replay.goTo(1)")
+    block = page.locator(".block[data-place='pool:1']")
+    block.hover()
+    assert "request A, 3 of 4 slots filled" in page.locator("#about").inner_text()
+    assert page.locator(".entry.linked").count() == 1
+    page.locator("h1").hover()
+    page.locator(".block[data-place='pool:0']").focus()
+    assert "Block 0: free" in page.locator("#about").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert "Block 1: request A" in page.locator("#about").inner_text()
+
+
+@pytest.mark.parametrize("width", [360, 700, 1280])
+def test_the_page_is_as_wide_as_its_window(open_page, width):
+    events, expected = run_engine(1, num_blocks=9, preemption="swap")
+    page = open_page(events, title=HOSTILE * 3, viewport={"width": width, "height": 640})
+    for step in expected:
+        page.evaluate("(step) => window.replay.goTo(step)", step)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_colours_follow_the_embedding_page_or_else_the_system(open_page):
+    page = open_page(hostile_events(), color_scheme="dark")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(colour)
+    page.evaluate("document.documentElement.dataset.scheme = 'light'")
+    light = page.evaluate(colour)
+    page.emulate_media(color_scheme="light")
+    page.evaluate("document.documentElement.dataset.scheme = 'dark'")
+    assert (page.evaluate(colour), light) == (dark, "rgb(255, 255, 255)")
+    assert dark != light
