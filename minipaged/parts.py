@@ -21,6 +21,7 @@ from minipaged.memory import (
     CheckedAllocator,
     CheckedMemory,
     Memory,
+    PrefixCache,
 )
 from minipaged.scheduler import FCFSScheduler, Scheduler, Victim, youngest
 
@@ -32,6 +33,7 @@ class Parts:
     """The roles, and the library's own players as defaults.
 
     allocator        called with the number of blocks; once for the pool, once for the swap pool
+    prefix_cache     a PrefixCache: called with an allocator, the block size, and whether it is on
     memory           called with the arguments of BlockManager, by keyword
     scheduler        called with the arguments of FCFSScheduler, by position
     victim           whom to preempt, of the running groups younger than the one in need
@@ -41,6 +43,7 @@ class Parts:
     """
 
     allocator: Callable[[int], Allocator] = BlockAllocator
+    prefix_cache: Callable[[Allocator, int, bool], PrefixCache] = PrefixCache
     memory: BuildMemory = BlockManager
     scheduler: Callable[..., Scheduler] = FCFSScheduler
     victim: Victim = youngest
@@ -60,6 +63,7 @@ class Parts:
             watermark_blocks=config.watermark_blocks,
             allocator=self.allocator,
             enable_prefix_caching=config.enable_prefix_caching,
+            prefix_cache=self.prefix_cache,
         )
         return self.scheduler(config, memory, self.victim)
 

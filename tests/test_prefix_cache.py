@@ -197,6 +197,30 @@ def test_a_branch_goes_before_the_trunk_that_another_branch_still_uses(served):
     assert served.num_found(other.token_ids) == 7
 
 
+class NewestLeafFirst(PrefixCache):
+    def victim(self) -> int:
+        return next(block for block in reversed(self.idle) if self.is_leaf(block))
+
+
+class ParentsFirst(PrefixCache):
+    def victim(self) -> int:
+        return next((b for b in self.idle if not self.is_leaf(b)), next(iter(self.idle)))
+
+
+def test_another_policy_gives_up_other_blocks():
+    served = Served(build(num_blocks=2, prefix_cache=NewestLeafFirst))
+    for tokens in ([1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]):
+        served.memory.free(served.serve(tokens))
+    assert [served.num_found([n] * 4 + [0]) for n in (1, 2, 3)] == [4, 0, 4]
+
+
+def test_a_policy_that_gives_up_a_parent_before_its_children_is_refused():
+    served = Served(build(num_blocks=2, prefix_cache=ParentsFirst))
+    served.memory.free(served.serve([1, 2, 3, 4, 5, 6, 7, 8]))
+    with pytest.raises(AssertionError, match="before those known by it"):
+        served.serve([9, 9, 9, 9])
+
+
 def test_a_found_block_is_no_longer_there_for_the_taking():
     memory = build(num_blocks=3)
     served = Served(memory)

@@ -29,10 +29,11 @@ class BlockManager:
         watermark_blocks: int = 0,
         allocator: Callable[[int], Allocator] = BlockAllocator,
         enable_prefix_caching: bool = False,
+        prefix_cache: Callable[[Allocator, int, bool], PrefixCache] = PrefixCache,
     ) -> None:
         self.block_size = block_size
         self._watermark_blocks = watermark_blocks
-        self._pool = PrefixCache(allocator(num_blocks), block_size, enable_prefix_caching)
+        self._pool = prefix_cache(allocator(num_blocks), block_size, enable_prefix_caching)
         self._swap_pool = allocator(num_swap_blocks)
         self._tables: dict[int, BlockTable] = {}  # by sequence id
         self._swapped: set[int] = set()  # the sequences whose table speaks of the swap pool

@@ -15,13 +15,14 @@ its number means the same as long as a child refers to it.
 The cache is one more owner of every block that it knows, so a block stays when the last sequence
 lets go of it. Such a block is idle: it counts as free, and is given up when no other block is left,
 the one unused for longest first. A sequence lets go of its last block first, so children are always
-idle before their parents, and are given up before them.
+idle before their parents, and are given up before them. To give up blocks in another order, derive
+a class and override `victim`: `LLM(parts=Parts(prefix_cache=MyCache))`.
 
 If two sequences write the same block at the same time, both go on with one of the two.
 """
 
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from minipaged.errors import DoubleFree
@@ -47,6 +48,7 @@ class PrefixCache:
         self._blocks: dict[CacheKey, int] = {}
         self._keys: dict[int, CacheKey] = {}  # the same, by block
         self._idle: OrderedDict[int, None] = OrderedDict()  # unused for longest first
+        self._num_children = Counter[int | str | None]()  # how many are known by a block or salt
 
     # ---- an allocator ----------------------------------------------------------------------------
 
@@ -121,6 +123,7 @@ class PrefixCache:
                 self._allocator.share(block)  # the cache owns it too
                 self._blocks[key] = block
                 self._keys[block] = key
+                self._num_children[key[0]] += 1
                 published.append(block)
             elif self._blocks[key] != block:
                 # Another sequence has computed the same in the meantime. One of the two is enough.
@@ -135,7 +138,29 @@ class PrefixCache:
         parent = blocks[logical - 1] if logical else seq.cache_salt
         return parent, tuple(seq.token_ids[start : start + self._block_size])
 
+    # ---- eviction --------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> Collection[int]:
+        """The known blocks without owners, the one unused for longest first; to be read only."""
+        return self._idle.keys()
+
+    def is_leaf(self, block: int) -> bool:
+        """Whether no other block is known by this one, so that it may be given up."""
+        return self._num_children[block] == 0
+
+    def victim(self) -> int:
+        """Which of the idle blocks to give up: the policy. It must be a leaf."""
+        return next(iter(self._idle))
+
     def _evict(self) -> None:
-        block, _ = self._idle.popitem(last=False)
-        del self._blocks[self._keys.pop(block)]
+        block = self.victim()
+        assert block in self._idle, f"block {block} is to be evicted, but it is not idle"
+        assert self.is_leaf(block), f"block {block} is to be evicted before those known by it"
+        del self._idle[block]
+        key = self._keys.pop(block)
+        del self._blocks[key]
+        self._num_children[key[0]] -= 1
+        if not self._num_children[key[0]]:
+            del self._num_children[key[0]]  # salts would pile up
         self._allocator.free(block)
