@@ -1,0 +1,55 @@
+"""All chapters: their pages, pictures and downloads, and the page that lists them."""
+
+import copy
+import os
+from pathlib import Path
+
+from nbformat import NotebookNode
+
+from site_builder.chapters import Chapter, chapters_of, notebook_text
+from site_builder.execution import executed
+from site_builder.markdown import expanded
+from site_builder.tutorial_pages import page_of
+
+WITHOUT_RUNNING = "MINIPAGED_DOCS_WITHOUT_RUNNING"
+
+INDEX = """\
+# Tutorials
+
+Each chapter is a notebook: the code on its page was run, and what it shows is what it gave. They
+build on each other, and need no GPU and no network.
+"""
+
+
+def tutorial_files(root: Path) -> dict[str, bytes]:
+    """Path below docs/ -> content. With MINIPAGED_DOCS_WITHOUT_RUNNING set, pages lack outputs."""
+    chapters = chapters_of(root)
+    files: dict[str, bytes] = {}
+    for chapter in chapters:
+        runs = not os.environ.get(WITHOUT_RUNNING)
+        page = page_of(chapter, executed(chapter, root) if runs else chapter.notebook, root)
+        folder = f"tutorials/{chapter.name}"
+        files[f"{folder}.md"] = page.markdown.encode()
+        files[f"{folder}.ipynb"] = notebook_text(_to_take_home(chapter, root)).encode()
+        files[f"{folder}.py"] = chapter.script.read_bytes()
+        files |= {f"tutorials/{path}": content for path, content in page.pictures.items()}
+    drawing = root / "tutorials" / "drawing.py"
+    if drawing.exists():
+        files["tutorials/drawing.py"] = drawing.read_bytes()
+    if chapters:
+        files["tutorials/index.md"] = index_page(chapters).encode()
+    return files
+
+
+def index_page(chapters: list[Chapter]) -> str:
+    lines = [f"1. [{chapter.title}]({chapter.name}.md): {chapter.summary}" for chapter in chapters]
+    return INDEX + "\n" + "\n".join(lines) + "\n"
+
+
+def _to_take_home(chapter: Chapter, root: Path) -> NotebookNode:
+    """The notebook without outputs; it quotes the code that its pages quote."""
+    notebook = copy.deepcopy(chapter.notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = expanded(cell.source, root, f"tutorials/{chapter.name}.md").rstrip()
+    return notebook
