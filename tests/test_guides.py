@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 BLOCK = re.compile(
-    r'^```python(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^```\n(?:\n```text\n(?P<out>.*?)^```\n)?',
+    r'^```python(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^```\n'
+    r"(?:\n```text\n(?P<out>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
 NEEDS_TRITON = {"debug_a_kernel.md"}
