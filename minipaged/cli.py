@@ -42,6 +42,7 @@ from minipaged.show import print_completions, read_lines, warn_of_an_early_end
 from minipaged.sim.command import plan
 from minipaged.sim.compare import simulate
 from minipaged.terminal import Session
+from minipaged.trace_command import app as trace_app
 
 app = typer.Typer(
     help="PagedAttention, the system behind vLLM, from scratch.",
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(trace_app, name="trace")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ An event is one line of JSON:
     {"v": 1, "step": 3, "time": 0.012, "event": "append", "seq": 2, "blocks": [7], "tokens": 33}
 
     event          fields
+    pool           num_blocks, num_swap_blocks, block_size: a memory was built, all of it free
     schedule       running, waiting, swapped (request ids); tokens {sequence id: how many}
     admit          request, seqs {sequence id: its blocks}, tokens {sequence id: how many},
                    found {sequence id: how many of them the prefix cache held}
@@ -22,6 +23,8 @@ An event is one line of JSON:
     free           seq
     allocate, share, release   pool ("pool" or "swap"), block, owners (afterwards; the prefix cache
                    is one of them)
+
+Whoever reads events passes over those that it does not know: more kinds may come.
 
 Nothing in scheduler, memory or allocator knows about this file: each is observed from outside, so a
 part of your own is traced like the library's.

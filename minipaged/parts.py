@@ -102,11 +102,17 @@ class Parts:
                 pools = iter(("pool", "swap"))  # the order in which a memory asks for allocators
 
                 def allocator(num_blocks: int) -> Allocator:
-                    inner = options["allocator"](num_blocks)
-                    return cast(Allocator, TracedAllocator(inner, log, next(pools)))
+                    one = options["allocator"](num_blocks)
+                    return cast(Allocator, TracedAllocator(one, log, next(pools)))
 
-                traced = TracedMemory(build(**{**options, "allocator": allocator}), log)
-                return cast(Memory, traced)
+                inner = build(**{**options, "allocator": allocator})
+                log.emit(
+                    "pool",
+                    num_blocks=inner.num_blocks,
+                    num_swap_blocks=inner.num_swap_blocks,
+                    block_size=inner.block_size,
+                )
+                return cast(Memory, TracedMemory(inner, log))
 
             return memory
 

@@ -15,7 +15,7 @@ LAYERS = (
     "admission scheduler sim available_memory transfer quantized batch kv_cache virtual_cuda "
     "virtual_cache attention models fetching sampling tokenizer prompts detokenizer completion "
     "chat request beam_request graphs runner parts storage engine defaults assembly llm bench "
-    "paper trace replay terminal demo talk show options fetch_command cli __main__"
+    "paper trace replay terminal demo talk show options fetch_command trace_command cli __main__"
 ).split()
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
