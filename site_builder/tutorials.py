@@ -8,7 +8,7 @@ from nbformat import NotebookNode
 
 from site_builder.chapters import Chapter, chapters_of, notebook_text
 from site_builder.execution import executed
-from site_builder.markdown import expanded
+from site_builder.quote_code import with_quotes
 from site_builder.tutorial_pages import page_of
 
 WITHOUT_RUNNING = "MINIPAGED_DOCS_WITHOUT_RUNNING"
@@ -47,9 +47,9 @@ def index_page(chapters: list[Chapter]) -> str:
 
 
 def _to_take_home(chapter: Chapter, root: Path) -> NotebookNode:
-    """The notebook without outputs; it quotes the code that its pages quote."""
+    """The notebook without outputs; it quotes the code that its page quotes."""
     notebook = copy.deepcopy(chapter.notebook)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = expanded(cell.source, root, f"tutorials/{chapter.name}.md").rstrip()
+            cell.source = with_quotes(cell.source, root, chapter.script.name).rstrip()
     return notebook
