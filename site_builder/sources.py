@@ -25,5 +25,5 @@ def _page(root: Path, path: str) -> str:
     """Not to be found by the search, which would find every word of the code twice."""
     name = path.rpartition("/")[2].replace("__", "\\_\\_")
     block = fenced((root / path).read_text(encoding="utf-8"), 'python linenums="1"')
-    head = f"---\ntitle: {path}\nsearch:\n  exclude: true\nhide:\n  - toc\n---\n"
+    head = f"---\ntitle: {path}\nsearch:\n  exclude: true\nhide:\n  - navigation\n  - toc\n---\n"
     return f"{head}\n# {name}\n\n`{path}`\n\n{block}\n"

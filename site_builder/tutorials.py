@@ -2,6 +2,7 @@
 
 import copy
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nbformat import NotebookNode
@@ -25,9 +26,8 @@ def tutorial_files(root: Path) -> dict[str, bytes]:
     """Path below docs/ -> content. With MINIPAGED_DOCS_WITHOUT_RUNNING set, pages lack outputs."""
     chapters = chapters_of(root)
     files: dict[str, bytes] = {}
-    for chapter in chapters:
-        runs = not os.environ.get(WITHOUT_RUNNING)
-        page = page_of(chapter, executed(chapter, root) if runs else chapter.notebook, root)
+    for chapter, notebook in zip(chapters, _notebooks(chapters, root), strict=True):
+        page = page_of(chapter, notebook, root)
         folder = f"tutorials/{chapter.name}"
         files[f"{folder}.md"] = page.markdown.encode()
         files[f"{folder}.ipynb"] = notebook_text(_to_take_home(chapter, root)).encode()
@@ -39,6 +39,15 @@ def tutorial_files(root: Path) -> dict[str, bytes]:
     if chapters:
         files["tutorials/index.md"] = index_page(chapters).encode()
     return files
+
+
+def _notebooks(chapters: list[Chapter], root: Path) -> list[NotebookNode]:
+    """With their outputs, several chapters at once where there are cores for it."""
+    if os.environ.get(WITHOUT_RUNNING):
+        return [chapter.notebook for chapter in chapters]
+    at_once = max(1, (os.cpu_count() or 1) // 2)
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda chapter: executed(chapter, root), chapters))
 
 
 def index_page(chapters: list[Chapter]) -> str:
