@@ -215,6 +215,12 @@ def test_links_into_the_repository_lead_to_pages_of_source_or_become_text(projec
         "[p](source/minipaged/pool.py.md#__span-0-4) [all](source/minipaged/__init__.py.md) "
         "r (`README.md`) [w](https://a.b)\n"
     )
+    page = "[c](../tutorials/00_first.py) [all](../tutorials/) [h](../docs/index.md#home)"
+    assert with_files_linked(page, project, "guides/a.md") == (
+        "[c](../tutorials/00_first.md) [all](../tutorials/index.md) [h](../index.md#home)\n"
+    )
+    chapter = with_files_linked("[c](01_second.py) [d](index.md)", project, "tutorials/00_first.md")
+    assert chapter == "[c](../tutorials/01_second.md) [d](index.md)\n"
     beside = "[one](guides/one.md) [gone](../minipaged/gone.py) ![p](../minipaged/pool.py)\n"
     assert with_files_linked(beside, project, "a.md") == beside
 
