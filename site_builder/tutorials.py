@@ -51,7 +51,7 @@ def _notebooks(chapters: list[Chapter], root: Path) -> list[NotebookNode]:
 
 
 def index_page(chapters: list[Chapter]) -> str:
-    lines = [f"1. [{chapter.title}]({chapter.name}.md): {chapter.summary}" for chapter in chapters]
+    lines = [f"- [{chapter.title}]({chapter.name}.md): {chapter.summary}" for chapter in chapters]
     return INDEX + "\n" + "\n".join(lines) + "\n"
 
 

@@ -308,8 +308,8 @@ def test_a_chapter_without_title_or_summary_stops_the_build(project, text):
 @pytest.mark.usefixtures("without_running")
 def test_the_list_of_chapters_has_titles_and_first_sentences(project):
     index = tutorial_files(project)["tutorials/index.md"].decode()
-    assert "1. [The first chapter](00_first.md): where $x$ is.\n" in index
-    assert "1. [The second chapter](01_second.md): It adds numbers.\n" in index
+    assert "- [The first chapter](00_first.md): where $x$ is.\n" in index
+    assert "- [The second chapter](01_second.md): It adds numbers.\n" in index
 
 
 @pytest.mark.usefixtures("without_running")

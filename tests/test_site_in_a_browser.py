@@ -122,6 +122,10 @@ def test_every_page_draws_all_it_has_and_asks_nobody_else(
         overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert visit.tab.evaluate(overflow) <= 0, f"{page} is wider than a {size} window"
         assert visit.tab.locator(".katex-error").count() == 0, f"{page}: a formula is wrong"
+        for frame in visit.tab.locator("iframe.replay").all():
+            frame.scroll_into_view_if_needed()  # it may load only then, and is drawn below
+            frame.content_frame.locator("#forward").wait_for()
+        visit.tab.evaluate("scrollTo(0, 0)")
         schemes = visit.tab.evaluate(
             "[...document.querySelectorAll('iframe.replay')]"
             ".map(frame => frame.contentDocument.documentElement.dataset.scheme)"
@@ -138,14 +142,17 @@ def test_a_change_of_the_palette_reaches_diagrams_and_the_visualiser(browser, ad
         visit.open(page)
         if not visit.tab.locator("div.diagram, iframe.replay").count():
             continue
-        before = visit.tab.locator("div.diagram").all_inner_texts()
+        drawn = "[...document.querySelectorAll('div.diagram')].map(box => box.innerHTML)"
+        light = visit.tab.evaluate(drawn)
         visit.tab.emulate_media(color_scheme="dark")
         visit.tab.wait_for_function(
             "() => document.body.dataset.mdColorScheme === 'slate' &&"
             " [...document.querySelectorAll('iframe.replay')].every("
             "    frame => frame.contentDocument.documentElement.dataset.scheme === 'dark')"
         )
-        assert visit.tab.locator("div.diagram").all_inner_texts() == before
+        visit.tab.wait_for_function(
+            f"light => {drawn}.every((dark, i) => dark !== light[i])", arg=light
+        )
         visit.tab.emulate_media(color_scheme="light")
     assert not visit.faults
     visit.tab.close()
@@ -158,10 +165,25 @@ def test_the_visualiser_steps_by_keys_and_buttons(browser, address, built_site):
             continue
         visit.open(page)
         for frame in visit.tab.locator("iframe.replay").all():
+            frame.scroll_into_view_if_needed()  # it may load only then
             inside = frame.content_frame
-            assert inside.locator("button").count() > 0, f"{page}: the visualiser has no buttons"
-            before = inside.locator("body").inner_html()
-            inside.locator("body").press("ArrowRight")
-            assert inside.locator("body").inner_html() != before, f"{page}: no step by a key"
+            inside.locator("#forward").wait_for()
+            first = shown(frame)
+            inside.locator("#forward").click()
+            second = shown(frame)
+            assert second != first, f"{page}: a button makes no step"
+            inside.locator("#where").click()  # the keys then go to the page, and to no button
+            visit.tab.keyboard.press("ArrowLeft")
+            assert shown(frame) == first, f"{page}: the left arrow does not step back"
+            visit.tab.keyboard.press("ArrowRight")
+            assert shown(frame) == second, f"{page}: the right arrow does not step forward"
+            visit.tab.keyboard.press("End")
+            assert shown(frame) not in (first, second), f"{page}: End does not lead to the end"
         assert not visit.faults, f"{page}: {visit.faults}"
     visit.tab.close()
+
+
+def shown(frame: Any) -> Any:
+    """The state of the memory that a visualiser shows, and the words above it."""
+    state = frame.evaluate("frame => frame.contentWindow.replay.state()")
+    return state, frame.content_frame.locator("#where").inner_text()
