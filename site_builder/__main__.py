@@ -11,6 +11,7 @@ from pathlib import Path
 
 from site_builder.errors import CannotBuild
 from site_builder.markdown import expanded
+from site_builder.sources import source_files
 from site_builder.tutorials import tutorial_files
 
 
@@ -25,7 +26,10 @@ def write_tree(root: Path, destination: Path) -> None:
         for page in sorted(tree.rglob("*.md")):
             name = page.relative_to(tree).as_posix()
             page.write_text(expanded(page.read_text(encoding="utf-8"), root, name), "utf-8")
-        for name, content in tutorial_files(root).items():
+        made = tutorial_files(root)
+        pages = [page.read_text(encoding="utf-8") for page in tree.rglob("*.md")]
+        pages += [content.decode() for name, content in made.items() if name.endswith(".md")]
+        for name, content in (made | source_files(root, pages)).items():
             path = tree / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)

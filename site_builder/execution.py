@@ -16,14 +16,12 @@ from site_builder.chapters import Chapter
 from site_builder.errors import CannotBuild
 
 SECONDS = 300  # for one cell; a chapter aims at ten seconds in all
+SETTINGS_OF_PICTURES = Path(__file__).with_name("matplotlibrc")
+KERNEL_OPTIONS = [
+    "--InlineBackend.figure_formats={'svg'}",
+    "--log-level=ERROR",  # it warns that its ports are not encrypted
+]
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-# Pictures as SVG, whose identifiers are the same in every build.
-BEFORE_A_CHAPTER = """\
-%config InlineBackend.figure_formats = ['svg']
-import matplotlib
-matplotlib.rcParams["svg.hashsalt"] = "minipaged"
-"""
 
 
 def executed(chapter: Chapter, root: Path) -> NotebookNode:
@@ -41,7 +39,8 @@ def executed(chapter: Chapter, root: Path) -> NotebookNode:
 
 def _key(chapter: Chapter, root: Path) -> str:
     """Of all that an output can come from: chapter, pictures, library, and this file."""
-    files = [chapter.script, root / "tutorials" / "drawing.py", Path(__file__)]
+    files = [chapter.script, root / "tutorials" / "drawing.py"]
+    files += [Path(__file__), SETTINGS_OF_PICTURES]
     files += sorted((root / "minipaged").rglob("*.py"))
     files += sorted((root / "minipaged" / "assets" / "replay").rglob("*"))
     key = hashlib.sha256()
@@ -54,22 +53,22 @@ def _key(chapter: Chapter, root: Path) -> str:
 
 def _run(chapter: Chapter, root: Path) -> NotebookNode:
     notebook = copy.deepcopy(chapter.notebook)
-    before = nbformat.v4.new_code_cell(BEFORE_A_CHAPTER, id="before")
-    notebook.cells.insert(0, before)
     client = NotebookClient(
         notebook,
         timeout=SECONDS,
         kernel_name="python3",
         coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],  # it warns that its ports are not encrypted
+        extra_arguments=KERNEL_OPTIONS,
         resources={"metadata": {"path": str(root / "tutorials")}},
     )
-    # The library of this checkout, wherever it is installed; pictures without a date.
+    # The library of this checkout, wherever it is installed; pictures without a date and with the
+    # same identifiers in every build, whatever the user's own settings are.
     paths = [str(root), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "SOURCE_DATE_EPOCH": "0",
+        "MATPLOTLIBRC": str(SETTINGS_OF_PICTURES),
     }
     try:
         client.execute(env=environment)
@@ -78,7 +77,6 @@ def _run(chapter: Chapter, root: Path) -> NotebookNode:
     except (CellTimeoutError, DeadKernelError) as stopped:
         message = str(stopped).strip().splitlines()[0]
         raise CannotBuild(f"{chapter.script.name} cannot be run: {message}") from None
-    notebook.cells.pop(0)
     return notebook
 
 

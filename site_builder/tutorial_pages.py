@@ -4,6 +4,7 @@ Nothing is run here and nothing is written.
 """
 
 import base64
+import html
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def _pictures(cell: NotebookNode) -> list[tuple[str, bytes]]:
 
 def _figure(path: str, title: str, caption: bool) -> str:
     alternative = title.replace("[", "\\[").replace("]", "\\]")
-    below = f"\n<figcaption>{title}</figcaption>" if caption else ""
+    below = f"\n<figcaption>{html.escape(title)}</figcaption>" if caption else ""
     return f'<figure class="picture" markdown="1">\n![{alternative}]({path}){below}\n</figure>'
 
 
