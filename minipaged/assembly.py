@@ -68,6 +68,7 @@ def build_engine(
         storage.batches,
         ModelRunner(model, storage.kv_cache, graphs),
         open_tokenizer(folder),
+        sampling_request=parts.sampling_request,
         seed=seed,
     )
 

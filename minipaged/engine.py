@@ -49,6 +49,7 @@ class LLMEngine:
         runner: ModelRunner,
         tokenizer: Tokenizer | None,
         *,
+        sampling_request: Callable[[Arrival, SamplingParams, int], Request] = SamplingRequest,
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -58,6 +59,7 @@ class LLMEngine:
         self.runner = runner
         self.tokenizer = tokenizer
         self.sampler = Sampler()
+        self._sampling_request = sampling_request
         eos_token_ids = runner.model.config.eos_token_ids
         self._traits = ModelTraits(tokenizer, eos_token_ids, config.max_model_len)
         self._requests: dict[str, Request] = {}
@@ -190,7 +192,7 @@ class LLMEngine:
             self._requests[request_id] = BeamRequest(arrival, params)
         else:
             seed = seed if params.seed is None else params.seed
-            self._requests[request_id] = SamplingRequest(arrival, params, seed)
+            self._requests[request_id] = self._sampling_request(arrival, params, seed)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request at once and return what it has; None if there is no such request."""

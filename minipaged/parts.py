@@ -9,6 +9,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from minipaged.attention import AttentionBackend, PagedAttention, StoreKV
@@ -18,11 +19,14 @@ from minipaged.memory import (
     Allocator,
     BlockAllocator,
     BlockManager,
+    BlockTable,
     CheckedAllocator,
     CheckedMemory,
     Memory,
     PrefixCache,
 )
+from minipaged.request import Arrival, Request, SamplingRequest
+from minipaged.sampling import SamplingParams
 from minipaged.scheduler import FCFSScheduler, Scheduler, Victim, youngest
 
 BuildMemory = Callable[..., Memory]
@@ -33,22 +37,27 @@ class Parts:
     """The roles, and the library's own players as defaults.
 
     allocator        called with the number of blocks; once for the pool, once for the swap pool
-    prefix_cache     a PrefixCache: called with an allocator, the block size, and whether it is on
+    block_table      a BlockTable: called with its four arguments
+    prefix_cache     a PrefixCache: called with an allocator, the block size, whether it is on, and
+                     the block table's class
     memory           called with the arguments of BlockManager, by keyword
     scheduler        called with the arguments of FCFSScheduler, by position
     victim           whom to preempt, of the running groups younger than the one in need
     paged_attention  None: the attention backend's
     store_kv         None: the attention backend's
+    sampling_request a SamplingRequest: how the samples of a prompt begin, go on and end
     memory_wrappers  what `checked` and `traced` put round the memory, whoever plays it
     """
 
     allocator: Callable[[int], Allocator] = BlockAllocator
-    prefix_cache: Callable[[Allocator, int, bool], PrefixCache] = PrefixCache
+    block_table: type[BlockTable] = BlockTable
+    prefix_cache: Callable[..., PrefixCache] = PrefixCache
     memory: BuildMemory = BlockManager
     scheduler: Callable[..., Scheduler] = FCFSScheduler
     victim: Victim = youngest
     paged_attention: PagedAttention | None = None
     store_kv: StoreKV | None = None
+    sampling_request: Callable[[Arrival, SamplingParams, int], Request] = SamplingRequest
     memory_wrappers: tuple[Callable[[BuildMemory], BuildMemory], ...] = ()
 
     def build_scheduler(self, config: EngineConfig) -> Scheduler:
@@ -63,7 +72,7 @@ class Parts:
             watermark_blocks=config.watermark_blocks,
             allocator=self.allocator,
             enable_prefix_caching=config.enable_prefix_caching,
-            prefix_cache=self.prefix_cache,
+            prefix_cache=partial(self.prefix_cache, block_table=self.block_table),
         )
         return self.scheduler(config, memory, self.victim)
 

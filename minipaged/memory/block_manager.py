@@ -29,7 +29,7 @@ class BlockManager:
         watermark_blocks: int = 0,
         allocator: Callable[[int], Allocator] = BlockAllocator,
         enable_prefix_caching: bool = False,
-        prefix_cache: Callable[[Allocator, int, bool], PrefixCache] = PrefixCache,
+        prefix_cache: Callable[..., PrefixCache] = PrefixCache,
     ) -> None:
         self.block_size = block_size
         self._watermark_blocks = watermark_blocks

@@ -38,7 +38,7 @@ class BlockTable:
         """The mapping of the first tokens, in a list of its own: what a fork starts from."""
         blocks = self.blocks[: -(-num_tokens // self.block_size)]
         num_published = min(self.num_published, num_tokens // self.block_size)
-        return BlockTable(self.block_size, blocks, num_tokens, num_published)
+        return type(self)(self.block_size, blocks, num_tokens, num_published)
 
     def __repr__(self) -> str:
         return f"BlockTable({self.num_tokens} tokens in blocks {self.blocks})"

@@ -41,8 +41,15 @@ class PrefixCache:
     Every operation is O(1) a block. Not enabled, nothing is ever published, and so nothing found.
     """
 
-    def __init__(self, allocator: Allocator, block_size: int, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        allocator: Allocator,
+        block_size: int,
+        enabled: bool = True,
+        block_table: type[BlockTable] = BlockTable,
+    ) -> None:
         self._allocator = allocator
+        self._new_table = block_table
         self._block_size = block_size
         self._enabled = enabled
         self._blocks: dict[CacheKey, int] = {}
@@ -107,7 +114,7 @@ class PrefixCache:
         for block in found:
             self.share(block)
         size = self._block_size
-        return BlockTable(size, found, len(found) * size, num_published=len(found))
+        return self._new_table(size, found, len(found) * size, num_published=len(found))
 
     def publish(self, seq: Sequence, table: BlockTable) -> list[int]:
         """Let all full blocks of a sequence be found whose keys and values have been written.
