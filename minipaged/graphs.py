@@ -60,9 +60,11 @@ class DecodeGraphs:
     """Decode steps of one model, recorded for some sizes of a batch.
 
     Args:
-        model, kv_cache: theirs are the kernels and most of the addresses. The attention must read
-            nothing but tensors (`AttentionBackend.reads_only_tensors`).
-        max_num_seqs, max_blocks_per_seq: the largest batch there can be.
+        model: its are the kernels. Its attention must read nothing but tensors
+            (`AttentionBackend.reads_only_tensors`).
+        kv_cache: its are most of the addresses.
+        max_num_seqs: sequences of the largest batch there can be.
+        max_blocks_per_seq: columns of its block table.
         record: how a step is recorded.
     """
 

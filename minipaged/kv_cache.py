@@ -43,7 +43,8 @@ def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
     """Copy blocks of `source` over blocks of `target`, which may be the same tensor.
 
     Args:
-        source, target: [layers, 2, num_blocks, ...], on whatever devices.
+        source: [layers, 2, num_blocks, ...], on whatever device.
+        target: the same.
         pairs: [pairs, 2] block numbers, from and to, on the device of the pool.
     """
     # The gather on the right is complete before the first write on the left.

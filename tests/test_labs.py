@@ -1,4 +1,4 @@
-"""Every lab: the library scores all points, a raw starter none, and each mistake in its own task."""
+"""Every lab: the library scores all, a raw starter nothing, a mistake less in its own task."""
 
 import importlib
 import sys

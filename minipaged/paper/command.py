@@ -40,7 +40,7 @@ def paper(
         result = figure.run(effort)
         verdicts += [check.is_met for check in result.checks]
         saved = json.dumps({**result.as_dict(), "effort": effort.name})
-        _write(out / f"{figure.name}.json", f"{saved}\n".encode())
+        write_whole(out / f"{figure.name}.json", f"{saved}\n")
         if draws:
             _draw(figure, result, out / f"{figure.name}.png")
         if as_json:

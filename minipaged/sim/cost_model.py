@@ -28,7 +28,8 @@ class CostModel:
 
     Args:
         server: the model and where it runs.
-        step_seconds, sequence_seconds: what the host needs.
+        step_seconds: what the host needs for a step.
+        sequence_seconds: what it needs besides for each sequence that decodes.
         kv_factor: how much longer it takes to read keys; the paged kernel's price, for instance.
         copy_factor: how much longer a copy of keys takes than reading and writing at full speed.
     """

@@ -34,8 +34,8 @@ def copy_blocks(
     """Copy blocks of `source` over blocks of `target`; both may be the same tensor.
 
     Args:
-        source, target: [layers, 2, num_blocks, ...], contiguous, on the GPU or in pinned memory;
-            as many blocks as you like in each, the rest alike.
+        source: [layers, 2, num_blocks, ...], contiguous, on the GPU or in pinned memory.
+        target: the same; as many blocks as you like in each, the rest alike.
         pairs: [pairs, 2] block numbers, from and to. No block is both a source and a target, if
             the tensors are the same: programs run in no order.
         num_programs: among which the work is divided; None: few over the bus, else many.

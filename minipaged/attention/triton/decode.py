@@ -75,7 +75,8 @@ def decode(
     """Write to `out` the attention of all sequences with one query.
 
     Args:
-        q, out: [tokens, heads, head_dim]; the rows of other sequences are left alone.
+        q: [tokens, heads, head_dim].
+        out: the same; the rows of other sequences are left alone.
         to_fill: splits of a sequence of middling length; None: `splits_to_fill`.
         shape: None: `choose_tile`.
     """

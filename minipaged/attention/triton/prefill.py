@@ -54,7 +54,8 @@ def choose_tiles(width: int, query_bytes: int, cache_bytes: int) -> TileShapes:
 
     Args:
         width: numbers in a row of either tile.
-        query_bytes, cache_bytes: of a query's number, and of a cached one.
+        query_bytes: of a query's number.
+        cache_bytes: of a cached one.
     """
     if query_bytes == 4:  # three multiplications of parts of each number: many registers
         rows, tile = {64: (64, 16), 128: (32, 32), 256: (16, 16)}[max(64, width)]
@@ -78,7 +79,8 @@ def prefill(
     """Write to `out` the attention of all sequences with two queries or more.
 
     Args:
-        q, out: [tokens, heads, head_dim]; the rows of other sequences are left alone.
+        q: [tokens, heads, head_dim].
+        out: the same; the rows of other sequences are left alone.
         shapes: None: `choose_tiles`.
     """
     num_tokens, heads, _ = q.shape

@@ -79,8 +79,10 @@ def merge(
 
     Args:
         out: [tokens, heads, head_dim].
-        partial, log_sums: [seqs, heads, splits, head_dim] and [seqs, heads, splits], float32.
-        to_fill, tile: as `decode` was launched with.
+        partial: [seqs, heads, splits, head_dim], float32.
+        log_sums: [seqs, heads, splits], float32.
+        to_fill: as `decode` was launched with.
+        tile: the same.
     """
     num_seqs, heads, num_splits, head_dim = partial.shape
     merge_kernel[(num_seqs, heads)](

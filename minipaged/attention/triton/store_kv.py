@@ -56,8 +56,11 @@ def rope_and_store_kv(
     """Turn queries and keys (see `models/rope.py`), store keys and values; returns the queries.
 
     Args:
-        q: [tokens, heads, head_dim]. k, v: [tokens, kv_heads, head_dim].
-        cos, sin: [tokens, 1, head_dim / 2], of the angle by which each pair of numbers is turned.
+        q: [tokens, heads, head_dim].
+        k: [tokens, kv_heads, head_dim].
+        v: the same.
+        cos: [tokens, 1, head_dim / 2], of the angle by which each pair of numbers is turned.
+        sin: the same.
     """
     _check_new(k, v, k_cache, batch)
     check_rows(queries=q)

@@ -1,0 +1,64 @@
+"""All chapters: their pages, pictures and downloads, and the page that lists them."""
+
+import copy
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from nbformat import NotebookNode
+
+from site_builder.chapters import Chapter, chapters_of, notebook_text
+from site_builder.execution import executed
+from site_builder.quote_code import with_quotes
+from site_builder.tutorial_pages import page_of
+
+WITHOUT_RUNNING = "MINIPAGED_DOCS_WITHOUT_RUNNING"
+
+INDEX = """\
+# Tutorials
+
+Each chapter is a notebook: the code on its page was run, and what it shows is what it gave. They
+build on each other, and need no GPU and no network.
+"""
+
+
+def tutorial_files(root: Path) -> dict[str, bytes]:
+    """Path below docs/ -> content. With MINIPAGED_DOCS_WITHOUT_RUNNING set, pages lack outputs."""
+    chapters = chapters_of(root)
+    files: dict[str, bytes] = {}
+    for chapter, notebook in zip(chapters, _notebooks(chapters, root), strict=True):
+        page = page_of(chapter, notebook, root)
+        folder = f"tutorials/{chapter.name}"
+        files[f"{folder}.md"] = page.markdown.encode()
+        files[f"{folder}.ipynb"] = notebook_text(_to_take_home(chapter, root)).encode()
+        files[f"{folder}.py"] = chapter.script.read_bytes()
+        files |= {f"tutorials/{path}": content for path, content in page.pictures.items()}
+    drawing = root / "tutorials" / "drawing.py"
+    if drawing.exists():
+        files["tutorials/drawing.py"] = drawing.read_bytes()
+    if chapters:
+        files["tutorials/index.md"] = index_page(chapters).encode()
+    return files
+
+
+def _notebooks(chapters: list[Chapter], root: Path) -> list[NotebookNode]:
+    """With their outputs, several chapters at once where there are cores for it."""
+    if os.environ.get(WITHOUT_RUNNING):
+        return [chapter.notebook for chapter in chapters]
+    at_once = max(1, (os.cpu_count() or 1) // 2)
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda chapter: executed(chapter, root), chapters))
+
+
+def index_page(chapters: list[Chapter]) -> str:
+    lines = [f"- [{chapter.title}]({chapter.name}.md): {chapter.summary}" for chapter in chapters]
+    return INDEX + "\n" + "\n".join(lines) + "\n"
+
+
+def _to_take_home(chapter: Chapter, root: Path) -> NotebookNode:
+    """The notebook without outputs; it quotes the code that its page quotes."""
+    notebook = copy.deepcopy(chapter.notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_quotes(cell.source, root, chapter.script.name).rstrip()
+    return notebook

@@ -1,0 +1,189 @@
+"""Every page of the site in a real browser: it asks nobody else, breaks nothing and draws all.
+
+Needs Playwright for Python and a Chromium, which is looked for in the path and in the environment
+variable CHROMIUM. Pictures of all pages go into the folder that MINIPAGED_SCREENSHOTS names.
+"""
+
+import functools
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+playwright_api = pytest.importorskip(
+    "playwright.sync_api", reason="needs the extra `browser`: pip install -e '.[browser]'"
+)
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} is installed"),
+    pytest.mark.timeout(1800),  # the first of them builds the site, and may run all chapters
+]
+
+SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(built_site: Path) -> Iterator[str]:
+    """The site, served on this machine."""
+    handler = functools.partial(QuietHandler, directory=str(built_site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where pictures of the pages go."""
+    folder = Path(os.environ.get("MINIPAGED_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Visit:
+    """A page in a tab that notes everything that goes wrong in it."""
+
+    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+        self.address = address
+        self.faults: list[str] = []
+        self.tab = browser.new_page(**options)
+        self.tab.on("console", self._console)
+        self.tab.on("pageerror", lambda error: self.faults.append(f"raised {error}"))
+        self.tab.on("requestfailed", lambda request: self.faults.append(f"failed {request.url}"))
+        self.tab.on("request", self._request)
+        self.tab.on("response", self._response)
+
+    def _console(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.faults.append(f"{message.type} {message.text}")
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith((self.address, "data:", "blob:", "about:")):
+            self.faults.append(f"asked for {request.url}")
+
+    def _response(self, response: Any) -> None:
+        if response.status >= 400:
+            self.faults.append(f"{response.status} {response.url}")
+
+    def open(self, page: str) -> None:
+        """Load a page and wait until its maths and diagrams are drawn."""
+        self.tab.goto(self.address + page, wait_until="load")
+        self.tab.wait_for_function(
+            "() => !document.querySelector('pre.diagram, div.diagram:not(:has(svg)),"
+            " .arithmatex:not(:has(.katex))')"
+        )
+
+
+def pages_of(site: Path) -> list[str]:
+    """Addresses below the site's own; of the source pages, which are alike, one."""
+    pages = sorted(
+        path.parent.relative_to(site).as_posix().removeprefix(".") + "/"
+        for path in site.rglob("index.html")
+    )
+    pages = [page.removeprefix("/") for page in pages]
+    sources = [page for page in pages if page.startswith("source/")]
+    return [page for page in pages if page not in sources[1:]]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_draws_all_it_has_and_asks_nobody_else(
+    size, scheme, browser, address, built_site, folder
+):
+    width, height = SIZES[size]
+    options = {"viewport": {"width": width, "height": height}, "color_scheme": scheme}
+    visit = Visit(browser, address, **options)
+    for page in pages_of(built_site):
+        visit.open(page)
+        assert not visit.faults, f"{page}: {visit.faults}"
+        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert visit.tab.evaluate(overflow) <= 0, f"{page} is wider than a {size} window"
+        assert visit.tab.locator(".katex-error").count() == 0, f"{page}: a formula is wrong"
+        for frame in visit.tab.locator("iframe.replay").all():
+            frame.scroll_into_view_if_needed()  # it may load only then, and is drawn below
+            frame.content_frame.locator("#forward").wait_for()
+        visit.tab.evaluate("scrollTo(0, 0)")
+        schemes = visit.tab.evaluate(
+            "[...document.querySelectorAll('iframe.replay')]"
+            ".map(frame => frame.contentDocument.documentElement.dataset.scheme)"
+        )
+        assert set(schemes) <= {scheme}, f"{page}: the visualiser is {schemes}"
+        name = page.strip("/").replace("/", "-") or "home"
+        visit.tab.screenshot(path=folder / f"{name}-{scheme}-{size}.png", full_page=True)
+    visit.tab.close()
+
+
+def test_a_change_of_the_palette_reaches_diagrams_and_the_visualiser(browser, address, built_site):
+    visit = Visit(browser, address, color_scheme="light")
+    for page in pages_of(built_site):
+        visit.open(page)
+        if not visit.tab.locator("div.diagram, iframe.replay").count():
+            continue
+        drawn = "[...document.querySelectorAll('div.diagram')].map(box => box.innerHTML)"
+        light = visit.tab.evaluate(drawn)
+        visit.tab.emulate_media(color_scheme="dark")
+        visit.tab.wait_for_function(
+            "() => document.body.dataset.mdColorScheme === 'slate' &&"
+            " [...document.querySelectorAll('iframe.replay')].every("
+            "    frame => frame.contentDocument.documentElement.dataset.scheme === 'dark')"
+        )
+        visit.tab.wait_for_function(
+            f"light => {drawn}.every((dark, i) => dark !== light[i])", arg=light
+        )
+        visit.tab.emulate_media(color_scheme="light")
+    assert not visit.faults
+    visit.tab.close()
+
+
+def test_the_visualiser_steps_by_keys_and_buttons(browser, address, built_site):
+    visit = Visit(browser, address)
+    for page in pages_of(built_site):
+        if 'class="replay"' not in (built_site / page / "index.html").read_text("utf-8"):
+            continue
+        visit.open(page)
+        for frame in visit.tab.locator("iframe.replay").all():
+            frame.scroll_into_view_if_needed()  # it may load only then
+            inside = frame.content_frame
+            inside.locator("#forward").wait_for()
+            first = shown(frame)
+            inside.locator("#forward").click()
+            second = shown(frame)
+            assert second != first, f"{page}: a button makes no step"
+            inside.locator("#where").click()  # the keys then go to the page, and to no button
+            visit.tab.keyboard.press("ArrowLeft")
+            assert shown(frame) == first, f"{page}: the left arrow does not step back"
+            visit.tab.keyboard.press("ArrowRight")
+            assert shown(frame) == second, f"{page}: the right arrow does not step forward"
+            visit.tab.keyboard.press("End")
+            assert shown(frame) not in (first, second), f"{page}: End does not lead to the end"
+        assert not visit.faults, f"{page}: {visit.faults}"
+    visit.tab.close()
+
+
+def shown(frame: Any) -> Any:
+    """The state of the memory that a visualiser shows, and the words above it."""
+    state = frame.evaluate("frame => frame.contentWindow.replay.state()")
+    return state, frame.content_frame.locator("#where").inner_text()
