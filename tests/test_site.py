@@ -362,7 +362,7 @@ def test_a_small_site_is_built_strictly(project):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("[a](gone.md) [b](companion.md#gone)", ["'gone.md'", "no such anchor"]),
+        ("[a](gone.md) [b](companion.md#gone)", ["'gone.md'", "anchor '#gone'"]),
         ("@@ minipaged.pool.Gone", ["index.md, line 3: cannot quote minipaged.pool.Gone"]),
     ],
 )
