@@ -5,8 +5,8 @@ Not part of the installed package. Read in this order:
     errors.py           what stops a build
     names.py            a dotted name -> the lines of its source
     fences.py           which lines of a page are text, and which are code
-    quote_code.py       a line `@@ minipaged.memory.allocator.BlockAllocator` -> that source
     companion.py        `{{ lines minipaged.memory.allocator }}` -> where that is
+    quote_code.py       a line `@@ minipaged.memory.allocator.BlockAllocator` -> that source
     links.py            a link to a file of the repository -> one to the page of its source
     sources.py          those pages
     markdown.py         the three together: what is done to every page

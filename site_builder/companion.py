@@ -1,7 +1,10 @@
-"""`{{ lines dotted.name }}` in a page becomes a link to that name: file and lines.
+"""Links from a page to the code by its name: the lines are counted anew in every build.
 
-The page that leads from the paper to the code names hundreds of places; their line numbers are
-counted anew in every build, and a name that is gone fails it.
+    {{ lines minipaged.llm.LLM.generate }}   becomes `minipaged/llm.py, lines 125-155`
+    {{ name minipaged.llm.LLM.generate }}    becomes `LLM.generate`, and leads to the same lines
+
+The page that leads from the paper to the code names hundreds of places; a name that is gone fails
+the build.
 """
 
 import re
@@ -9,30 +12,34 @@ from pathlib import Path
 
 from site_builder.errors import CannotBuild
 from site_builder.fences import numbered_lines
-from site_builder.names import NameIsGone, find
+from site_builder.names import NameIsGone, Source, find
 
-_MARKER = re.compile(r"\{\{ *lines +([\w.]+) *\}\}")
+_MARKER = re.compile(r"\{\{ *(lines|name) +([\w.]+) *\}\}")
 
 
 def with_places(markdown: str, root: Path, page: str) -> str:
     """The page with its places filled in. Raises CannotBuild for a name that is gone."""
-    lines: list[str] = []
     up = "../" * (page.count("/") + 1)  # from the page to the root of the repository
+
+    def link(match: re.Match[str]) -> str:
+        source = find(root, match[2])
+        label = place(source) if match[1] == "lines" else source.name
+        lines = "" if source.is_module else f"#L{source.first}-L{source.last}"
+        return f"[`{label}`]({up}{source.path}{lines})"
+
+    lines: list[str] = []
     for number, line, is_text in numbered_lines(markdown):
         try:
-            found = _MARKER.sub(lambda match: place(match[1], root, up), line) if is_text else line
+            lines.append(_MARKER.sub(link, line) if is_text else line)
         except NameIsGone as gone:
             raise CannotBuild(f"{page}, line {number}: cannot place {gone}") from gone
-        lines.append(found)
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def place(dotted: str, root: Path, up: str) -> str:
-    """A link to file and lines of a name, to the file of a module. Raises NameIsGone."""
-    source = find(root, dotted)
-    file = f"{up}{source.path}"
-    first, last = source.first, source.last
+def place(source: Source) -> str:
+    """File and lines of a name, the file alone of a module."""
     if source.is_module:
-        return f"[`{source.path}`]({file})"
-    lines = f"line {first}" if first == last else f"lines {first}-{last}"
-    return f"[`{source.path}, {lines}`]({file}#L{first}-L{last})"
+        return source.path
+    one = source.first == source.last
+    lines = f"line {source.first}" if one else f"lines {source.first}-{source.last}"
+    return f"{source.path}, {lines}"

@@ -19,7 +19,7 @@ SECONDS = 300  # for one cell; a chapter aims at ten seconds in all
 SETTINGS_OF_PICTURES = Path(__file__).with_name("matplotlibrc")
 KERNEL_OPTIONS = [
     "--InlineBackend.figure_formats={'svg'}",
-    "--log-level=ERROR",  # it warns that its ports are not encrypted
+    "--log-level=CRITICAL",  # it tells of ports without encryption and of its own end
 ]
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

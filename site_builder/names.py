@@ -20,6 +20,7 @@ class NameIsGone(LookupError):
 class Source:
     """The lines `first` to `last` of a file, decorators included; all of them for a module."""
 
+    name: str  # as its file calls it (BlockAllocator.free); a module's whole name
     path: str  # from the repository's root, with slashes
     first: int
     last: int
@@ -43,7 +44,7 @@ def _find_in(root: Path, path: Path, names: list[str], dotted: str) -> Source:
     lines = text.splitlines()
     relative = path.relative_to(root).as_posix()
     if not names:
-        return Source(relative, 1, len(lines), text, is_module=True)
+        return Source(dotted, relative, 1, len(lines), text, is_module=True)
     tree = ast.parse(text)
     node: ast.AST = tree
     for name in names:
@@ -56,7 +57,7 @@ def _find_in(root: Path, path: Path, names: list[str], dotted: str) -> Source:
         node = below
     first, last = _first_line(node), getattr(node, "end_lineno", 0)
     block = textwrap.dedent("\n".join(lines[first - 1 : last]) + "\n")
-    return Source(relative, first, last, block, is_module=False)
+    return Source(".".join(names), relative, first, last, block, is_module=False)
 
 
 def _child(node: ast.AST, name: str) -> ast.AST | None:

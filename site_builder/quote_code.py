@@ -8,6 +8,7 @@ import re
 import textwrap
 from pathlib import Path
 
+from site_builder.companion import place
 from site_builder.errors import CannotBuild
 from site_builder.fences import fenced, numbered_lines
 from site_builder.names import NameIsGone, find
@@ -34,5 +35,4 @@ def with_quotes(markdown: str, root: Path, page: str) -> str:
 def quoted(dotted: str, root: Path) -> str:
     """A fenced block with the source of `dotted`. Raises NameIsGone."""
     source = find(root, dotted)
-    title = f"{source.path}, lines {source.first}-{source.last}"
-    return fenced(source.text, f'python title="{title}"')
+    return fenced(source.text, f'python title="{place(source)}"')

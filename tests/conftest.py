@@ -38,5 +38,6 @@ def built_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
     )
-    assert build.returncode == 0, build.stderr
+    if build.returncode != 0:
+        pytest.fail(f"mkdocs build --strict:\n{build.stderr}", pytrace=False)
     return site

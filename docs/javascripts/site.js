@@ -66,6 +66,9 @@ async function drawDiagrams() {
   for (const [number, { box, text }] of diagrams.entries()) {
     const { svg } = await mermaid.render(`diagram-${number}`, text);
     box.innerHTML = svg;
+    // On a narrow screen it scrolls rather than shrink until nobody can read it.
+    const drawn = box.firstElementChild;
+    drawn.style.minWidth = `min(${drawn.style.maxWidth || "100%"}, 32rem)`;
   }
 }
 
