@@ -196,7 +196,8 @@ copied_samples, held_by_copies = serve(copying, four)
 
 for sample in samples.outputs:
     print(f"...{sample.text[:72]!r}")
-print(f"\nblocks copied: {copies(shared_events)} with sharing, {copies(copied_events)} without")
+copied, copied_at_once = copies(shared_events), copies(copied_events)
+print(f"\nblocks copied: {copied} with sharing, {copied_at_once} without")
 
 # %% Blocks that four samples of one prompt hold, step by step
 figure, axes = drawing.picture()
@@ -230,8 +231,7 @@ print(f"saved, by formula  {sum(saved) / sum(unshared):.2%}")
 print(f"saved, as measured {samples.metrics.blocks_saved:.2%}")
 
 # %% [markdown]
-# Watch it: four letters stand in the shared blocks at the top of the four tables. The moment to
-# look for is step 2, with its three copies.
+# Here it is to be watched. The moment to look for is step 2, with its three copies.
 
 # %%
 Replay(shared_events, title="Four samples of one prompt")
@@ -313,17 +313,17 @@ below.legend(ncols=4, loc="upper left", fontsize=8)
 
 # %% [markdown]
 # This is Figure 9 of the paper, drawn from a real run. Blue are the beams that live at the end, and
-# their ancestors. At first the beams are four different questions. A grey row that breaks off early
-# was given up: "Noah the" was overtaken by "Who" and "Where". Three grey rows end in a full stop.
-# They have not lost: the model ended them there, and they are three of the four results. The fourth
-# question is then the only one left that goes on, so its forks take all four places, and from step
-# 14 on even the question is shared by all.
+# their ancestors. At first the beams are four different questions. Three that began with a name
+# were overtaken by more questions in the second and third step, and given up. Three grey rows end
+# in a full stop. They have not lost: the model ended them there, and they are three of the four
+# results. The fourth question is then the only one left that goes on, so its forks take all four
+# places, and from step 14 on even the question is shared by all.
 #
 # Below stand the owners. The six full blocks of the prompt have four owners throughout, as with
-# samples. But beams that part do meet again, in a sense: when three of them are replaced by forks
-# of the fourth, all that the fourth has generated becomes common. Samples cannot do that, and so
-# beams save more. An engine without sharing would have to copy keys and values from beam to beam
-# each time; here a fork costs one block at most.
+# samples. But beams meet again, in a sense: where three end and forks of the fourth take their
+# places, all that the fourth has generated becomes common. Samples cannot do that, and so beams
+# save more. An engine without sharing would have to copy keys and values from beam to beam each
+# time; here a fork costs one block at most.
 #
 # The same search to be watched. See how the counts fall and rise between steps 12 and 16.
 
@@ -373,9 +373,9 @@ axes[0].legend(loc="upper left")
 
 # %% [markdown]
 # The order is the same and the sizes are not. The paper does not publish its lengths, only their
-# means, and a saving of samples depends on how many prompts fill a block. A saving of beams depends
-# on the model: one that is sure of its next word keeps four beams apart for long; one that is not,
-# as OPT-13B is on open questions, gives beams up in every step.
+# means, and what samples save depends on how many prompts fill a block. What beams save depends on
+# the model: if it is sure of what follows, beams stay apart for long, as the three questions above
+# did; if it is not, they overtake each other in every step, and share more.
 #
 # ## Check
 #
@@ -426,8 +426,8 @@ else:
 
 # %% [markdown]
 # The second is to make no copy at all. That is worse: the counts are right, each block has the
-# owners that the tables say, and no count can find it. Four samples write their third word into the
-# same slot, and each reads what the last writer left.
+# owners that the tables say, and no count can find it. Four samples write their first three words
+# into the same slots, and each reads what the last writer left.
 
 # %%
 
@@ -508,11 +508,11 @@ assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.
 # ## What changed in the numbers
 
 # %%
-copies_of_beams = copies(copied_events) - 15  # the same memory served the samples before
+beams_at_once = copies(copied_events) - copied_at_once
 print("                         shared   copied at once")
 print(f"blocks held at most      {max(held):6}   {max(held_by_copies):6}   (four samples)")
-print(f"blocks copied            {copies(shared_events):6}   {15:6}   (four samples)")
-print(f"blocks copied            {copies(beam_events):6}   {copies_of_beams:6}   (four beams)")
+print(f"blocks copied            {copied:6}   {copied_at_once:6}   (four samples)")
+print(f"blocks copied            {copies(beam_events):6}   {beams_at_once:6}   (four beams)")
 print(f"blocks saved by samples  {samples.metrics.blocks_saved:6.1%}")
 print(f"blocks saved by beams    {found.metrics.blocks_saved:6.1%}")
 
