@@ -87,10 +87,11 @@ print(index.find("there was a frog who had a key"))
 # Two prompts share as far as they are equal from the start, never further. So the entries form a
 # *tree*.
 #
-# Other engines build a hash of all tokens up to the end of a block, and look for that. Two
-# different beginnings may then have the same hash, and one user is served with the other's keys and
-# values. Here tokens are compared with tokens, and a block's number stands for everything before
-# it. That is exact, and shorter:
+#
+# Other engines make one number, a hash, of all tokens up to the end of a block, and look for that.
+# They rely on it that no two beginnings have the same hash: where two had, one user would be served
+# with the other's keys and values. Here tokens are compared with tokens, and a block's number
+# stands for everything before it. That is exact:
 #
 # @@ minipaged.memory.prefix_cache.PrefixCache.find
 #
@@ -433,13 +434,13 @@ tight = LLM("storyteller", num_blocks=14)
 tight_memory = tight.engine.scheduler.memory
 pinned = tight.cache_prefix(favourite.text)
 print(f"\npinned: {pinned.num_blocks} blocks, so {tight_memory.num_free} of 14 are free")
-for told in one_offs:
+for told in one_offs[:3]:
     ask(tight, prompt(told, told.questions[0]))
-print("after six long stories:", ask(tight, mixed[0]).num_cached_tokens, "tokens found")
+print("after three long stories:", ask(tight, mixed[0]).num_cached_tokens, "tokens found")
 tight.release_prefix(pinned)
-for told in one_offs:
+for told in one_offs[:3]:
     ask(tight, prompt(told, told.questions[0]))
-print("released, six more:    ", ask(tight, mixed[0]).num_cached_tokens, "tokens found")
+print("released, three more:    ", ask(tight, mixed[0]).num_cached_tokens, "tokens found")
 
 # %% [markdown]
 # The paper measures what a shared prefix brings on a translation task (section 6.4, Figure 16):
@@ -524,7 +525,7 @@ def what_is_found(cache: type[PrefixCache]) -> list[int]:
 print("the library's cache finds", what_is_found(PrefixCache))
 print("with the mistake it finds", what_is_found(StaysInTheIndex))
 assert what_is_found(PrefixCache) == []
-assert what_is_found(StaysInTheIndex) == list(range(100, 108))
+assert sorted(what_is_found(StaysInTheIndex)) == list(range(100, 108))
 
 # %% [markdown]
 # The third is a policy that gives up parents before their children. The cache does not accept it:
