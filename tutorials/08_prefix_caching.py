@@ -87,7 +87,6 @@ print(index.find("there was a frog who had a key"))
 # Two prompts share as far as they are equal from the start, never further. So the entries form a
 # *tree*.
 #
-#
 # Other engines make one number, a hash, of all tokens up to the end of a block, and look for that.
 # They rely on it that no two beginnings have the same hash: where two had, one user would be served
 # with the other's keys and values. Here tokens are compared with tokens, and a block's number
@@ -108,13 +107,13 @@ memory = BlockManager(num_blocks=8, block_size=4, enable_prefix_caching=True)
 prompt_of_10 = range(10)
 
 
-def arrive(seq_id: int, tokens) -> Sequence:
+def arrive(seq_id: int, tokens: range) -> Sequence:
     seq = Sequence(seq_id, tokens)
     memory.admit(SequenceGroup(str(seq_id), [seq]))
     return seq
 
 
-def num_found(tokens) -> int:
+def num_found(tokens: range) -> int:
     return memory.num_found(Sequence(-1, tokens))
 
 
