@@ -51,14 +51,7 @@ first.mark_computed(7)
 second = first.fork(2)
 memory.fork(first, second)
 print("A1:", memory.block_table(1), " A2:", memory.block_table(2))
-print(
-    "free:",
-    memory.num_free,
-    " owners of block 0:",
-    memory.ref_count(0),
-    " of 1:",
-    memory.ref_count(1),
-)
+print(f"free: {memory.num_free}, owners: {memory.ref_count(0)} and {memory.ref_count(1)}")
 
 # %% [markdown]
 # Two sequences of 7 tokens hold two blocks, not four. The fork took none. All it did was to copy
