@@ -59,8 +59,8 @@ print(f"free: {memory.num_free}, owners: {memory.ref_count(0)} and {memory.ref_c
 #
 # @@ minipaged.memory.block_manager.BlockManager.fork
 #
-# Now both go on. A1 says "fathers", A2 says "mothers". Both words belong into the last slot of
-# block 1, and it cannot hold two.
+# Now both go on. A1 says "fathers", A2 says "mothers". Both words belong in the last slot of block
+# 1, and it cannot hold two.
 
 # %%
 spoken = {1: [*words], 2: [*words]}
@@ -117,8 +117,8 @@ for axis, (contents, owners), title in zip(
 # ### A memory of your own, that does not share
 #
 # How much does it save? To measure that, you need a memory to compare with: one that shares
-# nothing. Older systems were like that. Each sample had keys and values of its own, and so had its
-# copy of the prompt's.
+# nothing. Older systems were like that. Each sample had keys and values of its own, those of the
+# prompt included.
 #
 # The place for it is `append` again. Before a sequence gets room for its next token, give it a copy
 # of every block that has another owner, whether it is about to be written or not. (Why not in

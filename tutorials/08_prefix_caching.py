@@ -250,8 +250,8 @@ axes.axis("off")
 
 # %% [markdown]
 # The number in a box is the block, the text is what it holds. Behind a blue one prompts part. To
-# look a prompt up is to walk from the left to the right as far as the words agree. The last blocks
-# hold answers: what is generated can be found like what was given.
+# look a prompt up is to walk from the left to the right as far as the words agree. Blocks 4 and 9
+# hold the beginning of an answer: what is generated can be found like what was given.
 #
 # ### Who is given up
 #
