@@ -65,7 +65,8 @@ def blocks(
 
     Args:
         contents: the tokens in each block that has an owner.
-        owners: who that is. "A", "B", ... have the same colour in every picture.
+        owners: who that is. "A", "B", ... have the same colour in every picture. Blocks with
+            several owners, as in "A, B", are grey.
         columns: blocks side by side.
     """
     colours = _colours(list(owners.values()))
@@ -118,11 +119,20 @@ def strips(axes: Axes, rows: Mapping[str, Iterable[str]], labels: Mapping[str, s
     axes.spines[["left", "bottom"]].set_visible(False)
 
 
+def label(axes: Axes, x: float, y: float, text: str, colour: str, fontsize: float = 6.5) -> None:
+    """A word in a coloured box, as in a tree."""
+    box = {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": "none"}
+    axes.text(
+        x, y, text, ha="center", va="center", fontsize=fontsize, color=_ink(colour), bbox=box
+    )  # fmt: skip
+
+
 def _colours(owners: Iterable[str]) -> dict[str, str]:
     letters = {name: ord(name) - ord("A") for name in owners if len(name) == 1}
-    others = sorted({name for name in owners if len(name) > 1})
+    shared = {name: GREY for name in owners if ", " in name}
+    others = sorted({name for name in owners if len(name) > 1} - shared.keys())
     numbers = letters | {name: len(letters) + index for index, name in enumerate(others)}
-    return {name: COLOURS[number % len(COLOURS)] for name, number in numbers.items()}
+    return shared | {name: COLOURS[number % len(COLOURS)] for name, number in numbers.items()}
 
 
 def _ink(face: str) -> str:
