@@ -34,7 +34,8 @@
 # An engine of reservations never has this problem: it lets few requests in, and keeps most of the
 # pool empty for what may come. Paging lets many in and accepts that it may now and then have gone
 # too far. Then the scheduler looks through those who run, oldest first, and gives each its next
-# block. When there is none, it takes one from the other end:
+# block. When there is none, somebody younger loses all of theirs, and whoever has nobody younger
+# yields:
 #
 # @@ minipaged.scheduler.FCFSScheduler._make_room
 #
@@ -237,7 +238,7 @@ for name, events in traces.items():
 # left alone; with the others it may be anybody. (Anybody who is younger than the one in need: the
 # library offers nobody else, so rule 3 holds whatever you choose.) The last row is a gift of
 # chapter 8: blocks that were taken away may still be found, and what is found need not be computed
-# again.
+# again. (Besides, all eight prompts begin with the same block.)
 #
 # ### What each way costs
 #
@@ -290,11 +291,12 @@ for size in (1, 8, 16, 256):
 # %% [markdown]
 # This is the message of the paper's Figure 19: recomputing does not care about the size of blocks,
 # and swapping small blocks is slow. By the formula swapping wins from blocks of 16; in the paper's
-# end-to-end runs the two are comparable from 16 to 64. It also reports that recomputing never takes
-# more than 20 % longer than swapping. The formula says more for large blocks: its bus is never busy
-# with anything else. (`docs/paper.md` keeps this as a miss.) And where the dashed line is flat, a
-# step reads all weights for a few tokens. If others decode in the same step, the weights are read
-# anyway, and recomputing costs nearly nothing.
+# end-to-end runs the two are comparable from 16 to 64. It also says that the overhead of
+# recomputing is never above 20 % of swapping's latency, which must mean: never more than 20 %
+# slower. The formula says 52 % for blocks of 256, for its bus is never busy with anything else.
+# (`docs/paper.md` keeps this as a miss.) And where the dashed line is flat, a step reads all
+# weights for a few tokens. If others decode in the same step, the weights are read anyway, and to
+# recompute so few tokens costs nearly nothing.
 #
 # ### Larger than the pool
 #
@@ -385,7 +387,7 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 #
 # The paper says: no larger than the pool, for what is swapped once lay there. But those who stay
 # grow into the room, and may be swapped in turn. If eight equal requests yield one after the other,
-# each with its part of 36 blocks at that moment, 36 (1/8 + 1/7 + ... + 1/2), or some 60 blocks, can
+# each with its part of 36 blocks at that moment, 36 (1/8 + 1/7 + ... + 1/2), or some 61 blocks, can
 # lie in the swap pool; so there are 72 of them here. If it is full, the library recomputes instead.
 # Try `num_swap_blocks=4`.
 #
