@@ -50,7 +50,7 @@ crowds = (1, 2, 4, 8, 16, 32)
 llm = LLM(num_blocks=128, max_num_seqs=32, enable_prefix_caching=False)
 
 
-def tokens_per_second(num_seqs: int, num_steps: int = 10) -> float:
+def tokens_per_second(num_seqs: int, num_steps: int = 8) -> float:
     params = SamplingParams(temperature=0, max_tokens=num_steps + 1, ignore_eos=True)
     for number in range(num_seqs):
         llm.engine.add_request(f"{number}", "Once upon a time", params)
@@ -276,7 +276,7 @@ def serve_late(**options: Any) -> tuple[str, list[Event], list[float]]:
     parts = Parts().traced(EventLog(events.append))
     engine = LLM(parts=parts, max_num_seqs=seats, enable_prefix_caching=False, **options).engine
     for number in range(7):
-        decoding = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        decoding = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
         engine.add_request(f"{number}", prompts[number], decoding)
     answer, seconds = "", []
     while engine.has_unfinished_requests():
@@ -357,7 +357,8 @@ from minipaged.replay import Replay
 
 mixed: list[Event] = []
 parts = Parts().traced(EventLog(mixed.append))
-llm = LLM(parts=parts, num_blocks=40, max_num_seqs=seats, enable_prefix_caching=False)
+options = {"num_blocks": 40, "block_size": 4, "max_num_seqs": seats}
+llm = LLM(parts=parts, enable_prefix_caching=False, **options)
 to_come = list(zip(prompts, params, strict=True))
 num_steps = 0
 while to_come or llm.engine.has_unfinished_requests():
