@@ -349,7 +349,7 @@ for watermark in (0.0, 0.1, 0.3):
 # The order is that of arrival, and the first who does not fit holds up those behind, even if one of
 # them would fit. It costs a few seats, and buys that nobody is overtaken for ever.
 #
-# Here is a mixed trace to watch: the 24 requests come one by one, every second step, to 8 seats and
+# Here is a mixed trace to watch: the 24 requests come one by one, one in each step, to 8 seats and
 # a pool that is a little small. See how the queues fill and empty.
 
 # %%
@@ -360,12 +360,10 @@ parts = Parts().traced(EventLog(mixed.append))
 options = {"num_blocks": 40, "block_size": 4, "max_num_seqs": seats}
 llm = LLM(parts=parts, enable_prefix_caching=False, **options)
 to_come = list(zip(prompts, params, strict=True))
-num_steps = 0
 while to_come or llm.engine.has_unfinished_requests():
-    if to_come and num_steps % 2 == 0:
+    if to_come:
         llm.engine.add_request(f"request {25 - len(to_come)}", *to_come.pop(0))
     llm.engine.step()
-    num_steps += 1
 Replay(mixed, title="24 requests come one by one")
 
 # %% [markdown]
