@@ -270,13 +270,14 @@ axes.axis("off")
 
 # %%
 from collections import Counter
+from typing import Any
 
-from minipaged.memory import Allocator, PrefixCache
+from minipaged.memory import PrefixCache
 
 
 class LeastOftenUsed(PrefixCache):
-    def __init__(self, allocator: Allocator, block_size: int, enabled: bool = True) -> None:
-        super().__init__(allocator, block_size, enabled)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.uses = Counter[int]()
 
     def allocate(self) -> int:

@@ -20,6 +20,11 @@ from minipaged.errors import InvalidOption
 from minipaged.labs.lab import Lab, Task
 
 TESTS = Path(__file__).parent / "tests"
+QUIET = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed has no say here
+}
 _TRACE = "minipaged trace view"  # how a test tells of the trace that it left
 
 Run = Callable[[list[str], Path, float], "str | None"]
@@ -100,8 +105,9 @@ def _copy_tests(clean: Path, hidden_tests: Path | None) -> None:
 
 def _grade_task(lab: Lab, task: Task, clean: Path, handed_in: Path, run: Run) -> Result:
     report = clean / f"task{task.number}.xml"
+    hidden = ["tests/hidden"] if (clean / "tests" / "hidden").exists() else []
     arguments = [
-        "tests", "-c", "tests/pytest.ini", "--rootdir=.",
+        f"tests/test_lab{lab.number}_{lab.name}.py", *hidden, "-c", "tests/pytest.ini", "--rootdir=.",
         "-m", f"lab(number={lab.number}, task={task.number})",
         f"--junitxml={report}", "--trace-dir=traces", "--tb=short",
         *lab.swap_options(str(handed_in)),
@@ -117,7 +123,7 @@ def _grade_task(lab: Lab, task: Task, clean: Path, handed_in: Path, run: Run) ->
 
 def run_in_new_process(arguments: list[str], folder: Path, seconds: float) -> str | None:
     """What pytest printed; None if it had to be stopped, with all that it had started."""
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | QUIET
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *arguments], cwd=folder, env=environment, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

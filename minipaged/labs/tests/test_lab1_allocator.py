@@ -203,9 +203,8 @@ def test_it_takes_no_longer_in_a_large_pool(build):
 
 
 @task(4)
-@pytest.mark.parametrize("num_blocks", [128, 24])
-def test_the_model_says_what_it_says_on_the_librarys_allocator(observed, num_blocks):
-    serves_what_the_library_serves(observed, num_blocks=num_blocks, preemption="swap")
+def test_the_model_says_what_it_says_on_the_librarys_allocator(observed):
+    serves_what_the_library_serves(observed, num_blocks=16, preemption="swap")  # not enough for all
 
 
 @task(4)
