@@ -85,7 +85,7 @@ for number, slot in enumerate(batch.slots.tolist()):
     colour = drawing.COLOURS[ord(owner_of_row[number]) - ord("A")]
     above.barh(0, 1, left=number, color=colour, edgecolor=drawing.GREY)
     place = f"position {batch.positions[number]}\nslot {slot}"
-    above.text(number + 0.5, 0, row[number], ha="center", va="center", color=drawing._ink(colour))
+    above.text(number + 0.5, 0, row[number], ha="center", va="center", color=drawing.ink(colour))
     above.text(number + 0.5, -0.5, place, ha="center", va="top", fontsize=8)
     line, column = divmod(slot // 4, 3)
     frame = drawing.Rectangle((5.2 * column + slot % 4, -1.25 * line - 1), 1, 1, fill=False)

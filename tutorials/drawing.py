@@ -85,7 +85,7 @@ def blocks(
             if filled:
                 axes.text(
                     left + offset + 0.5, top - 0.5, tokens[offset].strip(), ha="center",
-                    va="center", fontsize=7, color=_ink(face), fontweight="bold",
+                    va="center", fontsize=7, color=ink(face), fontweight="bold",
                 )  # fmt: skip
     rows = -(-num_blocks // columns)
     axes.set_xlim(-0.8, columns * (block_size + 1.2) - 1.1)
@@ -123,7 +123,7 @@ def label(axes: Axes, x: float, y: float, text: str, colour: str, fontsize: floa
     """A word in a coloured box, as in a tree."""
     box = {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": "none"}
     axes.text(
-        x, y, text, ha="center", va="center", fontsize=fontsize, color=_ink(colour), bbox=box
+        x, y, text, ha="center", va="center", fontsize=fontsize, color=ink(colour), bbox=box
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _colours(owners: Iterable[str]) -> dict[str, str]:
     return shared | {name: COLOURS[number % len(COLOURS)] for name, number in numbers.items()}
 
 
-def _ink(face: str) -> str:
+def ink(face: str) -> str:
     """White on dark colours, black on light ones."""
     red, green, blue = mpl.colors.to_rgb(face)
     return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else "black"
