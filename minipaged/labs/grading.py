@@ -107,7 +107,8 @@ def _grade_task(lab: Lab, task: Task, clean: Path, handed_in: Path, run: Run) ->
     report = clean / f"task{task.number}.xml"
     hidden = ["tests/hidden"] if (clean / "tests" / "hidden").exists() else []
     arguments = [
-        f"tests/test_lab{lab.number}_{lab.name}.py", *hidden, "-c", "tests/pytest.ini", "--rootdir=.",
+        f"tests/test_lab{lab.number}_{lab.name}.py", *hidden,
+        "-c", "tests/pytest.ini", "--rootdir=.",
         "-m", f"lab(number={lab.number}, task={task.number})",
         f"--junitxml={report}", "--trace-dir=traces", "--tb=short",
         *lab.swap_options(str(handed_in)),
