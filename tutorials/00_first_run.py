@@ -98,9 +98,10 @@ for number, asked in enumerate(questions):
 print(f"\n{len(usages)} steps for {len(prompts)} requests")
 
 # %% [markdown]
-# Six requests took hardly more steps than one. A step that serves six costs little more than a step
-# that serves one, as chapter 6 will measure: that is why a serving engine puts requests together.
-# What limits how many it can put together is memory. Here it is, step by step:
+# Six requests took as many steps as the longest of their answers has tokens, not the sum of all.
+# And a step that serves six costs little more than a step that serves one, as chapter 6 will
+# measure: that is why a serving engine puts requests together. What limits how many it can put
+# together is memory. Here it is, step by step:
 
 # %% Slots of the pool that hold a token, and slots in blocks that somebody owns, step by step
 import drawing
