@@ -17,8 +17,21 @@ WITHOUT_RUNNING = "MINIPAGED_DOCS_WITHOUT_RUNNING"
 INDEX = """\
 # Tutorials
 
-Each chapter is a notebook: the code on its page was run, and what it shows is what it gave. They
-build on each other, and need no GPU and no network.
+From a first run to a serving engine in your head and, if you type along, in your hands: in most
+chapters you write a part of the engine yourself, and the model runs on it. The code on each page was
+run when the site was built, and what it shows is what it gave. No chapter needs a GPU or a network.
+
+Three ways to follow:
+
+- Read here. Chapters 0, 3, 6, 7, 8 and 9 replay what happened in the pool, block by block.
+- Run the script, in a checkout: `pip install -e ".[plot]"`, then `python tutorials/00_first_run.py`.
+  With `MINIPAGED_PICTURES=pictures` before it, it keeps its pictures in that folder.
+- Open the notebook, linked at the top of each chapter, in Jupyter. Or open the script itself in an
+  editor that knows cells (`# %%`), such as VS Code or Spyder.
+
+Each has the same form: what you will know, what must hold, numbers to predict before you run
+anything, the step, a check that would notice if it were wrong, questions with folded answers, and
+what changed in the numbers.
 """
 
 

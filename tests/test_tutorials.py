@@ -45,13 +45,23 @@ def test_all_chapters_are_there():
 @each_chapter
 def test_a_chapter_runs_from_top_to_bottom(chapter: Path, tmp_path: Path):
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "Agg"}
-    environment.pop("TRITON_INTERPRET", None)  # as a reader has it
+    for name in ("TRITON_INTERPRET", "MINIPAGED_PICTURES"):  # as a reader has it
+        environment.pop(name, None)
     run = subprocess.run(
         [sys.executable, chapter], cwd=tmp_path, env=environment, capture_output=True, text=True,
         timeout=240, check=False,
     )  # fmt: skip
     assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
     assert not list(tmp_path.iterdir()), "a chapter leaves nothing behind"
+
+
+def test_a_script_keeps_its_pictures_where_it_is_told(tmp_path: Path):
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "MINIPAGED_PICTURES": "pictures"}
+    subprocess.run(
+        [sys.executable, CHAPTERS[0]], cwd=tmp_path, env=environment, check=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert [file.name for file in tmp_path.glob("pictures/*")] == ["00_first_run-1.png"]
 
 
 @each_chapter

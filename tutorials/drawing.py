@@ -2,17 +2,26 @@
 
 Text is a middle grey and the background empty, so that a picture can be read on a white page and on
 a dark one. Colours are those of Okabe and Ito, which people who see few colours can tell apart.
+
+A notebook shows pictures where they are drawn. A script keeps them if it is told where:
+
+    MINIPAGED_PICTURES=pictures python tutorials/00_first_run.py
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # draw into files, on a machine without a screen too
 
-import matplotlib as mpl
+try:
+    import matplotlib as mpl
+except ModuleNotFoundError:
+    sys.exit('The chapters draw with matplotlib, which is not installed: pip install -e ".[plot]"')
 from cycler import cycler
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -152,3 +161,16 @@ def stop(why: str) -> None:
 class _Stopped(Exception):
     def _render_traceback_(self) -> list[str]:  # Jupyter shows this instead of a traceback
         return [str(self)]
+
+
+def _keep_pictures() -> None:
+    """What a script has drawn, as it ends: 00_first_run-1.png and so on."""
+    folder = Path(os.environ["MINIPAGED_PICTURES"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in plt.get_fignums():
+        file = folder / f"{Path(sys.argv[0]).stem}-{number}.png"
+        plt.figure(number).savefig(file, dpi=150, facecolor="white")
+
+
+if "MINIPAGED_PICTURES" in os.environ:
+    atexit.register(_keep_pictures)
