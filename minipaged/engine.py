@@ -147,6 +147,8 @@ class LLMEngine:
         for output in outputs:
             if output.finished:
                 del self._requests[output.request_id]
+        lost = not self.scheduler.has_unfinished() and bool(self._requests)
+        assert not lost, f"the scheduler has lost {', '.join(self._requests)}: they would never end"
         return outputs
 
     def _fork(self, group: SequenceGroup, parent: Sequence) -> Sequence:

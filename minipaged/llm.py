@@ -1,6 +1,7 @@
 """The front door: prompts in, RequestOutputs out."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -188,10 +189,19 @@ class LLM:
                         if output.finished:
                             del mine[request_id], self._news[request_id]
                         yield index, output
+        except Exception:
+            while mine:  # whatever has broken may break again, and the first error counts
+                with suppress(Exception):
+                    self._abort(mine)
+            raise
         finally:
-            for request_id in mine:
-                self.engine.abort_request(request_id)
-                self._news.pop(request_id, None)
+            self._abort(mine)
+
+    def _abort(self, request_ids: dict[str, int]) -> None:
+        while request_ids:
+            request_id, _ = request_ids.popitem()
+            self._news.pop(request_id, None)
+            self.engine.abort_request(request_id)
 
     def beam_search(
         self,

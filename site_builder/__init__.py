@@ -14,6 +14,7 @@ Not part of the installed package. Read in this order:
     execution.py        a notebook -> the notebook with its outputs, once
     tutorial_pages.py   a notebook with its outputs -> a page with its pictures
     tutorials.py        all chapters: pages, downloads, and the page that lists them
+    lab_pages.py        the briefs of the labs
     navigation.py       a folder in the navigation -> its pages
     hooks.py            MkDocs calls this
     __main__.py         and any other site builder that

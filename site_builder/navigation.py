@@ -21,5 +21,5 @@ def _expanded(value: Any, pages: list[str]) -> Any:
 
 
 def _pages_below(folder: str, pages: list[str]) -> list[str]:
-    below = [page for page in pages if page.startswith(folder)]
+    below = [page for page in pages if page.rpartition("/")[0] == folder.rstrip("/")]
     return sorted(below, key=lambda page: (page != folder + "index.md", page))

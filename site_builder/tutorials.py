@@ -9,6 +9,7 @@ from nbformat import NotebookNode
 
 from site_builder.chapters import Chapter, chapters_of, notebook_text
 from site_builder.execution import executed
+from site_builder.lab_pages import lab_files
 from site_builder.quote_code import with_quotes
 from site_builder.tutorial_pages import page_of
 
@@ -18,14 +19,16 @@ INDEX = """\
 # Tutorials
 
 From a first run to a serving engine in your head and, if you type along, in your hands: in most
-chapters you write a part of the engine yourself, and the model runs on it. The code on each page was
-run when the site was built, and what it shows is what it gave. No chapter needs a GPU or a network.
+chapters you write a part of the engine yourself, and the model runs on it. The code on each page
+was run when the site was built, and what it shows is what it gave. No chapter needs a GPU or a
+network.
 
 Three ways to follow:
 
 - Read here. Chapters 0, 3, 6, 7, 8 and 9 replay what happened in the pool, block by block.
-- Run the script, in a checkout: `pip install -e ".[plot]"`, then `python tutorials/00_first_run.py`.
-  With `MINIPAGED_PICTURES=pictures` before it, it keeps its pictures in that folder.
+- Run the script, in a checkout: `pip install -e ".[plot]"`, then
+  `python tutorials/00_first_run.py`. With `MINIPAGED_PICTURES=pictures` before it, it keeps its
+  pictures in that folder.
 - Open the notebook, linked at the top of each chapter, in Jupyter. Or open the script itself in an
   editor that knows cells (`# %%`), such as VS Code or Spyder.
 
@@ -51,7 +54,7 @@ def tutorial_files(root: Path) -> dict[str, bytes]:
         files["tutorials/drawing.py"] = drawing.read_bytes()
     if chapters:
         files["tutorials/index.md"] = index_page(chapters).encode()
-    return files
+    return files | lab_files(root)
 
 
 def _notebooks(chapters: list[Chapter], root: Path) -> list[NotebookNode]:

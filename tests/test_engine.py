@@ -17,6 +17,7 @@ from minipaged.errors import (
     PromptTooLong,
 )
 from minipaged.memory import BlockAllocator
+from minipaged.scheduler import FCFSScheduler
 
 LENGTHS = (3, 50, 17, 64, 1, 31, 33, 8)
 PROMPTS = [[(7 * i + 11 * n) % (VOCAB_SIZE - 3) + 3 for i in range(n)] for n in LENGTHS]
@@ -663,3 +664,40 @@ def test_times_are_those_of_the_engines_clock(folder):
     times = [metrics.arrival_time, metrics.first_token_time, metrics.last_token_time]
     assert all(a < b for a, b in pairwise(times))
     assert metrics.last_token_time - metrics.first_token_time == 31
+
+
+# ---- parts that break their word -----------------------------------------------------------------
+
+
+class BreaksAfterAStep(FCFSScheduler):
+    """Fails in the second step, and in every abort after it."""
+
+    steps = 0
+
+    def schedule(self):
+        self.steps += 1
+        assert self.steps < 2, "the fault itself"
+        return super().schedule()
+
+    def abort(self, group):
+        raise LookupError("what the fault has led to")
+
+
+def test_the_first_fault_is_told_whatever_it_leads_to(folder):
+    llm = LLM(folder, parts=Parts(scheduler=BreaksAfterAStep))
+    with pytest.raises(AssertionError, match="the fault itself"):
+        run(llm)
+    assert not llm.engine.has_unfinished_requests()
+
+
+class LosesThoseWhoWait(FCFSScheduler):
+    def schedule(self):
+        plan = super().schedule()
+        self.waiting.clear()
+        return plan
+
+
+def test_a_scheduler_that_loses_a_request_is_named_instead_of_waited_for(folder):
+    llm = LLM(folder, max_num_seqs=2, parts=Parts(scheduler=LosesThoseWhoWait))
+    with pytest.raises(AssertionError, match="the scheduler has lost llm-2, llm-3"):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
