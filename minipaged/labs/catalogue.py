@@ -1,12 +1,13 @@
 """The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
 
 from minipaged.errors import InvalidOption
-from minipaged.labs import lab1_allocator, lab2_block_tables
+from minipaged.labs import lab1_allocator, lab2_block_tables, lab6_prefix_cache
 from minipaged.labs.lab import Lab
 
 LABS: tuple[Lab, ...] = (
     lab1_allocator.LAB,
     lab2_block_tables.LAB,
+    lab6_prefix_cache.LAB,
 )
 
 
