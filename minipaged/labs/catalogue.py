@@ -1,10 +1,14 @@
 """The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
 
 from minipaged.errors import InvalidOption
-from minipaged.labs import lab1_allocator
+from minipaged.labs import lab1_allocator, lab2_block_tables, lab6_prefix_cache
 from minipaged.labs.lab import Lab
 
-LABS: tuple[Lab, ...] = (lab1_allocator.LAB,)
+LABS: tuple[Lab, ...] = (
+    lab1_allocator.LAB,
+    lab2_block_tables.LAB,
+    lab6_prefix_cache.LAB,
+)
 
 
 def find_lab(number: int) -> Lab:

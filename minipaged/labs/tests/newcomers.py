@@ -1,0 +1,113 @@
+"""Sequences that come to a memory or a cache, grow, and go: for the labs without a model."""
+
+import random
+
+from minipaged.memory import (
+    BlockAllocator,
+    BlockManager,
+    BlockTable,
+    CheckedAllocator,
+    CheckedMemory,
+)
+from minipaged.sequence import Sequence, SequenceGroup
+
+
+class Story:
+    """Sequences that come to a memory, and grow."""
+
+    def __init__(self, memory) -> None:
+        self.memory = memory
+        self.num_sequences = 0
+
+    def comes(self, *lengths: int) -> SequenceGroup:
+        """A group with a sequence of each of these lengths."""
+        first = self.num_sequences
+        self.num_sequences += len(lengths)
+        sequences = [
+            Sequence(first + number, range(length)) for number, length in enumerate(lengths)
+        ]
+        group = SequenceGroup(str(first), sequences)
+        self.memory.admit(group)
+        return group
+
+    def samples(self, seq: Sequence, num_tokens: int = 1) -> None:
+        """A step has computed what was there, and more tokens stand at the end."""
+        seq.mark_computed(seq.num_uncomputed_tokens)
+        for _ in range(num_tokens):
+            seq.append(0)
+
+    def grows(self, seq: Sequence, num_tokens: int = 1) -> list:
+        self.samples(seq, num_tokens)
+        return self.memory.append(seq)
+
+    def table(self, seq: Sequence):
+        return self.memory.block_table(seq.seq_id)
+
+
+class Users:
+    """Sequences that come to a cache with blocks of 4, write them, and publish them."""
+
+    def __init__(self, cache) -> None:
+        self.cache = cache
+        self.num_sequences = 0
+
+    def sequence(self, tokens, **options) -> Sequence:
+        self.num_sequences += 1
+        return Sequence(self.num_sequences, tokens, **options)
+
+    def writes(self, tokens, num_computed=None, **options) -> tuple[Sequence, BlockTable]:
+        """A sequence that has found nothing, so that all its blocks are new."""
+        seq = self.sequence(tokens, **options)
+        blocks = [self.cache.allocate() for _ in range(-(-seq.num_tokens // 4))]
+        seq.mark_computed(seq.num_tokens if num_computed is None else num_computed)
+        return seq, BlockTable(4, blocks, seq.num_tokens)
+
+    def publishes(self, tokens, num_computed=None, **options) -> BlockTable:
+        seq, table = self.writes(tokens, num_computed, **options)
+        self.cache.publish(seq, table)
+        return table
+
+    def finds(self, tokens, **options) -> list[int]:
+        return self.cache.find(self.sequence(tokens, **options))
+
+    def lets_go(self, table: BlockTable) -> None:
+        for block in reversed(table.blocks):  # as sequences do
+            self.cache.free(block)
+
+
+def serve_in_any_order(prefix_cache, seed: int) -> None:
+    """Whatever a block that is found holds must be what was looked for. Raises AssertionError."""
+    rng = random.Random(seed)
+    memory = CheckedMemory(  # recounts after every call, and names the guilty
+        BlockManager(
+            num_blocks=12,
+            block_size=4,
+            allocator=lambda num_blocks: CheckedAllocator(BlockAllocator(num_blocks)),
+            enable_prefix_caching=True,
+            prefix_cache=prefix_cache,
+        )
+    )
+    holds: dict[int, tuple] = {}  # by block: the salt and all tokens up to its end, when written
+    running: list[Sequence] = []
+    num_found = 0
+    for number in range(250):
+        kinds = [rng.randrange(2) for _ in range(rng.randrange(1, 4))]  # of block
+        tokens = [kind for kind in kinds for _ in range(4)] + [7]
+        seq = Sequence(number, tokens, cache_salt=rng.choice([None, "ann"]))
+        group = SequenceGroup(str(number), [seq])
+        while running and (len(running) > 3 or not memory.can_admit(group, alone=False)):
+            memory.free(running.pop(rng.randrange(len(running))))
+        memory.admit(group)
+        blocks = memory.block_table(number).blocks
+        content = [(seq.cache_salt, *tokens[: 4 * i + 4]) for i in range(len(blocks))]
+        for logical in range(seq.num_computed_tokens // 4):
+            assert holds[blocks[logical]] == content[logical], "found what holds something else"
+            num_found += 1
+        holds |= dict(zip(blocks, content, strict=True))
+        seq.mark_computed(seq.num_uncomputed_tokens)
+        memory.publish(seq)
+        running.append(seq)
+    for seq in running:
+        memory.free(seq)
+    assert memory.num_free == 12
+    assert num_found > 100, f"only {num_found} blocks were found"

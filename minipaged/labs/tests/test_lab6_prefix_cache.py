@@ -1,0 +1,299 @@
+"""Lab 6: what a prefix cache finds, who owns what it knows, and what it gives up.
+
+Which number a block has does not matter, nor how the cache looks it up.
+"""
+
+import pytest
+
+from minipaged.errors import DoubleFree, OutOfBlocks
+from minipaged.memory import BlockAllocator, BlockTable
+from minipaged.sequence import Sequence
+
+from newcomers import Users, serve_in_any_order
+from serving import expected, generate, prompts, serves_what_the_library_serves
+
+
+def task(number: int) -> pytest.MarkDecorator:
+    return pytest.mark.lab(number=6, task=number)
+
+
+@pytest.fixture
+def build(part):
+    def new(num_blocks: int = 32, **options) -> Users:
+        return Users(part("prefix_cache")(BlockAllocator(num_blocks), 4, **options))
+
+    return new
+
+
+@pytest.fixture
+def users(build) -> Users:
+    return build()
+
+
+# ---- task 1: let written blocks be found ---------------------------------------------------------
+
+
+@task(1)
+def test_a_block_is_known_by_its_tokens_and_the_block_before_it(users):
+    first, second = users.publishes([1, 2, 3, 4, 5, 6, 7, 8]).blocks
+    assert dict(users.cache.known) == {
+        first: (None, (1, 2, 3, 4)),
+        second: (first, (5, 6, 7, 8)),
+    }
+
+
+@task(1)
+@pytest.mark.parametrize(("length", "num_full"), [(3, 0), (4, 1), (7, 1), (8, 2), (9, 2)])
+def test_only_full_blocks_are_published(users, length, num_full):
+    seq, table = users.writes(range(length))
+    assert users.cache.publish(seq, table) == table.blocks[:num_full]
+    assert list(users.cache.known) == table.blocks[:num_full]
+
+
+@task(1)
+@pytest.mark.parametrize(("computed", "num_written"), [(0, 0), (3, 0), (4, 1), (11, 2)])
+def test_only_what_is_computed_is_published(users, computed, num_written):
+    table = users.publishes(range(12), num_computed=computed)
+    assert list(users.cache.known) == table.blocks[:num_written]
+
+
+@task(1)
+def test_what_is_published_is_noted_in_the_table_and_not_published_again(users):
+    seq, table = users.writes(range(12), num_computed=8)
+    before = users.cache.publish(seq, table)
+    assert (before, table.num_published) == (table.blocks[:2], 2)
+    seq.mark_computed(4)
+    assert users.cache.publish(seq, table) == table.blocks[2:]
+    assert users.cache.publish(seq, table) == []
+    assert table.num_published == 3
+
+
+@task(1)
+def test_equal_tokens_behind_another_beginning_are_another_block(users):
+    tables = [users.publishes([start, 0, 0, 0, 5, 6, 7, 8]) for start in (1, 2)]
+    blocks = [block for table in tables for block in table.blocks]
+    assert sorted(users.cache.known) == sorted(set(blocks))
+    assert len(set(blocks)) == 4, "keys and values depend on all tokens before them"
+
+
+@task(1)
+def test_equal_tokens_of_another_salt_are_another_block(users):
+    tables = [users.publishes([1, 2, 3, 4], cache_salt=salt) for salt in (None, "ann", "ben")]
+    assert sorted(users.cache.known) == sorted(table.blocks[0] for table in tables)
+
+
+@task(1)
+def test_a_cache_that_is_switched_off_publishes_nothing(build):
+    users = build(enabled=False)
+    seq, table = users.writes(range(8))
+    assert users.cache.publish(seq, table) == []
+    assert not users.cache.known
+
+
+# ---- task 2: find the longest beginning ----------------------------------------------------------
+
+
+@task(2)
+def test_the_longest_known_beginning_is_found_in_order(users):
+    blocks = users.publishes(range(12)).blocks
+    assert users.finds(range(12)) == blocks
+    assert users.finds(range(20)) == blocks
+    assert users.finds([*range(8), 99, 9, 10, 11]) == blocks[:2]
+    assert users.finds([99, *range(1, 12)]) == []
+    assert users.finds(range(4, 12)) == [], "nobody begins like that"
+
+
+@task(2)
+def test_a_block_is_found_only_behind_its_own_beginning(users):
+    one = users.publishes([1, 0, 0, 0, 5, 6, 7, 8]).blocks
+    other = users.publishes([2, 0, 0, 0]).blocks
+    assert users.finds([2, 0, 0, 0, 5, 6, 7, 8]) == other
+    assert users.finds([1, 0, 0, 0, 5, 6, 7, 8]) == one
+    assert users.finds([9, 9, 9, 9, 2, 0, 0, 0]) == [], "nothing is found behind a gap"
+
+
+@task(2)
+def test_a_salt_finds_its_own_only(users):
+    ann = users.publishes(range(8), cache_salt="ann").blocks
+    assert users.finds(range(8), cache_salt="ann") == ann
+    assert users.finds(range(8), cache_salt="ben") == []
+    assert users.finds(range(8)) == []
+
+
+@task(2)
+def test_who_does_not_read_the_cache_finds_nothing(users):
+    users.publishes(range(8))
+    assert users.finds(range(8), reads_cache=False) == []
+
+
+@task(2)
+def test_to_look_takes_nothing(users):
+    users.publishes(range(8))
+    free, known = users.cache.num_free, dict(users.cache.known)
+    found = users.finds(range(8))
+    found.append(99)  # the caller's own list
+    assert (users.cache.num_free, dict(users.cache.known)) == (free, known)
+    assert users.finds(range(8)) == found[:2]
+
+
+# ---- task 3: be one owner among others -----------------------------------------------------------
+
+
+@task(3)
+def test_the_cache_itself_is_not_counted(users):
+    known, other = users.publishes(range(6)).blocks
+    assert (users.cache.ref_count(known), users.cache.ref_count(other)) == (1, 1)
+
+
+@task(3)
+def test_what_is_found_is_shared(users):
+    table = users.publishes(range(10))
+    again = users.cache.share_found(users.sequence(range(10)))
+    assert again.blocks == table.blocks[:2]
+    assert (again.num_tokens, again.num_published, again.block_size) == (8, 2, 4)
+    assert [users.cache.ref_count(block) for block in table.blocks] == [2, 2, 1]
+
+
+@task(3)
+def test_who_finds_nothing_has_an_empty_table_of_the_kind_that_was_asked_for(build):
+    class MyTable(BlockTable):
+        pass
+
+    table = build(block_table=MyTable).cache.share_found(Sequence(1, range(8)))
+    assert isinstance(table, MyTable)
+    assert (table.blocks, table.num_tokens) == ([], 0)
+
+
+@task(3)
+def test_what_its_last_owner_leaves_is_free_and_is_found(build):
+    users = build(4)
+    table = users.publishes(range(10))
+    users.lets_go(table)
+    assert users.cache.num_free == 4
+    assert [users.cache.ref_count(block) for block in table.blocks] == [0, 0, 0]
+    assert users.finds(range(10)) == table.blocks[:2]
+    assert sorted(users.cache.idle) == sorted(table.blocks[:2]), "the third was never full"
+
+
+@task(3)
+def test_with_one_owner_left_a_block_is_not_idle(users):
+    table = users.publishes(range(4))
+    users.cache.share_found(users.sequence(range(4)))
+    users.lets_go(table)
+    assert users.cache.ref_count(table.blocks[0]) == 1
+    assert not users.cache.idle
+    assert users.cache.num_free == 31
+
+
+@task(3)
+def test_an_idle_block_that_is_found_is_idle_no_more(users):
+    users.lets_go(users.publishes(range(8)))
+    table = users.cache.share_found(users.sequence(range(5)))
+    assert users.cache.ref_count(table.blocks[0]) == 1
+    assert table.blocks[0] not in users.cache.idle
+    assert users.cache.num_free == 31
+
+
+@task(3)
+def test_nobody_frees_an_idle_block(users):
+    table = users.publishes(range(4))
+    users.lets_go(table)
+    with pytest.raises(DoubleFree):
+        users.lets_go(table)
+    assert users.cache.num_free == 32
+    assert users.finds(range(4)) == table.blocks
+
+
+@task(3)
+def test_of_two_equal_blocks_one_is_kept(users):
+    seq, table = users.writes(range(10))
+    first = users.publishes(range(10)).blocks
+    own_end = table.blocks[2]
+    assert users.cache.publish(seq, table) == [], "both blocks could be found before"
+    assert table.blocks == [*first[:2], own_end]
+    assert table.num_published == 2
+    assert [users.cache.ref_count(block) for block in first[:2]] == [2, 2]
+    assert users.cache.num_free == 32 - 4, "two full blocks that both use, and two ends"
+
+
+# ---- task 4: give up what nobody uses ------------------------------------------------------------
+
+
+@task(4)
+def test_what_was_given_up_is_found_no_more(build):
+    users = build(2)
+    users.lets_go(users.publishes(range(8)))
+    users.publishes(range(100, 108))
+    assert users.finds(range(8)) == [], "these blocks hold other tokens by now"
+    assert len(users.finds(range(100, 108))) == 2
+    assert len(users.cache.known) == 2
+
+
+@task(4)
+def test_a_block_is_given_up_when_no_other_is_left_and_after_those_known_by_it(build):
+    users = build(5)
+    table = users.publishes(range(16))
+    users.lets_go(table)
+    for left in (4, 3, 2, 1, 0):  # the fifth block was empty still
+        users.cache.allocate()
+        assert users.finds(range(16)) == table.blocks[:left]
+
+
+@task(4)
+def test_what_was_unused_for_longest_goes_first(build):
+    users = build(3)
+    tables = [users.publishes([number] * 4) for number in range(3)]
+    for table in tables:
+        users.lets_go(table)
+    users.lets_go(users.cache.share_found(users.sequence([0] * 4)))  # used once more
+    users.cache.allocate()
+    assert [len(users.finds([number] * 4)) for number in range(3)] == [1, 0, 1]
+    users.cache.allocate()
+    assert [len(users.finds([number] * 4)) for number in range(3)] == [1, 0, 0]
+
+
+@task(4)
+def test_all_idle_blocks_can_be_had_and_no_others(build):
+    users = build(6)
+    used = users.publishes(range(8))
+    users.lets_go(users.publishes(range(100, 116)))
+    got = [users.cache.allocate() for _ in range(4)]
+    assert sorted(got + used.blocks) == list(range(6))
+    with pytest.raises(OutOfBlocks):
+        users.cache.allocate()
+    assert users.finds(range(8)) == used.blocks
+
+
+@task(4)
+@pytest.mark.parametrize("seed", range(4))
+def test_in_any_order_what_is_found_holds_what_was_looked_for(part, seed):
+    serve_in_any_order(part("prefix_cache"), seed)
+
+
+# ---- task 5: serve a language model --------------------------------------------------------------
+
+
+@task(5)
+def test_the_model_says_what_it_says_on_the_librarys_cache(observed):
+    serves_what_the_library_serves(observed, num_blocks=16, preemption="swap")  # not enough for all
+
+
+@task(5)
+@pytest.mark.parametrize("num_blocks", [40, 200], ids=["a_small_pool", "an_ample_pool"])
+def test_the_second_time_it_says_the_same_and_has_less_to_compute(observed, num_blocks):
+    from minipaged.sampling import SamplingParams
+
+    with observed(num_blocks=num_blocks, block_size=4) as llm:
+        for _ in range(2):
+            assert generate(llm, 1) == expected(1)
+        again = prompts()[-1]
+        once = SamplingParams(temperature=0.0, max_tokens=1)
+        for _ in range(2):
+            [output] = llm.generate([again], once, use_tqdm=False)
+        num_tokens = len(output.prompt_token_ids)
+        most = (num_tokens - 1) // 4 * 4 if num_tokens % 4 else num_tokens - 1
+        assert output.num_cached_tokens == most, "not all that was written was found"
+        memory = llm.engine.scheduler.memory
+        assert memory.num_free == num_blocks, (
+            "all requests have ended, and blocks did not come back"
+        )
