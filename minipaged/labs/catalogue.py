@@ -1,12 +1,13 @@
 """The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
 
 from minipaged.errors import InvalidOption
-from minipaged.labs import lab1_allocator, lab4_scheduler
+from minipaged.labs import lab1_allocator, lab4_scheduler, lab7_swapping
 from minipaged.labs.lab import Lab
 
 LABS: tuple[Lab, ...] = (
     lab1_allocator.LAB,
     lab4_scheduler.LAB,
+    lab7_swapping.LAB,
 )
 
 
