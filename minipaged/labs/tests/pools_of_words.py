@@ -77,6 +77,17 @@ class Pools:
             found.append([words[block] for block in blocks])
         return found
 
+    def check(self, group: SequenceGroup, before: list[list[str]]) -> None:
+        """Whether each sequence finds what it found before. Raises AssertionError."""
+        for seq, now, then in zip(group.sequences, self.reads(group), before, strict=True):
+            length = f"sequence {seq.seq_id} had {len(then)} blocks, and has {len(now)}"
+            assert len(now) == len(then), length
+            for logical, (word, old) in enumerate(zip(now, then, strict=True)):
+                assert word == old, (
+                    f"in its logical block {logical} sequence {seq.seq_id} had {old!r}, and finds "
+                    f"{word!r}"
+                )
+
     def swap_out(self, group: SequenceGroup) -> int:
         """Returns how many blocks were copied."""
         pairs = self.memory.swap_out(group)
