@@ -1,13 +1,21 @@
 """The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
 
 from minipaged.errors import InvalidOption
-from minipaged.labs import lab1_allocator, lab2_block_tables, lab6_prefix_cache
+from minipaged.labs import (
+    lab1_allocator,
+    lab2_block_tables,
+    lab4_scheduler,
+    lab6_prefix_cache,
+    lab7_swapping,
+)
 from minipaged.labs.lab import Lab
 
 LABS: tuple[Lab, ...] = (
     lab1_allocator.LAB,
     lab2_block_tables.LAB,
+    lab4_scheduler.LAB,
     lab6_prefix_cache.LAB,
+    lab7_swapping.LAB,
 )
 
 

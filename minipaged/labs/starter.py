@@ -100,25 +100,24 @@ def _methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
 def _imports(sources: list[_Source]) -> str:
     """What the classes use: the imports of their modules, and their modules' other names."""
     ours = {source.node.name for source in sources}
-    lines: set[str] = set()
+    whole: set[str] = set()
+    parts: dict[str, set[str]] = {}  # by module, so that two sources share one line
     for source in sources:
         used = source.names - ours
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 wanted = [a for a in node.names if (a.asname or a.name).split(".")[0] in used]
-                if wanted:
-                    lines.add(_import_of(node, wanted))
-        siblings = sorted(_defined_in(source.tree) & used)
+                names = {ast.unparse(alias) for alias in wanted}
+                if isinstance(node, ast.Import):
+                    whole |= names
+                elif names:
+                    parts.setdefault(f"{node.module}", set()).update(names)
+        siblings = _defined_in(source.tree) & used
         if siblings:
-            lines.add(f"from {source.module.__name__} import {', '.join(siblings)}")
+            parts.setdefault(source.module.__name__, set()).update(siblings)
+    lines = [f"import {name}" for name in whole]
+    lines += [f"from {module} import {', '.join(sorted(n))}" for module, n in parts.items()]
     return "\n".join(sorted(lines, key=_import_order))
-
-
-def _import_of(node: ast.Import | ast.ImportFrom, names: list[ast.alias]) -> str:
-    wanted = ", ".join(ast.unparse(alias) for alias in names)
-    if isinstance(node, ast.Import):
-        return f"import {wanted}"
-    return f"from {node.module} import {wanted}"
 
 
 def _import_order(line: str) -> tuple[bool, bool, str]:

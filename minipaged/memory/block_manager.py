@@ -180,8 +180,8 @@ class BlockManager:
     def _move(
         self, group: SequenceGroup, source: Allocator, target: Allocator, known: dict[int, int]
     ) -> list[BlockPair]:
-        # Each block moves once, however many sequences share it: the map keeps the sharing.
-        moved = known.copy()
+        """Each block moves once, however many sequences share it, and a `known` one not at all."""
+        moved = known.copy()  # by old block the new one: it keeps the sharing
         pairs: list[BlockPair] = []
         for seq in group.sequences:
             table = self._tables[seq.seq_id]

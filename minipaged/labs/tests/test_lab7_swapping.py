@@ -1,0 +1,339 @@
+"""Lab 7: what must survive a preemption. Which blocks are taken is nobody's business here.
+
+The pools hold words in the place of keys and values. Whoever swaps returns pairs; `Pools` copies
+what they say, and then reads what each sequence finds through its table.
+"""
+
+import random
+
+import pytest
+
+from minipaged.scheduler import youngest
+from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
+
+from engine_without_model import Engine, numbers, tokens_of
+from pools_of_words import Pools
+from serving import serves_what_the_library_serves
+
+
+def task(number: int) -> pytest.MarkDecorator:
+    return pytest.mark.lab(number=7, task=number)
+
+
+@pytest.fixture
+def build(part):
+    return lambda **options: Pools(part("memory"), **options)
+
+
+@pytest.fixture
+def engine(part):
+    """`engine(8, 4, num_blocks=6)`: the student's scheduler over the library's own memory."""
+
+    def build_engine(*prompts: int, num_tokens: int = 5, **options) -> Engine:
+        built = Engine(part("scheduler"), youngest, **options)
+        for prompt_len in prompts:
+            built.add(prompt_len, num_tokens)
+        return built
+
+    return build_engine
+
+
+# ---- task 1: swap out ----------------------------------------------------------------------------
+
+
+@task(1)
+@pytest.mark.parametrize(("num_swap_blocks", "has_room"), [(0, False), (2, False), (3, True)])
+def test_a_group_can_go_if_the_swap_pool_holds_all_its_blocks(build, num_swap_blocks, has_room):
+    pools = build(num_swap_blocks=num_swap_blocks)
+    assert pools.memory.can_swap_out(pools.group(10)) is has_room
+
+
+@task(1)
+@pytest.mark.parametrize(("num_swap_blocks", "has_room"), [(4, False), (5, True)])
+def test_a_shared_block_needs_room_once(build, num_swap_blocks, has_room):
+    pools = build(num_swap_blocks=num_swap_blocks)
+    group = pools.group(8, width=3)  # two blocks of all, one more of each
+    assert pools.memory.can_swap_out(group) is has_room
+
+
+@task(1)
+def test_what_others_have_swapped_out_takes_room(build):
+    pools = build(num_swap_blocks=5)
+    one, other = pools.group(10), pools.group(9, first=100)
+    pools.swap_out(one)
+    assert not pools.memory.can_swap_out(other)
+
+
+@task(1)
+def test_a_swapped_group_leaves_the_pool_and_lies_in_the_swap_pool(build):
+    pools = build()
+    group = pools.group(10)
+    before = pools.reads(group)
+    assert pools.swap_out(group) == 3
+    assert pools.num_free == (20, 17)
+    assert all(pools.memory.is_swapped(seq.seq_id) for seq in group.sequences)
+    pools.check(group, before)
+
+
+@task(1)
+def test_samples_share_in_the_swap_pool_what_they_shared_in_the_pool(build):
+    pools = build()
+    group = pools.group(10, width=3)
+    before, held = pools.reads(group), pools.memory.num_distinct_blocks(group)
+    assert pools.swap_out(group) == held, "each block is copied once, however many share it"
+    assert pools.num_free == (20, 20 - held)
+    pools.check(group, before)
+    [first, *_] = pools.memory.block_table(group.sequences[0].seq_id).blocks
+    assert pools.memory.swap_ref_count(first) == 3
+
+
+@task(1)
+def test_a_block_that_others_read_as_well_stays_theirs(build):
+    pools = build(caching=True)
+    one, other = pools.group(10), pools.group(12)
+    before = pools.reads(one), pools.reads(other)
+    pools.swap_out(one)
+    pools.check(one, before[0])
+    pools.check(other, before[1])
+    assert pools.num_free == (17, 17)
+
+
+@task(1)
+def test_a_swapped_group_that_is_aborted_leaves_nothing_behind(build):
+    pools = build()
+    group = pools.group(10, width=2)
+    pools.swap_out(group)
+    pools.free(group)
+    assert pools.num_free == (20, 20)
+    assert not pools.memory.tables
+
+
+@task(1)
+def test_its_blocks_can_be_found_and_given_up_like_those_of_anybody_who_let_go(build):
+    pools = build(num_blocks=4, caching=True)
+    group = pools.group(13)
+    before = pools.reads(group)
+    pools.swap_out(group)
+    assert pools.memory.num_found(Sequence(900, range(13))) == 12
+    pools.free(pools.group(16, first=100))  # takes all four, the end of the known prompt first
+    assert pools.memory.num_found(Sequence(900, range(13))) == 0
+    pools.check(group, before)
+
+
+# ---- task 2: swap in -----------------------------------------------------------------------------
+
+
+@task(2)
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_group_that_comes_back_finds_what_it_had_and_shares_as_it_did(build, width):
+    pools = build()
+    group = pools.group(10, width=width)
+    before, held = pools.reads(group), pools.memory.num_distinct_blocks(group)
+    pools.swap_out(group)
+    assert pools.swap_in(group) == held
+    assert not any(pools.memory.is_swapped(seq.seq_id) for seq in group.sequences)
+    pools.check(group, before)
+    assert pools.num_free == (20 - held, 20)
+
+
+@task(2)
+def test_it_can_grow_and_end_after_it_came_back(build):
+    pools = build()
+    group = pools.group(9, width=2)
+    pools.swap_out(group)
+    pools.swap_in(group)
+    pools.grow(group, 6)
+    assert [len(blocks) for blocks in pools.reads(group)] == [5, 5]
+    pools.free(group)
+    assert pools.num_free == (20, 20)
+
+
+@task(2)
+def test_what_the_prefix_cache_still_knows_is_shared_again_and_not_copied(build):
+    pools = build(caching=True)
+    group = pools.group(14, width=2)  # three full blocks are shared
+    before = pools.reads(group)
+    pools.swap_out(group)
+    other = pools.group(9)  # shares two of them in the meantime
+    copied = pools.swap_in(group)
+    full = {w for words in before for w in words if len(w.split()) == 4}
+    assert copied == len({w for words in before for w in words} - full)
+    pools.check(group, before)
+    pools.free(group, other)
+    assert pools.num_free == (20, 20)
+
+
+@task(2)
+def test_no_known_block_is_given_up_on_the_way_back(build):
+    """Two samples have parted; to bring the first one back must not cost the second its blocks."""
+    pools = build(num_blocks=11, caching=True)
+    group = pools.group(4, width=2)
+    pools.grow(group, 6)
+    before = pools.reads(group)
+    pools.swap_out(group)
+    pools.free(pools.group(4 * pools.num_free[0] - 20, first=100))  # known too, but used later
+    assert pools.memory.can_admit(group, True)
+    pools.swap_in(group)
+    pools.check(group, before)
+
+
+@task(2)
+def test_what_came_back_can_be_found_again_once_it_is_published(build):
+    pools = build(num_blocks=6, caching=True)
+    group = pools.group(14)
+    pools.swap_out(group)
+    pools.free(pools.group(24, first=100))  # nothing of the prompt is known any more
+    assert pools.swap_in(group) == 4
+    assert pools.memory.num_found(Sequence(900, range(14))) == 0
+    pools.memory.publish(group.sequences[0])
+    assert pools.memory.num_found(Sequence(900, range(14))) == 12
+
+
+@task(2)
+@pytest.mark.parametrize("caching", [False, True])
+def test_in_any_order_everybody_reads_what_it_wrote(build, caching):
+    rng = random.Random(7)
+    pools = build(num_blocks=40, num_swap_blocks=60, caching=caching)
+    running: list[SequenceGroup] = []
+    swapped: list[SequenceGroup] = []
+    read: dict[str, list[list[str]]] = {}
+    for _ in range(250):
+        group = rng.choice(running or swapped or [None])
+        if swapped and rng.random() < 0.3 and pools.memory.can_admit(swapped[0], True):
+            group = swapped.pop(0)
+            pools.swap_in(group)
+            running.append(group)
+        elif group in running and rng.random() < 0.4 and pools.memory.can_swap_out(group):
+            running.remove(group)
+            pools.swap_out(group)
+            swapped.append(group)
+        elif pools.memory.num_free > 24:
+            running.append(pools.group(rng.randint(1, 18), rng.choice([1, 2, 3])))
+            read[running[-1].request_id] = pools.reads(running[-1])
+        elif group is not None and (queue := running if group in running else swapped):
+            queue.remove(group)
+            pools.free(group)
+        for group in running + swapped:
+            pools.check(group, read[group.request_id])
+    pools.free(*running, *swapped)
+    assert pools.num_free == (40, 60)
+
+
+# ---- task 3: recompute, or choose ----------------------------------------------------------------
+
+
+@task(3)
+def test_recomputed_it_waits_in_front_and_nothing_is_computed(engine):
+    built = engine(8, 8, 4, num_blocks=4, preemption="recompute")
+    victim = built.groups[1]
+    built.step()
+    tokens = victim.sequences[0].token_ids.copy()
+    plan = built.step()
+    assert (plan.preempted, plan.swap_out) == ([victim], [])
+    assert built.scheduler.waiting[0] is victim
+    assert victim.sequences[0].num_computed_tokens == 0
+    assert victim.sequences[0].token_ids == tokens, "its tokens are what it is computed from"
+    assert victim.sequences[0].seq_id not in built.memory.tables
+
+
+@task(3)
+def test_recomputed_it_computes_all_its_tokens_in_one_step_and_goes_on(engine):
+    built = engine(8, 8, num_blocks=4, preemption="recompute", enable_prefix_caching=False)
+    built.step_until(lambda: 0 in built.finished)
+    assert tokens_of(built.step()) == {1: 9}, "eight of the prompt, and one that it had generated"
+    built.run()
+    assert built.finished == [0, 1]
+
+
+@task(3)
+def test_swapped_it_keeps_what_was_computed(engine):
+    built = engine(8, 8, num_blocks=4, preemption="swap")
+    victim = built.groups[1]
+    built.step()
+    plan = built.step()
+    assert len(plan.swap_out) == 2, "the plan tells the engine which blocks to copy"
+    assert built.scheduler.swapped == [victim]
+    assert victim.status is SequenceStatus.SWAPPED
+    assert victim.sequences[0].num_computed_tokens == 8
+    built.run()
+    assert built.finished == [0, 1]
+
+
+@task(3)
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_every_preemption_is_counted_and_told_once(engine, preemption):
+    built = engine(8, 8, 8, num_tokens=6, num_blocks=6, preemption=preemption)
+    told = [number for plan in built.run() for number in numbers(plan.preempted)]
+    assert [group.num_preemptions for group in built.groups] == [told.count(n) for n in range(3)]
+    assert told.count(2) > 0
+
+
+@task(3)
+@pytest.mark.parametrize(
+    ("preemption", "width", "status"),
+    [("auto", 1, "WAITING"), ("auto", 3, "SWAPPED"), ("recompute", 3, "SWAPPED"),
+     ("swap", 1, "SWAPPED"), ("swap", 3, "SWAPPED")],
+)  # fmt: skip
+def test_auto_recomputes_one_sequence_and_swaps_several(engine, preemption, width, status):
+    built = engine(8, num_tokens=30, num_blocks=12, preemption=preemption)
+    group = built.add(8, num_tokens=30, width=width)
+    built.step_until(lambda: group.num_preemptions)
+    assert group.status.name == status
+
+
+@task(3)
+def test_auto_swaps_a_group_that_has_yet_to_fork(engine):
+    built = engine(4, num_blocks=4, max_num_batched_tokens=6, max_num_seqs=4)
+    forker = built.add(12, width=2)
+    built.step()
+    assert built.step().preempted == [forker]
+    assert forker.status is SequenceStatus.SWAPPED
+
+
+@task(3)
+def test_without_room_to_swap_it_is_recomputed(engine):
+    built = engine(8, 8, 8, num_tokens=6, num_blocks=6, num_swap_blocks=1, preemption="swap")
+    plans = built.run()
+    assert any(plan.preempted for plan in plans)
+    assert not any(plan.swap_out for plan in plans)
+    assert built.finished == [0, 1, 2]
+
+
+@task(3)
+def test_samples_that_are_recomputed_are_absent_until_they_can_fork_again(engine):
+    built = engine(8, num_tokens=24, num_blocks=10, num_swap_blocks=0)
+    group = built.add(9, num_tokens=7, width=3)
+    built.step_until(lambda: group.num_preemptions)
+    assert [*group.sequences, *group.absent] == built.samples[1]
+    assert len(group.sequences) == 1, "it comes back as it came, with one"
+    built.run()
+    assert [seq.num_output_tokens for seq in built.samples[1]] == [7, 8, 9]
+
+
+@task(3)
+@pytest.mark.parametrize("preemption", ["auto", "recompute", "swap"])
+def test_everybody_ends_and_all_blocks_come_back(engine, preemption):
+    rng = random.Random(9)
+    for num_swap_blocks in (1, 6, 100):
+        built = engine(num_blocks=12, num_swap_blocks=num_swap_blocks, preemption=preemption)
+        for _ in range(8):
+            built.add(rng.randint(1, 16), rng.randint(1, 14), rng.choice([1, 1, 2, 3]))
+        built.run()
+        assert len(built.finished) + len(built.ended) == 8
+
+
+# ---- task 4: serve a language model --------------------------------------------------------------
+
+
+@task(4)
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_the_model_says_what_it_says_with_the_librarys_parts(observed, preemption):
+    serves_what_the_library_serves(observed, num_blocks=16, preemption=preemption)
+
+
+@task(4)
+@pytest.mark.parametrize("num_swap_blocks", [100, 2])
+def test_three_samples_of_each_are_preempted_together(observed, num_swap_blocks):
+    serves_what_the_library_serves(
+        observed, num_blocks=48, block_size=4, samples=3, num_swap_blocks=num_swap_blocks
+    )
