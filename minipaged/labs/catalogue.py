@@ -1,10 +1,13 @@
 """The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
 
 from minipaged.errors import InvalidOption
-from minipaged.labs import lab1_allocator
+from minipaged.labs import lab1_allocator, lab3_paged_attention
 from minipaged.labs.lab import Lab
 
-LABS: tuple[Lab, ...] = (lab1_allocator.LAB,)
+LABS: tuple[Lab, ...] = (
+    lab1_allocator.LAB,
+    lab3_paged_attention.LAB,
+)
 
 
 def find_lab(number: int) -> Lab:
