@@ -1,12 +1,13 @@
 """The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
 
 from minipaged.errors import InvalidOption
-from minipaged.labs import lab1_allocator, lab3_paged_attention
+from minipaged.labs import lab1_allocator, lab3_paged_attention, lab8_triton_decode
 from minipaged.labs.lab import Lab
 
 LABS: tuple[Lab, ...] = (
     lab1_allocator.LAB,
     lab3_paged_attention.LAB,
+    lab8_triton_decode.LAB,
 )
 
 
