@@ -18,7 +18,7 @@ from minipaged.labs.watch import run_in_copy
 if sys.platform == "win32":
     pytest.skip("grading in a copy of a process needs a fork", allow_module_level=True)
 
-PATIENCE = 8.0  # seconds for a task of a variant that may never end
+PATIENCE = 20.0  # seconds for a task of a variant that may never end
 
 each_lab = pytest.mark.parametrize("lab", LABS, ids=lambda lab: f"lab{lab.number}")
 
