@@ -58,6 +58,26 @@ def player(role: str, swapped: dict[str, Any]) -> Any:
     return swapped[role] if role in swapped else pkgutil.resolve_name(PLAYERS[role])
 
 
+def beside(dotted: str, swapped: dict[str, Any]) -> Any:
+    """A class or function that plays no role: the swapped parts' file's own, or else the library's.
+
+    Args:
+        dotted: the library's, as "minipaged.attention.reference.gather"; the file calls its own
+            `gather`.
+
+    Raises:
+        InvalidOption: there are swapped parts, and none of their files has it.
+    """
+    if not swapped:
+        return pkgutil.resolve_name(dotted)
+    name = dotted.rpartition(".")[2]
+    files = [sys.modules[part.__module__] for part in swapped.values()]
+    for file in files:
+        if hasattr(file, name):
+            return getattr(file, name)
+    raise InvalidOption(f"{files[0].__file__} defines no {name!r}: is the name spelt as there?")
+
+
 def parts_with(swapped: dict[str, Any]) -> "Parts":
     """All parts, with these among them; checked if there are any."""
     from minipaged.parts import Parts  # brings torch, which many a lab does without

@@ -4,18 +4,22 @@ from minipaged.errors import InvalidOption
 from minipaged.labs import (
     lab1_allocator,
     lab2_block_tables,
+    lab3_paged_attention,
     lab4_scheduler,
     lab6_prefix_cache,
     lab7_swapping,
+    lab8_triton_decode,
 )
 from minipaged.labs.lab import Lab
 
 LABS: tuple[Lab, ...] = (
     lab1_allocator.LAB,
     lab2_block_tables.LAB,
+    lab3_paged_attention.LAB,
     lab4_scheduler.LAB,
     lab6_prefix_cache.LAB,
     lab7_swapping.LAB,
+    lab8_triton_decode.LAB,
 )
 
 

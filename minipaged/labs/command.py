@@ -13,7 +13,7 @@ from rich.table import Table
 from minipaged.errors import InvalidOption
 from minipaged.labs.catalogue import LABS, find_lab
 from minipaged.labs.gradescope import write_autograder, write_results
-from minipaged.labs.grading import Result, Run, grade
+from minipaged.labs.grading import Result, Run, all_full, grade
 from minipaged.labs.lab import Lab, Task
 from minipaged.labs.progress import Progress
 from minipaged.labs.starter import library_text, starter
@@ -42,7 +42,8 @@ def list_labs() -> None:
         table.add_column(column)
     for each in LABS:
         points = progress.points_of(each)
-        so_far = f"{points:g} of {each.points:g}" if points is not None else f"{each.points:g}"
+        most = f"{progress.most(each):g}"
+        so_far = f"{points:g} of {most}" if points is not None else most
         here = each.file_name if Path(each.file_name).exists() else ""
         table.add_row(str(each.number), each.title, str(len(each.tasks)), so_far, here)
     console.print(table)
@@ -69,8 +70,7 @@ def start(number: Number) -> None:
 def check(number: Number, file: File = None, task: OneTask = None) -> None:
     """Run a lab's tests on your file. Exit code 1 unless all of them pass."""
     chosen = find_lab(number)
-    results = _check(chosen, _file(chosen, file), task)
-    raise typer.Exit(0 if all(result.is_full for result in results) else 1)
+    raise typer.Exit(0 if all_full(_check(chosen, _file(chosen, file), task)) else 1)
 
 
 @app.command()
@@ -111,8 +111,9 @@ def diff(number: Number, file: File = None) -> None:
     mine = _file(chosen, file)
     if not progress.is_full(chosen):
         raise InvalidOption(
-            f"the library's solution is shown once lab {number} has all its {chosen.points:g} "
-            f"points: `minipaged lab check {number}` tells what is missing."
+            f"the library's solution is shown once lab {number} has all its "
+            f"{progress.most(chosen):g} points: `minipaged lab check {number}` tells what is "
+            "missing."
         )
     lines = difflib.unified_diff(
         mine.read_text(encoding="utf-8").splitlines(),
@@ -160,7 +161,7 @@ def grade_one(
     if gradescope is not None:
         write_results(gradescope, chosen, results)
     _print(results)
-    raise typer.Exit(0 if all(result.is_full for result in results) else 1)
+    raise typer.Exit(0 if all_full(results) else 1)
 
 
 @app.command()
@@ -213,15 +214,16 @@ def _print(results: Iterable[Result]) -> list[Result]:
         done.append(result)
         sign, colour = ("ok", "green") if result.is_full else ("--", "red")
         passed = f"{result.num_passed} of {result.num_tests} tests" if result.num_tests else ""
-        task = result.task
+        task, points = result.task, f"{result.points:g} of {result.most:g} points"
+        if not result.counts:
+            sign, colour, passed, points = "..", "yellow", "skipped", "not counted"
         console.print(
-            f"[{colour}]{sign}[/] task {task.number}  {task.title:32} {passed:>15}   "
-            f"{result.points:g} of {task.points:g} points"
+            f"[{colour}]{sign}[/] task {task.number}  {task.title:32} {passed:>15}   {points}"
         )
         if result.complaint:
             console.print(f"     {result.complaint}", markup=False)
         if result.trace:
             console.print(f"     watch it: minipaged trace view {result.trace}", markup=False)
-    total, most = sum(r.points for r in done), sum(r.task.points for r in done)
+    total, most = sum(r.points for r in done), sum(r.most for r in done)
     console.print(f"{total:g} of {most:g} points")
     return done

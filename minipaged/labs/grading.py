@@ -2,7 +2,8 @@
 
 A student's file and the tests are copied into an empty folder first, so what is tested is what was
 handed in, and by the tests that came with the library. A task that does not end is stopped, has no
-points, and the other tasks still count.
+points, and the other tasks still count. A task of which every test is skipped, as where a GPU is
+needed and there is none, cannot be tested: it does not count, and the others are all there is.
 """
 
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,17 @@ class Result:
     num_tests: int
     complaint: str = ""  # about the first test that failed, or why there is no result
     trace: str = ""  # the name of the trace that a failing test has left
+    num_skipped: int = 0  # tests that cannot run on this machine
+
+    @property
+    def counts(self) -> bool:
+        """Whether the task has points to win here: not if each of its tests was skipped."""
+        return self.num_tests > 0 or self.num_skipped == 0
+
+    @property
+    def most(self) -> float:
+        """The points that there are to win."""
+        return self.task.points if self.counts else 0.0
 
     @property
     def points(self) -> float:
@@ -51,6 +63,12 @@ class Result:
     @property
     def is_full(self) -> bool:
         return 0 < self.num_tests == self.num_passed
+
+
+def all_full(results: Iterable[Result]) -> bool:
+    """Whether all is done that could be tested, and something could."""
+    counting = [result for result in results if result.counts]
+    return bool(counting) and all(result.is_full for result in counting)
 
 
 def grade(
@@ -117,8 +135,7 @@ def _grade_task(lab: Lab, task: Task, clean: Path, handed_in: Path, run: Run) ->
     if printed is None:
         return Result(task, 0, 0, f"not done after {task.seconds:g} seconds: an endless loop?")
     if not report.exists():
-        lines = [line for line in printed.splitlines() if line.strip()]
-        return Result(task, 0, 0, lines[-1] if lines else "the tests ended without a report")
+        return Result(task, 0, 0, _last_words(printed))
     return _read(task, report)
 
 
@@ -147,6 +164,13 @@ def _stop(process: "subprocess.Popen[str]") -> None:
     process.wait()
 
 
+def _last_words(printed: str) -> str:
+    """Of tests that ended without a report, as where a kernel reads what is no memory."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    fatal = [line for line in lines if line.startswith("Fatal Python error")]
+    return (fatal or lines[-1:] or ["the tests ended without a report"])[0]
+
+
 def _read(task: Task, report: Path) -> Result:
     """What pytest has noted of each test."""
     cases = list(ET.parse(report).iter("testcase"))
@@ -154,16 +178,23 @@ def _read(task: Task, report: Path) -> Result:
     skipped = [case for case in cases if case.find("skipped") is not None]
     num_tests = len(cases) - len(skipped)
     complaint = trace = ""
+    if skipped and not num_tests:
+        complaint = _why_skipped(skipped[0])
     if failed:
         complaint = f"{_in_words(failed[0])}: {_first_line(failed[0])}"
         told = (failed[0].findtext("system-out") or "").partition(_TRACE)[2].split()
         trace = Path(told[0]).name if told else ""
-    return Result(task, num_tests - len(failed), num_tests, complaint, trace)
+    return Result(task, num_tests - len(failed), num_tests, complaint, trace, len(skipped))
 
 
 def _fault(case: ET.Element) -> ET.Element | None:
     failure = case.find("failure")
     return case.find("error") if failure is None else failure
+
+
+def _why_skipped(case: ET.Element) -> str:
+    skipped = case.find("skipped")
+    return "" if skipped is None else skipped.get("message", "")
 
 
 def _in_words(case: ET.Element) -> str:

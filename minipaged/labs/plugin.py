@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from minipaged.events import Event, EventLog
-from minipaged.swap import parts_with, player, read_swaps
+from minipaged.swap import PLAYERS, beside, parts_with, player, read_swaps
 from minipaged.trace import TraceFile
 
 
@@ -37,8 +37,12 @@ def swapped(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def part(swapped: dict[str, Any]) -> Callable[[str], Any]:
-    """`part("allocator")`: who plays this role, the student or else the library."""
-    return lambda role: player(role, swapped)
+    """`part("allocator")`: who plays this role, the student or else the library.
+
+    What plays no role is asked for by the library's own name for it, and is looked for in the same
+    file of the student: `part("minipaged.attention.reference.gather")`.
+    """
+    return lambda name: (player if name in PLAYERS else beside)(name, swapped)
 
 
 @pytest.fixture
@@ -47,16 +51,17 @@ def observed(
 ) -> Callable[..., AbstractContextManager[Any]]:
     """`with observed(num_blocks=24) as llm:` a model on the student's parts, checked and traced.
 
-    If what is done with it fails, the trace stays behind, to be watched.
+    `also={"paged_attention": attend}` gives it more parts, which win over those swapped in. If what
+    is done with the model fails, the trace stays behind, to be watched.
     """
 
     @contextmanager
-    def observe(**options: Any) -> Generator[Any]:
+    def observe(also: dict[str, Any] | None = None, **options: Any) -> Generator[Any]:
         from minipaged.llm import LLM
 
         events: list[Event] = []
         try:
-            parts = parts_with(swapped).traced(EventLog(events.append))
+            parts = parts_with(swapped | (also or {})).traced(EventLog(events.append))
             yield LLM(parts=parts, **options)
         except BaseException:
             _leave_trace(request, events)

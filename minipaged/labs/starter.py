@@ -6,10 +6,9 @@ another exception than the one that the tests expect.
 """
 
 import ast
-import importlib
-import inspect
 from dataclasses import dataclass
-from types import ModuleType
+from importlib.util import find_spec
+from pathlib import Path
 
 from minipaged.labs.lab import Lab
 
@@ -20,7 +19,7 @@ Definition = ast.ClassDef | ast.FunctionDef
 class _Source:
     """One class or function of the library that a starter takes over."""
 
-    module: ModuleType
+    module: str  # its name
     lines: list[str]  # of the whole module
     tree: ast.Module
     node: Definition
@@ -50,12 +49,13 @@ def library_text(lab: Lab) -> str:
 
 def _find(dotted: str) -> _Source:
     module_name, _, name = dotted.rpartition(".")
-    module = importlib.import_module(module_name)
-    text = inspect.getsource(module)
+    spec = find_spec(module_name)  # it is read and never run: it may need what is not installed
+    assert spec is not None, f"there is no {module_name}"
+    text = Path(spec.origin or "").read_text(encoding="utf-8")
     tree = ast.parse(text)
     found = [n for n in tree.body if isinstance(n, Definition) and n.name == name]
     assert found, f"{module_name} defines no {name}"
-    return _Source(module, text.splitlines(), tree, found[-1])
+    return _Source(module_name, text.splitlines(), tree, found[-1])
 
 
 def _heading(lab: Lab) -> str:
@@ -101,23 +101,20 @@ def _imports(sources: list[_Source]) -> str:
     """What the classes use: the imports of their modules, and their modules' other names."""
     ours = {source.node.name for source in sources}
     whole: set[str] = set()
-    parts: dict[str, set[str]] = {}  # by module, so that two sources share one line
+    members: dict[str, set[str]] = {}  # of each module
     for source in sources:
         used = source.names - ours
+        members.setdefault(source.module, set()).update(_defined_in(source.tree) & used)
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 wanted = [a for a in node.names if (a.asname or a.name).split(".")[0] in used]
                 names = {ast.unparse(alias) for alias in wanted}
                 if isinstance(node, ast.Import):
-                    whole |= names
-                elif names:
-                    parts.setdefault(f"{node.module}", set()).update(names)
-        siblings = _defined_in(source.tree) & used
-        if siblings:
-            parts.setdefault(source.module.__name__, set()).update(siblings)
-    lines = [f"import {name}" for name in whole]
-    lines += [f"from {module} import {', '.join(sorted(n))}" for module, n in parts.items()]
-    return "\n".join(sorted(lines, key=_import_order))
+                    whole.update(f"import {name}" for name in names)
+                else:
+                    members.setdefault(node.module or "", set()).update(names)
+    parts = {f"from {m} import {', '.join(sorted(names))}" for m, names in members.items() if names}
+    return "\n".join(sorted(whole | parts, key=_import_order))
 
 
 def _import_order(line: str) -> tuple[bool, bool, str]:

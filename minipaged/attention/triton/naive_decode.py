@@ -84,7 +84,7 @@ def naive_kernel(
     QUANTIZED: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """One query token and head; see the top of the file."""
+    """One query token and one head of it, over all keys that it sees."""
     token = tl.program_id(0)
     head = tl.program_id(1)
     kv_head = head // GROUP

@@ -16,29 +16,45 @@ def prompts() -> tuple[str, ...]:
 
 
 @cache
-def expected(samples: int) -> list[list[list[int]]]:
+def expected(texts: tuple[str, ...], samples: int, max_tokens: int) -> list[list[list[int]]]:
     """What the library generates, by prompt and sample."""
     from minipaged.llm import LLM
 
-    return generate(LLM(), samples)
+    return generate(LLM(), texts, samples, max_tokens)
 
 
-def generate(llm: Any, samples: int) -> list[list[list[int]]]:
+def generate(
+    llm: Any, texts: tuple[str, ...], samples: int, max_tokens: int
+) -> list[list[list[int]]]:
     from minipaged.sampling import SamplingParams
 
     temperature = 0.0 if samples == 1 else 1.0
     params = SamplingParams(
-        n=samples, temperature=temperature, seed=1, max_tokens=20, ignore_eos=True
+        n=samples, temperature=temperature, seed=1, max_tokens=max_tokens, ignore_eos=True
     )
-    outputs = llm.generate(list(prompts()), params, use_tqdm=False)
+    outputs = llm.generate(list(texts), params, use_tqdm=False)
     return [[sample.token_ids for sample in output.outputs] for output in outputs]
 
 
-def serves_what_the_library_serves(observed: Any, samples: int = 1, **options: Any) -> None:
-    """Token for token, and every block comes back. Raises AssertionError."""
+def serves_what_the_library_serves(
+    observed: Any,
+    samples: int = 1,
+    texts: tuple[str, ...] | None = None,
+    max_tokens: int = 20,
+    **options: Any,
+) -> None:
+    """Token for token, and every block comes back. Raises AssertionError.
+
+    Args:
+        observed: the fixture.
+        texts: what to ask; None: a question about each story.
+        options: for `observed` and, through it, for the `LLM`.
+    """
+    texts = texts or prompts()
     with observed(**options) as llm:
-        got = generate(llm, samples)
-        for text, ours, theirs in zip(prompts(), got, expected(samples), strict=True):
+        got = generate(llm, texts, samples, max_tokens)
+        wanted = expected(texts, samples, max_tokens)
+        for text, ours, theirs in zip(texts, got, wanted, strict=True):
             assert ours == theirs, f"other tokens than the library's after {text[-60:]!r}"
         memory = llm.engine.scheduler.memory
         lost = memory.num_blocks - memory.num_free

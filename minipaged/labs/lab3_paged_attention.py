@@ -1,0 +1,84 @@
+"""Lab 3: paged attention by gathering, then block by block (chapter 4)."""
+
+from minipaged.labs.lab import Lab, Task
+
+LAB = Lab(
+    number=3,
+    name="paged_attention",
+    title="paged attention by gathering, then block by block",
+    sources=(
+        "minipaged.attention.reference.reference_paged_attention",
+        "minipaged.attention.reference.gather",
+        "minipaged.attention.reference.causal_attention",
+        "minipaged.attention.blockwise.blockwise_paged_attention",
+        "minipaged.attention.blockwise._attend_to_blocks",
+    ),
+    swaps={"paged_attention": "reference_paged_attention"},
+    tasks=(
+        Task(
+            1,
+            "gather through the block table",
+            20,
+            holes=("gather",),
+            hints=(
+                "Which entries of the table belong to a sequence of seq_len tokens, and which "
+                + "slots of the last block?",
+                "Indexing the pool with a tensor of block numbers copies those blocks out, in "
+                + "that order: [blocks, kv_heads, block_size, head_dim]. Round the number of "
+                + "blocks up.",
+                "Positions run over blocks and slots, and the heads lie between these two "
+                + "dimensions. Bring block and slot side by side before you make one dimension of "
+                + "them, then cut off what is behind the end.",
+            ),
+        ),
+        Task(
+            2,
+            "attend, and see nothing ahead",
+            25,
+            holes=("causal_attention",),
+            hints=(
+                "Chapter 1: scores, a softmax over the keys, a sum of values by these weights. "
+                + "Whose keys does query head 3 read, when there are four heads and two key heads?",
+                "Query heads of a group are neighbours: repeat each key head for its group, head "
+                + "by head, so that keys have as many heads as queries. heads_per_kv_head tells "
+                + "how often.",
+                "Query i stands at position context_len + i and sees keys up to and including its "
+                + "own. Compare a column of query positions with a row of key positions, and give "
+                + "what is hidden the score minus infinity before the softmax.",
+            ),
+        ),
+        Task(
+            3,
+            "block by block, never gathering",
+            35,
+            holes=("_attend_to_blocks",),
+            hints=(
+                "What must you keep of the blocks so far, for each query and head, so that you "
+                + "never look at them again? Chapter 4 keeps three things.",
+                "The largest score so far, the sum of the weights, and the sum of the weighted "
+                + "values, both weighted with exp(score - maximum). They begin with minus "
+                + "infinity, zero and zero.",
+                "When a block brings a larger maximum, all that was summed before is too large by "
+                + "the same factor, exp(old - new): multiply both sums by it before you add the "
+                + "block's part. Divide once, at the end.",
+                "The last block may be filled in part: the sequence has context_len plus "
+                + "num_queries tokens. And a query of a prompt may see only some of a block, or "
+                + "nothing of it: the mask is that of task 2, at positions that begin at logical "
+                + "* block_size.",
+            ),
+        ),
+        Task(
+            4,
+            "serve a language model with both",
+            20,
+            hints=(
+                "If the other tasks pass and this one does not, watch the trace that the failing "
+                + "test has left: minipaged trace view <file>.",
+                "The engine cuts prompts into pieces here, and its pool holds what earlier "
+                + "sequences have left behind. Which of your lines believe that a slot is empty, "
+                + "or that a prompt begins at position 0?",
+            ),
+            seconds=120.0,
+        ),
+    ),
+)

@@ -1,0 +1,307 @@
+"""Lab 3: what attention over pages must give, however it is computed.
+
+The pools are unkind (`paged_setup`): blocks in any order, NaN in those that are nobody's, large
+stale numbers in empty slots, and table entries behind a sequence's end that are no block.
+"""
+
+import pytest
+import torch
+from paged_setup import NO_BLOCKS, PagedSetup, dense_attention, paged_setup
+
+from minipaged.batch import Batch
+from minipaged.quantized import QuantizedPool
+
+from serving import prompts, serves_what_the_library_serves
+
+# (query_len, context_len): prompts, pieces of prompts and single tokens; with blocks of 4 some end
+# before a border between blocks, some on it and some behind it.
+MIXED = [(5, 0), (1, 6), (3, 5), (1, 7), (4, 4), (1, 8), (8, 0), (2, 11), (1, 0)]
+
+
+def task(number: int) -> pytest.MarkDecorator:
+    return pytest.mark.lab(number=3, task=number)
+
+
+@pytest.fixture
+def gather(part):
+    return part("minipaged.attention.reference.gather")
+
+
+@pytest.fixture
+def attend(part):
+    return part("minipaged.attention.reference.causal_attention")
+
+
+@pytest.fixture
+def by_gathering(part):
+    return part("paged_attention")
+
+
+@pytest.fixture
+def by_blocks(part):
+    return part("minipaged.attention.blockwise.blockwise_paged_attention")
+
+
+def agrees(attention, setup: PagedSetup, tolerance: float = 2e-5) -> None:
+    """As attention over the same keys in one piece, in 64 bits. Raises AssertionError."""
+    got = attention(setup.q, setup.k_cache, setup.v_cache, setup.batch, setup.scale)
+    agree(got, setup.q, dense_attention(setup), setup.batch, tolerance)
+
+
+def agree(got, q, expected, batch: Batch, tolerance: float) -> None:
+    assert (got.shape, got.dtype) == (q.shape, q.dtype), "the result is shaped and typed as q is"
+    for number, span in enumerate(batch.spans):
+        rows = slice(span.start, span.stop)
+        what = f"sequence {number}, {span.query_len} queries behind {span.context_len} keys"
+        assert not got[rows].isnan().any(), f"{what}: NaN"
+        error = (got[rows].double() - expected[rows]).abs().max().item()
+        assert error < tolerance, f"{what}: off by {error:.1g}"
+
+
+def one_sequence(attend, query_len: int, context_len: int, **sizes):
+    """Attention over keys that lie in one piece, beside the same in 64 bits."""
+    setup = paged_setup([(query_len, context_len)], **sizes)
+    got = attend(setup.q, setup.keys[0], setup.values[0], context_len, setup.scale)
+    return got, dense_attention(setup), setup
+
+
+# ---- task 1: gather through the block table ------------------------------------------------------
+
+
+def numbered(num_blocks: int, kv_heads: int, block_size: int) -> torch.Tensor:
+    """A pool whose keys say where they lie: block, head, slot."""
+    axes = [torch.arange(n) for n in (num_blocks, kv_heads, block_size)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float()
+
+
+@task(1)
+def test_a_position_lies_in_the_block_that_the_table_names(gather):
+    got = gather(numbered(8, 1, 4), torch.tensor([5, 2, 7], dtype=torch.int32), 12)
+    blocks = [int(block) for block in got[:, 0, 0]]
+    assert blocks == [5, 5, 5, 5, 2, 2, 2, 2, 7, 7, 7, 7]
+    assert [int(slot) for slot in got[:, 0, 2]] == [0, 1, 2, 3] * 3
+
+
+@task(1)
+def test_every_head_keeps_its_own_keys(gather):
+    got = gather(numbered(4, 3, 2), torch.tensor([3, 1], dtype=torch.int32), 4)
+    assert got.shape == (4, 3, 3), "give [length, kv_heads, head_dim]"
+    assert got[:, :, 1].tolist() == [[0, 1, 2]] * 4
+
+
+@task(1)
+@pytest.mark.parametrize("seq_len", [1, 3, 4, 5, 8, 11])
+def test_it_ends_where_the_sequence_ends(gather, seq_len):
+    setup = paged_setup([(1, seq_len - 1)])
+    got = gather(setup.k_cache, setup.batch.block_tables[0], seq_len)
+    assert got.shape == setup.keys[0].shape
+    assert torch.equal(got, setup.keys[0])
+
+
+@task(1)
+@pytest.mark.parametrize("no_block", NO_BLOCKS)
+def test_the_unused_end_of_a_table_is_never_followed(gather, no_block):
+    table = torch.tensor([6, 1, no_block, no_block], dtype=torch.int32)
+    got = gather(numbered(8, 2, 4), table, 7)
+    assert [int(block) for block in got[:, 0, 0]] == [6, 6, 6, 6, 1, 1, 1]
+
+
+@task(1)
+def test_a_block_may_stand_in_two_tables(gather):
+    setup = paged_setup([(1, 8), (1, 10)], shared_blocks=2)
+    for row, values in enumerate(setup.values):
+        got = gather(setup.v_cache, setup.batch.block_tables[row], len(values))
+        assert torch.equal(got, values)
+
+
+# ---- task 2: attend, and see nothing ahead -------------------------------------------------------
+
+
+@task(2)
+@pytest.mark.parametrize(("query_len", "context_len"), [(1, 0), (6, 0), (1, 9), (3, 5)])
+def test_it_is_plain_attention(attend, query_len, context_len):
+    got, expected, setup = one_sequence(attend, query_len, context_len, heads=2, kv_heads=2)
+    agree(got, setup.q, expected, setup.batch, 1e-5)
+
+
+@task(2)
+def test_a_key_behind_a_query_changes_nothing(attend):
+    setup = paged_setup([(4, 3)])
+    keys, values = setup.keys[0], setup.values[0]
+    before = attend(setup.q, keys, values, 3, setup.scale)
+    for query in range(4):
+        changed, worth = keys.clone(), values.clone()
+        changed[3 + query + 1 :], worth[3 + query + 1 :] = 7.0, -7.0
+        after = attend(setup.q, changed, worth, 3, setup.scale)
+        assert torch.equal(after[query], before[query]), f"query {query} of 4 sees ahead"
+
+
+@task(2)
+def test_a_query_sees_itself_and_all_before_it(attend):
+    setup = paged_setup([(4, 3)])
+    keys, values = setup.keys[0], setup.values[0]
+    before = attend(setup.q, keys, values, 3, setup.scale)
+    for query in range(4):
+        for key in range(3 + query + 1):
+            changed = values.clone()
+            changed[key] += 100.0
+            after = attend(setup.q, keys, changed, 3, setup.scale)
+            assert not torch.equal(after[query], before[query]), f"query {query} misses key {key}"
+
+
+@task(2)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (6, 2), (6, 3)])
+def test_neighbouring_query_heads_share_a_key_head(attend, heads, kv_heads):
+    got, expected, setup = one_sequence(attend, 2, 5, heads=heads, kv_heads=kv_heads)
+    agree(got, setup.q, expected, setup.batch, 1e-5)
+
+
+@task(2)
+def test_scores_are_scaled_before_the_softmax(attend):
+    """With a scale of zero all keys weigh the same; with a huge one, the best key has it all."""
+    setup = paged_setup([(1, 7)], heads=1, kv_heads=1)
+    keys, values = setup.keys[0], setup.values[0]
+    even = attend(setup.q, keys, values, 7, 0.0)
+    assert torch.allclose(even[0], values.mean(dim=0), atol=1e-5)
+    best = (keys[:, 0] @ setup.q[0, 0]).argmax()
+    assert torch.allclose(attend(setup.q, keys, values, 7, 1e4)[0], values[best], atol=1e-5)
+
+
+@task(2)
+def test_half_precision_is_for_what_comes_and_goes_and_not_for_the_sums(attend):
+    got, expected, setup = one_sequence(
+        attend, 3, 60, dtype=torch.bfloat16, heads=4, kv_heads=2, magnitude=4.0
+    )
+    nearest = expected.bfloat16().double()  # no bfloat16 number is nearer
+    agree(got, setup.q, expected, setup.batch, 2 * (nearest - expected).abs().max().item())
+
+
+@task(2)
+def test_with_your_gather_it_serves_a_whole_batch(by_gathering):
+    agrees(by_gathering, paged_setup(MIXED))
+
+
+@task(2)
+def test_a_prompt_may_come_in_pieces(by_gathering):
+    """Three queries behind five keys are the last three of eight."""
+    whole, pieces = paged_setup([(8, 0)]), paged_setup([(3, 5)])
+    pieces.q.copy_(whole.q[5:])
+    in_one, in_two = (
+        by_gathering(s.q, whole.k_cache, whole.v_cache, s.batch, s.scale) for s in (whole, pieces)
+    )
+    assert torch.allclose(in_one[5:], in_two, atol=1e-5)
+
+
+# ---- task 3: block by block, never gathering -----------------------------------------------------
+
+
+@task(3)
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_one_block(by_blocks, length):
+    agrees(by_blocks, paged_setup([(1, length - 1)]))
+
+
+@task(3)
+@pytest.mark.parametrize("length", [5, 8, 9, 50])
+def test_one_token_decodes_over_several_blocks(by_blocks, length):
+    agrees(by_blocks, paged_setup([(1, length - 1)], magnitude=3.0))
+
+
+@task(3)
+@pytest.mark.parametrize("larger", [0, 1, 2])
+def test_the_largest_score_may_be_in_any_block(by_blocks, larger):
+    setup = paged_setup([(1, 11)], heads=1, kv_heads=1)
+    setup.keys[0][4 * larger] = 2.0 * setup.q[0]  # stands out
+    setup.k_cache[setup.tables[0].blocks[larger], :, 0] = 2.0 * setup.q[0]
+    agrees(by_blocks, setup)
+
+
+@task(3)
+def test_large_scores_do_not_overflow(by_blocks):
+    agrees(by_blocks, paged_setup([(1, 9), (5, 3)], magnitude=100.0), tolerance=1e-3)
+
+
+@task(3)
+def test_very_negative_scores_do_not_vanish(by_blocks):
+    setup = paged_setup([(1, 9)], heads=1, kv_heads=1)
+    ones = torch.ones_like(setup.q)
+    setup.q.copy_(-100 * ones)
+    setup.keys[0].abs_().add_(1)
+    for position, key in enumerate(setup.keys[0]):
+        block, slot = divmod(setup.tables[0].slot(position), 4)
+        setup.k_cache[block, :, slot] = key
+    agrees(by_blocks, setup, tolerance=1e-3)
+
+
+@task(3)
+def test_a_query_may_see_nothing_of_a_block(by_blocks):
+    agrees(by_blocks, paged_setup([(10, 0)]))
+    agrees(by_blocks, paged_setup([(7, 3)]))
+
+
+@task(3)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2), (6, 3)])
+def test_block_by_block_too_neighbours_share_a_key_head(by_blocks, heads, kv_heads):
+    agrees(by_blocks, paged_setup([(2, 5), (1, 6)], heads=heads, kv_heads=kv_heads))
+
+
+@task(3)
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_blocks_have_any_size(by_blocks, block_size):
+    agrees(by_blocks, paged_setup(MIXED, block_size=block_size))
+
+
+@task(3)
+def test_block_by_block_too_sums_are_exact(by_blocks):
+    setup = paged_setup([(3, 60)], dtype=torch.bfloat16, magnitude=4.0)
+    expected = dense_attention(setup)
+    rounding = (expected.bfloat16().double() - expected).abs().max().item()
+    agrees(by_blocks, setup, tolerance=2 * rounding)
+
+
+@task(3)
+def test_it_reads_one_block_after_another(by_blocks):
+    """A pool in which no two blocks are ever laid side by side."""
+    setup = paged_setup([(2, 13), (1, 6)])
+    pool = [OneBlockAtATime(cache, cache) for cache in (setup.k_cache, setup.v_cache)]
+    got = by_blocks(setup.q, *pool, setup.batch, setup.scale)
+    agree(got, setup.q, dense_attention(setup), setup.batch, 2e-5)
+
+
+class OneBlockAtATime(QuantizedPool):
+    """A pool that is no tensor, as one of 8 bits, and fails whoever asks for several blocks."""
+
+    def __getitem__(self, index):
+        first = index[0] if isinstance(index, tuple) else index
+        one = torch.is_tensor(first) and first.numel() == 1
+        assert isinstance(first, int) or one, "read one physical block at a time: pool[block]"
+        return self.numbers[index]
+
+
+# ---- task 4: serve a language model with both ----------------------------------------------------
+
+
+@pytest.fixture(params=["by_gathering", "by_blocks"])
+def served(request):
+    """What makes a model compute its attention so."""
+    return {"paged_attention": request.getfixturevalue(request.param)}
+
+
+@task(4)
+def test_the_model_says_what_it_says_with_the_librarys_attention(observed, served):
+    serves_what_the_library_serves(observed, also=served, num_blocks=64, max_tokens=8)
+
+
+@task(4)
+def test_prompts_come_in_pieces_and_blocks_are_used_again(observed, served):
+    serves_what_the_library_serves(
+        observed, also=served, num_blocks=40, block_size=8, max_num_seqs=8,
+        max_num_batched_tokens=48, max_tokens=8,
+    )  # fmt: skip
+
+
+@task(4)
+def test_samples_read_the_blocks_of_their_prompt_together(observed, served):
+    serves_what_the_library_serves(
+        observed, also=served, num_blocks=64, samples=2, texts=prompts()[:2], max_tokens=8
+    )
