@@ -1,10 +1,13 @@
 """The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
 
 from minipaged.errors import InvalidOption
-from minipaged.labs import lab1_allocator
+from minipaged.labs import lab1_allocator, lab5_sharing
 from minipaged.labs.lab import Lab
 
-LABS: tuple[Lab, ...] = (lab1_allocator.LAB,)
+LABS: tuple[Lab, ...] = (
+    lab1_allocator.LAB,
+    lab5_sharing.LAB,
+)
 
 
 def find_lab(number: int) -> Lab:
