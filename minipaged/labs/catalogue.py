@@ -1,7 +1,7 @@
 """The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
 
 from minipaged.errors import InvalidOption
-from minipaged.labs import lab1_allocator, lab5_sharing
+from minipaged.labs import challenge, lab1_allocator, lab5_sharing
 from minipaged.labs.lab import Lab
 
 LABS: tuple[Lab, ...] = (
@@ -15,5 +15,10 @@ def find_lab(number: int) -> Lab:
     for lab in LABS:
         if lab.number == number:
             return lab
+    if number == challenge.NUMBER:
+        raise InvalidOption(
+            f"lab {number} is the open challenge, without tasks and points: what it can do is "
+            "`minipaged lab challenge`."
+        )
     numbers = ", ".join(str(lab.number) for lab in LABS)
     raise InvalidOption(f"there is no lab {number}: choose one of {numbers}.")
