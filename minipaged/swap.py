@@ -93,6 +93,11 @@ def find_in_file(file: Path, name: str) -> Any:
     return getattr(module, name)
 
 
+def names_in_file(file: Path) -> dict[str, Any]:
+    """All that a Python file gives names to. Raises InvalidOption if it cannot be run."""
+    return vars(_run(file))
+
+
 def _run(file: Path) -> Any:
     """The file as a module; run once, however often it is asked for."""
     if not file.is_file():

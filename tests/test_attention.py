@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
-from paged_setup import PagedSetup, dense_attention, paged_setup
 from torch import Tensor
 
 from minipaged.attention import (
@@ -29,6 +28,8 @@ from minipaged.attention.reference import store_kv
 from minipaged.attention.torch_paged import torch_store_kv
 from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
+
+from paged_setup import PagedSetup, dense_attention, paged_setup
 
 # With --jaxtyping-packages the signature itself refuses a wrong shape.
 REFUSALS: tuple[type[Exception], ...] = (AssertionError, TypeCheckError, IndexError)

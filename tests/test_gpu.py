@@ -11,7 +11,6 @@ from itertools import product
 
 import pytest
 import torch
-from paged_setup import PagedSetup, dense_attention, paged_setup
 from torch import Tensor
 
 from minipaged import LLM, SamplingParams, kv_cache
@@ -21,6 +20,8 @@ from minipaged.bench.cases import Case, Heads, contiguous_attention, make_inputs
 from minipaged.config import ModelConfig
 from minipaged.kv_cache import KVCache
 from minipaged.quantized import QuantizedPool
+
+from paged_setup import PagedSetup, dense_attention, paged_setup
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_setup import PagedSetup, dense_attention, paged_setup
 from torch import Tensor
 
 from minipaged import kv_cache
@@ -46,6 +45,8 @@ from minipaged.batch import Batch, Span
 from minipaged.errors import InvalidOption
 from minipaged.models.rope import RopeConfig, Rotary, rotate
 from minipaged.quantized import LARGEST, SMALLEST_SCALE, KVPool, QuantizedPool, quantize
+
+from paged_setup import PagedSetup, dense_attention, paged_setup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMPTY = torch.empty  # before it is poisoned

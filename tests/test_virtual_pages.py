@@ -12,7 +12,6 @@ from itertools import count, product
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
-from paged_setup import dense_attention, paged_setup
 from test_attention import compiled
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
@@ -28,6 +27,8 @@ from minipaged.memory.pages import HUGE_PAGE, SMALL_PAGE, MappedPages
 from minipaged.memory.slots import SlotLayout
 from minipaged.terminal import BlockMap
 from minipaged.virtual_cache import VirtualKVCache
+
+from paged_setup import dense_attention, paged_setup
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped by Linux's calls")
 

@@ -8,7 +8,8 @@
     progress.py   what a student has so far
     watch.py      a check after every save
     gradescope.py the files that Gradescope wants
-    challenge.py  lab 9: any policy, measured by the simulator
+    challenge.py  lab 9: any policy, measured by the simulator; challenge_command.py shows it
+    referee.py    sees to it that such a policy does not cheat
     command.py    `minipaged lab ...`
     tests/        a file for each lab; they are also the library's own tests
 

@@ -2,10 +2,12 @@
 
 from minipaged.errors import InvalidOption
 from minipaged.labs import (
+    challenge,
     lab1_allocator,
     lab2_block_tables,
     lab3_paged_attention,
     lab4_scheduler,
+    lab5_sharing,
     lab6_prefix_cache,
     lab7_swapping,
     lab8_triton_decode,
@@ -17,6 +19,7 @@ LABS: tuple[Lab, ...] = (
     lab2_block_tables.LAB,
     lab3_paged_attention.LAB,
     lab4_scheduler.LAB,
+    lab5_sharing.LAB,
     lab6_prefix_cache.LAB,
     lab7_swapping.LAB,
     lab8_triton_decode.LAB,
@@ -28,5 +31,10 @@ def find_lab(number: int) -> Lab:
     for lab in LABS:
         if lab.number == number:
             return lab
+    if number == challenge.NUMBER:
+        raise InvalidOption(
+            f"lab {number} is the open challenge, without tasks and points: what it can do is "
+            "`minipaged lab challenge`."
+        )
     numbers = ", ".join(str(lab.number) for lab in LABS)
     raise InvalidOption(f"there is no lab {number}: choose one of {numbers}.")

@@ -1,4 +1,4 @@
-"""`minipaged lab`: list, start, check, watch, hint, diff, reset, grade."""
+"""`minipaged lab`: list, start, check, watch, hint, diff, reset, grade, challenge."""
 
 import difflib
 import time
@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.errors import InvalidOption
+from minipaged.labs import challenge_command
 from minipaged.labs.catalogue import LABS, find_lab
+from minipaged.labs.challenge import FILE_NAME, NUMBER, STARTER, TITLE
 from minipaged.labs.gradescope import write_autograder, write_results
 from minipaged.labs.grading import Result, Run, all_full, grade
 from minipaged.labs.lab import Lab, Task
@@ -22,6 +24,8 @@ from minipaged.whole_file import write_whole
 
 app = typer.Typer(help="Teaching labs: write a part of the engine.", rich_markup_mode=None)
 console = Console(highlight=False, soft_wrap=True)
+
+app.command()(challenge_command.challenge)
 
 Number = Annotated[int, typer.Argument(help="The lab's number.")]
 File = Annotated[Path | None, typer.Option(help="Your file; default: the lab's own name, here.")]
@@ -46,20 +50,25 @@ def list_labs() -> None:
         so_far = f"{points:g} of {most}" if points is not None else most
         here = each.file_name if Path(each.file_name).exists() else ""
         table.add_row(str(each.number), each.title, str(len(each.tasks)), so_far, here)
+    here = FILE_NAME if Path(FILE_NAME).exists() else ""
+    table.add_row(str(NUMBER), TITLE, "open", "a ranking", here)
     console.print(table)
 
 
 @app.command()
 def start(number: Number) -> None:
     """Write the file that a lab begins with; one that is there is left as it is."""
-    chosen = find_lab(number)
-    file = Path(chosen.file_name)
+    file, text = _beginning(number)
     if file.exists():
         raise InvalidOption(
             f"{file} is there already and was left as it is. To begin anew: "
             f"`minipaged lab reset {number}`, which keeps a copy."
         )
-    write_whole(file, starter(chosen))
+    write_whole(file, text)
+    if number == NUMBER:
+        console.print(f"{file}: change what you like. Then: minipaged lab challenge")
+        return
+    chosen = find_lab(number)
     console.print(f'{file}: write what says "your turn".')
     for task in chosen.tasks:
         console.print(f"  task {task.number}  {task.points:>4g} points  {task.title}")
@@ -130,14 +139,13 @@ def diff(number: Number, file: File = None) -> None:
 @app.command()
 def reset(number: Number) -> None:
     """Begin a lab anew; the file that was there is kept under another name."""
-    chosen = find_lab(number)
-    file = Path(chosen.file_name)
+    file, text = _beginning(number)
     if file.exists():
         backups = (file.with_suffix(f".py.{n}") for n in range(1, 10_000))
         backup = next(place for place in backups if not place.exists())
         file.rename(backup)
         console.print(f"{file} is kept as {backup}.")
-    write_whole(file, starter(chosen))
+    write_whole(file, text)
     console.print(f"{file} is as at the beginning.")
 
 
@@ -174,6 +182,14 @@ def autograder(
 
 
 # ---- what several of them need -------------------------------------------------------------------
+
+
+def _beginning(number: int) -> tuple[Path, str]:
+    """The file that a lab begins with, and what stands in it."""
+    if number == NUMBER:
+        return Path(FILE_NAME), STARTER
+    chosen = find_lab(number)
+    return Path(chosen.file_name), starter(chosen)
 
 
 def _file(chosen: Lab, file: Path | None) -> Path:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from minipaged.scheduler import FCFSScheduler
+from minipaged.scheduler import Scheduler
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.sim.traces import TraceRequest
 
@@ -61,7 +61,7 @@ class SimRequest:
         assert self.finish is not None, "it has not finished"
         return (self.finish - self.arrival) / self.output_len
 
-    def advance(self, scheduler: FCFSScheduler) -> bool:
+    def advance(self, scheduler: Scheduler) -> bool:
         """Give every sequence its next token, forking as the method does; True at the end."""
         group = self.group
         is_first = group.sequences[0].num_output_tokens == 0
@@ -78,7 +78,7 @@ class SimRequest:
         scheduler.abort(group)  # all sequences are equally long
         return True
 
-    def _choose_beams(self, scheduler: FCFSScheduler, parents: tuple[int, ...]) -> None:
+    def _choose_beams(self, scheduler: Scheduler, parents: tuple[int, ...]) -> None:
         """Let beam i go on from the beam `parents[i]`; those without a child are given up."""
         if len(self._beams) == 1:
             parents = (0,) * self.group.width

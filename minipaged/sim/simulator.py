@@ -11,7 +11,7 @@ from itertools import count
 from minipaged.errors import InvalidOption
 from minipaged.memory import MemoryUsage
 from minipaged.plan import ScheduledBatch
-from minipaged.scheduler import FCFSScheduler
+from minipaged.scheduler import Scheduler
 from minipaged.sim.cost_model import CostModel
 from minipaged.sim.requests import GREEDY, Decoding, SimRequest
 from minipaged.sim.systems import Setting, System, build_scheduler
@@ -80,7 +80,7 @@ class Simulation:
         look_from: float = 0.0,
         watch_memory: bool = True,
     ) -> None:
-        self.scheduler: FCFSScheduler = build_scheduler(system, setting)
+        self.scheduler: Scheduler = build_scheduler(system, setting)
         self.now = 0.0
         self.report = Report(len(trace))
         self._system = system

@@ -9,7 +9,7 @@ from minipaged.memory import BlockManager, Memory
 from minipaged.memory.contiguous import ContiguousMemory, Reserve
 from minipaged.memory.slots import SlotLayout
 from minipaged.memory.virtual import VirtualMemory
-from minipaged.scheduler import FCFSScheduler
+from minipaged.scheduler import FCFSScheduler, Scheduler
 from minipaged.sim.catalogue import MODELS, ServedModel
 
 LONGEST = 2048  # tokens of prompt and output together: what OPT was made for
@@ -44,6 +44,7 @@ class System:
     build_memory: Callable[[Setting], Memory]
     has_token_limit: bool = False  # and preempts, for it admits more than will surely fit
     forms_batches: bool = False  # a batch runs padded, until the longest of it has ended
+    scheduler: Callable[[EngineConfig, Memory], Scheduler] = FCFSScheduler
 
 
 def _paged(setting: Setting) -> Memory:
@@ -133,8 +134,8 @@ def find_system(name: str) -> System:
     return known[name]
 
 
-def build_scheduler(system: System, setting: Setting) -> FCFSScheduler:
-    """The library's scheduler over the memory of this system.
+def build_scheduler(system: System, setting: Setting) -> Scheduler:
+    """The system's scheduler, mostly the library's own, over its memory.
 
     Steps mix prompts and decodes, and prompts are computed whole, as in the paper's vLLM.
     """
@@ -151,4 +152,4 @@ def build_scheduler(system: System, setting: Setting) -> FCFSScheduler:
         preemption=setting.preemption,
         watermark=setting.watermark,
     )
-    return FCFSScheduler(config, system.build_memory(setting))
+    return system.scheduler(config, system.build_memory(setting))

@@ -6,11 +6,11 @@ stale numbers in empty slots, and table entries behind a sequence's end that are
 
 import pytest
 import torch
-from paged_setup import NO_BLOCKS, PagedSetup, dense_attention, paged_setup
 
 from minipaged.batch import Batch
 from minipaged.quantized import QuantizedPool
 
+from paged_setup import NO_BLOCKS, PagedSetup, dense_attention, paged_setup
 from serving import prompts, serves_what_the_library_serves
 
 # (query_len, context_len): prompts, pieces of prompts and single tokens; with blocks of 4 some end

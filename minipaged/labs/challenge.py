@@ -1,0 +1,210 @@
+"""Lab 9, the open challenge: any policy that lowers latency, measured by the simulator.
+
+It has no holes, no tests and no points. A student's file defines parts by agreed names, the
+simulator serves two traces with them and with the library's own, and what comes out is a line on a
+leaderboard.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minipaged.config import EngineConfig
+from minipaged.errors import InvalidOption
+from minipaged.labs.referee import Referee
+from minipaged.memory import BlockAllocator, BlockManager, Memory, PrefixCache
+from minipaged.scheduler import FCFSScheduler, Scheduler, youngest
+from minipaged.sim.catalogue import DEPLOYMENTS
+from minipaged.sim.cost_model import CostModel
+from minipaged.sim.simulator import Simulation
+from minipaged.sim.systems import LONGEST, Setting, System
+from minipaged.sim.traces import WORKLOADS, TraceRequest, chat_trace, poisson_trace
+from minipaged.swap import names_in_file
+from minipaged.whole_file import write_whole
+
+NUMBER = 9
+TITLE = "the open challenge: lower latency at fixed memory"
+FILE_NAME = "lab9_challenge.py"
+
+NAMES = {
+    "scheduler": "MyScheduler",
+    "victim": "my_victim",
+    "memory": "MyMemory",
+    "prefix_cache": "MyPrefixCache",
+    "allocator": "MyAllocator",
+}
+"""By role, what a student's file calls its part. Roles that it leaves out are the library's."""
+
+SERVER = "opt-13b"
+SECONDS = 90.0  # for how long requests come
+PREFIX = 341  # tokens of the paper's longer shared prefix (section 6.4)
+
+STARTER = '''\
+"""Lab 9: the open challenge. Lower the latency that `minipaged lab challenge` prints.
+
+Whatever you call by one of these names takes the place of the library's part; leave out the others:
+
+    MyScheduler    a class, called with (config, memory, victim)
+    my_victim      a function: of the running groups that may be preempted, the one to preempt
+    MyMemory       a class, called with the arguments of BlockManager, by keyword
+    MyPrefixCache  a class derived from PrefixCache
+    MyAllocator    a class, called with the number of blocks
+
+How the library's parts look: minipaged/scheduler.py, minipaged/memory/. The rules and some ideas:
+tutorials/labs/09.md.
+"""
+
+from collections.abc import Sequence as Many
+
+from minipaged.plan import ScheduledBatch
+from minipaged.scheduler import FCFSScheduler
+from minipaged.sequence import SequenceGroup
+
+
+def urgency(group: SequenceGroup) -> float:
+    """Who waits comes in by this number, the smallest first: here in the order of arrival."""
+    return group.arrival
+
+
+class MyScheduler(FCFSScheduler):
+    """The library's scheduler, but for the order in which those who wait come in."""
+
+    def schedule(self) -> ScheduledBatch:
+        self.waiting.sort(key=urgency)
+        return super().schedule()
+
+
+def my_victim(candidates: Many[SequenceGroup]) -> SequenceGroup:
+    """Whom to preempt when blocks run out: here who came last, as in the library."""
+    return max(candidates, key=lambda group: group.arrival)
+'''
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one policy made of one trace: seconds a token, over all requests."""
+
+    workload: str
+    mean: float
+    p50: float
+    p90: float
+    num_preemptions: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the leaderboard.
+
+    Args:
+        score: mean latency over the baseline's, the mean of both workloads. Less is better.
+    """
+
+    name: str
+    date: str
+    seed: int
+    score: float
+    served: list[dict[str, Any]]
+
+
+# ---- serving -------------------------------------------------------------------------------------
+
+
+def traces(seed: int) -> dict[str, list[TraceRequest]]:
+    """By workload, who comes when: each at a rate a little above what the baseline bears well."""
+    return {
+        "assistant": [
+            TraceRequest(r.arrival, r.input_len + PREFIX, r.output_len, PREFIX)
+            for r in poisson_trace(WORKLOADS["sharegpt"], 2.6, SECONDS, seed)
+            if r.input_len + PREFIX + r.output_len < LONGEST
+        ],
+        "chat": chat_trace(1.4, SECONDS, seed),
+    }
+
+
+def parts_of(file: Path) -> dict[str, Any]:
+    """By role, the parts that a student's file defines. Raises InvalidOption if there are none."""
+    names = names_in_file(file)
+    parts = {role: names[name] for role, name in NAMES.items() if name in names}
+    if not parts:
+        raise InvalidOption(
+            f"{file} defines none of {', '.join(NAMES.values())}: call your part so, or begin with "
+            f"`minipaged lab start {NUMBER}`."
+        )
+    return parts
+
+
+def serve(workload: str, trace: list[TraceRequest], parts: dict[str, Any]) -> Served:
+    """Serve a trace with these parts and the library's others. Raises CheckFailed for a foul."""
+    deployed = DEPLOYMENTS[SERVER]
+    setting = Setting(deployed.num_slots, model=deployed.model, prefix_caching=True)
+    referees: list[Referee] = []
+
+    def scheduler(config: EngineConfig, memory: Memory) -> Scheduler:
+        build: Callable[..., Scheduler] = parts.get("scheduler", FCFSScheduler)
+        referees.append(Referee(build(config, memory, parts.get("victim", youngest)), setting))
+        return referees[0]
+
+    system = System("yours", "yours", partial(_memory, parts), True, scheduler=scheduler)
+    report = Simulation(system, setting, CostModel(deployed), trace, watch_memory=False).run()
+    referees[0].see_the_end()
+    latencies = sorted(request.normalized_latency for request in report.finished)
+    return Served(
+        workload,
+        report.normalized_latency,
+        latencies[len(latencies) // 2],
+        latencies[len(latencies) * 9 // 10],
+        report.num_preemptions,
+    )
+
+
+def _memory(parts: dict[str, Any], setting: Setting) -> Memory:
+    build: Callable[..., Memory] = parts.get("memory", BlockManager)
+    return build(
+        num_blocks=setting.num_blocks,
+        num_swap_blocks=setting.num_blocks,
+        block_size=setting.block_size,
+        watermark_blocks=int(setting.watermark * setting.num_blocks),
+        allocator=parts.get("allocator", BlockAllocator),
+        enable_prefix_caching=setting.prefix_caching,
+        prefix_cache=parts.get("prefix_cache", PrefixCache),
+    )
+
+
+# ---- the leaderboard -----------------------------------------------------------------------------
+
+
+def entry(name: str, seed: int, baseline: list[Served], yours: list[Served]) -> Entry:
+    """What a run has shown, as a line."""
+    ratios = [mine.mean / theirs.mean for mine, theirs in zip(yours, baseline, strict=True)]
+    score = round(sum(ratios) / len(ratios), 4)
+    return Entry(name, time.strftime("%Y-%m-%d"), seed, score, [asdict(each) for each in yours])
+
+
+def read_leaderboard(file: Path) -> list[Entry]:
+    """All lines, the best first. Raises InvalidOption for a line that is none."""
+    if not file.exists():
+        return []
+    entries: list[Entry] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            one = Entry(**json.loads(line))
+            entries.append(one)
+            _ = f"{one.score:.3f}"
+        except (ValueError, TypeError) as error:
+            raise InvalidOption(
+                f"{file}, line {number}, is no entry of a leaderboard: mend or remove the line."
+            ) from error
+    return sorted(entries, key=lambda one: one.score)
+
+
+def add_to_leaderboard(file: Path, one: Entry) -> list[Entry]:
+    """All lines with this one among them, the best first; written whole or not at all."""
+    read_leaderboard(file)  # a damaged one is not written over
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    line = json.dumps(asdict(one)) + "\n"
+    write_whole(file, before + ("\n" if before and not before.endswith("\n") else "") + line)
+    return read_leaderboard(file)

@@ -1,0 +1,79 @@
+"""`minipaged lab challenge`: a policy beside the library's, and the leaderboard."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minipaged.config import require_whole
+from minipaged.errors import InvalidOption
+from minipaged.labs.challenge import (
+    FILE_NAME,
+    NUMBER,
+    SERVER,
+    Entry,
+    Served,
+    add_to_leaderboard,
+    entry,
+    parts_of,
+    read_leaderboard,
+    serve,
+    traces,
+)
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def challenge(
+    file: Annotated[Path, typer.Argument(help="Your file.")] = Path(FILE_NAME),
+    leaderboard: Annotated[
+        Path | None, typer.Option(help="Add a line to this file, and show it sorted.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Yours; default: the file's.")] = "",
+    seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
+) -> None:
+    """Lab 9: serve two traces with the library's policy and with yours, and compare latency."""
+    require_whole("seed", seed, 0)
+    if not file.is_file():
+        raise InvalidOption(f"there is no {file}: begin with `minipaged lab start {NUMBER}`.")
+    parts = parts_of(file)
+    if leaderboard is not None:
+        read_leaderboard(leaderboard)  # a damaged one is told before the wait
+    requests = traces(seed)
+    for workload, trace in requests.items():
+        console.print(f"{workload}: {len(trace)} requests in {trace[-1].arrival:.0f} s, {SERVER}")
+    library = _serve_all("library", requests, {})
+    yours = _serve_all("yours", requests, parts)
+    console.print(_comparison(library, yours))
+    mine = entry(name or file.stem, seed, library, yours)
+    console.print(f"score {mine.score:.3f}: mean latency over the library's; less is better.")
+    if leaderboard is not None:
+        console.print(_sorted(add_to_leaderboard(leaderboard, mine)))
+
+
+def _serve_all(who: str, requests: dict[str, Any], parts: dict[str, Any]) -> list[Served]:
+    with console.status(f"serving: {who}"):
+        return [serve(workload, trace, parts) for workload, trace in requests.items()]
+
+
+def _comparison(library: list[Served], yours: list[Served]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("seconds a token", "", "mean", "p50", "p90", "preemptions"):
+        table.add_column(title, justify="left" if title in ("seconds a token", "") else "right")
+    for pair in zip(library, yours, strict=True):
+        for who, one in zip(("library", "yours"), pair, strict=True):
+            latencies = (f"{number:.4f}" for number in (one.mean, one.p50, one.p90))
+            first = one.workload if who == "library" else ""
+            table.add_row(first, who, *latencies, str(one.num_preemptions))
+    return table
+
+
+def _sorted(entries: list[Entry]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("", "name", "score", "seed", "date"):
+        table.add_column(title)
+    for place, one in enumerate(entries, start=1):
+        table.add_row(str(place), one.name, f"{one.score:.3f}", str(one.seed), one.date)
+    return table

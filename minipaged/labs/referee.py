@@ -1,0 +1,241 @@
+"""Sees to it that a policy only decides, and does not cheat: lab 9's rules, step by step.
+
+A simulator computes nothing, so a policy could claim what it likes: more memory, prompts that need
+no computing, requests that are forgotten. The referee stands between simulator and scheduler, and
+plays keys and values: it notes what each step writes to which block, moves what the plan moves, and
+looks whether every sequence finds there what it needs. Nobody can keep more tokens than the pool
+has slots for without overwriting somebody else's, and that is seen.
+
+What it cannot see: code that goes round the scheduler's methods. See tutorials/labs/09.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from minipaged.errors import CheckFailed, MinipagedError
+from minipaged.memory import BlockPair, Memory
+from minipaged.memory.roles import ceil_div
+from minipaged.plan import ScheduledBatch, ScheduledSequence
+from minipaged.scheduler import Scheduler
+from minipaged.sequence import Sequence, SequenceGroup
+from minipaged.sim.systems import Setting
+
+Content = int | tuple[int, ...] | None
+"""What lies in a block: of a full one, its tokens and all before them as one number; else that of
+the block before, and its tokens."""
+
+NEW_TOKEN = 0  # what the simulator lets every sequence generate
+
+
+@dataclass
+class _Known:
+    """What the referee itself knows of a request: nobody else can edit it."""
+
+    group: SequenceGroup
+    tokens: list[int]
+    full: list[int] = field(default_factory=list[int])  # contents of its full blocks
+
+    def content(self, logical: int, size: int, num_tokens: int) -> Content:
+        """What a logical block must hold once so many first tokens are computed."""
+        for number in range(len(self.full), num_tokens // size):
+            tokens = self.tokens[number * size : (number + 1) * size]
+            self.full.append(hash((self.full[-1] if number else 0, *tokens)))
+        if (logical + 1) * size <= num_tokens:
+            return self.full[logical]
+        tokens = self.tokens[logical * size : num_tokens]
+        return (self.full[logical - 1] if logical else 0, *tokens)
+
+
+class Referee:
+    """A scheduler that lets another one decide, and looks at what it decides.
+
+    Whoever breaks a rule gets CheckFailed, with the step, the request and what was wrong.
+    """
+
+    def __init__(self, scheduler: Scheduler, setting: Setting) -> None:
+        self._scheduler = scheduler
+        self._setting = setting
+        self._known: dict[int, _Known] = {}  # by sequence id
+        self._pool: list[Content] = [None] * setting.num_blocks
+        self._swap_pool: list[Content] = [None] * setting.num_blocks
+        self._num_steps = 0
+
+    @property
+    def memory(self) -> Memory:
+        return self._scheduler.memory
+
+    @property
+    def waiting(self) -> list[SequenceGroup]:
+        return self._scheduler.waiting
+
+    @property
+    def running(self) -> list[SequenceGroup]:
+        return self._scheduler.running
+
+    @property
+    def swapped(self) -> list[SequenceGroup]:
+        return self._scheduler.swapped
+
+    # ---- what the simulator asks -----------------------------------------------------------------
+
+    def add(self, group: SequenceGroup) -> None:
+        """Let a request come, without what only the future tells: how much it will generate."""
+        [seq] = group.sequences
+        seq.max_output_len = None
+        self._known[seq.seq_id] = _Known(group, list(seq.token_ids))
+        self._let(self._scheduler.add, group)
+
+    def schedule(self) -> ScheduledBatch:
+        """The step that the other one decided, if it keeps the rules."""
+        self._num_steps += 1
+        plan = self._let(self._scheduler.schedule)
+        self._judge(plan)
+        return plan
+
+    def commit(self, plan: ScheduledBatch) -> None:
+        """The step is over."""
+        self._let(self._scheduler.commit, plan)
+
+    def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence:
+        """Nobody forks here."""
+        return self._scheduler.fork(group, parent, child_id)
+
+    def finish(self, group: SequenceGroup, seq: Sequence) -> None:
+        """A request has all its tokens."""
+        self._expect_own_tokens(self._known.pop(seq.seq_id), seq)
+        self._let(self._scheduler.finish, group, seq)
+
+    def abort(self, group: SequenceGroup) -> None:
+        """Nobody gives up here."""
+        self._scheduler.abort(group)
+
+    def has_unfinished(self) -> bool:
+        """Whether the other one has work left."""
+        return self._scheduler.has_unfinished()
+
+    def see_the_end(self) -> None:
+        """All requests have finished: the pool must be as empty as at the beginning."""
+        lost = self._setting.num_blocks - self.memory.num_free
+        if lost:
+            self._refuse(f"all requests have finished, and {lost} blocks are not free again")
+
+    # ---- the rules -------------------------------------------------------------------------------
+
+    def _judge(self, plan: ScheduledBatch) -> None:
+        names = [known.group.request_id for known in self._known.values()]
+        if plan.ended:
+            self._refuse(f"request {plan.ended[0].request_id} is ended before its last token")
+        if not plan.sequences:
+            self._refuse(
+                f"nothing is computed, and request {names[0]} waits, with {len(names) - 1} others"
+            )
+        num_tokens, num_seqs = sum(s.num_new_tokens for s in plan.sequences), len(plan.sequences)
+        if num_tokens > (most := self._setting.max_num_batched_tokens):
+            self._refuse(f"{num_tokens} tokens are computed, and {most} are the most")
+        if num_seqs > (most := self._setting.max_num_seqs):
+            self._refuse(f"{num_seqs} sequences run, and {most} are the most")
+        if len({scheduled.seq.seq_id for scheduled in plan.sequences}) < num_seqs:
+            self._refuse("a sequence is in the plan twice")
+        self._move(plan.swap_out, self._pool, self._swap_pool)
+        self._move(plan.swap_in, self._swap_pool, self._pool)
+        self._move(plan.copies, self._pool, self._pool)
+        tables = [self._look_up(scheduled) for scheduled in plan.sequences]
+        writers: dict[int, int] = {}  # by block, the sequence that writes to it
+        for scheduled, blocks in zip(plan.sequences, tables, strict=True):
+            self._write(scheduled, blocks, writers)
+        for scheduled, blocks in zip(plan.sequences, tables, strict=True):
+            mine = scheduled.seq.seq_id
+            for block in writers.keys() & set(blocks):
+                if writers[block] != mine:
+                    self._refuse(f"two sequences use block {block}, to which one of them writes")
+            if scheduled.samples:
+                self._known[mine].tokens.append(NEW_TOKEN)  # the simulator gives it one
+
+    def _move(self, pairs: list[BlockPair], source: list[Content], target: list[Content]) -> None:
+        for pair in pairs:
+            for block in pair:
+                self._expect_in_pool(block)
+        for block, content in [(to, source[block]) for block, to in pairs]:  # all at once
+            target[block] = content
+
+    def _look_up(self, scheduled: ScheduledSequence) -> list[int]:
+        """The blocks of a sequence; all that it has computed must lie in them."""
+        group, seq, num_new, samples = scheduled
+        name, computed, size = group.request_id, seq.num_computed_tokens, self._setting.block_size
+        known = self._known.get(seq.seq_id)
+        if known is None:
+            self._refuse(f"request {name} runs, and it has finished or never came")
+        self._expect_own_tokens(known, seq)
+        left = len(known.tokens) - computed
+        if not 1 <= num_new <= left or samples != (num_new == left):
+            self._refuse(f"request {name} has {left} tokens left, and {num_new} are planned")
+        blocks = self.memory.block_table(seq.seq_id).blocks[: ceil_div(computed + num_new, size)]
+        if len(blocks) * size < computed + num_new:
+            self._refuse(f"request {name} has {len(blocks)} blocks for {computed + num_new} tokens")
+        if blocks and not (min(blocks) >= 0 and max(blocks) < len(self._pool)):
+            self._refuse(f"request {name} has block {max(blocks)}, and {self._pool_is}")
+        if not self._finds(known, blocks, computed):
+            self._refuse(
+                f"request {name} reads keys and values that nobody has written there, or that "
+                "somebody has written over"
+            )
+        return blocks
+
+    def _finds(self, known: _Known, blocks: list[int], computed: int) -> bool:
+        size = self._setting.block_size
+        num_full = computed // size
+        last = known.content(num_full, size, computed)  # and notes those before
+        if [self._pool[block] for block in blocks[:num_full]] != known.full[:num_full]:
+            return False
+        if computed % size == 0 or (found := self._pool[blocks[num_full]]) == last:
+            return True
+        # A prompt may be found to its last block, and then computes its last token once more.
+        filled = (num_full + 1) * size
+        return filled <= len(known.tokens) and found == known.content(num_full, size, filled)
+
+    def _write(
+        self, scheduled: ScheduledSequence, blocks: list[int], writers: dict[int, int]
+    ) -> None:
+        seq, size = scheduled.seq, self._setting.block_size
+        known, stop = self._known[seq.seq_id], seq.num_computed_tokens + scheduled.num_new_tokens
+        for logical in range(seq.num_computed_tokens // size, len(blocks)):
+            block = blocks[logical]
+            if block in writers:
+                self._refuse(f"two sequences write to block {block}")
+            writers[block] = seq.seq_id
+            self._pool[block] = known.content(logical, size, stop)
+
+    def _expect_own_tokens(self, known: _Known, seq: Sequence) -> None:
+        if len(seq.token_ids) != len(known.tokens):
+            self._refuse(
+                f"request {known.group.request_id} has {len(seq.token_ids)} tokens, and "
+                f"{len(known.tokens)} were given to it"
+            )
+
+    def _expect_in_pool(self, block: int) -> None:
+        if not 0 <= block < len(self._pool):
+            self._refuse(f"keys and values are moved to or from block {block}, and {self._pool_is}")
+
+    @property
+    def _pool_is(self) -> str:
+        return f"the pool has {len(self._pool)} blocks, from 0 on"
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise CheckFailed(f"step {self._num_steps}: {what}.")
+
+    def _let(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the other one; what it raises is told with the step."""
+        try:
+            return call(*arguments)
+        except (MinipagedError, NotImplementedError):
+            raise
+        except Exception as error:
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            where = "" if trace is None else f", line {trace.tb_lineno}"
+            file = "" if trace is None else trace.tb_frame.f_code.co_filename
+            raise CheckFailed(
+                f"step {self._num_steps}: {type(error).__name__}: {error} ({file}{where})."
+            ) from error

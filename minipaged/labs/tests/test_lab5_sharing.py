@@ -1,0 +1,519 @@
+"""Lab 5: sequences that share blocks, and part when they write.
+
+Which blocks are handed out matters nowhere; how many, who owns them and what they hold does.
+"""
+
+import random
+from itertools import count
+
+import pytest
+
+from minipaged.errors import OutOfBlocks
+from minipaged.memory import BlockTable, CheckedMemory, PrefixCache
+from minipaged.sequence import Sequence, SequenceGroup
+
+from serving import serves_what_the_library_serves
+
+
+def task(number: int) -> pytest.MarkDecorator:
+    return pytest.mark.lab(number=5, task=number)
+
+
+class Written(PrefixCache):
+    """As if a step had computed every sequence that is pinned: tables begin without `append`."""
+
+    def __init__(self, allocator, block_size, enabled):
+        super().__init__(allocator, block_size, enabled)
+        self.size = block_size
+
+    def share_found(self, seq):
+        blocks = [self.allocate() for _ in range(-(-seq.num_tokens // self.size))]
+        return BlockTable(self.size, blocks, seq.num_tokens)
+
+
+@pytest.fixture
+def build(part):
+    """A memory that is recounted after every call."""
+
+    def build(num_blocks=12, **options):
+        return CheckedMemory(part("memory")(num_blocks=num_blocks, block_size=4, **options))
+
+    return build
+
+
+@pytest.fixture
+def written(build):
+    """A memory in which `begin` gives a sequence blocks."""
+    return lambda **options: build(num_swap_blocks=12, prefix_cache=Written, **options)
+
+
+def begin(memory, seq_id, num_tokens, first=0):
+    seq = Sequence(seq_id, range(first, first + num_tokens))
+    memory.pin(seq)
+    seq.mark_computed(num_tokens)
+    return seq
+
+
+def admit(memory, seq_id, num_tokens):
+    seq = Sequence(seq_id, range(num_tokens))
+    memory.admit(SequenceGroup(str(seq_id), [seq]))
+    seq.mark_computed(seq.num_uncomputed_tokens)
+    return seq
+
+
+def fork(memory, parent, seq_id):
+    child = parent.fork(seq_id)
+    memory.fork(parent, child)
+    return child
+
+
+def table(memory, seq):
+    return memory.block_table(seq.seq_id).blocks
+
+
+# ---- task 1: fork --------------------------------------------------------------------------------
+
+
+@task(1)
+def test_a_fork_reads_what_its_parent_reads(written):
+    memory = written()
+    parent = begin(memory, 1, 10)
+    before = list(table(memory, parent))
+    child = fork(memory, parent, 2)
+    assert table(memory, child) == table(memory, parent) == before
+    assert memory.block_table(2).num_tokens == 10
+
+
+@task(1)
+def test_a_fork_takes_no_free_block(written):
+    memory = written(num_blocks=3)
+    parent = begin(memory, 1, 10)
+    for seq_id in range(2, 6):
+        fork(memory, parent, seq_id)
+    assert memory.num_free == 0
+    assert memory.num_distinct_blocks(SequenceGroup("all", [parent])) == 3
+
+
+@task(1)
+def test_each_fork_is_one_owner_more_of_each_block(written):
+    memory = written()
+    parent = begin(memory, 1, 10)
+    counts = []
+    for seq_id in (2, 3, 4):
+        fork(memory, parent, seq_id)
+        counts.append([memory.ref_count(block) for block in table(memory, parent)])
+    assert counts == [[2] * 3, [3] * 3, [4] * 3]
+
+
+@task(1)
+def test_parent_and_child_have_each_a_table_of_their_own(written):
+    memory = written()
+    parent = begin(memory, 1, 10)
+    child = fork(memory, parent, 2)
+    assert memory.block_table(1) is not memory.block_table(2)
+    table(memory, parent).append(11)  # what one of them adds is not the other's
+    assert len(table(memory, child)) == 3
+
+
+@task(1)
+def test_a_child_that_has_computed_less_shares_less(written):
+    """A group that was preempted forks again, where the tokens of its sequences part."""
+    memory = written()
+    parent = begin(memory, 1, 12)
+    child = parent.fork(2)
+    child.forget_computed()
+    child.mark_computed(8)
+    memory.fork(parent, child)
+    assert table(memory, child) == table(memory, parent)[:2]
+    assert [memory.ref_count(block) for block in table(memory, parent)] == [2, 2, 1]
+
+
+@task(1)
+def test_a_swapped_sequence_forks_in_the_swap_pool(written):
+    memory = written()
+    parent = begin(memory, 1, 10)
+    memory.swap_out(SequenceGroup("A", [parent]))
+    child = fork(memory, parent, 2)
+    assert memory.is_swapped(2)
+    assert [memory.swap_ref_count(block) for block in table(memory, child)] == [2, 2, 2]
+
+
+# ---- task 2: let go ------------------------------------------------------------------------------
+
+
+@task(2)
+def test_what_nobody_else_owns_is_free_again(written):
+    memory = written()
+    one, other = begin(memory, 1, 10), begin(memory, 2, 5)
+    memory.free(one)
+    assert memory.num_free == 12 - 2
+    assert 1 not in memory.tables
+    assert [memory.ref_count(block) for block in table(memory, other)] == [1, 1]
+
+
+@task(2)
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 1, 3)])
+def test_forks_may_end_in_any_order_and_the_last_one_frees_all(written, order):
+    memory = written()
+    parent = begin(memory, 1, 10)
+    family = {1: parent, 2: fork(memory, parent, 2), 3: fork(memory, parent, 3)}
+    free = []
+    for seq_id in order:
+        memory.free(family[seq_id])
+        free.append(memory.num_free)
+    assert free == [9, 9, 12]
+
+
+@task(2)
+def test_who_ends_while_it_is_swapped_frees_blocks_of_the_swap_pool(written):
+    memory = written()
+    parent, other = begin(memory, 1, 10), begin(memory, 2, 10)
+    memory.swap_out(SequenceGroup("A", [parent]))
+    memory.free(parent)
+    assert (memory.num_free, memory.num_free_swap_blocks) == (9, 12)
+    assert not memory.is_swapped(1)
+    assert [memory.ref_count(block) for block in table(memory, other)] == [1, 1, 1]
+
+
+@task(2)
+def test_of_known_blocks_the_last_of_a_sequence_can_be_given_up_first(written):
+    memory = written(num_blocks=3, enable_prefix_caching=True)
+    seq = begin(memory, 1, 12)
+    memory.publish(seq)
+    first = table(memory, seq)[0]
+    memory.free(seq)
+    assert memory.num_free == 3
+    begin(memory, 2, 8, first=100)  # takes two of the three: the others must be known by the first
+    assert list(memory.cached) == [first]
+
+
+@task(2)
+def test_a_prefix_that_was_released_is_pinned_no_longer(written):
+    memory = written(num_blocks=3)
+    memory.free(begin(memory, 1, 12))
+    group = SequenceGroup("large", [Sequence(2, range(12))])
+    assert memory.fits(group)
+
+
+# ---- task 3: copy-on-write -----------------------------------------------------------------------
+
+
+class Slots:
+    """Keys and values, played by token ids: copied and written as the engine does it."""
+
+    def __init__(self, memory):
+        self.memory = memory
+        self.slots = {}
+
+    def step(self, sequences):
+        """Compute all uncomputed tokens: first all blocks, then all copies, then all writes."""
+        pairs = [pair for seq in sequences for pair in self.memory.append(seq)]
+        for source, target in pairs:
+            for offset in range(4):
+                self.slots[target * 4 + offset] = self.slots.get(source * 4 + offset)
+        for seq in sequences:
+            where = self.memory.block_table(seq.seq_id)
+            for position in range(seq.num_computed_tokens, seq.num_tokens):
+                self.slots[where.slot(position)] = seq.token_ids[position]
+            seq.mark_computed(seq.num_uncomputed_tokens)
+        return pairs
+
+    def read(self, seq):
+        where = self.memory.block_table(seq.seq_id)
+        return [self.slots.get(where.slot(position)) for position in range(seq.num_tokens)]
+
+
+@pytest.fixture
+def played(build):
+    """A memory, and what lies in its slots."""
+
+    def played(num_blocks=12, **options):
+        memory = build(num_blocks, **options)
+        return memory, Slots(memory)
+
+    return played
+
+
+def prompt(memory, slots, num_tokens):
+    """A sequence whose prompt is computed."""
+    seq = Sequence(1, range(num_tokens))
+    memory.admit(SequenceGroup("A", [seq]))
+    for position, token in enumerate(seq.token_ids):
+        slots.slots[memory.block_table(1).slot(position)] = token
+    seq.mark_computed(num_tokens)
+    return seq
+
+
+@task(3)
+def test_a_sequence_takes_a_block_only_when_a_token_needs_it(played):
+    memory, slots = played()
+    seq = prompt(memory, slots, 6)
+    held = []
+    for token in range(7):
+        seq.append(token)
+        assert slots.step([seq]) == []
+        held.append(len(table(memory, seq)))
+    assert held == [2, 2, 3, 3, 3, 3, 4]
+    assert slots.read(seq) == seq.token_ids
+
+
+@task(3)
+def test_the_first_of_two_writers_gets_a_copy_and_the_second_keeps_the_original(played):
+    memory, slots = played()
+    first = prompt(memory, slots, 7)  # the paper's Figure 8
+    full, shared = table(memory, first)
+    second = fork(memory, first, 2)
+    first.append(70)
+    second.append(71)
+    [pair] = memory.append(first)
+    copy = table(memory, first)[1]
+    assert pair == (shared, copy), "a pair is (from, to)"
+    assert copy != shared
+    assert memory.append(second) == []
+    assert table(memory, second) == [full, shared]
+    assert [memory.ref_count(block) for block in (full, shared, copy)] == [2, 1, 1]
+
+
+@task(3)
+@pytest.mark.parametrize("writers", [2, 3, 5])
+def test_of_n_writers_n_minus_1_copy(played, writers):
+    memory, slots = played()
+    parent = prompt(memory, slots, 6)
+    family = [parent, *(fork(memory, parent, seq_id) for seq_id in range(2, writers + 1))]
+    for seq in family:
+        seq.append(100 + seq.seq_id)
+    assert len(slots.step(family)) == writers - 1
+    assert memory.num_free == 12 - 1 - writers
+    for seq in family:
+        assert slots.read(seq) == seq.token_ids
+
+
+@task(3)
+def test_who_has_parted_does_not_copy_again(played):
+    memory, slots = played()
+    one = prompt(memory, slots, 5)
+    other = fork(memory, one, 2)
+    copies = []
+    for token in range(4):
+        one.append(10 + token)
+        other.append(20 + token)
+        copies.append(len(slots.step([one, other])))
+    assert copies == [1, 0, 0, 0]
+    assert slots.read(one) == one.token_ids
+    assert slots.read(other) == other.token_ids
+
+
+@task(3)
+def test_a_block_that_is_full_stays_shared(played):
+    memory, slots = played()
+    one = prompt(memory, slots, 8)
+    other = fork(memory, one, 2)
+    for seq in (one, other):
+        seq.append(50 + seq.seq_id)
+    assert slots.step([one, other]) == []
+    assert table(memory, one)[:2] == table(memory, other)[:2]
+    assert table(memory, one)[2] != table(memory, other)[2]
+
+
+@task(3)
+def test_if_the_others_have_ended_nobody_copies(played):
+    memory, slots = played()
+    one = prompt(memory, slots, 6)
+    other = fork(memory, one, 2)
+    memory.free(one)
+    other.append(9)
+    assert slots.step([other]) == []
+    assert slots.read(other) == other.token_ids
+
+
+@task(3)
+def test_a_copy_for_which_there_is_no_block_is_refused(build):
+    memory = build(2)
+    one = admit(memory, 1, 6)
+    other = fork(memory, one, 2)
+    for seq in (one, other):
+        seq.append(0)
+    assert not memory.can_append(SequenceGroup("A", [one, other]))
+    with pytest.raises(OutOfBlocks):
+        memory.append(one)
+
+
+@task(3)
+def test_the_prefix_cache_knows_the_original_and_not_the_copy(build):
+    """The same prompt twice: the second writes the keys of its last token, to a copy."""
+    memory = build(12, enable_prefix_caching=True)
+    one = admit(memory, 1, 8)
+    memory.publish(one)
+    other = Sequence(2, range(8))
+    [(source, target)] = memory.admit(SequenceGroup("B", [other]))
+    assert source == table(memory, one)[1]
+    assert target == table(memory, other)[1]
+    for token in range(100, 106):
+        other.mark_computed(1)
+        memory.publish(other)
+        other.append(token)
+        assert memory.append(other) == []
+    assert table(memory, other)[:2] == table(memory, one)  # of two equal blocks one is kept
+    memory.free(one)
+    memory.free(other)
+    assert memory.num_free == 12
+
+
+@task(3)
+def test_in_any_order_each_reads_what_it_wrote(build):
+    rng = random.Random(5)
+    memory = build(60)
+    slots, ids, alive = Slots(memory), count(1), []
+    for _ in range(300):
+        choices = ["begin"] * (not alive) + ["step"] * 4 + ["fork"] * (len(alive) < 6) + ["free"]
+        action = rng.choice(choices) if alive else "begin"
+        if action == "begin":
+            seq = Sequence(next(ids), [rng.randrange(1000) for _ in range(rng.randint(1, 9))])
+            memory.admit(SequenceGroup(str(seq.seq_id), [seq]))
+            alive.append(seq)
+            slots.step([seq])
+        elif action == "step":
+            for seq in alive:
+                seq.append(rng.randrange(1000))
+            rng.shuffle(alive)
+            slots.step(alive)
+        elif action == "fork":
+            alive.append(fork(memory, rng.choice(alive), next(ids)))
+        if action == "free" or alive[0].num_tokens > 30:
+            memory.free(alive.pop(rng.randrange(len(alive))))
+        for seq in alive:
+            assert slots.read(seq) == seq.token_ids, "somebody wrote to a block of somebody else"
+    for seq in alive:
+        memory.free(seq)
+    assert memory.num_free == 60
+
+
+# ---- task 4: samples -----------------------------------------------------------------------------
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture
+def ask(part):
+    """A request for several samples, and how its sequences fork."""
+    from minipaged.prompts import TokenizedPrompt
+    from minipaged.request import Arrival, ModelTraits
+    from minipaged.sampling import SamplingParams
+
+    def ask(n, seed=40, **options):
+        seq = Sequence(0, PROMPT)
+        seq.mark_computed(3)
+        group = SequenceGroup("A", [seq], width=n)
+        model = ModelTraits(tokenizer=None, eos_token_ids=(2,), max_model_len=100)
+        arrival = Arrival(group, TokenizedPrompt(None, list(PROMPT)), model, time=0.0)
+        params = SamplingParams(**{"n": n, "max_tokens": 3, **options})
+        ids = count(1)
+
+        def fork(parent):
+            group.sequences.append(parent.fork(next(ids)))
+            return group.sequences[-1]
+
+        return part("sampling_request")(arrival, params, seed), group, fork
+
+    return ask
+
+
+def drawn(*token_ids):
+    from minipaged.sampling import SampledToken
+
+    return [SampledToken(token, -1.0, None) for token in token_ids]
+
+
+def outputs(request):
+    return [sample.token_ids for sample in request.completions()]
+
+
+@task(4)
+def test_from_the_prompts_logits_every_sample_is_drawn_with_a_seed_of_its_own(ask):
+    request, group, _ = ask(3)
+    rows = request.rows(group.sequences[0])
+    assert [row.seed for row in rows] == [40, 41, 42]
+    assert {tuple(row.output_token_ids) for row in rows} == {()}
+    assert {tuple(row.prompt_token_ids) for row in rows} == {(5, 6, 7)}
+
+
+@task(4)
+def test_later_each_sample_has_one_row_and_keeps_its_seed(ask):
+    request, group, fork = ask(3)
+    request.advance({0: drawn(11, 12, 13)}, fork)
+    rows = [request.rows(seq) for seq in group.sequences]
+    assert [len(row) for row in rows] == [1, 1, 1]
+    assert [row.seed for [row] in rows] == [40, 41, 42]
+    assert [list(row.output_token_ids) for [row] in rows] == [[11], [12], [13]]
+
+
+@task(4)
+def test_a_row_says_which_tokens_end_a_sample(ask):
+    for options, ends in (
+        ({}, {2}),
+        ({"stop_token_ids": [8]}, {2, 8}),
+        ({"stop_token_ids": [8], "ignore_eos": True}, {8}),
+    ):
+        request, group, _ = ask(2, **options)
+        for row in request.rows(group.sequences[0]):
+            assert set(row.end_token_ids) == ends
+            assert row.params.n == 2
+
+
+@task(4)
+def test_each_sample_gets_the_token_that_was_drawn_for_it_and_no_other(ask):
+    request, group, fork = ask(3)
+    assert request.advance({0: drawn(11, 12, 13)}, fork) == []
+    assert [seq.token_ids for seq in group.sequences] == [[*PROMPT, t] for t in (11, 12, 13)]
+    assert outputs(request) == [[11], [12], [13]]
+
+
+@task(4)
+def test_samples_go_on_each_for_itself(ask):
+    request, group, fork = ask(2)
+    request.advance({0: drawn(11, 12)}, fork)
+    one, other = group.sequences
+    request.advance({other.seq_id: drawn(22), one.seq_id: drawn(21)}, fork)
+    assert len(group.sequences) == 2
+    assert outputs(request) == [[11, 21], [12, 22]]
+
+
+@task(4)
+def test_who_has_ended_is_told_and_the_others_go_on(ask):
+    request, group, fork = ask(3)
+    ended = request.advance({0: drawn(11, 2, 13)}, fork)  # 2 is the end of a sequence
+    first, second, third = group.sequences
+    assert ended == [second]
+    assert not request.is_finished
+    assert request.advance({0: drawn(21), third.seq_id: drawn(23)}, fork) == []
+    ended = request.advance({0: drawn(31), third.seq_id: drawn(33)}, fork)
+    assert set(map(id, ended)) == {id(first), id(third)}  # max_tokens is 3
+    assert request.is_finished
+    assert outputs(request) == [[11, 21, 31], [2], [13, 23, 33]]
+
+
+@task(4)
+def test_the_first_sample_too_may_end_with_its_first_token(ask):
+    request, group, fork = ask(2)
+    ended = request.advance({0: drawn(2, 12)}, fork)
+    assert [seq.token_ids for seq in ended] == [[*PROMPT, 2]]
+    assert [seq.token_ids for seq in group.sequences] == [[*PROMPT, 2], [*PROMPT, 12]]
+    assert outputs(request) == [[2], [12]]
+
+
+# ---- task 5: serve a language model --------------------------------------------------------------
+
+
+@task(5)
+def test_samples_are_those_of_the_library(observed):
+    serves_what_the_library_serves(observed, num_blocks=200, block_size=4, samples=3)
+
+
+@task(5)
+def test_samples_survive_preemption(observed):
+    serves_what_the_library_serves(observed, num_blocks=32, block_size=8, samples=3)
+
+
+@task(5)
+def test_one_sample_is_the_same_as_ever(observed):
+    serves_what_the_library_serves(observed, num_blocks=16, preemption="swap")
