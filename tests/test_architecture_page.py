@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from test_architecture import LAYERS, PACKAGE
+from test_architecture import LAB_TESTS, LAYERS, PACKAGE
 
 ROOT = PACKAGE.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -22,7 +22,7 @@ def section(title: str) -> str:
 
 
 def packages() -> list[Path]:
-    return sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE})
+    return sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE, LAB_TESTS})
 
 
 def test_the_layout_names_every_module_and_no_other():

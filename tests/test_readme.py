@@ -51,8 +51,9 @@ def test_every_link_into_the_repository_leads_somewhere(page):
         if not target.startswith("http"):
             made = ROOT / "tutorials" / f"{Path(target).stem}.py"  # the page of a chapter
             is_chapter = Path(target).parent.name == "tutorials" and made.exists()
-            is_list = target.endswith("tutorials/index.md")
-            assert is_chapter or is_list or (page.parent / target).exists(), target
+            is_list = target.endswith(("tutorials/index.md", "tutorials/labs/index.md"))
+            is_brief = "tutorials/labs/" in target and (ROOT / target).exists()
+            assert is_chapter or is_list or is_brief or (page.parent / target).exists(), target
 
 
 def test_every_test_that_a_page_cites_exists():
