@@ -37,6 +37,7 @@ def test_what_a_guide_shows_runs_and_prints_what_it_says(guide, tmp_path, monkey
         if block["code"].rstrip().endswith(": ..."):
             continue
         file = tmp_path / (block["title"] or f"block_{number}.py")
+        file.parent.mkdir(exist_ok=True)
         file.write_text(block["code"], encoding="utf-8")
         capsys.readouterr()
         runpy.run_path(str(file), run_name="__main__")
