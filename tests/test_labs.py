@@ -1,6 +1,7 @@
 """Every lab: the library scores all, a raw starter nothing, a mistake less in its own task."""
 
 import importlib
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from minipaged.labs.catalogue import LABS
 from minipaged.labs.gradescope import results as for_gradescope
+from minipaged.labs.gradescope import write_autograder
 from minipaged.labs.grading import Result, all_full, grade, run_in_new_process
 from minipaged.labs.lab import Lab, Task
 from minipaged.labs.progress import Progress
@@ -95,6 +97,17 @@ def test_a_process_of_its_own_gives_the_same(tmp_path):
     [result] = results(lab, starter(lab), tmp_path, only=2, run=run_in_new_process)
     assert (result.num_passed, result.points) == (0, 0)
     assert "your turn: BlockAllocator" in result.complaint
+
+
+def test_gradescopes_setup_names_the_wheel_that_lies_beside_it(tmp_path):
+    """A pattern is no name: with the extra behind it, the shell would find no such file."""
+    write_autograder(tmp_path, LABS[0])
+    (tmp_path / "minipaged-1.0-py3-none-any.whl").touch()
+    lines = (tmp_path / "setup.sh").read_text().splitlines()[-2:]
+    script = "\n".join(lines).replace("/autograder/source", str(tmp_path))
+    script = script.replace("/autograder/venv/bin/pip", "echo")
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout == f"install {tmp_path}/minipaged-1.0-py3-none-any.whl[labs]\n"
 
 
 # ---- tasks that cannot be tested everywhere ------------------------------------------------------

@@ -21,7 +21,8 @@ set -euo pipefail
 apt-get update && apt-get install -y python3 python3-venv
 python3 -m venv /autograder/venv
 /autograder/venv/bin/pip install --index-url https://download.pytorch.org/whl/cpu torch
-/autograder/venv/bin/pip install /autograder/source/minipaged-*.whl"[labs]"
+wheel=$(echo /autograder/source/minipaged-*.whl)  # with [labs] behind it, the pattern matches nothing
+/autograder/venv/bin/pip install "${wheel}[labs]"
 """
 
 RUN = """\
