@@ -21,7 +21,7 @@ set -euo pipefail
 apt-get update && apt-get install -y python3 python3-venv
 python3 -m venv /autograder/venv
 /autograder/venv/bin/pip install --index-url https://download.pytorch.org/whl/cpu torch
-wheel=$(echo /autograder/source/minipaged-*.whl)  # with [labs] behind it, the pattern matches nothing
+wheel=$(echo /autograder/source/minipaged-*.whl)  # a pattern with [labs] matches none
 /autograder/venv/bin/pip install "${wheel}[labs]"
 """
 
