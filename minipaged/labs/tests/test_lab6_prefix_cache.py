@@ -283,9 +283,10 @@ def test_the_model_says_what_it_says_on_the_librarys_cache(observed):
 def test_the_second_time_it_says_the_same_and_has_less_to_compute(observed, num_blocks):
     from minipaged.sampling import SamplingParams
 
+    asked = prompts(), 1, 20  # texts, samples, tokens
     with observed(num_blocks=num_blocks, block_size=4) as llm:
         for _ in range(2):
-            assert generate(llm, 1) == expected(1)
+            assert generate(llm, *asked) == expected(*asked)
         again = prompts()[-1]
         once = SamplingParams(temperature=0.0, max_tokens=1)
         for _ in range(2):
