@@ -394,7 +394,7 @@ def test_the_page_is_whole_or_absent(tmp_path, monkeypatch):
         (tmp_path / "page.html.part").touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(InvalidOption, match="No space left"):
         Replay(hostile_events(), title="new").save(page)
     assert page.read_text(encoding="utf-8") == shown.html()
