@@ -7,7 +7,7 @@ command runs, so that `--help` answers at once.
 import json
 import time
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -40,6 +40,9 @@ from minipaged.sim.command import plan
 from minipaged.sim.compare import simulate
 from minipaged.terminal import Session
 from minipaged.trace_command import app as trace_app
+
+if TYPE_CHECKING:
+    from minipaged.sampling import BeamSearchParams, SamplingParams
 
 app = typer.Typer(
     help="PagedAttention, the system behind vLLM, from scratch.",
@@ -157,7 +160,7 @@ def generate(
 ) -> None:
     """Go on from one or more prompts, all together."""
     with Session(show_blocks, trace, live=not as_json) as session:
-        from minipaged.sampling import BeamSearchParams, SamplingParams
+        from minipaged.sampling import SamplingParams
 
         params = SamplingParams(
             n=n,
@@ -169,14 +172,7 @@ def generate(
             stop=stop,
             ignore_eos=ignore_eos,
         )
-        if beam_width is not None:
-            drawn = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
-            if params != drawn:
-                raise InvalidOption(
-                    "beam search draws nothing and looks for no text: with beam_width, leave out "
-                    "--n, best_of, --temperature, top_p, top_k and --stop."
-                )
-            params = BeamSearchParams(beam_width, max_tokens, ignore_eos=ignore_eos)
+        params = params if beam_width is None else _beams_instead_of(params, beam_width)
         fetch_command.offer_to_fetch(model)
         llm = session.load(
             model=model,
@@ -202,6 +198,19 @@ def generate(
                 print(json.dumps(asdict(output)))
                 continue
             print_completions(session.console, output)
+
+
+def _beams_instead_of(params: "SamplingParams", beam_width: int) -> "BeamSearchParams":
+    """Beam search as long as these samples. Raises InvalidOption if they ask for what it lacks."""
+    from minipaged.sampling import BeamSearchParams, SamplingParams
+
+    max_tokens, ignore_eos = params.max_tokens, params.ignore_eos
+    if params != SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos):
+        raise InvalidOption(
+            "beam search draws nothing and looks for no text: with beam_width, leave out --n, "
+            "best_of, --temperature, top_p, top_k and --stop."
+        )
+    return BeamSearchParams(beam_width, max_tokens, ignore_eos=ignore_eos)
 
 
 # ---- chat ----------------------------------------------------------------------------------------
