@@ -7,7 +7,7 @@ python model_weights_fetch.py facebook/opt-125m --revision main --dir models/opt
 
 import sys
 
-from minipaged.cli import main
+from minipaged.cli.main import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "fetch")

@@ -13,31 +13,31 @@ and `import minipaged.scheduler` stay free of torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minipaged.version import __version__
+__version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from minipaged.config import EngineConfig, ModelConfig
-    from minipaged.engine import LLMEngine
+    from minipaged.engine.llm_engine import LLMEngine
+    from minipaged.engine.outputs import CachedPrefix, CompletionOutput, RequestOutput
+    from minipaged.engine.parts import Parts
     from minipaged.errors import MinipagedError
-    from minipaged.events import Event, EventLog
     from minipaged.llm import LLM
-    from minipaged.outputs import CachedPrefix, CompletionOutput, RequestOutput
-    from minipaged.parts import Parts
     from minipaged.sampling import BeamSearchParams, SamplingParams
+    from minipaged.tracing.events import Event, EventLog
 
 _HOMES = {
     "LLM": "llm",
-    "LLMEngine": "engine",
+    "LLMEngine": "engine.llm_engine",
     "SamplingParams": "sampling",
     "BeamSearchParams": "sampling",
-    "RequestOutput": "outputs",
-    "CompletionOutput": "outputs",
-    "CachedPrefix": "outputs",
-    "Parts": "parts",
+    "RequestOutput": "engine.outputs",
+    "CompletionOutput": "engine.outputs",
+    "CachedPrefix": "engine.outputs",
+    "Parts": "engine.parts",
     "EngineConfig": "config",
     "ModelConfig": "config",
-    "Event": "events",
-    "EventLog": "events",
+    "Event": "tracing.events",
+    "EventLog": "tracing.events",
     "MinipagedError": "errors",
 }
 

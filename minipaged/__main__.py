@@ -1,5 +1,5 @@
 """`python -m minipaged` is the same as `minipaged`."""
 
-from minipaged.cli import main
+from minipaged.cli.main import main
 
 main()

@@ -8,16 +8,16 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from minipaged.assembly import build_engine
-from minipaged.chat import Message, chat_prompt
 from minipaged.config import PreemptionMode
-from minipaged.defaults import find_model
+from minipaged.engine.build import build_engine
+from minipaged.engine.outputs import CachedPrefix, RequestOutput
+from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidRequest
-from minipaged.outputs import CachedPrefix, RequestOutput
-from minipaged.parts import Parts
-from minipaged.prompts import Prompt, list_prompts, read_prompt
+from minipaged.models.hub.find import find_model
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams, one_for_each
-from minipaged.tokenizer import Tokenizer
+from minipaged.tokenizer.base import Tokenizer
+from minipaged.tokenizer.chat_template import Message, chat_prompt
+from minipaged.tokenizer.prompts import Prompt, list_prompts, read_prompt
 
 
 class LLM:
@@ -271,8 +271,8 @@ class LLM:
         """Generate the next assistant turn of one conversation, or of many.
 
         The messages become a prompt by the checkpoint's own chat template; `options` are those of
-        `minipaged.chat.render_chat`. Raises CheckpointError if it has none, and what `generate`
-        raises.
+        `minipaged.tokenizer.chat_template.render_chat`. Raises CheckpointError if it has none, and
+        what `generate` raises.
         """
         first = messages[0] if messages else None
         chats = cast(list[list[Message]], messages if isinstance(first, list) else [messages])

@@ -11,12 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "minipaged"
 
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
-    "version shapes errors whole_file json_files config events sequence outputs stories memory "
-    "plan admission scheduler sim available_memory transfer quantized batch kv_cache virtual_cuda "
-    "virtual_cache attention models fetching sampling tokenizer prompts detokenizer completion "
-    "chat request beam_request graphs runner parts storage engine defaults assembly llm bench "
-    "paper trace replay swap labs terminal demo talk show options fetch_command trace_command "
-    "shell cli __main__"
+    "errors utils config sequence memory scheduler tracing attention models tokenizer sampling "
+    "worker engine llm evaluation labs cli __main__"
 ).split()
 
 LAB_TESTS = PACKAGE / "labs" / "tests"
@@ -86,10 +82,10 @@ def test_a_function_fits_on_a_screen(path: Path):
     "modules",
     [
         "minipaged.memory, minipaged.scheduler",
-        "minipaged.memory.kinds, minipaged.memory.virtual",
-        "minipaged.memory.pages",
-        "minipaged.events",
-        "minipaged.stories",
+        "minipaged.memory.baselines.kinds, minipaged.memory.baselines.virtual",
+        "minipaged.memory.baselines.pages",
+        "minipaged.tracing.events",
+        "minipaged.evaluation.stories",
         "minipaged",
     ],
 )
@@ -100,7 +96,7 @@ def test_bookkeeping_leaves_torch_alone(modules: str):
 
 def test_help_answers_without_torch():
     program = (
-        "import sys; from minipaged.cli import app; app(['--help'], standalone_mode=False);"
+        "import sys; from minipaged.cli.main import app; app(['--help'], standalone_mode=False);"
         "sys.exit('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)

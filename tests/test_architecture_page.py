@@ -51,7 +51,7 @@ def test_the_layers_are_those_that_the_imports_are_held_to():
 
 
 def test_every_role_is_in_the_table_of_roles():
-    from minipaged.parts import Parts
+    from minipaged.engine.parts import Parts
 
     rows = re.findall(r"^\| `(\w+)` \|", section("Roles"), re.M)
     assert rows == [field.name for field in fields(Parts)]

@@ -14,19 +14,11 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from minipaged.attention import (
-    BACKENDS,
-    PagedAttention,
-    StoreKV,
-    blockwise,
-    choose_backend,
-    reference,
-    torch_decode,
-    torch_paged,
-)
+from minipaged.attention import blockwise, reference, torch_decode, torch_paged
+from minipaged.attention.backend import BACKENDS, PagedAttention, StoreKV, choose_backend
+from minipaged.attention.batch import Batch
 from minipaged.attention.reference import store_kv
 from minipaged.attention.torch_paged import torch_store_kv
-from minipaged.batch import Batch
 from minipaged.errors import InvalidOption
 
 from paged_setup import PagedSetup, dense_attention, paged_setup

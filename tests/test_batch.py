@@ -9,20 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.batch import BatchBuilder, Query
+from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption
-from minipaged.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
 from minipaged.memory import BlockTable
-from minipaged.runner import (
-    GIB,
-    ModelRunner,
-    blocks_that_fit,
-    choose_device,
-    physical_memory,
-    refuse_more_than_memory,
-)
-from minipaged.scheduler import ScheduledBatch
+from minipaged.scheduler.fcfs import ScheduledBatch
+from minipaged.utils.device import choose_device
+from minipaged.worker.cache_size import blocks_that_fit, physical_memory, refuse_more_than_memory
+from minipaged.worker.model_runner import GIB, ModelRunner
 
 CONFIG = ModelConfig(
     architecture="Toy",
@@ -161,7 +156,7 @@ def test_memory_that_the_system_refuses_is_a_sentence(monkeypatch):
     def refuse(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("minipaged.kv_cache.mmap.mmap", refuse)
+    monkeypatch.setattr("minipaged.attention.kv_cache.mmap.mmap", refuse)
     with pytest.raises(InvalidOption, match=r"refuses 0.0 GiB .*: lower num_blocks"):
         KVCache(CONFIG, 4, 2)
 
@@ -350,7 +345,7 @@ def test_the_model_runs_without_autograd():
 
 def test_on_a_cpu_the_pool_takes_an_eighth_of_the_memory_and_2_gib_at_most(monkeypatch):
     for memory, blocks in [(8 * GIB, 1), (100 * GIB, 2)]:
-        monkeypatch.setattr("minipaged.runner.physical_memory", lambda m=memory: m)
+        monkeypatch.setattr("minipaged.worker.cache_size.physical_memory", lambda m=memory: m)
         assert blocks_that_fit(GIB, torch.device("cpu"), 0.9) == blocks
 
 

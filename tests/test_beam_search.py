@@ -16,8 +16,8 @@ from test_sharing import (
 )
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
+from minipaged.engine.outputs import RequestOutput
 from minipaged.errors import InvalidOption, InvalidRequest
-from minipaged.outputs import RequestOutput
 from minipaged.sampling import Beam, BeamSearch
 from minipaged.sequence import Sequence, SequenceStatus
 

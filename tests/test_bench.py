@@ -10,9 +10,11 @@ import pytest
 import torch
 from test_cli import minipaged
 
-from minipaged.attention import BACKENDS, reference
-from minipaged.bench import cases, commands, kernel, load
-from minipaged.bench.sharing import alpaca_lengths
+from minipaged.attention import reference
+from minipaged.attention.backend import BACKENDS
+from minipaged.cli import bench as commands
+from minipaged.evaluation.bench import cases, kernel, load
+from minipaged.evaluation.bench.sharing import alpaca_lengths
 from minipaged.models.loader import check_checkpoint
 
 
@@ -224,7 +226,7 @@ def test_bench_alone_says_what_there_is(capsys, monkeypatch):
 
 
 def test_packed_weights_are_timed_beside_plain_ones(monkeypatch):
-    from minipaged.bench import linear
+    from minipaged.evaluation.bench import linear
 
     if not linear.can_pack(torch.float32):
         pytest.skip("this processor, or this torch, packs nothing")
@@ -236,7 +238,7 @@ def test_packed_weights_are_timed_beside_plain_ones(monkeypatch):
 
 
 def test_weights_that_cannot_be_packed_are_not_timed(capsys, monkeypatch):
-    from minipaged.bench import linear
+    from minipaged.evaluation.bench import linear
 
     monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
     code, _, err = minipaged(capsys, monkeypatch, "bench", "linear")
@@ -245,7 +247,7 @@ def test_weights_that_cannot_be_packed_are_not_timed(capsys, monkeypatch):
 
 
 def test_both_ways_of_decoding_are_timed_beside_sdpa(monkeypatch):
-    from minipaged.bench import decode
+    from minipaged.evaluation.bench import decode
 
     monkeypatch.setattr(decode, "BYTES_IN_TURN", 2**20)
     rows = list(decode.measure(torch.float32, [(1, 20, 1), (3, 40, 2)]))
@@ -262,7 +264,7 @@ def test_both_ways_of_decoding_are_timed_beside_sdpa(monkeypatch):
 
 
 def test_bookkeeping_is_timed_at_every_size(monkeypatch, capsys):
-    from minipaged.bench import bookkeeping
+    from minipaged.evaluation.bench import bookkeeping
 
     monkeypatch.setattr(bookkeeping, "POOLS", (10, 1_000))
     monkeypatch.setattr(bookkeeping, "RUNNING", (1, 20))

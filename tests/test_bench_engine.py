@@ -8,11 +8,11 @@ import pytest
 import torch
 from test_cli import minipaged
 
-from minipaged.attention import BACKENDS
-from minipaged.bench import engine, engine_report, engine_sides
-from minipaged.bench.engine_report import Row
-from minipaged.bench.engine_sides import Run
-from minipaged.bench.engine_workload import FULL, QUICK, make_model
+from minipaged.attention.backend import BACKENDS
+from minipaged.evaluation.bench import engine, engine_report, engine_sides
+from minipaged.evaluation.bench.engine_report import Row
+from minipaged.evaluation.bench.engine_sides import Run
+from minipaged.evaluation.bench.engine_workload import FULL, QUICK, make_model
 from minipaged.sampling import Sampler
 
 QUICKLY = ("bench", "engine", "--quick", "--rounds", "1")

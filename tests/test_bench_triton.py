@@ -10,8 +10,8 @@ from test_cli import minipaged
 from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.machine import is_interpreted
 from minipaged.attention.triton.prefill import TileShapes
-from minipaged.bench import kernel, tune
-from minipaged.bench.writes import measure_writes
+from minipaged.evaluation.bench import kernel, tune
+from minipaged.evaluation.bench.writes import measure_writes
 
 CPU = torch.device("cpu")
 TINY = kernel.Heads("tiny", 2, 1, 32)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from minipaged.bench.commands import app
+from minipaged.cli.bench import app
 
 PAGE = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 

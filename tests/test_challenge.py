@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from minipaged.cli import app
+from minipaged.cli.main import app
 from minipaged.errors import CheckFailed, InvalidOption
+from minipaged.evaluation.sim.traces import TraceRequest
 from minipaged.labs import challenge
 from minipaged.labs.challenge import parts_of, read_leaderboard, serve, traces
 from minipaged.memory import BlockAllocator, BlockManager, PrefixCache
-from minipaged.scheduler import FCFSScheduler
-from minipaged.sim.traces import TraceRequest
+from minipaged.scheduler.fcfs import FCFSScheduler
 
 BUSY = [TraceRequest(0.0, 300 + 7 * i % 90, 40 + i % 50, 48) for i in range(80)]
 """More than the pool holds, all at once: the last ones are preempted."""

@@ -7,9 +7,9 @@ from checkpoints import make_checkpoint
 from tokenizers_of_styles import make_llama3
 
 from minipaged import LLM, SamplingParams
-from minipaged.chat import TEMPLATE_FILE, chat_prompt, render_chat
 from minipaged.errors import CheckpointError, InvalidRequest, MissingTokenizer
-from minipaged.tokenizer.folder import read_tokenizer
+from minipaged.tokenizer.chat_template import TEMPLATE_FILE, chat_prompt, render_chat
+from minipaged.tokenizer.load import read_tokenizer
 
 MESSAGES = [
     {"role": "user", "content": "hello"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import make_checkpoint
 
-from minipaged import cli
+from minipaged.cli import main as cli
 
 
 def minipaged(capsys, monkeypatch, *arguments: str, stdin: str | None = None):
@@ -160,7 +160,7 @@ def test_chat_speaks_json_lines_to_machines(capsys, monkeypatch):
 
 
 def test_a_chat_that_outgrows_the_context_forgets_its_oldest_turns(capsys, monkeypatch):
-    from minipaged.stories import tell
+    from minipaged.evaluation.stories import tell
 
     story = tell(num_facts=6, seed=0)
     [question] = [q for q in story.questions if (q.kind, q.fact_index) == ("place", 4)]
@@ -181,7 +181,7 @@ def test_a_model_that_was_not_taught_to_chat_says_so_before_the_first_question(
 
 
 def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
-    from minipaged.stories import tell
+    from minipaged.evaluation.stories import tell
 
     story = tell(num_facts=6, seed=3)
     [question] = [q for q in story.questions if (q.kind, q.fact_index) == ("animal", 2)]

@@ -23,7 +23,7 @@ from triton import JITFunction
 
 from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.prefill import TileShapes
-from minipaged.bench import compile as bench
+from minipaged.evaluation.bench import compile as bench
 
 
 def as_dict(row):
@@ -177,7 +177,7 @@ def test_the_table_names_kernels_shapes_and_gpus(report):
 
 
 def test_interpreted_kernels_cannot_be_compiled():
-    code = "from minipaged.bench.compile import compile_all; next(compile_all())"
+    code = "from minipaged.evaluation.bench.compile import compile_all; next(compile_all())"
     run = python(code, TRITON_INTERPRET="1")
     assert run.returncode == 1
     error = run.stderr.splitlines()[-1]

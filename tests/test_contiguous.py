@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipaged.cli import app
+from minipaged.cli.main import app
+from minipaged.engine.parts import Parts
 from minipaged.errors import CheckFailed, DoubleFree, InvalidOption, InvalidRequest, PromptTooLong
 from minipaged.llm import LLM
 from minipaged.memory import CheckedMemory
-from minipaged.memory.buddy import BuddyAllocator
-from minipaged.memory.contiguous import ContiguousMemory
-from minipaged.memory.kinds import CONTIGUOUS, KINDS
-from minipaged.parts import Parts
+from minipaged.memory.baselines.buddy import BuddyAllocator
+from minipaged.memory.baselines.contiguous import ContiguousMemory
+from minipaged.memory.baselines.kinds import CONTIGUOUS, KINDS
 from minipaged.sampling import BeamSearchParams, SamplingParams
 from minipaged.sequence import Sequence, SequenceGroup
 

@@ -18,10 +18,10 @@ from checkpoints import FAMILIES, make_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minipaged.attention import BACKENDS
+from minipaged.attention.backend import BACKENDS
+from minipaged.cli.fetch import convert
 from minipaged.errors import CheckpointError
-from minipaged.fetch_command import convert
-from minipaged.fetching.convert import convert_to_safetensors, find_pickled
+from minipaged.models.hub.convert import convert_to_safetensors, find_pickled
 from minipaged.models.loader import load_model
 
 SINGLE = "pytorch_model.bin"

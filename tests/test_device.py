@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from minipaged.attention import BACKENDS
-from minipaged.batch import BatchBuilder, Query
-from minipaged.bench.decode_step import TINY
-from minipaged.graphs import DecodeGraphs
-from minipaged.kv_cache import KVCache
+from minipaged.attention.backend import BACKENDS
+from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.kv_cache import KVCache
+from minipaged.evaluation.bench.decode_step import TINY
 from minipaged.memory import BlockTable
 from minipaged.models.llama import Llama
-from minipaged.plan import ScheduledBatch
-from minipaged.runner import ModelRunner
 from minipaged.sampling import Sampler, SamplingParams, SamplingRow
-from minipaged.transfer import to_device
+from minipaged.scheduler.output import ScheduledBatch
+from minipaged.utils.device import to_device
+from minipaged.worker.cuda_graphs import DecodeGraphs
+from minipaged.worker.model_runner import ModelRunner
 
 ELSEWHERE = torch.device("meta")
 PARAMS = {

@@ -8,7 +8,7 @@ import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
-from minipaged.attention import BACKENDS
+from minipaged.attention.backend import BACKENDS
 from minipaged.errors import (
     CheckpointError,
     InvalidOption,
@@ -17,7 +17,7 @@ from minipaged.errors import (
     PromptTooLong,
 )
 from minipaged.memory import BlockAllocator
-from minipaged.scheduler import FCFSScheduler
+from minipaged.scheduler.fcfs import FCFSScheduler
 
 LENGTHS = (3, 50, 17, 64, 1, 31, 33, 8)
 PROMPTS = [[(7 * i + 11 * n) % (VOCAB_SIZE - 3) + 3 for i in range(n)] for n in LENGTHS]
@@ -109,7 +109,7 @@ def test_every_backend_reads_a_smaller_cache_alike(folder, kv_cache_dtype):
 
 
 def test_an_8_bit_cache_of_the_same_memory_holds_more_blocks(folder, monkeypatch):
-    from minipaged import assembly
+    from minipaged.engine import build as assembly
 
     monkeypatch.setattr(assembly, "blocks_that_fit", lambda block_bytes, *_: 2**20 // block_bytes)
     blocks = {
@@ -563,9 +563,9 @@ def test_the_token_budget_grows_with_seats_and_with_whole_prompts(tmp_path):
 
 def test_the_pool_holds_the_longest_sequences_or_as_much_as_memory_allows(folder, monkeypatch):
     assert LLM(folder, max_num_seqs=3).engine.config.num_blocks == 3 * 128 // 16
-    monkeypatch.setattr("minipaged.assembly.blocks_that_fit", lambda *_: 7)
+    monkeypatch.setattr("minipaged.engine.build.blocks_that_fit", lambda *_: 7)
     assert LLM(folder).engine.config.num_blocks == 7
-    monkeypatch.setattr("minipaged.assembly.SWAP_BYTES", 0)
+    monkeypatch.setattr("minipaged.engine.build.SWAP_BYTES", 0)
     assert LLM(folder).engine.config.num_swap_blocks == 1
 
 

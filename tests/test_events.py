@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_scheduler import CONFIG, Engine
 
-from minipaged.events import Event, EventLog
-from minipaged.parts import Parts
-from minipaged.terminal import BlockMap
+from minipaged.engine.parts import Parts
+from minipaged.tracing.block_map import BlockMap
+from minipaged.tracing.events import Event, EventLog
 
 
 def traced_engine(*listeners, **options) -> Engine:

@@ -22,14 +22,14 @@ from hub import Hub, Request, running
 from safetensors.torch import load_file
 
 from minipaged import LLM, SamplingParams
+from minipaged.cli.fetch import fetch_and_report, offer_to_fetch, print_known_models
 from minipaged.errors import CheckpointError, FetchError, MinipagedError, UnsupportedModel
-from minipaged.fetch_command import fetch_and_report, offer_to_fetch, print_known_models
-from minipaged.fetching import fetch as fetch_module
-from minipaged.fetching import hub as hub_module
-from minipaged.fetching.catalogue import KNOWN_MODELS, find_known, in_words
-from minipaged.fetching.fetch import download, fetch, find_here
-from minipaged.fetching.hub import ask_hub, receive
-from minipaged.fetching.local_models import ModelName, find_local, folder_of, models_folder
+from minipaged.models.hub import fetch as fetch_module
+from minipaged.models.hub import hub as hub_module
+from minipaged.models.hub.catalogue import KNOWN_MODELS, find_known, in_words
+from minipaged.models.hub.fetch import download, fetch, find_here
+from minipaged.models.hub.hub import ask_hub, receive
+from minipaged.models.hub.local_models import ModelName, find_local, folder_of, models_folder
 
 PIECE_BYTES = hub_module.PIECE_BYTES  # before the tests make it smaller
 NAME = "someone/small-llama"
@@ -994,7 +994,7 @@ def test_the_list_names_sizes_licences_and_what_is_here(
 
 def test_the_list_needs_neither_torch_nor_the_hub_s_library() -> None:
     program = (
-        "import sys; from minipaged.fetch_command import print_known_models; print_known_models();"
+        "import sys; from minipaged.cli.fetch import print_known_models; print_known_models();"
         "sys.exit(bool({'torch', 'huggingface_hub'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -11,8 +11,8 @@ import pytest
 from lab_variants.lab1 import BEGINNING, WRONG
 from typer.testing import CliRunner
 
-from minipaged.cli import app
-from minipaged.labs import command
+from minipaged.cli import lab as command
+from minipaged.cli.main import app
 from minipaged.labs.catalogue import find_lab
 from minipaged.labs.grading import grade
 from minipaged.labs.starter import library_text

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from minipaged import LLM, SamplingParams, kv_cache
-from minipaged.attention import choose_backend
+from minipaged import LLM, SamplingParams
+from minipaged.attention import kv_cache
+from minipaged.attention.backend import choose_backend
+from minipaged.attention.kv_cache import KVCache
+from minipaged.attention.quantized_cache import QuantizedPool
 from minipaged.attention.reference import reference_paged_attention, store_kv
-from minipaged.bench.cases import Case, Heads, contiguous_attention, make_inputs
 from minipaged.config import ModelConfig
-from minipaged.kv_cache import KVCache
-from minipaged.quantized import QuantizedPool
+from minipaged.evaluation.bench.cases import Case, Heads, contiguous_attention, make_inputs
 
 from paged_setup import PagedSetup, dense_attention, paged_setup
 

@@ -13,9 +13,10 @@ import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from torch import Tensor
 
-from minipaged import LLM, Parts, SamplingParams, graphs
+from minipaged import LLM, Parts, SamplingParams
 from minipaged.attention import reference
-from minipaged.graphs import DecodeGraphs, Step, sizes_to_record
+from minipaged.worker import cuda_graphs as graphs
+from minipaged.worker.cuda_graphs import DecodeGraphs, Step, sizes_to_record
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU")
 
@@ -128,7 +129,7 @@ def test_only_a_batch_of_decodes_is_replayed(folder):
 
 def test_a_cpu_and_foreign_attention_have_no_graphs(folder):
     assert LLM(folder, device="cpu", **OPTIONS).engine.runner.graphs is None
-    from minipaged.attention import choose_backend
+    from minipaged.attention.backend import choose_backend
 
     backend = choose_backend("triton", "cuda" if torch.cuda.is_available() else "cpu")
     assert backend.reads_only_tensors

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from checkpoints import make_checkpoint
 
 from minipaged import LLM, SamplingParams
-from minipaged.attention import BACKENDS
+from minipaged.attention.backend import BACKENDS
 from minipaged.models import linear
 from minipaged.models.linear import JoinedLinear, Linear, can_pack, pack_weights
 from minipaged.models.loader import load_model

@@ -13,10 +13,11 @@ from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, VOCAB_SIZE, make_checkpo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minipaged.attention import BACKENDS
-from minipaged.bench.load import load_in_new_process
+from minipaged.attention.backend import BACKENDS
 from minipaged.errors import CheckpointError, InvalidOption, UnsupportedModel
-from minipaged.models import loader, weight_files
+from minipaged.evaluation.bench.load import load_in_new_process
+from minipaged.models import loader
+from minipaged.models import safetensors_reader as weight_files
 from minipaged.models.llama import LlamaConfig
 from minipaged.models.loader import (
     FAMILIES,

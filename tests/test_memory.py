@@ -9,10 +9,10 @@ from test_memory_in_any_order import (
 )
 
 from minipaged.config import EngineConfig
+from minipaged.engine.parts import Parts
 from minipaged.errors import CheckFailed, DoubleFree, InvalidOption, OutOfBlocks
 from minipaged.memory import BlockAllocator, BlockManager, BlockTable
 from minipaged.memory.checked import CheckedAllocator, CheckedMemory
-from minipaged.parts import Parts
 from minipaged.sequence import Sequence, SequenceGroup
 
 

@@ -9,12 +9,12 @@ import torch
 from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, VOCAB_SIZE, make_checkpoint
 from torch import Tensor
 
-from minipaged.attention import BACKENDS, AttentionBackend
+from minipaged.attention.backend import BACKENDS, AttentionBackend
+from minipaged.attention.batch import Batch, BatchBuilder, Query
+from minipaged.attention.kv_cache import KVCache
 from minipaged.attention.reference import causal_attention
-from minipaged.batch import Batch, BatchBuilder, Query
-from minipaged.kv_cache import KVCache
 from minipaged.memory import BlockTable
-from minipaged.models import Model
+from minipaged.models.base import Model
 from minipaged.models.loader import load_model
 from minipaged.models.rope import RopeConfig, rope_frequencies
 

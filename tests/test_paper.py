@@ -9,21 +9,22 @@ from importlib import import_module
 
 import pytest
 
-from minipaged.cli import app
+from minipaged.cli import paper as command
+from minipaged.cli.main import app
 from minipaged.errors import InvalidOption
-from minipaged.paper import command, fig2, fig12, fig13, fig16, fig17
-from minipaged.paper.figure import QUICK, Check, Figure, Result, near
-from minipaged.paper.serving import Case, find_capacity, in_parallel, serve
-from minipaged.sim import fitted
-from minipaged.sim.capacity import THRESHOLDS
-from minipaged.sim.requests import Decoding
-from minipaged.sim.systems import SYSTEMS
+from minipaged.evaluation.paper import fig2, fig12, fig13, fig16, fig17
+from minipaged.evaluation.paper.figure import QUICK, Check, Figure, Result, near
+from minipaged.evaluation.paper.serving import Case, find_capacity, in_parallel, serve
+from minipaged.evaluation.sim import fitted
+from minipaged.evaluation.sim.capacity import THRESHOLDS
+from minipaged.evaluation.sim.requests import Decoding
+from minipaged.evaluation.sim.systems import SYSTEMS
 
 SHORT = replace(QUICK, short_seconds=80.0)
 
 
 def figure(name: str) -> Figure:
-    return import_module(f"minipaged.paper.{name}").FIGURE
+    return import_module(f"minipaged.evaluation.paper.{name}").FIGURE
 
 
 def missed(result: Result) -> list[Check]:

@@ -15,7 +15,7 @@ from checkpoints import LLAMA3_SCALING, VOCAB_SIZE, make_checkpoint
 
 from minipaged import LLM, Parts, SamplingParams
 from minipaged.errors import InvalidOption, PromptTooLong
-from minipaged.events import Event, EventLog
+from minipaged.tracing.events import Event, EventLog
 
 MAX_TOKENS = 16
 LENGTHS = (40, 17, 29, 22, 33, 16)  # of the prompts

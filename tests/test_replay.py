@@ -14,13 +14,14 @@ from random import Random
 import pytest
 from test_scheduler import CONFIG, Engine
 
-from minipaged import cli, replay
+from minipaged.cli import main as cli
+from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption
-from minipaged.events import Event, EventLog
-from minipaged.memory.kinds import contiguous
-from minipaged.parts import Parts
-from minipaged.replay import Replay
-from minipaged.terminal import BlockMap
+from minipaged.memory.baselines.kinds import contiguous
+from minipaged.tracing import replay
+from minipaged.tracing.block_map import BlockMap
+from minipaged.tracing.events import Event, EventLog
+from minipaged.tracing.replay import Replay
 
 ASSETS = Path(replay.__file__).parent / "assets" / "replay"
 HOSTILE = '</script><img src=x onerror="document.title=1">{{trace}} \u2028 <!-- "A" & B'

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.config import EngineConfig
+from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
-from minipaged.parts import Parts
-from minipaged.plan import ScheduledBatch
-from minipaged.scheduler import Scheduler, youngest
+from minipaged.scheduler.fcfs import Scheduler, youngest
+from minipaged.scheduler.output import ScheduledBatch
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
 CONFIG = EngineConfig(

@@ -20,10 +20,10 @@ from hypothesis.stateful import (
 from test_scheduler import CONFIG, check_plan
 
 from minipaged.config import EngineConfig
+from minipaged.engine.parts import Parts
 from minipaged.errors import CheckFailed, DoubleFree, OutOfBlocks, PromptTooLong
-from minipaged.parts import Parts
-from minipaged.plan import ScheduledBatch, ScheduledSequence
-from minipaged.scheduler import FCFSScheduler
+from minipaged.scheduler.fcfs import FCFSScheduler
+from minipaged.scheduler.output import ScheduledBatch, ScheduledSequence
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
 

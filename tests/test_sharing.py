@@ -10,11 +10,11 @@ from checkpoints import VOCAB_SIZE, make_checkpoint
 from test_engine import GREEDY, assert_all_blocks_are_back, checked, run, set_eos, tokens
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
-from minipaged.attention import BACKENDS
+from minipaged.attention.backend import BACKENDS
 from minipaged.errors import InvalidRequest, PromptTooLong
-from minipaged.events import EventLog
 from minipaged.memory import BlockPair
 from minipaged.sequence import SequenceGroup, SequenceStatus
+from minipaged.tracing.events import EventLog
 
 
 @pytest.fixture(scope="module")

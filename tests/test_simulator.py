@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipaged.cli import app
+from minipaged.cli.main import app
 from minipaged.errors import InvalidOption
-from minipaged.memory import CheckedMemory
-from minipaged.sim.capacity import Curve
-from minipaged.sim.catalogue import DEPLOYMENTS, GPUS, MODELS
-from minipaged.sim.cost_model import CostModel
-from minipaged.sim.planner import deploy, make_plan
-from minipaged.sim.requests import Decoding, SimRequest, genealogy
-from minipaged.sim.simulator import Simulation
-from minipaged.sim.systems import SYSTEMS, Setting, build_scheduler
-from minipaged.sim.traces import (
+from minipaged.evaluation.sim.capacity import Curve
+from minipaged.evaluation.sim.catalogue import DEPLOYMENTS, GPUS, MODELS
+from minipaged.evaluation.sim.cost_model import CostModel
+from minipaged.evaluation.sim.planner import deploy, make_plan
+from minipaged.evaluation.sim.requests import Decoding, SimRequest, genealogy
+from minipaged.evaluation.sim.simulator import Simulation
+from minipaged.evaluation.sim.systems import SYSTEMS, Setting, build_scheduler
+from minipaged.evaluation.sim.traces import (
     WORKLOADS,
     Lengths,
     TraceRequest,
@@ -29,6 +28,7 @@ from minipaged.sim.traces import (
     poisson_trace,
     read_trace,
 )
+from minipaged.memory import CheckedMemory
 
 SERVER = DEPLOYMENTS["opt-13b"]
 COSTS = CostModel(SERVER)
@@ -452,10 +452,13 @@ def test_what_cannot_be_simulated_is_refused(arguments, words):
 
 
 RUN_A_FIGURE = """\
-from minipaged.cli import app
+from minipaged.cli.main import app
 app(["paper", "fig3", "--out", sys.argv[1]], standalone_mode=False)
 """
-IMPORT = "import minipaged.sim, minipaged.sim.planner, minipaged.paper.fig2, minipaged.paper.fig15"
+IMPORT = (
+    "import minipaged.evaluation.sim.planner, minipaged.evaluation.paper.fig2,"
+    "minipaged.evaluation.paper.fig15"
+)
 
 
 @pytest.mark.parametrize("program", [IMPORT, RUN_A_FIGURE])

@@ -147,7 +147,7 @@ def mkdocs(project: Path) -> "subprocess.CompletedProcess[str]":
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     nav = "nav: [index.md, {Tutorials: [tutorials/]}, {Guides: [guides/]}, companion.md]\n\n"
     settings = re.sub(r"^nav:\n.*?(?=^\S)", nav, settings, flags=re.DOTALL | re.MULTILINE)
-    settings = settings.replace("site_builder/hooks.py", str(ROOT / "site_builder" / "hooks.py"))
+    settings = settings.replace("docs/site_builder", str(ROOT / "docs" / "site_builder"))
     (project / "mkdocs.yml").write_text(settings, encoding="utf-8")
     for folder in ("javascripts", "stylesheets"):
         shutil.copytree(ROOT / "docs" / folder, project / "docs" / folder, dirs_exist_ok=True)

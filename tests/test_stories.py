@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from minipaged.stories import (
+from minipaged.evaluation.stories import (
     ANIMALS,
     COLOURS,
     END,
@@ -148,5 +148,8 @@ def test_an_answer_counts_word_for_word() -> None:
 
 
 def test_the_grammar_needs_neither_torch_nor_numpy() -> None:
-    check = "import sys, minipaged.stories; sys.exit(bool({'torch', 'numpy'} & {*sys.modules}))"
+    check = (
+        "import sys, minipaged.evaluation.stories;"
+        "sys.exit(bool({'torch', 'numpy'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

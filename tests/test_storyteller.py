@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from minipaged import LLM, Parts, SamplingParams
-from minipaged.stories import KINDS, prompt, tell
+from minipaged.evaluation.stories import KINDS, prompt, tell
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
 STORY = "Once upon a time Theo the frog put the white key in the meadow."
@@ -57,7 +57,7 @@ def test_transformers_answers_the_same_from_the_same_folder():
 
 def test_it_cannot_answer_when_blocks_are_mixed_up():
     """The proof that its answers come from the cache, and from the right place in it."""
-    from minipaged.attention import BACKENDS
+    from minipaged.attention.backend import BACKENDS
 
     def shuffled(q, k_cache, v_cache, batch, scale):
         batch.block_tables[:] = batch.block_tables.flip(0)

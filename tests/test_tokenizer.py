@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipaged.detokenizer import Detokenizer
 from minipaged.errors import CheckpointError, MissingTokenizer
-from minipaged.tokenizer import Tokenizer
-from minipaged.tokenizer.folder import read_tokenizer
+from minipaged.tokenizer.base import Tokenizer
+from minipaged.tokenizer.detokenizer import Detokenizer
+from minipaged.tokenizer.load import read_tokenizer
 
 # All single bytes, then merges; two of them cut the emoji U+1F600 and the letter é in the middle.
 MERGES = [b"th", b"the", b" t", b"\xf0\x9f", b"e\xc3", b"##"]

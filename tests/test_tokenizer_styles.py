@@ -9,9 +9,9 @@ from tokenizers_of_styles import STYLES, make_qwen, make_sentencepiece, make_tex
 
 from minipaged.errors import CheckpointError, InvalidRequest, UnsupportedTokenizer
 from minipaged.tokenizer import patterns
-from minipaged.tokenizer.byte_pairs import BytePairTokenizer
-from minipaged.tokenizer.folder import read_tokenizer
-from minipaged.tokenizer.library import LibraryTokenizer
+from minipaged.tokenizer.bpe import BytePairTokenizer
+from minipaged.tokenizer.hf_library import LibraryTokenizer
+from minipaged.tokenizer.load import read_tokenizer
 
 TEXTS = make_texts(20_000)
 
@@ -173,7 +173,7 @@ def test_a_sentencepiece_tokenizer_goes_through_the_library(sentencepiece):
 
 
 def test_without_the_library_the_sentence_names_the_extra(sentencepiece, monkeypatch):
-    monkeypatch.setattr("minipaged.tokenizer.library.find_spec", lambda name: None)
+    monkeypatch.setattr("minipaged.tokenizer.hf_library.find_spec", lambda name: None)
     with pytest.raises(
         UnsupportedTokenizer, match=r"since .*pip install 'minipaged\[tokenizers\]'"
     ):
@@ -352,7 +352,7 @@ def test_half_a_surrogate_pair_is_a_replacement_character_everywhere(sentencepie
     ],
 )
 def test_a_broken_file_is_named(text, sentence, tmp_path, monkeypatch):
-    monkeypatch.setattr("minipaged.tokenizer.library.find_spec", lambda name: None)
+    monkeypatch.setattr("minipaged.tokenizer.hf_library.find_spec", lambda name: None)
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError, match=sentence) as refusal:
         read_tokenizer(tmp_path)

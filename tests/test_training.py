@@ -10,7 +10,7 @@ import torch
 
 from minipaged import LLM, SamplingParams
 
-TRAINING = Path(__file__).parents[1] / "training"
+TRAINING = Path(__file__).parents[1] / "tutorials" / "train_storyteller"
 ASSETS = Path(__file__).parents[1] / "minipaged" / "assets" / "storyteller"
 
 
@@ -18,7 +18,7 @@ ASSETS = Path(__file__).parents[1] / "minipaged" / "assets" / "storyteller"
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(TRAINING))
     yield
-    for name in ("bpe", "dense_llama", "windows", "train_storyteller"):
+    for name in ("bpe", "dense_llama", "windows", "train"):
         sys.modules.pop(name, None)
 
 
@@ -33,7 +33,7 @@ def test_the_shipped_tokenizer_is_the_one_that_the_script_trains(tmp_path):
 def test_every_word_of_the_grammar_is_one_token():
     from bpe import load_tokenizer
 
-    from minipaged.stories import ANIMALS, COLOURS, NAMES, PLACES, THINGS
+    from minipaged.evaluation.stories import ANIMALS, COLOURS, NAMES, PLACES, THINGS
 
     encoding = load_tokenizer(ASSETS)
     words = {word for place in PLACES for word in place.split()}
@@ -45,7 +45,7 @@ def test_answers_count_in_full_and_facts_hardly():
     from bpe import load_tokenizer
     from windows import FACT_WEIGHT, Windows
 
-    from minipaged.stories import KINDS
+    from minipaged.evaluation.stories import KINDS
 
     encoding = load_tokenizer(ASSETS)
     windows = Windows(encoding, seed=0)
@@ -85,7 +85,7 @@ def test_an_exported_model_runs_in_the_library_with_the_same_tokens(tmp_path):
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_training_can_stop_and_go_on(tmp_path):
     from bpe import load_tokenizer
-    from train_storyteller import Trainer
+    from train import Trainer
 
     args = Namespace(
         seed=0, work=tmp_path, compile=False, lr=1e-3, settle_steps=1, batch_tokens=256

@@ -19,9 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minipaged import kv_cache
-from minipaged.attention import PagedAttention, choose_backend
+from minipaged.attention import kv_cache
+from minipaged.attention.backend import PagedAttention, choose_backend
+from minipaged.attention.batch import Batch, Span
 from minipaged.attention.blockwise import blockwise_paged_attention
+from minipaged.attention.quantized_cache import (
+    LARGEST,
+    SMALLEST_SCALE,
+    KVPool,
+    QuantizedPool,
+    quantize,
+)
 from minipaged.attention.reference import gather, reference_paged_attention, store_kv
 from minipaged.attention.torch_paged import torch_paged_attention
 from minipaged.attention.triton import machine
@@ -41,10 +49,8 @@ from minipaged.attention.triton.splits import (
     splits_to_fill,
 )
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
-from minipaged.batch import Batch, Span
 from minipaged.errors import InvalidOption
 from minipaged.models.rope import RopeConfig, Rotary, rotate
-from minipaged.quantized import LARGEST, SMALLEST_SCALE, KVPool, QuantizedPool, quantize
 
 from paged_setup import PagedSetup, dense_attention, paged_setup
 

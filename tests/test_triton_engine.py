@@ -13,9 +13,9 @@ import pytest
 from checkpoints import VOCAB_SIZE, make_checkpoint
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
-from minipaged.events import EventLog
-from minipaged.graphs import DecodeGraphs
 from minipaged.sampling import Params
+from minipaged.tracing.events import EventLog
+from minipaged.worker.cuda_graphs import DecodeGraphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU")
 

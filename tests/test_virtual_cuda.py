@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minipaged import LLM, SamplingParams, virtual_cuda
+from minipaged import LLM, SamplingParams
+from minipaged.attention import virtual_cuda
+from minipaged.attention.virtual_cuda import CudaPages
 from minipaged.errors import InvalidOption
-from minipaged.memory.slots import SlotLayout
-from minipaged.virtual_cuda import CudaPages
+from minipaged.memory.baselines.slots import SlotLayout
 
 LAYOUT = SlotLayout(num_buffers=2, num_slots=3, slot_len=40, token_bytes=1, page_bytes=8)
 

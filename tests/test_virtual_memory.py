@@ -13,8 +13,8 @@ from test_memory_in_any_order import AnyOrder
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckFailed, InvalidOption, InvalidRequest, OutOfBlocks
 from minipaged.memory import CheckedMemory
-from minipaged.memory.slots import SlotLayout
-from minipaged.memory.virtual import VirtualMemory
+from minipaged.memory.baselines.slots import SlotLayout
+from minipaged.memory.baselines.virtual import VirtualMemory
 from minipaged.sequence import Sequence, SequenceGroup
 
 MODEL = ModelConfig(

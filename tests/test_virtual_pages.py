@@ -16,17 +16,18 @@ from test_attention import compiled
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.attention import unpaged
+from minipaged.attention.batch import BatchBuilder, Query
 from minipaged.attention.unpaged import unpaged_attention, unpaged_store_kv
-from minipaged.batch import BatchBuilder, Query
+from minipaged.attention.virtual_cache import VirtualKVCache
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
-from minipaged.events import EventLog
-from minipaged.memory import BlockTable, pages
-from minipaged.memory.kinds import VIRTUAL
-from minipaged.memory.pages import HUGE_PAGE, SMALL_PAGE, MappedPages
-from minipaged.memory.slots import SlotLayout
-from minipaged.terminal import BlockMap
-from minipaged.virtual_cache import VirtualKVCache
+from minipaged.memory import BlockTable
+from minipaged.memory.baselines import pages
+from minipaged.memory.baselines.kinds import VIRTUAL
+from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, MappedPages
+from minipaged.memory.baselines.slots import SlotLayout
+from minipaged.tracing.block_map import BlockMap
+from minipaged.tracing.events import EventLog
 
 from paged_setup import dense_attention, paged_setup
 
@@ -138,8 +139,8 @@ def test_a_tensor_keeps_the_mapping_that_it_lies_in():
 def test_who_writes_past_an_end_is_stopped(offset):
     program = (
         "import ctypes\n"
-        "from minipaged.memory.pages import MappedPages, SMALL_PAGE\n"
-        "from minipaged.memory.slots import SlotLayout\n"
+        "from minipaged.memory.baselines.pages import MappedPages, SMALL_PAGE\n"
+        "from minipaged.memory.baselines.slots import SlotLayout\n"
         "mapped = MappedPages(SlotLayout(1, 2, SMALL_PAGE, 1, SMALL_PAGE))\n"
         "ctypes.memset(mapped._address, 1, 2 * SMALL_PAGE)\n"
         "print('inside', flush=True)\n"

@@ -79,7 +79,7 @@ while engine.has_unfinished_requests():
 # model remembers of one token. A *block* is 16 slots.
 
 # %%
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
 
 stories = [tell(num_facts=num_facts, seed=num_facts) for num_facts in (1, 2, 3, 4, 6, 8)]
 questions = [story.questions[number] for number, story in enumerate(stories)]
@@ -126,7 +126,7 @@ axes.legend(loc="upper left", bbox_to_anchor=(0, 0.95))
 
 # %%
 from minipaged import Event, EventLog, Parts
-from minipaged.replay import Replay
+from minipaged.tracing.replay import Replay
 
 events: list[Event] = []
 watched = LLM("storyteller", num_blocks=64, parts=Parts().traced(EventLog(events.append)))

@@ -174,7 +174,7 @@ axes.legend()
 import time
 
 from minipaged import LLM, SamplingParams
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
 
 llm = LLM("storyteller", num_blocks=64, enable_prefix_caching=False)
 long_story = tell(num_facts=30, seed=0)
@@ -219,8 +219,8 @@ print(f"measured: {seconds_without / seconds_with:.0f} times as long without a c
 from collections.abc import Callable
 
 from minipaged import Parts
+from minipaged.attention.batch import Batch
 from minipaged.attention.reference import gather
-from minipaged.batch import Batch
 
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -311,7 +311,7 @@ for below, weights in enumerate(watched.seen[0][:, thing]):  # layer 0, while it
 # For storyteller with its 4 bytes a number, and for models that people serve, with 2:
 
 # %% Gigabytes of keys and values for one request of 2,048 tokens; requests beside the weights
-from minipaged.sim.catalogue import GPUS, MODELS
+from minipaged.evaluation.sim.catalogue import GPUS, MODELS
 
 model = yours.engine.runner.model
 weight_bytes = 4 * sum(weight.numel() for weight in model.parameters())

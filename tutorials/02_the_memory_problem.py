@@ -129,7 +129,7 @@ axis.set(xlim=(0, 3072))
 # and *Oracle* knows, which no real system does.
 
 # %%
-from minipaged.sim.traces import WORKLOADS
+from minipaged.evaluation.sim.traces import WORKLOADS
 
 NUM_SLOTS, LONGEST = 15_728, 2048
 Reserve = Callable[[int, int], int]  # (prompt, output) -> slots
@@ -234,7 +234,7 @@ print(f"for example: wanted {unlucky[0].wanted}, free {sum(gaps)}, in gaps of {g
 # it is just large enough. That is quicker and joins gaps more easily, but what is rounded up is
 # lost:
 #
-# @@ minipaged.memory.buddy.BuddyAllocator.allocate
+# @@ minipaged.memory.baselines.buddy.BuddyAllocator.allocate
 #
 # They serve real models. Sixteen questions to storyteller, sequences of 256 tokens at most, and a
 # pool of 1,024 slots. `usage()` counts by the same kinds, and is shown where most slots hold a
@@ -242,7 +242,7 @@ print(f"for example: wanted {unlucky[0].wanted}, free {sum(gaps)}, in gaps of {g
 
 # %%
 from minipaged import LLM, SamplingParams
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
 
 stories = [tell(num_facts=1 + number % 6, seed=number) for number in range(16)]
 prompts = [prompt(story, story.questions[0]) for story in stories]
@@ -275,8 +275,8 @@ for kind in ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged"):
 # hour, and `minipaged paper fig2` simulates 15 minutes.)
 
 # %% What each system's memory is used for, simulated; diamonds: the paper's slots with a token
-from minipaged.paper.serving import Case, Outcome
-from minipaged.paper.serving import serve as simulate
+from minipaged.evaluation.paper.serving import Case, Outcome
+from minipaged.evaluation.paper.serving import serve as simulate
 
 PAPER = {"orca-max": 20.4, "orca-pow2": 26.8, "orca-oracle": 38.2, "vllm": 96.3}
 ours: dict[str, Outcome] = {}
@@ -310,8 +310,8 @@ axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 # into this rest.
 
 # %% Memory of a GPU that serves OPT-13B; and tokens a second by requests at a time, from a formula
-from minipaged.sim.catalogue import DEPLOYMENTS
-from minipaged.sim.cost_model import CostModel
+from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
+from minipaged.evaluation.sim.cost_model import CostModel
 
 server = DEPLOYMENTS["opt-13b"]
 weights_gb = server.model.weight_bytes / 1e9

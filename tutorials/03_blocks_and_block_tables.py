@@ -176,8 +176,8 @@ for position in (0, 3, 4, 8):
 
 # %%
 from minipaged import LLM, Event, EventLog, Parts, SamplingParams
-from minipaged.replay import Replay
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
+from minipaged.tracing.replay import Replay
 
 greedy = SamplingParams(temperature=0, max_tokens=24)
 stories = [tell(num_facts=size, seed=size) for size in (1, 2, 3, 4, 6, 8)]
@@ -207,7 +207,7 @@ Replay(events, title="Your allocator serves a model")
 # (the paper's ShareGPT trace, of which only the mean lengths are published).
 
 # %% What blocks of each size waste, and how many entries the block tables have
-from minipaged.sim.traces import WORKLOADS
+from minipaged.evaluation.sim.traces import WORKLOADS
 
 requests = WORKLOADS["sharegpt"].draw(num_requests=1024, seed=0)
 lengths = [prompt_len + output_len for prompt_len, output_len in requests]

@@ -95,7 +95,7 @@ print([contents[int(block)][offset] for block, offset in zip(blocks, offsets, st
 # %%
 from torch import Tensor
 
-from minipaged.batch import Batch
+from minipaged.attention.batch import Batch
 
 
 def by_gathering(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -121,7 +121,7 @@ def by_gathering(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scal
 
 # %%
 from minipaged import LLM, Parts, SamplingParams
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
 
 greedy = SamplingParams(temperature=0, max_tokens=24)
 stories = [tell(num_facts=size, seed=size) for size in (1, 2, 3, 4, 6, 8)]
@@ -235,7 +235,7 @@ print(f"all ten at once: {float(all_scores.softmax(0) @ all_values):36.3f}")
 from collections.abc import Iterator
 from functools import reduce
 
-from minipaged.batch import Span
+from minipaged.attention.batch import Span
 
 Partial = tuple[Tensor, Tensor, Tensor]  # maximum, total, output: [queries, kv_heads, group, .]
 
@@ -347,8 +347,8 @@ print(f"{len(states)} blocks; block 19 holds {tray!r}")
 # %%
 from dataclasses import replace
 
-from minipaged.attention import reference_paged_attention
-from minipaged.batch import BatchBuilder, Query
+from minipaged.attention.backend import reference_paged_attention
+from minipaged.attention.batch import BatchBuilder, Query
 from minipaged.memory import BlockTable
 
 random = torch.Generator().manual_seed(0)

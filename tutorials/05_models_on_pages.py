@@ -40,7 +40,7 @@
 # before.
 
 # %%
-from minipaged.batch import BatchBuilder, Query
+from minipaged.attention.batch import BatchBuilder, Query
 from minipaged.memory import BlockTable
 
 words = {
@@ -103,7 +103,7 @@ above.axis("off")
 # *logits*, are computed for the two rows that sample and no others. This is how a step is run; its
 # first lines move blocks, which chapters 7 and 9 are about:
 #
-# @@ minipaged.runner.ModelRunner._run
+# @@ minipaged.worker.model_runner.ModelRunner._run
 #
 # ### One tensor for all keys and values
 #
@@ -202,10 +202,10 @@ right.legend()
 # %%
 import torch.nn.functional as F
 
-from minipaged.attention import reference_paged_attention
-from minipaged.batch import Batch
-from minipaged.kv_cache import KVCache, KVPair
-from minipaged.models import Model
+from minipaged.attention.backend import reference_paged_attention
+from minipaged.attention.batch import Batch
+from minipaged.attention.kv_cache import KVCache, KVPair
+from minipaged.models.base import Model
 
 
 class OwnLlama:
@@ -264,7 +264,7 @@ class OwnLlama:
 
 # %%
 from minipaged import SamplingParams
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
 
 greedy = SamplingParams(temperature=0, max_tokens=24)
 stories = [tell(num_facts=size, seed=size) for size in (1, 2, 3, 4, 6, 8)]
@@ -327,12 +327,12 @@ assert furthest < 1e-4
 # nothing sensible, but a random model is the sharper test: every fault changes its mind.
 
 # %%
-from minipaged.attention import BACKENDS
+from minipaged.attention.backend import BACKENDS
 from minipaged.config import EngineConfig
-from minipaged.engine import LLMEngine
+from minipaged.engine.llm_engine import LLMEngine
+from minipaged.engine.parts import Parts
 from minipaged.models.gpt2 import GPT2, GPT2Config
-from minipaged.parts import Parts
-from minipaged.runner import ModelRunner
+from minipaged.worker.model_runner import ModelRunner
 
 numbers = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 12}
 sizes = {"hidden_size": 48, "inner_size": 192, "vocab_size": 101, "max_position_embeddings": 128}

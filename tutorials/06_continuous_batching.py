@@ -74,8 +74,8 @@ gains = [rate / measured[0] for rate in measured]
 # %% Tokens per second by sequences in a step, over those of one sequence
 import drawing
 
-from minipaged.sim.catalogue import DEPLOYMENTS
-from minipaged.sim.cost_model import CostModel
+from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
+from minipaged.evaluation.sim.cost_model import CostModel
 
 opt_13b = CostModel(DEPLOYMENTS["opt-13b"])
 rates = [n / opt_13b.step(n, num_keys=500 * n, num_prompt_tokens=0, num_pairs=0) for n in crowds]
@@ -104,7 +104,7 @@ print(f"8 sequences: {gains[3]:.0f} times the tokens of one, {8 / gains[3]:.1f} 
 # %%
 from minipaged.config import EngineConfig
 from minipaged.memory import Memory
-from minipaged.plan import ScheduledBatch
+from minipaged.scheduler.output import ScheduledBatch
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -180,8 +180,8 @@ class ContinuousBatches(StaticBatches):
 
 # %%
 from minipaged import Event, EventLog, Parts
-from minipaged.scheduler import FCFSScheduler
-from minipaged.stories import ANIMALS, NAMES
+from minipaged.evaluation.stories import ANIMALS, NAMES
+from minipaged.scheduler.fcfs import FCFSScheduler
 
 lengths = [10, 9, 5, 2, 19, 12, 4, 20, 45, 23, 24, 5, 14, 48, 3, 37, 21, 3, 13, 12, 35, 2, 7, 11]
 pairs = zip(NAMES, ANIMALS * 2, strict=False)
@@ -242,7 +242,7 @@ axes[1].legend(loc="upper right", fontsize=8)
 #
 # Your scheduler takes as many steps as the library's. What does that one have besides?
 #
-# @@ minipaged.scheduler.FCFSScheduler.schedule
+# @@ minipaged.scheduler.fcfs.FCFSScheduler.schedule
 #
 # It asks for blocks before it promises them, and takes them away from somebody if there are none
 # (`_reserve_for_running`, chapter 9). It brings back samples of one prompt (`_fork_again`, for
@@ -258,13 +258,13 @@ axes[1].legend(loc="upper right", fontsize=8)
 # budget, `max_num_batched_tokens`, and a prompt can take what the others leave of it, step after
 # step. That is called *chunked prefill*.
 #
-# @@ minipaged.scheduler.FCFSScheduler._share_out_tokens
+# @@ minipaged.scheduler.fcfs.FCFSScheduler._share_out_tokens
 #
 # Why would one want that? Seven requests are decoding. After ten steps somebody comes with a story
 # of 48 facts. We let it be computed whole, as the paper's engine does, and in chunks:
 
 # %%
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
 
 story = tell(num_facts=48, seed=1)
 long_prompt = prompt(story, story.questions[1])
@@ -353,7 +353,7 @@ for watermark in (0.0, 0.1, 0.3):
 # a pool that is a little small. See how the queues fill and empty.
 
 # %%
-from minipaged.replay import Replay
+from minipaged.tracing.replay import Replay
 
 mixed: list[Event] = []
 parts = Parts().traced(EventLog(mixed.append))

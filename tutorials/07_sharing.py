@@ -152,8 +152,8 @@ class CopiesAtOnce(BlockManager):
 
 # %%
 from minipaged import LLM, BeamSearchParams, Event, EventLog, Parts, RequestOutput, SamplingParams
-from minipaged.replay import Replay
 from minipaged.sampling import Params
+from minipaged.tracing.replay import Replay
 
 text = "Once upon a time Theo the frog put the white key in the meadow. Mia the"
 four = SamplingParams(n=4, seed=7, max_tokens=24)
@@ -238,7 +238,7 @@ Replay(shared_events, title="Four samples of one prompt")
 # forks. A beam with none is given up, and its blocks are freed. This is the library's whole account
 # of it:
 #
-# @@ minipaged.beam_request.BeamRequest.advance
+# @@ minipaged.engine.beam_request.BeamRequest.advance
 #
 # So where samples fork once, beams fork and die in every step. To see it we follow one search:
 # after each step, who lives, what it said last, and whose child it is. The forks come from the
@@ -334,7 +334,7 @@ Replay(beam_events, title="A beam search of width 4")
 # measures them again, in some minutes.
 
 # %% Blocks saved by sharing, in percent: the paper's OPT-13B, and here
-from minipaged.bench.sharing import PAPER, alpaca_lengths
+from minipaged.evaluation.bench.sharing import PAPER, alpaca_lengths
 
 
 def saved_by_samples(n: int, size: int = 16) -> float:

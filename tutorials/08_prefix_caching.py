@@ -147,9 +147,9 @@ print(
 
 # %%
 from minipaged import LLM, Event, EventLog, Parts, RequestOutput, SamplingParams
-from minipaged.prompts import Prompt
-from minipaged.replay import Replay
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
+from minipaged.tokenizer.prompts import Prompt
+from minipaged.tracing.replay import Replay
 
 greedy = SamplingParams(temperature=0, max_tokens=24)
 story = tell(num_facts=8, seed=3)
@@ -210,7 +210,7 @@ axes[0].legend(loc="upper left", ncols=2)
 # %% What the cache knows after four prompts: each box is a block, behind the one on its left
 from textwrap import fill
 
-from minipaged.stories import retell
+from minipaged.evaluation.stories import retell
 
 small = LLM("storyteller", num_blocks=64, block_size=8)
 facts = tell(num_facts=3, seed=5).facts

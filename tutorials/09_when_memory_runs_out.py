@@ -37,12 +37,12 @@
 # block. When there is none, somebody younger loses all of theirs, and whoever has nobody younger
 # yields:
 #
-# @@ minipaged.scheduler.FCFSScheduler._make_room
+# @@ minipaged.scheduler.fcfs.FCFSScheduler._make_room
 #
 # Whom to take is a part of its own, `victim`. It is given the groups that are younger than the one
 # in need, and returns one of them. The library's is the paper's, the youngest:
 #
-# @@ minipaged.scheduler.youngest
+# @@ minipaged.scheduler.fcfs.youngest
 #
 # Write two others. One takes whoever is the cheapest to compute again. One takes whoever gives back
 # most, hoping to need nobody else soon. A sequence does not know its blocks, but it knows its
@@ -51,7 +51,7 @@
 # %%
 from collections.abc import Sequence as Many
 
-from minipaged.scheduler import Victim, youngest
+from minipaged.scheduler.fcfs import Victim, youngest
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -81,7 +81,7 @@ def largest(candidates: Many[SequenceGroup]) -> SequenceGroup:
 from typing import Any
 
 from minipaged import LLM, Event, EventLog, Parts, SamplingParams
-from minipaged.stories import ANIMALS, NAMES
+from minipaged.evaluation.stories import ANIMALS, NAMES
 
 lengths = [24, 60, 24, 40, 20, 30, 24, 20]
 people = list(zip(NAMES, ANIMALS, strict=False))[: len(lengths)]
@@ -175,7 +175,7 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 # Watch both: first swapping, with its second pool, then recomputation.
 
 # %%
-from minipaged.replay import Replay
+from minipaged.tracing.replay import Replay
 
 Replay(traces["swap"], title="A pool too small: swapping")
 
@@ -250,8 +250,8 @@ for name, events in traces.items():
 # model, not a measurement:
 
 # %% By formula: a sequence of OPT-13B out and back. Left: 256 tokens. Right: by length
-from minipaged.sim.catalogue import DEPLOYMENTS
-from minipaged.sim.cost_model import CostModel
+from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
+from minipaged.evaluation.sim.cost_model import CostModel
 
 costs = CostModel(DEPLOYMENTS["opt-13b"])
 

@@ -241,7 +241,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minipaged.batch import Batch
+from minipaged.attention.batch import Batch
 
 Attention = Callable[[Tensor, Tensor, Tensor, Batch, float], Tensor]
 
@@ -276,8 +276,8 @@ def launched(kernel: Any) -> Attention:
 # lengths at which something changes.
 
 # %%
+from minipaged.attention.batch import BatchBuilder, Query
 from minipaged.attention.reference import reference_paged_attention
-from minipaged.batch import BatchBuilder, Query
 from minipaged.memory import BlockTable
 
 LENGTHS = (1, 4, 5, 11)

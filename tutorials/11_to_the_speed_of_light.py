@@ -129,11 +129,11 @@ import numpy
 from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
+from minipaged.attention.batch import Batch
 from minipaged.attention.reference import gather, reference_paged_attention
 from minipaged.attention.triton.decode import decode
 from minipaged.attention.triton.naive_decode import naive_paged_attention
-from minipaged.batch import Batch
-from minipaged.bench.cases import Case, Heads, make_inputs
+from minipaged.evaluation.bench.cases import Case, Heads, make_inputs
 
 
 @contextmanager
@@ -297,7 +297,7 @@ axes.legend(fontsize=8, loc="lower right")
 
 # %%
 from minipaged import LLM, Parts, SamplingParams
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
 
 
 def attention_in_pieces(
@@ -338,7 +338,7 @@ import sys
 
 COMPILE = """
 import torch
-from minipaged.bench.compile import *
+from minipaged.evaluation.bench.compile import *
 
 llama = Setting(heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, kv_dtype="auto")
 with catch_launches() as launches:
@@ -375,7 +375,7 @@ print(process.stdout)
 # is the error of attention over 1,024 random keys, against float64:
 
 # %%
-from minipaged.bench.formats import attention_error
+from minipaged.evaluation.bench.formats import attention_error
 
 error_of = {kept_as: attention_error(kept_as) for kept_as in ("float16", "bfloat16", "int8", "fp8")}
 for kept_as, error in error_of.items():
@@ -406,8 +406,8 @@ for kept_as, error in error_of.items():
 # tokens in float32:
 
 # %%
-from minipaged.attention import BACKENDS
-from minipaged.bench.timing import copy_work, median_seconds
+from minipaged.attention.backend import BACKENDS
+from minipaged.evaluation.bench.timing import copy_work, median_seconds
 
 on_cpu = make_inputs(Case(Heads("no groups", 8, 8, 128), 32, 1024), CPU, torch.float32)
 tensors = on_cpu.q, on_cpu.k_cache, on_cpu.v_cache, on_cpu.batch, on_cpu.scale

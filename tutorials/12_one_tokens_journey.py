@@ -36,7 +36,7 @@ import time
 from collections import Counter
 
 from minipaged import LLM
-from minipaged.batch import Query
+from minipaged.attention.batch import Query
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -87,12 +87,12 @@ class TinyEngine:
 # The library's own step has the same five lines; what it has besides is requests that sample, fork
 # and stream:
 #
-# @@ minipaged.engine.LLMEngine.step
+# @@ minipaged.engine.llm_engine.LLMEngine.step
 #
 # Give yours four questions:
 
 # %%
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
 
 llm = LLM("storyteller", num_blocks=64, block_size=16)
 tokenizer = llm.get_tokenizer()

@@ -19,10 +19,10 @@ known as online softmax.
 import torch
 from torch import Tensor
 
+from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import heads_per_kv_head
-from minipaged.batch import Batch
-from minipaged.quantized import KVPool
-from minipaged.shapes import Float
+from minipaged.utils.shapes import Float
 
 
 def blockwise_paged_attention(

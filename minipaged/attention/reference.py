@@ -7,9 +7,9 @@ are in float32, or in float64 when the inputs are.
 import torch
 from torch import Tensor
 
-from minipaged.batch import Batch
-from minipaged.quantized import KVPool
-from minipaged.shapes import Float, Int
+from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import KVPool
+from minipaged.utils.shapes import Float, Int
 
 
 def reference_paged_attention(

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipaged.batch import Batch
-from minipaged.quantized import KVPool, QuantizedPool
-from minipaged.shapes import Float, Int
-from minipaged.transfer import to_device
+from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import KVPool, QuantizedPool
+from minipaged.utils.device import to_device
+from minipaged.utils.shapes import Float, Int
 
 Way = Literal["gathered", "in place"]
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipaged.attention.batch import Batch, Span
+from minipaged.attention.quantized_cache import KVPool, QuantizedPool
 from minipaged.attention.reference import heads_per_kv_head, store_kv
 from minipaged.attention.torch_decode import Decodes, gather, rows_of_blocks
-from minipaged.batch import Batch, Span
-from minipaged.quantized import KVPool, QuantizedPool
-from minipaged.shapes import Float, Int
+from minipaged.utils.shapes import Float, Int
 
 
 def torch_store_kv(

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import KVPool, QuantizedPool
 from minipaged.attention.reference import heads_per_kv_head
 from minipaged.attention.torch_paged import attend, causal_mask
-from minipaged.batch import Batch
-from minipaged.quantized import KVPool, QuantizedPool
-from minipaged.shapes import Float
+from minipaged.utils.shapes import Float
 
 
 def unpaged_attention(

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.config import EngineConfig
+from minipaged.engine.custom_parts import names_in_file
 from minipaged.errors import InvalidOption
+from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
+from minipaged.evaluation.sim.cost_model import CostModel
+from minipaged.evaluation.sim.simulator import Simulation
+from minipaged.evaluation.sim.systems import LONGEST, Setting, System
+from minipaged.evaluation.sim.traces import WORKLOADS, TraceRequest, chat_trace, poisson_trace
 from minipaged.labs.referee import Referee
 from minipaged.memory import BlockAllocator, BlockManager, Memory, PrefixCache
-from minipaged.scheduler import FCFSScheduler, Scheduler, youngest
-from minipaged.sim.catalogue import DEPLOYMENTS
-from minipaged.sim.cost_model import CostModel
-from minipaged.sim.simulator import Simulation
-from minipaged.sim.systems import LONGEST, Setting, System
-from minipaged.sim.traces import WORKLOADS, TraceRequest, chat_trace, poisson_trace
-from minipaged.swap import names_in_file
-from minipaged.whole_file import write_whole
+from minipaged.scheduler.fcfs import FCFSScheduler, Scheduler, youngest
+from minipaged.utils.files import write_whole
 
 NUMBER = 9
 TITLE = "the open challenge: lower latency at fixed memory"
@@ -54,8 +54,8 @@ Whatever you call by one of these names takes the place of the library's part; l
     MyPrefixCache  a class derived from PrefixCache
     MyAllocator    a class, called with the number of blocks
 
-How the library's parts look: minipaged/scheduler.py, minipaged/memory/. The rules and some ideas:
-tutorials/labs/09.md.
+How the library's parts look: minipaged/scheduler/fcfs.py, minipaged/memory/. The rules and some
+ideas: tutorials/labs/09.md.
 """
 
 from collections.abc import Sequence as Many

@@ -9,10 +9,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from minipaged import __version__
 from minipaged.labs.grading import Result
 from minipaged.labs.lab import Lab
-from minipaged.version import __version__
-from minipaged.whole_file import write_whole
+from minipaged.utils.files import write_whole
 
 SETUP = """\
 #!/usr/bin/env bash

@@ -6,7 +6,7 @@ LAB = Lab(
     number=4,
     name="scheduler",
     title="the scheduler: continuous batching, and whom to preempt",
-    sources=("minipaged.scheduler.youngest", "minipaged.scheduler.FCFSScheduler"),
+    sources=("minipaged.scheduler.fcfs.youngest", "minipaged.scheduler.fcfs.FCFSScheduler"),
     swaps={"scheduler": "FCFSScheduler", "victim": "youngest"},
     tasks=(
         Task(

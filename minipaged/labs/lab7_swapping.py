@@ -6,7 +6,10 @@ LAB = Lab(
     number=7,
     name="swapping",
     title="swapping and recomputation",
-    sources=("minipaged.memory.block_manager.BlockManager", "minipaged.scheduler.FCFSScheduler"),
+    sources=(
+        "minipaged.memory.block_manager.BlockManager",
+        "minipaged.scheduler.fcfs.FCFSScheduler",
+    ),
     swaps={"memory": "BlockManager", "scheduler": "FCFSScheduler"},
     tasks=(
         Task(

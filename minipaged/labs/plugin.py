@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from minipaged.events import Event, EventLog
-from minipaged.swap import PLAYERS, beside, parts_with, player, read_swaps
-from minipaged.trace import TraceFile
+from minipaged.engine.custom_parts import PLAYERS, beside, parts_with, player, read_swaps
+from minipaged.tracing.events import Event, EventLog
+from minipaged.tracing.trace_file import TraceFile
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

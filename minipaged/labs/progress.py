@@ -10,7 +10,7 @@ from typing import Any
 
 from minipaged.labs.grading import Result
 from minipaged.labs.lab import Lab
-from minipaged.whole_file import write_whole
+from minipaged.utils.files import write_whole
 
 FILE = "minipaged_labs.json"
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from minipaged.errors import CheckFailed, MinipagedError
+from minipaged.evaluation.sim.systems import Setting
 from minipaged.memory import BlockPair, Memory
-from minipaged.memory.roles import ceil_div
-from minipaged.plan import ScheduledBatch, ScheduledSequence
-from minipaged.scheduler import Scheduler
+from minipaged.memory.interface import ceil_div
+from minipaged.scheduler.fcfs import Scheduler
+from minipaged.scheduler.output import ScheduledBatch, ScheduledSequence
 from minipaged.sequence import Sequence, SequenceGroup
-from minipaged.sim.systems import Setting
 
 Content = int | tuple[int, ...] | None
 """What lies in a block: of a full one, its tokens and all before them as one number; else that of

@@ -16,7 +16,12 @@ from minipaged.labs.grading import QUIET
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 
 _POLL_SECONDS = 0.1
-_KNOWN_BEFOREHAND = ["pytest", "minipaged.labs.plugin", "minipaged.parts", "minipaged.engine"]
+_KNOWN_BEFOREHAND = [
+    "pytest",
+    "minipaged.labs.plugin",
+    "minipaged.engine.parts",
+    "minipaged.engine.llm_engine",
+]
 
 
 def wait_for_save(file: Path, last: float, until: Callable[[], bool] = lambda: False) -> float:

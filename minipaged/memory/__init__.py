@@ -10,8 +10,8 @@ from minipaged.memory.allocator import Allocator, BlockAllocator
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.checked import CheckedAllocator, CheckedMemory
+from minipaged.memory.interface import BlockPair, Memory, MemoryUsage
 from minipaged.memory.prefix_cache import CacheKey, PrefixCache
-from minipaged.memory.roles import BlockPair, Memory, MemoryUsage
 
 __all__ = [
     "Allocator",

@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from minipaged.memory.allocator import Allocator, BlockAllocator
 from minipaged.memory.block_table import BlockTable
+from minipaged.memory.interface import BlockPair, MemoryUsage, ceil_div, why_no_pages
 from minipaged.memory.prefix_cache import CacheKey, PrefixCache
-from minipaged.memory.roles import BlockPair, MemoryUsage, ceil_div, why_no_pages
 from minipaged.sequence import Sequence, SequenceGroup
 
 

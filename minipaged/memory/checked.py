@@ -11,7 +11,7 @@ from typing import Any
 
 from minipaged.errors import CheckFailed
 from minipaged.memory.allocator import Allocator
-from minipaged.memory.roles import Memory
+from minipaged.memory.interface import Memory
 
 
 class CheckedAllocator:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from minipaged.errors import UnsupportedModel
 from minipaged.models.linear import Linear
-from minipaged.shapes import Float
+from minipaged.utils.shapes import Float
 
 Activation = Callable[[Tensor], Tensor]
 

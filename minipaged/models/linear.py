@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipaged.models import Model
-from minipaged.shapes import Float
+from minipaged.models.base import Model
+from minipaged.utils.shapes import Float
 
 # A matrix of fewer numbers stays in the processor's cache, in whatever form: not worth packing.
 SMALLEST_TO_PACK = 2**18

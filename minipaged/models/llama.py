@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipaged.attention import AttentionBackend
-from minipaged.batch import Batch
+from minipaged.attention.backend import AttentionBackend
+from minipaged.attention.batch import Batch
+from minipaged.attention.kv_cache import Cache, KVPair
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckpointError, UnsupportedModel
-from minipaged.kv_cache import Cache, KVPair
-from minipaged.models import (
+from minipaged.models.base import (
     HFConfig,
     Model,
     WeightMap,
@@ -33,7 +33,7 @@ from minipaged.models import (
 from minipaged.models.layers import choose_activation
 from minipaged.models.linear import JoinedLinear, Linear
 from minipaged.models.rope import RopeConfig, Rotary, rotate
-from minipaged.shapes import Float, Int
+from minipaged.utils.shapes import Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from minipaged.attention import BACKENDS, AttentionBackend
-from minipaged.available_memory import GIB, free_gpu_memory, physical_memory
+from minipaged.attention.backend import BACKENDS, AttentionBackend
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckpointError, InvalidOption, UnsupportedModel
-from minipaged.json_files import read_json_object
-from minipaged.models import (
+from minipaged.models.base import (
     HFConfig,
     Model,
     Placement,
@@ -30,7 +28,7 @@ from minipaged.models import (
 from minipaged.models.gpt2 import GPT2, GPT2_WEIGHTS, GPT2Config
 from minipaged.models.llama import LLAMA_WEIGHTS, Llama, LlamaConfig
 from minipaged.models.opt import OPT, OPT_WEIGHTS, OPTConfig
-from minipaged.models.weight_files import (
+from minipaged.models.safetensors_reader import (
     DTYPES_IN_FILES,
     StoredTensor,
     copy_tensors,
@@ -38,6 +36,8 @@ from minipaged.models.weight_files import (
     read_headers,
     same_numbers,
 )
+from minipaged.utils.device import GIB, free_gpu_memory, physical_memory
+from minipaged.utils.files import read_json_object
 
 
 @dataclass(frozen=True)

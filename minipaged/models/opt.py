@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipaged.attention import AttentionBackend
-from minipaged.batch import Batch
+from minipaged.attention.backend import AttentionBackend
+from minipaged.attention.batch import Batch
+from minipaged.attention.kv_cache import Cache, KVPair
 from minipaged.config import ModelConfig
-from minipaged.kv_cache import Cache, KVPair
-from minipaged.models import (
+from minipaged.models.base import (
     HFConfig,
     Model,
     WeightMap,
@@ -29,7 +29,7 @@ from minipaged.models import (
 )
 from minipaged.models.layers import MLP
 from minipaged.models.linear import JoinedLinear, Linear
-from minipaged.shapes import Float, Int
+from minipaged.utils.shapes import Float, Int
 
 # Position 0 is row 2 of the table: in training, row 1 belonged to padding and row 0 to nothing.
 POSITION_OFFSET = 2

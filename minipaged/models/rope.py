@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from minipaged.errors import CheckpointError, UnsupportedModel
-from minipaged.models import HFConfig, read_float, read_int
-from minipaged.shapes import Float, Int
+from minipaged.models.base import HFConfig, read_float, read_int
+from minipaged.utils.shapes import Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)

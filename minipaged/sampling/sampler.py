@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from minipaged.sampling.params import SamplingParams
-from minipaged.shapes import Float, Int
-from minipaged.transfer import to_device
+from minipaged.utils.device import to_device
+from minipaged.utils.shapes import Float, Int
 
 WEIGHT_OF_LIKELIEST = 2**40
 """Tokens 2^40 times less likely than the likeliest are never drawn. 2^23 tokens still sum up to

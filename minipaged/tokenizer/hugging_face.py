@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.errors import CheckpointError, UnsupportedTokenizer
-from minipaged.json_files import read_json_object
-from minipaged.tokenizer.byte_pairs import BytePairTokenizer
+from minipaged.tokenizer.bpe import BytePairTokenizer
 from minipaged.tokenizer.merges import rank_tokens
 from minipaged.tokenizer.patterns import GPT2, QWEN, choose_pattern
-from minipaged.tokenizer.special_names import read_special_names
+from minipaged.tokenizer.special_tokens import read_special_names
+from minipaged.utils.files import read_json_object
 
 
 def _byte_characters() -> dict[str, int]:

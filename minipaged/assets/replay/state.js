@@ -1,6 +1,6 @@
 /* What a trace says, and nothing about how it is drawn.
 
-   A trace is a list of events (minipaged/events.py describes each kind). The whole picture is a
+   A trace is a list of events (minipaged/tracing/events.py describes each kind). The whole picture is a
    function of it:
 
        state = apply(apply(apply(emptyState(shape), event 0), event 1), event 2) ...

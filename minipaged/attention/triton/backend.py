@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.triton.decode import decode
 from minipaged.attention.triton.launch import check_rows
 from minipaged.attention.triton.prefill import prefill
-from minipaged.batch import Batch
-from minipaged.quantized import KVPool
 
 
 def triton_paged_attention(

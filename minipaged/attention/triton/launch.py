@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
 from minipaged.attention.triton.machine import is_interpreted, prepare_triton
-from minipaged.quantized import LARGEST, KVPool, QuantizedPool
 
 prepare_triton()  # every file with kernels imports this one, before it defines them
 

@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import heads_per_kv_head
 from minipaged.attention.triton.launch import LOG2_E, check_rows, pointers, pool_constants
-from minipaged.batch import Batch
-from minipaged.quantized import KVPool
 
 
 def naive_paged_attention(

@@ -33,11 +33,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import heads_per_kv_head
 from minipaged.attention.triton.launch import LOG2_E, math_type, pointers, pool_constants
 from minipaged.attention.triton.tile import attend_to_tile, load_query
-from minipaged.batch import Batch
-from minipaged.quantized import KVPool
 
 
 class TileShapes(NamedTuple):

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
-from minipaged.batch import Batch
+from minipaged.attention.batch import Batch
 
 SHORTEST_SPLIT = 256  # positions; a program that does less is mostly beginning and end
 LONGEST_SPLIT = 4096  # positions; else one long sequence keeps a few programs busy after all others

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import SMALLEST_SCALE, KVPool
 from minipaged.attention.triton.launch import check_rows, pointers, pool_constants
-from minipaged.batch import Batch
-from minipaged.quantized import SMALLEST_SCALE, KVPool
 
 
 def triton_store_kv(k: Tensor, v: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch) -> None:
@@ -261,7 +261,7 @@ def _turn(rows, half, mask, cos, sin, HALF: tl.constexpr):
 
 @triton.jit
 def _choose_scale(magnitudes, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """What a step of each row's numbers is worth; see `minipaged/quantized.py`."""
+    """What a step of each row's numbers is worth; see `minipaged/attention/quantized_cache.py`."""
     return tl.maximum(tl.div_rn(tl.max(magnitudes, axis=1), LARGEST), SMALLEST)
 
 

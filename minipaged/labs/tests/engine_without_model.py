@@ -10,7 +10,7 @@ from typing import Any
 from minipaged.config import EngineConfig
 from minipaged.labs.lab import Lab
 from minipaged.memory import BlockManager, CheckedMemory
-from minipaged.plan import ScheduledBatch
+from minipaged.scheduler.output import ScheduledBatch
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
 DEFAULTS: dict[str, Any] = {

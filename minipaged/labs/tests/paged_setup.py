@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minipaged.batch import Batch, BatchBuilder, Query
+from minipaged.attention.batch import Batch, BatchBuilder, Query
 from minipaged.memory import BlockTable
 
 NO_BLOCKS = (2**31 - 1, -(2**31), -1, 10**6)  # what a padded table entry may hold

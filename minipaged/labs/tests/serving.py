@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-from minipaged.stories import prompt, tell
+from minipaged.evaluation.stories import prompt, tell
 
 SIZES = (1, 2, 4, 8)  # facts of the stories
 

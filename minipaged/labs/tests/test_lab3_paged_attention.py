@@ -7,8 +7,8 @@ stale numbers in empty slots, and table entries behind a sequence's end that are
 import pytest
 import torch
 
-from minipaged.batch import Batch
-from minipaged.quantized import QuantizedPool
+from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import QuantizedPool
 
 from paged_setup import NO_BLOCKS, PagedSetup, dense_attention, paged_setup
 from serving import prompts, serves_what_the_library_serves

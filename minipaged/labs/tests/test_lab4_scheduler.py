@@ -12,7 +12,7 @@ import pytest
 
 from minipaged.errors import PromptTooLong
 from minipaged.labs.lab4_scheduler import LAB
-from minipaged.scheduler import FCFSScheduler, youngest
+from minipaged.scheduler.fcfs import FCFSScheduler, youngest
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
 from engine_without_model import Engine, numbers, tokens_of, with_the_librarys

@@ -19,9 +19,9 @@ PROMPT = [5, 6, 7]
 @pytest.fixture
 def ask(part):
     """A request for several samples, and how its sequences fork."""
-    from minipaged.prompts import TokenizedPrompt
-    from minipaged.request import Arrival, ModelTraits
+    from minipaged.engine.request import Arrival, ModelTraits
     from minipaged.sampling import SamplingParams
+    from minipaged.tokenizer.prompts import TokenizedPrompt
 
     def ask(n, seed=40, **options):
         seq = Sequence(0, PROMPT)

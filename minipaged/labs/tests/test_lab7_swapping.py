@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from minipaged.scheduler import youngest
+from minipaged.scheduler.fcfs import youngest
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
 from engine_without_model import Engine, numbers, tokens_of

@@ -262,8 +262,8 @@ def test_the_heads_of_a_real_model_in_half_precision(agrees, dtype):
 def test_it_takes_no_longer_than_one_and_a_half_times_the_librarys(decode):
     """Of 64 sequences of 2,048 tokens each decodes one; medians of runs in turn."""
     from minipaged.attention.triton.naive_decode import naive_paged_attention
-    from minipaged.bench.cases import Case, Heads, make_inputs
-    from minipaged.bench.timing import median_seconds
+    from minipaged.evaluation.bench.cases import Case, Heads, make_inputs
+    from minipaged.evaluation.bench.timing import median_seconds
 
     device = torch.device(DEVICE)
     case = Case(Heads("of an 8B model", 32, 8, 128), num_seqs=64, length=2048)

@@ -1,0 +1,135 @@
+"""Paged attention, several times over: one contract, chosen by name.
+
+    reference     gather, then plain attention: the specification
+    blockwise     the paper's Equation 4, block by block, never gathering
+    torch         the fast one in pure PyTorch: the default on a CPU
+    triton        the kernels for a GPU: the default there
+    triton-naive  their first rung: one block at a time, as the paper draws it
+    unpaged       no paged attention: for sequences in one piece, with memory="virtual" only
+
+Every implementation has the signature of `PagedAttention`. Query i of a sequence stands at position
+`context_len + i` and sees the keys of positions 0 up to and including its own. Query heads are
+grouped: with 8 heads and 2 kv_heads, heads 0 to 3 read kv_head 0. That one function covers
+prefill, chunked prefill, prefill behind a cached prefix, and decode, mixed in one batch.
+
+What lies in the pool beyond a sequence's own keys must never show in its result:
+
+    another's block, or nobody's         may hold anything, even NaN: never read it
+    a slot behind the sequence's end     holds a stale number: its weight must be zero
+    a table entry behind the last block  is no block number: never read through it
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minipaged.attention.batch import Batch
+from minipaged.attention.blockwise import blockwise_paged_attention
+from minipaged.attention.kv_cache import CopyBlocks, copy_blocks
+from minipaged.attention.quantized_cache import KVPool
+from minipaged.attention.reference import reference_paged_attention, store_kv
+from minipaged.attention.torch_paged import torch_paged_attention, torch_store_kv
+from minipaged.attention.triton.machine import is_interpreted, why_no_triton
+from minipaged.attention.unpaged import unpaged_attention, unpaged_store_kv
+from minipaged.errors import InvalidOption
+
+PagedAttention = Callable[[Tensor, KVPool, KVPool, Batch, float], Tensor]
+StoreKV = Callable[[Tensor, Tensor, KVPool, KVPool, Batch], None]
+RopeAndStoreKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, KVPool, KVPool, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """The functions through which a model and its cache use the pool: section 5.1 names the same.
+
+    paged_attention(q, k_cache, v_cache, batch, scale) -> out
+        q and out [tokens, heads, head_dim];
+        k_cache and v_cache [num_blocks, kv_heads, block_size, head_dim]
+    store_kv(k, v, k_cache, v_cache, batch)
+        k and v [tokens, kv_heads, head_dim], written to the slots `batch.slots`
+    copy_blocks(source, target, pairs)
+        source and target [layers, 2, num_blocks, ...], pairs [pairs, 2] from and to
+    rope_and_store_kv(q, k, v, cos, sin, k_cache, v_cache, batch) -> q
+        where a backend can do it in one: queries and keys turned (see `models/rope.py`), then
+        keys and values stored
+    """
+
+    name: str
+    paged_attention: PagedAttention
+    store_kv: StoreKV
+    copy_blocks: CopyBlocks = copy_blocks
+    rope_and_store_kv: RopeAndStoreKV | None = None
+    # Of the batch's Python numbers it needs no more than bounds: a CUDA graph can record it.
+    reads_only_tensors: bool = False
+
+
+BACKENDS: dict[str, AttentionBackend] = {
+    "reference": AttentionBackend("reference", reference_paged_attention, store_kv),
+    "blockwise": AttentionBackend("blockwise", blockwise_paged_attention, store_kv),
+    "torch": AttentionBackend("torch", torch_paged_attention, torch_store_kv),
+}
+TRITON_BACKENDS = ("triton", "triton-naive")
+# Not among them: it understands block tables of one entry only, and they read what is not mapped.
+UNPAGED = AttentionBackend("unpaged", unpaged_attention, unpaged_store_kv)
+
+
+def choose_backend(
+    name: str,
+    device: torch.device | str = "cpu",
+    head_dim: int = 64,
+    kv_cache_dtype: str = "auto",
+) -> AttentionBackend:
+    """The backend of this name; "auto" is the fastest that this device can run.
+
+    Args:
+        device: where the model runs.
+        head_dim: numbers in one of its heads.
+        kv_cache_dtype: in what its keys and values are kept, as `LLM` takes it.
+
+    Raises:
+        InvalidOption: there is no such backend, or it cannot run there.
+    """
+    device = torch.device(device)
+    if name == "auto":
+        reason = why_no_triton(device, head_dim, kv_cache_dtype) if device.type == "cuda" else None
+        name = "torch" if device.type != "cuda" or reason else "triton"
+        if reason:
+            warnings.warn(f"attention runs in PyTorch: {reason}.", stacklevel=3)
+    if name in TRITON_BACKENDS:
+        if reason := why_no_triton(device, head_dim, kv_cache_dtype):
+            raise InvalidOption(
+                f'attention_backend="{name}" cannot run: {reason}. Choose "auto" or "torch".'
+            )
+        return _triton_backend(name, device)
+    if name not in BACKENDS:
+        names = ", ".join(["auto", *BACKENDS, *TRITON_BACKENDS])
+        raise InvalidOption(f"there is no attention backend {name!r}: choose one of {names}.")
+    return BACKENDS[name]
+
+
+def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
+    # Imported only now: Triton takes a second, and need not be installed.
+    from minipaged.attention.triton.backend import triton_paged_attention
+    from minipaged.attention.triton.copy_blocks import copy_blocks
+    from minipaged.attention.triton.naive_decode import naive_paged_attention
+    from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
+
+    if device.type != "cuda":
+        warnings.warn(
+            "no GPU: the Triton kernels run in Triton's interpreter, which shows that they are "
+            'right and is very slow. For speed choose attention_backend="torch".',
+            stacklevel=4,
+        )
+    naive = name == "triton-naive"
+    return AttentionBackend(
+        name,
+        naive_paged_attention if naive else triton_paged_attention,
+        triton_store_kv,
+        copy_blocks,
+        rope_and_store_kv=None if naive else rope_and_store_kv,
+        # Interpreted on a GPU's tensors, kernels copy them to the host and back.
+        reads_only_tensors=device.type != "cuda" or not is_interpreted(),
+    )

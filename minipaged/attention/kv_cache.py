@@ -1,0 +1,228 @@
+"""The tensors behind the block numbers: one pool of keys and values for all layers.
+
+    pool       [layers, 2, num_blocks, kv_heads, block_size, head_dim]    2: keys, values
+    layers[i]  (k, v), the part of layer i: each [num_blocks, kv_heads, block_size, head_dim]
+
+Head-major: the slots of one block and one head lie side by side, so that attention multiplies a
+whole block at a time where it lies. A slot is `physical block * block_size + offset`.
+
+The block manager plans copies and swaps as pairs of blocks; they are carried out here. In one
+tensor, a pair is copied for all layers at once.
+"""
+
+import mmap
+from collections.abc import Callable, Iterator
+from itertools import islice
+from math import prod
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
+from minipaged.config import EngineConfig, ModelConfig
+from minipaged.errors import InvalidOption
+from minipaged.memory import BlockPair
+from minipaged.utils.device import GIB, to_device
+
+KVPair = tuple[KVPool, KVPool]
+CopyBlocks = Callable[[Tensor, Tensor, Tensor], None]
+
+KV_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+_BYTES_SET_ASIDE = 256 * 1024**2  # of GPU memory, for blocks on their way to the swap pool
+
+
+def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
+    """Copy blocks of `source` over blocks of `target`, which may be the same tensor.
+
+    Args:
+        source: [layers, 2, num_blocks, ...], on whatever device.
+        target: the same.
+        pairs: [pairs, 2] block numbers, from and to, on the device of the pool.
+    """
+    # The gather on the right is complete before the first write on the left.
+    copied = source[:, :, pairs[:, 0].to(source.device)]
+    target[:, :, pairs[:, 1].to(target.device)] = copied.to(target.device)
+
+
+@runtime_checkable  # shapes are checked at run time in tests, and types with them
+class Cache(Protocol):
+    """What a model and its runner ask of keys and values, wherever these lie."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def layers(self) -> list[KVPair]: ...
+    @property
+    def swap_layers(self) -> list[KVPair]: ...
+    def copy(self, pairs: list[BlockPair]) -> None: ...
+    def swap_out(self, pairs: list[BlockPair]) -> None: ...
+    def swap_in(self, pairs: list[BlockPair]) -> None: ...
+
+
+class KVCache:
+    """Keys and values of every layer in the pool, and in the swap pool in host memory."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        *,
+        num_swap_blocks: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        copy_blocks: CopyBlocks = copy_blocks,
+    ) -> None:
+        self.block_size = block_size
+        self.device = torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        self._pool = _new_pool(config, num_blocks, block_size, dtype, self.device)
+        # Pinned: the GPU reads and writes it by itself.
+        host = torch.device("cpu")
+        self._swap_pool = _new_pool(config, num_swap_blocks, block_size, dtype, host, pin=on_gpu)
+        self.layers = _by_layer(self._pool)
+        self.swap_layers = _by_layer(self._swap_pool)
+        self._copy_blocks = copy_blocks
+        self._swap_stream = torch.cuda.Stream(self.device) if on_gpu else None
+
+    @classmethod
+    def build(
+        cls,
+        model: ModelConfig,
+        engine: EngineConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        copy_blocks: CopyBlocks = copy_blocks,
+    ) -> "KVCache":
+        """The cache that this model needs under these options."""
+        return cls(
+            model,
+            engine.num_blocks,
+            engine.block_size,
+            num_swap_blocks=engine.num_swap_blocks,
+            dtype=dtype,
+            device=device,
+            copy_blocks=copy_blocks,
+        )
+
+    def copy(self, pairs: list[BlockPair]) -> None:
+        """Copy blocks inside the pool: copy-on-write (section 4.4)."""
+        # A GPU copies all pairs at once and in no order.
+        assert not {s for s, _ in pairs} & {t for _, t in pairs}, f"a copy of a copy in {pairs}"
+        self._copy(self._pool, self._pool, pairs)
+
+    def swap_out(self, pairs: list[BlockPair]) -> None:
+        """Copy blocks from the pool to the swap pool (section 4.5).
+
+        The blocks may be given to others in this very step, and the bus to the host is slow. So a
+        GPU first copies them aside, and from there to the host on a stream of its own, while the
+        step computes.
+        """
+        if self._swap_stream is None:
+            self._copy(self._pool, self._swap_pool, pairs)
+            return
+        main = torch.cuda.current_stream(self.device)
+        for number, some in enumerate(_portions(pairs, self._blocks_aside)):
+            if number > 0:
+                main.wait_stream(self._swap_stream)  # so that one portion is set aside at a time
+            blocks = to_device([source for source, _ in some], self.device)
+            aside = [tensor[:, :, blocks] for tensor in self._pool]
+            self._swap_stream.wait_stream(main)
+            with torch.cuda.stream(self._swap_stream):
+                self._copy(aside, self._swap_pool, [(i, t) for i, (_, t) in enumerate(some)])
+            for tensor in aside:
+                tensor.record_stream(self._swap_stream)  # not to be given away before it is read
+
+    def swap_in(self, pairs: list[BlockPair]) -> None:
+        """Copy blocks from the swap pool back to the pool (section 4.5), before the step reads."""
+        if pairs and self._swap_stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._swap_stream)
+        self._copy(self._swap_pool, self._pool, pairs)
+
+    def _copy(self, source: list[Tensor], target: list[Tensor], pairs: list[BlockPair]) -> None:
+        if pairs:
+            on_device = to_device(pairs, self.device)  # [pairs, 2]
+            for from_tensor, to_tensor in zip(source, target, strict=True):
+                self._copy_blocks(from_tensor, to_tensor, on_device)
+
+    @property
+    def _blocks_aside(self) -> int:
+        block_bytes = sum(t[:, :, 0].numel() * t.itemsize for t in self._pool)
+        return max(1, _BYTES_SET_ASIDE // block_bytes)
+
+
+def choose_kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """In what keys and values are kept; "auto" is the model's own type. Raises InvalidOption."""
+    if name == "auto":
+        return model_dtype
+    if name not in KV_DTYPES:
+        names = ", ".join(["auto", *KV_DTYPES])
+        raise InvalidOption(f"kv_cache_dtype is {name!r}: choose one of {names}.")
+    return KV_DTYPES[name]
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, scales included."""
+    num_keys = 2 * config.num_layers * config.num_kv_heads * block_size  # and values
+    scales = num_keys * torch.float32.itemsize if dtype in LARGEST else 0
+    return block_size * config.kv_bytes_per_token(dtype.itemsize) + scales
+
+
+def _new_pool(
+    config: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pin: bool = False,
+) -> list[Tensor]:
+    """Numbers and, in 8 bits, their scales."""
+    # Zeros, not empty: attention multiplies unwritten slots by a weight of zero, and zero times an
+    # accidental NaN would be NaN.
+    shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size)
+    pool = [_zeros((*shape, config.head_dim), dtype, device, pin)]
+    if dtype in LARGEST:
+        pool.append(_zeros(shape, torch.float32, device, pin))
+    return pool
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:
+    num_bytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or pin or num_bytes == 0:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
+    # torch.zeros writes every zero, which takes a second for each GiB. A page that comes from the
+    # operating system is zero, and is not even there before somebody writes to it. Private: a
+    # process that forks shall not share its cache with the other.
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise InvalidOption(
+            f"the system refuses {num_bytes / GIB:.1f} GiB for keys and values ({error}): lower "
+            "num_blocks or num_swap_blocks."
+        ) from error
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def _by_layer(pool: list[Tensor]) -> list[KVPair]:
+    def part(layer: int, kv: int) -> KVPool:
+        if len(pool) == 1:
+            return pool[0][layer, kv]
+        numbers, scales = pool
+        return QuantizedPool(numbers[layer, kv], scales[layer, kv])
+
+    return [(part(layer, 0), part(layer, 1)) for layer in range(len(pool[0]))]
+
+
+def _portions(pairs: list[BlockPair], size: int) -> Iterator[list[BlockPair]]:
+    rest = iter(pairs)
+    while some := list(islice(rest, size)):
+        yield some

@@ -1,0 +1,1 @@
+"""The command line; `main` has the commands, a module per command does the work."""

@@ -1,0 +1,281 @@
+"""`minipaged bench ...`: the commands. torch is imported only once one of them runs."""
+
+import json
+import os
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from minipaged.cli.bench_options import AsJSON, Device, DType, Save, choose, report
+from minipaged.errors import InvalidOption
+
+app = typer.Typer(
+    help="Measure, and print what the documentation quotes.",
+    rich_markup_mode=None,
+)
+
+
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
+    """Measure, and print what the documentation quotes."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def kernel(
+    device: Device = "auto",
+    dtype: DType = "auto",
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Attention, stores and copies, against bandwidth and SDPA."""
+    from minipaged.evaluation.bench import kernel as kernels
+    from minipaged.evaluation.bench.cases import BLOCK_SIZE, has_room
+    from minipaged.evaluation.bench.writes import measure_writes
+
+    where, chosen, on_gpu = choose(device, dtype)
+    backends = ["triton", "triton-naive"] if on_gpu else ["torch", "blockwise"]
+    cases = kernels.GPU_CASES if on_gpu else kernels.CPU_CASES
+    heads = kernels.LLAMA_3_8B if on_gpu else kernels.SMALL
+    rows = list(kernels.measure(cases, backends, where, chosen))
+    rows += measure_writes(heads, 32 if on_gpu else 4, backends[0], where, chosen)
+    note = (
+        f"{chosen}, blocks of {BLOCK_SIZE}; all candidates of a case in turn, round after "
+        'round, and the median of each. "of bandwidth": bytes that must be moved, over those that '
+        "a large copy moves in that time. store, copy: beside PyTorch's indexing."
+    )
+    if not on_gpu:
+        note += " No GPU: without the Triton kernels."
+    if left_out := [case for case in cases if not has_room(case, where, chosen)]:
+        note += f"; left out for want of memory: {left_out}"
+    report(rows, kernels.as_table(rows), note, where, save, as_json)
+
+
+@app.command()
+def formats(
+    num_questions: Annotated[int, typer.Option(help="Questions to the model.", min=1)] = 128,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """A KV cache in fewer bits: its gain and its error."""
+    from minipaged.evaluation.bench import formats as kv_formats
+
+    rows = list(kv_formats.measure(num_questions))
+    note = (
+        'LLM(kv_cache_dtype=...). "tokens": that the same memory holds, beside float16; "right": '
+        'answers about the first sentence of a story; "changed": with another token than in float32'
+    )
+    report(rows, kv_formats.as_table(rows), note, None, save, as_json)
+
+
+@app.command()
+def load(
+    model: Annotated[
+        Path | None, typer.Option(help="A folder with a checkpoint, instead of made ones.")
+    ] = None,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Memory at its peak and time to load a checkpoint."""
+    from minipaged.evaluation.bench import load as loading
+
+    rows = list(loading.measure(model))
+    note = (
+        "every load in a process of its own, which then reads each weight once; peak: resident "
+        "memory at its highest, less what it was before"
+    )
+    report(rows, loading.as_table(rows), note, None, save, as_json)
+
+
+@app.command()
+def engine(
+    against: Annotated[
+        str | None, typer.Option(help="transformers, beside it; default: nothing.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model: only to try it.")] = False,
+    rounds: Annotated[int, typer.Option(help="Runs of each, in turn.", min=1)] = 3,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads; default: torch's choice.", min=1)
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens per second to this PNG.")] = None,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """The whole engine on a CPU against transformers; takes minutes."""
+    from minipaged.evaluation.bench import engine as engines
+    from minipaged.evaluation.bench import engine_report as results
+    from minipaged.evaluation.bench import engine_workload as workloads
+
+    results.refuse_what_cannot_be(against, dtype, save, plot)
+    workload = workloads.QUICK if quick else workloads.FULL
+    rows = list(engines.measure(workload, dtype, rounds, against, threads))
+    note = results.describe(workload, dtype, rounds, against)
+    report(rows, results.as_table(rows), note, None, save, as_json)
+    if plot is not None:
+        results.plot_rows(rows, plot)
+
+
+@app.command()
+def bookkeeping(save: Save = None, as_json: AsJSON = False) -> None:
+    """The allocator, and a step's scheduling, without any model."""
+    from minipaged.evaluation.bench import bookkeeping as books
+
+    rows = list(books.measure())
+    note = f"plain Python; sequences of {books.NUM_TOKENS:,} tokens, all decoding"
+    report(rows, books.as_table(rows), note, None, save, as_json)
+
+
+@app.command()
+def linear(
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Packed weights on a CPU, beside PyTorch's own layout."""
+    from minipaged.evaluation.bench import linear as matrices
+
+    _, chosen, _ = choose("cpu", dtype)
+    rows = list(matrices.measure(chosen))
+    report(rows, matrices.as_table(rows), matrices.describe(chosen), None, save, as_json)
+
+
+@app.command()
+def decode(
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Decode attention on a CPU: gathered and in place, beside SDPA."""
+    from minipaged.evaluation.bench import decode as decoding
+
+    _, chosen, _ = choose("cpu", dtype)
+    rows = list(decoding.measure(chosen))
+    report(rows, decoding.as_table(rows), decoding.describe(chosen), None, save, as_json)
+
+
+@app.command()
+def tune(
+    device: Device = "auto",
+    dtype: DType = "auto",
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Sweep over tiles, warps and stages of kernels (on a GPU)."""
+    where, chosen, on_gpu = choose(device, dtype)
+    if not on_gpu:
+        raise InvalidOption("tuning measures a GPU, and none is found: run it where one is.")
+    _require_triton()
+    from minipaged.evaluation.bench import tune as tuning
+
+    rows = list(tuning.sweep(tuning.CASES, where, chosen))
+    note = f"{chosen}; the fastest choices of each case, beside the shipped one"
+    report(rows, tuning.as_table(rows), note, where, save, as_json)
+
+
+@app.command()
+def step(
+    device: Device = "auto",
+    dtype: DType = "auto",
+    num_seqs: Annotated[
+        int | None, typer.Option(help="Sequences that decode; default: 32, on a GPU 64.", min=1)
+    ] = None,
+    context_len: Annotated[
+        int | None, typer.Option(help="Tokens before them; default: 128, on a GPU 1024.", min=1)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model: only to try it.")] = False,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """A decode step: its parts, and the bytes it reads."""
+    from minipaged.evaluation.bench import decode_step
+
+    where, chosen, on_gpu = choose(device, dtype)
+    config = decode_step.ONE_BILLION if on_gpu else decode_step.SMALL
+    config = decode_step.TINY if quick else config
+    backends = ["triton", "torch"] if on_gpu else ["torch", "reference"]
+    num_seqs = num_seqs or (64 if on_gpu else 32)
+    context_len = context_len or (1024 if on_gpu else 128)
+    context_len = min(context_len, config.max_position_embeddings - 2 * decode_step.STEPS)
+    rows = list(decode_step.measure(config, backends, num_seqs, context_len, where, chosen))
+    note = decode_step.describe(config, chosen)
+    report(rows, decode_step.as_table(rows), note, where, save, as_json)
+
+
+@app.command(name="compile")
+def compile_kernels(
+    more: Annotated[bool, typer.Option(help="Padded heads and float32, too.")] = False,
+    decode_tile: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Positions, warps, stages to try.")
+    ] = None,
+    prefill_tiles: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(help="Rows, positions, warps, stages to try."),
+    ] = None,
+    save: Save = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compile every kernel for GPUs that need not be there."""
+    _require_triton()
+    os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is defined
+    from minipaged.attention.triton.decode import TileShape
+    from minipaged.attention.triton.prefill import TileShapes
+    from minipaged.evaluation.bench import compile as compiling
+
+    settings = compiling.SETTINGS + (compiling.MORE_SETTINGS if more else ())
+    tile = TileShape(*decode_tile) if decode_tile else None
+    tiles = TileShapes(*prefill_tiles) if prefill_tiles else None
+    rows = list(compiling.compile_all(settings, tile=tile, tiles=tiles))
+    note = "a thread has 255 registers at most; what spills lies on its stack"
+    report(rows, compiling.as_table(rows), note, None, save, as_json)
+
+
+def _require_triton() -> None:
+    if find_spec("triton") is None:
+        raise InvalidOption('the package "triton" is not installed; it exists for Linux only.')
+
+
+@app.command()
+def sharing(
+    num_requests: Annotated[int, typer.Option(help="Requests of every setting.", min=1)] = 32,
+    block_size: Annotated[int, typer.Option(help="Token slots in a block.")] = 16,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of lengths, stories and samples.")] = 0,
+    as_json: AsJSON = False,
+) -> None:
+    """Blocks saved by sharing, beside the paper's Figure 15."""
+    from minipaged.evaluation.bench import sharing as figure_15
+    from minipaged.evaluation.bench.machine import describe_machine
+    from minipaged.llm import LLM
+
+    llm = LLM(
+        "storyteller",
+        device=device,
+        block_size=block_size,
+        max_num_seqs=256,
+        enable_prefix_caching=False,  # only what a request's own sequences share is counted
+        seed=seed,
+    )
+    lengths = figure_15.alpaca_lengths(num_requests, llm.engine.config.max_model_len, seed)
+    rows = list(figure_15.measure(llm, lengths, seed, use_tqdm=not as_json))
+    machine = describe_machine(str(llm.engine.runner.kv_cache.device))
+    mean_in, mean_out = (sum(each) / num_requests for each in zip(*lengths, strict=True))
+    if as_json:
+        means = {"num_requests": num_requests, "prompt_tokens": mean_in, "output_tokens": mean_out}
+        print(json.dumps({"machine": machine, **means, "rows": [asdict(row) for row in rows]}))
+        return
+    console = Console()
+    console.print(
+        f"{num_requests} requests of {mean_in:.1f} prompt and {mean_out:.1f} output tokens on "
+        f"average, blocks of {block_size} (the paper's had 16), no prefix cache: the part of the "
+        "blocks that sharing saved",
+        figure_15.as_table(rows),
+        machine,
+        sep="\n\n",
+        highlight=False,
+    )

@@ -1,0 +1,112 @@
+"""`minipaged plan`: what a server bears, before it is bought."""
+
+import json
+from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minipaged.config import require_whole
+from minipaged.errors import InvalidOption
+from minipaged.evaluation.sim.catalogue import GB, GPUS, MODELS, find_gpu, find_model
+from minipaged.evaluation.sim.planner import KNEE, Load, Plan, deploy, make_plan
+from minipaged.evaluation.sim.traces import Lengths, mean_lengths, read_trace
+
+
+def plan(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "llama-3-8b",
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100-80g",
+    num_gpus: Annotated[int, typer.Option(help="How many, as one server.")] = 1,
+    rate: Annotated[float, typer.Option(help="Requests a second.")] = 4.0,
+    input_len: Annotated[float, typer.Option("--input", help="Mean tokens of a prompt.")] = 1000.0,
+    output_len: Annotated[float, typer.Option("--output", help="Mean of an output.")] = 300.0,
+    spread: Annotated[float, typer.Option(help="Of lengths: deviation over mean.")] = 0.8,
+    longest: Annotated[int, typer.Option(help="Most tokens of prompt and output.")] = 8192,
+    trace: Annotated[Path | None, typer.Option(help="A CSV to take mean lengths from.")] = None,
+    block_size: Annotated[int, typer.Option(help="Token slots in a block.")] = 16,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at a time.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Pool, batch, utilisation and knee of a server, and what bounds it; simulated."""
+    least = {"num_gpus": num_gpus, "block_size": block_size, "max_num_seqs": max_num_seqs}
+    for name, value in {**least, "longest": longest}.items():
+        require_whole(name, value, 1)
+    for name, mean in {"rate": rate, "input": input_len, "output": output_len}.items():
+        if not (mean > 0 and isfinite(mean)):
+            raise InvalidOption(f"--{name} is {mean:g}: give a number above 0.")
+    if not 0 < spread <= 3:
+        raise InvalidOption(f"--spread is {spread:g}: give a number above 0, and at most 3.")
+    if trace is not None:
+        input_len, output_len = mean_lengths(read_trace(trace, longest))
+    if input_len + output_len > longest / 2:
+        raise InvalidOption(
+            f"requests have {input_len + output_len:.0f} tokens on average and may have {longest}: "
+            "raise --longest to at least twice the mean, or let requests be shorter."
+        )
+    server = deploy(find_model(model), find_gpu(gpu), num_gpus)
+    lengths = Lengths(input_len, output_len, spread, spread, longest)
+    found = make_plan(server, lengths, rate, block_size=block_size, max_num_seqs=max_num_seqs)
+    if as_json:
+        print(json.dumps(_without_infinity(asdict(found))))
+    else:
+        _show(found, lengths)
+
+
+def _without_infinity(value: Any) -> Any:
+    """JSON has no word for it: None stands for "too long to tell"."""
+    if isinstance(value, dict):
+        fields = cast(dict[str, Any], value)
+        return {name: _without_infinity(field) for name, field in fields.items()}
+    return None if value == float("inf") else value
+
+
+def _show(plan: Plan, lengths: Lengths) -> None:
+    server, model = plan.server, plan.server.model
+    console = Console(width=max(100, Console().width))
+    console.print(
+        f"{model.name} on {server.num_gpus} x {server.gpu.name}, 16 bits: weights "
+        f"{model.weight_bytes / GB:.1f} GB, keys and values {model.kv_bytes_per_token:,} bytes a "
+        f"token.\nPool: {plan.num_blocks:,} blocks of {plan.block_size}, "
+        f"{server.num_slots:,} tokens, or {server.num_slots / _held(lengths):,.0f} requests.",
+        highlight=False,
+    )
+    table = Table(box=None, padding=(0, 2))
+    for title in ("", "asked for", "knee"):
+        table.add_column(title, justify="right" if title else "left")
+    for what, values in _rows(plan.load, plan.knee).items():
+        table.add_row(what, *values)
+    console.print(table)
+    console.print(
+        f"At the knee a token takes {KNEE:g} times as long as on an idle server. What bounds it "
+        f"there: {plan.bound}.",
+        highlight=False,
+    )
+    if not isfinite(plan.load.latency):
+        console.print("It cannot keep up with what is asked for: requests pile up.")
+
+
+def _held(lengths: Lengths) -> float:
+    """Slots of a request, half way through its output."""
+    return lengths.input_mean + lengths.output_mean / 2
+
+
+def _rows(*loads: Load) -> dict[str, list[str]]:
+    return {
+        "requests a second": [f"{load.rate:.2f}" for load in loads],
+        "requests at a time": [f"{load.batch:.1f}" for load in loads],
+        "of the pool in use": [f"{load.utilisation:.0%}" for load in loads],
+        "preemptions": [f"{load.num_preemptions}" for load in loads],
+        "milliseconds a token": [
+            f"{1e3 * load.latency:.1f}" if isfinite(load.latency) else "too many" for load in loads
+        ],
+        "seconds to the first token": [f"{load.first_token:.2f}" for load in loads],
+    } | {
+        f"of a step, {part}": [
+            f"{load.parts[part] / sum(load.parts.values()):.0%}" for load in loads
+        ]
+        for part in loads[0].parts
+    }

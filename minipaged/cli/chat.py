@@ -1,0 +1,92 @@
+"""`minipaged chat`: a conversation in the terminal, a line a turn."""
+
+import json
+import sys
+import time
+
+from rich.text import Text
+
+from minipaged.cli.session import Session
+from minipaged.errors import PromptTooLong
+from minipaged.llm import LLM
+from minipaged.sampling import SamplingParams
+from minipaged.tokenizer.chat_template import Message, chat_prompt, read_template
+
+
+def converse(
+    llm: LLM, session: Session, system: str | None, params: SamplingParams, as_json: bool
+) -> None:
+    """Read questions and print answers until an empty line or the end of the input.
+
+    Raises CheckpointError before the first question if the model was not taught to chat.
+    """
+    read_template(llm.folder)
+    told: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    turns: list[Message] = []
+    if not as_json:
+        print("An empty line ends the chat.", file=sys.stderr)
+    while line := _ask():
+        turns.append({"role": "user", "content": line})
+        answer = _answer(llm, session, told, turns, params, aloud=not as_json)
+        turns.append({"role": "assistant", "content": answer})
+        if as_json:
+            print(json.dumps({"question": line, "answer": answer}), flush=True)
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+class _Answer:
+    """The answer so far, drawn below the block map or printed piece by piece."""
+
+    def __init__(self, printed: bool) -> None:
+        self.text = ""
+        self._printed = printed
+
+    def grow(self, text: str) -> None:
+        if self._printed:
+            print(text[len(self.text) :], end="", flush=True)
+        self.text = text
+
+    def __rich__(self) -> Text:
+        return Text(self.text)
+
+
+def _answer(
+    llm: LLM,
+    session: Session,
+    told: list[Message],
+    turns: list[Message],
+    params: SamplingParams,
+    aloud: bool,
+) -> str:
+    """The answer, shown as it comes if `aloud`.
+
+    A chat that outgrows the model's context forgets its oldest turns.
+    """
+    answer = _Answer(printed=aloud and not session.is_live)
+    num_tokens, cached, start = 0, "", time.perf_counter() - session.seconds_watched
+    try:
+        with session.watch(answer if session.is_live else None):
+            prompt = chat_prompt(llm.folder, llm.get_tokenizer(), told + turns)
+            for _, output in llm.stream(prompt, params):
+                answer.grow(output.outputs[0].text.lstrip())
+                num_tokens = len(output.outputs[0].token_ids)
+                if output.num_cached_tokens:
+                    asked = len(output.prompt_token_ids)
+                    cached = f"; {output.num_cached_tokens} of {asked} prompt tokens were cached"
+    except PromptTooLong:
+        if len(turns) == 1:
+            raise
+        del turns[:2]
+        return _answer(llm, session, told, turns, params, aloud)
+    seconds = time.perf_counter() - session.seconds_watched - start
+    if aloud:
+        print("" if session.is_live else "\n", end="")
+        speed = f"{num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s"
+        print(f"({speed}{cached})", file=sys.stderr)
+    return answer.text

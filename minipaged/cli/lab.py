@@ -1,0 +1,245 @@
+"""`minipaged lab`: list, start, check, watch, hint, diff, reset, grade, challenge."""
+
+import difflib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minipaged.cli import lab_challenge as challenge_command
+from minipaged.errors import InvalidOption
+from minipaged.labs.catalogue import LABS, find_lab
+from minipaged.labs.challenge import FILE_NAME, NUMBER, STARTER, TITLE
+from minipaged.labs.gradescope import write_autograder, write_results
+from minipaged.labs.grading import Result, Run, all_full, grade
+from minipaged.labs.lab import Lab, Task
+from minipaged.labs.progress import Progress
+from minipaged.labs.starter import library_text, starter
+from minipaged.labs.watch import CAN_FORK, run_in_copy, wait_for_save
+from minipaged.utils.files import write_whole
+
+app = typer.Typer(help="Teaching labs: write a part of the engine.", rich_markup_mode=None)
+console = Console(highlight=False, soft_wrap=True)
+
+app.command()(challenge_command.challenge)
+
+Number = Annotated[int, typer.Argument(help="The lab's number.")]
+File = Annotated[Path | None, typer.Option(help="Your file; default: the lab's own name, here.")]
+OneTask = Annotated[int | None, typer.Option(help="Only this task.")]
+
+
+@app.callback()
+def lab() -> None:
+    """Teaching labs: write a part of the engine, and serve a model with it."""
+
+
+@app.command("list")
+def list_labs() -> None:
+    """The labs, and how far you are."""
+    progress = Progress.read(Path())
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("lab", "", "tasks", "points", "file"):
+        table.add_column(column)
+    for each in LABS:
+        points = progress.points_of(each)
+        most = f"{progress.most(each):g}"
+        so_far = f"{points:g} of {most}" if points is not None else most
+        here = each.file_name if Path(each.file_name).exists() else ""
+        table.add_row(str(each.number), each.title, str(len(each.tasks)), so_far, here)
+    here = FILE_NAME if Path(FILE_NAME).exists() else ""
+    table.add_row(str(NUMBER), TITLE, "open", "a ranking", here)
+    console.print(table)
+
+
+@app.command()
+def start(number: Number) -> None:
+    """Write the file that a lab begins with; one that is there is left as it is."""
+    file, text = _beginning(number)
+    if file.exists():
+        raise InvalidOption(
+            f"{file} is there already and was left as it is. To begin anew: "
+            f"`minipaged lab reset {number}`, which keeps a copy."
+        )
+    write_whole(file, text)
+    if number == NUMBER:
+        console.print(f"{file}: change what you like. Then: minipaged lab challenge")
+        return
+    chosen = find_lab(number)
+    console.print(f'{file}: write what says "your turn".')
+    for task in chosen.tasks:
+        console.print(f"  task {task.number}  {task.points:>4g} points  {task.title}")
+    console.print(f"Then: minipaged lab check {number}")
+
+
+@app.command()
+def check(number: Number, file: File = None, task: OneTask = None) -> None:
+    """Run a lab's tests on your file. Exit code 1 unless all of them pass."""
+    chosen = find_lab(number)
+    raise typer.Exit(0 if all_full(_check(chosen, _file(chosen, file), task)) else 1)
+
+
+@app.command()
+def watch(number: Number, file: File = None, task: OneTask = None) -> None:
+    """Check after every save, until you press Ctrl-C."""
+    chosen = find_lab(number)
+    mine = _file(chosen, file)
+    if not mine.is_file():
+        raise InvalidOption(f"there is no {mine}: begin with `minipaged lab start {number}`.")
+    console.print(f"Watching {mine}; Ctrl-C ends it.")
+    last = 0.0
+    while True:
+        last = wait_for_save(mine, last)
+        console.rule(time.strftime("%H:%M:%S"))
+        _check(chosen, mine, task, run_in_copy if CAN_FORK else None)
+
+
+@app.command()
+def hint(
+    number: Number, task: Annotated[int | None, typer.Option(help="Default: the first.")] = None
+) -> None:
+    """The next hint of a task; each time a little more."""
+    chosen, progress = find_lab(number), Progress.read(Path())
+    asked = _task(chosen, task) if task is not None else _first_open(chosen, progress)
+    given = progress.next_hint(chosen, asked.number)
+    progress.save()
+    if given >= len(asked.hints):
+        console.print(f"Task {asked.number} has no more hints: all {len(asked.hints)} again.")
+        given = len(asked.hints) - 1
+    for index, text in enumerate(asked.hints[: given + 1], start=1):
+        console.print(f"Task {asked.number}, hint {index} of {len(asked.hints)}: {text}")
+
+
+@app.command()
+def diff(number: Number, file: File = None) -> None:
+    """The library's own bodies beside yours, once all your tests pass."""
+    chosen, progress = find_lab(number), Progress.read(Path())
+    mine = _file(chosen, file)
+    if not progress.is_full(chosen):
+        raise InvalidOption(
+            f"the library's solution is shown once lab {number} has all its "
+            f"{progress.most(chosen):g} points: `minipaged lab check {number}` tells what is "
+            "missing."
+        )
+    lines = difflib.unified_diff(
+        mine.read_text(encoding="utf-8").splitlines(),
+        library_text(chosen).splitlines(),
+        "yours",
+        "the library's",
+        lineterm="",
+    )
+    for line in lines:
+        colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1])
+        console.print(line, style=colour, markup=False)
+
+
+@app.command()
+def reset(number: Number) -> None:
+    """Begin a lab anew; the file that was there is kept under another name."""
+    file, text = _beginning(number)
+    if file.exists():
+        backups = (file.with_suffix(f".py.{n}") for n in range(1, 10_000))
+        backup = next(place for place in backups if not place.exists())
+        file.rename(backup)
+        console.print(f"{file} is kept as {backup}.")
+    write_whole(file, text)
+    console.print(f"{file} is as at the beginning.")
+
+
+@app.command("grade")
+def grade_one(
+    number: Number,
+    file: Annotated[Path, typer.Argument(help="The student's file.")],
+    gradescope: Annotated[
+        Path | None, typer.Option(help="Write Gradescope's results.json.")
+    ] = None,
+    hidden: Annotated[Path | None, typer.Option(help="A folder with more tests.")] = None,
+) -> None:
+    """Grade a submission: a line a task, exit code 1 unless it has all points."""
+    chosen = find_lab(number)
+    try:
+        results = list(grade(chosen, file, hidden_tests=hidden))
+    except InvalidOption as error:  # the file is not there: no points, and the reason
+        if gradescope is None:
+            raise
+        results = [Result(task, 0, 0, str(error)) for task in chosen.tasks]
+    if gradescope is not None:
+        write_results(gradescope, chosen, results)
+    _print(results)
+    raise typer.Exit(0 if all_full(results) else 1)
+
+
+@app.command()
+def autograder(
+    number: Number, folder: Annotated[Path, typer.Argument(help="Where to put the two scripts.")]
+) -> None:
+    """Write setup.sh and run_autograder for Gradescope."""
+    write_autograder(folder, find_lab(number))
+    console.print(f"{folder}: zip setup.sh and run_autograder with a wheel of this library.")
+
+
+# ---- what several of them need -------------------------------------------------------------------
+
+
+def _beginning(number: int) -> tuple[Path, str]:
+    """The file that a lab begins with, and what stands in it."""
+    if number == NUMBER:
+        return Path(FILE_NAME), STARTER
+    chosen = find_lab(number)
+    return Path(chosen.file_name), starter(chosen)
+
+
+def _file(chosen: Lab, file: Path | None) -> Path:
+    return Path(chosen.file_name) if file is None else file
+
+
+def _task(chosen: Lab, number: int) -> Task:
+    for task in chosen.tasks:
+        if task.number == number:
+            return task
+    raise InvalidOption(f"lab {chosen.number} has no task {number}: it has {len(chosen.tasks)}.")
+
+
+def _first_open(chosen: Lab, progress: Progress) -> Task:
+    """The first task that has not all its points, the last one if all have."""
+    for task in chosen.tasks:
+        if progress.points.get(f"{chosen.number}.{task.number}") != task.points:
+            return task
+    return chosen.tasks[-1]
+
+
+def _check(chosen: Lab, file: Path, task: int | None, run: Run | None = None) -> list[Result]:
+    """Run, print and note what a file gives."""
+    progress = Progress.read(Path())
+    results = _print(grade(chosen, file, only=task, traces=Path(), run=run))
+    for result in results:
+        progress.note(chosen, result)
+    progress.save()
+    if progress.is_full(chosen):
+        console.print(f"All of it. The library's own: minipaged lab diff {chosen.number}")
+    return results
+
+
+def _print(results: Iterable[Result]) -> list[Result]:
+    """A line a task as it comes, the points at the end."""
+    done: list[Result] = []
+    for result in results:
+        done.append(result)
+        sign, colour = ("ok", "green") if result.is_full else ("--", "red")
+        passed = f"{result.num_passed} of {result.num_tests} tests" if result.num_tests else ""
+        task, points = result.task, f"{result.points:g} of {result.most:g} points"
+        if not result.counts:
+            sign, colour, passed, points = "..", "yellow", "skipped", "not counted"
+        console.print(
+            f"[{colour}]{sign}[/] task {task.number}  {task.title:32} {passed:>15}   {points}"
+        )
+        if result.complaint:
+            console.print(f"     {result.complaint}", markup=False)
+        if result.trace:
+            console.print(f"     watch it: minipaged trace view {result.trace}", markup=False)
+    total, most = sum(r.points for r in done), sum(r.most for r in done)
+    console.print(f"{total:g} of {most:g} points")
+    return done

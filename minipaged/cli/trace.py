@@ -1,0 +1,39 @@
+"""`minipaged trace view`: a recorded trace as a page."""
+
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Look at what --trace has recorded.", rich_markup_mode=None)
+
+
+@app.callback()
+def trace() -> None:
+    """Look at what --trace has recorded."""
+
+
+@app.command()
+def view(
+    file: Annotated[Path, typer.Argument(help="A trace: JSON lines that --trace has written.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Write the page to this file; default: a temporary one.")
+    ] = None,
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="Write the page, but do not open it.")
+    ] = False,
+) -> None:
+    """Replay a trace in the browser: blocks, block tables and queues, step by step.
+
+    The page is one file that needs no network.
+    """
+    from minipaged.tracing.replay import Replay
+
+    replay = Replay.read(file)
+    page = Path(tempfile.mkdtemp(prefix="minipaged-")) / "replay.html" if output is None else output
+    replay.save(page)
+    print(page)
+    if not no_open:
+        webbrowser.open(page.resolve().as_uri())

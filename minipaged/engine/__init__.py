@@ -1,0 +1,1 @@
+"""One step after another: requests in, scheduled, computed, sampled, and their outputs back."""

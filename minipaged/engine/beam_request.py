@@ -1,0 +1,81 @@
+"""A request that is searched with beams: its beams are the sequences of its group (section 4.4)."""
+
+from minipaged.engine.outputs import CompletionOutput, FinishReason
+from minipaged.engine.request import Arrival, Fork, Request
+from minipaged.sampling import (
+    Beam,
+    BeamSearch,
+    BeamSearchParams,
+    SampledToken,
+    SamplingParams,
+    SamplingRow,
+)
+from minipaged.sequence import Sequence
+from minipaged.tokenizer.detokenizer import Detokenizer
+
+
+class BeamRequest(Request):
+    """One beam search, and what it has found."""
+
+    def __init__(self, arrival: Arrival, params: BeamSearchParams) -> None:
+        super().__init__(arrival)
+        room = self._model.max_model_len - self._first.num_tokens
+        max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
+        self._search = BeamSearch(params, self._model.eos_token_ids, max_tokens)
+        self._beams = [Beam(self._first, 0.0)]
+        self._end_reason: FinishReason | None = None
+        # What a beam needs of the sampler: its likeliest next tokens.
+        self._likeliest = SamplingParams(temperature=0.0, logprobs=self._search.num_candidates)
+
+    def rows(self, seq: Sequence) -> list[SamplingRow]:
+        """One row, that asks for the likeliest tokens."""
+        return [SamplingRow(self._likeliest, (), (), seed=0)]
+
+    def advance(self, sampled: dict[int, list[SampledToken]], fork: Fork) -> list[Sequence]:
+        """Let the best candidates go on; returns the beams that have none among them."""
+        likeliest = [sampled[beam.seq.seq_id][0].top_logprobs or {} for beam in self._beams]
+        chosen = self._search.advance(self._beams, likeliest)
+        # Every fork comes before any token: a child begins with what its parent had so far.
+        continued: list[Sequence] = []
+        for candidate in chosen:
+            parent = candidate.beam.seq
+            continued.append(fork(parent) if parent in continued else parent)
+        given_up = [beam.seq for beam in self._beams if beam.seq not in continued]
+        for seq, candidate in zip(continued, chosen, strict=True):
+            seq.append(candidate.token_id)
+        self._beams = [Beam(s, c.logprob) for s, c in zip(continued, chosen, strict=True)]
+        return given_up
+
+    def finish_all(self, reason: FinishReason) -> None:
+        """End the search: the beams compete with what has ended."""
+        self._end_reason = reason
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the search is over."""
+        return not self._beams or self._end_reason is not None
+
+    @property
+    def can_be_shown(self) -> bool:
+        """Beams are given up and overtaken until the end."""
+        return self.is_finished
+
+    def completions(self) -> list[CompletionOutput]:
+        """The best sequences, the best first."""
+        return [
+            CompletionOutput(
+                index=index,
+                text=self._text(hypothesis.token_ids),
+                token_ids=hypothesis.token_ids,
+                cumulative_logprob=hypothesis.logprob,
+                finish_reason=hypothesis.finish_reason or self._end_reason,
+                score=hypothesis.score,
+            )
+            for index, hypothesis in enumerate(self._search.ranked(self._beams))
+        ]
+
+    def _text(self, token_ids: list[int]) -> str:
+        if self._model.tokenizer is None:
+            return ""
+        detokenizer = Detokenizer(self._model.tokenizer)
+        return "".join([*map(detokenizer.add, token_ids), detokenizer.finish()])

@@ -1,0 +1,129 @@
+"""Who plays which role. To replace a part, give another one here; nothing else is wired anywhere.
+
+    LLM(parts=Parts(allocator=MyAllocator))      # a class of yours
+    LLM(parts=Parts().checked())                 # everything counted twice
+    LLM(parts=Parts().traced(log))               # scheduler, memory and allocators observed
+
+`checked` and `traced` wrap whatever parts they find, so yours are checked and traced like ours.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+from minipaged.attention.backend import AttentionBackend, PagedAttention, StoreKV
+from minipaged.config import EngineConfig
+from minipaged.engine.request import Arrival, Request, SamplingRequest
+from minipaged.memory import (
+    Allocator,
+    BlockAllocator,
+    BlockManager,
+    BlockTable,
+    CheckedAllocator,
+    CheckedMemory,
+    Memory,
+    PrefixCache,
+)
+from minipaged.sampling import SamplingParams
+from minipaged.scheduler.fcfs import FCFSScheduler, Scheduler, Victim, youngest
+from minipaged.tracing.events import EventLog, TracedAllocator, TracedMemory, TracedScheduler
+
+BuildMemory = Callable[..., Memory]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The roles, and the library's own players as defaults.
+
+    allocator        called with the number of blocks; once for the pool, once for the swap pool
+    block_table      a BlockTable: called with its four arguments
+    prefix_cache     a PrefixCache: called with an allocator, the block size, whether it is on, and
+                     the block table's class
+    memory           called with the arguments of BlockManager, by keyword
+    scheduler        called with the arguments of FCFSScheduler, by position
+    victim           whom to preempt, of the running groups younger than the one in need
+    paged_attention  None: the attention backend's
+    store_kv         None: the attention backend's
+    sampling_request a SamplingRequest: how the samples of a prompt begin, go on and end
+    memory_wrappers  what `checked` and `traced` put round the memory, whoever plays it
+    """
+
+    allocator: Callable[[int], Allocator] = BlockAllocator
+    block_table: type[BlockTable] = BlockTable
+    prefix_cache: Callable[..., PrefixCache] = PrefixCache
+    memory: BuildMemory = BlockManager
+    scheduler: Callable[..., Scheduler] = FCFSScheduler
+    victim: Victim = youngest
+    paged_attention: PagedAttention | None = None
+    store_kv: StoreKV | None = None
+    sampling_request: Callable[[Arrival, SamplingParams, int], Request] = SamplingRequest
+    memory_wrappers: tuple[Callable[[BuildMemory], BuildMemory], ...] = ()
+
+    def build_scheduler(self, config: EngineConfig) -> Scheduler:
+        """The scheduler and, below it, the memory and its allocators."""
+        build_memory = self.memory
+        for wrap in self.memory_wrappers:
+            build_memory = wrap(build_memory)
+        memory = build_memory(
+            num_blocks=config.num_blocks,
+            num_swap_blocks=config.num_swap_blocks,
+            block_size=config.block_size,
+            watermark_blocks=config.watermark_blocks,
+            allocator=self.allocator,
+            enable_prefix_caching=config.enable_prefix_caching,
+            prefix_cache=partial(self.prefix_cache, block_table=self.block_table),
+        )
+        return self.scheduler(config, memory, self.victim)
+
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        """The backend with the functions replaced that these parts replace."""
+        if self.paged_attention is None and self.store_kv is None:
+            return backend
+        return replace(
+            backend,
+            paged_attention=self.paged_attention or backend.paged_attention,
+            store_kv=self.store_kv or backend.store_kv,
+            rope_and_store_kv=None,  # theirs is to be called, not passed over
+            reads_only_tensors=False,  # who knows what theirs read
+        )
+
+    def checked(self) -> "Parts":
+        """The same parts, recounted after every call; slow, for tests and labs."""
+
+        def check(build: BuildMemory) -> BuildMemory:
+            return lambda **options: cast(Memory, CheckedMemory(build(**options)))
+
+        return replace(
+            self,
+            allocator=lambda num_blocks: CheckedAllocator(self.allocator(num_blocks)),
+            memory_wrappers=(*self.memory_wrappers, check),
+        )
+
+    def traced(self, log: EventLog) -> "Parts":
+        """The same parts, with every change to queues and blocks written to the log."""
+
+        def scheduler(*arguments: Any) -> Scheduler:
+            return cast(Scheduler, TracedScheduler(self.scheduler(*arguments), log))
+
+        def trace(build: BuildMemory) -> BuildMemory:
+            def memory(**options: Any) -> Memory:
+                pools = iter(("pool", "swap"))  # the order in which a memory asks for allocators
+
+                def allocator(num_blocks: int) -> Allocator:
+                    one = options["allocator"](num_blocks)
+                    return cast(Allocator, TracedAllocator(one, log, next(pools)))
+
+                inner = build(**{**options, "allocator": allocator})
+                log.emit(
+                    "pool",
+                    num_blocks=inner.num_blocks,
+                    num_swap_blocks=inner.num_swap_blocks,
+                    block_size=inner.block_size,
+                )
+                return cast(Memory, TracedMemory(inner, log))
+
+            return memory
+
+        wrappers = (*self.memory_wrappers, trace)
+        return replace(self, scheduler=scheduler, memory_wrappers=wrappers)

@@ -1,0 +1,1 @@
+"""The paper's figures, the simulator behind them, and every benchmark of the documentation."""

@@ -1,0 +1,177 @@
+"""What the kernels are measured on: random keys and values, in a pool and side by side.
+
+The rival is PyTorch's attention (SDPA) over the same keys side by side: what paging costs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minipaged.attention.batch import Batch, Span
+from minipaged.attention.kv_cache import KV_DTYPES
+from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool, quantize
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention of a model."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """So many sequences of this length, with so many new tokens each."""
+
+    heads: Heads
+    num_seqs: int
+    length: int  # of each sequence, new tokens included
+    queries: int = 1
+    kv_dtype: str = "auto"
+    short: int | None = None  # if given, all sequences but the first are so short (decode only)
+
+    @property
+    def name(self) -> str:
+        return "decode" if self.queries == 1 else "prefill"
+
+    @property
+    def lengths(self) -> str:
+        """For a person: tokens of the sequences, and how many of them are new."""
+        if self.short is not None:
+            return f"{self.length:,} and {self.short:,}"
+        new = f"{self.queries:,} of " if 1 < self.queries < self.length else ""
+        return f"{new}{self.length:,}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The same keys and values twice: side by side, and scattered over a pool."""
+
+    q: Tensor  # [tokens, heads, head_dim]
+    keys: Tensor  # [seqs, kv_heads, length, head_dim]
+    values: Tensor
+    k_cache: KVPool
+    v_cache: KVPool
+    batch: Batch
+    scale: float
+
+
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Random numbers, and the blocks of all sequences in one random order."""
+    generator = torch.Generator(device).manual_seed(seed)
+    heads, num_seqs, length, queries = case.heads, case.num_seqs, case.length, case.queries
+    assert length % BLOCK_SIZE == 0, f"{length} tokens are not whole blocks of {BLOCK_SIZE}"
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    num_blocks = num_seqs * length // BLOCK_SIZE
+    order = torch.randperm(num_blocks, generator=generator, device=device)
+    keys = random(num_seqs, heads.kv_heads, length, heads.head_dim)
+    values = random(num_seqs, heads.kv_heads, length, heads.head_dim)
+    kv_dtype = KV_DTYPES.get(case.kv_dtype, dtype)
+    lengths = [length] + [case.short or length] * (num_seqs - 1)
+    spans = tuple(Span(i * queries, queries, n - queries) for i, n in enumerate(lengths))
+    context_lens = torch.tensor([span.context_len for span in spans], device=device)  # [seqs]
+    rows = torch.arange(num_seqs * queries, device=device)
+    positions = context_lens[rows // queries] + rows % queries  # [tokens]
+    tables = order.view(num_seqs, -1).int()  # [seqs, max_blocks]
+    blocks = tables[rows // queries, positions // BLOCK_SIZE].long()  # [tokens]
+    return Inputs(
+        q=random(num_seqs * queries, heads.heads, heads.head_dim),
+        keys=keys,
+        values=values,
+        k_cache=_scatter(keys, order, kv_dtype),
+        v_cache=_scatter(values, order, kv_dtype),
+        batch=Batch(
+            token_ids=torch.zeros_like(rows),
+            positions=positions,
+            slots=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+            query_starts=torch.arange(num_seqs + 1, device=device, dtype=torch.int32) * queries,
+            context_lens=context_lens.int(),
+            block_tables=tables,
+            logit_rows=rows[queries - 1 :: queries],
+            spans=spans,
+        ),
+        scale=heads.head_dim**-0.5,
+    )
+
+
+def _scatter(keys: Tensor, order: Tensor, kv_dtype: torch.dtype) -> KVPool:
+    """A pool with these keys in it: block i of all sequences, end to end, is in `order[i]`."""
+    seqs, kv_heads, length, head_dim = keys.shape
+    in_blocks = keys.view(seqs, kv_heads, length // BLOCK_SIZE, BLOCK_SIZE, head_dim)
+    # [blocks, kv_heads, slots, head_dim]
+    in_blocks = in_blocks.transpose(1, 2).flatten(0, 1).contiguous()
+    if kv_dtype not in LARGEST:
+        pool = torch.empty_like(in_blocks, dtype=kv_dtype)
+        pool[order] = in_blocks.to(kv_dtype)
+        return pool
+    numbers, scales = quantize(in_blocks, kv_dtype)
+    pool = QuantizedPool(torch.empty_like(numbers), torch.empty_like(scales))
+    pool.numbers.view(torch.int8)[order] = numbers.view(torch.int8)
+    pool.scales[order] = scales
+    return pool
+
+
+def contiguous_attention(inputs: Inputs, case: Case) -> dict[str, Callable[[], Tensor]]:
+    """SDPA over keys side by side, in the ways that it can be asked: [tokens, heads, head_dim]."""
+    num_seqs, queries = case.num_seqs, case.queries
+    q = inputs.q.view(num_seqs, queries, case.heads.heads, case.heads.head_dim).transpose(1, 2)
+    attend = partial(F.scaled_dot_product_attention, scale=inputs.scale)
+    if queries == case.length:
+        ask = partial(attend, q, inputs.keys, inputs.values, is_causal=True, enable_gqa=True)
+        return _also_with_flash("SDPA", lambda: ask().transpose(1, 2).flatten(0, 1), q)
+    if queries > 1:  # a chunk behind a context
+        positions = torch.arange(case.length, device=q.device)
+        visible = positions <= positions[-queries:, None]  # [queries, length]
+        ask = partial(attend, q, inputs.keys, inputs.values, visible, enable_gqa=True)
+        return {"SDPA": lambda: ask().transpose(1, 2).flatten(0, 1)}
+    if case.short is not None:  # padded to the longest, which is what there was before blocks
+        lengths = inputs.batch.context_lens[:, None] + 1  # [seqs, 1]
+        visible = torch.arange(case.length, device=q.device) < lengths  # [seqs, length]
+        visible = visible[:, None, None]  # [seqs, 1, 1, length]
+        ask = partial(attend, q, inputs.keys, inputs.values, visible, enable_gqa=True)
+        return {"SDPA, padded": lambda: ask()[:, :, 0]}
+    # Heads that share a key head may stand where several queries of one head would.
+    grouped = inputs.q.unflatten(1, (case.heads.kv_heads, -1))  # [seqs, kv_heads, group, head_dim]
+    by_group = partial(attend, grouped, inputs.keys, inputs.values)
+    ask = partial(attend, q, inputs.keys, inputs.values, enable_gqa=True)
+    rivals = _also_with_flash("SDPA, grouped", lambda: by_group().flatten(1, 2), q)
+    return rivals | {"SDPA, enable_gqa": lambda: ask()[:, :, 0]}
+
+
+def _also_with_flash(
+    name: str, ask: Callable[[], Tensor], q: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """PyTorch chooses among several kernels; on a GPU FlashAttention is asked for by name, too."""
+    if q.device.type != "cuda" or q.dtype is torch.float32:
+        return {name: ask}
+
+    def with_flash() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return ask()
+
+    return {f"{name}, FlashAttention": with_flash, name: ask}
+
+
+def has_room(case: Case, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device's memory holds the case: side by side, in the pool, and in between."""
+    if device.type != "cuda":
+        return True
+    heads = case.heads
+    numbers = 2 * prod((case.num_seqs, case.length, heads.kv_heads, heads.head_dim))
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2.6 * numbers * dtype.itemsize < 0.9 * free

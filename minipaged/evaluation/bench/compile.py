@@ -1,0 +1,300 @@
+"""`minipaged bench compile`: every kernel, compiled ahead of time for GPUs that need not be there.
+
+A kernel can be right and still be slow because it does not fit: it keeps more numbers than a thread
+has registers and spills them to memory, or takes so much shared memory that a multiprocessor runs
+one program at a time. Or it misses the instructions that it was written for. All that is decided
+when it is compiled, and the compiler needs no GPU.
+
+No list of types and constants is kept here, which could go out of step with the launchers. They run
+as they are, on tensors that hold nothing, and what they would launch is caught.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import triton
+from rich.table import Table
+from torch import Tensor
+from triton import JITFunction, knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from minipaged.attention.batch import Batch, Span
+from minipaged.attention.kv_cache import choose_kv_dtype
+from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
+from minipaged.attention.triton.copy_blocks import copy_blocks
+from minipaged.attention.triton.decode import TileShape, decode
+from minipaged.attention.triton.machine import OLDEST_GPU_FOR_FP8
+from minipaged.attention.triton.naive_decode import naive_kernel, naive_paged_attention
+from minipaged.attention.triton.prefill import TileShapes, prefill
+from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
+from minipaged.errors import InvalidOption
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a kernel is compiled for, besides the GPU."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype  # of queries, and of new keys and values
+    kv_dtype: str  # of the pool, as `LLM(kv_cache_dtype=...)` names it
+
+
+LLAMA_3_8B, OPT_13B, GPT_2 = (32, 8, 128), (40, 40, 128), (12, 12, 64)
+PADDED = (8, 8, 80)  # a head whose width is no power of two
+SETTINGS = (
+    *(Setting(*LLAMA_3_8B, torch.float16, kv_dtype) for kv_dtype in ("auto", "int8")),
+    *(Setting(*LLAMA_3_8B, torch.bfloat16, kv_dtype) for kv_dtype in ("auto", "int8", "fp8")),
+    Setting(*OPT_13B, torch.float16, "auto"),
+    Setting(*GPT_2, torch.float16, "auto"),
+)
+MORE_SETTINGS = (
+    *(Setting(*PADDED, torch.float16, kv_dtype) for kv_dtype in ("auto", "int8", "fp8")),
+    Setting(*LLAMA_3_8B, torch.float32, "auto"),
+)
+SMS = (80, 90)  # Ampere (A100) and Hopper (H100)
+
+# Of a multiprocessor, KiB of shared memory and warps (CUDA C++ Programming Guide).
+_PER_SM = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64)}
+# Only shapes and types are looked at, so any numbers do that lead to the usual case: the width of
+# the block tables is no multiple of 16, as in a real step.
+_BLOCK_SIZE, _NUM_BLOCKS, _TABLE_WIDTH, _TOKENS, _NUM_SPLITS = 16, 64, 101, 64, 8
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as the compiler made it, for one GPU."""
+
+    kernel: str
+    heads: str  # query heads / key heads x numbers in a head
+    dtype: str  # of queries
+    kv_dtype: str  # of the pool, as `LLM(kv_cache_dtype=...)` names it
+    sm: int  # compute capability, times ten
+    registers: int  # of a thread
+    stack_bytes: int  # of a thread; above 0: it spills, or indexes an array of its own
+    shared_bytes: int  # of a program
+    num_warps: int  # of a program, 32 threads each
+    instructions: str  # that multiply matrices: "HGMMA", "HMMA" or "-"
+    # And how these kernels read keys and values: "LDGSTS.128" copies 128 bits, the most there are,
+    # to shared memory while the program goes on; "LDG" brings them to registers.
+    reads: str
+
+    @property
+    def programs(self) -> int:
+        """How many share a multiprocessor: while one waits for the memory, another computes."""
+        shared_per_sm, most_warps = _PER_SM[self.sm]
+        # Registers are handed out to a thread in eights; the driver keeps 1 KiB a program.
+        registers = 32 * self.num_warps * -(-self.registers // 8) * 8
+        shared = self.shared_bytes + 1024
+        by_registers, by_shared = 65536 // registers, shared_per_sm * 1024 // shared
+        return min(by_registers, by_shared, most_warps // self.num_warps)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher would have launched."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def compile_all(
+    settings: Iterable[Setting] = SETTINGS,
+    sms: Iterable[int] = SMS,
+    tile: TileShape | None = None,
+    tiles: TileShapes | None = None,
+) -> Iterator[Compiled]:
+    """Every kernel in every setting, for every GPU that can run it; what two have in common, once.
+
+    Args:
+        tile, tiles: those of decode and of prefill, to be tried instead of the shipped ones.
+
+    Raises:
+        InvalidOption: the kernels of this process are interpreted.
+    """
+    kernel: Any = naive_kernel
+    if not isinstance(kernel, JITFunction):
+        raise InvalidOption(
+            "the kernels of this process are interpreted, and cannot be compiled: set "
+            "TRITON_INTERPRET=0 before it starts."
+        )
+    jobs: dict[str, tuple[Launch, Setting, int]] = {}
+    for setting, sm in product(settings, sms):
+        if setting.kv_dtype == "fp8" and divmod(sm, 10) < OLDEST_GPU_FOR_FP8:
+            continue
+        with catch_launches() as launches:
+            launch_everything(setting, tile, tiles)
+        for launch in launches:
+            jobs.setdefault(_identity(launch, sm), (launch, setting, sm))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # which start ptxas and cuobjdump
+        yield from threads.map(lambda job: compile_launch(*job), jobs.values())
+
+
+@contextmanager
+def catch_launches() -> Generator[list[Launch], None, None]:
+    """Inside, a launch is written down and does not happen."""
+    caught: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        caught.append(Launch(self, args, kwargs))
+
+    launch: Callable[..., Any] = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield caught
+    finally:
+        JITFunction.run = launch
+
+
+def launch_everything(
+    setting: Setting, tile: TileShape | None = None, tiles: TileShapes | None = None
+) -> None:
+    """Call every launcher, on tensors of PyTorch's "meta" device: they hold nothing."""
+    heads, kv_heads, head_dim = setting.heads, setting.kv_heads, setting.head_dim
+    kv_dtype = choose_kv_dtype(setting.kv_dtype, setting.dtype)
+    k_cache, v_cache = (_pool(kv_heads, head_dim, kv_dtype) for _ in range(2))
+    q = _empty(_TOKENS, heads, head_dim, dtype=setting.dtype)
+    out = _empty(_TOKENS, heads, head_dim, dtype=setting.dtype)
+    new = _empty(_TOKENS, kv_heads, head_dim, dtype=setting.dtype)  # keys, or values
+    angles = _empty(_TOKENS, 1, head_dim // 2, dtype=setting.dtype)
+    layers = _empty(2, 2, _NUM_BLOCKS, kv_heads, _BLOCK_SIZE, head_dim, dtype=kv_dtype)
+    decodes, prompts = _batch(tokens_each=1), _batch(tokens_each=8)
+    scale = head_dim**-0.5
+
+    decode(q, k_cache, v_cache, decodes, scale, out, 1, tile)
+    decode(q, k_cache, v_cache, decodes, scale, out, _NUM_SPLITS, tile)
+    prefill(q, k_cache, v_cache, prompts, scale, out, tiles)
+    naive_paged_attention(q, k_cache, v_cache, prompts, scale)
+    triton_store_kv(new, new, k_cache, v_cache, prompts)
+    rope_and_store_kv(q, new, new, angles, angles, k_cache, v_cache, prompts)
+    copy_blocks(layers, layers, _empty(4, 2, dtype=torch.int64))
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _pool(kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> KVPool:
+    numbers = _empty(_NUM_BLOCKS, kv_heads, _BLOCK_SIZE, head_dim, dtype=kv_dtype)
+    if kv_dtype not in LARGEST:
+        return numbers
+    scales = _empty(_NUM_BLOCKS, kv_heads, _BLOCK_SIZE, dtype=torch.float32)
+    return QuantizedPool(numbers, scales)
+
+
+def _batch(tokens_each: int) -> Batch:
+    """Sequences with so many query tokens each, behind a context."""
+    num_seqs = _TOKENS // tokens_each
+    return Batch(
+        token_ids=_empty(_TOKENS, dtype=torch.int64),
+        positions=_empty(_TOKENS, dtype=torch.int64),
+        slots=_empty(_TOKENS, dtype=torch.int64),
+        query_starts=_empty(num_seqs + 1, dtype=torch.int32),
+        context_lens=_empty(num_seqs, dtype=torch.int32),
+        block_tables=_empty(num_seqs, _TABLE_WIDTH, dtype=torch.int32),
+        logit_rows=_empty(num_seqs, dtype=torch.int64),
+        spans=tuple(Span(i * tokens_each, tokens_each, 1000) for i in range(num_seqs)),
+    )
+
+
+def _specialize(launch: Launch, sm: int) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
+    """Of each argument the type and what else the compiler may know of it, and the options.
+
+    Triton's own function, which a real launch calls too: a stride of 1 becomes a constant, and
+    that a pointer is a multiple of 16 is noted.
+    """
+    kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", sm, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, specialization, options = bind(*launch.args, **launch.kwargs)
+    return specialization, options
+
+
+def _identity(launch: Launch, sm: int) -> str:
+    return f"{launch.kernel.__name__} {sm} {_specialize(launch, sm)}"
+
+
+def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
+    """One launch, of this setting, compiled for this GPU."""
+    target = GPUTarget("cuda", sm, 32)
+    backend = make_backend(target)
+    specialization, options = _specialize(launch, sm)
+    names = launch.kernel.arg_names
+    bound = {**dict(zip(names, launch.args, strict=False)), **launch.kwargs}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for i, (name, (kind, known)) in enumerate(zip(names, specialization, strict=True)):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[i,] = bound[name]
+        elif isinstance(known, str):
+            attributes[i,] = backend.parse_attr(known)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled: Any = triton.compile(source, target=target, options=options)
+    usage, code = _examine(compiled.asm)
+    return Compiled(
+        kernel=launch.kernel.__name__.removesuffix("_kernel") + ", split" * bound.get("SPLIT", 0),
+        heads=f"{setting.heads}/{setting.kv_heads} x {setting.head_dim}",
+        dtype=str(setting.dtype).removeprefix("torch."),
+        kv_dtype=setting.kv_dtype,
+        sm=sm,
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"],
+        shared_bytes=compiled.metadata.shared,
+        num_warps=compiled.metadata.num_warps,
+        instructions=next((name for name in ("HGMMA", "HMMA") if f" {name}." in code), "-"),
+        reads=_wide_reads(code),
+    )
+
+
+def _examine(asm: dict[str, Any]) -> tuple[dict[str, int], str]:
+    """What the kernel takes of a multiprocessor, and its instructions if it multiplies matrices."""
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage"]
+    if "mma.sync" in asm["ptx"] or "wgmma." in asm["ptx"]:
+        command.append("-sass")  # takes as long as all else: only where there is something to find
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(asm["cubin"])
+        run = subprocess.run([*command, str(file)], capture_output=True, text=True, check=True)
+    usage = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", run.stdout)}
+    return usage, run.stdout
+
+
+def _wide_reads(code: str) -> str:
+    """The reads of keys and values: what is narrower are table entries and scales."""
+    for name in ("LDGSTS", "LDG"):
+        reads = re.findall(rf" {name}\.([\w.]+)", code)
+        widths = {w for read in reads for w in read.split(".") if w in ("64", "128")}
+        if widths:
+            return f"{name}." + "/".join(sorted(widths, key=int))
+    return "-"
+
+
+def as_table(rows: Iterable[Compiled]) -> Table:
+    """The rows for a person to read."""
+    table = Table(box=None, padding=(0, 2))
+    for title in ("kernel", "heads", "queries", "pool", "GPU"):
+        table.add_column(title)
+    for title in ("warps", "registers", "stack", "shared", "programs"):
+        table.add_column(title, justify="right")
+    for title in ("matrices", "reads"):
+        table.add_column(title)
+    for row in rows:
+        names = (row.kernel, row.heads, row.dtype, row.kv_dtype, f"sm_{row.sm}")
+        sizes = (row.num_warps, row.registers, row.stack_bytes, row.shared_bytes, row.programs)
+        table.add_row(*names, *map(str, sizes), row.instructions, row.reads)
+    return table

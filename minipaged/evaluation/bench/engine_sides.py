@@ -1,0 +1,282 @@
+"""Who is measured by `minipaged bench engine`: this library and transformers, on one checkpoint."""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipaged.evaluation.bench.engine_workload import Lengths, Request, Workload
+from minipaged.evaluation.bench.load import forget_the_peak, resident_bytes
+from minipaged.llm import LLM
+from minipaged.models.loader import DTYPES
+from minipaged.sampling import SamplingParams
+from minipaged.tokenizer.prompts import Prompt
+
+OURS = "minipaged"
+
+
+class CannotRun(Exception):
+    """A rival that does not work here: noted in its row, while all others go on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its time, and every token after every prompt."""
+
+    num_tokens: int  # that were generated in this time, and wanted
+    seconds: float
+    cpu_seconds: float  # of all threads together
+    tokens: list[list[int]]
+
+
+Work = Callable[[], Run]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Started when it is made."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    cpu_begin: float = field(default_factory=time.process_time)
+
+    def stop(self, num_tokens: int, tokens: list[list[int]]) -> Run:
+        """What was done since."""
+        seconds = time.perf_counter() - self.begin
+        return Run(num_tokens, seconds, time.process_time() - self.cpu_begin, tokens)
+
+
+class Minipaged:
+    """This library, with the defaults of a CPU and a pool that holds all requests."""
+
+    def __init__(self, folder: Path, dtype: str, workload: Workload, backend: str = "auto") -> None:
+        block_size = 16
+        most = max(
+            sum(ceil((len(prompt) + output) / block_size) for prompt, output in requests)
+            for requests in (
+                workload.mixed_requests(),
+                workload.decode_requests(max(workload.batches)),
+            )
+        )
+        self._llm = LLM(
+            folder,
+            device="cpu",
+            dtype=dtype,
+            attention_backend=backend,
+            block_size=block_size,
+            num_blocks=most + most // 10 + 64,  # with a tenth more, nobody is ever preempted
+            enable_prefix_caching=False,  # the second round shall be as much work as the first
+        )
+
+    def decode(self, requests: list[Request]) -> Run:
+        """Time from the moment when every sequence has its first token; some have more by then."""
+        prompts, params = _as_ours(requests)
+        tokens: list[list[int]] = [[] for _ in requests]
+        clock, untimed = None, 0
+        for index, output in self._llm.stream(prompts, params):
+            tokens[index] = output.outputs[0].token_ids
+            if clock is None and all(tokens):
+                clock, untimed = Clock(), sum(map(len, tokens))
+        assert clock is not None
+        return clock.stop(sum(map(len, tokens)) - untimed, tokens)
+
+    def mixed(self, workload: Workload) -> dict[str, Work]:
+        """Ways to serve the mixed trace: there is one."""
+        return {OURS: lambda: self.serve(workload.mixed_requests())}
+
+    def serve(self, requests: list[Request]) -> Run:
+        """All requests at once; the scheduler decides who runs."""
+        prompts, params = _as_ours(requests)
+        clock = Clock()
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        tokens = [output.outputs[0].token_ids for output in outputs]
+        return clock.stop(sum(map(len, tokens)), tokens)
+
+    def shortfalls(self, prompt: list[int], tokens: list[int]) -> list[float]:
+        """How far below the likeliest each token is, in its own context, by its logit."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, ignore_eos=True)
+        whole: Prompt = {"prompt_token_ids": prompt + tokens}
+        [output] = self._llm.generate(whole, params, use_tqdm=False)
+        assert output.prompt_logprobs is not None
+        scores = output.prompt_logprobs[len(prompt) :]  # each holds the token and the likeliest
+        return [
+            max(each.values()) - each[token]
+            for token, each in zip(tokens, scores, strict=True)
+            if each is not None
+        ]
+
+
+def _as_ours(requests: list[Request]) -> tuple[list[Prompt], list[SamplingParams]]:
+    prompts: list[Prompt] = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+    return prompts, [
+        SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+        for _, output in requests
+    ]
+
+
+class Transformers:
+    """Hugging Face's transformers, as its own documentation runs a model on a CPU."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        # It complains of what is set by hand below.
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], attn_implementation="sdpa"
+        )
+        self._model: Any = loaded.eval()
+
+    def decode(self, requests: list[Request]) -> Run:
+        """Time from the moment when every sequence has its first token: `generate` tells it."""
+        after_first = _AfterFirst()
+        tokens = self._generate(requests, stopping_criteria=[after_first])
+        assert after_first.clock is not None
+        return after_first.clock.stop(sum(output - 1 for _, output in requests), tokens)
+
+    def mixed(self, workload: Workload) -> dict[str, Work]:
+        """Ways to serve the mixed trace: batches formed beforehand, and a batch that changes."""
+        requests = workload.mixed_requests()
+        few, many = workload.static_batches
+        return {
+            f"transformers, static {few}": lambda: self.serve_in_batches(requests, few),
+            f"transformers, static {many}": lambda: self.serve_in_batches(requests, many),
+            "transformers, continuous": lambda: self.serve_continuously(requests),
+        }
+
+    def serve_in_batches(self, requests: list[Request], size: int) -> Run:
+        """So many requests at a time, in their order; each waits for the longest of its batch."""
+        clock = Clock()
+        tokens: list[list[int]] = []
+        for first in range(0, len(requests), size):
+            tokens += self._generate(requests[first : first + size])
+        return clock.stop(sum(map(len, tokens)), tokens)
+
+    @torch.inference_mode()
+    def _generate(self, requests: list[Request], **options: Any) -> list[list[int]]:
+        width = max(len(prompt) for prompt, _ in requests)
+        ids = torch.zeros(len(requests), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, (prompt, _) in enumerate(requests):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)  # padded on the left
+            mask[row, width - len(prompt) :] = 1
+        longest = max(output for _, output in requests)
+        options |= {"max_new_tokens": longest, "do_sample": False, "pad_token_id": 0}
+        found = self._model.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
+        return [row[:output] for row, (_, output) in zip(found, requests, strict=True)]
+
+    def serve_continuously(self, requests: list[Request]) -> Run:
+        """Its own continuous batching over a paged cache. Raises CannotRun.
+
+        What `generate_batch` does, which takes only one length for all. The manager is set up, and
+        its cache allocated, before the clock starts.
+        """
+        try:
+            with self._manager(requests) as manager:
+                clock = Clock()
+                names = [manager.add_request(p, max_new_tokens=output) for p, output in requests]
+                tokens: dict[str, list[int]] = {}
+                while len(tokens) < len(requests):
+                    result = manager.get_result(timeout=1)  # seconds; None: nothing new in them
+                    if result is None and not manager.is_running():
+                        raise CannotRun("its thread ended before the last request")
+                    if result is not None and result.error is not None:
+                        raise CannotRun(result.error)
+                    if result is not None and result.is_finished():
+                        tokens[result.request_id] = result.generated_tokens
+                in_order = [tokens[name] for name in names]
+                return clock.stop(sum(map(len, in_order)), in_order)
+        except CannotRun:
+            raise
+        except Exception as error:  # whatever it is: a rival's fault ends nobody's run
+            raise CannotRun(f"{type(error).__name__}: {error}") from error
+
+    def _manager(self, requests: list[Request]) -> Any:
+        """With room for all requests: left to itself, its cache would fill most of the memory."""
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        page = ContinuousBatchingConfig().page_size
+        settings = ContinuousBatchingConfig(
+            num_blocks=sum(1 + (len(prompt) + output) // page for prompt, output in requests),
+            max_batch_tokens=2048,  # as many as `generate` takes at once, or more
+            allow_block_sharing=False,  # no prefix cache, as here
+            auto_switch_to_flash=False,
+        )
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        return self._model.continuous_batching_context_manager(
+            generation_config=generation,
+            continuous_batching_config=settings,
+            warmup=False,  # it records CUDA graphs
+        )
+
+    @torch.inference_mode()
+    def shortfalls(self, prompt: list[int], tokens: list[int]) -> list[float]:
+        """How far below the likeliest each token is, in its own context, by its logit."""
+        ids = torch.tensor([prompt + tokens])
+        # Row i belongs to the token behind it, so the last row is of no use.
+        logits: Tensor = self._model(ids, logits_to_keep=len(tokens) + 1).logits[0, :-1].float()
+        given = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        return (logits.amax(-1) - given).tolist()
+
+
+class _AfterFirst:
+    """A stopping criterion that stops nothing: it is asked after each token, and starts a clock."""
+
+    def __init__(self) -> None:
+        self.clock: Clock | None = None
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.clock = self.clock or Clock()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+# ------------------------------------------------------------------------- in a process of its own
+
+
+def peak_bytes(by: str, folder: Path, dtype: str, workload: Workload) -> int | None:
+    """Memory at its peak on the mixed trace; None where it cannot be known (it is Linux's /proc).
+
+    That is resident memory at its highest, less what it was once all is imported.
+    """
+    if not Path("/proc/self/status").exists():
+        return None
+    command = [sys.executable, "-m", __name__, by, str(folder), dtype]
+    given = json.dumps({"threads": torch.get_num_threads(), "workload": asdict(workload)})
+    run = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=False)
+    return int(run.stdout.split()[-1]) if run.returncode == 0 else None
+
+
+def _report_peak(by: str, folder: Path, dtype: str) -> None:
+    given = json.load(sys.stdin)
+    torch.set_num_threads(given["threads"])
+    fields: dict[str, Any] = given["workload"]
+    for name in ("prompts", "outputs"):
+        fields[name] = Lengths(**fields[name])
+    workload = Workload(**fields)
+    if by != OURS:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):  # imports what it needs
+            transformers.AutoModelForCausalLM.from_config(config)
+    before = forget_the_peak()
+    if by == OURS:
+        works = Minipaged(folder, dtype, workload).mixed(workload)
+    else:
+        works = Transformers(folder, dtype).mixed(workload)
+    works[by]()
+    print(resident_bytes("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    _report_peak(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

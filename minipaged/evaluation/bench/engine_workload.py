@@ -1,0 +1,129 @@
+"""What `minipaged bench engine` runs: a model with random weights, and requests to it.
+
+What a model says costs the same whatever it is. Nothing ever ends by itself, so that every run
+generates as many tokens as was asked for.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from minipaged.evaluation.bench.load import make_checkpoint
+
+Request = tuple[list[int], int]  # a prompt, and how many tokens shall follow it
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A lognormal distribution of token counts, cut off at both ends."""
+
+    mean: int
+    sigma: float
+    shortest: int
+    longest: int
+
+    def draw(self, random: np.random.Generator) -> list[int]:
+        """64 lengths: always as many, so that more requests begin with the same ones."""
+        mu = np.log(self.mean) - self.sigma**2 / 2
+        drawn = random.lognormal(mu, self.sigma, 64).astype(int)
+        return np.clip(drawn, self.shortest, self.longest).tolist()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, what it decodes in one rhythm, and a mixed trace of requests."""
+
+    hf: dict[str, Any]  # what config.json holds
+    batches: tuple[int, ...]  # that decode: all sequences equally long
+    prompt_len: int
+    new_tokens: int  # of each, after the first
+    num_requests: int  # of the mixed trace
+    prompts: Lengths
+    outputs: Lengths
+    static_batches: tuple[int, int]  # sizes, for a library that forms its batches beforehand
+
+    def decode_requests(self, batch: int) -> list[Request]:
+        """So many prompts of the same length, and one token more than is timed."""
+        prompts = np.random.default_rng(1).integers(
+            0, self.hf["vocab_size"], (batch, self.prompt_len)
+        )
+        return [(prompt, self.new_tokens + 1) for prompt in prompts.tolist()]
+
+    def mixed_requests(self) -> list[Request]:
+        """Requests of very different lengths, as users send them; always the same ones."""
+        random = np.random.default_rng(0)
+        lengths = list(zip(self.prompts.draw(random), self.outputs.draw(random), strict=True))
+        chosen = lengths[: self.num_requests]
+        vocab_size = self.hf["vocab_size"]
+        return [(random.integers(0, vocab_size, p).tolist(), o) for p, o in chosen]
+
+
+_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FULL = Workload(
+    hf={
+        **_LLAMA,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    batches=(1, 8, 32),
+    prompt_len=64,
+    new_tokens=64,
+    num_requests=24,
+    prompts=Lengths(160, 0.7, 8, 512),
+    outputs=Lengths(100, 0.8, 4, 256),
+    static_batches=(8, 16),
+)
+QUICK = Workload(
+    hf={
+        **_LLAMA,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+    batches=(1, 3),
+    prompt_len=9,
+    new_tokens=5,
+    num_requests=5,
+    prompts=Lengths(12, 0.7, 2, 40),
+    outputs=Lengths(6, 0.8, 2, 12),
+    static_batches=(2, 3),
+)
+
+
+def make_model(workload: Workload, folder: Path) -> int:
+    """Write the checkpoint; returns how many numbers a decode step reads of it.
+
+    Matrices keep the size of what they multiply. So attention looks at many tokens, activations
+    stay finite, and greedy tokens differ from each other. The last norm spreads the logits.
+    """
+    torch.manual_seed(0)
+    make_checkpoint(workload.hf, folder, torch.float32)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            tensor *= tensor.shape[1] ** -0.5
+        else:
+            tensor *= 0.1
+            tensor += 4 if name == "model.norm.weight" else 1
+    save_file(tensors, file, {"format": "pt"})
+    return sum(tensor.numel() for tensor in tensors.values())

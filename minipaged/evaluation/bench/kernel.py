@@ -1,0 +1,151 @@
+"""The attention kernels against what bounds them, and against attention without blocks.
+
+    decode    must read the keys and values once: the floor is their bytes over the bandwidth of a
+              large copy, measured in the same rounds. The rival is PyTorch's attention (SDPA) over
+              the same keys side by side: what paging costs. The paper's kernel lost 20 to 26 %
+              (section 7.1, Figure 18a).
+    prefill   must multiply: the rival is SDPA over keys side by side.
+
+What is timed is checked first: paged attention must give what SDPA gives.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from minipaged.attention.backend import AttentionBackend, choose_backend
+from minipaged.attention.quantized_cache import QuantizedPool
+from minipaged.evaluation.bench.cases import (
+    Case,
+    Heads,
+    Inputs,
+    contiguous_attention,
+    has_room,
+    make_inputs,
+)
+from minipaged.evaluation.bench.timing import Work, copy_work, median_seconds
+
+LLAMA_3_8B = Heads("Llama 3 8B, 32/8 x 128", 32, 8, 128)
+OPT_13B = Heads("OPT 13B, 40/40 x 128", 40, 40, 128)
+SMALL = Heads("small, 6/2 x 64", 6, 2, 64)
+
+
+GPU_CASES = [
+    *(
+        Case(heads, num_seqs, length)
+        for heads in (LLAMA_3_8B, OPT_13B)
+        for num_seqs, length in [(64, 1024), (64, 8192), (128, 4096), (256, 1024), (256, 8192)]
+    ),
+    *(Case(LLAMA_3_8B, num_seqs, 32768) for num_seqs in (1, 4)),
+    *(Case(OPT_13B, num_seqs, 32768) for num_seqs in (1, 4)),
+    *(Case(LLAMA_3_8B, 64, 4096, kv_dtype=kv) for kv in ("auto", "int8", "fp8")),
+    *(Case(heads, 1, 4096, queries=4096) for heads in (LLAMA_3_8B, OPT_13B)),
+    Case(LLAMA_3_8B, 1, 4096, queries=512),
+    Case(LLAMA_3_8B, 64, 32768, short=1024),
+]
+CPU_CASES = [
+    Case(SMALL, 8, 512),
+    Case(SMALL, 1, 2048),
+    Case(SMALL, 8, 512, kv_dtype="int8"),
+    Case(SMALL, 8, 1024, short=128),
+    Case(SMALL, 1, 512, queries=512),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel in one case."""
+
+    what: str
+    heads: str
+    num_seqs: int
+    lengths: str
+    kv_dtype: str
+    backend: str
+    seconds: float
+    percent_of_floor: float | None  # what bytes over bandwidth would take, over what it took
+    times_rival: float | None  # over the time of the rival, below 1 is faster
+
+
+def measure(
+    cases: list[Case], backends: list[str], device: torch.device, dtype: torch.dtype
+) -> Iterator[Row]:
+    """All backends in all cases; cases that the memory has no room for are left out."""
+    for case in cases:
+        if has_room(case, device, dtype):
+            yield from _measure_attention(case, backends, device, dtype)
+
+
+def _measure_attention(
+    case: Case, backends: list[str], device: torch.device, dtype: torch.dtype
+) -> Iterator[Row]:
+    inputs = make_inputs(case, device, dtype)
+    rivals = contiguous_attention(inputs, case)
+    expected = next(iter(rivals.values()))().float()
+    works: dict[str, Work] = dict(rivals)
+    for name in backends:
+        backend = choose_backend(name, device, case.heads.head_dim, case.kv_dtype)
+        works[name] = attend = partial(_attend, backend, inputs)
+        tolerance = 0.1 if case.kv_dtype in ("int8", "fp8") else 0.02
+        torch.testing.assert_close(attend().float(), expected, rtol=tolerance, atol=tolerance)
+    copy, copy_bytes = copy_work(device)
+    seconds = median_seconds({"copy": copy, **works}, device)
+    bandwidth = copy_bytes / seconds["copy"]
+    rival = min(seconds[name] for name in rivals)
+    for name in works:
+        floor = _bytes_read(inputs) / bandwidth if case.queries == 1 else None
+        if name in rivals and (case.kv_dtype != "auto" or case.short is not None):
+            floor = None  # it reads other bytes
+        yield Row(
+            case.name,
+            case.heads.name,
+            case.num_seqs,
+            case.lengths,
+            case.kv_dtype,
+            name,
+            seconds[name],
+            None if floor is None else 100 * floor / seconds[name],
+            seconds[name] / rival,
+        )
+
+
+def _attend(backend: AttentionBackend, inputs: Inputs) -> Tensor:
+    return backend.paged_attention(
+        inputs.q, inputs.k_cache, inputs.v_cache, inputs.batch, inputs.scale
+    )
+
+
+def _bytes_read(inputs: Inputs) -> int:
+    """Of the keys and values that are attended to, scales included."""
+    bytes_per_cell = 0
+    for pool in (inputs.k_cache, inputs.v_cache):
+        tensors = (pool.numbers, pool.scales) if isinstance(pool, QuantizedPool) else (pool,)
+        bytes_per_cell += sum(tensor[0, 0, 0].numel() * tensor.itemsize for tensor in tensors)
+    kv_heads = inputs.k_cache.shape[1]
+    return bytes_per_cell * kv_heads * sum(span.seq_len for span in inputs.batch.spans)
+
+
+def as_table(rows: list[Row]) -> Table:
+    """The rows for a person to read."""
+    table = Table(box=None, padding=(0, 2))
+    for title in ("", "heads", "batch", "tokens", "kv", "by"):
+        table.add_column(title)
+    for title in ("time", "of bandwidth", "x best SDPA"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            row.what,
+            row.heads,
+            str(row.num_seqs),
+            row.lengths,
+            row.kv_dtype,
+            row.backend,
+            f"{1e6 * row.seconds:,.1f} us",
+            "" if row.percent_of_floor is None else f"{row.percent_of_floor:.1f} %",
+            "" if row.times_rival is None else f"{row.times_rival:.2f}",
+        )
+    return table

@@ -1,0 +1,108 @@
+"""Figure 19: recomputation against swapping.
+
+Left: 256 tokens of OPT-13B out of the way and back. Swapping moves blocks over the bus, small ones
+with as many small copies; recomputation computes them like a prompt, whatever the size of blocks.
+Right: both in a pool that is too small. Besides, the embedded model is measured on this processor,
+where there is no bus, and swapping is a copy in memory.
+
+"Never higher than 20 % of swapping's latency" (section 7.3) can only mean "never more than 20 %
+slower".
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from minipaged.config import PreemptionMode
+from minipaged.evaluation.paper.drawing import panel
+from minipaged.evaluation.paper.figure import MEASURED, SIMULATED, Check, Effort, Figure, Result
+from minipaged.evaluation.paper.serving import Case, in_parallel, serve
+from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
+from minipaged.evaluation.sim.cost_model import CostModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+NUM_TOKENS = 256
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SERVED_SIZES = (4, 16, 64)
+RATE = 2.2  # conversations a second: the pool overflows now and then
+WAYS: tuple[PreemptionMode, PreemptionMode] = ("recompute", "swap")
+
+
+def run(effort: Effort) -> Result:
+    """Formula, simulation, measurement."""
+    costs = CostModel(DEPLOYMENTS["opt-13b"])
+    pairs = NUM_TOKENS**2 / 2
+    recompute = costs.step(0, 0, NUM_TOKENS, pairs)
+    swap = [2 * costs.swap(NUM_TOKENS // size, size) for size in SIZES]
+    crossover = next(size for size, s in zip(SIZES, swap, strict=True) if s < recompute)
+    cases = [
+        Case(rate=RATE, seconds=effort.seconds, block_size=size, preemption=way)
+        for way in WAYS
+        for size in SERVED_SIZES
+    ]
+    served = [outcome.normalized_latency for outcome in in_parallel(serve, cases, "fig19")]
+    half = len(SERVED_SIZES)
+    by_way = {"recompute": served[:half], "swap": served[half:]}
+    slower = 100 * (by_way["recompute"][1] / by_way["swap"][1] - 1)
+    measured = _measure()
+    checks = [
+        Check("swapping is the faster from blocks of", "about 8 to 16", crossover, 8, 16),
+        Check("swapping, blocks of 1 over 256", "many times", swap[0] / swap[-1], 2, None, "x"),
+        Check(
+            "recomputing slower than swapping, blocks of 16 to 256, at most",
+            "20",
+            100 * max(recompute / s - 1 for s in swap[SIZES.index(16) :]),
+            None,
+            20,
+            "%",
+            "by formula, whose bus is never busy with anything else",
+        ),
+        Check("served, blocks of 16: recomputation slower by", "at most 20", slower, None, 20, "%"),
+    ]
+    for size in (SIZES[0], 16, SIZES[-1]):
+        ratio = measured["swap"][SIZES.index(size)] / measured["recompute"][SIZES.index(size)]
+        what = f"embedded model, blocks of {size}: swapping over recomputing"
+        checks.append(Check(what, "-", ratio, unit="x", remark="this processor"))
+    data = {"recompute": recompute, "swap": swap, "served": by_way, "measured": measured}
+    return Result("fig19", FIGURE.title, f"{SIMULATED}, {MEASURED}", checks, data)
+
+
+def _measure() -> dict[str, list[float]]:
+    """Seconds of both ways by block size, with the embedded model."""
+    from minipaged.evaluation.bench.preemption import measure  # torch, only here
+
+    rows = list(measure(SIZES, NUM_TOKENS))
+    return {
+        "recompute": [row.recompute_seconds for row in rows],
+        "swap": [row.swap_seconds for row in rows],
+    }
+
+
+def draw(result: Result, canvas: "Canvas") -> None:
+    """Three panels."""
+    data = result.data
+    axes = panel(canvas, 1, 3, 1, f"{NUM_TOKENS} tokens out and back, ms (OPT-13B, formula)")
+    axes.plot(SIZES, [1e3 * s for s in data["swap"]], "o-", markersize=3, label="swap")
+    axes.axhline(1e3 * data["recompute"], color="black", linestyle="--", label="recompute")
+    _by_size(axes)
+    axes = panel(canvas, 1, 3, 2, "the same measured, ms (embedded model)")
+    for way in WAYS:
+        seconds = data["measured"][way]
+        axes.plot(SIZES, [1e3 * s for s in seconds], "o-", markersize=3, label=way)
+    _by_size(axes)
+    axes = panel(canvas, 1, 3, 3, "seconds a token by block size (simulated)")
+    for way in WAYS:
+        axes.plot(SERVED_SIZES, data["served"][way], "o-", markersize=3, label=way)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _by_size(axes: Any) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("block size", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
+
+
+FIGURE = Figure("fig19", "Figure 19: recomputation and swapping", run, draw, (12.0, 4.0))

@@ -1,0 +1,148 @@
+"""No figure of the paper: paging beside vAttention (arXiv 2405.04437), at the same bytes.
+
+vAttention leaves paging to the hardware: attention reads ordinary tensors, but memory comes in the
+system's pages, one for every buffer at a time. On a GPU the smallest page is 2 MiB: a group of them
+over all layers holds hundreds of tokens, and the last group of every request is half empty. Slicing
+puts all layers of a token side by side, so that a group is two pages and not eighty.
+
+Simulated: how many requests fit, in an overloaded server. Measured on this machine: what it takes
+to map a page group, beside a block of paging; and the embedded model served from both. What a
+kernel would save by reading no block tables is shown by `minipaged paper fig18`; what cannot be had
+is sharing, but for whole pages.
+"""
+
+import time
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from minipaged.evaluation.paper.drawing import panel, side_by_side
+from minipaged.evaluation.paper.figure import MEASURED, SIMULATED, Check, Effort, Figure, Result
+from minipaged.evaluation.paper.serving import Case, in_parallel, serve
+from minipaged.evaluation.sim.catalogue import MODELS
+from minipaged.evaluation.sim.systems import VATTENTION, Setting, virtual_layout
+from minipaged.memory import BlockAllocator
+from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, MappedPages, why_no_pages_of
+from minipaged.memory.baselines.slots import SlotLayout
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+RATES = {"sharegpt": 2.8, "alpaca": 50.0}  # requests a second: more than can be served
+SECONDS = {"sharegpt": 240.0, "alpaca": 40.0}
+PAGED = {"paged, blocks of 16": 16, "paged, blocks of 256": 256}
+MIB = 1024**2
+
+
+def run(effort: Effort) -> Result:
+    """Live tokens and requests of six memories, then the time to get memory."""
+    used: dict[str, list[float]] = {}
+    batch: dict[str, list[float]] = {}
+    memories = [("vllm", size) for size in PAGED.values()] + [(name, 16) for name in VATTENTION]
+    cases = [
+        Case(
+            system,
+            workload=workload,
+            rate=rate,
+            seconds=SECONDS[workload],
+            only_while_they_come=True,
+            block_size=size,
+            max_num_seqs=512,
+        )
+        for workload, rate in RATES.items()
+        for system, size in memories
+    ]
+    names = [*PAGED, *(system.title for system in VATTENTION.values())]
+    for number, outcome in enumerate(in_parallel(serve, cases, "vattention")):
+        name = names[number % len(names)]
+        used.setdefault(name, []).append(100 * outcome.used)
+        batch.setdefault(name, []).append(outcome.mean_batch)
+    checks: list[Check] = []
+    for i, workload in enumerate(RATES):
+        for name in names:
+            what, remark = f"{workload}: live tokens, {name}", f"{batch[name][i]:.0f} requests"
+            checks.append(Check(what, "-", used[name][i], unit="% of the pool", remark=remark))
+    small, large = "paged, blocks of 16", "vAttention, 2 MiB"
+    sliced = "vAttention, 2 MiB, sliced"
+    for i, workload in enumerate(RATES):
+        worse = used[small][i] - used[large][i]
+        what = f"{workload}: pages of 2 MiB lose, against blocks of 16"
+        checks.append(Check(what, "much", worse, 10, None, "points"))
+        what = f"{workload}: sliced, they are as good as blocks of 16, within"
+        checks.append(Check(what, "a little", used[small][i] - used[sliced][i], None, 2, "points"))
+    checks += _half_a_group() + _measure() + _serve()
+    data = {"used": used, "batch": batch}
+    return Result("vattention", FIGURE.title, f"{SIMULATED}, {MEASURED}", checks, data)
+
+
+def _half_a_group() -> list[Check]:
+    """What the last page group of a request wastes on average; fewer key heads, more tokens."""
+    checks: list[Check] = []
+    for name in ("opt-13b", "llama-3-8b"):
+        setting = Setting(1, model=MODELS[name])
+        for sliced in (False, True):
+            layout = virtual_layout(setting, HUGE_PAGE, sliced)
+            what = f"{name}: wasted by a request, 2 MiB{', sliced' if sliced else ''}"
+            checks.append(Check(what, "-", layout.group_bytes / 2 / MIB, unit="MiB"))
+        block = 16 * MODELS[name].kv_bytes_per_token
+        checks.append(Check(f"{name}: the same, blocks of 16", "-", block / 2 / MIB, unit="MiB"))
+    return checks
+
+
+def _measure() -> list[Check]:
+    """Microseconds to get memory for the next tokens of a sequence, here."""
+    checks = [Check("a block of paging, allocated", "-", 1e6 * _seconds_of_a_block(), unit="us")]
+    for title, page_bytes in {"4 KiB": SMALL_PAGE, "2 MiB": HUGE_PAGE}.items():
+        if why_no_pages_of(page_bytes) is None:
+            what = f"a page of {title}, mapped, in each of 16 buffers"
+            checks.append(Check(what, "-", 1e6 * _seconds_of_a_group(page_bytes), unit="us"))
+    return checks
+
+
+def _serve() -> list[Check]:
+    """The embedded model on this processor, from paged and from virtual memory of 4 KiB pages."""
+    if why_no_pages_of(SMALL_PAGE) is not None:
+        return []
+    from minipaged.evaluation.bench.memories import measure  # torch, only here
+
+    paged, *others = measure(("paged", "virtual", "virtual-sliced"))
+    checks: list[Check] = []
+    for row in others:
+        what = f"embedded model, {row.memory}: time of paging"
+        checks.append(Check(what, "-", row.seconds / paged.seconds, unit="x"))
+        checks.append(
+            Check(f"embedded model, {row.memory}: same tokens", "1", float(row.same_tokens), 1, 1)
+        )
+    return checks
+
+
+def _seconds_of_a_block() -> float:
+    allocator, many = BlockAllocator(10_000), 10_000
+    start = time.perf_counter()
+    for _ in range(many):
+        allocator.allocate()
+    return (time.perf_counter() - start) / many
+
+
+def _seconds_of_a_group(page_bytes: int) -> float:
+    layout = SlotLayout(16, 1, 16 * page_bytes // 1024, 1024, page_bytes)
+    pages = MappedPages(layout)
+    seconds: list[float] = []
+    for group in range(16):
+        start = time.perf_counter()
+        pages.map(0, range(group, group + 1))
+        seconds.append(time.perf_counter() - start)
+    pages.unmap(0, range(16))
+    return median(seconds)
+
+
+def draw(result: Result, canvas: "Canvas") -> None:
+    """Live tokens of all memories, a panel for each trace."""
+    used: dict[str, Any] = result.data["used"]
+    labels = [name.replace(", ", "\n") for name in used]
+    for number, workload in enumerate(RATES):
+        axes = panel(canvas, 1, 2, number + 1, f"{workload}: slots that hold a token")
+        heights = {"ours": [values[number] for values in used.values()]}
+        side_by_side(axes, labels, heights, "% of the pool")
+
+
+FIGURE = Figure("vattention", "Paging and vAttention at the same bytes", run, draw, (11.0, 4.0))

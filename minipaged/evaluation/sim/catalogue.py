@@ -1,0 +1,114 @@
+"""Models and GPUs that can be simulated: what a step must read and multiply, and how fast."""
+
+from dataclasses import dataclass
+
+from minipaged.errors import InvalidOption
+from minipaged.evaluation.sim.fitted import SYNC_SECONDS
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What limits a step; published numbers."""
+
+    name: str
+    memory_bytes: float
+    bandwidth: float  # bytes a second
+    flops: float  # 16-bit operations a second, dense
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What limits a step, of the model: 16-bit weights and keys."""
+
+    name: str
+    num_params: float
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def weight_bytes(self) -> float:
+        return 2 * self.num_params
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token over all layers (section 3)."""
+        return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model on so many GPUs, and how many token slots are left for keys and values."""
+
+    model: ServedModel
+    gpu: GPU
+    num_gpus: int
+    num_slots: int
+    sync_seconds: float = 0.0  # of a step, for GPUs that wait for each other
+
+    @property
+    def bandwidth(self) -> float:
+        return self.gpu.bandwidth * self.num_gpus
+
+    @property
+    def flops(self) -> float:
+        return self.gpu.flops * self.num_gpus
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("a100-40g", 40 * GB, 1555e9, 312e12),
+        GPU("a100-80g", 80 * GB, 2039e9, 312e12),
+        GPU("l4-24g", 24 * GB, 300e9, 121e12),
+        GPU("l40s-48g", 48 * GB, 864e9, 362e12),
+        GPU("rtx4090-24g", 24 * GB, 1008e9, 165e12),
+        GPU("h100-80g", 80 * GB, 3350e9, 989e12),
+        GPU("h200-141g", 141 * GB, 4800e9, 989e12),
+        GPU("b200-180g", 180 * GB, 8000e9, 2250e12),
+    )
+}
+
+MODELS = {
+    model.name: model
+    for model in (
+        ServedModel("opt-13b", 12.85e9, 40, 40, 40, 128),
+        ServedModel("opt-66b", 65.7e9, 64, 72, 72, 128),
+        ServedModel("opt-175b", 174.6e9, 96, 96, 96, 128),
+        ServedModel("llama-13b", 13.0e9, 40, 40, 40, 128),
+        ServedModel("smollm2-135m", 0.1345e9, 30, 9, 3, 64),
+        ServedModel("llama-3.2-1b", 1.24e9, 16, 32, 8, 64),
+        ServedModel("llama-2-7b", 6.74e9, 32, 32, 32, 128),
+        ServedModel("mistral-7b", 7.24e9, 32, 32, 8, 128),
+        ServedModel("llama-3-8b", 8.03e9, 32, 32, 8, 128),
+        ServedModel("llama-3-70b", 70.6e9, 80, 64, 8, 128),
+    )
+}
+
+# Table 1 of the paper: the servers of its evaluation. The slots are its own numbers, a thousand of
+# them written "15.7K", as exactly as the memory beside them allows.
+DEPLOYMENTS = {
+    "opt-13b": Deployment(MODELS["opt-13b"], GPUS["a100-40g"], 1, 15_728),
+    "opt-66b": Deployment(MODELS["opt-66b"], GPUS["a100-40g"], 4, 9_700, SYNC_SECONDS["opt-66b"]),
+    "opt-175b": Deployment(
+        MODELS["opt-175b"], GPUS["a100-80g"], 8, 60_100, SYNC_SECONDS["opt-175b"]
+    ),
+    "llama-13b": Deployment(MODELS["llama-13b"], GPUS["a100-40g"], 1, 15_728),
+}
+
+
+def find_model(name: str) -> ServedModel:
+    """The model of this name. Raises InvalidOption with the names there are."""
+    if name not in MODELS:
+        raise InvalidOption(f"there is no model {name!r} here: choose one of {', '.join(MODELS)}.")
+    return MODELS[name]
+
+
+def find_gpu(name: str) -> GPU:
+    """The GPU of this name. Raises InvalidOption with the names there are."""
+    if name not in GPUS:
+        raise InvalidOption(f"there is no GPU {name!r} here: choose one of {', '.join(GPUS)}.")
+    return GPUS[name]

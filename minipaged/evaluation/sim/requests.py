@@ -1,0 +1,129 @@
+"""A request that generates without a model: greedily, in several samples, or with beams.
+
+It does to scheduler and memory what a served request does. Which tokens it generates does not
+matter, but for beams it does which of them go on: that is drawn, see `Genealogy`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+import numpy as np
+
+from minipaged.evaluation.sim.traces import TraceRequest
+from minipaged.scheduler.fcfs import Scheduler
+from minipaged.sequence import Sequence, SequenceGroup
+
+NUM_CANDIDATES = 64  # next tokens of a beam that are worth a look
+NUM_GENEALOGIES = 64  # that are drawn at a time; requests take turns
+
+
+Method = Literal["sample", "beam"]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How requests decode: `width` samples, or `width` beams."""
+
+    method: Method = "sample"
+    width: int = 1
+    peakedness: float = 3.0  # of beams: the scale of a next token's logits
+
+
+GREEDY = Decoding()
+
+
+class SimRequest:
+    """One request of a trace, from its arrival to its last token."""
+
+    def __init__(
+        self, number: int, trace: TraceRequest, decoding: Decoding, seq_ids: Iterator[int]
+    ) -> None:
+        self.arrival = trace.arrival
+        self.output_len = trace.output_len
+        self.first_token: float | None = None  # seconds, as all times
+        self.finish: float | None = None
+        own = range(1 + number * 2**20, 1 + number * 2**20 + trace.input_len - trace.prefix_len)
+        prompt = [*range(-trace.prefix_len, 0), *own]  # tokens nobody else has, after the prefix
+        seq = Sequence(next(seq_ids), prompt, max_output_len=trace.output_len)
+        self.group = SequenceGroup(str(number), [seq], width=decoding.width)
+        self._seq_ids = seq_ids
+        self._parents = None
+        if decoding.method == "beam":
+            self._parents = genealogy(decoding.width, decoding.peakedness, number)
+        self._beams = [seq]  # in the order of the genealogy, which is not that of the group
+        self._tokens = count()
+
+    @property
+    def normalized_latency(self) -> float:
+        """Seconds from arrival to the last token, for each token of the output (section 6.1)."""
+        assert self.finish is not None, "it has not finished"
+        return (self.finish - self.arrival) / self.output_len
+
+    def advance(self, scheduler: Scheduler) -> bool:
+        """Give every sequence its next token, forking as the method does; True at the end."""
+        group = self.group
+        is_first = group.sequences[0].num_output_tokens == 0
+        if self._parents is not None:
+            self._choose_beams(scheduler, next(self._parents))
+        elif is_first and group.width > 1:
+            first = group.sequences[0]
+            for _ in range(group.width - 1):
+                scheduler.fork(group, first, next(self._seq_ids))
+        for seq in group.sequences:
+            seq.append(next(self._tokens))
+        if group.sequences[0].num_output_tokens < self.output_len:
+            return False
+        scheduler.abort(group)  # all sequences are equally long
+        return True
+
+    def _choose_beams(self, scheduler: Scheduler, parents: tuple[int, ...]) -> None:
+        """Let beam i go on from the beam `parents[i]`; those without a child are given up."""
+        if len(self._beams) == 1:
+            parents = (0,) * self.group.width
+        continued: list[Sequence] = []
+        for parent in (self._beams[number] for number in parents):
+            taken = parent in continued
+            child = scheduler.fork(self.group, parent, next(self._seq_ids)) if taken else parent
+            continued.append(child)
+        for beam in self._beams:
+            if beam not in continued:
+                scheduler.finish(self.group, beam)
+        self._beams = continued
+
+
+def genealogy(width: int, peakedness: float, number: int) -> Iterator[tuple[int, ...]]:
+    """Step by step, from which beam each of the next beams descends.
+
+    A synthetic language model: the logits of a beam's likeliest tokens are Gumbel noise, larger the
+    more it is sure of one, and the search takes the best of all beams' candidates, as it does with
+    a real one. How often beams descend from the same one depends on that scale, and in truth on the
+    model; so what beams share is shown for a real one too, by `minipaged bench sharing`.
+    """
+    step = 0
+    while True:
+        drawn = _draw_genealogies(width, peakedness, step)
+        yield drawn[number % NUM_GENEALOGIES]
+        step += 1
+
+
+_drawn: dict[tuple[int, float], tuple[list[list[tuple[int, ...]]], "np.ndarray"]] = {}
+
+
+def _draw_genealogies(width: int, peakedness: float, step: int) -> list[tuple[int, ...]]:
+    """The parents of all genealogies in this step; drawn once, and kept."""
+    key = (width, peakedness)
+    steps, scores = _drawn.get(key, ([], np.zeros((NUM_GENEALOGIES, width))))
+    while len(steps) <= step:
+        random = np.random.default_rng((width, len(steps)))
+        logits = peakedness * random.gumbel(size=(NUM_GENEALOGIES, width, NUM_CANDIDATES))
+        logits -= logits.max(-1, keepdims=True)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        totals = (scores[:, :, None] + logprobs).reshape(NUM_GENEALOGIES, -1)
+        best = np.argsort(-totals, axis=1)[:, :width]
+        scores = np.take_along_axis(totals, best, 1)
+        scores -= scores.max(1, keepdims=True)
+        steps.append([tuple(parents) for parents in (best // NUM_CANDIDATES).tolist()])
+        _drawn[key] = (steps, scores)
+    return steps[step]

@@ -1,0 +1,217 @@
+"""Who comes when, and how long: traces like the paper's (section 6.1), or a real one from a file.
+
+The paper draws lengths from ShareGPT (conversations with ChatGPT) and Alpaca (short instructions),
+and arrivals from a Poisson process. Of the lengths it gives the means. Here they are lognormal and
+independent of each other, which its Figure 2 implies: see `fitted`. Requests that are longer than
+the context are left out, as there, and the means are those of what is left.
+"""
+
+import csv
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from math import isfinite, log, sqrt
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from minipaged.errors import InvalidOption
+from minipaged.evaluation.sim.fitted import ALPACA_OUTPUT_CV, SHAREGPT_OUTPUT_CV
+
+CHAT_LIMIT = 1024  # tokens of a prompt, and of an answer
+CHAT_ROUNDS = 8
+STRATA = 256
+SHORTEST = 4  # tokens; a normalised latency over a single token would be mostly waiting
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """One request of a trace: it comes, has a prompt, and generates exactly so many tokens."""
+
+    arrival: float  # seconds
+    input_len: int  # tokens
+    output_len: int
+    prefix_len: int = 0  # first tokens of the prompt that all requests of the trace share
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lognormal prompts and outputs, with these means once the too long ones are left out."""
+
+    input_mean: float
+    output_mean: float
+    input_cv: float  # standard deviation over mean, before any is left out
+    output_cv: float
+    longest: int = 2048  # prompt and output together stay below this
+
+    def draw(self, num_requests: int, seed: int) -> list[tuple[int, int]]:
+        """(prompt tokens, output tokens) of so many requests."""
+        return self.draw_some(np.random.default_rng(seed), num_requests)
+
+    def draw_some(self, random: np.random.Generator, num_requests: int) -> list[tuple[int, int]]:
+        """The same, from a stream of random numbers.
+
+        Drawn by strata: of every 256 lengths one lies in each 256th part of the distribution, in
+        random order. A few very long requests decide much, and so even a short trace has its share
+        of them. The first lengths are the same however many are drawn.
+        """
+        mu_in, mu_out = _calibrated(self)
+        lengths: list[tuple[int, int]] = []
+        while len(lengths) < num_requests:
+            places = random.permuted(np.tile(np.arange(STRATA), (2, 1)), axis=1)
+            shares = (places + random.random((2, STRATA))) / STRATA
+            normal = np.vectorize(NormalDist().inv_cdf)(shares)
+            lengths += zip(*_cut(self, mu_in, mu_out, normal).tolist(), strict=True)
+        return lengths[:num_requests]
+
+
+# The means are the paper's (Figure 11), the spread of inputs is assumed: it moves little.
+WORKLOADS = {
+    "sharegpt": Lengths(161.31, 337.99, 2.0, SHAREGPT_OUTPUT_CV),
+    "alpaca": Lengths(19.31, 58.45, 0.6, ALPACA_OUTPUT_CV),
+}
+
+
+@cache
+def _calibrated(lengths: Lengths) -> tuple[float, float]:
+    """The means of the logarithms with which what is not left out has the wanted means."""
+    normal = np.random.default_rng(0).standard_normal((2, 100_000))
+    wanted = np.array([lengths.input_mean, lengths.output_mean])
+    spread = np.array([_sigma(lengths.input_cv), _sigma(lengths.output_cv)])
+    mu = np.log(wanted) - spread**2 / 2
+    for _ in range(30):  # each cut shortens the mean a little: correct for it, and look again
+        mu += np.log(wanted / _cut(lengths, mu[0], mu[1], normal).mean(1))
+    return float(mu[0]), float(mu[1])
+
+
+def _cut(
+    lengths: Lengths, mu_in: float, mu_out: float, normal: "np.ndarray"
+) -> "np.ndarray":  # [2, requests]
+    inputs = np.exp(mu_in + _sigma(lengths.input_cv) * normal[0])
+    outputs = np.exp(mu_out + _sigma(lengths.output_cv) * normal[1])
+    both = np.maximum(SHORTEST, np.stack([inputs, outputs]).round()).astype(int)
+    return both[:, both.sum(0) < lengths.longest]
+
+
+def _sigma(cv: float) -> float:
+    return sqrt(log(1 + cv * cv))
+
+
+def poisson_trace(
+    lengths: Lengths, rate: float, duration: float, seed: int = 0
+) -> list[TraceRequest]:
+    """Requests that come independently of each other, `rate` a second, for `duration` seconds."""
+    random = np.random.default_rng(seed + 1000)
+    gaps = random.exponential(1 / rate, int(rate * duration * 1.5) + 100)
+    times = gaps.cumsum()
+    times = times[times < duration]
+    drawn = lengths.draw(len(times), seed)
+    return [TraceRequest(t, *both) for t, both in zip(times.tolist(), drawn, strict=True)]
+
+
+_DATE = re.compile(r"(\d+-\d+-\d+[ T]\d+:\d+:\d+)(\.\d+)?([+-]\d+:\d+)?")
+
+# ---- real traces ---------------------------------------------------------------------------------
+
+# Column names of arrival, input and output: ours, BurstGPT's, Azure's, and Vidur's copies of these.
+COLUMNS = (
+    ("arrival", "input", "output"),
+    ("Timestamp", "Request tokens", "Response tokens"),
+    ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
+)
+
+
+def chat_trace(rate: float, duration: float, seed: int = 0) -> list[TraceRequest]:
+    """Rounds of ShareGPT conversations, each with all that was said before (section 6.4).
+
+    Prompts are cut to their last 1,024 tokens, answers end after 1,024. A request is the first to
+    the eighth round of its conversation, each as likely: a guess, for the paper says only that most
+    prompts have 1,024 tokens.
+    """
+    random = np.random.default_rng(seed + 2000)
+    requests: list[TraceRequest] = []
+    for first in poisson_trace(WORKLOADS["sharegpt"], rate, duration, seed):
+        said = WORKLOADS["sharegpt"].draw_some(random, int(random.integers(0, CHAT_ROUNDS)))
+        history = sum(question + answer for question, answer in said)
+        prompt = min(CHAT_LIMIT, history + first.input_len)
+        output = min(CHAT_LIMIT - 1, first.output_len)
+        requests.append(TraceRequest(first.arrival, prompt, output))
+    return requests
+
+
+def read_trace(file: Path, longest: int | None = None) -> list[TraceRequest]:
+    """The requests in a CSV file, in order of arrival, the first at time 0.
+
+    Args:
+        file: its first line names the columns; see COLUMNS. Times are seconds, or dates.
+        longest: requests of so many tokens or more are left out, and those that generate nothing.
+
+    Raises:
+        InvalidOption: columns are missing, a line holds no numbers, or no request is left.
+    """
+    try:
+        requests = _read_rows(file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidOption(f"{file} is no CSV in UTF-8: {error}.") from error
+    kept = [
+        r
+        for r in sorted(requests, key=lambda r: r.arrival)
+        if r.output_len > 0
+        and r.input_len > 0
+        and (longest is None or r.input_len + r.output_len < longest)
+    ]
+    if not kept:
+        short = "" if longest is None else f", and fewer than {longest} tokens"
+        raise InvalidOption(
+            f"none of the {len(requests)} requests in {file} has a prompt and an output{short}."
+        )
+    start = kept[0].arrival
+    return [TraceRequest(r.arrival - start, r.input_len, r.output_len) for r in kept]
+
+
+def _read_rows(file: Path) -> list[TraceRequest]:
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        names = {name.strip(): name for name in reader.fieldnames or ()}
+        known = next((c for c in COLUMNS if all(name in names for name in c)), None)
+        if known is None:
+            wanted = "; or ".join(", ".join(c) for c in COLUMNS)
+            raise InvalidOption(
+                f"{file} has the columns {', '.join(names) or '(none)'}: give {wanted}."
+            )
+        return [
+            _read_row(file, number, [row[names[name]] for name in known])
+            for number, row in enumerate(reader, 2)
+        ]
+
+
+def _read_row(file: Path, number: int, values: list[str]) -> TraceRequest:
+    try:
+        time, *lens = values
+        seconds = _seconds(time)
+        request = TraceRequest(seconds, *(int(float(n)) for n in lens))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InvalidOption(f"{file}, line {number}: {values} are no time and counts.") from error
+    if not isfinite(seconds):
+        raise InvalidOption(f"{file}, line {number}: {time} is no time.")
+    return request
+
+
+def _seconds(time: str) -> float:
+    try:
+        return float(time)
+    except ValueError:  # a date, with or without a zone, and with however many decimals
+        found = _DATE.fullmatch(time.strip())
+        if found is None:
+            raise
+        whole, fraction, zone = found.groups()
+        return datetime.fromisoformat(whole + (zone or "+00:00")).timestamp() + float(fraction or 0)
+
+
+def mean_lengths(trace: list[TraceRequest]) -> tuple[float, float]:
+    """Mean prompt and output of a trace, in tokens."""
+    n = max(1, len(trace))
+    return sum(r.input_len for r in trace) / n, sum(r.output_len for r in trace) / n

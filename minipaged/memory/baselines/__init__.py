@@ -1,0 +1,1 @@
+"""The systems that paging is compared with: Orca, FasterTransformer and vAttention."""

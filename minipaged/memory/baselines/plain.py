@@ -1,0 +1,76 @@
+"""What a memory without prefix cache and without swap pool answers to the scheduler.
+
+The two rivals of paging, contiguous reservations and virtual memory, have neither.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from minipaged.errors import InvalidRequest
+from minipaged.memory.block_table import BlockTable
+from minipaged.memory.interface import BlockPair
+from minipaged.memory.prefix_cache import CacheKey
+from minipaged.sequence import Sequence, SequenceGroup
+
+
+class PlainMemory(ABC):
+    """The part of the role `memory` that is the same for both."""
+
+    reserves = True  # blocks ahead of the tokens
+    num_swap_blocks = 0
+    num_free_swap_blocks = 0
+
+    def __init__(self) -> None:
+        self._tables: dict[int, BlockTable] = {}  # by sequence id
+
+    @abstractmethod
+    def ref_count(self, block: int) -> int:
+        """How many sequences own this block."""
+
+    # ---- nothing is found by its content -------------------------------------------------------
+
+    @property
+    def cached(self) -> Mapping[int, CacheKey]:
+        return {}
+
+    def num_found(self, seq: Sequence) -> int:
+        return 0
+
+    def publish(self, seq: Sequence) -> list[int]:
+        return []
+
+    def pin(self, seq: Sequence) -> int:
+        """Raises InvalidRequest: nothing would ever find it."""
+        raise InvalidRequest("only paged memory keeps prefixes: choose memory='paged'.")
+
+    # ---- nothing is swapped: who is preempted is recomputed ------------------------------------
+
+    def can_swap_out(self, group: SequenceGroup) -> bool:
+        return False
+
+    def swap_out(self, group: SequenceGroup) -> list[BlockPair]:
+        raise AssertionError("there is no swap pool: ask can_swap_out first")
+
+    def swap_in(self, group: SequenceGroup) -> list[BlockPair]:
+        raise AssertionError("nobody was ever swapped out")
+
+    def is_swapped(self, seq_id: int) -> bool:
+        return False
+
+    def swap_ref_count(self, block: int) -> int:
+        raise AssertionError("there is no swap pool")
+
+    # ---- tables --------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> Mapping[int, BlockTable]:
+        """The block tables of all sequences that hold blocks, by id; to be read only."""
+        return MappingProxyType(self._tables)
+
+    def block_table(self, seq_id: int) -> BlockTable:
+        return self._tables[seq_id]
+
+    def num_distinct_blocks(self, group: SequenceGroup) -> int:
+        """How many blocks the group holds, a shared one counted once."""
+        return len({b for s in group.sequences for b in self._tables[s.seq_id].blocks})

@@ -1,0 +1,253 @@
+"""From a name on the hub to a folder that loads: downloaded, checked, converted, then named.
+
+The target is whole or absent: until all is right, everything lies in a folder beside it.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minipaged.errors import CheckpointError, FetchError
+from minipaged.models.hub.catalogue import in_words
+from minipaged.models.hub.failures import DISK_IS_FULL
+from minipaged.models.hub.hub import CONFIG, Offer, RemoteFile, ask_hub, receive
+from minipaged.models.hub.local_models import ModelName, find_local
+from minipaged.models.hub.staging import (
+    SOURCE,
+    alone,
+    beginning_of,
+    drop_leftovers,
+    num_bytes_in,
+    refuse_to_replace,
+    remove_if_empty,
+    staging_of,
+    target_of,
+)
+
+
+def fetch(
+    name: str,
+    *,
+    revision: str | None = None,
+    directory: str | Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """The folder of a model, which is downloaded if it is not on this machine yet.
+
+        >>> LLM(fetch("HuggingFaceTB/SmolLM2-135M-Instruct"))
+
+    Whoever wants to ask first calls `find_here`, then `ask_hub` for the size, then `download`.
+
+    Args:
+        name: "owner/name", "owner/name@revision", or a listed model's name without its owner.
+        revision: a branch, tag or commit; None: what the hub shows first.
+        directory: the folder to put it into; None: one of its own under `models_folder()`.
+        progress: whether a terminal shows a progress bar on standard error.
+
+    Raises:
+        FetchError: the hub, the network, the disk or a checksum forbids it. What was received is
+            kept, and the next call goes on from there.
+        CheckpointError: what was downloaded cannot be loaded here. It is not kept.
+        OSError: this machine's disk, memory or rights forbid it. What was received is kept.
+    """
+    model = ModelName.parse(name, revision)
+    return find_here(model, directory) or download(ask_hub(model), directory, progress=progress)
+
+
+def find_here(model: ModelName, directory: str | Path | None = None) -> Path | None:
+    """The folder where this model lies already, without asking anybody; None: it must be fetched.
+
+    Raises:
+        FetchError: `directory` holds something else.
+    """
+    if directory is None:
+        return find_local(model)
+    target = target_of(model, directory)
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        refuse_to_replace(target, model)
+        return None
+    try:
+        source: Any = json.loads((target / SOURCE).read_text(encoding="utf-8"))
+        same = ModelName.parse(source["asked_for"], source["revision"]) == model
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, FetchError):
+        same = False
+    if not same:
+        raise FetchError(f"{target} is not empty and holds no {model}: give another directory.")
+    return target
+
+
+def download(offer: Offer, directory: str | Path | None = None, *, progress: bool = True) -> Path:
+    """Bring what the hub offers into its folder; arguments and errors as for `fetch`."""
+    target = target_of(offer.model, directory)
+    with alone(target, offer.model):
+        found = find_here(offer.model, target)  # another process may just have finished
+        if found is not None:
+            return found
+        staging = staging_of(target)
+        # Had it been killed just before the rename, it would find neither the old nor the new
+        # weights right, if it did not see that all was done.
+        finished = _is_finished(offer, staging)
+        if not finished:
+            staging.mkdir(exist_ok=True)
+            drop_leftovers(offer, staging)
+        with _told_what_is_kept(offer, staging):
+            if not finished:
+                _receive_all(offer, staging, progress)
+                _make_loadable(offer, staging)
+                (staging / SOURCE).write_text(_source(offer), encoding="utf-8")
+            for file in offer.pickled:
+                (staging / file.name).unlink(missing_ok=True)
+            staging.replace(target)
+    return target
+
+
+@contextmanager
+def _told_what_is_kept(offer: Offer, staging: Path) -> Generator[None, None, None]:
+    """Whatever ends a fetch: keep what can be of use, and say how much it is."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, OSError):  # which would be a matter of this machine
+            shutil.rmtree(staging)  # more of it would not help
+        raise
+    except FetchError as error:
+        what = str(error).removesuffix(".")
+        raise FetchError(what + _what_is_kept(offer, staging)) from error
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        what = f"the disk of {staging.parent} is full: free some of it"
+        raise FetchError(what + _what_is_kept(offer, staging)) from error
+    except KeyboardInterrupt:
+        kept = _what_is_kept(offer, staging)
+        print(f"fetching {offer.model} was interrupted{kept}", file=sys.stderr)
+        raise
+    finally:
+        remove_if_empty(staging)
+
+
+# ------------------------------------------------------------------------------------- the bytes
+
+
+def _receive_all(offer: Offer, staging: Path, progress: bool) -> None:
+    here = {file for file in offer.files if _is_right(staging / file.name, file)}
+    missing = [file for file in offer.files if file not in here]
+    for file in missing:
+        (staging / file.name).unlink(missing_ok=True)
+    kept = num_bytes_in(staging)
+    _refuse_without_room(offer, staging, offer.num_bytes - kept)
+    from minipaged.models.loader import read_model_config  # torch, only now
+
+    with tqdm(
+        total=offer.num_bytes,
+        initial=kept,
+        desc=offer.repo,
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,  # None: only a terminal shows it
+    ) as bar:
+        for file in missing:
+            _receive_one(offer, file, staging, bar)
+            if file.name == CONFIG:
+                read_model_config(staging)  # an architecture not built here: before gigabytes come
+
+
+def _receive_one(offer: Offer, file: RemoteFile, staging: Path, bar: "tqdm[Any]") -> None:
+    beginning = beginning_of(staging, file)
+    try:
+        with beginning.open("ab") as opened:
+            receive(offer, file, opened, bar)
+    except OSError as error:  # of this machine: the network's are FetchErrors
+        error.filename = error.filename or str(beginning)
+        raise
+    if not _is_right(beginning, file):
+        beginning.unlink()
+        raise FetchError(
+            f"{file.name} of {offer.model} came with a wrong checksum: it was thrown away, fetch "
+            "again."
+        )
+    beginning.replace(staging / file.name)
+
+
+def _is_right(path: Path, file: RemoteFile) -> bool:
+    """Whether the file is there and has the checksum that the hub named for it."""
+    if not path.is_file():
+        return False
+    kind, _, expected = file.checksum.partition(":")
+    if kind == "sha256":
+        digest = hashlib.sha256()
+    else:  # small files lie in git, which puts its kind and length before what it hashes
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == expected
+
+
+# ---------------------------------------------------------------------------------------- the disk
+
+
+def _refuse_without_room(offer: Offer, staging: Path, to_come: int) -> None:
+    to_convert = sum(file.num_bytes for file in offer.pickled)  # the old and the new lie there both
+    free = shutil.disk_usage(staging).free
+    if to_come + to_convert > free:
+        both = f", of which {in_words(to_convert)} to convert its weights" if to_convert else ""
+        raise FetchError(
+            f"{offer.model} needs {in_words(to_come + to_convert)}{both}, and the disk of "
+            f"{staging.parent} has {in_words(free)} free: free some of it, or give a directory on "
+            "another disk."
+        )
+
+
+def _what_is_kept(offer: Offer, staging: Path) -> str:
+    kept = num_bytes_in(staging) if staging.is_dir() else 0
+    if kept == 0:
+        return "."
+    of_all = f"{in_words(kept)} of {in_words(offer.num_bytes)}"
+    return f" ({of_all} are kept, and the same command goes on from there)."
+
+
+# ----------------------------------------------------------------------------------- the checkpoint
+
+
+def _make_loadable(offer: Offer, staging: Path) -> None:
+    """Convert what is pickled, and see that the weights are those that config.json speaks of."""
+    from minipaged.models.hub.convert import UnreadablePickle, convert_to_safetensors
+    from minipaged.models.loader import check_checkpoint
+
+    if offer.pickled:
+        try:
+            convert_to_safetensors(staging)
+        except UnreadablePickle as error:
+            raise FetchError(
+                f"{error.path.name} of {offer.model} came with the right checksum, and yet torch "
+                f"cannot read it ({error.reason}): choose another revision or model."
+            ) from error
+    check_checkpoint(staging)
+
+
+def _is_finished(offer: Offer, staging: Path) -> bool:
+    """Whether an earlier try did everything but the rename."""
+    source = staging / SOURCE
+    return source.is_file() and source.read_bytes() == _source(offer).encode()
+
+
+def _source(offer: Offer) -> str:
+    source = {
+        "asked_for": offer.model.repo,
+        "revision": offer.model.revision,
+        "repo": offer.repo,
+        "commit": offer.commit,
+        "licence": offer.licence,
+        "endpoint": offer.hub,
+        "files": [asdict(file) for file in offer.files],  # as downloaded, before any conversion
+    }
+    return json.dumps(source, indent=2) + "\n"

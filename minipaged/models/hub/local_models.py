@@ -1,0 +1,164 @@
+"""Where models lie on this machine, and how a name on the hub becomes a folder here.
+
+Two places are looked at: our own folder, in which `minipaged fetch` puts whole models only, and
+the cache that Hugging Face's libraries share.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from minipaged.errors import FetchError
+from minipaged.models.hub.catalogue import KNOWN_MODELS, find_known
+
+# What a fetch brings besides the weights, and of which a folder needs one to read text.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+_PAGE = re.compile(r"https?://(www\.)?(huggingface\.co|hf\.co)/")
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+_REPO = re.compile(rf"{_PART}/{_PART}")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model on the hub: `owner/name`, and which revision of it; None: the one it shows first."""
+
+    repo: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, revision: str | None = None) -> "ModelName":
+        """Read "owner/name", "owner/name@revision", or a listed model's name without its owner.
+
+        The address of its page is a name as well. "main" is what the hub shows first.
+
+        Raises:
+            FetchError: it is none of them. A name becomes a part of a path, so nothing else passes.
+        """
+        name = _PAGE.sub("", text.strip()).rstrip("/")
+        repo, _, in_text = name.partition("@")
+        if in_text and revision not in (None, in_text):
+            raise FetchError(
+                f"{text!r} and --revision {revision} name two revisions: give one of them."
+            )
+        known = find_known(repo)
+        repo, revision = known.name if known else repo, revision or in_text or None
+        if revision == "main":
+            revision = None  # else one model would have two folders
+        # The hub allows neither in a name; "--" is also what "/" becomes in the folder's name.
+        if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+            raise FetchError(_no_name(repo))
+        if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+            raise FetchError(
+                f"{revision!r} is no revision: give the name of a branch or tag, or a commit."
+            )
+        return cls(repo, revision)
+
+    @property
+    def folder_name(self) -> str:
+        """`owner--name`, or `owner--name@revision`, in letters that any file system takes."""
+        at = "" if self.revision is None else "@" + quote(self.revision, safe="")
+        return self.repo.replace("/", "--") + at
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def is_model_name(text: str) -> bool:
+    """Whether the text could be a model's name on the hub."""
+    try:
+        ModelName.parse(text)
+    except FetchError:
+        return False
+    return True
+
+
+def _no_name(text: str) -> str:
+    close = get_close_matches(text.lower(), [m.short_name.lower() for m in KNOWN_MODELS], n=1)
+    known = find_known(close[0]) if close else None
+    meant = f", perhaps {known.name}" if known else ""
+    return f"{text!r} is no model's name: give owner/name as on the hub, or a listed one{meant}."
+
+
+# ----------------------------------------------------------------------------------- our own folder
+
+
+def models_folder() -> Path:
+    """$MINIPAGED_HOME/models, or minipaged/models in the user's cache."""
+    home = os.environ.get("MINIPAGED_HOME")
+    return Path(home).expanduser() / "models" if home else _user_cache() / "minipaged" / "models"
+
+
+def folder_of(name: str | ModelName, revision: str | None = None) -> Path:
+    """The folder that `minipaged fetch` puts this model into. Raises FetchError: no such name."""
+    model = ModelName.parse(name, revision) if isinstance(name, str) else name
+    return models_folder() / model.folder_name
+
+
+def find_local(name: str | ModelName) -> Path | None:
+    """The folder in which this model lies whole; None if it does not, or if it is no model's name.
+
+    Takes what `ModelName.parse` takes, or its result. Touches no network.
+    """
+    if isinstance(name, str):
+        if not is_model_name(name):
+            return None
+        name = ModelName.parse(name)
+    # Ours is whole if it is there at all: it got its name by one rename, when all was checked.
+    try:
+        own = folder_of(name)
+        return own if own.is_dir() else _find_in_hub_cache(name)
+    except (OSError, ValueError, RuntimeError):
+        return None  # longer than a file's name, a reference that is no text, a home of nobody
+
+
+# ---------------------------------------------------------------------------- Hugging Face's cache
+# models--owner--name/refs/main           the commit that "main" last was
+# models--owner--name/snapshots/<commit>/ the files that someone has asked for, of that commit
+
+
+def _find_in_hub_cache(model: ModelName) -> Path | None:
+    known = find_known(model.repo)
+    repos = [model.repo, known.short_name] if known else [model.repo]  # older caches say "gpt2"
+    for repo in repos:
+        folder = _hub_cache() / f"models--{repo.replace('/', '--')}"
+        revision = model.revision or "main"
+        reference = folder / "refs" / revision
+        commit = reference.read_text().strip() if reference.is_file() else revision
+        snapshot = folder / "snapshots" / commit
+        if _is_whole(snapshot):
+            return snapshot
+    return None
+
+
+def _hub_cache() -> Path:
+    """As `huggingface_hub` finds it; asked anew each time, since the environment may change."""
+    cache, home = os.environ.get("HF_HUB_CACHE"), os.environ.get("HF_HOME")
+    if cache:
+        return Path(cache).expanduser()
+    return (Path(home).expanduser() if home else _user_cache() / "huggingface") / "hub"
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether config, a tokenizer and all weights are there: a cache holds what was asked for."""
+    if not (snapshot / "config.json").is_file():
+        return False
+    if not any((snapshot / name).is_file() for name in TOKENIZER_FILES):
+        return False
+    if (snapshot / "model.safetensors").is_file():
+        return True
+    try:
+        index: Any = json.loads((snapshot / "model.safetensors.index.json").read_text("utf-8"))
+        return all((snapshot / shard).is_file() for shard in set(index["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # no index, or a broken one

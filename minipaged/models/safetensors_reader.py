@@ -1,0 +1,197 @@
+"""Numbers out of safetensors files, straight into the memory of a model.
+
+A safetensors file (https://github.com/huggingface/safetensors) is three things in a row:
+
+    [0, 8)          how long the header is: a whole number, lowest byte first
+    [8, begin)      the header, JSON: {"norm.weight": {"dtype": "F32", "shape": [4],
+                    "data_offsets": [0, 16]}, ...}, offsets counted from `begin`
+    [begin, end)    the tensors, each of them row after row
+
+It is read piece by piece through one small buffer, and each piece is copied to its place: of the
+file nothing else is ever in memory, so that loading takes little more than the weights themselves.
+To map the file into memory would be a line shorter, but its pages stay there beside the model they
+were copied to. And what the model holds is its own: the file may be replaced while it runs.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipaged.errors import CheckpointError
+from minipaged.utils.files import read_json_object
+
+# As the files name the types that weights may be stored in; all others are quantised formats.
+DTYPES_IN_FILES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+LONGEST_HEADER = 100_000_000  # bytes, as the format has it; more means another kind of file
+PIECE_BYTES = 4 * 2**20  # read at a time: enough for full speed, and little beside a model
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor stands, and what its file's header says of it."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # of its bytes, counted from the beginning of the file
+    end: int
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that the index names. Raises CheckpointError."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise CheckpointError(_nothing_to_load(folder))
+    return find_shards(index)
+
+
+def find_shards(index: Path) -> list[Path]:
+    """The files that an index names, beside it. Raises CheckpointError unless all are there."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map: download it again.")
+    shards = sorted({index.parent / Path(str(name)).name for name in weight_map.values()})
+    try:
+        missing = [shard.name for shard in shards if not shard.is_file()]
+    except (OSError, ValueError) as error:  # longer than any file's name, or not one at all
+        raise CheckpointError(f"{index} names files that cannot be: download it again.") from error
+    if missing:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} "
+            f"names, first {missing[0]}: download them."
+        )
+    return shards
+
+
+def _nothing_to_load(folder: Path) -> str:
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled:
+        return (
+            f"{folder} holds its weights as {pickled[0]} only, which is not read since it can run "
+            f"code: convert it to safetensors by `minipaged convert {folder}`."
+        )
+    return (
+        f"{folder} holds neither model.safetensors nor model.safetensors.index.json: download the "
+        "weights into it."
+    )
+
+
+def read_headers(paths: list[Path], prefix: str) -> dict[str, StoredTensor]:
+    """Every tensor in these files, by its name without the prefix, which some files leave out.
+
+    Raises:
+        CheckpointError: a file is no whole safetensors file, or a tensor stands there twice.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        for tensor in _read_header(path):
+            first = tensors.setdefault(tensor.name.removeprefix(prefix), tensor)
+            if first is not tensor:
+                raise CheckpointError(
+                    f"{path} holds {tensor.name!r}, which {first.path} holds as {first.name!r}: "
+                    "download the weights again."
+                )
+    return tensors
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    """Every tensor in one file. Raises CheckpointError unless all of them are there."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise ValueError(f"the header alone should have {length}")
+            header = json.loads(file.read(length))
+        begin = 8 + length
+        tensors = [
+            _describe(path, begin, name, entry)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+        end = max((tensor.end for tensor in tensors), default=begin)
+        if size != end:
+            raise ValueError(f"it should have {end}")
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError),
+        *(OverflowError, RecursionError, OSError),
+    ) as error:
+        raise _broken(path, error) from error
+    return tensors
+
+
+def _describe(path: Path, begin: int, name: str, entry: Any) -> StoredTensor:
+    """One entry of the header. Raises ValueError if its bytes are not as many as its numbers."""
+    shape = tuple(map(int, entry["shape"]))
+    first, last = map(int, entry["data_offsets"])
+    dtype = DTYPES_IN_FILES.get(entry["dtype"])  # a tensor of another is refused if it is needed
+    wrong_size = dtype is not None and last - first != prod(shape) * dtype.itemsize
+    if first < 0 or wrong_size:
+        raise ValueError(f"{name} of shape {list(shape)} has bytes {first} to {last}")
+    return StoredTensor(path, name, str(entry["dtype"]), shape, begin + first, begin + last)
+
+
+def _broken(path: Path, reason: object) -> CheckpointError:
+    size = path.stat().st_size if path.exists() else 0
+    return CheckpointError(
+        f"{path} of {size} bytes is cut short or no safetensors file ({reason}): download it again."
+    )
+
+
+def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are the same to the last bit. Raises CheckpointError."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with one.path.open("rb") as first, other.path.open("rb") as second:
+            first.seek(one.begin)
+            second.seek(other.begin)
+            for done in range(0, one.end - one.begin, PIECE_BYTES):
+                size = min(PIECE_BYTES, one.end - one.begin - done)
+                if first.read(size) != second.read(size):
+                    return False
+    except OSError as error:
+        raise _broken(one.path, error) from error
+    return True
+
+
+def copy_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]]) -> None:
+    """Fill each tensor of ours from its file, whatever our dtype, strides and device.
+
+    Both sides have one shape, of at least one dimension; the file's dtype is in DTYPES_IN_FILES.
+
+    Raises:
+        CheckpointError: a file ends early, or cannot be read.
+    """
+    by_file = sorted(pairs, key=lambda pair: (pair[0].path, pair[0].begin))  # as they lie on disk
+    for stored, ours in by_file:
+        try:
+            _copy_tensor(stored, ours)
+        except OSError as error:
+            raise _broken(stored.path, error) from error
+
+
+def _copy_tensor(stored: StoredTensor, ours: Tensor) -> None:
+    num_rows = stored.shape[0]
+    row_bytes = (stored.end - stored.begin) // num_rows
+    rows_at_once = min(num_rows, max(1, PIECE_BYTES // row_bytes))
+    raw = memoryview(bytearray(rows_at_once * row_bytes))
+    numbers = torch.frombuffer(raw, dtype=DTYPES_IN_FILES[stored.dtype])  # the same bytes
+    piece = numbers.view(rows_at_once, *stored.shape[1:])
+    with stored.path.open("rb") as file:
+        file.seek(stored.begin)
+        for first in range(0, num_rows, rows_at_once):
+            num = min(rows_at_once, num_rows - first)
+            if file.readinto(raw[: num * row_bytes]) < num * row_bytes:
+                raise _broken(stored.path, f"it ends within {stored.name}")
+            ours[first : first + num].copy_(piece[:num])

@@ -1,0 +1,1 @@
+"""Who runs in the next step, and who is preempted. Pure Python: nothing here imports torch."""

@@ -1,0 +1,91 @@
+"""Byte-level byte-pair encoding, by tiktoken: GPT-2's, and that of most models since.
+
+A text goes through four stations:
+
+    added tokens   "<|user|>" and the like are cut out first: each is one token, whatever it spells
+    normal form    some models compose letters first (NFC): an "e" and a combining accent are an "é"
+    words          what is left is cut into words by a pattern; no token spans two of them
+    pairs          a word begins as single bytes; the pair with the lowest rank is merged, until
+                   no two neighbours make a token ("Neural Machine Translation of Rare Words with
+                   Subword Units", arXiv 1508.07909, on bytes as in GPT-2)
+
+The last two are tiktoken's work.
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+import tiktoken
+
+from minipaged.errors import InvalidRequest
+from minipaged.tokenizer.base import Tokenizer
+
+
+class BytePairTokenizer(Tokenizer):
+    """tiktoken merges by rank; a token's id is looked up afterwards, since it need not be its rank.
+
+    Args:
+        pattern: cuts text into words.
+        ranks: from a token's bytes to its rank, for tokens that pairs are merged into. All bytes
+            that occur in UTF-8 must be there.
+        tokens: from id to bytes, for all tokens but the added ones.
+        special_tokens: added tokens that are marks.
+        other_added_tokens: added tokens that are text, but never made of pairs: "<think>".
+        first_ids: begin every text.
+        normal_form: whether text is put into Unicode's normal form C first.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        ranks: Mapping[bytes, int],
+        tokens: Mapping[int, bytes],
+        special_tokens: Mapping[str, int],
+        *,
+        other_added_tokens: Mapping[str, int] | None = None,
+        first_ids: Sequence[int] = (),
+        normal_form: bool = False,
+    ) -> None:
+        self._added = {**special_tokens, **(other_added_tokens or {})}
+        added = {token_id: text.encode() for text, token_id in self._added.items()}
+        super().__init__({**tokens, **added}, special_tokens, first_ids)
+        self._encoding = tiktoken.Encoding(
+            name="", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={}
+        )
+        ids = {token: token_id for token_id, token in tokens.items()}
+        self._id_of_rank = {rank: ids[token] for token, rank in ranks.items() if token in ids}
+        self._normal_form = normal_form
+        self._any_added = _any_of(self._added)
+        self._any_other = _any_of(other_added_tokens or {})
+
+    def _encode(self, text: str, allow_special: bool) -> list[int]:
+        token_ids: list[int] = []
+        pieces = (self._any_added if allow_special else self._any_other).split(text)
+        for number, piece in enumerate(pieces):
+            if number % 2 == 0:  # what was found stands between what was not
+                token_ids += self._encode_words(piece)
+            else:
+                token_ids.append(self._added[piece])
+        return token_ids
+
+    def _encode_words(self, text: str) -> list[int]:
+        if self._normal_form:
+            text = unicodedata.normalize("NFC", text)
+        try:
+            ranks = self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            # The pattern's engine gives up after turning back a million times.
+            raise InvalidRequest(
+                f"a text of {len(text)} characters cannot be cut into tokens, since it has a "
+                "million or more spaces or line ends in a row: shorten them."
+            ) from error
+        return [self._id_of_rank[rank] for rank in ranks]
+
+
+def _any_of(tokens: Mapping[str, int]) -> re.Pattern[str]:
+    """Finds the leftmost of the tokens, and of those that begin there the longest."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if tokens else "(?!)")

@@ -1,0 +1,225 @@
+"""From messages to one prompt: the checkpoint's own chat template, rendered in a sandbox.
+
+Every chat model was taught with marks of its own between the turns, and published with a program
+that puts them there: a Jinja template. What is at hand for templates here is what Hugging Face's
+`transformers` has at hand for them.
+"""
+
+import json
+import reprlib
+import secrets
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypedDict
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from minipaged.errors import CheckpointError, InvalidRequest, MissingTokenizer
+from minipaged.tokenizer.base import Tokenizer
+from minipaged.tokenizer.prompts import Prompt
+from minipaged.tokenizer.special_tokens import read_special_names
+from minipaged.utils.files import read_json_object
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+class Message(TypedDict):
+    """One turn: who speaks ("system", "user" or "assistant") and what is said."""
+
+    role: str
+    content: str
+
+
+def chat_prompt(
+    folder: Path, tokenizer: Tokenizer | None, messages: list[Message], **options: Any
+) -> Prompt:
+    """A conversation as a prompt; `options` are those of `render_chat`, which raises for it.
+
+    The template has written every special token, so none is added when the text is encoded. Raises
+    MissingTokenizer without a tokenizer.
+    """
+    text = render_chat(folder, messages, **options)
+    if tokenizer is None:
+        raise MissingTokenizer("a chat is text, but the model's folder holds no tokenizer.")
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    return {"prompt": text, "prompt_token_ids": token_ids}
+
+
+def render_chat(
+    folder: Path,
+    messages: list[Message],
+    *,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt that asks the model in `folder` for the next assistant turn.
+
+    A template comes with the checkpoint, so it is somebody else's program: the sandbox lets it
+    read the messages and build text, and nothing more.
+
+    Args:
+        folder: holds chat_template.jinja, or a tokenizer_config.json with a "chat_template".
+        messages: the turns so far.
+        chat_template: used in place of the checkpoint's own.
+        add_generation_prompt: whether the assistant's turn is opened at the end.
+        continue_final_message: leave the last message open, for the model to go on with it.
+        tools: JSON schemas of functions that the model may ask to be called.
+        chat_template_kwargs: more for the template to read, as {"enable_thinking": False}.
+
+    Raises:
+        CheckpointError: the folder holds no template, or one that cannot be read.
+        InvalidRequest: what was given is no chat, or the template refuses it.
+    """
+    turns = [_read_message(turn) for turn in _not_empty(messages)]
+    end_mark = f"\ue000{secrets.token_hex(8)} "  # to be found again behind the last message
+    said = turns[-1]["content"]
+    if continue_final_message:
+        _refuse_to_continue(turns[-1], add_generation_prompt)
+        turns[-1]["content"] = said + end_mark
+    source = read_template(folder, bool(tools)) if chat_template is None else chat_template
+    try:
+        template = _environment().from_string(source, globals=_FUNCTIONS)
+    except Exception as error:  # a program of others: any mistake that a program can make
+        raise CheckpointError(
+            f"the chat template of {folder} is broken: {_said(error)}."
+        ) from error
+    names = {"bos_token": "", "eos_token": "", **read_special_names(folder)}
+    known = {"messages": turns, "tools": tools, "documents": None}
+    options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+    try:
+        text = template.render({**names, **known, **options})
+    except Exception as error:
+        raise InvalidRequest(
+            f"the model's chat template refuses the messages: {_said(error)}."
+        ) from error
+    return _cut_at(end_mark, text, said) if continue_final_message else text
+
+
+def _said(error: Exception) -> str:
+    """What an error says, on one line and without its full stop."""
+    return " ".join(str(error).split()).rstrip(".!") or type(error).__name__
+
+
+def read_template(folder: Path, with_tools: bool = False) -> str:
+    """The checkpoint's template, as it is written. Raises CheckpointError if it has none."""
+    path = folder / TEMPLATE_FILE
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): download it again.") from error
+    config = folder / "tokenizer_config.json"
+    template = read_json_object(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
+        template = (named.get("tool_use") if with_tools else None) or named.get("default")
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"{folder} holds no chat template ({TEMPLATE_FILE}, or one in tokenizer_config.json), "
+            "so it is not known how the model was taught to chat, or whether it was: use "
+            "generate() with a prompt of your own."
+        )
+    return template
+
+
+# --------------------------------------------------------------------------------- the messages
+
+
+def _not_empty(messages: Any) -> list[Any]:
+    return messages if isinstance(messages, list) and messages else [messages]
+
+
+def _read_message(turn: Any) -> dict[str, Any]:
+    """The turn as plain data, with the parts of its content joined.
+
+    A template could call methods of whatever else stood there. Raises InvalidRequest for no turn.
+    """
+    if isinstance(turn, dict) and isinstance(turn.get("role"), str):
+        content = turn.get("content")
+        if isinstance(content, list) and all(_is_text(part) for part in content):
+            content = "\n".join(part["text"] for part in content)
+        if isinstance(content, str) or (content is None and turn.get("tool_calls")):
+            return json.loads(json.dumps({**turn, "content": content}, default=str))
+    raise InvalidRequest(
+        f"{reprlib.repr(turn)} is no message of a chat: give a list of "
+        '{"role": "user", "content": "some text"}.'
+    )
+
+
+def _is_text(part: Any) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
+
+
+def _refuse_to_continue(last: dict[str, Any], add_generation_prompt: bool) -> None:
+    if add_generation_prompt:
+        raise InvalidRequest(
+            "the final message cannot be continued behind the opening of a new one: with "
+            "continue_final_message give add_generation_prompt=False."
+        )
+    if not last["content"]:
+        raise InvalidRequest(
+            "the final message has no content, so it cannot be continued: leave out "
+            "continue_final_message."
+        )
+
+
+def _cut_at(end_mark: str, text: str, said: str) -> str:
+    """The prompt without what the template put behind the last message."""
+    # Where the template strips messages, it has taken the mark's own space away.
+    stripped = end_mark not in text
+    before, *behind = text.split(end_mark.strip() if stripped else end_mark)
+    before = before.rstrip() if stripped else before
+    if len(behind) != 1 or not before.rstrip().endswith(said.rstrip()):
+        raise InvalidRequest(
+            "the chat template leaves the final message out or rewrites it, so it cannot be "
+            "continued: leave out continue_final_message."
+        )
+    return before
+
+
+# --------------------------------------------------------------------- what templates can count on
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}`: marks what an assistant said, for training. Here it marks nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+    )
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Jinja's own makes "<" safe for web pages, which is not what models were taught."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(reason: str) -> None:
+    raise TemplateError(reason)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+# By the names under which templates call them: to refuse messages, and to tell the date.
+_FUNCTIONS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}

@@ -1,0 +1,108 @@
+"""What may be given as a prompt, and how it becomes token ids."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from minipaged.errors import InvalidRequest, MissingTokenizer
+from minipaged.tokenizer.base import Tokenizer
+
+Prompt = str | Iterable[int] | Mapping[str, Any]
+"""Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
+
+The dicts may also hold a "cache_salt": only prompts with the same one share cached blocks.
+"""
+
+_FORMS = (
+    'give text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of '
+    "such prompts"
+)
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as the engine takes it: its text, if it came as text, and its token ids."""
+
+    text: str | None
+    token_ids: list[int]
+    cache_salt: str | None = None
+
+
+def list_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or many, as a list of prompts. Raises InvalidRequest for what is neither."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    many = _as_list(prompts)
+    if many and all(_is_token_id(item) for item in many):
+        return [many]  # one prompt, in token ids
+    return many
+
+
+def read_prompt(prompt: Any, tokenizer: Tokenizer | None) -> TokenizedPrompt:
+    """A prompt, whatever its form.
+
+    Raises:
+        InvalidRequest: it is no prompt, or an empty one.
+        MissingTokenizer: it is text, and the model has no tokenizer.
+    """
+    salt = None
+    if isinstance(prompt, Mapping):
+        unknown = prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}
+        if unknown:
+            raise InvalidRequest(
+                f"a prompt has the key {sorted(map(str, unknown))[0]!r}: its keys are prompt, "
+                "prompt_token_ids and cache_salt."
+            )
+        salt = _read_salt(prompt.get("cache_salt"))
+        if "prompt_token_ids" in prompt:
+            text, ids = prompt.get("prompt"), _read_token_ids(prompt["prompt_token_ids"])
+            if text is not None and not isinstance(text, str):
+                raise InvalidRequest(
+                    f"a prompt's text is {text!r}: give a string, or leave it out."
+                )
+            return TokenizedPrompt(text, ids, salt)
+        prompt = prompt.get("prompt")
+    if not isinstance(prompt, str):
+        return TokenizedPrompt(None, _read_token_ids(prompt), salt)
+    if tokenizer is None:
+        raise MissingTokenizer(
+            "the prompt is text, but the model's folder holds no tokenizer: "
+            "give the prompt as a list of token ids."
+        )
+    return TokenizedPrompt(prompt, _not_empty(tokenizer.encode(prompt)), salt)
+
+
+def _read_salt(salt: Any) -> str | None:
+    if salt is not None and not (isinstance(salt, str) and salt):
+        raise InvalidRequest(f"cache_salt is {salt!r}: give a string of one character or more.")
+    return salt
+
+
+def _read_token_ids(prompt: Any) -> list[int]:
+    token_ids = _as_list(prompt)
+    for token_id in token_ids:
+        if not _is_token_id(token_id):
+            raise InvalidRequest(
+                f"a prompt holds {token_id!r}, which is no token id: {_FORMS}; ids are whole "
+                "numbers."
+            )
+    return _not_empty([int(token_id) for token_id in token_ids])
+
+
+def _not_empty(token_ids: list[int]) -> list[int]:
+    if not token_ids:
+        raise InvalidRequest("the prompt is empty: give at least one token to go on from.")
+    return token_ids
+
+
+def _as_list(value: Any) -> list[Any]:
+    if hasattr(value, "tolist"):  # an array or tensor
+        value = value.tolist()
+    if isinstance(value, bytes) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"{value!r} is no prompt: {_FORMS}.")
+    return list(value)
+
+
+def _is_token_id(item: Any) -> bool:
+    return isinstance(item, Integral) and item is not True and item is not False

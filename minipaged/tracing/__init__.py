@@ -1,0 +1,1 @@
+"""What can be observed of scheduler and memory: one stream of events, its file, its pictures."""

@@ -1,0 +1,43 @@
+"""The event stream in a file, for other programs to read."""
+
+import stat
+from pathlib import Path
+
+from minipaged.errors import InvalidOption
+from minipaged.tracing.events import Event
+
+
+class TraceFile:
+    """Events as JSON lines in a file that is whole or absent.
+
+    A regular file is written beside its place and renamed at the end. A pipe or a terminal cannot
+    be renamed over: it is written to as it is. Raises InvalidOption if the place cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.is_dir() or not path.name:
+            raise InvalidOption(f"trace is {str(path)!r}, a folder: give the name of a file.")
+        special = path.exists() and not stat.S_ISREG(path.stat().st_mode)
+        self._path = path
+        self._part = path if special else path.with_name(path.name + ".part")
+        try:
+            self._file = self._part.open("w", encoding="utf-8")
+        except OSError as error:
+            raise InvalidOption(
+                f"trace is {str(path)!r}, where nothing can be written ({error.strerror}): give "
+                "another place."
+            ) from error
+
+    def write(self, event: Event) -> None:
+        """Add one line."""
+        print(event.to_json(), file=self._file)
+
+    def close(self, keep: bool) -> None:
+        """Put the file into its place, or take it away again."""
+        self._file.close()
+        if self._part == self._path:
+            return
+        if keep:
+            self._part.replace(self._path)
+        else:
+            self._part.unlink()

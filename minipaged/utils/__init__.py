@@ -1,0 +1,1 @@
+"""Devices, files and the words for shapes: what every package uses."""

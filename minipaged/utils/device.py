@@ -1,0 +1,52 @@
+"""The device: which one, how much memory it has, and how data gets there without a wait."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipaged.errors import InvalidOption
+
+GIB = 1024**3
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this name; "auto" is a CUDA GPU if there is one. Raises InvalidOption."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InvalidOption(f"there is no device {name!r} here: choose auto, cpu or cuda.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidOption('device="cuda" needs a CUDA GPU, and none is found: choose "cpu".')
+    return device
+
+
+def physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_gpu_memory(gpu: torch.device) -> int:
+    """Bytes that nobody uses, and those that torch keeps after they were used."""
+    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + kept
+
+
+def to_device(
+    values: Sequence[Any] | Tensor, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A tensor of these values on the device.
+
+    To a GPU it goes by way of pinned memory, which the GPU fetches by itself when its turn comes.
+    From ordinary memory the copy would first wait until the GPU has done all it was told before.
+    """
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)  # not to a GPU, or there already
+    return tensor.pin_memory().to(device, non_blocking=True)

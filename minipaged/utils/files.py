@@ -1,0 +1,37 @@
+"""Files: atomic writes, and JSON that is read with a sentence for what is wrong with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minipaged.errors import CheckpointError, InvalidOption
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write beside the place, then rename. Raises InvalidOption if nothing can be written there."""
+    if path.is_dir() or not path.name:
+        raise InvalidOption(f"{str(path)!r} is a folder: give the name of a file.")
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(
+            content if isinstance(content, bytes) else content.encode("utf-8", errors="replace")
+        )
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InvalidOption(
+            f"{path} cannot be written ({error.strerror}): give another place."
+        ) from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a file holds. Raises CheckpointError."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:  # neither JSON nor, perhaps, text
+        raise CheckpointError(f"{path} is not JSON ({error}): download it again.") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path} is JSON but no object: download it again.")
+    return parsed

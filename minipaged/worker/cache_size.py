@@ -1,0 +1,45 @@
+"""How many blocks of keys and values the memory has room for."""
+
+import torch
+
+from minipaged.errors import InvalidOption
+from minipaged.utils.device import GIB, physical_memory
+
+SWAP_BYTES = 2 * GIB  # a swap pool takes no more host memory than this unless asked to
+
+
+def blocks_that_fit(block_bytes: int, device: torch.device, gpu_memory_utilization: float) -> int:
+    """How many blocks of keys and values the memory has room for, weights already loaded.
+
+    On a GPU: what `gpu_memory_utilization` of its memory leaves beside all that is in use. On a
+    CPU: an eighth of the machine's memory, 2 GiB at the most, for the swap pool takes as much
+    again, and others need some too. Raises InvalidOption if not even one block fits.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(total * gpu_memory_utilization) - (total - free)
+    else:
+        budget = min(physical_memory() // 8, SWAP_BYTES)
+    if budget < block_bytes:
+        raise InvalidOption(
+            f"a block of keys and values takes {block_bytes} bytes, and {max(budget, 0)} are left "
+            "for them: raise gpu_memory_utilization, lower block_size, or take a smaller model."
+        )
+    return budget // block_bytes
+
+
+def refuse_more_than_memory(
+    num_blocks: int, num_swap_blocks: int, block_bytes: int, device: torch.device
+) -> None:
+    """Raise InvalidOption for pools that the machine could never hold.
+
+    Without this, it would run out of memory in the middle of a run, when the blocks are first used.
+    """
+    in_host = num_swap_blocks if device.type == "cuda" else num_blocks + num_swap_blocks
+    has = physical_memory()
+    if in_host * block_bytes > has:
+        raise InvalidOption(
+            f"num_blocks is {num_blocks} and num_swap_blocks {num_swap_blocks}: at {block_bytes} "
+            f"bytes a block, {in_host} of them need {in_host * block_bytes / GIB:.1f} GiB, and the "
+            f"machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all."
+        )
