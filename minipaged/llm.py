@@ -60,7 +60,7 @@ class LLM:
         watermark: the part of the pool that admission leaves free for those who run.
         enforce_eager: launch every kernel of a decode step, instead of replaying a CUDA graph.
         seed: of all random choices of requests that bring no seed of their own.
-        parts: other players for allocator, memory, scheduler, victim, attention.
+        parts: other players for allocator, memory, scheduler, select_victim, attention.
 
     Raises:
         InvalidOption: an option cannot work, or the weights do not fit the memory.

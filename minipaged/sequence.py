@@ -82,7 +82,7 @@ class Sequence:
         self.num_computed_tokens += num_new_tokens
         assert self.num_computed_tokens <= self.num_tokens, "computed a token that is not there"
 
-    def mark_found(self, num_tokens: int) -> None:
+    def mark_cached(self, num_tokens: int) -> None:
         """Note on admission that keys and values of so many first tokens need no computing."""
         assert num_tokens < self.num_tokens, "the last token's logits must still be computed"
         self.num_computed_tokens = num_tokens
@@ -132,16 +132,16 @@ class SequenceGroup:
     request_id: str
     sequences: list[Sequence]  # that still generate, in the order they joined
     width: int = 1
-    absent: list[Sequence] = field(default_factory=list[Sequence])
+    awaiting_refork: list[Sequence] = field(default_factory=list[Sequence])
     status: SequenceStatus = SequenceStatus.WAITING
     arrival: int = 0  # the scheduler's running number, from when it is added
     num_preemptions: int = 0
 
     @property
-    def num_seats(self) -> int:
+    def num_batch_slots(self) -> int:
         """How many sequences it may have in a step: as many as it has, or will when it forks."""
         has_yet_to_fork = self.sequences[0].num_output_tokens == 0  # the first token forks it
-        return self.width if has_yet_to_fork else len(self.sequences) + len(self.absent)
+        return self.width if has_yet_to_fork else len(self.sequences) + len(self.awaiting_refork)
 
     @property
     def is_decoding(self) -> bool:
@@ -149,7 +149,7 @@ class SequenceGroup:
         for seq in self.sequences:  # all(...) would take twice as long, for every group every step
             if len(seq.token_ids) - seq.num_computed_tokens != 1:
                 return False
-        return not self.absent
+        return not self.awaiting_refork
 
     def __repr__(self) -> str:
         return f"SequenceGroup({self.request_id!r}, {self.status.name}, {self.sequences})"

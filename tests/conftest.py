@@ -21,8 +21,12 @@ settings.register_profile(
 settings.load_profile("repo")
 
 if find_spec("triton") is None:  # it exists for Linux only; the library does without
-    collect_ignore = ["test_triton.py", "test_triton_engine.py", "test_compile.py"]
-    collect_ignore += ["test_graphs.py", "test_bench_triton.py"]
+    collect_ignore = ["attention/test_triton.py", "engine/test_triton_engine.py"]
+    collect_ignore += [
+        "evaluation/test_compile.py",
+        "worker/test_graphs.py",
+        "evaluation/test_bench_triton.py",
+    ]
 
 
 @pytest.fixture(scope="session")

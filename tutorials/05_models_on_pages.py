@@ -65,8 +65,8 @@ batch = BatchBuilder(max_num_seqs=4, max_blocks_per_seq=4, block_size=4).build(q
 row = [vocabulary[token] for token in batch.token_ids]
 print("words       ", *(f"{word:>6}" for word in row))
 print("positions   ", *(f"{position:6}" for position in batch.positions))
-print("slots       ", *(f"{slot:6}" for slot in batch.slots))
-print("query_starts", batch.query_starts.tolist(), "  context_lens", batch.context_lens.tolist())
+print("slots       ", *(f"{slot:6}" for slot in batch.slot_mapping))
+print("cu_seqlens_q", batch.cu_seqlens_q.tolist(), "  context_lens", batch.context_lens.tolist())
 print("logit_rows  ", batch.logit_rows.tolist())
 
 # %% Above the row of seven tokens, below the pool; framed: the slots that this step fills
@@ -81,7 +81,7 @@ for name, blocks in tables.items():
 figure, (above, below) = drawing.picture(7.2, 3.3, nrows=2, height_ratios=(1, 2.4))
 drawing.blocks(below, contents, owners, num_blocks=9, block_size=4, columns=3)
 owner_of_row = [name for name in words for _ in range(new[name])]
-for number, slot in enumerate(batch.slots.tolist()):
+for number, slot in enumerate(batch.slot_mapping.tolist()):
     colour = drawing.COLOURS[ord(owner_of_row[number]) - ord("A")]
     above.barh(0, 1, left=number, color=colour, edgecolor=drawing.GREY)
     place = f"position {batch.positions[number]}\nslot {slot}"
@@ -235,8 +235,8 @@ class OwnLlama:
         qkv = self.times(x, here + "qkv_proj").unflatten(-1, (-1, c.head_dim))
         q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         q, k = self.place(q, k, positions)
-        self.store(k, kv[0], batch.slots)
-        self.store(v, kv[1], batch.slots)
+        self.store(k, kv[0], batch.slot_mapping)
+        self.store(v, kv[1], batch.slot_mapping)
         out = reference_paged_attention(q, *kv, batch, c.head_dim**-0.5)
         return self.times(out.flatten(1), here + "o_proj")
 

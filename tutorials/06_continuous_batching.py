@@ -104,7 +104,7 @@ print(f"8 sequences: {gains[3]:.0f} times the tokens of one, {8 / gains[3]:.1f} 
 # %%
 from minipaged.config import EngineConfig
 from minipaged.memory import Memory
-from minipaged.scheduler.output import ScheduledBatch
+from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -123,12 +123,12 @@ class StaticBatches:
     def add(self, group: SequenceGroup) -> None:
         self.waiting.append(group)
 
-    def schedule(self) -> ScheduledBatch:
+    def schedule(self) -> SchedulerOutput:
         """Who computes what in the next step."""
-        plan = ScheduledBatch(tokens_left=self.config.max_num_batched_tokens)
+        plan = SchedulerOutput(tokens_left=self.config.max_num_batched_tokens)
         if self.may_join():
-            num_seats = self.config.max_num_seqs - len(self.running)
-            newcomers, self.waiting = self.waiting[:num_seats], self.waiting[num_seats:]
+            num_batch_slots = self.config.max_num_seqs - len(self.running)
+            newcomers, self.waiting = self.waiting[:num_batch_slots], self.waiting[num_batch_slots:]
         else:
             newcomers = []
         for group in self.running:
@@ -140,7 +140,7 @@ class StaticBatches:
             plan.add(group)  # all tokens that are not computed yet
         return plan
 
-    def commit(self, plan: ScheduledBatch) -> None:
+    def commit(self, plan: SchedulerOutput) -> None:
         """The step has run."""
         for scheduled in plan.sequences:
             scheduled.seq.mark_computed(scheduled.num_new_tokens)
@@ -245,7 +245,7 @@ axes[1].legend(loc="upper right", fontsize=8)
 # @@ minipaged.scheduler.fcfs.FCFSScheduler.schedule
 #
 # It asks for blocks before it promises them, and takes them away from somebody if there are none
-# (`_reserve_for_running`, chapter 9). It brings back samples of one prompt (`_fork_again`, for
+# (`_reserve_for_running`, chapter 9). It brings back samples of one prompt (`_refork`, for
 # chapter 7). It ends with an assertion, to which we come back below. And it shares out *tokens*,
 # not only seats.
 #
@@ -391,14 +391,14 @@ print("the same tokens five times, and everybody in turn")
 
 # %%
 class Twice(ContinuousBatches):
-    def schedule(self) -> ScheduledBatch:
+    def schedule(self) -> SchedulerOutput:
         plan = super().schedule()
         plan.add(self.running[0])
         return plan
 
 
 class NobodyJoins(FCFSScheduler):
-    def _let_others_join(self, plan: ScheduledBatch) -> None:
+    def _let_others_join(self, plan: SchedulerOutput) -> None:
         pass
 
 

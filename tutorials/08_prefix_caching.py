@@ -113,20 +113,20 @@ def arrive(seq_id: int, tokens: range) -> Sequence:
     return seq
 
 
-def num_found(tokens: range) -> int:
-    return memory.num_found(Sequence(-1, tokens))
+def num_cached_tokens(tokens: range) -> int:
+    return memory.num_cached_tokens(Sequence(-1, tokens))
 
 
 first = arrive(0, prompt_of_10)
-print("blocks handed out:       found", num_found(prompt_of_10), "tokens")
+print("blocks handed out:       found", num_cached_tokens(prompt_of_10), "tokens")
 first.mark_computed(10)
-memory.publish(first)
-print("step done:               found", num_found(prompt_of_10), "tokens")
-print("a prompt of exactly 8:   found", num_found(range(8)), "tokens")
+memory.cache_blocks(first)
+print("step done:               found", num_cached_tokens(prompt_of_10), "tokens")
+print("a prompt of exactly 8:   found", num_cached_tokens(range(8)), "tokens")
 memory.free(first)
 print(
     "the sequence has ended:  found",
-    num_found(prompt_of_10),
+    num_cached_tokens(prompt_of_10),
     "tokens,",
     memory.num_free,
     "blocks free",
@@ -262,7 +262,7 @@ axes.axis("off")
 # their last block first, so in the order of idleness children always come before their parents, and
 # the policy is one line:
 #
-# @@ minipaged.memory.prefix_cache.PrefixCache.victim
+# @@ minipaged.memory.prefix_cache.PrefixCache.evict_candidate
 #
 # This method is the place for a policy of your own. Let us give up the block that was used *least
 # often*, and of several the one unused for longest. An allocation begins the count, and whoever
@@ -289,7 +289,7 @@ class LeastOftenUsed(PrefixCache):
         super().share(block)
         self.uses[block] += 1
 
-    def victim(self) -> int:
+    def evict_candidate(self) -> int:
         leaves = (block for block in self.idle if self.is_leaf(block))
         return min(leaves, key=self.uses.__getitem__)
 
@@ -338,7 +338,7 @@ def part_found(cache: type[PrefixCache], prompts: list[list[int]], num_blocks: i
         memory.admit(SequenceGroup(str(number), [seq]))
         found += seq.num_computed_tokens
         seq.mark_computed(seq.num_uncomputed_tokens)
-        memory.publish(seq)
+        memory.cache_blocks(seq)
         memory.free(seq)
     return 100 * found / sum(map(len, prompts))
 
@@ -371,8 +371,8 @@ axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.25), ncols=3, fontsize=8
 # system prompts, for they have been used often, and finds nearly all that can be found. But it
 # cannot forget. When the topics change, the old ones have high counts and nobody wants them, while
 # the new ones are given up before they can gain any. There LRU finds all that can be found, and
-# yours a seventh of it. Neither is *the* policy. (LRU is also quicker: `victim` above looks at
-# every idle block.)
+# yours a seventh of it. Neither is *the* policy. (LRU is also quicker: `evict_candidate` above
+# looks at every idle block.)
 #
 # ### Your policy serves a model
 #
@@ -515,7 +515,7 @@ def what_is_found(cache: type[PrefixCache]) -> list[int]:
         seq = Sequence(number, range(start, start + 8))
         memory.admit(SequenceGroup(str(number), [seq]))
         seq.mark_computed(8)
-        memory.publish(seq)
+        memory.cache_blocks(seq)
         memory.free(seq)
     again = Sequence(9, range(8))
     memory.pin(again)
@@ -534,7 +534,7 @@ assert sorted(what_is_found(StaysInTheIndex)) == list(range(100, 108))
 
 
 class ParentsFirst(PrefixCache):
-    def victim(self) -> int:
+    def evict_candidate(self) -> int:
         return next(block for block in self.idle if not self.is_leaf(block))
 
 
@@ -581,7 +581,7 @@ else:
 #
 # No. The scheduler sees that the block that the second would look for is just being computed, and
 # lets it join a step later. And if two sequences do write the same block at the same time,
-# `publish` keeps one of the two.
+# `cache_blocks` keeps one of the two.
 #
 # </details>
 #

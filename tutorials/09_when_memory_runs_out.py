@@ -39,8 +39,8 @@
 #
 # @@ minipaged.scheduler.fcfs.FCFSScheduler._make_room
 #
-# Whom to take is a part of its own, `victim`. It is given the groups that are younger than the one
-# in need, and returns one of them. The library's is the paper's, the youngest:
+# Whom to take is a part of its own, `select_victim`. It is given the groups that are younger than
+# the one in need, and returns one of them. The library's is the paper's, the youngest:
 #
 # @@ minipaged.scheduler.fcfs.youngest
 #
@@ -51,7 +51,7 @@
 # %%
 from collections.abc import Sequence as Many
 
-from minipaged.scheduler.fcfs import Victim, youngest
+from minipaged.scheduler.fcfs import SelectVictim, youngest
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -93,12 +93,12 @@ prompts = [
 params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
 
 
-def build(victim: Victim = youngest, **options: Any) -> tuple[LLM, list[Event]]:
+def build(select_victim: SelectVictim = youngest, **options: Any) -> tuple[LLM, list[Event]]:
     """A tight pool, and the list that its events will come to."""
     events: list[Event] = []
     tight = {"num_blocks": 36, "num_swap_blocks": 72, "block_size": 4}
     options = tight | {"enable_prefix_caching": False} | options
-    parts = Parts(victim=victim).traced(EventLog(events.append))
+    parts = Parts(select_victim=select_victim).traced(EventLog(events.append))
     return LLM(parts=parts, **options), events
 
 
@@ -202,11 +202,11 @@ print(f"{len(out.fields['pairs'])} blocks were copied")
 # %% [markdown]
 # ### Which victim?
 #
-# Your victims play the role `victim`. We count preemptions, steps, and what was lost: tokens that
-# were computed again, or blocks that were copied out and in.
+# Your victims play the role `select_victim`. We count preemptions, steps, and what was lost: tokens
+# that were computed again, or blocks that were copied out and in.
 
 # %%
-cases: dict[str, tuple[Victim, dict[str, Any]]] = {
+cases: dict[str, tuple[SelectVictim, dict[str, Any]]] = {
     "recompute, cheapest": (cheapest, {"preemption": "recompute"}),
     "recompute, largest": (largest, {"preemption": "recompute"}),
     "swap, cheapest": (cheapest, {"preemption": "swap"}),
@@ -403,7 +403,7 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 #
 # </details>
 #
-# **Could `victim` let somebody starve?**
+# **Could `select_victim` let somebody starve?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #

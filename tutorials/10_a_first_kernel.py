@@ -391,8 +391,8 @@ print(calls)
 # were whole numbers, cuts bfloat16 off where a GPU rounds, and loses a carry when it stores float8
 # ([kernels](../kernels.md), "What was tried"). With float32, as here, it agrees. Under the
 # interpreter a plain `print` works in a kernel, and so does `breakpoint()`. Before you trust a
-# kernel, run its tests on a GPU as well: the library's `tests/test_triton.py` takes a GPU where
-# there is one, and the interpreter elsewhere.
+# kernel, run its tests on a GPU as well: the library's `tests/attention/test_triton.py` takes a GPU
+# where there is one, and the interpreter elsewhere.
 #
 # ## Check
 #

@@ -33,7 +33,7 @@ def executed(chapter: Chapter, root: Path) -> NotebookNode:
     kept.parent.mkdir(parents=True, exist_ok=True)
     for old in kept.parent.glob(f"{chapter.name}-*.ipynb"):
         old.unlink()
-    _write_whole(kept, nbformat.writes(notebook))
+    _write_atomically(kept, nbformat.writes(notebook))
     return notebook
 
 
@@ -96,7 +96,7 @@ def _what_raised(chapter: Chapter, notebook: NotebookNode, raised: CellExecution
     return f"{chapter.script.name} raised {raised.ename}: {raised.evalue}"
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     """The file is whole or absent, whenever this is stopped."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     with os.fdopen(handle, "w", encoding="utf-8") as file:

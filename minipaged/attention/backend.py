@@ -49,7 +49,7 @@ class AttentionBackend:
         q and out [tokens, heads, head_dim];
         k_cache and v_cache [num_blocks, kv_heads, block_size, head_dim]
     store_kv(k, v, k_cache, v_cache, batch)
-        k and v [tokens, kv_heads, head_dim], written to the slots `batch.slots`
+        k and v [tokens, kv_heads, head_dim], written to the slots `batch.slot_mapping`
     copy_blocks(source, target, pairs)
         source and target [layers, 2, num_blocks, ...], pairs [pairs, 2] from and to
     rope_and_store_kv(q, k, v, cos, sin, k_cache, v_cache, batch) -> q
@@ -63,7 +63,7 @@ class AttentionBackend:
     copy_blocks: CopyBlocks = copy_blocks
     rope_and_store_kv: RopeAndStoreKV | None = None
     # Of the batch's Python numbers it needs no more than bounds: a CUDA graph can record it.
-    reads_only_tensors: bool = False
+    cuda_graph_safe: bool = False
 
 
 BACKENDS: dict[str, AttentionBackend] = {
@@ -131,5 +131,5 @@ def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
         copy_blocks,
         rope_and_store_kv=None if naive else rope_and_store_kv,
         # Interpreted on a GPU's tensors, kernels copy them to the host and back.
-        reads_only_tensors=device.type != "cuda" or not is_interpreted(),
+        cuda_graph_safe=device.type != "cuda" or not is_interpreted(),
     )

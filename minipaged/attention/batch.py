@@ -6,8 +6,8 @@ slots:
 
     token_ids     [ t5 | p0 p1 p2 ]
     positions     [  5 |  0  1  2 ]      place of each token in its sequence
-    slots         [ 29 |  8  9 10 ]      where its keys and values go: block * block_size + offset
-    query_starts  [  0    1       4 ]    sequence s owns tokens query_starts[s] to query_starts[s+1]
+    slot_mapping  [ 29 |  8  9 10 ]      where its keys and values go: block * block_size + offset
+    cu_seqlens_q  [  0    1       4 ]    sequence s owns tokens cu_seqlens_q[s] to cu_seqlens_q[s+1]
     context_lens  [  5    0 ]            tokens of the sequence that are in the cache already
     block_tables  [[3 7], [2 .]]         only the first ceil(length / block_size) entries of a row
                                          mean anything; never read the others as blocks
@@ -51,12 +51,12 @@ class Batch:
 
     token_ids: Int[Tensor, " tokens"]
     positions: Int[Tensor, " tokens"]
-    slots: Int[Tensor, " tokens"]
-    query_starts: Int[Tensor, " seqs_and_one"]
+    slot_mapping: Int[Tensor, " tokens"]
+    cu_seqlens_q: Int[Tensor, " seqs_and_one"]
     context_lens: Int[Tensor, " seqs"]
     block_tables: Int[Tensor, "seqs max_blocks"]
     logit_rows: Int[Tensor, " rows"]  # the tokens whose logits are wanted
-    spans: tuple[Span, ...]  # query_starts and context_lens once more, as Python numbers
+    spans: tuple[Span, ...]  # cu_seqlens_q and context_lens once more, as Python numbers
 
     @property
     def num_seqs(self) -> int:
@@ -131,12 +131,12 @@ class BatchBuilder:
         owner = torch.repeat_interleave(torch.arange(len(spans)), starts.diff())  # [tokens]
         positions = torch.arange(len(token_ids)) + (context_lens - starts[:-1])[owner]  # [tokens]
         blocks = block_tables[owner, positions // self._block_size]  # [tokens]
-        slots = blocks.long() * self._block_size + positions % self._block_size  # [tokens]
+        slot_mapping = blocks.long() * self._block_size + positions % self._block_size  # [tokens]
         return Batch(
             token_ids=to_device(token_ids, self._device, torch.long),
             positions=to_device(positions, self._device),
-            slots=to_device(slots, self._device),
-            query_starts=to_device(starts, self._device),
+            slot_mapping=to_device(slot_mapping, self._device),
+            cu_seqlens_q=to_device(starts, self._device),
             context_lens=to_device(context_lens, self._device),
             block_tables=to_device(block_tables, self._device),
             logit_rows=to_device(logit_rows, self._device, torch.long),

@@ -88,12 +88,15 @@ def store_kv(
 ) -> None:
     """Write the step's new keys and values into their slots of the pool, in place."""
     _, kv_heads, block_size, head_dim = k_cache.shape
-    expected = (len(batch.slots), kv_heads, head_dim)
+    expected = (len(batch.slot_mapping), kv_heads, head_dim)
     for name, new in (("keys", k), ("values", v)):
         # An assignment broadcasts: a single head would be written to all heads of the cache.
         assert new.shape == expected, (
             f"the new {name} are {tuple(new.shape)}, the cache takes {expected}"
         )
-    blocks, offsets = batch.slots // block_size, batch.slots % block_size  # [tokens] each
+    blocks, offsets = (
+        batch.slot_mapping // block_size,
+        batch.slot_mapping % block_size,
+    )  # [tokens] each
     k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
     v_cache[blocks, :, offsets] = v.to(v_cache.dtype)

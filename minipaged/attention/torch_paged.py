@@ -37,7 +37,10 @@ def torch_store_kv(
     _, kv_heads, block_size, head_dim = k_cache.shape
     rows = batch.notes.get(("slots", k_cache.shape))
     if rows is None:  # the first layer
-        blocks, offsets = batch.slots // block_size, batch.slots % block_size  # [tokens] each
+        blocks, offsets = (
+            batch.slot_mapping // block_size,
+            batch.slot_mapping % block_size,
+        )  # [tokens] each
         heads = torch.arange(kv_heads, device=k.device)
         rows = ((blocks[:, None] * kv_heads + heads) * block_size + offsets[:, None]).flatten()
         batch.notes["slots", k_cache.shape] = rows

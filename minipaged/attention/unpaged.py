@@ -58,7 +58,7 @@ def unpaged_store_kv(
         # PyTorch raises.
         _, kv_heads, _, head_dim = cache.shape
         rows = cache.transpose(1, 2).view(-1, kv_heads, head_dim)  # [slots * length, ...]
-        rows.index_copy_(0, batch.slots, new.to(cache.dtype))
+        rows.index_copy_(0, batch.slot_mapping, new.to(cache.dtype))
 
 
 def _slots(batch: Batch) -> list[int]:

@@ -19,7 +19,7 @@ from minipaged.attention.virtual_cuda import CudaPages
 from minipaged.config import ModelConfig
 from minipaged.memory import BlockPair
 from minipaged.memory.baselines.pages import MappedPages
-from minipaged.memory.baselines.slots import Pages, SlotLayout
+from minipaged.memory.baselines.slots import Pages, RegionLayout
 
 
 class CountedPages(Pages, Protocol):
@@ -39,19 +39,19 @@ class VirtualKVCache:
     def __init__(
         self,
         config: ModelConfig,
-        layout: SlotLayout,
+        layout: RegionLayout,
         dtype: torch.dtype,
         memory: Tensor,
         pages: CountedPages,
     ) -> None:
-        self.block_size = layout.slot_len
+        self.block_size = layout.region_len
         self.device = memory.device
         self.layout = layout
         self.pages = pages
         # One of `outer` and `inner` is the number of layers, and the other one 1.
         outer = layout.num_buffers // 2
         inner = config.num_layers // outer
-        shape = (outer, 2, layout.num_slots, layout.slot_len)
+        shape = (outer, 2, layout.num_slots, layout.region_len)
         numbers = memory.view(dtype).view(*shape, inner, config.num_kv_heads, config.head_dim)
         by_layer = numbers.movedim(4, 1).flatten(0, 1)  # [layers, 2, slots, length, ...]: a view
         assert by_layer.data_ptr() == memory.data_ptr(), "copied, where a view was meant"
@@ -63,7 +63,7 @@ class VirtualKVCache:
 
     @classmethod
     def on_cpu(
-        cls, config: ModelConfig, layout: SlotLayout, dtype: torch.dtype
+        cls, config: ModelConfig, layout: RegionLayout, dtype: torch.dtype
     ) -> "VirtualKVCache":
         """A cache in the memory of this process. Raises InvalidOption if it cannot be had."""
         pages = MappedPages(layout)
@@ -75,7 +75,7 @@ class VirtualKVCache:
     def on_gpu(
         cls,
         config: ModelConfig,
-        layout: SlotLayout,
+        layout: RegionLayout,
         dtype: torch.dtype,
         budget: int,
         device: torch.device,
@@ -88,7 +88,7 @@ class VirtualKVCache:
         """Copy what is mapped of slots to others: a fork's first write."""
         for source, target in pairs:
             mapped = min(self.pages.num_mapped(source), self.pages.num_mapped(target))
-            tokens = slice(min(self.layout.tokens_in(mapped), self.layout.slot_len))
+            tokens = slice(min(self.layout.tokens_in(mapped), self.layout.region_len))
             self._pool[:, :, target, tokens] = self._pool[:, :, source, tokens]
 
     def swap_out(self, pairs: list[BlockPair]) -> None:

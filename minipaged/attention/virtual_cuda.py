@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minipaged.errors import InvalidOption
-from minipaged.memory.baselines.slots import SlotLayout
+from minipaged.memory.baselines.slots import RegionLayout
 
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
@@ -45,7 +45,7 @@ class CudaPages:
         InvalidOption: the bindings are missing, the GPU has other pages, or it has too few.
     """
 
-    def __init__(self, layout: SlotLayout, budget: int, device: torch.device) -> None:
+    def __init__(self, layout: RegionLayout, budget: int, device: torch.device) -> None:
         self.layout = layout
         # The driver works in the context that PyTorch makes with its first tensor.
         self.device = torch.zeros(1, device=device).device
@@ -148,7 +148,7 @@ class CudaPages:
 
 
 def _give_back(
-    driver: Any, address: int, layout: SlotLayout, spare: list[Any], mapped: dict[int, Any]
+    driver: Any, address: int, layout: RegionLayout, spare: list[Any], mapped: dict[int, Any]
 ) -> None:
     """Return all pages and addresses, when nobody can touch them any more."""
     driver.cuCtxSynchronize()

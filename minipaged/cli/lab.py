@@ -20,7 +20,7 @@ from minipaged.labs.lab import Lab, Task
 from minipaged.labs.progress import Progress
 from minipaged.labs.starter import library_text, starter
 from minipaged.labs.watch import CAN_FORK, run_in_copy, wait_for_save
-from minipaged.utils.files import write_whole
+from minipaged.utils.files import write_atomically
 
 app = typer.Typer(help="Teaching labs: write a part of the engine.", rich_markup_mode=None)
 console = Console(highlight=False, soft_wrap=True)
@@ -64,7 +64,7 @@ def start(number: Number) -> None:
             f"{file} is there already and was left as it is. To begin anew: "
             f"`minipaged lab reset {number}`, which keeps a copy."
         )
-    write_whole(file, text)
+    write_atomically(file, text)
     if number == NUMBER:
         console.print(f"{file}: change what you like. Then: minipaged lab challenge")
         return
@@ -145,7 +145,7 @@ def reset(number: Number) -> None:
         backup = next(place for place in backups if not place.exists())
         file.rename(backup)
         console.print(f"{file} is kept as {backup}.")
-    write_whole(file, text)
+    write_atomically(file, text)
     console.print(f"{file} is as at the beginning.")
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.paper.figure import FULL, QUICK, Figure, Result
-from minipaged.utils.files import write_whole
+from minipaged.utils.files import write_atomically
 
 NAMES = "table1 fig1 fig2 fig3 fig12 fig13 fig14 fig15 fig16 fig17 fig18 fig19 vattention".split()
 
@@ -40,7 +40,7 @@ def paper(
         result = figure.run(effort)
         verdicts += [check.is_met for check in result.checks]
         saved = json.dumps({**result.as_dict(), "effort": effort.name})
-        write_whole(out / f"{figure.name}.json", f"{saved}\n")
+        write_atomically(out / f"{figure.name}.json", f"{saved}\n")
         if draws:
             _draw(figure, result, out / f"{figure.name}.png")
         if as_json:
@@ -80,4 +80,4 @@ def _draw(figure: Figure, result: Result, file: Path) -> None:
     figure.draw(result, canvas)
     picture = io.BytesIO()
     canvas.savefig(picture, format="png", dpi=120)
-    write_whole(file, picture.getvalue())
+    write_atomically(file, picture.getvalue())

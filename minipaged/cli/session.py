@@ -48,10 +48,10 @@ class Session:
 
     def load(self, swap: list[str] | None = None, **options: Any) -> "LLM":
         """The model, with whatever options the command has; raises what `LLM` raises."""
-        from minipaged.engine.custom_parts import parts_with, read_swaps
+        from minipaged.engine.custom_parts import parts_with, read_custom_parts
         from minipaged.llm import LLM
 
-        parts = parts_with(read_swaps(swap or ()))
+        parts = parts_with(read_custom_parts(swap or ()))
         observed = self._show_blocks or self.is_live or self._trace is not None
         llm = LLM(parts=parts.traced(self.log) if observed else parts, **options)
         if self._show_blocks:

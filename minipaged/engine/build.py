@@ -84,7 +84,7 @@ def _graphs(
     enforce_eager: bool,
 ) -> DecodeGraphs | None:
     device = kv_cache.device
-    if device.type != "cuda" or not backend.reads_only_tensors or enforce_eager:
+    if device.type != "cuda" or not backend.cuda_graph_safe or enforce_eager:
         return None
     record = record_cuda_graphs(device)
     return DecodeGraphs(model, kv_cache, config.max_num_seqs, config.max_blocks_per_seq, record)

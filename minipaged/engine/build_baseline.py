@@ -16,7 +16,7 @@ from minipaged.errors import InvalidOption
 from minipaged.memory import BlockManager
 from minipaged.memory.baselines.kinds import KINDS, VIRTUAL, VirtualKind, contiguous
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE
-from minipaged.memory.baselines.slots import SlotLayout
+from minipaged.memory.baselines.slots import RegionLayout
 from minipaged.memory.baselines.virtual import VirtualMemory
 
 
@@ -94,7 +94,7 @@ def _virtual(
             'not give them: choose another kv_cache_dtype, or memory="paged".'
         )
     huge = kind.huge_pages or device.type == "cuda"
-    layout = SlotLayout.for_model(
+    layout = RegionLayout.for_model(
         model,
         dtype.itemsize,
         num_slots=config.max_num_seqs,
@@ -112,5 +112,5 @@ def _virtual(
     def memory(**_: Any) -> VirtualMemory:
         return VirtualMemory(layout, groups, kv_cache.pages, int(config.watermark * groups))
 
-    batches = BatchBuilder(config.max_num_seqs, 1, layout.slot_len, device)
+    batches = BatchBuilder(config.max_num_seqs, 1, layout.region_len, device)
     return Storage(kv_cache, replace(parts, memory=memory), batches)

@@ -1,6 +1,6 @@
 """A part of your own, named by its place: `allocator=my_lab1.py:BlockAllocator`.
 
-    minipaged generate "Once upon a time" --swap allocator=my_lab1.py:BlockAllocator
+    minipaged generate "Once upon a time" --part allocator=my_lab1.py:BlockAllocator
 
 Each role of `Parts` can be swapped so. Swapped parts are checked: a second opinion counts all
 owners again after every call, and names the call that went wrong.
@@ -26,7 +26,7 @@ PLAYERS = {
     "prefix_cache": "minipaged.memory.prefix_cache.PrefixCache",
     "memory": "minipaged.memory.block_manager.BlockManager",
     "scheduler": "minipaged.scheduler.fcfs.FCFSScheduler",
-    "victim": "minipaged.scheduler.fcfs.youngest",
+    "select_victim": "minipaged.scheduler.fcfs.youngest",
     "paged_attention": "minipaged.attention.reference.reference_paged_attention",
     "store_kv": "minipaged.attention.reference.store_kv",
     "sampling_request": "minipaged.engine.request.SamplingRequest",
@@ -34,7 +34,7 @@ PLAYERS = {
 """The roles, and the library's own player of each. They are imported only when one is asked for."""
 
 
-def read_swaps(swaps: Iterable[str]) -> dict[str, Any]:
+def read_custom_parts(swaps: Iterable[str]) -> dict[str, Any]:
     """By role, what "role=file.py:name" names. Raises InvalidOption."""
     found: dict[str, Any] = {}
     for swap in swaps:
@@ -42,12 +42,12 @@ def read_swaps(swaps: Iterable[str]) -> dict[str, Any]:
         file, colon, name = place.rpartition(":")
         if not (equals and colon and role and file and name):
             raise InvalidOption(
-                f"--swap is {swap!r}: give role=file.py:name, as in "
+                f"--part is {swap!r}: give role=file.py:name, as in "
                 "allocator=my_lab1.py:BlockAllocator."
             )
         if role not in PLAYERS:
             raise InvalidOption(
-                f"--swap names the role {role!r}: choose one of {', '.join(PLAYERS)}."
+                f"--part names the role {role!r}: choose one of {', '.join(PLAYERS)}."
             )
         found[role] = find_in_file(Path(file), name)
     return found

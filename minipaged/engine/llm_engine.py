@@ -24,7 +24,7 @@ from minipaged.sampling import (
     SamplingRow,
 )
 from minipaged.scheduler.fcfs import Scheduler
-from minipaged.scheduler.output import ScheduledBatch, ScheduledSequence
+from minipaged.scheduler.output import ScheduledSequence, SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, TokenizedPrompt, read_prompt
@@ -98,7 +98,7 @@ class LLMEngine:
             return scheduled.num_new_tokens
         return 1 if scheduled.samples else 0
 
-    def _sample(self, plan: ScheduledBatch, logits: Tensor) -> Sampled:
+    def _sample(self, plan: SchedulerOutput, logits: Tensor) -> Sampled:
         """Choose the next token of every sequence of which nothing is left to compute.
 
         Several tokens for a prompt with several samples: they are drawn from the same logits.
@@ -127,7 +127,7 @@ class LLMEngine:
             sampled.setdefault(request_id, {}).setdefault(seq_id, []).append(token)
         return sampled
 
-    def _commit(self, plan: ScheduledBatch, sampled: Sampled) -> list[RequestOutput]:
+    def _commit(self, plan: SchedulerOutput, sampled: Sampled) -> list[RequestOutput]:
         """Note what was computed, fork and go on as each request decides, free what has ended."""
         self.scheduler.commit(plan)
         self._note_sharing(plan)
@@ -154,7 +154,7 @@ class LLMEngine:
     def _fork(self, group: SequenceGroup, parent: Sequence) -> Sequence:
         return self.scheduler.fork(group, parent, next(self._seq_ids))
 
-    def _note_sharing(self, plan: ScheduledBatch) -> None:
+    def _note_sharing(self, plan: SchedulerOutput) -> None:
         """Count the blocks of requests with several sequences (the paper's Figure 15)."""
         memory = self.scheduler.memory
         for group in {s.group for s in plan.sequences if s.group.width > 1}:

@@ -26,7 +26,7 @@ from minipaged.memory import (
     PrefixCache,
 )
 from minipaged.sampling import SamplingParams
-from minipaged.scheduler.fcfs import FCFSScheduler, Scheduler, Victim, youngest
+from minipaged.scheduler.fcfs import FCFSScheduler, Scheduler, SelectVictim, youngest
 from minipaged.tracing.events import EventLog, TracedAllocator, TracedMemory, TracedScheduler
 
 BuildMemory = Callable[..., Memory]
@@ -42,7 +42,7 @@ class Parts:
                      the block table's class
     memory           called with the arguments of BlockManager, by keyword
     scheduler        called with the arguments of FCFSScheduler, by position
-    victim           whom to preempt, of the running groups younger than the one in need
+    select_victim    whom to preempt, of the running groups younger than the one in need
     paged_attention  None: the attention backend's
     store_kv         None: the attention backend's
     sampling_request a SamplingRequest: how the samples of a prompt begin, go on and end
@@ -54,7 +54,7 @@ class Parts:
     prefix_cache: Callable[..., PrefixCache] = PrefixCache
     memory: BuildMemory = BlockManager
     scheduler: Callable[..., Scheduler] = FCFSScheduler
-    victim: Victim = youngest
+    select_victim: SelectVictim = youngest
     paged_attention: PagedAttention | None = None
     store_kv: StoreKV | None = None
     sampling_request: Callable[[Arrival, SamplingParams, int], Request] = SamplingRequest
@@ -74,7 +74,7 @@ class Parts:
             enable_prefix_caching=config.enable_prefix_caching,
             prefix_cache=partial(self.prefix_cache, block_table=self.block_table),
         )
-        return self.scheduler(config, memory, self.victim)
+        return self.scheduler(config, memory, self.select_victim)
 
     def attention(self, backend: AttentionBackend) -> AttentionBackend:
         """The backend with the functions replaced that these parts replace."""
@@ -85,7 +85,7 @@ class Parts:
             paged_attention=self.paged_attention or backend.paged_attention,
             store_kv=self.store_kv or backend.store_kv,
             rope_and_store_kv=None,  # theirs is to be called, not passed over
-            reads_only_tensors=False,  # who knows what theirs read
+            cuda_graph_safe=False,  # who knows what theirs read
         )
 
     def checked(self) -> "Parts":

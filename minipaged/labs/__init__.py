@@ -3,7 +3,7 @@
     lab.py        what a lab is: its tasks, and which bodies a student writes
     catalogue.py  the labs; each is described in a file of its own, lab1_allocator.py and so on
     starter.py    a student's file, generated from the library's classes
-    plugin.py     what the tests of all labs share: `pytest -m "lab(number=1)" --swap ...`
+    plugin.py     what the tests of all labs share: `pytest -m "lab(number=1)" --part ...`
     grading.py    a task's tests in a process of their own, and the points they give
     progress.py   what a student has so far
     watch.py      a check after every save

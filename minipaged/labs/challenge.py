@@ -24,7 +24,7 @@ from minipaged.evaluation.sim.traces import WORKLOADS, TraceRequest, chat_trace,
 from minipaged.labs.referee import Referee
 from minipaged.memory import BlockAllocator, BlockManager, Memory, PrefixCache
 from minipaged.scheduler.fcfs import FCFSScheduler, Scheduler, youngest
-from minipaged.utils.files import write_whole
+from minipaged.utils.files import write_atomically
 
 NUMBER = 9
 TITLE = "the open challenge: lower latency at fixed memory"
@@ -32,7 +32,7 @@ FILE_NAME = "lab9_challenge.py"
 
 NAMES = {
     "scheduler": "MyScheduler",
-    "victim": "my_victim",
+    "select_victim": "my_victim",
     "memory": "MyMemory",
     "prefix_cache": "MyPrefixCache",
     "allocator": "MyAllocator",
@@ -48,7 +48,7 @@ STARTER = '''\
 
 Whatever you call by one of these names takes the place of the library's part; leave out the others:
 
-    MyScheduler    a class, called with (config, memory, victim)
+    MyScheduler    a class, called with (config, memory, select_victim)
     my_victim      a function: of the running groups that may be preempted, the one to preempt
     MyMemory       a class, called with the arguments of BlockManager, by keyword
     MyPrefixCache  a class derived from PrefixCache
@@ -60,7 +60,7 @@ ideas: tutorials/labs/09.md.
 
 from collections.abc import Sequence as Many
 
-from minipaged.plan import ScheduledBatch
+from minipaged.plan import SchedulerOutput
 from minipaged.scheduler import FCFSScheduler
 from minipaged.sequence import SequenceGroup
 
@@ -73,7 +73,7 @@ def urgency(group: SequenceGroup) -> float:
 class MyScheduler(FCFSScheduler):
     """The library's scheduler, but for the order in which those who wait come in."""
 
-    def schedule(self) -> ScheduledBatch:
+    def schedule(self) -> SchedulerOutput:
         self.waiting.sort(key=urgency)
         return super().schedule()
 
@@ -145,7 +145,9 @@ def serve(workload: str, trace: list[TraceRequest], parts: dict[str, Any]) -> Se
 
     def scheduler(config: EngineConfig, memory: Memory) -> Scheduler:
         build: Callable[..., Scheduler] = parts.get("scheduler", FCFSScheduler)
-        referees.append(Referee(build(config, memory, parts.get("victim", youngest)), setting))
+        referees.append(
+            Referee(build(config, memory, parts.get("select_victim", youngest)), setting)
+        )
         return referees[0]
 
     system = System("yours", "yours", partial(_memory, parts), True, scheduler=scheduler)
@@ -206,5 +208,5 @@ def add_to_leaderboard(file: Path, one: Entry) -> list[Entry]:
     read_leaderboard(file)  # a damaged one is not written over
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     line = json.dumps(asdict(one)) + "\n"
-    write_whole(file, before + ("\n" if before and not before.endswith("\n") else "") + line)
+    write_atomically(file, before + ("\n" if before and not before.endswith("\n") else "") + line)
     return read_leaderboard(file)

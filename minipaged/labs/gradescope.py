@@ -12,7 +12,7 @@ from pathlib import Path
 from minipaged import __version__
 from minipaged.labs.grading import Result
 from minipaged.labs.lab import Lab
-from minipaged.utils.files import write_whole
+from minipaged.utils.files import write_atomically
 
 SETUP = """\
 #!/usr/bin/env bash
@@ -61,7 +61,7 @@ def _told(result: Result) -> str:
 
 def write_results(path: Path, lab: Lab, graded: Iterable[Result]) -> None:
     """Whole or absent. Raises InvalidOption if it cannot be written."""
-    write_whole(path, json.dumps(results(lab, graded), indent=2) + "\n")
+    write_atomically(path, json.dumps(results(lab, graded), indent=2) + "\n")
 
 
 def write_autograder(folder: Path, lab: Lab) -> None:
@@ -72,5 +72,5 @@ def write_autograder(folder: Path, lab: Lab) -> None:
         "run_autograder": RUN.format(number=lab.number, file=lab.file_name),
     }
     for name, text in scripts.items():
-        write_whole(folder / name, text)
+        write_atomically(folder / name, text)
         (folder / name).chmod(0o755)

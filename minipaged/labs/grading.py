@@ -129,7 +129,7 @@ def _grade_task(lab: Lab, task: Task, clean: Path, handed_in: Path, run: Run) ->
         *ours, *hidden, "-c", "tests/pytest.ini", "--rootdir=.",
         "-m", f"lab(number={lab.number}, task={task.number})",
         f"--junitxml={report}", "--trace-dir=traces", "--tb=short",
-        *lab.swap_options(str(handed_in)),
+        *lab.part_options(str(handed_in)),
     ]  # fmt: skip
     printed = run(arguments, clean, task.seconds)
     if printed is None:

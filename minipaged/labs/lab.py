@@ -51,6 +51,6 @@ class Lab:
     def holes(self) -> list[str]:
         return [hole for task in self.tasks for hole in task.holes]
 
-    def swap_options(self, file: str) -> list[str]:
+    def part_options(self, file: str) -> list[str]:
         """What to pass to pytest, so that this file's parts are tested."""
-        return [f"--swap={role}={file}:{name}" for role, name in self.swaps.items()]
+        return [f"--part={role}={file}:{name}" for role, name in self.swaps.items()]

@@ -37,8 +37,8 @@ LAB = Lab(
                 + "down; `-(-n // size)` rounds up.",
                 "The new table must have a list of its own, also if it takes all blocks: what one "
                 + "of the two appends later is not the other's. A slice of a list is a new list.",
-                "`num_published` counts full blocks that others can find. In a beginning that ends "
-                + "inside a block, that block is not full any more.",
+                "`num_cached_blocks` counts full blocks that others can find. In a beginning that "
+                + "ends inside a block, that block is not full any more.",
             ),
         ),
         Task(

@@ -7,7 +7,7 @@ LAB = Lab(
     name="scheduler",
     title="the scheduler: continuous batching, and whom to preempt",
     sources=("minipaged.scheduler.fcfs.youngest", "minipaged.scheduler.fcfs.FCFSScheduler"),
-    swaps={"scheduler": "FCFSScheduler", "victim": "youngest"},
+    swaps={"scheduler": "FCFSScheduler", "select_victim": "youngest"},
     tasks=(
         Task(
             1,
@@ -20,7 +20,7 @@ LAB = Lab(
                 "First the groups that are decoding, then the others, both in order of age. When "
                 + "the step has run, each of its sequences has more computed tokens than before, "
                 + "and the memory may let their full blocks be found: see Sequence.mark_computed "
-                + "and Memory.publish.",
+                + "and Memory.cache_blocks.",
             ),
         ),
         Task(
@@ -31,10 +31,11 @@ LAB = Lab(
             hints=(
                 "Look at the one who came first among the swapped and the waiting. If it joins, "
                 + "look at the next. If it does not, who may join instead of it?",
-                "It needs seats for all sequences that it has or will have (`num_seats`), at least "
-                + "one token (a whole prompt without chunked prefill; one each if swapped), and "
-                + "blocks: ask `memory.can_admit`, which wants to know whether anybody runs. A "
-                + "waiting prompt may be better off a step later: `_finds_more_a_step_later`.",
+                "It needs batch slots for all sequences that it has or will have "
+                + "(`num_batch_slots`), at least one token (a whole prompt without chunked "
+                + "prefill; one each if swapped), and blocks: ask `memory.can_admit`, which wants "
+                + "to know whether anybody runs. A waiting prompt may be better off a step later: "
+                + "`_finds_more_a_step_later`.",
                 "A waiting group is admitted, a swapped one is swapped in and then gets slots for "
                 + "its next tokens (`_append`). Each gives pairs for the plan. Then `_move` it, "
                 + "add it to the plan, count its seats. The first that cannot join ends the loop; "
@@ -66,9 +67,9 @@ LAB = Lab(
             hints=(
                 "Serve the running in order of age. The oldest may take from everybody behind it, "
                 + "the youngest from nobody.",
-                "While there is no room for a group (`memory.can_append`), `self._victim` chooses "
-                + "one of those who are younger and still run, and `_preempt` takes its blocks. "
-                + "Ask again after each: perhaps it is enough.",
+                "While there is no room for a group (`memory.can_append`), "
+                + "`self._select_victim` chooses one of those who are younger and still run, and "
+                + "`_preempt` takes its blocks. Ask again after each: perhaps it is enough.",
                 "Nobody younger left? Then the group itself is preempted. And one that does not "
                 + "fit even if all others went (`memory.fits`) ends; nobody need be preempted for "
                 + "it. Mind that `running` becomes shorter while you go through it.",

@@ -57,8 +57,9 @@ LAB = Lab(
                 "After the exchange you own the copy and not the original: let go of it, and the "
                 + "last of several writers finds itself alone and copies nothing. At the end, "
                 + "`table.num_tokens` is the sequence's.",
-                "The prefix cache knows the original and not the copy. `table.num_published` says "
-                + "how many first blocks of a table it knows: after a copy, none from there on.",
+                "The prefix cache knows the original and not the copy. `table.num_cached_blocks` "
+                + "says how many first blocks of a table it knows: after a copy, none from there "
+                + "on.",
             ),
         ),
         Task(

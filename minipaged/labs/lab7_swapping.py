@@ -25,7 +25,7 @@ LAB = Lab(
                 + "more owner of the new one. Each sequence frees its old ones, the last first.",
                 "In the end no table names a block of the pool, `is_swapped` says so of every "
                 + "sequence of the group, and the prefix cache knows none of the new blocks "
-                + "(`num_published`).",
+                + "(`num_cached_blocks`).",
             ),
         ),
         Task(

@@ -52,7 +52,7 @@ LAB = Lab(
                 "tl.program_id(0) is a token of the batch, program_id(1) a query head. Three "
                 + "things depend on the first: the row of q and out, the sequence, the position.",
                 "Neighbouring query heads share a key head, GROUP of them. And sequence s owns "
-                + "the tokens query_starts[s] up to query_starts[s + 1]: walk up to the one that "
+                + "the tokens cu_seqlens_q[s] up to cu_seqlens_q[s + 1]: walk up to the one that "
                 + "owns yours. Its row of the tables begins table_stride numbers further on.",
                 "The first of a sequence's query tokens stands at context_lens[seq], the next one "
                 + "place further. In q a token's row begins at token * q_token_stride, a head's at "

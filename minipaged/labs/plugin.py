@@ -1,8 +1,8 @@
 """What the tests of all labs share, as a plugin of pytest.
 
-    pytest -m "lab(number=1, task=2)" --swap allocator=my_lab1.py:BlockAllocator
+    pytest -m "lab(number=1, task=2)" --part allocator=my_lab1.py:BlockAllocator
 
-Without --swap the library's own parts are tested: they are the reference solution.
+Without --part the library's own parts are tested: they are the reference solution.
 """
 
 from collections.abc import Callable, Generator
@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from minipaged.engine.custom_parts import PLAYERS, beside, parts_with, player, read_swaps
+from minipaged.engine.custom_parts import PLAYERS, beside, parts_with, player, read_custom_parts
 from minipaged.tracing.events import Event, EventLog
 from minipaged.tracing.trace_file import TraceFile
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --swap and --trace-dir."""
+    """Add --part and --trace-dir."""
     group = parser.getgroup("minipaged labs")
-    group.addoption("--swap", action="append", default=[], metavar="ROLE=FILE:NAME")
+    group.addoption("--part", action="append", default=[], metavar="ROLE=FILE:NAME")
     group.addoption("--trace-dir", default=".", help="where a failing engine test leaves its trace")
 
 
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def swapped(request: pytest.FixtureRequest) -> dict[str, Any]:
     """By role, the student's parts."""
-    return read_swaps(request.config.getoption("--swap") or ())
+    return read_custom_parts(request.config.getoption("--part") or ())
 
 
 @pytest.fixture

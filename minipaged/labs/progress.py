@@ -10,7 +10,7 @@ from typing import Any
 
 from minipaged.labs.grading import Result
 from minipaged.labs.lab import Lab
-from minipaged.utils.files import write_whole
+from minipaged.utils.files import write_atomically
 
 FILE = "minipaged_labs.json"
 
@@ -63,4 +63,4 @@ class Progress:
 
     def save(self) -> None:
         known = {"points": self.points, "hints": self.hints}
-        write_whole(self.folder / FILE, json.dumps(known, indent=2) + "\n")
+        write_atomically(self.folder / FILE, json.dumps(known, indent=2) + "\n")

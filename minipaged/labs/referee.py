@@ -18,7 +18,7 @@ from minipaged.evaluation.sim.systems import Setting
 from minipaged.memory import BlockPair, Memory
 from minipaged.memory.interface import ceil_div
 from minipaged.scheduler.fcfs import Scheduler
-from minipaged.scheduler.output import ScheduledBatch, ScheduledSequence
+from minipaged.scheduler.output import ScheduledSequence, SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup
 
 Content = int | tuple[int, ...] | None
@@ -86,14 +86,14 @@ class Referee:
         self._known[seq.seq_id] = _Known(group, list(seq.token_ids))
         self._let(self._scheduler.add, group)
 
-    def schedule(self) -> ScheduledBatch:
+    def schedule(self) -> SchedulerOutput:
         """The step that the other one decided, if it keeps the rules."""
         self._num_steps += 1
         plan = self._let(self._scheduler.schedule)
         self._judge(plan)
         return plan
 
-    def commit(self, plan: ScheduledBatch) -> None:
+    def commit(self, plan: SchedulerOutput) -> None:
         """The step is over."""
         self._let(self._scheduler.commit, plan)
 
@@ -122,7 +122,7 @@ class Referee:
 
     # ---- the rules -------------------------------------------------------------------------------
 
-    def _judge(self, plan: ScheduledBatch) -> None:
+    def _judge(self, plan: SchedulerOutput) -> None:
         names = [known.group.request_id for known in self._known.values()]
         if plan.ended:
             self._refuse(f"request {plan.ended[0].request_id} is ended before its last token")

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from minipaged.memory.allocator import Allocator, BlockAllocator
 from minipaged.memory.block_table import BlockTable
-from minipaged.memory.interface import BlockPair, MemoryUsage, ceil_div, why_no_pages
+from minipaged.memory.interface import BlockPair, MemoryUsage, ceil_div, explain_rejection_by_pages
 from minipaged.memory.prefix_cache import CacheKey, PrefixCache
 from minipaged.sequence import Sequence, SequenceGroup
 
@@ -47,7 +47,7 @@ class BlockManager:
         claimed, new = self._claim(group, lambda block: staying[block])
         return len(claimed | staying.keys()) + new <= self.num_blocks
 
-    why_not = why_no_pages
+    explain_rejection = explain_rejection_by_pages
 
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
         """Whether a waiting or swapped group's blocks are free, and the watermark unless alone.
@@ -69,8 +69,8 @@ class BlockManager:
         """
         for seq in group.sequences:
             assert seq.seq_id not in self._tables, f"sequence {seq.seq_id} is admitted already"
-            table = self._tables[seq.seq_id] = self._pool.share_found(seq)
-            seq.mark_found(self._num_known(seq, table.blocks))
+            table = self._tables[seq.seq_id] = self._pool.share_cached(seq)
+            seq.mark_cached(self._num_known(seq, table.blocks))
         return [pair for seq in group.sequences for pair in self.append(seq)]
 
     # ---- growing -------------------------------------------------------------------------------
@@ -98,7 +98,9 @@ class BlockManager:
             elif self._pool.ref_count(old := table.blocks[logical]) > 1:
                 table.blocks[logical] = self._pool.allocate()
                 self._pool.free(old)
-                table.num_published = min(table.num_published, logical)  # nobody knows the copy
+                table.num_cached_blocks = min(
+                    table.num_cached_blocks, logical
+                )  # nobody knows the copy
                 pairs.append((old, table.blocks[logical]))
         table.num_tokens = seq.num_tokens
         return pairs
@@ -125,7 +127,7 @@ class BlockManager:
 
     # ---- prefixes (section 4.4, shared prefix) ---------------------------------------------------
 
-    def num_found(self, seq: Sequence) -> int:
+    def num_cached_tokens(self, seq: Sequence) -> int:
         """How many first tokens of a waiting sequence need no computing.
 
         Never the last one: its logits are needed. If all is found, the last token's keys are
@@ -136,19 +138,19 @@ class BlockManager:
     def _num_known(self, seq: Sequence, found: list[int]) -> int:
         return min(len(found) * self.block_size, seq.num_tokens - 1)
 
-    def publish(self, seq: Sequence) -> list[int]:
+    def cache_blocks(self, seq: Sequence) -> list[int]:
         """Let the sequence's full blocks be found; returns those that could not be found before.
 
         Called after a step, when keys and values of `num_computed_tokens` are really written.
         """
-        return self._pool.publish(seq, self._tables[seq.seq_id])
+        return self._pool.cache_blocks(seq, self._tables[seq.seq_id])
 
     def pin(self, seq: Sequence) -> int:
         """Keep all known blocks of a prefix until it is freed; returns how many tokens they hold.
 
         The paper's predefined prefix: what pins a block is one more owner.
         """
-        table = self._tables[seq.seq_id] = self._pool.share_found(seq)
+        table = self._tables[seq.seq_id] = self._pool.share_cached(seq)
         self._pinned.add(seq.seq_id)
         return table.num_tokens
 
@@ -195,7 +197,7 @@ class BlockManager:
                 table.blocks.append(moved[block])
             for block in reversed(old):  # children before parents
                 source.free(block)
-            table.num_published = sum(block in known for block in old)
+            table.num_cached_blocks = sum(block in known for block in old)
         return pairs
 
     def _still_known(self, group: SequenceGroup) -> dict[int, int]:
@@ -233,7 +235,7 @@ class BlockManager:
 
     @property
     def cached(self) -> Mapping[int, CacheKey]:  # also to be read only
-        return self._pool.known
+        return self._pool.cached
 
     def block_table(self, seq_id: int) -> BlockTable:
         return self._tables[seq_id]

@@ -13,12 +13,12 @@ class BlockTable:
     """
 
     def __init__(
-        self, block_size: int, blocks: list[int], num_tokens: int, num_published: int = 0
+        self, block_size: int, blocks: list[int], num_tokens: int, num_cached_blocks: int = 0
     ) -> None:
         self.block_size = block_size
         self.blocks = blocks
         self.num_tokens = num_tokens
-        self.num_published = num_published  # first blocks, that the prefix cache knows
+        self.num_cached_blocks = num_cached_blocks  # first blocks, that the prefix cache knows
 
     def __len__(self) -> int:
         """The number of logical blocks."""
@@ -37,8 +37,8 @@ class BlockTable:
     def beginning(self, num_tokens: int) -> "BlockTable":
         """The mapping of the first tokens, in a list of its own: what a fork starts from."""
         blocks = self.blocks[: -(-num_tokens // self.block_size)]
-        num_published = min(self.num_published, num_tokens // self.block_size)
-        return type(self)(self.block_size, blocks, num_tokens, num_published)
+        num_cached_blocks = min(self.num_cached_blocks, num_tokens // self.block_size)
+        return type(self)(self.block_size, blocks, num_tokens, num_cached_blocks)
 
     def __repr__(self) -> str:
         return f"BlockTable({self.num_tokens} tokens in blocks {self.blocks})"

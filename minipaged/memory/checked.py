@@ -77,7 +77,7 @@ class CheckedMemory:
     """
 
     _MOVERS = frozenset(
-        {"admit", "append", "fork", "publish", "pin", "free", "swap_out", "swap_in"}
+        {"admit", "append", "fork", "cache_blocks", "pin", "free", "swap_out", "swap_in"}
     )
 
     def __init__(self, memory: Memory) -> None:

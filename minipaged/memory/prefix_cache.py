@@ -16,7 +16,7 @@ The cache is one more owner of every block that it knows, so a block stays when 
 lets go of it. Such a block is idle: it counts as free, and is given up when no other block is left,
 the one unused for longest first. A sequence lets go of its last block first, so children are always
 idle before their parents, and are given up before them. To give up blocks in another order, derive
-a class and override `victim`: `LLM(parts=Parts(prefix_cache=MyCache))`.
+a class and override `evict_candidate`: `LLM(parts=Parts(prefix_cache=MyCache))`.
 
 If two sequences write the same block at the same time, both go on with one of the two.
 """
@@ -93,7 +93,7 @@ class PrefixCache:
     # ---- the index -------------------------------------------------------------------------------
 
     @property
-    def known(self) -> Mapping[int, CacheKey]:
+    def cached(self) -> Mapping[int, CacheKey]:
         """What each cached block is known by; to be read only."""
         return MappingProxyType(self._keys)
 
@@ -108,15 +108,15 @@ class PrefixCache:
                 found.append(block)
         return found
 
-    def share_found(self, seq: Sequence) -> BlockTable:
+    def share_cached(self, seq: Sequence) -> BlockTable:
         """A block table that shares all that is found of a sequence."""
         found = self.find(seq)
         for block in found:
             self.share(block)
         size = self._block_size
-        return self._new_table(size, found, len(found) * size, num_published=len(found))
+        return self._new_table(size, found, len(found) * size, num_cached_blocks=len(found))
 
-    def publish(self, seq: Sequence, table: BlockTable) -> list[int]:
+    def cache_blocks(self, seq: Sequence, table: BlockTable) -> list[int]:
         """Let all full blocks of a sequence be found whose keys and values have been written.
 
         Returns those that could not be found before. If another block with the same content is
@@ -124,7 +124,7 @@ class PrefixCache:
         """
         published: list[int] = []
         num_written = seq.num_computed_tokens // self._block_size if self._enabled else 0
-        for logical in range(table.num_published, num_written):
+        for logical in range(table.num_cached_blocks, num_written):
             block, key = table.blocks[logical], self._key(seq, table.blocks, logical)
             if key not in self._blocks:
                 self._allocator.share(block)  # the cache owns it too
@@ -137,7 +137,7 @@ class PrefixCache:
                 table.blocks[logical] = self._blocks[key]
                 self.share(table.blocks[logical])
                 self.free(block)
-            table.num_published = logical + 1
+            table.num_cached_blocks = logical + 1
         return published
 
     def _key(self, seq: Sequence, blocks: list[int], logical: int) -> CacheKey:
@@ -156,12 +156,12 @@ class PrefixCache:
         """Whether no other block is known by this one, so that it may be given up."""
         return self._num_children[block] == 0
 
-    def victim(self) -> int:
+    def evict_candidate(self) -> int:
         """Which of the idle blocks to give up: the policy. It must be a leaf."""
         return next(iter(self._idle))
 
     def _evict(self) -> None:
-        block = self.victim()
+        block = self.evict_candidate()
         assert block in self._idle, f"block {block} is to be evicted, but it is not idle"
         assert self.is_leaf(block), f"block {block} is to be evicted before those known by it"
         del self._idle[block]

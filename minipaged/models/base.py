@@ -82,7 +82,7 @@ class WeightMap:
     """Where each module's parameters stand in a Hugging Face checkpoint.
 
     Names are of modules; `.weight` and `.bias` follow them on both sides. `{i}` is a layer's
-    number. Several names are those of layers that are one `JoinedLinear` here, in its order. The
+    number. Several names are those of layers that are one `MergedLinear` here, in its order. The
     map may name more than a given model has (a norm for each head, a head of its own): the model's
     options decide which parameters exist, and a checkpoint must fill exactly those.
     """

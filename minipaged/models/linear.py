@@ -41,7 +41,7 @@ class Linear(nn.Linear):
             del self.weight  # there shall be no second copy
 
 
-class JoinedLinear(Linear):
+class MergedLinear(Linear):
     """Several linear layers of one input: their matrices lie one below the other, as one.
 
     Reading one large matrix takes less time than reading several small ones.

@@ -31,7 +31,7 @@ from minipaged.models.base import (
     read_int,
 )
 from minipaged.models.layers import choose_activation
-from minipaged.models.linear import JoinedLinear, Linear
+from minipaged.models.linear import Linear, MergedLinear
 from minipaged.models.rope import RopeConfig, Rotary, rotate
 from minipaged.utils.shapes import Float, Int
 
@@ -161,7 +161,7 @@ class Attention(nn.Module):
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         qkv_sizes = q_size, kv_size, kv_size
-        self.qkv_proj = JoinedLinear(config.hidden_size, qkv_sizes, bias=config.qkv_bias)
+        self.qkv_proj = MergedLinear(config.hidden_size, qkv_sizes, bias=config.qkv_bias)
         self.o_proj = Linear(q_size, config.hidden_size, bias=config.o_bias)
         head_norm = config.head_dim, config.rms_norm_eps
         self.q_norm = RMSNorm(*head_norm) if config.qk_norm else nn.Identity()
@@ -199,7 +199,7 @@ class GatedMLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = JoinedLinear(hidden, (inner, inner), bias=bias)
+        self.gate_up_proj = MergedLinear(hidden, (inner, inner), bias=bias)
         self.down_proj = Linear(inner, hidden, bias=bias)
         self.activation = choose_activation(config.activation)
 

@@ -28,7 +28,7 @@ from minipaged.models.base import (
     require_option,
 )
 from minipaged.models.layers import MLP
-from minipaged.models.linear import JoinedLinear, Linear
+from minipaged.models.linear import Linear, MergedLinear
 from minipaged.utils.shapes import Float, Int
 
 # Position 0 is row 2 of the table: in training, row 1 belonged to padding and row 0 to nothing.
@@ -145,7 +145,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: OPTConfig, attention: AttentionBackend) -> None:
         super().__init__()
-        self.qkv_proj = JoinedLinear(config.hidden_size, 3 * (config.hidden_size,))
+        self.qkv_proj = MergedLinear(config.hidden_size, 3 * (config.hidden_size,))
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
         self.head_dim = config.head_dim
         self.backend = attention

@@ -6,7 +6,7 @@ from minipaged.memory import Memory
 from minipaged.sequence import SequenceGroup
 
 
-def refuse_what_can_never_run(group: SequenceGroup, memory: Memory, config: EngineConfig) -> None:
+def reject_what_can_never_run(group: SequenceGroup, memory: Memory, config: EngineConfig) -> None:
     """Raise PromptTooLong or InvalidRequest for a group that no wait would ever let run."""
     length = group.sequences[0].num_tokens
     if length >= config.max_model_len:
@@ -17,10 +17,10 @@ def refuse_what_can_never_run(group: SequenceGroup, memory: Memory, config: Engi
             f"{'token' if over == 1 else 'tokens'}, or raise max_model_len if the model allows."
         )
     if not memory.fits(group):
-        raise PromptTooLong(memory.why_not(group))
-    if group.num_seats > config.max_num_seqs:
+        raise PromptTooLong(memory.explain_rejection(group))
+    if group.num_batch_slots > config.max_num_seqs:
         raise InvalidRequest(
-            f"the request asks for {group.num_seats} sequences at once (n, best_of or beam_width), "
-            f"but max_num_seqs is {config.max_num_seqs}: ask for fewer, or raise max_num_seqs to "
-            f"{group.num_seats}."
+            f"the request asks for {group.num_batch_slots} sequences at once (n, best_of or "
+            f"beam_width), but max_num_seqs is {config.max_num_seqs}: ask for fewer, or raise "
+            f"max_num_seqs to {group.num_batch_slots}."
         )

@@ -27,15 +27,15 @@ from typing import Protocol
 from minipaged.config import EngineConfig
 from minipaged.errors import InvalidOption
 from minipaged.memory import Memory
-from minipaged.scheduler.admission import refuse_what_can_never_run
-from minipaged.scheduler.output import ScheduledBatch
+from minipaged.scheduler.admission import reject_what_can_never_run
+from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
-Victim = Callable[[Many[SequenceGroup]], SequenceGroup]
+SelectVictim = Callable[[Many[SequenceGroup]], SequenceGroup]
 
 
 def youngest(candidates: Many[SequenceGroup]) -> SequenceGroup:
-    """The role `victim`, as the paper plays it: last come, first preempted (section 4.5)."""
+    """The role `select_victim`, as the paper plays it: last come, first preempted (section 4.5)."""
     return max(candidates, key=lambda group: group.arrival)
 
 
@@ -51,8 +51,8 @@ class Scheduler(Protocol):
     @property
     def swapped(self) -> list[SequenceGroup]: ...
     def add(self, group: SequenceGroup) -> None: ...
-    def schedule(self) -> ScheduledBatch: ...
-    def commit(self, plan: ScheduledBatch) -> None: ...
+    def schedule(self) -> SchedulerOutput: ...
+    def commit(self, plan: SchedulerOutput) -> None: ...
     def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence: ...
     def finish(self, group: SequenceGroup, seq: Sequence) -> None: ...
     def abort(self, group: SequenceGroup) -> None: ...
@@ -65,20 +65,22 @@ class FCFSScheduler:
     Owns the three queues and the status of every group. Holds no tokens and no blocks itself.
     """
 
-    def __init__(self, config: EngineConfig, memory: Memory, victim: Victim = youngest) -> None:
+    def __init__(
+        self, config: EngineConfig, memory: Memory, select_victim: SelectVictim = youngest
+    ) -> None:
         self.config = config
         self.memory = memory
         self.waiting: list[SequenceGroup] = []  # all three in order of arrival
         self.running: list[SequenceGroup] = []
         self.swapped: list[SequenceGroup] = []
-        self._victim = victim
+        self._select_victim = select_victim
         self._arrivals = 0
 
     # ---- requests come and go ------------------------------------------------------------------
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a new group. Raises PromptTooLong or InvalidRequest if it could never run."""
-        refuse_what_can_never_run(group, self.memory, self.config)
+        reject_what_can_never_run(group, self.memory, self.config)
         group.arrival = self._arrivals
         self._arrivals += 1
         self.waiting.append(group)
@@ -95,15 +97,15 @@ class FCFSScheduler:
 
     def finish(self, group: SequenceGroup, seq: Sequence) -> None:
         """A sequence has generated its last token: its blocks return at once."""
-        (group.absent if seq in group.absent else group.sequences).remove(seq)
+        (group.awaiting_refork if seq in group.awaiting_refork else group.sequences).remove(seq)
         if seq.seq_id in self.memory.tables:  # a waiting sequence holds no blocks
             self.memory.free(seq)
-        if not group.sequences and not group.absent:
+        if not group.sequences and not group.awaiting_refork:
             self._move(group, SequenceStatus.FINISHED)
 
     def abort(self, group: SequenceGroup) -> None:
         """End a group, wherever it stands; its blocks return at once."""
-        for seq in [*group.sequences, *group.absent]:
+        for seq in [*group.sequences, *group.awaiting_refork]:
             self.finish(group, seq)
 
     def has_unfinished(self) -> bool:
@@ -111,27 +113,29 @@ class FCFSScheduler:
 
     # ---- one step ------------------------------------------------------------------------------
 
-    def schedule(self) -> ScheduledBatch:
+    def schedule(self) -> SchedulerOutput:
         """Decide one step and reserve its blocks; nothing is computed yet."""
-        plan = ScheduledBatch(tokens_left=self.config.max_num_batched_tokens)
-        self._fork_again()
+        plan = SchedulerOutput(tokens_left=self.config.max_num_batched_tokens)
+        self._refork()
         self._reserve_for_running(plan)
         self._share_out_tokens(plan)
         # Whoever takes blocks away in a step gives none to newcomers.
         if not plan.preempted and (self.swapped or self.waiting):
             self._let_others_join(plan)
-        comes_back = any(group.absent for group in self.running)  # its next one forks a step later
+        comes_back = any(
+            group.awaiting_refork for group in self.running
+        )  # its next one forks a step later
         progress = plan.sequences or plan.ended or comes_back or not self.has_unfinished()
         assert progress, "a step must compute a token or end a group, or the engine would hang"
         return plan
 
-    def commit(self, plan: ScheduledBatch) -> None:
+    def commit(self, plan: SchedulerOutput) -> None:
         """The step has run: its keys and values are written, and full blocks can be found."""
         for scheduled in plan.sequences:
             scheduled.seq.mark_computed(scheduled.num_new_tokens)
-            self.memory.publish(scheduled.seq)
+            self.memory.cache_blocks(scheduled.seq)
 
-    def _reserve_for_running(self, plan: ScheduledBatch) -> None:
+    def _reserve_for_running(self, plan: SchedulerOutput) -> None:
         """Blocks for the next token of all who run, the oldest first (section 4.5)."""
         served = 0  # running[:served] have all they need; preemption takes only from behind them
         while served < len(self.running):
@@ -142,7 +146,7 @@ class FCFSScheduler:
                 served += 1
 
     def _make_room(
-        self, group: SequenceGroup, younger: list[SequenceGroup], plan: ScheduledBatch
+        self, group: SequenceGroup, younger: list[SequenceGroup], plan: SchedulerOutput
     ) -> bool:
         """Preempt younger groups until this one can go on; False if it had to yield or end."""
         while not self.memory.can_append(group):
@@ -152,17 +156,17 @@ class FCFSScheduler:
             if not younger:
                 self._preempt(group, plan)
                 return False
-            victim = self._victim(younger)
+            victim = self._select_victim(younger)
             if victim not in younger:
                 raise InvalidOption(
-                    f"the part `victim` chose {victim!r}, which is none of the groups that it was "
-                    "given: let it return one of them."
+                    f"the part `select_victim` chose {victim!r}, which is none of the groups that "
+                    "it was given: let it return one of them."
                 )
             younger.remove(victim)
             self._preempt(victim, plan)
         return True
 
-    def _share_out_tokens(self, plan: ScheduledBatch) -> None:
+    def _share_out_tokens(self, plan: SchedulerOutput) -> None:
         """Decodes first, one token each, so that no prompt makes them wait; then prompt chunks.
 
         There is a token for every decode, because max_num_batched_tokens >= max_num_seqs. So a
@@ -173,12 +177,14 @@ class FCFSScheduler:
         for group in sorted(self.running, key=attrgetter("is_decoding"), reverse=True):
             plan.add(group)
 
-    def _let_others_join(self, plan: ScheduledBatch) -> None:
+    def _let_others_join(self, plan: SchedulerOutput) -> None:
         """The swapped and the waiting, by age; the first that does not fit holds up the others."""
-        seats_left = self.config.max_num_seqs - sum(group.num_seats for group in self.running)
+        batch_slots_left = self.config.max_num_seqs - sum(
+            group.num_batch_slots for group in self.running
+        )
         while oldest := self.swapped[:1] + self.waiting[:1]:
             group = min(oldest, key=lambda g: g.arrival)
-            if group.num_seats > seats_left or not self._can_join(group, plan):
+            if group.num_batch_slots > batch_slots_left or not self._can_join(group, plan):
                 if self.memory.fits(group):
                     break
                 self._end(group, plan)
@@ -190,13 +196,13 @@ class FCFSScheduler:
                 plan.copies += self.memory.admit(group)
             self._move(group, SequenceStatus.RUNNING)
             plan.add(group)
-            seats_left -= group.num_seats
+            batch_slots_left -= group.num_batch_slots
 
-    def _can_join(self, group: SequenceGroup, plan: ScheduledBatch) -> bool:
+    def _can_join(self, group: SequenceGroup, plan: SchedulerOutput) -> bool:
         """Whether tokens and blocks are left for the whole group."""
         if group.status is SequenceStatus.WAITING:
             [seq] = group.sequences  # no blocks, no forks
-            found = self.memory.num_found(seq)
+            found = self.memory.num_cached_tokens(seq)
             least = 1 if self.config.enable_chunked_prefill else seq.num_tokens - found
             if self._finds_more_a_step_later(seq, found):
                 return False
@@ -229,15 +235,15 @@ class FCFSScheduler:
 
     # ---- preemption (section 4.5) --------------------------------------------------------------
 
-    def _preempt(self, group: SequenceGroup, plan: ScheduledBatch) -> None:
+    def _preempt(self, group: SequenceGroup, plan: SchedulerOutput) -> None:
         """Take all blocks of a group: "auto" swaps groups of several and recomputes the others.
 
         The paper describes both and compares them (section 7.3); the rule is the first vLLM's.
         A group of several sequences is swapped whatever the option says, unless the swap pool is
-        full: to recompute it may take a step for every sequence. See `_fork_again`.
+        full: to recompute it may take a step for every sequence. See `_refork`.
         """
         mode, several = self.config.preemption, len(group.sequences) > 1
-        swap = several or mode == "swap" or (mode == "auto" and group.num_seats > 1)
+        swap = several or mode == "swap" or (mode == "auto" and group.num_batch_slots > 1)
         if swap and self.memory.can_swap_out(group):
             plan.swap_out += self.memory.swap_out(group)
             self._move(group, SequenceStatus.SWAPPED)
@@ -245,12 +251,15 @@ class FCFSScheduler:
             for seq in group.sequences:
                 self.memory.free(seq)
                 seq.forget_computed()
-            group.sequences, group.absent = group.sequences[:1], group.sequences[1:] + group.absent
+            group.sequences, group.awaiting_refork = (
+                group.sequences[:1],
+                group.sequences[1:] + group.awaiting_refork,
+            )
             self._move(group, SequenceStatus.WAITING)
         group.num_preemptions += 1
         plan.preempted.append(group)
 
-    def _fork_again(self) -> None:
+    def _refork(self) -> None:
         """Bring back the sequences of groups that were recomputed after they had forked.
 
         Computed each for itself, they would share nothing any more, and might not even fit. So such
@@ -266,8 +275,10 @@ class FCFSScheduler:
         """
         size = self.memory.block_size
         for group in self.running:
-            while group.absent and all(s.num_uncomputed_tokens == 1 for s in group.sequences):
-                child = group.absent.pop(0)
+            while group.awaiting_refork and all(
+                s.num_uncomputed_tokens == 1 for s in group.sequences
+            ):
+                child = group.awaiting_refork.pop(0)
                 in_common = {s: s.num_in_common(child) for s in group.sequences}
                 parent = max(group.sequences, key=lambda s: in_common[s])
                 most = min(in_common[parent], parent.num_computed_tokens)
@@ -275,12 +286,12 @@ class FCFSScheduler:
                 self.memory.fork(parent, child)
                 group.sequences.append(child)
 
-    def _end(self, group: SequenceGroup, plan: ScheduledBatch) -> None:
+    def _end(self, group: SequenceGroup, plan: SchedulerOutput) -> None:
         """Out of memory for good: the group ends with what it has, and the others go on."""
         self.abort(group)
         plan.ended.append(group)
 
-    def _append(self, group: SequenceGroup, plan: ScheduledBatch) -> None:
+    def _append(self, group: SequenceGroup, plan: SchedulerOutput) -> None:
         for seq in group.sequences:
             plan.copies += self.memory.append(seq)
 

@@ -17,7 +17,7 @@ class ScheduledSequence(NamedTuple):
 
 
 @dataclass
-class ScheduledBatch:
+class SchedulerOutput:
     """What one step does. The block operations come first, in this order, then the model.
 
     `schedule()` fills it in; everybody else only reads it.
@@ -38,7 +38,7 @@ class ScheduledBatch:
         candidates of all. So while one is behind or absent, because the group is recomputed, the
         others wait with their last token.
         """
-        several = len(group.sequences) + len(group.absent) > 1
+        several = len(group.sequences) + len(group.awaiting_refork) > 1
         last_token_waits = several and not group.is_decoding
         for seq in group.sequences:
             left = seq.num_uncomputed_tokens

@@ -167,9 +167,9 @@ class TracedMemory(_Wrapper):
         self._log.emit("swap_in", request=group.request_id, seqs=seqs, pairs=pairs)
         return pairs
 
-    def publish(self, seq: Any) -> list[int]:
+    def cache_blocks(self, seq: Any) -> list[int]:
         before = list(self._inner.block_table(seq.seq_id).blocks)
-        blocks = self._inner.publish(seq)
+        blocks = self._inner.cache_blocks(seq)
         after = self._inner.block_table(seq.seq_id).blocks
         merged = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
         if merged:

@@ -20,7 +20,7 @@ from typing import Any
 
 from minipaged.errors import InvalidOption
 from minipaged.tracing.events import SCHEMA_VERSION, Event
-from minipaged.utils.files import write_whole
+from minipaged.utils.files import write_atomically
 
 FRAME_HEIGHT = 720  # pixels, in a notebook or on another page
 
@@ -63,7 +63,7 @@ class Replay:
 
     def save(self, path: str | Path) -> None:
         """Write the page to a file that is whole or absent. Raises InvalidOption."""
-        write_whole(Path(path), self.html())
+        write_atomically(Path(path), self.html())
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the page in a frame of its own."""

@@ -7,7 +7,7 @@ from typing import Any
 from minipaged.errors import CheckpointError, InvalidOption
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside the place, then rename. Raises InvalidOption if nothing can be written there."""
     if path.is_dir() or not path.name:
         raise InvalidOption(f"{str(path)!r} is a folder: give the name of a file.")

@@ -61,7 +61,7 @@ class DecodeGraphs:
 
     Args:
         model: its are the kernels. Its attention must read nothing but tensors
-            (`AttentionBackend.reads_only_tensors`).
+            (`AttentionBackend.cuda_graph_safe`).
         kv_cache: its are most of the addresses.
         max_num_seqs: sequences of the largest batch there can be.
         max_blocks_per_seq: columns of its block table.
@@ -90,8 +90,8 @@ class DecodeGraphs:
         self._inputs = Batch(
             token_ids=zeros(max_num_seqs, dtype=torch.long),
             positions=zeros(max_num_seqs, dtype=torch.long),
-            slots=zeros(max_num_seqs, dtype=torch.long),
-            query_starts=zeros(max_num_seqs + 1),
+            slot_mapping=zeros(max_num_seqs, dtype=torch.long),
+            cu_seqlens_q=zeros(max_num_seqs + 1),
             context_lens=zeros(max_num_seqs),
             block_tables=zeros(max_num_seqs, max_blocks_per_seq),
             logit_rows=torch.arange(max_num_seqs, device=kv_cache.device),
@@ -126,11 +126,11 @@ class DecodeGraphs:
         inputs, count = self._inputs, batch.num_seqs
         inputs.token_ids[:count] = batch.token_ids
         inputs.positions[:count] = batch.positions
-        inputs.slots[:count] = batch.slots
+        inputs.slot_mapping[:count] = batch.slot_mapping
         inputs.context_lens[:count] = batch.context_lens
         inputs.block_tables[:count, : batch.block_tables.shape[1]] = batch.block_tables
-        inputs.query_starts[: count + 1] = batch.query_starts
-        inputs.query_starts[count + 1 : size + 1] = count  # the others begin where they end
+        inputs.cu_seqlens_q[: count + 1] = batch.cu_seqlens_q
+        inputs.cu_seqlens_q[count + 1 : size + 1] = count  # the others begin where they end
 
     def _padded(self, size: int, longest: int) -> Batch:
         inputs = self._inputs
@@ -138,8 +138,8 @@ class DecodeGraphs:
             inputs,
             token_ids=inputs.token_ids[:size],
             positions=inputs.positions[:size],
-            slots=inputs.slots[:size],
-            query_starts=inputs.query_starts[: size + 1],
+            slot_mapping=inputs.slot_mapping[:size],
+            cu_seqlens_q=inputs.cu_seqlens_q[: size + 1],
             context_lens=inputs.context_lens[:size],
             block_tables=inputs.block_tables[:size],
             logit_rows=inputs.logit_rows[:size],

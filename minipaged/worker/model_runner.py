@@ -9,7 +9,7 @@ from torch import Tensor
 from minipaged.attention.batch import Batch
 from minipaged.attention.kv_cache import Cache
 from minipaged.models.base import Model
-from minipaged.scheduler.output import ScheduledBatch
+from minipaged.scheduler.output import SchedulerOutput
 from minipaged.utils.shapes import Float
 from minipaged.worker.cuda_graphs import DecodeGraphs
 
@@ -23,7 +23,7 @@ class ModelRunner:
         self.graphs = graphs
 
     @torch.inference_mode()
-    def run(self, plan: ScheduledBatch, batch: Batch) -> Float[Tensor, "rows vocab"]:
+    def run(self, plan: SchedulerOutput, batch: Batch) -> Float[Tensor, "rows vocab"]:
         """Move the blocks that the plan moves, then compute the logits of `batch.logit_rows`.
 
         The order matters: a block that is swapped out may be handed to somebody else in the same
@@ -32,7 +32,7 @@ class ModelRunner:
         with _as_current(self.kv_cache.device):
             return self._run(plan, batch)
 
-    def _run(self, plan: ScheduledBatch, batch: Batch) -> Float[Tensor, "rows vocab"]:
+    def _run(self, plan: SchedulerOutput, batch: Batch) -> Float[Tensor, "rows vocab"]:
         self.kv_cache.swap_out(plan.swap_out)
         self.kv_cache.swap_in(plan.swap_in)
         self.kv_cache.copy(plan.copies)

@@ -101,7 +101,7 @@ def decode(
         log_sums,
         q,
         *tensors,
-        batch.query_starts,
+        batch.cu_seqlens_q,
         batch.context_lens,
         batch.block_tables,
         scale * LOG2_E,
@@ -135,7 +135,7 @@ def decode_kernel(
     v_cache,
     k_scales,
     v_scales,
-    query_starts,
+    cu_seqlens_q,
     context_lens,
     block_tables,
     scale,  # of scores, times log2(e)
@@ -164,8 +164,8 @@ def decode_kernel(
     seq = tl.program_id(1)
     split = tl.program_id(2)
 
-    token = tl.load(query_starts + seq)
-    if tl.load(query_starts + seq + 1) - token != 1:
+    token = tl.load(cu_seqlens_q + seq)
+    if tl.load(cu_seqlens_q + seq + 1) - token != 1:
         return  # not decoding, or padding
     seq_len = tl.load(context_lens + seq) + 1
     split_len = split_length(seq_len, to_fill, TILE, SHORTEST, LONGEST, MOST)

@@ -42,7 +42,7 @@ def naive_paged_attention(
         out,
         q,
         *pointers(k_cache, v_cache),
-        batch.query_starts,
+        batch.cu_seqlens_q,
         batch.context_lens,
         batch.block_tables,
         batch.num_seqs,
@@ -66,7 +66,7 @@ def naive_kernel(
     v_cache,
     k_scales,
     v_scales,
-    query_starts,
+    cu_seqlens_q,
     context_lens,
     block_tables,
     num_seqs,
@@ -91,11 +91,11 @@ def naive_kernel(
 
     # Whose token is it, and at which position does it stand?
     seq = 0
-    while (seq < num_seqs - 1) & (tl.load(query_starts + seq + 1) <= token):
+    while (seq < num_seqs - 1) & (tl.load(cu_seqlens_q + seq + 1) <= token):
         seq += 1
-    if token >= tl.load(query_starts + seq + 1):
+    if token >= tl.load(cu_seqlens_q + seq + 1):
         return  # nobody's: padding behind the last sequence
-    position = tl.load(context_lens + seq) + token - tl.load(query_starts + seq)
+    position = tl.load(context_lens + seq) + token - tl.load(cu_seqlens_q + seq)
 
     dims = tl.arange(0, WIDTH)
     in_head = dims < HEAD_DIM

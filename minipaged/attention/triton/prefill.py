@@ -12,7 +12,7 @@ Grid               (tiles, kv_heads). The flattened query tokens are cut into ti
 
                        tokens   0 1 2 3 4 5 6 | 7 8 9 | 10 11 ...      QUERIES = 4
                        tiles    [  0  ][  1 ]   [ 2 ]   [ 4 ...
-                       first tile of sequence s = query_starts[s] // QUERIES + s
+                       first tile of sequence s = cu_seqlens_q[s] // QUERIES + s
 
                    (At times a sequence owns a tile more than it fills, as tile 3 here: that one
                    ends at once.) A tile's rows are its tokens times the query heads that share
@@ -96,7 +96,7 @@ def prefill(
         out,
         q,
         *tensors,
-        batch.query_starts,
+        batch.cu_seqlens_q,
         batch.context_lens,
         batch.block_tables,
         batch.num_seqs,
@@ -124,7 +124,7 @@ def prefill_kernel(
     v_cache,
     k_scales,
     v_scales,
-    query_starts,
+    cu_seqlens_q,
     context_lens,
     block_tables,
     num_seqs,
@@ -151,9 +151,9 @@ def prefill_kernel(
     query_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
 
-    seq = _find_sequence(query_starts, num_seqs, query_tile, QUERIES)
-    first_token = tl.load(query_starts + seq)
-    query_len = tl.load(query_starts + seq + 1) - first_token
+    seq = _find_sequence(cu_seqlens_q, num_seqs, query_tile, QUERIES)
+    first_token = tl.load(cu_seqlens_q + seq)
+    query_len = tl.load(cu_seqlens_q + seq + 1) - first_token
     first_query = (query_tile - (first_token // QUERIES + seq)) * QUERIES
     if (query_len == 1) | (first_query >= query_len):
         return  # decode's, or a tile too many
@@ -197,13 +197,13 @@ def prefill_kernel(
 
 
 @triton.jit
-def _find_sequence(query_starts, num_seqs, query_tile, QUERIES: tl.constexpr):
+def _find_sequence(cu_seqlens_q, num_seqs, query_tile, QUERIES: tl.constexpr):
     """The last sequence whose first tile is not behind this one, by halving."""
     low = 0
     high = num_seqs
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(query_starts + middle) // QUERIES + middle <= query_tile:
+        if tl.load(cu_seqlens_q + middle) // QUERIES + middle <= query_tile:
             low = middle
         else:
             high = middle

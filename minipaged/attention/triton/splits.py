@@ -89,7 +89,7 @@ def merge(
         out,
         partial,
         log_sums,
-        batch.query_starts,
+        batch.cu_seqlens_q,
         batch.context_lens,
         to_fill,
         num_splits,
@@ -108,7 +108,7 @@ def merge_kernel(
     out,  # [tokens, heads, head_dim]
     partial,  # [seqs, heads, splits, head_dim] float32
     log_sums,  # [seqs, heads, splits] float32
-    query_starts,
+    cu_seqlens_q,
     context_lens,
     to_fill,
     num_splits,  # for which there is room; a sequence may have left some out
@@ -124,8 +124,8 @@ def merge_kernel(
     """The splits of one sequence and head, each weighted by its share of all weights."""
     seq = tl.program_id(0)
     head = tl.program_id(1)
-    token = tl.load(query_starts + seq)
-    if tl.load(query_starts + seq + 1) - token != 1:
+    token = tl.load(cu_seqlens_q + seq)
+    if tl.load(cu_seqlens_q + seq + 1) - token != 1:
         return
     seq_len = tl.load(context_lens + seq) + 1
 

@@ -2,8 +2,9 @@
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 """Store: the step's new keys and values into their slots, in one launch.
 
-What it computes   k_cache[block, :, offset] = k[token] and the same for v, where `slots[token]` is
-                   block * block_size + offset; in an 8-bit pool, the scales too.
+What it computes   k_cache[block, :, offset] = k[token] and the same for v, where
+                   `slot_mapping[token]` is block * block_size + offset; in an 8-bit pool, the
+                   scales too.
 Grid               (tokens,): a program a token, for its keys and its values of all heads.
 Bytes              4 * kv_heads * head_dim numbers a token: each is read once and written once. At
                    decode that is 2 / seq_len of what attention reads, so what counts is that it
@@ -26,14 +27,14 @@ from minipaged.attention.triton.launch import check_rows, pointers, pool_constan
 
 
 def triton_store_kv(k: Tensor, v: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch) -> None:
-    """Write the new keys and values, [tokens, kv_heads, head_dim] each, to `batch.slots`."""
+    """Write the new keys and values, [tokens, kv_heads, head_dim] each, to `batch.slot_mapping`."""
     _check_new(k, v, k_cache, batch)
-    store_kernel[(len(batch.slots),)](
+    store_kernel[(len(batch.slot_mapping),)](
         k,
         v,
         *pointers(k_cache, v_cache),
-        batch.slots,
-        batch.query_starts,
+        batch.slot_mapping,
+        batch.cu_seqlens_q,
         batch.num_seqs,
         *k.stride()[:2],
         *v.stride()[:2],
@@ -70,7 +71,7 @@ def rope_and_store_kv(
     assert cos.shape == sin.shape == (num_tokens, 1, head_dim // 2), f"angles are {cos.shape}"
     turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     constants = pool_constants(k_cache)
-    rope_and_store_kernel[(len(batch.slots),)](
+    rope_and_store_kernel[(len(batch.slot_mapping),)](
         turned,
         q,
         k,
@@ -78,8 +79,8 @@ def rope_and_store_kv(
         cos.contiguous(),
         sin.contiguous(),
         *pointers(k_cache, v_cache),
-        batch.slots,
-        batch.query_starts,
+        batch.slot_mapping,
+        batch.cu_seqlens_q,
         batch.num_seqs,
         *q.stride()[:2],
         *k.stride()[:2],
@@ -96,7 +97,7 @@ def rope_and_store_kv(
 
 def _check_new(k: Tensor, v: Tensor, k_cache: KVPool, batch: Batch) -> None:
     _, kv_heads, _, head_dim = k_cache.shape
-    expected = (len(batch.slots), kv_heads, head_dim)
+    expected = (len(batch.slot_mapping), kv_heads, head_dim)
     check_rows(keys=k, values=v)
     for name, new in (("keys", k), ("values", v)):
         assert new.shape == expected, (
@@ -112,8 +113,8 @@ def store_kernel(
     v_cache,
     k_scales,
     v_scales,
-    slots,
-    query_starts,
+    slot_mapping,
+    cu_seqlens_q,
     num_seqs,
     k_token_stride,
     k_head_stride,
@@ -130,10 +131,10 @@ def store_kernel(
 ):
     """The keys and values of one token."""
     token = tl.program_id(0).to(tl.int64)
-    if token >= tl.load(query_starts + num_seqs):
+    if token >= tl.load(cu_seqlens_q + num_seqs):
         return  # nobody's: padding behind the last sequence has no slot
     heads = tl.arange(0, HEADS_WIDTH)
-    cells = _cells_of(tl.load(slots + token), heads, KV_HEADS, BLOCK_SIZE)
+    cells = _cells_of(tl.load(slot_mapping + token), heads, KV_HEADS, BLOCK_SIZE)
     _store_rows(
         k + token * k_token_stride, k_head_stride, k_cache, k_scales, cells, heads,
         LARGEST, SMALLEST, KV_HEADS, HEAD_DIM, WIDTH, QUANTIZED,
@@ -156,8 +157,8 @@ def rope_and_store_kernel(
     v_cache,
     k_scales,
     v_scales,
-    slots,
-    query_starts,
+    slot_mapping,
+    cu_seqlens_q,
     num_seqs,
     q_token_stride,
     q_head_stride,
@@ -179,7 +180,7 @@ def rope_and_store_kernel(
 ):
     """The queries, keys and values of one token."""
     token = tl.program_id(0).to(tl.int64)
-    if token >= tl.load(query_starts + num_seqs):
+    if token >= tl.load(cu_seqlens_q + num_seqs):
         return
     HALF: tl.constexpr = HEAD_DIM // 2  # noqa: N806
     half = tl.arange(0, HALF_WIDTH)[None, :]
@@ -197,7 +198,7 @@ def rope_and_store_kernel(
 
     heads = tl.arange(0, HEADS_WIDTH)
     is_head = heads < KV_HEADS
-    cells = _cells_of(tl.load(slots + token), heads, KV_HEADS, BLOCK_SIZE)
+    cells = _cells_of(tl.load(slot_mapping + token), heads, KV_HEADS, BLOCK_SIZE)
     mask = is_head[:, None] & (half < HALF)
     start = k + token * k_token_stride + heads[:, None] * k_head_stride
     first, second = _turn(start, half, mask, c, s, HALF)

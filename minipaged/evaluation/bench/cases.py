@@ -97,8 +97,8 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
         batch=Batch(
             token_ids=torch.zeros_like(rows),
             positions=positions,
-            slots=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
-            query_starts=torch.arange(num_seqs + 1, device=device, dtype=torch.int32) * queries,
+            slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+            cu_seqlens_q=torch.arange(num_seqs + 1, device=device, dtype=torch.int32) * queries,
             context_lens=context_lens.int(),
             block_tables=tables,
             logit_rows=rows[queries - 1 :: queries],

@@ -202,8 +202,8 @@ def _batch(tokens_each: int) -> Batch:
     return Batch(
         token_ids=_empty(_TOKENS, dtype=torch.int64),
         positions=_empty(_TOKENS, dtype=torch.int64),
-        slots=_empty(_TOKENS, dtype=torch.int64),
-        query_starts=_empty(num_seqs + 1, dtype=torch.int32),
+        slot_mapping=_empty(_TOKENS, dtype=torch.int64),
+        cu_seqlens_q=_empty(num_seqs + 1, dtype=torch.int32),
         context_lens=_empty(num_seqs, dtype=torch.int32),
         block_tables=_empty(num_seqs, _TABLE_WIDTH, dtype=torch.int32),
         logit_rows=_empty(num_seqs, dtype=torch.int64),

@@ -29,7 +29,7 @@ from minipaged.models.linear import pack_weights
 from minipaged.models.llama import Llama, LlamaConfig
 from minipaged.models.rope import RopeConfig, rope_frequencies
 from minipaged.sampling import SamplingParams
-from minipaged.scheduler.output import ScheduledBatch
+from minipaged.scheduler.output import SchedulerOutput
 from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
 from minipaged.worker.model_runner import ModelRunner
 
@@ -92,7 +92,7 @@ def measure(
     expected: list[list[int]] | None = None
     for backend in backends:
         chosen = choose_backend(backend, device, config.head_dim)
-        can_record = device.type == "cuda" and chosen.reads_only_tensors
+        can_record = device.type == "cuda" and chosen.cuda_graph_safe
         for with_graphs in (False, True) if can_record else (False,):
             engine = build_engine(
                 config, backend, num_seqs, context_len, device, dtype, with_graphs
@@ -231,7 +231,7 @@ class _ModelClock:
         self._end: Any = None
         runner.run = self._run  # an attribute of this runner alone
 
-    def _run(self, plan: ScheduledBatch, batch: Batch) -> Tensor:
+    def _run(self, plan: SchedulerOutput, batch: Batch) -> Tensor:
         self._begin = self._now()
         logits = self._inner(plan, batch)
         self._end = self._now()

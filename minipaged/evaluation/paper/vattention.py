@@ -22,7 +22,7 @@ from minipaged.evaluation.sim.catalogue import MODELS
 from minipaged.evaluation.sim.systems import VATTENTION, Setting, virtual_layout
 from minipaged.memory import BlockAllocator
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, MappedPages, why_no_pages_of
-from minipaged.memory.baselines.slots import SlotLayout
+from minipaged.memory.baselines.slots import RegionLayout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -124,7 +124,7 @@ def _seconds_of_a_block() -> float:
 
 
 def _seconds_of_a_group(page_bytes: int) -> float:
-    layout = SlotLayout(16, 1, 16 * page_bytes // 1024, 1024, page_bytes)
+    layout = RegionLayout(16, 1, 16 * page_bytes // 1024, 1024, page_bytes)
     pages = MappedPages(layout)
     seconds: list[float] = []
     for group in range(16):

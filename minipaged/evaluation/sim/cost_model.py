@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from minipaged.evaluation.sim.catalogue import Deployment
 from minipaged.evaluation.sim.fitted import SEQUENCE_SECONDS, STEP_SECONDS
-from minipaged.scheduler.output import ScheduledBatch
+from minipaged.scheduler.output import SchedulerOutput
 
 OF_BANDWIDTH_FOR_WEIGHTS = 0.8
 OF_BANDWIDTH_FOR_KEYS = 0.7
@@ -85,7 +85,7 @@ class CostModel:
             + self.prompts(num_pairs)
         )
 
-    def of_plan(self, plan: ScheduledBatch, block_size: int) -> float:
+    def of_plan(self, plan: SchedulerOutput, block_size: int) -> float:
         """The step that a scheduler planned, with the blocks that it moves."""
         num_decodes = num_keys = num_prompt_tokens = 0
         num_pairs = 0.0

@@ -15,7 +15,7 @@ from minipaged.evaluation.sim.systems import Setting, System, build_scheduler
 from minipaged.evaluation.sim.traces import TraceRequest
 from minipaged.memory import MemoryUsage
 from minipaged.scheduler.fcfs import Scheduler
-from minipaged.scheduler.output import ScheduledBatch
+from minipaged.scheduler.output import SchedulerOutput
 
 LOOK_SECONDS = 1.0  # of simulated time, between two looks at the memory
 
@@ -145,7 +145,7 @@ class Simulation:
             self._requests[request.group.request_id] = request
             self.scheduler.add(request.group)
 
-    def _seconds(self, plan: ScheduledBatch) -> float:
+    def _seconds(self, plan: SchedulerOutput) -> float:
         if not self._system.forms_batches:
             return self._costs.of_plan(plan, self._setting.block_size)
         # Padded: all prompts are as long as the longest, and who has ended is computed on with the
@@ -161,7 +161,7 @@ class Simulation:
             return self._costs.step(0, 0, size * prompt, size * prompt**2 / 2)
         return self._costs.step(size, size * (prompt + generated), 0, 0)
 
-    def _advance(self, plan: ScheduledBatch) -> None:
+    def _advance(self, plan: SchedulerOutput) -> None:
         """A token more for every sequence of which nothing is left to compute."""
         advanced: set[str] = set()
         for group, seq, _, samples in plan.sequences:

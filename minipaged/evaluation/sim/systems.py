@@ -8,7 +8,7 @@ from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import MODELS, ServedModel
 from minipaged.memory import BlockManager, Memory
 from minipaged.memory.baselines.contiguous import ContiguousMemory, Reserve
-from minipaged.memory.baselines.slots import SlotLayout
+from minipaged.memory.baselines.slots import RegionLayout
 from minipaged.memory.baselines.virtual import VirtualMemory
 from minipaged.scheduler.fcfs import FCFSScheduler, Scheduler
 
@@ -99,9 +99,9 @@ def _virtual(page_bytes: int, sliced: bool = False) -> Callable[[Setting], Memor
     return build
 
 
-def virtual_layout(setting: Setting, page_bytes: int, sliced: bool) -> SlotLayout:
+def virtual_layout(setting: Setting, page_bytes: int, sliced: bool) -> RegionLayout:
     """vAttention's slots for the model of a setting."""
-    return SlotLayout.for_tokens(
+    return RegionLayout.for_tokens(
         setting.model.kv_bytes_per_token,
         setting.model.num_layers,
         num_slots=setting.max_num_seqs,

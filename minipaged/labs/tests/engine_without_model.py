@@ -10,7 +10,7 @@ from typing import Any
 from minipaged.config import EngineConfig
 from minipaged.labs.lab import Lab
 from minipaged.memory import BlockManager, CheckedMemory
-from minipaged.scheduler.output import ScheduledBatch
+from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
 DEFAULTS: dict[str, Any] = {
@@ -64,7 +64,7 @@ class Engine:
         self.samples.append([seq])
         return group
 
-    def step(self) -> ScheduledBatch:
+    def step(self) -> SchedulerOutput:
         """One step, from its plan to the new tokens."""
         plan = self.scheduler.schedule()
         self._check(plan)
@@ -82,9 +82,9 @@ class Engine:
         self.ended += [self.groups.index(group) for group in plan.ended]
         return plan
 
-    def run(self, limit: int = 2000) -> list[ScheduledBatch]:
+    def run(self, limit: int = 2000) -> list[SchedulerOutput]:
         """Steps until nobody is left."""
-        plans: list[ScheduledBatch] = []
+        plans: list[SchedulerOutput] = []
         while self.scheduler.has_unfinished():
             assert len(plans) < limit, f"after {limit} steps there are still requests"
             plans.append(self.step())
@@ -123,7 +123,7 @@ class Engine:
         self.next_id += 1
         return self.next_id - 1
 
-    def _check(self, plan: ScheduledBatch) -> None:
+    def _check(self, plan: SchedulerOutput) -> None:
         """What must hold in every step."""
         total, budget = sum(part.num_new_tokens for part in plan.sequences), self.config
         assert total <= budget.max_num_batched_tokens, (
@@ -148,7 +148,7 @@ class Engine:
             assert arrivals == sorted(arrivals), f"`{name}` is not in order of arrival: {arrivals}"
 
 
-def tokens_of(plan: ScheduledBatch) -> dict[int, int]:
+def tokens_of(plan: SchedulerOutput) -> dict[int, int]:
     """How many tokens of each request a step computes."""
     tokens: dict[int, int] = {}
     for part in plan.sequences:

@@ -64,7 +64,7 @@ class Users:
 
     def publishes(self, tokens, num_computed=None, **options) -> BlockTable:
         seq, table = self.writes(tokens, num_computed, **options)
-        self.cache.publish(seq, table)
+        self.cache.cache_blocks(seq, table)
         return table
 
     def finds(self, tokens, **options) -> list[int]:
@@ -105,7 +105,7 @@ def serve_in_any_order(prefix_cache, seed: int) -> None:
             num_found += 1
         holds |= dict(zip(blocks, content, strict=True))
         seq.mark_computed(seq.num_uncomputed_tokens)
-        memory.publish(seq)
+        memory.cache_blocks(seq)
         running.append(seq)
     for seq in running:
         memory.free(seq)

@@ -48,14 +48,14 @@ class Pools:
                 self.copy(self.memory.append(seq))
                 seq.mark_computed(1)
                 self.write(seq, seq.num_tokens - 1)
-            self.memory.publish(seq)
+            self.memory.cache_blocks(seq)
 
     def compute(self, group: SequenceGroup) -> None:
         for seq in group.sequences:
             for position in range(seq.num_computed_tokens, seq.num_tokens):
                 self.write(seq, position)
             seq.mark_computed(seq.num_uncomputed_tokens)
-            self.memory.publish(seq)
+            self.memory.cache_blocks(seq)
 
     def write(self, seq: Sequence, position: int) -> None:
         block = self.memory.block_table(seq.seq_id).blocks[position // 4]

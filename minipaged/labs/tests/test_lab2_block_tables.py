@@ -101,8 +101,8 @@ def test_what_one_of_the_two_takes_is_not_the_others(table, num_tokens):
 def test_only_full_blocks_of_the_beginning_are_published(
     new_table, published, num_tokens, expected
 ):
-    table = new_table(4, [7, 1, 3], 10, num_published=published)
-    assert table.beginning(num_tokens).num_published == expected
+    table = new_table(4, [7, 1, 3], 10, num_cached_blocks=published)
+    assert table.beginning(num_tokens).num_cached_blocks == expected
 
 
 # ---- task 3: a block when it is needed -----------------------------------------------------------
@@ -259,7 +259,7 @@ def test_a_prefix_is_no_longer_pinned(build):
     story = Story(memory)
     [seq] = story.comes(8).sequences
     seq.mark_computed(8)
-    memory.publish(seq)
+    memory.cache_blocks(seq)
     memory.pin(Sequence(9, range(8)))
     memory.free(seq)
     newcomer = SequenceGroup("10", [Sequence(10, range(100, 116))])
@@ -274,10 +274,10 @@ def test_the_last_block_is_let_go_of_first(build):
     story = Story(build(3, enable_prefix_caching=True))
     [seq] = story.comes(12).sequences
     seq.mark_computed(12)
-    story.memory.publish(seq)
+    story.memory.cache_blocks(seq)
     story.memory.free(seq)
     story.memory.admit(SequenceGroup("1", [Sequence(1, [99])]))  # takes one of the three blocks
-    assert story.memory.num_found(Sequence(2, range(12))) == 8
+    assert story.memory.num_cached_tokens(Sequence(2, range(12))) == 8
 
 
 # ---- task 5: serve a language model --------------------------------------------------------------

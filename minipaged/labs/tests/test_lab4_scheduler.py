@@ -28,7 +28,7 @@ def build(part, request):
     """`build(8, 4, num_blocks=6)`: an engine in which two prompts wait, of 8 and of 4 tokens."""
     number = request.node.get_closest_marker("lab").kwargs["task"]
     scheduler = with_the_librarys(part("scheduler"), FCFSScheduler, LAB, number)
-    usual = part("victim") if number >= 4 else youngest
+    usual = part("select_victim") if number >= 4 else youngest
 
     def engine(*prompts: int, num_tokens: int = 5, victim=usual, **options) -> Engine:
         built = Engine(scheduler, victim, **options)
@@ -254,10 +254,10 @@ def test_an_aborted_request_leaves_with_its_absent_sequences(build):
     engine = build(num_blocks=10, num_swap_blocks=0, enable_prefix_caching=False)
     engine.add(8, num_tokens=30)
     group = engine.add(9, num_tokens=7, width=3)
-    engine.step_until(lambda: group.absent)
+    engine.step_until(lambda: group.awaiting_refork)
     engine.scheduler.abort(group)
     assert group.status is SequenceStatus.FINISHED
-    assert not group.absent
+    assert not group.awaiting_refork
     engine.run()
 
 
@@ -270,8 +270,8 @@ def test_last_come_is_first_preempted(part):
         SequenceGroup(f"{number}", [Sequence(number, range(num_tokens))], arrival=number)
         for number, num_tokens in ((2, 9), (3, 1), (7, 4))
     ]
-    assert part("victim")(groups) is groups[-1]
-    assert part("victim")(groups[:1]) is groups[0]
+    assert part("select_victim")(groups) is groups[-1]
+    assert part("select_victim")(groups[:1]) is groups[0]
 
 
 @task(4)

@@ -26,7 +26,7 @@ class Written(PrefixCache):
         super().__init__(allocator, block_size, enabled)
         self.size = block_size
 
-    def share_found(self, seq):
+    def share_cached(self, seq):
         blocks = [self.allocate() for _ in range(-(-seq.num_tokens // self.size))]
         return BlockTable(self.size, blocks, seq.num_tokens)
 
@@ -179,7 +179,7 @@ def test_who_ends_while_it_is_swapped_frees_blocks_of_the_swap_pool(written):
 def test_of_known_blocks_the_last_of_a_sequence_can_be_given_up_first(written):
     memory = written(num_blocks=3, enable_prefix_caching=True)
     seq = begin(memory, 1, 12)
-    memory.publish(seq)
+    memory.cache_blocks(seq)
     first = table(memory, seq)[0]
     memory.free(seq)
     assert memory.num_free == 3
@@ -343,14 +343,14 @@ def test_the_prefix_cache_knows_the_original_and_not_the_copy(build):
     """The same prompt twice: the second writes the keys of its last token, to a copy."""
     memory = build(12, enable_prefix_caching=True)
     one = admit(memory, 1, 8)
-    memory.publish(one)
+    memory.cache_blocks(one)
     other = Sequence(2, range(8))
     [(source, target)] = memory.admit(SequenceGroup("B", [other]))
     assert source == table(memory, one)[1]
     assert target == table(memory, other)[1]
     for token in range(100, 106):
         other.mark_computed(1)
-        memory.publish(other)
+        memory.cache_blocks(other)
         other.append(token)
         assert memory.append(other) == []
     assert table(memory, other)[:2] == table(memory, one)  # of two equal blocks one is kept

@@ -36,7 +36,7 @@ def users(build) -> Users:
 @task(1)
 def test_a_block_is_known_by_its_tokens_and_the_block_before_it(users):
     first, second = users.publishes([1, 2, 3, 4, 5, 6, 7, 8]).blocks
-    assert dict(users.cache.known) == {
+    assert dict(users.cache.cached) == {
         first: (None, (1, 2, 3, 4)),
         second: (first, (5, 6, 7, 8)),
     }
@@ -46,48 +46,48 @@ def test_a_block_is_known_by_its_tokens_and_the_block_before_it(users):
 @pytest.mark.parametrize(("length", "num_full"), [(3, 0), (4, 1), (7, 1), (8, 2), (9, 2)])
 def test_only_full_blocks_are_published(users, length, num_full):
     seq, table = users.writes(range(length))
-    assert users.cache.publish(seq, table) == table.blocks[:num_full]
-    assert list(users.cache.known) == table.blocks[:num_full]
+    assert users.cache.cache_blocks(seq, table) == table.blocks[:num_full]
+    assert list(users.cache.cached) == table.blocks[:num_full]
 
 
 @task(1)
 @pytest.mark.parametrize(("computed", "num_written"), [(0, 0), (3, 0), (4, 1), (11, 2)])
 def test_only_what_is_computed_is_published(users, computed, num_written):
     table = users.publishes(range(12), num_computed=computed)
-    assert list(users.cache.known) == table.blocks[:num_written]
+    assert list(users.cache.cached) == table.blocks[:num_written]
 
 
 @task(1)
 def test_what_is_published_is_noted_in_the_table_and_not_published_again(users):
     seq, table = users.writes(range(12), num_computed=8)
-    before = users.cache.publish(seq, table)
-    assert (before, table.num_published) == (table.blocks[:2], 2)
+    before = users.cache.cache_blocks(seq, table)
+    assert (before, table.num_cached_blocks) == (table.blocks[:2], 2)
     seq.mark_computed(4)
-    assert users.cache.publish(seq, table) == table.blocks[2:]
-    assert users.cache.publish(seq, table) == []
-    assert table.num_published == 3
+    assert users.cache.cache_blocks(seq, table) == table.blocks[2:]
+    assert users.cache.cache_blocks(seq, table) == []
+    assert table.num_cached_blocks == 3
 
 
 @task(1)
 def test_equal_tokens_behind_another_beginning_are_another_block(users):
     tables = [users.publishes([start, 0, 0, 0, 5, 6, 7, 8]) for start in (1, 2)]
     blocks = [block for table in tables for block in table.blocks]
-    assert sorted(users.cache.known) == sorted(set(blocks))
+    assert sorted(users.cache.cached) == sorted(set(blocks))
     assert len(set(blocks)) == 4, "keys and values depend on all tokens before them"
 
 
 @task(1)
 def test_equal_tokens_of_another_salt_are_another_block(users):
     tables = [users.publishes([1, 2, 3, 4], cache_salt=salt) for salt in (None, "ann", "ben")]
-    assert sorted(users.cache.known) == sorted(table.blocks[0] for table in tables)
+    assert sorted(users.cache.cached) == sorted(table.blocks[0] for table in tables)
 
 
 @task(1)
 def test_a_cache_that_is_switched_off_publishes_nothing(build):
     users = build(enabled=False)
     seq, table = users.writes(range(8))
-    assert users.cache.publish(seq, table) == []
-    assert not users.cache.known
+    assert users.cache.cache_blocks(seq, table) == []
+    assert not users.cache.cached
 
 
 # ---- task 2: find the longest beginning ----------------------------------------------------------
@@ -129,10 +129,10 @@ def test_who_does_not_read_the_cache_finds_nothing(users):
 @task(2)
 def test_to_look_takes_nothing(users):
     users.publishes(range(8))
-    free, known = users.cache.num_free, dict(users.cache.known)
+    free, known = users.cache.num_free, dict(users.cache.cached)
     found = users.finds(range(8))
     found.append(99)  # the caller's own list
-    assert (users.cache.num_free, dict(users.cache.known)) == (free, known)
+    assert (users.cache.num_free, dict(users.cache.cached)) == (free, known)
     assert users.finds(range(8)) == found[:2]
 
 
@@ -148,9 +148,9 @@ def test_the_cache_itself_is_not_counted(users):
 @task(3)
 def test_what_is_found_is_shared(users):
     table = users.publishes(range(10))
-    again = users.cache.share_found(users.sequence(range(10)))
+    again = users.cache.share_cached(users.sequence(range(10)))
     assert again.blocks == table.blocks[:2]
-    assert (again.num_tokens, again.num_published, again.block_size) == (8, 2, 4)
+    assert (again.num_tokens, again.num_cached_blocks, again.block_size) == (8, 2, 4)
     assert [users.cache.ref_count(block) for block in table.blocks] == [2, 2, 1]
 
 
@@ -159,7 +159,7 @@ def test_who_finds_nothing_has_an_empty_table_of_the_kind_that_was_asked_for(bui
     class MyTable(BlockTable):
         pass
 
-    table = build(block_table=MyTable).cache.share_found(Sequence(1, range(8)))
+    table = build(block_table=MyTable).cache.share_cached(Sequence(1, range(8)))
     assert isinstance(table, MyTable)
     assert (table.blocks, table.num_tokens) == ([], 0)
 
@@ -178,7 +178,7 @@ def test_what_its_last_owner_leaves_is_free_and_is_found(build):
 @task(3)
 def test_with_one_owner_left_a_block_is_not_idle(users):
     table = users.publishes(range(4))
-    users.cache.share_found(users.sequence(range(4)))
+    users.cache.share_cached(users.sequence(range(4)))
     users.lets_go(table)
     assert users.cache.ref_count(table.blocks[0]) == 1
     assert not users.cache.idle
@@ -188,7 +188,7 @@ def test_with_one_owner_left_a_block_is_not_idle(users):
 @task(3)
 def test_an_idle_block_that_is_found_is_idle_no_more(users):
     users.lets_go(users.publishes(range(8)))
-    table = users.cache.share_found(users.sequence(range(5)))
+    table = users.cache.share_cached(users.sequence(range(5)))
     assert users.cache.ref_count(table.blocks[0]) == 1
     assert table.blocks[0] not in users.cache.idle
     assert users.cache.num_free == 31
@@ -209,9 +209,9 @@ def test_of_two_equal_blocks_one_is_kept(users):
     seq, table = users.writes(range(10))
     first = users.publishes(range(10)).blocks
     own_end = table.blocks[2]
-    assert users.cache.publish(seq, table) == [], "both blocks could be found before"
+    assert users.cache.cache_blocks(seq, table) == [], "both blocks could be found before"
     assert table.blocks == [*first[:2], own_end]
-    assert table.num_published == 2
+    assert table.num_cached_blocks == 2
     assert [users.cache.ref_count(block) for block in first[:2]] == [2, 2]
     assert users.cache.num_free == 32 - 4, "two full blocks that both use, and two ends"
 
@@ -226,7 +226,7 @@ def test_what_was_given_up_is_found_no_more(build):
     users.publishes(range(100, 108))
     assert users.finds(range(8)) == [], "these blocks hold other tokens by now"
     assert len(users.finds(range(100, 108))) == 2
-    assert len(users.cache.known) == 2
+    assert len(users.cache.cached) == 2
 
 
 @task(4)
@@ -245,7 +245,7 @@ def test_what_was_unused_for_longest_goes_first(build):
     tables = [users.publishes([number] * 4) for number in range(3)]
     for table in tables:
         users.lets_go(table)
-    users.lets_go(users.cache.share_found(users.sequence([0] * 4)))  # used once more
+    users.lets_go(users.cache.share_cached(users.sequence([0] * 4)))  # used once more
     users.cache.allocate()
     assert [len(users.finds([number] * 4)) for number in range(3)] == [1, 0, 1]
     users.cache.allocate()

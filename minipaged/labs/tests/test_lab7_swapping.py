@@ -114,9 +114,9 @@ def test_its_blocks_can_be_found_and_given_up_like_those_of_anybody_who_let_go(b
     group = pools.group(13)
     before = pools.reads(group)
     pools.swap_out(group)
-    assert pools.memory.num_found(Sequence(900, range(13))) == 12
+    assert pools.memory.num_cached_tokens(Sequence(900, range(13))) == 12
     pools.free(pools.group(16, first=100))  # takes all four, the end of the known prompt first
-    assert pools.memory.num_found(Sequence(900, range(13))) == 0
+    assert pools.memory.num_cached_tokens(Sequence(900, range(13))) == 0
     pools.check(group, before)
 
 
@@ -184,9 +184,9 @@ def test_what_came_back_can_be_found_again_once_it_is_published(build):
     pools.swap_out(group)
     pools.free(pools.group(24, first=100))  # nothing of the prompt is known any more
     assert pools.swap_in(group) == 4
-    assert pools.memory.num_found(Sequence(900, range(14))) == 0
-    pools.memory.publish(group.sequences[0])
-    assert pools.memory.num_found(Sequence(900, range(14))) == 12
+    assert pools.memory.num_cached_tokens(Sequence(900, range(14))) == 0
+    pools.memory.cache_blocks(group.sequences[0])
+    assert pools.memory.num_cached_tokens(Sequence(900, range(14))) == 12
 
 
 @task(2)
@@ -304,7 +304,7 @@ def test_samples_that_are_recomputed_are_absent_until_they_can_fork_again(engine
     built = engine(8, num_tokens=24, num_blocks=10, num_swap_blocks=0)
     group = built.add(9, num_tokens=7, width=3)
     built.step_until(lambda: group.num_preemptions)
-    assert [*group.sequences, *group.absent] == built.samples[1]
+    assert [*group.sequences, *group.awaiting_refork] == built.samples[1]
     assert len(group.sequences) == 1, "it comes back as it came, with one"
     built.run()
     assert [seq.num_output_tokens for seq in built.samples[1]] == [7, 8, 9]

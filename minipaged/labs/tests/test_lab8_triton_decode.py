@@ -21,7 +21,7 @@ DECODES = [(1, 6), (1, 0), (1, 7), (1, 8), (1, 3)]
 MIXED = [(1, 6), (3, 5), (1, 0), (4, 0), (2, 11)]
 
 
-def why_not() -> str | None:
+def explain_rejection() -> str | None:
     """Why no kernel can run here."""
     from minipaged.attention.triton.machine import why_no_triton
 
@@ -37,7 +37,7 @@ def why_not_compiled() -> str | None:
     return "TRITON_INTERPRET=1 asks for the interpreter" if is_interpreted() else None
 
 
-NO_KERNEL = why_not()
+NO_KERNEL = explain_rejection()
 NO_COMPILER = NO_KERNEL or why_not_compiled()
 pytestmark = pytest.mark.skipif(NO_KERNEL is not None, reason=str(NO_KERNEL))
 compiled = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))

@@ -75,10 +75,10 @@ class ContiguousMemory(PlainMemory):
 
     def fits(self, group: SequenceGroup) -> bool:
         """Whether an empty pool has a run for every sequence that the request will have."""
-        return self._runs.most_runs(self._blocks_for(group)) >= group.num_seats
+        return self._runs.most_runs(self._blocks_for(group)) >= group.num_batch_slots
 
-    def why_not(self, group: SequenceGroup) -> str:
-        num_blocks, seats = self._blocks_for(group), group.num_seats
+    def explain_rejection(self, group: SequenceGroup) -> str:
+        num_blocks, seats = self._blocks_for(group), group.num_batch_slots
         most = self._runs.most_runs(num_blocks)
         return (
             f"the request reserves {seats} contiguous {'run' if seats == 1 else 'runs'} of "
@@ -92,19 +92,19 @@ class ContiguousMemory(PlainMemory):
         """Whether there is a run for each sequence; there is no watermark, for nobody grows."""
         if self._batch_is_closed:
             return False
-        return self._runs.num_runs(self._blocks_for(group)) >= group.num_seats
+        return self._runs.num_runs(self._blocks_for(group)) >= group.num_batch_slots
 
     def admit(self, group: SequenceGroup) -> list[BlockPair]:
         """Reserve everything that the request may need, for all its sequences."""
         [seq] = group.sequences
         num_blocks = self._blocks_for(group)
-        runs = [self._runs.allocate(num_blocks) for _ in range(group.num_seats)]
+        runs = [self._runs.allocate(num_blocks) for _ in range(group.num_batch_slots)]
         spare = [run for run in runs if run is not None]
         assert len(spare) == len(runs), "there are not as many runs as can_admit has said"
         reservation = _Reservation(self._needed(seq), self._reserved(seq), spare)
         self._reservations[seq.seq_id] = reservation
         self._own(seq, reservation, spare.pop())
-        seq.mark_found(0)
+        seq.mark_cached(0)
         return []
 
     # ---- growing, inside the reservation -------------------------------------------------------

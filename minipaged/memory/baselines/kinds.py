@@ -18,7 +18,7 @@ CONTIGUOUS: dict[str, Reserve] = {
 
 @dataclass(frozen=True)
 class VirtualKind:
-    """What differs from one virtual memory to another; see `SlotLayout`."""
+    """What differs from one virtual memory to another; see `RegionLayout`."""
 
     huge_pages: bool = False  # of 2 MiB; else the smallest that the device has
     sliced: bool = False  # all layers of a token side by side

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from minipaged.errors import InvalidOption
-from minipaged.memory.baselines.slots import SlotLayout
+from minipaged.memory.baselines.slots import RegionLayout
 
 SMALL_PAGE = mmap.PAGESIZE  # 4 KiB on most machines
 HUGE_PAGE = 2 * 1024**2  # which is also the smallest that a GPU maps
@@ -50,7 +50,7 @@ class MappedPages:
         InvalidOption: the system has no such pages, or refuses the addresses.
     """
 
-    def __init__(self, layout: SlotLayout) -> None:
+    def __init__(self, layout: RegionLayout) -> None:
         if reason := why_no_pages_of(layout.page_bytes):
             raise InvalidOption(f'memory="virtual" cannot run: {reason}.')
         self.layout = layout

@@ -34,10 +34,10 @@ class PlainMemory(ABC):
     def cached(self) -> Mapping[int, CacheKey]:
         return {}
 
-    def num_found(self, seq: Sequence) -> int:
+    def num_cached_tokens(self, seq: Sequence) -> int:
         return 0
 
-    def publish(self, seq: Sequence) -> list[int]:
+    def cache_blocks(self, seq: Sequence) -> list[int]:
         return []
 
     def pin(self, seq: Sequence) -> int:

@@ -11,7 +11,7 @@ from minipaged.memory.interface import ceil_div
 
 
 @dataclass(frozen=True)
-class SlotLayout:
+class RegionLayout:
     """Where the keys and values of slots lie, in bytes from the beginning of all.
 
         [ buffer 0 | buffer 1 | ... ]  one for the keys of each layer and one for its values
@@ -24,7 +24,7 @@ class SlotLayout:
 
     num_buffers: int
     num_slots: int
-    slot_len: int  # tokens
+    region_len: int  # tokens
     token_bytes: int  # in one buffer
     page_bytes: int
 
@@ -33,7 +33,9 @@ class SlotLayout:
         assert self.slot_bytes % self.page_bytes == 0, "a slot is a whole number of pages"
 
     @classmethod
-    def for_model(cls, config: ModelConfig, bytes_per_number: int, **options: Any) -> "SlotLayout":
+    def for_model(
+        cls, config: ModelConfig, bytes_per_number: int, **options: Any
+    ) -> "RegionLayout":
         """The layout that a model needs; `options` are those of `for_tokens`."""
         num_bytes = config.kv_bytes_per_token(bytes_per_number)
         return cls.for_tokens(num_bytes, config.num_layers, **options)
@@ -48,7 +50,7 @@ class SlotLayout:
         longest: int,
         page_bytes: int,
         sliced: bool = False,
-    ) -> "SlotLayout":
+    ) -> "RegionLayout":
         """The layout for tokens of so many bytes over so many layers.
 
         Args:
@@ -60,8 +62,8 @@ class SlotLayout:
         token_bytes = num_bytes // num_buffers
         # Whole pages and whole tokens: so a buffer is a tensor whose slots begin on pages.
         step = page_bytes // gcd(page_bytes, token_bytes)
-        slot_len = ceil_div(longest, step) * step
-        return cls(num_buffers, num_slots, slot_len, token_bytes, page_bytes)
+        region_len = ceil_div(longest, step) * step
+        return cls(num_buffers, num_slots, region_len, token_bytes, page_bytes)
 
     @property
     def group_bytes(self) -> int:
@@ -70,7 +72,7 @@ class SlotLayout:
     @property
     def slot_bytes(self) -> int:
         """Of one slot in one buffer."""
-        return self.slot_len * self.token_bytes
+        return self.region_len * self.token_bytes
 
     @property
     def num_bytes(self) -> int:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from minipaged.errors import OutOfBlocks
 from minipaged.memory.baselines.plain import PlainMemory
-from minipaged.memory.baselines.slots import Pages, SlotLayout
+from minipaged.memory.baselines.slots import Pages, RegionLayout
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.interface import BlockPair, MemoryUsage
 from minipaged.sequence import Sequence, SequenceGroup
@@ -52,14 +52,14 @@ class VirtualMemory(PlainMemory):
     """
 
     def __init__(
-        self, layout: SlotLayout, budget: int, pages: Pages, watermark_groups: int = 0
+        self, layout: RegionLayout, budget: int, pages: Pages, watermark_groups: int = 0
     ) -> None:
         super().__init__()
         assert budget > 0, "a budget of no page group holds no token"
         self.layout = layout
         self.budget = budget
         self.num_blocks = layout.num_slots
-        self.block_size = layout.slot_len
+        self.block_size = layout.region_len
         self._pages = pages
         self._watermark_groups = watermark_groups
         self._slots = [_Slot() for _ in range(layout.num_slots)]
@@ -73,7 +73,7 @@ class VirtualMemory(PlainMemory):
         """Whether the budget would hold the group's next step if it had all to itself."""
         return len(group.sequences) <= self.num_blocks and self._demand(group) <= self.budget
 
-    def why_not(self, group: SequenceGroup) -> str:
+    def explain_rejection(self, group: SequenceGroup) -> str:
         length = group.sequences[0].num_tokens
         over = length - self.layout.tokens_in(self.budget)
         return (
@@ -92,7 +92,7 @@ class VirtualMemory(PlainMemory):
         """Give every sequence a slot, and map what the tokens need that it has so far."""
         for seq in group.sequences:
             self._tables[seq.seq_id] = BlockTable(self.block_size, [], 0)
-            seq.mark_found(0)
+            seq.mark_cached(0)
         return [pair for seq in group.sequences for pair in self.append(seq)]
 
     # ---- growing -------------------------------------------------------------------------------

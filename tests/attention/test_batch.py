@@ -1,0 +1,359 @@
+"""From decisions to tensors: positions, slots, block tables, and the cache behind them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
+from minipaged.config import ModelConfig
+from minipaged.errors import InvalidOption
+from minipaged.memory import BlockTable
+from minipaged.scheduler.fcfs import SchedulerOutput
+from minipaged.utils.device import GIB, choose_device
+from minipaged.worker.cache_size import blocks_that_fit, physical_memory, refuse_more_than_memory
+from minipaged.worker.model_runner import ModelRunner
+
+CONFIG = ModelConfig(
+    architecture="Toy",
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=3,
+    hidden_size=12,
+    vocab_size=50,
+    max_position_embeddings=64,
+)
+
+
+def query(seq_id: int, tokens: list[int], context_len: int, blocks: list[int], **more) -> Query:
+    table = BlockTable(4, blocks, num_tokens=context_len + len(tokens))
+    return Query(seq_id, tokens, context_len, table, **more)
+
+
+def test_the_example_in_the_docstring_is_what_is_built():
+    builder = BatchBuilder(max_num_seqs=4, max_blocks_per_seq=8, block_size=4)
+    batch = builder.build([query(0, [5], 5, [3, 7]), query(1, [10, 11, 12], 0, [2])])
+    assert batch.token_ids.tolist() == [5, 10, 11, 12]
+    assert batch.positions.tolist() == [5, 0, 1, 2]
+    assert batch.slot_mapping.tolist() == [29, 8, 9, 10]
+    assert batch.cu_seqlens_q.tolist() == [0, 1, 4]
+    assert batch.context_lens.tolist() == [5, 0]
+    assert batch.block_tables[0].tolist() == [3, 7]
+    assert batch.block_tables[1, 0] == 2
+    assert batch.logit_rows.tolist() == [0, 3]
+    assert [(s.start, s.stop, s.context_len, s.seq_len) for s in batch.spans] == [
+        (0, 1, 5, 6),
+        (1, 4, 0, 3),
+    ]
+
+
+def test_logits_are_read_for_as_many_of_the_last_tokens_as_are_wanted():
+    builder = BatchBuilder(4, 8, 4)
+    batch = builder.build(
+        [
+            query(0, [1, 2, 3], 0, [0], num_logits=0),
+            query(1, [4, 5, 6], 0, [1], num_logits=3),
+            query(2, [7, 8], 0, [2], num_logits=1),
+        ]
+    )
+    assert batch.logit_rows.tolist() == [3, 4, 5, 7]
+
+
+@given(st.data())
+def test_every_token_gets_the_slot_that_its_block_table_says(data):
+    """Over many steps of sequences that come, grow, move, skip steps and go."""
+    block_size = data.draw(st.integers(1, 5))
+    builder = BatchBuilder(max_num_seqs=3, max_blocks_per_seq=40, block_size=block_size)
+    lengths: dict[int, int] = {}
+    tables: dict[int, BlockTable] = {}
+    next_id = 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        for seq_id in list(lengths):
+            if data.draw(st.booleans()) and data.draw(st.booleans()):
+                del lengths[seq_id], tables[seq_id]
+        while len(lengths) < 3 and data.draw(st.booleans()):
+            lengths[next_id] = 0
+            tables[next_id] = BlockTable(block_size, [], 0)
+            next_id += 1
+        queries = []
+        for seq_id, table in tables.items():
+            if data.draw(st.integers(0, 3)) == 0:
+                continue  # sits this step out
+            new = data.draw(st.integers(1, 6))
+            total = lengths[seq_id] + new
+            while len(table) * block_size < total:
+                table.blocks.append(data.draw(st.integers(0, 99)))
+            if data.draw(st.integers(0, 4)) == 0:  # copied on write, or swapped out and in
+                index = data.draw(st.integers(0, len(table) - 1))
+                table.blocks[index] = data.draw(st.integers(0, 99))
+            table.num_tokens = total
+            queries.append(Query(seq_id, list(range(new)), lengths[seq_id], table))
+            lengths[seq_id] = total
+        if not queries:
+            continue
+        batch = builder.build(queries)
+        expected = [
+            q.table.slot(position)
+            for q in queries
+            for position in range(q.context_len, q.context_len + len(q.token_ids))
+        ]
+        assert batch.slot_mapping.tolist() == expected
+        for q, row in zip(queries, batch.block_tables, strict=True):
+            assert row[: len(q.table)].tolist() == q.table.blocks[: len(row)]
+
+
+def test_a_row_is_written_only_where_its_table_changed():
+    builder = BatchBuilder(2, 8, 4)
+    builder.build([query(0, [1] * 8, 0, [3, 7])])
+    builder._tables[0, 0] = 99  # a mark: whoever writes the row anew would paint it over
+    builder.build([query(0, [1], 8, [3, 7, 5])])
+    assert builder._tables[0, :3].tolist() == [99, 7, 5]
+
+
+def test_rows_of_sequences_that_left_serve_others():
+    builder = BatchBuilder(max_num_seqs=2, max_blocks_per_seq=4, block_size=4)
+    for step in range(10):
+        batch = builder.build([query(2 * step, [1], 0, [step]), query(2 * step + 1, [1], 0, [9])])
+        assert batch.block_tables[:, 0].tolist() == [step, 9]
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_block_takes_memory_only_once_it_is_written():
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+    before = resident()
+    cache = KVCache(CONFIG, 200_000, 16, num_swap_blocks=200_000)
+    size = 2 * 200_000 * bytes_per_block(CONFIG, 16, torch.float32)
+    assert size > 200e6
+    assert resident() - before < size / 10
+    assert not cache.layers[0][0][::1000].any()
+    cache.layers[0][0].fill_(1.0)
+    assert resident() - before > size / 16
+
+
+def test_a_process_that_forks_has_a_cache_of_its_own():
+    cache = KVCache(CONFIG, 4, 2)
+    child = os.fork()
+    if child == 0:
+        cache.layers[0][0].fill_(7.0)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not cache.layers[0][0].any()
+
+
+def test_memory_that_the_system_refuses_is_a_sentence(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("minipaged.attention.kv_cache.mmap.mmap", refuse)
+    with pytest.raises(InvalidOption, match=r"refuses 0.0 GiB .*: lower num_blocks"):
+        KVCache(CONFIG, 4, 2)
+
+
+def numbered_cache(**options) -> KVCache:
+    cache = KVCache(CONFIG, 4, 2, num_swap_blocks=3, **options)
+    for layer, (k, v) in enumerate(cache.layers):
+        for block in range(4):
+            k[block] = 100 * layer + block
+            v[block] = 1000 + 100 * layer + block
+    return cache
+
+
+def blocks_of(pool: torch.Tensor) -> list[float]:
+    assert all(len(block.unique()) == 1 for block in pool)
+    return [block.unique().item() for block in pool]
+
+
+def test_a_new_cache_is_zero_and_has_a_pool_a_layer():
+    cache = KVCache(CONFIG, 4, 2, num_swap_blocks=3, dtype=torch.bfloat16)
+    assert len(cache.layers) == len(cache.swap_layers) == 2
+    for k, v in cache.layers:
+        assert k.shape == v.shape == (4, 2, 2, 3)
+        assert k.dtype is torch.bfloat16
+        assert not k.any()
+        assert not v.any()
+
+
+def test_blocks_are_copied_in_every_layer_keys_and_values():
+    cache = numbered_cache()
+    cache.copy([(1, 3), (0, 2)])
+    for layer, (k, v) in enumerate(cache.layers):
+        assert blocks_of(k) == [100 * layer + b for b in (0, 1, 0, 1)]
+        assert blocks_of(v) == [1000 + 100 * layer + b for b in (0, 1, 0, 1)]
+
+
+def test_a_copy_of_a_copy_is_refused():
+    # On a GPU all pairs are copied at once: block 2 would hold what 1 held before, or after.
+    with pytest.raises(AssertionError, match="a copy of a copy"):
+        numbered_cache().copy([(0, 1), (1, 2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_8_bit_blocks_are_copied_and_swapped_with_their_scales(dtype: torch.dtype):
+    cache = KVCache(CONFIG, 4, 2, num_swap_blocks=3, dtype=dtype)
+    keys = torch.randn(4, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    for layer, (k, v) in enumerate(cache.layers):
+        k[torch.arange(4)] = keys * 10**layer
+        v[torch.arange(4)] = -keys
+    cache.swap_out([(1, 2), (3, 0)])
+    cache.copy([(0, 1)])
+    cache.swap_in([(2, 3), (0, 2)])
+    for layer, (k, v) in enumerate(cache.layers):
+        moved = keys[[0, 0, 3, 1]]  # what blocks 0 to 3 hold now
+        torch.testing.assert_close(k[torch.arange(4)], moved * 10**layer, rtol=0.07, atol=0.02)
+        torch.testing.assert_close(v[torch.arange(4)], -moved, rtol=0.07, atol=0.02)
+
+
+def test_8_bits_hold_nearly_twice_the_tokens_of_16():
+    llama_3_8b = ModelConfig(
+        architecture="LlamaForCausalLM",
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        hidden_size=4096,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    )
+    half = bytes_per_block(llama_3_8b, 16, torch.bfloat16)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        eight = bytes_per_block(llama_3_8b, 16, dtype)
+        assert half / eight == pytest.approx(256 / 132)  # 128 numbers and a scale of 4 bytes
+        cache = KVCache(CONFIG, 5, 4, dtype=dtype)
+        held = sum(
+            t.numel() * t.itemsize for kv in cache.layers for p in kv for t in vars(p).values()
+        )
+        assert held == 5 * bytes_per_block(CONFIG, 4, dtype)
+
+
+def test_a_kv_dtype_is_chosen_by_name():
+    assert choose_kv_dtype("auto", torch.bfloat16) is torch.bfloat16
+    assert choose_kv_dtype("int8", torch.bfloat16) is torch.int8
+    with pytest.raises(InvalidOption, match="kv_cache_dtype is 'int4'"):
+        choose_kv_dtype("int4", torch.bfloat16)
+
+
+def test_what_is_swapped_out_comes_back_into_other_blocks():
+    cache = numbered_cache()
+    cache.swap_out([(1, 2), (3, 0)])
+    for k, v in cache.layers:
+        k.fill_(-1)
+        v.fill_(-1)
+    cache.swap_in([(2, 0), (0, 1)])
+    for layer, (k, v) in enumerate(cache.layers):
+        assert blocks_of(k) == [100 * layer + 1, 100 * layer + 3, -1, -1]
+        assert blocks_of(v) == [1000 + 100 * layer + 1, 1000 + 100 * layer + 3, -1, -1]
+
+
+def test_the_bytes_of_a_token_are_those_of_the_papers_example():
+    opt_13b = ModelConfig(
+        architecture="OPTForCausalLM",
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=40,
+        head_dim=128,
+        hidden_size=5120,
+        vocab_size=50272,
+        max_position_embeddings=2048,
+    )
+    assert opt_13b.kv_bytes_per_token(2) == 819_200  # section 3: 800 KB
+
+
+def test_a_pool_that_not_one_block_fits_into_is_refused():
+    cpu = torch.device("cpu")
+    assert blocks_that_fit(1000, cpu, 0.9) > 1000
+    with pytest.raises(InvalidOption, match="a block of keys and values takes"):
+        blocks_that_fit(10**15, cpu, 0.9)
+
+
+def test_pools_larger_than_the_machine_are_refused_with_what_would_fit():
+    room = physical_memory() // 1000
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    refuse_more_than_memory(room // 2, room // 2, 1000, cpu)
+    refuse_more_than_memory(room * 3, room, 1000, cuda)  # there the pool is not in host memory
+    for blocks, swap_blocks, device in [(room, 1, cpu), (1, room + 1, cuda)]:
+        with pytest.raises(InvalidOption, match=f"Give at most {room} in all"):
+            refuse_more_than_memory(blocks, swap_blocks, 1000, device)
+
+
+def test_a_step_swaps_out_then_in_then_copies_and_only_then_runs():
+    """Each operation reads what the one before has written."""
+    cache = numbered_cache()
+    seen = []
+
+    class Model:
+        config = CONFIG
+
+        def __call__(self, token_ids, positions, kv_cache, batch):
+            seen.append([blocks_of(k) for k, _ in kv_cache.layers])
+            return torch.zeros(len(token_ids), 12)
+
+        def logits(self, hidden):
+            return torch.zeros(len(hidden), 50)
+
+    plan = SchedulerOutput(tokens_left=0)
+    plan.swap_out, plan.swap_in, plan.copies = [(1, 0)], [(0, 2)], [(2, 3)]
+    batch = BatchBuilder(1, 4, 2).build([query(0, [5], 0, [0])])
+    logits = ModelRunner(Model(), cache).run(plan, batch)
+    assert logits.shape == (1, 50)
+    assert seen == [[[0, 1, 1, 1], [100, 101, 101, 101]]]
+
+
+def test_a_step_without_tokens_still_moves_its_blocks():
+    cache = numbered_cache()
+    plan = SchedulerOutput(tokens_left=0, copies=[(1, 3)])
+
+    class Model:
+        config = CONFIG
+
+    logits = ModelRunner(Model(), cache).run(plan, BatchBuilder(1, 4, 2).build([]))
+    assert logits.shape == (0, 50)
+    assert blocks_of(cache.layers[0][0]) == [0, 1, 2, 1]
+
+
+def test_slots_of_a_huge_pool_do_not_overflow():
+    batch = BatchBuilder(1, 8, 4).build([query(0, [1], 0, [2**30])])
+    assert batch.slot_mapping.tolist() == [2**32]
+
+
+def test_the_model_runs_without_autograd():
+    class Model:
+        config = CONFIG
+
+        def __call__(self, token_ids, positions, kv_cache, batch):
+            assert torch.is_inference_mode_enabled()
+            return torch.zeros(len(token_ids), 12)
+
+        def logits(self, hidden):
+            return hidden
+
+    batch = BatchBuilder(1, 4, 2).build([query(0, [5], 0, [0])])
+    plan = SchedulerOutput(tokens_left=0)
+    assert ModelRunner(Model(), numbered_cache()).run(plan, batch).is_inference()
+
+
+def test_on_a_cpu_the_pool_takes_an_eighth_of_the_memory_and_2_gib_at_most(monkeypatch):
+    for memory, blocks in [(8 * GIB, 1), (100 * GIB, 2)]:
+        monkeypatch.setattr("minipaged.worker.cache_size.physical_memory", lambda m=memory: m)
+        assert blocks_that_fit(GIB, torch.device("cpu"), 0.9) == blocks
+
+
+def test_devices_are_chosen_by_name():
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(InvalidOption, match="there is no device 'abacus'"):
+        choose_device("abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidOption, match="needs a CUDA GPU"):
+            choose_device("cuda")

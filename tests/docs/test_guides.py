@@ -1,0 +1,66 @@
+"""What the guides let a reader type is run here, and prints what they say.
+
+A Python block with a title is a file of that name; a text block right behind it is what the file
+prints. The files of one page lie together, so that one may import another. Blocks without a title
+are run as well, unless they only show a signature.
+"""
+
+import re
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+BLOCK = re.compile(
+    r'^```python(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^```\n'
+    r"(?:\n```text\n(?P<out>.*?)^```\n)?",
+    re.MULTILINE | re.DOTALL,
+)
+NEEDS_TRITON = {"debug_a_kernel.md"}
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_what_a_guide_shows_runs_and_prints_what_it_says(guide, tmp_path, monkeypatch, capsys):
+    if guide.name in NEEDS_TRITON and find_spec("triton") is None:
+        pytest.skip("Triton exists for Linux only")
+    (tmp_path / "minipaged").symlink_to(ROOT / "minipaged")  # run_your_model.md: in a checkout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    blocks = list(BLOCK.finditer(guide.read_text(encoding="utf-8")))
+    assert blocks
+    for number, block in enumerate(blocks):
+        if block["code"].rstrip().endswith(": ..."):
+            continue
+        file = tmp_path / (block["title"] or f"block_{number}.py")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(block["code"], encoding="utf-8")
+        capsys.readouterr()
+        runpy.run_path(str(file), run_name="__main__")
+        if block["out"] is not None:
+            assert capsys.readouterr().out == block["out"], file.name
+    for name in {block["title"] for block in blocks if block["title"]}:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_an_error_that_a_guide_quotes_is_what_a_user_gets(tmp_path, monkeypatch):
+    from minipaged import LLM, MinipagedError, SamplingParams
+
+    for variable in ("MINIPAGED_HOME", "HF_HOME", "HF_HUB_CACHE"):  # nothing was fetched here
+        monkeypatch.setenv(variable, str(tmp_path))
+    page = (ROOT / "docs" / "guides" / "run_your_model.md").read_text(encoding="utf-8")
+    mistakes = {
+        "CheckpointError": lambda: LLM("HuggingFaceTB/SmolLM2-135M-Instruct"),
+        "InvalidOption": lambda: LLM("storyteller", kv_cache_dtype="int4"),
+    }
+    for name, mistake in mistakes.items():
+        with pytest.raises(MinipagedError) as caught:
+            mistake()
+        assert f"`{name}`: {caught.value}" in page
+    llm = LLM("storyteller", num_blocks=2)
+    with pytest.raises(MinipagedError, match="Raise num_blocks to 4 or shorten the prompt by 25"):
+        llm.generate([list(range(3, 60))], SamplingParams(max_tokens=1), use_tqdm=False)

@@ -1,0 +1,286 @@
+"""Lab 9: a better policy is shown to be better, and one that cheats is refused by a sentence."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from minipaged.cli.main import app
+from minipaged.errors import CheckFailed, InvalidOption
+from minipaged.evaluation.sim.traces import TraceRequest
+from minipaged.labs import challenge
+from minipaged.labs.challenge import parts_of, read_leaderboard, serve, traces
+from minipaged.memory import BlockAllocator, BlockManager, PrefixCache
+from minipaged.scheduler.fcfs import FCFSScheduler
+
+BUSY = [TraceRequest(0.0, 300 + 7 * i % 90, 40 + i % 50, 48) for i in range(80)]
+"""More than the pool holds, all at once: the last ones are preempted."""
+
+
+class ShortestPromptFirst(FCFSScheduler):
+    def schedule(self):
+        self.waiting.sort(key=lambda group: group.sequences[0].num_tokens)
+        return super().schedule()
+
+
+def largest(candidates):
+    return max(candidates, key=lambda group: group.sequences[0].num_computed_tokens)
+
+
+def test_a_better_policy_than_the_librarys_exists():
+    trace = traces(seed=0)["chat"]
+    library = serve("chat", trace, {})
+    better = serve("chat", trace, {"scheduler": ShortestPromptFirst, "select_victim": largest})
+    assert better.mean < 0.95 * library.mean
+    assert better.p90 < library.p90
+    assert library == serve("chat", trace, parts={})  # nothing of it is left to chance
+
+
+def test_the_beginning_is_as_good_as_the_library_and_no_better(tmp_path):
+    file = tmp_path / challenge.FILE_NAME
+    file.write_text(challenge.STARTER)
+    parts = parts_of(file)
+    assert set(parts) == {"scheduler", "select_victim"}
+    assert serve("busy", BUSY, parts) == serve("busy", BUSY, {})
+
+
+def test_a_policy_may_swap_and_bring_a_memory_of_its_own():
+    class Swaps(FCFSScheduler):
+        def __init__(self, config, *others):
+            super().__init__(replace(config, preemption="swap"), *others)
+
+    class LowestFirst(BlockAllocator):
+        def __init__(self, num_blocks):
+            super().__init__(num_blocks)
+            self._free.reverse()
+
+    parts = {"scheduler": Swaps, "memory": BlockManager, "allocator": LowestFirst}
+    assert serve("busy", BUSY, parts).num_preemptions > 0
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+class LosesRequests(FCFSScheduler):
+    def add(self, group):
+        if group.request_id != "7":
+            super().add(group)
+
+
+class EndsRequests(FCFSScheduler):
+    def schedule(self):
+        plan = super().schedule()
+        if self.running:
+            self._end(self.running[-1], plan)
+        return plan
+
+
+class GivesTokensItself(FCFSScheduler):
+    def commit(self, plan):
+        super().commit(plan)
+        for scheduled in plan.sequences:
+            scheduled.seq.append(0)
+
+
+class ClaimsToHaveComputed(FCFSScheduler):
+    def schedule(self):
+        plan = super().schedule()
+        for number, scheduled in enumerate(plan.sequences):
+            if scheduled.num_new_tokens > 20:
+                scheduled.seq.mark_computed(scheduled.num_new_tokens - 1)
+                plan.sequences[number] = scheduled._replace(num_new_tokens=1)
+        return plan
+
+
+class SamplesTooEarly(FCFSScheduler):
+    def schedule(self):
+        plan = super().schedule()
+        plan.sequences[:] = [s._replace(num_new_tokens=1) for s in plan.sequences]
+        return plan
+
+
+class ComputesTooMuch(FCFSScheduler):
+    def __init__(self, config, *others):
+        super().__init__(replace(config, max_num_batched_tokens=10**6), *others)
+
+
+class SwapsForNothing(FCFSScheduler):
+    def __init__(self, config, *others):
+        super().__init__(replace(config, preemption="swap"), *others)
+
+    def schedule(self):
+        plan = super().schedule()
+        plan.swap_in.clear()
+        return plan
+
+
+class RunsTwice(FCFSScheduler):
+    def schedule(self):
+        plan = super().schedule()
+        plan.sequences += plan.sequences[:1]
+        return plan
+
+
+class Stumbles(FCFSScheduler):
+    def schedule(self):
+        return super().schedule() if not self.running else 1 // 0
+
+
+class TwiceThePool(BlockManager):
+    def __init__(self, *, num_blocks, **options):
+        super().__init__(num_blocks=2 * num_blocks, **options)
+
+
+class BlocksForTwo(BlockAllocator):
+    """Hands out what is taken once nothing is free."""
+
+    def __init__(self, num_blocks):
+        super().__init__(num_blocks)
+        self.num_real = num_blocks
+
+    @property
+    def num_free(self):
+        return 10**6
+
+    def allocate(self):
+        if not self._free:
+            self._free = list(range(self.num_real))
+        block = self._free.pop()
+        self._ref_counts[block] += 1
+        return block
+
+    def free(self, block):
+        pass
+
+
+class NegativeBlocks(BlockAllocator):
+    def allocate(self):
+        return super().allocate() - 1
+
+    def share(self, block):
+        super().share(block + 1)
+
+    def free(self, block):
+        super().free(block + 1)
+
+    def ref_count(self, block):
+        return super().ref_count(block + 1)
+
+
+class FindsWhatIsNotThere(PrefixCache):
+    def find(self, seq):
+        found = super().find(seq)
+        return found * 2 if len(found) * 2 * 16 < seq.num_tokens else found
+
+
+class LosesBlocks(BlockManager):
+    def free(self, seq):
+        self.block_table(seq.seq_id).blocks.pop()
+        super().free(seq)
+
+
+@pytest.mark.parametrize(
+    ("role", "part", "complaint"),
+    [
+        ("scheduler", LosesRequests, "nothing is computed, and request 7 waits, with 0 others"),
+        ("scheduler", EndsRequests, "step 1: request 0 is ended before its"),
+        ("scheduler", GivesTokensItself, "has 302 tokens, and 301 were given"),
+        ("scheduler", ClaimsToHaveComputed, "nobody has written there"),
+        ("scheduler", SamplesTooEarly, "request 0 has 300 tokens left, and 1 are planned"),
+        ("scheduler", ComputesTooMuch, "tokens are computed, and 2560 are the most"),
+        ("scheduler", SwapsForNothing, "nobody has written there, or that somebody has"),
+        ("scheduler", RunsTwice, "a sequence is in the plan twice"),
+        ("scheduler", Stumbles, "ZeroDivisionError: .*test_challenge.py, line"),
+        ("memory", TwiceThePool, "and the pool has 983 blocks, from 0 on"),
+        ("memory", LosesBlocks, "all requests have finished, and .* blocks are not free again"),
+        ("allocator", BlocksForTwo, "two sequences (write to|use) block|nobody has written"),
+        ("allocator", NegativeBlocks, "and the pool has 983 blocks, from 0 on"),
+        ("prefix_cache", FindsWhatIsNotThere, "nobody has written there"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_who_cheats_is_refused(role, part, complaint):
+    with pytest.raises(CheckFailed, match=complaint):
+        serve("busy", BUSY, {role: part})
+
+
+def test_nobody_is_told_how_much_a_request_will_generate():
+    told = []
+
+    class Curious(FCFSScheduler):
+        def add(self, group):
+            told.append(group.sequences[0].max_output_len)
+            super().add(group)
+
+    serve("busy", BUSY[:3], {"scheduler": Curious})
+    assert told == [None] * 3
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """`minipaged lab ...` in an empty folder, with traces of some seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(challenge, "SECONDS", 10.0)
+
+    def call(*words):
+        result = CliRunner().invoke(app, ["lab", *words])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.output
+
+    return call
+
+
+def test_a_run_adds_a_line_to_the_leaderboard_and_shows_it_sorted(lab, tmp_path):
+    assert "Then: minipaged lab challenge" in lab("start", "9")
+    board = tmp_path / "board.jsonl"
+    best = {"name": "best", "date": "2026-01-01", "seed": 0, "score": 0.5, "served": []}
+    worst = {"name": "worst", "date": "2026-01-01", "seed": 0, "score": 1.5, "served": []}
+    board.write_text(f"{json.dumps(worst)}\n{json.dumps(best)}")
+    printed = lab("challenge", "--leaderboard", str(board), "--name", "me")
+    assert "score 1.000: mean latency over the library's; less is better." in printed
+    assert [entry.name for entry in read_leaderboard(board)] == ["best", "me", "worst"]
+    shown = [line.split()[1] for line in printed.splitlines()[-3:]]
+    assert shown == ["best", "me", "worst"]
+    mine = json.loads(board.read_text().splitlines()[-1])
+    assert {served["workload"] for served in mine["served"]} == {"assistant", "chat"}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_damaged_leaderboard_is_left_as_it_is(lab, tmp_path):
+    lab("start", "9")
+    board = tmp_path / "board.jsonl"
+    for damaged in ("not JSON", "[]", '{"name": "nobody"}'):
+        board.write_text(damaged)
+        with pytest.raises(InvalidOption, match="line 1, is no entry of a leaderboard"):
+            lab("challenge", "--leaderboard", str(board))
+        assert board.read_text() == damaged
+
+
+def test_a_file_without_parts_is_told_what_to_call_them(lab, tmp_path):
+    with pytest.raises(InvalidOption, match="begin with `minipaged lab start 9`"):
+        lab("challenge")
+    (tmp_path / "mine.py").write_text("class Scheduler: ...\n")
+    with pytest.raises(InvalidOption, match=r"mine.py defines none of MyScheduler, my_victim"):
+        lab("challenge", "mine.py")
+
+
+def test_the_list_shows_the_challenge_as_what_it_is(lab):
+    assert "the open challenge" in lab("list")
+    with pytest.raises(InvalidOption, match="lab 9 is the open challenge, without tasks"):
+        lab("check", "9")
+
+
+def test_it_can_be_begun_anew_and_what_was_there_is_kept(lab, tmp_path):
+    lab("start", "9")
+    file = tmp_path / challenge.FILE_NAME
+    file.write_text("mine")
+    with pytest.raises(InvalidOption, match="there already"):
+        lab("start", "9")
+    lab("reset", "9")
+    assert file.read_text() == challenge.STARTER
+    assert (tmp_path / "lab9_challenge.py.1").read_text() == "mine"

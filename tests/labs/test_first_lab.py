@@ -1,0 +1,56 @@
+"""A newcomer's path through lab 1, as its guide tells it: every command, and what it prints.
+
+A comment of the guide says what stands in the student's file before the next command.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from lab_variants.lab1 import BEGINNING, WRONG
+from typer.testing import CliRunner
+
+from minipaged.cli import lab as command
+from minipaged.cli.main import app
+from minipaged.labs.catalogue import find_lab
+from minipaged.labs.grading import grade
+from minipaged.labs.starter import library_text
+from minipaged.labs.watch import CAN_FORK, run_in_copy
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "first_lab.md"
+STEP = re.compile(
+    r"<!-- the file: (?P<file>[\w ]+) -->|^```console\n(?P<block>.*?)^```", re.M | re.S
+)
+
+
+def commands(block: str) -> list[tuple[str, list[str]]]:
+    """Each command of a block, and the lines that it prints; `...` leaves some out."""
+    told = [part.splitlines() for part in re.split(r"^\$ minipaged ", block, flags=re.M)[1:]]
+    return [(first, printed) for first, *printed in told]
+
+
+@pytest.mark.skipif(not CAN_FORK, reason="grading in a copy of a process needs a fork")
+def test_the_first_lab_goes_as_its_guide_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "grade", grade_quickly)
+    lab, num_commands = find_lab(1), 0
+    texts = {"right": library_text(lab)} | {
+        name: library_text(lab) + BEGINNING + text for name, (_, text) in WRONG.items()
+    }
+    for step in STEP.finditer(GUIDE.read_text(encoding="utf-8")):
+        if step["file"] in texts:
+            Path(lab.file_name).write_text(texts[step["file"]], encoding="utf-8")
+        for words, expected in commands(step["block"] or ""):
+            result = CliRunner().invoke(app, shlex.split(words))
+            lines = [line.rstrip() for line in result.stdout.splitlines()]
+            if "..." in expected:
+                expected = expected[expected.index("...") + 1 :]
+                lines = lines[-len(expected) :]
+            assert lines == expected, words
+            num_commands += 1
+    assert num_commands == 8
+
+
+def grade_quickly(*arguments, **options):
+    return grade(*arguments, **{**options, "run": run_in_copy})

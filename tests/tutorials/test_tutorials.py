@@ -1,0 +1,116 @@
+"""Every chapter runs as it stands, keeps its form, and copies nothing out of the library."""
+
+import ast
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHAPTERS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.py"))
+NAMES = (
+    "00_first_run 01_attention_and_the_kv_cache 02_the_memory_problem 03_blocks_and_block_tables "
+    "04_paged_attention 05_models_on_pages 06_continuous_batching 07_sharing 08_prefix_caching "
+    "09_when_memory_runs_out 10_a_first_kernel 11_to_the_speed_of_light 12_one_tokens_journey"
+).split()
+FORM = (
+    "What you will know at the end",
+    "What must hold",
+    "Predict before you run",
+    "The step",
+    "Check",
+    "Questions",
+    "What changed in the numbers",
+)
+
+pytest.importorskip("matplotlib", reason="the chapters draw: pip install 'minipaged[plot]'")
+each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+
+
+def markdown(chapter: Path) -> str:
+    """The text of a chapter, without its code."""
+    cells = re.split(r"^# %%", chapter.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    texts = [cell.split("\n", 1)[1] for cell in cells if cell.startswith(" [markdown]")]
+    return re.sub(r"^# ?", "", "\n".join(texts), flags=re.MULTILINE)
+
+
+def test_all_chapters_are_there():
+    assert [chapter.stem for chapter in CHAPTERS] == NAMES
+
+
+@each_chapter
+def test_a_chapter_runs_from_top_to_bottom(chapter: Path, tmp_path: Path):
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "Agg"}
+    for name in ("TRITON_INTERPRET", "MINIPAGED_PICTURES"):  # as a reader has it
+        environment.pop(name, None)
+    run = subprocess.run(
+        [sys.executable, chapter], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    assert not list(tmp_path.iterdir()), "a chapter leaves nothing behind"
+
+
+def test_a_script_keeps_its_pictures_where_it_is_told(tmp_path: Path):
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "MINIPAGED_PICTURES": "pictures"}
+    subprocess.run(
+        [sys.executable, CHAPTERS[0]], cwd=tmp_path, env=environment, check=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert [file.name for file in tmp_path.glob("pictures/*")] == ["00_first_run-1.png"]
+
+
+@each_chapter
+def test_a_chapter_has_its_form(chapter: Path):
+    text = markdown(chapter)
+    number = int(chapter.stem[:2])
+    assert re.match(rf"# {number}\. \S.*\n\n\S", text), (
+        "its number, its title, and what it is about"
+    )
+    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    kinds = [heading.split(":")[0] for heading in headings]
+    assert tuple(dict.fromkeys(kinds)) == FORM
+    assert "Your predictions" in text, "predictions are compared with what came out"
+    assert text.count("<details") == text.count("</details>") >= 4, "questions have folded answers"
+    if number + 1 < len(NAMES):
+        assert f"({NAMES[number + 1]}.md)" in text.rsplit("Next:", 1)[-1]
+
+
+@each_chapter
+def test_what_a_chapter_quotes_exists(chapter: Path):
+    for name in re.findall(r"^@@ (\S+)$", markdown(chapter), flags=re.MULTILINE):
+        assert pkgutil.resolve_name(name) is not None
+
+
+def functions(source: str) -> dict[str, str]:
+    """By name, the bodies of all functions of some length, without their docstrings."""
+    bodies = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.body[1:] if ast.get_docstring(node) else node.body
+            if sum(1 for line in lines for _ in ast.walk(line) if isinstance(_, ast.stmt)) >= 6:
+                bodies[node.name] = "\n".join(ast.dump(line) for line in lines)
+    return bodies
+
+
+@each_chapter
+def test_a_chapter_copies_nothing(chapter: Path):
+    library = {
+        body: f"{path.stem}.{name}"
+        for path in (ROOT / "minipaged").rglob("*.py")
+        for name, body in functions(path.read_text(encoding="utf-8")).items()
+    }
+    for name, body in functions(chapter.read_text(encoding="utf-8")).items():
+        assert body not in library, f"{name} is {library[body]}: quote it by its name instead"
+
+
+@each_chapter
+def test_every_picture_has_a_title(chapter: Path):
+    cells = re.split(r"^# %%(.*)$", chapter.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for title, code in zip(cells[1::2], cells[2::2], strict=True):
+        if "drawing.picture(" in code and "[markdown]" not in title:
+            assert len(title.split()) >= 3, f"what does this picture show?\n{code[:200]}"

@@ -1,0 +1,91 @@
+"""A device that is not the host, without a GPU.
+
+On torch's meta device a tensor has a shape and a type and no numbers. So an operation that mixes it
+with tensors of the host fails, as it would on a GPU; and so does every look at a number, which on a
+GPU would make the host wait.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minipaged.attention.backend import BACKENDS
+from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.kv_cache import KVCache
+from minipaged.evaluation.bench.decode_step import TINY
+from minipaged.memory import BlockTable
+from minipaged.models.llama import Llama
+from minipaged.sampling import Sampler, SamplingParams, SamplingRow
+from minipaged.scheduler.output import SchedulerOutput
+from minipaged.utils.device import to_device
+from minipaged.worker.cuda_graphs import DecodeGraphs
+from minipaged.worker.model_runner import ModelRunner
+
+ELSEWHERE = torch.device("meta")
+PARAMS = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.7},
+    "cut": {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.01},
+    "penalised": {"repetition_penalty": 1.2, "presence_penalty": 0.1, "frequency_penalty": 0.1},
+    "steered": {"logit_bias": {3: 1.0}, "min_tokens": 4, "temperature": 0.0},
+    "explained": {"logprobs": 3, "temperature": 0.0},
+}
+
+
+@pytest.mark.parametrize("chosen", [*([name] for name in PARAMS), list(PARAMS)], ids="+".join)
+def test_sampling_looks_at_no_number_before_its_last_line(chosen: list[str]) -> None:
+    rows = [
+        SamplingRow(SamplingParams(**PARAMS[name]), [1, 2, 3], [4, 4], seed=7, end_token_ids=[9])
+        for name in chosen
+    ]
+    logits = torch.empty(len(rows), 1024, device=ELSEWHERE)
+    with pytest.raises(NotImplementedError, match="no data") as stopped:
+        Sampler().sample(logits, rows)
+    last = [entry for entry in stopped.traceback if Path(str(entry.path)).name == "sampler.py"][-1]
+    assert "tolist()" in str(last.statement)
+    assert last.name == "score"
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8], ids=str)
+def test_a_step_of_the_model_stays_on_its_device(backend: str, kv_dtype: torch.dtype) -> None:
+    with ELSEWHERE:
+        model = Llama(TINY, BACKENDS[backend]).to(ELSEWHERE)
+    cache = KVCache(TINY, 20, 4, dtype=kv_dtype, device=ELSEWHERE)
+    runner = ModelRunner(model, cache)
+    batches = BatchBuilder(4, 8, 4, ELSEWHERE)
+    decodes = [
+        Query(1, [5], 6, BlockTable(4, [1, 2], 7)),
+        Query(2, [5], 2, BlockTable(4, [7], 3)),
+    ]
+    chunk = Query(0, [1, 2, 3], 4, BlockTable(4, [3, 5], 7))
+    plan = SchedulerOutput(tokens_left=9, copies=[(1, 2)])
+    logits = runner.run(plan, batches.build([chunk, *decodes]))
+    assert logits.shape == (3, TINY.vocab_size)
+    assert logits.device == ELSEWHERE
+    # Attention apart, which here is not one that can be recorded, the same holds for a replay.
+    runner.graphs = DecodeGraphs(model, cache, 2, 8, lambda step: step)
+    for _ in range(2):
+        logits = runner.run(plan, batches.build(decodes))
+        assert logits.shape == (2, TINY.vocab_size)
+        assert logits.device == ELSEWHERE
+
+
+def test_numbers_of_the_host_are_pinned_for_a_gpu_and_those_of_the_gpu_stay(monkeypatch) -> None:
+    pinned: list[Tensor] = []
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        assert tensor.device.type == "cpu", "only the host's memory can be pinned"
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(Tensor, "to", lambda tensor, *_, **__: tensor)
+    assert to_device([1, 2], "cuda", torch.long).tolist() == [1, 2]
+    assert len(pinned) == 1
+    there = torch.empty(2, device=ELSEWHERE)  # as a GPU's tensor is
+    assert to_device(there, "cuda") is there
+    to_device([1, 2], "cpu")
+    assert len(pinned) == 1

@@ -1,0 +1,166 @@
+"""Decode steps that are recorded once and replayed: the same tokens, and nothing else is touched.
+
+A CUDA graph needs a GPU (see test_gpu.py). Everything round it does not: here a step is "recorded"
+by keeping the function, which on every replay finds its inputs in the same tensors as a graph
+would, padding included.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from checkpoints import VOCAB_SIZE, make_checkpoint
+from torch import Tensor
+
+from minipaged import LLM, Parts, SamplingParams
+from minipaged.attention import reference
+from minipaged.worker import cuda_graphs as graphs
+from minipaged.worker.cuda_graphs import DecodeGraphs, Step, sizes_to_record
+
+pytestmark = pytest.mark.filterwarnings("ignore:no GPU")
+
+PROMPTS = [[(7 * i + 11 * n) % (VOCAB_SIZE - 3) + 3 for i in range(n)] for n in (5, 9, 2)]
+# They end one after the other, so that batches of 3, 2 and 1 are met.
+PARAMS = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (7, 5, 3)]
+OPTIONS = {"block_size": 4, "num_blocks": 24, "max_model_len": 24, "max_num_seqs": 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+class Recorder:
+    """Keeps the step, and counts how often it is asked for again."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+        self.num_replayed = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.num_recorded += 1
+
+        def replay() -> Tensor:
+            self.num_replayed += 1
+            return step()
+
+        return replay
+
+
+def with_graphs(llm: LLM, record: Callable[[Step], Step]) -> LLM:
+    runner, config = llm.engine.runner, llm.engine.config
+    runner.graphs = DecodeGraphs(
+        runner.model, runner.kv_cache, config.max_num_seqs, config.max_blocks_per_seq, record
+    )
+    return llm
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    outputs = llm.generate(list(PROMPTS), PARAMS, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_replayed_steps_give_the_same_tokens_and_the_same_cache(folder):
+    plain = LLM(folder, attention_backend="triton", **OPTIONS)
+    expected = tokens(plain)
+    recorder = Recorder()
+    llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), recorder)
+    assert tokens(llm) == expected == tokens(LLM(folder, attention_backend="reference", **OPTIONS))
+    # 3 sequences are padded to 4; 2 and 1 are sizes of their own.
+    assert recorder.num_recorded == 3
+    assert recorder.num_replayed == 6 - 3  # 6 decode steps; the first of each size runs as ever
+    for (k, v), (plain_k, plain_v) in zip(
+        llm.engine.runner.kv_cache.layers, plain.engine.runner.kv_cache.layers, strict=True
+    ):
+        torch.testing.assert_close(k, plain_k)
+        torch.testing.assert_close(v, plain_v)
+
+
+def test_a_size_that_was_recorded_serves_later_requests(folder):
+    recorder = Recorder()
+    llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), recorder)
+    first = tokens(llm)
+    assert tokens(llm) == first
+    assert recorder.num_recorded == 3
+
+
+def test_a_replay_finds_its_inputs_where_they_were(folder):
+    addresses: list[set[int]] = []
+
+    def record(step: Step) -> Step:
+        batch = step.__closure__[0].cell_contents  # the padded batch
+        assert batch.longest == OPTIONS["max_model_len"]  # no number of the step it was made in
+
+        def replay() -> Tensor:
+            fields = (getattr(batch, f.name) for f in dataclasses.fields(batch))
+            addresses.append({f.data_ptr() for f in fields if isinstance(f, Tensor)})
+            return step()
+
+        return replay
+
+    llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), record)
+    tokens(llm)
+    tokens(llm)
+    assert len({frozenset(a) for a in addresses}) == 1  # of all sizes: each begins at the same
+
+
+def test_only_a_batch_of_decodes_is_replayed(folder):
+    recorder = Recorder()
+    options = OPTIONS | {"max_num_seqs": 2, "max_num_batched_tokens": 3}  # prompts in chunks
+    llm = with_graphs(LLM(folder, attention_backend="triton", **options), recorder)
+    seen: list[tuple[list[int], bool]] = []
+    runner = llm.engine.runner
+    run = runner.run
+
+    def watched(plan, batch):
+        before = recorder.num_recorded + recorder.num_replayed
+        logits = run(plan, batch)
+        queries = [span.query_len for span in batch.spans]
+        seen.append((queries, recorder.num_recorded + recorder.num_replayed > before))
+        return logits
+
+    runner.run = watched
+    tokens(llm)
+    assert any(replayed for _, replayed in seen)
+    assert any(1 in queries and max(queries) > 1 for queries, _ in seen)  # mixed steps were met
+    assert all(max(queries) == 1 for queries, replayed in seen if replayed)
+
+
+def test_a_cpu_and_foreign_attention_have_no_graphs(folder):
+    assert LLM(folder, device="cpu", **OPTIONS).engine.runner.graphs is None
+    from minipaged.attention.backend import choose_backend
+
+    backend = choose_backend("triton", "cuda" if torch.cuda.is_available() else "cpu")
+    assert backend.cuda_graph_safe
+    mine = Parts(paged_attention=reference.reference_paged_attention).attention(backend)
+    assert not mine.cuda_graph_safe
+    mine = Parts(store_kv=reference.store_kv).attention(backend)
+    assert mine.rope_and_store_kv is None  # or a store of one's own would never be called
+
+
+@pytest.mark.parametrize("largest", [1, 2, 3, 4, 5, 8, 9, 16, 17, 64, 100])
+def test_every_batch_has_a_size_with_fewer_than_eight_rows_too_many(largest: int) -> None:
+    sizes = sizes_to_record(largest)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == largest
+    for count in range(1, largest + 1):
+        size = next(size for size in sizes if size >= count)
+        assert size - count < min(8, max(count, 2))
+
+
+def test_each_bound_of_the_longest_sequence_has_graphs_of_its_own(folder, monkeypatch):
+    assert graphs.lengths_to_record(100) == [100]
+    assert graphs.lengths_to_record(4096) == [4096]
+    assert graphs.lengths_to_record(20_000) == [4096, 16_384, 20_000]
+    expected = tokens(LLM(folder, attention_backend="triton", **OPTIONS))
+    monkeypatch.setattr(graphs, "lengths_to_record", lambda longest: [12, longest])
+    bounds: list[int] = []
+
+    def record(step: Step) -> Step:
+        bounds.append(step.__closure__[0].cell_contents.longest)
+        return step
+
+    llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), record)
+    assert tokens(llm) == expected
+    assert set(bounds) == {12, 24}
