@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from minipaged.config import PreemptionMode
 from minipaged.engine.build import build_engine
-from minipaged.engine.outputs import CachedPrefix, RequestOutput
+from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput
 from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidRequest
 from minipaged.models.hub.find import find_model
@@ -115,9 +115,10 @@ class LLM:
             seed=seed,
         )
         self._numbers = count()
-        # By request id, what a step has brought and its stream has not yet passed on. An output
-        # holds all that went before, so only the newest is kept.
-        self._news: dict[str, RequestOutput | None] = {}
+        # Ids of the requests that `generate` and `stream` have open, and of each the newest
+        # progress that its stream has not read yet: several streams share every step.
+        self._open: set[str] = set()
+        self._unread: dict[str, Progress] = {}
 
     def get_tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if its folder holds none."""
@@ -142,18 +143,17 @@ class LLM:
                 this call's prompts is then left in the engine; other calls go on.
         """
         many = list_prompts(prompts)
-        params = one_for_each(sampling_params, len(many))
-        finished: dict[int, RequestOutput] = {}
+        outputs: dict[int, RequestOutput] = {}
         num_tokens = 0
         with tqdm(total=len(many), desc="prompts", disable=not use_tqdm) as bar:
-            for index, output in self.stream(many, params):
-                if output.finished:
-                    finished[index] = output
+            for index, progress in self._serve(many, sampling_params):
+                if progress.finished:
+                    outputs[index] = output = progress.build_output()
                     num_tokens += sum(len(o.token_ids) for o in output.outputs)
                     speed = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                     bar.update()
-        return [finished[index] for index in range(len(many))]
+        return [outputs[index] for index in range(len(many))]
 
     def stream(
         self,
@@ -168,27 +168,35 @@ class LLM:
         the end, or is stopped by an error, aborts what is left. Nothing is checked and nothing
         computed before the first output is asked for.
         """
-        many = list_prompts(prompts)
-        params = one_for_each(sampling_params, len(many))
+        for index, progress in self._serve(list_prompts(prompts), sampling_params):
+            yield index, progress.build_output()
+
+    def _serve(
+        self, prompts: list[Prompt], sampling_params: Params | Iterable[Params] | None
+    ) -> Iterator[tuple[int, Progress]]:
+        """Add the prompts, then step until all have finished; aborts what is left when closed."""
+        params = one_for_each(sampling_params, len(prompts))
         self._refuse_to_run_for_others()
         mine: dict[str, int] = {}  # request id -> index of the prompt
         try:
-            for index, (prompt, chosen) in enumerate(zip(many, params, strict=True)):
+            for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
                 request_id = f"llm-{next(self._numbers)}"
                 self.engine.add_request(request_id, prompt, chosen)
-                self._news[request_id] = None
+                self._open.add(request_id)
                 mine[request_id] = index
             while mine:
-                if not any(self._news[request_id] for request_id in mine):
-                    for output in self.engine.step():
-                        if output.request_id in self._news:
-                            self._news[output.request_id] = output
-                for request_id, index in list(mine.items()):
-                    output, self._news[request_id] = self._news[request_id], None
-                    if output is not None:
-                        if output.finished:
-                            del mine[request_id], self._news[request_id]
-                        yield index, output
+                if self._unread.keys().isdisjoint(mine):
+                    for progress in self.engine.step():
+                        if progress.request_id in self._open:
+                            self._unread[progress.request_id] = progress
+                for request_id in list(self._unread):
+                    if request_id not in mine:
+                        continue
+                    progress, index = self._unread.pop(request_id), mine[request_id]
+                    if progress.finished:
+                        del mine[request_id]
+                        self._open.remove(request_id)
+                    yield index, progress
         except Exception:
             while mine:  # whatever has broken may break again, and the first error counts
                 with suppress(Exception):
@@ -200,7 +208,8 @@ class LLM:
     def _abort(self, request_ids: dict[str, int]) -> None:
         while request_ids:
             request_id, _ = request_ids.popitem()
-            self._news.pop(request_id, None)
+            self._open.discard(request_id)
+            self._unread.pop(request_id, None)
             self.engine.abort_request(request_id)
 
     def beam_search(
@@ -255,7 +264,7 @@ class LLM:
         self.engine.release_prefix(prefix)
 
     def _refuse_to_run_for_others(self) -> None:
-        if not self.engine.unfinished_request_ids <= self._news.keys():
+        if not self.engine.unfinished_request_ids <= self._open:
             raise InvalidRequest(
                 "llm.engine is serving requests that were added to it directly, whose outputs "
                 "would be lost here: finish them with llm.engine.step() first."

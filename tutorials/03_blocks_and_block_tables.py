@@ -104,7 +104,7 @@ def admit(name: str, num_tokens: int) -> None:
 def where_the_words_are() -> tuple[dict[int, list[str]], dict[int, str]]:
     contents, owners = {}, {}
     for name, seq in sequences.items():
-        table = memory.block_table(seq.seq_id)
+        table = memory.tables[seq.seq_id]
         for logical, physical in enumerate(table.blocks):
             contents[physical] = words[name][4 * logical :][: table.filled(logical)]
             owners[physical] = name
@@ -126,7 +126,7 @@ admit("C", 9)
 third = where_the_words_are()
 
 for name, seq in sequences.items():
-    print(name, memory.block_table(seq.seq_id))
+    print(name, memory.tables[seq.seq_id])
 
 # %% The pool after A and B came; after A grew; after B ended and C came
 import drawing
@@ -148,7 +148,7 @@ for axis, (contents, owners), title in zip(axes, (first, second, third), titles,
 # *slot*.
 
 # %%
-table = memory.block_table(sequences["C"].seq_id)
+table = memory.tables[sequences["C"].seq_id]
 for position in (0, 3, 4, 8):
     print(f"C's word {position}, {words['C'][position]!r:8}, lies in slot {table.slot(position)}")
 

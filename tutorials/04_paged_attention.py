@@ -96,6 +96,7 @@ print([contents[int(block)][offset] for block, offset in zip(blocks, offsets, st
 from torch import Tensor
 
 from minipaged.attention.batch import Batch
+from minipaged.scheduler.output import SequenceInput
 
 
 def by_gathering(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -348,7 +349,7 @@ print(f"{len(states)} blocks; block 19 holds {tray!r}")
 from dataclasses import replace
 
 from minipaged.attention.backend import reference_paged_attention
-from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.batch import BatchBuilder
 from minipaged.memory import BlockTable
 
 random = torch.Generator().manual_seed(0)
@@ -356,7 +357,7 @@ free, steps = torch.randperm(32, generator=random).tolist(), []
 for seq_id, (context_len, query_len) in enumerate([(0, 7), (4, 3), (8, 5), (6, 1), (16, 1)]):
     length = context_len + query_len
     table = BlockTable(4, [free.pop() for _ in range(0, length, 4)], length)
-    steps.append(Query(seq_id, [0] * query_len, context_len, table))
+    steps.append(SequenceInput(seq_id, [0] * query_len, context_len, table.blocks))
 batch = BatchBuilder(max_num_seqs=8, max_blocks_per_seq=8, block_size=4).build(steps)
 q = 3 * torch.randn(17, 4, 8, generator=random)  # 17 queries, 4 heads of 8 numbers
 cache = torch.randn(2, 32, 2, 4, 8, generator=random)  # keys and values: 32 blocks, 2 heads

@@ -40,8 +40,9 @@
 # before.
 
 # %%
-from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.batch import BatchBuilder
 from minipaged.memory import BlockTable
+from minipaged.scheduler.output import SequenceInput
 
 words = {
     "A": "four score and seven years ago our fathers brought forth on".split(),
@@ -59,7 +60,7 @@ for seq_id, name in enumerate(words):
     token_ids = [vocabulary.index(word) for word in words[name][start:stop]]
     samples = stop == len(words[name])  # B's prompt goes on: no token comes after it yet
     table = BlockTable(4, tables[name], len(words[name]))
-    queries.append(Query(seq_id, token_ids, start, table, num_logits=int(samples)))
+    queries.append(SequenceInput(seq_id, token_ids, start, table.blocks, num_logits=int(samples)))
 batch = BatchBuilder(max_num_seqs=4, max_blocks_per_seq=4, block_size=4).build(queries)
 
 row = [vocabulary[token] for token in batch.token_ids]

@@ -50,7 +50,7 @@ first.mark_computed(7)
 
 second = first.fork(2)
 memory.fork(first, second)
-print("A1:", memory.block_table(1), " A2:", memory.block_table(2))
+print("A1:", memory.tables[1], " A2:", memory.tables[2])
 print(f"free: {memory.num_free}, owners: {memory.ref_count(0)} and {memory.ref_count(1)}")
 
 # %% [markdown]
@@ -70,7 +70,7 @@ def where_the_words_are() -> tuple[dict[int, list[str]], dict[int, str]]:
     contents: dict[int, list[str]] = {}
     owners: dict[int, str] = {}
     for seq_id, said in spoken.items():
-        table = memory.block_table(seq_id)
+        table = memory.tables[seq_id]
         for logical, physical in enumerate(table.blocks):
             contents[physical] = said[4 * logical :][: table.filled(logical)]
             owners[physical] = (
@@ -133,7 +133,7 @@ class CopiesAtOnce(BlockManager):
     """Gives every fork blocks of its own, before it gets its next token."""
 
     def append(self, seq: Sequence) -> list[BlockPair]:
-        table = self.block_table(seq.seq_id)
+        table = self.tables[seq.seq_id]
         pairs: list[BlockPair] = []
         for logical, block in enumerate(table.blocks):
             if self.ref_count(block) > 1:
@@ -427,7 +427,7 @@ else:
 
 class ForgetsTheCopy(BlockManager):
     def append(self, seq: Sequence) -> list[BlockPair]:
-        table = self.block_table(seq.seq_id)
+        table = self.tables[seq.seq_id]
         while len(table.blocks) * self.block_size < seq.num_tokens:
             table.blocks.append(self._pool.allocate())
         table.num_tokens = seq.num_tokens

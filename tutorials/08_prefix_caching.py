@@ -519,7 +519,7 @@ def what_is_found(cache: type[PrefixCache]) -> list[int]:
         memory.free(seq)
     again = Sequence(9, range(8))
     memory.pin(again)
-    return [token for block in memory.block_table(9).blocks for token in memory.cached[block][1]]
+    return [token for block in memory.tables[9].blocks for token in memory.cached[block][1]]
 
 
 print("the library's cache finds", what_is_found(PrefixCache))

@@ -52,6 +52,7 @@ import drawing
 import torch
 
 from minipaged.attention.triton.machine import why_no_triton
+from minipaged.scheduler.output import SequenceInput
 
 if reason := why_no_triton(torch.device("cpu"), head_dim=64):
     drawing.stop(f"This chapter ends here: {reason}. Its page shows what it would have printed.")
@@ -276,7 +277,7 @@ def launched(kernel: Any) -> Attention:
 # lengths at which something changes.
 
 # %%
-from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.reference import reference_paged_attention
 from minipaged.memory import BlockTable
 
@@ -296,7 +297,7 @@ def unkind_inputs() -> tuple[Tensor, Tensor, Tensor, Batch, float]:
         if empty:
             caches[:, blocks[-1], :, -empty:] *= 30  # stale
         table = BlockTable(BLOCK_SIZE, blocks, length)
-        queries.append(Query(number, [0], length - 1, table))
+        queries.append(SequenceInput(number, [0], length - 1, table.blocks))
     batch = BatchBuilder(len(LENGTHS), 4, BLOCK_SIZE).build(queries)
     for row, blocks in zip(batch.block_tables, tables, strict=True):
         row[len(blocks) :] = 10**6

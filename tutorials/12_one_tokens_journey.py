@@ -36,7 +36,7 @@ import time
 from collections import Counter
 
 from minipaged import LLM
-from minipaged.attention.batch import Query
+from minipaged.scheduler.output import SequenceInput
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -70,11 +70,11 @@ class TinyEngine:
                 if seq.token_ids[-1] in self.end_ids or seq.num_output_tokens == self.max_tokens:
                     self.scheduler.finish(group, seq)
 
-    def query(self, seq: Sequence, length: int, samples: bool) -> Query:
+    def query(self, seq: Sequence, length: int, samples: bool) -> SequenceInput:
         start = seq.num_computed_tokens
-        table = self.scheduler.memory.block_table(seq.seq_id)
+        table = self.scheduler.memory.tables[seq.seq_id]
         new = seq.token_ids[start : start + length]
-        return Query(seq.seq_id, new, start, table, num_logits=int(samples))
+        return SequenceInput(seq.seq_id, new, start, table.blocks, num_logits=int(samples))
 
     def timed(self, name, call, *arguments):
         start = time.perf_counter()
@@ -160,7 +160,7 @@ print(f"text       {tokenizer.decode([token])!r}")
 print(f"token id   {token}")
 print(f"position   {position}, so logical block {position // 16}, offset {position % 16}")
 engine.step()
-table = memory.block_table(seq.seq_id)
+table = memory.tables[seq.seq_id]
 slot = table.slot(position)
 print(f"table      {table.blocks}, so slot {slot}")
 for layer in range(llm.engine.runner.model.config.num_layers):

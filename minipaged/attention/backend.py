@@ -22,6 +22,7 @@ What lies in the pool beyond a sequence's own keys must never show in its result
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,20 +32,32 @@ from minipaged.attention.blockwise import blockwise_paged_attention
 from minipaged.attention.kv_cache import CopyBlocks, copy_blocks
 from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import reference_paged_attention, store_kv
-from minipaged.attention.torch_paged import torch_paged_attention, torch_store_kv
+from minipaged.attention.torch_paged import prepare_torch, torch_paged_attention, torch_store_kv
 from minipaged.attention.triton.machine import is_interpreted, why_no_triton
-from minipaged.attention.unpaged import unpaged_attention, unpaged_store_kv
+from minipaged.attention.unpaged import prepare_unpaged, unpaged_attention, unpaged_store_kv
 from minipaged.errors import InvalidOption
 
-PagedAttention = Callable[[Tensor, KVPool, KVPool, Batch, float], Tensor]
-StoreKV = Callable[[Tensor, Tensor, KVPool, KVPool, Batch], None]
-RopeAndStoreKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, KVPool, KVPool, Batch], Tensor]
+Prepare = Callable[[Batch, KVPool, int, torch.dtype], Batch]
+# `Any` is the batch as the backend's own `prepare` returns it: `Batch`, or a class derived from it.
+PagedAttention = Callable[[Tensor, KVPool, KVPool, Any, float], Tensor]
+StoreKV = Callable[[Tensor, Tensor, KVPool, KVPool, Any], None]
+RopeAndStoreKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, KVPool, KVPool, Any], Tensor]
+
+
+def no_preparation(batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dtype) -> Batch:
+    """For attention whose layers share nothing but the batch."""
+    return batch
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
     """The functions through which a model and its cache use the pool: section 5.1 names the same.
 
+    prepare(batch, k_cache, num_heads, dtype) -> batch
+        called once per step, before the first layer: the batch with whatever all layers share
+        (block numbers turned into rows, masks), as an instance of a class derived from `Batch`.
+        `k_cache` is any layer's, to see its form; queries have `num_heads` heads and that dtype.
+        The functions below are given what it returns
     paged_attention(q, k_cache, v_cache, batch, scale) -> out
         q and out [tokens, heads, head_dim];
         k_cache and v_cache [num_blocks, kv_heads, block_size, head_dim]
@@ -62,18 +75,22 @@ class AttentionBackend:
     store_kv: StoreKV
     copy_blocks: CopyBlocks = copy_blocks
     rope_and_store_kv: RopeAndStoreKV | None = None
-    # Of the batch's Python numbers it needs no more than bounds: a CUDA graph can record it.
+    prepare: Prepare = no_preparation
+    # A CUDA graph can record it: of the batch's Python numbers it needs no more than bounds, and
+    # it prepares nothing.
     cuda_graph_safe: bool = False
 
 
 BACKENDS: dict[str, AttentionBackend] = {
     "reference": AttentionBackend("reference", reference_paged_attention, store_kv),
     "blockwise": AttentionBackend("blockwise", blockwise_paged_attention, store_kv),
-    "torch": AttentionBackend("torch", torch_paged_attention, torch_store_kv),
+    "torch": AttentionBackend(
+        "torch", torch_paged_attention, torch_store_kv, prepare=prepare_torch
+    ),
 }
 TRITON_BACKENDS = ("triton", "triton-naive")
 # Not among them: it understands block tables of one entry only, and they read what is not mapped.
-UNPAGED = AttentionBackend("unpaged", unpaged_attention, unpaged_store_kv)
+UNPAGED = AttentionBackend("unpaged", unpaged_attention, unpaged_store_kv, prepare=prepare_unpaged)
 
 
 def choose_backend(

@@ -1,11 +1,11 @@
-"""From what the scheduler decided to tensors: all index arithmetic of a step is in this file.
+"""From a step's plain numbers to tensors: all index arithmetic of a step is in this file.
 
-The tokens that a step computes, its query tokens, lie flat, sequence behind sequence. Two of them,
-the first decoding one token behind 5 others, the second beginning a prompt of 3, with blocks of 4
-slots:
+The tokens that a step computes, its query tokens, are laid out flat, one sequence after another.
+With blocks of 4 slots and two sequences, the first decoding one token after 5 others, the second
+beginning a prompt of 3:
 
     token_ids     [ t5 | p0 p1 p2 ]
-    positions     [  5 |  0  1  2 ]      place of each token in its sequence
+    positions     [  5 |  0  1  2 ]      position of each token in its sequence
     slot_mapping  [ 29 |  8  9 10 ]      where its keys and values go: block * block_size + offset
     cu_seqlens_q  [  0    1       4 ]    sequence s owns tokens cu_seqlens_q[s] to cu_seqlens_q[s+1]
     context_lens  [  5    0 ]            tokens of the sequence that are in the cache already
@@ -13,22 +13,20 @@ slots:
                                          mean anything; never read the others as blocks
 """
 
-from collections.abc import Hashable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minipaged.memory import BlockTable
+from minipaged.scheduler.output import SequenceInput
 from minipaged.utils.device import to_device
 from minipaged.utils.shapes import Int
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One sequence of a batch, in plain numbers, for code that loops on the CPU."""
 
     start: int  # its query tokens are rows [start, start + query_len) of the batch
@@ -47,7 +45,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything that a model and its attention need to know of one step."""
+    """Everything that a model and its attention need to know of one step.
+
+    A backend whose layers share more than that derives a class of its own: see
+    `AttentionBackend.prepare`.
+    """
 
     token_ids: Int[Tensor, " tokens"]
     positions: Int[Tensor, " tokens"]
@@ -68,11 +70,6 @@ class Batch:
         return max((span.seq_len for span in self.spans), default=0)
 
     @cached_property
-    def notes(self) -> dict[Hashable, Any]:
-        """What attention has worked out of all this in one layer, for the others."""
-        return {}
-
-    @cached_property
     def has_decodes(self) -> bool:
         """Whether some sequence has one query."""
         return any(span.query_len == 1 for span in self.spans)
@@ -83,19 +80,8 @@ class Batch:
         return any(span.query_len > 1 for span in self.spans)
 
 
-@dataclass(frozen=True)
-class Query:
-    """One sequence's part in a step: which tokens to compute, where they belong, what to read."""
-
-    seq_id: int
-    token_ids: Many[int]  # the tokens to compute, at positions context_len and up
-    context_len: int
-    table: BlockTable
-    num_logits: int = 1  # logits are wanted for the last so many of them
-
-
 class BatchBuilder:
-    """Builds a `Batch` a step. Block tables live in one persistent tensor, a row a sequence.
+    """Builds one `Batch` per step. Block tables are rows of one persistent tensor.
 
     A decoding sequence's table changes once in `block_size` steps, so rows are kept from step to
     step and only the entries that changed are written.
@@ -115,37 +101,63 @@ class BatchBuilder:
         self._rows: dict[int, int] = {}  # by sequence id
         self._free_rows = list(reversed(range(max_num_seqs)))
 
-    def build(self, queries: Many[Query]) -> Batch:
-        """One batch of these queries, in this order; at most `max_num_seqs` of them."""
+    def build(self, sequences: Many[SequenceInput]) -> Batch:
+        """One batch of these sequences, in this order; at most `max_num_seqs` of them."""
         spans: list[Span] = []
         token_ids: list[int] = []
+        positions: list[int] = []
+        slot_mapping: list[int] = []
+        cu_seqlens_q, context_lens = [0], list[int]()
         logit_rows: list[int] = []
-        for query in queries:
-            spans.append(Span(len(token_ids), len(query.token_ids), query.context_len))
-            token_ids.extend(query.token_ids)
-            logit_rows.extend(range(len(token_ids) - query.num_logits, len(token_ids)))
-        starts = torch.tensor([s.start for s in spans] + [len(token_ids)], dtype=torch.int32)
-        context_lens = torch.tensor([s.context_len for s in spans], dtype=torch.int32)
-        block_tables = self._block_tables(queries, max((s.seq_len for s in spans), default=0))
-
-        owner = torch.repeat_interleave(torch.arange(len(spans)), starts.diff())  # [tokens]
-        positions = torch.arange(len(token_ids)) + (context_lens - starts[:-1])[owner]  # [tokens]
-        blocks = block_tables[owner, positions // self._block_size]  # [tokens]
-        slot_mapping = blocks.long() * self._block_size + positions % self._block_size  # [tokens]
+        longest = 0
+        for _, new_token_ids, context_len, block_table, num_logits in sequences:
+            span = Span(len(token_ids), len(new_token_ids), context_len)
+            seq_len = span.seq_len
+            spans.append(span)
+            token_ids += new_token_ids
+            positions += range(context_len, seq_len)
+            slot_mapping += self._slots(block_table, context_len, seq_len)
+            cu_seqlens_q.append(len(token_ids))
+            context_lens.append(context_len)
+            logit_rows += range(len(token_ids) - num_logits, len(token_ids))
+            longest = max(longest, seq_len)
+        block_tables = self._block_tables(sequences, longest)
+        device = self._device
         return Batch(
-            token_ids=to_device(token_ids, self._device, torch.long),
-            positions=to_device(positions, self._device),
-            slot_mapping=to_device(slot_mapping, self._device),
-            cu_seqlens_q=to_device(starts, self._device),
-            context_lens=to_device(context_lens, self._device),
-            block_tables=to_device(block_tables, self._device),
-            logit_rows=to_device(logit_rows, self._device, torch.long),
+            token_ids=to_device(token_ids, device, torch.long),
+            positions=to_device(positions, device, torch.long),
+            slot_mapping=to_device(slot_mapping, device, torch.long),
+            cu_seqlens_q=to_device(cu_seqlens_q, device, torch.int32),
+            context_lens=to_device(context_lens, device, torch.int32),
+            block_tables=to_device(block_tables, device),
+            logit_rows=to_device(logit_rows, device, torch.long),
             spans=tuple(spans),
         )
 
-    def _block_tables(self, queries: Many[Query], longest: int) -> Int[Tensor, "seqs max_blocks"]:
-        self._release_rows_except({q.seq_id for q in queries})
-        rows = [self._updated_row(q.seq_id, q.table.blocks) for q in queries]
+    def _slots(self, block_table: list[int], start: int, stop: int) -> list[int]:
+        """The slots of the positions from `start` up to `stop`, block by block."""
+        size = self._block_size
+        slots: list[int] = []
+        while start < stop:
+            logical, offset = divmod(start, size)
+            first = block_table[logical] * size + offset
+            count = min(size - offset, stop - start)
+            slots += range(first, first + count)
+            start += count
+        return slots
+
+    def _block_tables(
+        self, sequences: Many[SequenceInput], longest: int
+    ) -> Int[Tensor, "seqs max_blocks"]:
+        self._release_rows_except({sequence.seq_id for sequence in sequences})
+        rows: list[int] = []
+        for sequence in sequences:
+            if sequence.seq_id not in self._rows:
+                self._rows[sequence.seq_id] = self._free_rows.pop()
+            row = self._rows[sequence.seq_id]
+            if self._written[row] != sequence.block_table:
+                self._write(row, sequence.block_table)
+            rows.append(row)
         columns = -(-longest // self._block_size)
         return self._tables[torch.tensor(rows, dtype=torch.long), :columns]  # [seqs, max_blocks]
 
@@ -154,15 +166,10 @@ class BatchBuilder:
         for seq_id in self._rows.keys() - seq_ids:
             self._free_rows.append(self._rows.pop(seq_id))
 
-    def _updated_row(self, seq_id: int, blocks: list[int]) -> int:
-        if seq_id not in self._rows:
-            self._rows[seq_id] = self._free_rows.pop()
-        row = self._rows[seq_id]
-        written = self._written[row]
-        if written != blocks:
-            same = 0
-            while same < min(len(written), len(blocks)) and written[same] == blocks[same]:
-                same += 1
-            self._tables[row, same : len(blocks)] = torch.tensor(blocks[same:], dtype=torch.int32)
-            self._written[row] = blocks.copy()
-        return row
+    def _write(self, row: int, blocks: list[int]) -> None:
+        """Write what differs from what the row holds."""
+        written, same = self._written[row], 0
+        while same < min(len(written), len(blocks)) and written[same] == blocks[same]:
+            same += 1
+        self._tables[row, same : len(blocks)] = torch.tensor(blocks[same:], dtype=torch.int32)
+        self._written[row] = blocks

@@ -12,6 +12,7 @@ tensor, a pair is copied for all layers at once.
 
 import mmap
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 from itertools import islice
 from math import prod
 from typing import Protocol, runtime_checkable
@@ -63,9 +64,9 @@ class Cache(Protocol):
     def layers(self) -> list[KVPair]: ...
     @property
     def swap_layers(self) -> list[KVPair]: ...
-    def copy(self, pairs: list[BlockPair]) -> None: ...
-    def swap_out(self, pairs: list[BlockPair]) -> None: ...
-    def swap_in(self, pairs: list[BlockPair]) -> None: ...
+    def copy(self, pairs: Many[BlockPair]) -> None: ...
+    def swap_out(self, pairs: Many[BlockPair]) -> None: ...
+    def swap_in(self, pairs: Many[BlockPair]) -> None: ...
 
 
 class KVCache:
@@ -114,13 +115,13 @@ class KVCache:
             copy_blocks=copy_blocks,
         )
 
-    def copy(self, pairs: list[BlockPair]) -> None:
+    def copy(self, pairs: Many[BlockPair]) -> None:
         """Copy blocks inside the pool: copy-on-write (section 4.4)."""
         # A GPU copies all pairs at once and in no order.
         assert not {s for s, _ in pairs} & {t for _, t in pairs}, f"a copy of a copy in {pairs}"
         self._copy(self._pool, self._pool, pairs)
 
-    def swap_out(self, pairs: list[BlockPair]) -> None:
+    def swap_out(self, pairs: Many[BlockPair]) -> None:
         """Copy blocks from the pool to the swap pool (section 4.5).
 
         The blocks may be given to others in this very step, and the bus to the host is slow. So a
@@ -142,13 +143,13 @@ class KVCache:
             for tensor in aside:
                 tensor.record_stream(self._swap_stream)  # not to be given away before it is read
 
-    def swap_in(self, pairs: list[BlockPair]) -> None:
+    def swap_in(self, pairs: Many[BlockPair]) -> None:
         """Copy blocks from the swap pool back to the pool (section 4.5), before the step reads."""
         if pairs and self._swap_stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._swap_stream)
         self._copy(self._swap_pool, self._pool, pairs)
 
-    def _copy(self, source: list[Tensor], target: list[Tensor], pairs: list[BlockPair]) -> None:
+    def _copy(self, source: list[Tensor], target: list[Tensor], pairs: Many[BlockPair]) -> None:
         if pairs:
             on_device = to_device(pairs, self.device)  # [pairs, 2]
             for from_tensor, to_tensor in zip(source, target, strict=True):
@@ -222,7 +223,7 @@ def _by_layer(pool: list[Tensor]) -> list[KVPair]:
     return [(part(layer, 0), part(layer, 1)) for layer in range(len(pool[0]))]
 
 
-def _portions(pairs: list[BlockPair], size: int) -> Iterator[list[BlockPair]]:
+def _portions(pairs: Many[BlockPair], size: int) -> Iterator[Many[BlockPair]]:
     rest = iter(pairs)
     while some := list(islice(rest, size)):
         yield some

@@ -8,7 +8,7 @@
 In place takes about as long as SDPA takes over keys that lie side by side already, but more
 operations, and it multiplies whatever else lies between the first and the last block in use. So it
 is for large batches whose blocks fill their part of the pool; there it is up to twice as fast.
-`Decodes.plan` chooses. It runs once a step, for the answer is the same in every layer.
+`Decodes.prepare` chooses. It runs once a step, for the answer is the same in every layer.
 """
 
 from dataclasses import dataclass
@@ -74,11 +74,18 @@ class Decodes:
 
     tokens: Int[Tensor, " seqs"] | None  # of the batch: their queries; None: all, in their order
     way: InPlace | list[Gathered]
-    scratch: list[Tensor]  # for keys and for values that are gathered: fresh memory costs time
+    # For keys and for values that are gathered, [2, rows, block_size, head_dim]: fresh memory
+    # would cost time in every layer. None: nothing is gathered.
+    scratch: Tensor | None
 
     @classmethod
-    def plan(
-        cls, batch: Batch, k_cache: KVPool, q: Tensor, way: Way | None = None
+    def prepare(
+        cls,
+        batch: Batch,
+        k_cache: KVPool,
+        num_heads: int,
+        dtype: torch.dtype,
+        way: Way | None = None,
     ) -> "Decodes | None":
         """What all layers of this step have in common; None if no sequence decodes.
 
@@ -90,33 +97,36 @@ class Decodes:
         if not seqs:
             return None
         _, kv_heads, block_size, head_dim = k_cache.shape
-        numbers_if_padded = len(seqs) * batch.longest * kv_heads * head_dim
+        device = batch.block_tables.device
+        lengths = [spans[seq].seq_len for seq in seqs]
+        numbers_if_padded = len(seqs) * max(lengths) * kv_heads * head_dim
         if numbers_if_padded > NUMBERS_AT_ONCE:  # in groups of similar length, little is padding
             seqs.sort(key=lambda seq: spans[seq].seq_len, reverse=True)
-        lengths = [spans[seq].seq_len for seq in seqs]
+            lengths.sort(reverse=True)
         columns = [-(-length // block_size) for length in lengths]
         widest = max(columns)
 
         # Table entries behind a sequence's end are no blocks. Its own first block stands in for
         # them: weighted with zero, but never NaN, as another's block might be.
-        tables = batch.block_tables[to_device(seqs, q.device)].long()[:, :widest]
-        used = torch.arange(widest, device=q.device) < to_device(columns, q.device)[:, None]
+        tables = batch.block_tables[to_device(seqs, device)].long()[:, :widest]
+        used = torch.arange(widest, device=device) < to_device(columns, device)[:, None]
         tables = torch.where(used, tables, tables[:, :1])  # [seqs, columns]
-        positions = torch.arange(widest * block_size, device=q.device)
-        hidden = positions >= to_device(lengths, q.device)[:, None]  # [seqs, positions]
-        mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -inf)
+        positions = torch.arange(widest * block_size, device=device)
+        hidden = positions >= to_device(lengths, device)[:, None]  # [seqs, positions]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -inf)
 
         starts = [spans[seq].start for seq in seqs]
-        tokens = None if starts == list(range(q.shape[0])) else to_device(starts, q.device)
+        in_order = starts == list(range(len(batch.token_ids)))
+        tokens = None if in_order else to_device(starts, device)
         forced = way == "in place"
-        worth_it = forced or (way is None and _is_worth_it(sum(lengths), k_cache, q))
-        if worth_it and _is_possible(k_cache, q):
-            in_place = _plan_in_place(tables, used, columns, mask, forced)
+        worth_it = forced or (way is None and _is_worth_it(sum(lengths), k_cache, num_heads))
+        if worth_it and _is_possible(k_cache, dtype):
+            in_place = _prepare_in_place(tables, used, columns, mask, forced)
             if in_place is not None:
-                return cls(tokens, in_place, [])
-        groups = _plan_gathered(tables, columns, mask, k_cache)
-        most = max(len(group.rows) for group in groups)
-        scratch = [q.new_empty(most, block_size, head_dim) for _ in range(2)]
+                return cls(tokens, in_place, None)
+        groups = _prepare_gathered(tables, columns, mask, k_cache)
+        most = max([len(group.rows) for group in groups])
+        scratch = torch.empty(2, most, block_size, head_dim, dtype=dtype, device=device)
         return cls(tokens, groups, scratch)
 
     def attend(
@@ -128,19 +138,21 @@ class Decodes:
     ) -> Float[Tensor, "seqs heads head_dim"]:
         """The last query of each sequence sees all its keys."""
         if isinstance(self.way, InPlace):
-            k_blocks, v_blocks = cast(Tensor, k_cache), cast(Tensor, v_cache)  # as planned
+            k_blocks, v_blocks = cast(Tensor, k_cache), cast(Tensor, v_cache)  # as prepared
             return _attend_in_place(q, k_blocks, v_blocks, self.way, scale)
-        parts = [
-            _attend_gathered(q[each.start : each.stop], k_cache, v_cache, each, self.scratch, scale)
-            for each in self.way
-        ]
+        assert self.scratch is not None, "what is gathered needs room"
+        keys, values = self.scratch
+        parts: list[Tensor] = []
+        for each in self.way:
+            queries = q[each.start : each.stop]
+            parts.append(_attend_gathered(queries, k_cache, v_cache, each, keys, values, scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------- gathered
 
 
-def _plan_gathered(
+def _prepare_gathered(
     tables: Int[Tensor, "seqs columns"],
     columns: list[int],
     mask: Float[Tensor, "seqs positions"],
@@ -166,12 +178,13 @@ def _attend_gathered(
     k_cache: KVPool,
     v_cache: KVPool,
     group: Gathered,
-    scratch: list[Tensor],
+    key_room: Tensor,
+    value_room: Tensor,
     scale: float,
 ) -> Float[Tensor, "seqs heads head_dim"]:
     seqs, kv_heads = q.shape[0], k_cache.shape[1]
-    keys = gather(k_cache, group.rows, q.dtype, scratch[0])
-    values = gather(v_cache, group.rows, q.dtype, scratch[1])
+    keys = gather(k_cache, group.rows, q.dtype, key_room)
+    values = gather(v_cache, group.rows, q.dtype, value_room)
     # The query heads that share a key head stand where SDPA expects several queries of one head:
     # the keys are read once for all of them.
     out = F.scaled_dot_product_attention(
@@ -213,19 +226,20 @@ def gather(
 # ------------------------------------------------------------------------------------- in place
 
 
-def _is_possible(k_cache: KVPool, q: Tensor) -> bool:
-    on_cpu = q.device.type == "cpu"
-    return on_cpu and not isinstance(k_cache, QuantizedPool) and k_cache.dtype == q.dtype
+def _is_possible(k_cache: KVPool, dtype: torch.dtype) -> bool:
+    if isinstance(k_cache, QuantizedPool):
+        return False
+    return k_cache.device.type == "cpu" and k_cache.dtype == dtype
 
 
-def _is_worth_it(num_keys: int, k_cache: KVPool, q: Tensor) -> bool:
+def _is_worth_it(num_keys: int, k_cache: KVPool, num_heads: int) -> bool:
     _, kv_heads, _, head_dim = k_cache.shape
     fewest = FEWEST_IN_PLACE if torch.get_num_threads() == 1 else FEWEST_FOR_SEVERAL_THREADS
     numbers = num_keys * kv_heads * head_dim
-    return numbers >= fewest and q.shape[1] <= LARGEST_GROUP * kv_heads
+    return numbers >= fewest and num_heads <= LARGEST_GROUP * kv_heads
 
 
-def _plan_in_place(
+def _prepare_in_place(
     tables: Int[Tensor, "seqs columns"],
     used: Tensor,
     columns: list[int],
@@ -262,7 +276,7 @@ def _attend_in_place(
     q: Float[Tensor, "seqs heads head_dim"],
     k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
     v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    plan: InPlace,
+    way: InPlace,
     scale: float,
 ) -> Float[Tensor, "seqs heads head_dim"]:
     """In the range may lie blocks of others, or nobody's. They are multiplied too, and whatever
@@ -270,23 +284,23 @@ def _attend_in_place(
     """
     seqs, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
-    num_blocks = plan.stop - plan.first
-    keys = k_cache[plan.first : plan.stop].flatten(0, 1)  # [blocks * kv_heads, block_size, ...]
-    values = v_cache[plan.first : plan.stop].flatten(0, 1)
-    queries = q.flatten(1).index_select(0, plan.owner)  # [blocks, heads * head_dim]
+    num_blocks = way.stop - way.first
+    keys = k_cache[way.first : way.stop].flatten(0, 1)  # [blocks * kv_heads, block_size, ...]
+    values = v_cache[way.first : way.stop].flatten(0, 1)
+    queries = q.flatten(1).index_select(0, way.owner)  # [blocks, heads * head_dim]
     queries = queries.view(num_blocks * kv_heads, -1, head_dim)  # [.., group, head_dim]
     scores = torch.bmm(queries, keys.transpose(1, 2))  # [blocks * kv_heads, group, block_size]
 
     # From the order of blocks to that of positions, where softmax wants them, and back.
-    scores = scores.view(num_blocks, -1).index_select(0, plan.block_of_entry)
+    scores = scores.view(num_blocks, -1).index_select(0, way.block_of_entry)
     scores = scores.view(seqs, -1, heads, block_size).transpose(1, 2)
     scores = scores.reshape(seqs, heads, -1)  # [seqs, heads, positions]
-    weights = torch.add(plan.mask, scores, alpha=scale).softmax(-1)
+    weights = torch.add(way.mask, scores, alpha=scale).softmax(-1)
     weights = weights.view(seqs, heads, -1, block_size).transpose(1, 2)
     weights = weights.reshape(-1, heads * block_size)  # [entries, heads * block_size]
-    weights = weights.index_select(0, plan.entry_of_block)
+    weights = weights.index_select(0, way.entry_of_block)
 
     parts = torch.bmm(weights.view(num_blocks * kv_heads, -1, block_size), values)
     parts = parts.view(num_blocks, -1)  # [blocks, heads * head_dim]
     # The sum over the blocks of each sequence: what embedding_bag was made for.
-    return F.embedding_bag(plan.blocks, parts, plan.starts, mode="sum").view_as(q)
+    return F.embedding_bag(way.blocks, parts, way.starts, mode="sum").view_as(q)

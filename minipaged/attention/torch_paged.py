@@ -2,15 +2,17 @@
 
 On a CPU every operation has a price of its own, whatever its size: a few microseconds, and some
 fifty where several threads are woken for it. So what is the same in all layers of a step, namely
-which rows of the pool belong to whom, is worked out in the first layer and noted with the batch.
-What is left for each layer are a few large operations:
+which rows of the pool belong to which sequence, is worked out once, by `prepare_torch`. Each layer
+is left with a few large operations:
 
     store      one copy each for keys and values
-    prefill    many queries a sequence: each sequence is worth a call of PyTorch's attention (SDPA)
-    decode     one query a sequence: many sequences in one call, see `torch_decode`
+    prefill    many queries per sequence: one call of PyTorch's attention (SDPA) for each sequence
+    decode     one query per sequence: many sequences in one call, see `torch_decode`
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,34 +20,9 @@ from torch import Tensor
 
 from minipaged.attention.batch import Batch, Span
 from minipaged.attention.quantized_cache import KVPool, QuantizedPool
-from minipaged.attention.reference import heads_per_kv_head, store_kv
+from minipaged.attention.reference import store_kv
 from minipaged.attention.torch_decode import Decodes, gather, rows_of_blocks
 from minipaged.utils.shapes import Float, Int
-
-
-def torch_store_kv(
-    k: Float[Tensor, "tokens kv_heads head_dim"],
-    v: Float[Tensor, "tokens kv_heads head_dim"],
-    k_cache: KVPool,
-    v_cache: KVPool,
-    batch: Batch,
-) -> None:
-    """Write the step's new keys and values into their slots of the pool, in place."""
-    if isinstance(k_cache, QuantizedPool) or isinstance(v_cache, QuantizedPool):
-        store_kv(k, v, k_cache, v_cache, batch)
-        return
-    _, kv_heads, block_size, head_dim = k_cache.shape
-    rows = batch.notes.get(("slots", k_cache.shape))
-    if rows is None:  # the first layer
-        blocks, offsets = (
-            batch.slot_mapping // block_size,
-            batch.slot_mapping % block_size,
-        )  # [tokens] each
-        heads = torch.arange(kv_heads, device=k.device)
-        rows = ((blocks[:, None] * kv_heads + heads) * block_size + offsets[:, None]).flatten()
-        batch.notes["slots", k_cache.shape] = rows
-    k_cache.view(-1, head_dim).index_copy_(0, rows, k.to(k_cache.dtype).reshape(-1, head_dim))
-    v_cache.view(-1, head_dim).index_copy_(0, rows, v.to(v_cache.dtype).reshape(-1, head_dim))
 
 
 @dataclass(frozen=True)
@@ -59,24 +36,68 @@ class Prefill:
     mask: Float[Tensor, "queries length"] | None  # None: all of it is new, and is_causal says it
 
 
+@dataclass(frozen=True)
+class TorchBatch(Batch):
+    """A batch, and which rows of a layer's cache it writes and reads: the same in every layer."""
+
+    slot_rows: Int[Tensor, " slot_rows"]  # where keys go, if the slot of one head is a row
+    prefills: list[Prefill]
+    decodes: Decodes | None
+
+
+def prepare_torch(batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dtype) -> TorchBatch:
+    """Once per step; see `AttentionBackend.prepare`."""
+    _, kv_heads, block_size, _ = k_cache.shape
+    assert num_heads % kv_heads == 0, f"{num_heads} heads cannot share {kv_heads} KV heads evenly"
+    slots = batch.slot_mapping
+    heads = torch.arange(kv_heads, device=slots.device)
+    rows = (slots // block_size * kv_heads)[:, None] + heads  # [tokens, kv_heads]
+    rows = rows * block_size + (slots % block_size)[:, None]
+    return TorchBatch(
+        **batch_fields(batch),
+        slot_rows=rows.flatten(),
+        prefills=_prepare_prefills(batch, k_cache, dtype),
+        decodes=Decodes.prepare(batch, k_cache, num_heads, dtype),
+    )
+
+
+_FIELDS = tuple(field.name for field in fields(Batch))
+
+
+def batch_fields(batch: Batch) -> dict[str, Any]:
+    """The fields of a batch, to derive another from it."""
+    return dict(zip(_FIELDS, attrgetter(*_FIELDS)(batch), strict=True))
+
+
+def torch_store_kv(
+    k: Float[Tensor, "tokens kv_heads head_dim"],
+    v: Float[Tensor, "tokens kv_heads head_dim"],
+    k_cache: KVPool,
+    v_cache: KVPool,
+    batch: TorchBatch,
+) -> None:
+    """Write the step's new keys and values into their slots of the pool, in place."""
+    if isinstance(k_cache, QuantizedPool) or isinstance(v_cache, QuantizedPool):
+        store_kv(k, v, k_cache, v_cache, batch)
+        return
+    head_dim, rows = k_cache.shape[-1], batch.slot_rows
+    k_cache.view(-1, head_dim).index_copy_(0, rows, k.to(k_cache.dtype).reshape(-1, head_dim))
+    v_cache.view(-1, head_dim).index_copy_(0, rows, v.to(v_cache.dtype).reshape(-1, head_dim))
+
+
 def torch_paged_attention(
     q: Float[Tensor, "tokens heads head_dim"],
     k_cache: KVPool,
     v_cache: KVPool,
-    batch: Batch,
+    batch: TorchBatch,
     scale: float,
 ) -> Float[Tensor, "tokens heads head_dim"]:
     """The whole batch, whatever mixture of prefill and decode it is."""
-    heads_per_kv_head(q, k_cache, v_cache)  # refuses shapes that do not fit
-    key = "plan", q.shape, q.dtype, type(k_cache), k_cache.shape, k_cache.dtype
-    if key not in batch.notes:  # the first layer
-        batch.notes[key] = _plan_prefills(batch, k_cache, q), Decodes.plan(batch, k_cache, q)
-    prefills, decodes = batch.notes[key]
-
+    decodes = batch.decodes
     if decodes is not None and decodes.tokens is None:
         return decodes.attend(q, k_cache, v_cache, scale)
     out = torch.empty_like(q)
-    for prefill in prefills:
+    for prefill in batch.prefills:
         tokens = slice(prefill.start, prefill.stop)
         out[tokens] = _attend_many_queries(q[tokens], k_cache, v_cache, prefill, scale)
     if decodes is not None and decodes.tokens is not None:
@@ -85,14 +106,15 @@ def torch_paged_attention(
     return out
 
 
-def _plan_prefills(batch: Batch, k_cache: KVPool, q: Tensor) -> list[Prefill]:
+def _prepare_prefills(batch: Batch, k_cache: KVPool, dtype: torch.dtype) -> list[Prefill]:
     _, kv_heads, block_size, _ = k_cache.shape
     prefills: list[Prefill] = []
-    for span, table in zip(batch.spans, batch.block_tables, strict=True):
+    for seq, span in enumerate(batch.spans):
         if span.query_len == 1:
             continue
+        table = batch.block_tables[seq]
         blocks = table[None, : -(-span.seq_len // block_size)].long()  # [1, columns]
-        mask = causal_mask(q, span)
+        mask = causal_mask(span, dtype, table.device)
         rows = rows_of_blocks(blocks, kv_heads)
         prefills.append(Prefill(span.start, span.stop, span.seq_len, rows, mask))
     return prefills
@@ -115,13 +137,16 @@ def _attend_many_queries(
     return attend(q, gathered(k_cache), gathered(v_cache), prefill.mask, scale)
 
 
-def causal_mask(q: Tensor, span: Span) -> Float[Tensor, "queries length"] | None:
+def causal_mask(
+    span: Span, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "queries length"] | None:
     """What to add to the scores of one sequence's queries; None: `is_causal` says it."""
     if span.context_len == 0:
         return None  # for a sequence from its beginning it means the same, and computes half
-    positions = torch.arange(span.seq_len, device=q.device)
+    positions = torch.arange(span.seq_len, device=device)
     hidden = positions > positions[span.context_len :, None]  # [queries, length]
-    return q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return zeros.masked_fill_(hidden, -torch.inf)
 
 
 def attend(

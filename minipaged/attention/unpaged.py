@@ -5,6 +5,8 @@ the cache, and any attention that takes strides reads them where they are. Here 
 Behind a sequence's last token there may be no memory at all, so nobody looks there.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,35 +14,52 @@ from torch import Tensor
 from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import KVPool, QuantizedPool
 from minipaged.attention.reference import heads_per_kv_head
-from minipaged.attention.torch_paged import attend, causal_mask
+from minipaged.attention.torch_paged import attend, batch_fields, causal_mask
 from minipaged.utils.shapes import Float
+
+
+@dataclass(frozen=True)
+class UnpagedBatch(Batch):
+    """A batch, and what all layers share: where each sequence is, and the masks of prefills."""
+
+    regions: list[int]
+    masks: list[Tensor | None]
+
+
+def prepare_unpaged(
+    batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dtype
+) -> UnpagedBatch:
+    """Once per step; see `AttentionBackend.prepare`."""
+    return UnpagedBatch(
+        **batch_fields(batch),
+        regions=batch.block_tables[:, 0].tolist(),  # a table's only entry
+        masks=[causal_mask(span, dtype, batch.block_tables.device) for span in batch.spans],
+    )
 
 
 def unpaged_attention(
     q: Float[Tensor, "tokens heads head_dim"],
     k_cache: KVPool,
     v_cache: KVPool,
-    batch: Batch,
+    batch: UnpagedBatch,
     scale: float,
 ) -> Float[Tensor, "tokens heads head_dim"]:
     """Attention of every sequence over the slice that is its own."""
     heads_per_kv_head(q, k_cache, v_cache)  # refuses shapes that do not fit
     grouped = q.unflatten(1, (k_cache.shape[1], -1))  # [tokens, kv_heads, group, head_dim]
     out: list[Tensor] = []
-    for span, slot in zip(batch.spans, _slots(batch), strict=True):
+    for span, region, mask in zip(batch.spans, batch.regions, batch.masks, strict=True):
         # [1, kv_heads, length, head_dim] both; nothing is copied
-        keys = k_cache[slot : slot + 1, :, : span.seq_len].to(q.dtype)
-        values = v_cache[slot : slot + 1, :, : span.seq_len].to(q.dtype)
+        keys = k_cache[region : region + 1, :, : span.seq_len].to(q.dtype)
+        values = v_cache[region : region + 1, :, : span.seq_len].to(q.dtype)
         if span.query_len == 1:
             # Decode: one query sees every key, so the heads of a group can stand as its queries.
             queries = grouped[span.start : span.stop]  # [1, kv_heads, group, head_dim]
             seen = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
             out.append(seen.flatten(1, 2))  # [1, heads, head_dim]
         else:
-            if span not in batch.notes:  # the first layer
-                batch.notes[span] = causal_mask(q, span)
             queries = q[span.start : span.stop]  # [queries, heads, head_dim]
-            out.append(attend(queries, keys[0], values[0], batch.notes[span], scale))
+            out.append(attend(queries, keys[0], values[0], mask, scale))
     return torch.cat(out)  # [tokens, heads, head_dim]
 
 
@@ -59,10 +78,3 @@ def unpaged_store_kv(
         _, kv_heads, _, head_dim = cache.shape
         rows = cache.transpose(1, 2).view(-1, kv_heads, head_dim)  # [slots * length, ...]
         rows.index_copy_(0, batch.slot_mapping, new.to(cache.dtype))
-
-
-def _slots(batch: Batch) -> list[int]:
-    """The slot of every sequence: its table's only entry."""
-    if "slots" not in batch.notes:  # the first layer: from a GPU, it would be waited for
-        batch.notes["slots"] = batch.block_tables[:, 0].tolist()
-    return batch.notes["slots"]

@@ -8,6 +8,7 @@ They have the shape of paged memory's layers, with a slot where that has a block
 bytes may be touched that are mapped. So attention takes `k[slot, :, :seq_len]`, without a copy.
 """
 
+from collections.abc import Sequence as Many
 from typing import Protocol
 
 import numpy as np
@@ -84,17 +85,17 @@ class VirtualKVCache:
         pages = CudaPages(layout, budget, device)
         return cls(config, layout, dtype, pages.tensor(), pages)
 
-    def copy(self, pairs: list[BlockPair]) -> None:
+    def copy(self, pairs: Many[BlockPair]) -> None:
         """Copy what is mapped of slots to others: a fork's first write."""
         for source, target in pairs:
             mapped = min(self.pages.num_mapped(source), self.pages.num_mapped(target))
             tokens = slice(min(self.layout.tokens_in(mapped), self.layout.region_len))
             self._pool[:, :, target, tokens] = self._pool[:, :, source, tokens]
 
-    def swap_out(self, pairs: list[BlockPair]) -> None:
+    def swap_out(self, pairs: Many[BlockPair]) -> None:
         """Nothing: this memory swaps nobody."""
         assert not pairs, "virtual memory has no swap pool"
 
-    def swap_in(self, pairs: list[BlockPair]) -> None:
+    def swap_in(self, pairs: Many[BlockPair]) -> None:
         """Nothing: this memory swaps nobody."""
         assert not pairs, "virtual memory has no swap pool"

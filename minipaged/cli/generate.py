@@ -9,15 +9,19 @@ from rich.text import Text
 from minipaged.engine.outputs import RequestOutput
 
 
-def print_completions(console: Console, output: RequestOutput) -> None:
-    """The prompt and what follows it, once for each sample or beam."""
+def print_completions(console: Console, output: RequestOutput, blocks_saved: float) -> None:
+    """The prompt and what follows it, once for each sample or beam.
+
+    Args:
+        blocks_saved: the part of its blocks that sharing saved, 0 to 1.
+    """
     for number, completion in enumerate(output.outputs, start=1):
         several = f"[{number} of {len(output.outputs)}] " if len(output.outputs) > 1 else ""
         text = Text(f"{several}{output.prompt or ''}", style="dim")
         text.append(completion.text, style="not dim")
         console.print(text, soft_wrap=True)
-    if output.metrics.num_blocks_unshared:
-        saved = f"sharing saved {output.metrics.blocks_saved:.0%} of the blocks"
+    if len(output.outputs) > 1:
+        saved = f"sharing saved {blocks_saved:.0%} of the blocks"
         print(f"({saved}, over all steps)", file=sys.stderr)
 
 

@@ -160,6 +160,7 @@ def generate(
 ) -> None:
     """Go on from one or more prompts, all together."""
     with Session(show_blocks, trace, live=not as_json) as session:
+        from minipaged.evaluation.bench.sharing import SharingMeter
         from minipaged.sampling import SamplingParams
 
         params = SamplingParams(
@@ -190,14 +191,15 @@ def generate(
         texts = [line for text in prompts for line in read_lines(text)]
         if not texts:
             raise InvalidRequest("there is no prompt on standard input: give a line or more.")
-        with session.watch(None):
+        with session.watch(None), SharingMeter(llm.engine) as meter:
             outputs = llm.generate(list(texts), params, use_tqdm=not (as_json or show_blocks))
         for output in outputs:
             warn_of_an_early_end(output, max_tokens)
             if as_json:
                 print(json.dumps(asdict(output)))
                 continue
-            print_completions(session.console, output)
+            saved = meter.saved(output.request_id)
+            print_completions(session.console, output, saved)
 
 
 def _beams_instead_of(params: "SamplingParams", beam_width: int) -> "BeamSearchParams":

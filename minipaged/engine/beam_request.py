@@ -1,6 +1,6 @@
 """A request that is searched with beams: its beams are the sequences of its group (section 4.4)."""
 
-from minipaged.engine.outputs import CompletionOutput, FinishReason
+from minipaged.engine.outputs import CompletionOutput, FinishReason, NewTokens, Progress
 from minipaged.engine.request import Arrival, Fork, Request
 from minipaged.sampling import (
     Beam,
@@ -55,10 +55,12 @@ class BeamRequest(Request):
         """Whether the search is over."""
         return not self._beams or self._end_reason is not None
 
-    @property
-    def can_be_shown(self) -> bool:
-        """Beams are given up and overtaken until the end."""
-        return self.is_finished
+    def progress(self) -> Progress | None:
+        """All of it at the end: until then beams are pruned and overtaken."""
+        if not self.is_finished:
+            return None
+        new = [NewTokens.of(completion) for completion in self.completions()]
+        return Progress(self.group.request_id, new, True, self.output)
 
     def completions(self) -> list[CompletionOutput]:
         """The best sequences, the best first."""

@@ -68,8 +68,7 @@ def build_engine(
     return LLMEngine(
         config,
         storage.parts.build_scheduler(config),
-        storage.batches,
-        ModelRunner(model, storage.kv_cache, graphs),
+        ModelRunner(model, backend, storage.kv_cache, storage.batches, graphs),
         open_tokenizer(folder),
         sampling_request=parts.sampling_request,
         seed=seed,

@@ -29,7 +29,7 @@ PLAYERS = {
     "select_victim": "minipaged.scheduler.fcfs.youngest",
     "paged_attention": "minipaged.attention.reference.reference_paged_attention",
     "store_kv": "minipaged.attention.reference.store_kv",
-    "sampling_request": "minipaged.engine.request.SamplingRequest",
+    "sampling_request": "minipaged.engine.sampling_request.SamplingRequest",
 }
 """The roles, and the library's own player of each. They are imported only when one is asked for."""
 

@@ -1,4 +1,4 @@
-"""The engine: every `step()` computes a token more, or a chunk of prompt, of those who run."""
+"""The engine: every `step()` computes one more token, or a chunk of prompt, of what runs."""
 
 import random
 import time
@@ -9,12 +9,13 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from minipaged.attention.batch import BatchBuilder, Query
 from minipaged.config import EngineConfig
 from minipaged.engine.beam_request import BeamRequest
-from minipaged.engine.outputs import CachedPrefix, RequestOutput
-from minipaged.engine.request import Arrival, ModelTraits, Request, SamplingRequest
+from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput, StepStats
+from minipaged.engine.request import Arrival, ModelTraits, Request
+from minipaged.engine.sampling_request import SamplingRequest
 from minipaged.errors import InvalidRequest, MissingTokenizer
+from minipaged.memory import MemoryView
 from minipaged.sampling import (
     BeamSearchParams,
     Params,
@@ -23,8 +24,8 @@ from minipaged.sampling import (
     SamplingParams,
     SamplingRow,
 )
-from minipaged.scheduler.fcfs import Scheduler
-from minipaged.scheduler.output import ScheduledSequence, SchedulerOutput
+from minipaged.scheduler.interface import Scheduler
+from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, TokenizedPrompt, read_prompt
@@ -32,20 +33,20 @@ from minipaged.utils.device import to_device
 from minipaged.worker.model_runner import ModelRunner
 
 Sampled = dict[str, dict[int, list[SampledToken]]]  # by request id, by sequence id
+Listener = Callable[[SchedulerOutput, StepStats], None]
 
 
 class LLMEngine:
-    """Requests go in at any time; each step returns those of which there is more to show.
+    """Requests go in at any time; each step returns the progress of those that advanced.
 
     The engine owns the requests and their texts. Queues belong to the scheduler, blocks to the
-    memory below it, tensors to batches and runner.
+    memory below it, tensors to the runner.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         scheduler: Scheduler,
-        batches: BatchBuilder,
         runner: ModelRunner,
         tokenizer: Tokenizer | None,
         *,
@@ -55,10 +56,11 @@ class LLMEngine:
     ) -> None:
         self.config = config
         self.scheduler = scheduler
-        self.batches = batches
         self.runner = runner
         self.tokenizer = tokenizer
         self.sampler = Sampler()
+        self.listeners: list[Listener] = []
+        """Called in each step once its keys and values are written, before anything is freed."""
         self._sampling_request = sampling_request
         eos_token_ids = runner.model.config.eos_token_ids
         self._traits = ModelTraits(tokenizer, eos_token_ids, config.max_model_len)
@@ -67,38 +69,44 @@ class LLMEngine:
         self._seq_ids = count()
         self._seeds = random.Random(seed)  # for requests that bring no seed of their own
         self._clock = clock
+        self._num_steps = 0
+
+    @property
+    def memory(self) -> MemoryView:
+        """Which sequence holds which blocks, for reading only."""
+        return self.scheduler.memory
 
     # ---- one step, in the order a token travels ------------------------------------------------
 
-    def step(self) -> list[RequestOutput]:
-        """Compute one step; returns the requests with something new, finished ones a last time.
+    def step(self) -> list[Progress]:
+        """Compute one step; returns what is new of each request that advanced or ended.
 
-        An output holds all that its request has so far.
+        `progress.output()` gives the `RequestOutput` with all that the request has so far.
         """
-        plan = self.scheduler.schedule()  # who runs, how many tokens of each
-        batch = self.batches.build([self._query(s) for s in plan.sequences])  # to tensors
-        logits = self.runner.run(plan, batch)  # [rows, vocab]: the device side
-        sampled = self._sample(plan, logits)  # by request, by sequence
-        return self._commit(plan, sampled)
+        times = [self._clock()]
+        decision = self.scheduler.schedule()  # which sequences run, how many tokens each
+        times.append(self._clock())
+        logits = self.runner.run(self._step_input(decision))  # [rows, vocab]: the device side
+        times.append(self._clock())
+        sampled = self._sample(decision, logits)  # by request, by sequence
+        times.append(self._clock())
+        return self._commit(decision, sampled, times)
 
-    def _query(self, scheduled: ScheduledSequence) -> Query:
-        seq = scheduled.seq
-        start = seq.num_computed_tokens
-        return Query(
-            seq_id=seq.seq_id,
-            token_ids=seq.token_ids[start : start + scheduled.num_new_tokens],
-            context_len=start,
-            table=self.scheduler.memory.block_table(seq.seq_id),
-            num_logits=self._num_logits(scheduled),
-        )
+    def _step_input(self, decision: SchedulerOutput) -> StepInput:
+        """The decision in plain numbers: the message to the device side (section 4.6)."""
+        tables = self.scheduler.memory.tables
+        sequences: list[SequenceInput] = []
+        for group, seq, num_new_tokens, samples in decision.sequences:
+            request, start = self._requests[group.request_id], seq.num_computed_tokens
+            num_logits = 1 if samples else 0
+            if request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq):
+                num_logits = num_new_tokens
+            new = seq.token_ids[start : start + num_new_tokens]
+            blocks = tables[seq.seq_id].blocks.copy()
+            sequences.append(SequenceInput(seq.seq_id, new, start, blocks, num_logits))
+        return StepInput(tuple(sequences), decision.swap_out, decision.swap_in, decision.copies)
 
-    def _num_logits(self, scheduled: ScheduledSequence) -> int:
-        """For how many of its last tokens a sequence's logits are read."""
-        if self._requests[scheduled.group.request_id].wants_prompt_logits(scheduled.seq):
-            return scheduled.num_new_tokens
-        return 1 if scheduled.samples else 0
-
-    def _sample(self, plan: SchedulerOutput, logits: Tensor) -> Sampled:
+    def _sample(self, decision: SchedulerOutput, logits: Tensor) -> Sampled:
         """Choose the next token of every sequence of which nothing is left to compute.
 
         Several tokens for a prompt with several samples: they are drawn from the same logits.
@@ -106,17 +114,19 @@ class LLMEngine:
         rows: list[SamplingRow] = []
         row_indices: list[int] = []
         owners: list[tuple[str, int]] = []
-        start = 0
-        for scheduled in plan.sequences:
-            request, seq = self._requests[scheduled.group.request_id], scheduled.seq
-            stop = start + self._num_logits(scheduled)
-            if request.wants_prompt_logits(seq):
-                request.note_prompt_logits(seq, logits[start:stop])
-            for row in request.rows(seq) if scheduled.samples else ():
-                rows.append(row)
-                row_indices.append(stop - 1)
-                owners.append((request.group.request_id, seq.seq_id))
-            start = stop
+        stop = 0
+        for group, seq, num_new_tokens, samples in decision.sequences:
+            request = self._requests[group.request_id]
+            if request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq):
+                request.note_prompt_logits(seq, logits[stop : stop + num_new_tokens])
+                stop += num_new_tokens
+            elif samples:
+                stop += 1
+            if samples:
+                for row in request.rows(seq):
+                    rows.append(row)
+                    row_indices.append(stop - 1)
+                    owners.append((group.request_id, seq.seq_id))
         if row_indices != list(range(logits.shape[0])):
             wanted = to_device(row_indices, logits.device, torch.long)
             logits = logits[wanted]  # [sampled rows, vocab]
@@ -127,40 +137,64 @@ class LLMEngine:
             sampled.setdefault(request_id, {}).setdefault(seq_id, []).append(token)
         return sampled
 
-    def _commit(self, plan: SchedulerOutput, sampled: Sampled) -> list[RequestOutput]:
+    def _commit(
+        self, decision: SchedulerOutput, sampled: Sampled, times: list[float]
+    ) -> list[Progress]:
         """Note what was computed, fork and go on as each request decides, free what has ended."""
-        self.scheduler.commit(plan)
-        self._note_sharing(plan)
-        now = self._clock()
+        scheduler, now = self.scheduler, times[-1]
+        scheduler.commit(decision)
+        if self.listeners:
+            self._report(decision, times)
         changed: list[Request] = []
         for request_id, tokens in sampled.items():
             request = self._requests[request_id]
-            request.note_time(now)
+            request.last_token_time = now
+            if request.first_token_time is None:
+                request.first_token_time = now
             for seq in request.advance(tokens, partial(self._fork, request.group)):
-                self.scheduler.finish(request.group, seq)
+                scheduler.finish(request.group, seq)
             changed.append(request)
-        for group in plan.ended:
+        for group in decision.ended:
             request = self._requests[group.request_id]
             request.finish_all("length")
             changed.append(request)
-        outputs = [request.output() for request in changed if request.can_be_shown]
-        for output in outputs:
-            if output.finished:
-                del self._requests[output.request_id]
-        lost = not self.scheduler.has_unfinished() and bool(self._requests)
-        assert not lost, f"the scheduler has lost {', '.join(self._requests)}: they would never end"
-        return outputs
+        progresses: list[Progress] = []
+        for request in changed:
+            progress = request.progress()
+            if progress is not None:
+                progresses.append(progress)
+                if progress.finished:
+                    del self._requests[progress.request_id]
+        if self._requests:
+            queued = scheduler.running or scheduler.waiting or scheduler.swapped
+            assert queued, f"the scheduler has lost {', '.join(self._requests)}: they would hang"
+        return progresses
 
     def _fork(self, group: SequenceGroup, parent: Sequence) -> Sequence:
         return self.scheduler.fork(group, parent, next(self._seq_ids))
 
-    def _note_sharing(self, plan: SchedulerOutput) -> None:
-        """Count the blocks of requests with several sequences (the paper's Figure 15)."""
-        memory = self.scheduler.memory
-        for group in {s.group for s in plan.sequences if s.group.width > 1}:
-            unshared = sum(len(memory.block_table(seq.seq_id)) for seq in group.sequences)
-            held = memory.num_distinct_blocks(group)
-            self._requests[group.request_id].note_blocks(held, unshared)
+    def _report(self, decision: SchedulerOutput, times: list[float]) -> None:
+        """Tell the listeners about a step; `times` are before and after each of its parts."""
+        self._num_steps += 1
+        scheduler, memory = self.scheduler, self.scheduler.memory
+        stats = StepStats(
+            step=self._num_steps,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_swapped=len(scheduler.swapped),
+            num_sequences=len(decision.sequences),
+            num_tokens=sum(scheduled.num_new_tokens for scheduled in decision.sequences),
+            num_preempted=len(decision.preempted),
+            num_queried_tokens=decision.num_queried_tokens,
+            num_cached_tokens=decision.num_cached_tokens,
+            num_blocks_in_use=memory.num_blocks - memory.num_free,
+            num_blocks=memory.num_blocks,
+            schedule_seconds=times[1] - times[0],
+            run_seconds=times[2] - times[1],
+            sample_seconds=times[3] - times[2],
+        )
+        for listener in self.listeners:
+            listener(decision, stats)
 
     # ---- requests come and go ------------------------------------------------------------------
 
@@ -222,7 +256,7 @@ class LLMEngine:
         if memory.pin(seq) < seq.num_tokens:
             memory.free(seq)
             return None
-        prefix = CachedPrefix(seq.num_tokens, len(memory.block_table(seq.seq_id)))
+        prefix = CachedPrefix(seq.num_tokens, len(memory.tables[seq.seq_id]))
         self._prefixes[prefix] = seq
         return prefix
 

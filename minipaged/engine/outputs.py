@@ -1,14 +1,24 @@
-"""What a user gets back: one `RequestOutput` a request, one `CompletionOutput` a sequence."""
+"""What comes out: a `Progress` per request and step, and the `RequestOutput` a user wants of it."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
+class RequestOutputKind(Enum):
+    """How much of a request a `RequestOutput` holds; vLLM's names."""
+
+    CUMULATIVE = 0  # all that was generated so far
+    DELTA = 1  # what is new since the last output
+    FINAL_ONLY = 2  # everything, and nothing before the request has finished
+
+
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One generated sequence, so far or whole.
+    """One generated sequence, so far or complete.
 
     finish_reason is None while it grows; then "stop" (end-of-sequence token, stop token or stop
     string), "length" (max_tokens, max_model_len, or a pool too small to go on), "abort".
@@ -29,34 +39,21 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """What serving the request took; times in seconds on the engine's clock.
-
-    Blocks are summed over the steps of a request with several samples or beams: those that its
-    sequences held, and those they would have held had nothing been shared.
-    """
+    """When a request came and got its tokens, in seconds on the engine's clock."""
 
     arrival_time: float
     first_token_time: float | None
     last_token_time: float | None
     num_preemptions: int
-    num_blocks_held: int = 0
-    num_blocks_unshared: int = 0
-
-    @property
-    def blocks_saved(self) -> float:
-        """The part of its blocks that sharing saved, as in the paper's Figure 15; 0 to 1."""
-        if self.num_blocks_unshared == 0:  # a single sequence, or none that ever ran
-            return 0.0
-        return 1 - self.num_blocks_held / self.num_blocks_unshared
 
 
 @dataclass(frozen=True)
 class RequestOutput:
     """A request's prompt and what has been generated after it.
 
-    prompt_logprobs has one entry a prompt token, fewer if the request was aborted before; the first
-    is None, as nothing precedes it. num_cached_tokens says how many tokens of the prompt were found
-    in the prefix cache when it was first admitted, and so needed no computing.
+    prompt_logprobs has one entry per prompt token, fewer if the request was aborted before; the
+    first is None, as nothing precedes it. num_cached_tokens is the number of prompt tokens found in
+    the prefix cache when the request was first admitted, which needed no computing.
     """
 
     request_id: str
@@ -65,8 +62,85 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, float] | None] | None = field(default=None)
+    prompt_logprobs: list[dict[int, float] | None] | None = None
     num_cached_tokens: int = 0
+
+
+class NewTokens(NamedTuple):
+    """What a step has added to one completion."""
+
+    completion: int  # its `CompletionOutput.index`
+    token_ids: list[int]
+    text: str  # may lag behind the tokens: half a character, or what could begin a stop string
+    logprobs: list[dict[int, float]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @classmethod
+    def of(cls, whole: CompletionOutput) -> "NewTokens":
+        """All of a completion of which nothing was shown before."""
+        return cls(
+            whole.index,
+            whole.token_ids,
+            whole.text,
+            whole.logprobs,
+            whole.finish_reason,
+            whole.stop_reason,
+        )
+
+
+class Progress(NamedTuple):
+    """What a step has added to one request: all that a server needs to send on.
+
+    Beam search and best_of decide at the end which completions they return: they make no progress
+    before, and then all of it at once.
+    """
+
+    request_id: str
+    new: list[NewTokens]
+    finished: bool
+    build_output: Callable[[], RequestOutput]
+
+    def output(
+        self, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    ) -> RequestOutput | None:
+        """The request as it stands now, by vLLM's kinds; None where FINAL_ONLY has to wait."""
+        if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
+            return None
+        whole = self.build_output()
+        if kind is not RequestOutputKind.DELTA:
+            return whole
+        completions = {completion.index: completion for completion in whole.outputs}
+        deltas = [
+            replace(
+                completions[new.completion],
+                text=new.text,
+                token_ids=new.token_ids,
+                logprobs=new.logprobs,
+            )
+            for new in self.new
+        ]
+        return replace(whole, outputs=deltas)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One step in numbers, for benchmarks, metrics and the terminal."""
+
+    step: int  # counted from 1
+    num_running: int  # groups, as the next two, after the step was scheduled
+    num_waiting: int
+    num_swapped: int
+    num_sequences: int  # that computed something
+    num_tokens: int  # that they computed
+    num_preempted: int
+    num_queried_tokens: int  # of newly admitted prompts: looked up in the prefix cache,
+    num_cached_tokens: int  # and found there
+    num_blocks_in_use: int
+    num_blocks: int
+    schedule_seconds: float
+    run_seconds: float  # message, tensors and model, as the host sees it
+    sample_seconds: float
 
 
 @dataclass(frozen=True, eq=False)

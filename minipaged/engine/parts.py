@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from minipaged.attention.backend import AttentionBackend, PagedAttention, StoreKV
 from minipaged.config import EngineConfig
-from minipaged.engine.request import Arrival, Request, SamplingRequest
+from minipaged.engine.request import Arrival, Request
+from minipaged.engine.sampling_request import SamplingRequest
 from minipaged.memory import (
     Allocator,
     BlockAllocator,
@@ -26,7 +27,8 @@ from minipaged.memory import (
     PrefixCache,
 )
 from minipaged.sampling import SamplingParams
-from minipaged.scheduler.fcfs import FCFSScheduler, Scheduler, SelectVictim, youngest
+from minipaged.scheduler.fcfs import FCFSScheduler, SelectVictim, youngest
+from minipaged.scheduler.interface import Scheduler
 from minipaged.tracing.events import EventLog, TracedAllocator, TracedMemory, TracedScheduler
 
 BuildMemory = Callable[..., Memory]

@@ -23,7 +23,8 @@ from minipaged.evaluation.sim.systems import LONGEST, Setting, System
 from minipaged.evaluation.sim.traces import WORKLOADS, TraceRequest, chat_trace, poisson_trace
 from minipaged.labs.referee import Referee
 from minipaged.memory import BlockAllocator, BlockManager, Memory, PrefixCache
-from minipaged.scheduler.fcfs import FCFSScheduler, Scheduler, youngest
+from minipaged.scheduler.fcfs import FCFSScheduler, youngest
+from minipaged.scheduler.interface import Scheduler
 from minipaged.utils.files import write_atomically
 
 NUMBER = 9

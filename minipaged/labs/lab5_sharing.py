@@ -8,7 +8,7 @@ LAB = Lab(
     title="fork, copy-on-write, parallel sampling",
     sources=(
         "minipaged.memory.block_manager.BlockManager",
-        "minipaged.engine.request.SamplingRequest",
+        "minipaged.engine.sampling_request.SamplingRequest",
     ),
     swaps={"memory": "BlockManager", "sampling_request": "SamplingRequest"},
     tasks=(

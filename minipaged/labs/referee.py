@@ -9,7 +9,7 @@ has slots for without overwriting somebody else's, and that is seen.
 What it cannot see: code that goes round the scheduler's methods. See tutorials/labs/09.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ from minipaged.errors import CheckFailed, MinipagedError
 from minipaged.evaluation.sim.systems import Setting
 from minipaged.memory import BlockPair, Memory
 from minipaged.memory.interface import ceil_div
-from minipaged.scheduler.fcfs import Scheduler
+from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import ScheduledSequence, SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup
 
@@ -93,9 +93,9 @@ class Referee:
         self._judge(plan)
         return plan
 
-    def commit(self, plan: SchedulerOutput) -> None:
+    def commit(self, output: SchedulerOutput) -> None:
         """The step is over."""
-        self._let(self._scheduler.commit, plan)
+        self._let(self._scheduler.commit, output)
 
     def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence:
         """Nobody forks here."""
@@ -152,7 +152,9 @@ class Referee:
             if scheduled.samples:
                 self._known[mine].tokens.append(NEW_TOKEN)  # the simulator gives it one
 
-    def _move(self, pairs: list[BlockPair], source: list[Content], target: list[Content]) -> None:
+    def _move(
+        self, pairs: Iterable[BlockPair], source: list[Content], target: list[Content]
+    ) -> None:
         for pair in pairs:
             for block in pair:
                 self._expect_in_pool(block)
@@ -170,7 +172,7 @@ class Referee:
         left = len(known.tokens) - computed
         if not 1 <= num_new <= left or samples != (num_new == left):
             self._refuse(f"request {name} has {left} tokens left, and {num_new} are planned")
-        blocks = self.memory.block_table(seq.seq_id).blocks[: ceil_div(computed + num_new, size)]
+        blocks = self.memory.tables[seq.seq_id].blocks[: ceil_div(computed + num_new, size)]
         if len(blocks) * size < computed + num_new:
             self._refuse(f"request {name} has {len(blocks)} blocks for {computed + num_new} tokens")
         if blocks and not (min(blocks) >= 0 and max(blocks) < len(self._pool)):

@@ -10,10 +10,11 @@ from minipaged.memory.allocator import Allocator, BlockAllocator
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.checked import CheckedAllocator, CheckedMemory
-from minipaged.memory.interface import BlockPair, Memory, MemoryUsage
+from minipaged.memory.interface import Admission, BlockPair, Memory, MemoryUsage, MemoryView
 from minipaged.memory.prefix_cache import CacheKey, PrefixCache
 
 __all__ = [
+    "Admission",
     "Allocator",
     "BlockAllocator",
     "BlockManager",
@@ -24,5 +25,6 @@ __all__ = [
     "CheckedMemory",
     "Memory",
     "MemoryUsage",
+    "MemoryView",
     "PrefixCache",
 ]

@@ -11,7 +11,12 @@ from types import MappingProxyType
 
 from minipaged.memory.allocator import Allocator, BlockAllocator
 from minipaged.memory.block_table import BlockTable
-from minipaged.memory.interface import BlockPair, MemoryUsage, ceil_div, explain_rejection_by_pages
+from minipaged.memory.interface import (
+    Admission,
+    BlockPair,
+    MemoryUsage,
+    explain_rejection_by_pages,
+)
 from minipaged.memory.prefix_cache import CacheKey, PrefixCache
 from minipaged.sequence import Sequence, SequenceGroup
 
@@ -36,6 +41,7 @@ class BlockManager:
         self._pool = prefix_cache(allocator(num_blocks), block_size, enable_prefix_caching)
         self._swap_pool = allocator(num_swap_blocks)
         self._tables: dict[int, BlockTable] = {}  # by sequence id
+        self.tables = MappingProxyType(self._tables)  # for others: of all sequences with blocks
         self._swapped: set[int] = set()  # the sequences whose table speaks of the swap pool
         self._pinned: set[int] = set()  # the prefixes that stay, by sequence id
 
@@ -60,30 +66,31 @@ class BlockManager:
         watermark = 0 if alone else self._watermark_blocks
         return self.num_free - new - idle >= watermark
 
-    def admit(self, group: SequenceGroup) -> list[BlockPair]:
+    def admit(self, group: SequenceGroup) -> Admission:
         """Give every sequence of a waiting group the blocks of the tokens it has, and no more.
 
-        Those that the prefix cache finds are shared, the others new. Never those of the tokens it
-        may come to have: reserving by `max_tokens` is the very waste that the paper removes
-        (section 3.1). Returns the copies to make first, as `append` does.
+        Cached blocks are shared, the others are new. No blocks are reserved for tokens that may
+        come later: reserving by `max_tokens` is the very waste that the paper removes (section
+        3.1).
         """
+        num_cached: list[int] = []
         for seq in group.sequences:
             assert seq.seq_id not in self._tables, f"sequence {seq.seq_id} is admitted already"
             table = self._tables[seq.seq_id] = self._pool.share_cached(seq)
-            seq.mark_cached(self._num_known(seq, table.blocks))
-        return [pair for seq in group.sequences for pair in self.append(seq)]
+            table.num_tokens = self._num_cached_of(seq, table.blocks)
+            num_cached.append(table.num_tokens)
+        copies = [pair for seq in group.sequences for pair in self.append(seq)]
+        return Admission(num_cached, copies)
 
     # ---- growing -------------------------------------------------------------------------------
 
     def can_append(self, group: SequenceGroup) -> bool:
         """Whether enough blocks are free for the tokens of the next step."""
-        # No step takes more blocks than it computes tokens, and mostly there are as many.
-        num_free = self._pool.num_free
-        most = sum([seq.num_uncomputed_tokens for seq in group.sequences])
-        return num_free >= most or num_free >= self._growth(group, self._pool.ref_count)
+        growth = self._growth(group, self._pool.ref_count)
+        return growth == 0 or growth <= self._pool.num_free  # mostly it is 0
 
     def append(self, seq: Sequence) -> list[BlockPair]:
-        """Give every token of the sequence a slot, and the uncomputed ones one that it owns alone.
+        """Give the tokens that have no slot yet one each, in blocks that the sequence owns alone.
 
         Returns the copies to make first: a block that is about to be written and has other owners
         is copied, and the sequence then owns the copy (section 4.4, copy-on-write). Raises
@@ -91,18 +98,17 @@ class BlockManager:
         """
         table = self._tables[seq.seq_id]
         pairs: list[BlockPair] = []
-        first_written = seq.num_computed_tokens // self.block_size
-        for logical in range(first_written, self._blocks_for(seq.num_tokens)):
+        first_written = table.num_tokens // self.block_size
+        for logical in range(first_written, self._blocks_for(len(seq.token_ids))):
             if logical == len(table.blocks):
                 table.blocks.append(self._pool.allocate())
             elif self._pool.ref_count(old := table.blocks[logical]) > 1:
                 table.blocks[logical] = self._pool.allocate()
                 self._pool.free(old)
-                table.num_cached_blocks = min(
-                    table.num_cached_blocks, logical
-                )  # nobody knows the copy
+                # The copy cannot be found, and so nothing after it can.
+                table.num_cached_blocks = min(table.num_cached_blocks, logical)
                 pairs.append((old, table.blocks[logical]))
-        table.num_tokens = seq.num_tokens
+        table.num_tokens = len(seq.token_ids)
         return pairs
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -130,20 +136,23 @@ class BlockManager:
     def num_cached_tokens(self, seq: Sequence) -> int:
         """How many first tokens of a waiting sequence need no computing.
 
-        Never the last one: its logits are needed. If all is found, the last token's keys are
-        written once more, as they were; and if others own the block, to a copy of it.
+        Never the last one: its logits are needed. If the whole prompt is cached, the last token's
+        keys are written once more, as they were; and if others own the block, to a copy of it.
         """
-        return self._num_known(seq, self._pool.find(seq))
+        return self._num_cached_of(seq, self._pool.find(seq))
 
-    def _num_known(self, seq: Sequence, found: list[int]) -> int:
-        return min(len(found) * self.block_size, seq.num_tokens - 1)
+    def _num_cached_of(self, seq: Sequence, cached: list[int]) -> int:
+        return min(len(cached) * self.block_size, seq.num_tokens - 1)
 
     def cache_blocks(self, seq: Sequence) -> list[int]:
         """Let the sequence's full blocks be found; returns those that could not be found before.
 
         Called after a step, when keys and values of `num_computed_tokens` are really written.
         """
-        return self._pool.cache_blocks(seq, self._tables[seq.seq_id])
+        table = self._tables[seq.seq_id]
+        if seq.num_computed_tokens // self.block_size <= table.num_cached_blocks:
+            return []  # most decode steps fill no block
+        return self._pool.cache_blocks(seq, table)
 
     def pin(self, seq: Sequence) -> int:
         """Keep all known blocks of a prefix until it is freed; returns how many tokens they hold.
@@ -229,16 +238,9 @@ class BlockManager:
         return self._swap_pool.num_free
 
     @property
-    def tables(self) -> Mapping[int, BlockTable]:
-        """The block tables of all sequences that hold blocks, by id; to be read only."""
-        return MappingProxyType(self._tables)
-
-    @property
-    def cached(self) -> Mapping[int, CacheKey]:  # also to be read only
+    def cached(self) -> Mapping[int, CacheKey]:
+        """What each cached block of the pool is found by; read-only."""
         return self._pool.cached
-
-    def block_table(self, seq_id: int) -> BlockTable:
-        return self._tables[seq_id]
 
     def is_swapped(self, seq_id: int) -> bool:
         """Whether this sequence's block table speaks of the swap pool."""
@@ -263,7 +265,7 @@ class BlockManager:
     # ---- arithmetic ----------------------------------------------------------------------------
 
     def _blocks_for(self, num_tokens: int) -> int:
-        return ceil_div(num_tokens, self.block_size)
+        return -(-num_tokens // self.block_size)  # rounded up
 
     def _pool_of(self, seq: Sequence) -> Allocator:
         return self._swap_pool if seq.seq_id in self._swapped else self._pool
@@ -279,15 +281,18 @@ class BlockManager:
         Two forks that share a half-full block and both write to it take one: the first gets a copy,
         and the second is then alone and keeps the original.
         """
-        new = 0
-        written = Counter[int]()  # by block: how many of the group write to it
+        growth = 0
+        written: dict[int, int] = {}  # by block: how many of the group write to it
         for seq in group.sequences:
-            blocks, computed = self._blocks_of(seq), seq.num_computed_tokens
-            if seq.seq_id not in self._tables:
-                computed = self._num_known(seq, blocks)
-            written.update(blocks[computed // self.block_size :])
-            new += max(0, self._blocks_for(seq.num_tokens) - len(blocks))
-        return new + sum(min(n, num_owners(block) - 1) for block, n in written.items())
+            table = self._tables.get(seq.seq_id)
+            blocks = self._pool.find(seq) if table is None else table.blocks
+            filled = self._num_cached_of(seq, blocks) if table is None else table.num_tokens
+            growth += max(0, self._blocks_for(len(seq.token_ids)) - len(blocks))
+            for block in blocks[filled // self.block_size :]:
+                written[block] = written.get(block, 0) + 1
+        for block, num_writers in written.items():
+            growth += min(num_writers, num_owners(block) - 1)
+        return growth
 
     def _claim(self, group: SequenceGroup, others: Callable[[int], int]) -> tuple[set[int], int]:
         """Blocks of the pool that a group holds or will share, and how many its step takes besides.

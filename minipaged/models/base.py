@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from minipaged.attention.batch import Batch
@@ -41,6 +42,11 @@ class Model(nn.Module, ABC):
     config: ModelConfig
     embedding: nn.Embedding
     head: nn.Linear | None  # None: tied, the embedding is the output matrix too
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what it computes."""
+        return self.embedding.weight.dtype
 
     @abstractmethod
     def forward(

@@ -179,7 +179,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "tokens hidden"]:
         # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
         split = (x.shape[0], -1, self.head_dim)
-        q, k, v = (part.view(split) for part in self.qkv_proj(x))  # [tokens, any_heads, head_dim]
+        q, k, v = self.qkv_proj(x)  # [tokens, any_heads * head_dim]
+        q, k, v = q.view(split), k.view(split), v.view(split)  # [tokens, any_heads, head_dim]
         q, k = self.q_norm(q), self.k_norm(k)
         k_cache, v_cache = kv
         # Stored first: a token attends to itself too, and finds itself in the cache.

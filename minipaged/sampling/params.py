@@ -43,6 +43,8 @@ class SamplingParams:
     max_tokens: int | None = 16  # None: as many as the model's context holds
     logprobs: int | None = None  # also report so many of the likeliest tokens at each place
     prompt_logprobs: int | None = None  # ... and at each place of the prompt
+    adjusts_logits: bool = field(init=False, repr=False, compare=False)
+    """Whether bias, penalties or min_tokens change the logits before a token is chosen."""
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
@@ -53,6 +55,9 @@ class SamplingParams:
         self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
         self._set("logit_bias", _logit_bias(self.logit_bias))
         self._check_together()
+        # Worked out once: the sampler asks in every step, for every row.
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        self._set("adjusts_logits", bool(penalties or self.logit_bias or self.min_tokens))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen, but not yet born

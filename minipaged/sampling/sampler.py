@@ -23,12 +23,12 @@ On a GPU nothing here waits for it but the very end, where all results come to t
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minipaged.sampling.params import SamplingParams
+from minipaged.sampling.params import GREEDY_BELOW, SamplingParams
 from minipaged.utils.device import to_device
 from minipaged.utils.shapes import Float, Int
 
@@ -37,9 +37,8 @@ WEIGHT_OF_LIKELIEST = 2**40
 less than 2^63."""
 
 
-@dataclass(frozen=True)
-class SamplingRow:
-    """What the sampler needs to know of the sequence behind one row of logits."""
+class SamplingRow(NamedTuple):
+    """What the sampler needs to know of the sequence that one row of logits belongs to."""
 
     params: SamplingParams
     prompt_token_ids: Sequence[int]
@@ -48,8 +47,7 @@ class SamplingRow:
     end_token_ids: Sequence[int] = ()  # end of sequence and stops: not before min_tokens
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """One token and how likely the model itself found it, before any option changed its logits.
 
     `top_logprobs` holds what the request asked for, likeliest first, and always the token itself.
@@ -72,7 +70,7 @@ class Sampler:
         raw = logits.float()
         adjusted = adjust(raw, rows)
         token_ids = adjusted.argmax(-1)  # [rows]; the lowest id of equals
-        chance = [i for i, row in enumerate(rows) if not row.params.is_greedy]
+        chance = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
         if chance:
             places = to_device(chance, logits.device)
             token_ids[places] = draw(adjusted[places], [rows[i] for i in chance])
@@ -96,7 +94,7 @@ def score(
     chosen = to_device(token_ids, logits.device, torch.long)[:, None]  # [rows, 1]
     results = [chosen, logprobs.gather(-1, chosen)]
     asking = [i for i, count in enumerate(num_top) if count is not None]
-    most = min(max((num_top[i] or 0 for i in asking), default=0), logits.shape[-1])
+    most = min(max([0, *(num_top[i] or 0 for i in asking)]), logits.shape[-1]) if asking else 0
     if most > 0:
         values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], of rows that do not ask too
         results += [top_ids, values]
@@ -119,14 +117,17 @@ def adjust(
     logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
 ) -> Float[Tensor, "rows vocab"]:
     """The logits after logit_bias, min_tokens and penalties. The given ones stay as they are."""
+    for row in rows:
+        if row.params.adjusts_logits:
+            break
+    else:
+        return logits
     biased = [row.params.logit_bias or {} for row in rows]
     forbidden = [
         row.end_token_ids if len(row.output_token_ids) < row.params.min_tokens else ()
         for row in rows
     ]
     penalised = _asking(rows, _has_penalty)
-    if not (any(biased) or any(forbidden) or penalised):
-        return logits
     logits = logits.clone()
     if any(biased):
         values = [value for bias in biased for value in bias.values()]

@@ -1,13 +1,18 @@
-"""What can never run is refused at the door, with what to change; see `FCFSScheduler.add`."""
+"""Before a group joins: what can never run is rejected, and a prompt may gain by waiting a step."""
+
+from collections.abc import Iterable
 
 from minipaged.config import EngineConfig
 from minipaged.errors import InvalidRequest, PromptTooLong
 from minipaged.memory import Memory
-from minipaged.sequence import SequenceGroup
+from minipaged.sequence import Sequence, SequenceGroup
 
 
 def reject_what_can_never_run(group: SequenceGroup, memory: Memory, config: EngineConfig) -> None:
-    """Raise PromptTooLong or InvalidRequest for a group that no wait would ever let run."""
+    """Raise PromptTooLong or InvalidRequest for a group that could not run however long it waits.
+
+    `FCFSScheduler.add` calls it before it queues a group.
+    """
     length = group.sequences[0].num_tokens
     if length >= config.max_model_len:
         over = length - config.max_model_len + 1
@@ -24,3 +29,28 @@ def reject_what_can_never_run(group: SequenceGroup, memory: Memory, config: Engi
             f"beam_width), but max_num_seqs is {config.max_num_seqs}: ask for fewer, or raise "
             f"max_num_seqs to {group.num_batch_slots}."
         )
+
+
+def should_wait(
+    seq: Sequence, cached: int, running: Iterable[SequenceGroup], block_size: int
+) -> bool:
+    """Whether a running group is just computing the block that this prompt would look for next.
+
+    A block is found only once it is written, so of two equal prompts that arrive together the
+    second lets the first go ahead and shares its blocks. The wait is short: the block is written in
+    this step, or as soon as the prompts before it have left tokens for it.
+
+    Args:
+        cached: how many first tokens of `seq` the prefix cache holds already.
+    """
+    stop = (cached // block_size + 1) * block_size
+    if cached % block_size or stop > seq.num_tokens:  # all of it is cached already
+        return False
+    return any(
+        cached <= other.num_computed_tokens < stop <= other.num_tokens
+        and other.cache_salt == seq.cache_salt
+        and other.token_ids[:stop] == seq.token_ids[:stop]
+        for group in running
+        if not group.is_decoding
+        for other in group.sequences
+    )

@@ -1,34 +1,32 @@
 """Who runs next: iteration-level scheduling, first come first served (sections 2.3 and 4.5).
 
-Iteration-level means that every step begins anew: `schedule()` looks at who is running, swapped and
-waiting, and says how many tokens of which sequence the model computes now. A prompt, a chunk of
-one, a decode step and a recomputation differ only in that number. The order is the first vLLM's:
+Iteration-level means that every step decides anew: `schedule()` looks at the running, swapped and
+waiting groups and says how many tokens of which sequence the model computes now. A prompt, a chunk
+of one, a decode step and a recomputation differ only in that number. The order is the first vLLM's:
 
-    1. the running, oldest first, get the blocks for their next tokens; when the pool runs out, the
-       youngest is preempted, by swapping or by recomputation
-    2. if nobody was preempted, those who do not run join, oldest first: the swapped come back, the
-       waiting are admitted. Whoever is swapped has run before, and so is older than all who have
-       not: nobody new is admitted while somebody is swapped
+    1. running groups, oldest first, get blocks for their next tokens; when the pool runs out, the
+       youngest group is preempted, by swapping or by recomputation
+    2. if no group was preempted, others join, oldest first: swapped groups come back, waiting
+       groups are admitted. A swapped group has run before, so it is older than every waiting one:
+       nothing new is admitted while any group is swapped
 
-A group of several sequences that was preempted by recomputation comes back with one, from which the
-others fork again. Whoever joins shares what the prefix cache finds of it; and if someone is just
-computing the block that it would look for next, it joins a step later and finds it.
+A group of several sequences that was preempted by recomputation comes back with one sequence, from
+which the others fork again. A group that joins shares what the prefix cache holds of it; and if a
+running group is just computing the block it would look for next, it joins a step later.
 
-The oldest of the running can take all blocks from the others, so it advances in every step and
-finishes; and nobody overtakes the oldest of those who do not run. So nobody starves.
+The oldest running group can take blocks from all others, so it advances in every step and finishes;
+and no group overtakes the oldest of those that do not run. So no group starves.
 """
 
 from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from operator import attrgetter
-from typing import Protocol
 
 from minipaged.config import EngineConfig
 from minipaged.errors import InvalidOption
 from minipaged.memory import Memory
-from minipaged.scheduler.admission import reject_what_can_never_run
-from minipaged.scheduler.output import SchedulerOutput
+from minipaged.scheduler.admission import reject_what_can_never_run, should_wait
+from minipaged.scheduler.output import Draft, ScheduledSequence, SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
 SelectVictim = Callable[[Many[SequenceGroup]], SequenceGroup]
@@ -37,26 +35,6 @@ SelectVictim = Callable[[Many[SequenceGroup]], SequenceGroup]
 def youngest(candidates: Many[SequenceGroup]) -> SequenceGroup:
     """The role `select_victim`, as the paper plays it: last come, first preempted (section 4.5)."""
     return max(candidates, key=lambda group: group.arrival)
-
-
-class Scheduler(Protocol):
-    """The role `scheduler`: what the engine may ask and do. See `FCFSScheduler` for each."""
-
-    @property
-    def memory(self) -> Memory: ...
-    @property
-    def waiting(self) -> list[SequenceGroup]: ...
-    @property
-    def running(self) -> list[SequenceGroup]: ...
-    @property
-    def swapped(self) -> list[SequenceGroup]: ...
-    def add(self, group: SequenceGroup) -> None: ...
-    def schedule(self) -> SchedulerOutput: ...
-    def commit(self, plan: SchedulerOutput) -> None: ...
-    def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence: ...
-    def finish(self, group: SequenceGroup, seq: Sequence) -> None: ...
-    def abort(self, group: SequenceGroup) -> None: ...
-    def has_unfinished(self) -> bool: ...
 
 
 class FCFSScheduler:
@@ -115,46 +93,56 @@ class FCFSScheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Decide one step and reserve its blocks; nothing is computed yet."""
-        plan = SchedulerOutput(tokens_left=self.config.max_num_batched_tokens)
+        draft = Draft(tokens_left=self.config.max_num_batched_tokens)
         self._refork()
-        self._reserve_for_running(plan)
-        self._share_out_tokens(plan)
-        # Whoever takes blocks away in a step gives none to newcomers.
-        if not plan.preempted and (self.swapped or self.waiting):
-            self._let_others_join(plan)
-        comes_back = any(
-            group.awaiting_refork for group in self.running
-        )  # its next one forks a step later
-        progress = plan.sequences or plan.ended or comes_back or not self.has_unfinished()
+        self._reserve_for_running(draft)
+        self._share_out_tokens(draft)
+        # A step that takes blocks away from one group gives none to another.
+        if not draft.preempted and (self.swapped or self.waiting):
+            self._let_others_join(draft)
+        progress = (
+            draft.sequences
+            or draft.ended
+            or any(group.awaiting_refork for group in self.running)  # one of them forks next time
+            or not self.has_unfinished()
+        )
         assert progress, "a step must compute a token or end a group, or the engine would hang"
-        return plan
+        return SchedulerOutput(
+            swap_out=tuple(draft.swap_out),
+            swap_in=tuple(draft.swap_in),
+            copies=tuple(draft.copies),
+            sequences=tuple(draft.sequences),
+            preempted=tuple(draft.preempted),
+            ended=tuple(draft.ended),
+            num_queried_tokens=draft.num_queried_tokens,
+            num_cached_tokens=draft.num_cached_tokens,
+        )
 
-    def commit(self, plan: SchedulerOutput) -> None:
+    def commit(self, output: SchedulerOutput) -> None:
         """The step has run: its keys and values are written, and full blocks can be found."""
-        for scheduled in plan.sequences:
-            scheduled.seq.mark_computed(scheduled.num_new_tokens)
-            self.memory.cache_blocks(scheduled.seq)
+        for _, seq, num_new_tokens, _ in output.sequences:
+            seq.mark_computed(num_new_tokens)
+            self.memory.cache_blocks(seq)
 
-    def _reserve_for_running(self, plan: SchedulerOutput) -> None:
+    def _reserve_for_running(self, draft: Draft) -> None:
         """Blocks for the next token of all who run, the oldest first (section 4.5)."""
         served = 0  # running[:served] have all they need; preemption takes only from behind them
         while served < len(self.running):
             group = self.running[served]
             has_room = self.memory.can_append(group)
-            if has_room or self._make_room(group, self.running[served + 1 :], plan):
-                self._append(group, plan)
+            if has_room or self._make_room(group, self.running[served + 1 :], draft):
+                for seq in group.sequences:
+                    draft.copies += self.memory.append(seq)
                 served += 1
 
-    def _make_room(
-        self, group: SequenceGroup, younger: list[SequenceGroup], plan: SchedulerOutput
-    ) -> bool:
+    def _make_room(self, group: SequenceGroup, younger: list[SequenceGroup], draft: Draft) -> bool:
         """Preempt younger groups until this one can go on; False if it had to yield or end."""
         while not self.memory.can_append(group):
             if not self.memory.fits(group):
-                self._end(group, plan)
+                self._end(group, draft)
                 return False
             if not younger:
-                self._preempt(group, plan)
+                self._preempt(group, draft)
                 return False
             victim = self._select_victim(younger)
             if victim not in younger:
@@ -163,79 +151,91 @@ class FCFSScheduler:
                     "it was given: let it return one of them."
                 )
             younger.remove(victim)
-            self._preempt(victim, plan)
+            self._preempt(victim, draft)
         return True
 
-    def _share_out_tokens(self, plan: SchedulerOutput) -> None:
+    def _share_out_tokens(self, draft: Draft) -> None:
         """Decodes first, one token each, so that no prompt makes them wait; then prompt chunks.
 
         There is a token for every decode, because max_num_batched_tokens >= max_num_seqs. So a
-        group's sequences advance together. Prompts share what is left in order, and at least one of
-        them advances: not all seats can be taken by decodes then.
+        group's sequences advance together. Prompts share the remaining tokens in order, and at
+        least one of them advances: decodes cannot have taken every batch slot then.
         """
-        # The sort is stable, and stays so in reverse.
-        for group in sorted(self.running, key=attrgetter("is_decoding"), reverse=True):
-            plan.add(group)
+        prompts: list[SequenceGroup] = []
+        for group in self.running:
+            if group.is_decoding:
+                for seq in group.sequences:
+                    draft.sequences.append(ScheduledSequence(group, seq, 1, samples=True))
+                draft.tokens_left -= len(group.sequences)
+            else:
+                prompts.append(group)
+        for group in prompts:
+            self._take_tokens(group, draft)
 
-    def _let_others_join(self, plan: SchedulerOutput) -> None:
+    def _take_tokens(self, group: SequenceGroup, draft: Draft) -> None:
+        """Give each sequence of a group as many of the tokens that are left as it can use.
+
+        The sequences of a group sample in the same step, because the next beams are chosen among
+        the candidates of all. So while one of them is behind or awaiting its refork, because the
+        group is recomputed, the others wait with their last token.
+        """
+        several = len(group.sequences) + len(group.awaiting_refork) > 1
+        last_token_waits = several and not group.is_decoding
+        for seq in group.sequences:
+            left = len(seq.token_ids) - seq.num_computed_tokens
+            num_new_tokens = min(left - 1 if last_token_waits else left, draft.tokens_left)
+            if num_new_tokens > 0:
+                samples = num_new_tokens == left
+                draft.sequences.append(ScheduledSequence(group, seq, num_new_tokens, samples))
+                draft.tokens_left -= num_new_tokens
+
+    def _let_others_join(self, draft: Draft) -> None:
         """The swapped and the waiting, by age; the first that does not fit holds up the others."""
-        batch_slots_left = self.config.max_num_seqs - sum(
-            group.num_batch_slots for group in self.running
-        )
+        taken = sum(group.num_batch_slots for group in self.running)
+        batch_slots_left = self.config.max_num_seqs - taken
         while oldest := self.swapped[:1] + self.waiting[:1]:
             group = min(oldest, key=lambda g: g.arrival)
-            if group.num_batch_slots > batch_slots_left or not self._can_join(group, plan):
+            if group.num_batch_slots > batch_slots_left or not self._can_join(group, draft):
                 if self.memory.fits(group):
                     break
-                self._end(group, plan)
+                self._end(group, draft)
                 continue
             if group.status is SequenceStatus.SWAPPED:
-                plan.swap_in += self.memory.swap_in(group)
-                self._append(group, plan)
+                draft.swap_in += self.memory.swap_in(group)
+                for seq in group.sequences:
+                    draft.copies += self.memory.append(seq)
             else:
-                plan.copies += self.memory.admit(group)
+                self._admit(group, draft)
             self._move(group, SequenceStatus.RUNNING)
-            plan.add(group)
+            self._take_tokens(group, draft)
             batch_slots_left -= group.num_batch_slots
 
-    def _can_join(self, group: SequenceGroup, plan: SchedulerOutput) -> bool:
+    def _admit(self, group: SequenceGroup, draft: Draft) -> None:
+        """Blocks for a waiting group; what the prefix cache holds of it counts as computed."""
+        num_cached, copies = self.memory.admit(group)
+        draft.copies += copies
+        for seq, cached in zip(group.sequences, num_cached, strict=True):
+            seq.mark_cached(cached)
+            draft.num_queried_tokens += seq.num_tokens
+            draft.num_cached_tokens += cached
+
+    def _can_join(self, group: SequenceGroup, draft: Draft) -> bool:
         """Whether tokens and blocks are left for the whole group."""
         if group.status is SequenceStatus.WAITING:
             [seq] = group.sequences  # no blocks, no forks
-            found = self.memory.num_cached_tokens(seq)
-            least = 1 if self.config.enable_chunked_prefill else seq.num_tokens - found
-            if self._finds_more_a_step_later(seq, found):
+            cached = self.memory.num_cached_tokens(seq)
+            least = 1 if self.config.enable_chunked_prefill else seq.num_tokens - cached
+            reads_cache = self.config.enable_prefix_caching and seq.reads_cache
+            if reads_cache and should_wait(seq, cached, self.running, self.memory.block_size):
                 return False
         else:
             least = len(group.sequences)
         alone = not self.running
-        return least <= plan.tokens_left and self.memory.can_admit(group, alone)
-
-    def _finds_more_a_step_later(self, seq: Sequence, found: int) -> bool:
-        """Whether the block that a waiting prompt would look for next is just being computed.
-
-        Nobody finds a block before it is written, so of two equal prompts that come together the
-        second lets the first go ahead. It is a short wait: the block is written in this step, or as
-        soon as the prompts before it have left tokens for it, which newcomers need as well.
-        """
-        size = self.memory.block_size
-        stop = (found // size + 1) * size
-        if not self.config.enable_prefix_caching or not seq.reads_cache:
-            return False
-        if found % size or stop > seq.num_tokens:  # all of it is found already
-            return False
-        return any(
-            found <= other.num_computed_tokens < stop <= other.num_tokens
-            and other.cache_salt == seq.cache_salt
-            and other.token_ids[:stop] == seq.token_ids[:stop]
-            for running in self.running
-            if not running.is_decoding
-            for other in running.sequences
-        )
+        return least <= draft.tokens_left and self.memory.can_admit(group, alone)
 
     # ---- preemption (section 4.5) --------------------------------------------------------------
 
-    def _preempt(self, group: SequenceGroup, plan: SchedulerOutput) -> None:
+    def _preempt(self, group: SequenceGroup, draft: Draft) -> None:
         """Take all blocks of a group: "auto" swaps groups of several and recomputes the others.
 
         The paper describes both and compares them (section 7.3); the rule is the first vLLM's.
@@ -245,19 +245,17 @@ class FCFSScheduler:
         mode, several = self.config.preemption, len(group.sequences) > 1
         swap = several or mode == "swap" or (mode == "auto" and group.num_batch_slots > 1)
         if swap and self.memory.can_swap_out(group):
-            plan.swap_out += self.memory.swap_out(group)
+            draft.swap_out += self.memory.swap_out(group)
             self._move(group, SequenceStatus.SWAPPED)
         else:
             for seq in group.sequences:
                 self.memory.free(seq)
                 seq.forget_computed()
-            group.sequences, group.awaiting_refork = (
-                group.sequences[:1],
-                group.sequences[1:] + group.awaiting_refork,
-            )
+            group.awaiting_refork[:0] = group.sequences[1:]
+            del group.sequences[1:]
             self._move(group, SequenceStatus.WAITING)
         group.num_preemptions += 1
-        plan.preempted.append(group)
+        draft.preempted.append(group)
 
     def _refork(self) -> None:
         """Bring back the sequences of groups that were recomputed after they had forked.
@@ -275,9 +273,9 @@ class FCFSScheduler:
         """
         size = self.memory.block_size
         for group in self.running:
-            while group.awaiting_refork and all(
-                s.num_uncomputed_tokens == 1 for s in group.sequences
-            ):
+            while group.awaiting_refork:
+                if any(seq.num_uncomputed_tokens > 1 for seq in group.sequences):
+                    break  # the newest is still being computed
                 child = group.awaiting_refork.pop(0)
                 in_common = {s: s.num_in_common(child) for s in group.sequences}
                 parent = max(group.sequences, key=lambda s: in_common[s])
@@ -286,14 +284,10 @@ class FCFSScheduler:
                 self.memory.fork(parent, child)
                 group.sequences.append(child)
 
-    def _end(self, group: SequenceGroup, plan: SchedulerOutput) -> None:
+    def _end(self, group: SequenceGroup, draft: Draft) -> None:
         """Out of memory for good: the group ends with what it has, and the others go on."""
         self.abort(group)
-        plan.ended.append(group)
-
-    def _append(self, group: SequenceGroup, plan: SchedulerOutput) -> None:
-        for seq in group.sequences:
-            plan.copies += self.memory.append(seq)
+        draft.ended.append(group)
 
     def _move(self, group: SequenceGroup, status: SequenceStatus) -> None:
         """From the queue of its status to the queue of the new one, in order of arrival."""

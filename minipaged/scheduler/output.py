@@ -1,4 +1,11 @@
-"""What one step does, as the scheduler decides it and everybody below carries it out."""
+"""What one step does: the scheduler's decision, and the message to the device side made from it.
+
+A `SchedulerOutput` speaks of live sequences and groups; the engine and everything above it read
+it. A `StepInput` holds plain numbers only, so that it can be pickled and sent to another process:
+nothing below the scheduler sees a live sequence. In the paper's words (section 4.6), the scheduler
+"first prepares the message with input token IDs for each request in the batch, as well as the
+block table for each request", and sends it to the workers.
+"""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,12 +23,24 @@ class ScheduledSequence(NamedTuple):
     samples: bool  # nothing is left uncomputed after it, so the next token can be sampled
 
 
-@dataclass
+@dataclass(frozen=True)
 class SchedulerOutput:
-    """What one step does. The block operations come first, in this order, then the model.
+    """What one step does. The block operations come first, in this order, then the model."""
 
-    `schedule()` fills it in; everybody else only reads it.
-    """
+    swap_out: tuple[BlockPair, ...] = ()  # (pool block, swap block)
+    swap_in: tuple[BlockPair, ...] = ()  # (swap block, pool block)
+    copies: tuple[BlockPair, ...] = ()  # copy-on-write: (source, destination)
+    sequences: tuple[ScheduledSequence, ...] = ()
+    preempted: tuple[SequenceGroup, ...] = ()
+    ended: tuple[SequenceGroup, ...] = ()  # for lack of memory
+    # Of the groups admitted in this step: prompt tokens looked up in the prefix cache, and found.
+    num_queried_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class Draft:
+    """A `SchedulerOutput` in the making: only `schedule()` and its helpers see it."""
 
     tokens_left: int  # of max_num_batched_tokens
     swap_out: list[BlockPair] = field(default_factory=list[BlockPair])
@@ -29,21 +48,26 @@ class SchedulerOutput:
     copies: list[BlockPair] = field(default_factory=list[BlockPair])
     sequences: list[ScheduledSequence] = field(default_factory=list[ScheduledSequence])
     preempted: list[SequenceGroup] = field(default_factory=list[SequenceGroup])
-    ended: list[SequenceGroup] = field(default_factory=list[SequenceGroup])  # for want of memory
+    ended: list[SequenceGroup] = field(default_factory=list[SequenceGroup])
+    num_queried_tokens: int = 0
+    num_cached_tokens: int = 0
 
-    def add(self, group: SequenceGroup) -> None:
-        """Give each sequence of a group as many of the tokens that are left as it can use.
 
-        The sequences of a group sample in the same step, for the next beams are chosen among the
-        candidates of all. So while one is behind or absent, because the group is recomputed, the
-        others wait with their last token.
-        """
-        several = len(group.sequences) + len(group.awaiting_refork) > 1
-        last_token_waits = several and not group.is_decoding
-        for seq in group.sequences:
-            left = seq.num_uncomputed_tokens
-            num_new_tokens = min(left - 1 if last_token_waits else left, self.tokens_left)
-            if num_new_tokens > 0:
-                samples = num_new_tokens == left
-                self.sequences.append(ScheduledSequence(group, seq, num_new_tokens, samples))
-                self.tokens_left -= num_new_tokens
+class SequenceInput(NamedTuple):
+    """One sequence's part in a `StepInput`."""
+
+    seq_id: int
+    token_ids: list[int]  # the tokens to compute, at positions context_len and up
+    context_len: int  # tokens of the sequence whose keys and values are in the cache
+    block_table: list[int]  # physical blocks, in logical order
+    num_logits: int = 1  # how many of its last tokens' logits are wanted
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step for the device side, in plain numbers: block operations first, then the model."""
+
+    sequences: tuple[SequenceInput, ...]
+    swap_out: tuple[BlockPair, ...] = ()
+    swap_in: tuple[BlockPair, ...] = ()
+    copies: tuple[BlockPair, ...] = ()

@@ -32,7 +32,8 @@ class Detokenizer:
         """What was shown so far; once finished, all of it."""
         self.stopped: str | None = None
         """The stop string that ended the sequence."""
-        self._tokenizer = tokenizer
+        self._vocabulary = tokenizer.vocabulary
+        self._special_ids = tokenizer.special_ids
         self._stops = sorted(stop, key=len, reverse=True)
         self._min_tokens = min_tokens
         self._num_tokens = 0
@@ -43,9 +44,9 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """Take one more token and return what it lets be shown. After a stop, that is nothing."""
         self._num_tokens += 1
-        if self.stopped is not None or token_id in self._tokenizer.special_ids:
+        if self.stopped is not None or token_id in self._special_ids:
             return ""
-        return self._take(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return self._take(self._decoder.decode(self._vocabulary.get(token_id, b"")))
 
     def finish(self) -> str:
         """No token will follow: return what was held back. A character cut short is U+FFFD."""
@@ -58,7 +59,7 @@ class Detokenizer:
 
     def _take(self, new: str) -> str:
         """Decide over newly decoded characters: which to show, which to hold back."""
-        if self._num_tokens <= self._min_tokens:
+        if not self._stops or self._num_tokens <= self._min_tokens:  # nothing to look for
             self.text += new
             return new
         window = self._held + new

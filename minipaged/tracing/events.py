@@ -118,8 +118,8 @@ class TracedMemory(_Wrapper):
         super().__init__(inner, log)
         self._findable: set[int] = set()
 
-    def admit(self, group: Any) -> list[tuple[int, int]]:
-        pairs = self._inner.admit(group)
+    def admit(self, group: Any) -> Any:
+        admission = self._inner.admit(group)
         seqs = self._tables(group)
         self._note_evictions(seqs)
         self._log.emit(
@@ -127,17 +127,20 @@ class TracedMemory(_Wrapper):
             request=group.request_id,
             seqs=seqs,
             tokens={s.seq_id: s.num_tokens for s in group.sequences},
-            found={s.seq_id: s.num_computed_tokens for s in group.sequences},
+            found={
+                seq.seq_id: cached
+                for seq, cached in zip(group.sequences, admission.num_cached_tokens, strict=True)
+            },
         )
-        for source, target in pairs:
+        for source, target in admission.copies:
             seq_id = next(seq_id for seq_id, blocks in seqs.items() if target in blocks)
             self._log.emit("copy_on_write", seq=seq_id, pairs=[(source, target)])
-        return pairs
+        return admission
 
     def append(self, seq: Any) -> list[tuple[int, int]]:
-        before = len(self._inner.block_table(seq.seq_id).blocks)
+        before = len(self._inner.tables[seq.seq_id].blocks)
         pairs = self._inner.append(seq)
-        table = self._inner.block_table(seq.seq_id)
+        table = self._inner.tables[seq.seq_id]
         self._note_evictions({seq.seq_id: table.blocks})
         if pairs:
             self._log.emit("copy_on_write", seq=seq.seq_id, pairs=pairs)
@@ -148,7 +151,7 @@ class TracedMemory(_Wrapper):
 
     def fork(self, parent: Any, child: Any) -> None:
         self._inner.fork(parent, child)
-        tokens = self._inner.block_table(child.seq_id).num_tokens
+        tokens = self._inner.tables[child.seq_id].num_tokens
         self._log.emit("fork", parent=parent.seq_id, child=child.seq_id, tokens=tokens)
 
     def free(self, seq: Any) -> None:
@@ -168,9 +171,9 @@ class TracedMemory(_Wrapper):
         return pairs
 
     def cache_blocks(self, seq: Any) -> list[int]:
-        before = list(self._inner.block_table(seq.seq_id).blocks)
+        before = list(self._inner.tables[seq.seq_id].blocks)
         blocks = self._inner.cache_blocks(seq)
-        after = self._inner.block_table(seq.seq_id).blocks
+        after = self._inner.tables[seq.seq_id].blocks
         merged = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
         if merged:
             self._log.emit("merge", seq=seq.seq_id, pairs=merged)
@@ -181,12 +184,12 @@ class TracedMemory(_Wrapper):
 
     def pin(self, seq: Any) -> int:
         num_tokens = self._inner.pin(seq)
-        blocks = list(self._inner.block_table(seq.seq_id).blocks)
+        blocks = list(self._inner.tables[seq.seq_id].blocks)
         self._log.emit("pin", seq=seq.seq_id, blocks=blocks)
         return num_tokens
 
     def _tables(self, group: Any) -> dict[int, list[int]]:
-        return {s.seq_id: list(self._inner.block_table(s.seq_id).blocks) for s in group.sequences}
+        return {s.seq_id: list(self._inner.tables[s.seq_id].blocks) for s in group.sequences}
 
     def _note_evictions(self, seqs: dict[int, list[int]]) -> None:
         # A block is given up only when somebody takes it, so it stands in one of these tables.

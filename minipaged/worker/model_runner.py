@@ -1,4 +1,4 @@
-"""The device side: carries out a step's block operations, then runs the model."""
+"""The device side of a step: its block operations, then the model, from plain numbers."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -6,42 +6,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipaged.attention.batch import Batch
+from minipaged.attention.backend import AttentionBackend
+from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.kv_cache import Cache
 from minipaged.models.base import Model
-from minipaged.scheduler.output import SchedulerOutput
+from minipaged.scheduler.output import StepInput
 from minipaged.utils.shapes import Float
 from minipaged.worker.cuda_graphs import DecodeGraphs
 
 
 class ModelRunner:
-    """One model and its cache; where there are graphs, decode steps are replayed from them."""
+    """One model and its cache. It knows of a step what the `StepInput` says, and no more.
 
-    def __init__(self, model: Model, kv_cache: Cache, graphs: DecodeGraphs | None = None) -> None:
+    Args:
+        model: its layers call `backend`.
+        backend: prepares, once per step, what the attention of all layers needs.
+        kv_cache: the tensors that block numbers refer to.
+        batches: builds the tensors of a step.
+        graphs: where there are any, decode steps are replayed from them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        backend: AttentionBackend,
+        kv_cache: Cache,
+        batches: BatchBuilder,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.model = model
+        self.backend = backend
         self.kv_cache = kv_cache
+        self.batches = batches
         self.graphs = graphs
+        self._dtype = model.dtype
 
     @torch.inference_mode()
-    def run(self, plan: SchedulerOutput, batch: Batch) -> Float[Tensor, "rows vocab"]:
-        """Move the blocks that the plan moves, then compute the logits of `batch.logit_rows`.
+    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+        """Move the blocks that the step moves, then compute the logits that it asks for.
 
-        The order matters: a block that is swapped out may be handed to somebody else in the same
+        The order matters: a block that is swapped out may be given to another sequence in the same
         step, and a block that was just swapped in may be the source of a copy-on-write.
         """
         with _as_current(self.kv_cache.device):
-            return self._run(plan, batch)
-
-    def _run(self, plan: SchedulerOutput, batch: Batch) -> Float[Tensor, "rows vocab"]:
-        self.kv_cache.swap_out(plan.swap_out)
-        self.kv_cache.swap_in(plan.swap_in)
-        self.kv_cache.copy(plan.copies)
-        if not batch.spans:  # a step that only ended a group has no tokens
-            return torch.empty(0, self.model.config.vocab_size)
-        if self.graphs is not None and self.graphs.can_run(batch):
-            return self.graphs.run(batch)
-        hidden = self.model(batch.token_ids, batch.positions, self.kv_cache, batch)
-        return self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
+            if step.swap_out:
+                self.kv_cache.swap_out(step.swap_out)
+            if step.swap_in:
+                self.kv_cache.swap_in(step.swap_in)
+            if step.copies:
+                self.kv_cache.copy(step.copies)
+            if not step.sequences:  # a step that only ended a group has no tokens
+                return torch.empty(0, self.model.config.vocab_size)
+            batch = self.batches.build(step.sequences)
+            if self.graphs is not None and self.graphs.can_run(batch):
+                return self.graphs.run(batch)
+            k_cache, _ = self.kv_cache.layers[0]
+            num_heads = self.model.config.num_heads
+            batch = self.backend.prepare(batch, k_cache, num_heads, self._dtype)
+            hidden = self.model(batch.token_ids, batch.positions, self.kv_cache, batch)
+            return self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
 
 
 def _as_current(device: torch.device) -> AbstractContextManager[Any]:

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption
 from minipaged.memory import BlockTable
 from minipaged.scheduler.fcfs import SchedulerOutput
+from minipaged.scheduler.output import SequenceInput
 from minipaged.utils.device import GIB, choose_device
 from minipaged.worker.cache_size import blocks_that_fit, physical_memory, refuse_more_than_memory
 from minipaged.worker.model_runner import ModelRunner
@@ -31,9 +32,9 @@ CONFIG = ModelConfig(
 )
 
 
-def query(seq_id: int, tokens: list[int], context_len: int, blocks: list[int], **more) -> Query:
+def query(seq_id: int, tokens: list[int], context_len: int, blocks: list[int], **more) -> SequenceInput:
     table = BlockTable(4, blocks, num_tokens=context_len + len(tokens))
-    return Query(seq_id, tokens, context_len, table, **more)
+    return SequenceInput(seq_id, tokens, context_len, table.blocks, **more)
 
 
 def test_the_example_in_the_docstring_is_what_is_built():
@@ -93,7 +94,7 @@ def test_every_token_gets_the_slot_that_its_block_table_says(data):
                 index = data.draw(st.integers(0, len(table) - 1))
                 table.blocks[index] = data.draw(st.integers(0, 99))
             table.num_tokens = total
-            queries.append(Query(seq_id, list(range(new)), lengths[seq_id], table))
+            queries.append(SequenceInput(seq_id, list(range(new)), lengths[seq_id], table.blocks))
             lengths[seq_id] = total
         if not queries:
             continue

@@ -189,7 +189,7 @@ def test_beams_share_blocks_and_losers_return_theirs_at_once(folder):
             assert len(group.sequences) <= params.beam_width
             assert group.sequences or group.request_id in outputs
             if group.status is SequenceStatus.RUNNING:
-                tables = [memory.block_table(s.seq_id) for s in group.sequences]
+                tables = [memory.tables[s.seq_id] for s in group.sequences]
                 shared += sum(map(len, tables)) - memory.num_distinct_blocks(group)
         now = [{seq.seq_id for seq in group.sequences} for group in groups]
         parents_of_two += any(old - new and new - old for old, new in zip(living, now, strict=True))

@@ -70,7 +70,7 @@ def watch(llm: LLM) -> list[Step]:
         for scheduled in plan.sequences:
             name = scheduled.group.request_id
             step.computed[name] = step.computed.get(name, 0) + scheduled.num_new_tokens
-            blocks = memory.block_table(scheduled.seq.seq_id).blocks
+            blocks = memory.tables[scheduled.seq.seq_id].blocks
             step.tables.setdefault(name, []).append(blocks.copy())
         steps.append(step)
         return run_model(plan, batch)
@@ -93,7 +93,7 @@ def assert_only_the_living_hold_blocks(llm: LLM, groups: list[SequenceGroup]) ->
     memory = llm.engine.scheduler.memory
     begun = [group for group in groups if group.status is not SequenceStatus.WAITING]
     living = [seq.seq_id for group in begun for seq in group.sequences]
-    blocks = {b for seq_id in living for b in memory.block_table(seq_id).blocks}
+    blocks = {b for seq_id in living for b in memory.tables[seq_id].blocks}
     assert sorted(memory.tables) == sorted(living)
     assert memory.num_blocks - memory.num_free == len(blocks)
 
@@ -717,7 +717,7 @@ def test_every_way_of_decoding_gives_the_same_in_a_starved_pool(
 
 def sharing(llm: LLM, group: SequenceGroup) -> list[list[int]]:
     """The group's block tables with its blocks numbered in the order in which they occur."""
-    tables = [llm.engine.scheduler.memory.block_table(s.seq_id).blocks for s in group.sequences]
+    tables = [llm.engine.scheduler.memory.tables[s.seq_id].blocks for s in group.sequences]
     numbers: dict[int, int] = {}
     return [[numbers.setdefault(block, len(numbers)) for block in table] for table in tables]
 

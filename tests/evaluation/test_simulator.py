@@ -284,7 +284,7 @@ def test_parallel_samples_save_what_arithmetic_says(prompt, output, n):
     for generated in range(1, output - 1):
         plan = simulation.scheduler.schedule()
         held = memory.num_distinct_blocks(request.group)
-        unshared = sum(len(memory.block_table(s.seq_id)) for s in request.group.sequences)
+        unshared = sum(len(memory.tables[s.seq_id]) for s in request.group.sequences)
         assert unshared == n * -(-(prompt + generated) // 16)
         assert unshared - held == (n - 1) * (prompt // 16)
         simulation.scheduler.commit(plan)

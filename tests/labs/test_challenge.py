@@ -176,7 +176,7 @@ class FindsWhatIsNotThere(PrefixCache):
 
 class LosesBlocks(BlockManager):
     def free(self, seq):
-        self.block_table(seq.seq_id).blocks.pop()
+        self.tables[seq.seq_id].blocks.pop()
         super().free(seq)
 
 

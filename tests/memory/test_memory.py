@@ -80,7 +80,7 @@ def test_a_slot_is_physical_block_times_block_size_plus_offset():
 def test_admission_takes_the_blocks_of_the_prompt_and_none_for_what_may_come():
     memory = checked_manager(num_blocks=10, block_size=4)
     memory.admit(group_of(9))
-    assert len(memory.block_table(0)) == 3
+    assert len(memory.tables[0]) == 3
     assert memory.num_free == 7
 
 
@@ -102,7 +102,7 @@ def test_a_new_block_is_taken_only_when_the_last_one_is_full():
         seq.append(token)
         assert memory.append(seq) == []
         seq.mark_computed(1)
-        taken.append(len(memory.block_table(0)))
+        taken.append(len(memory.tables[0]))
     assert taken == [1, 2, 2, 2, 2, 3]
 
 
@@ -116,13 +116,13 @@ def test_a_fork_takes_no_block_and_its_first_write_copies_the_shared_one():
     assert memory.num_free == 8
     for seq in (parent, child):
         seq.append(0)
-    shared = memory.block_table(0).blocks[1]
+    shared = memory.tables[0].blocks[1]
     [(source, copy)] = memory.append(parent)
     assert source == shared
     assert memory.append(child) == []  # the last owner keeps the original
-    assert memory.block_table(0).blocks[1] == copy
-    assert memory.block_table(1).blocks[1] == shared
-    assert memory.block_table(0).blocks[0] == memory.block_table(1).blocks[0]
+    assert memory.tables[0].blocks[1] == copy
+    assert memory.tables[1].blocks[1] == shared
+    assert memory.tables[0].blocks[0] == memory.tables[1].blocks[0]
 
 
 def test_a_shared_full_block_is_never_copied():
@@ -151,8 +151,8 @@ def test_swapping_moves_each_shared_block_once_and_keeps_the_sharing():
     assert memory.is_swapped(1)
     back = memory.swap_in(group)
     assert [swap for _, swap in out] == [swap for swap, _ in back]
-    assert memory.block_table(0).blocks == memory.block_table(1).blocks
-    assert all(memory.ref_count(b) == 2 for b in memory.block_table(0).blocks)
+    assert memory.tables[0].blocks == memory.tables[1].blocks
+    assert all(memory.ref_count(b) == 2 for b in memory.tables[0].blocks)
     assert memory.num_free_swap_blocks == 5
 
 
@@ -285,7 +285,7 @@ def test_checked_memory_counts_the_owners_in_both_pools(name):
 class ListsABlockTwice(BlockManager):
     def admit(self, group):
         super().admit(group)
-        blocks = self.block_table(group.sequences[0].seq_id).blocks
+        blocks = self.tables[group.sequences[0].seq_id].blocks
         self._pool.free(blocks.pop())
         self._pool.share(blocks[0])
         blocks.append(blocks[0])
@@ -308,7 +308,7 @@ def test_swapping_out_is_recounted():
     class Loses(BlockManager):
         def swap_out(self, group):
             super().swap_out(group)
-            self._swap_pool.free(self.block_table(0).blocks[0])
+            self._swap_pool.free(self.tables[0].blocks[0])
             return []
 
     memory = CheckedMemory(Loses(num_blocks=4, num_swap_blocks=4, block_size=4))

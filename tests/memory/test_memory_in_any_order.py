@@ -83,7 +83,7 @@ class AnyOrder(RuleBasedStateMachine):
         return seq.cache_salt, tuple(seq.token_ids[: position + 1])
 
     def place(self, seq: Sequence, position: int) -> tuple[int, int]:
-        return divmod(self.memory.block_table(seq.seq_id).slot(position), self.block_size)
+        return divmod(self.memory.tables[seq.seq_id].slot(position), self.block_size)
 
     def copy_blocks(self, pairs, source: dict[int, list], target: dict[int, list]) -> None:
         for old, new in pairs:
@@ -241,7 +241,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(tokens=st.lists(TOKENS, min_size=1, max_size=8))
     def pin(self, tokens: list[int]) -> None:
         seq = Sequence(self.new_id(), tokens)
-        assert self.memory.pin(seq) == len(self.memory.block_table(seq.seq_id)) * self.block_size
+        assert self.memory.pin(seq) == len(self.memory.tables[seq.seq_id]) * self.block_size
         self.pinned.append(seq)
 
     @precondition(lambda self: self.pinned)
@@ -260,7 +260,7 @@ class AnyOrder(RuleBasedStateMachine):
             for seq in group.sequences:
                 self.check_reads(seq, self.swap_pool if swapped else self.pool, None)
         for seq in getattr(self, "pinned", []):
-            self.check_reads(seq, self.pool, self.memory.block_table(seq.seq_id).num_tokens)
+            self.check_reads(seq, self.pool, self.memory.tables[seq.seq_id].num_tokens)
 
     def check_reads(self, seq: Sequence, pool: dict[int, list], num_tokens: int | None) -> None:
         for position in range(seq.num_computed_tokens if num_tokens is None else num_tokens):

@@ -95,9 +95,9 @@ def test_a_wholly_known_prompt_writes_to_a_copy_while_others_own_its_last_block(
     first = served.serve([1, 2, 3, 4, 5, 6, 7, 8])
     again = Sequence(9, first.token_ids)
     [(source, copy)] = served.memory.admit(SequenceGroup("9", [again]))
-    blocks = served.memory.block_table(first.seq_id).blocks
+    blocks = served.memory.tables[first.seq_id].blocks
     assert source == blocks[1]
-    assert served.memory.block_table(9).blocks == [blocks[0], copy]
+    assert served.memory.tables[9].blocks == [blocks[0], copy]
 
 
 def test_nothing_is_found_before_it_is_written(served):
@@ -137,7 +137,7 @@ def test_two_who_computed_the_same_at_once_share_it_afterwards(served):
     assert served.memory.num_free == 4
     served.compute(first)
     served.compute(second)
-    blocks, others = (served.memory.block_table(s.seq_id).blocks for s in (first, second))
+    blocks, others = (served.memory.tables[s.seq_id].blocks for s in (first, second))
     assert blocks[0] == others[0]
     assert blocks[1] != others[1]
     assert served.memory.num_free == 5
@@ -237,7 +237,7 @@ def test_an_allocator_that_remembers_keeps_the_contract_of_an_allocator():
     seq = Sequence(0, [5])
     manager.admit(SequenceGroup("0", [seq]))
     seq.mark_computed(1)
-    [block] = cache.cache_blocks(seq, manager.block_table(0))
+    [block] = cache.cache_blocks(seq, manager.tables[0])
     assert cache.ref_count(block) == 1, "the cache itself is not counted"
     manager.free(seq)
     assert (cache.num_free, cache.ref_count(block)) == (2, 0)
@@ -258,10 +258,10 @@ def test_blocks_that_are_still_known_come_back_from_a_swap_without_a_copy():
     served = Served(memory)
     seq = served.serve(range(10))
     group = SequenceGroup("0", [seq])
-    before = list(memory.block_table(0).blocks)
+    before = list(memory.tables[0].blocks)
     assert len(memory.swap_out(group)) == 3
     assert len(memory.swap_in(group)) == 1, "the last block was not full, so not known"
-    assert memory.block_table(0).blocks[:2] == before[:2]
+    assert memory.tables[0].blocks[:2] == before[:2]
 
 
 def test_what_was_swapped_before_it_was_computed_comes_back_to_blocks_of_its_own():
@@ -272,8 +272,8 @@ def test_what_was_swapped_before_it_was_computed_comes_back_to_blocks_of_its_own
     memory.swap_out(swapped)
     other = served.serve(range(10))
     memory.swap_in(swapped)
-    blocks = set(memory.block_table(0).blocks)
-    assert not blocks & set(memory.block_table(other.seq_id).blocks)
+    blocks = set(memory.tables[0].blocks)
+    assert not blocks & set(memory.tables[other.seq_id].blocks)
     assert memory.append(swapped.sequences[0]) == []
 
 

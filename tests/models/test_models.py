@@ -10,13 +10,14 @@ from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, VOCAB_SIZE, make_checkpo
 from torch import Tensor
 
 from minipaged.attention.backend import BACKENDS, AttentionBackend
-from minipaged.attention.batch import Batch, BatchBuilder, Query
+from minipaged.attention.batch import Batch, BatchBuilder
 from minipaged.attention.kv_cache import KVCache
 from minipaged.attention.reference import causal_attention
 from minipaged.memory import BlockTable
 from minipaged.models.base import Model
 from minipaged.models.loader import load_model
 from minipaged.models.rope import RopeConfig, rope_frequencies
+from minipaged.scheduler.output import SequenceInput
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
@@ -86,7 +87,7 @@ class Paged:
 
     def step(self, new_tokens: dict[int, list[int]], all_logits: bool = False) -> Tensor:
         """Compute these tokens of these sequences; logits of each one's last token, or of all."""
-        queries: list[Query] = []
+        queries: list[SequenceInput] = []
         for seq_id, token_ids in new_tokens.items():
             table = self.tables.setdefault(seq_id, BlockTable(BLOCK_SIZE, [], 0))
             context_len = table.num_tokens
@@ -94,7 +95,7 @@ class Paged:
             while len(table.blocks) * BLOCK_SIZE < table.num_tokens:
                 table.blocks.append(self.free.pop())
             num_logits = len(token_ids) if all_logits else 1
-            queries.append(Query(seq_id, token_ids, context_len, table, num_logits))
+            queries.append(SequenceInput(seq_id, token_ids, context_len, table.blocks, num_logits))
         batch = self.builder.build(queries)
         with torch.inference_mode():
             hidden = self.model(batch.token_ids, batch.positions, self.cache, batch)
@@ -241,9 +242,7 @@ def test_the_same_modules_can_be_trained_with_an_attention_that_has_gradients(
     dense = Dense()
     backend = AttentionBackend("dense", dense.attend, dense.store)
     model = load_model(checkpoints[variant], backend).requires_grad_(True)
-    batch = BatchBuilder(1, 3, BLOCK_SIZE).build(
-        [Query(0, prompt(9), 0, BlockTable(BLOCK_SIZE, [0, 1, 2], 9))]
-    )
+    batch = BatchBuilder(1, 3, BLOCK_SIZE).build([SequenceInput(0, prompt(9), 0, [0, 1, 2])])
     cache = KVCache(model.config, 3, BLOCK_SIZE)
     model.logits(model(batch.token_ids, batch.positions, cache, batch)).logsumexp(
         -1

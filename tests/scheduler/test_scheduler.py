@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from minipaged.config import EngineConfig
 from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
-from minipaged.scheduler.fcfs import Scheduler, youngest
+from minipaged.scheduler.fcfs import youngest
+from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
@@ -496,9 +497,9 @@ def test_no_fork_that_comes_back_writes_into_a_block_that_others_can_find():
     [known] = memory.cache_blocks(equal)
     memory.free(equal)
     step_until(engine, lambda: len(forked.sequences) == 3)
-    assert memory.block_table(one.seq_id).blocks[0] == known
-    assert known not in memory.block_table(two.seq_id).blocks
-    assert known not in memory.block_table(three.seq_id).blocks
+    assert memory.tables[one.seq_id].blocks[0] == known
+    assert known not in memory.tables[two.seq_id].blocks
+    assert known not in memory.tables[three.seq_id].blocks
 
 
 def test_a_group_aborted_while_some_of_it_is_absent_leaves_nothing_behind():

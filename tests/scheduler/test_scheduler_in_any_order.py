@@ -166,7 +166,7 @@ class AnyRequests(RuleBasedStateMachine):
         return seq.cache_salt, tuple(seq.token_ids[: position + 1])
 
     def place(self, seq: Sequence, position: int) -> tuple[int, int]:
-        table = self.scheduler.memory.block_table(seq.seq_id)
+        table = self.scheduler.memory.tables[seq.seq_id]
         return divmod(table.slot(position), self.config.block_size)
 
     def write(self, scheduled: ScheduledSequence) -> None:

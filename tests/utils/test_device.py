@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.backend import BACKENDS
-from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.kv_cache import KVCache
 from minipaged.evaluation.bench.decode_step import TINY
-from minipaged.memory import BlockTable
 from minipaged.models.llama import Llama
 from minipaged.sampling import Sampler, SamplingParams, SamplingRow
-from minipaged.scheduler.output import SchedulerOutput
+from minipaged.scheduler.output import SchedulerOutput, SequenceInput
 from minipaged.utils.device import to_device
 from minipaged.worker.cuda_graphs import DecodeGraphs
 from minipaged.worker.model_runner import ModelRunner
@@ -57,10 +56,10 @@ def test_a_step_of_the_model_stays_on_its_device(backend: str, kv_dtype: torch.d
     runner = ModelRunner(model, cache)
     batches = BatchBuilder(4, 8, 4, ELSEWHERE)
     decodes = [
-        Query(1, [5], 6, BlockTable(4, [1, 2], 7)),
-        Query(2, [5], 2, BlockTable(4, [7], 3)),
+        SequenceInput(1, [5], 6, [1, 2]),
+        SequenceInput(2, [5], 2, [7]),
     ]
-    chunk = Query(0, [1, 2, 3], 4, BlockTable(4, [3, 5], 7))
+    chunk = SequenceInput(0, [1, 2, 3], 4, [3, 5])
     plan = SchedulerOutput(tokens_left=9, copies=[(1, 2)])
     logits = runner.run(plan, batches.build([chunk, *decodes]))
     assert logits.shape == (3, TINY.vocab_size)

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from minipaged.attention.batch import Batch, BatchBuilder, Query
+from minipaged.attention.batch import Batch, BatchBuilder
 from minipaged.attention.reference import reference_paged_attention
 from minipaged.attention.torch_decode import Decodes, InPlace, Way
 from minipaged.evaluation.bench.timing import Work, median_seconds
-from minipaged.memory import BlockTable
+from minipaged.scheduler.output import SequenceInput
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
 CASES = [  # sequences, their mean length, the part of the blocks between first and last in use
@@ -65,13 +65,15 @@ def _measure_case(dtype: torch.dtype, num_seqs: int, context_len: int, stride: i
     }
     ways: tuple[Way, Way] = ("gathered", "in place")
     for way in ways:
-        plan = Decodes.plan(batch, k_cache, q, way)
-        assert plan is not None
-        found = plan.attend(_queries(q, plan), k_cache, v_cache, scale)
+        decodes = Decodes.prepare(batch, k_cache, HEADS, dtype, way)
+        assert decodes is not None
+        found = decodes.attend(_queries(q, decodes), k_cache, v_cache, scale)
         tolerance = 0.03 if dtype is torch.bfloat16 else 1e-4
-        torch.testing.assert_close(found, _queries(expected, plan), rtol=tolerance, atol=tolerance)
-        works[way] = _all_layers(plan, q, pool, scale)
-    chosen = Decodes.plan(batch, k_cache, q)
+        torch.testing.assert_close(
+            found, _queries(expected, decodes), rtol=tolerance, atol=tolerance
+        )
+        works[way] = _all_layers(decodes, q, pool, scale)
+    chosen = Decodes.prepare(batch, k_cache, HEADS, dtype)
     assert chosen is not None
     seconds = median_seconds(works, q.device, rounds=9)
     each = {name: total / num_layers for name, total in seconds.items()}
@@ -86,14 +88,14 @@ def _measure_case(dtype: torch.dtype, num_seqs: int, context_len: int, stride: i
     )
 
 
-def _queries(q: Tensor, plan: Decodes) -> Tensor:
-    return q if plan.tokens is None else q.index_select(0, plan.tokens)
+def _queries(q: Tensor, decodes: Decodes) -> Tensor:
+    return q if decodes.tokens is None else q.index_select(0, decodes.tokens)
 
 
-def _all_layers(plan: Decodes, q: Tensor, pool: Tensor, scale: float) -> Work:
+def _all_layers(decodes: Decodes, q: Tensor, pool: Tensor, scale: float) -> Work:
     def attend() -> None:
         for k_cache, v_cache in pool:
-            plan.attend(_queries(q, plan), k_cache, v_cache, scale)
+            decodes.attend(_queries(q, decodes), k_cache, v_cache, scale)
 
     return attend
 
@@ -103,12 +105,12 @@ def _make_batch(num_seqs: int, context_len: int, stride: int) -> tuple[Batch, in
     lengths = (context_len * (0.5 + torch.rand(num_seqs))).int().tolist()
     counts = [ceil(length / BLOCK_SIZE) for length in lengths]
     ids: list[int] = (stride * torch.randperm(sum(counts))).tolist()
-    queries: list[Query] = []
+    sequences: list[SequenceInput] = []
     for seq_id, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         blocks, ids = ids[:count], ids[count:]
-        queries.append(Query(seq_id, [0], length - 1, BlockTable(BLOCK_SIZE, blocks, length)))
+        sequences.append(SequenceInput(seq_id, [0], length - 1, blocks))
     builder = BatchBuilder(num_seqs, max(counts), BLOCK_SIZE)
-    return builder.build(queries), stride * sum(counts)
+    return builder.build(sequences), stride * sum(counts)
 
 
 def describe(dtype: torch.dtype) -> str:

@@ -11,6 +11,7 @@ part is over when all is launched, and the wait for its results falls to samplin
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from minipaged.models.linear import pack_weights
 from minipaged.models.llama import Llama, LlamaConfig
 from minipaged.models.rope import RopeConfig, rope_frequencies
 from minipaged.sampling import SamplingParams
-from minipaged.scheduler.output import SchedulerOutput
+from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
 from minipaged.worker.model_runner import ModelRunner
 
@@ -152,6 +153,7 @@ def build_engine(
         watermark=0.0,
     )
     cache = KVCache.build(config, engine, dtype, device, backend.copy_blocks)
+    batches = BatchBuilder(num_seqs, engine.max_blocks_per_seq, engine.block_size, device)
     graphs = None
     if with_graphs:
         blocks = engine.max_blocks_per_seq
@@ -159,8 +161,7 @@ def build_engine(
     return LLMEngine(
         engine,
         Parts().build_scheduler(engine),
-        BatchBuilder(num_seqs, engine.max_blocks_per_seq, engine.block_size, device),
-        ModelRunner(model, cache, graphs),
+        ModelRunner(model, backend, cache, batches, graphs),
         tokenizer=None,
     )
 
@@ -183,13 +184,15 @@ def _time_steps(
     while engine.has_unfinished_requests():
         stopwatch.seconds.clear()
         begin = time.perf_counter()
-        outputs = engine.step()  # ends with the tokens on the host
-        if len(outputs) == num_seqs:
+        progresses = engine.step()  # ends with the tokens on the host
+        if len(progresses) == num_seqs:
             seconds.append(time.perf_counter() - begin)
             model_seconds.append(clock.seconds_of_last_run())
+            stopwatch.seconds["model"] -= stopwatch.seconds["batch"]  # the runner builds the batch
             rest = seconds[-1] - sum(stopwatch.seconds.values())
             parts.append({**stopwatch.seconds, "rest": rest})
-        tokens |= {output.request_id: output.outputs[0].token_ids for output in outputs}
+        for progress in progresses:
+            tokens.setdefault(progress.request_id, []).extend(progress.new[0].token_ids)
     # The first step computes the prompts, the second compiles and records.
     in_order = [tokens[str(i)] for i in range(num_seqs)]
     medians = {part: statistics.median(each[part] for each in parts[2:]) for part in PARTS}
@@ -203,7 +206,7 @@ class _Stopwatch:
         self.seconds: dict[str, float] = {}
         calls: dict[str, tuple[Any, str]] = {
             "schedule": (engine.scheduler, "schedule"),
-            "batch": (engine.batches, "build"),
+            "batch": (engine.runner.batches, "build"),
             "model": (engine.runner, "run"),
             "sample": (engine.sampler, "sample"),
             "commit": (engine.scheduler, "commit"),
@@ -222,18 +225,27 @@ class _Stopwatch:
 
 
 class _ModelClock:
-    """Times the runner's part of a step from outside: on a GPU by its own clock."""
+    """Times the model's part of a step from outside, on a GPU by its own clock.
+
+    It begins when the runner has built the batch, and ends with the logits.
+    """
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._inner = runner.run
+        self._build = runner.batches.build
+        self._run = runner.run
         self._on_gpu = runner.kv_cache.device.type == "cuda"
         self._begin: Any = None
         self._end: Any = None
-        runner.run = self._run  # an attribute of this runner alone
+        runner.batches.build = self._timed_build  # attributes of these objects alone
+        runner.run = self._timed_run
 
-    def _run(self, plan: SchedulerOutput, batch: Batch) -> Tensor:
+    def _timed_build(self, sequences: Many[SequenceInput]) -> Batch:
+        batch = self._build(sequences)
         self._begin = self._now()
-        logits = self._inner(plan, batch)
+        return batch
+
+    def _timed_run(self, step: StepInput) -> Tensor:
+        logits = self._run(step)
         self._end = self._now()
         return logits
 

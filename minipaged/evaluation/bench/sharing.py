@@ -12,6 +12,7 @@ happen to write alike.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
@@ -19,10 +20,12 @@ from statistics import NormalDist
 
 from rich.table import Table
 
-from minipaged.engine.outputs import RequestOutput
+from minipaged.engine.llm_engine import LLMEngine
+from minipaged.engine.outputs import StepStats
 from minipaged.evaluation.stories import tell
 from minipaged.llm import LLM
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams
+from minipaged.scheduler.output import SchedulerOutput
 
 WIDTHS = (2, 4, 6)
 PAPER = {  # section 6.3, Figure 15, Alpaca: percent of blocks saved
@@ -44,6 +47,43 @@ class Row:
     percent: float
     formula_percent: float | None
     paper_percent: float
+
+
+class SharingMeter:
+    """Listens to an engine's steps, and counts the blocks of requests with several sequences.
+
+    with SharingMeter(llm.engine) as meter:
+        llm.generate(prompts, SamplingParams(n=4))
+    print(meter.saved())
+    """
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self.num_held = Counter[str]()  # by request, summed over steps: blocks of its sequences,
+        self.num_unshared = Counter[str]()  # and those they would hold had nothing been shared
+        self._engine = engine
+
+    def __call__(self, decision: SchedulerOutput, stats: StepStats) -> None:
+        """Count a step."""
+        memory = self._engine.memory
+        for group in {s.group for s in decision.sequences if s.group.width > 1}:
+            unshared = sum(len(memory.tables[seq.seq_id]) for seq in group.sequences)
+            self.num_unshared[group.request_id] += unshared
+            self.num_held[group.request_id] += memory.num_distinct_blocks(group)
+
+    def saved(self, request_id: str | None = None) -> float:
+        """The part of its blocks that sharing saved (Figure 15), 0 to 1; None: of all requests."""
+        if request_id is not None:
+            held, unshared = self.num_held[request_id], self.num_unshared[request_id]
+        else:
+            held, unshared = self.num_held.total(), self.num_unshared.total()
+        return 1 - held / unshared if unshared else 0.0
+
+    def __enter__(self) -> "SharingMeter":
+        self._engine.listeners.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.listeners.remove(self)
 
 
 def alpaca_lengths(num_requests: int, longest: int, seed: int) -> list[tuple[int, int]]:
@@ -72,7 +112,8 @@ def measure(
     for method, paper in PAPER.items():
         for width in WIDTHS:
             params = [_params(method, width, output) for _, output in lengths]
-            outputs = llm.generate(list(prompts), params, use_tqdm)
+            with SharingMeter(llm.engine) as meter:
+                outputs = llm.generate(list(prompts), params, use_tqdm)
             for (_, asked), request in zip(lengths, outputs, strict=True):
                 found = {len(o.token_ids) for o in request.outputs}
                 assert found == {asked}, f"a request of {asked} tokens ended after {found}"
@@ -80,7 +121,7 @@ def measure(
             if method == "parallel sampling":
                 block_size = llm.engine.config.block_size
                 formula = 100 * _by_formula(lengths, width, block_size)
-            yield Row(method, width, 100 * _saved(outputs), formula, paper[width])
+            yield Row(method, width, 100 * meter.saved(), formula, paper[width])
 
 
 def make_prompts(llm: LLM, lengths: list[tuple[int, int]], seed: int) -> list[list[int]]:
@@ -100,11 +141,6 @@ def _params(method: str, width: int, num_tokens: int) -> Params:
     if method == "beam search":
         return BeamSearchParams(beam_width=width, max_tokens=num_tokens, ignore_eos=True)
     return SamplingParams(n=width, max_tokens=num_tokens, ignore_eos=True)
-
-
-def _saved(outputs: list[RequestOutput]) -> float:
-    held = sum(output.metrics.num_blocks_held for output in outputs)
-    return 1 - held / sum(output.metrics.num_blocks_unshared for output in outputs)
 
 
 def _by_formula(lengths: list[tuple[int, int]], n: int, block_size: int) -> float:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from minipaged.evaluation.sim.traces import TraceRequest
-from minipaged.scheduler.fcfs import Scheduler
+from minipaged.scheduler.interface import Scheduler
 from minipaged.sequence import Sequence, SequenceGroup
 
 NUM_CANDIDATES = 64  # next tokens of a beam that are worth a look

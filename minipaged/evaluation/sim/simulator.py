@@ -14,7 +14,7 @@ from minipaged.evaluation.sim.requests import GREEDY, Decoding, SimRequest
 from minipaged.evaluation.sim.systems import Setting, System, build_scheduler
 from minipaged.evaluation.sim.traces import TraceRequest
 from minipaged.memory import MemoryUsage
-from minipaged.scheduler.fcfs import Scheduler
+from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput
 
 LOOK_SECONDS = 1.0  # of simulated time, between two looks at the memory
@@ -197,7 +197,7 @@ class Simulation:
             for group in self.scheduler.running:
                 if group.width > 1:
                     held = memory.num_distinct_blocks(group)
-                    unshared = sum(len(memory.block_table(s.seq_id)) for s in group.sequences)
+                    unshared = sum(len(memory.tables[s.seq_id]) for s in group.sequences)
                     report.num_blocks_held += held
                     report.num_blocks_unshared += unshared
         if self._limit is not None and self._num_looks % 10 == 0:

@@ -10,7 +10,8 @@ from minipaged.memory import BlockManager, Memory
 from minipaged.memory.baselines.contiguous import ContiguousMemory, Reserve
 from minipaged.memory.baselines.slots import RegionLayout
 from minipaged.memory.baselines.virtual import VirtualMemory
-from minipaged.scheduler.fcfs import FCFSScheduler, Scheduler
+from minipaged.scheduler.fcfs import FCFSScheduler
+from minipaged.scheduler.interface import Scheduler
 
 LONGEST = 2048  # tokens of prompt and output together: what OPT was made for
 NO_LIMIT = 10**9  # tokens in a step: the rivals have none but their memory

@@ -139,7 +139,7 @@ class Engine:
         assert len(planned) == len(set(planned)), "a sequence is in the plan twice"
         for part in plan.sequences:
             assert part.group.status is SequenceStatus.RUNNING, f"{part.group} is in the plan"
-            slots = self.memory.block_table(part.seq.seq_id).num_tokens
+            slots = self.memory.tables[part.seq.seq_id].num_tokens
             last = part.seq.num_computed_tokens + part.num_new_tokens
             assert last <= slots, f"{part.seq} computes {last} tokens, and has slots for {slots}"
         queues = self.scheduler

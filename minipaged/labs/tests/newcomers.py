@@ -41,7 +41,7 @@ class Story:
         return self.memory.append(seq)
 
     def table(self, seq: Sequence):
-        return self.memory.block_table(seq.seq_id)
+        return self.memory.tables[seq.seq_id]
 
 
 class Users:
@@ -98,7 +98,7 @@ def serve_in_any_order(prefix_cache, seed: int) -> None:
         while running and (len(running) > 3 or not memory.can_admit(group, alone=False)):
             memory.free(running.pop(rng.randrange(len(running))))
         memory.admit(group)
-        blocks = memory.block_table(number).blocks
+        blocks = memory.tables[number].blocks
         content = [(seq.cache_salt, *tokens[: 4 * i + 4]) for i in range(len(blocks))]
         for logical in range(seq.num_computed_tokens // 4):
             assert holds[blocks[logical]] == content[logical], "found what holds something else"

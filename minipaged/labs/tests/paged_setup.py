@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minipaged.attention.batch import Batch, BatchBuilder, Query
+from minipaged.attention.batch import Batch, BatchBuilder
 from minipaged.memory import BlockTable
+from minipaged.scheduler.output import SequenceInput
 
 NO_BLOCKS = (2**31 - 1, -(2**31), -1, 10**6)  # what a padded table entry may hold
 
@@ -104,7 +105,7 @@ def _scattered_tables(
 
 def _batch(sizes: list[tuple[int, int]], tables: list[BlockTable], block_size: int) -> Batch:
     queries = [
-        Query(i, [0] * query_len, context_len, table)
+        SequenceInput(i, [0] * query_len, context_len, table.blocks)
         for i, ((query_len, context_len), table) in enumerate(zip(sizes, tables, strict=True))
     ]
     longest = max(len(table) for table in tables)

@@ -58,7 +58,7 @@ class Pools:
             self.memory.cache_blocks(seq)
 
     def write(self, seq: Sequence, position: int) -> None:
-        block = self.memory.block_table(seq.seq_id).blocks[position // 4]
+        block = self.memory.tables[seq.seq_id].blocks[position // 4]
         before = self.words[block].split()[: position % 4]
         self.words[block] = " ".join([*before, f"{seq.token_ids[position]}"])
 
@@ -72,7 +72,7 @@ class Pools:
         for seq in group.sequences:
             swapped = self.memory.is_swapped(seq.seq_id)
             words = self.swapped_words if swapped else self.words
-            blocks = self.memory.block_table(seq.seq_id).blocks
+            blocks = self.memory.tables[seq.seq_id].blocks
             assert set(blocks) <= set(words), f"sequence {seq.seq_id} names blocks {blocks}"
             found.append([words[block] for block in blocks])
         return found

@@ -68,7 +68,7 @@ def fork(memory, parent, seq_id):
 
 
 def table(memory, seq):
-    return memory.block_table(seq.seq_id).blocks
+    return memory.tables[seq.seq_id].blocks
 
 
 # ---- task 1: fork --------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_a_fork_reads_what_its_parent_reads(written):
     before = list(table(memory, parent))
     child = fork(memory, parent, 2)
     assert table(memory, child) == table(memory, parent) == before
-    assert memory.block_table(2).num_tokens == 10
+    assert memory.tables[2].num_tokens == 10
 
 
 @task(1)
@@ -110,7 +110,7 @@ def test_parent_and_child_have_each_a_table_of_their_own(written):
     memory = written()
     parent = begin(memory, 1, 10)
     child = fork(memory, parent, 2)
-    assert memory.block_table(1) is not memory.block_table(2)
+    assert memory.tables[1] is not memory.tables[2]
     table(memory, parent).append(11)  # what one of them adds is not the other's
     assert len(table(memory, child)) == 3
 
@@ -212,14 +212,14 @@ class Slots:
             for offset in range(4):
                 self.slots[target * 4 + offset] = self.slots.get(source * 4 + offset)
         for seq in sequences:
-            where = self.memory.block_table(seq.seq_id)
+            where = self.memory.tables[seq.seq_id]
             for position in range(seq.num_computed_tokens, seq.num_tokens):
                 self.slots[where.slot(position)] = seq.token_ids[position]
             seq.mark_computed(seq.num_uncomputed_tokens)
         return pairs
 
     def read(self, seq):
-        where = self.memory.block_table(seq.seq_id)
+        where = self.memory.tables[seq.seq_id]
         return [self.slots.get(where.slot(position)) for position in range(seq.num_tokens)]
 
 
@@ -239,7 +239,7 @@ def prompt(memory, slots, num_tokens):
     seq = Sequence(1, range(num_tokens))
     memory.admit(SequenceGroup("A", [seq]))
     for position, token in enumerate(seq.token_ids):
-        slots.slots[memory.block_table(1).slot(position)] = token
+        slots.slots[memory.tables[1].slot(position)] = token
     seq.mark_computed(num_tokens)
     return seq
 

@@ -83,7 +83,7 @@ def test_samples_share_in_the_swap_pool_what_they_shared_in_the_pool(build):
     assert pools.swap_out(group) == held, "each block is copied once, however many share it"
     assert pools.num_free == (20, 20 - held)
     pools.check(group, before)
-    [first, *_] = pools.memory.block_table(group.sequences[0].seq_id).blocks
+    [first, *_] = pools.memory.tables[group.sequences[0].seq_id].blocks
     assert pools.memory.swap_ref_count(first) == 3
 
 

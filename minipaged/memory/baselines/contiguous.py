@@ -23,7 +23,7 @@ from minipaged.config import require_one_of
 from minipaged.memory.baselines.buddy import BuddyAllocator
 from minipaged.memory.baselines.plain import PlainMemory
 from minipaged.memory.block_table import BlockTable
-from minipaged.memory.interface import BlockPair, MemoryUsage, ceil_div
+from minipaged.memory.interface import Admission, BlockPair, MemoryUsage, ceil_div
 from minipaged.sequence import Sequence, SequenceGroup
 
 Reserve = Literal["max", "pow2", "oracle"]
@@ -94,7 +94,7 @@ class ContiguousMemory(PlainMemory):
             return False
         return self._runs.num_runs(self._blocks_for(group)) >= group.num_batch_slots
 
-    def admit(self, group: SequenceGroup) -> list[BlockPair]:
+    def admit(self, group: SequenceGroup) -> Admission:
         """Reserve everything that the request may need, for all its sequences."""
         [seq] = group.sequences
         num_blocks = self._blocks_for(group)
@@ -104,8 +104,7 @@ class ContiguousMemory(PlainMemory):
         reservation = _Reservation(self._needed(seq), self._reserved(seq), spare)
         self._reservations[seq.seq_id] = reservation
         self._own(seq, reservation, spare.pop())
-        seq.mark_cached(0)
-        return []
+        return Admission([0], [])
 
     # ---- growing, inside the reservation -------------------------------------------------------
 

@@ -23,6 +23,7 @@ class PlainMemory(ABC):
 
     def __init__(self) -> None:
         self._tables: dict[int, BlockTable] = {}  # by sequence id
+        self.tables = MappingProxyType(self._tables)  # for others: of all sequences with blocks
 
     @abstractmethod
     def ref_count(self, block: int) -> int:
@@ -62,14 +63,6 @@ class PlainMemory(ABC):
         raise AssertionError("there is no swap pool")
 
     # ---- tables --------------------------------------------------------------------------------
-
-    @property
-    def tables(self) -> Mapping[int, BlockTable]:
-        """The block tables of all sequences that hold blocks, by id; to be read only."""
-        return MappingProxyType(self._tables)
-
-    def block_table(self, seq_id: int) -> BlockTable:
-        return self._tables[seq_id]
 
     def num_distinct_blocks(self, group: SequenceGroup) -> int:
         """How many blocks the group holds, a shared one counted once."""

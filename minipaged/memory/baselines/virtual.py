@@ -23,7 +23,7 @@ from minipaged.errors import OutOfBlocks
 from minipaged.memory.baselines.plain import PlainMemory
 from minipaged.memory.baselines.slots import Pages, RegionLayout
 from minipaged.memory.block_table import BlockTable
-from minipaged.memory.interface import BlockPair, MemoryUsage
+from minipaged.memory.interface import Admission, BlockPair, MemoryUsage
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -88,12 +88,12 @@ class VirtualMemory(PlainMemory):
         left = self.budget - self._num_needed - watermark
         return len(group.sequences) <= self.num_free and self._demand(group) <= left
 
-    def admit(self, group: SequenceGroup) -> list[BlockPair]:
+    def admit(self, group: SequenceGroup) -> Admission:
         """Give every sequence a slot, and map what the tokens need that it has so far."""
         for seq in group.sequences:
             self._tables[seq.seq_id] = BlockTable(self.block_size, [], 0)
-            seq.mark_cached(0)
-        return [pair for seq in group.sequences for pair in self.append(seq)]
+        copies = [pair for seq in group.sequences for pair in self.append(seq)]
+        return Admission([0] * len(group.sequences), copies)
 
     # ---- growing -------------------------------------------------------------------------------
 

@@ -225,7 +225,7 @@ def serve_at_random(memory_class, seed: int) -> None:
         for source, target in memory.append(seq):
             for offset in range(size):
                 slots[target * size + offset] = slots.get(source * size + offset, ())
-        table = memory.block_table(seq.seq_id)
+        table = memory.tables[seq.seq_id]
         for place in range(seq.num_computed_tokens, seq.num_tokens):
             slots[table.slot(place)] = tuple(seq.token_ids[: place + 1])
         seq.num_computed_tokens = seq.num_tokens

@@ -134,7 +134,7 @@ def test_a_page_that_holds_no_whole_number_of_tokens_is_counted_exactly(token_by
 def test_a_page_group_is_mapped_when_a_token_needs_it_and_not_before():
     memory, book = make()
     group = admitted(memory, 7, 0)
-    [slot] = memory.block_table(0).blocks
+    [slot] = memory.tables[0].blocks
     taken = []
     for _ in range(6):
         generate(memory, group)
@@ -158,7 +158,7 @@ def test_a_memory_out_of_budget_says_so_before_it_maps_anything():
     assert not memory.can_append(group)
     with pytest.raises(OutOfBlocks, match="all 3 page groups are needed"):
         memory.append(seq)
-    assert (sum(book.mapped.values()), memory.block_table(0).num_tokens) == (3, 12)
+    assert (sum(book.mapped.values()), memory.tables[0].num_tokens) == (3, 12)
 
 
 def test_nobody_grows_into_the_next_slot():
@@ -221,11 +221,11 @@ def test_a_newcomer_takes_the_smallest_sufficient_mapping():
     memory, book = make(budget=20)
     lengths = (16, 4, 8, 12)  # 4, 1, 2 and 3 groups
     groups = [admitted(memory, length, i) for i, length in enumerate(lengths)]
-    slots = [memory.block_table(i).blocks[0] for i in range(4)]
+    slots = [memory.tables[i].blocks[0] for i in range(4)]
     for group in groups:
         memory.free(group.sequences[0])
     admitted(memory, 7, 9)
-    assert memory.block_table(9).blocks == [slots[2]]
+    assert memory.tables[9].blocks == [slots[2]]
     assert book.num_calls == {"map": 10, "unmap": 0}
 
 
@@ -253,12 +253,12 @@ def test_surplus_of_a_slot_in_use_goes_last():
     memory, book = make(budget=6)
     for length, seq_id in ((12, 0), (8, 1)):
         admitted(memory, length, seq_id)
-    big, small = (memory.block_table(seq_id).blocks[0] for seq_id in (0, 1))
+    big, small = (memory.tables[seq_id].blocks[0] for seq_id in (0, 1))
     for seq_id in (0, 1):
         memory.free(Sequence(seq_id, [0]))
     two = admitted(memory, 5, 2)  # best fit: the small one
     one = admitted(memory, 4, 3)  # the big one, of which it needs a third
-    assert (memory.block_table(2).blocks, memory.block_table(3).blocks) == ([small], [big])
+    assert (memory.tables[2].blocks, memory.tables[3].blocks) == ([small], [big])
     generate(memory, two, 11)  # 16 tokens: 2 groups more, 1 of them from the surplus
     assert book.mapped == {big: 2, small: 4}
     generate(memory, one, 4)
@@ -282,10 +282,10 @@ def test_a_fork_maps_nothing_and_its_first_write_copies_all_of_it():
     group = admitted(memory, 6, 0)
     forked(memory, group, 1)
     forked(memory, group, 2)
-    [slot] = memory.block_table(0).blocks
+    [slot] = memory.tables[0].blocks
     assert (memory.ref_count(slot), memory.num_mapped, memory.usage().used) == (3, 2, 6)
     pairs = generate(memory, group)
-    slots = [memory.block_table(i).blocks[0] for i in range(3)]
+    slots = [memory.tables[i].blocks[0] for i in range(3)]
     assert pairs == [(slot, slots[0]), (slot, slots[1])]
     assert slots[2] == slot  # the last to write keeps it
     assert memory.num_mapped == 6
@@ -313,10 +313,10 @@ def test_a_child_that_has_computed_nothing_gets_a_slot_of_its_own():
     child = Sequence(1, range(5))
     memory.fork(group.sequences[0], child)
     group.sequences.append(child)
-    assert memory.block_table(1).blocks == []
+    assert memory.tables[1].blocks == []
     assert memory.can_append(group)
     assert memory.append(child) == []
-    assert memory.block_table(1).blocks != memory.block_table(0).blocks
+    assert memory.tables[1].blocks != memory.tables[0].blocks
 
 
 # ---- any calls in any order ----------------------------------------------------------------------

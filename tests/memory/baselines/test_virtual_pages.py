@@ -16,7 +16,7 @@ from test_attention import compiled
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.attention import unpaged
-from minipaged.attention.batch import BatchBuilder, Query
+from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.unpaged import unpaged_attention, unpaged_store_kv
 from minipaged.attention.virtual_cache import VirtualKVCache
 from minipaged.config import ModelConfig
@@ -26,6 +26,7 @@ from minipaged.memory.baselines import pages
 from minipaged.memory.baselines.kinds import VIRTUAL
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, MappedPages
 from minipaged.memory.baselines.slots import RegionLayout
+from minipaged.scheduler.output import SequenceInput
 from minipaged.tracing.block_map import BlockMap
 from minipaged.tracing.events import EventLog
 
@@ -238,7 +239,7 @@ def in_slots(setup, sizes, dtype, sliced):
         for kv, numbers in zip(cache.layers[1], (setup.keys, setup.values), strict=True):
             kv[slots[i], :, :context_len] = numbers[i][:context_len].transpose(0, 1)
         table = BlockTable(layout.region_len, [slots[i]], query_len + context_len)
-        queries.append(Query(i, [0] * query_len, context_len, table))
+        queries.append(SequenceInput(i, [0] * query_len, context_len, table.blocks))
     return cache, BatchBuilder(len(sizes), 1, layout.region_len).build(queries)
 
 

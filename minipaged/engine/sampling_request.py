@@ -1,0 +1,188 @@
+"""Sampling: one or several completions of a prompt, each a sequence with a seed of its own."""
+
+from minipaged.engine.outputs import CompletionOutput, FinishReason, NewTokens, Progress
+from minipaged.engine.request import Arrival, Fork, Request
+from minipaged.sampling import SampledToken, SamplingParams, SamplingRow
+from minipaged.sequence import Sequence
+from minipaged.tokenizer.base import Tokenizer
+from minipaged.tokenizer.detokenizer import Detokenizer
+
+
+class SamplingRequest(Request):
+    """One or several samples of a prompt, a `Completion` each."""
+
+    def __init__(self, arrival: Arrival, params: SamplingParams, seed: int) -> None:
+        super().__init__(arrival, params.prompt_logprobs)
+        self._params = params
+        self._seed = seed
+        ends = () if params.ignore_eos else self._model.eos_token_ids
+        self._end_token_ids = (*ends, *params.stop_ids)
+        self._chooses_at_the_end = params.num_samples > params.n  # best_of
+        self._completions: dict[int, Completion] = {}  # by sequence id, in the order of samples
+        self._add_completion(self._first)
+
+    # ---- from logits to tokens -----------------------------------------------------------------
+
+    def rows(self, seq: Sequence) -> list[SamplingRow]:
+        """One row; for the prompt, one for each sample, all from the same logits."""
+        seed = self._completions[seq.seq_id].seed
+        output_token_ids = seq.token_ids[seq.prompt_len :]
+        rows: list[SamplingRow] = []
+        for sample in range(1 if output_token_ids else self._params.num_samples):
+            rows.append(
+                SamplingRow(
+                    params=self._params,
+                    prompt_token_ids=self._prompt.token_ids,
+                    output_token_ids=output_token_ids,
+                    seed=seed + sample,
+                    end_token_ids=self._end_token_ids,
+                )
+            )
+        return rows
+
+    # ---- from tokens to text -------------------------------------------------------------------
+
+    def advance(self, sampled: dict[int, list[SampledToken]], fork: Fork) -> list[Sequence]:
+        """Give each sequence its token, and each token beyond the first a fork of its own."""
+        ended: list[Sequence] = []
+        for seq_id, tokens in sampled.items():
+            completion = self._completions[seq_id]
+            samples = [completion]
+            for _ in tokens[1:]:
+                samples.append(self._add_completion(fork(completion.seq)))
+            for sample, token in zip(samples, tokens, strict=True):
+                sample.add(token)
+                if sample.finish_reason is not None:
+                    ended.append(sample.seq)
+        return ended
+
+    def _add_completion(self, seq: Sequence) -> "Completion":
+        seed = self._seed + len(self._completions)
+        model, params = self._model, self._params
+        max_tokens = model.max_model_len - seq.prompt_len
+        if params.max_tokens is not None:
+            max_tokens = min(max_tokens, params.max_tokens)
+        completion = Completion(seq, params, model.tokenizer, seed, model.eos_token_ids, max_tokens)
+        self._completions[seq.seq_id] = completion
+        return completion
+
+    def finish_all(self, reason: FinishReason) -> None:
+        """End all samples that have not ended yet."""
+        for completion in self._completions.values():
+            if completion.finish_reason is None:
+                completion.finish(reason)
+
+    # ---- what is shown of it -------------------------------------------------------------------
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all samples have ended."""
+        for completion in self._completions.values():
+            if completion.finish_reason is None:
+                return False
+        return True
+
+    def progress(self) -> Progress | None:
+        """What is new since the last call; with best_of, nothing before the end."""
+        finished = self.is_finished
+        new: list[NewTokens] = []
+        if self._chooses_at_the_end:
+            if not finished:
+                return None
+            new = [NewTokens.of(completion) for completion in self.completions()]
+        else:
+            for index, completion in enumerate(self._completions.values()):
+                completion.take_new(index, new)
+        return Progress(self.group.request_id, new, finished, self.output)
+
+    def completions(self) -> list[CompletionOutput]:
+        """The n samples, in their order; of best_of, the likeliest ones, the best first."""
+        samples = list(self._completions.values())
+        samples += samples[:1] * (self._params.n - len(samples))  # ended before it forked: n empty
+        if self._chooses_at_the_end:
+            samples.sort(key=lambda sample: -sample.cumulative_logprob)
+        return [sample.output(index) for index, sample in enumerate(samples[: self._params.n])]
+
+
+class Completion:
+    """One sample of a request as it grows: its text, its log-probabilities, why it ended."""
+
+    def __init__(
+        self,
+        seq: Sequence,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        seed: int,
+        eos_token_ids: tuple[int, ...],
+        max_tokens: int,
+    ) -> None:
+        self.seq = seq
+        self.seed = seed
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self._eos_token_ids = () if params.ignore_eos else eos_token_ids
+        self._stop_ids = params.stop_ids
+        self._min_tokens = params.min_tokens
+        self._max_tokens = max_tokens
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None:
+            self._detokenizer = Detokenizer(
+                tokenizer, params.stop_strings, min_tokens=params.min_tokens
+            )
+        self._num_tokens_taken = 0  # by `take_new`, as the next two
+        self._num_chars_taken = 0
+        self._end_is_taken = False
+
+    def add(self, sampled: SampledToken) -> None:
+        """Take the next token, and decide whether it was the last."""
+        token, seq, detokenizer = sampled.token_id, self.seq, self._detokenizer
+        seq.token_ids.append(token)
+        self.cumulative_logprob += sampled.logprob
+        if self.logprobs is not None:
+            assert sampled.top_logprobs is not None
+            self.logprobs.append(sampled.top_logprobs)
+        if detokenizer is not None:
+            detokenizer.add(token)
+        length = len(seq.token_ids) - seq.prompt_len
+        may_stop = length >= self._min_tokens
+        if may_stop and token in self._eos_token_ids:
+            self.finish("stop")
+        elif may_stop and token in self._stop_ids:
+            self.finish("stop", token)
+        elif may_stop and detokenizer is not None and detokenizer.stopped is not None:
+            self.finish("stop", detokenizer.stopped)
+        elif length >= self._max_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """No more tokens will come: show the text that was held back."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        if self._detokenizer is not None:
+            self._detokenizer.finish()
+
+    def take_new(self, index: int, new: list[NewTokens]) -> None:
+        """Append what came since the last call to `new`, unless nothing did."""
+        start, reason = self._num_tokens_taken, self.finish_reason
+        token_ids = self.seq.token_ids[self.seq.prompt_len + start :]
+        if self._end_is_taken or (not token_ids and reason is None):
+            return
+        text = self._detokenizer.text if self._detokenizer is not None else ""
+        logprobs = None if self.logprobs is None else self.logprobs[start:]
+        piece = text[self._num_chars_taken :]
+        new.append(NewTokens(index, token_ids, piece, logprobs, reason, self.stop_reason))
+        self._num_tokens_taken += len(token_ids)
+        self._num_chars_taken = len(text)
+        self._end_is_taken = reason is not None
+
+    def output(self, index: int) -> CompletionOutput:
+        return CompletionOutput(
+            index=index,
+            text=self._detokenizer.text if self._detokenizer is not None else "",
+            token_ids=self.seq.output_token_ids,
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
