@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from test_scheduler import CONFIG, check_plan
+from scheduling import CONFIG, check_plan
 
 from minipaged.config import EngineConfig
 from minipaged.engine.parts import Parts

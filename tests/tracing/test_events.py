@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_scheduler import CONFIG, Engine
+from scheduling import CONFIG, Engine
 
 from minipaged.engine.parts import Parts
 from minipaged.tracing.block_map import BlockMap

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from test_scheduler import CONFIG, Engine
+from scheduling import CONFIG, Engine
 
 from minipaged.cli import main as cli
 from minipaged.engine.parts import Parts
