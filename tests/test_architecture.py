@@ -6,21 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from layers import LAB_TESTS, LAYERS, MODULES, PACKAGE
 
-PACKAGE = Path(__file__).parents[1] / "minipaged"
-
-# From low to high: a module may import only what stands before it, and its own package.
-LAYERS = (
-    "errors utils config sequence memory scheduler tracing attention models tokenizer sampling "
-    "worker engine llm evaluation labs cli __main__"
-).split()
-
-LAB_TESTS = PACKAGE / "labs" / "tests"
-MODULES = sorted(
-    path
-    for path in PACKAGE.rglob("*.py")
-    if path != PACKAGE / "__init__.py" and path.parent != LAB_TESTS
-)
+TESTS = Path(__file__).parent
 
 
 def layer_of(path: Path) -> str:
@@ -60,6 +48,14 @@ def test_imports_look_down(path: Path):
     }
     above = {name for name in ours if LAYERS.index(name) > own}
     assert not above, f"{label(path)} imports {above}, which stand above it"
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.stem)
+def test_a_test_imports_neither_another_test_nor_the_labs_tests(path: Path):
+    tests = {file.stem for folder in (TESTS, LAB_TESTS) for file in folder.rglob("test_*.py")}
+    helpers_of_labs = {file.stem for file in LAB_TESTS.glob("*.py")}
+    found = {name.split(".")[0] for name in imported_at_run_time(path)}
+    assert not found & (tests | helpers_of_labs), "put what tests share into tests/helpers/"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=label)

@@ -1,6 +1,5 @@
 """Every implementation of paged attention against dense attention over the unpaged keys."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from mutants import compiled
 from torch import Tensor
 
 from minipaged.attention import blockwise, reference, torch_decode, torch_paged
@@ -20,8 +20,7 @@ from minipaged.attention.batch import Batch
 from minipaged.attention.reference import store_kv
 from minipaged.attention.torch_paged import torch_store_kv
 from minipaged.errors import InvalidOption
-
-from paged_setup import PagedSetup, dense_attention, paged_setup
+from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
 
 # With --jaxtyping-packages the signature itself refuses a wrong shape.
 REFUSALS: tuple[type[Exception], ...] = (AssertionError, TypeCheckError, IndexError)
@@ -295,16 +294,6 @@ def altered(module: ModuleType, *changes: tuple[str, str]) -> PagedAttention:
         return user.torch_paged_attention
     name = module.__name__.split(".")[-1].removesuffix("_paged")
     return getattr(mutant, f"{name}_paged_attention")
-
-
-def compiled(module: ModuleType, *changes: tuple[str, str]) -> ModuleType:
-    source = inspect.getsource(module)
-    for old, new in changes:
-        assert old in source, f"{module.__name__} has changed, no more {old!r}: renew this mutant"
-        source = source.replace(old, new)
-    mutant = ModuleType(module.__name__)  # dataclasses look the module up by its name
-    exec(compile(source, f"<mutant of {module.__name__}>", "exec"), mutant.__dict__)
-    return mutant
 
 
 MUTANTS = {

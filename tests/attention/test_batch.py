@@ -32,7 +32,9 @@ CONFIG = ModelConfig(
 )
 
 
-def query(seq_id: int, tokens: list[int], context_len: int, blocks: list[int], **more) -> SequenceInput:
+def query(
+    seq_id: int, tokens: list[int], context_len: int, blocks: list[int], **more
+) -> SequenceInput:
     table = BlockTable(4, blocks, num_tokens=context_len + len(tokens))
     return SequenceInput(seq_id, tokens, context_len, table.blocks, **more)
 

@@ -50,9 +50,8 @@ from minipaged.attention.triton.splits import (
 )
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 from minipaged.errors import InvalidOption
+from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
 from minipaged.models.rope import RopeConfig, Rotary, rotate
-
-from paged_setup import PagedSetup, dense_attention, paged_setup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMPTY = torch.empty  # before it is poisoned

@@ -9,20 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
-
-from minipaged.cli import main as cli
-
-
-def minipaged(capsys, monkeypatch, *arguments: str, stdin: str | None = None):
-    """Run a command in this process: (exit code, standard output, standard error)."""
-    import io
-
-    monkeypatch.setattr(sys, "argv", ["minipaged", *arguments])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin or ""))
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    captured = capsys.readouterr()
-    return exit_info.value.code, captured.out, captured.err
+from commands import minipaged
 
 
 def test_demo_answers_eight_questions_and_says_which_are_right(capsys, monkeypatch):

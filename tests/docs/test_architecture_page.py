@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from test_architecture import LAB_TESTS, LAYERS, PACKAGE
+from layers import LAB_TESTS, LAYERS, PACKAGE
 
 ROOT = PACKAGE.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
-from test_engine import GREEDY, assert_all_blocks_are_back, run, set_eos, tokens
-from test_sharing import (
+from engine_runs import GREEDY, assert_all_blocks_are_back, run, set_eos, tokens
+from step_watching import (
     all_tokens,
     assert_only_the_living_hold_blocks,
     prompt,

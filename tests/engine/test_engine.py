@@ -1,11 +1,11 @@
 """The engine end to end: the same tokens whatever the memory, the company and the attention."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
+from engine_runs import GREEDY, PROMPTS, assert_all_blocks_are_back, checked, run, set_eos, tokens
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.attention.backend import BACKENDS
@@ -19,9 +19,6 @@ from minipaged.errors import (
 from minipaged.memory import BlockAllocator
 from minipaged.scheduler.fcfs import FCFSScheduler
 
-LENGTHS = (3, 50, 17, 64, 1, 31, 33, 8)
-PROMPTS = [[(7 * i + 11 * n) % (VOCAB_SIZE - 3) + 3 for i in range(n)] for n in LENGTHS]
-GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 MIXED = [
     SamplingParams(
         temperature=0.0 if i % 2 else 1.3,
@@ -39,33 +36,6 @@ MIXED = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
-
-
-def checked(folder, **options) -> LLM:
-    return LLM(folder, parts=options.pop("parts", Parts()).checked(), **options)
-
-
-def run(llm: LLM, prompts=PROMPTS, params=GREEDY):
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    assert_all_blocks_are_back(llm)
-    return outputs
-
-
-def tokens(outputs) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in outputs]
-
-
-def set_eos(llm: LLM, *token_ids: int) -> None:
-    """Let other tokens end a sequence: random models never say their own."""
-    llm.engine._traits = replace(llm.engine._traits, eos_token_ids=token_ids)
-
-
-def assert_all_blocks_are_back(llm: LLM) -> None:
-    memory = llm.engine.scheduler.memory
-    assert memory.num_free == memory.num_blocks
-    assert memory.num_free_swap_blocks == memory.num_swap_blocks
-    assert not memory.tables
-    assert all(memory.ref_count(block) == 0 for block in range(memory.num_blocks))
 
 
 # ---- the right tokens ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from datetime import date
 
 import pytest
 import torch
-from test_cli import minipaged
+from commands import minipaged
 
 from minipaged.attention import reference
 from minipaged.attention.backend import BACKENDS

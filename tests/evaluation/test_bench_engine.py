@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cli import minipaged
+from commands import minipaged
 
 from minipaged.attention.backend import BACKENDS
 from minipaged.evaluation.bench import engine, engine_report, engine_sides

@@ -4,8 +4,8 @@ import io
 
 import pytest
 import torch
+from commands import minipaged
 from rich.console import Console
-from test_cli import minipaged
 
 from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.machine import is_interpreted

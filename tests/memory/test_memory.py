@@ -1,7 +1,7 @@
 """Who owns which block: allocator, block table, block manager, and the second opinion on them."""
 
 import pytest
-from test_memory_in_any_order import (
+from faulty_memory import (
     AllocatesOneBlockTooFew,
     ForksWithoutCounting,
     HandsOutABlockTwice,

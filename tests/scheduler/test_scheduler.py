@@ -5,145 +5,68 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scheduling import CONFIG, build_engine
 
-from minipaged.config import EngineConfig
 from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
+from minipaged.evaluation.testing.engine_without_model import numbers, tokens_of
 from minipaged.scheduler.fcfs import youngest
-from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
-
-CONFIG = EngineConfig(
-    num_blocks=100, num_swap_blocks=100, max_model_len=400, block_size=4, watermark=0.0
-)
-
-
-def build(parts: Parts | None = None, **options) -> Scheduler:
-    return (parts or Parts()).checked().build_scheduler(replace(CONFIG, **options))
-
-
-class Engine:
-    """Plays the engine without a model: computes, adds a token, forks, finishes."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self.lengths: dict[str, int] = {}  # how many tokens each request generates
-        self.groups: dict[str, SequenceGroup] = {}
-        self.sequences: dict[str, list[Sequence]] = {}  # of each request, also the finished ones
-        self.finished: list[str] = []
-        self.ended: list[str] = []
-        self.next_id = 0
-
-    def add(
-        self, prompt_len: int, num_tokens: int = 5, num_seqs: int = 1, *, alike: bool = False
-    ) -> SequenceGroup:
-        first = 0 if alike else 1000 * (1 + self.next_id)
-        seq = Sequence(self.next_id, range(first, first + prompt_len))
-        group = SequenceGroup(str(len(self.groups)), [seq], width=num_seqs)
-        self.sequences[group.request_id] = [seq]
-        self.scheduler.add(group)
-        self.next_id += 1
-        self.groups[group.request_id] = group
-        self.lengths[group.request_id] = num_tokens
-        return group
-
-    def step(self):
-        plan = self.scheduler.schedule()
-        self.scheduler.commit(plan)
-        for scheduled in plan.sequences:
-            group, seq = scheduled.group, scheduled.seq
-            if scheduled.samples:
-                if seq.num_output_tokens == 0:
-                    self.fork(group, seq)
-                for each in group.sequences if seq.num_output_tokens == 0 else [seq]:
-                    each.append(10**6 + each.seq_id)  # no two generate alike
-                for each in list(group.sequences):
-                    if each.num_output_tokens >= self.length_of(group, each):
-                        self.scheduler.finish(group, each)
-                if not group.sequences:
-                    self.finished.append(group.request_id)
-        self.ended += [g.request_id for g in plan.ended]
-        return plan
-
-    def length_of(self, group: SequenceGroup, seq: Sequence) -> int:
-        """The sequences of a group end one after the other."""
-        return self.lengths[group.request_id] + self.sequences[group.request_id].index(seq)
-
-    def fork(self, group: SequenceGroup, parent: Sequence) -> None:
-        while len(group.sequences) < group.width:
-            child = self.scheduler.fork(group, parent, 1000 + self.next_id)
-            self.sequences[group.request_id].append(child)
-            self.next_id += 1
-
-    def run(self, limit: int = 10_000) -> list:
-        plans = []
-        while self.scheduler.has_unfinished():
-            plans.append(self.step())
-            check_plan(self, plans[-1])
-            assert len(plans) < limit, "the scheduler does not finish"
-        return plans
-
-
-def tokens_of(plan) -> dict[str, int]:
-    return {s.group.request_id: s.num_new_tokens for s in plan.sequences}
-
 
 # ---- admission and the token budget --------------------------------------------------------------
 
 
 def test_prompts_are_chunked_to_the_budget_and_decodes_come_first():
-    engine = Engine(build(max_num_batched_tokens=10, max_num_seqs=4))
+    engine = build_engine(max_num_batched_tokens=10, max_num_seqs=4)
     engine.add(4)
     engine.add(13)
-    assert tokens_of(engine.step()) == {"0": 4, "1": 6}
-    assert tokens_of(engine.step()) == {"0": 1, "1": 7}
-    assert tokens_of(engine.step()) == {"0": 1, "1": 1}
+    assert tokens_of(engine.step()) == {0: 4, 1: 6}
+    assert tokens_of(engine.step()) == {0: 1, 1: 7}
+    assert tokens_of(engine.step()) == {0: 1, 1: 1}
 
 
 def test_without_chunking_a_prompt_runs_whole_or_waits():
-    engine = Engine(
-        build(
-            max_num_batched_tokens=16,
-            max_num_seqs=4,
-            max_model_len=16,
-            enable_chunked_prefill=False,
-        )
+    engine = build_engine(
+        max_num_batched_tokens=16,
+        max_num_seqs=4,
+        max_model_len=16,
+        enable_chunked_prefill=False,
     )
     engine.add(10)
     engine.add(8)
-    assert tokens_of(engine.step()) == {"0": 10}
-    assert tokens_of(engine.step()) == {"0": 1, "1": 8}
+    assert tokens_of(engine.step()) == {0: 10}
+    assert tokens_of(engine.step()) == {0: 1, 1: 8}
 
 
 def test_the_first_that_does_not_fit_holds_up_those_behind_it():
-    engine = Engine(build(num_blocks=6))
+    engine = build_engine(num_blocks=6)
     engine.add(16)
     engine.add(12)
     engine.add(4)
-    assert tokens_of(engine.step()) == {"0": 16}
-    assert [g.request_id for g in engine.scheduler.waiting] == ["1", "2"]
+    assert tokens_of(engine.step()) == {0: 16}
+    assert numbers(engine.scheduler.waiting) == [1, 2]
 
 
 def test_no_more_sequences_run_than_max_num_seqs_allows():
-    engine = Engine(build(max_num_seqs=3))
+    engine = build_engine(max_num_seqs=3)
     for _ in range(8):
         engine.add(5)
     assert max(len(plan.sequences) for plan in engine.run()) == 3
 
 
 def test_a_prompt_that_fits_the_pool_but_not_above_the_watermark_is_admitted_when_alone():
-    engine = Engine(build(num_blocks=4, watermark=0.5))
+    engine = build_engine(num_blocks=4, watermark=0.5)
     engine.add(14, num_tokens=2)
     engine.run()
-    assert engine.finished == ["0"]
+    assert engine.finished == [0]
 
 
 # ---- what can never run ------------------------------------------------------------------------
 
 
 def test_a_prompt_larger_than_the_pool_is_refused_with_what_to_change():
-    scheduler = build(num_blocks=24, block_size=16, max_model_len=1000)
+    scheduler = build_engine(num_blocks=24, block_size=16, max_model_len=1000).scheduler
     group = SequenceGroup("0", [Sequence(0, range(592))])
     with pytest.raises(PromptTooLong) as error:
         scheduler.add(group)
@@ -156,23 +79,23 @@ def test_a_prompt_larger_than_the_pool_is_refused_with_what_to_change():
 
 def test_a_prompt_that_fills_the_whole_context_is_refused():
     with pytest.raises(PromptTooLong, match=r"400 tokens.*400 \(max_model_len\).*by 1 token,"):
-        build().add(SequenceGroup("0", [Sequence(0, range(400))]))
+        build_engine().scheduler.add(SequenceGroup("0", [Sequence(0, range(400))]))
 
 
 def test_a_request_of_more_sequences_than_seats_is_refused():
     with pytest.raises(InvalidRequest, match=r"asks for 5 sequences at once .* max_num_seqs is 4"):
-        build(max_num_seqs=4).add(SequenceGroup("0", [Sequence(0, [1])], width=5))
+        build_engine(max_num_seqs=4).scheduler.add(SequenceGroup("0", [Sequence(0, [1])], width=5))
 
 
 def test_a_sequence_that_outgrows_the_pool_ends_and_the_others_go_on():
-    engine = Engine(build(num_blocks=5))
+    engine = build_engine(num_blocks=5)
     engine.add(4, num_tokens=300)
     engine.add(4, num_tokens=3)
     engine.run()
-    assert engine.ended == ["0"]
-    assert engine.finished == ["1"]
-    assert engine.sequences["0"][0].num_tokens == 5 * 4 + 1
-    assert engine.groups["0"].status is SequenceStatus.FINISHED
+    assert engine.ended == [0]
+    assert engine.finished == [1]
+    assert engine.samples[0][0].num_tokens == 5 * 4 + 1
+    assert engine.groups[0].status is SequenceStatus.FINISHED
 
 
 @pytest.mark.parametrize(
@@ -204,17 +127,17 @@ def test_an_option_that_cannot_work_is_refused(options, sentence):
 
 
 def test_the_youngest_is_preempted_first_and_comes_back():
-    engine = Engine(build(num_blocks=6, preemption="recompute"))
+    engine = build_engine(num_blocks=6, preemption="recompute")
     for _ in range(3):
         engine.add(8, num_tokens=6)
     plans = engine.run()
     first = next(plan for plan in plans if plan.preempted)
-    assert [g.request_id for g in first.preempted] == ["2"]
-    assert engine.finished == ["0", "1", "2"]
+    assert numbers(first.preempted) == [2]
+    assert engine.finished == [0, 1, 2]
 
 
 def test_recomputation_forgets_what_was_computed_and_queues_at_the_front():
-    engine = Engine(build(num_blocks=4, preemption="recompute"))
+    engine = build_engine(num_blocks=4, preemption="recompute")
     engine.add(8)
     victim = engine.add(8)
     engine.add(4)
@@ -227,7 +150,7 @@ def test_recomputation_forgets_what_was_computed_and_queues_at_the_front():
 
 
 def test_swapping_keeps_what_was_computed():
-    engine = Engine(build(num_blocks=4, preemption="swap"))
+    engine = build_engine(num_blocks=4, preemption="swap")
     engine.add(8)
     victim = engine.add(8)
     engine.step()
@@ -238,7 +161,7 @@ def test_swapping_keeps_what_was_computed():
 
 
 def test_nobody_is_admitted_while_somebody_is_swapped():
-    engine = Engine(build(num_blocks=6, preemption="swap"))
+    engine = build_engine(num_blocks=6, preemption="swap")
     for _ in range(3):
         engine.add(8, num_tokens=12)
     while not engine.scheduler.swapped:
@@ -252,7 +175,7 @@ def test_nobody_is_admitted_while_somebody_is_swapped():
 
 
 def test_swapping_in_and_out_never_share_a_step():
-    engine = Engine(build(num_blocks=9, preemption="swap"))
+    engine = build_engine(num_blocks=9, preemption="swap")
     for _ in range(6):
         engine.add(8, num_tokens=20)
     plans = engine.run()
@@ -261,41 +184,41 @@ def test_swapping_in_and_out_never_share_a_step():
 
 
 def test_auto_recomputes_single_sequences_and_swaps_groups_of_several():
-    engine = Engine(build(num_blocks=12, preemption="auto"))
+    engine = build_engine(num_blocks=12, preemption="auto")
     engine.add(8, num_tokens=40)
-    engine.add(8, num_tokens=20, num_seqs=3)
+    engine.add(8, num_tokens=20, width=3)
     engine.add(8, num_tokens=20)
     plans = engine.run()
     how = {
-        g.request_id: "swap" if plan.swap_out else "recompute"
+        int(g.request_id): "swap" if plan.swap_out else "recompute"
         for plan in plans
         for g in plan.preempted
         if len(plan.preempted) == 1
     }
-    assert how == {"1": "swap", "2": "recompute"}
+    assert how == {1: "swap", 2: "recompute"}
 
 
 def test_a_full_swap_pool_falls_back_to_recomputation():
-    engine = Engine(build(num_blocks=6, num_swap_blocks=1, preemption="swap"))
+    engine = build_engine(num_blocks=6, num_swap_blocks=1, preemption="swap")
     for _ in range(3):
         engine.add(8, num_tokens=6)
     plans = engine.run()
     assert any(plan.preempted for plan in plans)
     assert not any(plan.swap_out for plan in plans)
-    assert engine.finished == ["0", "1", "2"]
+    assert engine.finished == [0, 1, 2]
 
 
 def test_the_victim_is_whomever_the_part_chooses():
-    oldest = Engine(build(Parts(select_victim=lambda groups: groups[0]), num_blocks=6))
+    oldest = build_engine(Parts(select_victim=lambda groups: groups[0]), num_blocks=6)
     for _ in range(3):
         oldest.add(8, num_tokens=6)
     first = next(plan for plan in oldest.run() if plan.preempted)
-    assert [g.request_id for g in first.preempted] == ["1"]
-    assert youngest(list(oldest.groups.values())).request_id == "2"
+    assert numbers(first.preempted) == [1]
+    assert youngest(oldest.groups) is oldest.groups[2]
 
 
 def test_an_aborted_group_gives_its_blocks_back_wherever_it_stands():
-    engine = Engine(build(num_blocks=6, preemption="swap"))
+    engine = build_engine(num_blocks=6, preemption="swap")
     groups = [engine.add(8, num_tokens=30) for _ in range(4)]
     while not engine.scheduler.swapped:
         engine.step()
@@ -314,9 +237,9 @@ def test_an_aborted_group_gives_its_blocks_back_wherever_it_stands():
 
 def test_a_forks_first_write_is_copied_also_when_it_was_swapped_out_before():
     for num_blocks in (4, 100):
-        engine = Engine(build(num_blocks=num_blocks, preemption="swap"))
+        engine = build_engine(num_blocks=num_blocks, preemption="swap")
         engine.add(4, num_tokens=2)
-        engine.add(10, num_seqs=2)
+        engine.add(10, width=2)
         plans = [engine.step() for _ in range(3)]
         [[(source, target)]] = [plan.copies for plan in plans if plan.copies]
         assert source != target
@@ -326,14 +249,14 @@ def test_a_forks_first_write_is_copied_also_when_it_was_swapped_out_before():
 
 
 def test_a_newcomer_leaves_the_watermark_free_for_those_who_run():
-    engine = Engine(build(num_blocks=8, watermark=0.5))
+    engine = build_engine(num_blocks=8, watermark=0.5)
     engine.add(8)
     engine.add(12)
-    assert tokens_of(engine.step()) == {"0": 8}
+    assert tokens_of(engine.step()) == {0: 8}
 
 
 def test_a_swapped_group_comes_back_only_above_the_watermark():
-    engine = Engine(build(num_blocks=8, watermark=0.375, preemption="swap"))
+    engine = build_engine(num_blocks=8, watermark=0.375, preemption="swap")
     engine.add(8, num_tokens=11)
     engine.add(8, num_tokens=7)
     late = engine.add(4, num_tokens=8)
@@ -346,27 +269,27 @@ def test_a_swapped_group_comes_back_only_above_the_watermark():
 
 
 def test_seats_stay_free_for_the_forks_to_come():
-    engine = Engine(build(max_num_seqs=4))
-    engine.add(4, num_seqs=3)
-    engine.add(4, num_seqs=2)
-    assert tokens_of(engine.step()) == {"0": 4}
+    engine = build_engine(max_num_seqs=4)
+    engine.add(4, width=3)
+    engine.add(4, width=2)
+    assert tokens_of(engine.step()) == {0: 4}
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_every_preemption_is_counted_once(preemption):
-    engine = Engine(build(num_blocks=6, preemption=preemption))
+    engine = build_engine(num_blocks=6, preemption=preemption)
     for _ in range(3):
         engine.add(8, num_tokens=6)
     plans = engine.run()
-    for group in engine.groups.values():
+    for group in engine.groups:
         assert group.num_preemptions == sum(group in plan.preempted for plan in plans)
-    assert engine.groups["2"].num_preemptions > 0
+    assert engine.groups[2].num_preemptions > 0
 
 
 def test_auto_swaps_a_group_that_has_yet_to_fork():
-    engine = Engine(build(num_blocks=4, max_num_batched_tokens=6, max_num_seqs=4))
+    engine = build_engine(num_blocks=4, max_num_batched_tokens=6, max_num_seqs=4)
     engine.add(4)
-    forker = engine.add(12, num_seqs=2)
+    forker = engine.add(12, width=2)
     engine.step()
     assert engine.step().preempted == [forker]
     assert forker.status is SequenceStatus.SWAPPED
@@ -376,51 +299,49 @@ def test_auto_swaps_a_group_that_has_yet_to_fork():
 
 
 def test_of_two_equal_prompts_the_second_joins_a_step_later_and_finds_the_first():
-    engine = Engine(build())
-    engine.add(10, alike=True)
-    engine.add(10, alike=True)
-    assert tokens_of(engine.step()) == {"0": 10}
-    assert tokens_of(engine.step()) == {"0": 1, "1": 2}
+    engine = build_engine()
+    engine.add(10, shared_prefix=True)
+    engine.add(10, shared_prefix=True)
+    assert tokens_of(engine.step()) == {0: 10}
+    assert tokens_of(engine.step()) == {0: 1, 1: 2}
 
 
 def test_a_prompt_waits_only_for_the_block_that_is_computed_next():
-    engine = Engine(build(max_num_batched_tokens=8, max_num_seqs=4))
-    engine.add(16, alike=True)
-    other = engine.add(6, alike=True)
+    engine = build_engine(max_num_batched_tokens=8, max_num_seqs=4)
+    engine.add(16, shared_prefix=True)
+    other = engine.add(6, shared_prefix=True)
     other.sequences[0].token_ids[4:] = [77, 78]
-    assert tokens_of(engine.step()) == {"0": 8}
-    assert tokens_of(engine.step()) == {"0": 8}, "no tokens are left, but nobody waits for a block"
-    assert tokens_of(engine.step()) == {"0": 1, "1": 2}
+    assert tokens_of(engine.step()) == {0: 8}
+    assert tokens_of(engine.step()) == {0: 8}, "no tokens are left, but nobody waits for a block"
+    assert tokens_of(engine.step()) == {0: 1, 1: 2}
 
 
 @pytest.mark.parametrize(
     ("options", "salt"), [({"enable_prefix_caching": False}, None), ({}, "another")]
 )
 def test_who_could_find_nothing_does_not_wait(options, salt):
-    engine = Engine(build(**options))
-    engine.add(10, alike=True)
-    engine.add(10, alike=True).sequences[0].cache_salt = salt
-    assert tokens_of(engine.step()) == {"0": 10, "1": 10}
+    engine = build_engine(**options)
+    engine.add(10, shared_prefix=True)
+    engine.add(10, shared_prefix=True).sequences[0].cache_salt = salt
+    assert tokens_of(engine.step()) == {0: 10, 1: 10}
 
 
 def test_without_chunking_only_the_tokens_that_are_not_found_must_fit_the_budget():
-    engine = Engine(
-        build(
-            max_num_batched_tokens=20,
-            max_num_seqs=4,
-            max_model_len=20,
-            enable_chunked_prefill=False,
-        )
+    engine = build_engine(
+        max_num_batched_tokens=20,
+        max_num_seqs=4,
+        max_model_len=20,
+        enable_chunked_prefill=False,
     )
-    engine.add(16, num_tokens=1, alike=True)
+    engine.add(16, num_tokens=1, shared_prefix=True)
     engine.step()
     engine.add(10)
-    engine.add(16, alike=True)
-    assert tokens_of(engine.step()) == {"1": 10, "2": 1}
+    engine.add(16, shared_prefix=True)
+    assert tokens_of(engine.step()) == {1: 10, 2: 1}
 
 
 def test_a_recomputed_sequence_finds_what_is_left_of_its_own_blocks():
-    engine = Engine(build(num_blocks=5, preemption="recompute"))
+    engine = build_engine(num_blocks=5, preemption="recompute")
     engine.add(8, num_tokens=9)
     victim = engine.add(8, num_tokens=9)
     while not engine.step().preempted:
@@ -432,39 +353,32 @@ def test_a_recomputed_sequence_finds_what_is_left_of_its_own_blocks():
 
 
 def test_a_sample_that_ends_leaves_its_seat_to_others():
-    engine = Engine(build(max_num_seqs=3))
-    engine.add(4, num_tokens=2, num_seqs=3)  # the samples end one after the other
+    engine = build_engine(max_num_seqs=3)
+    engine.add(4, num_tokens=2, width=3)  # the samples end one after the other
     engine.add(4)
-    joined = [("1" in tokens_of(engine.step())) for _ in range(4)]
+    joined = [1 in tokens_of(engine.step()) for _ in range(4)]
     assert joined == [False, False, True, True]
 
 
 @pytest.mark.parametrize("preemption", ["auto", "recompute"])
 def test_a_forked_group_without_room_to_swap_is_recomputed(preemption):
-    engine = Engine(build(num_blocks=9, num_swap_blocks=0, preemption=preemption))
+    engine = build_engine(num_blocks=9, num_swap_blocks=0, preemption=preemption)
     engine.add(8, num_tokens=16)
-    forked = engine.add(8, num_tokens=8, num_seqs=3)
+    forked = engine.add(8, num_tokens=8, width=3)
     plans = engine.run()
     assert any(forked in plan.preempted for plan in plans)
-    assert engine.finished == ["0", "1"]
+    assert engine.finished == [0, 1]
     assert not engine.ended
-
-
-def step_until(engine: Engine, condition, limit: int = 300) -> None:
-    while not condition():
-        engine.step()
-        limit -= 1
-        assert limit, "what was waited for did not happen"
 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
 def test_a_recomputed_group_forks_again_where_its_tokens_part(enable_prefix_caching):
     """It holds as few blocks as before, though nothing was swapped and nothing may be cached."""
-    engine = Engine(
-        build(num_blocks=20, num_swap_blocks=0, enable_prefix_caching=enable_prefix_caching)
+    engine = build_engine(
+        num_blocks=20, num_swap_blocks=0, enable_prefix_caching=enable_prefix_caching
     )
     engine.add(20, num_tokens=40)
-    forked = engine.add(17, num_tokens=10, num_seqs=4)
+    forked = engine.add(17, num_tokens=10, width=4)
     memory, held = engine.scheduler.memory, []
 
     def preempted() -> bool:
@@ -472,21 +386,21 @@ def test_a_recomputed_group_forks_again_where_its_tokens_part(enable_prefix_cach
             held.append(memory.num_distinct_blocks(forked))
         return forked.num_preemptions > 0
 
-    step_until(engine, preempted)
+    engine.step_until(preempted)
     assert len(forked.sequences) == 1
     assert len(forked.awaiting_refork) == 3
     assert forked.num_batch_slots == 4
-    step_until(engine, lambda: forked.is_decoding)
+    engine.step_until(lambda: forked.is_decoding)
     assert len(forked.sequences) == 4
     assert memory.num_distinct_blocks(forked) <= held[-1] + 4, "a block more of each at the most"
     engine.run()
-    assert sorted(engine.finished) == ["0", "1"]
-    assert [s.num_output_tokens for s in engine.sequences["1"]] == [10, 11, 12, 13]
+    assert sorted(engine.finished) == [0, 1]
+    assert [s.num_output_tokens for s in engine.samples[1]] == [10, 11, 12, 13]
 
 
 def test_no_fork_that_comes_back_writes_into_a_block_that_others_can_find():
-    engine = Engine(build(num_swap_blocks=0))
-    forked = engine.add(3, num_tokens=9, num_seqs=3)
+    engine = build_engine(num_swap_blocks=0)
+    forked = engine.add(3, num_tokens=9, width=3)
     engine.step()
     one, two, three = forked.sequences  # of 4 tokens, the last of which is not computed
     memory = engine.scheduler.memory
@@ -496,17 +410,17 @@ def test_no_fork_that_comes_back_writes_into_a_block_that_others_can_find():
     equal.mark_computed(4)
     [known] = memory.cache_blocks(equal)
     memory.free(equal)
-    step_until(engine, lambda: len(forked.sequences) == 3)
+    engine.step_until(lambda: len(forked.sequences) == 3)
     assert memory.tables[one.seq_id].blocks[0] == known
     assert known not in memory.tables[two.seq_id].blocks
     assert known not in memory.tables[three.seq_id].blocks
 
 
 def test_a_group_aborted_while_some_of_it_is_absent_leaves_nothing_behind():
-    engine = Engine(build(num_blocks=10, num_swap_blocks=0, enable_prefix_caching=False))
+    engine = build_engine(num_blocks=10, num_swap_blocks=0, enable_prefix_caching=False)
     engine.add(8, num_tokens=30)
-    forked = engine.add(9, num_tokens=7, num_seqs=3)
-    step_until(engine, lambda: bool(forked.awaiting_refork))
+    forked = engine.add(9, num_tokens=7, width=3)
+    engine.step_until(lambda: bool(forked.awaiting_refork))
     engine.scheduler.abort(forked)
     assert forked.status is SequenceStatus.FINISHED
     assert not forked.awaiting_refork
@@ -515,15 +429,14 @@ def test_a_group_aborted_while_some_of_it_is_absent_leaves_nothing_behind():
 
 
 def test_a_prompt_that_cannot_fit_beside_pinned_prefixes_is_refused():
-    engine = Engine(build(num_blocks=6))
-    engine.add(16, num_tokens=1, alike=True)
+    engine = build_engine(num_blocks=6)
+    engine.add(16, num_tokens=1, shared_prefix=True)
     engine.run()
     engine.scheduler.memory.pin(prefix := Sequence(999, range(16)))
     with pytest.raises(PromptTooLong, match="too many of the pool's 6 blocks for a prompt of 12"):
         engine.add(12)
-    engine.add(20, num_tokens=2, alike=True)
-    engine.run()
-    assert engine.finished == ["0", "1"]
+    engine.add(20, num_tokens=2, shared_prefix=True)
+    engine.step_until(lambda: engine.finished == [0, 1])
     engine.scheduler.memory.free(prefix)
     engine.add(12)
 
@@ -559,18 +472,16 @@ def test_every_request_ends_and_every_block_comes_back(
     requests, num_blocks, block_size, num_swap_blocks, max_num_seqs, budget, chunked, preemption,
     watermark, pick,
 ):  # fmt: skip
-    engine = Engine(
-        build(
-            Parts(select_victim=pick),
-            num_blocks=num_blocks,
-            block_size=block_size,
-            num_swap_blocks=num_swap_blocks,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget if chunked else 400,
-            enable_chunked_prefill=chunked,
-            preemption=preemption,
-            watermark=watermark,
-        )
+    engine = build_engine(
+        Parts(select_victim=pick),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_swap_blocks=num_swap_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget if chunked else 400,
+        enable_chunked_prefill=chunked,
+        preemption=preemption,
+        watermark=watermark,
     )
     refused, aborted = 0, []
     for prompt_len, num_tokens, num_seqs, pause, abort in requests:
@@ -580,37 +491,23 @@ def test_every_request_ends_and_every_block_comes_back(
             refused += 1
         for _ in range(pause):
             if engine.scheduler.has_unfinished():
-                check_plan(engine, engine.step())
-        alive = [g for g in engine.groups.values() if g.sequences]
+                engine.step()
+        alive = [g for g in engine.groups if g.sequences]
         if abort and alive:
             engine.scheduler.abort(alive[len(alive) // 2])
-            aborted.append(alive[len(alive) // 2].request_id)
+            aborted += numbers([alive[len(alive) // 2]])
     engine.run()
     ends = len(engine.finished) + len(engine.ended) + len(aborted) + refused
     assert ends == len(requests)
-    for request_id in engine.finished:
-        group, sequences = engine.groups[request_id], engine.sequences[request_id]
+    for number in engine.finished:
+        group, sequences = engine.groups[number], engine.samples[number]
         assert len(sequences) == group.width
         generated = [s.num_output_tokens for s in sequences]
-        assert generated == [engine.length_of(group, s) for s in sequences]
+        assert generated == [engine.length_of(s, number) for s in sequences]
     memory = engine.scheduler.memory
     assert memory.num_free == memory.num_blocks
     assert memory.num_free_swap_blocks == memory.num_swap_blocks
     assert not memory.tables
-
-
-def check_plan(engine: "Engine", plan) -> None:
-    """What must hold in every step."""
-    config = engine.scheduler.config
-    assert sum(s.num_new_tokens for s in plan.sequences) <= config.max_num_batched_tokens
-    assert len(plan.sequences) <= config.max_num_seqs
-    assert all(s.num_new_tokens >= 1 for s in plan.sequences)
-    assert not (plan.swap_in and plan.swap_out)
-    queues = engine.scheduler
-    for queue in (queues.waiting, queues.running, queues.swapped):
-        assert [g.arrival for g in queue] == sorted(g.arrival for g in queue)
-    for group in queues.swapped:  # gang-scheduled: all sequences of a group are out together
-        assert all(queues.memory.is_swapped(s.seq_id) for s in group.sequences)
 
 
 @given(
@@ -625,14 +522,12 @@ def check_plan(engine: "Engine", plan) -> None:
 def test_the_oldest_running_group_advances_and_nobody_overtakes_the_oldest_who_waits(
     requests, preemption, num_swap_blocks
 ):
-    engine = Engine(
-        build(
-            num_blocks=11,
-            max_num_batched_tokens=16,
-            max_num_seqs=8,
-            preemption=preemption,
-            num_swap_blocks=num_swap_blocks,
-        )
+    engine = build_engine(
+        num_blocks=11,
+        max_num_batched_tokens=16,
+        max_num_seqs=8,
+        preemption=preemption,
+        num_swap_blocks=num_swap_blocks,
     )
     scheduler = engine.scheduler
     for prompt_len, num_tokens, num_seqs in requests:
@@ -650,7 +545,7 @@ def test_the_oldest_running_group_advances_and_nobody_overtakes_the_oldest_who_w
 
 
 def test_a_young_swapped_group_does_not_overtake_an_older_one_that_waits():
-    engine = Engine(build(num_blocks=8, preemption="swap", num_swap_blocks=1))
+    engine = build_engine(num_blocks=8, preemption="swap", num_swap_blocks=1)
     for _ in range(3):
         engine.add(4, num_tokens=20)
     seen = []

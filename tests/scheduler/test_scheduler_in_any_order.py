@@ -1,10 +1,11 @@
 """The scheduler under requests that come, fork and go at any time, beside a model of the tensors.
 
-The model plays runner and engine: it carries out the block operations of each plan in their order,
+The model plays runner and engine: it carries out the block operations of each step in their order,
 writes into each slot what its keys and values depend on, and lets samples and beams fork. Whatever
 a step reads must be what the sequence itself, or an equal one, has written.
 """
 
+from collections.abc import Sequence as Many
 from random import Random
 
 import pytest
@@ -17,14 +18,93 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from test_scheduler import CONFIG, check_plan
+from scheduling import CONFIG
 
 from minipaged.config import EngineConfig
 from minipaged.engine.parts import Parts
 from minipaged.errors import CheckFailed, DoubleFree, OutOfBlocks, PromptTooLong
+from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel
 from minipaged.scheduler.fcfs import FCFSScheduler
 from minipaged.scheduler.output import ScheduledSequence, SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
+
+
+class EngineWithTensors(EngineWithoutModel):
+    """Plays the tensors too: each slot holds what its keys and values depend on."""
+
+    def __init__(self, scheduler: FCFSScheduler, seed: int) -> None:
+        super().__init__(scheduler)
+        config = scheduler.config
+        self.block_size = config.block_size
+        self.pool = {block: [None] * config.block_size for block in range(config.num_blocks)}
+        self.swap_pool = {
+            block: [None] * config.block_size for block in range(config.num_swap_blocks)
+        }
+        self.random = Random(seed)
+        self.tokens_left: dict[str, int] = {}
+        self.beams: set[str] = set()
+
+    def compute(self, decision: SchedulerOutput) -> None:
+        self.move_blocks(decision.swap_out, self.pool, self.swap_pool)
+        self.move_blocks(decision.swap_in, self.swap_pool, self.pool)
+        self.move_blocks(decision.copies, self.pool, self.pool)
+        for scheduled in decision.sequences:
+            self.write(scheduled)
+        for scheduled in decision.sequences:
+            self.check_reads(scheduled)
+
+    def move_blocks(self, pairs, source: dict[int, list], target: dict[int, list]) -> None:
+        contents = [list(source[block]) for block, _ in pairs]
+        for (_, block), content in zip(pairs, contents, strict=True):
+            target[block] = content
+
+    def content(self, seq: Sequence, position: int) -> tuple:
+        return seq.cache_salt, tuple(seq.token_ids[: position + 1])
+
+    def place(self, seq: Sequence, position: int) -> tuple[int, int]:
+        table = self.memory.tables[seq.seq_id]
+        return divmod(table.slot(position), self.block_size)
+
+    def write(self, scheduled: ScheduledSequence) -> None:
+        seq = scheduled.seq
+        start = seq.num_computed_tokens
+        for position in range(start, start + scheduled.num_new_tokens):
+            block, offset = self.place(seq, position)
+            before, now = self.pool[block][offset], self.content(seq, position)
+            own = self.memory.ref_count(block) == 1 and block not in self.memory.cached
+            assert own or before == now, "written while shared, or while others can find it"
+            self.pool[block][offset] = now
+
+    def check_reads(self, scheduled: ScheduledSequence) -> None:
+        seq = scheduled.seq
+        for position in range(seq.num_computed_tokens + scheduled.num_new_tokens):
+            block, offset = self.place(seq, position)
+            assert self.pool[block][offset] == self.content(seq, position)
+
+    def sample(self, group: SequenceGroup, sequences: Many[Sequence]) -> None:
+        """One token more; samples fork once, beams fork and are given up in every step."""
+        assert sequences == group.sequences, "the sequences of a group sample together"
+        parents = group.sequences.copy()
+        chosen = parents
+        if parents[0].num_output_tokens == 0:
+            chosen = parents * group.width
+        elif group.request_id in self.beams:
+            chosen = self.random.choices(parents, k=group.width)
+        going_on: list[Sequence] = []
+        for parent in chosen:
+            again = parent in going_on
+            going_on.append(self.scheduler.fork(group, parent, self.new_id()) if again else parent)
+        for seq in parents:
+            if seq not in going_on:
+                self.scheduler.finish(group, seq)
+        for seq in going_on:
+            seq.append(self.random.randrange(2))
+        self.tokens_left[group.request_id] -= 1
+        if self.tokens_left[group.request_id] == 0:
+            for seq in group.sequences.copy():
+                self.scheduler.finish(group, seq)
+        elif group.request_id not in self.beams and self.random.random() < 0.1:
+            self.scheduler.finish(group, group.sequences[-1])  # one sample ends before the others
 
 
 class AnyRequests(RuleBasedStateMachine):
@@ -47,7 +127,7 @@ class AnyRequests(RuleBasedStateMachine):
         self, num_blocks, num_swap_blocks, block_size, preemption, chunked, budget, caching,
         watermark, seed,
     ) -> None:  # fmt: skip
-        self.config = EngineConfig(
+        config = EngineConfig(
             num_blocks=num_blocks,
             num_swap_blocks=max(1, num_swap_blocks) if preemption == "swap" else num_swap_blocks,
             block_size=block_size,
@@ -59,21 +139,13 @@ class AnyRequests(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             watermark=watermark,
         )
-        parts = Parts(scheduler=self.scheduler_class)
-        self.scheduler = parts.checked().build_scheduler(self.config)
-        self.pool: dict[int, list] = {b: [None] * block_size for b in range(num_blocks)}
-        self.swap_pool: dict[int, list] = {
-            b: [None] * block_size for b in range(self.config.num_swap_blocks)
-        }
-        self.random = Random(seed)
-        self.tokens_left: dict[str, int] = {}
-        self.beams: set[str] = set()
+        scheduler = Parts(scheduler=self.scheduler_class).checked().build_scheduler(config)
+        self.engine = EngineWithTensors(scheduler, seed)
         self.prefixes: list[Sequence] = []
-        self.next_id = 0
 
-    def new_id(self) -> int:
-        self.next_id += 1
-        return self.next_id
+    @property
+    def scheduler(self) -> FCFSScheduler:
+        return self.engine.scheduler
 
     @property
     def alive(self) -> list[SequenceGroup]:
@@ -101,15 +173,15 @@ class AnyRequests(RuleBasedStateMachine):
             self.add_request(seq.token_ids, num_tokens, 1, False, seq.cache_salt)
 
     def add_request(self, prompt, num_tokens, width, beams, salt) -> None:
-        seq = Sequence(self.new_id(), prompt, cache_salt=salt)
+        seq = Sequence(self.engine.new_id(), prompt, cache_salt=salt)
         group = SequenceGroup(str(seq.seq_id), [seq], width=width)
         try:
             self.scheduler.add(group)
         except PromptTooLong:
             return
-        self.tokens_left[group.request_id] = num_tokens
+        self.engine.tokens_left[group.request_id] = num_tokens
         if beams:
-            self.beams.add(group.request_id)
+            self.engine.beams.add(group.request_id)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -120,7 +192,7 @@ class AnyRequests(RuleBasedStateMachine):
     @rule(data=st.data(), length=st.integers(1, 8))
     def pin(self, data, length: int) -> None:
         model = data.draw(st.sampled_from(self.alive)).sequences[0]
-        seq = Sequence(self.new_id(), model.token_ids[:length], cache_salt=model.cache_salt)
+        seq = Sequence(self.engine.new_id(), model.token_ids[:length], cache_salt=model.cache_salt)
         self.scheduler.memory.pin(seq)
         self.prefixes.append(seq)
 
@@ -136,87 +208,15 @@ class AnyRequests(RuleBasedStateMachine):
     def step(self, times: int) -> None:
         for _ in range(times):
             if self.alive:
-                self.one_step()
-
-    def one_step(self) -> None:
-        plan = self.scheduler.schedule()
-        check_plan(self, plan)
-        self.move_blocks(plan.swap_out, self.pool, self.swap_pool)
-        self.move_blocks(plan.swap_in, self.swap_pool, self.pool)
-        self.move_blocks(plan.copies, self.pool, self.pool)
-        for scheduled in plan.sequences:
-            self.write(scheduled)
-        for scheduled in plan.sequences:
-            self.check_reads(scheduled)
-        self.scheduler.commit(plan)
-        sampling: dict[SequenceGroup, list[Sequence]] = {}
-        for scheduled in plan.sequences:
-            if scheduled.samples:
-                sampling.setdefault(scheduled.group, []).append(scheduled.seq)
-        for group, sequences in sampling.items():
-            assert sequences == group.sequences, "the sequences of a group sample together"
-            self.sample(group)
-
-    def move_blocks(self, pairs, source: dict[int, list], target: dict[int, list]) -> None:
-        contents = [list(source[block]) for block, _ in pairs]
-        for (_, block), content in zip(pairs, contents, strict=True):
-            target[block] = content
-
-    def content(self, seq: Sequence, position: int) -> tuple:
-        return seq.cache_salt, tuple(seq.token_ids[: position + 1])
-
-    def place(self, seq: Sequence, position: int) -> tuple[int, int]:
-        table = self.scheduler.memory.tables[seq.seq_id]
-        return divmod(table.slot(position), self.config.block_size)
-
-    def write(self, scheduled: ScheduledSequence) -> None:
-        seq = scheduled.seq
-        start = seq.num_computed_tokens
-        for position in range(start, start + scheduled.num_new_tokens):
-            block, offset = self.place(seq, position)
-            before, now = self.pool[block][offset], self.content(seq, position)
-            memory = self.scheduler.memory
-            own = memory.ref_count(block) == 1 and block not in memory.cached
-            assert own or before == now, "written while shared, or while others can find it"
-            self.pool[block][offset] = now
-
-    def check_reads(self, scheduled: ScheduledSequence) -> None:
-        seq = scheduled.seq
-        for position in range(seq.num_computed_tokens + scheduled.num_new_tokens):
-            block, offset = self.place(seq, position)
-            assert self.pool[block][offset] == self.content(seq, position)
-
-    def sample(self, group: SequenceGroup) -> None:
-        """One token more; samples fork once, beams fork and are given up in every step."""
-        parents = group.sequences.copy()
-        chosen = parents
-        if parents[0].num_output_tokens == 0:
-            chosen = parents * group.width
-        elif group.request_id in self.beams:
-            chosen = self.random.choices(parents, k=group.width)
-        going_on: list[Sequence] = []
-        for parent in chosen:
-            again = parent in going_on
-            going_on.append(self.scheduler.fork(group, parent, self.new_id()) if again else parent)
-        for seq in parents:
-            if seq not in going_on:
-                self.scheduler.finish(group, seq)
-        for seq in going_on:
-            seq.append(self.random.randrange(2))
-        self.tokens_left[group.request_id] -= 1
-        if self.tokens_left[group.request_id] == 0:
-            for seq in group.sequences.copy():
-                self.scheduler.finish(group, seq)
-        elif group.request_id not in self.beams and self.random.random() < 0.1:
-            self.scheduler.finish(group, group.sequences[-1])  # one sample ends before the others
+                self.engine.step()
 
     def teardown(self) -> None:
-        if not hasattr(self, "scheduler"):
+        if not hasattr(self, "engine"):
             return
         for _ in range(5_000):
             if not self.alive:
                 break
-            self.one_step()
+            self.engine.step()
         assert not self.scheduler.has_unfinished(), "the scheduler does not finish"
         for seq in self.prefixes:
             self.scheduler.memory.free(seq)

@@ -6,17 +6,20 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_scheduler import CONFIG, Engine
+from scheduling import CONFIG
 
 from minipaged.engine.parts import Parts
+from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel
 from minipaged.tracing.block_map import BlockMap
 from minipaged.tracing.events import Event, EventLog
 
 
-def traced_engine(*listeners, **options) -> Engine:
+def traced_engine(*listeners, **options) -> EngineWithoutModel:
     ticks = iter(range(10**9))
     log = EventLog(*listeners, clock=lambda: float(next(ticks)))
-    return Engine(Parts().checked().traced(log).build_scheduler(replace(CONFIG, **options)))
+    return EngineWithoutModel(
+        Parts().checked().traced(log).build_scheduler(replace(CONFIG, **options))
+    )
 
 
 def test_an_event_is_one_line_of_json_with_version_step_and_time():
@@ -54,7 +57,7 @@ def test_a_listener_knows_every_block_table_and_every_owner(requests, num_blocks
 
     engine = traced_engine(picture, count, num_blocks=num_blocks, preemption=preemption)
     for prompt_len, num_tokens, num_seqs in requests:
-        engine.add(prompt_len, num_tokens, num_seqs, alike=prompt_len % 2 == 0)
+        engine.add(prompt_len, num_tokens, num_seqs, shared_prefix=prompt_len % 2 == 0)
     memory = engine.scheduler.memory
     while engine.scheduler.has_unfinished():
         engine.step()
@@ -105,7 +108,9 @@ def test_one_traced_set_of_parts_can_serve_two_engines():
     log = EventLog(lambda e: pools.append(e.fields["pool"]) if e.event == "allocate" else None)
     parts = Parts().traced(log)
     for _ in range(2):
-        engine = Engine(parts.build_scheduler(replace(CONFIG, num_blocks=4, preemption="swap")))
+        engine = EngineWithoutModel(
+            parts.build_scheduler(replace(CONFIG, num_blocks=4, preemption="swap"))
+        )
         engine.add(8)
         engine.add(8)
         engine.run()

@@ -12,18 +12,19 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from test_scheduler import CONFIG, Engine
+from scheduling import CONFIG
 
 from minipaged.cli import main as cli
 from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption
+from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel
 from minipaged.memory.baselines.kinds import contiguous
 from minipaged.tracing import replay
 from minipaged.tracing.block_map import BlockMap
 from minipaged.tracing.events import Event, EventLog
 from minipaged.tracing.replay import Replay
 
-ASSETS = Path(replay.__file__).parent / "assets" / "replay"
+ASSETS = Path(replay.__file__).parents[1] / "assets" / "replay"
 HOSTILE = '</script><img src=x onerror="document.title=1">{{trace}} \u2028 <!-- "A" & B'
 
 
@@ -51,7 +52,7 @@ def state_of(tables: dict, owners: dict, cached, queues: dict, block_size: int) 
     }
 
 
-def truth(engine: Engine, is_counted: bool) -> dict:
+def truth(engine: EngineWithoutModel, is_counted: bool) -> dict:
     """What the memory itself says."""
     scheduler = engine.scheduler
     memory = scheduler.memory
@@ -90,13 +91,13 @@ def run_engine(seed: int, **options) -> tuple[list[Event], dict[int, dict]]:
     log = EventLog(events.append, clock=lambda: float(next(ticks)))
     parts = Parts() if memory is None else Parts(memory=memory)
     config = replace(CONFIG, **options)
-    engine = Engine(parts.checked().traced(log).build_scheduler(config))
+    engine = EngineWithoutModel(parts.checked().traced(log).build_scheduler(config))
     for _ in range(7):
         engine.add(
             random.randint(1, 22),
             random.randint(1, 15),
             random.choice([1, 1, 2, 3]),
-            alike=random.random() < 0.6,
+            shared_prefix=random.random() < 0.6,
         )
     expected = {}
     while engine.scheduler.has_unfinished():

@@ -21,8 +21,7 @@ from minipaged.attention.quantized_cache import QuantizedPool
 from minipaged.attention.reference import reference_paged_attention, store_kv
 from minipaged.config import ModelConfig
 from minipaged.evaluation.bench.cases import Case, Heads, contiguous_attention, make_inputs
-
-from paged_setup import PagedSetup, dense_attention, paged_setup
+from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
 
 pytestmark = [
     pytest.mark.gpu,

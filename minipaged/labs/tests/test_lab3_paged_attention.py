@@ -9,8 +9,13 @@ import torch
 
 from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import QuantizedPool
+from minipaged.evaluation.testing.paged_setup import (
+    NO_BLOCKS,
+    PagedSetup,
+    dense_attention,
+    paged_setup,
+)
 
-from paged_setup import NO_BLOCKS, PagedSetup, dense_attention, paged_setup
 from serving import prompts, serves_what_the_library_serves
 
 # (query_len, context_len): prompts, pieces of prompts and single tokens; with blocks of 4 some end

@@ -11,11 +11,12 @@ from itertools import pairwise
 import pytest
 
 from minipaged.errors import PromptTooLong
+from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel, numbers, tokens_of
 from minipaged.labs.lab4_scheduler import LAB
 from minipaged.scheduler.fcfs import FCFSScheduler, youngest
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
-from engine_without_model import Engine, numbers, tokens_of, with_the_librarys
+from schedulers import build_engine, with_the_librarys
 from serving import serves_what_the_library_serves
 
 
@@ -30,11 +31,8 @@ def build(part, request):
     scheduler = with_the_librarys(part("scheduler"), FCFSScheduler, LAB, number)
     usual = part("select_victim") if number >= 4 else youngest
 
-    def engine(*prompts: int, num_tokens: int = 5, victim=usual, **options) -> Engine:
-        built = Engine(scheduler, victim, **options)
-        for prompt_len in prompts:
-            built.add(prompt_len, num_tokens)
-        return built
+    def engine(*prompts: int, victim=usual, **options) -> EngineWithoutModel:
+        return build_engine(scheduler, victim, *prompts, **options)
 
     return engine
 
@@ -82,9 +80,9 @@ def test_what_a_step_has_computed_is_noted(build):
 @task(1)
 def test_full_blocks_can_be_found_once_the_step_has_run(build):
     engine = build()
-    engine.add(10, alike=True)
+    engine.add(10, shared_prefix=True)
     engine.step()
-    engine.add(10, alike=True)
+    engine.add(10, shared_prefix=True)
     assert tokens_of(engine.step()) == {0: 1, 1: 2}, "two full blocks of four are known already"
 
 
@@ -141,8 +139,8 @@ def test_a_newcomer_leaves_the_watermark_to_those_who_run_if_anybody_runs(build)
 @task(2)
 def test_a_prompt_waits_for_the_block_that_another_is_just_computing(build):
     engine = build()
-    engine.add(10, alike=True)
-    engine.add(10, alike=True)
+    engine.add(10, shared_prefix=True)
+    engine.add(10, shared_prefix=True)
     assert [tokens_of(engine.step()) for _ in range(2)] == [{0: 10}, {0: 1, 1: 2}]
 
 
@@ -182,7 +180,7 @@ def test_whoever_came_first_joins_first_swapped_or_waiting(build):
 @task(2)
 def test_a_request_that_can_never_join_any_more_ends_and_the_next_has_its_turn(build):
     engine = build(num_blocks=6)
-    engine.add(16, num_tokens=1, alike=True)
+    engine.add(16, num_tokens=1, shared_prefix=True)
     engine.run()
     engine.add(12)  # it would fit
     engine.add(4, num_tokens=1)

@@ -5,14 +5,16 @@ what they say, and then reads what each sequence finds through its table.
 """
 
 import random
+from functools import partial
 
 import pytest
 
+from minipaged.evaluation.testing.engine_without_model import numbers, tokens_of
 from minipaged.scheduler.fcfs import youngest
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
-from engine_without_model import Engine, numbers, tokens_of
 from pools_of_words import Pools
+from schedulers import build_engine
 from serving import serves_what_the_library_serves
 
 
@@ -29,13 +31,7 @@ def build(part):
 def engine(part):
     """`engine(8, 4, num_blocks=6)`: the student's scheduler over the library's own memory."""
 
-    def build_engine(*prompts: int, num_tokens: int = 5, **options) -> Engine:
-        built = Engine(part("scheduler"), youngest, **options)
-        for prompt_len in prompts:
-            built.add(prompt_len, num_tokens)
-        return built
-
-    return build_engine
+    return partial(build_engine, part("scheduler"), youngest)
 
 
 # ---- task 1: swap out ----------------------------------------------------------------------------

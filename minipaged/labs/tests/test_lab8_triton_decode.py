@@ -9,7 +9,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from paged_setup import PagedSetup, dense_attention, paged_setup
+from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
+
 from serving import serves_what_the_library_serves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,14 +1,14 @@
 """vAttention's memory, without a page: who owns which slot, and what is mapped when.
 
 The pages of these tests keep book instead of mapping anything; those of the any-order test also
-play the tensors, as in test_memory_in_any_order.
+play the tensors, as in memory_machine.
 """
 
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
-from test_memory_in_any_order import AnyOrder
+from memory_machine import AnyOrder
 
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckFailed, InvalidOption, InvalidRequest, OutOfBlocks

@@ -12,7 +12,7 @@ from itertools import count, product
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
-from test_attention import compiled
+from mutants import compiled
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.attention import unpaged
@@ -21,6 +21,7 @@ from minipaged.attention.unpaged import unpaged_attention, unpaged_store_kv
 from minipaged.attention.virtual_cache import VirtualKVCache
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
+from minipaged.evaluation.testing.paged_setup import dense_attention, paged_setup
 from minipaged.memory import BlockTable
 from minipaged.memory.baselines import pages
 from minipaged.memory.baselines.kinds import VIRTUAL
@@ -29,8 +30,6 @@ from minipaged.memory.baselines.slots import RegionLayout
 from minipaged.scheduler.output import SequenceInput
 from minipaged.tracing.block_map import BlockMap
 from minipaged.tracing.events import EventLog
-
-from paged_setup import dense_attention, paged_setup
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped by Linux's calls")
 

@@ -2,7 +2,7 @@
 
 BEGINNING = """
 from minipaged.memory.block_manager import BlockManager as Library
-from minipaged.scheduler import FCFSScheduler as LibraryScheduler
+from minipaged.scheduler.fcfs import FCFSScheduler as LibraryScheduler
 """
 
 COPIES_TWICE = """

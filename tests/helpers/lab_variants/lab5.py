@@ -2,7 +2,7 @@
 
 BEGINNING = """
 from minipaged.memory.block_manager import BlockManager as Library
-from minipaged.request import SamplingRequest as LibraryRequest
+from minipaged.engine.request import SamplingRequest as LibraryRequest
 from minipaged.sampling import SamplingRow
 """
 

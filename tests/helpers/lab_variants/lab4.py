@@ -1,7 +1,7 @@
 """Lab 4: classic mistakes, each with the task that it must cost points; and unusual right ones."""
 
 BEGINNING = """
-from minipaged.scheduler import FCFSScheduler as Library
+from minipaged.scheduler.fcfs import FCFSScheduler as Library
 """
 
 WRONG = {

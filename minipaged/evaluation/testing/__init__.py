@@ -1,0 +1,1 @@
+"""What the tests of the library and those of the labs share."""
