@@ -410,9 +410,11 @@ from minipaged.attention.backend import BACKENDS
 from minipaged.evaluation.bench.timing import copy_work, median_seconds
 
 on_cpu = make_inputs(Case(Heads("no groups", 8, 8, 128), 32, 1024), CPU, torch.float32)
-tensors = on_cpu.q, on_cpu.k_cache, on_cpu.v_cache, on_cpu.batch, on_cpu.scale
+torch_backend = BACKENDS["torch"]
+batch = torch_backend.prepare(on_cpu.batch, on_cpu.k_cache, 8, torch.float32)  # once per step
+tensors = on_cpu.q, on_cpu.k_cache, on_cpu.v_cache, batch, on_cpu.scale
 copy, copied_bytes = copy_work(CPU)
-works = {"copy": copy, "attention": lambda: BACKENDS["torch"].paged_attention(*tensors)}
+works = {"copy": copy, "attention": lambda: torch_backend.paged_attention(*tensors)}
 seconds = median_seconds(works, CPU, rounds=5)  # in turn, so that both meet the same neighbours
 read_bytes = on_cpu.k_cache.nbytes + on_cpu.v_cache.nbytes
 floor_seconds = read_bytes * seconds["copy"] / copied_bytes

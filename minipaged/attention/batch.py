@@ -172,4 +172,4 @@ class BatchBuilder:
         while same < min(len(written), len(blocks)) and written[same] == blocks[same]:
             same += 1
         self._tables[row, same : len(blocks)] = torch.tensor(blocks[same:], dtype=torch.int32)
-        self._written[row] = blocks
+        self._written[row] = blocks.copy()

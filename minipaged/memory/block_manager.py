@@ -7,7 +7,6 @@ step's attention reads anything. Section numbers are the paper's.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 from minipaged.memory.allocator import Allocator, BlockAllocator
 from minipaged.memory.block_table import BlockTable
@@ -41,7 +40,7 @@ class BlockManager:
         self._pool = prefix_cache(allocator(num_blocks), block_size, enable_prefix_caching)
         self._swap_pool = allocator(num_swap_blocks)
         self._tables: dict[int, BlockTable] = {}  # by sequence id
-        self.tables = MappingProxyType(self._tables)  # for others: of all sequences with blocks
+        self.tables: Mapping[int, BlockTable] = self._tables  # for others, to be read only
         self._swapped: set[int] = set()  # the sequences whose table speaks of the swap pool
         self._pinned: set[int] = set()  # the prefixes that stay, by sequence id
 

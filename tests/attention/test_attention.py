@@ -17,6 +17,7 @@ from torch import Tensor
 from minipaged.attention import blockwise, reference, torch_decode, torch_paged
 from minipaged.attention.backend import BACKENDS, PagedAttention, StoreKV, choose_backend
 from minipaged.attention.batch import Batch
+from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import store_kv
 from minipaged.attention.torch_paged import torch_store_kv
 from minipaged.errors import InvalidOption
@@ -26,10 +27,28 @@ from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention
 REFUSALS: tuple[type[Exception], ...] = (AssertionError, TypeCheckError, IndexError)
 
 
+def prepared(module: ModuleType) -> PagedAttention:
+    """The attention of `torch_paged` or a copy of it, with the preparation of its batch."""
+
+    def attention(q: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch, scale: float):
+        batch = module.prepare_torch(batch, k_cache, q.shape[1], q.dtype)
+        return module.torch_paged_attention(q, k_cache, v_cache, batch, scale)
+
+    return attention
+
+
+torch_attention = prepared(torch_paged)
+
+
 def torch_in_place(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float):
     """PyTorch's, which decodes in place whatever the batch, unless sequences share blocks."""
     with always_in_place(torch_decode):
-        return torch_paged.torch_paged_attention(q, k_cache, v_cache, batch, scale)
+        return torch_attention(q, k_cache, v_cache, batch, scale)
+
+
+def prepared_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> None:
+    batch = torch_paged.prepare_torch(batch, k_cache, k_cache.shape[1], k.dtype)
+    torch_store_kv(k, v, k_cache, v_cache, batch)
 
 
 @contextmanager
@@ -48,7 +67,7 @@ every_implementation = pytest.mark.parametrize(
     [
         reference.reference_paged_attention,
         blockwise.blockwise_paged_attention,
-        torch_paged.torch_paged_attention,
+        torch_attention,
         torch_in_place,
     ],
     ids=["reference", "blockwise", "torch", "torch in place"],
@@ -201,11 +220,12 @@ def test_sequences_too_many_for_one_gather_are_taken_in_groups(
 ) -> None:
     for positions in (1, 12, 20):  # each sequence alone; two or three together
         monkeypatch.setattr(torch_decode, "NUMBERS_AT_ONCE", positions * 2 * 32)
-        check(torch_paged.torch_paged_attention, paged_setup([(1, n) for n in range(12)] + MIXED))
+        check(torch_attention, paged_setup([(1, n) for n in range(12)] + MIXED))
 
 
 def way_of_decoding(setup: PagedSetup) -> str:
-    decodes = torch_decode.Decodes.plan(setup.batch, setup.k_cache, setup.q)
+    num_heads, dtype = setup.q.shape[1], setup.q.dtype
+    decodes = torch_decode.Decodes.prepare(setup.batch, setup.k_cache, num_heads, dtype)
     assert decodes is not None
     return "in place" if isinstance(decodes.way, torch_decode.InPlace) else "gathered"
 
@@ -232,14 +252,6 @@ def test_a_pool_of_another_type_is_not_read_in_place() -> None:
         assert way_of_decoding(half) == "gathered"
 
 
-def test_a_step_is_planned_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = paged_setup(MIXED)
-    first = run(torch_paged.torch_paged_attention, setup)
-    monkeypatch.setattr(torch_paged, "_plan_prefills", None)
-    monkeypatch.setattr(torch_paged, "Decodes", None)
-    assert torch.equal(run(torch_paged.torch_paged_attention, setup), first)
-
-
 def test_a_backend_is_chosen_by_name() -> None:
     assert {choose_backend(name).name for name in BACKENDS} == set(BACKENDS)
     assert choose_backend("auto").name in BACKENDS
@@ -250,7 +262,7 @@ def test_a_backend_is_chosen_by_name() -> None:
 # ---- storing keys and values ---------------------------------------------------------------------
 
 
-every_store = pytest.mark.parametrize("store", [store_kv, torch_store_kv], ids=["plain", "torch"])
+every_store = pytest.mark.parametrize("store", [store_kv, prepared_store], ids=["plain", "torch"])
 
 
 @every_store
@@ -291,7 +303,9 @@ def altered(module: ModuleType, *changes: tuple[str, str]) -> PagedAttention:
         user = compiled(torch_paged)
         for name in ("Decodes", "gather", "rows_of_blocks"):
             setattr(user, name, getattr(mutant, name))
-        return user.torch_paged_attention
+        return prepared(user)
+    if module is torch_paged:
+        return prepared(mutant)
     name = module.__name__.split(".")[-1].removesuffix("_paged")
     return getattr(mutant, f"{name}_paged_attention")
 

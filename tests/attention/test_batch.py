@@ -1,6 +1,7 @@
 """From decisions to tensors: positions, slots, block tables, and the cache behind them."""
 
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minipaged.attention.backend import BACKENDS
 from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption
 from minipaged.memory import BlockTable
-from minipaged.scheduler.fcfs import SchedulerOutput
-from minipaged.scheduler.output import SequenceInput
+from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.utils.device import GIB, choose_device
 from minipaged.worker.cache_size import blocks_that_fit, physical_memory, refuse_more_than_memory
 from minipaged.worker.model_runner import ModelRunner
@@ -290,13 +291,17 @@ def test_pools_larger_than_the_machine_are_refused_with_what_would_fit():
             refuse_more_than_memory(blocks, swap_blocks, 1000, device)
 
 
+def runner(model, cache) -> ModelRunner:
+    return ModelRunner(model, BACKENDS["reference"], cache, BatchBuilder(1, 4, 2))
+
+
 def test_a_step_swaps_out_then_in_then_copies_and_only_then_runs():
     """Each operation reads what the one before has written."""
     cache = numbered_cache()
     seen = []
 
     class Model:
-        config = CONFIG
+        config, dtype = CONFIG, torch.float32
 
         def __call__(self, token_ids, positions, kv_cache, batch):
             seen.append([blocks_of(k) for k, _ in kv_cache.layers])
@@ -305,22 +310,19 @@ def test_a_step_swaps_out_then_in_then_copies_and_only_then_runs():
         def logits(self, hidden):
             return torch.zeros(len(hidden), 50)
 
-    plan = SchedulerOutput(tokens_left=0)
-    plan.swap_out, plan.swap_in, plan.copies = [(1, 0)], [(0, 2)], [(2, 3)]
-    batch = BatchBuilder(1, 4, 2).build([query(0, [5], 0, [0])])
-    logits = ModelRunner(Model(), cache).run(plan, batch)
+    step = StepInput((query(0, [5], 0, [0]),), swap_out=[(1, 0)], swap_in=[(0, 2)], copies=[(2, 3)])
+    logits = runner(Model(), cache).run(step)
     assert logits.shape == (1, 50)
     assert seen == [[[0, 1, 1, 1], [100, 101, 101, 101]]]
 
 
 def test_a_step_without_tokens_still_moves_its_blocks():
     cache = numbered_cache()
-    plan = SchedulerOutput(tokens_left=0, copies=[(1, 3)])
 
     class Model:
-        config = CONFIG
+        config, dtype = CONFIG, torch.float32
 
-    logits = ModelRunner(Model(), cache).run(plan, BatchBuilder(1, 4, 2).build([]))
+    logits = runner(Model(), cache).run(StepInput((), copies=[(1, 3)]))
     assert logits.shape == (0, 50)
     assert blocks_of(cache.layers[0][0]) == [0, 1, 2, 1]
 
@@ -332,7 +334,7 @@ def test_slots_of_a_huge_pool_do_not_overflow():
 
 def test_the_model_runs_without_autograd():
     class Model:
-        config = CONFIG
+        config, dtype = CONFIG, torch.float32
 
         def __call__(self, token_ids, positions, kv_cache, batch):
             assert torch.is_inference_mode_enabled()
@@ -341,9 +343,13 @@ def test_the_model_runs_without_autograd():
         def logits(self, hidden):
             return hidden
 
-    batch = BatchBuilder(1, 4, 2).build([query(0, [5], 0, [0])])
-    plan = SchedulerOutput(tokens_left=0)
-    assert ModelRunner(Model(), numbered_cache()).run(plan, batch).is_inference()
+    step = StepInput((query(0, [5], 0, [0]),))
+    assert runner(Model(), numbered_cache()).run(step).is_inference()
+
+
+def test_the_message_to_the_device_side_can_be_sent_to_another_process():
+    step = StepInput((query(3, [5, 6], 9, [4, 1, 7], num_logits=2),), copies=((2, 1),))
+    assert pickle.loads(pickle.dumps(step)) == step
 
 
 def test_on_a_cpu_the_pool_takes_an_eighth_of_the_memory_and_2_gib_at_most(monkeypatch):

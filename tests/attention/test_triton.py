@@ -31,7 +31,7 @@ from minipaged.attention.quantized_cache import (
     quantize,
 )
 from minipaged.attention.reference import gather, reference_paged_attention, store_kv
-from minipaged.attention.torch_paged import torch_paged_attention
+from minipaged.attention.torch_paged import prepare_torch, torch_paged_attention
 from minipaged.attention.triton import machine
 from minipaged.attention.triton.backend import triton_paged_attention
 from minipaged.attention.triton.copy_blocks import CHUNK, copy_blocks
@@ -445,6 +445,12 @@ def test_tiny_values_in_8_bits_survive_half_precision(queries: int) -> None:
 
 # ---- keys and values in 8 bits -------------------------------------------------------------------
 
+
+def torch_attention(q, k_cache, v_cache, batch, scale):
+    batch = prepare_torch(batch, k_cache, q.shape[1], q.dtype)
+    return torch_paged_attention(q, k_cache, v_cache, batch, scale)
+
+
 LARGEST_ERROR = {torch.int8: 0.03, torch.float8_e4m3fn: 0.12}  # of attention, on normal numbers
 
 
@@ -467,7 +473,7 @@ def in_8_bits(setup: PagedSetup, dtype: torch.dtype) -> PagedSetup:
     [
         reference_paged_attention,
         blockwise_paged_attention,
-        torch_paged_attention,
+        torch_attention,
         triton_paged_attention,
         naive_paged_attention,
     ],

@@ -18,6 +18,7 @@ from step_watching import (
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.engine.outputs import RequestOutput
 from minipaged.errors import InvalidOption, InvalidRequest
+from minipaged.evaluation.bench.sharing import SharingMeter
 from minipaged.sampling import Beam, BeamSearch
 from minipaged.sequence import Sequence, SequenceStatus
 
@@ -182,6 +183,7 @@ def test_beams_share_blocks_and_losers_return_theirs_at_once(folder):
     shared = parents_of_two = 0
     living = [{seq.seq_id for seq in group.sequences} for group in groups]
     outputs = {}
+    llm.engine.listeners.append(meter := SharingMeter(llm.engine))
     for finished in step_to_the_end(llm):
         outputs.update({output.request_id: output for output in finished})
         assert_only_the_living_hold_blocks(llm, groups)
@@ -196,13 +198,11 @@ def test_beams_share_blocks_and_losers_return_theirs_at_once(folder):
         living = now
     assert shared > 0
     assert parents_of_two > 5  # some fork in the very step in which others are given up
-    for name, output in outputs.items():
+    for name in outputs:
         counted = [step for step in steps if name in step.tables]
-        metrics = output.metrics
-        assert metrics.num_blocks_held == sum(step.held(name) for step in counted)
-        assert metrics.num_blocks_unshared == sum(step.unshared(name) for step in counted)
-        assert metrics.blocks_saved > 0
-        assert metrics.blocks_saved == 1 - metrics.num_blocks_held / metrics.num_blocks_unshared
+        assert meter.num_held[name] == sum(step.held(name) for step in counted)
+        assert meter.num_unshared[name] == sum(step.unshared(name) for step in counted)
+        assert meter.saved(name) == 1 - meter.num_held[name] / meter.num_unshared[name] > 0
     assert_all_blocks_are_back(llm)
 
 

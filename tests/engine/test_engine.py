@@ -145,9 +145,9 @@ def test_a_request_that_joins_midway_changes_nobodys_tokens(folder, expected):
     for index, (prompt, params) in enumerate(zip(PROMPTS, MIXED, strict=True)):
         engine.add_request(str(index), prompt, params)
         for _ in range(3):
-            finished.update({o.request_id: o for o in engine.step() if o.finished})
+            finished.update({p.request_id: p.output() for p in engine.step() if p.finished})
     while engine.has_unfinished_requests():
-        finished.update({o.request_id: o for o in engine.step() if o.finished})
+        finished.update({p.request_id: p.output() for p in engine.step() if p.finished})
     assert [finished[str(i)].outputs[0].token_ids for i in range(len(PROMPTS))] == expected
 
 

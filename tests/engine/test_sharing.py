@@ -20,6 +20,7 @@ from step_watching import (
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.attention.backend import BACKENDS
 from minipaged.errors import InvalidRequest, PromptTooLong
+from minipaged.evaluation.bench.sharing import SharingMeter
 from minipaged.sequence import SequenceGroup, SequenceStatus
 from minipaged.tracing.events import EventLog
 
@@ -110,9 +111,10 @@ def test_best_of_shows_nothing_before_the_end_and_n_samples_show_every_token(fol
 
 
 def test_one_sample_shares_with_nobody_and_is_not_counted(folder):
-    [output] = run(small(folder), [prompt(9)], sampled())
-    assert (output.metrics.num_blocks_held, output.metrics.num_blocks_unshared) == (0, 0)
-    assert output.metrics.blocks_saved == 0.0
+    llm = small(folder)
+    with SharingMeter(llm.engine) as meter:
+        [output] = run(llm, [prompt(9)], sampled())
+    assert (meter.num_held, meter.num_unshared, meter.saved()) == ({}, {}, 0.0)
     [best_of_one] = run(small(folder), [prompt(9)], sampled(best_of=1))
     assert tokens([best_of_one]) == tokens([output])
 
@@ -178,20 +180,17 @@ def test_blocks_saved_are_those_of_the_closed_formula(folder, block_size, enable
     shapes = [(1, 2), (4, 3), (12, 5), (15, 2), (16, 4), (17, 3), (32, 2), (37, 4)]
     max_tokens = 9
     steps = watch(llm)
-    outputs = run(
-        llm,
-        [prompt(p, first=i) for i, (p, _) in enumerate(shapes)],
-        [sampled(max_tokens, n=n) for _, n in shapes],
-    )
+    prompts = [prompt(p, first=i) for i, (p, _) in enumerate(shapes)]
+    with SharingMeter(llm.engine) as meter:
+        outputs = run(llm, prompts, [sampled(max_tokens, n=n) for _, n in shapes])
     assert len(steps) == max_tokens
     for (p, n), output in zip(shapes, outputs, strict=True):
         by_formula = [blocks_by_formula(p, g, n, block_size) for g in range(max_tokens)]
         name = output.request_id
         assert [(s.held(name), s.unshared(name)) for s in steps] == by_formula
-        metrics = output.metrics
         held, unshared = (sum(column) for column in zip(*by_formula, strict=True))
-        assert (metrics.num_blocks_held, metrics.num_blocks_unshared) == (held, unshared)
-        assert metrics.blocks_saved == pytest.approx(1 - held / unshared)
+        assert (meter.num_held[name], meter.num_unshared[name]) == (held, unshared)
+        assert meter.saved(name) == pytest.approx(1 - held / unshared)
         for g, step in enumerate(steps):
             begun = steps[0].tables[name][0][-1]
             of_this = [target for source, target in step.copies if source == begun]
@@ -231,18 +230,20 @@ def test_the_last_sample_keeps_the_block_that_the_others_copied(folder):
 
 def test_a_prompt_in_chunks_is_counted_once_a_step(folder):
     llm = small(folder, max_num_seqs=4, max_num_batched_tokens=8)
-    [output] = run(llm, [prompt(30)], sampled(5, n=3))
+    with SharingMeter(llm.engine) as meter:
+        run(llm, [prompt(30)], sampled(5, n=3))
     by_formula = [blocks_by_formula(30, 0, 3, 4)] * 4
     by_formula += [blocks_by_formula(30, g, 3, 4) for g in range(1, 5)]
     held, unshared = (sum(column) for column in zip(*by_formula, strict=True))
-    assert (output.metrics.num_blocks_held, output.metrics.num_blocks_unshared) == (held, unshared)
+    assert (meter.num_held["llm-0"], meter.num_unshared["llm-0"]) == (held, unshared)
 
 
 def test_samples_that_have_ended_are_counted_no_more(folder):
     llm = small(folder)
     set_eos(llm, *range(3, 20))
     steps = watch(llm)
-    [output] = run(llm, [prompt(10)], sampled(40, n=5, ignore_eos=False, seed=0))
+    with SharingMeter(llm.engine) as meter:
+        [output] = run(llm, [prompt(10)], sampled(40, n=5, ignore_eos=False, seed=0))
     computed = [len(s.token_ids) - 1 for s in output.outputs]
     expected = [blocks_by_formula(10, 0, 1, 4)]
     for g in range(1, max(computed) + 1):
@@ -250,7 +251,7 @@ def test_samples_that_have_ended_are_counted_no_more(folder):
     assert len(set(computed)) >= 4
     assert [(s.held("llm-0"), s.unshared("llm-0")) for s in steps] == expected
     held, unshared = (sum(column) for column in zip(*expected, strict=True))
-    assert (output.metrics.num_blocks_held, output.metrics.num_blocks_unshared) == (held, unshared)
+    assert (meter.num_held["llm-0"], meter.num_unshared["llm-0"]) == (held, unshared)
 
 
 # ---- the prefix cache ------------------------------------------------------------------------
@@ -676,7 +677,7 @@ def test_a_forked_group_that_is_swapped_keeps_its_sharing(folder, params, enable
     found, times_swapped, before = {}, 0, [[]]
     while llm.engine.has_unfinished_requests():
         was = group.status
-        found.update({o.request_id: o for o in llm.engine.step() if o.finished})
+        found.update({p.request_id: p.output() for p in llm.engine.step() if p.finished})
         if group.status is SequenceStatus.SWAPPED:
             now = sharing(llm, group)
             assert now == before

@@ -12,6 +12,7 @@ from hypothesis.stateful import (
 )
 
 from minipaged.errors import OutOfBlocks
+from minipaged.evaluation.testing.admission import admit
 from minipaged.memory import (
     BlockAllocator,
     BlockManager,
@@ -90,9 +91,9 @@ class AnyOrder(RuleBasedStateMachine):
         """Admit a group if there is room; there is room if and only if it works."""
         self.check_fits(group)
         if not self.memory.can_admit(group, alone=True):
-            assert runs_out(lambda: self.memory_apart().admit(copy.deepcopy(group)))
+            assert runs_out(lambda: admit(self.memory_apart(), copy.deepcopy(group)))
             return False
-        self.copy_blocks(self.memory.admit(group), self.pool, self.pool)
+        self.copy_blocks(admit(self.memory, group), self.pool, self.pool)
         assert all(s.num_uncomputed_tokens >= 1 for s in group.sequences)
         return True
 
@@ -275,5 +276,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.memory.num_free_swap_blocks == self.memory.num_swap_blocks
         # Whoever needs all blocks gets all of them, and nothing is found any more.
         all_slots = [9] * self.memory.num_blocks * self.block_size
-        self.memory.admit(SequenceGroup("all", [Sequence(0, all_slots)]))
+        admit(self.memory, SequenceGroup("all", [Sequence(0, all_slots)]))
         assert not self.memory.cached

@@ -26,7 +26,7 @@ def all_tokens(outputs) -> list[list[list[int]]]:
 
 @dataclass
 class Step:
-    """What a step did, noted just before the model runs."""
+    """What a step did, noted when it was scheduled."""
 
     computed: dict[str, int]  # by request: how many tokens of it
     tables: dict[str, list[list[int]]]  # by request: the blocks of each of its sequences
@@ -42,19 +42,20 @@ class Step:
 def watch(llm: LLM) -> list[Step]:
     """A list to which every step from now on is added."""
     steps: list[Step] = []
-    run_model, memory = llm.engine.runner.run, llm.engine.scheduler.memory
+    schedule, memory = llm.engine.scheduler.schedule, llm.engine.scheduler.memory
 
-    def run_and_note(plan, batch):
-        step = Step({}, {}, list(plan.copies))
-        for scheduled in plan.sequences:
+    def schedule_and_note():
+        decision = schedule()
+        step = Step({}, {}, list(decision.copies))
+        for scheduled in decision.sequences:
             name = scheduled.group.request_id
             step.computed[name] = step.computed.get(name, 0) + scheduled.num_new_tokens
             blocks = memory.tables[scheduled.seq.seq_id].blocks
             step.tables.setdefault(name, []).append(blocks.copy())
         steps.append(step)
-        return run_model(plan, batch)
+        return decision
 
-    llm.engine.runner.run = run_and_note
+    llm.engine.scheduler.schedule = schedule_and_note
     return steps
 
 
@@ -65,7 +66,8 @@ def num_computed(steps: list[Step]) -> int:
 def step_to_the_end(llm: LLM):
     """Yields after every step what it has finished."""
     while llm.engine.has_unfinished_requests():
-        yield [output for output in llm.engine.step() if output.finished]
+        progresses = llm.engine.step()
+        yield [progress.output() for progress in progresses if progress.finished]
 
 
 def assert_only_the_living_hold_blocks(llm: LLM, groups: list[SequenceGroup]) -> None:

@@ -11,6 +11,7 @@ from faulty_memory import (
 from minipaged.config import EngineConfig
 from minipaged.engine.parts import Parts
 from minipaged.errors import CheckFailed, DoubleFree, InvalidOption, OutOfBlocks
+from minipaged.evaluation.testing.admission import admit
 from minipaged.memory import BlockAllocator, BlockManager, BlockTable
 from minipaged.memory.checked import CheckedAllocator, CheckedMemory
 from minipaged.sequence import Sequence, SequenceGroup
@@ -79,7 +80,7 @@ def test_a_slot_is_physical_block_times_block_size_plus_offset():
 
 def test_admission_takes_the_blocks_of_the_prompt_and_none_for_what_may_come():
     memory = checked_manager(num_blocks=10, block_size=4)
-    memory.admit(group_of(9))
+    admit(memory, group_of(9))
     assert len(memory.tables[0]) == 3
     assert memory.num_free == 7
 
@@ -94,7 +95,7 @@ def test_admission_leaves_the_watermark_free_unless_the_group_is_alone():
 def test_a_new_block_is_taken_only_when_the_last_one_is_full():
     memory = checked_manager(num_blocks=10, block_size=4)
     group = group_of(3)
-    memory.admit(group)
+    admit(memory, group)
     (seq,) = group.sequences
     seq.mark_computed(3)
     taken = []
@@ -109,7 +110,7 @@ def test_a_new_block_is_taken_only_when_the_last_one_is_full():
 def test_a_fork_takes_no_block_and_its_first_write_copies_the_shared_one():
     memory = checked_manager(num_blocks=10, block_size=4)
     group = group_of(6)
-    memory.admit(group)
+    admit(memory, group)
     parent = group.sequences[0]
     parent.mark_computed(6)
     child = fork(memory, group, parent, 1)
@@ -128,7 +129,7 @@ def test_a_fork_takes_no_block_and_its_first_write_copies_the_shared_one():
 def test_a_shared_full_block_is_never_copied():
     memory = checked_manager(num_blocks=10, block_size=4)
     group = group_of(8)
-    memory.admit(group)
+    admit(memory, group)
     parent = group.sequences[0]
     parent.mark_computed(8)
     child = fork(memory, group, parent, 1)
@@ -141,7 +142,7 @@ def test_a_shared_full_block_is_never_copied():
 def test_swapping_moves_each_shared_block_once_and_keeps_the_sharing():
     memory = checked_manager(num_blocks=10, num_swap_blocks=5, block_size=4)
     group = group_of(9)
-    memory.admit(group)
+    admit(memory, group)
     group.sequences[0].mark_computed(9)
     fork(memory, group, group.sequences[0], 1)
     out = memory.swap_out(group)
@@ -159,14 +160,14 @@ def test_swapping_moves_each_shared_block_once_and_keeps_the_sharing():
 def test_a_group_too_large_for_the_swap_pool_cannot_swap_out():
     memory = checked_manager(num_blocks=10, num_swap_blocks=2, block_size=4)
     group = group_of(9)
-    memory.admit(group)
+    admit(memory, group)
     assert not memory.can_swap_out(group)
 
 
 def test_usage_counts_shared_slots_once_and_adds_up_to_the_pool():
     memory = checked_manager(num_blocks=10, num_swap_blocks=10, block_size=4)
     group = group_of(6)
-    memory.admit(group)
+    admit(memory, group)
     fork(memory, group, group.sequences[0], 1)
     usage = memory.usage()
     assert (usage.used, usage.internal, usage.free) == (6, 2, 32)
@@ -179,7 +180,7 @@ def test_usage_counts_shared_slots_once_and_adds_up_to_the_pool():
 def test_internal_fragmentation_stays_below_one_block_a_sequence():
     memory = checked_manager(num_blocks=100, block_size=16)
     for index, length in enumerate((1, 15, 16, 17, 160)):
-        memory.admit(group_of(length, first_id=index))
+        admit(memory, group_of(length, first_id=index))
     assert memory.usage().internal == 15 + 1 + 0 + 15 + 0
 
 
@@ -221,7 +222,7 @@ def test_checked_catches_a_double_free_that_the_allocator_accepts():
 def test_checked_memory_names_the_sequence_and_the_call():
     memory = checked_manager(manager=ForksWithoutCounting, num_blocks=4, block_size=4)
     group = group_of(4)
-    memory.admit(group)
+    admit(memory, group)
     with pytest.raises(CheckFailed, match=r"ref_count\(0\) is 1, but counting gives 2.*fork\("):
         fork(memory, group, group.sequences[0], 1)
 
@@ -271,7 +272,7 @@ def test_checked_says_what_the_allocator_did_wrong(fault, calls, sentence):
 def test_checked_memory_counts_the_free_blocks_of_both_pools(name):
     manager = type("Miscounts", (BlockManager,), {name: 99})
     with pytest.raises(CheckFailed, match=f"{name} is 99, but counting gives .*admit"):
-        checked_manager(manager=manager, num_blocks=4, block_size=4).admit(group_of(5))
+        admit(checked_manager(manager=manager, num_blocks=4, block_size=4), group_of(5))
 
 
 @pytest.mark.parametrize("name", ["ref_count", "swap_ref_count"])
@@ -279,7 +280,7 @@ def test_checked_memory_counts_the_owners_in_both_pools(name):
     manager = type("Miscounts", (BlockManager,), {name: lambda self, block: 7})
     memory = checked_manager(manager=manager, num_blocks=4, num_swap_blocks=4, block_size=4)
     with pytest.raises(CheckFailed, match=rf"^{name}\(0\) is 7, but counting gives .*admit"):
-        memory.admit(group_of(5))
+        admit(memory, group_of(5))
 
 
 class ListsABlockTwice(BlockManager):
@@ -301,7 +302,7 @@ class ListsABlockTwice(BlockManager):
 def test_checked_memory_looks_into_each_block_table(manager, sentence):
     memory = checked_manager(manager=manager, num_blocks=4, block_size=4)
     with pytest.raises(CheckFailed, match=sentence):
-        memory.admit(group_of(7))
+        admit(memory, group_of(7))
 
 
 def test_swapping_out_is_recounted():
@@ -313,7 +314,7 @@ def test_swapping_out_is_recounted():
 
     memory = CheckedMemory(Loses(num_blocks=4, num_swap_blocks=4, block_size=4))
     group = group_of(5)
-    memory.admit(group)
+    admit(memory, group)
     with pytest.raises(CheckFailed, match=r"swap_ref_count\(0\) is 0.*last call: swap_out"):
         memory.swap_out(group)
 
@@ -326,9 +327,9 @@ def test_checked_parts_recount_memory_and_allocator():
 
     scheduler = Parts(memory=Wrong).checked().build_scheduler(config)
     with pytest.raises(CheckFailed, match="num_free is 99"):
-        scheduler.memory.admit(group_of(5))
+        admit(scheduler.memory, group_of(5))
     scheduler = Parts(allocator=ForgetsToShare).checked().build_scheduler(config)
-    scheduler.memory.admit(group := group_of(5))
+    admit(scheduler.memory, group := group_of(5))
     with pytest.raises(CheckFailed, match=r"last call: share\(0\)"):
         fork(scheduler.memory, group, group.sequences[0], 1)
 
@@ -336,7 +337,7 @@ def test_checked_parts_recount_memory_and_allocator():
 def test_a_block_shared_with_outsiders_costs_a_writer_exactly_one_copy():
     memory = checked_manager(num_blocks=10, block_size=4)
     group = group_of(6)
-    memory.admit(group)
+    admit(memory, group)
     [writer] = group.sequences
     writer.mark_computed(6)
     for outsider in (1, 2):
@@ -348,7 +349,7 @@ def test_a_block_shared_with_outsiders_costs_a_writer_exactly_one_copy():
 def test_a_forked_group_swaps_out_into_room_for_its_distinct_blocks():
     memory = checked_manager(num_blocks=10, num_swap_blocks=3, block_size=4)
     group = group_of(9)
-    memory.admit(group)
+    admit(memory, group)
     fork(memory, group, group.sequences[0], 1)
     assert memory.can_swap_out(group)
     assert len(memory.swap_out(group)) == 3
@@ -357,7 +358,7 @@ def test_a_forked_group_swaps_out_into_room_for_its_distinct_blocks():
 def test_a_fork_of_a_swapped_sequence_is_swapped():
     memory = checked_manager(num_blocks=4, num_swap_blocks=4, block_size=4)
     group = group_of(5)
-    memory.admit(group)
+    admit(memory, group)
     memory.swap_out(group)
     child = fork(memory, group, group.sequences[0], 1)
     assert memory.is_swapped(1)

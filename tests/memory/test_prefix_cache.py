@@ -3,6 +3,7 @@
 import pytest
 
 from minipaged.errors import DoubleFree, OutOfBlocks
+from minipaged.evaluation.testing.admission import admit
 from minipaged.memory import BlockAllocator, BlockManager, CheckedAllocator, CheckedMemory
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.sequence import Sequence, SequenceGroup
@@ -32,7 +33,7 @@ class Served:
     def admit(self, tokens, **options) -> Sequence:
         seq = Sequence(self.next_id, tokens, **options)
         self.next_id += 1
-        self.memory.admit(SequenceGroup(str(seq.seq_id), [seq]))
+        admit(self.memory, SequenceGroup(str(seq.seq_id), [seq]))
         return seq
 
     def compute(self, seq: Sequence) -> Sequence:
@@ -94,7 +95,7 @@ def test_of_a_wholly_known_prompt_only_the_last_token_is_computed(served):
 def test_a_wholly_known_prompt_writes_to_a_copy_while_others_own_its_last_block(served):
     first = served.serve([1, 2, 3, 4, 5, 6, 7, 8])
     again = Sequence(9, first.token_ids)
-    [(source, copy)] = served.memory.admit(SequenceGroup("9", [again]))
+    [(source, copy)] = admit(served.memory, SequenceGroup("9", [again]))
     blocks = served.memory.tables[first.seq_id].blocks
     assert source == blocks[1]
     assert served.memory.tables[9].blocks == [blocks[0], copy]
@@ -235,7 +236,7 @@ def test_an_allocator_that_remembers_keeps_the_contract_of_an_allocator():
     manager = BlockManager(num_blocks=0, block_size=1)
     manager._pool = cache
     seq = Sequence(0, [5])
-    manager.admit(SequenceGroup("0", [seq]))
+    admit(manager, SequenceGroup("0", [seq]))
     seq.mark_computed(1)
     [block] = cache.cache_blocks(seq, manager.tables[0])
     assert cache.ref_count(block) == 1, "the cache itself is not counted"

@@ -17,7 +17,8 @@ from minipaged.memory import BlockTable
 from minipaged.models.base import Model
 from minipaged.models.loader import load_model
 from minipaged.models.rope import RopeConfig, rope_frequencies
-from minipaged.scheduler.output import SequenceInput
+from minipaged.scheduler.output import SequenceInput, StepInput
+from minipaged.worker.model_runner import ModelRunner
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
@@ -77,10 +78,10 @@ def judge(checkpoints: dict[str, Path]):
 class Paged:
     """Runs a model step by step over a pool whose blocks are dealt out in random order."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, backend: str = "reference") -> None:
         self.cache = KVCache(model.config, NUM_BLOCKS, BLOCK_SIZE)
-        self.builder = BatchBuilder(8, NUM_BLOCKS, BLOCK_SIZE)
+        batches = BatchBuilder(8, NUM_BLOCKS, BLOCK_SIZE)
+        self.runner = ModelRunner(model, BACKENDS[backend], self.cache, batches)
         self.free = list(range(NUM_BLOCKS))
         random.Random(0).shuffle(self.free)
         self.tables: dict[int, BlockTable] = {}
@@ -96,10 +97,7 @@ class Paged:
                 table.blocks.append(self.free.pop())
             num_logits = len(token_ids) if all_logits else 1
             queries.append(SequenceInput(seq_id, token_ids, context_len, table.blocks, num_logits))
-        batch = self.builder.build(queries)
-        with torch.inference_mode():
-            hidden = self.model(batch.token_ids, batch.positions, self.cache, batch)
-            return self.model.logits(hidden[batch.logit_rows])
+        return self.runner.run(StepInput(tuple(queries)))
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -120,7 +118,7 @@ def judged(model: Any, token_ids: list[int]) -> Tensor:
 def test_logits_are_those_of_transformers(
     variant: str, backend: str, checkpoints: dict[str, Path], judge: Any
 ) -> None:
-    paged = Paged(load_model(checkpoints[variant], BACKENDS[backend]))
+    paged = Paged(load_model(checkpoints[variant], BACKENDS[backend]), backend)
     token_ids = prompt(41)
     expected = judged(judge(variant), token_ids)
     assert expected.std() > 0.5, "logits too alike to tell a wrong model from a right one"

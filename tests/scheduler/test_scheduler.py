@@ -9,9 +9,10 @@ from scheduling import CONFIG, build_engine
 
 from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
+from minipaged.evaluation.testing.admission import admit
 from minipaged.evaluation.testing.engine_without_model import numbers, tokens_of
 from minipaged.scheduler.fcfs import youngest
-from minipaged.scheduler.output import SchedulerOutput
+from minipaged.scheduler.output import Draft
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
 # ---- admission and the token budget --------------------------------------------------------------
@@ -143,7 +144,7 @@ def test_recomputation_forgets_what_was_computed_and_queues_at_the_front():
     engine.add(4)
     engine.step()
     plan = engine.step()
-    assert plan.preempted == [victim]
+    assert plan.preempted == (victim,)
     assert victim.status is SequenceStatus.WAITING
     assert victim.sequences[0].num_computed_tokens == 0
     assert engine.scheduler.waiting[0] is victim
@@ -291,7 +292,7 @@ def test_auto_swaps_a_group_that_has_yet_to_fork():
     engine.add(4)
     forker = engine.add(12, width=2)
     engine.step()
-    assert engine.step().preempted == [forker]
+    assert engine.step().preempted == (forker,)
     assert forker.status is SequenceStatus.SWAPPED
 
 
@@ -404,9 +405,9 @@ def test_no_fork_that_comes_back_writes_into_a_block_that_others_can_find():
     engine.step()
     one, two, three = forked.sequences  # of 4 tokens, the last of which is not computed
     memory = engine.scheduler.memory
-    engine.scheduler._preempt(forked, SchedulerOutput(tokens_left=0))
+    engine.scheduler._preempt(forked, Draft(tokens_left=0))
     equal = Sequence(900, one.token_ids)
-    memory.admit(SequenceGroup("equal", [equal]))
+    admit(memory, SequenceGroup("equal", [equal]))
     equal.mark_computed(4)
     [known] = memory.cache_blocks(equal)
     memory.free(equal)

@@ -273,21 +273,13 @@ class TearsAGroupApart(FCFSScheduler):
 
 
 class SamplesWithoutTheOthers(FCFSScheduler):
-    def schedule(self):
-        add, SchedulerOutput.add = SchedulerOutput.add, add_each_alone
-        try:
-            return super().schedule()
-        finally:
-            SchedulerOutput.add = add
-
-
-def add_each_alone(plan: SchedulerOutput, group: SequenceGroup) -> None:
-    for seq in group.sequences:
-        number = min(seq.num_uncomputed_tokens, plan.tokens_left)
-        if number:
-            samples = number == seq.num_uncomputed_tokens
-            plan.sequences.append(ScheduledSequence(group, seq, number, samples))
-            plan.tokens_left -= number
+    def _take_tokens(self, group, draft):
+        for seq in group.sequences:
+            number = min(seq.num_uncomputed_tokens, draft.tokens_left)
+            if number:
+                samples = number == seq.num_uncomputed_tokens
+                draft.sequences.append(ScheduledSequence(group, seq, number, samples))
+                draft.tokens_left -= number
 
 
 class LeavesTheBlocksOfFinishedSequences(FCFSScheduler):

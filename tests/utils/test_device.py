@@ -17,7 +17,7 @@ from minipaged.attention.kv_cache import KVCache
 from minipaged.evaluation.bench.decode_step import TINY
 from minipaged.models.llama import Llama
 from minipaged.sampling import Sampler, SamplingParams, SamplingRow
-from minipaged.scheduler.output import SchedulerOutput, SequenceInput
+from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.utils.device import to_device
 from minipaged.worker.cuda_graphs import DecodeGraphs
 from minipaged.worker.model_runner import ModelRunner
@@ -53,21 +53,19 @@ def test_a_step_of_the_model_stays_on_its_device(backend: str, kv_dtype: torch.d
     with ELSEWHERE:
         model = Llama(TINY, BACKENDS[backend]).to(ELSEWHERE)
     cache = KVCache(TINY, 20, 4, dtype=kv_dtype, device=ELSEWHERE)
-    runner = ModelRunner(model, cache)
-    batches = BatchBuilder(4, 8, 4, ELSEWHERE)
+    runner = ModelRunner(model, BACKENDS[backend], cache, BatchBuilder(4, 8, 4, ELSEWHERE))
     decodes = [
         SequenceInput(1, [5], 6, [1, 2]),
         SequenceInput(2, [5], 2, [7]),
     ]
     chunk = SequenceInput(0, [1, 2, 3], 4, [3, 5])
-    plan = SchedulerOutput(tokens_left=9, copies=[(1, 2)])
-    logits = runner.run(plan, batches.build([chunk, *decodes]))
+    logits = runner.run(StepInput((chunk, *decodes), copies=((1, 2),)))
     assert logits.shape == (3, TINY.vocab_size)
     assert logits.device == ELSEWHERE
     # Attention apart, which here is not one that can be recorded, the same holds for a replay.
     runner.graphs = DecodeGraphs(model, cache, 2, 8, lambda step: step)
     for _ in range(2):
-        logits = runner.run(plan, batches.build(decodes))
+        logits = runner.run(StepInput(tuple(decodes), copies=((1, 2),)))
         assert logits.shape == (2, TINY.vocab_size)
         assert logits.device == ELSEWHERE
 

@@ -113,10 +113,10 @@ def test_only_a_batch_of_decodes_is_replayed(folder):
     runner = llm.engine.runner
     run = runner.run
 
-    def watched(plan, batch):
+    def watched(step):
         before = recorder.num_recorded + recorder.num_replayed
-        logits = run(plan, batch)
-        queries = [span.query_len for span in batch.spans]
+        logits = run(step)
+        queries = [len(sequence.token_ids) for sequence in step.sequences]
         seen.append((queries, recorder.num_recorded + recorder.num_replayed > before))
         return logits
 

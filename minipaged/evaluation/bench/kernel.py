@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from minipaged.attention.backend import AttentionBackend, choose_backend
+from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import QuantizedPool
 from minipaged.evaluation.bench.cases import (
     Case,
@@ -89,7 +90,9 @@ def _measure_attention(
     works: dict[str, Work] = dict(rivals)
     for name in backends:
         backend = choose_backend(name, device, case.heads.head_dim, case.kv_dtype)
-        works[name] = attend = partial(_attend, backend, inputs)
+        num_heads, dtype = inputs.q.shape[1], inputs.q.dtype
+        batch = backend.prepare(inputs.batch, inputs.k_cache, num_heads, dtype)  # once per step
+        works[name] = attend = partial(_attend, backend, inputs, batch)
         tolerance = 0.1 if case.kv_dtype in ("int8", "fp8") else 0.02
         torch.testing.assert_close(attend().float(), expected, rtol=tolerance, atol=tolerance)
     copy, copy_bytes = copy_work(device)
@@ -113,10 +116,8 @@ def _measure_attention(
         )
 
 
-def _attend(backend: AttentionBackend, inputs: Inputs) -> Tensor:
-    return backend.paged_attention(
-        inputs.q, inputs.k_cache, inputs.v_cache, inputs.batch, inputs.scale
-    )
+def _attend(backend: AttentionBackend, inputs: Inputs, batch: Batch) -> Tensor:
+    return backend.paged_attention(inputs.q, inputs.k_cache, inputs.v_cache, batch, inputs.scale)
 
 
 def _bytes_read(inputs: Inputs) -> int:

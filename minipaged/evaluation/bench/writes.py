@@ -42,17 +42,18 @@ def _measure_store(
         0, 1, case.heads.head_dim // 2, device=device
     )  # [tokens, 1, half]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    store_kv = choose_backend(backend, device, case.heads.head_dim).store_kv
+    chosen = choose_backend(backend, device, case.heads.head_dim)
+    batch = chosen.prepare(inputs.batch, inputs.k_cache, inputs.q.shape[1], dtype)  # once per step
 
     def store() -> None:
-        store_kv(k, v, inputs.k_cache, inputs.v_cache, inputs.batch)
+        chosen.store_kv(k, v, inputs.k_cache, inputs.v_cache, batch)
 
     def store_by_index() -> None:
         reference.store_kv(k, v, inputs.k_cache, inputs.v_cache, inputs.batch)
 
     def rotate_and_store() -> Tensor:
         turned = rotate(k, cos, sin)
-        store_kv(turned, v, inputs.k_cache, inputs.v_cache, inputs.batch)
+        chosen.store_kv(turned, v, inputs.k_cache, inputs.v_cache, batch)
         return rotate(inputs.q, cos, sin)
 
     works: dict[str, Work] = {"index": store_by_index, backend: store}

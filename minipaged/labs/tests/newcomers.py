@@ -2,6 +2,7 @@
 
 import random
 
+from minipaged.evaluation.testing.admission import admit
 from minipaged.memory import (
     BlockAllocator,
     BlockManager,
@@ -27,7 +28,7 @@ class Story:
             Sequence(first + number, range(length)) for number, length in enumerate(lengths)
         ]
         group = SequenceGroup(str(first), sequences)
-        self.memory.admit(group)
+        admit(self.memory, group)
         return group
 
     def samples(self, seq: Sequence, num_tokens: int = 1) -> None:
@@ -97,7 +98,7 @@ def serve_in_any_order(prefix_cache, seed: int) -> None:
         group = SequenceGroup(str(number), [seq])
         while running and (len(running) > 3 or not memory.can_admit(group, alone=False)):
             memory.free(running.pop(rng.randrange(len(running))))
-        memory.admit(group)
+        admit(memory, group)
         blocks = memory.tables[number].blocks
         content = [(seq.cache_salt, *tokens[: 4 * i + 4]) for i in range(len(blocks))]
         for logical in range(seq.num_computed_tokens // 4):

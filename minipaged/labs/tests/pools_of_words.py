@@ -3,6 +3,7 @@
 from itertools import count
 from typing import Any
 
+from minipaged.evaluation.testing.admission import admit
 from minipaged.memory import BlockAllocator, BlockPair, CheckedAllocator, CheckedMemory
 from minipaged.sequence import Sequence, SequenceGroup
 
@@ -31,7 +32,7 @@ class Pools:
         """A request whose prompt is computed, and which has forked and gone on by a few tokens."""
         seq = Sequence(next(self.ids), range(first, first + num_tokens))
         group = SequenceGroup(f"{seq.seq_id}", [seq], width=width)
-        self.copy(self.memory.admit(group))
+        self.copy(admit(self.memory, group))
         self.compute(group)
         for _ in range(1, width):
             child = seq.fork(next(self.ids))

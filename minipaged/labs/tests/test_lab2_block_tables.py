@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from minipaged.evaluation.testing.admission import admit
 from minipaged.memory import CheckedMemory
 from minipaged.sequence import Sequence, SequenceGroup
 
@@ -169,7 +170,7 @@ def test_two_that_grow_in_turn_have_no_block_in_common(build):
 @task(3)
 def test_there_is_nothing_to_copy_while_each_block_has_one_owner(build):
     story = Story(build(8))
-    copies = story.memory.admit(SequenceGroup("0", [seq := Sequence(0, range(3))]))
+    copies = admit(story.memory, SequenceGroup("0", [seq := Sequence(0, range(3))]))
     for _ in range(3):
         copies += story.grows(seq)
     assert copies == []
@@ -276,7 +277,7 @@ def test_the_last_block_is_let_go_of_first(build):
     seq.mark_computed(12)
     story.memory.cache_blocks(seq)
     story.memory.free(seq)
-    story.memory.admit(SequenceGroup("1", [Sequence(1, [99])]))  # takes one of the three blocks
+    admit(story.memory, SequenceGroup("1", [Sequence(1, [99])]))  # takes one of the three blocks
     assert story.memory.num_cached_tokens(Sequence(2, range(12))) == 8
 
 

@@ -9,6 +9,7 @@ from itertools import count
 import pytest
 
 from minipaged.errors import OutOfBlocks
+from minipaged.evaluation.testing.admission import admit as admit_group
 from minipaged.memory import BlockTable, CheckedMemory, PrefixCache
 from minipaged.sequence import Sequence, SequenceGroup
 
@@ -56,7 +57,7 @@ def begin(memory, seq_id, num_tokens, first=0):
 
 def admit(memory, seq_id, num_tokens):
     seq = Sequence(seq_id, range(num_tokens))
-    memory.admit(SequenceGroup(str(seq_id), [seq]))
+    admit_group(memory, SequenceGroup(str(seq_id), [seq]))
     seq.mark_computed(seq.num_uncomputed_tokens)
     return seq
 
@@ -237,7 +238,7 @@ def played(build):
 def prompt(memory, slots, num_tokens):
     """A sequence whose prompt is computed."""
     seq = Sequence(1, range(num_tokens))
-    memory.admit(SequenceGroup("A", [seq]))
+    admit_group(memory, SequenceGroup("A", [seq]))
     for position, token in enumerate(seq.token_ids):
         slots.slots[memory.tables[1].slot(position)] = token
     seq.mark_computed(num_tokens)
@@ -345,7 +346,7 @@ def test_the_prefix_cache_knows_the_original_and_not_the_copy(build):
     one = admit(memory, 1, 8)
     memory.cache_blocks(one)
     other = Sequence(2, range(8))
-    [(source, target)] = memory.admit(SequenceGroup("B", [other]))
+    [(source, target)] = admit_group(memory, SequenceGroup("B", [other]))
     assert source == table(memory, one)[1]
     assert target == table(memory, other)[1]
     for token in range(100, 106):
@@ -369,7 +370,7 @@ def test_in_any_order_each_reads_what_it_wrote(build):
         action = rng.choice(choices) if alive else "begin"
         if action == "begin":
             seq = Sequence(next(ids), [rng.randrange(1000) for _ in range(rng.randint(1, 9))])
-            memory.admit(SequenceGroup(str(seq.seq_id), [seq]))
+            admit_group(memory, SequenceGroup(str(seq.seq_id), [seq]))
             alive.append(seq)
             slots.step([seq])
         elif action == "step":

@@ -225,7 +225,7 @@ def test_recomputed_it_waits_in_front_and_nothing_is_computed(engine):
     built.step()
     tokens = victim.sequences[0].token_ids.copy()
     plan = built.step()
-    assert (plan.preempted, plan.swap_out) == ([victim], [])
+    assert (plan.preempted, plan.swap_out) == ((victim,), ())
     assert built.scheduler.waiting[0] is victim
     assert victim.sequences[0].num_computed_tokens == 0
     assert victim.sequences[0].token_ids == tokens, "its tokens are what it is computed from"
@@ -282,7 +282,7 @@ def test_auto_swaps_a_group_that_has_yet_to_fork(engine):
     built = engine(4, num_blocks=4, max_num_batched_tokens=6, max_num_seqs=4)
     forker = built.add(12, width=2)
     built.step()
-    assert built.step().preempted == [forker]
+    assert built.step().preempted == (forker,)
     assert forker.status is SequenceStatus.SWAPPED
 
 

@@ -5,7 +5,6 @@ The two rivals of paging, contiguous reservations and virtual memory, have neith
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from minipaged.errors import InvalidRequest
 from minipaged.memory.block_table import BlockTable
@@ -23,7 +22,7 @@ class PlainMemory(ABC):
 
     def __init__(self) -> None:
         self._tables: dict[int, BlockTable] = {}  # by sequence id
-        self.tables = MappingProxyType(self._tables)  # for others: of all sequences with blocks
+        self.tables: Mapping[int, BlockTable] = self._tables  # for others, to be read only
 
     @abstractmethod
     def ref_count(self, block: int) -> int:

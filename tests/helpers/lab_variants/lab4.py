@@ -9,35 +9,35 @@ WRONG = {
         1,
         """
 class FCFSScheduler(Library):
-    def _share_out_tokens(self, plan):
+    def _share_out_tokens(self, draft):
         for group in sorted(self.running, key=lambda g: g.is_decoding):
-            plan.add(group)
+            self._take_tokens(group, draft)
 """,
     ),
     "an_older_prompt_takes_all_tokens": (
         1,
         """
 class FCFSScheduler(Library):
-    def _share_out_tokens(self, plan):
+    def _share_out_tokens(self, draft):
         for group in self.running:
-            plan.add(group)
+            self._take_tokens(group, draft)
 """,
     ),
     "each_gets_the_whole_budget": (
         1,
         """
 class FCFSScheduler(Library):
-    def _share_out_tokens(self, plan):
-        super()._share_out_tokens(plan)
-        plan.tokens_left = self.config.max_num_batched_tokens
+    def _share_out_tokens(self, draft):
+        super()._share_out_tokens(draft)
+        draft.tokens_left = self.config.max_num_batched_tokens
 """,
     ),
     "never_notes_what_is_computed": (
         1,
         """
 class FCFSScheduler(Library):
-    def commit(self, plan):
-        for part in plan.sequences:
+    def commit(self, output):
+        for part in output.sequences:
             self.memory.cache_blocks(part.seq)
 """,
     ),
@@ -45,8 +45,8 @@ class FCFSScheduler(Library):
         1,
         """
 class FCFSScheduler(Library):
-    def commit(self, plan):
-        for part in plan.sequences:
+    def commit(self, output):
+        for part in output.sequences:
             part.seq.mark_computed(part.num_new_tokens)
 """,
     ),
@@ -54,32 +54,32 @@ class FCFSScheduler(Library):
         2,
         """
 class FCFSScheduler(Library):
-    def _let_others_join(self, plan):
+    def _let_others_join(self, draft):
         if not self.running:
-            super()._let_others_join(plan)
+            super()._let_others_join(draft)
 """,
     ),
     "one_joins_in_a_step": (
         2,
         """
 class FCFSScheduler(Library):
-    def _let_others_join(self, plan):
+    def _let_others_join(self, draft):
         before = len(self.running)
         can_join = self._can_join
         self._can_join = lambda g, p: len(self.running) == before and can_join(g, p)
-        super()._let_others_join(plan)
+        super()._let_others_join(draft)
 """,
     ),
     "a_later_one_overtakes": (
         2,
         """
 class FCFSScheduler(Library):
-    def _let_others_join(self, plan):
+    def _let_others_join(self, draft):
         kept = []
-        super()._let_others_join(plan)
+        super()._let_others_join(draft)
         while not self.swapped and len(self.waiting) > 1:
             kept.append(self.waiting.pop(0))
-            super()._let_others_join(plan)
+            super()._let_others_join(draft)
         self.waiting[:0] = kept
 """,
     ),
@@ -87,22 +87,23 @@ class FCFSScheduler(Library):
         2,
         """
 class FCFSScheduler(Library):
-    def _let_others_join(self, plan):
+    def _let_others_join(self, draft):
         batch_slots_left = self.config.max_num_seqs - len(self.running)
         while oldest := self.swapped[:1] + self.waiting[:1]:
             group = min(oldest, key=lambda g: g.arrival)
-            if batch_slots_left < 1 or not self._can_join(group, plan):
+            if batch_slots_left < 1 or not self._can_join(group, draft):
                 if self.memory.fits(group):
                     break
-                self._end(group, plan)
+                self._end(group, draft)
                 continue
             if group.status is SequenceStatus.SWAPPED:
-                plan.swap_in += self.memory.swap_in(group)
-                self._append(group, plan)
+                draft.swap_in += self.memory.swap_in(group)
+                for seq in group.sequences:
+                    draft.copies += self.memory.append(seq)
             else:
-                plan.copies += self.memory.admit(group)
+                self._admit(group, draft)
             self._move(group, SequenceStatus.RUNNING)
-            plan.add(group)
+            self._take_tokens(group, draft)
             batch_slots_left -= 1
 """,
     ),
@@ -110,61 +111,61 @@ class FCFSScheduler(Library):
         2,
         """
 class FCFSScheduler(Library):
-    def _can_join(self, group, plan):
-        return plan.tokens_left > 0 and self.memory.can_admit(group, True)
+    def _can_join(self, group, draft):
+        return draft.tokens_left > 0 and self.memory.can_admit(group, True)
 """,
     ),
     "the_watermark_counts_for_the_first_as_well": (
         2,
         """
 class FCFSScheduler(Library):
-    def _can_join(self, group, plan):
-        return super()._can_join(group, plan) and self.memory.can_admit(group, False)
+    def _can_join(self, group, draft):
+        return super()._can_join(group, draft) and self.memory.can_admit(group, False)
 """,
     ),
     "does_not_look_for_room": (
         2,
         """
 class FCFSScheduler(Library):
-    def _can_join(self, group, plan):
-        return plan.tokens_left > 0
+    def _can_join(self, group, draft):
+        return draft.tokens_left > 0
 """,
     ),
     "admits_while_somebody_is_swapped": (
         2,
         """
 class FCFSScheduler(Library):
-    def _let_others_join(self, plan):
+    def _let_others_join(self, draft):
         swapped, self.swapped = self.swapped, []
-        super()._let_others_join(plan)
+        super()._let_others_join(draft)
         self.swapped = swapped
-        super()._let_others_join(plan)
+        super()._let_others_join(draft)
 """,
     ),
     "never_swaps_in": (
         2,
         """
 class FCFSScheduler(Library):
-    def _let_others_join(self, plan):
+    def _let_others_join(self, draft):
         if not self.swapped:
-            super()._let_others_join(plan)
+            super()._let_others_join(draft)
 """,
     ),
     "forgets_to_copy_what_was_swapped": (
         2,
         """
 class FCFSScheduler(Library):
-    def _let_others_join(self, plan):
-        super()._let_others_join(plan)
-        plan.swap_in.clear()
+    def _let_others_join(self, draft):
+        super()._let_others_join(draft)
+        draft.swap_in.clear()
 """,
     ),
     "forgets_a_waiting_request": (
         2,
         """
 class FCFSScheduler(Library):
-    def _let_others_join(self, plan):
-        super()._let_others_join(plan)
+    def _let_others_join(self, draft):
+        super()._let_others_join(draft)
         if self.waiting and self.waiting[0].num_batch_slots > 1:
             self.waiting.append(self.waiting.pop(0))
 """,
@@ -173,8 +174,8 @@ class FCFSScheduler(Library):
         2,
         """
 class FCFSScheduler(Library):
-    def _can_join(self, group, plan):
-        return plan.tokens_left > 0 and self.memory.can_admit(group, not self.running)
+    def _can_join(self, group, draft):
+        return draft.tokens_left > 0 and self.memory.can_admit(group, not self.running)
 """,
     ),
     "keeps_the_blocks_of_the_finished": (
@@ -249,8 +250,8 @@ def youngest(candidates):
         4,
         """
 class FCFSScheduler(Library):
-    def _make_room(self, group, younger, plan):
-        self._preempt(group, plan)
+    def _make_room(self, group, younger, draft):
+        self._preempt(group, draft)
         return False
 """,
     ),
@@ -258,9 +259,9 @@ class FCFSScheduler(Library):
         4,
         """
 class FCFSScheduler(Library):
-    def _make_room(self, group, younger, plan):
+    def _make_room(self, group, younger, draft):
         victim = self._select_victim(younger) if younger else group
-        self._preempt(victim, plan)
+        self._preempt(victim, draft)
         return victim is not group
 """,
     ),
@@ -268,20 +269,20 @@ class FCFSScheduler(Library):
         4,
         """
 class FCFSScheduler(Library):
-    def _make_room(self, group, younger, plan):
+    def _make_room(self, group, younger, draft):
         for victim in younger:
-            self._preempt(victim, plan)
-        return super()._make_room(group, [], plan)
+            self._preempt(victim, draft)
+        return super()._make_room(group, [], draft)
 """,
     ),
     "offers_the_one_in_need_and_the_older_ones_too": (
         4,
         """
 class FCFSScheduler(Library):
-    def _make_room(self, group, younger, plan):
+    def _make_room(self, group, younger, draft):
         while not self.memory.can_append(group):
             victim = self._select_victim(self.running)
-            self._preempt(victim, plan)
+            self._preempt(victim, draft)
             if victim is group:
                 return False
         return True
@@ -291,37 +292,39 @@ class FCFSScheduler(Library):
         4,
         """
 class FCFSScheduler(Library):
-    def _reserve_for_running(self, plan):
+    def _reserve_for_running(self, draft):
         for group in self.running[::-1]:
             others = [g for g in self.running if g is not group]
             if group in self.running and (
-                self.memory.can_append(group) or self._make_room(group, others, plan)
+                self.memory.can_append(group) or self._make_room(group, others, draft)
             ):
-                self._append(group, plan)
+                for seq in group.sequences:
+                    draft.copies += self.memory.append(seq)
 """,
     ),
     "goes_through_a_list_that_becomes_shorter": (
         4,
         """
 class FCFSScheduler(Library):
-    def _reserve_for_running(self, plan):
+    def _reserve_for_running(self, draft):
         for index, group in enumerate(self.running.copy()):
             if self.memory.can_append(group) or self._make_room(
-                group, self.running[index + 1 :], plan
+                group, self.running[index + 1 :], draft
             ):
-                self._append(group, plan)
+                for seq in group.sequences:
+                    draft.copies += self.memory.append(seq)
 """,
     ),
     "preempts_everybody_for_one_that_cannot_fit": (
         4,
         """
 class FCFSScheduler(Library):
-    def _make_room(self, group, younger, plan):
+    def _make_room(self, group, younger, draft):
         while not self.memory.can_append(group):
             if not younger:
-                self._preempt(group, plan)
+                self._preempt(group, draft)
                 return False
-            self._preempt(younger.pop(), plan)
+            self._preempt(younger.pop(), draft)
         return True
 """,
     ),
@@ -329,7 +332,7 @@ class FCFSScheduler(Library):
         4,
         """
 class FCFSScheduler(Library):
-    def _make_room(self, group, younger, plan):
+    def _make_room(self, group, younger, draft):
         while not self.memory.can_append(group):
             pass
         return True
@@ -363,13 +366,13 @@ class FCFSScheduler(FCFSScheduler):
         if status is SequenceStatus.FINISHED:
             self.everybody.remove(group)
 
-    def _share_out_tokens(self, plan):
+    def _share_out_tokens(self, draft):
         decoding = [group for group in self.running if group.is_decoding]
         prompts = [group for group in self.running if not group.is_decoding]
         for group in decoding + prompts:
-            plan.add(group)
+            self._take_tokens(group, draft)
 
-    def _reserve_for_running(self, plan):
+    def _reserve_for_running(self, draft):
         for group in self.running:
             if group.status is not SequenceStatus.RUNNING:
                 continue
@@ -377,13 +380,14 @@ class FCFSScheduler(FCFSScheduler):
             while younger and self.memory.fits(group) and not self.memory.can_append(group):
                 victim = self._select_victim(younger)
                 younger.remove(victim)
-                self._preempt(victim, plan)
+                self._preempt(victim, draft)
             if self.memory.can_append(group):
-                self._append(group, plan)
+                for seq in group.sequences:
+                    draft.copies += self.memory.append(seq)
             elif self.memory.fits(group):
-                self._preempt(group, plan)
+                self._preempt(group, draft)
             else:
-                self._end(group, plan)
+                self._end(group, draft)
 """,
     "the_last_of_those_in_order": """
 def youngest(candidates):

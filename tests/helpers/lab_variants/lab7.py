@@ -205,9 +205,9 @@ class BlockManager(Library):
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
+    def _preempt(self, group, draft):
         computed = {s: s.num_computed_tokens for s in group.sequences}
-        super()._preempt(group, plan)
+        super()._preempt(group, draft)
         for seq, number in computed.items():
             seq.num_computed_tokens = number
 """,
@@ -216,22 +216,22 @@ class FCFSScheduler(LibraryScheduler):
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
+    def _preempt(self, group, draft):
         if self.config.preemption == "swap" and self.memory.can_swap_out(group):
-            return super()._preempt(group, plan)
+            return super()._preempt(group, draft)
         for seq in group.sequences:
             seq.forget_computed()
         self._move(group, SequenceStatus.WAITING)
         group.num_preemptions += 1
-        plan.preempted.append(group)
+        draft.preempted.append(group)
 """,
     ),
     "forgets_what_was_generated": (
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
-        super()._preempt(group, plan)
+    def _preempt(self, group, draft):
+        super()._preempt(group, draft)
         if group.status is SequenceStatus.WAITING:
             for seq in group.sequences:
                 del seq.token_ids[seq.prompt_len :]
@@ -241,17 +241,17 @@ class FCFSScheduler(LibraryScheduler):
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
-        super()._preempt(group, plan)
-        plan.swap_out.clear()
+    def _preempt(self, group, draft):
+        super()._preempt(group, draft)
+        draft.swap_out.clear()
 """,
     ),
     "queues_at_the_end": (
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
-        super()._preempt(group, plan)
+    def _preempt(self, group, draft):
+        super()._preempt(group, draft)
         if group.status is SequenceStatus.WAITING:
             self.waiting.remove(group)
             self.waiting.append(group)
@@ -261,8 +261,8 @@ class FCFSScheduler(LibraryScheduler):
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
-        super()._preempt(group, plan)
+    def _preempt(self, group, draft):
+        super()._preempt(group, draft)
         group.num_preemptions = 0
 """,
     ),
@@ -270,30 +270,30 @@ class FCFSScheduler(LibraryScheduler):
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
-        super()._preempt(group, plan)
-        plan.preempted.clear()
+    def _preempt(self, group, draft):
+        super()._preempt(group, draft)
+        draft.preempted.clear()
 """,
     ),
     "never_asks_whether_there_is_room_to_swap": (
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
+    def _preempt(self, group, draft):
         if self.config.preemption != "swap":
-            return super()._preempt(group, plan)
-        plan.swap_out += self.memory.swap_out(group)
+            return super()._preempt(group, draft)
+        draft.swap_out += self.memory.swap_out(group)
         self._move(group, SequenceStatus.SWAPPED)
         group.num_preemptions += 1
-        plan.preempted.append(group)
+        draft.preempted.append(group)
 """,
     ),
     "samples_are_recomputed_each_for_itself": (
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
-        super()._preempt(group, plan)
+    def _preempt(self, group, draft):
+        super()._preempt(group, draft)
         group.sequences += group.awaiting_refork
         group.awaiting_refork = []
 """,
@@ -302,8 +302,8 @@ class FCFSScheduler(LibraryScheduler):
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
-        super()._preempt(group, plan)
+    def _preempt(self, group, draft):
+        super()._preempt(group, draft)
         group.awaiting_refork = []
 """,
     ),
@@ -311,11 +311,11 @@ class FCFSScheduler(LibraryScheduler):
         3,
         """
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
+    def _preempt(self, group, draft):
         config = self.config
         if config.preemption == "auto":
             self.config = replace(config, preemption="swap", num_swap_blocks=100)
-        super()._preempt(group, plan)
+        super()._preempt(group, draft)
         self.config = config
 
 from dataclasses import replace
@@ -365,8 +365,8 @@ class BlockManager(Library):
 
 
 class FCFSScheduler(LibraryScheduler):
-    def _preempt(self, group, plan):
-        plan.preempted.append(group)
+    def _preempt(self, group, draft):
+        draft.preempted.append(group)
         group.num_preemptions += 1
         alone = group.num_batch_slots == 1
         if len(group.sequences) == 1 and (
@@ -380,7 +380,7 @@ class FCFSScheduler(LibraryScheduler):
                 seq.forget_computed()
             self._move(group, SequenceStatus.WAITING)
         else:
-            plan.swap_out.extend(self.memory.swap_out(group))
+            draft.swap_out.extend(self.memory.swap_out(group))
             self._move(group, SequenceStatus.SWAPPED)
 """,
 }

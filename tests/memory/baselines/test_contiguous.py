@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from minipaged.cli.main import app
 from minipaged.engine.parts import Parts
 from minipaged.errors import CheckFailed, DoubleFree, InvalidOption, InvalidRequest, PromptTooLong
+from minipaged.evaluation.testing.admission import admit
 from minipaged.llm import LLM
 from minipaged.memory import CheckedMemory
 from minipaged.memory.baselines.buddy import BuddyAllocator
@@ -143,7 +144,7 @@ def group_of(prompt_len: int, output_len: int | None, width: int = 1, seq_id: in
 )
 def test_every_rival_reserves_what_it_believes_in(reserve, needed, kept):
     memory = ContiguousMemory(32, 8, reserve, longest=128)
-    memory.admit(group_of(20, 25))
+    admit(memory, group_of(20, 25))
     usage = memory.usage()
     run = 1 << (-(-kept // 8) - 1).bit_length()
     assert (usage.used, usage.reserved) == (20, needed - 20)
@@ -155,13 +156,13 @@ def test_every_rival_reserves_what_it_believes_in(reserve, needed, kept):
 
 def test_a_request_without_a_limit_reserves_all_of_the_context():
     memory = ContiguousMemory(32, 8, "oracle", longest=128)
-    memory.admit(group_of(20, None))
+    admit(memory, group_of(20, None))
     assert memory.usage().reserved == 108
 
 
 def test_a_reservation_is_never_longer_than_the_context():
     memory = ContiguousMemory(32, 8, "pow2", longest=100)
-    memory.admit(group_of(60, 35))  # 60 + 64 would be 124
+    admit(memory, group_of(60, 35))  # 60 + 64 would be 124
     assert memory.usage().internal == 100 - 95
 
 
@@ -170,7 +171,7 @@ def test_nobody_is_admitted_who_might_not_fit():
     first, second, third = (group_of(4, 4, seq_id=i) for i in range(3))
     for group in (first, second):
         assert memory.can_admit(group, alone=False)
-        memory.admit(group)
+        admit(memory, group)
     assert not memory.can_admit(third, alone=True)
     memory.free(first.sequences[0])
     assert memory.can_admit(third, alone=False)
@@ -191,7 +192,7 @@ def test_a_static_batch_takes_nobody_in_until_all_of_it_has_ended():
     first, second, late = (group_of(4, 8, seq_id=i) for i in range(3))
     for group in (first, second):
         assert memory.can_admit(group, alone=False)
-        memory.admit(group)
+        admit(memory, group)
     for group in (first, second):
         group.sequences[0].append(7)
         memory.append(group.sequences[0])
@@ -238,7 +239,7 @@ def serve_at_random(memory_class, seed: int) -> None:
             seq = Sequence(next(ids), (draw.randrange(9) for _ in range(prompt)), max_output_len=8)
             group = SequenceGroup("g", [seq], width=draw.randint(1, 4))
             if memory.fits(group) and memory.can_admit(group, alone=False):
-                memory.admit(group)
+                admit(memory, group)
                 write(seq)
                 groups.append(group)
             continue

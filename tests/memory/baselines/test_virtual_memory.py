@@ -12,6 +12,7 @@ from memory_machine import AnyOrder
 
 from minipaged.config import ModelConfig
 from minipaged.errors import CheckFailed, InvalidOption, InvalidRequest, OutOfBlocks
+from minipaged.evaluation.testing.admission import admit
 from minipaged.memory import CheckedMemory
 from minipaged.memory.baselines.slots import RegionLayout
 from minipaged.memory.baselines.virtual import VirtualMemory
@@ -62,7 +63,7 @@ def group_of(length: int, seq_id: int = 0, width: int = 1) -> SequenceGroup:
 def admitted(memory, length: int, seq_id: int) -> SequenceGroup:
     group = group_of(length, seq_id)
     assert memory.can_admit(group, alone=False)
-    memory.admit(group)
+    admit(memory, group)
     group.sequences[0].mark_computed(length)
     return group
 
@@ -411,7 +412,7 @@ class VirtualInAnyOrder(AnyOrder):
         # Whoever needs all page groups gets all of them.
         longest = min(self.layout.tokens_in(self.memory.budget), self.layout.region_len)
         if longest:
-            self.memory.admit(SequenceGroup("all", [Sequence(0, [9] * longest)]))
+            admit(self.memory, SequenceGroup("all", [Sequence(0, [9] * longest)]))
 
 
 TestVirtualInAnyOrder = VirtualInAnyOrder.TestCase

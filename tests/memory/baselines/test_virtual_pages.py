@@ -17,7 +17,7 @@ from mutants import compiled
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.attention import unpaged
 from minipaged.attention.batch import BatchBuilder
-from minipaged.attention.unpaged import unpaged_attention, unpaged_store_kv
+from minipaged.attention.unpaged import prepare_unpaged, unpaged_attention, unpaged_store_kv
 from minipaged.attention.virtual_cache import VirtualKVCache
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
@@ -186,6 +186,7 @@ def test_attention_in_slots_gives_what_dense_attention_gives(sizes, dtype, slice
     k_cache, v_cache = cache.layers[1]
     unpaged_store_kv(setup.new(setup.keys), setup.new(setup.values), k_cache, v_cache, batch)
     resident = cache.pages.resident_bytes()
+    batch = prepare_unpaged(batch, k_cache, setup.q.shape[1], dtype)
     out = unpaged_attention(setup.q, k_cache, v_cache, batch, setup.scale)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     assert torch.allclose(out.double(), dense_attention(setup), atol=tolerance, rtol=tolerance)
@@ -201,10 +202,10 @@ PROMPTS_TOO = [(1, 6), (3, 5), (5, 0), (1, 90)]
     [
         (DECODES, ": span.seq_len]", ": span.seq_len + 1]"),
         (DECODES, ": span.seq_len]", ": span.seq_len - 1]"),
-        (DECODES, "slot : slot + 1", ": 1"),
+        (DECODES, "region : region + 1", ": 1"),
         (DECODES, "(k_cache.shape[1], -1))", "(-1, k_cache.shape[1])).transpose(1, 2)"),
         (PROMPTS_TOO, "0, batch.slot_mapping, new", "0, batch.slot_mapping.flip(0), new"),
-        (PROMPTS_TOO, "causal_mask(q, span)", "None"),
+        (PROMPTS_TOO, "causal_mask(span, dtype, batch.block_tables.device)", "None"),
     ],
 )
 def test_a_deliberate_fault_of_attention_is_caught(sizes, right, wrong):
@@ -213,6 +214,8 @@ def test_a_deliberate_fault_of_attention_is_caught(sizes, right, wrong):
     cache, batch = in_slots(setup, sizes, torch.float32, sliced=False)
     new = setup.new(setup.keys), setup.new(setup.values)
     mutant.unpaged_store_kv(*new, *cache.layers[1], batch)
+    k_cache, _ = cache.layers[1]
+    batch = mutant.prepare_unpaged(batch, k_cache, setup.q.shape[1], torch.float32)
     out = mutant.unpaged_attention(setup.q, *cache.layers[1], batch, setup.scale)
     assert not torch.allclose(out.double(), dense_attention(setup), atol=1e-3, rtol=1e-3)
 
@@ -330,9 +333,9 @@ def test_a_starved_budget_preempts_and_gives_the_same_tokens(folder, expected, m
         llm.engine.add_request(f"{copy} {index}", PROMPTS[index], PARAMS[params])
     finished, preemptions, steps = {}, 0, count()
     while llm.engine.has_unfinished_requests():
-        for output in llm.engine.step():
-            if output.finished:
-                finished[output.request_id] = output
+        for progress in llm.engine.step():
+            if progress.finished:
+                output = finished[progress.request_id] = progress.output()
                 preemptions += output.metrics.num_preemptions
         if next(steps) % 8 == 0:  # the kernel's account takes longer than a step
             believed, resident = belief_and_truth(llm)
