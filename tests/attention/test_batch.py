@@ -36,8 +36,7 @@ CONFIG = ModelConfig(
 def query(
     seq_id: int, tokens: list[int], context_len: int, blocks: list[int], **more
 ) -> SequenceInput:
-    table = BlockTable(4, blocks, num_tokens=context_len + len(tokens))
-    return SequenceInput(seq_id, tokens, context_len, table.blocks, **more)
+    return SequenceInput(seq_id, tokens, context_len, blocks, **more)
 
 
 def test_the_example_in_the_docstring_is_what_is_built():
@@ -103,13 +102,13 @@ def test_every_token_gets_the_slot_that_its_block_table_says(data):
             continue
         batch = builder.build(queries)
         expected = [
-            q.table.slot(position)
+            tables[q.seq_id].slot(position)
             for q in queries
             for position in range(q.context_len, q.context_len + len(q.token_ids))
         ]
         assert batch.slot_mapping.tolist() == expected
         for q, row in zip(queries, batch.block_tables, strict=True):
-            assert row[: len(q.table)].tolist() == q.table.blocks[: len(row)]
+            assert row[: len(q.block_table)].tolist() == q.block_table[: len(row)]
 
 
 def test_a_row_is_written_only_where_its_table_changed():

@@ -62,7 +62,8 @@ def test_a_step_of_the_model_stays_on_its_device(backend: str, kv_dtype: torch.d
     logits = runner.run(StepInput((chunk, *decodes), copies=((1, 2),)))
     assert logits.shape == (3, TINY.vocab_size)
     assert logits.device == ELSEWHERE
-    # Attention apart, which here is not one that can be recorded, the same holds for a replay.
+    if backend != "reference":  # only a backend that prepares nothing can be recorded
+        return
     runner.graphs = DecodeGraphs(model, cache, 2, 8, lambda step: step)
     for _ in range(2):
         logits = runner.run(StepInput(tuple(decodes), copies=((1, 2),)))
