@@ -217,7 +217,7 @@ def test_another_policy_gives_up_other_blocks():
 def test_a_policy_that_gives_up_a_parent_before_its_children_is_refused():
     served = Served(build(num_blocks=2, prefix_cache=ParentsFirst))
     served.memory.free(served.serve([1, 2, 3, 4, 5, 6, 7, 8]))
-    with pytest.raises(AssertionError, match="before those known by it"):
+    with pytest.raises(AssertionError, match="before its children"):
         served.serve([9, 9, 9, 9])
 
 
