@@ -254,7 +254,7 @@ def test_an_allocator_that_remembers_keeps_the_contract_of_an_allocator():
 # ---- preemption and prefixes that stay -----------------------------------------------------------
 
 
-def test_blocks_that_are_still_known_come_back_from_a_swap_without_a_copy():
+def test_blocks_that_are_still_cached_come_back_from_a_swap_without_a_copy():
     memory = build(num_swap_blocks=8)
     served = Served(memory)
     seq = served.serve(range(10))
