@@ -205,7 +205,7 @@ def test_who_cheats_is_refused(role, part, complaint):
         serve("busy", BUSY, {role: part})
 
 
-def test_nobody_is_told_how_much_a_request_will_generate():
+def test_no_policy_sees_how_much_a_request_will_generate():
     told = []
 
     class Curious(FCFSScheduler):
