@@ -1,9 +1,9 @@
 """The attention kernels against what bounds them, and against attention without blocks.
 
     decode    must read the keys and values once: the floor is their bytes over the bandwidth of a
-              large copy, measured in the same rounds. The baseline is PyTorch's attention (SDPA) over
-              the same keys side by side: what paging costs. The paper's kernel lost 20 to 26 %
-              (section 7.1, Figure 18a).
+              large copy, measured in the same rounds. The baseline is PyTorch's attention (SDPA)
+              over the same keys, contiguous: the cost of paging. The paper's kernel lost 20 to
+              26 % (section 7.1, Figure 18a).
     prefill   must multiply: the baseline is SDPA over keys side by side.
 
 What is timed is checked first: paged attention must give what SDPA gives.
