@@ -62,16 +62,17 @@ print(len(answer_ids), "tokens out:", [tokenizer.decode([t]) for t in answer_ids
 # subject of the whole library.
 #
 # `LLM.generate` hides these runs. One level below, the engine shows them: each `step()` runs the
-# model once, for all requests being served.
+# model once, for all requests being served, and returns the progress of each. `progress.output()`
+# gives the request's output so far.
 
 # %%
 engine = llm.engine
 engine.add_request("alone", question, greedy)
 num_steps = 0
 while engine.has_unfinished_requests():
-    [so_far] = engine.step()
+    [progress] = engine.step()
     num_steps += 1
-    print(f"step {num_steps}: {so_far.outputs[0].text!r}")
+    print(f"step {num_steps}: {progress.output().outputs[0].text!r}")
 
 # %% [markdown]
 # Now six questions together, about six stories. Some stories are longer than others. While they
@@ -89,9 +90,9 @@ for number, text in enumerate(prompts):
 
 usages, answers = [], {}
 while engine.has_unfinished_requests():
-    for so_far in engine.step():
-        answers[so_far.request_id] = so_far.outputs[0].text.strip()
-    usages.append(engine.scheduler.memory.usage())
+    for progress in engine.step():
+        answers[progress.request_id] = progress.output().outputs[0].text.strip()
+    usages.append(engine.memory.usage())
 
 for number, asked in enumerate(questions):
     print(f"{asked.text:45} {answers[f'story {number}']}")
@@ -147,7 +148,7 @@ in_small_blocks = small_blocks.generate(prompts, greedy, use_tqdm=False)
 for one, two, three in zip(together, alone, in_small_blocks, strict=True):
     assert one.outputs[0].token_ids == two.outputs[0].token_ids == three.outputs[0].token_ids
 for each in (llm, watched, small_blocks):
-    memory = each.engine.scheduler.memory
+    memory = each.engine.memory
     assert memory.num_free == memory.num_blocks
 print("same answers, and every block is free")
 

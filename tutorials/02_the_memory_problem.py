@@ -254,10 +254,10 @@ for kind in ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged"):
         llm.engine.add_request(str(number), text, greedy)
     usages, at_a_time, answers[kind] = [], [], {}
     while llm.engine.has_unfinished_requests():
-        for output in llm.engine.step():
-            answers[kind][output.request_id] = list(output.outputs[0].token_ids)
+        for progress in llm.engine.step():
+            answers[kind][progress.request_id] = progress.output().outputs[0].token_ids
         at_a_time.append(len(llm.engine.scheduler.running))
-        usages.append(llm.engine.scheduler.memory.usage())
+        usages.append(llm.engine.memory.usage())
     assert all(usage.total == 1024 for usage in usages)
     print(f"{kind}: {len(usages)} steps, up to {max(at_a_time)} requests at a time")
     print("   ", max(usages, key=lambda usage: usage.used))

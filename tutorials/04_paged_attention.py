@@ -96,7 +96,6 @@ print([contents[int(block)][offset] for block, offset in zip(blocks, offsets, st
 from torch import Tensor
 
 from minipaged.attention.batch import Batch
-from minipaged.scheduler.output import SequenceInput
 
 
 def by_gathering(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -350,22 +349,24 @@ from dataclasses import replace
 from minipaged.attention.backend import reference_paged_attention
 from minipaged.attention.batch import BatchBuilder
 from minipaged.memory import BlockTable
+from minipaged.scheduler.output import SequenceInput
 
 random = torch.Generator().manual_seed(0)
-free, steps = torch.randperm(32, generator=random).tolist(), []
+free, parts, held = torch.randperm(32, generator=random).tolist(), [], []
 for seq_id, (context_len, query_len) in enumerate([(0, 7), (4, 3), (8, 5), (6, 1), (16, 1)]):
     length = context_len + query_len
     table = BlockTable(4, [free.pop() for _ in range(0, length, 4)], length)
-    steps.append(SequenceInput(seq_id, [0] * query_len, context_len, table.blocks))
-batch = BatchBuilder(max_num_seqs=8, max_blocks_per_seq=8, block_size=4).build(steps)
+    parts.append(SequenceInput(seq_id, [0] * query_len, context_len, table.blocks))
+    held.append(table)
+batch = BatchBuilder(max_num_seqs=8, max_blocks_per_seq=8, block_size=4).build(parts)
 q = 3 * torch.randn(17, 4, 8, generator=random)  # 17 queries, 4 heads of 8 elements
 cache = torch.randn(2, 32, 2, 4, 8, generator=random)  # keys and values: 32 blocks, 2 heads
 exact = reference_paged_attention(q.double(), *cache.double(), batch, 8**-0.5)
 
-slots = torch.tensor([s.table.slot(p) for s in steps for p in range(s.table.num_tokens)])
+slots = torch.tensor([table.slot(p) for table in held for p in range(table.num_tokens)])
 poisoned = torch.full_like(cache, torch.nan)
 poisoned[:, slots // 4, :, slots % 4] = cache[:, slots // 4, :, slots % 4]
-tables = torch.tensor([(s.table.blocks + 5 * [1_000_000])[:5] for s in steps])
+tables = torch.tensor([(table.blocks + 5 * [1_000_000])[:5] for table in held])
 
 
 def error(attention) -> float:

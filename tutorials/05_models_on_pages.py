@@ -104,7 +104,7 @@ above.axis("off")
 # *logits*, are computed for the two rows that sample and no others. This is how a step is run; its
 # first lines move blocks, which chapters 7 and 9 are about:
 #
-# @@ minipaged.worker.model_runner.ModelRunner._run
+# @@ minipaged.worker.model_runner.ModelRunner.run
 #
 # ### One tensor for all keys and values
 #
@@ -260,25 +260,27 @@ class OwnLlama:
 
 # %% [markdown]
 # A model is not a role of `Parts`; the `ModelRunner` gets it. Steps compute at most 40 tokens, so
-# that prompts are cut and share steps with decodes. We record each step's batch and logits.
+# that prompts are cut and share steps with decodes. We record each step's message to the runner, a
+# `StepInput`, and its logits.
 
 # %%
 from minipaged import SamplingParams
 from minipaged.evaluation.stories import prompt, tell
+from minipaged.scheduler.output import StepInput
 
 greedy = SamplingParams(temperature=0, max_tokens=24)
 stories = [tell(num_facts=size, seed=size) for size in (1, 2, 3, 4, 6, 8)]
 prompts = [prompt(story, story.questions[0]) for story in stories]
 
 
-def serve(choose_model) -> tuple[list[list[int]], list[tuple[Batch, Tensor]]]:
-    """Tokens of all requests, and every step's batch and logits."""
+def serve(choose_model) -> tuple[list[list[int]], list[tuple[StepInput, Tensor]]]:
+    """Tokens of all requests, and every step's message and logits."""
     llm = LLM("storyteller", num_blocks=64, max_num_seqs=8, max_num_batched_tokens=40)
     runner, steps = llm.engine.runner, []
     runner.model, run = choose_model(runner.model), runner.run
 
-    def noted(output, batch):
-        steps.append((batch, run(output, batch)))
+    def noted(step: StepInput) -> Tensor:
+        steps.append((step, run(step)))
         return steps[-1][1]
 
     runner.run = noted
@@ -295,7 +297,8 @@ furthest = max(
     for (_, mine), (_, theirs) in zip(own_steps, steps, strict=True)
     if len(theirs)
 )
-mixed = sum(batch.has_prefills and batch.has_decodes for batch, _ in steps)
+new_tokens = [[len(seq.token_ids) for seq in step.sequences] for step, _ in steps]
+mixed = sum(min(counts) == 1 < max(counts) for counts in new_tokens)
 print(f"{len(steps)} steps, {mixed} of them mixed; same tokens; logits differ by {furthest:.0e}")
 assert furthest < 1e-4
 
@@ -348,14 +351,15 @@ def gpt2_tokens(block_size: int, num_blocks: int) -> dict[str, list[int]]:
     )
     cache = KVCache.build(gpt2.config, config, torch.float32, "cpu")
     batches = BatchBuilder(config.max_num_seqs, config.max_blocks_per_seq, block_size)
-    scheduler, runner = Parts().build_scheduler(config), ModelRunner(gpt2, cache)
-    engine = LLMEngine(config, scheduler, batches, runner, tokenizer=None)
+    runner = ModelRunner(gpt2, BACKENDS["torch"], cache, batches)
+    engine = LLMEngine(config, Parts().build_scheduler(config), runner, tokenizer=None)
     for number, token_ids in enumerate(some_prompts):
         engine.add_request(f"prompt {number}", token_ids, greedy)
     tokens = {}
     while engine.has_unfinished_requests():
-        tokens |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
-    assert scheduler.memory.num_free == num_blocks
+        for progress in engine.step():
+            tokens[progress.request_id] = progress.output().outputs[0].token_ids
+    assert engine.memory.num_free == num_blocks
     return tokens
 
 
@@ -441,8 +445,8 @@ for mistake in (PositionsRestart, SlotsOffByOne, KeysStoredUnturned):
 # ## What changed in the numbers
 
 # %%
-computed_rows = sum(len(batch.token_ids) for batch, _ in steps)
-padded = sum(len(b.spans) * max(span.query_len for span in b.spans) for b, _ in steps)
+computed_rows = sum(sum(counts) for counts in new_tokens)
+padded = sum(len(counts) * max(counts) for counts in new_tokens)
 with_logits = sum(len(logits) for _, logits in steps)
 print(f"rows computed for 6 requests   {computed_rows:6,}")
 print(f"had each step been padded      {padded:6,}")

@@ -106,7 +106,7 @@ print(f"8 sequences: {gains[3]:.0f} times the tokens of one, {8 / gains[3]:.1f} 
 # %%
 from minipaged.config import EngineConfig
 from minipaged.memory import Memory
-from minipaged.scheduler.output import SchedulerOutput
+from minipaged.scheduler.output import ScheduledSequence, SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -127,7 +127,6 @@ class StaticBatches:
 
     def schedule(self) -> SchedulerOutput:
         """How many tokens each sequence computes in the next step."""
-        draft = SchedulerOutput(tokens_left=self.config.max_num_batched_tokens)
         if self.may_join():
             num_free = self.config.max_num_seqs - len(self.running)  # batch slots
             joining, self.waiting = self.waiting[:num_free], self.waiting[num_free:]
@@ -138,9 +137,11 @@ class StaticBatches:
         for group in joining:
             self.memory.admit(group)  # blocks for the prompt
         self.running += joining
-        for group in self.running:
-            draft.add(group)  # all tokens that are not computed yet
-        return draft
+        return SchedulerOutput(sequences=tuple(self.all_tokens(group) for group in self.running))
+
+    def all_tokens(self, group: SequenceGroup) -> ScheduledSequence:
+        [seq] = group.sequences
+        return ScheduledSequence(group, seq, seq.num_uncomputed_tokens, samples=True)
 
     def commit(self, output: SchedulerOutput) -> None:
         """The step has run."""
@@ -287,8 +288,9 @@ def serve_late(**options: Any) -> tuple[str, list[Event], list[float]]:
         if len(seconds) == 10:
             engine.add_request("late", long_prompt, SamplingParams(temperature=0, max_tokens=8))
         start = time.perf_counter()
-        for output in engine.step():
-            answer = output.outputs[0].text if output.request_id == "late" else answer
+        for progress in engine.step():
+            if progress.request_id == "late":
+                answer = progress.output().outputs[0].text
         seconds.append(time.perf_counter() - start)
     return answer, events, seconds
 
@@ -395,15 +397,19 @@ print("the same tokens five times, all admitted in order")
 
 
 # %%
+from dataclasses import replace
+
+from minipaged.scheduler.output import Draft
+
+
 class Twice(ContinuousBatches):
     def schedule(self) -> SchedulerOutput:
         output = super().schedule()
-        output.add(self.running[0])
-        return output
+        return replace(output, sequences=output.sequences + output.sequences[:1])
 
 
 class NoneJoins(FCFSScheduler):
-    def _let_others_join(self, draft: SchedulerOutput) -> None:
+    def _let_others_join(self, draft: Draft) -> None:
         pass
 
 

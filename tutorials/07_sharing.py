@@ -151,6 +151,7 @@ class CopiesAtOnce(BlockManager):
 
 # %%
 from minipaged import LLM, BeamSearchParams, Event, EventLog, Parts, RequestOutput, SamplingParams
+from minipaged.evaluation.bench.sharing import SharingMeter
 from minipaged.sampling import Params
 from minipaged.tracing.replay import Replay
 
@@ -170,11 +171,10 @@ def serve(llm: LLM, params: Params) -> tuple[RequestOutput, list[int]]:
     held: list[int] = []
     memory = llm.engine.scheduler.memory
     llm.engine.add_request("request", text, params)
-    outputs: list[RequestOutput] = []
     while llm.engine.has_unfinished_requests():
-        outputs = llm.engine.step()
+        progress = llm.engine.step()
         held.append(memory.num_blocks - memory.num_free)
-    return outputs[-1], held[:-1]  # after the last step all is free
+    return progress[-1].output(), held[:-1]  # after the last step all is free
 
 
 def copies(events: list[Event]) -> int:
@@ -183,7 +183,8 @@ def copies(events: list[Event]) -> int:
 
 shares, shared_events = build(Parts())
 copying, copied_events = build(Parts(memory=CopiesAtOnce))
-samples, held = serve(shares, four)
+with SharingMeter(shares.engine) as meter:
+    samples, held = serve(shares, four)
 copied_samples, held_by_copies = serve(copying, four)
 
 for sample in samples.outputs:
@@ -209,8 +210,8 @@ axes.legend(loc="upper left")
 # $$(n - 1) \lfloor p / B \rfloor$$
 #
 # of them. Only the full blocks of the prompt are shared: samples that have diverged never share
-# again. The engine keeps count for every request, in `RequestMetrics.blocks_saved`, summed over all
-# steps. It must be what the formula says:
+# again. A `SharingMeter` listens to the engine's steps and sums the blocks up. It must agree with
+# the formula:
 
 # %%
 p, n, size = len(samples.prompt_token_ids), 4, 4
@@ -220,7 +221,7 @@ by_formula = [all_blocks - less for all_blocks, less in zip(unshared, saved, str
 assert held == by_formula[:-1]
 assert held_by_copies == unshared[:-1]
 print(f"saved, by formula  {sum(saved) / sum(unshared):.2%}")
-print(f"saved, as measured {samples.metrics.blocks_saved:.2%}")
+print(f"saved, as measured {meter.saved():.2%}")
 
 # %% [markdown]
 # Watch it. The moment to look for is step 2, with its three copies.
@@ -254,13 +255,15 @@ beams_memory = searching.engine.scheduler.memory
 tree: list[dict[int, str]] = []  # for each step: the living beams, and their last tokens
 owners_of_blocks: list[Counter[int]] = []  # for each step: how many blocks have 1, 2, ... owners
 
+beam_meter = SharingMeter(searching.engine)
+searching.engine.listeners.append(beam_meter)
 while searching.engine.has_unfinished_requests():
     finished = searching.engine.step()
     for group in searching.engine.scheduler.running:
         tree.append({seq.seq_id: decode(seq.token_ids[-1:]) for seq in group.sequences})
         blocks = {b for table in beams_memory.tables.values() for b in table.blocks}
         owners_of_blocks.append(Counter(beams_memory.ref_count(b) for b in blocks))
-[result] = finished
+result = finished[-1].output()
 parents = {e.fields["child"]: e.fields["parent"] for e in beam_events if e.event == "fork"}
 
 for beam in result.outputs:
@@ -505,8 +508,8 @@ print("                         shared   copied at once")
 print(f"blocks held at most      {max(held):6}   {max(held_by_copies):6}   (four samples)")
 print(f"blocks copied            {copied:6}   {copied_at_once:6}   (four samples)")
 print(f"blocks copied            {copies(beam_events):6}   {beams_at_once:6}   (four beams)")
-print(f"blocks saved by samples  {samples.metrics.blocks_saved:6.1%}")
-print(f"blocks saved by beams    {result.metrics.blocks_saved:6.1%}")
+print(f"blocks saved by samples  {meter.saved():6.1%}")
+print(f"blocks saved by beams    {beam_meter.saved():6.1%}")
 
 # %% [markdown]
 # Next: [blocks that are found again by what they hold](08_prefix_caching.md).

@@ -107,7 +107,8 @@ prompt_of_10 = range(10)
 
 def arrive(seq_id: int, tokens: range) -> Sequence:
     seq = Sequence(seq_id, tokens)
-    memory.admit(SequenceGroup(str(seq_id), [seq]))
+    [num_cached], _ = memory.admit(SequenceGroup(str(seq_id), [seq]))
+    seq.mark_cached(num_cached)  # these need not be computed
     return seq
 
 
@@ -327,8 +328,9 @@ def hit_rate(cache: type[PrefixCache], prompts: list[list[int]], num_blocks: int
     num_cached = 0
     for number, prompt_tokens in enumerate(prompts):
         seq = Sequence(number, prompt_tokens)
-        memory.admit(SequenceGroup(str(number), [seq]))
-        num_cached += seq.num_computed_tokens
+        [from_cache], _ = memory.admit(SequenceGroup(str(number), [seq]))
+        seq.mark_cached(from_cache)
+        num_cached += from_cache
         seq.mark_computed(seq.num_uncomputed_tokens)
         memory.cache_blocks(seq)
         memory.free(seq)

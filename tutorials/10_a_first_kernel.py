@@ -52,7 +52,6 @@ import drawing
 import torch
 
 from minipaged.attention.triton.machine import why_no_triton
-from minipaged.scheduler.output import SequenceInput
 
 if reason := why_no_triton(torch.device("cpu"), head_dim=64):
     drawing.stop(f"This chapter ends here: {reason}. Its page shows what it would have printed.")
@@ -280,7 +279,7 @@ def launched(kernel: Any) -> Attention:
 # %%
 from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.reference import reference_paged_attention
-from minipaged.memory import BlockTable
+from minipaged.scheduler.output import SequenceInput
 
 LENGTHS = (1, 4, 5, 11)
 HEADS, KV_HEADS, BLOCK_SIZE, HEAD_DIM = 4, 2, 4, 16
@@ -297,8 +296,7 @@ def adversarial_inputs() -> tuple[Tensor, Tensor, Tensor, Batch, float]:
         empty = len(blocks) * BLOCK_SIZE - length
         if empty:
             caches[:, blocks[-1], :, -empty:] *= 30  # stale
-        table = BlockTable(BLOCK_SIZE, blocks, length)
-        queries.append(SequenceInput(number, [0], length - 1, table.blocks))
+        queries.append(SequenceInput(number, [0], length - 1, blocks))
     batch = BatchBuilder(len(LENGTHS), 4, BLOCK_SIZE).build(queries)
     for row, blocks in zip(batch.block_tables, tables, strict=True):
         row[len(blocks) :] = 10**6

@@ -20,7 +20,7 @@
 # ## Predict before you run
 #
 # - One sequence decodes. Which part of a step's time goes to the model, and which to scheduling,
-#   building tensors and choosing a token?
+#   bookkeeping and choosing a token?
 # - Now 32 sequences decode together. Is a step 32 times as long?
 # - A token is sampled in step 7. In which step are its keys and values written?
 #
@@ -36,7 +36,7 @@ import time
 from collections import Counter
 
 from minipaged import LLM
-from minipaged.scheduler.output import SequenceInput
+from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -45,7 +45,6 @@ class TinyEngine:
 
     def __init__(self, llm: LLM, max_tokens: int) -> None:
         self.scheduler = llm.engine.scheduler
-        self.batches = llm.engine.batches
         self.runner = llm.engine.runner
         self.end_ids = llm.engine.runner.model.config.eos_token_ids
         self.max_tokens = max_tokens
@@ -58,23 +57,26 @@ class TinyEngine:
         self.scheduler.add(SequenceGroup(str(seq.seq_id), [seq]))
 
     def step(self) -> None:
-        output = self.timed("schedule", self.scheduler.schedule)
-        queries = [self.query(seq, length, samples) for _, seq, length, samples in output.sequences]
-        batch = self.timed("build tensors", self.batches.build, queries)
-        logits = self.timed("run the model", self.runner.run, output, batch)
+        decision = self.timed("schedule", self.scheduler.schedule)
+        message = self.timed("write the message", self.message, decision)
+        logits = self.timed("run the model", self.runner.run, message)
         tokens = iter(self.timed("choose tokens", lambda: logits.argmax(dim=-1).tolist()))
-        self.timed("commit", self.scheduler.commit, output)
-        for group, seq, _, samples in output.sequences:
+        self.timed("commit", self.scheduler.commit, decision)
+        for group, seq, _, samples in decision.sequences:
             if samples:
                 seq.append(next(tokens))
                 if seq.token_ids[-1] in self.end_ids or seq.num_output_tokens == self.max_tokens:
                     self.scheduler.finish(group, seq)
 
-    def query(self, seq: Sequence, length: int, samples: bool) -> SequenceInput:
+    def message(self, decision: SchedulerOutput) -> StepInput:
+        parts = (self.part(seq, length, samples) for _, seq, length, samples in decision.sequences)
+        return StepInput(tuple(parts), decision.swap_out, decision.swap_in, decision.copies)
+
+    def part(self, seq: Sequence, length: int, samples: bool) -> SequenceInput:
         start = seq.num_computed_tokens
         table = self.scheduler.memory.tables[seq.seq_id]
         new = seq.token_ids[start : start + length]
-        return SequenceInput(seq.seq_id, new, start, table.blocks, num_logits=int(samples))
+        return SequenceInput(seq.seq_id, new, start, table.blocks.copy(), num_logits=int(samples))
 
     def timed(self, name, call, *arguments):
         start = time.perf_counter()
@@ -84,8 +86,8 @@ class TinyEngine:
 
 
 # %% [markdown]
-# The library's own step has the same five lines; in addition it has requests that sample, fork and
-# stream:
+# The library's own step makes the same five calls; in addition it has requests that sample, fork
+# and stream:
 #
 # @@ minipaged.engine.llm_engine.LLMEngine.step
 #
@@ -175,7 +177,7 @@ print(f"it led to  {chosen}, {tokenizer.decode([chosen])!r}")
 #     ids --> waiting[waiting queue]
 #     waiting -->|scheduler: how many tokens| decision[scheduler output]
 #     decision -->|block manager: which blocks| tables[block tables]
-#     tables -->|batch: slots, lengths| tensors[tensors]
+#     tables -->|runner: slots, lengths| tensors[tensors]
 #     tensors -->|model: store_kv, paged attention| logits[logits]
 #     logits -->|sampler| token[next token]
 #     token -->|append| decision
@@ -191,7 +193,7 @@ print(f"it led to  {chosen}, {tokenizer.decode([chosen])!r}")
 import drawing
 
 crowds = (1, 4, 16, 64)
-phases = ("schedule", "build tensors", "run the model", "choose tokens", "commit")
+phases = ("schedule", "write the message", "run the model", "choose tokens", "commit")
 profile = {}
 for crowd in (1, *crowds):  # the first one warms up, and is overwritten
     engine = TinyEngine(LLM("storyteller", num_blocks=1024), max_tokens=24)

@@ -15,8 +15,8 @@ LAB = Lab(
             15,
             holes=("FCFSScheduler._share_out_tokens", "FCFSScheduler.commit"),
             hints=(
-                "`draft.add(group)` gives a group as many of the remaining tokens as it can use: "
-                + "you only decide the order. Which groups must not wait?",
+                "`_take_tokens(group, draft)` gives a group as many of the remaining tokens as it "
+                + "can use: you only decide the order. Which groups must not wait?",
                 "First the groups that are decoding, then the others, both in order of age. When "
                 + "the step has run, each of its sequences has more computed tokens than before, "
                 + "and the memory may cache their full blocks: see Sequence.mark_computed and "
@@ -35,12 +35,12 @@ LAB = Lab(
                 + "(`num_batch_slots`), at least one token (a whole prompt without chunked "
                 + "prefill; one each if swapped), and blocks: ask `memory.can_admit`, which needs "
                 + "to know whether any group is running. A waiting prompt may do better a step "
-                + "later: `_finds_more_a_step_later`.",
-                "A waiting group is admitted, a swapped one is swapped in and then gets slots for "
-                + "its next tokens (`_append`). Both return pairs for the draft. Then `_move` it, "
-                + "add it to the draft, count its batch slots. The first that cannot join ends the "
-                + "loop, unless it does not even fit in the empty pool (`memory.fits`): then it "
-                + "ends, and the next has its turn.",
+                + "later: `should_wait` tells, if both the option and the sequence use the cache.",
+                "A waiting group is admitted (`_admit`), a swapped one is swapped in and then gets "
+                + "slots for its next tokens (`memory.append`). Both calls return pairs for the "
+                + "draft. Then `_move` it, give it tokens (`_take_tokens`), count its batch slots. "
+                + "The first that cannot join ends the loop, unless it does not even fit in the "
+                + "empty pool (`memory.fits`): then it ends, and the next has its turn.",
             ),
         ),
         Task(
