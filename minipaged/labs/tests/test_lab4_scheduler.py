@@ -346,7 +346,7 @@ def test_the_oldest_advances_in_every_step_and_all_requests_end(build, mode):
         while engine.scheduler.has_unfinished():
             first = engine.scheduler.running[:1]
             output = engine.step()
-            served = [part.group for part in output.sequences] + output.ended
+            served = [*(part.group for part in output.sequences), *output.ended]
             assert all(group in served for group in first), f"{first} is the oldest, and waits"
         engine.check_that_all_came_back()
         assert len(engine.finished) + len(engine.ended) == 8 - refused
