@@ -70,34 +70,36 @@ class LosesRequests(FCFSScheduler):
 
 class EndsRequests(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
+        output = super().schedule()
         if self.running:
-            self._end(self.running[-1], plan)
-        return plan
+            self.abort(group := self.running[-1])
+            output = replace(output, ended=(group,))
+        return output
 
 
 class GivesTokensItself(FCFSScheduler):
-    def commit(self, plan):
-        super().commit(plan)
-        for scheduled in plan.sequences:
+    def commit(self, output):
+        super().commit(output)
+        for scheduled in output.sequences:
             scheduled.seq.append(0)
 
 
 class ClaimsToHaveComputed(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
-        for number, scheduled in enumerate(plan.sequences):
+        output = super().schedule()
+        sequences = list(output.sequences)
+        for number, scheduled in enumerate(sequences):
             if scheduled.num_new_tokens > 20:
                 scheduled.seq.mark_computed(scheduled.num_new_tokens - 1)
-                plan.sequences[number] = scheduled._replace(num_new_tokens=1)
-        return plan
+                sequences[number] = scheduled._replace(num_new_tokens=1)
+        return replace(output, sequences=tuple(sequences))
 
 
 class SamplesTooEarly(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
-        plan.sequences[:] = [s._replace(num_new_tokens=1) for s in plan.sequences]
-        return plan
+        output = super().schedule()
+        one_each = tuple(s._replace(num_new_tokens=1) for s in output.sequences)
+        return replace(output, sequences=one_each)
 
 
 class ComputesTooMuch(FCFSScheduler):
@@ -110,16 +112,13 @@ class SwapsForNothing(FCFSScheduler):
         super().__init__(replace(config, preemption="swap"), *others)
 
     def schedule(self):
-        plan = super().schedule()
-        plan.swap_in.clear()
-        return plan
+        return replace(super().schedule(), swap_in=())
 
 
 class RunsTwice(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
-        plan.sequences += plan.sequences[:1]
-        return plan
+        output = super().schedule()
+        return replace(output, sequences=output.sequences + output.sequences[:1])
 
 
 class Stumbles(FCFSScheduler):
