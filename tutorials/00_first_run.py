@@ -11,8 +11,8 @@
 #
 # ## What must hold
 #
-# 1. At temperature 0 the answer depends on the prompt and on nothing else: not on who is served
-#    beside it, and not on how memory is cut into blocks.
+# 1. At temperature 0 the answer depends on the prompt and on nothing else: not on which other
+#    requests run in the same step, and not on how memory is cut into blocks.
 # 2. When the last request has ended, every block is free again.
 #
 # These two sentences are the contract of everything that follows. Each chapter changes a part of
@@ -57,21 +57,22 @@ print(len(answer_ids), "tokens out:", [tokenizer.decode([t]) for t in answer_ids
 # %% [markdown]
 # A language model does one thing: it reads tokens and says how likely each token is to come next.
 # So an answer takes one run of the model for each of its tokens. The first run reads the whole
-# prompt (*prefill*), each later one reads only the token that came last (*decode*). That the others
-# need not be read again is the subject of chapter 1, and where the memory of them is kept is the
+# prompt (*prefill*), each later one reads only the token that came last (*decode*). Chapter 1
+# explains why the others need not be read again. Where the model's memory of them is stored is the
 # subject of the whole library.
 #
-# `LLM.generate` hides these runs. One floor below, the engine shows them: each `step()` runs the
-# model once, for everybody who is being served.
+# `LLM.generate` hides these runs. One level below, the engine shows them: each `step()` runs the
+# model once, for all requests being served, and returns the progress of each. `progress.output()`
+# gives the request's output so far.
 
 # %%
 engine = llm.engine
 engine.add_request("alone", question, greedy)
 num_steps = 0
 while engine.has_unfinished_requests():
-    [so_far] = engine.step()
+    [progress] = engine.step()
     num_steps += 1
-    print(f"step {num_steps}: {so_far.outputs[0].text!r}")
+    print(f"step {num_steps}: {progress.output().outputs[0].text!r}")
 
 # %% [markdown]
 # Now six questions together, about six stories. Some stories are longer than others. While they
@@ -89,40 +90,40 @@ for number, text in enumerate(prompts):
 
 usages, answers = [], {}
 while engine.has_unfinished_requests():
-    for so_far in engine.step():
-        answers[so_far.request_id] = so_far.outputs[0].text.strip()
-    usages.append(engine.scheduler.memory.usage())
+    for progress in engine.step():
+        answers[progress.request_id] = progress.output().outputs[0].text.strip()
+    usages.append(engine.memory.usage())
 
 for number, asked in enumerate(questions):
     print(f"{asked.text:45} {answers[f'story {number}']}")
 print(f"\n{len(usages)} steps for {len(prompts)} requests")
 
 # %% [markdown]
-# Six requests took as many steps as the longest of their answers has tokens, not the sum of all.
-# And a step that serves six costs little more than a step that serves one, as chapter 6 will
-# measure: that is why a serving engine puts requests together. What limits how many it can put
-# together is memory. Here it is, step by step:
+# Serving six requests took only as many steps as the longest answer has tokens, not the sum of all
+# six. A step that serves six costs little more than a step that serves one, as chapter 6 will
+# measure: that is why a serving engine batches requests. Memory limits how many it can batch. Here
+# is its use, step by step:
 
-# %% Slots of the pool that hold a token, and slots in blocks that somebody owns, step by step
+# %% Slots of the pool that hold a token, and slots in allocated blocks, step by step
 import drawing
 
 steps = range(1, len(usages) + 1)
 used = [usage.used for usage in usages]
 held = [usage.used + usage.internal for usage in usages]
 figure, axes = drawing.picture()
-axes.step(steps, held, where="mid", label="slots in blocks that somebody owns")
+axes.step(steps, held, where="mid", label="slots in allocated blocks")
 axes.fill_between(steps, used, step="mid", alpha=0.4, label="slots with a token")
 axes.axhline(usages[0].total, color=drawing.GREY, linestyle=":", label="all slots of the pool")
 axes.set(xlabel="step", ylabel="slots", ylim=(0, None))
 axes.legend(loc="upper left", bbox_to_anchor=(0, 0.95))
 
 # %% [markdown]
-# The two lines lie close together. Whatever a request takes, it fills, but for the end of its last
-# block. That looks like the natural thing; before PagedAttention it was not. Engines then reserved
-# the longest output that there could be, for every request, in one piece.
+# The two lines are close together. A request fills every block it takes, except possibly the last.
+# That looks natural, but before PagedAttention it was not. Engines then reserved contiguous memory
+# for the longest possible output of every request.
 #
-# Here is the same run again, to be watched: press play, or step with the arrow keys. Each square is
-# a block of the pool, its letter says whose it is.
+# Watch the same run again: press play, or step with the arrow keys. Each square is a block of the
+# pool, and its letter names the request that owns it.
 
 # %%
 from minipaged import Event, EventLog, Parts
@@ -136,8 +137,8 @@ Replay(events, title="Six requests in one pool")
 # %% [markdown]
 # ## Check
 #
-# Rule 1: the answers are the same when each request is served alone, and when blocks are of another
-# size. Rule 2: all blocks are back.
+# Rule 1: the answers are the same when each request is served alone, and with another block size.
+# Rule 2: all blocks are free again.
 
 # %%
 alone = [llm.generate(text, greedy, use_tqdm=False)[0] for text in prompts]
@@ -147,7 +148,7 @@ in_small_blocks = small_blocks.generate(prompts, greedy, use_tqdm=False)
 for one, two, three in zip(together, alone, in_small_blocks, strict=True):
     assert one.outputs[0].token_ids == two.outputs[0].token_ids == three.outputs[0].token_ids
 for each in (llm, watched, small_blocks):
-    memory = each.engine.scheduler.memory
+    memory = each.engine.memory
     assert memory.num_free == memory.num_blocks
 print("same answers, and every block is free")
 
@@ -167,8 +168,8 @@ print("same answers, and every block is free")
 # <details markdown="1"><summary>Answer</summary>
 #
 # The step that reads a prompt also says which token comes first after it. So an answer of six
-# tokens takes six runs: one over the prompt, and one over each answer token but the last, which
-# nobody needs to read any more. (A long prompt may be cut into several steps; these are short.)
+# tokens takes six runs: one over the prompt, and one over each answer token except the last, which
+# need not be read. (A long prompt may be cut into several steps; these are short.)
 #
 # </details>
 #
@@ -187,8 +188,8 @@ print("same answers, and every block is free")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Some of these prompts alone need more than two blocks. The engine refuses such a request with a
-# sentence that says how many it needs, and goes on with the others. Try it.
+# Some of these prompts alone need more than two blocks. The engine rejects such a request with a
+# sentence that says how many it needs, and continues with the others. Try it.
 #
 # </details>
 #
@@ -200,7 +201,7 @@ needed = fullest.used + fullest.internal
 reserved = len(prompts) * llm.engine.config.max_model_len
 print(f"slots that six requests held at most  {needed:6,}")
 print(f"of them with a token                  {fullest.used:6,}  ({fullest.used / needed:.0%})")
-print(f"had each reserved the longest output  {reserved:6,}  ({reserved / needed:.0f} times more)")
+print(f"had each reserved the longest output  {reserved:6,}  ({reserved / needed:.0f}x)")
 
 # %% [markdown]
 # Next: [what the model remembers of a token, and why](01_attention_and_the_kv_cache.md).

@@ -14,7 +14,7 @@
 #
 # ## What must hold
 #
-# 1. A token attends to itself and to those before it, never to those behind it.
+# 1. A token attends to itself and to earlier tokens, never to later ones.
 # 2. So its keys and values depend on nothing that comes later. Once computed, they stay right.
 # 3. Generating with a cache gives the tokens of generating without one, every one of them.
 #
@@ -22,8 +22,8 @@
 #
 # - A prompt has 344 tokens, and 32 are generated. How many tokens run through the model if
 #   everything is read again for each of them? How many with a cache?
-# - *storyteller* has 4 layers with 2 key heads of 64 numbers, at 4 bytes a number. How much memory
-#   does one token take? The whole model takes 8.7 MB: how many tokens are as large as the model?
+# - *storyteller* has 4 layers with 2 KV heads of 64 elements of 4 bytes each. How much memory does
+#   one token take? The whole model takes 8.7 MB: how many tokens are as large as the model?
 # - A GPU has 40 GB, and a model of 13 billion parameters takes 26 of them. How many requests of
 #   2,048 tokens fit into the rest?
 #
@@ -54,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scores = q @ k.T / math.sqrt(k.shape[1])  # [queries, keys]
     behind = positions > of_queries[:, None]
     scores = scores.masked_fill(behind, -torch.inf)
-    weights = scores.softmax(dim=1)  # exp(-inf) is 0: who is behind has no weight
+    weights = scores.softmax(dim=1)  # exp(-inf) is 0: later tokens have no weight
     return weights @ v, weights
 
 
@@ -67,8 +67,8 @@ print("from", tuple(q.shape), "to", tuple(out.shape), "with weights", tuple(weig
 # The line with `behind` is the *causal mask*. Every row below is a query, every column a key; what
 # the mask hides is empty.
 #
-# And why the division by $\sqrt{d}$? A product of two vectors is a sum of $d$ terms. If the numbers
-# in them have variance 1, the sum has variance $d$, so scores grow with the length of the vectors.
+# And why the division by $\sqrt{d}$? A product of two vectors is a sum of $d$ terms. If their
+# elements have variance 1, the sum has variance $d$, so scores grow with the length of the vectors.
 # Softmax of large scores gives nearly all weight to one key, and a model cannot learn from that.
 # Division by $\sqrt{d}$ takes the growth away:
 
@@ -85,9 +85,9 @@ for axis, matrix, title in zip(axes, (weights, sharp), ("divided", "not divided"
 
 # %% [markdown]
 # A model has several heads, each with queries, keys and values of its own, and puts their results
-# side by side. With *grouped-query attention* some query heads share a key head and its values,
-# which makes what must be kept smaller; storyteller has 4 query heads and 2 key heads. Query head
-# `h` then reads key head `h // group`, with `group = heads // kv_heads`, and that is the whole
+# side by side. With *grouped-query attention* several query heads share one head of keys and
+# values, a *KV head*, so less must be kept. storyteller has 4 query heads and 2 KV heads. Query
+# head `h` then reads KV head `h // group`, with `group = heads // kv_heads`, and that is the whole
 # difference.
 #
 # ### Token by token, twice
@@ -160,9 +160,9 @@ axes.legend()
 # which grows with the *square* of $n$. With a cache it takes $3d^2 + 2nd$. (The comparison of the
 # result with 300 vectors is not counted. It costs the same both ways.)
 #
-# Could the expensive way not compute the last row only? In a model of one layer, yes. But where
-# layers lie on each other, the keys of the second layer are made of the results of the first, for
-# every token. So all rows are needed, if nobody has kept them.
+# Could the expensive way not compute the last row only? In a model of one layer, yes. But in a
+# model of several layers, the keys of the second layer are computed from the results of the first,
+# for every token. So all rows are needed, unless they were kept.
 #
 # ### The same in a real model
 #
@@ -205,12 +205,12 @@ print(f"tokens that the model reads, without a cache: {read:,}; with one: {promp
 print(f"measured: {seconds_without / seconds_with:.0f} times as long without a cache")
 
 # %% [markdown]
-# The same tokens, for a small part of the work. From here on, nobody in this library reads a token
-# twice if its keys and values are still there.
+# The same tokens, for a small part of the work. From here on, the library never recomputes a token
+# whose keys and values are still cached.
 #
 # ### Your attention in the engine
 #
-# Now your eight lines take the place of the engine's attention, for a whole model. The keys lie in
+# Now your eight lines replace the engine's attention, for a whole model. The keys are stored in
 # blocks, and `gather` fetches those of a sequence in order; how it does that is chapter 4. The rest
 # is a loop over the sequences that are served in a step (`spans`) and over their heads. On the way
 # we note the weights, for we want to see what the model looks at.
@@ -287,9 +287,9 @@ axis.axvspan(fact.start - 0.5, fact.stop - 0.5, fill=False, edgecolor=drawing.CO
 
 # %% [markdown]
 # The answer looks back, and it looks into the right sentence, over two others that have the same
-# form. But `A:`, the token that has to say *Dora*, does not look at *Dora*: nearly all its weight
-# lies on `coin`. Look one layer lower, at the time when the prompt was read. At what did `coin`
-# look?
+# form. But `A:`, the token that has to say *Dora*, does not attend to *Dora*: nearly all its weight
+# is on `coin`. Look one layer lower, at the time when the prompt was read. What did `coin` attend
+# to?
 
 # %%
 thing = fact.start + 6  # Dora the wren put the black coin
@@ -300,15 +300,15 @@ for below, weights in enumerate(watched.seen[0][:, thing]):  # layer 0, while it
 # %% [markdown]
 # Head 1 of layer 0 fetched *Dora*, so what `coin` hands on to layer 1 is no longer that of a word
 # alone: it carries the name of the owner. This is why a cache must keep keys and values of *every
-# layer*, and why nobody can work them out again from one token alone.
+# layer*, and why they cannot be recomputed from a single token.
 #
 # ### What a token costs
 #
-# A key and a value, for each layer and each key head:
+# A key and a value, for each layer and each KV head:
 #
 # @@ minipaged.config.ModelConfig.kv_bytes_per_token
 #
-# For storyteller with its 4 bytes a number, and for models that people serve, with 2:
+# For storyteller with its 4 bytes per element, and for models that people serve, with 2:
 
 # %% Gigabytes of keys and values for one request of 2,048 tokens; requests beside the weights
 from minipaged.evaluation.sim.catalogue import GPUS, MODELS
@@ -341,19 +341,19 @@ right.set(title="on an A100 with 40 GB", ylabel="requests at a time")
 
 # %% [markdown]
 # OPT-13B is the paper's example: 800 KB a token (section 3), so that seven requests of the longest
-# kind fill what its weights leave. Llama 3 has 8 key heads for 32 query heads, and so a quarter of
+# kind fill what its weights leave. Llama 3 has 8 KV heads for 32 query heads, and so a quarter of
 # the bytes of Llama 2.
 #
 # Why does it matter how many fit? Because the cache has changed what limits a step. To generate one
 # token of one sequence, a model reads each of its weights once and does two operations with it, a
-# multiplication and an addition: at 2 bytes a weight, one operation for each byte. An A100 can do
-# 312 million million operations a second, but read only 1.6 million million bytes: 200 operations
-# in the time of one byte. So it waits for memory nearly all the time. (Operations for each byte are
-# called *arithmetic intensity*.) If 50 sequences make a step together, the weights are read once
-# for all of them, and the step takes hardly longer. That is why serving engines put requests
-# together, which is [chapter 6](06_continuous_batching.md). Only the keys and values are each
-# sequence's own. They have to be there for all of them at once, and so memory decides how many run
-# together.
+# multiplication and an addition: at 2 bytes a weight, one operation for each byte. An A100 computes
+# 312 TFLOP/s (3.12e14 operations per second), but reads only 1.6 TB/s (1.6e12 bytes): 200
+# operations in the time of one byte. So it waits for memory nearly all the time. (Operations for
+# each byte are called *arithmetic intensity*.) If 50 sequences make a step together, the weights
+# are read once for all of them, and the step takes hardly longer. That is why serving engines put
+# requests together, which is [chapter 6](06_continuous_batching.md). Only the keys and values are
+# each sequence's own. They have to be there for all of them at once, and so memory decides how many
+# run together.
 #
 # ## Check
 #
@@ -378,7 +378,7 @@ print(f"{len(prompts)} answers, the same with your attention")
 # Now two mistakes in the mask. In your own lines each would be a change of a few characters. The
 # first takes the queries for the first tokens instead of the last: that makes no difference while a
 # prompt is read, and all of it once there is a cache. The second is off by one, so that each token
-# sees the one behind it.
+# sees the next one.
 
 
 # %%
@@ -405,9 +405,9 @@ for name, head_with_mistake in mistakes.items():
     assert wrong, "the mistake was not noticed"
 
 # %% [markdown]
-# The first mistake nobody can miss. The second hardly shows: a model that answers well is no proof
-# that its attention is right. So rule 1 gets a check of its own, which needs no model: change the
-# last token, and nothing may change before it.
+# The first mistake is impossible to miss. The second hardly shows: a model that answers well does
+# not prove that its attention is right. So rule 1 gets a check of its own, which needs no model:
+# change the last token, and nothing may change before it.
 
 
 # %%
@@ -453,12 +453,12 @@ else:
 # <details markdown="1"><summary>Answer</summary>
 #
 # No: $2nd$ multiplications a head and layer, and all $n$ keys and values must be read. So a token
-# behind a long text costs more than one behind a short text, with a cache too. The work for a whole
+# after a long text costs more than one after a short text, even with a cache. The work for a whole
 # text still grows with the square of its length; without a cache it would grow with the cube.
 #
 # </details>
 #
-# **Would the cache still be right if tokens could see those behind them?**
+# **Would the cache still be right if tokens could see later ones?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #

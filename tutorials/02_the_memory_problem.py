@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 2. The memory problem: reservation and fragmentation
 #
-# If each request gets its memory in one piece beforehand, most of the memory holds nothing.
+# If every request reserves contiguous memory up front, most of that memory stays empty.
 #
 # ## What you will know at the end
 #
@@ -15,7 +15,7 @@
 # 1. Pieces that are given out never overlap.
 # 2. Every slot is of exactly one kind: it holds a token, is kept for one that will come, is kept
 #    for nothing, or is free. The kinds add up to the pool.
-# 3. Who manages the memory changes how many requests run at a time, and never what they say.
+# 3. The memory manager changes how many requests run at a time, never their tokens.
 #
 # ## Predict before you run
 #
@@ -23,14 +23,14 @@
 #   many of them will never hold a token?
 # - Requests are as long as those of ChatGPT's users: 161 tokens in and 338 out on average. Each
 #   reserves 2,048 slots. What part of the memory holds a token at a given moment?
-# - And if each reserved exactly what it needs in the end, which nobody can know?
+# - And if each reserved exactly what it needs in the end, which no server can know?
 #
 # ## The step: an allocator for pieces
 #
-# Chapter 1 kept the keys of a sequence in one tensor, and a tensor lies in one piece: its rows
-# stand side by side in memory. So for a sequence that grows, the room has to be kept free behind
-# it. How much? The model decides when it stops, and nobody knows before. The safe answer is the
-# longest output allowed.
+# Chapter 1 kept the keys of a sequence in one tensor, and a tensor is contiguous: its rows are
+# adjacent in memory. So a growing sequence needs free memory after its last row. How much? The
+# model decides when it stops, which is unknown beforehand. The safe answer is the longest output
+# allowed.
 #
 # Here is memory as one strip of slots, and an allocator that gives out pieces of it. It takes the
 # first gap that is large enough (*first-fit*), and joins gaps that touch when a piece comes back.
@@ -71,8 +71,8 @@ class FirstFit:
 # %% [markdown]
 # First the two requests of the paper's Figure 3, in the middle of their work. A has a prompt of 7
 # tokens, has generated 1 and will generate 2 more; 2,048 slots are reserved for it. B has a prompt
-# of 3, has generated 1, will generate 1 more, and got 512. Between them stood a request that has
-# ended, and another one waits that wants 1,024 slots:
+# of 3, has generated 1, will generate 1 more, and got 512. The request between them has ended, and
+# a waiting one needs 1,024 slots:
 
 # %% Figure 3 of the paper: what the slots of two requests are used for
 import drawing
@@ -108,25 +108,26 @@ axis.set(xlim=(0, 3072))
 # The tokens are the thin line at the left end of A and B. All the rest is waste, of the three kinds
 # that the paper names:
 #
-# - *Reserved* slots will hold a token later. They are needed, but not now: until then somebody else
-#   could use them.
-# - *Internal fragmentation* is what lies inside a reservation and will never be used. It is known
-#   only when the request has ended.
-# - *External fragmentation* lies between reservations: gaps that are too small for whoever waits.
+# - *Reserved* slots will hold a token later. They are needed, but not now: until then another
+#   request could use them.
+# - *Internal fragmentation* is the part of a reservation that will never be used. It is known only
+#   when the request has ended.
+# - *External fragmentation* is between reservations: gaps that are too small for any waiting
+#   request.
 #
 # ### A server that reserves
 #
 # Now a server of the usual size: OPT-13B on a GPU with 40 GB has room for 15,728 tokens beside its
-# weights (Table 1). More requests wait than fit. In each step everybody who runs generates a token.
-# A request that has generated its last token gives its piece back, and whoever waits longest gets
-# one as soon as a gap is large enough. The lengths are drawn like those of ChatGPT's users (the
-# paper's ShareGPT trace, section 6.1; of its lengths only the means are published, so the spread is
-# a guess that was fitted to Figure 2).
+# weights (Table 1). More requests wait than fit. In each step every running request generates a
+# token. A request that has generated its last token frees its piece, and the longest-waiting
+# request gets one as soon as a gap is large enough. The lengths are drawn like those of ChatGPT's
+# users (the paper's ShareGPT trace, section 6.1; of its lengths only the means are published, so
+# the spread is a guess that was fitted to Figure 2).
 #
 # How much a request reserves is the one thing that we vary. Orca, the system that the paper
 # compares with, is taken in three versions, which differ in what they know: *Max* knows nothing and
-# reserves the longest sequence, *Pow2* guesses the output and is never more than twice too high,
-# and *Oracle* knows, which no real system does.
+# reserves the longest sequence, *Pow2* over-reserves the output by at most 2x, and *Oracle* knows
+# its exact length, which no real system does.
 
 # %%
 from minipaged.evaluation.sim.traces import WORKLOADS
@@ -203,10 +204,10 @@ axes[-1].legend(loc="upper center", bbox_to_anchor=(0.45, -0.05), ncols=2, fonts
 
 # %% [markdown]
 # Under *Max* all pieces are equally long, so no gap is left between them, and the last piece of the
-# strip is too short for anybody. Most of each piece is green: nothing will come. *Oracle* has no
-# internal fragmentation at all, yet half of its memory holds nothing: a request that will generate
-# 400 tokens keeps 400 slots from its first step to its last. And between its pieces of different
-# length, gaps remain. Averages over the last 2,000 steps, in percent of the pool:
+# strip is too short for any request. Most of each piece is green: nothing will come. *Oracle* has
+# no internal fragmentation at all, yet half of its memory holds nothing: a request that will
+# generate 400 tokens keeps 400 slots from its first step to its last. And between its pieces of
+# different length, gaps remain. Averages over the last 2,000 steps, in percent of the pool:
 
 # %%
 print("        " + "".join(f"{kind:>10}" for kind in KINDS) + "   requests at a time")
@@ -223,16 +224,15 @@ gaps = [len(part) for use, part in unlucky[0].parts if use == "external"]
 print(f"for example: wanted {unlucky[0].wanted}, free {sum(gaps)}, in gaps of {gaps}")
 
 # %% [markdown]
-# That last line is external fragmentation in one sentence: enough memory is free, and nobody can
-# use it. One could move the pieces together, as a garbage collector does; but a piece can be a
-# gigabyte and more, and everybody would wait meanwhile (section 3.1).
+# That last line is external fragmentation in one sentence: enough memory is free, and no request
+# can use it. One could compact the pieces, as a garbage collector does; but a piece can be a
+# gigabyte or more, and all requests would wait meanwhile (section 3.1).
 #
-# ### The rivals, inside the engine
+# ### The baselines, inside the engine
 #
-# The library has these systems, too. Where your allocator takes pieces of any size, theirs is a
-# *buddy allocator*, as in the paper: sizes are powers of two, and a piece is split in halves until
-# it is just large enough. That is quicker and joins gaps more easily, but what is rounded up is
-# lost:
+# The library includes these systems. Your allocator takes pieces of any size; theirs is a *buddy
+# allocator*, as in the paper: sizes are powers of two, and a piece is split in halves until it is
+# just large enough. That is quicker and joins gaps more easily, but what is rounded up is lost:
 #
 # @@ minipaged.memory.baselines.buddy.BuddyAllocator.allocate
 #
@@ -254,10 +254,10 @@ for kind in ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged"):
         llm.engine.add_request(str(number), text, greedy)
     usages, at_a_time, answers[kind] = [], [], {}
     while llm.engine.has_unfinished_requests():
-        for output in llm.engine.step():
-            answers[kind][output.request_id] = list(output.outputs[0].token_ids)
+        for progress in llm.engine.step():
+            answers[kind][progress.request_id] = progress.output().outputs[0].token_ids
         at_a_time.append(len(llm.engine.scheduler.running))
-        usages.append(llm.engine.scheduler.memory.usage())
+        usages.append(llm.engine.memory.usage())
     assert all(usage.total == 1024 for usage in usages)
     print(f"{kind}: {len(usages)} steps, up to {max(at_a_time)} requests at a time")
     print("   ", max(usages, key=lambda usage: usage.used))
@@ -271,7 +271,7 @@ for kind in ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged"):
 #
 # What would a whole server do? The library can play that without a GPU: the real scheduler and the
 # real memories, with a formula in the place of the model's time. It takes a few seconds for 160
-# seconds of serving, with more requests than any of the systems can bear. (The paper measured an
+# seconds of serving, with more requests than any of the systems can sustain. (The paper measured an
 # hour, and `minipaged paper fig2` simulates 15 minutes.)
 
 # %% What each system's memory is used for, simulated; diamonds: the paper's slots with a token
@@ -300,7 +300,7 @@ axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 # With the buddy allocator the pink part is larger than with your first-fit, which wastes less on
 # rounding and needs more time to search. But no allocator that gives out pieces removes the orange
 # part, and none that does not know the future removes the green one. (Free slots count as external
-# fragmentation here, as in the paper, since somebody always waits.)
+# fragmentation here, as in the paper, since a request is always waiting.)
 #
 # ### What it costs: Figure 1
 #
@@ -339,11 +339,12 @@ right.legend(fontsize=8)
 #
 # Cut the memory into blocks of 16 slots, and give a sequence a block when its last one is full.
 # Nothing is reserved for later but the rest of that block, so a sequence wastes at most a block
-# less one slot. All blocks are equally long, so no gap is too small. What it takes is a table that
-# says where the blocks are, and an attention that reads through it: chapters 3 and 4.
+# less one slot. All blocks are equally long, so no gap is too small. This requires a table that
+# maps logical blocks to physical blocks, and an attention kernel that reads through that table:
+# chapters 3 and 4.
 #
 # There is another answer: keep each sequence in one piece of *virtual* memory, and let the system
-# put physical pages behind it when they are needed. That is vAttention
+# map physical pages to it when they are needed. That is vAttention
 # ([arXiv 2405.04437](https://arxiv.org/abs/2405.04437)), and on Linux `LLM(memory="virtual")` does
 # it.
 #
@@ -421,8 +422,8 @@ for mistake in (NeverJoins, ForgetsToCut):
 # <details markdown="1"><summary>Answer</summary>
 #
 # It knows how much a request needs in the end, and must keep all of it from the start: the piece
-# cannot grow, since somebody else's begins behind it. On average a request is half way through its
-# output.
+# cannot grow, since the next one begins right after it. On average a request is half way through
+# its output.
 #
 # </details>
 #

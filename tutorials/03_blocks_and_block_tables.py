@@ -1,22 +1,22 @@
 # %% [markdown]
 # # 3. Blocks, block tables and the allocator
 #
-# Memory is cut into blocks of equal size, and a table says which of them a sequence has.
+# Memory is cut into blocks of equal size, and a table lists the blocks of each sequence.
 #
 # ## What you will know at the end
 #
-# - How a *block table* lets a sequence lie in pieces and still be one sequence (section 4.2 of the
-#   paper).
+# - How a *block table* lets a sequence be stored in pieces and still be one sequence (section 4.2
+#   of the paper).
 # - What an allocator must do, and why it may give out blocks in any order it likes.
 # - What the size of a block costs when it is too large, and when it is too small.
 #
 # ## What must hold
 #
-# 1. Every block is free or has owners. Its *reference count* says how many, and only when the last
-#    one lets go is it free again.
+# 1. Every block is free or has owners. Its *reference count* is their number, and the block is free
+#    again only when the last owner frees it.
 # 2. A sequence of $n$ tokens has $\lceil n / B \rceil$ blocks of $B$ slots. All but the last are
 #    full.
-# 3. A token lies where the table says, and stays there as long as the sequence runs.
+# 3. A token is stored where the table says, and stays there as long as the sequence runs.
 #
 # ## Predict before you run
 #
@@ -26,14 +26,14 @@
 # - A grows to 10 tokens.
 # - B ends. C comes with 9 tokens.
 #
-# How many blocks does each have at the end? How many slots are empty, but nobody else can use them?
-# Does it matter that C's blocks do not lie side by side?
+# How many blocks does each have at the end? How many slots are empty but unusable for other
+# sequences? Does it matter that C's blocks are not adjacent?
 #
 # ## The step: an allocator of your own
 #
-# A physical block is nothing but a number. The allocator knows which numbers are free, and counts
-# the owners of the others. Four methods and two numbers, and it never looks at a tensor. Write one
-# that always hands out the lowest free number, which the library's does not:
+# A physical block is just a number. The allocator tracks which numbers are free, and counts the
+# owners of the others. It has four methods and two attributes, and never looks at a tensor. Write
+# one that always allocates the lowest free number, which the library's does not:
 
 # %%
 import heapq
@@ -46,7 +46,7 @@ class LowestFirst:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.free_blocks = list(range(num_blocks))  # a heap: the smallest stands first
+        self.free_blocks = list(range(num_blocks))  # a heap: the smallest comes first
         self.owners = [0] * num_blocks
 
     @property
@@ -77,10 +77,10 @@ class LowestFirst:
 
 
 # %% [markdown]
-# Above the allocator stands the *block manager*. It keeps one block table for each sequence:
-# logical block 0, 1, 2, ... of the sequence lies in physical block `blocks[0]`, `blocks[1]`,
-# `blocks[2]`, ... We give it your allocator and play the story from above. (A sequence is a list of
-# tokens; here the tokens are words, and nobody computes anything.)
+# The *block manager* uses the allocator. It keeps one block table for each sequence: logical block
+# 0, 1, 2, ... of the sequence is physical block `blocks[0]`, `blocks[1]`, `blocks[2]`, ... We give
+# it your allocator and run the example from above. (A sequence is a list of tokens; here the tokens
+# are words, and nothing is computed.)
 
 # %%
 from minipaged.memory import BlockManager
@@ -138,14 +138,13 @@ for axis, (contents, owners), title in zip(axes, (first, second, third), titles,
     axis.set_title(title)
 
 # %% [markdown]
-# A's third block is number 4, since 2 and 3 were B's by then. C took 2 and 3, which B had left, and
-# 5. Nothing had to be moved, and no gap was too small: **any free block serves any sequence**. That
-#    is the whole point. Where memory is given out in pieces of different lengths, gaps remain that
-#    fit nobody, and chapter 2 measured how much is lost to them.
+# A's third block is number 4, because B owned 2 and 3 at that time. C took 2 and 3, which B had
+# freed, and 5 as its third. Nothing had to be moved, and no gap was too small: **any free block
+# serves any sequence**. That is the whole point. With pieces of different lengths, gaps remain that
+# fit no request, and chapter 2 measured how much is lost to them.
 #
-# Whoever wants to read position $p$ of a sequence asks its table: logical block
-# $\lfloor p / B \rfloor$, offset $p \bmod B$. The physical block times $B$ plus the offset is the
-# *slot*.
+# To read position $p$, look it up in the sequence's block table: logical block $\lfloor p / B
+# \rfloor$, offset $p \bmod B$. The physical block times $B$ plus the offset is the *slot*.
 
 # %%
 table = memory.tables[sequences["C"].seq_id]
@@ -157,22 +156,21 @@ for position in (0, 3, 4, 8):
 #
 # @@ minipaged.memory.block_table.BlockTable.slot
 #
-# and this is how a sequence gets new blocks, one when the last is full and not before. (What
-# happens with a block that has other owners is the subject of chapter 7.)
+# and this is how a sequence gets new blocks: one when the last is full, and not before. (Chapter 7
+# explains what happens with a block that has other owners.)
 #
 # @@ minipaged.memory.block_manager.BlockManager.append
 #
-# The library's own allocator keeps its free blocks on a stack instead. It hands out what was freed
-# last, which is likely to be in the processor's cache still, and takes the same time however large
-# the pool is:
+# The library's own allocator keeps its free blocks on a stack instead. It allocates the block that
+# was freed last, which is likely to be in the processor's cache still, and takes the same time
+# however large the pool is:
 #
 # @@ minipaged.memory.allocator.BlockAllocator.allocate
 #
 # ### The model runs on it
 #
 # Roles are wired in one place, `Parts`. Your class takes the role `allocator`, and nothing else
-# changes. `checked()` puts a second opinion round every part, which counts all owners again after
-# each call.
+# changes. `checked()` wraps every part in a checker that recounts the owners after each call.
 
 # %%
 from minipaged import LLM, Event, EventLog, Parts, SamplingParams
@@ -191,8 +189,8 @@ for story, output in zip(stories, served, strict=True):
     print(f"{story.questions[0].text:42}{output.outputs[0].text}")
 
 # %% [markdown]
-# The pool with your allocator at work. Point at a block to see whose it is, and find it in the
-# block table beside it.
+# The pool with your allocator at work. Point at a block to see its owner, and find it in the block
+# table next to it.
 
 # %%
 Replay(events, title="Your allocator serves a model")
@@ -230,9 +228,9 @@ right.set(xlabel="block size", ylabel="table entries a sequence")
 # %% [markdown]
 # ## Check
 #
-# Your allocator gives the answers of the library's, every block is back, and an allocator with a
-# mistake in it is caught by name. The classic mistake is to forget that a block can have several
-# owners:
+# Your allocator gives the same answers as the library's, every block is free again, and the checker
+# names the mistake of a wrong allocator. The classic mistake is to forget that a block can have
+# several owners:
 
 # %%
 from minipaged.errors import CheckFailed
@@ -261,13 +259,13 @@ else:
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # A has 3 blocks for its 10 tokens, C has 3 for its 9. Of their 24 slots 5 are empty, all at the
-# ends of last blocks. That C's blocks are 2, 3 and 5 matters to nobody: its table knows.
+# ends of last blocks. It does not matter that C's blocks are 2, 3 and 5: the table records it.
 #
 # </details>
 #
 # ## Questions
 #
-# **Does the order in which blocks are handed out change what the model says?**
+# **Does the order in which blocks are allocated change the model's output?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
@@ -293,8 +291,8 @@ else:
 # <details markdown="1"><summary>Answer</summary>
 #
 # Because soon it has several: samples of one prompt share its blocks (chapter 7), and so do
-# requests that begin alike (chapter 8). With counts, "let go of my blocks" is right in every case,
-# and nobody needs to know who else is there.
+# requests that share a prefix (chapter 8). With counts, "free my blocks" is right in every case,
+# and no sequence needs to know the other owners.
 #
 # </details>
 #
@@ -303,8 +301,8 @@ else:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# If the upper part of the pool should be kept empty, say to give it back to somebody else. A stack
-# scatters what is in use over time.
+# If the upper part of the pool should stay empty, say to return it to another program. A stack
+# scatters the blocks in use over time.
 #
 # </details>
 #

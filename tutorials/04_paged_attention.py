@@ -2,11 +2,11 @@
 # # 4. Paged attention
 #
 # A query reads its keys and values through the block table: first gathered into one piece, then
-# block by block where they lie.
+# block by block in place.
 #
 # ## What you will know at the end
 #
-# - How attention finds the keys of a sequence that lies in pieces (section 4.1 of the paper).
+# - How attention finds the keys of a sequence that is stored in pieces (section 4.1 of the paper).
 # - How softmax over many blocks is computed in one pass, though it seems to need two (Equation 4).
 # - Why one function serves whole prompts, pieces of prompts and single tokens.
 #
@@ -33,7 +33,7 @@
 # Here is the pool of chapter 3 as it stood at the end: A in blocks 0, 1 and 4, C in blocks 2, 3 and
 # 5. Attention for C needs C's keys, in order. The table says where they are.
 
-# %% Left the pool, right what C's block table makes of it
+# %% Left: the pool. Right: C's logical blocks, by its block table
 import drawing
 import torch
 from matplotlib.patches import ConnectionPatch
@@ -64,9 +64,8 @@ for logical, physical in enumerate(tables["C"]):
     figure.add_artist(arrow)
 
 # %% [markdown]
-# To *gather* is to follow these arrows and to copy what is found, side by side. Position $p$ lies
-# in block `table[p // 4]` at offset `p % 4`. With tensors that is two lines for all positions at
-# once:
+# To *gather* is to follow these arrows and to copy what is found, side by side. Position $p$ is in
+# block `table[p // 4]` at offset `p % 4`. With tensors that is two lines for all positions at once:
 
 # %%
 positions = torch.arange(9)
@@ -80,23 +79,23 @@ print([contents[int(block)][offset] for block, offset in zip(blocks, offsets, st
 # layer are a tensor `[num_blocks, kv_heads, block_size, head_dim]`, the values another. (Chapter 5
 # shows where the layers are.)
 #
-# A step computes tokens of several sequences. Their queries lie in one tensor, sequence behind
-# sequence, and `batch` says whose is what. For each sequence it has a row of the block tables and a
-# *span*, three plain numbers: `start`, the row of its first query; `query_len`, how many queries it
-# has; and `context_len`, how many of its tokens are in the pool already. The keys of the new tokens
-# were written to the pool just before, so there are `seq_len = context_len + query_len` of them.
+# A step computes tokens of several sequences. Their queries are in one tensor, sequence after
+# sequence, and `batch` says which rows belong to which sequence. For each sequence it has a row of
+# the block tables and a *span*, three plain numbers: `start`, the row of its first query;
+# `query_len`, how many queries it has; and `context_len`, how many of its tokens are in the pool
+# already. The keys of the new tokens were written to the pool just before, so there are
+# `seq_len = context_len + query_len` of them.
 #
-# There may be more heads of queries than heads of keys: *grouped-query attention*. The embedded
-# model has four and two. Query heads 0 and 1 read key head 0, query heads 2 and 3 read key head 1,
-# and keys and values take half the memory. Below, `unflatten` splits the query heads into
-# `[kv_heads, group]`, and `einsum` names the dimensions: `q`ueries, `h` for a key head, `g` for a
-# place in its group, `k`eys, `d` for the numbers of a vector.
+# There may be more query heads than KV heads: *grouped-query attention*. The embedded model has
+# four and two. Query heads 0 and 1 read KV head 0, query heads 2 and 3 read KV head 1, and keys and
+# values take half the memory. Below, `unflatten` splits the query heads into `[kv_heads, group]`,
+# and `einsum` names the dimensions: `q`ueries, `h` for a KV head, `g` for a place in its group,
+# `k`eys, `d` for the elements of a vector.
 
 # %%
 from torch import Tensor
 
 from minipaged.attention.batch import Batch
-from minipaged.scheduler.output import SequenceInput
 
 
 def by_gathering(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -148,8 +147,8 @@ print(sum(len(tokens) for tokens in expected), "tokens for 6 requests, the same 
 #
 # ### One function for three kinds of work
 #
-# Query $i$ of a span stands at position `context_len + i`, and sees the keys up to its own
-# position. That one rule gives three pictures:
+# Query $i$ of a span is at position `context_len + i`, and sees the keys up to its own position.
+# That one rule gives three pictures:
 
 # %% Which keys each query sees (blue); the orange line is the border between two blocks of 4
 from matplotlib.colors import ListedColormap
@@ -177,8 +176,8 @@ axes[0].set_ylabel("query")
 # ### One block at a time
 #
 # Gathering reads every key, writes it to another place, and reads it there again. The paper's
-# attention leaves it where it lies. With $K_j$ and $V_j$ the keys and values of block $j$ and $q_i$
-# one query, Equation 4 is
+# attention reads it in place. With $K_j$ and $V_j$ the keys and values of block $j$ and $q_i$ one
+# query, Equation 4 is
 #
 # $$
 # A_{ij} = \frac{\exp(q_i^\top K_j / \sqrt{d})}
@@ -187,9 +186,9 @@ axes[0].set_ylabel("query")
 # $$
 #
 # ($\mathbf{1}$ is a vector of ones, which adds a row up.) In words: weights out of the scores of
-# all blocks, then a sum of values by these weights. The denominator runs over all blocks. That is
-# no hindrance: sum numerator and denominator side by side, and divide at the end. The hindrance is
-# the exponential. $\exp(89)$ is too large for a 32-bit number, so a softmax first subtracts the
+# all blocks, then a sum of values by these weights. The denominator runs over all blocks. The
+# denominator is not the problem: sum numerator and denominator separately, and divide at the end.
+# The exponential is. $\exp(89)$ is too large for a 32-bit number, so a softmax first subtracts the
 # largest score. That changes no ratio, but which score is the largest is known only when all blocks
 # were read. So they must be read twice, it seems.
 #
@@ -222,15 +221,15 @@ all_scores, all_values = (
 print(f"all ten at once: {float(all_scores.softmax(0) @ all_values):36.3f}")
 
 # %% [markdown]
-# The second block brings the 5. What the first had summed shrinks to a twentieth, which is what it
-# is worth beside a 5. The third brings nothing larger, so its correction is 1.
+# The second block brings the 5. The sum of the first shrinks to a twentieth, its weight relative to
+# a 5. The third brings nothing larger, so its correction is 1.
 #
 # ### Block by block, yours
 #
-# Now for tensors. Here each block is worked out alone, and `merge` puts two results together: the
-# correction, on both sides. So the order does not matter, and blocks could be worked out at the
-# same time, which chapter 11 makes use of. (`reduce` merges the first two, the result with the
-# third, and so on.)
+# Now for tensors. Here each block is computed alone, and `merge` combines two results: the
+# correction, on both sides. So the order does not matter, and blocks could be computed in parallel,
+# which chapter 11 makes use of. (`reduce` merges the first two, the result with the third, and so
+# on.)
 
 # %%
 from collections.abc import Iterator
@@ -242,7 +241,7 @@ Partial = tuple[Tensor, Tensor, Tensor]  # maximum, total, output: [queries, kv_
 
 
 class BlockByBlock:
-    """Attention that reads each block where it lies, as Equation 4 has it."""
+    """Attention that reads each block in place, as in Equation 4."""
 
     def __call__(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
@@ -323,27 +322,26 @@ tray = watched.get_tokenizer().decode(answer.prompt_token_ids[4 * 19 : 4 * 20])
 print(f"{len(states)} blocks; block 19 holds {tray!r}")
 
 # %% [markdown]
-# What the first nineteen blocks tell this head is worth next to nothing. Then comes block 19, which
-# has the tray. The maximum leaps up, the correction wipes out what there was, and the output is
-# final but for a rest too small to see.
+# The first nineteen blocks contribute almost nothing to this head. Then comes block 19, which has
+# the tray. The maximum leaps up, the correction wipes out the sums so far, and after it the output
+# barely changes.
 #
-# The library's form goes on from block to block instead of merging, and can be read beside the
-# paper:
+# The library's version goes from block to block instead of merging, in the paper's notation:
 #
 # @@ minipaged.attention.blockwise._attend_to_blocks
 #
-# A Python loop over blocks is not fast. On a CPU the library therefore works out once a step, for
-# all layers, which rows of the pool belong to whom. Then it gathers the keys of all decoding
-# sequences in one call; or, where a range of the pool is long and mostly in use, it multiplies the
-# whole range where it lies and throws away what is nobody's. [Fast on a plain CPU](../speed.md) has
-# the measurements. On a GPU the loop becomes a kernel: chapters 10 and 11.
+# A Python loop over blocks is not fast. On a CPU the library therefore computes once per step, for
+# all layers, which rows of the pool belong to which sequence. Then it gathers the keys of all
+# decoding sequences in one call; or, where a range of the pool is long and mostly in use, it
+# multiplies the whole range in place and discards scores for unowned slots.
+# [Fast on a plain CPU](../speed.md) has the measurements. On a GPU the loop becomes a kernel:
+# chapters 10 and 11.
 #
 # ## Check
 #
-# First the distance from plain attention in 64-bit numbers, over a step with all three kinds of
-# work. Then the same with poison: every slot that belongs to nobody is NaN ("not a number", and so
-# is whatever is computed with it), and every unused entry of the block tables is the number of a
-# block that does not exist.
+# First the distance from plain attention in float64, over a step with all three kinds of work. Then
+# the same with poison: every unowned slot is NaN ("not a number", and so is whatever is computed
+# with it), and every unused entry of the block tables is the number of a block that does not exist.
 
 # %%
 from dataclasses import replace
@@ -351,22 +349,24 @@ from dataclasses import replace
 from minipaged.attention.backend import reference_paged_attention
 from minipaged.attention.batch import BatchBuilder
 from minipaged.memory import BlockTable
+from minipaged.scheduler.output import SequenceInput
 
 random = torch.Generator().manual_seed(0)
-free, steps = torch.randperm(32, generator=random).tolist(), []
+free, parts, held = torch.randperm(32, generator=random).tolist(), [], []
 for seq_id, (context_len, query_len) in enumerate([(0, 7), (4, 3), (8, 5), (6, 1), (16, 1)]):
     length = context_len + query_len
     table = BlockTable(4, [free.pop() for _ in range(0, length, 4)], length)
-    steps.append(SequenceInput(seq_id, [0] * query_len, context_len, table.blocks))
-batch = BatchBuilder(max_num_seqs=8, max_blocks_per_seq=8, block_size=4).build(steps)
-q = 3 * torch.randn(17, 4, 8, generator=random)  # 17 queries, 4 heads of 8 numbers
+    parts.append(SequenceInput(seq_id, [0] * query_len, context_len, table.blocks))
+    held.append(table)
+batch = BatchBuilder(max_num_seqs=8, max_blocks_per_seq=8, block_size=4).build(parts)
+q = 3 * torch.randn(17, 4, 8, generator=random)  # 17 queries, 4 heads of 8 elements
 cache = torch.randn(2, 32, 2, 4, 8, generator=random)  # keys and values: 32 blocks, 2 heads
 exact = reference_paged_attention(q.double(), *cache.double(), batch, 8**-0.5)
 
-slots = torch.tensor([s.table.slot(p) for s in steps for p in range(s.table.num_tokens)])
+slots = torch.tensor([table.slot(p) for table in held for p in range(table.num_tokens)])
 poisoned = torch.full_like(cache, torch.nan)
 poisoned[:, slots // 4, :, slots % 4] = cache[:, slots // 4, :, slots % 4]
-tables = torch.tensor([(s.table.blocks + 5 * [1_000_000])[:5] for s in steps])
+tables = torch.tensor([(table.blocks + 5 * [1_000_000])[:5] for table in held])
 
 
 def error(attention) -> float:
@@ -380,9 +380,9 @@ for attention in (by_gathering, online):
     print(f"off by {error(attention):.0e}, with poison exactly the same")
 
 # %% [markdown]
-# (Yours cuts the end of the last block off, so even NaN may lie there. Fast attention multiplies
-# whole blocks and gives empty slots a weight of zero. Zero times NaN is NaN, so the library asks
-# for *some* number in them: the pool starts with zeros.)
+# (Yours cuts off the end of the last block, so even NaN is harmless there. Fast attention
+# multiplies whole blocks and gives empty slots a weight of zero. Zero times NaN is NaN, so the
+# library requires finite values in them: the pool starts with zeros.)
 #
 # And three mistakes, each of which looks like a good idea:
 
@@ -416,10 +416,10 @@ for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlo
     assert caught == (type(attention) is not BlockByBlock)
 
 # %% [markdown]
-# Two of the mistakes answered every question rightly. The empty slots of that pool held zeros or
-# old keys, which happened to weigh little; and to see one token ahead in its prompt did this model
-# no harm. Models are robust, and so they hide faults. That is why attention is compared with a
-# specification, number by number.
+# With two of the three bugs the model still answered every question correctly. The empty slots of
+# that pool held zeros or old keys, which happened to have little weight; and seeing one token ahead
+# in its prompt did this model no harm. Models are robust, and so they hide faults. That is why
+# attention is compared with a specification, element by element.
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
@@ -441,7 +441,7 @@ for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlo
 #
 # </details>
 #
-# **`merge` does not care for the order of blocks. Could a block table be sorted, then?**
+# **`merge` does not depend on the order of blocks. Could a block table be sorted, then?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
@@ -455,16 +455,16 @@ for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlo
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Almost half: all queries meet all blocks, and what lies behind a query is hidden afterwards. Cut
-# the queries into pieces too, and let each piece stop at the block of its last query. The kernel of
-# chapter 11 does so.
+# Almost half: all queries meet all blocks, and later keys are masked afterwards. Cut the queries
+# into pieces too, and let each piece stop at the block of its last query. The kernel of chapter 11
+# does so.
 #
 # </details>
 #
 # ## What changed in the numbers
 #
-# What the attention of one layer copies aside in a decode step of one sequence of 2,000 tokens,
-# with heads as in OPT-13B, the paper's model: 40 heads of 128 numbers, 2 bytes each.
+# How much the attention of one layer copies in a decode step of one sequence of 2,000 tokens, with
+# heads as in OPT-13B, the paper's model: 40 heads of 128 elements, 2 bytes each.
 
 # %%
 per_token = 2 * 40 * 128 * 2  # keys and values

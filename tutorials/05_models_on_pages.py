@@ -1,21 +1,21 @@
 # %% [markdown]
 # # 5. Models on pages
 #
-# A LLaMA and a GPT over blocks: all of the model but two lines works on rows of tokens and has
-# never heard of a block.
+# A LLaMA and a GPT over blocks: only two lines of the model know about blocks; everything else
+# works on rows of tokens.
 #
 # ## What you will know at the end
 #
-# - How tokens of several sequences, prompts and single ones, lie in one row without padding.
-# - Where their keys and values go, and how the tensor behind the block numbers is laid out.
+# - How tokens of several sequences, prompts and single ones, form one row without padding.
+# - Where their keys and values go, and how the tensor of all blocks is laid out.
 # - What a LLaMA and a GPT-2 do differently, and why paging does not care.
 #
 # ## What must hold
 #
-# 1. A token's logits depend on its own sequence, whoever else is in the step.
+# 1. A token's logits depend only on its own sequence, not on the others in the step.
 # 2. A key is in the slot of its position before attention reads it, and is not touched again.
-# 3. Two functions know of blocks, `store_kv` and `paged_attention`. All else works on rows, each
-#    for itself.
+# 3. Two functions know about blocks, `store_kv` and `paged_attention`. Everything else works on
+#    rows, independently.
 #
 # ## Predict before you run
 #
@@ -26,7 +26,7 @@
 #   many rows are logits wanted?
 # - C's new token is its tenth, and its blocks are 2, 3 and 5. In which slot do its key and value
 #   go?
-# - The embedded model has 4 layers, 2 key heads and 64 numbers in a head, of 4 bytes. How many
+# - The embedded model has 4 layers, 2 KV heads and 64 elements per head, of 4 bytes each. How many
 #   bytes does a token take in the pool?
 #
 # ## The step
@@ -34,7 +34,7 @@
 # ### One row of tokens
 #
 # A model's `forward` receives four things: `token_ids`, `positions`, the cache and a *batch*. There
-# is no padding in it and no attention mask. The tokens to compute lie in one row, sequence behind
+# is no padding in it and no attention mask. The tokens to compute form one row, sequence after
 # sequence. Here is such a step, made by the library's own `BatchBuilder`. A and C are those of
 # chapter 3, each with one more word; B comes with a long prompt, of which three words were computed
 # before.
@@ -75,9 +75,9 @@ import drawing
 
 contents, owners = {}, {}
 for name, blocks in tables.items():
-    known = words[name][: computed[name] + new[name]]
+    so_far = words[name][: computed[name] + new[name]]
     for logical, physical in enumerate(blocks):
-        contents[physical], owners[physical] = known[4 * logical : 4 * logical + 4], name
+        contents[physical], owners[physical] = so_far[4 * logical : 4 * logical + 4], name
 
 figure, (above, below) = drawing.picture(7.2, 3.3, nrows=2, height_ratios=(1, 2.4))
 drawing.blocks(below, contents, owners, num_blocks=9, block_size=4, columns=3)
@@ -96,15 +96,15 @@ above.set(xlim=(0, 7), ylim=(-1.3, 0.45))
 above.axis("off")
 
 # %% [markdown]
-# A matrix times seven rows is one multiplication, whoever the rows belong to. Norms, activations
-# and matrices treat each row for itself. Only attention looks at other rows' tokens, and it finds
-# them in the pool.
+# A matrix times seven rows is one multiplication, whichever sequences the rows belong to. Norms,
+# activations and matrices treat each row separately. Only attention looks at other rows' tokens,
+# and it finds them in the pool.
 #
 # B samples nothing in this step: its prompt goes on. The scores of all words of the vocabulary, the
 # *logits*, are computed for the two rows that sample and no others. This is how a step is run; its
 # first lines move blocks, which chapters 7 and 9 are about:
 #
-# @@ minipaged.worker.model_runner.ModelRunner._run
+# @@ minipaged.worker.model_runner.ModelRunner.run
 #
 # ### One tensor for all keys and values
 #
@@ -130,16 +130,16 @@ drawing.strips(axes, orders, {"0": "keys of head 0", "1": "keys of head 1"})
 axes.set_xticks([])
 
 # %% [markdown]
-# Within a block the heads come before the slots. So the keys of one head in one block lie side by
-# side, a matrix of `block_size` rows, and attention multiplies a query with all of them where they
-# are. The price is paid by the writer: a new token's key is cut into its heads, which go to
-# different places. A token is written once and read in every later step.
+# Within a block the heads come before the slots. So the keys of one head in one block are adjacent,
+# a matrix of `block_size` rows, and attention multiplies a query with all of them in place. The
+# price is paid by the writer: a new token's key is cut into its heads, which go to different
+# places. A token is written once and read in every later step.
 #
 # ### Positions as angles
 #
 # In a row that mixes sequences, a token's place in the row says nothing. So each brings its
 # position. GPT-2 has a vector for every position, which it learned, and adds it to the token's.
-# LLaMA *turns* queries and keys (rotary positions, RoPE). It takes the numbers of a head in pairs,
+# LLaMA *turns* queries and keys (rotary positions, RoPE). It takes the elements of a head in pairs,
 # each a point in a plane, and turns pair $i$ at position $p$ by the angle $p\,\theta^{-2i/d}$. In
 # complex numbers it is one multiplication:
 
@@ -149,8 +149,8 @@ from torch import Tensor
 
 
 def turn(x: Tensor, positions: Tensor, theta: float = 500_000.0) -> Tensor:
-    """Turn each pair of numbers by an angle for its token's position: [tokens, heads, head_dim]."""
-    half = x.shape[-1] // 2  # number i is paired with number i + half
+    """Turn each pair of elements by the angle of its position: [tokens, heads, head_dim]."""
+    half = x.shape[-1] // 2  # element i is paired with element i + half
     angles = positions[:, None, None] * theta ** (-torch.arange(half) / half)
     points = torch.complex(x[..., :half], x[..., half:])
     turned = points * torch.polar(torch.ones_like(angles), angles)
@@ -189,16 +189,15 @@ right.set(xlabel="distance", ylabel="score")
 right.legend()
 
 # %% [markdown]
-# Both were turned, so the product of a query and a key depends on how far apart they stand, and on
-# nothing else. That is why a key can be turned when it is stored, once and for ever: nobody needs
-# to know later where it stood.
+# Both were turned, so the product of a query and a key depends on their distance, and on nothing
+# else. That is why a key can be turned once, when it is stored: its position is not needed later.
 #
 # ### A LLaMA of your own
 #
 # Now the model, with weights from the embedded one. Their names are those of the library's modules;
 # `qkv_proj` holds the matrices for queries, keys and values one below the other, `gate_up_proj` two
-# of the feed-forward's. (On a CPU the library packs matrices of $2^{18}$ numbers and more in a form
-# of its own. Those of the embedded model are smaller.)
+# of the feed-forward's. (On a CPU the library packs matrices of $2^{18}$ elements and more in a
+# form of its own. Those of the embedded model are smaller.)
 
 # %%
 import torch.nn.functional as F
@@ -260,26 +259,28 @@ class OwnLlama:
 
 
 # %% [markdown]
-# A model is no role of `Parts`; it is put into the `ModelRunner`. Steps compute 40 tokens at the
-# most, so that prompts are cut and come beside decodes. We note each step's batch and logits.
+# A model is not a role of `Parts`; the `ModelRunner` gets it. Steps compute at most 40 tokens, so
+# that prompts are cut and share steps with decodes. We record each step's message to the runner, a
+# `StepInput`, and its logits.
 
 # %%
 from minipaged import SamplingParams
 from minipaged.evaluation.stories import prompt, tell
+from minipaged.scheduler.output import StepInput
 
 greedy = SamplingParams(temperature=0, max_tokens=24)
 stories = [tell(num_facts=size, seed=size) for size in (1, 2, 3, 4, 6, 8)]
 prompts = [prompt(story, story.questions[0]) for story in stories]
 
 
-def serve(choose_model) -> tuple[list[list[int]], list[tuple[Batch, Tensor]]]:
-    """Tokens of all requests, and every step's batch and logits."""
+def serve(choose_model) -> tuple[list[list[int]], list[tuple[StepInput, Tensor]]]:
+    """Tokens of all requests, and every step's message and logits."""
     llm = LLM("storyteller", num_blocks=64, max_num_seqs=8, max_num_batched_tokens=40)
     runner, steps = llm.engine.runner, []
     runner.model, run = choose_model(runner.model), runner.run
 
-    def noted(plan, batch):
-        steps.append((batch, run(plan, batch)))
+    def noted(step: StepInput) -> Tensor:
+        steps.append((step, run(step)))
         return steps[-1][1]
 
     runner.run = noted
@@ -296,7 +297,8 @@ furthest = max(
     for (_, mine), (_, theirs) in zip(own_steps, steps, strict=True)
     if len(theirs)
 )
-mixed = sum(batch.has_prefills and batch.has_decodes for batch, _ in steps)
+new_tokens = [[len(seq.token_ids) for seq in step.sequences] for step, _ in steps]
+mixed = sum(min(counts) == 1 < max(counts) for counts in new_tokens)
 print(f"{len(steps)} steps, {mixed} of them mixed; same tokens; logits differ by {furthest:.0e}")
 assert furthest < 1e-4
 
@@ -308,24 +310,23 @@ assert furthest < 1e-4
 #
 # ### And a GPT
 #
-# GPT-2 has the same plan and other parts:
+# GPT-2 has the same structure with other parts:
 #
 # | | GPT-2 | LLaMA |
 # |---|---|---|
 # | norm | LayerNorm: less the mean, by the deviation | RMSNorm: by the root mean square |
 # | position | a learned vector, added at the beginning | RoPE: an angle, in every layer |
-# | key heads | as many as query heads | fewer (grouped-query attention) |
+# | KV heads | as many as query heads | fewer (grouped-query attention) |
 # | feed-forward | two matrices, GELU between | SwiGLU: three, one the gate of another |
 # | biases | everywhere | none |
 #
-# (GELU and the gate's SiLU bend numbers as ReLU does, with a smooth corner.) Its attention is the
-# same but for the turning:
+# (GELU and SiLU are smooth variants of ReLU.) Its attention is the same except for the turning:
 #
 # @@ minipaged.models.gpt2.Attention.forward
 #
-# The pool asks a model for three numbers: layers, key heads, numbers in a head. To see that this is
-# all, take a GPT-2 of random weights, and build an engine round it by hand. Random weights say
-# nothing sensible, but a random model is the sharper test: every fault changes its mind.
+# The pool needs three numbers from a model: layers, KV heads, and elements per head. To see that
+# this is all, take a GPT-2 with random weights, and build an engine around it by hand. Random
+# weights produce gibberish, but they make a stricter test: any bug changes the output.
 
 # %%
 from minipaged.attention.backend import BACKENDS
@@ -340,7 +341,7 @@ sizes = {"hidden_size": 48, "inner_size": 192, "vocab_size": 101, "max_position_
 torch.manual_seed(0)
 gpt2 = GPT2(GPT2Config(architecture="GPT2LMHeadModel", **numbers, **sizes), BACKENDS["torch"])
 for parameter in gpt2.layers.parameters():
-    parameter.data *= 4  # random layers as they come leave a token much as it was
+    parameter.data *= 4  # with the default initialisation, layers barely change their input
 some_prompts = [[(7 * i + n) % 101 for i in range(n)] for n in (3, 17, 40)]
 
 
@@ -350,21 +351,22 @@ def gpt2_tokens(block_size: int, num_blocks: int) -> dict[str, list[int]]:
     )
     cache = KVCache.build(gpt2.config, config, torch.float32, "cpu")
     batches = BatchBuilder(config.max_num_seqs, config.max_blocks_per_seq, block_size)
-    scheduler, runner = Parts().build_scheduler(config), ModelRunner(gpt2, cache)
-    engine = LLMEngine(config, scheduler, batches, runner, tokenizer=None)
+    runner = ModelRunner(gpt2, BACKENDS["torch"], cache, batches)
+    engine = LLMEngine(config, Parts().build_scheduler(config), runner, tokenizer=None)
     for number, token_ids in enumerate(some_prompts):
         engine.add_request(f"prompt {number}", token_ids, greedy)
     tokens = {}
     while engine.has_unfinished_requests():
-        tokens |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
-    assert scheduler.memory.num_free == num_blocks
+        for progress in engine.step():
+            tokens[progress.request_id] = progress.output().outputs[0].token_ids
+    assert engine.memory.num_free == num_blocks
     return tokens
 
 
 in_one_piece = gpt2_tokens(block_size=128, num_blocks=3)  # one block holds a whole sequence
 for block_size, num_blocks in ((1, 150), (4, 40), (16, 12)):
     assert gpt2_tokens(block_size, num_blocks) == in_one_piece
-    print(f"blocks of {block_size:2}: the tokens of a GPT-2 whose sequences lie in one piece")
+    print(f"blocks of {block_size:2}: the tokens of a GPT-2 whose sequences are contiguous")
 print(in_one_piece["prompt 0"][:12], "...")
 
 # %% [markdown]
@@ -414,9 +416,9 @@ for mistake in (PositionsRestart, SlotsOffByOne, KeysStoredUnturned):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Because the model works on rows. For each row it needs one number, and whether that came from a
-# prompt or a decode is nothing to it. `BatchBuilder` works it out once a step; that file holds all
-# index arithmetic of the library.
+# Because the model works on rows. For each row it needs one number, whether from a prompt or a
+# decode. `BatchBuilder` computes it once per step; that file has all index arithmetic of the
+# library.
 #
 # </details>
 #
@@ -431,26 +433,26 @@ for mistake in (PositionsRestart, SlotsOffByOne, KeysStoredUnturned):
 #
 # </details>
 #
-# **A block is to be shared by two sequences that begin alike (chapter 7). Does RoPE allow it?**
+# **Two sequences with a common prefix are to share a block (chapter 7). Does RoPE allow it?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Yes, since the tokens in it stand at the same positions in both. The same text in the *middle* of
-# two sequences would have been turned by other angles, and cannot be shared.
+# Yes, since the tokens in it have the same positions in both. The same text in the *middle* of two
+# sequences would have been turned by other angles, and cannot be shared.
 #
 # </details>
 #
 # ## What changed in the numbers
 
 # %%
-computed_rows = sum(len(batch.token_ids) for batch, _ in steps)
-padded = sum(len(b.spans) * max(span.query_len for span in b.spans) for b, _ in steps)
+computed_rows = sum(sum(counts) for counts in new_tokens)
+padded = sum(len(counts) * max(counts) for counts in new_tokens)
 with_logits = sum(len(logits) for _, logits in steps)
 print(f"rows computed for 6 requests   {computed_rows:6,}")
 print(f"had each step been padded      {padded:6,}")
 print(f"rows with logits               {with_logits:6,}")
-print(f"bytes a token, 2 key heads     {config.kv_bytes_per_token(4):6,}")
-print(f"bytes a token, 4 key heads     {2 * config.kv_bytes_per_token(4):6,}")
+print(f"bytes per token, 2 KV heads    {config.kv_bytes_per_token(4):6,}")
+print(f"bytes per token, 4 KV heads    {2 * config.kv_bytes_per_token(4):6,}")
 
 # %% [markdown]
-# Next: [who runs in which step](06_continuous_batching.md).
+# Next: [which sequences run in which step](06_continuous_batching.md).

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # 6. Continuous batching: the scheduler
 #
-# Who takes part is decided anew before every step, so nobody waits for the slowest.
+# The scheduler decides anew before every step which requests run, so no request waits for the
+# slowest.
 #
 # ## What you will know at the end
 #
-# - Why requests are served together at all, and what a step costs that serves many.
+# - Why requests are batched at all, and what a step costs that serves many.
 # - What a *scheduler* does, and why it decides for one step at a time (*iteration-level
 #   scheduling*, from the system Orca; section 2.3 of the paper).
 # - That reading a prompt, reading a piece of it and generating a token are the same thing in three
@@ -13,9 +14,10 @@
 #
 # ## What must hold
 #
-# 1. A request's tokens do not depend on who shares its steps, nor on how its prompt is cut.
+# 1. A request's tokens do not depend on the other requests in its steps, nor on how its prompt is
+#    cut.
 # 2. Every step computes at least one token, and no token twice.
-# 3. Requests are admitted in the order in which they arrive. So nobody waits for ever.
+# 3. Requests are admitted in the order in which they arrive. So no request waits for ever.
 #
 # ## Predict before you run
 #
@@ -24,10 +26,11 @@
 #
 #     10  9  5  2 19 12  4 20    45 23 24  5 14 48  3 37    21  3 13 12 35  2  7 11
 #
-# The engine has 8 *seats*: at most 8 sequences take part in a step, and each gets one token.
+# The engine has 8 *batch slots* (`max_num_seqs=8`): at most 8 sequences take part in a step, and
+# each gets one token.
 #
 # - The first 8 start together, the next 8 when all of them have ended. How many steps in all?
-# - Whoever waits takes a seat as soon as it is free. How many steps now, at the least?
+# - A waiting request takes a batch slot as soon as one is free. How many steps now, at least?
 # - A step for 8 sequences instead of one: how much longer does it take?
 #
 # ## The step: a scheduler of your own
@@ -35,9 +38,8 @@
 # ### Why serve many at once
 #
 # To compute one token, the model multiplies with all its *weights*, the numbers that it has
-# learned. They must be read from memory for that. Whoever takes part in the step uses them while
-# they are there: they are read once a step, for everybody. Let us measure it, with 1 to 32
-# sequences that decode together.
+# learned. They must be read from memory for that, once per step. Every sequence in the step shares
+# that one read. Let us measure it, with 1 to 32 sequences that decode together.
 
 # %%
 import time
@@ -66,9 +68,9 @@ measured = [max(rates) for rates in zip(*rounds, strict=True)]
 gains = [rate / measured[0] for rate in measured]
 
 # %% [markdown]
-# This model is small, and a good part of its step is the price of calling functions, which is paid
-# once for everybody, too. On a GPU with a model of 13 billion parameters it is the weights: 26 GB
-# of them. The library has a formula for that machine, from its published speeds, which it uses to
+# This model is small, and a good part of its step is the cost of calling functions, which is also
+# paid once per step. On a GPU with a model of 13 billion parameters it is the weights: 26 GB of
+# them. The library has a formula for that machine, from its published speeds, which it uses to
 # simulate the paper's evaluation. We draw both.
 
 # %% Tokens per second by sequences in a step, over those of one sequence
@@ -92,24 +94,24 @@ print(f"8 sequences: {gains[3]:.0f} times the tokens of one, {8 / gains[3]:.1f} 
 
 # %% [markdown]
 # So an engine wants as many sequences in each step as memory allows. The question is how to keep
-# the seats taken.
+# the batch slots filled.
 #
 # ### Static batches
 #
-# The old way: take as many requests as there are seats, and take the next when all have ended. The
-# part of the engine that decides this is the scheduler. It keeps requests in queues, and for each
-# step it makes a *plan*: which sequence computes how many tokens. Here is a whole one. A *group* is
-# one request with its sequences (one each, until chapter 7).
+# The old way: fill all batch slots, and refill them when all of their requests have ended. The part
+# of the engine that decides this is the scheduler. It keeps requests in queues, and for each step
+# it returns a `SchedulerOutput`: how many tokens each sequence computes. Here is a whole scheduler.
+# A *group* is one request with its sequences (one each, until chapter 7).
 
 # %%
 from minipaged.config import EngineConfig
 from minipaged.memory import Memory
-from minipaged.scheduler.output import SchedulerOutput
+from minipaged.scheduler.output import ScheduledSequence, SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup
 
 
 class StaticBatches:
-    """Takes as many as there are seats, and the next when all of them have ended."""
+    """Fills all batch slots, and refills them when all of their requests have ended."""
 
     def __init__(self, config: EngineConfig, memory: Memory, *_: object) -> None:
         self.config, self.memory = config, memory
@@ -124,25 +126,26 @@ class StaticBatches:
         self.waiting.append(group)
 
     def schedule(self) -> SchedulerOutput:
-        """Who computes what in the next step."""
-        plan = SchedulerOutput(tokens_left=self.config.max_num_batched_tokens)
+        """How many tokens each sequence computes in the next step."""
         if self.may_join():
-            num_batch_slots = self.config.max_num_seqs - len(self.running)
-            newcomers, self.waiting = self.waiting[:num_batch_slots], self.waiting[num_batch_slots:]
+            num_free = self.config.max_num_seqs - len(self.running)  # batch slots
+            joining, self.waiting = self.waiting[:num_free], self.waiting[num_free:]
         else:
-            newcomers = []
+            joining = []
         for group in self.running:
             self.memory.append(group.sequences[0])  # a slot for the token that came last
-        for group in newcomers:
+        for group in joining:
             self.memory.admit(group)  # blocks for the prompt
-        self.running += newcomers
-        for group in self.running:
-            plan.add(group)  # all tokens that are not computed yet
-        return plan
+        self.running += joining
+        return SchedulerOutput(sequences=tuple(self.all_tokens(group) for group in self.running))
 
-    def commit(self, plan: SchedulerOutput) -> None:
+    def all_tokens(self, group: SequenceGroup) -> ScheduledSequence:
+        [seq] = group.sequences
+        return ScheduledSequence(group, seq, seq.num_uncomputed_tokens, samples=True)
+
+    def commit(self, output: SchedulerOutput) -> None:
         """The step has run."""
-        for scheduled in plan.sequences:
+        for scheduled in output.sequences:
             scheduled.seq.mark_computed(scheduled.num_new_tokens)
 
     def finish(self, group: SequenceGroup, seq: Sequence) -> None:
@@ -162,21 +165,21 @@ class StaticBatches:
 
 
 # %% [markdown]
-# It believes that memory never runs out, so give it a large pool. Nothing in it touches a tensor:
-# the engine carries out the plan. And continuous batching is the same without the one condition:
+# It assumes that memory never runs out, so give it a large pool. Nothing in it touches a tensor:
+# the engine carries out its decision. Continuous batching is the same without the one condition:
 
 
 # %%
 class ContinuousBatches(StaticBatches):
-    """A seat that is free is free for anybody, in the very next step."""
+    """Refills a free batch slot in the very next step."""
 
     def may_join(self) -> bool:
         return True
 
 
 # %% [markdown]
-# Both serve the 24 requests, and the library's scheduler as well. `ignore_eos` lets each generate
-# exactly as many tokens as we say.
+# Both serve the 24 requests, and the library's scheduler as well. `ignore_eos` makes each generate
+# exactly as many tokens as we ask for.
 
 # %%
 from minipaged import Event, EventLog, Parts
@@ -187,19 +190,19 @@ lengths = [10, 9, 5, 2, 19, 12, 4, 20, 45, 23, 24, 5, 14, 48, 3, 37, 21, 3, 13, 
 pairs = zip(NAMES, ANIMALS * 2, strict=False)
 prompts = [f"Once upon a time {name} the {animal}" for name, animal in pairs][: len(lengths)]
 params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
-seats = 8
+max_num_seqs = 8  # batch slots
 
 
 def serve(parts: Parts, **options: Any) -> tuple[list[list[int]], list[Event]]:
     """The tokens of all 24, and everything that happened."""
     events: list[Event] = []
-    options = {"num_blocks": 128, "max_num_seqs": seats, "enable_prefix_caching": False} | options
-    llm = LLM(parts=parts.traced(EventLog(events.append)), **options)
+    defaults = {"num_blocks": 128, "max_num_seqs": max_num_seqs, "enable_prefix_caching": False}
+    llm = LLM(parts=parts.traced(EventLog(events.append)), **(defaults | options))
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs], events
 
 
-def who_ran(events: list[Event]) -> list[list[str]]:
+def requests_of_steps(events: list[Event]) -> list[list[str]]:
     """The requests of each step."""
     return [event.fields["running"] for event in events if event.event == "schedule"]
 
@@ -210,14 +213,15 @@ runs = {
     "the library's": serve(Parts(scheduler=FCFSScheduler)),
 }
 for name, (_, events) in runs.items():
-    steps = who_ran(events)
-    empty = sum(seats - len(running) for running in steps)
-    print(f"{name:15} {len(steps):4} steps, {empty:4} of {seats * len(steps)} seats empty")
+    steps = requests_of_steps(events)
+    total = max_num_seqs * len(steps)
+    empty = total - sum(len(running) for running in steps)
+    print(f"{name:15} {len(steps):4} steps, {empty:4} of {total} batch slots empty")
 
 # %% Each row a request: outlined while it waits, blue while it runs
 figure, axes = drawing.picture(7.2, 5.2, ncols=2, sharex=True, sharey=True)
 for axis, name in zip(axes, ("static batches", "continuous"), strict=True):
-    steps = who_ran(runs[name][1])
+    steps = requests_of_steps(runs[name][1])
     took_part = [
         [step for step, running in enumerate(steps) if f"llm-{number}" in running]
         for number in range(len(lengths))
@@ -226,42 +230,42 @@ for axis, name in zip(axes, ("static batches", "continuous"), strict=True):
     for number, mine in enumerate(took_part):
         rows[str(number)] = ["waits"] * mine[0] + ["runs"] * len(mine)
         if name == "static batches":
-            batch = took_part[number - number % seats :][:seats]
+            batch = took_part[number - number % max_num_seqs :][:max_num_seqs]
             rows[str(number)] += ["kept"] * (max(other[-1] for other in batch) - mine[-1])
-    drawing.strips(axis, rows, {"runs": "runs", "kept": "its seat stays empty"})
+    drawing.strips(axis, rows, {"runs": "runs", "kept": "its batch slot stays empty"})
     axis.set(title=f"{name}: {len(steps)} steps", xlabel="step")
     axis.tick_params(axis="y", labelsize=7, length=0)
     axis.get_legend().remove()
 axes[1].legend(loc="upper right", fontsize=8)
 
 # %% [markdown]
-# On the left, all that is orange is lost: 440 times a seat could compute a token and does not. The
-# longest request of a batch decides when the next batch may begin. Request 17 wants 3 tokens, and
-# waits for the 48 of a stranger. On the right a seat stays empty only at the end, when nobody waits
-# any more.
+# On the left, everything orange is lost: 440 times a batch slot could compute a token and does not.
+# The longest request of a batch decides when the next batch may begin. Request 17 needs 3 tokens,
+# and waits for the 48 of another request. On the right a batch slot stays empty only at the end,
+# when no request is waiting any more.
 #
-# Your scheduler takes as many steps as the library's. What does that one have besides?
+# Your scheduler takes as many steps as the library's. What does the library's do in addition?
 #
 # @@ minipaged.scheduler.fcfs.FCFSScheduler.schedule
 #
-# It asks for blocks before it promises them, and takes them away from somebody if there are none
-# (`_reserve_for_running`, chapter 9). It brings back samples of one prompt (`_refork`, for
-# chapter 7). It ends with an assertion, to which we come back below. And it shares out *tokens*,
-# not only seats.
+# It reserves blocks before scheduling work, and preempts another request if none are free
+# (`_reserve_for_running`, chapter 9). It re-forks samples of one prompt (`_refork`, for chapter 7).
+# It ends with an assertion, to which we come back below. And it distributes *tokens*, not only
+# batch slots.
 #
 # ### One range, two lengths
 #
-# Of each sequence the scheduler knows two numbers: how many tokens it has, and of how many the keys
-# and values are computed. What lies between is still to be computed. A new prompt is a long range,
-# a decoding sequence has a range of one, and somebody who lost all blocks starts at 0 again. There
-# are no separate phases. So nothing forces a prompt to be computed in one step. A step has a
-# budget, `max_num_batched_tokens`, and a prompt can take what the others leave of it, step after
-# step. That is called *chunked prefill*.
+# The scheduler knows two numbers of each sequence: how many tokens it has, and for how many the
+# keys and values are computed. The tokens between the two are still to be computed. A new prompt is
+# a long range, a decoding sequence has a range of one, and a sequence that lost all its blocks
+# starts at 0 again. There are no separate phases. So nothing forces a prompt to be computed in one
+# step. A step has a budget, `max_num_batched_tokens`, and a prompt can take what the others leave
+# of it, step after step. That is called *chunked prefill*.
 #
 # @@ minipaged.scheduler.fcfs.FCFSScheduler._share_out_tokens
 #
-# Why would one want that? Seven requests are decoding. After ten steps somebody comes with a story
-# of 48 facts. We let it be computed whole, as the paper's engine does, and in chunks:
+# Why would one want that? Seven requests are decoding. After ten steps a request with a story of 48
+# facts arrives. We compute its prompt whole, as the paper's engine does, and in chunks:
 
 # %%
 from minipaged.evaluation.stories import prompt, tell
@@ -271,10 +275,11 @@ long_prompt = prompt(story, story.questions[1])
 
 
 def serve_late(**options: Any) -> tuple[str, list[Event], list[float]]:
-    """The answer of the one who comes late; what happened; the seconds of each step."""
+    """The answer to the late request; the events; the seconds of each step."""
     events: list[Event] = []
     parts = Parts().traced(EventLog(events.append))
-    engine = LLM(parts=parts, max_num_seqs=seats, enable_prefix_caching=False, **options).engine
+    options |= {"max_num_seqs": max_num_seqs, "enable_prefix_caching": False}
+    engine = LLM(parts=parts, **options).engine
     for number in range(7):
         decoding = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
         engine.add_request(f"{number}", prompts[number], decoding)
@@ -283,8 +288,9 @@ def serve_late(**options: Any) -> tuple[str, list[Event], list[float]]:
         if len(seconds) == 10:
             engine.add_request("late", long_prompt, SamplingParams(temperature=0, max_tokens=8))
         start = time.perf_counter()
-        for output in engine.step():
-            answer = output.outputs[0].text if output.request_id == "late" else answer
+        for progress in engine.step():
+            if progress.request_id == "late":
+                answer = progress.output().outputs[0].text
         seconds.append(time.perf_counter() - start)
     return answer, events, seconds
 
@@ -305,26 +311,26 @@ for axis, (name, (answer, events, seconds)) in zip(axes, late.items(), strict=Tr
     axis.bar(steps, of_prompts, width=1, bottom=decoded, label="of prompts")
     axis.set(title=name, xlabel="step", ylabel="tokens")
     with_late = [s for s, prompt_tokens in zip(seconds, of_prompts, strict=True) if prompt_tokens]
-    slower = median(with_late[1:]) / median(seconds)  # but for the first step of all
+    slower = median(with_late[1:]) / median(seconds)  # without the very first step
     print(f"{name:25} {answer!r}, its steps take about {slower:.0f} times the usual")
 axes[0].legend()
 
 # %% [markdown]
 # On the left, seven readers see their text stop for the time of one large step. On the right the
-# prompt takes the 41 tokens a step that seven decodes leave it, and nobody notices much. The price
-# is paid by the newcomer, who sees a first token 13 steps later. The answer is the same.
+# prompt takes the 41 tokens per step that seven decodes leave, and the readers hardly notice. The
+# new request pays the price: its first token comes 13 steps later. The answer is the same.
 #
 # ### First come, first served, and a margin
 #
-# Newcomers take blocks, and so do those who run when they grow. If the scheduler admitted up to the
-# last block, the very next step could find none for somebody who runs. It would have to *preempt*
-# somebody: take all blocks away, and compute them again later (chapter 9). So admission leaves a
+# New requests take blocks, and so do running ones when they grow. If the scheduler admitted up to
+# the last block, the very next step could find none for a running request. It would have to
+# *preempt* one: take all its blocks, and recompute them later (chapter 9). So admission leaves a
 # part of the pool free, the *watermark*. vLLM added it to the paper's rule.
 #
 # @@ minipaged.memory.block_manager.BlockManager.can_admit
 #
-# Here the 24 requests are in a pool of 32 blocks of 4 slots. They could all use a seat, but not all
-# a place in memory.
+# Here the 24 requests are in a pool of 32 blocks of 4 slots. There is a batch slot for each of
+# them, but not enough memory.
 
 
 # %%
@@ -339,25 +345,26 @@ for watermark in (0.0, 0.1, 0.3):
     num_preempted = sum(event.event == "preempt" for event in events)
     print(
         f"watermark {watermark:3.0%}: {num_preempted:2} preemptions, {num_computed(events)} tokens "
-        f"computed, {len(who_ran(events))} steps"
+        f"computed, {len(requests_of_steps(events))} steps"
     )
 
 # %% [markdown]
 # Without a margin a good part of the work is done twice. Too wide a margin keeps memory empty, and
 # takes more steps in the end. The library's default is 1 %, for pools of thousands of blocks.
 #
-# The order is that of arrival, and the first who does not fit holds up those behind, even if one of
-# them would fit. It costs a few seats, and buys that nobody is overtaken for ever.
+# The order is that of arrival. The first request that does not fit holds up the later ones, even if
+# one of them would fit. That costs a few batch slots, and guarantees that no request is overtaken
+# for ever.
 #
-# Here is a mixed trace to watch: the 24 requests come one by one, one in each step, to 8 seats and
-# a pool that is a little small. See how the queues fill and empty.
+# Here is a mixed trace to watch: the 24 requests arrive one by one, one in each step, with 8 batch
+# slots and a pool that is slightly too small. See how the queues fill and empty.
 
 # %%
 from minipaged.tracing.replay import Replay
 
 mixed: list[Event] = []
 parts = Parts().traced(EventLog(mixed.append))
-options = {"num_blocks": 40, "block_size": 4, "max_num_seqs": seats}
+options = {"num_blocks": 40, "block_size": 4, "max_num_seqs": max_num_seqs}
 llm = LLM(parts=parts, enable_prefix_caching=False, **options)
 to_come = list(zip(prompts, params, strict=True))
 while to_come or llm.engine.has_unfinished_requests():
@@ -382,27 +389,31 @@ assert len({answer for answer, _, _ in late.values()}) == 1
 for happened in (*(events for _, events in runs.values()), events):
     admitted = [event.fields["request"] for event in happened if event.event == "admit"]
     assert admitted == [f"llm-{number}" for number in range(24)]
-print("the same tokens five times, and everybody in turn")
+print("the same tokens five times, all admitted in order")
 
 # %% [markdown]
-# Rule 2, with two mistakes. A scheduler that plans the same group twice, and one that never lets
-# anybody in:
+# Rule 2, with two mistakes: a scheduler that schedules the same group twice, and one that never
+# admits a request:
 
 
 # %%
+from dataclasses import replace
+
+from minipaged.scheduler.output import Draft
+
+
 class Twice(ContinuousBatches):
     def schedule(self) -> SchedulerOutput:
-        plan = super().schedule()
-        plan.add(self.running[0])
-        return plan
+        output = super().schedule()
+        return replace(output, sequences=output.sequences + output.sequences[:1])
 
 
-class NobodyJoins(FCFSScheduler):
-    def _let_others_join(self, plan: SchedulerOutput) -> None:
+class NoneJoins(FCFSScheduler):
+    def _let_others_join(self, draft: Draft) -> None:
         pass
 
 
-for mistaken in (Twice, NobodyJoins):
+for mistaken in (Twice, NoneJoins):
     try:
         serve(Parts(scheduler=mistaken))
     except AssertionError as error:
@@ -411,16 +422,16 @@ for mistaken in (Twice, NobodyJoins):
         raise RuntimeError(f"{mistaken.__name__} was not noticed")
 
 # %% [markdown]
-# The first was found by the sequence, which knows how many tokens it has; the second is the
-# assertion at the end of the library's `schedule`. An engine that does nothing, step after step,
-# would look like one that is slow.
+# The sequence caught the first, since it knows how many tokens it has; the assertion at the end of
+# the library's `schedule` caught the second. An engine that does nothing, step after step, would
+# look like a slow one.
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# Static: 20 + 48 + 35 = 103 steps, the longest of each eight. Continuous: 384 tokens in 8 seats are
-# 48 steps at the least, if no seat were ever empty. It took 62: a request of 35 tokens joined late,
-# and two seats would not make it faster. A step for 8 takes about 1.3 times as long as one for 1,
-# on our machine. By the formula it is 1.2 times for the large model on its GPU.
+# Static: 20 + 48 + 35 = 103 steps, the longest of each eight. Continuous: 384 tokens in 8 batch
+# slots are at least 48 steps, if no slot were ever empty. It took 62, because a 35-token request
+# joined late and one sequence cannot use two batch slots. A step for 8 takes about 1.3 times as
+# long as one for 1, on our machine. By the formula it is 1.2 times for the large model on its GPU.
 #
 # </details>
 #
@@ -435,12 +446,12 @@ for mistaken in (Twice, NobodyJoins):
 #
 # </details>
 #
-# **Why is the budget at least the number of seats?**
+# **Why is the budget at least the number of batch slots?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Everybody who decodes gets a token in each step, before any prompt does. With fewer tokens than
-# seats somebody might never get one. The library refuses such options with a sentence; try
+# Every decoding sequence gets a token in each step, before any prompt does. With fewer tokens than
+# batch slots a sequence might never get one. The library refuses such options with a sentence; try
 # `LLM(max_num_seqs=64, max_num_batched_tokens=32)`.
 #
 # </details>
@@ -449,8 +460,8 @@ for mistaken in (Twice, NobodyJoins):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Nobody knows how long an answer becomes before it is there. And with a steady stream of short ones
-# a long one would never begin. First come, first served needs no guess and starves nobody.
+# The length of an answer is unknown before it is complete. And with a steady stream of short ones a
+# long one would never begin. First come, first served needs no guess and starves no request.
 #
 # </details>
 #
@@ -459,9 +470,9 @@ for mistaken in (Twice, NobodyJoins):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# The seats. Orca can fill a free seat at once, but each takes a whole reservation of memory, so
-# there are few. With paging some 2 to 4 times more sequences fit (Figure 13 of the paper: 30
-# against 7 to 14), and the first picture says what that is worth.
+# More batch slots. Orca can fill a free one at once, but each takes a whole reservation of memory,
+# so there are few. With paging 2 to 4 times as many sequences fit (Figure 13 of the paper: 30
+# against 7 to 14), and the first picture shows what that is worth.
 #
 # </details>
 #
@@ -470,11 +481,11 @@ for mistaken in (Twice, NobodyJoins):
 # %%
 total = sum(lengths)
 for name, (_, events) in runs.items():
-    num_steps = len(who_ran(events))
-    taken = sum(len(running) for running in who_ran(events))
+    num_steps = len(requests_of_steps(events))
+    taken = sum(len(running) for running in requests_of_steps(events))
     print(
-        f"{name:15} {num_steps:4} steps, {taken / (seats * num_steps):4.0%} of the seats taken, "
-        f"{total / num_steps:.1f} tokens a step"
+        f"{name:15} {num_steps:4} steps, {total / num_steps:.1f} tokens per step, "
+        f"{taken / (max_num_seqs * num_steps):4.0%} of the batch slots used"
     )
 
 # %% [markdown]

@@ -1,22 +1,22 @@
 # %% [markdown]
 # # 7. Sharing
 #
-# Several sequences that begin alike keep that beginning once, and each has a copy of a block only
-# when it writes to it.
+# Sequences with a common prefix store it once. A block is copied only when one of its owners writes
+# to it.
 #
 # ## What you will know at the end
 #
 # - What a *fork* is, and why it costs no memory at first.
-# - How *copy-on-write* works: who copies, what, and when (section 4.4 of the paper, Figures 8 and
-#   9).
+# - How *copy-on-write* works: which sequence copies which block, and when (section 4.4 of the
+#   paper, Figures 8 and 9).
 # - How much *parallel sampling* and *beam search* save by it, and why the second saves more.
 #
 # ## What must hold
 #
 # 1. A block that has several owners is read by all of them and written by none.
 # 2. Its reference count is the number of block tables that list it.
-# 3. Nobody can tell from the tokens that something was shared. Sample $i$ of a request is the
-#    sample that a request of its own would have had.
+# 3. Sharing never changes the generated tokens. Sample $i$ of a request is the sample that a
+#    separate request would get.
 #
 # ## Predict before you run
 #
@@ -30,11 +30,11 @@
 #
 # Often one prompt has several answers. A user wants four suggestions to choose from: that is
 # *parallel sampling*. Up to the end of the prompt the four are one sequence. Then each draws its
-# own next token, and they part. In the engine the one sequence *forks*: a second sequence is made
-# that has the same tokens and the same block table.
+# own next token, and they diverge. In the engine the one sequence *forks*: a second sequence is
+# made that has the same tokens and the same block table.
 #
-# Let us play it by hand, with the example of the paper's Figure 8. As in chapter 3 the tokens are
-# words, and nobody computes anything.
+# Let us do it by hand, with the example of the paper's Figure 8. As in chapter 3 the tokens are
+# words, and nothing is computed.
 
 # %%
 import drawing
@@ -96,7 +96,7 @@ after_both = where_the_words_are()
 
 # %% After the fork; after A1 has written one word; after both have written two
 figure, axes = drawing.picture(7.2, 3.6, ncols=3)
-titles = ("forked: all is shared", "A1 writes, to a copy", "A2 keeps the original")
+titles = ("forked: all blocks shared", "A1 writes to a copy", "A2 keeps the original")
 for axis, (contents, owners), title in zip(
     axes, (forked, after_one, after_both), titles, strict=True
 ):
@@ -104,26 +104,25 @@ for axis, (contents, owners), title in zip(
     axis.set_title(title)
 
 # %% [markdown]
-# A1 was the first to write. It found a second owner on block 1, so it took block 2, asked that
-# block 1 be copied into it, and let go of block 1. Then A2 wrote. By now it was the only owner of
-# block 1, so there was nothing to copy. **Of $n$ writers $n - 1$ copy, and the last one keeps the
-# original.** Block 0 is full. Nobody will ever write to it again, so it stays shared until the end.
+# A1 was the first to write. Block 1 had a second owner, so A1 took block 2, requested a copy of
+# block 1 to it, and freed block 1. Then A2 wrote. By now it was the only owner of block 1, so there
+# was nothing to copy. **Of $n$ writers $n - 1$ copy, and the last one keeps the original.** Block 0
+# is full. It is never written again, so it stays shared until the end.
 #
-# This is what an operating system does when a process forks, with its pages. The paper calls it
-# *copy-on-write*, by the same name. The rule lives in `BlockManager.append`, which chapter 3
-# quotes: it looks at the blocks that are about to be written, and at no others. It returns pairs of
-# blocks, and the engine copies keys and values before the step writes anything.
+# An operating system does the same with pages when a process forks, and the paper uses its term,
+# *copy-on-write*. The rule is in `BlockManager.append`, which chapter 3 quotes: it looks only at
+# the blocks that are about to be written. It returns pairs of blocks, and the engine copies keys
+# and values before the step writes anything.
 #
 # ### A memory of your own, that does not share
 #
-# How much does it save? To measure that, you need a memory to compare with: one that shares
-# nothing. Older systems were like that. Each sample had keys and values of its own, those of the
-# prompt included.
+# How much does it save? To measure that, you need a baseline: a memory that shares nothing. Older
+# systems were like that. Each sample had its own keys and values, including those of the prompt.
 #
 # The place for it is `append` again. Before a sequence gets room for its next token, give it a copy
 # of every block that has another owner, whether it is about to be written or not. (Why not in
 # `fork`? The engine forks at the end of a step, and copies at the beginning of the next, so the
-# pairs must come from `append`. In between nobody writes.)
+# pairs must come from `append`. There are no writes in between.)
 
 # %%
 from minipaged.memory import BlockPair
@@ -138,7 +137,7 @@ class CopiesAtOnce(BlockManager):
         for logical, block in enumerate(table.blocks):
             if self.ref_count(block) > 1:
                 table.blocks[logical] = self._pool.allocate()
-                self._pool.free(block)  # one owner less; the others have it still
+                self._pool.free(block)  # one owner less; the others keep it
                 pairs.append((block, table.blocks[logical]))
         return pairs + super().append(seq)
 
@@ -152,6 +151,7 @@ class CopiesAtOnce(BlockManager):
 
 # %%
 from minipaged import LLM, BeamSearchParams, Event, EventLog, Parts, RequestOutput, SamplingParams
+from minipaged.evaluation.bench.sharing import SharingMeter
 from minipaged.sampling import Params
 from minipaged.tracing.replay import Replay
 
@@ -171,11 +171,10 @@ def serve(llm: LLM, params: Params) -> tuple[RequestOutput, list[int]]:
     held: list[int] = []
     memory = llm.engine.scheduler.memory
     llm.engine.add_request("request", text, params)
-    outputs: list[RequestOutput] = []
     while llm.engine.has_unfinished_requests():
-        outputs = llm.engine.step()
+        progress = llm.engine.step()
         held.append(memory.num_blocks - memory.num_free)
-    return outputs[-1], held[:-1]  # after the last step all is free
+    return progress[-1].output(), held[:-1]  # after the last step all is free
 
 
 def copies(events: list[Event]) -> int:
@@ -184,7 +183,8 @@ def copies(events: list[Event]) -> int:
 
 shares, shared_events = build(Parts())
 copying, copied_events = build(Parts(memory=CopiesAtOnce))
-samples, held = serve(shares, four)
+with SharingMeter(shares.engine) as meter:
+    samples, held = serve(shares, four)
 copied_samples, held_by_copies = serve(copying, four)
 
 for sample in samples.outputs:
@@ -195,23 +195,23 @@ print(f"\nblocks copied: {copied} with sharing, {copied_at_once} without")
 # %% Blocks that four samples of one prompt hold, step by step
 figure, axes = drawing.picture()
 steps = range(1, len(held) + 1)
-axes.step(steps, held_by_copies, where="mid", color=drawing.COLOURS[1], label="each has its own")
+axes.step(steps, held_by_copies, where="mid", color=drawing.COLOURS[1], label="not shared")
 axes.step(steps, held, where="mid", color=drawing.COLOURS[0], label="shared")
 axes.fill_between(steps, held, held_by_copies, step="mid", color=drawing.GREY, alpha=0.2)
 axes.set(xlabel="step", ylabel="blocks held", ylim=(0, None))
 axes.legend(loc="upper left")
 
 # %% [markdown]
-# The gap opens at the second step, when the four part, and then keeps its width: three times the
+# The gap opens at the second step, when the four diverge, and then keeps its width: three times the
 # four full blocks of the prompt. In general, let the prompt have $p$ tokens, and each of $n$
 # samples $g$ more with a slot. Then without sharing they hold $n \lceil (p + g) / B \rceil$ blocks,
 # and sharing saves
 #
 # $$(n - 1) \lfloor p / B \rfloor$$
 #
-# of them. What is shared is the full blocks of the prompt, and nothing else: samples that have
-# parted never meet again. The engine keeps count for every request, in
-# `RequestMetrics.blocks_saved`, summed over all steps. It must be what the formula says:
+# of them. Only the full blocks of the prompt are shared: samples that have diverged never share
+# again. A `SharingMeter` listens to the engine's steps and sums the blocks up. It must agree with
+# the formula:
 
 # %%
 p, n, size = len(samples.prompt_token_ids), 4, 4
@@ -221,10 +221,10 @@ by_formula = [all_blocks - less for all_blocks, less in zip(unshared, saved, str
 assert held == by_formula[:-1]
 assert held_by_copies == unshared[:-1]
 print(f"saved, by formula  {sum(saved) / sum(unshared):.2%}")
-print(f"saved, as measured {samples.metrics.blocks_saved:.2%}")
+print(f"saved, as measured {meter.saved():.2%}")
 
 # %% [markdown]
-# Here it is to be watched. The moment to look for is step 2, with its three copies.
+# Watch it. The moment to look for is step 2, with its three copies.
 
 # %%
 Replay(shared_events, title="Four samples of one prompt")
@@ -235,13 +235,13 @@ Replay(shared_events, title="Four samples of one prompt")
 # *Beam search* looks for the likeliest answer as a whole, not for the likeliest next token. It
 # keeps, say, four sequences going, the *beams*. In each step every beam proposes its likeliest next
 # tokens, and of all proposals together the best four go on. A beam with two proposals among them
-# forks. A beam with none is given up, and its blocks are freed. This is the library's whole account
-# of it:
+# forks. A beam with none is pruned, and its blocks are freed. This is the library's whole
+# implementation:
 #
 # @@ minipaged.engine.beam_request.BeamRequest.advance
 #
 # So where samples fork once, beams fork and die in every step. To see it we follow one search:
-# after each step, who lives, what it said last, and whose child it is. The forks come from the
+# after each step, the living beams, their last tokens and their parents. The forks come from the
 # trace; the owners of each block from the memory.
 
 # %%
@@ -252,28 +252,30 @@ searching, beam_events = build(Parts())
 searching.engine.add_request("search", told, BeamSearchParams(beam_width=4, max_tokens=20))
 decode = searching.get_tokenizer().decode
 beams_memory = searching.engine.scheduler.memory
-tree: list[dict[int, str]] = []  # for each step: the beams that live, and what they said last
+tree: list[dict[int, str]] = []  # for each step: the living beams, and their last tokens
 owners_of_blocks: list[Counter[int]] = []  # for each step: how many blocks have 1, 2, ... owners
 
+beam_meter = SharingMeter(searching.engine)
+searching.engine.listeners.append(beam_meter)
 while searching.engine.has_unfinished_requests():
     finished = searching.engine.step()
     for group in searching.engine.scheduler.running:
         tree.append({seq.seq_id: decode(seq.token_ids[-1:]) for seq in group.sequences})
         blocks = {b for table in beams_memory.tables.values() for b in table.blocks}
         owners_of_blocks.append(Counter(beams_memory.ref_count(b) for b in blocks))
-[found] = finished
+result = finished[-1].output()
 parents = {e.fields["child"]: e.fields["parent"] for e in beam_events if e.event == "fork"}
 
-for beam in found.outputs:
+for beam in result.outputs:
     print(f"{beam.score:7.3f} {beam.text!r}")
 print(f"{len(parents)} forks in {len(tree) + 1} steps, {copies(beam_events)} blocks copied")
 
-# %% A beam search of width 4: who descends from whom, and how many owners the blocks have
+# %% A beam search of width 4: the descent of the beams, and the owners of the blocks
 figure, (above, below) = drawing.picture(
     7.2, 5.2, nrows=2, sharex=True, gridspec_kw={"height_ratios": (3, 2)}
 )
 
-lineage = [set(tree[-1])]  # who lives at the end, and their ancestors step by step
+lineage = [set(tree[-1])]  # the last beams, and their ancestors step by step
 for before in reversed(tree[:-1]):
     lineage.insert(0, {seq if seq in before else parents[seq] for seq in lineage[0]})
 
@@ -307,18 +309,18 @@ below.legend(ncols=4, loc="upper left", fontsize=8)
 # %% [markdown]
 # This is Figure 9 of the paper, drawn from a real run. Blue are the beams that live at the end, and
 # their ancestors. At first the beams are four different questions. Three that began with a name
-# were overtaken by more questions in the second and third step, and given up. Three grey rows end
-# in a full stop. They have not lost: the model ended them there, and they are three of the four
+# were overtaken by more questions in the second and third step, and pruned. Three grey rows end in
+# a full stop. They have not lost: the model ended them there, and they are three of the four
 # results. The fourth question is then the only one left that goes on, so its forks take all four
 # places, and from step 14 on even the question is shared by all.
 #
-# Below stand the owners. The six full blocks of the prompt have four owners throughout, as with
-# samples. But beams meet again, in a sense: where three end and forks of the fourth take their
-# places, all that the fourth has generated becomes common. Samples cannot do that, and so beams
-# save more. An engine without sharing would have to copy keys and values from beam to beam each
-# time; here a fork costs one block at most.
+# The lower picture shows the owners. The six full blocks of the prompt have four owners throughout,
+# as with samples. But beams can share again: where three end and forks of the fourth take their
+# places, all tokens that the fourth has generated become common. Samples cannot do that, and so
+# beams save more. An engine without sharing would have to copy keys and values from beam to beam
+# each time; here a fork costs one block at most.
 #
-# The same search to be watched. See how the counts fall and rise between steps 12 and 16.
+# Watch the same search. See how the counts fall and rise between steps 12 and 16.
 
 # %%
 Replay(beam_events, title="A beam search of width 4")
@@ -366,16 +368,16 @@ axes[0].legend(loc="upper left")
 
 # %% [markdown]
 # The order is the same and the sizes are not. The paper does not publish its lengths, only their
-# means, and what samples save depends on how many prompts fill a block. What beams save depends on
-# the model: if it is sure of what follows, beams stay apart for long, as the three questions above
-# did; if it is not, they overtake each other in every step, and share more.
+# means, and the saving of samples depends on how many prompts fill a block. The saving of beams
+# depends on the model: if it is sure of what follows, beams stay apart for long, as the three
+# questions above did; if it is not, they overtake each other in every step, and share more.
 #
 # ## Check
 #
 # Rule 3 first. Sample $i$ draws with seed $7 + i$. So it must be, token for token, what a request
 # of its own with that seed gets. And your memory, which copies all and shares nothing, must give
-# the same samples and the same beams. Then rule 2: all blocks are back. (`checked()` in `build` has
-# recounted all owners after each call.)
+# the same samples and the same beams. Then rule 2: all blocks are free again. (`checked()` in
+# `build` has recounted all owners after each call.)
 
 # %%
 for number, sample in enumerate(samples.outputs):
@@ -387,21 +389,21 @@ assert samples.outputs == copied_samples.outputs
 [copied_beams] = copying.generate(
     told, BeamSearchParams(beam_width=4, max_tokens=20), use_tqdm=False
 )
-assert [beam.token_ids for beam in found.outputs] == [b.token_ids for b in copied_beams.outputs]
+assert [beam.token_ids for beam in result.outputs] == [b.token_ids for b in copied_beams.outputs]
 for llm in (shares, copying, searching):
     memory = llm.engine.scheduler.memory
     assert memory.num_free == memory.num_blocks
 print("same samples, same beams, and every block is free")
 
 # %% [markdown]
-# Two mistakes can be made with copy-on-write. The first is to make the copy and to stay an owner of
-# the original. The counts are wrong then, and the second opinion says whose:
+# Two mistakes can be made with copy-on-write. The first is to make the copy but not to free the
+# original. The counts are wrong then, and the checker names the block:
 
 # %%
 from minipaged.errors import CheckFailed
 
 
-class ForgetsToLetGo(BlockManager):
+class ForgetsToFree(BlockManager):
     def append(self, seq: Sequence) -> list[BlockPair]:
         pairs = super().append(seq)
         for original, _ in pairs:
@@ -409,7 +411,7 @@ class ForgetsToLetGo(BlockManager):
         return pairs
 
 
-leaky, _ = build(Parts(memory=ForgetsToLetGo))
+leaky, _ = build(Parts(memory=ForgetsToFree))
 try:
     serve(leaky, four)
 except CheckFailed as error:
@@ -419,8 +421,8 @@ else:
 
 # %% [markdown]
 # The second is to make no copy at all. That is worse: the counts are right, each block has the
-# owners that the tables say, and no count can find it. Four samples write their first three words
-# into the same slots, and each reads what the last writer left.
+# owners that the tables list, and no reference-count check can detect it. Four samples write their
+# first three words to the same slots, and each reads what the last one wrote.
 
 # %%
 
@@ -461,8 +463,8 @@ assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# None. All blocks of the prompt are full, so nobody writes to them. Each sample begins a new block
-# of its own.
+# None. All blocks of the prompt are full, so they are not written again. Each sample begins a new
+# block of its own.
 #
 # </details>
 #
@@ -472,8 +474,8 @@ assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.
 # <details markdown="1"><summary>Answer</summary>
 #
 # Not by all. One owner can keep the original, and which one is known only when the others have
-# gone. In a beam search a fork can also be given up again, or its parent can, before anyone has
-# written. Above, 13 forks led to 10 copies.
+# gone. In a beam search a fork or its parent can also be pruned before either has written. Above,
+# 13 forks led to 10 copies.
 #
 # </details>
 #
@@ -482,8 +484,8 @@ assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.
 # <details markdown="1"><summary>Answer</summary>
 #
 # A little. $\lfloor p / B \rfloor$ blocks of $B$ slots hold all of the prompt but at most $B - 1$
-# tokens. With $B = 1$ nothing of it is stored twice, and nothing is ever copied. Against that
-# stands what chapter 3 says about small blocks.
+# tokens. With $B = 1$ nothing of it is stored twice, and nothing is ever copied. The costs of small
+# blocks in chapter 3 speak against it.
 #
 # </details>
 #
@@ -493,7 +495,7 @@ assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.
 #
 # Before a step the scheduler asks `can_append`, and `BlockManager` answers for copies of the blocks
 # that are written, not of all that are shared. In a small pool it says yes, and then `append` runs
-# out of blocks in the middle of a step. Whoever changes what `append` takes must change what
+# out of blocks in the middle of a step. If you change how many blocks `append` takes, change what
 # `can_append` and `fits` promise.
 #
 # </details>
@@ -506,8 +508,8 @@ print("                         shared   copied at once")
 print(f"blocks held at most      {max(held):6}   {max(held_by_copies):6}   (four samples)")
 print(f"blocks copied            {copied:6}   {copied_at_once:6}   (four samples)")
 print(f"blocks copied            {copies(beam_events):6}   {beams_at_once:6}   (four beams)")
-print(f"blocks saved by samples  {samples.metrics.blocks_saved:6.1%}")
-print(f"blocks saved by beams    {found.metrics.blocks_saved:6.1%}")
+print(f"blocks saved by samples  {meter.saved():6.1%}")
+print(f"blocks saved by beams    {beam_meter.saved():6.1%}")
 
 # %% [markdown]
 # Next: [blocks that are found again by what they hold](08_prefix_caching.md).

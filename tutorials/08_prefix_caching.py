@@ -1,23 +1,23 @@
 # %% [markdown]
 # # 8. Prefix caching
 #
-# A block is kept when its sequence has ended, and found again by whoever begins with the same
-# tokens.
+# A block is kept when its sequence has ended, and reused by a later request with the same prefix.
 #
 # ## What you will know at the end
 #
-# - By what a block is known, and why the tokens in it are not enough.
-# - When a block can be found, how long it stays, and who decides which one is given up.
-# - How much need not be computed when many prompts begin alike (section 4.4 of the paper, Figures
-#   10 and 16).
+# - What identifies a block, and why its own tokens are not enough.
+# - When a block can be found, how long it stays, and which one is evicted.
+# - How much computation is saved when many prompts share a prefix (section 4.4 of the paper,
+#   Figures 10 and 16).
 #
 # ## What must hold
 #
 # 1. A block is found only by a prompt that is the same from the first token up to the end of that
 #    block.
-# 2. It is found only after its keys and values are written, and nobody writes to it while it can be
+# 2. It is found only after its keys and values are written, and it is not written while it can be
 #    found.
-# 3. With the cache and without it the tokens are the same. A block that nobody uses counts as free.
+# 3. With the cache and without it the tokens are the same. A block that no sequence uses counts as
+#    free.
 #
 # ## Predict before you run
 #
@@ -25,26 +25,25 @@
 #
 # - Six prompts begin with the same story of 92 tokens; then come different questions of about 10.
 #   How many tokens of the second prompt must be computed?
-# - Two prompts of 100 tokens differ in the first token and are equal behind it. How many blocks can
+# - Two prompts of 100 tokens differ in the first token and are equal after it. How many blocks can
 #   they share?
 # - The same prompt of exactly 32 tokens comes twice. How many tokens are computed the second time?
 #
-# ## The step: a block is known by what came before it
+# ## The step: a block is identified by what comes before it
 #
 # Samples of one request share the prompt's blocks, because they come from a fork. But requests of
-# different people begin alike as well. An assistant has a *system prompt*, the same instructions
-# before every question. A *few-shot* prompt has the same examples before every task. Each turn of a
-# chat begins with all turns before it. Nobody forks there. The blocks must be *found*.
+# different people often share a prefix as well. An assistant has a *system prompt*, the same
+# instructions before every question. A *few-shot* prompt has the same examples before every task.
+# Each turn of a chat begins with all turns before it. There is no fork. The blocks must be *found*.
 #
 # By what? The keys and values of a token depend on all tokens before it (chapter 1), so the tokens
 # in a block do not suffice. "in the meadow" after one story is not "in the meadow" after another.
-# But it is enough to know the tokens of this block and *which block came before it*: that block is
-# known by its own tokens and the block before it, and so on to the beginning. Here is such an
-# index, on words in blocks of four. It is a `dict`, and a lookup goes block by block until one is
-# not there.
+# But the tokens of this block and *the block before it* are enough: that block is identified by its
+# own tokens and the block before it, and so on to the first. Here is such an index, on words in
+# blocks of four. It is a `dict`, and a lookup goes block by block until one is missing.
 
 # %%
-Key = tuple[int | None, tuple[str, ...]]  # the block before it (None: it is the first), its words
+Key = tuple[int | None, tuple[str, ...]]  # the block before it (None for the first), its words
 
 
 def full_blocks(text: str) -> list[tuple[str, ...]]:
@@ -82,22 +81,21 @@ print(index.find("once upon a time there was a cow who lost it"))
 print(index.find("there was a frog who had a key"))
 
 # %% [markdown]
-# "who had a key" stands in both stories, but behind different blocks, so there are two entries for
-# it. The prompt that begins with "there was a frog" finds nothing at all, since no story begins so.
-# Two prompts share as far as they are equal from the start, never further. So the entries form a
-# *tree*.
+# "who had a key" is in both stories, but after different blocks, so there are two entries for it.
+# The prompt that begins with "there was a frog" finds nothing at all, since no story begins that
+# way. Two prompts share their common prefix, never more. So the entries form a *tree*.
 #
 # Other engines make one number, a hash, of all tokens up to the end of a block, and look for that.
-# They rely on it that no two beginnings have the same hash: where two had, one user would be served
-# with the other's keys and values. Here tokens are compared with tokens, and a block's number
-# stands for everything before it. That is exact:
+# They assume that no two prefixes hash to the same value: if two did, one user would be served with
+# the other's keys and values. Here tokens are compared with tokens, and a block's number represents
+# everything before it. That is exact:
 #
 # @@ minipaged.memory.prefix_cache.PrefixCache.find
 #
 # ### When a block can be found
 #
-# A block is made known, or *published*, after the step that has written it, not when it is handed
-# out. And only if it is full: the last block of a sequence is still growing. By hand:
+# A block is *cached* after the step that has written it, not when it is allocated. And only if it
+# is full: the last block of a sequence is still growing. By hand:
 
 # %%
 from minipaged.memory import BlockManager
@@ -109,7 +107,8 @@ prompt_of_10 = range(10)
 
 def arrive(seq_id: int, tokens: range) -> Sequence:
     seq = Sequence(seq_id, tokens)
-    memory.admit(SequenceGroup(str(seq_id), [seq]))
+    [num_cached], _ = memory.admit(SequenceGroup(str(seq_id), [seq]))
+    seq.mark_cached(num_cached)  # these need not be computed
     return seq
 
 
@@ -118,32 +117,27 @@ def num_cached_tokens(tokens: range) -> int:
 
 
 first = arrive(0, prompt_of_10)
-print("blocks handed out:       found", num_cached_tokens(prompt_of_10), "tokens")
+print("blocks allocated:       cached tokens", num_cached_tokens(prompt_of_10))
 first.mark_computed(10)
 memory.cache_blocks(first)
-print("step done:               found", num_cached_tokens(prompt_of_10), "tokens")
-print("a prompt of exactly 8:   found", num_cached_tokens(range(8)), "tokens")
+print("step done:              cached tokens", num_cached_tokens(prompt_of_10))
+print("a prompt of exactly 8:  cached tokens", num_cached_tokens(range(8)))
 memory.free(first)
-print(
-    "the sequence has ended:  found",
-    num_cached_tokens(prompt_of_10),
-    "tokens,",
-    memory.num_free,
-    "blocks free",
-)
+print("the sequence has ended: cached tokens", num_cached_tokens(prompt_of_10), end="; ")
+print("blocks free", memory.num_free)
 
 # %% [markdown]
-# Two things to note. Of the prompt of 8 tokens only 7 are found, although both blocks are known:
-# the last token must be computed in any case, for nobody has kept what the model says *after* it.
-# And when the sequence has ended, all 8 blocks of the pool are free, and yet two of them can be
-# found. The cache is one more owner of each block that it knows, and a block that only the cache
-# owns is *idle*: kept as long as nobody needs the room, and given to whoever needs it.
+# Two things to note. Of the prompt of 8 tokens only 7 count as cached, although both blocks are:
+# the last token must be computed in any case, because the logits *after* it are not stored. And
+# when the sequence has ended, all 8 blocks of the pool are free, and yet two of them can be found.
+# The cache is one more owner of each cached block. A block that only the cache owns is *idle*: it
+# is kept until another sequence needs the memory.
 #
 # ### Six questions about one story, and a chat
 #
 # Now with the model. Six questions are asked about one story, one after another. Then one
 # conversation about it: the prompt of each turn is everything said so far, answers included.
-# `num_cached_tokens` of an output says how much of its prompt was found.
+# `num_cached_tokens` of an output is the number of prompt tokens that were cached.
 
 # %%
 from minipaged import LLM, Event, EventLog, Parts, RequestOutput, SamplingParams
@@ -178,17 +172,17 @@ turns = chat(LLM("storyteller", num_blocks=64))
 for question, output in zip(asked, six, strict=True):
     print(f"{question.text:42}{output.outputs[0].text}")
 
-# %% Tokens of each prompt that were found, and that had to be computed
+# %% Tokens of each prompt that were cached, and tokens that had to be computed
 import drawing
 
 figure, axes = drawing.picture(ncols=2, sharey=True)
 titles = ("six questions about one story", "five turns of a chat")
 for axis, outputs, title in zip(axes, (six, turns), titles, strict=True):
     places = range(1, len(outputs) + 1)
-    found = [output.num_cached_tokens for output in outputs]
-    computed = [len(output.prompt_token_ids) - n for output, n in zip(outputs, found, strict=True)]
-    axis.bar(places, found, color=drawing.GREY, alpha=0.5, label="found")
-    bars = axis.bar(places, computed, bottom=found, color=drawing.COLOURS[0], label="computed")
+    reused = [output.num_cached_tokens for output in outputs]
+    computed = [len(output.prompt_token_ids) - n for output, n in zip(outputs, reused, strict=True)]
+    axis.bar(places, reused, color=drawing.GREY, alpha=0.5, label="cached")
+    bars = axis.bar(places, computed, bottom=reused, color=drawing.COLOURS[0], label="computed")
     axis.bar_label(bars, computed, fontsize=8, color=drawing.GREY, padding=2)
     axis.set(title=title, xlabel="request", ylim=(0, 210))
 axes[0].set(ylabel="tokens of the prompt")
@@ -196,29 +190,29 @@ axes[0].legend(loc="upper left", ncols=2)
 
 # %% [markdown]
 # The first request of each kind computes everything. The others find the full blocks of the story,
-# 80 of its 92 tokens, and compute the rest. In the chat the found part grows with the conversation:
-# what the model itself has said is in blocks, too, and each turn finds it.
+# 80 of its 92 tokens, and compute the rest. In the chat the cached part grows with the
+# conversation: the model's own answers are cached as well, and each turn finds them.
 #
-# They need not come one after another. If all six come at once, the scheduler lets the first go
-# ahead by a step, and the five others find what it has written.
+# They need not come one after another. If all six arrive at once, the scheduler starts the first
+# one a step earlier, and the five others find the blocks that it has written.
 #
 # ### The tree of blocks
 #
-# `memory.cached` says what each block is known by. Here is all that a cache knows after four short
+# `memory.cached` maps each cached block to its key. Here is the whole cache after four short
 # prompts, with blocks of 8:
 
-# %% What the cache knows after four prompts: each box is a block, behind the one on its left
+# %% The cached blocks after four prompts: each box is a block, and its parent is on its left
 from textwrap import fill
 
 from minipaged.evaluation.stories import retell
 
 small = LLM("storyteller", num_blocks=64, block_size=8)
 facts = tell(num_facts=3, seed=5).facts
-for other in facts[1:]:  # two stories that begin alike, and two questions about each
+for other in facts[1:]:  # two stories with a common prefix, and two questions about each
     told = retell([facts[0], other])
     for question in told.questions[5:7]:
         ask(small, prompt(told, question))
-known = small.engine.scheduler.memory.cached
+cached_blocks = small.engine.scheduler.memory.cached
 decode = small.get_tokenizer().decode
 
 figure, axes = drawing.picture(7.2, 3.4)
@@ -226,47 +220,46 @@ num_leaves = 0
 
 
 def draw(block: int, depth: int) -> float:
-    """Draw a block and all behind it; returns its height."""
+    """Draw a block and its descendants; returns its height."""
     global num_leaves
-    behind = [child for child, (before, _) in known.items() if before == block]
-    if behind:
-        heights = [draw(child, depth + 1) for child in behind]
+    children = [child for child, (before, _) in cached_blocks.items() if before == block]
+    if children:
+        heights = [draw(child, depth + 1) for child in children]
         height = sum(heights) / len(heights)
         for child_height in heights:
             axes.plot([depth, depth + 1], [height, child_height], color=drawing.GREY, zorder=0)
     else:
         height, num_leaves = -num_leaves, num_leaves + 1
-    colour = drawing.COLOURS[0] if len(behind) > 1 else drawing.GREY
-    text = fill(decode(known[block][1]).strip().replace("\n", " "), 14)
+    colour = drawing.COLOURS[0] if len(children) > 1 else drawing.GREY
+    text = fill(decode(cached_blocks[block][1]).strip().replace("\n", " "), 14)
     drawing.label(axes, depth, height, f"{block}\n{text}", colour, fontsize=5.5)
     return height
 
 
-for root in [block for block, (before, _) in known.items() if before is None]:
+for root in [block for block, (before, _) in cached_blocks.items() if before is None]:
     draw(root, 0)
 axes.set(ylim=(0.6 - num_leaves, 0.6))
 axes.margins(x=0.08)
 axes.axis("off")
 
 # %% [markdown]
-# The number in a box is the block, the text is what it holds. Behind a blue one prompts part. To
-# look a prompt up is to walk from the left to the right as far as the words agree. Blocks 4 and 9
-# hold the beginning of an answer: what is generated can be found like what was given.
+# The number in a box is the block, the text is what it holds. Prompts diverge after a blue block. A
+# lookup walks from left to right as far as the words agree. Blocks 4 and 9 hold the beginning of an
+# answer: generated tokens are cached just as prompt tokens are.
 #
-# ### Who is given up
+# ### Eviction
 #
-# When a block is needed and no empty one is left, an idle one is *evicted*: it is forgotten, and
-# handed out. It must be a *leaf*, one with no block behind it. For if a block's number were given
-# to other contents, everything behind it would be found by the wrong beginning. The library gives
-# up the leaf that has been unused for longest (*least recently used*, LRU). Sequences let go of
-# their last block first, so in the order of idleness children always come before their parents, and
-# the policy is one line:
+# When a block is needed and no empty one is left, an idle one is *evicted*: it is removed from the
+# index and allocated. It must be a *leaf*, a block without children. If a block's number were
+# reused for other content, all its descendants would be found with a wrong prefix. The library
+# evicts the least recently used leaf (LRU). Sequences free their last block first, so in the order
+# of idleness children always come before their parents, and the policy is one line:
 #
 # @@ minipaged.memory.prefix_cache.PrefixCache.evict_candidate
 #
-# This method is the place for a policy of your own. Let us give up the block that was used *least
-# often*, and of several the one unused for longest. An allocation begins the count, and whoever
-# finds the block shares it:
+# Override this method to write your own policy. Let us evict the block that was used *least often*,
+# and of several the least recently used. An allocation starts the count, and each hit shares the
+# block:
 
 # %%
 from collections import Counter
@@ -282,7 +275,7 @@ class LeastOftenUsed(PrefixCache):
 
     def allocate(self) -> int:
         block = super().allocate()
-        self.uses[block] = 1  # whatever it held before, it holds something new now
+        self.uses[block] = 1  # its content is new, whatever it was before
         return block
 
     def share(self, block: int) -> None:
@@ -295,16 +288,16 @@ class LeastOftenUsed(PrefixCache):
 
 
 # %% [markdown]
-# Which is better? That depends on who comes. We need no model to see it, only tokens: a prompt is
-# admitted, "computed", and freed, and we count the tokens that were found. Two workloads, on 64
-# blocks of 4 slots:
+# Which is better? That depends on the workload. We need no model to see it, only tokens: a prompt
+# is admitted, "computed", and freed, and we count the cached tokens. Two workloads, on 64 blocks of
+# 4 slots:
 #
 # - *Assistants and documents*: four system prompts of 8 blocks, asked again and again. After every
-#   second question somebody brings a document of 20 blocks, which nobody asks about again.
+#   second question comes a document of 20 blocks, which is never used again.
 # - *Topics come and go*: three topics of 8 blocks are asked about in turn, 12 times each, and then
 #   never again; three others follow.
 
-# %% How much of all prompts is found, by policy; the best is a pool in which nothing is given up
+# %% Cache hit rate by policy; the best is a pool from which nothing is evicted
 from collections.abc import Iterator
 from random import Random
 
@@ -330,17 +323,18 @@ def topics_come_and_go() -> Iterator[list[int]]:
             yield from (topic + tokens(9) for topic in topics)
 
 
-def part_found(cache: type[PrefixCache], prompts: list[list[int]], num_blocks: int = 64) -> float:
+def hit_rate(cache: type[PrefixCache], prompts: list[list[int]], num_blocks: int = 64) -> float:
     memory = BlockManager(num_blocks, block_size=4, enable_prefix_caching=True, prefix_cache=cache)
-    found = 0
+    num_cached = 0
     for number, prompt_tokens in enumerate(prompts):
         seq = Sequence(number, prompt_tokens)
-        memory.admit(SequenceGroup(str(number), [seq]))
-        found += seq.num_computed_tokens
+        [from_cache], _ = memory.admit(SequenceGroup(str(number), [seq]))
+        seq.mark_cached(from_cache)
+        num_cached += from_cache
         seq.mark_computed(seq.num_uncomputed_tokens)
         memory.cache_blocks(seq)
         memory.free(seq)
-    return 100 * found / sum(map(len, prompts))
+    return 100 * num_cached / sum(map(len, prompts))
 
 
 workloads = {
@@ -349,10 +343,10 @@ workloads = {
 }
 policies = {"least recently used": PrefixCache, "least often used": LeastOftenUsed}
 rates = {
-    name: [part_found(cache, prompts) for prompts in workloads.values()]
+    name: [hit_rate(cache, prompts) for prompts in workloads.values()]
     for name, cache in policies.items()
 }
-rates["nothing is given up"] = [part_found(PrefixCache, w, 10_000) for w in workloads.values()]
+rates["nothing is evicted"] = [hit_rate(PrefixCache, w, 10_000) for w in workloads.values()]
 
 figure, axes = drawing.picture(7.2, 2.6)
 colours = (drawing.COLOURS[0], drawing.COLOURS[1], drawing.GREY)
@@ -363,21 +357,21 @@ for number, (name, percent) in enumerate(rates.items()):
     )  # fmt: skip
     axes.bar_label(bars, fmt="%.0f", fontsize=8, color=drawing.GREY, padding=2)
 axes.set_yticks([-0.26, -1.26], list(workloads))
-axes.set(xlabel="tokens of all prompts that were found, %", xlim=(0, 80))
+axes.set(xlabel="tokens of all prompts that were cached, %", xlim=(0, 80))
 axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.25), ncols=3, fontsize=8)
 
 # %% [markdown]
 # The documents flush everything out of a cache that looks only at the last use. Yours keeps the
-# system prompts, for they have been used often, and finds nearly all that can be found. But it
-# cannot forget. When the topics change, the old ones have high counts and nobody wants them, while
-# the new ones are given up before they can gain any. There LRU finds all that can be found, and
-# yours a seventh of it. Neither is *the* policy. (LRU is also quicker: `evict_candidate` above
+# system prompts, which have been used often, and comes close to the best possible hit rate. But it
+# cannot forget. When the topics change, the old ones have high counts and are no longer used, while
+# the new ones are evicted before they can gain any. There LRU reaches the best possible hit rate,
+# and yours a seventh of it. Neither is *the* policy. (LRU is also quicker: `evict_candidate` above
 # looks at every idle block.)
 #
 # ### Your policy serves a model
 #
 # A pool of 12 blocks, a story that is asked about again and again, and between the questions two
-# longer ones that nobody asks about twice.
+# longer ones that are asked about only once.
 
 # %%
 favourite = tell(num_facts=4, seed=1)
@@ -402,33 +396,32 @@ events: list[Event] = []
 log = EventLog(events.append)
 by_recency = serve(Parts())
 by_count = serve(Parts(prefix_cache=LeastOftenUsed).traced(log))
-print("found, by recency:", [output.num_cached_tokens for output in by_recency])
-print("found, by count:  ", [output.num_cached_tokens for output in by_count])
-print("blocks given up:  ", sum(event.event == "evict" for event in events))
+print("cached, by recency:", [output.num_cached_tokens for output in by_recency])
+print("cached, by count:  ", [output.num_cached_tokens for output in by_count])
+print("blocks evicted:    ", sum(event.event == "evict" for event in events))
 
 # %% [markdown]
-# The same run to be watched. Blocks that are idle stay in the pool without an owner, until somebody
-# needs the room.
+# Watch the same run. Idle blocks stay in the pool until another sequence needs the memory.
 
 # %%
-Replay(events, title="A small pool: blocks are found, and given up")
+Replay(events, title="A small pool: blocks are cached and evicted")
 
 # %% [markdown]
-# ### Apart, and for good
+# ### Salts and pinned prefixes
 #
-# Two things that a user of the cache may want to say. First, *who may share with whom*. Somebody
-# who sees how quickly an answer begins can tell whether its prompt was found, and so guess what
-# others have asked. A prompt with a `cache_salt` shares with those of the same salt only: the salt
-# stands at the root of the tree, in place of "no block before".
+# There are two more controls. The first is *which requests may share*. A user who sees how quickly
+# an answer begins can tell whether its prompt was cached, and so guess what others have asked. A
+# prompt with a `cache_salt` shares only with prompts of the same salt: the salt is the root of the
+# tree, in place of "no block before".
 #
-# Second, that a prefix shall stay. The paper's shared prefix is of that kind: the provider of a
-# service names it beforehand (Figure 10). `cache_prefix` computes it and *pins* its blocks: it
-# stays as one more owner, until `release_prefix`.
+# Second, pinning a prefix. The paper's shared prefix is of that kind: the provider of a service
+# declares it beforehand (Figure 10). `cache_prefix` computes it and *pins* its blocks: it remains
+# one more owner, until `release_prefix`.
 
 # %%
 salted = {"prompt": prompt(story, asked[0]), "cache_salt": "ann"}
-print("with a salt of its own:", ask(cached, salted).num_cached_tokens, "tokens found")
-print("again with that salt:  ", ask(cached, salted).num_cached_tokens, "tokens found")
+print("with a salt of its own:", ask(cached, salted).num_cached_tokens, "cached tokens")
+print("again with that salt:  ", ask(cached, salted).num_cached_tokens, "cached tokens")
 
 tight = LLM("storyteller", num_blocks=14)
 tight_memory = tight.engine.scheduler.memory
@@ -436,17 +429,17 @@ pinned = tight.cache_prefix(favourite.text)
 print(f"\npinned: {pinned.num_blocks} blocks, so {tight_memory.num_free} of 14 are free")
 for told in one_offs[:3]:
     ask(tight, prompt(told, told.questions[0]))
-print("after three long stories:", ask(tight, mixed[0]).num_cached_tokens, "tokens found")
+print("after three long stories:", ask(tight, mixed[0]).num_cached_tokens, "cached tokens")
 tight.release_prefix(pinned)
 for told in one_offs[:3]:
     ask(tight, prompt(told, told.questions[0]))
-print("released, three more:    ", ask(tight, mixed[0]).num_cached_tokens, "tokens found")
+print("released, three more:    ", ask(tight, mixed[0]).num_cached_tokens, "cached tokens")
 
 # %% [markdown]
 # The paper measures what a shared prefix brings on a translation task (section 6.4, Figure 16):
-# with one example before each sentence, a prefix of 80 tokens, the engine bears 1.67 times the
-# requests of Orca (Oracle), with five examples, 341 tokens, 3.58 times. Those are its numbers, from
-# a GPU. `minipaged paper fig16` simulates the experiment.
+# with one example before each sentence, a prefix of 80 tokens, the engine sustains 1.67 times the
+# request rate of Orca (Oracle), with five examples, 341 tokens, 3.58 times. Those are its numbers,
+# from a GPU. `minipaged paper fig16` simulates the experiment.
 #
 # ## Check
 #
@@ -461,11 +454,11 @@ for plain, recent, often in zip(uncached, by_recency, by_count, strict=True):
 no_cache = LLM("storyteller", num_blocks=64, enable_prefix_caching=False)
 for plain, turn in zip(chat(no_cache), turns, strict=True):
     assert plain.outputs[0].token_ids == turn.outputs[0].token_ids
-print("the same tokens, found or computed")
+print("the same tokens, cached or computed")
 
 # %% [markdown]
-# Three mistakes. The first looks like a clever saving: to know a block by its tokens alone. Then
-# Ben, whose story is like Ann's, is given blocks that were computed behind hers:
+# Three mistakes. The first looks like a clever saving: to identify a block by its tokens alone.
+# Then Ben, whose story is like Ann's, gets blocks that were computed after hers:
 
 # %%
 from minipaged.memory import CacheKey
@@ -491,10 +484,10 @@ for name, text in (("Ann", of_ann), ("Ben", of_ben), ("Ben", of_ben)):
 assert good.outputs[0].token_ids != bad.outputs[0].token_ids
 
 # %% [markdown]
-# No count is wrong there, so `checked()` says nothing; the answer tells. At his second question Ben
-# is told where *Ann's* map is.
+# No count is wrong there, so `checked()` raises nothing; only the answer shows it. At his second
+# question Ben is told where *Ann's* map is.
 #
-# The second mistake is to give a block up and leave it in the index. In a pool of two blocks, 8
+# The second mistake is to evict a block and leave it in the index. In a pool of two blocks, 8
 # tokens come and go, then 8 others. When the first come again, they "find" what the others have
 # written.
 
@@ -528,7 +521,7 @@ assert what_is_found(PrefixCache) == []
 assert sorted(what_is_found(StaysInTheIndex)) == list(range(100, 108))
 
 # %% [markdown]
-# The third is a policy that gives up parents before their children. The cache does not accept it:
+# The third is a policy that evicts parents before their children. The cache does not accept it:
 
 # %%
 
@@ -549,7 +542,7 @@ else:
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # 22 tokens of the second prompt are computed: it has 102, and five full blocks of the story are
-# found. (The last 12 tokens of the story share a block with the question.) Two prompts that differ
+# cached. (The last 12 tokens of the story share a block with the question.) Two prompts that differ
 # in the first token share nothing. Of the 32 tokens that come a second time one is computed.
 #
 # </details>
@@ -560,18 +553,18 @@ else:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Once a day all that was known is found no more, for every block stands behind the first. Whatever
-# changes belongs at the end of a prompt, behind all that stays.
+# Once a day every cached block becomes unreachable, because every block comes after the first. Text
+# that changes belongs at the end of a prompt, after everything constant.
 #
 # </details>
 #
-# **Do larger blocks find more or less?**
+# **Do larger blocks raise or lower the hit rate?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Less, for only full blocks are found: of the beginning that two prompts have in common, up to
-# $B - 1$ tokens are computed again. With blocks of 16 that were 12 of 92 above. In return there are
-# fewer lookups.
+# They lower it, for only full blocks are cached: of the prefix that two prompts have in common, up
+# to $B - 1$ tokens are computed again. With blocks of 16, that was 12 of the 92 tokens above. In
+# return there are fewer lookups.
 #
 # </details>
 #
@@ -579,8 +572,8 @@ else:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. The scheduler sees that the block that the second would look for is just being computed, and
-# lets it join a step later. And if two sequences do write the same block at the same time,
+# No. The scheduler sees that the second would look for a block that is just being computed, and
+# admits it a step later. And if two sequences do write the same block at the same time,
 # `cache_blocks` keeps one of the two.
 #
 # </details>
@@ -590,8 +583,8 @@ else:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. Idle blocks count as free, and are given up one by one as they are needed. Pinned blocks are
-# another matter: they have an owner, and what is pinned is missing for all others.
+# No. Idle blocks count as free, and are evicted one by one as they are needed. Pinned blocks are
+# different: they have an owner, so no other sequence can use their memory.
 #
 # </details>
 #
@@ -604,7 +597,7 @@ for name, outputs in (("six questions", six), ("five turns of a chat", turns)):
     part = f"({num_computed / num_tokens:.0%})"
     print(f"{name:20} {num_tokens} tokens in prompts, {num_computed} of them computed {part}")
 for name, percent in rates.items():
-    print(f"{name:20} {percent[0]:.0f} % and {percent[1]:.0f} % found")
+    print(f"{name:20} {percent[0]:.0f} % and {percent[1]:.0f} % cached")
 
 # %% [markdown]
 # Next: [what happens when all blocks are in use](09_when_memory_runs_out.md).

@@ -1,19 +1,20 @@
 # %% [markdown]
 # # 9. When memory runs out: recompute or swap
 #
-# Somebody must give blocks back in the middle of an answer, and nobody may notice.
+# A running request has to release its blocks in the middle of an answer, and its output must not
+# change.
 #
 # ## What you will know at the end
 #
-# - Why an engine that wastes no memory can run out of it, and whom it then *preempts*: takes all
-#   blocks away from, to let others go on (section 4.5 of the paper).
+# - Why an engine that wastes no memory can run out of it, and which request it then *preempts*:
+#   takes all its blocks, so that others can continue (section 4.5 of the paper).
 # - Two ways to bring such a request back, *recomputation* and *swapping*, and what each costs.
 # - What becomes of a request that is larger than the whole pool.
 #
 # ## What must hold
 #
-# 1. Whoever is preempted generates the same tokens as if nothing had happened.
-# 2. All or nothing: a request keeps all its blocks or none. Half a sequence cannot go on.
+# 1. A preempted request generates the same tokens as if nothing had happened.
+# 2. All or nothing: a request keeps all its blocks or none. Half a sequence cannot continue.
 # 3. The oldest request is never preempted. So it advances in every step and ends, and then another
 #    one is the oldest.
 #
@@ -26,27 +27,26 @@
 # - After about how many steps is the pool full?
 # - With ample memory 60 steps are enough. How many does it take here?
 #
-# ## The step: whom to preempt
+# ## The step: choosing a victim
 #
-# Nobody reserves anything here. Eight prompts go in easily. Then all of them grow, and every four
-# steps each wants one more block. At some point somebody asks for one and there is none.
+# Nothing is reserved here. Eight prompts fit easily. Then all of them grow, and every four steps
+# each needs one more block. At some point a request needs one and none is free.
 #
-# An engine of reservations never has this problem: it lets few requests in, and keeps most of the
-# pool empty for what may come. Paging lets many in and accepts that it may now and then have gone
-# too far. Then the scheduler looks through those who run, oldest first, and gives each its next
-# block. When there is none, somebody younger loses all of theirs, and whoever has nobody younger
-# yields:
+# An engine that reserves never has this problem: it admits few requests, and keeps most of the pool
+# empty for possible growth. Paging admits many and accepts that now and then these are too many.
+# The scheduler goes through the running requests, oldest first, and gives each its next block. If
+# none is free, a younger request is preempted; if there is none, the request itself is preempted:
 #
 # @@ minipaged.scheduler.fcfs.FCFSScheduler._make_room
 #
-# Whom to take is a part of its own, `select_victim`. It is given the groups that are younger than
-# the one in need, and returns one of them. The library's is the paper's, the youngest:
+# The victim is chosen by a part of its own, `select_victim`. It gets the groups that are younger
+# than the one in need, and returns one of them. The library's choice is the paper's, the youngest:
 #
 # @@ minipaged.scheduler.fcfs.youngest
 #
-# Write two others. One takes whoever is the cheapest to compute again. One takes whoever gives back
-# most, hoping to need nobody else soon. A sequence does not know its blocks, but it knows its
-# tokens.
+# Write two others. One takes the group that is cheapest to recompute. One takes the group with the
+# most blocks, hoping that no other victim is needed soon. A sequence does not know its blocks, but
+# it knows its tokens.
 
 # %%
 from collections.abc import Sequence as Many
@@ -69,13 +69,14 @@ def largest(candidates: Many[SequenceGroup]) -> SequenceGroup:
 
 
 # %% [markdown]
-# And how does the victim come back? The library knows both of the paper's ways:
+# And how does the victim come back? The library has both of the paper's ways:
 #
 # - *Recomputation*: its blocks are free at once. It goes back to the waiting queue, and when its
 #   turn comes, its prompt and all it had generated are computed again, like one prompt. Those
-#   tokens are known by now, so one step does for all of them, and it goes on where it stopped.
-# - *Swapping*: its blocks are copied to a second pool, the *swap pool*, in the memory of the host
-#   (beside a GPU that is large and slow to reach). Later they are copied back.
+#   tokens are known by now, so one step is enough for all of them, and it continues where it
+#   stopped.
+# - *Swapping*: its blocks are copied to a second pool, the *swap pool*, in host memory (with a GPU,
+#   that is large and slow to reach). Later they are copied back.
 
 # %%
 from typing import Any
@@ -94,7 +95,7 @@ params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in 
 
 
 def build(select_victim: SelectVictim = youngest, **options: Any) -> tuple[LLM, list[Event]]:
-    """A tight pool, and the list that its events will come to."""
+    """A tight pool, and the list of its events."""
     events: list[Event] = []
     tight = {"num_blocks": 36, "num_swap_blocks": 72, "block_size": 4}
     options = tight | {"enable_prefix_caching": False} | options
@@ -117,8 +118,8 @@ for mode, events in traces.items():
     print(f"{mode:10} {len(steps_of(events))} steps, preemptions of each request {num_preemptions}")
 
 # %% [markdown]
-# A user sees it in `RequestOutput.metrics`, and nowhere else but on the clock. Here is what
-# happened, step by step. The events say which queue each request was in.
+# A user sees it only in `RequestOutput.metrics` and in the time it takes. Here is what happened,
+# step by step. The events say which queue each request was in.
 
 # %% Each row a request, oldest on top: outlined while it waits
 import drawing
@@ -142,14 +143,14 @@ for axis, (mode, events) in zip(axes, traces.items(), strict=True):
 figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 # %% [markdown]
-# Rows 0, 1 and 2 have no gap: the oldest never yield. The youngest go in and out, and come back in
+# Rows 0, 1 and 2 have no gap: the oldest are never preempted. The youngest go out and come back in
 # order of age. On the left, each return begins with a step that computes everything (in green); on
-# the right the request just goes on where it stopped.
+# the right the request continues where it stopped.
 #
-# Now the blocks. Preempted for recomputation, a request is worth nothing to the memory. Swapped
-# out, it holds as many blocks as before, elsewhere.
+# Now the blocks. A request preempted for recomputation holds no blocks at all. A swapped one holds
+# as many blocks as before, in the swap pool.
 
-# %% Blocks that are owned in the pool (of 36), and in the swap pool on top of them, step by step
+# %% Blocks in use in the pool (of 36), and in the swap pool on top of them, step by step
 figure, axes = drawing.picture(ncols=2, sharex=True, sharey=True)
 for axis, (mode, events) in zip(axes, traces.items(), strict=True):
     owned = {"pool": 0, "swap": 0}
@@ -169,7 +170,7 @@ for axis, (mode, events) in zip(axes, traces.items(), strict=True):
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 # %% [markdown]
-# The pool stays nearly full in both, as long as there is somebody to fill it. That is the aim: it
+# The pool stays nearly full in both, as long as there are requests to fill it. That is the aim: it
 # is too small, and it is used.
 #
 # Watch both: first swapping, with its second pool, then recomputation.
@@ -196,14 +197,14 @@ three = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=24, ignore_eos=T
 llm.generate([prompts[1], prompts[2] * 3], [params[1], three], use_tqdm=False)
 out = next(event for event in events if event.event == "swap_out")
 for seq_id, blocks in out.fields["seqs"].items():
-    print(f"sequence {seq_id} now lies in swap blocks {blocks}")
+    print(f"sequence {seq_id} is now in swap blocks {blocks}")
 print(f"{len(out.fields['pairs'])} blocks were copied")
 
 # %% [markdown]
 # ### Which victim?
 #
-# Your victims play the role `select_victim`. We count preemptions, steps, and what was lost: tokens
-# that were computed again, or blocks that were copied out and in.
+# Your functions play the role `select_victim`. We count preemptions, steps, and what was lost:
+# tokens that were computed again, or blocks that were copied out and in.
 
 # %%
 cases: dict[str, tuple[SelectVictim, dict[str, Any]]] = {
@@ -234,11 +235,11 @@ for name, events in traces.items():
 # %% [markdown]
 # The first two rows are the youngest. With the same victim both ways preempt the same requests at
 # the same steps. The youngest is not always the best choice: the cheapest loses the fewest tokens,
-# the largest makes room for longest. But look at who pays. With the youngest, whoever came early is
-# left alone; with the others it may be anybody. (Anybody who is younger than the one in need: the
-# library offers nobody else, so rule 3 holds whatever you choose.) The last row is a gift of
-# chapter 8: blocks that were taken away may still be found, and what is found need not be computed
-# again. (Besides, all eight prompts begin with the same block.)
+# the largest makes room for longest. But look at which requests pay. With the youngest, early
+# requests are left alone; with the others any request can be hit. (Any request younger than the one
+# in need: the library offers no others, so rule 3 holds whatever you choose.) The last row benefits
+# from the prefix cache (chapter 8): the blocks of a preempted request may still be cached, and
+# cached tokens need not be recomputed. (Besides, all eight prompts share their first block.)
 #
 # ### What each way costs
 #
@@ -289,9 +290,9 @@ for size in (1, 8, 16, 256):
     print(f"swap them in blocks of {size:3}: {swap_ms(256, size):3.0f} ms")
 
 # %% [markdown]
-# This is the message of the paper's Figure 19: recomputing does not care about the size of blocks,
-# and swapping small blocks is slow. By the formula swapping wins from blocks of 16; in the paper's
-# end-to-end runs the two are comparable from 16 to 64. It also says that the overhead of
+# This is the message of the paper's Figure 19: the time of recomputing does not depend on the block
+# size, and swapping small blocks is slow. By the formula swapping wins from blocks of 16; in the
+# paper's end-to-end runs the two are comparable from 16 to 64. It also says that the overhead of
 # recomputing is never above 20 % of swapping's latency, which must mean: never more than 20 %
 # slower. The formula says 52 % for blocks of 256, for its bus is never busy with anything else.
 # (`docs/paper.md` keeps this as a miss.) And where the dashed line is flat, a step reads all
@@ -300,7 +301,7 @@ for size in (1, 8, 16, 256):
 #
 # ### Larger than the pool
 #
-# What if the oldest asks for a block, all others are preempted, and there is still none?
+# What if the oldest request needs a block, all others are preempted, and there is still none?
 
 # %%
 from minipaged.errors import PromptTooLong
@@ -318,13 +319,13 @@ except PromptTooLong as error:
     print(f"refused: {error}")
 
 # %% [markdown]
-# It ends with what it has, for the reason `"length"`, and the others go on. A prompt that alone is
-# too large is refused at the door, since no wait would help it.
+# It ends with its tokens so far, with the finish reason `"length"`, and the others continue. A
+# prompt that is larger than the pool is rejected at once, since waiting would not help.
 #
 # ## Check
 #
 # Rule 1: the tokens are those of an ample pool, in both ways and with all victims. Rule 2: all
-# blocks of both pools are back. Rule 3: request 0 was never preempted.
+# blocks of both pools are free again. Rule 3: request 0 was never preempted.
 
 # %%
 ample = LLM(enable_prefix_caching=False).generate(prompts, params, use_tqdm=False)
@@ -337,11 +338,11 @@ for name, served in outputs.items():
     assert memory.num_free == 36
     assert memory.num_free_swap_blocks == 72
 assert [o.outputs[0].token_ids for o in others] == expected[1:]
-print(f"{len(outputs)} tight runs, the same tokens, and all blocks are back")
+print(f"{len(outputs)} tight runs, the same tokens, and all blocks are free again")
 
 # %% [markdown]
-# A victim that chooses nobody, and one that chooses somebody who was not offered, are refused with
-# a sentence that says so:
+# A function that chooses no victim, and one that chooses a group that was not offered, are refused
+# with a sentence that says so:
 
 # %%
 from minipaged.errors import InvalidOption
@@ -363,15 +364,14 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 # 28 blocks are taken after the first step: 6 for a prompt of 21, 4 for one of 14, 2 for one of 7.
 # Eight requests ask for two blocks a step on average, so the pool is full after about four more
 # steps. And it takes 60 steps here as well: the longest request is the second oldest and is never
-# preempted, and the others find their place beside it. What was lost is not steps but work, and the
-# time of those who waited.
+# preempted, and the others fit next to it. No steps were lost, but work, and the time of the
+# waiting requests.
 #
 # </details>
 #
 # ## Questions
 #
-# **Why are a prompt and 50 generated tokens recomputed in one step, when they took 51 to come
-# about?**
+# **Why are a prompt and 50 generated tokens recomputed in one step, when producing them took 51?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
@@ -385,11 +385,11 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# The paper says: no larger than the pool, for what is swapped once lay there. But those who stay
-# grow into the room, and may be swapped in turn. If eight equal requests yield one after the other,
-# each with its part of 36 blocks at that moment, 36 (1/8 + 1/7 + ... + 1/2), or some 61 blocks, can
-# lie in the swap pool; so there are 72 of them here. If it is full, the library recomputes instead.
-# Try `num_swap_blocks=4`.
+# The paper says: no larger than the pool, since every swapped block was there once. But the
+# remaining requests grow into the free blocks, and may be swapped in turn. If eight equal requests
+# are swapped one after the other, each with its share of 36 blocks at that moment, 36 (1/8 + 1/7 +
+# ... + 1/2), or some 61 blocks, can be in the swap pool; so there are 72 of them here. If it is
+# full, the library recomputes instead. Try `num_swap_blocks=4`.
 #
 # </details>
 #
@@ -397,18 +397,18 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A sequence needs all its keys and values in every step, so whoever lost one block cannot go on
-# anyway, and keeps the others for nothing. An operating system must guess which page is used next;
-# here it is known that all of them are (section 4.5).
+# A sequence needs all its keys and values in every step. Without one block it cannot continue, and
+# holds the others for nothing. An operating system must guess which page is used next; here all of
+# them are (section 4.5).
 #
 # </details>
 #
-# **Could `select_victim` let somebody starve?**
+# **Could `select_victim` let a request starve?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. It chooses only among groups younger than the one in need, and returning goes by age. The
-# oldest of all can never be chosen, so it ends, and everybody is the oldest some day.
+# No. It chooses only among groups younger than the one in need, and requests come back in order of
+# age. The oldest of all can never be chosen, so it ends, and every request is the oldest some day.
 #
 # </details>
 #

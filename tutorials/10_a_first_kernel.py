@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 10. A first Triton kernel, under the interpreter
 #
-# You write the paper's kernel, the one that reads keys and values where they lie, and the engine
-# generates with it.
+# You write the paper's kernel, which reads keys and values in place, and the engine generates with
+# it.
 #
 # ## What you will know at the end
 #
@@ -15,27 +15,27 @@
 #
 # 1. A kernel gives what the reference attention gives, for every length: one token, a block that is
 #    exactly full, one token more.
-# 2. It never uses a number behind a sequence's end, nor an entry behind the end of its block table.
+# 2. It never uses an element after a sequence's end, nor an entry after the end of its block table.
 # 3. No program needs anything that another one writes: they may run in any order.
 #
 # ## Predict before you run
 #
 # Blocks have 4 slots. Four sequences of 1, 4, 5 and 11 tokens decode one token each, with 4 query
-# heads of which pairs share a key head.
+# heads, of which pairs share a KV head.
 #
 # - With a program for each sequence and head: how many programs, and how many blocks of one head's
 #   keys do they read together?
 # - You forget the mask that hides the empty slots of a last block. Which of the four sequences come
 #   out right all the same?
-# - You forget to rescale what is known so far when a larger score comes. Which do then?
+# - You forget to rescale the partial result when a larger score comes. Which do then?
 #
 # ## The step: a kernel of your own
 #
-# A *GPU* runs thousands of copies of one short *program* side by side, and nobody says in which
-# order. Each program works on whole *tiles* of numbers, one number to a *lane*, and all lanes do
-# the same thing at the same time. The memory is large and far away: what one number takes to arrive
-# is enough for hundreds of operations, so a program should read little, in wide pieces, and each
-# number once.
+# A *GPU* runs thousands of copies of one short *program* in parallel, in no defined order. Each
+# program works on whole *tiles* of elements, one element per *lane*, and all lanes do the same
+# thing at the same time. The memory is large and far away: in the time it takes to load one number,
+# the GPU can do hundreds of operations. So a program should read little, in wide pieces, and each
+# element once.
 #
 # *Triton* is a language for such programs that looks like Python. A function under `@triton.jit` (a
 # *kernel*) is not run by Python. It is compiled for the GPU, and `kernel[grid](...)` starts as many
@@ -52,7 +52,6 @@ import drawing
 import torch
 
 from minipaged.attention.triton.machine import why_no_triton
-from minipaged.scheduler.output import SequenceInput
 
 if reason := why_no_triton(torch.device("cpu"), head_dim=64):
     drawing.stop(f"This chapter ends here: {reason}. Its page shows what it would have printed.")
@@ -64,30 +63,30 @@ import triton.language as tl
 # ### Load, mask, store
 #
 # The simplest useful kernel copies blocks, which is what copy-on-write needs (chapter 7). A program
-# copies one block. `tl.program_id(0)` says which program this is. A tensor that is given to a
-# kernel arrives as the *address* of its first number; adding `n` to it gives the address of the
-# number `n` places further on. `tl.arange(0, CHUNK)` is a tile of the numbers 0, 1, 2, ..., so
+# copies one block. `tl.program_id(0)` says which program this is. A tensor that is passed to a
+# kernel arrives as the *address* of its first element; adding `n` to it gives the address of the
+# element `n` places further on. `tl.arange(0, CHUNK)` is a tile of the numbers 0, 1, 2, ..., so
 # `pool + start + tl.arange(0, CHUNK)` is a tile of addresses, and `tl.load` reads all of them.
 #
 # The size of a tile must be a power of two and known when the kernel is compiled (`tl.constexpr`).
-# Blocks are of any size. So the last tile of a block sticks out, and a *mask* says which lanes are
-# to keep still.
+# Blocks are of any size. So the last tile of a block sticks out, and a *mask* disables the lanes
+# that are outside.
 
 
 # %%
 @triton.jit
-def copy_kernel(pool, sources, targets, block_numbers, CHUNK: tl.constexpr):
+def copy_kernel(pool, sources, targets, block_elements, CHUNK: tl.constexpr):
     pair = tl.program_id(0)
-    source = pool + tl.load(sources + pair).to(tl.int64) * block_numbers
-    target = pool + tl.load(targets + pair).to(tl.int64) * block_numbers
-    for start in range(0, block_numbers, CHUNK):
-        numbers = start + tl.arange(0, CHUNK)
-        inside = numbers < block_numbers
-        copied = tl.load(source + numbers, mask=inside)
-        tl.store(target + numbers, copied, mask=inside)
+    source = pool + tl.load(sources + pair).to(tl.int64) * block_elements
+    target = pool + tl.load(targets + pair).to(tl.int64) * block_elements
+    for start in range(0, block_elements, CHUNK):
+        elements = start + tl.arange(0, CHUNK)
+        inside = elements < block_elements
+        copied = tl.load(source + elements, mask=inside)
+        tl.store(target + elements, copied, mask=inside)
 
 
-pool = torch.arange(6 * 80.0).view(6, 80)  # 6 blocks of 80 numbers: five slots of 16
+pool = torch.arange(6 * 80.0).view(6, 80)  # 6 blocks of 80 elements: five slots of 16
 expected = pool.clone()
 expected[[1, 4]] = pool[[0, 3]]
 copy_kernel[(2,)](pool, torch.tensor([0, 3]), torch.tensor([1, 4]), 80, CHUNK=64)
@@ -95,8 +94,9 @@ assert torch.equal(pool, expected)
 print("blocks 0 and 3 are copied to 1 and 4, the others are as they were")
 
 # %% [markdown]
-# 80 numbers are one tile of 64 and a quarter of the next. Without the mask the second tile of block
-# 1 would run on into block 2, which may be somebody else's. The GPU would say nothing.
+# 80 elements are one tile of 64 and a quarter of the next. Without the mask the second tile of
+# block 1 would run on into block 2, which may belong to another sequence. The GPU would not report
+# it.
 #
 # ### One block
 #
@@ -115,7 +115,7 @@ def one_block_kernel(
     slots = tl.arange(0, SLOTS)
     dims = tl.arange(0, DIM)
     has_token = slots < filled
-    tile = slots[:, None] * DIM + dims[None, :]  # row by row, as they lie in memory
+    tile = slots[:, None] * DIM + dims[None, :]  # row by row, as in memory
     k = tl.load(keys + tile, mask=has_token[:, None], other=0.0)
     v = tl.load(values + tile, mask=has_token[:, None], other=0.0)
     scores = tl.sum(k * tl.load(query + dims)[None, :], axis=1) * scale  # one for each slot
@@ -151,12 +151,12 @@ assert torch.allclose(out, expected, atol=1e-6)
 #
 # and at the end $o / \ell$ is the paper's $o_i$ (Equation 4).
 #
-# A layer's keys are one tensor `[num_blocks, kv_heads, block_size, head_dim]`. To find a number in
-# it, begin at the address of the first, and for every axis add index times *stride*: how many
-# numbers lie between one index and the next. This is all the arithmetic that there is:
+# A layer's keys are one tensor `[num_blocks, kv_heads, block_size, head_dim]`. To find an element
+# in it, begin at the address of the first, and for every axis add index times *stride*: the number
+# of elements from one index to the next. This is all the arithmetic that there is:
 
-# %% Where the numbers of one key lie: block 4, key head 1, slot 2, and the stride of each axis
-levels = [("block", 6, 4, 128), ("key head", 2, 1, 64), ("slot", 4, 2, 16)]
+# %% Where the elements of one key are: block 4, KV head 1, slot 2, and the stride of each axis
+levels = [("block", 6, 4, 128), ("KV head", 2, 1, 64), ("slot", 4, 2, 16)]
 figure, axes = drawing.picture(7.2, 3.2)
 for line, (axis, count, chosen, stride) in enumerate(levels):
     for index in range(count):
@@ -172,15 +172,15 @@ for number in range(16):
     axes.barh(-3, 1 / 16, left=number / 16, height=0.5, color="none", edgecolor="#808080")
     axes.text((number + 0.5) / 16, -3, 608 + number, ha="center", va="center", fontsize=8)
 axes.text(1.02, -3, "stride 1", va="center")
-axes.text(0.5, -3.6, "4 · 128 + 1 · 64 + 2 · 16 = 608, the first number of the key", ha="center")
+axes.text(0.5, -3.6, "4 · 128 + 1 · 64 + 2 · 16 = 608, the first element of the key", ha="center")
 axes.set(xlim=(-0.01, 1.2), ylim=(-3.8, 0.4))
 axes.axis("off")
 
 # %% [markdown]
 # The block's number comes from the table as 32 bits, and the kernel makes it 64 before it
-# multiplies. The reason: Llama 3 8B has 8 key heads of 128 numbers, so a block of 16 slots has
-# 16,384 of one layer's keys. In 32 bits the product runs over at block 131,072, where the layer's
-# keys fill 4 GiB in half precision. That is not much for a large GPU:
+# multiplies. The reason: Llama 3 8B has 8 KV heads of 128 elements, so a block of 16 slots has
+# 16,384 elements of one layer's keys. In 32 bits the product runs over at block 131,072, where the
+# layer's keys fill 4 GiB in half precision. That is not much for a large GPU:
 
 # %%
 block = torch.tensor(131_072, dtype=torch.int32)
@@ -202,7 +202,7 @@ def paged_decode_kernel(
 ):  # fmt: skip
     seq = tl.program_id(0)
     head = tl.program_id(1)
-    kv_head = head // GROUP  # query heads of a group share a key head
+    kv_head = head // GROUP  # query heads of a group share a KV head
     seq_len = tl.load(seq_lens + seq)
     slots = tl.arange(0, BLOCK_SIZE)
     dims = tl.arange(0, HEAD_DIM)
@@ -253,7 +253,7 @@ def launched(kernel: Any) -> Attention:
     ) -> Tensor:
         num_seqs, heads, head_dim = q.shape
         kv_heads, block_size = k_cache.shape[1:3]
-        q = q.contiguous()  # the kernel takes rows to lie one behind the other
+        q = q.contiguous()  # the kernel assumes contiguous rows
         out = torch.empty_like(q)
         kernel[(num_seqs, heads)](
             out, q, k_cache, v_cache, batch.block_tables, batch.context_lens + 1, scale,
@@ -266,27 +266,27 @@ def launched(kernel: Any) -> Attention:
 
 
 # %% [markdown]
-# Ask a tensor for its strides and never work them out from its shape: it may be a part of a larger
+# Ask a tensor for its strides and never compute them from its shape: it may be a part of a larger
 # one.
 #
-# ### A test that is unkind
+# ### An adversarial test
 #
-# Random numbers in a tidy pool find few mistakes. So: blocks in shuffled order; NaN in every block
-# that belongs to nobody; large stale numbers in the empty slots of last blocks, as they remain in a
-# real pool; entries behind the ends of shorter tables that are no block at all; and the four
-# lengths at which something changes.
+# Random numbers in a tidy pool find few mistakes. So: blocks in shuffled order; NaN in every free
+# block; large stale values in the empty slots of last blocks, as they remain in a real pool;
+# entries after the ends of shorter tables that are no block at all; and the four lengths at which
+# something changes.
 
 # %%
 from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.reference import reference_paged_attention
-from minipaged.memory import BlockTable
+from minipaged.scheduler.output import SequenceInput
 
 LENGTHS = (1, 4, 5, 11)
 HEADS, KV_HEADS, BLOCK_SIZE, HEAD_DIM = 4, 2, 4, 16
-tables = [[7], [2], [9, 4], [1, 8, 5]]  # 0, 3, 6 belong to nobody
+tables = [[7], [2], [9, 4], [1, 8, 5]]  # 0, 3, 6 are free
 
 
-def unkind_inputs() -> tuple[Tensor, Tensor, Tensor, Batch, float]:
+def adversarial_inputs() -> tuple[Tensor, Tensor, Tensor, Batch, float]:
     generator = torch.Generator().manual_seed(0)
     caches = torch.full((2, 10, KV_HEADS, BLOCK_SIZE, HEAD_DIM), torch.nan)
     queries = []
@@ -296,8 +296,7 @@ def unkind_inputs() -> tuple[Tensor, Tensor, Tensor, Batch, float]:
         empty = len(blocks) * BLOCK_SIZE - length
         if empty:
             caches[:, blocks[-1], :, -empty:] *= 30  # stale
-        table = BlockTable(BLOCK_SIZE, blocks, length)
-        queries.append(SequenceInput(number, [0], length - 1, table.blocks))
+        queries.append(SequenceInput(number, [0], length - 1, blocks))
     batch = BatchBuilder(len(LENGTHS), 4, BLOCK_SIZE).build(queries)
     for row, blocks in zip(batch.block_tables, tables, strict=True):
         row[len(blocks) :] = 10**6
@@ -307,7 +306,7 @@ def unkind_inputs() -> tuple[Tensor, Tensor, Tensor, Batch, float]:
 
 def errors(attention: Attention) -> list[float]:
     """The largest error in each sequence."""
-    inputs = unkind_inputs()
+    inputs = adversarial_inputs()
     difference = attention(*inputs) - reference_paged_attention(*inputs)
     return difference.abs().amax(dim=(1, 2)).tolist()
 
@@ -316,7 +315,7 @@ mine = launched(paged_decode_kernel)
 print("largest error:", f"{max(errors(mine)):.0e}")
 assert max(errors(mine)) < 1e-5
 
-# %% Which program reads which blocks: a row is a program, a column one key head's part of a block
+# %% Which program reads which blocks: a row is a program, a column one KV head's part of a block
 from matplotlib.colors import ListedColormap
 
 reads = torch.zeros(len(LENGTHS) * HEADS, 10 * KV_HEADS)
@@ -333,19 +332,19 @@ axes.set_yticks([row + 0.5 for row in range(16)], names, fontsize=7)
 axes.set_xticks([2 * block + 1 for block in range(10)], range(10))
 axes.hlines([4, 8, 12], 0, 20, color=drawing.GREY, lw=1)
 axes.vlines(range(2, 20, 2), 0, 16, color=drawing.GREY, lw=0.6)
-axes.set(xlabel="physical block, its part for key head 0 (left) and for key head 1")
+axes.set(xlabel="physical block, its part for KV head 0 (left) and for KV head 1")
 axes.invert_yaxis()
 axes.tick_params(length=0)
 
 # %% [markdown]
-# Sixteen programs, and each finds its blocks wherever they lie. Programs of one group read the
-# same: heads 0 and 1 of a sequence both read key head 0. So every key is read twice here. Chapter
-# 11 begins with that.
+# Sixteen programs, and each finds its blocks wherever they are. Programs of one group read the
+# same: heads 0 and 1 of a sequence both read KV head 0. So every key is read twice here. Chapter 11
+# begins with that.
 #
 # ### The model runs on it
 #
-# `Parts` has a role for attention. Your kernel knows one query a sequence, so it takes the steps in
-# which everybody decodes; a step with a prompt in it goes to the reference.
+# `Parts` has a role for attention. Your kernel handles one query per sequence, so it takes the
+# steps in which all sequences decode; a step with a prompt in it goes to the reference.
 
 # %%
 from minipaged import LLM, Parts, SamplingParams
@@ -375,12 +374,12 @@ print(calls)
 
 # %% [markdown]
 # Attention is called once for each of the four layers. Two steps had a prompt in them and went to
-# the reference (the second request waits a step, to share the story's block with the first: chapter
-# 8), the three others were yours.
+# the reference (the second request waits one step, to share the story's block with the first:
+# chapter 8), the three others were yours.
 #
 # The library has a kernel of this kind too. It also takes prompts, 8-bit pools and heads of any
 # size. It gets no strides of the pool, since the library lays out its pools itself and the order
-# never changes. Its launcher, beside yours:
+# never changes. Compare its launcher with yours:
 #
 # @@ minipaged.attention.triton.naive_decode.naive_paged_attention
 #
@@ -397,7 +396,7 @@ print(calls)
 #
 # ## Check
 #
-# The tokens are those of the library, and every block is back.
+# The tokens are those of the library, and every block is free again.
 
 # %%
 expected = LLM("storyteller", num_blocks=16, device="cpu").generate(prompts, greedy, use_tqdm=False)
@@ -408,8 +407,8 @@ print("same tokens, and every block is free")
 
 # %% [markdown]
 # And is the test worth anything? Change one line of your kernel at a time, as a tired person would,
-# and see who notices. (The changed text goes into a file of its own, since Triton reads a kernel's
-# source.)
+# and see which lengths notice. (The changed text goes into a file of its own, since Triton reads a
+# kernel's source.)
 
 # %%
 import inspect
@@ -421,7 +420,7 @@ MISTAKES = {
     "empty slots not hidden": ("scores = tl.where(in_seq, scores, float('-inf'))", "pass"),
     "output not rescaled": ("output * correction", "output"),
     "stride of another axis": ("kv_head * head_stride", "kv_head * slot_stride"),
-    "every head its own key head": ("head // GROUP", "head % 2"),
+    "every head its own KV head": ("head // GROUP", "head % 2"),
 }
 source = inspect.getsource(paged_decode_kernel.fn).replace('"', "'")
 print(f"{'largest error':30}", *(f"length {length:2}" for length in LENGTHS))
@@ -432,15 +431,15 @@ with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "mistaken.py")
         file.write_text(text)
         mistaken = launched(runpy.run_path(str(file))["paged_decode_kernel"])
-        found = errors(mistaken)
-        print(f"{name:30}", *(f"{error:9.0e}" for error in found))
-        assert not max(found) < 1e-2, f"the test does not notice: {name}"
+        wrong_by = errors(mistaken)
+        print(f"{name:30}", *(f"{error:9.0e}" for error in wrong_by))
+        assert not max(wrong_by) < 1e-2, f"the test does not notice: {name}"
 
 # %% [markdown]
 # Look at the columns. With four tokens, exactly a block, two of the four mistakes do not show. A
-# test with one length, and it is always the round one, would have passed. With five tokens the
-# missing rescale does not show either: it takes a larger score in a *later* block, and here the
-# first block had the largest.
+# test that used only one length (and people always pick the round one) would have passed. With five
+# tokens the missing rescale does not show either: it takes a larger score in a *later* block, and
+# here the first block had the largest.
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
@@ -458,9 +457,9 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A score of $-\infty$ makes the weight 0, and 0 times a stale number is 0. But the slot may never
-# have been written. Whatever bits lie there, they may be NaN, and 0 times NaN is NaN. The mask
-# makes them 0 before anything is multiplied, and saves the reading.
+# A score of $-\infty$ makes the weight 0, and 0 times a stale value is 0. But the slot may never
+# have been written. Its bits may be NaN, and 0 times NaN is NaN. The mask makes them 0 before
+# anything is multiplied, and saves the reading.
 #
 # </details>
 #
@@ -469,13 +468,13 @@ with tempfile.TemporaryDirectory() as folder:
 # <details markdown="1"><summary>Answer</summary>
 #
 # Only if all its slots were hidden. A sequence that decodes has at least the token itself, and it
-# lies in the first block or there is a full one before it. So each block that the loop visits has a
+# is in the first block or there is a full one before it. So each block that the loop visits has a
 # visible slot, the first `new_maximum` is a number, and $e^{-\infty - m}$ is 0, as it should be.
 # Chapter 11 cuts sequences into pieces, and there the question returns.
 #
 # </details>
 #
-# **Blocks of 16 slots and heads of 80 numbers: what must change?**
+# **Blocks of 16 slots and heads of 80 elements: what must change?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
@@ -487,18 +486,18 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # ## What changed in the numbers
 #
-# What attention moves for the four sequences of the test, in numbers of keys and values. The
-# reference gathers: it reads each, writes it to where all lie side by side, and reads it again. (It
-# takes whole blocks, empty slots and all.)
+# What attention moves for the four sequences of the test, in elements of keys and values. The
+# reference gathers: it reads each, writes it to contiguous memory, and reads it again. (It takes
+# whole blocks, empty slots and all.)
 
 # %%
-a_slot = 2 * KV_HEADS * HEAD_DIM  # numbers of one token's keys and values
+a_slot = 2 * KV_HEADS * HEAD_DIM  # elements of one token's keys and values
 gathered = 3 * a_slot * sum(len(blocks) * BLOCK_SIZE for blocks in tables)
 in_place = a_slot * sum(LENGTHS) * (HEADS // KV_HEADS)
 floor = a_slot * sum(LENGTHS)
-print(f"gathered first, numbers moved {gathered:6,}  {gathered / floor:.1f} times what is needed")
-print(f"your kernel, numbers read     {in_place:6,}  {in_place / floor:.1f} times")
-print(f"each key and value once       {floor:6,}  1.0 times")
+print(f"gathered first, elements moved {gathered:6,}  {gathered / floor:.1f} times what is needed")
+print(f"your kernel, elements read     {in_place:6,}  {in_place / floor:.1f} times")
+print(f"each key and value once        {floor:6,}  1.0 times")
 
 # %% [markdown]
 # Next: [from this kernel to the speed of the memory](11_to_the_speed_of_light.md).

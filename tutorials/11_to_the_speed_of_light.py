@@ -7,7 +7,7 @@
 # ## What you will know at the end
 #
 # - How to work out the least time that a kernel can take, before you write it.
-# - Why query heads that share a key head belong into one program, and long sequences into several.
+# - Why query heads that share a KV head belong in one program, and long sequences in several.
 # - How pieces of a softmax become the whole again, exactly.
 #
 # ## What must hold
@@ -18,19 +18,19 @@
 #
 # ## Predict before you run
 #
-# Llama 3 8B has 32 query heads over 8 key heads of 128 numbers. A GPU does 150 to 300 operations in
+# Llama 3 8B has 32 query heads over 8 KV heads of 128 elements. A GPU does 150 to 300 operations in
 # the time in which one byte arrives from its memory.
 #
 # - How many operations does decode attention do for each byte of keys and values that it reads,
-#   with two bytes a number?
+#   with two bytes per element?
 # - How often does the kernel of chapter 10 read each key?
 # - One sequence decodes on a GPU that holds 528 programs at a time. How many does a program for
-#   each sequence and key head give?
+#   each sequence and KV head give?
 #
 # ## The step: first bytes and operations
 #
-# A sequence of $L$ tokens decodes one token, with $H$ query heads over $K$ key heads of $D$ numbers
-# of $b$ bytes. It must read all keys and values, and with each number of a key it does a
+# A sequence of $L$ tokens decodes one token, with $H$ query heads over $K$ KV heads of $D$ elements
+# of $b$ bytes. It must read all keys and values, and with each element of a key it does a
 # multiplication and an addition for every query head that shares the key, and the same for values:
 #
 # $$
@@ -45,7 +45,7 @@
 #
 # A *roofline* is the picture that goes with this. To the left memory is the limit: operations a
 # second are bandwidth times operations per byte. To the right the arithmetic is. The dots are
-# decode with 1, 4 and 8 query heads to a key head, and whole prompts of Llama 3 8B, on the line of
+# decode with 1, 4 and 8 query heads per KV head, and whole prompts of Llama 3 8B, on the line of
 # the H100. Peak numbers are those of NVIDIA's data sheets: for dense matrices in bfloat16, which no
 # program quite reaches.
 
@@ -103,10 +103,10 @@ for name, (bandwidth, operations) in GPUS.items():
 #
 # ### Read each key once
 #
-# In *grouped-query attention* (GQA) several query heads share a key head. Chapter 10 gave each
-# query head a program, and each of them read the same keys. How often, exactly? Under the
-# interpreter that can be counted: all loads go through one function, which gets the addresses. We
-# put a counter before it.
+# In *grouped-query attention* (GQA) several query heads share a KV head. Chapter 10 gave each query
+# head a program, and each of them read the same keys. How often, exactly? Under the interpreter
+# that can be counted: all loads go through one function, which gets the addresses. We put a counter
+# before it.
 
 # %%
 import os
@@ -138,7 +138,7 @@ from minipaged.evaluation.bench.cases import Case, Heads, make_inputs
 
 @contextmanager
 def counted_reads(tensor: Tensor) -> Generator[Any, None, None]:
-    """How often each number of the tensor is loaded by the kernels that run inside."""
+    """How often each element of the tensor is loaded by the kernels that run inside."""
     begin, size, times = tensor.data_ptr(), tensor.itemsize, numpy.zeros(tensor.numel(), int)
     load = interpreter_builder.create_masked_load
 
@@ -155,7 +155,7 @@ def counted_reads(tensor: Tensor) -> Generator[Any, None, None]:
         interpreter_builder.create_masked_load = load
 
 
-four_share_one = Heads("four query heads share one key head", heads=4, kv_heads=1, head_dim=64)
+four_share_one = Heads("four query heads share one KV head", heads=4, kv_heads=1, head_dim=64)
 inputs = make_inputs(Case(four_share_one, num_seqs=1, length=320), CPU, torch.float32)
 arguments = inputs.q, inputs.k_cache, inputs.v_cache, inputs.batch, inputs.scale
 
@@ -167,8 +167,8 @@ def packed(splits: int) -> Tensor:
 
 
 kernels = {
-    "naive, a program a query head": lambda: naive_paged_attention(*arguments),
-    "packed, a program a key head": lambda: packed(splits=1),
+    "naive, a program per query head": lambda: naive_paged_attention(*arguments),
+    "packed, a program per KV head": lambda: packed(splits=1),
     "packed, and cut in two": lambda: packed(splits=2),
 }
 times_read, answers = {}, {}
@@ -176,16 +176,16 @@ for name, kernel in kernels.items():
     with counted_reads(inputs.k_cache) as times:
         answers[name] = kernel()
     times_read[name] = set(times.tolist())
-    print(f"{name:30} times that each number of the keys is read: {times_read[name]}")
+    print(f"{name:32} times that each element of the keys is read: {times_read[name]}")
 
 # %% [markdown]
-# The library's `decode` reads each number of each key once. One program serves one *key* head: its
+# The library's `decode` reads each element of each key once. One program serves one *KV* head: its
 # query heads are the rows of one matrix, a tile of keys is another, and `tl.dot` multiplies them at
 # once. That is also what lets the *tensor cores* do it, the units of a GPU that multiply matrices
 # and hold nearly all of its arithmetic. They take 16 rows at least, so with four heads a group
 # twelve rows are zeros: wasted arithmetic, which is free, for saved reads, which are not. (On a GPU
-# a cache catches some of the naive kernel's repeated reads. How many depends on who runs when, so
-# it is nothing to build on.)
+# a cache catches some of the naive kernel's repeated reads. How many depends on the order of
+# execution, so do not rely on it.)
 #
 # ```mermaid
 # flowchart LR
@@ -205,9 +205,9 @@ for name, kernel in kernels.items():
 #
 # ### Cut long sequences
 #
-# Packing leaves fewer programs: sequences times key heads. A GPU has some hundred *multiprocessors*
+# Packing leaves fewer programs: sequences times KV heads. A GPU has some hundred *multiprocessors*
 # (SMs), an H100 132, and each holds several programs at a time: four of `decode`, as you will see.
-# One sequence over 8 key heads is 8 programs for 528 places: the memory waits. So a sequence is cut
+# One sequence over 8 KV heads is 8 programs for 528 places: the memory waits. So a sequence is cut
 # into *splits* of neighbouring positions, a program each (this is known as flash-decoding, or
 # split-KV). Each gives an answer as if its keys were all, and a second kernel merges the answers.
 # Write the two parts in PyTorch first. A piece returns its output, and the logarithm of the sum of
@@ -261,7 +261,7 @@ print(f"merged, difference to the whole: {(merge(outputs, log_sums) - whole).abs
 #
 # Programs that fit at the same time are a *wave*. If there are two waves and the second has one
 # program in it, the GPU stands idle for half of the time. Here is the share of the places that are
-# used, by the number of splits, for a GPU with 132 multiprocessors and 8 key heads:
+# used, by the number of splits, for a GPU with 132 multiprocessors and 8 KV heads:
 
 # %% Places of the GPU in use, by splits of each sequence; the dots are the library's choice
 from minipaged.attention.triton.splits import PROGRAMS_PER_SM, splits_to_fill
@@ -326,7 +326,7 @@ for output in served:
 # ### What the compiler says
 #
 # A kernel can be right, read each byte once, and still be slow, because it does not fit. A
-# multiprocessor has 65,536 *registers*, where lanes keep their numbers, and some 160 to 230 KiB of
+# multiprocessor has 65,536 *registers*, where lanes keep their values, and some 160 to 230 KiB of
 # *shared memory*, where tiles wait. What finds no register is *spilled* to the far memory. All of
 # that is decided by the compiler, and the compiler needs no GPU. `minipaged bench compile` does it
 # for every kernel. Here are two, as for Llama 3 8B, in a process of their own, since in this one
@@ -364,15 +364,15 @@ print(process.stdout)
 # multiplication by the tensor cores: `decode` has it, the naive kernel does not. With Triton 3.9,
 # `decode` uses 128 registers in each of 128 threads: four programs take all that a multiprocessor
 # has, and spill nothing. Each has a tile of keys and one of values on the way while it multiplies
-# the tile before. Larger tiles, more stages and other variants were tried and given up by such
+# the tile before. Larger tiles, more stages and other variants were tried and rejected by such
 # tables: [what was tried](../kernels.md) lists them, with what was expected and what was found.
 #
 # ### Fewer bytes
 #
-# When bytes are the floor, halve the bytes. With `kv_cache_dtype="int8"` a key is kept as 8-bit
-# numbers and one scale, 132 bytes in place of 256. The kernels multiply no key by its scale:
-# $q \cdot (c\,k) = c\,(q \cdot k)$, so the score is multiplied, once. It costs some accuracy. This
-# is the error of attention over 1,024 random keys, against float64:
+# When bytes are the floor, halve the bytes. With `kv_cache_dtype="int8"` a key is stored as 8-bit
+# elements and one scale, 132 bytes in place of 256. The kernels multiply no key by its scale: $q
+# \cdot (c\,k) = c\,(q \cdot k)$, so the score is multiplied, once. It costs some accuracy. This is
+# the error of attention over 1,024 random keys, against float64:
 
 # %%
 from minipaged.evaluation.bench.formats import attention_error
@@ -384,18 +384,17 @@ for kept_as, error in error_of.items():
 # %% [markdown]
 # ### Fewer launches
 #
-# To start a kernel takes the host some microseconds, and a decode step has hundreds. If the GPU is
-# done with one before the next is started, it waits. A *CUDA graph* records all launches of a step
-# once; replaying them is one launch. It wants the same grids and addresses each time. That is why
-# the splits of each sequence are worked out on the GPU, from lengths that lie in its memory, and
-# the grid holds the most that there may be.
+# Launching a kernel costs the host a few microseconds, and a decode step has hundreds. If the GPU
+# is done with one before the next is started, it waits. A *CUDA graph* records all launches of a
+# step once; replaying them is one launch. It needs the same grids and addresses each time. That is
+# why the splits of each sequence are computed on the GPU, from lengths in its memory, and the grid
+# has room for the largest possible number.
 #
 # ### What was not measured
 #
-# **No GPU has run these kernels yet.** What stands above about bytes, waves and registers is
-# counted, not timed, and a floor is not a speed. On a machine with a GPU this measures every kernel
-# against the bandwidth of a large copy and against PyTorch's attention over keys that lie side by
-# side:
+# **No GPU has run these kernels yet.** The byte, wave and register figures above are counted, not
+# measured, and a floor is not a speed. On a machine with a GPU this command measures every kernel
+# against the bandwidth of a large copy and against PyTorch's attention over contiguous keys:
 #
 # ```sh
 # minipaged bench kernel --save kernel.json
@@ -415,7 +414,7 @@ batch = torch_backend.prepare(on_cpu.batch, on_cpu.k_cache, 8, torch.float32)  #
 tensors = on_cpu.q, on_cpu.k_cache, on_cpu.v_cache, batch, on_cpu.scale
 copy, copied_bytes = copy_work(CPU)
 works = {"copy": copy, "attention": lambda: torch_backend.paged_attention(*tensors)}
-seconds = median_seconds(works, CPU, rounds=5)  # in turn, so that both meet the same neighbours
+seconds = median_seconds(works, CPU, rounds=5)  # alternately, so both see the same background load
 read_bytes = on_cpu.k_cache.nbytes + on_cpu.v_cache.nbytes
 floor_seconds = read_bytes * seconds["copy"] / copied_bytes
 print(f"{read_bytes / 1e6:.0f} MB of keys and values")
@@ -448,7 +447,7 @@ print("same answers, same tokens, and the pieces are the whole")
 # %% [markdown]
 # Two mistakes. The first is to forget what each piece was divided by. The second is a piece with
 # nothing in it: a batch of a long and a short sequence has the same number of pieces for both, and
-# some of the short one's lie behind its end. All their scores are $-\infty$.
+# some of the short one's are after its end. All their scores are $-\infty$.
 
 # %%
 lengths = torch.tensor([256.0, 256, 256, 232], dtype=torch.float64)
@@ -488,13 +487,13 @@ print(f"{'... and its output ignored':26}   as before, to the last bit")
 #
 # ## Questions
 #
-# **OPT 13B has 40 query heads over 40 key heads. What does packing gain there?**
+# **OPT 13B has 40 query heads over 40 KV heads. What does packing gain there?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
 # Nothing in bytes: a group is one head, and each key is read once anyway. What remains are wide
 # tiles, reads that are under way early, and splits. Per byte it does one operation, so it is even
-# further on the left of the roofline, and its cache is much larger: 40 key heads in place of 8.
+# further on the left of the roofline, and its cache is much larger: 40 KV heads instead of 8.
 #
 # </details>
 #
@@ -520,19 +519,19 @@ print(f"{'... and its output ignored':26}   as before, to the last bit")
 #
 # ## What changed in the numbers
 #
-# One layer of Llama 3 8B, 64 sequences that decode behind 1,024 tokens, and the floor on an H200
+# One layer of Llama 3 8B, 64 sequences that decode after 1,024 tokens, and the floor on an H200
 # from its published bandwidth. Computed, not measured:
 
 # %%
 one_layer = 64 * 1024 * 2 * 8 * 128 * 2
 ways = {
-    "a program a query head": 4 * one_layer,
+    "a program per query head": 4 * one_layer,
     "each key once": one_layer,
     "each key once, int8": one_layer * 132 // 256,
 }
 for name, num_bytes in ways.items():
     microseconds = 1e6 * num_bytes / GPUS["H200"][0]
-    print(f"{name:24} {num_bytes / 1e6:7,.0f} MB  at least {microseconds:4.0f} us")
+    print(f"{name:25} {num_bytes / 1e6:7,.0f} MB  at least {microseconds:4.0f} us")
 
 # %% [markdown]
 # Next: [one token, from the prompt to the screen](12_one_tokens_journey.md).

@@ -6,7 +6,7 @@
 #
 # ## What you will know at the end
 #
-# - The five calls that make a step, and what each hands to the next.
+# - The five calls that make a step, and what each passes to the next.
 # - Where a single token is at each moment: as text, number, slot, key, logit and text again.
 # - What a step's time is spent on, and how that changes with the number of sequences.
 #
@@ -14,13 +14,13 @@
 #
 # 1. A step computes every scheduled token once, and each sequence that has nothing left to compute
 #    gets exactly one new token.
-# 2. Blocks move before the model runs, and become findable after it has run. Never the other way.
-# 3. Whoever drives the parts, the tokens are the same.
+# 2. Blocks move before the model runs, and are cached after it has run. Never the other way.
+# 3. The tokens do not depend on the engine that drives the parts.
 #
 # ## Predict before you run
 #
 # - One sequence decodes. Which part of a step's time goes to the model, and which to scheduling,
-#   building tensors and choosing a token?
+#   bookkeeping and choosing a token?
 # - Now 32 sequences decode together. Is a step 32 times as long?
 # - A token is sampled in step 7. In which step are its keys and values written?
 #
@@ -36,7 +36,7 @@ import time
 from collections import Counter
 
 from minipaged import LLM
-from minipaged.scheduler.output import SequenceInput
+from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
 from minipaged.sequence import Sequence, SequenceGroup
 
 
@@ -45,7 +45,6 @@ class TinyEngine:
 
     def __init__(self, llm: LLM, max_tokens: int) -> None:
         self.scheduler = llm.engine.scheduler
-        self.batches = llm.engine.batches
         self.runner = llm.engine.runner
         self.end_ids = llm.engine.runner.model.config.eos_token_ids
         self.max_tokens = max_tokens
@@ -58,23 +57,26 @@ class TinyEngine:
         self.scheduler.add(SequenceGroup(str(seq.seq_id), [seq]))
 
     def step(self) -> None:
-        plan = self.timed("schedule", self.scheduler.schedule)
-        queries = [self.query(seq, length, samples) for _, seq, length, samples in plan.sequences]
-        batch = self.timed("build tensors", self.batches.build, queries)
-        logits = self.timed("run the model", self.runner.run, plan, batch)
+        decision = self.timed("schedule", self.scheduler.schedule)
+        message = self.timed("write the message", self.message, decision)
+        logits = self.timed("run the model", self.runner.run, message)
         tokens = iter(self.timed("choose tokens", lambda: logits.argmax(dim=-1).tolist()))
-        self.timed("commit", self.scheduler.commit, plan)
-        for group, seq, _, samples in plan.sequences:
+        self.timed("commit", self.scheduler.commit, decision)
+        for group, seq, _, samples in decision.sequences:
             if samples:
                 seq.append(next(tokens))
                 if seq.token_ids[-1] in self.end_ids or seq.num_output_tokens == self.max_tokens:
                     self.scheduler.finish(group, seq)
 
-    def query(self, seq: Sequence, length: int, samples: bool) -> SequenceInput:
+    def message(self, decision: SchedulerOutput) -> StepInput:
+        parts = (self.part(seq, length, samples) for _, seq, length, samples in decision.sequences)
+        return StepInput(tuple(parts), decision.swap_out, decision.swap_in, decision.copies)
+
+    def part(self, seq: Sequence, length: int, samples: bool) -> SequenceInput:
         start = seq.num_computed_tokens
         table = self.scheduler.memory.tables[seq.seq_id]
         new = seq.token_ids[start : start + length]
-        return SequenceInput(seq.seq_id, new, start, table.blocks, num_logits=int(samples))
+        return SequenceInput(seq.seq_id, new, start, table.blocks.copy(), num_logits=int(samples))
 
     def timed(self, name, call, *arguments):
         start = time.perf_counter()
@@ -84,7 +86,7 @@ class TinyEngine:
 
 
 # %% [markdown]
-# The library's own step has the same five lines; what it has besides is requests that sample, fork
+# The library's own step makes the same five calls; in addition it has requests that sample, fork
 # and stream:
 #
 # @@ minipaged.engine.llm_engine.LLMEngine.step
@@ -112,9 +114,9 @@ for story, answer in zip(stories, answers, strict=True):
 # %% [markdown]
 # ### One token's journey
 #
-# Now slowly, with one question. After each step we note where its newest token stands. Watch the
-# column *computed*: a token is chosen in one step, and its keys and values are written in the next,
-# when it is read.
+# Now step by step, with a single question. After each step we print the place of its newest token.
+# Watch the column *computed*: a token is chosen in one step, and its keys and values are written in
+# the next, when it is read.
 
 # %%
 llm = LLM("storyteller", num_blocks=64, block_size=16)
@@ -142,7 +144,7 @@ while engine.scheduler.has_unfinished():
 # %%
 llm = LLM("storyteller", num_blocks=64, block_size=16)
 engine = TinyEngine(llm, max_tokens=24)
-engine.add(prompts[2])  # somebody else, who has the first blocks
+engine.add(prompts[2])  # another request, which has the first blocks
 engine.add(prompts[0])
 engine.step()
 seq = engine.sequences[1]
@@ -151,7 +153,7 @@ memory, cache = engine.scheduler.memory, llm.engine.runner.kv_cache
 
 
 def key_in(layer: int, slot: int) -> list[float]:
-    """The first numbers of the key that lies in this slot, of the first head."""
+    """The first elements of the key in this slot, of the first head."""
     block, offset = divmod(slot, 16)
     return [round(x, 2) for x in cache.layers[layer][0][block, 0, offset, :4].tolist()]
 
@@ -173,12 +175,12 @@ print(f"it led to  {chosen}, {tokenizer.decode([chosen])!r}")
 # flowchart LR
 #     text[text] -->|tokenizer| ids[token ids]
 #     ids --> waiting[waiting queue]
-#     waiting -->|scheduler: who, how many| plan[plan]
-#     plan -->|block manager: which blocks| tables[block tables]
-#     tables -->|batch: slots, lengths| tensors[tensors]
+#     waiting -->|scheduler: how many tokens| decision[scheduler output]
+#     decision -->|block manager: which blocks| tables[block tables]
+#     tables -->|runner: slots, lengths| tensors[tensors]
 #     tensors -->|model: store_kv, paged attention| logits[logits]
 #     logits -->|sampler| token[next token]
-#     token -->|append| plan
+#     token -->|append| decision
 #     token -->|detokenizer| out[text]
 # ```
 #
@@ -191,7 +193,7 @@ print(f"it led to  {chosen}, {tokenizer.decode([chosen])!r}")
 import drawing
 
 crowds = (1, 4, 16, 64)
-phases = ("schedule", "build tensors", "run the model", "choose tokens", "commit")
+phases = ("schedule", "write the message", "run the model", "choose tokens", "commit")
 profile = {}
 for crowd in (1, *crowds):  # the first one warms up, and is overwritten
     engine = TinyEngine(LLM("storyteller", num_blocks=1024), max_tokens=24)
@@ -223,8 +225,8 @@ right.set(xscale="log", xticks=crowds, xticklabels=crowds)
 # %% [markdown]
 # A step of 64 sequences is nowhere near 64 times as long as one of a single sequence: the weights
 # are read once for all of them, and so is much of the bookkeeping. What is left of the bookkeeping
-# grows with the sequences, in plain Python. It is small beside a model of any size; beside this one
-# of two million parameters it can be seen. With a model of 135 million it is a few percent
+# grows with the sequences, in plain Python. It is small compared with any larger model; with this
+# one of two million parameters it is visible. With a model of 135 million it is a few percent
 # ([how the CPU path was made fast](../speed.md)).
 #
 # Inside "run the model" there are many small operations. PyTorch's profiler names them:
@@ -255,8 +257,8 @@ axes.set(xlabel="% of the time")
 #
 # Rule 3: your engine's tokens are those of the library's, also in a pool so small that sequences
 # are preempted. Rule 1: every token was computed once, so as many keys were written as there were
-# tokens but the last of each. And the classic mistake, to give everybody the token of the first
-# row, is seen at once.
+# tokens but the last of each. And the classic mistake, assigning the first row's token to every
+# sequence, is caught immediately.
 
 # %%
 from minipaged import Parts, SamplingParams
@@ -280,7 +282,7 @@ def run(engine: TinyEngine) -> list[list[int]]:
 for num_blocks in (64, 24):
     tight = LLM("storyteller", num_blocks=num_blocks, parts=Parts().checked())
     assert run(TinyEngine(tight, max_tokens=24)) == wanted
-print("the same tokens as the library's engine, in a small pool too")
+print("the same tokens as the library's engine, even in a small pool")
 
 
 class FirstRowForAll(TinyEngine):
@@ -309,19 +311,19 @@ print("with the first row for all:", [tokenizer.decode(tokens[:6]) for tokens in
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Nobody would note that keys and values are written. Every step would compute all tokens of all
-# sequences again, and give the right tokens, slower and slower. Some mistakes cost only time; that
-# is why the library counts steps and tokens in its tests, and not only compares answers.
+# No token would be marked as computed. Every step would compute all tokens of all sequences again,
+# and give the right tokens, slower and slower. Some mistakes cost only time; that is why the
+# library counts steps and tokens in its tests, and not only compares answers.
 #
 # </details>
 #
-# **Why does `commit` stand behind the model's run, when the prefix cache could publish a block as
-# soon as it is scheduled?**
+# **Why does `commit` come after the model's run, when the prefix cache could cache a block as soon
+# as it is scheduled?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Another request in the same step might find the block and read keys that nobody has written yet.
-# Rule 2: findable only when written.
+# Another request in the same step might find the block and read keys that are not yet written. Rule
+# 2: cached only when written.
 #
 # </details>
 #
@@ -329,18 +331,19 @@ print("with the first row for all:", [tokenizer.decode(tokens[:6]) for tokens in
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Scheduling the next step, if one is willing to guess that nobody ends in this one. Serving engines
-# do that. Here each step waits for the tokens of the one before, so that the code can be read.
+# Scheduling the next step, if one is willing to guess that no sequence ends in this one. Serving
+# engines do that. Here each step waits for the tokens of the one before, so that the code can be
+# read.
 #
 # </details>
 #
-# **You have now written an allocator, an attention, a scheduler and a victim, a kernel and an
-# engine. How would you run them all together?**
+# **You have now written an allocator, an attention, a scheduler, a choice of victims, a kernel and
+# an engine. How would you run them all together?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
 # Put the classes of chapters 3, 4, 6 and 9 into one file and hand them to
-# `LLM(parts=Parts(allocator=..., paged_attention=..., scheduler=..., victim=...))`; then let
+# `LLM(parts=Parts(allocator=..., paged_attention=..., scheduler=..., select_victim=...))`; then let
 # `TinyEngine` drive it. What is left of the library in that run is the model, the tables and the
 # tests.
 #
@@ -358,6 +361,6 @@ for crowd in (1, 64):
     print(f"the model's part of a step, {crowd:2} sequences: {share:.0%}")
 
 # %% [markdown]
-# That is all of it. From here: [run a model of yours](../guides/run_your_model.md),
+# That is all of it. From here: [run your own model](../guides/run_your_model.md),
 # [write a backend](../guides/write_a_backend.md), or read
 # [the paper beside the code](../companion.md).

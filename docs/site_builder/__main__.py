@@ -1,6 +1,6 @@
 """`python -m site_builder DESTINATION`: the whole docs tree as plain files.
 
-For any site builder but MkDocs, which does the same in memory. The destination is whole or absent.
+For any site builder but MkDocs, which does the same in memory. It is written atomically.
 """
 
 import argparse

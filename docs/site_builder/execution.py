@@ -97,7 +97,7 @@ def _what_raised(chapter: Chapter, notebook: NotebookNode, raised: CellExecution
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """The file is whole or absent, whenever this is stopped."""
+    """Write the file completely or not at all, even if interrupted."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)

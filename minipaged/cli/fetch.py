@@ -107,7 +107,7 @@ def fetch_and_report(
 def offer_to_fetch(model: str) -> None:
     """On a terminal, ask whether a model that is not here yet shall be fetched, and say its size.
 
-    Elsewhere, and for whoever says no, `LLM` refuses it with a sentence. Raises what `fetch` does.
+    Elsewhere, or if the answer is no, `LLM` refuses it with a sentence. Raises what `fetch` does.
     """
     try:
         find_model(model)

@@ -17,7 +17,7 @@ KVDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, in
 Memory = Annotated[
     str,
     typer.Option(
-        help="paged; or a rival: contiguous-max, contiguous-pow2, contiguous-oracle, static, "
+        help="paged; or a baseline: contiguous-max, contiguous-pow2, contiguous-oracle, static, "
         "virtual, virtual-sliced, virtual-2m, virtual-2m-sliced."
     ),
 ]

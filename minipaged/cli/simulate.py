@@ -62,7 +62,7 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Serve a trace with paging and its rivals, under a virtual clock."""
+    """Serve a trace with paging and its baselines, under a virtual clock."""
     require_one_of("server", server, tuple(DEPLOYMENTS))
     require_one_of("workload", workload, (*WORKLOADS, "chat"))
     require_whole("block_size", block_size, 1)

@@ -47,7 +47,7 @@ PREFIX = 341  # tokens of the paper's longer shared prefix (section 6.4)
 STARTER = '''\
 """Lab 9: the open challenge. Lower the latency that `minipaged lab challenge` prints.
 
-Whatever you call by one of these names takes the place of the library's part; leave out the others:
+An object with one of these names replaces the library's part; leave out the others:
 
     MyScheduler    a class, called with (config, memory, select_victim)
     my_victim      a function: of the running groups that may be preempted, the one to preempt
@@ -61,18 +61,18 @@ ideas: tutorials/labs/09.md.
 
 from collections.abc import Sequence as Many
 
-from minipaged.plan import SchedulerOutput
-from minipaged.scheduler import FCFSScheduler
+from minipaged.scheduler.fcfs import FCFSScheduler
+from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import SequenceGroup
 
 
 def urgency(group: SequenceGroup) -> float:
-    """Who waits comes in by this number, the smallest first: here in the order of arrival."""
+    """Waiting groups join by this number, the smallest first: here in the order of arrival."""
     return group.arrival
 
 
 class MyScheduler(FCFSScheduler):
-    """The library's scheduler, but for the order in which those who wait come in."""
+    """The library's scheduler, except for the order in which waiting groups join."""
 
     def schedule(self) -> SchedulerOutput:
         self.waiting.sort(key=urgency)
@@ -80,7 +80,7 @@ class MyScheduler(FCFSScheduler):
 
 
 def my_victim(candidates: Many[SequenceGroup]) -> SequenceGroup:
-    """Whom to preempt when blocks run out: here who came last, as in the library."""
+    """The group to preempt when blocks run out: here the latest, as in the library."""
     return max(candidates, key=lambda group: group.arrival)
 '''
 
@@ -115,7 +115,7 @@ class Entry:
 
 
 def traces(seed: int) -> dict[str, list[TraceRequest]]:
-    """By workload, who comes when: each at a rate a little above what the baseline bears well."""
+    """By workload, arrivals and lengths, slightly above the rate that the library sustains well."""
     return {
         "assistant": [
             TraceRequest(r.arrival, r.input_len + PREFIX, r.output_len, PREFIX)
@@ -205,7 +205,7 @@ def read_leaderboard(file: Path) -> list[Entry]:
 
 
 def add_to_leaderboard(file: Path, one: Entry) -> list[Entry]:
-    """All lines with this one among them, the best first; written whole or not at all."""
+    """All lines with this one among them, the best first; written atomically."""
     read_leaderboard(file)  # a damaged one is not written over
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     line = json.dumps(asdict(one)) + "\n"

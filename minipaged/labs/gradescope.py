@@ -60,7 +60,7 @@ def _told(result: Result) -> str:
 
 
 def write_results(path: Path, lab: Lab, graded: Iterable[Result]) -> None:
-    """Whole or absent. Raises InvalidOption if it cannot be written."""
+    """Write atomically. Raises InvalidOption if it cannot be written."""
     write_atomically(path, json.dumps(results(lab, graded), indent=2) + "\n")
 
 

@@ -29,7 +29,7 @@ LAB = Lab(
             30,
             holes=("BlockAllocator.share", "BlockAllocator.ref_count", "BlockAllocator._is_owned"),
             hints=(
-                "To share is to add an owner. Who cannot be shared?",
+                "To share is to add an owner. Which block cannot be shared?",
                 "A free block has no owner, and a number outside the pool is no block: both are "
                 + "DoubleFree. Remember that Python takes -1 for the last of a list.",
             ),
@@ -40,9 +40,9 @@ LAB = Lab(
             30,
             holes=("BlockAllocator.free",),
             hints=(
-                "Two owners, one lets go: is the block free now?",
-                "Count down first. Only at zero does the number go back to the free ones. Whoever "
-                + "frees what nobody owns gets DoubleFree, and nothing has changed.",
+                "A block has two owners, and one frees it: is it free now?",
+                "Count down first. Only at zero does the number return to the free list. Freeing a "
+                + "block without owners raises DoubleFree and changes nothing.",
             ),
         ),
         Task(

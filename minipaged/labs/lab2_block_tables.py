@@ -19,7 +19,7 @@ LAB = Lab(
             holes=("BlockTable.slot", "BlockTable.filled"),
             hints=(
                 "A position has two halves: which logical block, and how far into it. `divmod` "
-                + "gives both. Where does that logical block lie?",
+                + "gives both. Which physical block is that logical block?",
                 "The slot is counted through the whole pool, so it starts at the physical block "
                 + "times the block size. Refuse a position that has no token with an assert, a "
                 + "negative one too.",
@@ -35,9 +35,9 @@ LAB = Lab(
             hints=(
                 "How many blocks do n tokens need, if the last may be half empty? `//` rounds "
                 + "down; `-(-n // size)` rounds up.",
-                "The new table must have a list of its own, also if it takes all blocks: what one "
+                "The new table must have a list of its own, even if it takes all blocks: what one "
                 + "of the two appends later is not the other's. A slice of a list is a new list.",
-                "`num_cached_blocks` counts full blocks that others can find. In a beginning that "
+                "`num_cached_blocks` counts full blocks in the prefix cache. In a beginning that "
                 + "ends inside a block, that block is not full any more.",
             ),
         ),
@@ -59,16 +59,16 @@ LAB = Lab(
         ),
         Task(
             4,
-            "ask first, and let go",
+            "ask first, and free",
             20,
             holes=("BlockManager.can_append", "BlockManager.free"),
             hints=(
-                "To ask takes nothing. `_growth` counts the blocks that a group's next step takes, "
-                + "if you tell it who counts owners: `self._pool.ref_count`.",
+                "Asking takes no blocks. `_growth` counts the blocks that a group's next step "
+                + "takes, given the function that counts owners: `self._pool.ref_count`.",
                 "Exactly enough is enough. The sequences of a group take theirs together.",
-                "To let go: take the table out of `self._tables`, and free its blocks in the pool "
-                + "that it speaks of (`_pool_of`), the last one first. Then look at `__init__` for "
-                + "what else is noted by the sequence's id; a set has `discard`.",
+                "To free: take the table out of `self._tables`, and free its blocks in the pool "
+                + "that it refers to (`_pool_of`), the last one first. Then look at `__init__` for "
+                + "what else is recorded by the sequence's id; a set has `discard`.",
             ),
         ),
         Task(
@@ -78,8 +78,8 @@ LAB = Lab(
             hints=(
                 "If the other tasks pass and this one does not, watch the trace that the failing "
                 + "test has left: minipaged trace view <file>.",
-                "Other tokens than the library's mean that a token lies where it is not looked "
-                + "for. Compare the block table with the number of tokens at that step.",
+                "If the tokens differ from the library's, a token is stored in a slot where it is "
+                + "not looked for. Compare the block table with the number of tokens at that step.",
             ),
             seconds=120.0,
         ),

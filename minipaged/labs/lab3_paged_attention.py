@@ -26,9 +26,9 @@ LAB = Lab(
                 "Indexing the pool with a tensor of block numbers copies those blocks out, in "
                 + "that order: [blocks, kv_heads, block_size, head_dim]. Round the number of "
                 + "blocks up.",
-                "Positions run over blocks and slots, and the heads lie between these two "
-                + "dimensions. Bring block and slot side by side before you make one dimension of "
-                + "them, then cut off what is behind the end.",
+                "Positions run over blocks and slots, and the heads are between these two "
+                + "dimensions. Make block and slot adjacent before you make one dimension of "
+                + "them, then cut off everything after the end.",
             ),
         ),
         Task(
@@ -38,11 +38,11 @@ LAB = Lab(
             holes=("causal_attention",),
             hints=(
                 "Chapter 1: scores, a softmax over the keys, a sum of values by these weights. "
-                + "Whose keys does query head 3 read, when there are four heads and two key heads?",
-                "Query heads of a group are neighbours: repeat each key head for its group, head "
+                + "Which keys does query head 3 read, when there are four heads and two KV heads?",
+                "Query heads of a group are neighbours: repeat each KV head for its group, head "
                 + "by head, so that keys have as many heads as queries. heads_per_kv_head tells "
                 + "how often.",
-                "Query i stands at position context_len + i and sees keys up to and including its "
+                "Query i is at position context_len + i and sees keys up to and including its "
                 + "own. Compare a column of query positions with a row of key positions, and give "
                 + "what is hidden the score minus infinity before the softmax.",
             ),

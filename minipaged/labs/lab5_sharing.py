@@ -18,29 +18,29 @@ LAB = Lab(
             20,
             holes=("BlockManager.fork",),
             hints=(
-                "A fork takes no free block. What does the child get then, and who has to know of "
-                + "it?",
-                "The child gets a table of its own with the same numbers in it, and every block "
-                + "in it one owner more. `BlockTable.beginning` makes such a table, for the first "
+                "A fork takes no free block. What does the child get then, and which counts "
+                + "change?",
+                "The child gets a table of its own with the same numbers, and every block in it "
+                + "gets one more owner. `BlockTable.beginning` makes such a table, for the first "
                 + "so many tokens: which number says how many of them are the child's?",
                 "`child.num_computed_tokens` says it. Share each block of that table in the pool "
-                + "that the parent's table speaks of (`_pool_of`), keep the table under the "
+                + "that the parent's table refers to (`_pool_of`), keep the table under the "
                 + "child's id, and if the parent is in `_swapped`, so is the child.",
             ),
         ),
         Task(
             2,
-            "let go",
+            "free",
             15,
             holes=("BlockManager.free",),
             hints=(
                 "How many owners does a sequence take off each of its blocks? Look what the "
                 + "allocator does when it is not the last.",
                 "Take the table out of `_tables` and free each block once, in the pool that the "
-                + "table speaks of. A sequence can also be in `_swapped` and in `_pinned`: it "
+                + "table refers to. A sequence can also be in `_swapped` and in `_pinned`: it "
                 + "leaves both.",
-                "The prefix cache gives up first what was let go first, and must never give up a "
-                + "block before those that are known by it. So the last block goes first.",
+                "The prefix cache evicts the blocks that were freed first, and must never evict a "
+                + "block before its children. So the last block goes first.",
             ),
         ),
         Task(
@@ -54,11 +54,11 @@ LAB = Lab(
                 "From the block of the first uncomputed token to the block of the last token. One "
                 + "that is not there is allocated. One with other owners is exchanged in the table "
                 + "for a new one, and the pair is (from, to).",
-                "After the exchange you own the copy and not the original: let go of it, and the "
-                + "last of several writers finds itself alone and copies nothing. At the end, "
+                "After the exchange you own the copy and not the original: free it, and the last "
+                + "of several writers is its only owner and copies nothing. At the end, "
                 + "`table.num_tokens` is the sequence's.",
-                "The prefix cache knows the original and not the copy. `table.num_cached_blocks` "
-                + "says how many first blocks of a table it knows: after a copy, none from there "
+                "The original is in the prefix cache, the copy is not. `table.num_cached_blocks` "
+                + "is the number of leading blocks that are cached: after a copy, none from there "
                 + "on.",
             ),
         ),

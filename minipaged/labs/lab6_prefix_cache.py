@@ -1,40 +1,40 @@
-"""Lab 6: blocks that are found again, and given up (chapter 8)."""
+"""Lab 6: the prefix cache and its eviction (chapter 8)."""
 
 from minipaged.labs.lab import Lab, Task
 
 LAB = Lab(
     number=6,
     name="prefix_cache",
-    title="the prefix cache, and who is given up",
+    title="the prefix cache and its eviction",
     sources=("minipaged.memory.prefix_cache.PrefixCache",),
     swaps={"prefix_cache": "PrefixCache"},
     tasks=(
         Task(
             1,
-            "let written blocks be found",
+            "cache written blocks",
             25,
             holes=("PrefixCache._key", "PrefixCache.cache_blocks"),
             hints=(
-                "Which blocks of the table are full, and written, and not known yet? Count with "
+                "Which blocks of the table are full, and written, and not cached yet? Count with "
                 + "`seq.num_computed_tokens` and `table.num_cached_blocks`.",
-                "The key of a block is the block before it in `blocks`, and its own tokens. In "
-                + "front of the first one stands the salt. A cache that is not enabled publishes "
+                "The key of a block is the block before it in `blocks`, and its own tokens. The "
+                + "first block has the salt in that place. A cache that is not enabled caches "
                 + "nothing.",
-                "A block that nobody has published: the cache becomes one more owner "
-                + "(`self._allocator.share`), notes block and key in both dictionaries, counts a "
-                + "child for what stands first in the key, and moves `table.num_cached_blocks` on. "
-                + "Leave a key that is known already for task 3.",
+                "To cache a block: the cache becomes one more owner (`self._allocator.share`), "
+                + "records block and key in both dictionaries, counts a child for the first half "
+                + "of the key, and advances `table.num_cached_blocks`. Leave a key that is cached "
+                + "already for task 3.",
             ),
         ),
         Task(
             2,
-            "find the longest beginning",
+            "find the longest prefix",
             20,
             holes=("PrefixCache.find",),
             hints=(
-                "Go from the first block on and stop at the first that is not known. What comes "
-                + "behind a gap was computed behind something else.",
-                "`_key` wants to know the blocks in front: those are the ones found so far. Only "
+                "Start at the first block and stop at the first one that is not cached. A block "
+                + "after a gap was computed with another prefix.",
+                "`_key` needs the blocks before: those are the ones found so far. Only "
                 + "full blocks can be found, of the whole sequence, whatever is computed of it. "
                 + "Respect `_enabled` and `seq.reads_cache`.",
             ),
@@ -50,29 +50,29 @@ LAB = Lab(
                 "PrefixCache.share_cached",
             ),
             hints=(
-                "The allocator below counts the cache as an owner of every block in `_keys`. Those "
-                + "who ask `ref_count` want to hear of the others only.",
-                "A known block whose last other owner lets go becomes idle: it goes to the end of "
-                + "`_idle`, and stays with the cache in the allocator. With a new owner it is idle "
-                + "no more. To free an idle block is DoubleFree: nobody owns it.",
+                "The allocator below counts the cache as an owner of every block in `_keys`. "
+                + "`ref_count` must report the others only.",
+                "A cached block becomes idle when its last other owner frees it: it goes to the "
+                + "end of `_idle`, and the cache remains its owner in the allocator. With a new "
+                + "owner it is no longer idle. Freeing an ownerless block is DoubleFree.",
                 "`share_cached`: find, become an owner of each, and put them into a table that "
-                + "`_new_table` makes. All of its blocks are full, and all are published.",
-                "Now finish `cache_blocks`: if the key is known for another block, the table takes "
-                + "that one, shares it, and frees its own. It is not among those returned.",
+                + "`_new_table` makes. All of its blocks are full, and all are cached.",
+                "Now finish `cache_blocks`: if another block with the same key is cached, the "
+                + "table takes that one, shares it, and frees its own. Do not return it.",
             ),
         ),
         Task(
             4,
-            "give up what nobody uses",
+            "evict",
             20,
             holes=("PrefixCache.evict_candidate", "PrefixCache._evict"),
             hints=(
-                "In which order do blocks come into `_idle`? A sequence lets go of its last block "
-                + "first. Which one is the leaf that nobody has used for longest?",
-                "To evict a block is to undo all that `cache_blocks` has noted, and to let go of "
-                + "it in the allocator. Whatever forgets only one of the two dictionaries finds a "
-                + "block that holds something else by now.",
-                "Do not forget that its parent has a child less; and a count that is 0 can go, or "
+                "In which order do blocks enter `_idle`? A sequence frees its last block first. "
+                + "Which one is the least recently used leaf?",
+                "To evict a block, undo everything that `cache_blocks` has recorded, and free the "
+                + "block in the allocator. If an entry remains in one of the two dictionaries, a "
+                + "block with other content will be found.",
+                "Do not forget that its parent has one child less. Remove a count that is 0, or "
                 + "the salts pile up.",
             ),
         ),
@@ -83,8 +83,8 @@ LAB = Lab(
             hints=(
                 "If the other tasks pass and this one does not, watch the trace that the failing "
                 + "test has left: minipaged trace view <file>.",
-                "Other tokens the second time mean that a block was found which holds something "
-                + "else: compare what was published with what was evicted.",
+                "Other tokens the second time mean that a block with other content was found: "
+                + "compare the cached blocks with the evicted ones.",
             ),
             seconds=120.0,
         ),

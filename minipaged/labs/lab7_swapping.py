@@ -20,11 +20,11 @@ LAB = Lab(
             hints=(
                 "Three samples share two blocks. How many blocks must the swap pool have, and how "
                 + "many copies are made?",
-                "Keep a dictionary from old block to new block. The first sequence that comes to a "
-                + "block allocates a new one and notes a pair; whoever comes to it later is one "
+                "Keep a dictionary from old block to new block. For the first sequence with a "
+                + "block, allocate a new one and record a pair; each later sequence becomes one "
                 + "more owner of the new one. Each sequence frees its old ones, the last first.",
-                "In the end no table names a block of the pool, `is_swapped` says so of every "
-                + "sequence of the group, and the prefix cache knows none of the new blocks "
+                "In the end no table lists a block of the pool, `is_swapped` is true for every "
+                + "sequence of the group, and none of the new blocks is in the prefix cache "
                 + "(`num_cached_blocks`).",
             ),
         ),
@@ -35,12 +35,12 @@ LAB = Lab(
             holes=("BlockManager.swap_in",),
             hints=(
                 "It is the same move the other way round. But not everything need be copied: what "
-                + "did the prefix cache do with the blocks when the group let go of them?",
-                "`_still_known` tells which blocks of the pool hold the same as a swap block. They "
-                + "go to `_move`, which shares them and makes no pair for them. They count as "
-                + "published, for the cache knows them.",
-                "A known block without owners is given up when another is allocated. So be an "
-                + "owner of all of them while you move, and let go of them afterwards.",
+                + "did the prefix cache do with the blocks when the group freed them?",
+                "`_still_cached` maps swap blocks to cached blocks with the same content. They go "
+                + "to `_move`, which shares them and makes no pair for them. They count in "
+                + "`num_cached_blocks`, since they are in the prefix cache.",
+                "A cached block without owners is evicted when another is allocated. So become an "
+                + "owner of all of them while you move, and free them afterwards.",
             ),
         ),
         Task(
@@ -51,11 +51,11 @@ LAB = Lab(
             hints=(
                 "The docstring has the rule for which of the two. To recompute, everything must be "
                 + "as if it had never been computed; only the tokens stay.",
-                "Swapped: the pairs go into the plan, the group to the queue of the swapped. "
+                "Swapped: the pairs go into the draft, the group to the queue of the swapped. "
                 + "Recomputed: each sequence is freed and forgets what was computed, and the group "
-                + "waits again. Both are counted, and told in `plan.preempted`.",
-                "A group of several waits with its first sequence only. The others become absent, "
-                + "in their order, before those who were absent already.",
+                + "waits again. Both are counted, and recorded in `draft.preempted`.",
+                "A group of several waits with its first sequence only. The others await refork, "
+                + "in their order, before those that awaited it already.",
             ),
         ),
         Task(

@@ -23,7 +23,7 @@ LAB = Lab(
                 + "the top of minipaged/attention/triton/__init__.py.",
                 "A tile of keys is SLOTS rows and WIDTH columns of addresses: a column of cells "
                 + "times HEAD_DIM plus a row of tl.arange(0, WIDTH). Two masks trim it: slots "
-                + "behind the query's position (or behind BLOCK_SIZE), and numbers behind "
+                + "after the query's position (or after BLOCK_SIZE), and elements after "
                 + "HEAD_DIM.",
                 "A score is tl.sum(query[None, :] * keys, axis=1) * scale. Where no key is "
                 + "visible it must become minus infinity. The scale has been multiplied by "
@@ -35,8 +35,8 @@ LAB = Lab(
             "all blocks, in one pass",
             25,
             hints=(
-                "The query stands at position context_lens[0], and sees that many keys and its "
-                + "own. In how many blocks do they lie, when the last is just full, and when it "
+                "The query is at position context_lens[0], and sees that many keys and its "
+                + "own. How many blocks do they fill, when the last is just full, and when it "
                 + "has one token?",
                 "Load the physical block's number inside the loop, from the place that the "
                 + "logical block has in the table. Make it 64 bits wide before you multiply.",
@@ -51,10 +51,10 @@ LAB = Lab(
             hints=(
                 "tl.program_id(0) is a token of the batch, program_id(1) a query head. Three "
                 + "things depend on the first: the row of q and out, the sequence, the position.",
-                "Neighbouring query heads share a key head, GROUP of them. And sequence s owns "
+                "Neighbouring query heads share a KV head, GROUP of them. And sequence s owns "
                 + "the tokens cu_seqlens_q[s] up to cu_seqlens_q[s + 1]: walk up to the one that "
-                + "owns yours. Its row of the tables begins table_stride numbers further on.",
-                "The first of a sequence's query tokens stands at context_lens[seq], the next one "
+                + "owns yours. Its row of the tables begins table_stride entries further on.",
+                "The first of a sequence's query tokens is at context_lens[seq], the next one "
                 + "place further. In q a token's row begins at token * q_token_stride, a head's at "
                 + "head * q_head_stride; out has no gaps.",
             ),
@@ -64,7 +64,7 @@ LAB = Lab(
             "serve a language model",
             15,
             hints=(
-                "Nothing new is asked here. If it fails and the tasks before pass, compare your "
+                "Nothing new is needed here. If it fails and the tasks before pass, compare your "
                 + "kernel's output with the reference's, row by row: guides/debug_a_kernel.",
             ),
             seconds=120.0,
@@ -76,8 +76,8 @@ LAB = Lab(
             hints=(
                 "What the interpreter forgives and the compiler does not: a variable that changes "
                 + "its type or its shape inside a loop, a tile whose size is not a power of two, "
-                + "numbers that are used and were never loaded.",
-                "Too slow? All SLOTS keys of a block are to be loaded as one tile, and no number "
+                + "elements that are used and were never loaded.",
+                "Too slow? All SLOTS keys of a block are to be loaded as one tile, and no element "
                 + "twice. A loop over slots is a loop of small reads, each of which waits.",
             ),
             seconds=300.0,

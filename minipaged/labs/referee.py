@@ -1,12 +1,12 @@
-"""Sees to it that a policy only decides, and does not cheat: lab 9's rules, step by step.
+"""Checks that a policy only decides, and does not cheat: lab 9's rules, step by step.
 
-A simulator computes nothing, so a policy could claim what it likes: more memory, prompts that need
-no computing, requests that are forgotten. The referee stands between simulator and scheduler, and
-plays keys and values: it notes what each step writes to which block, moves what the plan moves, and
-looks whether every sequence finds there what it needs. Nobody can keep more tokens than the pool
-has slots for without overwriting somebody else's, and that is seen.
+A simulator computes nothing, so a policy could claim anything: more memory, prompts that need no
+computing, requests that are dropped. The referee runs between simulator and scheduler, and
+simulates keys and values: it records which step writes what to which block, carries out the moves
+that the scheduler decided, and checks that every sequence finds there what it needs. A policy that
+keeps more tokens than the pool has slots overwrites another sequence's, and the referee sees it.
 
-What it cannot see: code that goes round the scheduler's methods. See tutorials/labs/09.md.
+What it cannot see: code that bypasses the scheduler's methods. See tutorials/labs/09.md.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,15 +22,15 @@ from minipaged.scheduler.output import ScheduledSequence, SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup
 
 Content = int | tuple[int, ...] | None
-"""What lies in a block: of a full one, its tokens and all before them as one number; else that of
-the block before, and its tokens."""
+"""The content of a block: of a full one, its tokens and all before them as one number; otherwise
+that of the block before, and its tokens."""
 
 NEW_TOKEN = 0  # what the simulator lets every sequence generate
 
 
 @dataclass
-class _Known:
-    """What the referee itself knows of a request: nobody else can edit it."""
+class _Record:
+    """The referee's own record of a request: no policy can edit it."""
 
     group: SequenceGroup
     tokens: list[int]
@@ -48,15 +48,15 @@ class _Known:
 
 
 class Referee:
-    """A scheduler that lets another one decide, and looks at what it decides.
+    """A scheduler that lets another one decide, and checks its decisions.
 
-    Whoever breaks a rule gets CheckFailed, with the step, the request and what was wrong.
+    A broken rule raises CheckFailed, with the step, the request and what was wrong.
     """
 
     def __init__(self, scheduler: Scheduler, setting: Setting) -> None:
         self._scheduler = scheduler
         self._setting = setting
-        self._known: dict[int, _Known] = {}  # by sequence id
+        self._records: dict[int, _Record] = {}  # by sequence id
         self._pool: list[Content] = [None] * setting.num_blocks
         self._swap_pool: list[Content] = [None] * setting.num_blocks
         self._num_steps = 0
@@ -80,38 +80,38 @@ class Referee:
     # ---- what the simulator asks -----------------------------------------------------------------
 
     def add(self, group: SequenceGroup) -> None:
-        """Let a request come, without what only the future tells: how much it will generate."""
+        """Add a request, without what only the future tells: how much it will generate."""
         [seq] = group.sequences
         seq.max_output_len = None
-        self._known[seq.seq_id] = _Known(group, list(seq.token_ids))
+        self._records[seq.seq_id] = _Record(group, list(seq.token_ids))
         self._let(self._scheduler.add, group)
 
     def schedule(self) -> SchedulerOutput:
-        """The step that the other one decided, if it keeps the rules."""
+        """The step that the policy decided, if it keeps the rules."""
         self._num_steps += 1
-        plan = self._let(self._scheduler.schedule)
-        self._judge(plan)
-        return plan
+        output = self._let(self._scheduler.schedule)
+        self._judge(output)
+        return output
 
     def commit(self, output: SchedulerOutput) -> None:
         """The step is over."""
         self._let(self._scheduler.commit, output)
 
     def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence:
-        """Nobody forks here."""
+        """Not used here: every request has one sequence."""
         return self._scheduler.fork(group, parent, child_id)
 
     def finish(self, group: SequenceGroup, seq: Sequence) -> None:
         """A request has all its tokens."""
-        self._expect_own_tokens(self._known.pop(seq.seq_id), seq)
+        self._expect_own_tokens(self._records.pop(seq.seq_id), seq)
         self._let(self._scheduler.finish, group, seq)
 
     def abort(self, group: SequenceGroup) -> None:
-        """Nobody gives up here."""
+        """Not used here: no request is withdrawn."""
         self._scheduler.abort(group)
 
     def has_unfinished(self) -> bool:
-        """Whether the other one has work left."""
+        """Whether the policy has work left."""
         return self._scheduler.has_unfinished()
 
     def see_the_end(self) -> None:
@@ -122,35 +122,38 @@ class Referee:
 
     # ---- the rules -------------------------------------------------------------------------------
 
-    def _judge(self, plan: SchedulerOutput) -> None:
-        names = [known.group.request_id for known in self._known.values()]
-        if plan.ended:
-            self._refuse(f"request {plan.ended[0].request_id} is ended before its last token")
-        if not plan.sequences:
+    def _judge(self, output: SchedulerOutput) -> None:
+        names = [record.group.request_id for record in self._records.values()]
+        if output.ended:
+            self._refuse(f"request {output.ended[0].request_id} is ended before its last token")
+        if not output.sequences:
             self._refuse(
                 f"nothing is computed, and request {names[0]} waits, with {len(names) - 1} others"
             )
-        num_tokens, num_seqs = sum(s.num_new_tokens for s in plan.sequences), len(plan.sequences)
+        num_tokens, num_seqs = (
+            sum(s.num_new_tokens for s in output.sequences),
+            len(output.sequences),
+        )
         if num_tokens > (most := self._setting.max_num_batched_tokens):
             self._refuse(f"{num_tokens} tokens are computed, and {most} are the most")
         if num_seqs > (most := self._setting.max_num_seqs):
             self._refuse(f"{num_seqs} sequences run, and {most} are the most")
-        if len({scheduled.seq.seq_id for scheduled in plan.sequences}) < num_seqs:
-            self._refuse("a sequence is in the plan twice")
-        self._move(plan.swap_out, self._pool, self._swap_pool)
-        self._move(plan.swap_in, self._swap_pool, self._pool)
-        self._move(plan.copies, self._pool, self._pool)
-        tables = [self._look_up(scheduled) for scheduled in plan.sequences]
+        if len({scheduled.seq.seq_id for scheduled in output.sequences}) < num_seqs:
+            self._refuse("a sequence is scheduled twice")
+        self._move(output.swap_out, self._pool, self._swap_pool)
+        self._move(output.swap_in, self._swap_pool, self._pool)
+        self._move(output.copies, self._pool, self._pool)
+        tables = [self._look_up(scheduled) for scheduled in output.sequences]
         writers: dict[int, int] = {}  # by block, the sequence that writes to it
-        for scheduled, blocks in zip(plan.sequences, tables, strict=True):
+        for scheduled, blocks in zip(output.sequences, tables, strict=True):
             self._write(scheduled, blocks, writers)
-        for scheduled, blocks in zip(plan.sequences, tables, strict=True):
+        for scheduled, blocks in zip(output.sequences, tables, strict=True):
             mine = scheduled.seq.seq_id
             for block in writers.keys() & set(blocks):
                 if writers[block] != mine:
                     self._refuse(f"two sequences use block {block}, to which one of them writes")
             if scheduled.samples:
-                self._known[mine].tokens.append(NEW_TOKEN)  # the simulator gives it one
+                self._records[mine].tokens.append(NEW_TOKEN)  # the simulator gives it one
 
     def _move(
         self, pairs: Iterable[BlockPair], source: list[Content], target: list[Content]
@@ -162,57 +165,57 @@ class Referee:
             target[block] = content
 
     def _look_up(self, scheduled: ScheduledSequence) -> list[int]:
-        """The blocks of a sequence; all that it has computed must lie in them."""
+        """The blocks of a sequence; they must hold all that it has computed."""
         group, seq, num_new, samples = scheduled
         name, computed, size = group.request_id, seq.num_computed_tokens, self._setting.block_size
-        known = self._known.get(seq.seq_id)
-        if known is None:
+        record = self._records.get(seq.seq_id)
+        if record is None:
             self._refuse(f"request {name} runs, and it has finished or never came")
-        self._expect_own_tokens(known, seq)
-        left = len(known.tokens) - computed
+        self._expect_own_tokens(record, seq)
+        left = len(record.tokens) - computed
         if not 1 <= num_new <= left or samples != (num_new == left):
-            self._refuse(f"request {name} has {left} tokens left, and {num_new} are planned")
+            self._refuse(f"request {name} has {left} tokens left, and {num_new} are scheduled")
         blocks = self.memory.tables[seq.seq_id].blocks[: ceil_div(computed + num_new, size)]
         if len(blocks) * size < computed + num_new:
             self._refuse(f"request {name} has {len(blocks)} blocks for {computed + num_new} tokens")
         if blocks and not (min(blocks) >= 0 and max(blocks) < len(self._pool)):
             self._refuse(f"request {name} has block {max(blocks)}, and {self._pool_is}")
-        if not self._finds(known, blocks, computed):
+        if not self._finds(record, blocks, computed):
             self._refuse(
-                f"request {name} reads keys and values that nobody has written there, or that "
-                "somebody has written over"
+                f"request {name} reads keys and values that were never written there, or that "
+                "were overwritten"
             )
         return blocks
 
-    def _finds(self, known: _Known, blocks: list[int], computed: int) -> bool:
+    def _finds(self, record: _Record, blocks: list[int], computed: int) -> bool:
         size = self._setting.block_size
         num_full = computed // size
-        last = known.content(num_full, size, computed)  # and notes those before
-        if [self._pool[block] for block in blocks[:num_full]] != known.full[:num_full]:
+        last = record.content(num_full, size, computed)  # and notes those before
+        if [self._pool[block] for block in blocks[:num_full]] != record.full[:num_full]:
             return False
         if computed % size == 0 or (found := self._pool[blocks[num_full]]) == last:
             return True
         # A prompt may be found to its last block, and then computes its last token once more.
         filled = (num_full + 1) * size
-        return filled <= len(known.tokens) and found == known.content(num_full, size, filled)
+        return filled <= len(record.tokens) and found == record.content(num_full, size, filled)
 
     def _write(
         self, scheduled: ScheduledSequence, blocks: list[int], writers: dict[int, int]
     ) -> None:
         seq, size = scheduled.seq, self._setting.block_size
-        known, stop = self._known[seq.seq_id], seq.num_computed_tokens + scheduled.num_new_tokens
+        record, stop = self._records[seq.seq_id], seq.num_computed_tokens + scheduled.num_new_tokens
         for logical in range(seq.num_computed_tokens // size, len(blocks)):
             block = blocks[logical]
             if block in writers:
                 self._refuse(f"two sequences write to block {block}")
             writers[block] = seq.seq_id
-            self._pool[block] = known.content(logical, size, stop)
+            self._pool[block] = record.content(logical, size, stop)
 
-    def _expect_own_tokens(self, known: _Known, seq: Sequence) -> None:
-        if len(seq.token_ids) != len(known.tokens):
+    def _expect_own_tokens(self, record: _Record, seq: Sequence) -> None:
+        if len(seq.token_ids) != len(record.tokens):
             self._refuse(
-                f"request {known.group.request_id} has {len(seq.token_ids)} tokens, and "
-                f"{len(known.tokens)} were given to it"
+                f"request {record.group.request_id} has {len(seq.token_ids)} tokens, and "
+                f"{len(record.tokens)} were given to it"
             )
 
     def _expect_in_pool(self, block: int) -> None:
@@ -227,7 +230,7 @@ class Referee:
         raise CheckFailed(f"step {self._num_steps}: {what}.")
 
     def _let(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the other one; what it raises is told with the step."""
+        """Call the policy; an error is reported with the step."""
         try:
             return call(*arguments)
         except (MinipagedError, NotImplementedError):

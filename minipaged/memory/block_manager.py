@@ -154,7 +154,7 @@ class BlockManager:
         return self._pool.cache_blocks(seq, table)
 
     def pin(self, seq: Sequence) -> int:
-        """Keep all known blocks of a prefix until it is freed; returns how many tokens they hold.
+        """Keep all cached blocks of a prefix until it is freed; returns how many tokens they hold.
 
         The paper's predefined prefix: what pins a block is one more owner.
         """
@@ -176,22 +176,22 @@ class BlockManager:
     def swap_in(self, group: SequenceGroup) -> list[BlockPair]:
         """Move the group back to the pool; returns (swap block, pool block) pairs to copy.
 
-        Blocks that the prefix cache still knows are shared again, and need no copy.
+        Blocks that are still cached are shared again, and need no copy.
         """
-        known = self._still_known(group)
-        for block in known.values():
+        cached = self._still_cached(group)
+        for block in cached.values():
             self._pool.share(block)  # held, lest another block's allocation evict it
-        pairs = self._move(group, self._swap_pool, self._pool, known)
-        for block in known.values():
+        pairs = self._move(group, self._swap_pool, self._pool, cached)
+        for block in cached.values():
             self._pool.free(block)
         self._swapped.difference_update(s.seq_id for s in group.sequences)
         return pairs
 
     def _move(
-        self, group: SequenceGroup, source: Allocator, target: Allocator, known: dict[int, int]
+        self, group: SequenceGroup, source: Allocator, target: Allocator, cached: dict[int, int]
     ) -> list[BlockPair]:
-        """Each block moves once, however many sequences share it, and a `known` one not at all."""
-        moved = known.copy()  # by old block the new one: it keeps the sharing
+        """Each block moves once, however many sequences share it, and a `cached` one not at all."""
+        moved = cached.copy()  # by old block the new one: it keeps the sharing
         pairs: list[BlockPair] = []
         for seq in group.sequences:
             table = self._tables[seq.seq_id]
@@ -205,19 +205,19 @@ class BlockManager:
                 table.blocks.append(moved[block])
             for block in reversed(old):  # children before parents
                 source.free(block)
-            table.num_cached_blocks = sum(block in known for block in old)
+            table.num_cached_blocks = sum(block in cached for block in old)
         return pairs
 
-    def _still_known(self, group: SequenceGroup) -> dict[int, int]:
-        """By swap block: the block of the pool that holds the same keys and values still."""
-        known: dict[int, int] = {}
+    def _still_cached(self, group: SequenceGroup) -> dict[int, int]:
+        """By swap block: the cached block of the pool that still holds the same content."""
+        cached: dict[int, int] = {}
         for seq in group.sequences:
             num_full = seq.num_computed_tokens // self.block_size
             swapped = self._tables[seq.seq_id].blocks[:num_full]
-            known.update(zip(swapped, self._pool.find(seq), strict=False))
-        return known
+            cached.update(zip(swapped, self._pool.find(seq), strict=False))
+        return cached
 
-    # ---- what others may know ------------------------------------------------------------------
+    # ---- read-only views ------------------------------------------------------------------
 
     @property
     def num_blocks(self) -> int:
@@ -301,6 +301,6 @@ class BlockManager:
         own = Counter(block for seq in group.sequences for block in self._blocks_of(seq))
         if group.sequences[0].seq_id not in self._swapped:
             return set(own), self._growth(group, lambda block: own[block] + others(block))
-        known = self._still_known(group)
+        known = self._still_cached(group)
         growth = self._growth(group, lambda block: own[block])
         return set(known.values()), len(own) - len(known) + growth

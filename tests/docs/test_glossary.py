@@ -1,4 +1,4 @@
-"""docs/glossary.md: sorted, each word once, and all words that CONTRIBUTING.md asks for."""
+"""docs/glossary.md: sorted, each term once; its names exist, and replaced words are gone."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,23 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 ENTRIES = re.findall(r"^(\S.*)\n:   ((?:.*\n)(?:    .*\n)*)", TEXT, re.M)
 WORDS = [word for word, _ in ENTRIES]
+PACKAGE = ROOT / "minipaged"
+
+# Words that the glossary's terms have replaced, in all that a learner reads.
+REPLACED = re.compile(
+    r"\b(seats?|rivals?|rungs?|key heads?|whoever|somebody|second opinion|begin alike|news"
+    r"|(?:gives?|gave|given|giving) up|whole file|why_not|query_starts|JoinedLinear"
+    r"|minipaged plan|plans?)\b|--swap\b",
+    re.IGNORECASE,
+)
+PROSE = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").glob("[ag]*/*.md")),  # api, guides
+    *sorted((ROOT / "tutorials").glob("*.py")),
+    *sorted((ROOT / "tutorials" / "labs").glob("*.md")),
+    *sorted((PACKAGE / "labs").rglob("*.py")),
+]
 
 
 def test_the_words_are_sorted_and_each_stands_once():
@@ -27,3 +44,21 @@ def test_an_entry_is_one_or_two_sentences():
         told = re.sub(r"\{\{.*?\}\}", "", told)
         assert 1 <= len(re.findall(r"[.:](?:\s|$)", told)) <= 4, word
         assert entry.rstrip().endswith("."), word
+
+
+def test_every_name_in_the_glossary_exists_in_the_code():
+    here = re.sub(r"^(\|[^|]*\|).*$", r"\1", TEXT, flags=re.M)  # without the column "in vLLM"
+    code = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    defined = set(re.findall(r"(?:def|class) (\w+)|^ +(?:self\.)?(\w+)(?::| =)", code, re.M))
+    names = {name.split(".")[-1] for name in re.findall(r"`([\w.]+)`", here)}
+    assert names <= {name for pair in defined for name in pair}
+
+
+def test_words_that_the_glossary_replaced_are_gone():
+    left = [
+        f"{page.relative_to(ROOT)}:{number}: {word}"
+        for page in PROSE
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1)
+        for word in REPLACED.findall(line)
+    ]
+    assert not left, "\n".join(left)

@@ -327,7 +327,7 @@ def test_the_notebook_to_take_home_quotes_code_and_has_no_outputs(project):
 
 
 @pytest.mark.usefixtures("without_running")
-def test_the_tree_for_other_site_builders_is_whole_or_absent(project, tmp_path):
+def test_the_tree_for_other_site_builders_is_written_atomically(project, tmp_path):
     tree = tmp_path / "tree"
     write_tree(project, tree)
     assert "pool.py, lines 16-17" in (tree / "companion.md").read_text()

@@ -371,7 +371,7 @@ def test_a_width_that_compares_more_tokens_than_there_are_is_refused(
     assert_all_blocks_are_back(llm)
 
 
-def test_a_width_beyond_the_seats_is_refused(folder):
+def test_a_width_beyond_the_batch_slots_is_refused(folder):
     llm = small(folder, max_num_seqs=3)
     with pytest.raises(
         InvalidRequest, match=r"asks for 4 sequences at once .* raise max_num_seqs to 4"

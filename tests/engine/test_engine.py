@@ -139,7 +139,7 @@ def test_a_request_alone_gets_what_it_gets_in_company(folder, expected):
         assert tokens(run(llm, [prompt], params)) == [whole]
 
 
-def test_a_request_that_joins_midway_changes_nobodys_tokens(folder, expected):
+def test_a_request_that_joins_midway_changes_no_others_tokens(folder, expected):
     engine = checked(folder).engine
     finished = {}
     for index, (prompt, params) in enumerate(zip(PROMPTS, MIXED, strict=True)):
@@ -522,7 +522,7 @@ def test_an_option_of_a_wrong_kind_is_refused_by_its_name(folder, name, value):
         LLM(folder, **{name: value})
 
 
-def test_the_token_budget_grows_with_seats_and_with_whole_prompts(tmp_path):
+def test_the_token_budget_grows_with_batch_slots_and_with_whole_prompts(tmp_path):
     folder = make_checkpoint("llama", tmp_path, max_position_embeddings=4096)
     whole = LLM(folder, num_blocks=4, enable_chunked_prefill=False)
     assert whole.engine.config.max_num_batched_tokens == 4096

@@ -110,7 +110,7 @@ def test_best_of_shows_nothing_before_the_end_and_n_samples_show_every_token(fol
     assert [[len(s.token_ids) for s in o.outputs] for o in shown] == [[i] * 3 for i in (1, 2, 3, 4)]
 
 
-def test_one_sample_shares_with_nobody_and_is_not_counted(folder):
+def test_one_sample_shares_nothing_and_is_not_counted(folder):
     llm = small(folder)
     with SharingMeter(llm.engine) as meter:
         [output] = run(llm, [prompt(9)], sampled())
@@ -151,7 +151,7 @@ def test_samples_outgrow_the_pool_together_and_keep_what_they_have(folder):
     assert all_tokens([output]) == all_tokens([ample])
 
 
-def test_a_group_takes_its_seats_before_it_forks(folder):
+def test_a_group_takes_its_batch_slots_before_it_forks(folder):
     llm = small(folder, max_num_seqs=4, max_num_batched_tokens=64)
     steps = watch(llm)
     run(llm, [prompt(5), prompt(6, first=1), prompt(7, first=2)], sampled(6, n=2))
@@ -398,7 +398,7 @@ def test_a_request_preempted_by_recomputation_finds_its_own_blocks_again(folder)
 
 
 @pytest.mark.parametrize("num_blocks", [13, 17])
-def test_a_tiny_pool_gives_up_cached_blocks_and_stays_right(folder, num_blocks):
+def test_a_tiny_pool_evicts_cached_blocks_and_stays_right(folder, num_blocks):
     events = []
     parts = Parts().traced(EventLog(events.append))
     llm = small(folder, num_blocks=num_blocks, parts=parts)

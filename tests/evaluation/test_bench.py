@@ -64,7 +64,7 @@ CPU = torch.device("cpu")
 TINY = kernel.Heads("tiny", 2, 1, 32)
 
 
-def test_kernels_are_reported_beside_their_floor_and_their_rival(capsys, monkeypatch, tmp_path):
+def test_kernels_are_reported_beside_their_floor_and_their_baseline(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
         kernel, "CPU_CASES", [kernel.Case(TINY, 2, 32), kernel.Case(TINY, 1, 32, 32)]
     )
@@ -85,7 +85,7 @@ def test_kernels_are_reported_beside_their_floor_and_their_rival(capsys, monkeyp
         "blockwise",
     }
     assert {what for what, _ in found} == {"decode", "prefill", "store", "copy, 4 layers"}
-    assert min(row["times_rival"] for row in report["rows"] if row["what"] == "decode") == 1
+    assert min(row["times_baseline"] for row in report["rows"] if row["what"] == "decode") == 1
     for row in report["rows"]:
         assert row["seconds"] > 0
         if row["what"] == "decode":

@@ -160,9 +160,9 @@ def test_bfloat16_is_held_against_the_reference_and_agreement_is_counted(
 @pytest.mark.parametrize(
     ("trusts", "tokens", "shortfall", "num_close"),
     [
-        (True, [1, 2], None, 0),  # as the rival has them: not looked at again
+        (True, [1, 2], None, 0),  # as the baseline has them: not looked at again
         (True, [1, 3], 5e-4, 1),
-        (True, [1, 3], 0.0, 1),  # the rival itself was rounded otherwise
+        (True, [1, 3], 0.0, 1),  # the baseline itself was rounded otherwise
         (False, [1, 2], 0.0, 0),
         (False, [1, 2], 5e-4, 1),
         (True, [1, 3], 2e-3, None),
@@ -197,7 +197,7 @@ def test_both_sides_measure_alike_how_far_a_token_is_from_the_likeliest(tmp_path
 # ---- what cannot be ------------------------------------------------------------------------------
 
 
-def test_a_rival_that_cannot_run_leaves_the_others_their_rows(capsys, monkeypatch, without_memory):
+def test_a_baseline_that_cannot_run_does_not_stop_the_others(capsys, monkeypatch, without_memory):
     def broken(*_):
         raise RuntimeError("no CPU, please")
 

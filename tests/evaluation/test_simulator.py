@@ -202,7 +202,7 @@ def test_latency_is_a_mean_of_ratios_and_not_a_ratio_of_means():
     assert report.normalized_latency == pytest.approx(sum(ratios) / 2)
 
 
-def test_a_static_batch_ends_all_at_once_and_nobody_joins_it():
+def test_a_static_batch_ends_all_at_once_and_no_request_joins_it():
     trace = [TraceRequest(0.0, 10, 5), TraceRequest(0.0, 10, 50), TraceRequest(0.1, 10, 5)]
     report = simulate("fastertransformer", trace)
     by_arrival = sorted(report.finished, key=lambda r: (r.arrival, r.output_len))
@@ -227,7 +227,7 @@ def test_what_the_memory_is_used_for_adds_up():
         assert all(u.total == 1600 for u in report.looks)
 
 
-def test_it_gives_up_early_and_only_when_the_limit_is_passed():
+def test_it_stops_early_only_when_the_limit_is_exceeded():
     flood = poisson_trace(SHORT, rate=300.0, duration=30.0)
     through = simulate("orca-max", flood)
     early = simulate("orca-max", flood, limit=0.2)
@@ -238,7 +238,7 @@ def test_it_gives_up_early_and_only_when_the_limit_is_passed():
     assert not simulate("vllm", TRACE, limit=10.0).gave_up
 
 
-def test_preemption_by_recomputation_and_by_swapping_both_serve_everybody():
+def test_recomputation_and_swapping_both_serve_all_requests():
     for way in ("recompute", "swap"):
         setting = Setting(640, longest=512, watermark=0.0, preemption=way)
         report = simulate("vllm", TRACE, setting)
@@ -338,7 +338,7 @@ def test_a_padded_batch_costs_what_its_longest_prompt_makes_it_cost():
     assert report.seconds == pytest.approx(steps)
 
 
-def test_genealogies_are_the_same_whoever_asks_first():
+def test_genealogies_do_not_depend_on_who_asks_first():
     steps = genealogy(3, 2.0, 5)
     ahead = [next(steps) for _ in range(50)]
     again = genealogy(3, 2.0, 5)

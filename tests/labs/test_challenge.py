@@ -70,34 +70,36 @@ class LosesRequests(FCFSScheduler):
 
 class EndsRequests(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
+        output = super().schedule()
         if self.running:
-            self._end(self.running[-1], plan)
-        return plan
+            self.abort(group := self.running[-1])
+            output = replace(output, ended=(group,))
+        return output
 
 
 class GivesTokensItself(FCFSScheduler):
-    def commit(self, plan):
-        super().commit(plan)
-        for scheduled in plan.sequences:
+    def commit(self, output):
+        super().commit(output)
+        for scheduled in output.sequences:
             scheduled.seq.append(0)
 
 
 class ClaimsToHaveComputed(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
-        for number, scheduled in enumerate(plan.sequences):
+        output = super().schedule()
+        sequences = list(output.sequences)
+        for number, scheduled in enumerate(sequences):
             if scheduled.num_new_tokens > 20:
                 scheduled.seq.mark_computed(scheduled.num_new_tokens - 1)
-                plan.sequences[number] = scheduled._replace(num_new_tokens=1)
-        return plan
+                sequences[number] = scheduled._replace(num_new_tokens=1)
+        return replace(output, sequences=tuple(sequences))
 
 
 class SamplesTooEarly(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
-        plan.sequences[:] = [s._replace(num_new_tokens=1) for s in plan.sequences]
-        return plan
+        output = super().schedule()
+        one_each = tuple(s._replace(num_new_tokens=1) for s in output.sequences)
+        return replace(output, sequences=one_each)
 
 
 class ComputesTooMuch(FCFSScheduler):
@@ -110,16 +112,13 @@ class SwapsForNothing(FCFSScheduler):
         super().__init__(replace(config, preemption="swap"), *others)
 
     def schedule(self):
-        plan = super().schedule()
-        plan.swap_in.clear()
-        return plan
+        return replace(super().schedule(), swap_in=())
 
 
 class RunsTwice(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
-        plan.sequences += plan.sequences[:1]
-        return plan
+        output = super().schedule()
+        return replace(output, sequences=output.sequences + output.sequences[:1])
 
 
 class Stumbles(FCFSScheduler):
@@ -186,17 +185,17 @@ class LosesBlocks(BlockManager):
         ("scheduler", LosesRequests, "nothing is computed, and request 7 waits, with 0 others"),
         ("scheduler", EndsRequests, "step 1: request 0 is ended before its"),
         ("scheduler", GivesTokensItself, "has 302 tokens, and 301 were given"),
-        ("scheduler", ClaimsToHaveComputed, "nobody has written there"),
-        ("scheduler", SamplesTooEarly, "request 0 has 300 tokens left, and 1 are planned"),
+        ("scheduler", ClaimsToHaveComputed, "never written there"),
+        ("scheduler", SamplesTooEarly, "request 0 has 300 tokens left, and 1 are scheduled"),
         ("scheduler", ComputesTooMuch, "tokens are computed, and 2560 are the most"),
-        ("scheduler", SwapsForNothing, "nobody has written there, or that somebody has"),
-        ("scheduler", RunsTwice, "a sequence is in the plan twice"),
+        ("scheduler", SwapsForNothing, "never written there, or that were overwritten"),
+        ("scheduler", RunsTwice, "a sequence is scheduled twice"),
         ("scheduler", Stumbles, "ZeroDivisionError: .*test_challenge.py, line"),
         ("memory", TwiceThePool, "and the pool has 983 blocks, from 0 on"),
         ("memory", LosesBlocks, "all requests have finished, and .* blocks are not free again"),
-        ("allocator", BlocksForTwo, "two sequences (write to|use) block|nobody has written"),
+        ("allocator", BlocksForTwo, "two sequences (write to|use) block|never written"),
         ("allocator", NegativeBlocks, "and the pool has 983 blocks, from 0 on"),
-        ("prefix_cache", FindsWhatIsNotThere, "nobody has written there"),
+        ("prefix_cache", FindsWhatIsNotThere, "never written there"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -205,7 +204,7 @@ def test_who_cheats_is_refused(role, part, complaint):
         serve("busy", BUSY, {role: part})
 
 
-def test_nobody_is_told_how_much_a_request_will_generate():
+def test_no_policy_sees_how_much_a_request_will_generate():
     told = []
 
     class Curious(FCFSScheduler):

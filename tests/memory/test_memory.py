@@ -40,7 +40,7 @@ def test_every_block_is_handed_out_once_and_then_the_pool_is_empty(allocator):
         allocator.allocate()
 
 
-def test_a_block_returns_only_when_its_last_owner_lets_go(allocator):
+def test_a_block_is_free_only_when_its_last_owner_frees_it(allocator):
     block = allocator.allocate()
     allocator.share(block)
     allocator.free(block)

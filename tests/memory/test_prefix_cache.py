@@ -85,14 +85,14 @@ def test_a_salt_keeps_equal_prompts_apart(served):
     assert served.num_cached_tokens(tokens) == 0
 
 
-def test_of_a_wholly_known_prompt_only_the_last_token_is_computed(served):
+def test_of_a_wholly_cached_prompt_only_the_last_token_is_computed(served):
     served.memory.free(served.serve([1, 2, 3, 4, 5, 6, 7, 8]))
     seq = served.admit([1, 2, 3, 4, 5, 6, 7, 8])
     assert seq.num_computed_tokens == seq.num_cached_tokens == 7
     assert served.memory.num_free == 6
 
 
-def test_a_wholly_known_prompt_writes_to_a_copy_while_others_own_its_last_block(served):
+def test_a_wholly_cached_prompt_copies_its_last_block_if_shared(served):
     first = served.serve([1, 2, 3, 4, 5, 6, 7, 8])
     again = Sequence(9, first.token_ids)
     [(source, copy)] = admit(served.memory, SequenceGroup("9", [again]))
@@ -168,7 +168,7 @@ def test_empty_blocks_are_taken_before_idle_ones(served):
     assert served.num_cached_tokens(list(range(9))) == 8
 
 
-def test_the_block_unused_for_longest_is_given_up_first(served):
+def test_the_least_recently_used_block_is_evicted_first(served):
     for first in (0, 100, 200, 300):
         served.memory.free(served.serve(range(first, first + 8)))
     served.memory.free(served.serve(range(8)))  # used once more
@@ -177,7 +177,7 @@ def test_the_block_unused_for_longest_is_given_up_first(served):
     assert [served.num_cached_tokens(prompt) for prompt in prompts] == [8, 0, 8, 8]
 
 
-def test_leaves_are_given_up_before_their_parents(served):
+def test_leaves_are_evicted_before_their_parents(served):
     served.memory.free(served.serve(range(32)))
     lengths = []
     for token in range(8):
@@ -207,17 +207,17 @@ class ParentsFirst(PrefixCache):
         return next((b for b in self.idle if not self.is_leaf(b)), next(iter(self.idle)))
 
 
-def test_another_policy_gives_up_other_blocks():
+def test_another_policy_evicts_other_blocks():
     served = Served(build(num_blocks=2, prefix_cache=NewestLeafFirst))
     for tokens in ([1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]):
         served.memory.free(served.serve(tokens))
     assert [served.num_cached_tokens([n] * 4 + [0]) for n in (1, 2, 3)] == [4, 0, 4]
 
 
-def test_a_policy_that_gives_up_a_parent_before_its_children_is_refused():
+def test_a_policy_that_evicts_a_parent_before_its_children_is_refused():
     served = Served(build(num_blocks=2, prefix_cache=ParentsFirst))
     served.memory.free(served.serve([1, 2, 3, 4, 5, 6, 7, 8]))
-    with pytest.raises(AssertionError, match="before those known by it"):
+    with pytest.raises(AssertionError, match="before its children"):
         served.serve([9, 9, 9, 9])
 
 
@@ -254,7 +254,7 @@ def test_an_allocator_that_remembers_keeps_the_contract_of_an_allocator():
 # ---- preemption and prefixes that stay -----------------------------------------------------------
 
 
-def test_blocks_that_are_still_known_come_back_from_a_swap_without_a_copy():
+def test_blocks_that_are_still_cached_come_back_from_a_swap_without_a_copy():
     memory = build(num_swap_blocks=8)
     served = Served(memory)
     seq = served.serve(range(10))

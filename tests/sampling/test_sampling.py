@@ -159,7 +159,7 @@ def check_the_ends_of_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
             assert sample_ids(logits, [row()]) == [token]
 
 
-def test_what_is_drawn_from_is_what_a_slow_second_opinion_computes():
+def test_the_distribution_is_that_of_a_slow_checker():
     check_the_distribution()
 
 

@@ -83,7 +83,7 @@ def test_a_prompt_that_fills_the_whole_context_is_refused():
         build_engine().scheduler.add(SequenceGroup("0", [Sequence(0, range(400))]))
 
 
-def test_a_request_of_more_sequences_than_seats_is_refused():
+def test_a_request_of_more_sequences_than_batch_slots_is_refused():
     with pytest.raises(InvalidRequest, match=r"asks for 5 sequences at once .* max_num_seqs is 4"):
         build_engine(max_num_seqs=4).scheduler.add(SequenceGroup("0", [Sequence(0, [1])], width=5))
 
@@ -161,7 +161,7 @@ def test_swapping_keeps_what_was_computed():
     assert len(plan.swap_out) == 2
 
 
-def test_nobody_is_admitted_while_somebody_is_swapped():
+def test_no_request_is_admitted_while_one_is_swapped():
     engine = build_engine(num_blocks=6, preemption="swap")
     for _ in range(3):
         engine.add(8, num_tokens=12)
@@ -249,7 +249,7 @@ def test_a_forks_first_write_is_copied_also_when_it_was_swapped_out_before():
             assert source in [block for _, block in plans[2].swap_in]
 
 
-def test_a_newcomer_leaves_the_watermark_free_for_those_who_run():
+def test_admission_leaves_the_watermark_free_for_running_groups():
     engine = build_engine(num_blocks=8, watermark=0.5)
     engine.add(8)
     engine.add(12)
@@ -269,7 +269,7 @@ def test_a_swapped_group_comes_back_only_above_the_watermark():
     assert not still_running, "it took the blocks that others will need"
 
 
-def test_seats_stay_free_for_the_forks_to_come():
+def test_batch_slots_are_kept_for_forks_to_come():
     engine = build_engine(max_num_seqs=4)
     engine.add(4, width=3)
     engine.add(4, width=2)
@@ -353,7 +353,7 @@ def test_a_recomputed_sequence_finds_what_is_left_of_its_own_blocks():
     assert part.num_new_tokens < victim.sequences[0].num_tokens
 
 
-def test_a_sample_that_ends_leaves_its_seat_to_others():
+def test_a_finished_sample_frees_its_batch_slot():
     engine = build_engine(max_num_seqs=3)
     engine.add(4, num_tokens=2, width=3)  # the samples end one after the other
     engine.add(4)
@@ -417,7 +417,7 @@ def test_no_fork_that_comes_back_writes_into_a_block_that_others_can_find():
     assert known not in memory.tables[three.seq_id].blocks
 
 
-def test_a_group_aborted_while_some_of_it_is_absent_leaves_nothing_behind():
+def test_a_group_aborted_while_awaiting_refork_leaves_nothing_behind():
     engine = build_engine(num_blocks=10, num_swap_blocks=0, enable_prefix_caching=False)
     engine.add(8, num_tokens=30)
     forked = engine.add(9, num_tokens=7, width=3)
@@ -520,7 +520,7 @@ def test_every_request_ends_and_every_block_comes_back(
     preemption=st.sampled_from(["auto", "recompute", "swap"]),
     num_swap_blocks=st.sampled_from([1, 5, 100]),
 )
-def test_the_oldest_running_group_advances_and_nobody_overtakes_the_oldest_who_waits(
+def test_the_oldest_running_group_advances_and_the_oldest_waiting_joins_first(
     requests, preemption, num_swap_blocks
 ):
     engine = build_engine(

@@ -386,7 +386,7 @@ def test_what_is_no_text_file_is_refused(tmp_path):
             Replay.read(path)
 
 
-def test_the_page_is_whole_or_absent(tmp_path, monkeypatch):
+def test_the_page_is_written_atomically(tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     shown = Replay(hostile_events(), title="old")
     shown.save(page)

@@ -87,7 +87,7 @@ def _time_scheduler(num_seqs: int, num_tokens: int) -> float:
         plan = scheduler.schedule()
         scheduler.commit(plan)
         seconds.append(time.perf_counter() - begin)
-        assert len(plan.sequences) == num_seqs, "somebody did not run"
+        assert len(plan.sequences) == num_seqs, "a sequence did not run"
         for scheduled in plan.sequences:
             scheduled.seq.append(7)
     return statistics.median(seconds[1:])  # the first computed the prompts

@@ -1,6 +1,6 @@
 """What the kernels are measured on: random keys and values, in a pool and side by side.
 
-The rival is PyTorch's attention (SDPA) over the same keys side by side: what paging costs.
+The baseline is PyTorch's attention (SDPA) over the same keys side by side: what paging costs.
 """
 
 from collections.abc import Callable
@@ -144,12 +144,12 @@ def contiguous_attention(inputs: Inputs, case: Case) -> dict[str, Callable[[], T
         visible = visible[:, None, None]  # [seqs, 1, 1, length]
         ask = partial(attend, q, inputs.keys, inputs.values, visible, enable_gqa=True)
         return {"SDPA, padded": lambda: ask()[:, :, 0]}
-    # Heads that share a key head may stand where several queries of one head would.
+    # Query heads that share a KV head may take the place of several queries of one head.
     grouped = inputs.q.unflatten(1, (case.heads.kv_heads, -1))  # [seqs, kv_heads, group, head_dim]
     by_group = partial(attend, grouped, inputs.keys, inputs.values)
     ask = partial(attend, q, inputs.keys, inputs.values, enable_gqa=True)
-    rivals = _also_with_flash("SDPA, grouped", lambda: by_group().flatten(1, 2), q)
-    return rivals | {"SDPA, enable_gqa": lambda: ask()[:, :, 0]}
+    baselines = _also_with_flash("SDPA, grouped", lambda: by_group().flatten(1, 2), q)
+    return baselines | {"SDPA, enable_gqa": lambda: ask()[:, :, 0]}
 
 
 def _also_with_flash(

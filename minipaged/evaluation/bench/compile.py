@@ -79,7 +79,7 @@ class Compiled:
     """One kernel as the compiler made it, for one GPU."""
 
     kernel: str
-    heads: str  # query heads / key heads x numbers in a head
+    heads: str  # query heads / KV heads x elements per head
     dtype: str  # of queries
     kv_dtype: str  # of the pool, as `LLM(kv_cache_dtype=...)` names it
     sm: int  # compute capability, times ten

@@ -116,7 +116,7 @@ def _make_batch(num_seqs: int, context_len: int, stride: int) -> tuple[Batch, in
 def describe(dtype: torch.dtype) -> str:
     """What the table shows."""
     return (
-        f"{dtype}, {HEADS} heads over {KV_HEADS} key heads of {HEAD_DIM}, blocks of {BLOCK_SIZE}. "
+        f"{dtype}, {HEADS} heads over {KV_HEADS} KV heads of {HEAD_DIM}, blocks of {BLOCK_SIZE}. "
         "In use: the part of the blocks from the first to the last. SDPA: over keys that lie side "
         "by side already. Several layers in turn, median of rounds"
     )

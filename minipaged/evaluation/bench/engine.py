@@ -121,8 +121,8 @@ def _measure_case(
             except CannotRun as error:
                 failures[name] = str(error)
             done()
-    rivals = [name for name in runs if name not in (OURS, READ)]
-    expected = runs[rivals[0]][0].tokens if rivals else None
+    baselines = [name for name in runs if name not in (OURS, READ)]
+    expected = runs[baselines[0]][0].tokens if baselines else None
     base = runs[OURS]
     for name, all_of_it in runs.items():
         if name in failures:
@@ -135,7 +135,7 @@ def _measure_case(
             found = [len(tokens) for run in all_of_it for tokens in run.tokens]
             assert found == rounds * [output for _, output in case.requests], f"{name} ended early"
             row = replace(row, **_ratios(all_of_it, base))
-        if expected is not None and name != READ and name != rivals[0]:
+        if expected is not None and name != READ and name != baselines[0]:
             row = replace(row, num_alike=min(_num_alike(run, expected) for run in all_of_it))
         if READ in runs:
             fastest = 1 / _summarize(case, READ, runs[READ]).tokens_per_second
@@ -182,7 +182,7 @@ def _num_alike(run: Run, expected: list[list[int]]) -> int:
 class Referee:
     """Holds the tokens of this library against a model that computes them another way.
 
-    Where `trusts` is true, tokens that the rival generated too need no further look.
+    Where `trusts` is true, tokens that the baseline generated too need no further look.
     """
 
     name: str

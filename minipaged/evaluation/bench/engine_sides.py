@@ -25,7 +25,7 @@ OURS = "minipaged"
 
 
 class CannotRun(Exception):
-    """A rival that does not work here: noted in its row, while all others go on."""
+    """A baseline that does not work here: noted in its row, while all others go on."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Transformers:
                 return clock.stop(sum(map(len, in_order)), in_order)
         except CannotRun:
             raise
-        except Exception as error:  # whatever it is: a rival's fault ends nobody's run
+        except Exception as error:  # whatever it is: a baseline's error ends no other run
             raise CannotRun(f"{type(error).__name__}: {error}") from error
 
     def _manager(self, requests: list[Request]) -> Any:

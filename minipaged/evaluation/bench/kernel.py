@@ -1,10 +1,10 @@
 """The attention kernels against what bounds them, and against attention without blocks.
 
     decode    must read the keys and values once: the floor is their bytes over the bandwidth of a
-              large copy, measured in the same rounds. The rival is PyTorch's attention (SDPA) over
-              the same keys side by side: what paging costs. The paper's kernel lost 20 to 26 %
-              (section 7.1, Figure 18a).
-    prefill   must multiply: the rival is SDPA over keys side by side.
+              large copy, measured in the same rounds. The baseline is PyTorch's attention (SDPA)
+              over the same keys, contiguous: the cost of paging. The paper's kernel lost 20 to
+              26 % (section 7.1, Figure 18a).
+    prefill   must multiply: the baseline is SDPA over keys side by side.
 
 What is timed is checked first: paged attention must give what SDPA gives.
 """
@@ -69,7 +69,7 @@ class Row:
     backend: str
     seconds: float
     percent_of_floor: float | None  # what bytes over bandwidth would take, over what it took
-    times_rival: float | None  # over the time of the rival, below 1 is faster
+    times_baseline: float | None  # over the time of the baseline, below 1 is faster
 
 
 def measure(
@@ -85,9 +85,9 @@ def _measure_attention(
     case: Case, backends: list[str], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Row]:
     inputs = make_inputs(case, device, dtype)
-    rivals = contiguous_attention(inputs, case)
-    expected = next(iter(rivals.values()))().float()
-    works: dict[str, Work] = dict(rivals)
+    baselines = contiguous_attention(inputs, case)
+    expected = next(iter(baselines.values()))().float()
+    works: dict[str, Work] = dict(baselines)
     for name in backends:
         backend = choose_backend(name, device, case.heads.head_dim, case.kv_dtype)
         num_heads, dtype = inputs.q.shape[1], inputs.q.dtype
@@ -98,10 +98,10 @@ def _measure_attention(
     copy, copy_bytes = copy_work(device)
     seconds = median_seconds({"copy": copy, **works}, device)
     bandwidth = copy_bytes / seconds["copy"]
-    rival = min(seconds[name] for name in rivals)
+    baseline = min(seconds[name] for name in baselines)
     for name in works:
         floor = _bytes_read(inputs) / bandwidth if case.queries == 1 else None
-        if name in rivals and (case.kv_dtype != "auto" or case.short is not None):
+        if name in baselines and (case.kv_dtype != "auto" or case.short is not None):
             floor = None  # it reads other bytes
         yield Row(
             case.name,
@@ -112,7 +112,7 @@ def _measure_attention(
             name,
             seconds[name],
             None if floor is None else 100 * floor / seconds[name],
-            seconds[name] / rival,
+            seconds[name] / baseline,
         )
 
 
@@ -147,6 +147,6 @@ def as_table(rows: list[Row]) -> Table:
             row.backend,
             f"{1e6 * row.seconds:,.1f} us",
             "" if row.percent_of_floor is None else f"{row.percent_of_floor:.1f} %",
-            "" if row.times_rival is None else f"{row.times_rival:.2f}",
+            "" if row.times_baseline is None else f"{row.times_baseline:.2f}",
         )
     return table

@@ -68,7 +68,7 @@ def _measure_store(
     _check_stores(inputs, works)
     seconds = median_seconds(works, device)
     for name in works:
-        rival = seconds["rotate, then triton" if "RoPE" in name or "rotate" in name else "index"]
+        baseline = seconds["rotate, then triton" if "RoPE" in name or "rotate" in name else "index"]
         yield Row(
             "store",
             case.heads.name,
@@ -78,7 +78,7 @@ def _measure_store(
             name,
             seconds[name],
             None,
-            seconds[name] / rival,
+            seconds[name] / baseline,
         )
 
 

@@ -1,4 +1,4 @@
-"""Figure 3: the waste of two reservations, counted on the rival's own memory manager.
+"""Figure 3: the waste of two reservations, counted in the baseline's own memory manager.
 
 Request A has 7 tokens of prompt, has generated 1, and will generate 2 more; the longest sequence
 allowed has 2,048. Request B has 3, has generated 1, will generate 1 more; at most 512.

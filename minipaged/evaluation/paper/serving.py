@@ -48,7 +48,7 @@ class Case:
     prefix_len: int = 0  # that all prompts begin with
     prefix_caching: bool = False
     preemption: PreemptionMode = "auto"
-    limit: float | None = None  # give up above this normalised latency
+    limit: float | None = None  # stop above this normalised latency
     only_while_they_come: bool = False  # look from a quarter on, and only until requests stop
     watch_memory: bool = False
 

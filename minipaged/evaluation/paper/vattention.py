@@ -75,7 +75,7 @@ def run(effort: Effort) -> Result:
 
 
 def _half_a_group() -> list[Check]:
-    """What the last page group of a request wastes on average; fewer key heads, more tokens."""
+    """What the last page group of a request wastes on average; fewer KV heads, more tokens."""
     checks: list[Check] = []
     for name in ("opt-13b", "llama-3-8b"):
         setting = Setting(1, model=MODELS[name])

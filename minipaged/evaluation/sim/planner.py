@@ -35,7 +35,7 @@ class Load:
     first_token: float  # seconds from arrival
     batch: float  # requests that run at a time
     utilisation: float  # of the pool's slots that hold a token
-    taken: float  # of the pool's slots, in blocks that somebody owns
+    taken: float  # of the pool's slots, in allocated blocks
     num_preemptions: int
     parts: dict[str, float]  # of a step, in seconds
 

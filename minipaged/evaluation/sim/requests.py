@@ -79,7 +79,7 @@ class SimRequest:
         return True
 
     def _choose_beams(self, scheduler: Scheduler, parents: tuple[int, ...]) -> None:
-        """Let beam i go on from the beam `parents[i]`; those without a child are given up."""
+        """Continue beam i from the beam `parents[i]`; those without a child are pruned."""
         if len(self._beams) == 1:
             parents = (0,) * self.group.width
         continued: list[Sequence] = []

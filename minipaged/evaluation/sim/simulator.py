@@ -61,7 +61,7 @@ class Simulation:
     """One system that serves one trace.
 
     Args:
-        limit: give up once the mean normalised latency must come out above so many seconds.
+        limit: stop once the mean normalised latency is certain to exceed this many seconds.
         until: simulated seconds after which nothing more is looked at. None: to the last token.
         look_from: when to begin with looks and means, so that the empty start does not count.
         watch_memory: whether looks at the memory are wanted: they take time.
@@ -188,7 +188,7 @@ class Simulation:
             self._kept_back = []
 
     def _look(self) -> None:
-        """Note how the memory is used, and give up if it is certain that the limit is passed."""
+        """Record how the memory is used, and stop if the limit is certain to be exceeded."""
         self._next_look = max(self._next_look + LOOK_SECONDS, self.now)
         self._num_looks += 1
         report, memory = self.report, self.scheduler.memory

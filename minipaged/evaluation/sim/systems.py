@@ -1,4 +1,4 @@
-"""Paging and its rivals, as they are simulated: a memory, and how the scheduler is set."""
+"""Paging and its baselines, as simulated: a memory, and the scheduler's options."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from minipaged.scheduler.fcfs import FCFSScheduler
 from minipaged.scheduler.interface import Scheduler
 
 LONGEST = 2048  # tokens of prompt and output together: what OPT was made for
-NO_LIMIT = 10**9  # tokens in a step: the rivals have none but their memory
+NO_LIMIT = 10**9  # tokens per step: the baselines are limited only by memory
 
 
 @dataclass(frozen=True)

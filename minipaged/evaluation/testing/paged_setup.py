@@ -1,8 +1,8 @@
 """Random keys and values scattered over a pool, for the tests of everything that reads the pool.
 
-The pool is as unpleasant as the contract allows: blocks in shuffled order, NaN in every block that
-nobody owns, large stale numbers in the empty slots of owned blocks, and table entries behind a
-sequence's end that are no block at all.
+The pool is as adversarial as the contract allows: blocks in shuffled order, NaN in every free
+block, large stale values in the empty slots of owned blocks, and table entries after a sequence's
+end that are no block at all.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ def _scattered_tables(
     lengths: list[int], block_size: int, shared_blocks: int, generator: torch.Generator
 ) -> list[BlockTable]:
     counts = [-(-length // block_size) for length in lengths]
-    # The first and the last block belong to nobody: a stray 0 or -1 must not pass for a block.
+    # The first and the last block are free: a stray 0 or -1 must not pass for a block.
     ids: list[int] = (1 + torch.randperm(1 + sum(counts), generator=generator)).tolist()
     shared = [ids.pop() for _ in range(shared_blocks)]
     return [

@@ -1,4 +1,4 @@
-"""Sequences that come to a memory or a cache, grow, and go: for the labs without a model."""
+"""Sequences that use a memory or a cache, grow, and end: for the labs without a model."""
 
 import random
 
@@ -14,7 +14,7 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 
 class Story:
-    """Sequences that come to a memory, and grow."""
+    """Sequences that are admitted to a memory, and grow."""
 
     def __init__(self, memory) -> None:
         self.memory = memory
@@ -32,7 +32,7 @@ class Story:
         return group
 
     def samples(self, seq: Sequence, num_tokens: int = 1) -> None:
-        """A step has computed what was there, and more tokens stand at the end."""
+        """A step has computed all tokens so far, and more are appended."""
         seq.mark_computed(seq.num_uncomputed_tokens)
         for _ in range(num_tokens):
             seq.append(0)
@@ -46,7 +46,7 @@ class Story:
 
 
 class Users:
-    """Sequences that come to a cache with blocks of 4, write them, and publish them."""
+    """Sequences that write blocks of 4 and cache them."""
 
     def __init__(self, cache) -> None:
         self.cache = cache
@@ -57,13 +57,13 @@ class Users:
         return Sequence(self.num_sequences, tokens, **options)
 
     def writes(self, tokens, num_computed=None, **options) -> tuple[Sequence, BlockTable]:
-        """A sequence that has found nothing, so that all its blocks are new."""
+        """A sequence without cached blocks, so that all its blocks are new."""
         seq = self.sequence(tokens, **options)
         blocks = [self.cache.allocate() for _ in range(-(-seq.num_tokens // 4))]
         seq.mark_computed(seq.num_tokens if num_computed is None else num_computed)
         return seq, BlockTable(4, blocks, seq.num_tokens)
 
-    def publishes(self, tokens, num_computed=None, **options) -> BlockTable:
+    def caches(self, tokens, num_computed=None, **options) -> BlockTable:
         seq, table = self.writes(tokens, num_computed, **options)
         self.cache.cache_blocks(seq, table)
         return table
@@ -71,15 +71,15 @@ class Users:
     def finds(self, tokens, **options) -> list[int]:
         return self.cache.find(self.sequence(tokens, **options))
 
-    def lets_go(self, table: BlockTable) -> None:
+    def frees(self, table: BlockTable) -> None:
         for block in reversed(table.blocks):  # as sequences do
             self.cache.free(block)
 
 
 def serve_in_any_order(prefix_cache, seed: int) -> None:
-    """Whatever a block that is found holds must be what was looked for. Raises AssertionError."""
+    """Every cached block that is found must have the right content. Raises AssertionError."""
     rng = random.Random(seed)
-    memory = CheckedMemory(  # recounts after every call, and names the guilty
+    memory = CheckedMemory(  # recounts after every call, and names the wrong one
         BlockManager(
             num_blocks=12,
             block_size=4,
@@ -90,7 +90,7 @@ def serve_in_any_order(prefix_cache, seed: int) -> None:
     )
     holds: dict[int, tuple] = {}  # by block: the salt and all tokens up to its end, when written
     running: list[Sequence] = []
-    num_found = 0
+    num_cached = 0
     for number in range(250):
         kinds = [rng.randrange(2) for _ in range(rng.randrange(1, 4))]  # of block
         tokens = [kind for kind in kinds for _ in range(4)] + [7]
@@ -102,8 +102,8 @@ def serve_in_any_order(prefix_cache, seed: int) -> None:
         blocks = memory.tables[number].blocks
         content = [(seq.cache_salt, *tokens[: 4 * i + 4]) for i in range(len(blocks))]
         for logical in range(seq.num_computed_tokens // 4):
-            assert holds[blocks[logical]] == content[logical], "found what holds something else"
-            num_found += 1
+            assert holds[blocks[logical]] == content[logical], "found a block with other content"
+            num_cached += 1
         holds |= dict(zip(blocks, content, strict=True))
         seq.mark_computed(seq.num_uncomputed_tokens)
         memory.cache_blocks(seq)
@@ -111,4 +111,4 @@ def serve_in_any_order(prefix_cache, seed: int) -> None:
     for seq in running:
         memory.free(seq)
     assert memory.num_free == 12
-    assert num_found > 100, f"only {num_found} blocks were found"
+    assert num_cached > 100, f"only {num_cached} cached blocks were found"

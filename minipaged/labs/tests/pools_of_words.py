@@ -9,7 +9,7 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 
 class Pools:
-    """A checked memory, and what lies in its blocks."""
+    """A checked memory, and the content of its blocks."""
 
     def __init__(
         self, memory_class: Any, num_blocks: int = 20, num_swap_blocks: int = 20,
@@ -29,7 +29,7 @@ class Pools:
         self.ids = count()
 
     def group(self, num_tokens: int, width: int = 1, first: int = 0) -> SequenceGroup:
-        """A request whose prompt is computed, and which has forked and gone on by a few tokens."""
+        """A request whose prompt is computed, and which has forked and generated a few tokens."""
         seq = Sequence(next(self.ids), range(first, first + num_tokens))
         group = SequenceGroup(f"{seq.seq_id}", [seq], width=width)
         self.copy(admit(self.memory, group))
@@ -45,7 +45,7 @@ class Pools:
     def grow(self, group: SequenceGroup, num_tokens: int) -> None:
         for seq in group.sequences:
             for _ in range(num_tokens):
-                seq.append(10**6 + seq.seq_id)  # no two go on alike
+                seq.append(10**6 + seq.seq_id)  # no two continue alike
                 self.copy(self.memory.append(seq))
                 seq.mark_computed(1)
                 self.write(seq, seq.num_tokens - 1)
@@ -69,17 +69,17 @@ class Pools:
 
     def reads(self, group: SequenceGroup) -> list[list[str]]:
         """What each sequence finds, block by block."""
-        found: list[list[str]] = []
+        content: list[list[str]] = []
         for seq in group.sequences:
             swapped = self.memory.is_swapped(seq.seq_id)
             words = self.swapped_words if swapped else self.words
             blocks = self.memory.tables[seq.seq_id].blocks
-            assert set(blocks) <= set(words), f"sequence {seq.seq_id} names blocks {blocks}"
-            found.append([words[block] for block in blocks])
-        return found
+            assert set(blocks) <= set(words), f"sequence {seq.seq_id} lists blocks {blocks}"
+            content.append([words[block] for block in blocks])
+        return content
 
     def check(self, group: SequenceGroup, before: list[list[str]]) -> None:
-        """Whether each sequence finds what it found before. Raises AssertionError."""
+        """Whether each sequence has the content it had before. Raises AssertionError."""
         for seq, now, then in zip(group.sequences, self.reads(group), before, strict=True):
             length = f"sequence {seq.seq_id} had {len(then)} blocks, and has {len(now)}"
             assert len(now) == len(then), length

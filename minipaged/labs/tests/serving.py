@@ -1,4 +1,4 @@
-"""The end of every lab: the embedded model on the student's part, beside the library's own."""
+"""The end of every lab: the embedded model on the student's part and on the library's."""
 
 from functools import cache
 from typing import Any

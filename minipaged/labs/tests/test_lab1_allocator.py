@@ -75,7 +75,7 @@ def test_two_pools_have_nothing_to_do_with_each_other(build):
 
 
 @task(2)
-def test_whoever_allocates_is_the_only_owner(build):
+def test_a_new_block_has_one_owner(build):
     allocator = build(4)
     assert allocator.ref_count(allocator.allocate()) == 1
 
@@ -112,7 +112,7 @@ def test_a_free_block_has_no_owner_and_cannot_be_shared(build):
 
 @task(2)
 @pytest.mark.parametrize("no_block", [-1, 4, 100])
-def test_what_is_no_block_cannot_be_shared(build, no_block):
+def test_a_number_outside_the_pool_cannot_be_shared(build, no_block):
     allocator = build(4)
     for _ in range(4):
         allocator.allocate()
@@ -125,7 +125,7 @@ def test_what_is_no_block_cannot_be_shared(build, no_block):
 
 
 @task(3)
-def test_what_its_only_owner_frees_is_free(build):
+def test_a_block_freed_by_its_only_owner_is_free(build):
     allocator = build(2)
     block = allocator.allocate()
     allocator.free(block)
@@ -134,7 +134,7 @@ def test_what_its_only_owner_frees_is_free(build):
 
 
 @task(3)
-def test_a_block_returns_only_when_its_last_owner_lets_go(build):
+def test_a_block_is_free_only_when_its_last_owner_frees_it(build):
     allocator = build(2)
     block = allocator.allocate()
     allocator.share(block)
@@ -156,7 +156,7 @@ def test_a_block_that_came_back_can_be_handed_out_again(build):
 
 
 @task(3)
-def test_nobody_frees_what_nobody_owns(build):
+def test_a_block_without_owners_cannot_be_freed(build):
     allocator = build(3)
     block = allocator.allocate()
     allocator.free(block)

@@ -1,6 +1,6 @@
-"""Lab 2: where a token lies, and when a sequence gets a block.
+"""Lab 2: the slot of a token, and when a sequence gets a block.
 
-Nothing here asks which block a sequence gets: any free one will do. And each block has one owner.
+Which block a sequence gets does not matter: any free one will do. Each block has one owner.
 """
 
 import random
@@ -40,7 +40,7 @@ def build(part):
 
 
 @task(1)
-def test_a_token_lies_in_the_physical_block_of_its_logical_one(table):
+def test_the_table_maps_a_position_to_its_slot(table):
     assert [table.slot(position) for position in (0, 3, 4, 7, 8, 9)] == [28, 31, 4, 7, 12, 13]
 
 
@@ -85,24 +85,22 @@ def test_a_beginning_has_the_blocks_of_its_tokens(table, num_tokens, blocks):
 
 @task(2)
 @pytest.mark.parametrize("num_tokens", [10, 8])
-def test_what_one_of_the_two_takes_is_not_the_others(table, num_tokens):
+def test_table_and_beginning_have_separate_lists(table, num_tokens):
     beginning = table.beginning(num_tokens)
     before = list(beginning.blocks)
     beginning.blocks.append(5)
-    assert table.blocks == [7, 1, 3], "a block of the beginning's went into the table's list"
+    assert table.blocks == [7, 1, 3], "a block of the beginning is in the table's list"
     table.blocks.append(6)
-    assert beginning.blocks == [*before, 5], "a block of the table's went into the beginning's list"
+    assert beginning.blocks == [*before, 5], "a block of the table is in the beginning's list"
 
 
 @task(2)
 @pytest.mark.parametrize(
-    ("published", "num_tokens", "expected"),
+    ("cached", "num_tokens", "expected"),
     [(2, 10, 2), (2, 8, 2), (2, 7, 1), (2, 3, 0), (1, 8, 1), (0, 8, 0)],
 )
-def test_only_full_blocks_of_the_beginning_are_published(
-    new_table, published, num_tokens, expected
-):
-    table = new_table(4, [7, 1, 3], 10, num_cached_blocks=published)
+def test_only_full_blocks_of_the_beginning_count_as_cached(new_table, cached, num_tokens, expected):
+    table = new_table(4, [7, 1, 3], 10, num_cached_blocks=cached)
     assert table.beginning(num_tokens).num_cached_blocks == expected
 
 
@@ -134,18 +132,18 @@ def test_a_block_is_taken_when_the_last_is_full_and_not_before(build):
 
 
 @task(3)
-def test_the_table_knows_how_many_tokens_have_a_slot(build):
+def test_the_table_counts_the_tokens_with_a_slot(build):
     story = Story(build(8))
     [seq] = story.comes(3).sequences
-    known = [story.table(seq).num_tokens]
+    counts = [story.table(seq).num_tokens]
     for _ in range(3):
         story.grows(seq)
-        known.append(story.table(seq).num_tokens)
-    assert known == [3, 4, 5, 6]
+        counts.append(story.table(seq).num_tokens)
+    assert counts == [3, 4, 5, 6]
 
 
 @task(3)
-def test_what_has_a_slot_already_gets_no_second_one(build):
+def test_a_token_with_a_slot_gets_no_second_one(build):
     story = Story(build(8))
     [seq] = story.comes(10).sequences
     seq.mark_computed(5)  # a step may compute a part of a prompt
@@ -156,7 +154,7 @@ def test_what_has_a_slot_already_gets_no_second_one(build):
 
 
 @task(3)
-def test_two_that_grow_in_turn_have_no_block_in_common(build):
+def test_two_growing_sequences_have_no_block_in_common(build):
     story = Story(build(8))
     one, other = (story.comes(4).sequences[0] for _ in range(2))
     for _ in range(8):
@@ -179,7 +177,7 @@ def test_there_is_nothing_to_copy_while_each_block_has_one_owner(build):
 @task(3)
 def test_in_any_order_a_second_count_finds_the_same(build):
     rng = random.Random(0)
-    story = Story(CheckedMemory(build(400)))  # recounts after every call, and names the guilty
+    story = Story(CheckedMemory(build(400)))  # recounts after every call, and names the wrong one
     sequences = [story.comes(rng.randrange(1, 14)).sequences[0] for _ in range(8)]
     for _ in range(150):
         seq = rng.choice(sequences)
@@ -187,7 +185,7 @@ def test_in_any_order_a_second_count_finds_the_same(build):
         assert story.table(seq).num_tokens == seq.num_tokens
 
 
-# ---- task 4: ask first, and let go ---------------------------------------------------------------
+# ---- task 4: ask first, and free -----------------------------------------------------------------
 
 
 @task(4)
@@ -196,7 +194,7 @@ def test_a_free_block_is_needed_when_the_last_is_full(build):
     one, other = story.comes(4), story.comes(4)
     story.samples(one.sequences[0])
     story.samples(other.sequences[0])
-    for _ in range(2):  # to ask takes nothing
+    for _ in range(2):  # asking takes no blocks
         assert story.memory.can_append(one), "one block is free, and one is needed"
     story.memory.append(one.sequences[0])
     assert not story.memory.can_append(other), "no block is free, and one is needed"
@@ -222,7 +220,7 @@ def test_several_blocks_may_be_missing_at_once(build, num_free, answer):
 
 @task(4)
 @pytest.mark.parametrize(("num_free", "answer"), [(0, False), (1, False), (2, True)])
-def test_the_sequences_of_a_group_take_theirs_together(build, num_free, answer):
+def test_the_sequences_of_a_group_need_their_blocks_together(build, num_free, answer):
     story = Story(build(3 + num_free))
     group = story.comes(4, 4, 2)  # the last one has room
     for seq in group.sequences:
@@ -231,14 +229,14 @@ def test_the_sequences_of_a_group_take_theirs_together(build, num_free, answer):
 
 
 @task(4)
-def test_all_blocks_of_a_sequence_come_back_and_no_others(build):
+def test_all_blocks_of_a_sequence_are_freed_and_no_others(build):
     memory = build(8)
     story = Story(memory)
     [one], [other] = story.comes(9).sequences, story.comes(5).sequences
     kept = list(story.table(other).blocks)
     memory.free(one)
     assert memory.num_free == 6
-    assert list(memory.tables) == [other.seq_id], "the table of a sequence that is gone"
+    assert list(memory.tables) == [other.seq_id], "the table of a sequence that has ended"
     assert story.table(other).blocks == kept
 
 
@@ -251,7 +249,7 @@ def test_blocks_of_the_swap_pool_go_back_there(build):
     memory.swap_out(group)
     memory.free(seq)
     assert (memory.num_free, memory.num_free_swap_blocks) == (4, 4)
-    assert not memory.is_swapped(seq.seq_id), "a sequence that is gone is swapped still"
+    assert not memory.is_swapped(seq.seq_id), "a sequence that has ended is still swapped"
 
 
 @task(4)
@@ -263,15 +261,15 @@ def test_a_prefix_is_no_longer_pinned(build):
     memory.cache_blocks(seq)
     memory.pin(Sequence(9, range(8)))
     memory.free(seq)
-    newcomer = SequenceGroup("10", [Sequence(10, range(100, 116))])
-    assert not memory.fits(newcomer), "two of four blocks are pinned"
+    large = SequenceGroup("10", [Sequence(10, range(100, 116))])
+    assert not memory.fits(large), "two of four blocks are pinned"
     memory.free(Sequence(9, range(8)))
-    assert memory.fits(newcomer), "nothing is pinned any more"
+    assert memory.fits(large), "nothing is pinned any more"
 
 
 @task(4)
-def test_the_last_block_is_let_go_of_first(build):
-    """The prefix cache forgets the end of a prompt before its beginning: what is left is found."""
+def test_the_last_block_is_freed_first(build):
+    """The prefix cache evicts the end of a prompt before its beginning, which is still found."""
     story = Story(build(3, enable_prefix_caching=True))
     [seq] = story.comes(12).sequences
     seq.mark_computed(12)

@@ -1,7 +1,7 @@
 """Lab 3: what attention over pages must give, however it is computed.
 
-The pools are unkind (`paged_setup`): blocks in any order, NaN in those that are nobody's, large
-stale numbers in empty slots, and table entries behind a sequence's end that are no block.
+The pools are adversarial (`paged_setup`): blocks in any order, NaN in free ones, large stale values
+in empty slots, and table entries after a sequence's end that are no block.
 """
 
 import pytest
@@ -19,7 +19,7 @@ from minipaged.evaluation.testing.paged_setup import (
 from serving import prompts, serves_what_the_library_serves
 
 # (query_len, context_len): prompts, pieces of prompts and single tokens; with blocks of 4 some end
-# before a border between blocks, some on it and some behind it.
+# before a border between blocks, some on it and some after it.
 MIXED = [(5, 0), (1, 6), (3, 5), (1, 7), (4, 4), (1, 8), (8, 0), (2, 11), (1, 0)]
 
 
@@ -57,14 +57,14 @@ def agree(got, q, expected, batch: Batch, tolerance: float) -> None:
     assert (got.shape, got.dtype) == (q.shape, q.dtype), "the result is shaped and typed as q is"
     for number, span in enumerate(batch.spans):
         rows = slice(span.start, span.stop)
-        what = f"sequence {number}, {span.query_len} queries behind {span.context_len} keys"
+        what = f"sequence {number}, {span.query_len} queries after {span.context_len} keys"
         assert not got[rows].isnan().any(), f"{what}: NaN"
         error = (got[rows].double() - expected[rows]).abs().max().item()
         assert error < tolerance, f"{what}: off by {error:.1g}"
 
 
 def one_sequence(attend, query_len: int, context_len: int, **sizes):
-    """Attention over keys that lie in one piece, beside the same in 64 bits."""
+    """Attention over contiguous keys, and the same in float64."""
     setup = paged_setup([(query_len, context_len)], **sizes)
     got = attend(setup.q, setup.keys[0], setup.values[0], context_len, setup.scale)
     return got, dense_attention(setup), setup
@@ -74,13 +74,13 @@ def one_sequence(attend, query_len: int, context_len: int, **sizes):
 
 
 def numbered(num_blocks: int, kv_heads: int, block_size: int) -> torch.Tensor:
-    """A pool whose keys say where they lie: block, head, slot."""
+    """A pool whose keys encode their place: block, head, slot."""
     axes = [torch.arange(n) for n in (num_blocks, kv_heads, block_size)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float()
 
 
 @task(1)
-def test_a_position_lies_in_the_block_that_the_table_names(gather):
+def test_gather_reads_the_blocks_that_the_table_lists(gather):
     got = gather(numbered(8, 1, 4), torch.tensor([5, 2, 7], dtype=torch.int32), 12)
     blocks = [int(block) for block in got[:, 0, 0]]
     assert blocks == [5, 5, 5, 5, 2, 2, 2, 2, 7, 7, 7, 7]
@@ -112,7 +112,7 @@ def test_the_unused_end_of_a_table_is_never_followed(gather, no_block):
 
 
 @task(1)
-def test_a_block_may_stand_in_two_tables(gather):
+def test_a_block_may_be_in_two_tables(gather):
     setup = paged_setup([(1, 8), (1, 10)], shared_blocks=2)
     for row, values in enumerate(setup.values):
         got = gather(setup.v_cache, setup.batch.block_tables[row], len(values))
@@ -130,7 +130,7 @@ def test_it_is_plain_attention(attend, query_len, context_len):
 
 
 @task(2)
-def test_a_key_behind_a_query_changes_nothing(attend):
+def test_a_key_after_a_query_changes_nothing(attend):
     setup = paged_setup([(4, 3)])
     keys, values = setup.keys[0], setup.values[0]
     before = attend(setup.q, keys, values, 3, setup.scale)
@@ -156,7 +156,7 @@ def test_a_query_sees_itself_and_all_before_it(attend):
 
 @task(2)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (6, 2), (6, 3)])
-def test_neighbouring_query_heads_share_a_key_head(attend, heads, kv_heads):
+def test_neighbouring_query_heads_share_a_kv_head(attend, heads, kv_heads):
     got, expected, setup = one_sequence(attend, 2, 5, heads=heads, kv_heads=kv_heads)
     agree(got, setup.q, expected, setup.batch, 1e-5)
 
@@ -173,7 +173,7 @@ def test_scores_are_scaled_before_the_softmax(attend):
 
 
 @task(2)
-def test_half_precision_is_for_what_comes_and_goes_and_not_for_the_sums(attend):
+def test_sums_are_kept_in_full_precision(attend):
     got, expected, setup = one_sequence(
         attend, 3, 60, dtype=torch.bfloat16, heads=4, kv_heads=2, magnitude=4.0
     )
@@ -188,7 +188,7 @@ def test_with_your_gather_it_serves_a_whole_batch(by_gathering):
 
 @task(2)
 def test_a_prompt_may_come_in_pieces(by_gathering):
-    """Three queries behind five keys are the last three of eight."""
+    """Three queries after five keys are the last three of eight."""
     whole, pieces = paged_setup([(8, 0)]), paged_setup([(3, 5)])
     pieces.q.copy_(whole.q[5:])
     in_one, in_two = (
@@ -246,7 +246,7 @@ def test_a_query_may_see_nothing_of_a_block(by_blocks):
 
 @task(3)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2), (6, 3)])
-def test_block_by_block_too_neighbours_share_a_key_head(by_blocks, heads, kv_heads):
+def test_block_by_block_neighbours_share_a_kv_head(by_blocks, heads, kv_heads):
     agrees(by_blocks, paged_setup([(2, 5), (1, 6)], heads=heads, kv_heads=kv_heads))
 
 
@@ -257,7 +257,7 @@ def test_blocks_have_any_size(by_blocks, block_size):
 
 
 @task(3)
-def test_block_by_block_too_sums_are_exact(by_blocks):
+def test_block_by_block_sums_are_exact(by_blocks):
     setup = paged_setup([(3, 60)], dtype=torch.bfloat16, magnitude=4.0)
     expected = dense_attention(setup)
     rounding = (expected.bfloat16().double() - expected).abs().max().item()
@@ -274,7 +274,7 @@ def test_it_reads_one_block_after_another(by_blocks):
 
 
 class OneBlockAtATime(QuantizedPool):
-    """A pool that is no tensor, as one of 8 bits, and fails whoever asks for several blocks."""
+    """A pool that is no tensor, like one of 8 bits, and refuses reads of several blocks."""
 
     def __getitem__(self, index):
         first = index[0] if isinstance(index, tuple) else index

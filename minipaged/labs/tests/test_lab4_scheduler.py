@@ -1,8 +1,7 @@
 """Lab 4: what a scheduler must do, whatever it keeps its queues in.
 
-An engine without a model carries out its plans, over the library's own memory, which is counted
-again after every call. In the tests of one task, the bodies that later tasks ask for are the
-library's.
+An engine without a model carries out its decisions, over the library's own memory, which is
+recounted after every call. In the tests of one task, the bodies of later tasks are the library's.
 """
 
 import random
@@ -38,11 +37,11 @@ def build(part, request):
 
 
 def oldest(candidates):
-    """Another victim, to see more than the usual."""
+    """Another choice of victims than the usual."""
     return candidates[0]
 
 
-# ---- task 1: share out the tokens of a step ------------------------------------------------------
+# ---- task 1: distribute the tokens of a step -----------------------------------------------------
 
 
 @task(1)
@@ -70,7 +69,7 @@ def test_no_decode_waits_for_a_prompt_not_even_for_an_older_one(build):
 
 
 @task(1)
-def test_what_a_step_has_computed_is_noted(build):
+def test_computed_tokens_are_marked(build):
     engine = build(25, max_num_batched_tokens=10)
     [seq] = engine.groups[0].sequences
     computed = [(engine.step(), seq.num_computed_tokens)[1] for _ in range(4)]
@@ -78,19 +77,19 @@ def test_what_a_step_has_computed_is_noted(build):
 
 
 @task(1)
-def test_full_blocks_can_be_found_once_the_step_has_run(build):
+def test_full_blocks_are_cached_once_the_step_has_run(build):
     engine = build()
     engine.add(10, shared_prefix=True)
     engine.step()
     engine.add(10, shared_prefix=True)
-    assert tokens_of(engine.step()) == {0: 1, 1: 2}, "two full blocks of four are known already"
+    assert tokens_of(engine.step()) == {0: 1, 1: 2}, "two full blocks of four are cached already"
 
 
-# ---- task 2: let others join ---------------------------------------------------------------------
+# ---- task 2: let requests join -------------------------------------------------------------------
 
 
 @task(2)
-def test_whoever_is_there_joins_if_there_are_seats(build):
+def test_requests_join_while_batch_slots_are_free(build):
     engine = build(4, 4, 4, 4, 4, max_num_seqs=3)
     assert tokens_of(engine.step()) == {0: 4, 1: 4, 2: 4}
     assert numbers(engine.scheduler.running) == [0, 1, 2]
@@ -98,7 +97,7 @@ def test_whoever_is_there_joins_if_there_are_seats(build):
 
 
 @task(2)
-def test_a_seat_that_is_free_is_taken_in_the_very_next_step(build):
+def test_a_free_batch_slot_is_taken_in_the_very_next_step(build):
     engine = build(max_num_seqs=2)
     for num_tokens in (9, 2, 2, 2):
         engine.add(4, num_tokens)
@@ -107,7 +106,7 @@ def test_a_seat_that_is_free_is_taken_in_the_very_next_step(build):
 
 
 @task(2)
-def test_seats_stay_free_for_the_samples_to_come(build):
+def test_batch_slots_are_kept_for_samples_that_have_yet_to_fork(build):
     engine = build(max_num_seqs=4)
     engine.add(4, width=3)
     engine.add(4, width=2)
@@ -116,7 +115,7 @@ def test_seats_stay_free_for_the_samples_to_come(build):
 
 
 @task(2)
-def test_the_first_that_does_not_fit_holds_up_those_behind_it(build):
+def test_the_first_that_does_not_fit_holds_up_later_ones(build):
     engine = build(16, 12, 4, num_blocks=6)
     assert tokens_of(engine.step()) == {0: 16}, "request 2 would fit, but 1 came first"
     assert numbers(engine.scheduler.waiting) == [1, 2]
@@ -130,7 +129,7 @@ def test_without_chunking_a_prompt_runs_whole_or_waits(build):
 
 
 @task(2)
-def test_a_newcomer_leaves_the_watermark_to_those_who_run_if_anybody_runs(build):
+def test_admission_leaves_the_watermark_free_if_any_request_runs(build):
     engine = build(8, 12, num_blocks=8, watermark=0.5)
     assert tokens_of(engine.step()) == {0: 8}, "three blocks more leave only three of the four"
     assert tokens_of(build(14, num_blocks=4, watermark=0.5).step()) == {0: 14}, "it is alone"
@@ -145,20 +144,20 @@ def test_a_prompt_waits_for_the_block_that_another_is_just_computing(build):
 
 
 @task(2)
-def test_a_swapped_request_comes_back_and_goes_on_where_it_stopped(build):
+def test_a_swapped_request_comes_back_and_continues_where_it_stopped(build):
     engine = build(num_blocks=4, preemption="swap", enable_prefix_caching=False)
     engine.add(8, num_tokens=4)
     victim = engine.add(8)
     engine.step_until(lambda: victim.status is SequenceStatus.SWAPPED)
-    plans = []
+    outputs = []
     while victim.status is SequenceStatus.SWAPPED:
-        plans.append(engine.step())
-    assert tokens_of(plans[-1])[1] == 1, "only its newest token is not computed"
-    assert len(plans[-1].swap_in) == 2, "two blocks were swapped out: the plan must bring them back"
+        outputs.append(engine.step())
+    assert tokens_of(outputs[-1])[1] == 1, "only its newest token is not computed"
+    assert len(outputs[-1].swap_in) == 2, "two blocks were swapped out, and must come back"
 
 
 @task(2)
-def test_nobody_new_is_admitted_while_somebody_is_swapped(build):
+def test_no_new_request_is_admitted_while_one_is_swapped(build):
     engine = build(8, 8, 8, num_tokens=12, num_blocks=6, preemption="swap")
     engine.step_until(lambda: engine.scheduler.swapped)
     new = engine.add(1)
@@ -169,7 +168,7 @@ def test_nobody_new_is_admitted_while_somebody_is_swapped(build):
 
 
 @task(2)
-def test_whoever_came_first_joins_first_swapped_or_waiting(build):
+def test_the_earliest_joins_first_swapped_or_waiting(build):
     """With swap blocks for one, some are swapped and older ones recomputed."""
     engine = build(4, 4, 4, num_tokens=20, num_blocks=8, preemption="swap", num_swap_blocks=1)
     while engine.scheduler.has_unfinished():
@@ -178,7 +177,7 @@ def test_whoever_came_first_joins_first_swapped_or_waiting(build):
 
 
 @task(2)
-def test_a_request_that_can_never_join_any_more_ends_and_the_next_has_its_turn(build):
+def test_a_request_that_can_never_join_ends_and_the_next_has_its_turn(build):
     engine = build(num_blocks=6)
     engine.add(16, num_tokens=1, shared_prefix=True)
     engine.run()
@@ -191,7 +190,7 @@ def test_a_request_that_can_never_join_any_more_ends_and_the_next_has_its_turn(b
 
 
 @task(2)
-def test_everybody_has_a_turn(build):
+def test_every_request_has_its_turn(build):
     rng = random.Random(1)
     for _ in range(4):
         engine = build(num_blocks=40, max_num_batched_tokens=16, watermark=0.1)
@@ -201,7 +200,7 @@ def test_everybody_has_a_turn(build):
         assert sorted(engine.finished) == list(range(12))
 
 
-# ---- task 3: let them go -------------------------------------------------------------------------
+# ---- task 3: finish and abort --------------------------------------------------------------------
 
 
 @task(3)
@@ -220,7 +219,7 @@ def test_a_request_whose_sequences_have_all_ended_is_finished(build):
     group = engine.add(8, num_tokens=2, width=2)
     engine.step()
     engine.step()
-    assert group.status is SequenceStatus.RUNNING, "one of its two samples goes on"
+    assert group.status is SequenceStatus.RUNNING, "one of its two samples continues"
     engine.step()
     assert group.status is SequenceStatus.FINISHED
     assert not group.sequences
@@ -228,7 +227,7 @@ def test_a_request_whose_sequences_have_all_ended_is_finished(build):
 
 
 @task(3)
-def test_a_sample_that_ends_leaves_its_seat_to_others(build):
+def test_a_finished_sample_frees_its_batch_slot(build):
     engine = build(max_num_seqs=3)
     engine.add(4, num_tokens=2, width=3)  # its samples end one after the other
     engine.add(4)
@@ -236,7 +235,7 @@ def test_a_sample_that_ends_leaves_its_seat_to_others(build):
 
 
 @task(3)
-def test_an_aborted_request_leaves_wherever_it_stands(build):
+def test_an_aborted_request_leaves_any_queue(build):
     engine = build(8, 8, 8, 8, num_tokens=30, num_blocks=6, preemption="swap")
     engine.step_until(lambda: engine.scheduler.swapped)
     assert {group.status.name for group in engine.groups} == {"RUNNING", "SWAPPED", "WAITING"}
@@ -248,7 +247,7 @@ def test_an_aborted_request_leaves_wherever_it_stands(build):
 
 
 @task(3)
-def test_an_aborted_request_leaves_with_its_absent_sequences(build):
+def test_an_aborted_request_leaves_with_sequences_awaiting_refork(build):
     engine = build(num_blocks=10, num_swap_blocks=0, enable_prefix_caching=False)
     engine.add(8, num_tokens=30)
     group = engine.add(9, num_tokens=7, width=3)
@@ -259,11 +258,11 @@ def test_an_aborted_request_leaves_with_its_absent_sequences(build):
     engine.run()
 
 
-# ---- task 4: preempt somebody --------------------------------------------------------------------
+# ---- task 4: preempt -----------------------------------------------------------------------------
 
 
 @task(4)
-def test_last_come_is_first_preempted(part):
+def test_the_latest_is_preempted_first(part):
     groups = [
         SequenceGroup(f"{number}", [Sequence(number, range(num_tokens))], arrival=number)
         for number, num_tokens in ((2, 9), (3, 1), (7, 4))
@@ -276,37 +275,37 @@ def test_last_come_is_first_preempted(part):
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_the_youngest_is_preempted_first_and_comes_back(build, preemption):
     engine = build(8, 8, 8, num_tokens=6, num_blocks=6, preemption=preemption)
-    plans = engine.run()
-    first = next(plan for plan in plans if plan.preempted)
+    outputs = engine.run()
+    first = next(output for output in outputs if output.preempted)
     assert numbers(first.preempted) == [2]
-    assert engine.groups[0].num_preemptions == 0, "the oldest gives way to nobody"
+    assert engine.groups[0].num_preemptions == 0, "the oldest is never preempted"
     assert engine.finished == [0, 1, 2]
 
 
 @task(4)
-def test_no_more_are_preempted_than_must_be(build):
+def test_no_more_groups_are_preempted_than_necessary(build):
     engine = build(7, 7, 7, 7, num_tokens=9, num_blocks=8, preemption="recompute")
     engine.step()
     engine.step()
-    plan = engine.step()  # each of four wants a block more, and all eight are taken
-    assert numbers(plan.preempted) == [3, 2], "3 gives two, for 0 and 1; then 2 has nobody younger"
-    assert sorted(tokens_of(plan)) == [0, 1]
+    output = engine.step()  # each of four needs one more block, and all eight are in use
+    assert numbers(output.preempted) == [3, 2], "3 frees two, for 0 and 1; 2 has no younger one"
+    assert sorted(tokens_of(output)) == [0, 1]
 
 
 @task(4)
-def test_as_many_are_preempted_as_must_be(build):
+def test_as_many_groups_are_preempted_as_necessary(build):
     engine = build(num_blocks=10, preemption="recompute", enable_prefix_caching=False)
-    engine.add(16, num_tokens=9, width=4)  # four samples, which soon want a block each
+    engine.add(16, num_tokens=9, width=4)  # four samples, which soon need a block each
     for _ in range(4):
         engine.add(3)
     engine.step()
-    plan = engine.step()  # two blocks are free
-    assert numbers(plan.preempted) == [4, 3]
-    assert tokens_of(plan) == {0: 4, 1: 1, 2: 1}
+    output = engine.step()  # two blocks are free
+    assert numbers(output.preempted) == [4, 3]
+    assert tokens_of(output) == {0: 4, 1: 1, 2: 1}
 
 
 @task(4)
-def test_the_victim_is_chosen_by_its_part_among_the_younger(build):
+def test_select_victim_chooses_among_the_younger(build):
     offered = []
 
     def largest(candidates):
@@ -315,23 +314,23 @@ def test_the_victim_is_chosen_by_its_part_among_the_younger(build):
 
     engine = build(8, 5, 12, 3, victim=largest, num_blocks=8, preemption="recompute")
     engine.step()
-    plan = engine.step()
-    assert (offered[0], numbers(plan.preempted)) == ([1, 2, 3], [2])
+    output = engine.step()
+    assert (offered[0], numbers(output.preempted)) == ([1, 2, 3], [2])
 
 
 @task(4)
-def test_a_request_that_outgrows_the_pool_ends_and_the_others_go_on(build):
+def test_a_request_that_outgrows_the_pool_ends_and_the_others_continue(build):
     engine = build(num_blocks=5)
     engine.add(4, num_tokens=300)
     engine.add(4, num_tokens=3)
     engine.run()
     assert (engine.ended, engine.finished) == ([0], [1])
-    assert engine.samples[0][0].num_tokens == 5 * 4 + 1, "it has all that the pool can hold"
+    assert engine.samples[0][0].num_tokens == 5 * 4 + 1, "it fills the whole pool"
 
 
 @task(4)
 @pytest.mark.parametrize("mode", ["auto", "recompute", "swap"])
-def test_the_oldest_advances_in_every_step_and_everybody_ends(build, mode):
+def test_the_oldest_advances_in_every_step_and_all_requests_end(build, mode):
     rng = random.Random(2)
     for _ in range(4):
         engine = build(
@@ -346,8 +345,8 @@ def test_the_oldest_advances_in_every_step_and_everybody_ends(build, mode):
                 refused += 1
         while engine.scheduler.has_unfinished():
             first = engine.scheduler.running[:1]
-            plan = engine.step()
-            served = [part.group for part in plan.sequences] + plan.ended
+            output = engine.step()
+            served = [*(part.group for part in output.sequences), *output.ended]
             assert all(group in served for group in first), f"{first} is the oldest, and waits"
         engine.check_that_all_came_back()
         assert len(engine.finished) + len(engine.ended) == 8 - refused

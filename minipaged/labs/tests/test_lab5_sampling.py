@@ -92,7 +92,7 @@ def test_each_sample_gets_the_token_that_was_drawn_for_it_and_no_other(ask):
 
 
 @task(4)
-def test_samples_go_on_each_for_itself(ask):
+def test_samples_continue_independently(ask):
     request, group, fork = ask(2)
     request.advance({0: drawn(11, 12)}, fork)
     one, other = group.sequences
@@ -102,7 +102,7 @@ def test_samples_go_on_each_for_itself(ask):
 
 
 @task(4)
-def test_who_has_ended_is_told_and_the_others_go_on(ask):
+def test_finished_samples_are_returned_and_the_others_continue(ask):
     request, group, fork = ask(3)
     ended = request.advance({0: drawn(11, 2, 13)}, fork)  # 2 is the end of a sequence
     first, second, third = group.sequences

@@ -1,6 +1,6 @@
-"""Lab 5: sequences that share blocks, and part when they write.
+"""Lab 5: sequences that share blocks, and diverge when they write.
 
-Which blocks are handed out matters nowhere; how many, who owns them and what they hold does.
+Which blocks are allocated does not matter; how many, their owners and their content do.
 """
 
 import random
@@ -96,7 +96,7 @@ def test_a_fork_takes_no_free_block(written):
 
 
 @task(1)
-def test_each_fork_is_one_owner_more_of_each_block(written):
+def test_each_fork_adds_one_owner_to_each_block(written):
     memory = written()
     parent = begin(memory, 1, 10)
     counts = []
@@ -118,7 +118,7 @@ def test_parent_and_child_have_each_a_table_of_their_own(written):
 
 @task(1)
 def test_a_child_that_has_computed_less_shares_less(written):
-    """A group that was preempted forks again, where the tokens of its sequences part."""
+    """A group that was preempted forks again, where the tokens of its sequences diverge."""
     memory = written()
     parent = begin(memory, 1, 12)
     child = parent.fork(2)
@@ -139,11 +139,11 @@ def test_a_swapped_sequence_forks_in_the_swap_pool(written):
     assert [memory.swap_ref_count(block) for block in table(memory, child)] == [2, 2, 2]
 
 
-# ---- task 2: let go ------------------------------------------------------------------------------
+# ---- task 2: free --------------------------------------------------------------------------------
 
 
 @task(2)
-def test_what_nobody_else_owns_is_free_again(written):
+def test_a_block_without_other_owners_is_free_again(written):
     memory = written()
     one, other = begin(memory, 1, 10), begin(memory, 2, 5)
     memory.free(one)
@@ -166,7 +166,7 @@ def test_forks_may_end_in_any_order_and_the_last_one_frees_all(written, order):
 
 
 @task(2)
-def test_who_ends_while_it_is_swapped_frees_blocks_of_the_swap_pool(written):
+def test_a_swapped_sequence_frees_blocks_of_the_swap_pool(written):
     memory = written()
     parent, other = begin(memory, 1, 10), begin(memory, 2, 10)
     memory.swap_out(SequenceGroup("A", [parent]))
@@ -177,14 +177,14 @@ def test_who_ends_while_it_is_swapped_frees_blocks_of_the_swap_pool(written):
 
 
 @task(2)
-def test_of_known_blocks_the_last_of_a_sequence_can_be_given_up_first(written):
+def test_the_last_cached_block_of_a_sequence_can_be_evicted_first(written):
     memory = written(num_blocks=3, enable_prefix_caching=True)
     seq = begin(memory, 1, 12)
     memory.cache_blocks(seq)
     first = table(memory, seq)[0]
     memory.free(seq)
     assert memory.num_free == 3
-    begin(memory, 2, 8, first=100)  # takes two of the three: the others must be known by the first
+    begin(memory, 2, 8, first=100)  # takes two of the three, children first
     assert list(memory.cached) == [first]
 
 
@@ -200,7 +200,7 @@ def test_a_prefix_that_was_released_is_pinned_no_longer(written):
 
 
 class Slots:
-    """Keys and values, played by token ids: copied and written as the engine does it."""
+    """Keys and values, simulated by token ids: copied and written as the engine does it."""
 
     def __init__(self, memory):
         self.memory = memory
@@ -226,7 +226,7 @@ class Slots:
 
 @pytest.fixture
 def played(build):
-    """A memory, and what lies in its slots."""
+    """A memory, and the content of its slots."""
 
     def played(num_blocks=12, **options):
         memory = build(num_blocks, **options)
@@ -290,7 +290,7 @@ def test_of_n_writers_n_minus_1_copy(played, writers):
 
 
 @task(3)
-def test_who_has_parted_does_not_copy_again(played):
+def test_after_its_copy_a_sequence_does_not_copy_again(played):
     memory, slots = played()
     one = prompt(memory, slots, 5)
     other = fork(memory, one, 2)
@@ -317,7 +317,7 @@ def test_a_block_that_is_full_stays_shared(played):
 
 
 @task(3)
-def test_if_the_others_have_ended_nobody_copies(played):
+def test_the_only_remaining_owner_does_not_copy(played):
     memory, slots = played()
     one = prompt(memory, slots, 6)
     other = fork(memory, one, 2)
@@ -340,7 +340,7 @@ def test_a_copy_for_which_there_is_no_block_is_refused(build):
 
 
 @task(3)
-def test_the_prefix_cache_knows_the_original_and_not_the_copy(build):
+def test_the_original_is_cached_and_the_copy_is_not(build):
     """The same prompt twice: the second writes the keys of its last token, to a copy."""
     memory = build(12, enable_prefix_caching=True)
     one = admit(memory, 1, 8)
@@ -383,7 +383,7 @@ def test_in_any_order_each_reads_what_it_wrote(build):
         if action == "free" or alive[0].num_tokens > 30:
             memory.free(alive.pop(rng.randrange(len(alive))))
         for seq in alive:
-            assert slots.read(seq) == seq.token_ids, "somebody wrote to a block of somebody else"
+            assert slots.read(seq) == seq.token_ids, "a sequence wrote to a block of another one"
     for seq in alive:
         memory.free(seq)
     assert memory.num_free == 60

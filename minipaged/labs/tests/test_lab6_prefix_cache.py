@@ -1,6 +1,6 @@
-"""Lab 6: what a prefix cache finds, who owns what it knows, and what it gives up.
+"""Lab 6: what a prefix cache finds, the owners of cached blocks, and which one is evicted.
 
-Which number a block has does not matter, nor how the cache looks it up.
+Block numbers do not matter, nor how the cache looks a block up.
 """
 
 import pytest
@@ -30,12 +30,12 @@ def users(build) -> Users:
     return build()
 
 
-# ---- task 1: let written blocks be found ---------------------------------------------------------
+# ---- task 1: cache written blocks ----------------------------------------------------------------
 
 
 @task(1)
-def test_a_block_is_known_by_its_tokens_and_the_block_before_it(users):
-    first, second = users.publishes([1, 2, 3, 4, 5, 6, 7, 8]).blocks
+def test_a_key_is_the_block_before_and_the_tokens(users):
+    first, second = users.caches([1, 2, 3, 4, 5, 6, 7, 8]).blocks
     assert dict(users.cache.cached) == {
         first: (None, (1, 2, 3, 4)),
         second: (first, (5, 6, 7, 8)),
@@ -44,7 +44,7 @@ def test_a_block_is_known_by_its_tokens_and_the_block_before_it(users):
 
 @task(1)
 @pytest.mark.parametrize(("length", "num_full"), [(3, 0), (4, 1), (7, 1), (8, 2), (9, 2)])
-def test_only_full_blocks_are_published(users, length, num_full):
+def test_only_full_blocks_are_cached(users, length, num_full):
     seq, table = users.writes(range(length))
     assert users.cache.cache_blocks(seq, table) == table.blocks[:num_full]
     assert list(users.cache.cached) == table.blocks[:num_full]
@@ -52,13 +52,13 @@ def test_only_full_blocks_are_published(users, length, num_full):
 
 @task(1)
 @pytest.mark.parametrize(("computed", "num_written"), [(0, 0), (3, 0), (4, 1), (11, 2)])
-def test_only_what_is_computed_is_published(users, computed, num_written):
-    table = users.publishes(range(12), num_computed=computed)
+def test_only_computed_blocks_are_cached(users, computed, num_written):
+    table = users.caches(range(12), num_computed=computed)
     assert list(users.cache.cached) == table.blocks[:num_written]
 
 
 @task(1)
-def test_what_is_published_is_noted_in_the_table_and_not_published_again(users):
+def test_cached_blocks_are_counted_in_the_table_and_cached_once(users):
     seq, table = users.writes(range(12), num_computed=8)
     before = users.cache.cache_blocks(seq, table)
     assert (before, table.num_cached_blocks) == (table.blocks[:2], 2)
@@ -69,8 +69,8 @@ def test_what_is_published_is_noted_in_the_table_and_not_published_again(users):
 
 
 @task(1)
-def test_equal_tokens_behind_another_beginning_are_another_block(users):
-    tables = [users.publishes([start, 0, 0, 0, 5, 6, 7, 8]) for start in (1, 2)]
+def test_equal_tokens_after_another_prefix_are_another_block(users):
+    tables = [users.caches([start, 0, 0, 0, 5, 6, 7, 8]) for start in (1, 2)]
     blocks = [block for table in tables for block in table.blocks]
     assert sorted(users.cache.cached) == sorted(set(blocks))
     assert len(set(blocks)) == 4, "keys and values depend on all tokens before them"
@@ -78,61 +78,61 @@ def test_equal_tokens_behind_another_beginning_are_another_block(users):
 
 @task(1)
 def test_equal_tokens_of_another_salt_are_another_block(users):
-    tables = [users.publishes([1, 2, 3, 4], cache_salt=salt) for salt in (None, "ann", "ben")]
+    tables = [users.caches([1, 2, 3, 4], cache_salt=salt) for salt in (None, "ann", "ben")]
     assert sorted(users.cache.cached) == sorted(table.blocks[0] for table in tables)
 
 
 @task(1)
-def test_a_cache_that_is_switched_off_publishes_nothing(build):
+def test_a_cache_that_is_switched_off_caches_nothing(build):
     users = build(enabled=False)
     seq, table = users.writes(range(8))
     assert users.cache.cache_blocks(seq, table) == []
     assert not users.cache.cached
 
 
-# ---- task 2: find the longest beginning ----------------------------------------------------------
+# ---- task 2: find the longest prefix -------------------------------------------------------------
 
 
 @task(2)
-def test_the_longest_known_beginning_is_found_in_order(users):
-    blocks = users.publishes(range(12)).blocks
+def test_the_longest_cached_prefix_is_found_in_order(users):
+    blocks = users.caches(range(12)).blocks
     assert users.finds(range(12)) == blocks
     assert users.finds(range(20)) == blocks
     assert users.finds([*range(8), 99, 9, 10, 11]) == blocks[:2]
     assert users.finds([99, *range(1, 12)]) == []
-    assert users.finds(range(4, 12)) == [], "nobody begins like that"
+    assert users.finds(range(4, 12)) == [], "no sequence has this prefix"
 
 
 @task(2)
-def test_a_block_is_found_only_behind_its_own_beginning(users):
-    one = users.publishes([1, 0, 0, 0, 5, 6, 7, 8]).blocks
-    other = users.publishes([2, 0, 0, 0]).blocks
+def test_a_block_is_found_only_after_its_own_prefix(users):
+    one = users.caches([1, 0, 0, 0, 5, 6, 7, 8]).blocks
+    other = users.caches([2, 0, 0, 0]).blocks
     assert users.finds([2, 0, 0, 0, 5, 6, 7, 8]) == other
     assert users.finds([1, 0, 0, 0, 5, 6, 7, 8]) == one
-    assert users.finds([9, 9, 9, 9, 2, 0, 0, 0]) == [], "nothing is found behind a gap"
+    assert users.finds([9, 9, 9, 9, 2, 0, 0, 0]) == [], "nothing is found after a gap"
 
 
 @task(2)
 def test_a_salt_finds_its_own_only(users):
-    ann = users.publishes(range(8), cache_salt="ann").blocks
+    ann = users.caches(range(8), cache_salt="ann").blocks
     assert users.finds(range(8), cache_salt="ann") == ann
     assert users.finds(range(8), cache_salt="ben") == []
     assert users.finds(range(8)) == []
 
 
 @task(2)
-def test_who_does_not_read_the_cache_finds_nothing(users):
-    users.publishes(range(8))
+def test_a_sequence_that_does_not_read_the_cache_finds_nothing(users):
+    users.caches(range(8))
     assert users.finds(range(8), reads_cache=False) == []
 
 
 @task(2)
-def test_to_look_takes_nothing(users):
-    users.publishes(range(8))
-    free, known = users.cache.num_free, dict(users.cache.cached)
+def test_finding_takes_no_blocks(users):
+    users.caches(range(8))
+    free, cached = users.cache.num_free, dict(users.cache.cached)
     found = users.finds(range(8))
     found.append(99)  # the caller's own list
-    assert (users.cache.num_free, dict(users.cache.cached)) == (free, known)
+    assert (users.cache.num_free, dict(users.cache.cached)) == (free, cached)
     assert users.finds(range(8)) == found[:2]
 
 
@@ -141,13 +141,13 @@ def test_to_look_takes_nothing(users):
 
 @task(3)
 def test_the_cache_itself_is_not_counted(users):
-    known, other = users.publishes(range(6)).blocks
-    assert (users.cache.ref_count(known), users.cache.ref_count(other)) == (1, 1)
+    cached, other = users.caches(range(6)).blocks
+    assert (users.cache.ref_count(cached), users.cache.ref_count(other)) == (1, 1)
 
 
 @task(3)
-def test_what_is_found_is_shared(users):
-    table = users.publishes(range(10))
+def test_cached_blocks_are_shared(users):
+    table = users.caches(range(10))
     again = users.cache.share_cached(users.sequence(range(10)))
     assert again.blocks == table.blocks[:2]
     assert (again.num_tokens, again.num_cached_blocks, again.block_size) == (8, 2, 4)
@@ -155,7 +155,7 @@ def test_what_is_found_is_shared(users):
 
 
 @task(3)
-def test_who_finds_nothing_has_an_empty_table_of_the_kind_that_was_asked_for(build):
+def test_without_cached_blocks_the_table_is_empty_and_of_the_given_class(build):
     class MyTable(BlockTable):
         pass
 
@@ -165,10 +165,10 @@ def test_who_finds_nothing_has_an_empty_table_of_the_kind_that_was_asked_for(bui
 
 
 @task(3)
-def test_what_its_last_owner_leaves_is_free_and_is_found(build):
+def test_a_cached_block_freed_by_its_last_owner_is_idle_and_is_found(build):
     users = build(4)
-    table = users.publishes(range(10))
-    users.lets_go(table)
+    table = users.caches(range(10))
+    users.frees(table)
     assert users.cache.num_free == 4
     assert [users.cache.ref_count(block) for block in table.blocks] == [0, 0, 0]
     assert users.finds(range(10)) == table.blocks[:2]
@@ -177,17 +177,17 @@ def test_what_its_last_owner_leaves_is_free_and_is_found(build):
 
 @task(3)
 def test_with_one_owner_left_a_block_is_not_idle(users):
-    table = users.publishes(range(4))
+    table = users.caches(range(4))
     users.cache.share_cached(users.sequence(range(4)))
-    users.lets_go(table)
+    users.frees(table)
     assert users.cache.ref_count(table.blocks[0]) == 1
     assert not users.cache.idle
     assert users.cache.num_free == 31
 
 
 @task(3)
-def test_an_idle_block_that_is_found_is_idle_no_more(users):
-    users.lets_go(users.publishes(range(8)))
+def test_an_idle_block_that_is_shared_is_no_longer_idle(users):
+    users.frees(users.caches(range(8)))
     table = users.cache.share_cached(users.sequence(range(5)))
     assert users.cache.ref_count(table.blocks[0]) == 1
     assert table.blocks[0] not in users.cache.idle
@@ -195,11 +195,11 @@ def test_an_idle_block_that_is_found_is_idle_no_more(users):
 
 
 @task(3)
-def test_nobody_frees_an_idle_block(users):
-    table = users.publishes(range(4))
-    users.lets_go(table)
+def test_an_idle_block_cannot_be_freed(users):
+    table = users.caches(range(4))
+    users.frees(table)
     with pytest.raises(DoubleFree):
-        users.lets_go(table)
+        users.frees(table)
     assert users.cache.num_free == 32
     assert users.finds(range(4)) == table.blocks
 
@@ -207,45 +207,45 @@ def test_nobody_frees_an_idle_block(users):
 @task(3)
 def test_of_two_equal_blocks_one_is_kept(users):
     seq, table = users.writes(range(10))
-    first = users.publishes(range(10)).blocks
+    first = users.caches(range(10)).blocks
     own_end = table.blocks[2]
-    assert users.cache.cache_blocks(seq, table) == [], "both blocks could be found before"
+    assert users.cache.cache_blocks(seq, table) == [], "both blocks were cached before"
     assert table.blocks == [*first[:2], own_end]
     assert table.num_cached_blocks == 2
     assert [users.cache.ref_count(block) for block in first[:2]] == [2, 2]
     assert users.cache.num_free == 32 - 4, "two full blocks that both use, and two ends"
 
 
-# ---- task 4: give up what nobody uses ------------------------------------------------------------
+# ---- task 4: evict -------------------------------------------------------------------------------
 
 
 @task(4)
-def test_what_was_given_up_is_found_no_more(build):
+def test_an_evicted_block_is_not_found(build):
     users = build(2)
-    users.lets_go(users.publishes(range(8)))
-    users.publishes(range(100, 108))
+    users.frees(users.caches(range(8)))
+    users.caches(range(100, 108))
     assert users.finds(range(8)) == [], "these blocks hold other tokens by now"
     assert len(users.finds(range(100, 108))) == 2
     assert len(users.cache.cached) == 2
 
 
 @task(4)
-def test_a_block_is_given_up_when_no_other_is_left_and_after_those_known_by_it(build):
+def test_blocks_are_evicted_when_none_is_empty_children_first(build):
     users = build(5)
-    table = users.publishes(range(16))
-    users.lets_go(table)
-    for left in (4, 3, 2, 1, 0):  # the fifth block was empty still
+    table = users.caches(range(16))
+    users.frees(table)
+    for left in (4, 3, 2, 1, 0):  # the fifth block was still empty
         users.cache.allocate()
         assert users.finds(range(16)) == table.blocks[:left]
 
 
 @task(4)
-def test_what_was_unused_for_longest_goes_first(build):
+def test_the_least_recently_used_block_is_evicted_first(build):
     users = build(3)
-    tables = [users.publishes([number] * 4) for number in range(3)]
+    tables = [users.caches([number] * 4) for number in range(3)]
     for table in tables:
-        users.lets_go(table)
-    users.lets_go(users.cache.share_cached(users.sequence([0] * 4)))  # used once more
+        users.frees(table)
+    users.frees(users.cache.share_cached(users.sequence([0] * 4)))  # used once more
     users.cache.allocate()
     assert [len(users.finds([number] * 4)) for number in range(3)] == [1, 0, 1]
     users.cache.allocate()
@@ -253,10 +253,10 @@ def test_what_was_unused_for_longest_goes_first(build):
 
 
 @task(4)
-def test_all_idle_blocks_can_be_had_and_no_others(build):
+def test_all_idle_blocks_can_be_allocated_and_no_others(build):
     users = build(6)
-    used = users.publishes(range(8))
-    users.lets_go(users.publishes(range(100, 116)))
+    used = users.caches(range(8))
+    users.frees(users.caches(range(100, 116)))
     got = [users.cache.allocate() for _ in range(4)]
     assert sorted(got + used.blocks) == list(range(6))
     with pytest.raises(OutOfBlocks):
@@ -266,7 +266,7 @@ def test_all_idle_blocks_can_be_had_and_no_others(build):
 
 @task(4)
 @pytest.mark.parametrize("seed", range(4))
-def test_in_any_order_what_is_found_holds_what_was_looked_for(part, seed):
+def test_in_any_order_a_found_block_has_the_right_content(part, seed):
     serve_in_any_order(part("prefix_cache"), seed)
 
 
@@ -293,7 +293,7 @@ def test_the_second_time_it_says_the_same_and_has_less_to_compute(observed, num_
             [output] = llm.generate([again], once, use_tqdm=False)
         num_tokens = len(output.prompt_token_ids)
         most = (num_tokens - 1) // 4 * 4 if num_tokens % 4 else num_tokens - 1
-        assert output.num_cached_tokens == most, "not all that was written was found"
+        assert output.num_cached_tokens == most, "not all written blocks were found"
         memory = llm.engine.scheduler.memory
         assert memory.num_free == num_blocks, (
             "all requests have ended, and blocks did not come back"

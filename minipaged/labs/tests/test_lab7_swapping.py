@@ -1,7 +1,7 @@
-"""Lab 7: what must survive a preemption. Which blocks are taken is nobody's business here.
+"""Lab 7: what must survive a preemption. Which block numbers are taken does not matter.
 
-The pools hold words in the place of keys and values. Whoever swaps returns pairs; `Pools` copies
-what they say, and then reads what each sequence finds through its table.
+The pools hold words instead of keys and values. Swapping returns pairs; `Pools` copies them, and
+then reads what each sequence finds through its table.
 """
 
 import random
@@ -39,7 +39,7 @@ def engine(part):
 
 @task(1)
 @pytest.mark.parametrize(("num_swap_blocks", "has_room"), [(0, False), (2, False), (3, True)])
-def test_a_group_can_go_if_the_swap_pool_holds_all_its_blocks(build, num_swap_blocks, has_room):
+def test_a_group_can_be_swapped_out_if_all_its_blocks_fit(build, num_swap_blocks, has_room):
     pools = build(num_swap_blocks=num_swap_blocks)
     assert pools.memory.can_swap_out(pools.group(10)) is has_room
 
@@ -53,7 +53,7 @@ def test_a_shared_block_needs_room_once(build, num_swap_blocks, has_room):
 
 
 @task(1)
-def test_what_others_have_swapped_out_takes_room(build):
+def test_blocks_of_other_groups_take_room_in_the_swap_pool(build):
     pools = build(num_swap_blocks=5)
     one, other = pools.group(10), pools.group(9, first=100)
     pools.swap_out(one)
@@ -61,7 +61,7 @@ def test_what_others_have_swapped_out_takes_room(build):
 
 
 @task(1)
-def test_a_swapped_group_leaves_the_pool_and_lies_in_the_swap_pool(build):
+def test_a_swapped_group_moves_from_the_pool_to_the_swap_pool(build):
     pools = build()
     group = pools.group(10)
     before = pools.reads(group)
@@ -84,7 +84,7 @@ def test_samples_share_in_the_swap_pool_what_they_shared_in_the_pool(build):
 
 
 @task(1)
-def test_a_block_that_others_read_as_well_stays_theirs(build):
+def test_a_block_with_other_owners_stays_in_the_pool(build):
     pools = build(caching=True)
     one, other = pools.group(10), pools.group(12)
     before = pools.reads(one), pools.reads(other)
@@ -105,13 +105,13 @@ def test_a_swapped_group_that_is_aborted_leaves_nothing_behind(build):
 
 
 @task(1)
-def test_its_blocks_can_be_found_and_given_up_like_those_of_anybody_who_let_go(build):
+def test_the_blocks_it_left_in_the_pool_can_be_found_and_evicted(build):
     pools = build(num_blocks=4, caching=True)
     group = pools.group(13)
     before = pools.reads(group)
     pools.swap_out(group)
     assert pools.memory.num_cached_tokens(Sequence(900, range(13))) == 12
-    pools.free(pools.group(16, first=100))  # takes all four, the end of the known prompt first
+    pools.free(pools.group(16, first=100))  # takes all four, the end of the cached prompt first
     assert pools.memory.num_cached_tokens(Sequence(900, range(13))) == 0
     pools.check(group, before)
 
@@ -121,7 +121,7 @@ def test_its_blocks_can_be_found_and_given_up_like_those_of_anybody_who_let_go(b
 
 @task(2)
 @pytest.mark.parametrize("width", [1, 3])
-def test_a_group_that_comes_back_finds_what_it_had_and_shares_as_it_did(build, width):
+def test_a_group_that_comes_back_has_its_content_and_its_sharing(build, width):
     pools = build()
     group = pools.group(10, width=width)
     before, held = pools.reads(group), pools.memory.num_distinct_blocks(group)
@@ -145,7 +145,7 @@ def test_it_can_grow_and_end_after_it_came_back(build):
 
 
 @task(2)
-def test_what_the_prefix_cache_still_knows_is_shared_again_and_not_copied(build):
+def test_blocks_still_cached_are_shared_again_and_not_copied(build):
     pools = build(caching=True)
     group = pools.group(14, width=2)  # three full blocks are shared
     before = pools.reads(group)
@@ -160,25 +160,25 @@ def test_what_the_prefix_cache_still_knows_is_shared_again_and_not_copied(build)
 
 
 @task(2)
-def test_no_known_block_is_given_up_on_the_way_back(build):
-    """Two samples have parted; to bring the first one back must not cost the second its blocks."""
+def test_no_cached_block_is_evicted_on_the_way_back(build):
+    """Two samples have diverged; bringing the first back must not evict the second's blocks."""
     pools = build(num_blocks=11, caching=True)
     group = pools.group(4, width=2)
     pools.grow(group, 6)
     before = pools.reads(group)
     pools.swap_out(group)
-    pools.free(pools.group(4 * pools.num_free[0] - 20, first=100))  # known too, but used later
+    pools.free(pools.group(4 * pools.num_free[0] - 20, first=100))  # cached as well, but used later
     assert pools.memory.can_admit(group, True)
     pools.swap_in(group)
     pools.check(group, before)
 
 
 @task(2)
-def test_what_came_back_can_be_found_again_once_it_is_published(build):
+def test_blocks_that_came_back_can_be_cached_again(build):
     pools = build(num_blocks=6, caching=True)
     group = pools.group(14)
     pools.swap_out(group)
-    pools.free(pools.group(24, first=100))  # nothing of the prompt is known any more
+    pools.free(pools.group(24, first=100))  # nothing of the prompt is cached any more
     assert pools.swap_in(group) == 4
     assert pools.memory.num_cached_tokens(Sequence(900, range(14))) == 0
     pools.memory.cache_blocks(group.sequences[0])
@@ -187,7 +187,7 @@ def test_what_came_back_can_be_found_again_once_it_is_published(build):
 
 @task(2)
 @pytest.mark.parametrize("caching", [False, True])
-def test_in_any_order_everybody_reads_what_it_wrote(build, caching):
+def test_in_any_order_each_sequence_reads_what_it_wrote(build, caching):
     rng = random.Random(7)
     pools = build(num_blocks=40, num_swap_blocks=60, caching=caching)
     running: list[SequenceGroup] = []
@@ -224,8 +224,8 @@ def test_recomputed_it_waits_in_front_and_nothing_is_computed(engine):
     victim = built.groups[1]
     built.step()
     tokens = victim.sequences[0].token_ids.copy()
-    plan = built.step()
-    assert (plan.preempted, plan.swap_out) == ((victim,), ())
+    output = built.step()
+    assert (output.preempted, output.swap_out) == ((victim,), ())
     assert built.scheduler.waiting[0] is victim
     assert victim.sequences[0].num_computed_tokens == 0
     assert victim.sequences[0].token_ids == tokens, "its tokens are what it is computed from"
@@ -233,7 +233,7 @@ def test_recomputed_it_waits_in_front_and_nothing_is_computed(engine):
 
 
 @task(3)
-def test_recomputed_it_computes_all_its_tokens_in_one_step_and_goes_on(engine):
+def test_recomputed_it_computes_all_its_tokens_in_one_step_and_continues(engine):
     built = engine(8, 8, num_blocks=4, preemption="recompute", enable_prefix_caching=False)
     built.step_until(lambda: 0 in built.finished)
     assert tokens_of(built.step()) == {1: 9}, "eight of the prompt, and one that it had generated"
@@ -246,8 +246,8 @@ def test_swapped_it_keeps_what_was_computed(engine):
     built = engine(8, 8, num_blocks=4, preemption="swap")
     victim = built.groups[1]
     built.step()
-    plan = built.step()
-    assert len(plan.swap_out) == 2, "the plan tells the engine which blocks to copy"
+    output = built.step()
+    assert len(output.swap_out) == 2, "swap_out lists the blocks that the engine must copy"
     assert built.scheduler.swapped == [victim]
     assert victim.status is SequenceStatus.SWAPPED
     assert victim.sequences[0].num_computed_tokens == 8
@@ -257,11 +257,13 @@ def test_swapped_it_keeps_what_was_computed(engine):
 
 @task(3)
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_every_preemption_is_counted_and_told_once(engine, preemption):
+def test_every_preemption_is_counted_and_recorded_once(engine, preemption):
     built = engine(8, 8, 8, num_tokens=6, num_blocks=6, preemption=preemption)
-    told = [number for plan in built.run() for number in numbers(plan.preempted)]
-    assert [group.num_preemptions for group in built.groups] == [told.count(n) for n in range(3)]
-    assert told.count(2) > 0
+    recorded = [number for output in built.run() for number in numbers(output.preempted)]
+    assert [group.num_preemptions for group in built.groups] == [
+        recorded.count(n) for n in range(3)
+    ]
+    assert recorded.count(2) > 0
 
 
 @task(3)
@@ -289,14 +291,14 @@ def test_auto_swaps_a_group_that_has_yet_to_fork(engine):
 @task(3)
 def test_without_room_to_swap_it_is_recomputed(engine):
     built = engine(8, 8, 8, num_tokens=6, num_blocks=6, num_swap_blocks=1, preemption="swap")
-    plans = built.run()
-    assert any(plan.preempted for plan in plans)
-    assert not any(plan.swap_out for plan in plans)
+    outputs = built.run()
+    assert any(output.preempted for output in outputs)
+    assert not any(output.swap_out for output in outputs)
     assert built.finished == [0, 1, 2]
 
 
 @task(3)
-def test_samples_that_are_recomputed_are_absent_until_they_can_fork_again(engine):
+def test_recomputed_samples_await_refork(engine):
     built = engine(8, num_tokens=24, num_blocks=10, num_swap_blocks=0)
     group = built.add(9, num_tokens=7, width=3)
     built.step_until(lambda: group.num_preemptions)
@@ -308,7 +310,7 @@ def test_samples_that_are_recomputed_are_absent_until_they_can_fork_again(engine
 
 @task(3)
 @pytest.mark.parametrize("preemption", ["auto", "recompute", "swap"])
-def test_everybody_ends_and_all_blocks_come_back(engine, preemption):
+def test_all_requests_end_and_all_blocks_are_free_again(engine, preemption):
     rng = random.Random(9)
     for num_swap_blocks in (1, 6, 100):
         built = engine(num_blocks=12, num_swap_blocks=num_swap_blocks, preemption=preemption)

@@ -1,7 +1,7 @@
 """Lab 8: what the kernel must give, interpreted on a CPU or compiled on a GPU.
 
-The pools are unkind (`paged_setup`). And all tensors lie in the middle of fields of NaN: what a
-kernel reads beside them shows, and neither that nor what it writes there ends the process.
+The pools are adversarial (`paged_setup`). All tensors are surrounded by fields of NaN: a read
+outside of them shows, and neither that nor a write outside ends the process.
 """
 
 from dataclasses import fields, replace
@@ -14,15 +14,15 @@ from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention
 from serving import serves_what_the_library_serves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FIELD = 2**17  # numbers of NaN before a tensor and behind it
+FIELD = 2**17  # elements of NaN before a tensor and after it
 EMPTY = torch.empty  # before it is poisoned
 
-# (query_len, context_len): single tokens behind contexts that end before, on and behind a border.
+# (query_len, context_len): single tokens after contexts that end before, on and after a border.
 DECODES = [(1, 6), (1, 0), (1, 7), (1, 8), (1, 3)]
 MIXED = [(1, 6), (3, 5), (1, 0), (4, 0), (2, 11)]
 
 
-def explain_rejection() -> str | None:
+def why_no_kernel() -> str | None:
     """Why no kernel can run here."""
     from minipaged.attention.triton.machine import why_no_triton
 
@@ -38,7 +38,7 @@ def why_not_compiled() -> str | None:
     return "TRITON_INTERPRET=1 asks for the interpreter" if is_interpreted() else None
 
 
-NO_KERNEL = explain_rejection()
+NO_KERNEL = why_no_kernel()
 NO_COMPILER = NO_KERNEL or why_not_compiled()
 pytestmark = pytest.mark.skipif(NO_KERNEL is not None, reason=str(NO_KERNEL))
 compiled = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
@@ -50,7 +50,7 @@ def task(number: int) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def decode(part):
-    """By its own name: the library's player of this role is not the kernel."""
+    """By its own name: the library's default for this role is not the kernel."""
     return part("minipaged.attention.triton.naive_decode.naive_paged_attention")
 
 
@@ -72,7 +72,7 @@ def agrees(decode, monkeypatch):
         assert got.shape == expected.shape
         for number, span in enumerate(setup.batch.spans):
             rows = slice(span.start, span.stop)
-            what = f"sequence {number}, {span.query_len} queries behind {span.context_len} keys"
+            what = f"sequence {number}, {span.query_len} queries after {span.context_len} keys"
             assert not got[rows].isnan().any(), f"{what}: NaN, of a place that is not its own"
             error = (got[rows] - expected[rows]).abs().max().item()
             assert error < tolerance, f"{what}: off by {error:.1g}"
@@ -91,12 +91,12 @@ def run(attention, setup: PagedSetup):
 
 
 def on_device(setup: PagedSetup, gap: int) -> PagedSetup:
-    """The setup where kernels read it; between the heads of its queries so many other numbers."""
+    """The setup where kernels read it, with a gap of other values between the query heads."""
     names = [field.name for field in fields(setup.batch) if field.name != "spans"]
     tensors = {name: getattr(setup.batch, name).to(DEVICE) for name in names}
     table = tensors["block_tables"]
     of_the_pool = (table >= 0) & (table < len(setup.k_cache))
-    tensors["block_tables"] = table.where(of_the_pool, 0)  # block 0 is nobody's, full of NaN
+    tensors["block_tables"] = table.where(of_the_pool, 0)  # block 0 is free, full of NaN
     return replace(
         setup,
         q=in_a_field(setup.q, gap),
@@ -107,7 +107,7 @@ def on_device(setup: PagedSetup, gap: int) -> PagedSetup:
 
 
 def in_a_field(tensor, gap: int = 0):
-    """The same numbers with NaN before and behind them, and between its rows if there is a gap."""
+    """The same values with NaN before and after them, and between its rows if there is a gap."""
     *_, width = shape = list(tensor.shape)
     margin = -(-FIELD // tensor[0].numel())
     rows = slice(margin, margin + len(tensor))
@@ -131,7 +131,7 @@ def test_a_full_block(agrees):
 
 @task(1)
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_empty_slots_of_a_block_weigh_nothing(agrees, length):
+def test_empty_slots_of_a_block_have_no_weight(agrees, length):
     agrees(one_sequence(length))
 
 
@@ -148,7 +148,7 @@ def test_blocks_have_any_size(agrees, block_size):
 
 
 @task(1)
-def test_the_block_lies_where_the_table_says(agrees):
+def test_the_block_is_found_through_the_table(agrees):
     for seed in range(4):
         agrees(one_sequence(4, seed=seed))
 
@@ -209,12 +209,12 @@ def test_each_sequence_reads_its_own_blocks(agrees):
 
 @task(3)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (4, 2), (6, 3)])
-def test_neighbouring_query_heads_share_a_key_head(agrees, heads, kv_heads):
+def test_neighbouring_query_heads_share_a_kv_head(agrees, heads, kv_heads):
     agrees(paged_setup([(1, 6), (1, 3)], heads=heads, kv_heads=kv_heads))
 
 
 @task(3)
-def test_a_block_may_stand_in_several_tables(agrees):
+def test_a_block_may_be_in_several_tables(agrees):
     agrees(paged_setup([(1, 8), (1, 10), (1, 12)], shared_blocks=2, heads=2, kv_heads=1))
 
 
@@ -229,7 +229,7 @@ def test_prompts_pieces_and_single_tokens_in_one_batch(agrees):
 
 
 @task(3)
-def test_queries_may_lie_apart(agrees):
+def test_queries_may_have_gaps(agrees):
     """As where queries, keys and values come out of one multiplication, side by side."""
     agrees(paged_setup([(1, 6), (2, 3)], heads=4, kv_heads=2), gap=32)
 

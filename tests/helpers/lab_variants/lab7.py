@@ -145,7 +145,7 @@ class BlockManager(Library):
         return pairs
 """,
     ),
-    "copies_what_is_still_known": (
+    "copies_what_is_still_cached": (
         2,
         """
 class BlockManager(Library):
@@ -160,7 +160,7 @@ class BlockManager(Library):
         """
 class BlockManager(Library):
     def swap_in(self, group):
-        known = self._still_known(group)
+        known = self._still_cached(group)
         pairs = self._move(group, self._swap_pool, self._pool, known)
         self._swapped.difference_update(s.seq_id for s in group.sequences)
         return pairs
@@ -171,7 +171,7 @@ class BlockManager(Library):
         """
 class BlockManager(Library):
     def swap_in(self, group):
-        known = self._still_known(group)
+        known = self._still_cached(group)
         for block in known.values():
             self._pool.share(block)
         pairs = self._move(group, self._swap_pool, self._pool, known)
@@ -196,7 +196,7 @@ class BlockManager(Library):
 class BlockManager(Library):
     def swap_in(self, group):
         pairs = self._move(group, self._swap_pool, self._pool, {})
-        known = self._still_known(group)
+        known = self._still_cached(group)
         self._swapped.difference_update(s.seq_id for s in group.sequences)
         return [pair for pair in pairs if pair[1] not in known]
 """,
@@ -338,7 +338,7 @@ class BlockManager(Library):
         return self.carry(group, self._pool, self._swap_pool, {})
 
     def swap_in(self, group):
-        pairs = self.carry(group, self._swap_pool, self._pool, self._still_known(group))
+        pairs = self.carry(group, self._swap_pool, self._pool, self._still_cached(group))
         for seq in group.sequences:
             self._swapped.remove(seq.seq_id)
         return pairs
