@@ -20,10 +20,11 @@ FRAME_SECONDS = 0.1  # a step takes a few milliseconds: too fast to watch
 
 
 class Session:
-    """Loads a command's model, and attaches listeners to it: block map, trace file, frame by frame.
+    """Loads the model of a command, and attaches what observes it: block map and trace file.
 
-    To observe a run in another way, append a listener to `log.listeners` before the model is
-    loaded. Without listeners the model is not traced at all.
+    For other observers there are two places. `log.listeners` receive events; append to them before
+    `load`, because a model that nothing observes is not traced. The listeners of the model's engine
+    receive each step's decision and statistics.
 
     Args:
         show_blocks: draw the block map.
