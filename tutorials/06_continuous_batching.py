@@ -303,7 +303,9 @@ late = {
 # %% Tokens computed in each step: the long prompt whole, and in chunks (mind the two scales)
 figure, axes = drawing.picture(ncols=2)
 for axis, (name, (answer, events, seconds)) in zip(axes, late.items(), strict=True):
-    shares = [list(e.fields["tokens"].values()) for e in events if e.event == "schedule"]
+    shares = [
+        list(e.fields["num_scheduled_tokens"].values()) for e in events if e.event == "schedule"
+    ]
     decoded = [share.count(1) for share in shares]
     of_prompts = [sum(share) - share.count(1) for share in shares]
     steps = range(len(shares))
@@ -335,7 +337,9 @@ axes[0].legend()
 
 # %%
 def num_computed(events: list[Event]) -> int:
-    return sum(sum(e.fields["tokens"].values()) for e in events if e.event == "schedule")
+    return sum(
+        sum(e.fields["num_scheduled_tokens"].values()) for e in events if e.event == "schedule"
+    )
 
 
 tight = {"num_blocks": 32, "block_size": 4, "max_num_seqs": 24}
@@ -387,7 +391,7 @@ for name, (tokens, _) in runs.items():
 assert chunked == alone
 assert len({answer for answer, _, _ in late.values()}) == 1
 for happened in (*(events for _, events in runs.values()), events):
-    admitted = [event.fields["request"] for event in happened if event.event == "admit"]
+    admitted = [event.fields["request_id"] for event in happened if event.event == "admit"]
     assert admitted == [f"llm-{number}" for number in range(24)]
 print("the same tokens five times, all admitted in order")
 

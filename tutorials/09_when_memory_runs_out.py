@@ -128,8 +128,9 @@ figure, axes = drawing.picture(7.2, 3.6, ncols=2, sharex=True, sharey=True)
 for axis, (mode, events) in zip(axes, traces.items(), strict=True):
     rows: dict[str, list[str]] = {number: [] for number in "01234567"}
     for event in steps_of(events):
+        scheduled = event.fields["num_scheduled_tokens"]
         for number, row in rows.items():
-            request, num_tokens = f"llm-{number}", event.fields["tokens"].get(int(number), 0)
+            request, num_tokens = f"llm-{number}", scheduled.get(int(number), 0)
             if request in event.fields["running"]:
                 row.append("reads" if num_tokens > 1 else "runs")
             elif request in event.fields["swapped"]:
@@ -158,7 +159,7 @@ for axis, (mode, events) in zip(axes, traces.items(), strict=True):
     for event in events:
         if event.event == "allocate":
             owned[event.fields["pool"]] += 1
-        elif event.event == "release" and event.fields["owners"] == 0:
+        elif event.event == "release" and event.fields["ref_count"] == 0:
             owned[event.fields["pool"]] -= 1
         elif event.event == "schedule":
             for pool, number in owned.items():
@@ -196,7 +197,7 @@ llm, events = build(num_blocks=24)
 three = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=24, ignore_eos=True)
 llm.generate([prompts[1], prompts[2] * 3], [params[1], three], use_tqdm=False)
 out = next(event for event in events if event.event == "swap_out")
-for seq_id, blocks in out.fields["seqs"].items():
+for seq_id, blocks in out.fields["block_tables"].items():
     print(f"sequence {seq_id} is now in swap blocks {blocks}")
 print(f"{len(out.fields['pairs'])} blocks were copied")
 
@@ -224,7 +225,7 @@ needed = sum(len(output.prompt_token_ids) for output in outputs["swap"]) + sum(l
 lost = {}
 for name, events in traces.items():
     steps = steps_of(events)
-    lost[name] = sum(sum(step.fields["tokens"].values()) for step in steps) - needed
+    lost[name] = sum(sum(step.fields["num_scheduled_tokens"].values()) for step in steps) - needed
     copied = sum(len(e.fields["pairs"]) for e in events if e.event.startswith("swap_"))
     preempted = [output.metrics.num_preemptions for output in outputs[name]]
     print(

@@ -16,9 +16,9 @@ from rich.text import Text
 from minipaged.engine.outputs import RequestOutput
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.stories import KINDS, Question, prompt, tell
+from minipaged.scheduler.interface import Scheduler
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tracing.block_map import letter
-from minipaged.tracing.events import Event
 
 STORY_SIZES = (1, 2, 4, 8, 12, 16, 24, 48)  # facts
 MAX_ANSWER = 32  # tokens
@@ -79,32 +79,16 @@ def introduction(cases: list[Case], num_blocks: int, block_size: int) -> tuple[s
 
 
 class Scoreboard:
-    """The cases and how far each has come; listens to the events, and is drawn as a table."""
+    """The cases and the progress of each, drawn as a table."""
 
-    def __init__(self, cases: list[Case]) -> None:
+    def __init__(self, cases: list[Case], scheduler: Scheduler) -> None:
         self.cases = cases
         self.outputs: list[RequestOutput | None] = [None] * len(cases)
-        self._requests: list[str] = []  # in order of admission, which is the order of the cases
-        self._computed: dict[str, int] = {}  # tokens, by request
-        self._owners: dict[int, str] = {}  # sequence id -> request
-        self._out: list[str] = []
+        self._scheduler = scheduler
 
     def update(self, index: int, output: RequestOutput) -> None:
         """Note what a case has so far."""
         self.outputs[index] = output
-
-    def __call__(self, event: Event) -> None:
-        """Listen to one event."""
-        if event.event == "admit":
-            request = event.fields["request"]
-            if request not in self._requests:
-                self._requests.append(request)
-            self._computed[request] = sum(event.fields["found"].values())
-            self._owners |= dict.fromkeys(event.fields["seqs"], request)
-        elif event.event == "schedule":
-            self._out = event.fields["waiting"] + event.fields["swapped"]
-            for seq_id, num_tokens in event.fields["tokens"].items():
-                self._computed[self._owners[seq_id]] += num_tokens
 
     def answer(self, index: int) -> str:
         """What has been generated for a case."""
@@ -181,9 +165,11 @@ class Scoreboard:
             if self.is_right(index):
                 return Text("right", style="green")
             return Text(f"wrong: {case.question.answer}", style="red")
-        request = self._requests[index] if index < len(self._requests) else None
-        if request is None or request in self._out:
+        # The cases arrive in their order, and no other requests do.
+        running = {group.arrival: group for group in self._scheduler.running}
+        if index not in running:
             return Text("waiting", style="dim")
-        if self._computed[request] < case.num_tokens:
-            return Text(f"reading {self._computed[request]}/{case.num_tokens}", style="dim")
+        num_computed = running[index].sequences[0].num_computed_tokens
+        if num_computed < case.num_tokens:
+            return Text(f"{num_computed} of {case.num_tokens}", style="dim")  # fits 80 columns
         return Text("answering", style="dim")

@@ -106,16 +106,16 @@ def demo(
         )
         tokenizer = llm.get_tokenizer()
         assert tokenizer is not None, "the embedded model has a tokenizer"
-        board = eight.Scoreboard(eight.make_cases(tokenizer, seed))
-        eight.refuse_too_small_a_pool(board.cases, num_blocks, block_size)
-        session.log.listeners.append(board)
+        cases = eight.make_cases(tokenizer, seed)
+        board = eight.Scoreboard(cases, llm.engine.scheduler)
+        eight.refuse_too_small_a_pool(cases, num_blocks, block_size)
         if not as_json:
-            about, example = eight.introduction(board.cases, num_blocks, block_size)
+            about, example = eight.introduction(cases, num_blocks, block_size)
             session.console.print(about, "", Text(example, style="dim"), "", sep="\n")
         start = time.perf_counter()
         with session.watch(None if as_json else board):
             greedy = SamplingParams(temperature=0.0, max_tokens=eight.MAX_ANSWER)
-            for index, output in llm.stream([case.prompt for case in board.cases], greedy):
+            for index, output in llm.stream([case.prompt for case in cases], greedy):
                 board.update(index, output)
         seconds = time.perf_counter() - start
         if as_json:

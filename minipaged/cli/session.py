@@ -1,4 +1,4 @@
-"""What the command line draws while a model runs, all of it from the event stream."""
+"""One run of a command: the model, and what is drawn and recorded while it runs."""
 
 import time
 from collections.abc import Generator
@@ -16,22 +16,26 @@ from minipaged.tracing.trace_file import TraceFile
 if TYPE_CHECKING:
     from minipaged.llm import LLM
 
-FRAME_SECONDS = 0.1  # a step takes a few milliseconds: slowed down, a person can watch it
+FRAME_SECONDS = 0.1  # a step takes a few milliseconds: too fast to watch
 
 
 class Session:
-    """One run of a command: its model, with its parts observed where something is to be shown.
+    """Loads the model of a command, and attaches what observes it: block map and trace file.
+
+    For other observers there are two places. `log.listeners` receive events; append to them before
+    `load`, because a model that nothing observes is not traced. The listeners of the model's engine
+    receive each step's decision and statistics.
 
     Args:
         show_blocks: draw the block map.
         trace: write every event to this file.
-        live: draw after every step, if standard output is a terminal.
+        live: redraw after every step, if standard output is a terminal.
     """
 
     def __init__(self, show_blocks: bool, trace: Path | None, live: bool) -> None:
         self.console = Console()
         self.is_live = live and self.console.is_terminal
-        self.seconds_watched = 0.0  # in which nothing was computed, so that a person could look
+        self.seconds_watched = 0.0  # spent on drawing, and so to be left out of any speed
         self.log = EventLog()
         self.block_map: BlockMap | None = None
         self._show_blocks = show_blocks
@@ -47,22 +51,22 @@ class Session:
             self._trace.close(keep=kind is None)
 
     def load(self, swap: list[str] | None = None, **options: Any) -> "LLM":
-        """The model, with whatever options the command has; raises what `LLM` raises."""
+        """Build the model; `options` are those of `LLM`. Raises what `LLM` raises."""
         from minipaged.engine.custom_parts import parts_with, read_custom_parts
         from minipaged.llm import LLM
 
         parts = parts_with(read_custom_parts(swap or ()))
-        observed = self._show_blocks or self.is_live or self._trace is not None
-        llm = LLM(parts=parts.traced(self.log) if observed else parts, **options)
+        if self._show_blocks or self.is_live or self.log.listeners:
+            parts = parts.traced(self.log)
+        llm = LLM(parts=parts, **options)
         if self._show_blocks:
-            memory = llm.engine.scheduler.memory
-            self.block_map = BlockMap(memory.num_blocks, memory.block_size)
+            self.block_map = BlockMap(llm.engine.scheduler)
             self.log.listeners.append(self.block_map)
         return llm
 
     @contextmanager
     def watch(self, board: RenderableType | None) -> Generator[None]:
-        """Draw block map and board step by step, or once at the end where nobody watches."""
+        """Draw block map and board: after every step on a live terminal, else once at the end."""
         drawn = [part for part in (self.block_map, board) if part is not None]
         if self.is_live and drawn:
             with Live(Group(*drawn), console=self.console, auto_refresh=False) as live:
@@ -74,7 +78,7 @@ class Session:
             if board is not None:
                 self.console.print(board)
         if self.block_map is not None:
-            # Where standard output is for machines or for text, the picture goes beside it.
+            # Without a board, standard output is the command's text or JSON.
             console = self.console if board is not None else Console(stderr=True)
             console.print("\nThe pool at its fullest:", self.block_map.fullest(console.width))
             console.print(self.block_map.totals(), highlight=False)

@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Look at what --trace has recorded.", rich_markup_mode=None)
+app = typer.Typer(help="Look at what --trace recorded.", rich_markup_mode=None)
 
 
 @app.callback()
 def trace() -> None:
-    """Look at what --trace has recorded."""
+    """Look at what --trace recorded."""
 
 
 @app.command()
 def view(
-    file: Annotated[Path, typer.Argument(help="A trace: JSON lines that --trace has written.")],
+    file: Annotated[Path, typer.Argument(help="A trace: the file that --trace wrote.")],
     output: Annotated[
         Path | None, typer.Option(help="Write the page to this file; default: a temporary one.")
     ] = None,

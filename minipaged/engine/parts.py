@@ -118,7 +118,7 @@ class Parts:
 
                 inner = build(**{**options, "allocator": allocator})
                 log.emit(
-                    "pool",
+                    "init",
                     num_blocks=inner.num_blocks,
                     num_swap_blocks=inner.num_swap_blocks,
                     block_size=inner.block_size,

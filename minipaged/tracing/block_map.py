@@ -1,209 +1,162 @@
-"""The pool as a picture in the terminal, a letter per block, drawn from the event stream."""
+"""The pool as a picture in the terminal, one sign per block."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
+from minipaged.memory import MemoryView
+from minipaged.scheduler.interface import Scheduler
 from minipaged.tracing.events import Event
 
 COLOURS = ("cyan", "magenta", "green", "blue", "red", "bright_blue", "bright_magenta", "bright_red")
-LEGEND = (
-    "A: full block of A   a: its last, filling   _: reserved   2-9: owners   +: cached   ·: free"
-)
+LEGEND = "A: full  a: filling  _: reserved  2-9: owners  *: pinned  +: cached  ·: free"
 MAX_COLUMNS = 64
 MAX_ROWS = 12
 
 
 def letter(number: int) -> Text:
-    """The letter and colour of a request, by the order of admission."""
+    """The letter and colour of a request, by the order of arrival."""
     return Text(chr(ord("A") + number % 26), style=COLOURS[number % len(COLOURS)])
 
 
-@dataclass
-class _Holder:
-    """One sequence that holds blocks."""
+class _Block(NamedTuple):
+    """A block in use: a request that owns it, the number of its owners, and of its filled slots."""
 
-    request: str
-    blocks: list[int]
-    num_tokens: int
-    swapped: bool = False
-
-
-@dataclass(frozen=True)
-class _Owned:
-    """One block of the pool: whose it is, how many own it, how full it is."""
-
-    request: str
+    request: int | None  # its number in the order of arrival; None: only pinned prefixes own it
     num_owners: int
     num_filled: int
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """What is drawn: the pool at one moment."""
+class _Snapshot:
+    """The pool at one moment."""
 
     headline: str
-    owned: dict[int, _Owned]
-    cached: set[int]
+    in_use: dict[int, _Block]
+    cached: frozenset[int]
 
 
 class BlockMap:
-    """The pool as a picture, a letter a block; see LEGEND."""
+    """The pool as a picture, one sign per block; see LEGEND.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.step = 0
-        self._reach = 0  # one more than the highest block used so far
-        self._numbers: dict[str, int] = {}  # of requests, in order of admission
-        self._holders: dict[int, _Holder] = {}  # by sequence id
-        self._cached: set[int] = set()  # blocks that can be found by their content
-        self._num_copied = 0  # on write, since the beginning
+    What it draws it asks of the scheduler and its memory. As a listener it counts what the two do
+    not remember, and after each schedule it keeps the picture of the pool at its fullest.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._memory: MemoryView = scheduler.memory
+        self._step = 0
+        self._reach = 0  # one more than the highest block drawn so far
+        self._fewest_free = self._memory.num_blocks
+        self._fullest = self._snapshot()
+        self._num_copied = 0  # blocks, on write
         self._num_evicted = 0
         self._num_preempted = 0
-        self._queues: dict[str, list[str]] = {"running": [], "waiting": [], "swapped": []}
-        self._fullest = _Picture("", {}, set())
 
     def __call__(self, event: Event) -> None:
         """Listen to one event."""
-        self.step = event.step
-        listen = getattr(self, f"_on_{event.event}", None)
-        if listen is not None:
-            listen(**event.fields)
+        if event.event == "schedule":
+            self._step = event.step
+            if self._memory.num_free < self._fewest_free:
+                self._fewest_free = self._memory.num_free
+                self._fullest = self._snapshot()
+        elif event.event == "copy_on_write":
+            self._num_copied += len(event.fields["pairs"])
+        elif event.event == "evict":
+            self._num_evicted += 1
+        elif event.event == "preempt":
+            self._num_preempted += 1
 
-    # ---- the events that change the picture ------------------------------------------------------
+    # ---- asking the memory -----------------------------------------------------------------------
 
-    def _on_admit(
-        self, request: str, seqs: dict[int, list[int]], tokens: dict[int, int], **_: object
-    ) -> None:
-        self._hold(request, seqs, tokens)
+    def _snapshot(self) -> _Snapshot:
+        in_use, cached = self._blocks_in_use(), frozenset(self._memory.cached)
+        self._reach = max([self._reach, *(block + 1 for block in (*in_use, *cached))])
+        return _Snapshot(self._headline(in_use), in_use, cached)
 
-    def _on_pin(self, seq: int, blocks: list[int]) -> None:
-        self._hold(f"prefix {seq}", {seq: blocks}, {seq: len(blocks) * self.block_size})
+    def _blocks_in_use(self) -> dict[int, _Block]:
+        """The blocks of the pool that sequences and pinned prefixes own."""
+        running = self._scheduler.running
+        request_of = {seq.seq_id: group.arrival for group in running for seq in group.sequences}
+        in_use: dict[int, _Block] = {}
+        for seq_id, table in self._memory.tables.items():
+            if self._memory.is_swapped(seq_id):
+                continue
+            for logical, block in enumerate(table.blocks):
+                others = in_use.get(block, _Block(None, 0, 0))
+                request = request_of.get(seq_id, others.request)
+                num_filled = max(others.num_filled, table.filled(logical))  # negative: reserved
+                in_use[block] = _Block(request, others.num_owners + 1, num_filled)
+        return in_use
 
-    def _hold(self, request: str, seqs: dict[int, list[int]], tokens: dict[int, int]) -> None:
-        self._numbers.setdefault(request, len(self._numbers))
-        for seq_id, blocks in seqs.items():
-            self._holders[seq_id] = _Holder(request, list(blocks), tokens[seq_id])
-
-    def _on_append(self, seq: int, blocks: list[int], tokens: int) -> None:
-        self._holders[seq].blocks += blocks
-        self._holders[seq].num_tokens = tokens
-
-    def _on_copy_on_write(self, seq: int, pairs: list[tuple[int, int]]) -> None:
-        self._on_merge(seq, pairs)
-        self._num_copied += len(pairs)
-
-    def _on_merge(self, seq: int, pairs: list[tuple[int, int]]) -> None:
-        moved = dict(pairs)
-        holder = self._holders[seq]
-        holder.blocks = [moved.get(block, block) for block in holder.blocks]
-
-    def _on_cache(self, seq: int, blocks: list[int]) -> None:
-        self._cached.update(blocks)
-
-    def _on_evict(self, block: int) -> None:
-        self._cached.remove(block)
-        self._num_evicted += 1
-
-    def _on_preempt(self, **_: object) -> None:
-        self._num_preempted += 1
-
-    def _on_fork(self, parent: int, child: int, tokens: int) -> None:
-        source = self._holders[parent]
-        blocks = source.blocks[: -(-tokens // self.block_size)]
-        self._holders[child] = _Holder(source.request, blocks, tokens)
-
-    def _on_free(self, seq: int) -> None:
-        holder = self._holders.pop(seq)
-        if not any(other.request == holder.request for other in self._holders.values()):
-            for queue, requests in self._queues.items():
-                self._queues[queue] = [r for r in requests if r != holder.request]
-
-    def _on_swap_out(self, seqs: dict[int, list[int]], **_: object) -> None:
-        self._swap(seqs, swapped=True)
-
-    def _on_swap_in(self, seqs: dict[int, list[int]], **_: object) -> None:
-        self._swap(seqs, swapped=False)
-
-    def _on_schedule(self, tokens: dict[int, int], **queues: list[str]) -> None:
-        self._queues = queues
-        owned = self._owned()
-        self._reach = max([self._reach, *(block + 1 for block in owned)])
-        if len(owned) > len(self._fullest.owned):
-            self._fullest = _Picture(self._headline(owned), owned, self._cached.copy())
-
-    def _swap(self, seqs: dict[int, list[int]], swapped: bool) -> None:
-        for seq_id, blocks in seqs.items():
-            self._holders[seq_id].blocks = list(blocks)
-            self._holders[seq_id].swapped = swapped
+    def _headline(self, in_use: dict[int, _Block]) -> str:
+        """Two lines: the queues, and the pool in numbers."""
+        scheduler, memory = self._scheduler, self._memory
+        num_swapped = memory.num_swap_blocks - memory.num_free_swap_blocks
+        filled = sum(block.num_filled for block in in_use.values())
+        num_shared = sum(block.num_owners > 1 for block in in_use.values())
+        size = memory.block_size
+        return "".join(
+            [
+                f"step {self._step}: {len(scheduler.running)} running, ",
+                f"{len(scheduler.waiting)} waiting, {len(scheduler.swapped)} swapped",
+                f" ({_count(num_swapped, 'block')})" if num_swapped else "",
+                f"\n{len(in_use)} of {memory.num_blocks} blocks of {size} in use",
+                f", {filled / (len(in_use) * size):.0%} of their slots filled" if in_use else "",
+                f", {num_shared} shared" if num_shared else "",
+            ]
+        )
 
     # ---- drawing ---------------------------------------------------------------------------------
 
-    def _owned(self) -> dict[int, _Owned]:
-        owned: dict[int, _Owned] = {}
-        for holder in self._holders.values():
-            for logical, block in enumerate([] if holder.swapped else holder.blocks):
-                left = holder.num_tokens - logical * self.block_size
-                filled = max(0, min(self.block_size, left))
-                others = owned[block].num_owners if block in owned else 0
-                owned[block] = _Owned(holder.request, others + 1, filled)
-        return owned
-
     def picture(self, width: int = MAX_COLUMNS + 8) -> Text:
-        """The pool now, below a line that says what is going on."""
-        owned = self._owned()
-        return self._draw(_Picture(self._headline(owned), owned, self._cached), width)
+        """The pool now, below a line about the queues and one about the pool."""
+        return self._draw(self._snapshot(), width)
 
     def fullest(self, width: int = MAX_COLUMNS + 8) -> Text:
         """The pool when most of its blocks were in use."""
         return self._draw(self._fullest, width)
 
     def totals(self) -> str:
-        """What has happened to blocks and requests since the beginning."""
+        """What has happened to requests and blocks since the beginning."""
         return (
-            f"In all: {self._num_preempted} preemptions, {self._num_copied} blocks copied on "
-            f"write, {self._num_evicted} evicted from the prefix cache."
+            f"In total: {_count(self._num_preempted, 'preemption')}, "
+            f"{_count(self._num_copied, 'block')} copied on write, {self._num_evicted} evicted."
         )
 
-    def _draw(self, picture: _Picture, width: int) -> Text:
-        text = Text(f"{picture.headline}\n{LEGEND}")
-        text.stylize("dim", len(picture.headline))
+    def _draw(self, snapshot: _Snapshot, width: int) -> Text:
+        text = Text(f"{snapshot.headline}\n")
+        text.append(LEGEND, style="dim")
         columns = max(8, min(MAX_COLUMNS, width - 8))
-        room = columns * MAX_ROWS
-        shown = self.num_blocks if self.num_blocks <= room else min(self._reach, room)
+        room, num_blocks = columns * MAX_ROWS, self._memory.num_blocks
+        shown = num_blocks if num_blocks <= room else min(self._reach, room)
         for block in range(shown):
             if block % columns == 0:
                 text.append(f"\n{block:>6} ", style="dim")
-            text.append_text(self._cell(picture.owned.get(block), block in picture.cached))
-        hidden = self.num_blocks - shown
-        if hidden:
-            text.append(f"\n       and {hidden} more", style="dim")
+            text.append_text(self._sign(snapshot.in_use.get(block), block in snapshot.cached))
+        if shown < num_blocks:
+            text.append(f"\n       and {num_blocks - shown} more", style="dim")
         return text
 
-    def _cell(self, owned: _Owned | None, cached: bool) -> Text:
-        if owned is None:
+    def _sign(self, block: _Block | None, cached: bool) -> Text:
+        if block is None:
             return Text("+" if cached else "·", style="dim")
-        sign = letter(self._numbers[owned.request])
-        if owned.num_owners > 1:
-            return Text(str(min(owned.num_owners, 9)), style=sign.style)
-        if owned.num_filled == 0:  # reserved in advance, as rivals of paging do
-            return Text("_", style=sign.style)
-        return sign if owned.num_filled == self.block_size else Text(sign.plain.lower(), sign.style)
-
-    def _headline(self, owned: dict[int, _Owned]) -> str:
-        slots = len(owned) * self.block_size
-        filled = sum(block.num_filled for block in owned.values())
-        queues = ", ".join(f"{len(names)} {queue}" for queue, names in self._queues.items())
-        full = f", {filled / slots:.0%} of their slots filled" if slots else ""
-        shared = sum(block.num_owners > 1 for block in owned.values())
-        sharing = f", {shared} shared" if shared else ""
-        return (
-            f"step {self.step}: {queues}; {len(owned)} of {self.num_blocks} blocks of "
-            f"{self.block_size} in use{full}{sharing}"
-        )
+        sign = Text("*") if block.request is None else letter(block.request)
+        if block.num_owners > 1:
+            sign.plain = str(min(block.num_owners, 9))
+        elif block.num_filled == 0:  # reserved in advance, as the baselines do
+            sign.plain = "_"
+        elif block.num_filled < self._memory.block_size:
+            sign.plain = sign.plain.lower()
+        return sign
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Generator[Text]:
         yield self.picture(options.max_width)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,47 +1,62 @@
-"""What can be observed: one versioned stream of events, and wrappers that emit it.
+"""One versioned stream of events that describes a run, and the wrappers that emit it.
 
 An event is one line of JSON:
 
-    {"v": 1, "step": 3, "time": 0.012, "event": "append", "seq": 2, "blocks": [7], "tokens": 33}
+    {"v": 2, "step": 3, "time": 0.012, "event": "fork", "parent": 0, "child": 1, "num_tokens": 9}
 
-    event          fields
-    pool           num_blocks, num_swap_blocks, block_size: a memory was built, all of it free
-    schedule       running, waiting, swapped (request ids); tokens {sequence id: how many}
-    admit          request, seqs {sequence id: its blocks}, tokens {sequence id: how many},
-                   found {sequence id: how many of them the prefix cache held}
-    append         seq, blocks (new ones, in order), tokens (how many it has now)
-    copy_on_write  seq, pairs [[source, destination], ...]
-    fork           parent, child, tokens (how many of the parent's the child begins with)
-    swap_out       request, seqs, pairs [[pool block, swap block], ...]
-    swap_in        request, seqs, pairs [[swap block, pool block], ...]: those that were copied
-    cache          seq, blocks: they are written, and can be found from now on
-    merge          seq, pairs [[its block, an equal one that was known before and takes its place]]
-    evict          block: it was given up for somebody else, and cannot be found any more
-    pin            seq, blocks: they stay until it is freed
-    preempt        request, mode ("swap" or "recompute")
-    end            request: it ended for want of memory, with what it had
-    free           seq
-    allocate, share, release   pool ("pool" or "swap"), block, owners (afterwards; the prefix cache
-                   is one of them)
+    event          when, and its fields
 
-Whoever reads events passes over those that it does not know: more kinds may come.
+    init           a memory was built, and all of its blocks are free:
+                   num_blocks, num_swap_blocks, block_size
+    schedule       the scheduler has decided a step:
+                   running, waiting, swapped (the queues, as request ids),
+                   num_scheduled_tokens {sequence id: tokens that the step computes}
+    admit          a waiting request got its blocks:
+                   request_id, block_tables {sequence id: its blocks},
+                   num_tokens {sequence id: its tokens},
+                   num_cached_tokens {sequence id: tokens that were found in the prefix cache}
+    append         a running sequence got slots for its next tokens:
+                   seq_id, blocks (the new ones, in order), num_tokens (including the new ones)
+    copy_on_write  a sequence is about to write to shared blocks:
+                   seq_id, pairs [[shared block, the copy that replaces it], ...]
+    fork           a sequence got a child, which shares its blocks:
+                   parent, child (sequence ids), num_tokens (that the two have in common)
+    cache          the prefix cache can find these blocks from now on: seq_id, blocks
+    deduplicate    a sequence computed blocks that were cached already, and uses those instead:
+                   seq_id, pairs [[its own block, the cached one], ...]
+    evict          a block left the prefix cache, because it is needed for something else: block
+    pin            a prefix was pinned, and keeps its blocks until it is freed: seq_id, blocks
+    preempt        a request was preempted: request_id, mode ("swap" or "recompute")
+    swap_out       its blocks moved to the swap pool:
+                   request_id, block_tables, pairs [[pool block, swap block], ...]
+    swap_in        its blocks moved back; blocks that are still cached need no copy:
+                   request_id, block_tables, pairs [[swap block, pool block], ...]
+    out_of_memory  a request ended early, because the pool can never hold its next token: request_id
+    free           a sequence or a pinned prefix gave its blocks back: seq_id
+    allocate, share, release
+                   one block got its first owner, one more owner, one owner fewer:
+                   pool ("pool" or "swap"), block, ref_count (the owners it has now; the prefix
+                   cache is one of them)
 
-Nothing in scheduler, memory or allocator knows about this file: each is observed from outside, so a
-part of your own is traced like the library's.
+A reader should ignore events that it does not know: later versions may add some. A change to the
+fields above raises SCHEMA_VERSION, and traces of another version are refused.
+
+Scheduler, memory and allocators do not know about events. Wrappers observe them from outside, so a
+custom part is traced like the library's own. An engine that is not traced has no wrappers.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened: the step, the time (seconds since the log began), its fields."""
+    """One thing that happened: its step, its time in seconds since the log began, its fields."""
 
     event: str
     step: int
@@ -54,10 +69,10 @@ class Event:
 
 
 class EventLog:
-    """Stamps events with step and time and hands each to its listeners.
+    """Stamps every event with step and time, and calls the listeners with it.
 
-    Listeners are functions of one Event: append it to a list, write `event.to_json()` to a file,
-    redraw a picture.
+    A listener is a function of one Event. It may append the event to a list, write
+    `event.to_json()` to a file, or redraw a picture. Without listeners, events are dropped.
     """
 
     def __init__(
@@ -71,13 +86,15 @@ class EventLog:
         self._start = clock()
 
     def emit(self, event: str, **fields: Any) -> None:
+        if not self.listeners:
+            return
         stamped = Event(event, self.step, self._clock() - self._start, fields)
         for listener in self.listeners:
             listener(stamped)
 
 
 class _Wrapper:
-    """Passes on everything that a subclass does not watch."""
+    """Passes on everything that a subclass does not override."""
 
     def __init__(self, inner: Any, log: EventLog) -> None:
         self._inner = inner
@@ -108,7 +125,9 @@ class TracedAllocator(_Wrapper):
         self._emit("release", block)
 
     def _emit(self, event: str, block: int) -> None:
-        self._log.emit(event, pool=self._pool, block=block, owners=self._inner.ref_count(block))
+        if self._log.listeners:
+            count = self._inner.ref_count(block)
+            self._log.emit(event, pool=self._pool, block=block, ref_count=count)
 
 
 class TracedMemory(_Wrapper):
@@ -116,86 +135,87 @@ class TracedMemory(_Wrapper):
 
     def __init__(self, inner: Any, log: EventLog) -> None:
         super().__init__(inner, log)
-        self._findable: set[int] = set()
+        self._cached: set[int] = set()  # to notice which blocks are evicted
 
     def admit(self, group: Any) -> Any:
         admission = self._inner.admit(group)
-        seqs = self._tables(group)
-        self._note_evictions(seqs)
+        seq_ids = [seq.seq_id for seq in group.sequences]
+        tables = self._block_tables(group)
+        self._emit_evictions(block for blocks in tables.values() for block in blocks)
         self._log.emit(
             "admit",
-            request=group.request_id,
-            seqs=seqs,
-            tokens={s.seq_id: s.num_tokens for s in group.sequences},
-            found={
-                seq.seq_id: cached
-                for seq, cached in zip(group.sequences, admission.num_cached_tokens, strict=True)
-            },
+            request_id=group.request_id,
+            block_tables=tables,
+            num_tokens={s.seq_id: s.num_tokens for s in group.sequences},
+            num_cached_tokens=dict(zip(seq_ids, admission.num_cached_tokens, strict=True)),
         )
         for source, target in admission.copies:
-            seq_id = next(seq_id for seq_id, blocks in seqs.items() if target in blocks)
-            self._log.emit("copy_on_write", seq=seq_id, pairs=[(source, target)])
+            seq_id = next(seq_id for seq_id, blocks in tables.items() if target in blocks)
+            self._log.emit("copy_on_write", seq_id=seq_id, pairs=[(source, target)])
         return admission
 
     def append(self, seq: Any) -> list[tuple[int, int]]:
         before = len(self._inner.tables[seq.seq_id].blocks)
         pairs = self._inner.append(seq)
         table = self._inner.tables[seq.seq_id]
-        self._note_evictions({seq.seq_id: table.blocks})
+        self._emit_evictions([*table.blocks[before:], *(copy for _, copy in pairs)])
         if pairs:
-            self._log.emit("copy_on_write", seq=seq.seq_id, pairs=pairs)
+            self._log.emit("copy_on_write", seq_id=seq.seq_id, pairs=pairs)
         self._log.emit(
-            "append", seq=seq.seq_id, blocks=table.blocks[before:], tokens=table.num_tokens
+            "append", seq_id=seq.seq_id, blocks=table.blocks[before:], num_tokens=table.num_tokens
         )
         return pairs
 
     def fork(self, parent: Any, child: Any) -> None:
         self._inner.fork(parent, child)
-        tokens = self._inner.tables[child.seq_id].num_tokens
-        self._log.emit("fork", parent=parent.seq_id, child=child.seq_id, tokens=tokens)
+        num_tokens = self._inner.tables[child.seq_id].num_tokens
+        self._log.emit("fork", parent=parent.seq_id, child=child.seq_id, num_tokens=num_tokens)
 
     def free(self, seq: Any) -> None:
         self._inner.free(seq)
-        self._log.emit("free", seq=seq.seq_id)
+        self._log.emit("free", seq_id=seq.seq_id)
 
     def swap_out(self, group: Any) -> list[tuple[int, int]]:
         pairs = self._inner.swap_out(group)
-        self._log.emit("swap_out", request=group.request_id, seqs=self._tables(group), pairs=pairs)
+        tables = self._block_tables(group)
+        self._log.emit("swap_out", request_id=group.request_id, block_tables=tables, pairs=pairs)
         return pairs
 
     def swap_in(self, group: Any) -> list[tuple[int, int]]:
         pairs = self._inner.swap_in(group)
-        seqs = self._tables(group)
-        self._note_evictions(seqs)
-        self._log.emit("swap_in", request=group.request_id, seqs=seqs, pairs=pairs)
+        tables = self._block_tables(group)
+        self._emit_evictions(block for blocks in tables.values() for block in blocks)
+        self._log.emit("swap_in", request_id=group.request_id, block_tables=tables, pairs=pairs)
         return pairs
 
     def cache_blocks(self, seq: Any) -> list[int]:
-        before = list(self._inner.tables[seq.seq_id].blocks)
+        table = self._inner.tables[seq.seq_id]
+        start = table.num_cached_blocks  # those before it stay as they are
+        before = table.blocks[start:]
         blocks = self._inner.cache_blocks(seq)
-        after = self._inner.tables[seq.seq_id].blocks
-        merged = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
-        if merged:
-            self._log.emit("merge", seq=seq.seq_id, pairs=merged)
+        after = table.blocks[start:]
+        replaced = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+        if replaced:
+            self._log.emit("deduplicate", seq_id=seq.seq_id, pairs=replaced)
         if blocks:
-            self._findable.update(blocks)
-            self._log.emit("cache", seq=seq.seq_id, blocks=blocks)
+            self._cached.update(blocks)
+            self._log.emit("cache", seq_id=seq.seq_id, blocks=blocks)
         return blocks
 
     def pin(self, seq: Any) -> int:
         num_tokens = self._inner.pin(seq)
         blocks = list(self._inner.tables[seq.seq_id].blocks)
-        self._log.emit("pin", seq=seq.seq_id, blocks=blocks)
+        self._log.emit("pin", seq_id=seq.seq_id, blocks=blocks)
         return num_tokens
 
-    def _tables(self, group: Any) -> dict[int, list[int]]:
+    def _block_tables(self, group: Any) -> dict[int, list[int]]:
         return {s.seq_id: list(self._inner.tables[s.seq_id].blocks) for s in group.sequences}
 
-    def _note_evictions(self, seqs: dict[int, list[int]]) -> None:
-        # A block is given up only when somebody takes it, so it stands in one of these tables.
-        for block in {block for blocks in seqs.values() for block in blocks}:
-            if block in self._findable and block not in self._inner.cached:
-                self._findable.remove(block)
+    def _emit_evictions(self, allocated: Iterable[int]) -> None:
+        # A block is evicted only to be allocated at once, so these are all that can be missing.
+        for block in self._cached.intersection(allocated):
+            if block not in self._inner.cached:
+                self._cached.remove(block)
                 self._log.emit("evict", block=block)
 
 
@@ -207,14 +227,14 @@ class TracedScheduler(_Wrapper):
         plan = self._inner.schedule()
         for group in plan.preempted:
             mode = "swap" if group.status.name == "SWAPPED" else "recompute"
-            self._log.emit("preempt", request=group.request_id, mode=mode)
+            self._log.emit("preempt", request_id=group.request_id, mode=mode)
         for group in plan.ended:
-            self._log.emit("end", request=group.request_id)
+            self._log.emit("out_of_memory", request_id=group.request_id)
         self._log.emit(
             "schedule",
             running=[g.request_id for g in self._inner.running],
             waiting=[g.request_id for g in self._inner.waiting],
             swapped=[g.request_id for g in self._inner.swapped],
-            tokens={s.seq.seq_id: s.num_new_tokens for s in plan.sequences},
+            num_scheduled_tokens={s.seq.seq_id: s.num_new_tokens for s in plan.sequences},
         )
         return plan

@@ -5,9 +5,9 @@
     llm.generate(...)
     Replay(events, title="Four samples of one prompt").save("samples.html")
 
-The page is one file: its style sheet, its program and the trace stand in it, and it asks nobody for
-anything. How events become a picture is in assets/replay/state.js, which is worth reading beside
-events.py; how it is drawn, in blocks.js and replay.js there.
+The page is one file that contains its style sheet, its program and the trace, and loads nothing
+else. The program is in assets/replay: state.js turns events into the state of the pools (read it
+together with events.py); blocks.js and replay.js draw that state.
 """
 
 import html
@@ -26,7 +26,7 @@ FRAME_HEIGHT = 720  # pixels, in a notebook or on another page
 
 
 class Replay:
-    """The events of one or more steps, and a title to show above them."""
+    """The events of a run, and the title of their page."""
 
     def __init__(self, events: Iterable[Event], title: str = "A trace of minipaged") -> None:
         self.events = list(events)
@@ -34,9 +34,9 @@ class Replay:
 
     @classmethod
     def read(cls, path: str | Path, title: str | None = None) -> "Replay":
-        """From a file of JSON lines, as `--trace` writes it; the title is the file's name.
+        """Read a file of JSON lines, as `--trace` writes it; the title defaults to its name.
 
-        Raises InvalidOption if it is missing, empty, damaged or of another version.
+        Raises InvalidOption if the file is missing, empty, damaged or of another version.
         """
         path = Path(path)
         try:
@@ -45,28 +45,28 @@ class Replay:
             raise InvalidOption(f"{path} cannot be read ({error.strerror}).") from error
         except UnicodeDecodeError as error:
             raise InvalidOption(
-                f"{path} is no text, and so no trace: give a file that --trace has written."
+                f"{path} is not a text file, so it is not a trace: give a file that --trace wrote."
             ) from error
         events = [_parse(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
         if not events:
-            raise InvalidOption(f"{path} is empty: give a file that --trace has written.")
+            raise InvalidOption(f"{path} is empty: give a file that --trace wrote.")
         return cls(events, path.name if title is None else title)
 
     def html(self) -> str:
-        """The page, whole."""
+        """The complete page."""
         assets = files("minipaged") / "assets" / "replay"
         parts = {name: (assets / name).read_text("utf-8") for name in _ASSETS}
         parts |= {"title": html.escape(self.title), "trace": self._trace()}
         page = (assets / "replay.html").read_text("utf-8")
-        # In one pass, so that a title or a request named "{{trace}}" stays what it is.
+        # In one pass, so that a title or a request named "{{trace}}" is not replaced in turn.
         return re.sub(r"\{\{([\w.]+)\}\}", lambda name: parts[name[1]], page)
 
     def save(self, path: str | Path) -> None:
-        """Write the page to a file that is whole or absent. Raises InvalidOption."""
+        """Write the page atomically. Raises InvalidOption if the path cannot be written."""
         write_atomically(Path(path), self.html())
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the page in a frame of its own."""
+        """The page in a frame, for notebooks."""
         title, page = html.escape(self.title), html.escape(self.html())
         return (
             f'<iframe class="replay" title="{title}" srcdoc="{page}" loading="lazy" '
@@ -74,7 +74,7 @@ class Replay:
         )
 
     def _trace(self) -> str:
-        """The events as JSON that can stand in a script element: nothing in it ends the element."""
+        """The events as JSON in which nothing can end the script element that contains it."""
         events = ",\n".join(event.to_json() for event in self.events)
         return f"[{events}]".replace("<", "\\u003c")
 
@@ -83,25 +83,26 @@ _ASSETS = ("replay.css", "state.js", "blocks.js", "replay.js")
 
 
 def _parse(path: Path, number: int, line: str) -> Event:
-    """One line of a trace. Raises InvalidOption, and says which line."""
+    """One line of a trace. Raises InvalidOption with the number of the line."""
     try:
         fields: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InvalidOption(
             f"{path} is damaged: line {number} is not JSON. Record the trace again."
         ) from error
-    if not isinstance(fields, dict) or "v" not in fields:
+    if not isinstance(fields, dict) or not fields.keys() & {"v", "event"}:
         raise InvalidOption(
-            f"{path} is no trace: line {number} is not an event of minipaged. "
-            "Give a file that --trace has written."
+            f"{path} is not a trace: line {number} is not an event of minipaged. "
+            "Give a file that --trace wrote."
         )
-    if fields["v"] != SCHEMA_VERSION:
+    version = fields.pop("v", None)
+    if version != SCHEMA_VERSION:
+        found = "no version" if version is None else f"version {version!r}"
         raise InvalidOption(
-            f"{path} has events of version {fields['v']!r} in line {number}, and only version "
-            f"{SCHEMA_VERSION} is known here: record the trace again."
+            f"{path} has events of {found} (line {number}), and this minipaged reads only version "
+            f"{SCHEMA_VERSION}: record the trace again with this minipaged."
         )
     event, step, time = (fields.pop(name, None) for name in ("event", "step", "time"))
-    del fields["v"]
     if not (isinstance(event, str) and type(step) is int and isinstance(time, int | float)):
         raise InvalidOption(
             f"{path} is damaged: line {number} lacks event, step or time. Record the trace again."

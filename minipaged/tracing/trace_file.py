@@ -8,10 +8,11 @@ from minipaged.tracing.events import Event
 
 
 class TraceFile:
-    """Events as JSON lines in a file that is whole or absent.
+    """Writes events as JSON lines, atomically: the file appears when it is complete.
 
-    A regular file is written beside its place and renamed at the end. A pipe or a terminal cannot
-    be renamed over: it is written to as it is. Raises InvalidOption if the place cannot be used.
+    A regular file is written under a temporary name and renamed at the end. A pipe or a terminal
+    cannot be renamed, so events are written to it directly. Raises InvalidOption if the path cannot
+    be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,8 +25,8 @@ class TraceFile:
             self._file = self._part.open("w", encoding="utf-8")
         except OSError as error:
             raise InvalidOption(
-                f"trace is {str(path)!r}, where nothing can be written ({error.strerror}): give "
-                "another place."
+                f"trace is {str(path)!r}, which cannot be written ({error.strerror}): give "
+                "another path."
             ) from error
 
     def write(self, event: Event) -> None:
@@ -33,7 +34,7 @@ class TraceFile:
         print(event.to_json(), file=self._file)
 
     def close(self, keep: bool) -> None:
-        """Put the file into its place, or take it away again."""
+        """Give the file its name, or delete it."""
         self._file.close()
         if self._part == self._path:
             return

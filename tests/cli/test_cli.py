@@ -51,14 +51,14 @@ def test_a_trace_is_a_file_of_versioned_events_and_ends_with_an_empty_pool(
     )  # fmt: skip
     assert code == 0
     events = [json.loads(line) for line in trace.read_text().splitlines()]
-    assert {e["v"] for e in events} == {1}
+    assert {e["v"] for e in events} == {2}
     kinds = {e["event"] for e in events}
     assert {"schedule", "admit", "append", "free", "allocate", "release"} <= kinds
     assert {"preempt", "swap_out", "swap_in"} <= kinds
     owned: dict[tuple[str, int], int] = {}
     for event in events:
         if event["event"] in ("allocate", "share", "release"):
-            owned[event["pool"], event["block"]] = event["owners"]
+            owned[event["pool"], event["block"]] = event["ref_count"]
     cached = {block for e in events if e["event"] == "cache" for block in e["blocks"]}
     for event in events:
         if event["event"] == "evict":
@@ -80,7 +80,7 @@ def test_samples_and_beams_are_numbered_and_what_they_shared_is_said(capsys, mon
             "[1 of 3]", "[2 of 3]", "[3 of 3]",
         ]  # fmt: skip
         assert re.search(r"sharing saved [1-9]\d?% of the blocks", err)
-        assert re.search(r"In all: 0 preemptions, \d+ blocks copied on\s+write, 0 evicted", err)
+        assert re.search(r"In total: 0 preemptions, \d+ blocks copied on write, 0 evicted", err)
 
 
 def test_beam_search_refuses_the_options_of_sampling(capsys, monkeypatch):
@@ -192,7 +192,10 @@ def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
         (["demo", "--trace", "."], "trace is '.', a folder"),
         (["demo", "--attention-backend", "magic"], "no attention backend 'magic'"),
         (["demo", "--preemption", "never"], "preemption is 'never'"),
-        (["demo", "--trace", "no/such/folder/t"], "trace is 'no/such/folder/t', where nothing"),
+        (
+            ["demo", "--trace", "no/such/folder/t"],
+            "trace is 'no/such/folder/t', which cannot be",
+        ),
         (["generate", "hi", "--model", "nowhere"], "no folder 'nowhere'"),
         (["generate", "hi", "--temperature", "-1"], "temperature is -1"),
         (["generate"], "Missing argument"),

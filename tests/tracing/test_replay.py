@@ -19,68 +19,57 @@ from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel
 from minipaged.memory.baselines.kinds import contiguous
+from minipaged.tracing import events as schema
 from minipaged.tracing import replay
-from minipaged.tracing.block_map import BlockMap
-from minipaged.tracing.events import Event, EventLog
+from minipaged.tracing.events import SCHEMA_VERSION, Event, EventLog
 from minipaged.tracing.replay import Replay
 
 ASSETS = Path(replay.__file__).parents[1] / "assets" / "replay"
 HOSTILE = '</script><img src=x onerror="document.title=1">{{trace}} \u2028 <!-- "A" & B'
 
 
-# ---- traces, and what must be read out of them ---------------------------------------------------
+# ---- traces, and what the memory says after every step -------------------------------------------
 
 
-def state_of(tables: dict, owners: dict, cached, queues: dict, block_size: int) -> dict:
-    """All that a page must know after a step, counted from block tables."""
+def truth(scheduler, is_counted: bool = True) -> dict:
+    """What scheduler and memory say, in the form in which state.js sums up its state."""
+    memory = scheduler.memory
+    groups = [*scheduler.running, *scheduler.waiting, *scheduler.swapped]
+    request_of = {seq.seq_id: group.request_id for group in groups for seq in group.sequences}
+    sequences = {
+        str(seq_id): {
+            "request": request_of.get(seq_id, f"prefix {seq_id}"),
+            "blocks": list(table.blocks),
+            "tokens": table.num_tokens,
+            "swapped": memory.is_swapped(seq_id),
+        }
+        for seq_id, table in memory.tables.items()
+    }
     held: dict[str, dict[str, list[int]]] = {"pool": {}, "swap": {}}
-    for table in tables.values():
-        pool = held["swap" if table["swapped"] else "pool"]
-        for logical, block in enumerate(table["blocks"]):
-            filled = max(0, min(block_size, table["tokens"] - logical * block_size))
+    for seq_id, table in memory.tables.items():
+        pool = held["swap" if memory.is_swapped(seq_id) else "pool"]
+        for logical, block in enumerate(table.blocks):
             number, most = pool.get(str(block), [0, 0])
-            pool[str(block)] = [number + 1, max(most, filled)]
+            pool[str(block)] = [number + 1, max(most, table.filled(logical))]
+    ref_counts: dict[str, dict[str, int]] = {"pool": {}, "swap": {}}
+    if is_counted:
+        pool = {b: memory.ref_count(b) + (b in memory.cached) for b in range(memory.num_blocks)}
+        swap = {b: memory.swap_ref_count(b) for b in range(memory.num_swap_blocks)}
+        for name, counts in (("pool", pool), ("swap", swap)):
+            ref_counts[name] = {str(block): count for block, count in counts.items() if count}
     return {
-        "sequences": {str(seq): table for seq, table in tables.items()},
-        "owners": owners,
+        "sequences": sequences,
+        "refCounts": ref_counts,
         "held": held,
         "holders": {
             name: {b: many for b, (many, _) in pool.items()} for name, pool in held.items()
         },
-        "cached": sorted(cached),
-        "queues": queues,
+        "cached": sorted(memory.cached),
+        "queues": {
+            name: [group.request_id for group in getattr(scheduler, name)]
+            for name in ("running", "waiting", "swapped")
+        },
     }
-
-
-def truth(engine: EngineWithoutModel, is_counted: bool) -> dict:
-    """What the memory itself says."""
-    scheduler = engine.scheduler
-    memory = scheduler.memory
-    queues = {
-        name: [group.request_id for group in getattr(scheduler, name)]
-        for name in ("running", "waiting", "swapped")
-    }
-    request_of = {
-        seq.seq_id: group.request_id
-        for group in [*scheduler.running, *scheduler.waiting, *scheduler.swapped]
-        for seq in group.sequences
-    }
-    tables = {
-        seq: {
-            "request": request_of[seq],
-            "blocks": list(table.blocks),
-            "tokens": table.num_tokens,
-            "swapped": memory.is_swapped(seq),
-        }
-        for seq, table in memory.tables.items()
-    }
-    owners: dict[str, dict[str, int]] = {"pool": {}, "swap": {}}
-    if is_counted:
-        counts = {b: memory.ref_count(b) + (b in memory.cached) for b in range(memory.num_blocks)}
-        owners["pool"] = {str(block): number for block, number in counts.items() if number}
-        swap = {b: memory.swap_ref_count(b) for b in range(memory.num_swap_blocks)}
-        owners["swap"] = {str(block): number for block, number in swap.items() if number}
-    return state_of(tables, owners, memory.cached, queues, memory.block_size)
 
 
 def run_engine(seed: int, **options) -> tuple[list[Event], dict[int, dict]]:
@@ -102,50 +91,35 @@ def run_engine(seed: int, **options) -> tuple[list[Event], dict[int, dict]]:
     expected = {}
     while engine.scheduler.has_unfinished():
         engine.step()
-        expected[events[-1].step] = truth(engine, is_counted=memory is None)
+        expected[events[-1].step] = truth(engine.scheduler, is_counted=memory is None)
     return events, expected
 
 
-def recount(events: list[Event]) -> dict[int, dict]:
-    """The state after every step, as the terminal's block map hears it."""
-    size = events[0].fields["block_size"]
-    picture = BlockMap(events[0].fields["num_blocks"], size)
-    owners: dict[str, dict[str, int]] = {"pool": {}, "swap": {}}
-    expected = {}
-    for event, after in zip(events, [*events[1:], None], strict=True):
-        picture(event)
-        if event.event in ("allocate", "share", "release"):
-            pool, block = owners[event.fields["pool"]], str(event.fields["block"])
-            pool[block] = event.fields["owners"]
-            if not pool[block]:
-                del pool[block]
-        if after is None or after.step != event.step:
-            tables = {
-                seq: {
-                    "request": holder.request,
-                    "blocks": list(holder.blocks),
-                    "tokens": holder.num_tokens,
-                    "swapped": holder.swapped,
-                }
-                for seq, holder in picture._holders.items()
-            }
-            copied = {name: dict(pool) for name, pool in owners.items()}
-            queues = {name: list(queue) for name, queue in picture._queues.items()}
-            expected[event.step] = state_of(tables, copied, picture._cached, queues, size)
-    return expected
-
-
-def record(generate, **options) -> list[Event]:
-    """The events of a real model at work."""
+def record(generate, **options) -> tuple[list[Event], dict[int, dict]]:
+    """A real model at work: its events, and the truth after every step."""
     from minipaged.llm import LLM
 
     events: list[Event] = []
-    generate(LLM("storyteller", parts=Parts().traced(EventLog(events.append)), **options))
-    return events
+    log, expected = EventLog(events.append), {}
+    llm = LLM("storyteller", parts=Parts().traced(log), **options)
+    step, is_counted = llm.engine.step, options.get("memory", "paged") == "paged"
+
+    def note() -> None:
+        expected[log.step] = truth(llm.engine.scheduler, is_counted)
+        del expected[log.step]["queues"]  # new requests are in no event before the next schedule
+
+    def note_and_step():  # not right after a step: what is pinned then still has its number
+        note()
+        return step()
+
+    llm.engine.step = note_and_step
+    generate(llm)
+    note()
+    return events, expected
 
 
 @pytest.fixture(scope="module")
-def real_traces() -> dict[str, list[Event]]:
+def real_runs() -> list[tuple[list[Event], dict[int, dict]]]:
     from minipaged.sampling import BeamSearchParams, SamplingParams
 
     prompts = [f"Once upon a time there was a cat named {name}" for name in ("Ada", "Ben", "Cleo")]
@@ -159,26 +133,35 @@ def real_traces() -> dict[str, list[Event]]:
             llm.generate(prompts, greedy, use_tqdm=False)
 
     paged = {"block_size": 4, "num_blocks": 20, "enable_prefix_caching": True}
-    return {
-        "beams": record(lambda llm: llm.beam_search(prompts[:2], beams), **paged),
-        "samples": record(lambda llm: llm.generate(prompts, samples, use_tqdm=False), **paged),
-        "two waves": record(two_waves, **paged),
-        "virtual": record(
-            lambda llm: llm.generate(prompts, greedy, use_tqdm=False), memory="virtual"
-        ),
-    }
+    return [
+        record(lambda llm: llm.beam_search(prompts[:2], beams), **paged),
+        record(lambda llm: llm.generate(prompts, samples, use_tqdm=False), **paged),
+        record(two_waves, **paged),
+        record(lambda llm: llm.generate(prompts, samples, use_tqdm=False), memory="virtual"),
+    ]
 
 
 def as_json(events: list[Event]) -> list[dict]:
     return [json.loads(event.to_json()) for event in events]
 
 
+OTHER_VERSIONS = [(1, "version 1"), (None, "no version"), (SCHEMA_VERSION + 1, "version 3")]
+
+
+def with_version(events: list[dict], version: int | None) -> list[dict]:
+    """Events as an older or a newer minipaged wrote them; None: without any version."""
+    changed = [event | {"v": version} for event in events]
+    return [{k: v for k, v in event.items() if v is not None} for event in changed]
+
+
 # ---- the program of the page, without a browser --------------------------------------------------
 
 NODE_PROGRAM = """
-const { Player, summary } = require(process.argv[1]);
+const { Player, refusal, summary } = require(process.argv[1]);
 const traces = JSON.parse(require("fs").readFileSync(0, "utf8"));
 const all = traces.map((events) => {
+  const refused = refusal(events);
+  if (refused) return { refused };
   const player = new Player(events);
   const at = (stop) => summary(structuredClone(player.seek(stop)));
   const forth = player.stops.steps.map(at);
@@ -215,34 +198,49 @@ def assert_played(played: dict, expected: dict[int, dict]) -> None:
         assert {name: states[step][name] for name in right} == right, f"step {step}"
 
 
-def test_the_page_knows_after_every_step_what_the_memory_knows():
+def test_after_every_step_the_state_of_a_trace_is_that_of_the_memory():
+    pools = [(9, "auto"), (9, "swap"), (9, "recompute"), (14, "auto"), (14, "swap"), (30, "auto")]
     runs = [
         run_engine(seed, num_blocks=num_blocks, preemption=preemption)
-        for seed, (num_blocks, preemption) in enumerate(
-            [(9, "auto"), (9, "swap"), (9, "recompute"), (14, "auto"), (14, "swap"), (30, "auto")]
-        )
+        for seed, (num_blocks, preemption) in enumerate(pools * 5)
     ]
     # Groups of several that cannot be swapped are recomputed, and fork again inside their tokens.
-    runs += [run_engine(seed, num_blocks=12, num_swap_blocks=0) for seed in (20, 21)]
+    runs += [run_engine(seed, num_blocks=12, num_swap_blocks=0) for seed in range(50, 56)]
     runs.append(run_engine(50, num_blocks=64, memory=contiguous("contiguous-max", 40)))
     kinds = {event.event for events, _ in runs for event in events}
     assert kinds >= {"fork", "copy_on_write", "swap_in", "swap_out", "cache", "evict", "preempt"}
+    assert kinds >= {"deduplicate"}
     played = play_in_node([as_json(events) for events, _ in runs])
     for (_, expected), one in zip(runs, played, strict=True):
         assert_played(one, expected)
 
 
-def test_the_page_counts_real_traces_as_the_terminal_does(real_traces):
-    played = play_in_node([as_json(events) for events in real_traces.values()])
-    kinds = {event.event for events in real_traces.values() for event in events}
+def test_after_every_step_of_a_model_the_state_is_that_of_the_memory(real_runs):
+    played = play_in_node([as_json(events) for events, _ in real_runs])
+    kinds = {event.event for events, _ in real_runs for event in events}
     assert kinds >= {"fork", "copy_on_write", "cache", "evict", "pin", "free"}
-    for events, one in zip(real_traces.values(), played, strict=True):
-        assert_played(one, recount(events))
+    for (_, expected), one in zip(real_runs, played, strict=True):
+        assert_played(one, expected)
 
 
-def test_a_trace_without_the_pool_event_is_played_all_the_same():
+@pytest.mark.parametrize(("version", "named"), OTHER_VERSIONS)
+def test_a_page_refuses_events_of_another_version(version, named):
+    events, _ = run_engine(3, num_blocks=9)
+    [played] = play_in_node([with_version(as_json(events), version)])
+    assert played["refused"] == (
+        f"This trace has events of {named}, and this page reads only version {SCHEMA_VERSION}: "
+        "record it again with this minipaged."
+    )
+
+
+def test_a_page_reads_the_version_that_is_written():
+    [played] = play_in_node([as_json(hostile_events())])
+    assert "refused" not in played
+
+
+def test_a_trace_without_the_init_event_is_played_all_the_same():
     events, expected = run_engine(3, num_blocks=9, preemption="swap")
-    [played] = play_in_node([as_json([e for e in events if e.event != "pool"])])
+    [played] = play_in_node([as_json([e for e in events if e.event != "init"])])
     assert played["shape"]["blockSize"] == CONFIG.block_size
     assert played["shape"]["numBlocks"] <= 9
     assert_played(played, expected)
@@ -273,12 +271,12 @@ def test_the_words_say_what_happened():
     words = " ".join(note for state in played["states"] for note in state["notes"])
     for phrase in (
         "is admitted: block",
-        "is preempted (swapping): ",
-        "comes back: ",
+        "is preempted (swapping), and moves",
+        "is swapped in: ",
         "(copy-on-write)",
-        "need not compute",
-        "(eviction)",
-        "has ended: it lets go of",
+        "Prefix cache hit: block",
+        "the prefix cache evicts",
+        "has ended: it gives back",
     ):
         assert phrase in words
     assert "undefined" not in words
@@ -307,11 +305,16 @@ class Elements(HTMLParser):
 
 def hostile_events() -> list[Event]:
     queues = {"running": [HOSTILE], "waiting": [], "swapped": []}
-    admitted = {"request": HOSTILE, "seqs": {0: [1]}, "tokens": {0: 3}, "found": {0: 0}}
+    admitted = {
+        "request_id": HOSTILE,
+        "block_tables": {0: [1]},
+        "num_tokens": {0: 3},
+        "num_cached_tokens": {0: 0},
+    }
     return [
-        Event("pool", 0, 0.0, {"num_blocks": 4, "num_swap_blocks": 0, "block_size": 4}),
+        Event("init", 0, 0.0, {"num_blocks": 4, "num_swap_blocks": 0, "block_size": 4}),
         Event("admit", 1, 0.1, admitted),
-        Event("schedule", 1, 0.2, {**queues, "tokens": {0: 3}}),
+        Event("schedule", 1, 0.2, {**queues, "num_scheduled_tokens": {0: 3}}),
     ]
 
 
@@ -355,7 +358,7 @@ def test_a_trace_is_read_as_it_was_written(tmp_path):
     assert Replay.read(str(path), title="Two").title == "Two"
 
 
-GOOD = '{"v": 1, "step": 1, "time": 0.5, "event": "free", "seq": 0}'
+GOOD = f'{{"v": {SCHEMA_VERSION}, "step": 1, "time": 0.5, "event": "free", "seq_id": 0}}'
 
 
 @pytest.mark.parametrize(
@@ -367,7 +370,6 @@ GOOD = '{"v": 1, "step": 1, "time": 0.5, "event": "free", "seq": 0}'
         ([GOOD, GOOD[:-9]], "line 2 is not JSON"),
         (["[1]"], "line 1 is not an event"),
         (['{"a": 1}'], "line 1 is not an event"),
-        ([GOOD.replace('"v": 1', '"v": 2')], "version 2 in line 1"),
         ([GOOD, GOOD.replace('"step": 1, ', "")], "line 2 lacks event, step or time"),
         ([GOOD.replace("0.5", '"x"')], "line 1 lacks event, step or time"),
         (["[" * 100_000], "line 1 is not JSON"),
@@ -377,6 +379,18 @@ def test_a_damaged_trace_is_refused_with_its_line(tmp_path, lines, sentence):
     path = write_lines(tmp_path / "trace.jsonl", *lines)
     with pytest.raises(InvalidOption, match=sentence):
         Replay.read(path)
+
+
+@pytest.mark.parametrize(("version", "named"), OTHER_VERSIONS)
+def test_a_trace_of_another_version_is_refused_in_one_sentence(tmp_path, version, named):
+    [old] = with_version([json.loads(GOOD)], version)
+    path = write_lines(tmp_path / "trace.jsonl", json.dumps(old))
+    with pytest.raises(InvalidOption) as refusal:
+        Replay.read(path)
+    assert str(refusal.value) == (
+        f"{path} has events of {named} (line 1), and this minipaged reads only version "
+        f"{SCHEMA_VERSION}: record the trace again with this minipaged."
+    )
 
 
 def test_what_is_no_text_file_is_refused(tmp_path):
@@ -416,13 +430,13 @@ def test_a_page_cannot_take_the_place_of_a_folder(tmp_path):
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 def test_a_trace_begins_with_the_sizes_of_its_pools(preemption):
     events, _ = run_engine(1, num_blocks=14, preemption=preemption)
-    assert (events[0].event, events[0].step) == ("pool", 0)
+    assert (events[0].event, events[0].step) == ("init", 0)
     assert events[0].fields == {
         "num_blocks": 14,
         "num_swap_blocks": CONFIG.num_swap_blocks,
         "block_size": CONFIG.block_size,
     }
-    assert [event.event for event in events].count("pool") == 1
+    assert [event.event for event in events].count("init") == 1
 
 
 def minipaged(capsys, monkeypatch, *arguments: str):
@@ -538,8 +552,15 @@ def test_a_hostile_name_is_shown_as_text(open_page):
     assert page.locator("img").count() == 0
 
 
+def test_a_page_with_events_of_another_version_refuses_them(open_page, monkeypatch):
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 1)
+    page = open_page(hostile_events())
+    assert "events of version 1" in page.locator("#empty").inner_text()
+    assert page.locator("#player").is_hidden()
+
+
 def test_a_trace_that_lacks_something_is_refused_in_a_sentence(open_page):
-    page = open_page([*hostile_events(), Event("admit", 2, 0.3, {"request": "x"})])
+    page = open_page([*hostile_events(), Event("admit", 2, 0.3, {"request_id": "x"})])
     assert page.locator("#empty").inner_text().startswith("This trace cannot be replayed")
     assert page.locator("#player").is_hidden()
 

@@ -1,35 +1,35 @@
-/* How one block looks, and a pool as a grid of blocks.
+/* The look of one block, and a pool as a grid of blocks.
 
-   All text goes through textContent, never through markup: names of requests are the user's. */
+   All text is set as textContent, never as markup, because users choose the names of requests. */
 
 const SIGNS = {
-  evicted: ["\u00d7", "evicted", "The prefix cache gave it up, because no empty block was left."],
-  copy: ["\u00bb", "copy", "Copy-on-write: the copy, for whoever writes."],
-  source: ["\u00ab", "copied", "Copy-on-write: what was copied; the other owners keep it."],
-  in: ["\u2191", "back", "Comes back from the swap pool."],
-  out: ["\u2193", "swap", "Goes to the swap pool, because its request is preempted."],
-  found: ["\u2713", "found", "Found by the prefix cache: its tokens need not be computed."],
-  merged: ["=", "merged", "Another sequence computed the same, and uses this block now."],
+  evicted: ["\u00d7", "evicted", "Removed from the prefix cache, as no empty block was left."],
+  copy: ["\u00bb", "copy", "Copy-on-write: the copy, for the sequence that writes."],
+  source: ["\u00ab", "copied", "Copy-on-write: the original, which its other owners keep."],
+  in: ["\u2191", "in", "Swapped in: copied back from the swap pool."],
+  out: ["\u2193", "out", "Swapped out: copied to the swap pool, because its request is preempted."],
+  hit: ["\u2713", "hit", "Prefix cache hit: its tokens need not be computed."],
+  deduplicated: ["=", "same", "Another sequence computed the same content and now shares it."],
   shared: ["&", "shared", "Forked: one more sequence owns it."],
-  new: ["+", "new", "Taken for a sequence."],
-  known: ["\u25c6", "cached", "Full and written: the prefix cache can find it from now on."],
-  idle: ["\u25c7", "idle", "Nobody holds it any more; the prefix cache keeps it."],
-  freed: ["\u2212", "freed", "Nobody holds it any more: it is free."],
+  new: ["+", "new", "Allocated to a sequence."],
+  cached: ["\u25c6", "cached", "Full and written: the prefix cache can find it from now on."],
+  idle: ["\u25c7", "idle", "Its last sequence gave it back; the prefix cache keeps it."],
+  freed: ["\u2212", "freed", "Its last owner gave it back."],
 };
-// The most telling first: a block shows one sign. Some speak of a block that is held, some of one left.
+// A block shows one sign: the first of these that applies. Blocks in use, then blocks not in use.
 const OF_HELD = [
-  "evicted",
   "copy",
   "in",
   "out",
-  "found",
+  "hit",
   "source",
-  "merged",
+  "evicted",
+  "deduplicated",
   "shared",
   "new",
-  "known",
+  "cached",
 ];
-const OF_LEFT = ["out", "in", "evicted", "idle", "freed"];
+const OF_UNHELD = ["out", "in", "evicted", "idle", "freed"];
 const NUM_DYES = 8;
 
 const byId = (id) => document.getElementById(id);
@@ -44,7 +44,7 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-/* Replace the children, but only if what they show is something else than before. */
+/* Replace the children, but only if they would look different. */
 function show(parent, key, makeChildren) {
   if (parent.shownKey === key) return;
   parent.shownKey = key;
@@ -80,14 +80,14 @@ function percent(part, whole) {
 
 // ---- one block of a pool ----------------------------------------------------------------------------
 
-/* All that is to be seen of a block, as plain values: two that are equal need no drawing. */
+/* The look of a block as plain values: while they stay equal, it need not be drawn again. */
 function lookOf(state, poolName, block, held) {
   const pool = state.pools[poolName];
-  const isKnown = poolName === "pool" && state.cached.has(block);
+  const isCached = poolName === "pool" && state.cached.has(block);
   const kinds = state.marks.get(`${poolName}:${block}`) ?? [];
-  const order = held ? OF_HELD : OF_LEFT;
+  const order = held ? OF_HELD : OF_UNHELD;
   const sign = order.find((kind) => kinds.includes(kind)) ?? null;
-  const look = { block, kind: "free", numbers: [], times: 0, level: 0, isKnown, sign, filled: 0 };
+  const look = { block, kind: "free", numbers: [], times: 0, level: 0, isCached, sign, filled: 0 };
   if (held) {
     const requests = [...new Set(held.holders.map(({ seq }) => seq.request))];
     look.kind = held.filled === 0 ? "reserved" : "held";
@@ -97,11 +97,11 @@ function lookOf(state, poolName, block, held) {
     look.times = held.holders.length;
     look.filled = held.filled;
     look.level = held.filled / state.blockSize;
-  } else if (isKnown) {
+  } else if (isCached) {
     look.kind = "idle";
     const last = pool.lastRequest[block];
     if (last !== null) look.numbers = [state.requests.get(last).number];
-  } else if (pool.owners[block] > 0) {
+  } else if (pool.refCounts[block] > 0) {
     look.kind = "taken";
   }
   return look;
@@ -128,8 +128,8 @@ function drawBlock(cell, look, blockSize) {
   ];
   const more = element("span", { class: "more" });
   if (look.times > 1) more.append(element("span", { class: "times" }, `\u00d7${look.times}`));
-  if (look.isKnown)
-    more.append(element("span", { class: "known" }, look.kind === "idle" ? "\u25c7" : "\u25c6"));
+  if (look.isCached)
+    more.append(element("span", { class: "cached" }, look.kind === "idle" ? "\u25c7" : "\u25c6"));
   if (more.firstChild) parts.push(more);
   if (look.sign) parts.push(drawSign(look.sign));
   cell.replaceChildren(...parts);
@@ -154,12 +154,12 @@ function labelOf(look, blockSize) {
     parts.push(`reserved for ${inList(look.numbers.map(letterOf))}, empty`);
   else if (look.kind === "idle") parts.push("in the prefix cache only");
   else parts.push(look.kind);
-  if (look.times > 1) parts.push(`owned ${look.times} times`);
+  if (look.times > 1) parts.push(`${look.times} owners`);
   if (look.sign) parts.push(SIGNS[look.sign][1]);
   return parts.join(", ");
 }
 
-/* One pool as a grid of buttons, made once; `draw` changes those that look different. */
+/* One pool as a grid of buttons, made once; `draw` redraws only those that look different. */
 class PoolGrid {
   constructor(name, title, size, numShown, most = "large") {
     this.name = name;
@@ -198,16 +198,16 @@ class PoolGrid {
     this.cells.forEach((cell, block) => {
       const look = lookOf(state, this.name, block, held.get(block));
       const key = JSON.stringify(look);
-      const isNews = look.sign && isMove;
+      const hasNewSign = look.sign && isMove;
       if (this.looks[block] !== key) {
         this.looks[block] = key;
         drawBlock(cell, look, state.blockSize);
-        if (isNews) cell.classList.add("flash");
+        if (hasNewSign) cell.classList.add("flash");
       }
     });
   }
 
-  /* Arrow keys go from block to block; the page's own keys are for everywhere else. */
+  /* Inside the grid, arrow keys move between blocks instead of between steps. */
   walk(event) {
     const here = this.cells.indexOf(event.target);
     const across = getComputedStyle(this.grid).gridTemplateColumns.split(" ").length;

@@ -1,13 +1,13 @@
 /* The page: draws the state of state.js with the blocks of blocks.js, and moves through the trace.
 
-   Everything on the page is a function of the player's state; `draw` is called after every move and
-   touches only what changed. */
+   The page is a function of the player's state. `draw` runs after every move and changes only the
+   elements that look different. */
 
-// Sentences about no block in particular have a word beside them instead.
-const WORDS = { computed: "compute", pinned: "pinned", ended: "ended", pool: "begin" };
-const MOST_TABLES = 32; // drawn; a page of more helps nobody
+// Notes that are not about a block start with a word instead of a sign.
+const WORDS = { computed: "compute", pinned: "pinned", ended: "ended", init: "begin" };
+const MOST_TABLES = 32; // a page of more is hard to read
 const MOST_ENTRIES = 48; // of one block table
-const MOST_ARROWS = 8; // more of them would hide what they point at
+const MOST_ARROWS = 8; // more of them would hide the blocks
 
 // ---- the page -----------------------------------------------------------------------------------
 
@@ -17,7 +17,7 @@ class Page {
     this.at = 0; // which stop
     this.stops = this.player.stops.steps;
     this.timer = null;
-    this.pointed = null; // the block under the pointer, and the one chosen by click or focus
+    this.pointed = null; // the block under the pointer; `chosen`: by click or focus
     this.chosen = null;
     this.setPools();
     this.setCurve();
@@ -47,7 +47,7 @@ class Page {
     this.go(Math.max(0, place));
   }
 
-  /* Stop at every event, or only after every step; stay as near as can be to where we are. */
+  /* Stop at every event, or only after every step; stay at the same place of the trace. */
   finely(isFine) {
     byId("finely").checked = isFine;
     const here = this.stops[this.at];
@@ -58,7 +58,7 @@ class Page {
 
   play() {
     if (this.at === this.stops.length - 1) this.go(0);
-    byId("words").setAttribute("aria-live", "off"); // nobody can listen that fast
+    byId("words").setAttribute("aria-live", "off"); // too fast to be read aloud
     document.body.classList.add("playing");
     byId("play").setAttribute("aria-label", "Pause");
     const tick = () => {
@@ -77,11 +77,11 @@ class Page {
     byId("play").setAttribute("aria-label", "Play");
   }
 
-  // ---- what is made once
+  // ---- drawn once
 
   setPools() {
     const { numBlocks, numSwapBlocks, used } = this.player.shape;
-    // Of a pool that is much too large for its trace, the part that is used.
+    // Of a pool much larger than its trace needs, draw only the part that is used.
     const shown = (size, reach, few) =>
       size <= few ? size : Math.min(size, Math.max(few, 16 * Math.ceil(reach / 16)));
     const slots = count(this.player.shape.blockSize, "slot");
@@ -104,7 +104,7 @@ class Page {
 
   setCurve() {
     const { curve, shape } = this.player;
-    const every = Math.max(1, Math.floor(curve.length / 800)); // more points than that nobody sees
+    const every = Math.max(1, Math.floor(curve.length / 800)); // more points cannot be seen
     const last = Math.max(1, curve.length - 1);
     const line = (valueOf) =>
       curve.flatMap((one, i) =>
@@ -130,7 +130,7 @@ class Page {
           numbers: [0],
           times: 1,
           level: 1,
-          isKnown: false,
+          isCached: false,
           sign: null,
           filled: 0,
           ...look,
@@ -144,40 +144,43 @@ class Page {
     const rows = [
       [
         sample({ kind: "held" }),
-        "A block of request A, all its slots filled. The small number is the block's.",
+        "A block of request A with all its slots filled. The small number is the block's.",
       ],
-      [sample({ kind: "held", level: 0.3 }), "Filled in part: the colour rises with every token."],
+      [sample({ kind: "held", level: 0.3 }), "Partly filled: the colour rises with every token."],
       [
         sample({ kind: "held", numbers: [0, 1], times: 3 }),
-        "Shared: three sequences, of requests A and B, have it in their block table.",
+        "Shared: three sequences, of requests A and B, have it in their block tables.",
       ],
-      [sample({ kind: "held", isKnown: true }), "\u25c6 The prefix cache knows it by its content."],
       [
-        sample({ kind: "idle", isKnown: true }),
-        "\u25c7 Idle: nobody holds it; it can be found until the room is needed.",
+        sample({ kind: "held", isCached: true }),
+        "\u25c6 Cached: the prefix cache can find it by its content.",
+      ],
+      [
+        sample({ kind: "idle", isCached: true }),
+        "\u25c7 Idle: cached, but no sequence holds it. It counts as free, and may be evicted.",
       ],
       [
         sample({ kind: "reserved", level: 0 }),
-        "Reserved and empty: memory that is not paged takes it in advance.",
+        "Reserved and empty: memory without paging takes it in advance.",
       ],
       [sample({ kind: "free", numbers: [] }), "Free."],
       ...Object.entries(SIGNS).map(([kind, [, , text]]) => [drawSign(kind), text]),
     ];
     const whole =
-      "A thick outline marks a block to which something happened in this step, and a sign says what. " +
-      "A/2 is the second sequence of request A. Keys: space plays and pauses, the arrows go step by " +
-      "step, Home and End to either end.";
+      "A thick outline marks a block that changed in this step; its sign tells how. A/2 is the " +
+      "second sequence of request A. Keys: space plays and pauses, the arrow keys go one step back or " +
+      "forward, Home and End go to the beginning and the end.";
     byId("legend-body").replaceChildren(
       ...rows.map(([picture, text]) => element("div", {}, picture, element("p", {}, text))),
       element("p", { class: "whole" }, whole),
     );
   }
 
-  // ---- what is drawn after every move
+  // ---- drawn after every move
 
   draw(isMove) {
     const { state } = this;
-    this.drawWords(); // first: it scrolls, and while nothing else has changed that costs nothing
+    this.drawWords(); // first: it scrolls, which is cheap before anything else has changed
     const held = Object.fromEntries(
       this.grids.map((grid) => [grid.name, holdings(state, grid.name)]),
     );
@@ -190,7 +193,7 @@ class Page {
     this.drawAbout(held);
   }
 
-  /* From the block that was copied to its copy, and between the pools. Of many, those of one block. */
+  /* From each copied block to its copy. If there are too many, only those of the pointed block. */
   drawArrows() {
     const { moves } = this.state;
     const place = this.pointed ?? this.chosen;
@@ -202,7 +205,7 @@ class Page {
   arrow(from, to) {
     const [start, end] = [this.boxOf(from), this.boxOf(to)];
     if (!start || !end) return null;
-    // From edge to edge, so that letters stay free: downwards, upwards, or over the top of a row.
+    // From edge to edge, so that no letter is covered: down, up, or over the top of a row.
     const y1 = end.top > start.bottom ? start.bottom : start.top;
     const y2 = end.bottom < start.top ? end.bottom : end.top;
     const [dx, dy] = [end.middle - start.middle, y2 - y1];
@@ -258,7 +261,7 @@ class Page {
       ["free", `${now.free}`],
       ["shared", `${now.shared}`],
       ["cached", `${now.cached}`],
-      ["of slots filled", percent(now.filled, now.slots)],
+      ["slots filled", percent(now.filled, now.slots)],
     ];
     show(byId("counts"), JSON.stringify(rows), () =>
       rows.map(([name, value]) =>
@@ -272,7 +275,7 @@ class Page {
     show(byId("words"), `${this.state.step} ${JSON.stringify(notes)}`, () => {
       byId("words").scrollTop = 0;
       if (!notes.length)
-        return [element("li", { class: "none" }, "No block is taken, shared or given up.")];
+        return [element("li", { class: "none" }, "No block changes its owner.")];
       return notes.map(({ kind, text }) => {
         const sign =
           kind in SIGNS
@@ -290,7 +293,7 @@ class Page {
         const shown = requests.slice(0, 12).map((request) => this.request(request));
         const more = requests.length - shown.length;
         if (more > 0) shown.push(element("span", { class: "gap" }, `and ${more} more`));
-        if (!requests.length) shown.push(element("span", { class: "gap" }, "nobody"));
+        if (!requests.length) shown.push(element("span", { class: "gap" }, "none"));
         return [element("dt", {}, `${name}`), element("dd", {}, ...shown)];
       }),
     );
@@ -410,7 +413,7 @@ class Page {
       document.querySelector(`.block[data-place="${this.chosen}"]`)?.classList.add("chosen");
     if (!place) {
       show(byId("about"), "", () => [
-        element("p", { class: "quiet" }, "Point at a block, or tap it, to see whose it is."),
+        element("p", { class: "quiet" }, "Point at a block, or tap it, to see its owners."),
       ]);
       return;
     }
@@ -435,23 +438,19 @@ class Page {
     const lines = [`Block ${block}${where}: ${this.inShort(look)}`];
     const holders = held.get(block)?.holders ?? [];
     if (holders.length) {
-      const byLogical = new Map(); // mostly all holders have it at the same place
+      const byLogical = new Map(); // nearly always one entry: the holders share a prefix
       for (const { seq, logical } of holders)
         byLogical.set(logical, [...(byLogical.get(logical) ?? []), seq.name]);
       const whose = [...byLogical].map(
         ([logical, names]) => `logical block ${logical} of ${inList(names, 6)}`,
       );
       const counted = state.isCounted
-        ? ` Reference count: ${pool.owners[block]}${look.isKnown ? ", the prefix cache included" : ""}.`
+        ? ` Reference count: ${pool.refCounts[block]}${look.isCached ? ", including the prefix cache" : ""}.`
         : "";
       lines.push(`It is ${inList(whose, 4)}, since step ${pool.since[block]}.${counted}`);
     }
-    if (look.isKnown)
-      lines.push(
-        holders.length
-          ? "The prefix cache knows it."
-          : `The prefix cache knows it still; written since step ${pool.since[block]}.`,
-      );
+    if (look.isCached)
+      lines.push(holders.length ? "It is cached." : `Written since step ${pool.since[block]}.`);
     const kinds = (state.marks.get(`${poolName}:${block}`) ?? []).filter((kind) => kind in SIGNS);
     if (kinds.length)
       lines.push(`In this step: ${kinds.map((kind) => SIGNS[kind][1]).join(", then ")}.`);
@@ -460,8 +459,8 @@ class Page {
 
   inShort(look) {
     if (look.kind === "free") return "free";
-    if (look.kind === "taken") return "just taken";
-    if (look.kind === "idle") return "held by nobody, idle in the prefix cache";
+    if (look.kind === "taken") return "just allocated";
+    if (look.kind === "idle") return "idle: cached, but held by no sequence";
     const whose = `${look.numbers.length > 1 ? "requests" : "request"} ${inList(look.numbers.map(letterOf), 4)}`;
     if (look.kind === "reserved") return `reserved for ${whose}, empty`;
     return `${whose}, ${look.filled} of ${this.state.blockSize} slots filled`;
@@ -544,7 +543,7 @@ class Page {
       this.drawAbout();
       return;
     }
-    // What has keys of its own keeps them: a button its space, a slider and a choice their arrows.
+    // Controls keep their own keys: a button the space bar, a slider and a choice the arrow keys.
     const own = event.target.closest?.("button, select, summary, input, #words");
     const isSpace = event.key === " ";
     if (own && (isSpace || own.matches("select, input[type=range]"))) return;
@@ -566,8 +565,10 @@ class Page {
 
 function begin() {
   const events = JSON.parse(byId("trace").textContent);
-  if (!events.some((event) => event.event === "schedule")) {
+  const why = refusal(events);
+  if (why !== null || !events.some((event) => event.event === "schedule")) {
     byId("empty").hidden = false;
+    if (why !== null) byId("empty").textContent = why;
     return;
   }
   byId("player").hidden = false;
@@ -578,11 +579,11 @@ function begin() {
     byId("player").hidden = true;
     byId("empty").hidden = false;
     byId("empty").textContent =
-      `This trace cannot be replayed, an event lacks something (${error.message}): record it again.`;
+      `This trace cannot be replayed: an event lacks a field (${error.message}). Record it again.`;
     return;
   }
   byId("legend").open = window.innerHeight >= 800 && window.innerWidth > 900;
-  // For tests, and for those who like to look behind: the one name that this page adds.
+  // For tests and for the curious: the only global name of this page.
   window.replay = {
     state: () => summary(page.state),
     statistics: () => statistics(page.state),

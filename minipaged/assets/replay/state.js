@@ -1,23 +1,34 @@
-/* What a trace says, and nothing about how it is drawn.
+/* The state of the pools, block tables and queues after any event of a trace. Draws nothing.
 
-   A trace is a list of events (minipaged/tracing/events.py describes each kind). The whole picture is a
-   function of it:
+   A trace is a list of events (minipaged/tracing/events.py describes each kind). The state is a
+   function of them:
 
        state = apply(apply(apply(emptyState(shape), event 0), event 1), event 2) ...
 
-   To go back, begin again from an earlier copy of the state: nothing is ever undone. There are two
+   Events are never undone: to go back, start from an earlier copy of the state. There are two
    pools, "pool" (the one that attention reads) and "swap". A block is a number in one of them.
-   Kinds of events that are not known here are passed over. */
+   Unknown kinds of events are ignored. */
 
-// ---- a state, and the shape of its pools ----------------------------------------------------------
+const SCHEMA_VERSION = 2; // the same as in events.py
+
+/* Why these events cannot be replayed, in one sentence; null if they can. */
+function refusal(events) {
+  const other = events.find((event) => event.v !== SCHEMA_VERSION);
+  if (!other) return null;
+  const found = other.v === undefined ? "no version" : `version ${other.v}`;
+  const reads = `this page reads only version ${SCHEMA_VERSION}`;
+  return `This trace has events of ${found}, and ${reads}: record it again with this minipaged.`;
+}
+
+// ---- a state, and the shape of its pools --------------------------------------------------------
 
 function emptyPool(size) {
   return {
     size,
     holders: new Array(size).fill(0), // how many sequences have the block in their block table
-    owners: new Array(size).fill(0), // what the allocator counts; the prefix cache is an owner too
+    refCounts: new Array(size).fill(0), // from the allocator; the prefix cache is an owner, too
     since: new Array(size).fill(0), // the step in which its content began
-    lastRequest: new Array(size).fill(null), // who held it last: a cached block outlives its request
+    lastRequest: new Array(size).fill(null), // its last owner: a cached block outlives its request
   };
 }
 
@@ -28,39 +39,39 @@ function emptyState(shape) {
     time: 0,
     blockSize: shape.blockSize,
     pools: { pool: emptyPool(shape.numBlocks), swap: emptyPool(shape.numSwapBlocks) },
-    isCounted: false, // whether an allocator reported its counts; rivals of paging have none
+    isCounted: false, // whether an allocator reports reference counts: baselines have none
     sequences: new Map(), // those that hold blocks, by id
-    requests: new Map(), // all that ever ran, by name: their number, and the names of their sequences
-    cached: new Set(), // blocks of the pool that can be found by their content
+    requests: new Map(), // all that ever ran, by id: their number, and that of their sequences
+    cached: new Set(), // blocks of the pool that the prefix cache can find
     queues: { running: [], waiting: [], swapped: [] },
-    totals: { preempted: 0, copied: 0, evicted: 0, found: 0 },
+    totals: { preempted: 0, copied: 0, evicted: 0, cachedTokens: 0 },
     // What happened in this step:
-    isScheduled: true, // the scheduler has decided it; before the first step there is nothing to decide
+    isScheduled: true, // whether the scheduler has decided it
     marks: new Map(), // "pool:7" -> kinds of what happened to the block
     moves: [], // [["pool:7", "swap:2"], ...]: keys and values that were copied
     notes: [], // the same in words
-    givenUp: new Map(), // request -> blocks that the scheduler took from it
+    takenFrom: new Map(), // request -> the blocks that preemption took from it
   };
 }
 
-/* The sizes of the pools: as the trace says or, where it does not, as large as what it speaks of. */
+/* The sizes of the pools: those of the init event; without one, the smallest that fit the trace. */
 function shapeOf(events) {
-  const said = events.find((event) => event.event === "pool");
+  const init = events.find((event) => event.event === "init");
   const used = { pool: 0, swap: 0 };
   const size = { least: 1, most: Infinity };
   for (const event of events) {
-    for (const [pool, block] of blocksNamedBy(event)) used[pool] = Math.max(used[pool], block + 1);
-    if (!said && event.event === "admit") narrowBlockSize(size, event);
+    for (const [pool, block] of blocksIn(event)) used[pool] = Math.max(used[pool], block + 1);
+    if (!init && event.event === "admit") narrowBlockSize(size, event);
   }
-  if (said) {
-    const numBlocks = Math.max(said.num_blocks, used.pool);
-    const numSwapBlocks = Math.max(said.num_swap_blocks, used.swap);
-    return { numBlocks, numSwapBlocks, blockSize: said.block_size, used };
+  if (init) {
+    const numBlocks = Math.max(init.num_blocks, used.pool);
+    const numSwapBlocks = Math.max(init.num_swap_blocks, used.swap);
+    return { numBlocks, numSwapBlocks, blockSize: init.block_size, used };
   }
   return { numBlocks: used.pool, numSwapBlocks: used.swap, blockSize: likelyBlockSize(size), used };
 }
 
-function blocksNamedBy(event) {
+function blocksIn(event) {
   if (Number.isInteger(event.block)) return [[event.pool ?? "pool", event.block]];
   const from = event.event === "swap_in" ? "swap" : "pool";
   const to = event.event === "swap_out" ? "swap" : "pool";
@@ -68,14 +79,14 @@ function blocksNamedBy(event) {
     [from, a],
     [to, b],
   ]);
-  const tables = [event.blocks ?? [], ...Object.values(event.seqs ?? {})].flat();
+  const tables = [event.blocks ?? [], ...Object.values(event.block_tables ?? {})].flat();
   return named.concat(tables.map((block) => [to, block]));
 }
 
-/* n tokens in b blocks: a block has room for n / b at least, and n tokens do not fit into b - 1. */
+/* n tokens in b blocks: a block has at least n / b slots, and b - 1 blocks are too few. */
 function narrowBlockSize(size, event) {
-  for (const [seq, blocks] of Object.entries(event.seqs)) {
-    const tokens = event.tokens[seq];
+  for (const [seq, blocks] of Object.entries(event.block_tables)) {
+    const tokens = event.num_tokens[seq];
     if (blocks.length === 0) continue;
     size.least = Math.max(size.least, Math.ceil(tokens / blocks.length));
     if (blocks.length > 1)
@@ -88,9 +99,9 @@ function likelyBlockSize({ least, most }) {
   return most === Infinity ? Math.max(16, power) : power <= most ? power : least;
 }
 
-// ---- names and lists in words ---------------------------------------------------------------------
+// ---- names and lists in words -------------------------------------------------------------------
 
-/* 0 -> A, 25 -> Z, 26 -> AA: requests in the order of their admission. */
+/* 0 -> A, 25 -> Z, 26 -> AA: requests in the order of admission. */
 function letterOf(number) {
   const last = String.fromCharCode(65 + (number % 26));
   return number < 26 ? last : letterOf(Math.floor(number / 26) - 1) + last;
@@ -135,7 +146,7 @@ function requestOf(state, request) {
   return state.requests.get(request);
 }
 
-/* The first sequence of a request is A, the others, its samples or beams, are A/2, A/3, ... */
+/* The first sequence of request A is A; its other samples or beams are A/2, A/3, ... */
 function nameOf(state, request, seq) {
   const { number, sequences } = requestOf(state, request);
   if (!sequences.has(seq)) sequences.set(seq, sequences.size + 1);
@@ -143,7 +154,7 @@ function nameOf(state, request, seq) {
   return letterOf(number) + (ordinal > 1 ? `/${ordinal}` : "");
 }
 
-// ---- who holds which block ------------------------------------------------------------------------
+// ---- which sequence holds which block -----------------------------------------------------------
 
 function poolOf(seq) {
   return seq.isSwapped ? "swap" : "pool";
@@ -152,15 +163,15 @@ function poolOf(seq) {
 function hold(state, seq, blocks) {
   const pool = state.pools[poolOf(seq)];
   for (const block of blocks) {
-    const isKnown = !seq.isSwapped && state.cached.has(block);
-    if (pool.holders[block] === 0 && !isKnown) pool.since[block] = state.step;
+    const isCached = !seq.isSwapped && state.cached.has(block);
+    if (pool.holders[block] === 0 && !isCached) pool.since[block] = state.step;
     pool.holders[block] += 1;
     pool.lastRequest[block] = seq.request;
   }
 }
 
-/* Let go of blocks, and mark those that nobody holds any more. */
-function letGo(state, seq, blocks) {
+/* Take blocks from a sequence, and mark those that no other sequence holds. */
+function drop(state, seq, blocks) {
   const name = poolOf(seq);
   const pool = state.pools[name];
   for (const block of blocks) {
@@ -173,7 +184,7 @@ function letGo(state, seq, blocks) {
 }
 
 function setTable(state, seq, blocks, isSwapped) {
-  letGo(state, seq, seq.blocks);
+  drop(state, seq, seq.blocks);
   seq.isSwapped = isSwapped;
   seq.blocks = [...blocks];
   hold(state, seq, seq.blocks);
@@ -181,7 +192,7 @@ function setTable(state, seq, blocks, isSwapped) {
 
 function addSequence(state, id, request, blocks, tokens, more = {}) {
   const old = state.sequences.get(id);
-  if (old) letGo(state, old, old.blocks);
+  if (old) drop(state, old, old.blocks);
   const name = nameOf(state, request, id);
   const seq = { id, request, name, blocks: [...blocks], tokens, isSwapped: false, ...more };
   state.sequences.set(id, seq);
@@ -189,8 +200,8 @@ function addSequence(state, id, request, blocks, tokens, more = {}) {
   return seq;
 }
 
-/* Exchange blocks of a table one for one: [[old, new], ...]. */
-function exchange(state, seq, pairs) {
+/* Replace blocks of a table one for one: [[old, new], ...]. */
+function replaceBlocks(state, seq, pairs) {
   const to = new Map(pairs);
   const moved = seq.blocks.filter((block) => to.has(block));
   hold(
@@ -199,16 +210,16 @@ function exchange(state, seq, pairs) {
     moved.map((block) => to.get(block)),
   );
   seq.blocks = seq.blocks.map((block) => to.get(block) ?? block);
-  letGo(state, seq, moved);
+  drop(state, seq, moved);
 }
 
-function namesOfHolders(state, block, besides, pool = "pool") {
+function namesOfHolders(state, block, except, pool = "pool") {
   return [...state.sequences.values()]
-    .filter((seq) => seq !== besides && poolOf(seq) === pool && seq.blocks.includes(block))
+    .filter((seq) => seq !== except && poolOf(seq) === pool && seq.blocks.includes(block))
     .map((seq) => seq.name);
 }
 
-// ---- marks and notes: what happened in this step --------------------------------------------------
+// ---- marks and notes: what happened in this step ------------------------------------------------
 
 function mark(state, pool, block, kind) {
   const key = `${pool}:${block}`;
@@ -232,7 +243,7 @@ function note(state, kind, text) {
   state.notes.push({ kind, text });
 }
 
-/* One sentence for several alike: "A takes block 7, B block 8 for the next tokens." */
+/* One sentence for several notes of a kind: "A takes block 7 and B takes block 8." */
 function noteTogether(state, kind, item, inWords) {
   let same = state.notes.find((other) => other.kind === kind && other.items);
   if (!same) state.notes.push((same = { kind, items: [] }));
@@ -246,140 +257,135 @@ function beginStep(state, step) {
   state.marks = new Map();
   state.moves = [];
   state.notes = [];
-  state.givenUp = new Map();
+  state.takenFrom = new Map();
 }
 
-// ---- the events -----------------------------------------------------------------------------------
+// ---- the events ---------------------------------------------------------------------------------
 
 const handlers = {
-  /* A memory is built: with another engine on the same log, everything begins anew. */
-  pool(state, event) {
+  /* A memory is built. With a second engine on the same log, everything starts again. */
+  init(state, event) {
     const { pool, swap } = state.pools;
     const shape = { blockSize: event.block_size, numBlocks: pool.size, numSwapBlocks: swap.size };
     const { numEvents, step, time } = state;
     Object.assign(state, emptyState(shape), { numEvents, step, time });
     const more = event.num_swap_blocks ? `, and a swap pool of ${event.num_swap_blocks}` : "";
     const size = `${count(event.num_blocks, "block")} of ${count(event.block_size, "slot")}`;
-    note(state, "pool", `A pool of ${size} is built${more}. All of it is free.`);
+    note(state, "init", `The pool has ${size}${more}. All blocks are free.`);
   },
 
   admit(state, event) {
-    for (const [key, blocks] of Object.entries(event.seqs)) {
-      const [id, tokens, found] = [Number(key), event.tokens[key], event.found?.[key] ?? 0];
-      const cameBack = state.requests.get(event.request)?.sequences.has(id) ?? false;
-      const known = blocks.slice(0, Math.ceil(found / state.blockSize));
-      const others = new Map(known.map((block) => [block, namesOfHolders(state, block)]));
-      const seq = addSequence(state, id, event.request, blocks, tokens);
-      markAll(state, "pool", blocks.slice(known.length), "new");
-      markAll(state, "pool", known, "found");
-      noteAdmission(state, seq, blocks.slice(known.length), cameBack);
-      if (found) noteFound(state, seq, known, found, others);
+    for (const [key, blocks] of Object.entries(event.block_tables)) {
+      const [id, tokens] = [Number(key), event.num_tokens[key]];
+      const cachedTokens = event.num_cached_tokens[key];
+      const isBack = state.requests.get(event.request_id)?.sequences.has(id) ?? false;
+      const hits = blocks.slice(0, Math.ceil(cachedTokens / state.blockSize));
+      const others = new Map(hits.map((block) => [block, namesOfHolders(state, block)]));
+      const seq = addSequence(state, id, event.request_id, blocks, tokens);
+      markAll(state, "pool", blocks.slice(hits.length), "new");
+      markAll(state, "pool", hits, "hit");
+      noteAdmission(state, seq, blocks.slice(hits.length), isBack);
+      if (cachedTokens) noteHits(state, seq, hits, cachedTokens, others);
     }
   },
 
   append(state, event) {
-    const seq = state.sequences.get(event.seq);
+    const seq = state.sequences.get(event.seq_id);
     if (!seq) return;
     seq.blocks.push(...event.blocks);
     hold(state, seq, event.blocks);
-    if (event.tokens > seq.tokens) mark(state, poolOf(seq), seq.blocks.at(-1), "written");
-    seq.tokens = event.tokens;
+    if (event.num_tokens > seq.tokens) mark(state, poolOf(seq), seq.blocks.at(-1), "written");
+    seq.tokens = event.num_tokens;
     markAll(state, "pool", event.blocks, "new");
     if (event.blocks.length === 0) return;
     noteTogether(state, "new", [seq.name, event.blocks], (items) => {
       const takes = items.map(([name, blocks]) => `${name} takes ${blocksInWords(blocks)}`);
-      return `A new block is needed for the next token: ${inList(takes)}.`;
+      return `The next token needs a new block: ${inList(takes)}.`;
     });
   },
 
   copy_on_write(state, event) {
-    const seq = state.sequences.get(event.seq);
+    const seq = state.sequences.get(event.seq_id);
     if (!seq) return;
     state.totals.copied += event.pairs.length;
     for (const [source, target] of event.pairs) {
       const others = inList(namesOfHolders(state, source, seq), 3) || "the prefix cache";
       move(state, ["pool", source, "source"], ["pool", target, "copy"]);
-      const owns = others.includes(" and ") ? "own" : "owns";
-      const what = `${seq.name} writes to block ${source}, which ${others} ${owns} too`;
-      note(state, "copy", `${what}: it is copied to block ${target} (copy-on-write).`);
+      const what = `${seq.name} writes to block ${source}, which it shares with ${others}`;
+      note(state, "copy", `${what}: the block is copied to block ${target} (copy-on-write).`);
     }
-    exchange(state, seq, event.pairs);
+    replaceBlocks(state, seq, event.pairs);
   },
 
-  merge(state, event) {
-    const seq = state.sequences.get(event.seq);
+  deduplicate(state, event) {
+    const seq = state.sequences.get(event.seq_id);
     if (!seq) return;
-    for (const [old, known] of event.pairs) {
-      mark(state, "pool", known, "merged");
-      const what = `Block ${old} of ${seq.name} holds the same as block ${known}, known before`;
-      note(state, "merged", `${what}: ${seq.name} uses block ${known}, and lets go of its own.`);
+    for (const [own, cached] of event.pairs) {
+      mark(state, "pool", cached, "deduplicated");
+      const what = `Block ${own} of ${seq.name} has the same content as the cached block ${cached}`;
+      note(state, "deduplicated", `${what}: ${seq.name} uses block ${cached} instead.`);
     }
-    exchange(state, seq, event.pairs);
+    replaceBlocks(state, seq, event.pairs);
   },
 
   fork(state, event) {
     const parent = state.sequences.get(event.parent);
     if (!parent) return;
-    const isWhole = !state.isCounted && event.tokens === parent.tokens; // a reserved run is one piece
-    const inUse = Math.ceil(event.tokens / state.blockSize);
+    const isWhole = !state.isCounted && event.num_tokens === parent.tokens; // a contiguous run
+    const inUse = Math.ceil(event.num_tokens / state.blockSize);
     const blocks = isWhole ? parent.blocks : parent.blocks.slice(0, inUse);
     const { isSwapped } = parent;
-    const child = addSequence(state, event.child, parent.request, blocks, event.tokens, {
+    const child = addSequence(state, event.child, parent.request, blocks, event.num_tokens, {
       isSwapped,
     });
     markAll(state, poolOf(child), blocks, "shared");
     noteTogether(state, "shared", [child.name, parent.name], (items) => {
       const forks = items.map(([name, from]) => `${name} from ${from}`);
-      return `Forked, and sharing all blocks for now: ${inList(forks)}.`;
+      return `Forks, which share all their blocks for now: ${inList(forks)}.`;
     });
   },
 
   free(state, event) {
-    const seq = state.sequences.get(event.seq);
+    const seq = state.sequences.get(event.seq_id);
     if (!seq) return;
-    state.sequences.delete(event.seq);
-    letGo(state, seq, seq.blocks);
+    state.sequences.delete(event.seq_id);
+    drop(state, seq, seq.blocks);
     const goesOn = [...state.sequences.values()].some((other) => other.request === seq.request);
     if (!goesOn) leaveQueues(state, seq.request);
+    const taken = state.takenFrom.get(seq.request) ?? [];
     if (state.isScheduled) noteEnd(state, seq, goesOn);
-    else state.givenUp.set(seq.request, [...(state.givenUp.get(seq.request) ?? []), ...seq.blocks]);
+    else state.takenFrom.set(seq.request, [...taken, ...seq.blocks]);
   },
 
   swap_out(state, event) {
-    const letter = letterOfRequest(state, event.request);
+    const letter = letterOfRequest(state, event.request_id);
     for (const [from, to] of event.pairs) move(state, ["pool", from, "out"], ["swap", to, "out"]);
-    moveTables(state, event.seqs, true);
-    const moved = `${count(event.pairs.length, "block")} ${event.pairs.length === 1 ? "goes" : "go"}`;
-    note(state, "out", `${letter} is preempted (swapping): ${moved} to the swap pool.`);
+    moveTables(state, event.block_tables, true);
+    const blocks = `${count(event.pairs.length, "block")} to the swap pool`;
+    note(state, "out", `${letter} is preempted (swapping), and moves ${blocks}.`);
   },
 
   swap_in(state, event) {
-    const letter = letterOfRequest(state, event.request);
+    const letter = letterOfRequest(state, event.request_id);
     for (const [from, to] of event.pairs) move(state, ["swap", from, "in"], ["pool", to, "in"]);
-    moveTables(state, event.seqs, false);
+    moveTables(state, event.block_tables, false);
     const copied = new Set(event.pairs.map(([, to]) => to));
-    const known = [...new Set(Object.values(event.seqs).flat())].filter(
-      (block) => !copied.has(block),
-    );
-    markAll(state, "pool", known, "found");
-    const need = known.length > 1 ? "need" : "needs";
-    const rest = known.length
-      ? ` ${count(known.length, "block")} ${need} no copy: the prefix cache still knows the content.`
-      : "";
-    note(
-      state,
-      "in",
-      `${letter} comes back: ${count(copied.size, "block")} copied from the swap pool.${rest}`,
-    );
+    const all = [...new Set(Object.values(event.block_tables).flat())];
+    const hits = all.filter((block) => !copied.has(block));
+    markAll(state, "pool", hits, "hit");
+    const are = hits.length > 1 ? "are still cached and need" : "is still cached and needs";
+    const rest = hits.length ? ` ${count(hits.length, "block")} ${are} no copy.` : "";
+    const back = `${count(copied.size, "block")} copied from the swap pool`;
+    note(state, "in", `${letter} is swapped in: ${back}.${rest}`);
   },
 
   cache(state, event) {
     for (const block of event.blocks) state.cached.add(block);
-    markAll(state, "pool", event.blocks, "known");
-    const name = state.sequences.get(event.seq)?.name ?? "?";
-    noteTogether(state, "known", [name, event.blocks], (items) => {
+    markAll(state, "pool", event.blocks, "cached");
+    const name = state.sequences.get(event.seq_id)?.name ?? "?";
+    noteTogether(state, "cached", [name, event.blocks], (items) => {
       const parts = items.map(([owner, blocks]) => `${blocksInWords(blocks)} of ${owner}`);
-      return `Full and written, so the prefix cache knows them from now on: ${inList(parts)}.`;
+      return `The prefix cache adds blocks that are full and written: ${inList(parts)}.`;
     });
   },
 
@@ -390,48 +396,36 @@ const handlers = {
     mark(state, "pool", block, "evicted");
     noteTogether(state, "evicted", block, (blocks) => {
       const which = blocksInWords([...blocks].sort((a, b) => a - b));
-      const was = blocks.length === 1 ? "was" : "were";
-      return `No empty block is left, so the prefix cache gives up what ${was} unused for longest: ${which} (eviction).`;
+      return `The pool has no empty block, so the prefix cache evicts ${which}.`;
     });
   },
 
   pin(state, event) {
     const tokens = event.blocks.length * state.blockSize;
-    const seq = addSequence(state, event.seq, `prefix ${event.seq}`, event.blocks, tokens, {
-      isPinned: true,
-    });
-    const what = `${seq.name} is a pinned prefix: ${blocksInWords(event.blocks)}`;
-    note(
-      state,
-      "pinned",
-      `${what} ${event.blocks.length === 1 ? "stays" : "stay"} until it is freed.`,
-    );
+    const name = `prefix ${event.seq_id}`;
+    const seq = addSequence(state, event.seq_id, name, event.blocks, tokens, { isPinned: true });
+    const keeps = `It keeps ${blocksInWords(event.blocks)} until it is released.`;
+    note(state, "pinned", `${seq.name} is a pinned prefix. ${keeps}`);
   },
 
   preempt(state, event) {
     state.totals.preempted += 1;
-    if (event.mode === "swap") return; // swap_out has said it
-    const blocks = new Set(state.givenUp.get(event.request));
-    const gives = `it gives up ${count(blocks.size, "block")}, and waits to be computed again`;
-    note(
-      state,
-      "freed",
-      `${letterOfRequest(state, event.request)} is preempted (recomputation): ${gives}.`,
-    );
+    if (event.mode === "swap") return; // swap_out has a note
+    const blocks = new Set(state.takenFrom.get(event.request_id));
+    const loses = `it loses ${count(blocks.size, "block")} and will be computed again`;
+    const letter = letterOfRequest(state, event.request_id);
+    note(state, "freed", `${letter} is preempted (recomputation): ${loses}.`);
   },
 
-  end(state, event) {
-    note(
-      state,
-      "freed",
-      `${letterOfRequest(state, event.request)} ends for want of memory, with what it has.`,
-    );
+  out_of_memory(state, event) {
+    const letter = letterOfRequest(state, event.request_id);
+    note(state, "freed", `${letter} ends early: the pool can never hold its next token.`);
   },
 
   schedule(state, event) {
     state.isScheduled = true;
     state.queues = { running: event.running, waiting: event.waiting, swapped: event.swapped };
-    noteComputed(state, event.tokens);
+    noteComputed(state, event.num_scheduled_tokens);
   },
 
   allocate: recount,
@@ -441,7 +435,7 @@ const handlers = {
 
 function recount(state, event) {
   state.isCounted = true;
-  state.pools[event.pool].owners[event.block] = event.owners;
+  state.pools[event.pool].refCounts[event.block] = event.ref_count;
 }
 
 function moveTables(state, tables, isSwapped) {
@@ -457,47 +451,36 @@ function leaveQueues(state, request) {
   }
 }
 
-function noteAdmission(state, seq, blocks, cameBack) {
-  const is = cameBack ? "is admitted again, to be recomputed" : "is admitted";
+function noteAdmission(state, seq, blocks, isBack) {
+  const is = isBack ? "is admitted again, to be recomputed" : "is admitted";
   const takes = blocks.length
     ? `: ${blocksInWords(blocks)} for its ${count(seq.tokens, "token")}`
     : "";
   note(state, "new", `${seq.name} ${is}${takes}.`);
 }
 
-function noteFound(state, seq, known, found, others) {
-  state.totals.found += found;
+function noteHits(state, seq, hits, cachedTokens, others) {
+  state.totals.cachedTokens += cachedTokens;
   const owners = [...new Set([...others.values()].flat())];
-  const whose = owners.length
-    ? `which ${inList(owners, 3)} ${owners.length > 1 ? "own" : "owns"} too`
-    : "known from an ended request";
-  const are = known.length > 1 ? "are" : "is";
-  const text = `${blocksInWords(known, "Block")}, ${whose}, ${are} found: ${seq.name} need not compute ${count(found, "token")}.`;
-  note(state, "found", text);
+  const whose = owners.length ? ` (shared with ${inList(owners, 3)})` : "";
+  const saved = `${count(cachedTokens, "token")} of ${seq.name} need not be computed`;
+  note(state, "hit", `Prefix cache hit: ${blocksInWords(hits)}${whose}. ${saved}.`);
 }
 
 function noteEnd(state, seq, goesOn) {
   if (goesOn) {
-    noteTogether(
-      state,
-      "ended",
-      seq.name,
-      (names) =>
-        `${inList(names)} ${names.length > 1 ? "end or are" : "ends or is"} given up; blocks that nobody else owns are free.`,
-    );
+    const words = (names) =>
+      `${inList(names)} ${names.length > 1 ? "end" : "ends"}: blocks without other owners are free.`;
+    noteTogether(state, "ended", seq.name, words);
     return;
   }
-  const cached =
-    poolOf(seq) === "pool" ? seq.blocks.filter((block) => state.cached.has(block)) : [];
-  const kept = cached.length
-    ? ` The prefix cache keeps ${cached.length} of them, as long as nobody needs the room.`
-    : "";
-  const what = seq.isPinned ? "is pinned no longer" : "has ended";
-  note(
-    state,
-    "freed",
-    `${seq.name} ${what}: it lets go of ${count(seq.blocks.length, "block")}.${kept}`,
-  );
+  const inPool = poolOf(seq) === "pool";
+  const cached = inPool ? seq.blocks.filter((block) => state.cached.has(block)) : [];
+  const stay = cached.length === 1 ? "stays" : "stay";
+  const kept = cached.length ? ` ${cached.length} of them ${stay} cached until evicted.` : "";
+  const what = seq.isPinned ? "is released" : "has ended";
+  const blocks = `it gives back ${count(seq.blocks.length, "block")}`;
+  note(state, "freed", `${seq.name} ${what}: ${blocks}.${kept}`);
 }
 
 function noteComputed(state, tokens) {
@@ -517,7 +500,7 @@ function noteComputed(state, tokens) {
   note(state, "computed", `The model computes ${count(total, "token")}${whose}.`);
 }
 
-/* The next state, in place: whoever wants to keep the old one copies it first. */
+/* The next state, in place. To keep the old one, copy it first. */
 function apply(state, event) {
   if (event.step !== state.step) beginStep(state, event.step);
   state.numEvents += 1;
@@ -526,9 +509,9 @@ function apply(state, event) {
   return state;
 }
 
-// ---- what is read off a state ---------------------------------------------------------------------
+// ---- what is read off a state -------------------------------------------------------------------
 
-/* For every block that sequences hold: which, at which place, and how many slots are filled. */
+/* By block in use: the sequences that hold it, at which logical block, and its filled slots. */
 function holdings(state, poolName) {
   const held = new Map();
   for (const seq of state.sequences.values()) {
@@ -577,7 +560,7 @@ function summary(state) {
         { request, blocks: [...blocks], tokens, swapped: isSwapped },
       ]),
     ),
-    owners: { pool: counts(state.pools.pool.owners), swap: counts(state.pools.swap.owners) },
+    refCounts: { pool: counts(state.pools.pool.refCounts), swap: counts(state.pools.swap.refCounts) },
     holders: { pool: counts(state.pools.pool.holders), swap: counts(state.pools.swap.holders) },
     held: { pool: held("pool"), swap: held("swap") },
     cached: [...state.cached].sort((a, b) => a - b),
@@ -587,26 +570,26 @@ function summary(state) {
   };
 }
 
-// ---- going to any place of a trace ----------------------------------------------------------------
+// ---- going to any place in a trace --------------------------------------------------------------
 
-const COUNTING = new Set(["allocate", "share", "release"]); // they belong to the event after them
+const COUNTING = new Set(["allocate", "share", "release"]); // details of the event after them
 
-/* Where one can stop, as numbers of events: after each step, and after each event that says something.
-   A memory that is built begins a new stop, though its event bears the number of the step before. */
+/* Where the player can stop, as numbers of events: after each step, and after each event but those
+   of single blocks. An init event starts a new stop, though its step is that of the event before. */
 function stopsOf(events) {
   const stops = { steps: [], moments: [] };
   events.forEach((event, index) => {
     const next = events[index + 1];
-    const isLast = !next || next.step !== event.step || next.event === "pool";
+    const isLast = !next || next.step !== event.step || next.event === "init";
     if (isLast) stops.steps.push(index + 1);
     if (isLast || !COUNTING.has(event.event)) stops.moments.push(index + 1);
   });
-  const beginsAtOnce = events.length > 0 && events[0].step > 0; // show the empty pool first
-  for (const list of Object.values(stops)) if (beginsAtOnce) list.unshift(0);
+  const startsInAStep = events.length > 0 && events[0].step > 0; // show the empty pool first
+  for (const list of Object.values(stops)) if (startsInAStep) list.unshift(0);
   return stops;
 }
 
-/* Plays events forwards, and keeps copies of the state on the way, to go back to. */
+/* Plays events forwards, and keeps copies of the state to go back to. */
 class Player {
   constructor(events) {
     this.events = events;
@@ -643,7 +626,7 @@ class Player {
   }
 }
 
-// Node loads this file for the tests; in the page, what follows it sees all of the above.
+// The tests load this file in node. In the page, it shares its scope with blocks.js and replay.js.
 if (typeof module !== "undefined") {
-  module.exports = { apply, emptyState, shapeOf, stopsOf, summary, statistics, Player };
+  module.exports = { SCHEMA_VERSION, refusal, summary, Player };
 }

@@ -413,7 +413,7 @@ def test_the_block_map_draws_slots(folder):
     log = EventLog()
     llm = virtual(folder, groups=14, parts=Parts().checked().traced(log))
     memory = llm.engine.scheduler.memory
-    block_map = BlockMap(memory.num_blocks, memory.block_size)
+    block_map = BlockMap(llm.engine.scheduler)
     log.listeners.append(block_map)
     for params in PARAMS.values():
         llm.generate(PROMPTS, params, use_tqdm=False)
