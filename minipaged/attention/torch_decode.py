@@ -26,8 +26,8 @@ from minipaged.utils.shapes import Float, Int
 
 Way = Literal["gathered", "in place"]
 
-# Gather at most so many numbers at a time (one sequence at least). A copy of this size is still in
-# the processor's cache when attention reads it.
+# Gather at most so many elements at a time. A copy of this size is still in the processor's cache
+# when attention reads it.
 NUMBERS_AT_ONCE = 2**20
 # In place, from so many numbers on. Below, what counts is the number of operations, and more so if
 # threads are woken for each of them.
@@ -37,7 +37,7 @@ FEWEST_FOR_SEVERAL_THREADS = 2**19
 LEAST_IN_USE = 2 / 3
 # In place, if a table of all sequences, padded to the longest, has at most so many entries a block.
 MOST_ENTRIES = 4
-# In place, if no more query heads share a key head: SDPA is faster where it has much to multiply.
+# In place, if no more query heads share a KV head: SDPA is faster where it has much to multiply.
 LARGEST_GROUP = 3
 
 
@@ -74,9 +74,7 @@ class Decodes:
 
     tokens: Int[Tensor, " seqs"] | None  # of the batch: their queries; None: all, in their order
     way: InPlace | list[Gathered]
-    # For keys and for values that are gathered, [2, rows, block_size, head_dim]: fresh memory
-    # would cost time in every layer. None: nothing is gathered.
-    scratch: Tensor | None
+    scratch: Tensor | None  # [2, rows, block_size, head_dim], for gathered keys and values
 
     @classmethod
     def prepare(
@@ -85,12 +83,11 @@ class Decodes:
         k_cache: KVPool,
         num_heads: int,
         dtype: torch.dtype,
-        way: Way | None = None,
+        way: Way | None = None,  # None: the one that should be faster
     ) -> "Decodes | None":
-        """What all layers of this step have in common; None if no sequence decodes.
+        """What all layers of this step share; None if no sequence decodes.
 
-        `way`: None chooses the one that should be faster. "in place" is followed where it can be:
-        blocks that sequences share are gathered.
+        Shared blocks are gathered even if `way` is "in place".
         """
         spans = batch.spans
         seqs = [seq for seq, span in enumerate(spans) if span.query_len == 1]
@@ -106,8 +103,8 @@ class Decodes:
         columns = [-(-length // block_size) for length in lengths]
         widest = max(columns)
 
-        # Table entries behind a sequence's end are no blocks. Its own first block stands in for
-        # them: weighted with zero, but never NaN, as another's block might be.
+        # Table entries after a sequence's end are no blocks. Its own first block replaces them: it
+        # gets weight zero, and never holds NaN, as the block of another sequence might.
         tables = batch.block_tables[to_device(seqs, device)].long()[:, :widest]
         used = torch.arange(widest, device=device) < to_device(columns, device)[:, None]
         tables = torch.where(used, tables, tables[:, :1])  # [seqs, columns]
@@ -116,8 +113,8 @@ class Decodes:
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -inf)
 
         starts = [spans[seq].start for seq in seqs]
-        in_order = starts == list(range(len(batch.token_ids)))
-        tokens = None if in_order else to_device(starts, device)
+        is_all = starts == list(range(len(batch.token_ids)))
+        tokens = None if is_all else to_device(starts, device)
         forced = way == "in place"
         worth_it = forced or (way is None and _is_worth_it(sum(lengths), k_cache, num_heads))
         if worth_it and _is_possible(k_cache, dtype):
@@ -140,8 +137,7 @@ class Decodes:
         if isinstance(self.way, InPlace):
             k_blocks, v_blocks = cast(Tensor, k_cache), cast(Tensor, v_cache)  # as prepared
             return _attend_in_place(q, k_blocks, v_blocks, self.way, scale)
-        assert self.scratch is not None, "what is gathered needs room"
-        keys, values = self.scratch
+        keys, values = cast(Tensor, self.scratch)
         parts: list[Tensor] = []
         for each in self.way:
             queries = q[each.start : each.stop]
@@ -185,7 +181,7 @@ def _attend_gathered(
     seqs, kv_heads = q.shape[0], k_cache.shape[1]
     keys = gather(k_cache, group.rows, q.dtype, key_room)
     values = gather(v_cache, group.rows, q.dtype, value_room)
-    # The query heads that share a key head stand where SDPA expects several queries of one head:
+    # The query heads of a KV head take the place of several queries of one head, as SDPA sees it:
     # the keys are read once for all of them.
     out = F.scaled_dot_product_attention(
         q.unflatten(1, (kv_heads, -1)),  # [seqs, kv_heads, group, head_dim]
@@ -227,9 +223,8 @@ def gather(
 
 
 def _is_possible(k_cache: KVPool, dtype: torch.dtype) -> bool:
-    if isinstance(k_cache, QuantizedPool):
-        return False
-    return k_cache.device.type == "cpu" and k_cache.dtype == dtype
+    on_cpu = isinstance(k_cache, Tensor) and k_cache.device.type == "cpu"
+    return on_cpu and k_cache.dtype == dtype
 
 
 def _is_worth_it(num_keys: int, k_cache: KVPool, num_heads: int) -> bool:

@@ -10,12 +10,7 @@ from collections.abc import Callable, Mapping
 
 from minipaged.memory.allocator import Allocator, BlockAllocator
 from minipaged.memory.block_table import BlockTable
-from minipaged.memory.interface import (
-    Admission,
-    BlockPair,
-    MemoryUsage,
-    explain_rejection_by_pages,
-)
+from minipaged.memory.interface import Admission, BlockPair, MemoryUsage, explain_lack_of_pages
 from minipaged.memory.prefix_cache import CacheKey, PrefixCache
 from minipaged.sequence import Sequence, SequenceGroup
 
@@ -52,7 +47,7 @@ class BlockManager:
         claimed, new = self._claim(group, lambda block: staying[block])
         return len(claimed | staying.keys()) + new <= self.num_blocks
 
-    explain_rejection = explain_rejection_by_pages
+    explain_rejection = explain_lack_of_pages
 
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
         """Whether a waiting or swapped group's blocks are free, and the watermark unless alone.
@@ -277,14 +272,12 @@ class BlockManager:
     def _growth(self, group: SequenceGroup, num_owners: Callable[[int], int]) -> int:
         """Blocks that `append` will take for all sequences of the group together, exactly.
 
-        Two forks that share a half-full block and both write to it take one: the first gets a copy,
-        and the second is then alone and keeps the original.
+        Of two forks that write to a block they share, the first gets a copy, the second keeps it.
         """
         growth = 0
         written: dict[int, int] = {}  # by block: how many of the group write to it
         for seq in group.sequences:
-            table = self._tables.get(seq.seq_id)
-            blocks = self._pool.find(seq) if table is None else table.blocks
+            table, blocks = self._tables.get(seq.seq_id), self._blocks_of(seq)
             filled = self._num_cached_of(seq, blocks) if table is None else table.num_tokens
             growth += max(0, self._blocks_for(len(seq.token_ids)) - len(blocks))
             for block in blocks[filled // self.block_size :]:

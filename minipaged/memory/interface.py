@@ -63,7 +63,7 @@ def ceil_div(number: int, by: int) -> int:
     return -(-number // by)
 
 
-def explain_rejection_by_pages(memory: "MemoryView", group: SequenceGroup) -> str:
+def explain_lack_of_pages(memory: "MemoryView", group: SequenceGroup) -> str:
     """What to change for a waiting group that fits no pool of pages."""
     length, size, has = group.sequences[0].num_tokens, memory.block_size, memory.num_blocks
     needed = ceil_div(length, size)

@@ -230,8 +230,7 @@ class FCFSScheduler:
                 return False
         else:
             least = len(group.sequences)
-        alone = not self.running
-        return least <= draft.tokens_left and self.memory.can_admit(group, alone)
+        return least <= draft.tokens_left and self.memory.can_admit(group, alone=not self.running)
 
     # ---- preemption (section 4.5) --------------------------------------------------------------
 
@@ -268,8 +267,7 @@ class FCFSScheduler:
             C  "once a cat ran"   forks from A behind "once a", and computes "cat"
             then all three compute their last tokens, and sample together
 
-        They share full blocks only. To fork inside a block would be to write into one that may be
-        known by the parent's tokens.
+        They share full blocks only: a fork inside a block would write to one that may be cached.
         """
         size = self.memory.block_size
         for group in self.running:

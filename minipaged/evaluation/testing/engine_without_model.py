@@ -8,7 +8,7 @@ tests of the scheduler, of the events and of the labs use it.
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
-from minipaged.scheduler.interface import Scheduler
+from minipaged.scheduler.fcfs import FCFSScheduler
 from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
@@ -16,7 +16,7 @@ from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 class EngineWithoutModel:
     """One scheduler and its requests, which are numbered in the order in which they are added."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: FCFSScheduler) -> None:
         self.scheduler = scheduler
         self.memory = scheduler.memory
         self.groups: list[SequenceGroup] = []
