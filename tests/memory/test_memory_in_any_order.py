@@ -8,6 +8,7 @@ its own.
 
 import pytest
 from faulty_memory import ALLOCATORS, CACHES, MANAGERS, with_cache
+from full_set import examples
 from hypothesis import Phase, settings
 from hypothesis.stateful import (
     run_state_machine_as_test,
@@ -20,7 +21,7 @@ from minipaged.memory import (
 )
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=1500)
+TestAnyOrder.settings = settings(max_examples=examples(200, full=1500))
 
 
 # ---- deliberate faults: each must be caught ------------------------------------------------------
