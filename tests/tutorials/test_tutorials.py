@@ -59,8 +59,8 @@ def test_a_chapter_runs_from_top_to_bottom(chapter: Path, tmp_path: Path):
     for name in ("TRITON_INTERPRET", "MINIPAGED_PICTURES"):  # as a reader has it
         environment.pop(name, None)
     run = subprocess.run(
-        [sys.executable, "-X", "importtime", chapter], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=240, check=False,
+        [sys.executable, "-X", "importtime", chapter], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     times = IMPORT.findall(run.stderr)
     said = IMPORT.sub("", run.stderr)
