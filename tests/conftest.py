@@ -119,7 +119,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def built_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The documentation site as it is, built strictly. Chapters that did not change are not run."""
+    """The documentation site as it is, built strictly. Chapters that did not change are not run.
+
+    MINIPAGED_SITE names the folder of one that has just been built.
+    """
+    if folder := os.environ.get("MINIPAGED_SITE"):
+        return Path(folder)
     if find_spec("mkdocs") is None:
         pytest.skip("building the site needs the extra `docs`: pip install -e '.[docs]'")
     site = tmp_path_factory.mktemp("site")

@@ -26,7 +26,8 @@ TESTS = Path(__file__).parent / "tests"
 QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed has no say here
+    "PYTEST_ADDOPTS": "",  # whatever else is set or installed has no say here
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
 }
 _TRACE = "minipaged trace view"  # how a test tells of the trace that it left
 
