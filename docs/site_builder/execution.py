@@ -1,7 +1,6 @@
 """Runs a chapter, once: its outputs are kept until something changes that they come from."""
 
 import copy
-import hashlib
 import os
 import re
 import tempfile
@@ -14,6 +13,7 @@ from nbformat import NotebookNode
 
 from site_builder.chapters import Chapter
 from site_builder.errors import CannotBuild
+from site_builder.imports import fingerprint
 
 SECONDS = 300  # for one cell; a chapter aims at ten seconds in all
 SETTINGS_OF_PICTURES = Path(__file__).with_name("matplotlibrc")
@@ -38,17 +38,10 @@ def executed(chapter: Chapter, root: Path) -> NotebookNode:
 
 
 def _key(chapter: Chapter, root: Path) -> str:
-    """Of all that an output can come from: chapter, pictures, library, and this file."""
-    files = [chapter.script, root / "tutorials" / "drawing.py"]
-    files += [Path(__file__), SETTINGS_OF_PICTURES]
-    files += sorted((root / "minipaged").rglob("*.py"))
-    files += sorted((root / "minipaged" / "assets" / "replay").rglob("*"))
-    key = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            content = path.read_bytes()
-            key.update(f"{path.name} {len(content)} ".encode() + content)
-    return key.hexdigest()[:16]
+    """Of all that an output can come from: the chapter, what it imports, and what runs it."""
+    assets = (root / "minipaged" / "assets").rglob("*")
+    data = [SETTINGS_OF_PICTURES, *(path for path in assets if path.is_file())]
+    return fingerprint([chapter.script, Path(__file__)], data, root)
 
 
 def _run(chapter: Chapter, root: Path) -> NotebookNode:

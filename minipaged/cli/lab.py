@@ -1,5 +1,6 @@
 """`minipaged lab`: list, start, check, watch, hint, diff, reset, grade, challenge."""
 
+import contextlib
 import difflib
 import time
 from collections.abc import Iterable
@@ -15,15 +16,16 @@ from minipaged.errors import InvalidOption
 from minipaged.labs.catalogue import LABS, find_lab
 from minipaged.labs.challenge import FILE_NAME, NUMBER, STARTER, TITLE
 from minipaged.labs.gradescope import write_autograder, write_results
-from minipaged.labs.grading import Result, Run, all_full, grade
+from minipaged.labs.grading import Result, all_full, grade
 from minipaged.labs.lab import Lab, Task
 from minipaged.labs.progress import Progress
 from minipaged.labs.starter import library_text, starter
-from minipaged.labs.watch import CAN_FORK, run_in_copy, wait_for_save
 from minipaged.utils.files import write_atomically
 
 app = typer.Typer(help="Teaching labs: write a part of the engine.", rich_markup_mode=None)
 console = Console(highlight=False, soft_wrap=True)
+
+_POLL_SECONDS = 0.1  # between two looks at a watched file
 
 app.command()(challenge_command.challenge)
 
@@ -92,9 +94,9 @@ def watch(number: Number, file: File = None, task: OneTask = None) -> None:
     console.print(f"Watching {mine}; Ctrl-C ends it.")
     last = 0.0
     while True:
-        last = wait_for_save(mine, last)
+        last = _wait_for_save(mine, last)
         console.rule(time.strftime("%H:%M:%S"))
-        _check(chosen, mine, task, run_in_copy if CAN_FORK else None)
+        _check(chosen, mine, task)
 
 
 @app.command()
@@ -196,6 +198,16 @@ def _file(chosen: Lab, file: Path | None) -> Path:
     return Path(chosen.file_name) if file is None else file
 
 
+def _wait_for_save(file: Path, last: float) -> float:
+    """Return the file's new time of change, once it has one."""
+    changed = last
+    while changed == last:
+        time.sleep(_POLL_SECONDS)
+        with contextlib.suppress(FileNotFoundError):  # some editors write a new file and rename it
+            changed = file.stat().st_mtime
+    return changed
+
+
 def _task(chosen: Lab, number: int) -> Task:
     for task in chosen.tasks:
         if task.number == number:
@@ -211,10 +223,10 @@ def _first_open(chosen: Lab, progress: Progress) -> Task:
     return chosen.tasks[-1]
 
 
-def _check(chosen: Lab, file: Path, task: int | None, run: Run | None = None) -> list[Result]:
+def _check(chosen: Lab, file: Path, task: int | None) -> list[Result]:
     """Run, print and note what a file gives."""
     progress = Progress.read(Path())
-    results = _print(grade(chosen, file, only=task, traces=Path(), run=run))
+    results = _print(grade(chosen, file, only=task, traces=Path()))
     for result in results:
         progress.note(chosen, result)
     progress.save()

@@ -1,17 +1,16 @@
 """Teaching labs: the library's own classes with some bodies taken out, and what grades them.
 
-    lab.py        what a lab is: its tasks, and which bodies a student writes
-    catalogue.py  the labs; each is described in a file of its own, lab1_allocator.py and so on
-    starter.py    a student's file, generated from the library's classes
-    plugin.py     what the tests of all labs share: `pytest -m "lab(number=1)" --part ...`
-    grading.py    a task's tests in a process of their own, and the points they give
-    progress.py   what a student has so far
-    watch.py      a check after every save
-    gradescope.py the files that Gradescope wants
-    challenge.py  lab 9: any policy, measured by the simulator; challenge_command.py shows it
-    referee.py    sees to it that such a policy does not cheat
-    command.py    `minipaged lab ...`
-    tests/        a file for each lab; they are also the library's own tests
+    lab.py          what a lab is: its tasks, and which bodies a student writes
+    catalogue.py    the labs; each is described in a file of its own, lab1_allocator.py and so on
+    starter.py      a student's file, generated from the library's classes
+    plugin.py       what the tests of all labs share: `pytest -m "lab(number=1)" --part ...`
+    grading.py      a task's tests in a process of their own, and the points they give
+    fork_server.py  starts that process as a copy of one that has imported torch already
+    progress.py     what a student has so far
+    gradescope.py   the files that Gradescope wants
+    challenge.py    lab 9: any policy, measured by the simulator
+    referee.py      refuses a policy that cheats
+    tests/          a file for each lab; they are also the library's own tests
 
 There is no second tree with solutions: the library is the solution.
 """

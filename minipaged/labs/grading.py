@@ -15,16 +15,19 @@ import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from minipaged.errors import InvalidOption
+from minipaged.labs.fork_server import CAN_FORK, ForkServer
 from minipaged.labs.lab import Lab, Task
 
 TESTS = Path(__file__).parent / "tests"
 QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed has no say here
+    "PYTEST_ADDOPTS": "",  # whatever else is set or installed has no say here
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
 }
 _TRACE = "minipaged trace view"  # how a test tells of the trace that it left
 
@@ -87,7 +90,7 @@ def grade(
         only: the number of the one task to run.
         hidden_tests: a folder with more tests, marked `lab(number=..., task=...)` like ours.
         traces: where to leave the traces of engine tests that fail; None: nowhere.
-        run: how to run pytest; None: in a process of its own.
+        run: how to run pytest. None: in a copy of a prepared process, or else in a new one.
     """
     if not file.is_file():
         raise InvalidOption(
@@ -105,7 +108,7 @@ def grade(
         handed_in.parent.mkdir()
         shutil.copyfile(file, handed_in)
         for task in tasks:
-            result = _grade_task(lab, task, clean, handed_in, run or run_in_new_process)
+            result = _grade_task(lab, task, clean, handed_in, run or _run)
             if traces is not None and result.trace:
                 shutil.copyfile(clean / "traces" / result.trace, traces / result.trace)
             yield result
@@ -137,6 +140,16 @@ def _grade_task(lab: Lab, task: Task, clean: Path, handed_in: Path, run: Run) ->
     if not report.exists():
         return Result(task, 0, 0, _last_words(printed))
     return _read(task, report)
+
+
+def _run(arguments: list[str], folder: Path, seconds: float) -> str | None:
+    run = _fork_server().run if CAN_FORK else run_in_new_process
+    return run(arguments, folder, seconds)
+
+
+@cache
+def _fork_server() -> ForkServer:
+    return ForkServer(os.environ | QUIET)
 
 
 def run_in_new_process(arguments: list[str], folder: Path, seconds: float) -> str | None:

@@ -168,6 +168,7 @@ PAIRWISE = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "block_size", "dtype"), PAIRWISE, ids=str
 )
@@ -467,6 +468,7 @@ def in_8_bits(setup: PagedSetup, dtype: torch.dtype) -> PagedSetup:
     return replace(setup, keys=read(k_cache), values=read(v_cache), **pools)
 
 
+@pytest.mark.sampled
 @every_format
 @pytest.mark.parametrize(
     "attention",

@@ -20,11 +20,16 @@ BLOCK = re.compile(
     r"(?:\n```text\n(?P<out>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
+SLOW = {"write_an_eviction_policy.md"}
+RUN = [
+    pytest.param(guide, id=guide.stem, marks=[pytest.mark.full] * (guide.name in SLOW))
+    for guide in GUIDES
+]
 NEEDS_TRITON = {"debug_a_kernel.md"}
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+@pytest.mark.parametrize("guide", RUN)
 def test_what_a_guide_shows_runs_and_prints_what_it_says(guide, tmp_path, monkeypatch, capsys):
     if guide.name in NEEDS_TRITON and find_spec("triton") is None:
         pytest.skip("Triton exists for Linux only")

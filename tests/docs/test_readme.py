@@ -65,6 +65,7 @@ def test_every_test_that_a_page_cites_exists():
     names = {name.partition("::")[0] for name in cited}
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name in names]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *files]
+    command.append("--full")
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     known = {re.sub(r"^\S*/", "", line) for line in listed.splitlines()}
     known |= {name.partition("[")[0] for name in known}

@@ -90,6 +90,7 @@ def test_an_8_bit_cache_of_the_same_memory_holds_more_blocks(folder, monkeypatch
     assert blocks["int8"] > 1.4 * blocks["float16"]  # heads of 12: 12 + 4 bytes instead of 24
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("attention_backend", sorted(BACKENDS))
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32])

@@ -169,6 +169,7 @@ def blocks_by_formula(p: int, g: int, n: int, size: int) -> tuple[int, int]:
     return unshared - (n - 1) * (p // size), unshared
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("block_size", "enable_prefix_caching"),
     [(1, False), (3, False), (4, False), (16, False), (4, True), (16, True)],
@@ -257,6 +258,7 @@ def test_samples_that_have_ended_are_counted_no_more(folder):
 # ---- the prefix cache ------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("common", [0, 1, 4, 15, 16, 31, 40])
 def test_a_second_prompt_finds_the_full_blocks_of_their_common_beginning(
@@ -600,6 +602,7 @@ def some_of(seed: int, how_many: int, *choices):
     return random.Random(seed).sample(list(product(*choices)), how_many)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("block_size", "attention_backend", "enable_prefix_caching", "steps"),
     some_of(1, 8, [1, 4, 16], sorted(BACKENDS), [True, False], ["whole", "chunks", "roomy"]),
@@ -634,6 +637,7 @@ MEMORY = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("block_size", "attention_backend", "memory", "enable_prefix_caching", "steps"),
     some_of(3, 18, [1, 4, 16], sorted(BACKENDS), MEMORY, [True, False], STEPS),

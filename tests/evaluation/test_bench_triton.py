@@ -1,6 +1,10 @@
 """The benchmarks of the Triton kernels, on tiny cases in Triton's interpreter."""
 
 import io
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,3 +57,26 @@ def test_compiling_in_a_process_that_interprets_is_refused(capsys, monkeypatch):
     code, _, err = minipaged(capsys, monkeypatch, "bench", "compile")
     assert code != 0
     assert "TRITON_INTERPRET=0" in err
+
+
+ONE_MODEL = """
+import json
+
+from minipaged.evaluation.bench import compile as bench
+
+setting = bench.Setting(*bench.LLAMA_3_8B, bench.torch.float16, "auto")
+print(json.dumps({row.kernel: row.stack_bytes for row in bench.compile_all([setting], [80])}))
+"""
+
+
+def test_the_kernels_compile_for_ampere_and_keep_all_in_registers(tmp_path):
+    """For one model. `test_compile.py` looks at all models and at Hopper as well."""
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ONE_MODEL], env=os.environ | environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    spilled = json.loads(run.stdout)
+    assert len(spilled) == 8
+    assert not any(spilled.values())

@@ -11,7 +11,11 @@ from importlib.util import find_spec
 
 import pytest
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton exists for Linux only")
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton exists for Linux only"),
+    pytest.mark.full,  # test_bench_triton.py compiles the kernels for one model and one GPU
+    pytest.mark.xdist_group("compile"),
+]
 
 COMPILE = """
 import json

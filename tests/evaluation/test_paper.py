@@ -61,6 +61,7 @@ def test_the_memory_is_used_as_in_figure_2():
     assert draws(as_saved(result))
 
 
+@pytest.mark.full
 def test_as_many_requests_run_at_a_time_as_in_figure_13():
     result = fig13.FIGURE.run(SHORT)
     assert not missed(result)
@@ -68,12 +69,14 @@ def test_as_many_requests_run_at_a_time_as_in_figure_13():
     assert draws(as_saved(result))
 
 
+@pytest.mark.full
 def test_a_chatbot_gains_and_the_three_orcas_are_alike():
     result = fig17.FIGURE.run(SHORT)
     assert not missed(result)
     assert draws(as_saved(result))
 
 
+@pytest.mark.full
 def test_a_shared_prefix_gains_what_figure_16_says():
     result = fig16.FIGURE.run(SHORT)
     assert not missed(result)
@@ -87,6 +90,7 @@ def what_they_bear(server: str, workload: str, systems) -> dict[str, dict[float,
     return {each.search.case.system: each.rates for each in found}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workload", ["sharegpt", "alpaca"])
 def test_systems_stand_in_the_paper_s_order_at_every_threshold(workload):
     rates = what_they_bear("opt-13b", workload, SYSTEMS)

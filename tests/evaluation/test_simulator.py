@@ -170,6 +170,7 @@ def test_swapping_small_blocks_takes_longer_and_recomputing_does_not_care():
 # ---- the loop ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize(
     "decoding",

@@ -7,16 +7,12 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 from lab_variants.lab1 import BEGINNING, WRONG
 from typer.testing import CliRunner
 
-from minipaged.cli import lab as command
 from minipaged.cli.main import app
 from minipaged.labs.catalogue import find_lab
-from minipaged.labs.grading import grade
 from minipaged.labs.starter import library_text
-from minipaged.labs.watch import CAN_FORK, run_in_copy
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "first_lab.md"
 STEP = re.compile(
@@ -30,10 +26,8 @@ def commands(block: str) -> list[tuple[str, list[str]]]:
     return [(first, printed) for first, *printed in told]
 
 
-@pytest.mark.skipif(not CAN_FORK, reason="grading in a copy of a process needs a fork")
 def test_the_first_lab_goes_as_its_guide_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "grade", grade_quickly)
     lab, num_commands = find_lab(1), 0
     texts = {"right": library_text(lab)} | {
         name: library_text(lab) + BEGINNING + text for name, (_, text) in WRONG.items()
@@ -50,7 +44,3 @@ def test_the_first_lab_goes_as_its_guide_says(tmp_path, monkeypatch):
             assert lines == expected, words
             num_commands += 1
     assert num_commands == 8
-
-
-def grade_quickly(*arguments, **options):
-    return grade(*arguments, **{**options, "run": run_in_copy})

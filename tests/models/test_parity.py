@@ -99,6 +99,7 @@ def assert_the_engine_writes_the_same(folder: Path, preemption: str) -> None:
     assert any(event.event == "swap_in" for event in events) == (preemption == "swap")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_engine_writes_what_transformers_writes(
@@ -107,6 +108,7 @@ def test_the_engine_writes_what_transformers_writes(
     assert_the_engine_writes_the_same(checkpoint(family, torch.float32), preemption)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_engine_writes_it_from_a_checkpoint_in_bfloat16_too(

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Many
 from random import Random
 
 import pytest
+from full_set import examples
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -227,7 +228,7 @@ class AnyRequests(RuleBasedStateMachine):
 
 
 TestAnyRequests = AnyRequests.TestCase
-TestAnyRequests.settings = settings(max_examples=1000, stateful_step_count=30)
+TestAnyRequests.settings = settings(max_examples=examples(150, full=1000), stateful_step_count=30)
 
 
 # ---- deliberate faults: each must be caught ------------------------------------------------------

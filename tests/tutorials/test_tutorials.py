@@ -1,6 +1,7 @@
 """Every chapter runs as it stands, keeps its form, and copies nothing out of the library."""
 
 import ast
+import functools
 import os
 import pkgutil
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from site_builder.imports import imported_files
 
 ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.py"))
@@ -27,7 +29,16 @@ FORM = (
     "What changed in the numbers",
 )
 
+IMPORT = re.compile(r"^import time: .*\| +(\S+)\n", flags=re.MULTILINE)
+
 pytest.importorskip("matplotlib", reason="the chapters draw: pip install 'minipaged[plot]'")
+# By default two chapters run; all of them in the full set.
+RUN = [
+    pytest.param(
+        path, id=path.stem, marks=[] if path.stem[:2] in ("00", "04") else pytest.mark.full
+    )
+    for path in CHAPTERS
+]
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 
 
@@ -42,17 +53,28 @@ def test_all_chapters_are_there():
     assert [chapter.stem for chapter in CHAPTERS] == NAMES
 
 
-@each_chapter
+@pytest.mark.parametrize("chapter", RUN)
 def test_a_chapter_runs_from_top_to_bottom(chapter: Path, tmp_path: Path):
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "Agg"}
     for name in ("TRITON_INTERPRET", "MINIPAGED_PICTURES"):  # as a reader has it
         environment.pop(name, None)
     run = subprocess.run(
-        [sys.executable, chapter], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=240, check=False,
+        [sys.executable, "-X", "importtime", chapter], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    times = IMPORT.findall(run.stderr)
+    said = IMPORT.sub("", run.stderr)
+    assert run.returncode == 0, f"{run.stdout[-2000:]}\n{said[-4000:]}"
     assert not list(tmp_path.iterdir()), "a chapter leaves nothing behind"
+    known = {module_name(file) for file in imported_files(chapter, ROOT)[0]}
+    imported = {name for name in times if name.split(".")[0] in ("minipaged", "drawing")}
+    assert "drawing" in imported
+    assert imported <= known, "the site would not run it again if these changed"
+
+
+def module_name(file: Path) -> str:
+    below = ROOT if file.is_relative_to(ROOT / "minipaged") else file.parent
+    return ".".join(file.relative_to(below).with_suffix("").parts).removesuffix(".__init__")
 
 
 def test_a_script_keeps_its_pictures_where_it_is_told(tmp_path: Path):
@@ -99,13 +121,18 @@ def functions(source: str) -> dict[str, str]:
 
 @each_chapter
 def test_a_chapter_copies_nothing(chapter: Path):
-    library = {
+    library = functions_of_the_library()
+    for name, body in functions(chapter.read_text(encoding="utf-8")).items():
+        assert body not in library, f"{name} is {library[body]}: quote it by its name instead"
+
+
+@functools.cache
+def functions_of_the_library() -> dict[str, str]:
+    return {
         body: f"{path.stem}.{name}"
         for path in (ROOT / "minipaged").rglob("*.py")
         for name, body in functions(path.read_text(encoding="utf-8")).items()
     }
-    for name, body in functions(chapter.read_text(encoding="utf-8")).items():
-        assert body not in library, f"{name} is {library[body]}: quote it by its name instead"
 
 
 @each_chapter

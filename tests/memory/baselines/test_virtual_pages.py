@@ -313,6 +313,7 @@ def belief_and_truth(llm: LLM) -> tuple[int, int]:
     return memory.num_mapped * cache.layout.group_bytes, cache.pages.resident_bytes()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("memory", VIRTUAL)
 def test_slots_give_the_tokens_of_paging(folder, expected, memory, params):
@@ -324,6 +325,7 @@ def test_slots_give_the_tokens_of_paging(folder, expected, memory, params):
     assert believed == resident > 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("memory", ["virtual", "virtual-sliced"])
 def test_a_starved_budget_preempts_and_gives_the_same_tokens(folder, expected, memory, params):
