@@ -29,8 +29,7 @@ Way = Literal["gathered", "in place"]
 # Gather at most so many elements at a time. A copy of this size is still in the processor's cache
 # when attention reads it.
 NUMBERS_AT_ONCE = 2**20
-# In place, from so many numbers on. Below, what counts is the number of operations, and more so if
-# threads are woken for each of them.
+# In place, from so many elements on: below, what counts is operations, and threads to be woken.
 FEWEST_IN_PLACE = 2**17
 FEWEST_FOR_SEVERAL_THREADS = 2**19
 # In place, if at least this part of the range of blocks is in use: the rest is read in vain.

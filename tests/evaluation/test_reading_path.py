@@ -53,5 +53,7 @@ def test_the_command_prints_files_and_their_lines(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in printed.splitlines())
     for file, _ in READING_PATH:
-        assert re.search(rf"^{file} +{lines_of_code(file)} ", printed.replace(" " + file, file), re.M)
+        assert re.search(
+            rf"^{file} +{lines_of_code(file)} ", printed.replace(" " + file, file), re.M
+        )
         assert (PACKAGE / file).is_file()
