@@ -1,16 +1,199 @@
-"""What was asked for: frozen, checked once, never written back to.
+"""Options: what a user asks for, and the numbers that scheduler and memory get.
 
-`ModelConfig` is what the engine must know of any model; every model adds its own numbers beside
-its code. `EngineConfig` holds the knobs of memory and scheduling.
+    EngineArgs    what a user asks for; None means "choose for me"
+    EngineConfig  what it comes to: a number for every None, for scheduler and memory
+    ModelConfig   what the engine must know of a model; its family adds more beside its code
+
+All are frozen and checked when they are made. `EngineArgs` declares each option once, with its
+default, limits and help text. The arguments of `LLM` and the flags of the command line are derived
+from it (see `minipaged/utils/options.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import ceil
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal
 
 from minipaged.errors import InvalidOption
+from minipaged.utils.options import check_options, option, options_of
 
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
+Backend = Literal["auto", "reference", "blockwise", "torch", "triton", "triton-naive"]
+MemoryKind = Literal[
+    "paged", "contiguous-oracle", "contiguous-pow2", "contiguous-max", "static",
+    "virtual", "virtual-sliced", "virtual-2m", "virtual-2m-sliced",
+]  # fmt: skip
 PreemptionMode = Literal["auto", "recompute", "swap"]
+
+
+@dataclass(frozen=True)
+class EngineArgs:
+    """What a user asks for. Each option is checked by itself here.
+
+    Whether the options suit each other, the model and the device is checked when the engine is
+    built (`minipaged/engine/build.py`), where a number is chosen for each None.
+
+    Raises:
+        InvalidOption: a value that cannot work.
+    """
+
+    # ---- the model, and where it runs
+    model: str | Path = option(
+        "storyteller",
+        "The model: storyteller, which ships with the library; the folder of a Hugging Face "
+        "checkpoint; or a name on the hub, owner/name, once `minipaged fetch` has fetched it.",
+        kw_only=False,
+    )
+    device: str = option(
+        "auto", "The device: auto (a CUDA GPU if there is one), cpu, cuda, or cuda:1 and so on."
+    )
+    dtype: DType = option(
+        "auto", "Data type of weights and activations. auto: float32 on a CPU, as saved on a GPU."
+    )
+    attention_backend: Backend = option(
+        "auto", "Implementation of attention. auto: triton on a GPU, torch elsewhere."
+    )
+    enforce_eager: bool = option(
+        False, "Launch every kernel of a decode step instead of replaying a CUDA graph."
+    )
+    seed: int = option(0, "Random seed.", at_least=0)
+
+    # ---- memory for keys and values
+    memory: MemoryKind = option(
+        "paged",
+        "How memory for keys and values is managed: paged, or a baseline to compare with. The "
+        "contiguous ones reserve what a request may need in advance, as Orca does; static also "
+        "waits until a whole batch has ended, as FasterTransformer does; the virtual ones map "
+        "pages as a sequence grows, as vAttention does.",
+    )
+    kv_cache_dtype: KVCacheDType = option(
+        "auto", "Data type of keys and values. auto: as the model computes. int8 and fp8 hold more."
+    )
+    block_size: int = option(16, "Token slots per block.", at_least=1)
+    num_blocks: int | None = option(
+        None,
+        "Blocks in the pool. Default: enough for max_num_seqs of the longest sequences, or as many "
+        "as fit in memory.",
+        at_least=1,
+    )
+    num_swap_blocks: int | None = option(
+        None,
+        "Blocks in the swap pool in host memory. Default: as many as in the pool, up to 2 GiB.",
+        at_least=0,
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "Fraction of a GPU's memory for weights and blocks.", at_least=0.01, at_most=1.0
+    )
+    enable_prefix_caching: bool | None = option(
+        None,
+        "Find full blocks again by their content, so that a prefix shared by several prompts is "
+        "computed and stored once. Default: on, where the memory is paged.",
+    )
+
+    # ---- scheduling
+    max_model_len: int | None = option(
+        None,
+        "Maximum tokens in a sequence, prompt and output together. Default: what the model "
+        "supports.",
+        at_least=2,
+    )
+    max_num_seqs: int = option(64, "Maximum sequences per step.", at_least=1)
+    max_num_batched_tokens: int | None = option(
+        None,
+        "Maximum tokens per step. Default: 512 on a CPU and 2048 on a GPU, or more if a whole "
+        "prompt must fit in a step.",
+        at_least=1,
+    )
+    enable_chunked_prefill: bool = option(
+        True, "Compute a long prompt over several steps. Off: a prompt runs whole, as in the paper."
+    )
+    preemption: PreemptionMode = option(
+        "auto",
+        "What happens to a preempted request: recompute or swap. auto, as the first vLLM: swap "
+        "requests with several sequences, recompute others. Requests with several sequences are "
+        "swapped in any case while the swap pool has room.",
+    )
+    watermark: float = option(
+        0.01,
+        "Fraction of the pool that admission leaves free, so that running requests can grow.",
+        at_least=0.0,
+        at_most=0.99,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def is_given(self, name: str) -> bool:
+        """Whether an option differs from its default."""
+        return getattr(self, name) != OPTIONS[name].default
+
+
+OPTIONS = options_of(EngineArgs)
+"""The declarations above, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What memory and scheduler get: the options of `EngineArgs` that they read, and no None.
+
+    Raises:
+        InvalidOption: a value that cannot work, alone or together with another one.
+    """
+
+    num_blocks: int
+    num_swap_blocks: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    enable_prefix_caching: bool
+    block_size: int = EngineArgs.block_size
+    max_num_seqs: int = EngineArgs.max_num_seqs
+    enable_chunked_prefill: bool = EngineArgs.enable_chunked_prefill
+    preemption: PreemptionMode = EngineArgs.preemption
+    watermark: float = EngineArgs.watermark
+
+    @classmethod
+    def from_args(cls, args: EngineArgs, **chosen: Any) -> "EngineConfig":
+        """The options as the user gave them, but for those that were chosen."""
+        given = {each.name: getattr(args, each.name) for each in fields(cls)}
+        return cls(**(given | chosen))
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            assert value is not None, f"{each.name} was left open: a number must be chosen for it"
+            OPTIONS[each.name].check(value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.preemption == "swap" and self.num_swap_blocks == 0:
+            raise InvalidOption(
+                'preemption="swap" needs a swap pool, and num_swap_blocks is 0: raise it.'
+            )
+        # Each running sequence needs one token a step; a prompt being computed needs at least one.
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidOption(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "
+                f"({self.max_num_seqs}), so some running sequence would never get its turn: raise "
+                "max_num_batched_tokens or lower max_num_seqs."
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise InvalidOption(
+                "without chunked prefill a whole prompt must fit into one step, but "
+                f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_model_len is "
+                f"{self.max_model_len}: raise max_num_batched_tokens, lower max_model_len, or set "
+                "enable_chunked_prefill."
+            )
+
+    @property
+    def watermark_blocks(self) -> int:
+        """Blocks that admission leaves free, so that running requests can grow."""
+        return int(self.watermark * self.num_blocks)
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Blocks of the longest sequence allowed."""
+        return ceil(self.max_model_len / self.block_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,88 +207,9 @@ class ModelConfig:
     head_dim: int
     hidden_size: int
     vocab_size: int
-    max_position_embeddings: int  # the longest context the model can take, in tokens
+    max_position_embeddings: int  # the longest context that the model supports, in tokens
     eos_token_ids: tuple[int, ...] = ()  # any of these ends a sequence
 
     def kv_bytes_per_token(self, bytes_per_number: int) -> int:
-        """Bytes that one token's keys and values take over all layers (paper, section 3)."""
+        """Bytes of one token's keys and values over all layers (paper, section 3)."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_number
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Memory and scheduling, in full: no number here is a placeholder for a later one.
-
-    Raises:
-        InvalidOption: a value that cannot work, alone or together with another one.
-    """
-
-    num_blocks: int  # physical blocks in the pool
-    num_swap_blocks: int  # physical blocks in the swap pool in host memory
-    max_model_len: int  # prompt and output of one sequence, in tokens
-    block_size: int = 16  # token slots in a block (section 4.1)
-    max_num_seqs: int = 64  # sequences in one step
-    max_num_batched_tokens: int = 2048  # query tokens in one step
-    enable_chunked_prefill: bool = True  # False: a prompt runs whole or not at all, as in the paper
-    enable_prefix_caching: bool = True  # whether full blocks are found again by their content
-    preemption: PreemptionMode = "auto"  # auto: swap groups of several, recompute others
-    watermark: float = 0.01  # the part of the pool that admission leaves free
-
-    def __post_init__(self) -> None:
-        least = {"block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1}
-        least |= {"max_model_len": 2, "num_blocks": 1, "num_swap_blocks": 0}
-        for name, smallest in least.items():
-            require_whole(name, getattr(self, name), smallest)
-        require_share("watermark", self.watermark, 0.0, 0.99)
-        require_one_of("preemption", self.preemption, get_args(PreemptionMode))
-        for name in ("enable_chunked_prefill", "enable_prefix_caching"):
-            require_one_of(name, getattr(self, name), (True, False))
-        self._check_together()
-
-    def _check_together(self) -> None:
-        if self.preemption == "swap" and self.num_swap_blocks == 0:
-            raise InvalidOption(
-                'preemption="swap" needs a swap pool: raise num_swap_blocks above 0.'
-            )
-        # Each running sequence needs one token a step; a prompt being computed needs at least one.
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise InvalidOption(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "
-                f"({self.max_num_seqs}): raise it, or some running sequence would never get its "
-                "turn."
-            )
-        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
-            raise InvalidOption(
-                "without chunked prefill a whole prompt must fit into one step, but "
-                f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_model_len is "
-                f"{self.max_model_len}: raise the one, lower the other, or enable_chunked_prefill."
-            )
-
-    @property
-    def watermark_blocks(self) -> int:
-        """Blocks that admission leaves free, so that those who run can grow."""
-        return int(self.watermark * self.num_blocks)
-
-    @property
-    def max_blocks_per_seq(self) -> int:
-        """Blocks of the longest sequence allowed."""
-        return ceil(self.max_model_len / self.block_size)
-
-
-def require_whole(name: str, value: object, least: int) -> None:
-    """Refuse an option that is no whole number from `least` up. Raises InvalidOption."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InvalidOption(f"{name} is {value!r}: give a whole number from {least} up.")
-
-
-def require_share(name: str, value: Any, least: float, most: float) -> None:
-    """Refuse an option that is no number from `least` to `most`. Raises InvalidOption."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not least <= value <= most:
-        raise InvalidOption(f"{name} is {value!r}: give a number from {least} to {most}.")
-
-
-def require_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuse an option that is none of the choices. Raises InvalidOption."""
-    if value not in choices:
-        raise InvalidOption(f"{name} is {value!r}: choose one of {', '.join(map(str, choices))}.")

@@ -10,7 +10,14 @@ class MinipagedError(Exception):
 
 
 class InvalidOption(MinipagedError, ValueError):
-    """An option or parameter has a value that cannot work."""
+    """An option or parameter has a value that cannot work.
+
+    `param` is its name, for programs; None where several options are at odds.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class InvalidRequest(MinipagedError, ValueError):

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any, cast
 
 from tqdm import tqdm
 
-from minipaged.config import PreemptionMode
+from minipaged.config import EngineArgs
 from minipaged.engine.build import build_engine
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput
 from minipaged.engine.parts import Parts
@@ -18,6 +18,14 @@ from minipaged.sampling import BeamSearchParams, Params, SamplingParams, one_for
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_template import Message, chat_prompt
 from minipaged.tokenizer.prompts import Prompt, list_prompts, read_prompt
+from minipaged.utils.options import option, takes
+
+
+@dataclass(frozen=True)
+class LLMArgs(EngineArgs):
+    """The arguments of `LLM`."""
+
+    parts: Parts | None = option(None, "Custom parts in place of the library's. See `Parts`.")
 
 
 class LLM:
@@ -26,94 +34,20 @@ class LLM:
         >>> llm = LLM("storyteller")
         >>> [output] = llm.generate("Theo the frog", SamplingParams(temperature=0, max_tokens=8))
 
-    Args:
-        model: "storyteller", the model that ships with the library; a folder with a Hugging Face
-            checkpoint; or a name on the hub, "owner/name", that `minipaged fetch` has brought.
-        device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" ...
-        dtype: "auto" (float32 on a CPU, as saved on a GPU), "float32", "bfloat16", "float16".
-        attention_backend: "auto", "reference", "blockwise", "torch", "triton" or "triton-naive".
-        kv_cache_dtype: in what keys and values are kept: "auto" (as the model computes), "float32",
-            "bfloat16", "float16"; in 8 bits, for twice the tokens: "int8" or "fp8".
-        memory: "paged"; or a rival, to compare with: "contiguous-max", "contiguous-pow2" and
-            "contiguous-oracle" reserve what a request may need in advance, and "static" besides
-            admits nobody before a whole batch has ended. "virtual", vAttention, keeps each sequence
-            in one piece and lets the system map pages behind it; "virtual-2m" takes those of 2 MiB,
-            the smallest of a GPU, and "-sliced" behind either wastes less of them. Rivals have as
-            many bytes as `num_blocks` has, swap nothing and find no prefixes.
-        block_size: token slots in a block.
-        num_blocks: blocks in the pool; None: enough for `max_num_seqs` of the longest sequences,
-            if the memory has room for them.
-        num_swap_blocks: blocks in the swap pool in host memory; None: as many as in the pool, up to
-            2 GiB of them.
-        max_model_len: longest prompt and output together; None: what the model can take, which with
-            a sliding window is at most its width.
-        gpu_memory_utilization: the part of a GPU's memory that weights and cache may fill.
-        max_num_seqs: sequences in one step.
-        max_num_batched_tokens: tokens in one step; None: 512 (GPU: 2,048), or those of a prompt
-            that may not be cut.
-        enable_chunked_prefill: whether a long prompt may be computed over several steps.
-        enable_prefix_caching: whether full blocks are found again by their content, so that a
-            beginning that several prompts have in common is computed and stored once.
-        preemption: "recompute", "swap", or "auto": what the first vLLM did, swapping groups of
-            several sequences and recomputing single ones. Whatever is chosen, groups of several
-            are swapped while the swap pool has room, and all are recomputed when it has none.
-        watermark: the part of the pool that admission leaves free for those who run.
-        enforce_eager: launch every kernel of a decode step, instead of replaying a CUDA graph.
-        seed: of all random choices of requests that bring no seed of their own.
-        parts: other players for allocator, memory, scheduler, select_victim, attention.
-
-    Raises:
-        InvalidOption: an option cannot work, or the weights do not fit the memory.
-        CheckpointError: the model is not on this machine, or cannot be loaded.
+    Its arguments are the options of `EngineArgs`, and `parts`. They cannot be changed later.
     """
 
-    def __init__(
-        self,
-        model: str | Path = "storyteller",
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        attention_backend: str = "auto",
-        kv_cache_dtype: str = "auto",
-        memory: str = "paged",
-        block_size: int = 16,
-        num_blocks: int | None = None,
-        num_swap_blocks: int | None = None,
-        max_model_len: int | None = None,
-        gpu_memory_utilization: float = 0.9,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int | None = None,
-        enable_chunked_prefill: bool = True,
-        enable_prefix_caching: bool = True,
-        preemption: PreemptionMode = "auto",
-        watermark: float = 0.01,
-        enforce_eager: bool = False,
-        seed: int = 0,
-        parts: Parts | None = None,
-    ) -> None:
-        self.folder = find_model(model)
-        self.engine = build_engine(
-            self.folder,
-            Parts() if parts is None else parts,
-            device=device,
-            dtype=dtype,
-            attention_backend=attention_backend,
-            kv_cache_dtype=kv_cache_dtype,
-            memory=memory,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            num_swap_blocks=num_swap_blocks,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enable_chunked_prefill=enable_chunked_prefill,
-            enable_prefix_caching=enable_prefix_caching,
-            preemption=preemption,
-            watermark=watermark,
-            enforce_eager=enforce_eager,
-            seed=seed,
-        )
+    @takes(LLMArgs)
+    def __init__(self, args: LLMArgs) -> None:
+        """Load the model and set up memory and scheduler.
+
+        Raises:
+            InvalidOption: an option cannot work or would be ignored, or the weights do not fit in
+                memory.
+            CheckpointError: the model is not on this machine, or cannot be loaded.
+        """
+        self.folder = find_model(args.model)
+        self.engine = build_engine(self.folder, args, args.parts or Parts())
         self._numbers = count()
         # Ids of the requests that `generate` and `stream` have open, and of each the newest
         # progress that its stream has not read yet: several streams share every step.
@@ -245,7 +179,10 @@ class LLM:
         read = read_prompt(prefix, self.engine.tokenizer)
         num_tokens = len(read.token_ids) // config.block_size * config.block_size
         if not config.enable_prefix_caching:
-            raise InvalidRequest("a prefix can be cached only with enable_prefix_caching=True.")
+            raise InvalidRequest(
+                "a prefix can be cached only in paged memory with prefix caching: leave out "
+                "enable_prefix_caching and memory."
+            )
         if num_tokens == 0:
             raise InvalidRequest(
                 f"a prefix of {len(read.token_ids)} fills no block of {config.block_size} tokens, "

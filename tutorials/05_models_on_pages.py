@@ -347,7 +347,12 @@ some_prompts = [[(7 * i + n) % 101 for i in range(n)] for n in (3, 17, 40)]
 
 def gpt2_tokens(block_size: int, num_blocks: int) -> dict[str, list[int]]:
     config = EngineConfig(
-        num_blocks=num_blocks, num_swap_blocks=0, max_model_len=128, block_size=block_size
+        num_blocks=num_blocks,
+        num_swap_blocks=0,
+        block_size=block_size,
+        max_model_len=128,
+        max_num_batched_tokens=512,
+        enable_prefix_caching=True,
     )
     cache = KVCache.build(gpt2.config, config, torch.float32, "cpu")
     batches = BatchBuilder(config.max_num_seqs, config.max_blocks_per_seq, block_size)

@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.config import require_whole
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import GB, GPUS, MODELS, find_gpu, find_model
 from minipaged.evaluation.sim.planner import KNEE, Load, Plan, deploy, make_plan
 from minipaged.evaluation.sim.traces import Lengths, mean_lengths, read_trace
+from minipaged.utils.options import require_whole
 
 
 def plan(

@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.config import require_whole
 from minipaged.errors import InvalidOption
 from minipaged.labs.challenge import (
     FILE_NAME,
@@ -22,6 +21,7 @@ from minipaged.labs.challenge import (
     serve,
     traces,
 )
+from minipaged.utils.options import require_whole
 
 console = Console(highlight=False, soft_wrap=True)
 

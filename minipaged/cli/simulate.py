@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from minipaged.config import require_one_of, require_whole
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
 from minipaged.evaluation.sim.cost_model import CostModel
@@ -31,6 +30,7 @@ from minipaged.evaluation.sim.traces import (
     poisson_trace,
     read_trace,
 )
+from minipaged.utils.options import require_one_of, require_whole
 
 MOST_REQUESTS = 1_000_000  # that are worth waiting for
 

@@ -1,4 +1,4 @@
-"""Which tensors and which manager each kind of memory has, paging and its rivals."""
+"""Cache tensors and memory manager for each kind of memory: paging and the baselines."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,13 +8,10 @@ import torch
 from minipaged.attention.backend import UNPAGED, AttentionBackend, choose_backend
 from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.kv_cache import Cache, KVCache, bytes_per_block
-from minipaged.attention.quantized_cache import LARGEST
 from minipaged.attention.virtual_cache import VirtualKVCache
-from minipaged.config import EngineConfig, ModelConfig, require_one_of
+from minipaged.config import EngineArgs, EngineConfig, ModelConfig
 from minipaged.engine.parts import Parts
-from minipaged.errors import InvalidOption
-from minipaged.memory import BlockManager
-from minipaged.memory.baselines.kinds import KINDS, VIRTUAL, VirtualKind, contiguous
+from minipaged.memory.baselines.kinds import VIRTUAL, VirtualKind, contiguous
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE
 from minipaged.memory.baselines.slots import RegionLayout
 from minipaged.memory.baselines.virtual import VirtualMemory
@@ -22,41 +19,18 @@ from minipaged.memory.baselines.virtual import VirtualMemory
 
 @dataclass(frozen=True)
 class Storage:
-    """Where keys and values lie, who decides it, and how batches speak of it."""
+    """The cache for keys and values, the parts that manage it, and the batches that index it."""
 
     kv_cache: Cache
     parts: Parts  # whose memory manages that cache
     batches: BatchBuilder
 
 
-def check_memory(memory: str, parts: Parts, preemption: str) -> dict[str, Any]:
-    """The options that must be changed for this kind of memory. Raises InvalidOption."""
-    require_one_of("memory", memory, KINDS)
-    if memory == "paged":
-        return {}
-    if parts.memory is not BlockManager:
-        raise InvalidOption(
-            f"memory is {memory!r}, and parts bring a memory of their own: leave out one of them."
-        )
-    if preemption == "swap":
-        raise InvalidOption(
-            f'only paged memory swaps, and memory is {memory!r}: leave out preemption="swap".'
-        )
-    return {"enable_prefix_caching": False, "num_swap_blocks": 0}
-
-
-def choose_attention(
-    memory: str, name: str, device: torch.device, head_dim: int, kv_cache_dtype: str
-) -> AttentionBackend:
-    """The backend of this name, where the memory leaves a choice. Raises InvalidOption."""
-    if memory not in VIRTUAL:
-        return choose_backend(name, device, head_dim, kv_cache_dtype)
-    if name not in ("auto", UNPAGED.name):
-        raise InvalidOption(
-            f"attention_backend is {name!r}, which reads whole blocks, and with memory={memory!r} "
-            'there is no memory behind a sequence\'s end: choose "auto".'
-        )
-    return UNPAGED
+def choose_attention(args: EngineArgs, device: torch.device, head_dim: int) -> AttentionBackend:
+    """The backend that was asked for, where the memory leaves a choice. Raises InvalidOption."""
+    if args.memory in VIRTUAL:
+        return UNPAGED
+    return choose_backend(args.attention_backend, device, head_dim, args.kv_cache_dtype)
 
 
 def build_storage(
@@ -88,11 +62,6 @@ def _virtual(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Storage:
-    if dtype in LARGEST:
-        raise InvalidOption(
-            "in 8 bits, keys have scales that need pages of their own, which virtual memory does "
-            'not give them: choose another kv_cache_dtype, or memory="paged".'
-        )
     huge = kind.huge_pages or device.type == "cuda"
     layout = RegionLayout.for_model(
         model,

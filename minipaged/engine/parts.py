@@ -1,14 +1,14 @@
-"""Who plays which role. To replace a part, give another one here; nothing else is wired anywhere.
+"""The parts of an engine. To replace one, give another here; nothing is wired anywhere else.
 
-    LLM(parts=Parts(allocator=MyAllocator))      # a class of yours
-    LLM(parts=Parts().checked())                 # everything counted twice
+    LLM(parts=Parts(allocator=MyAllocator))      # a custom part
+    LLM(parts=Parts().checked())                 # every block recounted after every call
     LLM(parts=Parts().traced(log))               # scheduler, memory and allocators observed
 
-`checked` and `traced` wrap whatever parts they find, so yours are checked and traced like ours.
+`checked` and `traced` wrap custom parts in the same way as the library's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ BuildMemory = Callable[..., Memory]
 
 @dataclass(frozen=True)
 class Parts:
-    """The roles, and the library's own players as defaults.
+    """The parts of an engine that can be replaced, with the library's own as defaults.
 
     allocator        called with the number of blocks; once for the pool, once for the swap pool
     block_table      a BlockTable: called with its four arguments
@@ -47,8 +47,12 @@ class Parts:
     select_victim    whom to preempt, of the running groups younger than the one in need
     paged_attention  None: the attention backend's
     store_kv         None: the attention backend's
-    sampling_request a SamplingRequest: how the samples of a prompt begin, go on and end
-    memory_wrappers  what `checked` and `traced` put round the memory, whoever plays it
+    sampling_request a SamplingRequest: how the samples of a prompt begin, continue and end
+
+    `memory_wrappers` and `scheduler_wrappers` are what `checked` and `traced` put around memory and
+    scheduler, the library's or custom ones.
+
+    A part that the chosen memory would never call is refused: see `engine/refusals.py`.
     """
 
     allocator: Callable[[int], Allocator] = BlockAllocator
@@ -61,6 +65,12 @@ class Parts:
     store_kv: StoreKV | None = None
     sampling_request: Callable[[Arrival, SamplingParams, int], Request] = SamplingRequest
     memory_wrappers: tuple[Callable[[BuildMemory], BuildMemory], ...] = ()
+    scheduler_wrappers: tuple[Callable[[Scheduler], Scheduler], ...] = ()
+
+    @property
+    def replaced(self) -> set[str]:
+        """The names of the parts that are not the library's own."""
+        return {each.name for each in fields(self) if getattr(self, each.name) != each.default}
 
     def build_scheduler(self, config: EngineConfig) -> Scheduler:
         """The scheduler and, below it, the memory and its allocators."""
@@ -76,7 +86,10 @@ class Parts:
             enable_prefix_caching=config.enable_prefix_caching,
             prefix_cache=partial(self.prefix_cache, block_table=self.block_table),
         )
-        return self.scheduler(config, memory, self.select_victim)
+        scheduler = self.scheduler(config, memory, self.select_victim)
+        for wrap in self.scheduler_wrappers:
+            scheduler = wrap(scheduler)
+        return scheduler
 
     def attention(self, backend: AttentionBackend) -> AttentionBackend:
         """The backend with the functions replaced that these parts replace."""
@@ -94,19 +107,21 @@ class Parts:
         """The same parts, recounted after every call; slow, for tests and labs."""
 
         def check(build: BuildMemory) -> BuildMemory:
-            return lambda **options: cast(Memory, CheckedMemory(build(**options)))
+            def memory(**options: Any) -> Memory:
+                def allocator(num_blocks: int) -> Allocator:
+                    return CheckedAllocator(options["allocator"](num_blocks))
 
-        return replace(
-            self,
-            allocator=lambda num_blocks: CheckedAllocator(self.allocator(num_blocks)),
-            memory_wrappers=(*self.memory_wrappers, check),
-        )
+                return cast(Memory, CheckedMemory(build(**{**options, "allocator": allocator})))
+
+            return memory
+
+        return replace(self, memory_wrappers=(*self.memory_wrappers, check))
 
     def traced(self, log: EventLog) -> "Parts":
         """The same parts, with every change to queues and blocks written to the log."""
 
-        def scheduler(*arguments: Any) -> Scheduler:
-            return cast(Scheduler, TracedScheduler(self.scheduler(*arguments), log))
+        def trace_scheduler(scheduler: Scheduler) -> Scheduler:
+            return cast(Scheduler, TracedScheduler(scheduler, log))
 
         def trace(build: BuildMemory) -> BuildMemory:
             def memory(**options: Any) -> Memory:
@@ -127,5 +142,8 @@ class Parts:
 
             return memory
 
-        wrappers = (*self.memory_wrappers, trace)
-        return replace(self, scheduler=scheduler, memory_wrappers=wrappers)
+        return replace(
+            self,
+            memory_wrappers=(*self.memory_wrappers, trace),
+            scheduler_wrappers=(*self.scheduler_wrappers, trace_scheduler),
+        )

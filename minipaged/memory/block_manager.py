@@ -23,8 +23,8 @@ class BlockManager:
     def __init__(
         self,
         num_blocks: int,
+        block_size: int,
         num_swap_blocks: int = 0,
-        block_size: int = 16,
         watermark_blocks: int = 0,
         allocator: Callable[[int], Allocator] = BlockAllocator,
         enable_prefix_caching: bool = False,

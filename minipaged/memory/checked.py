@@ -3,7 +3,7 @@
 They wrap the library's parts and a student's alike:
 
     LLM(parts=Parts(allocator=lambda n: CheckedAllocator(MyAllocator(n))))
-    CheckedMemory(BlockManager(num_blocks=8))
+    CheckedMemory(BlockManager(num_blocks=8, block_size=16))
 """
 
 from collections import Counter

@@ -21,9 +21,20 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise InvalidOption(f"there is no device {name!r} here: choose auto, cpu or cuda.")
+        raise InvalidOption(
+            f"there is no device {name!r} here: choose auto, cpu or cuda.", "device"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOption('device="cuda" needs a CUDA GPU, and none is found: choose "cpu".')
+        raise InvalidOption(
+            'device="cuda" needs a CUDA GPU, and none is found: choose "cpu".', "device"
+        )
+    number_of = {"cpu": 1, "cuda": torch.cuda.device_count()}[device.type]
+    if (device.index or 0) >= number_of:
+        raise InvalidOption(
+            f"device is {name!r}, and this machine has {number_of} of them, counted from 0: choose "
+            f'"{device.type}".',
+            "device",
+        )
     return device
 
 

@@ -7,7 +7,13 @@ from minipaged.engine.parts import Parts
 from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel
 
 CONFIG = EngineConfig(
-    num_blocks=100, num_swap_blocks=100, max_model_len=400, block_size=4, watermark=0.0
+    num_blocks=100,
+    num_swap_blocks=100,
+    block_size=4,
+    max_model_len=400,
+    max_num_batched_tokens=2048,
+    enable_prefix_caching=True,
+    watermark=0.0,
 )
 
 

@@ -320,7 +320,14 @@ def test_swapping_out_is_recounted():
 
 
 def test_checked_parts_recount_memory_and_allocator():
-    config = EngineConfig(num_blocks=8, num_swap_blocks=8, max_model_len=64, block_size=4)
+    config = EngineConfig(
+        num_blocks=8,
+        num_swap_blocks=8,
+        block_size=4,
+        max_model_len=64,
+        max_num_batched_tokens=64,
+        enable_prefix_caching=True,
+    )
 
     class Wrong(BlockManager):
         num_free = 99

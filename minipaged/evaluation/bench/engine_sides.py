@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from minipaged.config import Backend, DType, EngineArgs
 from minipaged.evaluation.bench.engine_workload import Lengths, Request, Workload
 from minipaged.evaluation.bench.load import forget_the_peak, resident_bytes
 from minipaged.llm import LLM
@@ -57,8 +58,10 @@ class Clock:
 class Minipaged:
     """This library, with the defaults of a CPU and a pool that holds all requests."""
 
-    def __init__(self, folder: Path, dtype: str, workload: Workload, backend: str = "auto") -> None:
-        block_size = 16
+    def __init__(
+        self, folder: Path, dtype: str, workload: Workload, backend: Backend = "auto"
+    ) -> None:
+        block_size = EngineArgs.block_size
         most = max(
             sum(ceil((len(prompt) + output) / block_size) for prompt, output in requests)
             for requests in (
@@ -69,7 +72,7 @@ class Minipaged:
         self._llm = LLM(
             folder,
             device="cpu",
-            dtype=dtype,
+            dtype=cast(DType, dtype),
             attention_backend=backend,
             block_size=block_size,
             num_blocks=most + most // 10 + 64,  # with a tenth more, nobody is ever preempted

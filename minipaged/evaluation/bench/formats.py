@@ -7,6 +7,7 @@ questions that it answers from far back in its context, and how many of its toke
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from rich.table import Table
@@ -15,6 +16,7 @@ from torch import Tensor
 from minipaged.attention.backend import BACKENDS
 from minipaged.attention.kv_cache import KV_DTYPES, bytes_per_block
 from minipaged.attention.quantized_cache import KVPool, QuantizedPool
+from minipaged.config import KVCacheDType
 from minipaged.evaluation.bench.cases import Case, Heads, make_inputs
 from minipaged.evaluation.stories import Question, prompt, tell
 from minipaged.llm import LLM
@@ -93,7 +95,7 @@ def _bytes_per_key(kv_dtype: str) -> float:
 
 def _answers(kv_dtype: str, num_questions: int) -> tuple[int, list[list[int]]]:
     """How many are right, and the tokens of all."""
-    llm = LLM("storyteller", device="cpu", kv_cache_dtype=kv_dtype)
+    llm = LLM("storyteller", device="cpu", kv_cache_dtype=cast(KVCacheDType, kv_dtype))
     cases = [_question(index) for index in range(num_questions)]
     greedy = SamplingParams(temperature=0.0, max_tokens=32)
     outputs = llm.generate([text for text, _ in cases], greedy, use_tqdm=False)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from minipaged.config import MemoryKind
 from minipaged.evaluation.stories import tell
 from minipaged.llm import LLM
 from minipaged.sampling import SamplingParams
@@ -23,7 +24,7 @@ class Row:
     same_tokens: bool  # as the first kind generates
 
 
-def measure(kinds: Iterable[str]) -> list[Row]:
+def measure(kinds: Iterable[MemoryKind]) -> list[Row]:
     """All kinds in turn, round after round, on a CPU."""
     llms = {kind: LLM(memory=kind, device="cpu", enable_prefix_caching=False) for kind in kinds}
     prompts: list[Prompt] = [tell(2 + n, seed=n).text for n in range(NUM_REQUESTS)]

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from minipaged.config import PreemptionMode
+from minipaged.config import EngineArgs, PreemptionMode
 from minipaged.evaluation.sim.capacity import Curve
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
 from minipaged.evaluation.sim.cost_model import CostModel
@@ -41,7 +41,7 @@ class Case:
     seconds: float = 400.0  # in which requests come
     seed: int = 0
     decoding: Decoding = GREEDY
-    block_size: int = 16
+    block_size: int = EngineArgs.block_size
     max_num_seqs: int = 256
     kv_factor: float = 1.0
     copy_factor: float = 1.0

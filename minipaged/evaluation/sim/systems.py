@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minipaged.config import EngineConfig, PreemptionMode
+from minipaged.config import EngineArgs, EngineConfig, PreemptionMode
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import MODELS, ServedModel
 from minipaged.memory import BlockManager, Memory
@@ -22,11 +22,11 @@ class Setting:
     """What a simulation may vary of memory and scheduler."""
 
     num_slots: int  # token slots for keys and values
-    block_size: int = 16
+    block_size: int = EngineArgs.block_size
     longest: int = LONGEST
     max_num_seqs: int = 256  # the first vLLM's
     max_num_batched_tokens: int = 2560  # the same
-    watermark: float = 0.01
+    watermark: float = EngineArgs.watermark
     prefix_caching: bool = False  # the paper had none, but for prefixes that were given
     preemption: PreemptionMode = "auto"
     model: ServedModel = MODELS["opt-13b"]  # for memory that is counted in bytes

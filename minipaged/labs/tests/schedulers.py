@@ -9,7 +9,8 @@ from minipaged.memory import BlockManager, CheckedMemory
 
 DEFAULTS: dict[str, Any] = {
     "num_blocks": 100, "num_swap_blocks": 100, "block_size": 4, "max_model_len": 400,
-    "max_num_seqs": 8, "watermark": 0.0,
+    "max_num_seqs": 8, "max_num_batched_tokens": 2048, "enable_prefix_caching": True,
+    "watermark": 0.0,
 }  # fmt: skip
 
 

@@ -19,12 +19,12 @@ whose entries stand in a row.
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from minipaged.config import require_one_of
 from minipaged.memory.baselines.buddy import BuddyAllocator
 from minipaged.memory.baselines.plain import PlainMemory
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.interface import Admission, BlockPair, MemoryUsage, ceil_div
 from minipaged.sequence import Sequence, SequenceGroup
+from minipaged.utils.options import require_one_of
 
 Reserve = Literal["max", "pow2", "oracle"]
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from minipaged.config import require_one_of
 from minipaged.memory.baselines.contiguous import ContiguousMemory, Reserve
 from minipaged.memory.interface import Memory
+from minipaged.utils.options import require_one_of
 
 CONTIGUOUS: dict[str, Reserve] = {
     "contiguous-oracle": "oracle",

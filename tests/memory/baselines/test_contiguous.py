@@ -372,8 +372,11 @@ def test_a_request_that_never_fits_is_told_what_to_change():
     ("options", "words"),
     [
         ({"memory": "contiguous"}, "choose one of"),
-        ({"memory": "contiguous-max", "preemption": "swap"}, "only paged memory swaps"),
-        ({"memory": "static", "parts": Parts(memory=ContiguousMemory)}, "leave out one of them"),
+        ({"memory": "contiguous-max", "preemption": "swap"}, "does not swap: leave out preemption"),
+        (
+            {"memory": "static", "parts": Parts(memory=ContiguousMemory)},
+            "part memory would never be called",
+        ),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(options, words):

@@ -393,15 +393,15 @@ def test_virtual_memory_has_the_bytes_of_the_blocks_that_were_asked_for(folder):
 
 
 def test_what_cannot_be_served_is_refused_with_a_sentence(folder):
-    with pytest.raises(InvalidOption, match="reads whole blocks"):
+    with pytest.raises(InvalidOption, match="backends read whole blocks"):
         virtual(folder, attention_backend="torch")
-    with pytest.raises(InvalidOption, match="in 8 bits, keys have scales"):
+    with pytest.raises(InvalidOption, match="no pages for the scales"):
         virtual(folder, kv_cache_dtype="int8")
-    with pytest.raises(InvalidOption, match="only paged memory swaps"):
+    with pytest.raises(InvalidOption, match="does not swap"):
         virtual(folder, preemption="swap")
     with pytest.raises(InvalidOption, match="and the pool has 6144: raise num_blocks"):
         virtual(folder, num_blocks=1)
-    with pytest.raises(InvalidOption, match="there is no attention backend 'unpaged'"):
+    with pytest.raises(InvalidOption, match="attention_backend is 'unpaged': choose one of auto"):
         LLM(folder, attention_backend="unpaged")
     llm = virtual(folder, groups=2)
     length = llm.engine.scheduler.memory.layout.tokens_in(2) + 1

@@ -1,0 +1,126 @@
+"""Options and parts that a memory, backend or device would ignore: refused, each in one sentence.
+
+An option counts as given if it differs from its default, a part if it is not the library's own.
+Whether an option's value is possible at all is checked where it is declared (`config.py`).
+"""
+
+from dataclasses import dataclass
+
+from minipaged.config import EngineArgs
+from minipaged.engine.parts import Parts
+from minipaged.errors import InvalidOption
+from minipaged.memory.baselines.kinds import CONTIGUOUS, VIRTUAL
+from minipaged.scheduler.fcfs import FCFSScheduler
+
+
+@dataclass(frozen=True)
+class Unused:
+    """An option or a part that some kinds of memory have no use for."""
+
+    name: str
+    reason: str  # why, with the memory as subject
+    harmless: tuple[object, ...] = ()  # values of an option that ask for nothing else
+
+
+_BASELINE_PARTS = (
+    Unused("allocator", "does not allocate single blocks"),
+    Unused("block_table", "keeps one region per sequence, and tables of its own"),
+    Unused("prefix_cache", "finds no prefixes"),
+    Unused("memory", "is a memory manager itself"),
+)
+_BASELINE_OPTIONS = (
+    Unused("enable_prefix_caching", "finds no prefixes", harmless=(False,)),
+    Unused("num_swap_blocks", "does not swap", harmless=(0,)),
+    Unused("preemption", "does not swap", harmless=("recompute",)),
+)
+
+UNUSED_PARTS: dict[str, tuple[Unused, ...]] = {
+    "paged": (),
+    **dict.fromkeys(
+        CONTIGUOUS,
+        (
+            *_BASELINE_PARTS,
+            Unused("select_victim", "reserves everything in advance and never preempts"),
+        ),
+    ),
+    **dict.fromkeys(
+        VIRTUAL,
+        (
+            *_BASELINE_PARTS,
+            Unused("paged_attention", "has no block tables for it to read through"),
+        ),
+    ),
+}
+"""By kind of memory, the parts that it never calls."""
+
+UNUSED_OPTIONS: dict[str, tuple[Unused, ...]] = {
+    "paged": (),
+    **dict.fromkeys(
+        CONTIGUOUS,
+        (
+            *_BASELINE_OPTIONS,
+            Unused("preemption", "reserves everything in advance and never preempts"),
+            Unused("watermark", "reserves everything in advance, so no request grows"),
+        ),
+    ),
+    **dict.fromkeys(
+        VIRTUAL,
+        (
+            *_BASELINE_OPTIONS,
+            Unused("attention_backend", "maps no memory after a sequence's end, and backends read "
+                   "whole blocks"),
+            Unused("kv_cache_dtype", "has no pages for the scales of 8-bit keys and values",
+                   harmless=("float32", "bfloat16", "float16")),
+        ),
+    ),
+}  # fmt: skip
+"""By kind of memory, the options that it cannot honour."""
+
+
+def refuse_what_is_ignored(args: EngineArgs, parts: Parts, device_type: str) -> None:
+    """Refuse options and parts that would have no effect. Raises InvalidOption."""
+    _refuse_unused_parts(args.memory, parts)
+    for unused in UNUSED_OPTIONS[args.memory]:
+        value = getattr(args, unused.name)
+        if args.is_given(unused.name) and value not in unused.harmless:
+            raise InvalidOption(
+                f"{unused.name} is {value!r}, but memory={args.memory!r} {unused.reason}: leave "
+                f'out {unused.name}, or choose memory="paged".',
+                unused.name,
+            )
+    _refuse_unused_device_options(args, device_type)
+    if args.is_given("attention_backend") and {"paged_attention", "store_kv"} <= parts.replaced:
+        raise InvalidOption(
+            f"attention_backend is {args.attention_backend!r}, but the parts paged_attention and "
+            "store_kv replace all of its attention: leave out attention_backend or one of them.",
+            "attention_backend",
+        )
+
+
+def _refuse_unused_parts(memory: str, parts: Parts) -> None:
+    for unused in UNUSED_PARTS[memory]:
+        if unused.name not in parts.replaced:
+            continue
+        if unused.name == "select_victim" and parts.scheduler is not FCFSScheduler:
+            continue  # the custom scheduler gets it, and may preempt for reasons of its own
+        raise InvalidOption(
+            f"the part {unused.name} would never be called, because memory={memory!r} "
+            f'{unused.reason}: leave out the part, or choose memory="paged".',
+            unused.name,
+        )
+
+
+def _refuse_unused_device_options(args: EngineArgs, device_type: str) -> None:
+    if not args.is_given("gpu_memory_utilization"):
+        return
+    reason = ""
+    if device_type != "cuda":
+        reason = "but the model runs on the CPU"
+    elif args.num_blocks is not None:
+        reason = f"but num_blocks={args.num_blocks} already sets the size of the pool"
+    if reason:
+        raise InvalidOption(
+            f"gpu_memory_utilization is {args.gpu_memory_utilization}, {reason}: leave it out"
+            f"{' or leave out num_blocks' if device_type == 'cuda' else ', or set num_blocks'}.",
+            "gpu_memory_utilization",
+        )
