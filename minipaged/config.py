@@ -41,12 +41,12 @@ class EngineArgs:
     # ---- the model, and where it runs
     model: str | Path = option(
         "storyteller",
-        "The model: storyteller, which ships with the library; the folder of a Hugging Face "
+        "storyteller, which ships with the library; the folder of a Hugging Face "
         "checkpoint; or a name on the hub, owner/name, once `minipaged fetch` has fetched it.",
         kw_only=False,
     )
     device: str = option(
-        "auto", "The device: auto (a CUDA GPU if there is one), cpu, cuda, or cuda:1 and so on."
+        "auto", "auto (a CUDA GPU if there is one), cpu, cuda, or cuda:1 and so on."
     )
     dtype: DType = option(
         "auto", "Data type of weights and activations. auto: float32 on a CPU, as saved on a GPU."

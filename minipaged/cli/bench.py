@@ -10,30 +10,32 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from minipaged.cli.bench_options import AsJSON, Device, DType, Save, choose, report
+from minipaged.cli.bench_options import DType, Save, choose, report
+from minipaged.cli.options import AsJson, BlockSize, Device, Seed
+from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 
 app = typer.Typer(
-    help="Measure, and print what the documentation quotes.",
+    help="Run the benchmarks that the documentation quotes.",
     rich_markup_mode=None,
 )
 
 
 @app.callback(invoke_without_command=True)
 def bench(context: typer.Context) -> None:
-    """Measure, and print what the documentation quotes."""
+    """Run the benchmarks that the documentation quotes."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
 @app.command()
 def kernel(
-    device: Device = "auto",
+    device: Device = EngineArgs.device,
     dtype: DType = "auto",
     save: Save = None,
-    as_json: AsJSON = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Attention, stores and copies, against bandwidth and SDPA."""
+    """Attention, stores and copies, compared with bandwidth and SDPA."""
     from minipaged.evaluation.bench import kernel as kernels
     from minipaged.evaluation.bench.cases import BLOCK_SIZE, has_room
     from minipaged.evaluation.bench.writes import measure_writes
@@ -58,11 +60,11 @@ def kernel(
 
 @app.command()
 def formats(
-    num_questions: Annotated[int, typer.Option(help="Questions to the model.", min=1)] = 128,
+    num_questions: Annotated[int, typer.Option(help="Questions to ask the model.", min=1)] = 128,
     save: Save = None,
-    as_json: AsJSON = False,
+    as_json: AsJson = False,
 ) -> None:
-    """A KV cache in fewer bits: its gain and its error."""
+    """Data types of the KV cache: capacity and error."""
     from minipaged.evaluation.bench import formats as kv_formats
 
     rows = list(kv_formats.measure(num_questions))
@@ -76,12 +78,12 @@ def formats(
 @app.command()
 def load(
     model: Annotated[
-        Path | None, typer.Option(help="A folder with a checkpoint, instead of made ones.")
+        Path | None, typer.Option(help="Load this checkpoint instead of synthetic ones.")
     ] = None,
     save: Save = None,
-    as_json: AsJSON = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Memory at its peak and time to load a checkpoint."""
+    """Peak memory and time to load a checkpoint."""
     from minipaged.evaluation.bench import load as loading
 
     rows = list(loading.measure(model))
@@ -95,19 +97,21 @@ def load(
 @app.command()
 def engine(
     against: Annotated[
-        str | None, typer.Option(help="transformers, beside it; default: nothing.")
+        str | None, typer.Option(help="Compare with this library: transformers.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model: only to try it.")] = False,
-    rounds: Annotated[int, typer.Option(help="Runs of each, in turn.", min=1)] = 3,
+    dtype: Annotated[str, typer.Option(help="One of float32, bfloat16.")] = "float32",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use a tiny model, to try the command.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(help="Runs of each, alternating.", min=1)] = 3,
     threads: Annotated[
-        int | None, typer.Option(help="Threads; default: torch's choice.", min=1)
+        int | None, typer.Option(help="CPU threads. Default: torch's choice.", min=1)
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw tokens per second to this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot tokens per second to this PNG.")] = None,
     save: Save = None,
-    as_json: AsJSON = False,
+    as_json: AsJson = False,
 ) -> None:
-    """The whole engine on a CPU against transformers; takes minutes."""
+    """The whole engine on a CPU. Takes minutes."""
     from minipaged.evaluation.bench import engine as engines
     from minipaged.evaluation.bench import engine_report as results
     from minipaged.evaluation.bench import engine_workload as workloads
@@ -122,8 +126,8 @@ def engine(
 
 
 @app.command()
-def bookkeeping(save: Save = None, as_json: AsJSON = False) -> None:
-    """The allocator, and a step's scheduling, without any model."""
+def bookkeeping(save: Save = None, as_json: AsJson = False) -> None:
+    """The allocator and the scheduling of a step, without a model."""
     from minipaged.evaluation.bench import bookkeeping as books
 
     rows = list(books.measure())
@@ -133,11 +137,11 @@ def bookkeeping(save: Save = None, as_json: AsJSON = False) -> None:
 
 @app.command()
 def linear(
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="One of float32, bfloat16.")] = "float32",
     save: Save = None,
-    as_json: AsJSON = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Packed weights on a CPU, beside PyTorch's own layout."""
+    """Packed weights on a CPU, compared with PyTorch's own layout."""
     from minipaged.evaluation.bench import linear as matrices
 
     _, chosen, _ = choose("cpu", dtype)
@@ -147,11 +151,11 @@ def linear(
 
 @app.command()
 def decode(
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="One of float32, bfloat16.")] = "float32",
     save: Save = None,
-    as_json: AsJSON = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Decode attention on a CPU: gathered and in place, beside SDPA."""
+    """Decode attention on a CPU: gathered, in place, and SDPA."""
     from minipaged.evaluation.bench import decode as decoding
 
     _, chosen, _ = choose("cpu", dtype)
@@ -161,12 +165,12 @@ def decode(
 
 @app.command()
 def tune(
-    device: Device = "auto",
+    device: Device = EngineArgs.device,
     dtype: DType = "auto",
     save: Save = None,
-    as_json: AsJSON = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Sweep over tiles, warps and stages of kernels (on a GPU)."""
+    """Sweep tiles, warps and stages of the kernels on a GPU."""
     where, chosen, on_gpu = choose(device, dtype)
     if not on_gpu:
         raise InvalidOption("tuning measures a GPU, and none is found: run it where one is.")
@@ -180,19 +184,25 @@ def tune(
 
 @app.command()
 def step(
-    device: Device = "auto",
+    device: Device = EngineArgs.device,
     dtype: DType = "auto",
     num_seqs: Annotated[
-        int | None, typer.Option(help="Sequences that decode; default: 32, on a GPU 64.", min=1)
+        int | None,
+        typer.Option(help="Sequences to decode. Default: 32 on a CPU, 64 on a GPU.", min=1),
     ] = None,
     context_len: Annotated[
-        int | None, typer.Option(help="Tokens before them; default: 128, on a GPU 1024.", min=1)
+        int | None,
+        typer.Option(
+            help="Context tokens per sequence. Default: 128 on a CPU, 1024 on a GPU.", min=1
+        ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model: only to try it.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use a tiny model, to try the command.")
+    ] = False,
     save: Save = None,
-    as_json: AsJSON = False,
+    as_json: AsJson = False,
 ) -> None:
-    """A decode step: its parts, and the bytes it reads."""
+    """A decode step: the time of its parts and the bytes it reads."""
     from minipaged.evaluation.bench import decode_step
 
     where, chosen, on_gpu = choose(device, dtype)
@@ -209,18 +219,18 @@ def step(
 
 @app.command(name="compile")
 def compile_kernels(
-    more: Annotated[bool, typer.Option(help="Padded heads and float32, too.")] = False,
+    more: Annotated[bool, typer.Option(help="Include padded heads and float32.")] = False,
     decode_tile: Annotated[
-        tuple[int, int, int] | None, typer.Option(help="Positions, warps, stages to try.")
+        tuple[int, int, int] | None, typer.Option(help="Try this many positions, warps and stages.")
     ] = None,
     prefill_tiles: Annotated[
         tuple[int, int, int, int] | None,
-        typer.Option(help="Rows, positions, warps, stages to try."),
+        typer.Option(help="Try this many rows, positions, warps and stages."),
     ] = None,
     save: Save = None,
-    as_json: AsJSON = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Compile every kernel for GPUs that need not be there."""
+    """Compile every kernel, without needing a GPU."""
     _require_triton()
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is defined
     from minipaged.attention.triton.decode import TileShape
@@ -242,13 +252,13 @@ def _require_triton() -> None:
 
 @app.command()
 def sharing(
-    num_requests: Annotated[int, typer.Option(help="Requests of every setting.", min=1)] = 32,
-    block_size: Annotated[int, typer.Option(help="Token slots in a block.")] = 16,
-    device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of lengths, stories and samples.")] = 0,
-    as_json: AsJSON = False,
+    num_requests: Annotated[int, typer.Option(help="Requests per setting.", min=1)] = 32,
+    block_size: BlockSize = EngineArgs.block_size,
+    device: Device = EngineArgs.device,
+    seed: Seed = EngineArgs.seed,
+    as_json: AsJson = False,
 ) -> None:
-    """Blocks saved by sharing, beside the paper's Figure 15."""
+    """Blocks saved by sharing, compared with the paper's Figure 15."""
     from minipaged.evaluation.bench import sharing as figure_15
     from minipaged.evaluation.bench.machine import describe_machine
     from minipaged.llm import LLM

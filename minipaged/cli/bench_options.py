@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DType = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, float16, bfloat16.")]
-AsJSON = Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")]
-Save = Annotated[Path | None, typer.Option(help="Write the JSON object to this file, too.")]
+DType = Annotated[
+    str, typer.Option(help="One of auto (bfloat16 on a GPU), float32, float16, bfloat16.")
+]
+Save = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")]
 
 
 def choose(device: str, dtype: str) -> tuple["torch.device", "torch.dtype", bool]:

@@ -1,4 +1,4 @@
-"""`minipaged plan`: what a server bears, before it is bought."""
+"""`minipaged capacity`: the request rate that a server sustains, before you rent it."""
 
 import json
 from dataclasses import asdict
@@ -10,28 +10,37 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.cli.options import AsJson, BlockSize, MaxNumSeqs
+from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import GB, GPUS, MODELS, find_gpu, find_model
-from minipaged.evaluation.sim.planner import KNEE, Load, Plan, deploy, make_plan
+from minipaged.evaluation.sim.planner import KNEE, CapacityReport, Load, deploy, estimate_capacity
+from minipaged.evaluation.sim.systems import Setting
 from minipaged.evaluation.sim.traces import Lengths, mean_lengths, read_trace
 from minipaged.utils.options import require_whole
 
 
-def plan(
+def capacity(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "llama-3-8b",
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100-80g",
-    num_gpus: Annotated[int, typer.Option(help="How many, as one server.")] = 1,
-    rate: Annotated[float, typer.Option(help="Requests a second.")] = 4.0,
-    input_len: Annotated[float, typer.Option("--input", help="Mean tokens of a prompt.")] = 1000.0,
-    output_len: Annotated[float, typer.Option("--output", help="Mean of an output.")] = 300.0,
-    spread: Annotated[float, typer.Option(help="Of lengths: deviation over mean.")] = 0.8,
-    longest: Annotated[int, typer.Option(help="Most tokens of prompt and output.")] = 8192,
-    trace: Annotated[Path | None, typer.Option(help="A CSV to take mean lengths from.")] = None,
-    block_size: Annotated[int, typer.Option(help="Token slots in a block.")] = 16,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at a time.")] = 256,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    num_gpus: Annotated[int, typer.Option(help="GPUs in the server.")] = 1,
+    rate: Annotated[float, typer.Option(help="Requests per second.")] = 4.0,
+    input_len: Annotated[float, typer.Option("--input", help="Mean prompt length.")] = 1000.0,
+    output_len: Annotated[float, typer.Option("--output", help="Mean output length.")] = 300.0,
+    spread: Annotated[
+        float, typer.Option(help="Standard deviation of lengths, divided by their mean.")
+    ] = 0.8,
+    longest: Annotated[int, typer.Option(help="Maximum tokens of prompt and output.")] = 8192,
+    trace: Annotated[Path | None, typer.Option(help="Take mean lengths from this CSV.")] = None,
+    block_size: BlockSize = EngineArgs.block_size,
+    max_num_seqs: MaxNumSeqs = Setting.max_num_seqs,
+    as_json: AsJson = False,
 ) -> None:
-    """Pool, batch, utilisation and knee of a server, and what bounds it; simulated."""
+    """Estimate how many requests a server sustains, by simulation.
+
+    Prints the size of the pool, the load at the given rate, the highest rate at which a token still
+    arrives in good time, and what limits it.
+    """
     least = {"num_gpus": num_gpus, "block_size": block_size, "max_num_seqs": max_num_seqs}
     for name, value in {**least, "longest": longest}.items():
         require_whole(name, value, 1)
@@ -49,11 +58,13 @@ def plan(
         )
     server = deploy(find_model(model), find_gpu(gpu), num_gpus)
     lengths = Lengths(input_len, output_len, spread, spread, longest)
-    found = make_plan(server, lengths, rate, block_size=block_size, max_num_seqs=max_num_seqs)
+    report = estimate_capacity(
+        server, lengths, rate, block_size=block_size, max_num_seqs=max_num_seqs
+    )
     if as_json:
-        print(json.dumps(_without_infinity(asdict(found))))
+        print(json.dumps(_without_infinity(asdict(report))))
     else:
-        _show(found, lengths)
+        _show(report, lengths)
 
 
 def _without_infinity(value: Any) -> Any:
@@ -64,28 +75,28 @@ def _without_infinity(value: Any) -> Any:
     return None if value == float("inf") else value
 
 
-def _show(plan: Plan, lengths: Lengths) -> None:
-    server, model = plan.server, plan.server.model
+def _show(report: CapacityReport, lengths: Lengths) -> None:
+    server, model = report.server, report.server.model
     console = Console(width=max(100, Console().width))
     console.print(
         f"{model.name} on {server.num_gpus} x {server.gpu.name}, 16 bits: weights "
         f"{model.weight_bytes / GB:.1f} GB, keys and values {model.kv_bytes_per_token:,} bytes a "
-        f"token.\nPool: {plan.num_blocks:,} blocks of {plan.block_size}, "
+        f"token.\nPool: {report.num_blocks:,} blocks of {report.block_size}, "
         f"{server.num_slots:,} tokens, or {server.num_slots / _held(lengths):,.0f} requests.",
         highlight=False,
     )
     table = Table(box=None, padding=(0, 2))
     for title in ("", "asked for", "knee"):
         table.add_column(title, justify="right" if title else "left")
-    for what, values in _rows(plan.load, plan.knee).items():
+    for what, values in _rows(report.load, report.knee).items():
         table.add_row(what, *values)
     console.print(table)
     console.print(
         f"At the knee a token takes {KNEE:g} times as long as on an idle server. What bounds it "
-        f"there: {plan.bound}.",
+        f"there: {report.bound}.",
         highlight=False,
     )
-    if not isfinite(plan.load.latency):
+    if not isfinite(report.load.latency):
         console.print("It cannot keep up with what is asked for: requests pile up.")
 
 

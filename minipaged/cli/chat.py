@@ -1,20 +1,62 @@
-"""`minipaged chat`: a conversation in the terminal, a line a turn."""
+"""`minipaged chat`: a conversation in the terminal, one line per turn."""
 
 import json
 import sys
 import time
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.text import Text
 
+from minipaged.cli.fetch import offer_to_fetch
+from minipaged.cli.options import AsJson, Part, ShowBlocks, Trace, takes_engine_options
 from minipaged.cli.session import Session
 from minipaged.errors import PromptTooLong
-from minipaged.llm import LLM
-from minipaged.sampling import SamplingParams
+from minipaged.evaluation.stories import tell
 from minipaged.tokenizer.chat_template import Message, chat_prompt, read_template
+
+if TYPE_CHECKING:
+    from minipaged.llm import LLM
+    from minipaged.sampling import SamplingParams
+
+
+@takes_engine_options()
+def chat(
+    *,
+    system: Annotated[
+        str | None, typer.Option(help="System message, which precedes the conversation.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    options: dict[str, Any],
+    part: Part = None,
+    show_blocks: ShowBlocks = False,
+    as_json: AsJson = False,
+    trace: Trace = None,
+) -> None:
+    """Chat with a model, one line per turn.
+
+    An empty line ends the chat. The embedded model answers questions about a story. Without
+    --system it gets a story, which is printed; another --seed gives another story.
+    """
+    with Session(show_blocks, trace, live=show_blocks and not as_json) as session:
+        from minipaged.sampling import SamplingParams
+
+        params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+        offer_to_fetch(options["model"])
+        llm = session.load(options, part)
+        hint = ""
+        if system is None and options["model"] == "storyteller":
+            story = tell(num_facts=6, seed=options["seed"])
+            system, deed, animal = story.text, story.questions[0], story.questions[-2]
+            hint = f'Ask as it was taught: "{deed.text}", "{animal.text}" and the like.'
+        if system is not None and not as_json:
+            session.console.print(Text(f"{system}\n{hint}".rstrip(), style="dim"))
+        converse(llm, session, system, params, as_json)
 
 
 def converse(
-    llm: LLM, session: Session, system: str | None, params: SamplingParams, as_json: bool
+    llm: "LLM", session: Session, system: str | None, params: "SamplingParams", as_json: bool
 ) -> None:
     """Read questions and print answers until an empty line or the end of the input.
 
@@ -57,11 +99,11 @@ class _Answer:
 
 
 def _answer(
-    llm: LLM,
+    llm: "LLM",
     session: Session,
     told: list[Message],
     turns: list[Message],
-    params: SamplingParams,
+    params: "SamplingParams",
     aloud: bool,
 ) -> str:
     """The answer, shown as it comes if `aloud`.

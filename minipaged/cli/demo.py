@@ -5,14 +5,19 @@ back: a model gets it right only if every block of keys and values in between is
 table says.
 """
 
+import json
+import time
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from rich.console import Group
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from minipaged.cli.options import AsJson, Part, ShowBlocks, Trace, takes_engine_options
+from minipaged.cli.session import Session
 from minipaged.engine.outputs import RequestOutput
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.stories import KINDS, Question, prompt, tell
@@ -22,6 +27,52 @@ from minipaged.tracing.block_map import letter
 
 STORY_SIZES = (1, 2, 4, 8, 12, 16, 24, 48)  # facts
 MAX_ANSWER = 32  # tokens
+
+
+@takes_engine_options(
+    leave_out=("model",),  # the stories are in the words of the embedded model
+    num_blocks=128,
+    max_num_batched_tokens=256,  # prompts are computed over several steps, which can be watched
+)
+def demo(
+    *,
+    options: dict[str, Any],
+    part: Part = None,
+    show_blocks: ShowBlocks = False,
+    as_json: AsJson = False,
+    trace: Trace = None,
+) -> None:
+    """Answer eight questions about eight stories in one batch.
+
+    The embedded model answers, and all stories share one pool of blocks.
+    """
+    num_blocks, block_size = options["num_blocks"], options["block_size"]
+    with Session(show_blocks, trace, live=not as_json) as session:
+        from minipaged.sampling import SamplingParams
+
+        llm = session.load(options, part)
+        tokenizer = llm.get_tokenizer()
+        assert tokenizer is not None, "the embedded model has a tokenizer"
+        cases = make_cases(tokenizer, options["seed"])
+        board = Scoreboard(cases, llm.engine.scheduler)
+        refuse_too_small_a_pool(cases, num_blocks, block_size)
+        if not as_json:
+            about, example = introduction(cases, num_blocks, block_size)
+            session.console.print(about, "", Text(example, style="dim"), "", sep="\n")
+        start = time.perf_counter()
+        with session.watch(None if as_json else board):
+            greedy = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER)
+            for index, output in llm.stream([case.prompt for case in cases], greedy):
+                board.update(index, output)
+        seconds = time.perf_counter() - start
+        if as_json:
+            answers = board.as_dict()
+            report = {"right": board.num_right, "of": len(answers), "seconds": round(seconds, 3)}
+            print(json.dumps({**report, "answers": answers}))
+            return
+        slots, longest = num_blocks * block_size, llm.engine.config.max_model_len
+        summary = board.summary(seconds - session.seconds_watched, slots // longest, longest)
+        session.console.print(f"\n{summary}", highlight=False)
 
 
 @dataclass(frozen=True)

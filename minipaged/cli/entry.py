@@ -2,14 +2,14 @@
 
 import io
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
+from minipaged.cli.options import in_words_of_the_shell
 from minipaged.errors import MinipagedError
 
 
@@ -25,7 +25,7 @@ def run(app: typer.Typer) -> NoReturn:
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except MinipagedError as error:
-        _fail(_in_words_of_the_shell(str(error)))
+        _fail(in_words_of_the_shell(str(error), _names_of_flags(typer.main.get_command(app))))
     except OSError as error:
         _fail(f"{error.filename or 'the output'}: {error.strerror}.")
     except NotImplementedError as error:
@@ -46,8 +46,9 @@ def _fail(sentence: str) -> NoReturn:
     sys.exit(2)
 
 
-def _in_words_of_the_shell(sentence: str) -> str:
-    """Options by the names they have here: num_blocks is --num-blocks."""
-    names = "attention_backend kv_cache_dtype best_of beam_width block_size num_blocks max_tokens"
-    any_of_them = rf"\b({'|'.join([*names.split(), 'top_p', 'top_k'])})\b"
-    return re.sub(any_of_them, lambda name: "--" + name[0].replace("_", "-"), sentence)
+def _names_of_flags(command: Any) -> set[str]:
+    """The names of all options of a command and the commands below it, as Python has them."""
+    names = {option.name for option in command.params if option.param_type_name == "option"}
+    for below in getattr(command, "commands", {}).values():
+        names |= _names_of_flags(below)
+    return names

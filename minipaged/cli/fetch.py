@@ -26,23 +26,23 @@ from minipaged.models.hub.local_models import (
 
 def fetch(
     name: Annotated[
-        str | None, typer.Argument(help="owner/name[@revision] on the hub, or a listed model.")
+        str | None, typer.Argument(help="owner/name[@revision] on the hub, or a name from --list.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="A branch, a tag or a commit.")] = None,
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="The folder to put it into, not the cache.")
+        Path | None, typer.Option("--dir", help="Download to this folder instead of the cache.")
     ] = None,
     list_models: Annotated[
-        bool, typer.Option("--list", help="Show small models with sizes and licences.")
+        bool, typer.Option("--list", help="List small models with their sizes and licences.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="For machines: one JSON object a line.")
+        bool, typer.Option("--json", help="Print JSON, one object per line.")
     ] = False,
 ) -> None:
     """Download a model from the Hugging Face hub.
 
-    What broke off is taken up again by the same command. HF_ENDPOINT, HF_TOKEN and MINIPAGED_HOME
-    are honoured.
+    Run the same command again to resume an interrupted download. HF_ENDPOINT, HF_TOKEN and
+    MINIPAGED_HOME are honoured.
     """
     if list_models:
         print_known_models(as_json)
@@ -53,11 +53,13 @@ def fetch(
 
 
 def convert(
-    folder: Annotated[Path, typer.Argument(help="Holds pytorch_model.bin, or its shards.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder with pytorch_model.bin or its shards.")
+    ],
 ) -> None:
     """Rewrite pickled weights as safetensors.
 
-    They cannot run code when they are read. The pickled files stay.
+    Loading safetensors cannot run code. The pickled files are kept.
     """
     from minipaged.models.hub.convert import convert_to_safetensors, find_pickled
 

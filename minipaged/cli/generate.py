@@ -1,12 +1,100 @@
-"""What `minipaged generate` reads and prints."""
+"""`minipaged generate`: text after one or more prompts."""
 
+import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
+from minipaged.cli.fetch import offer_to_fetch
+from minipaged.cli.options import AsJson, Part, ShowBlocks, Trace, takes_engine_options
+from minipaged.cli.session import Session
 from minipaged.engine.outputs import RequestOutput
+from minipaged.errors import InvalidOption, InvalidRequest
+
+if TYPE_CHECKING:
+    from minipaged.sampling import BeamSearchParams, SamplingParams
+
+
+@takes_engine_options()
+def generate(
+    *,
+    prompts: Annotated[
+        list[str], typer.Argument(help='One or more prompts; "-" reads lines from standard input.')
+    ],
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens to generate per prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens with this total probability.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Sample from this many of the likeliest tokens; 0: from all.")
+    ] = 0,
+    n: Annotated[int, typer.Option(help="Samples per prompt.")] = 1,
+    best_of: Annotated[
+        int | None, typer.Option(help="Generate this many samples, and keep the n likeliest.")
+    ] = None,
+    beam_width: Annotated[
+        int | None, typer.Option(help="Use beam search with this many beams.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text. May be repeated.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Continue after the end of the text.")
+    ] = False,
+    options: dict[str, Any],
+    part: Part = None,
+    show_blocks: ShowBlocks = False,
+    as_json: AsJson = False,
+    trace: Trace = None,
+) -> None:
+    """Generate text after one or more prompts, in one batch."""
+    with Session(show_blocks, trace, live=not as_json) as session:
+        from minipaged.evaluation.bench.sharing import SharingMeter
+        from minipaged.sampling import SamplingParams
+
+        params = SamplingParams(
+            n=n,
+            best_of=best_of,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        params = params if beam_width is None else _beams_instead_of(params, beam_width)
+        offer_to_fetch(options["model"])
+        llm = session.load(options, part)
+        texts = [line for text in prompts for line in read_lines(text)]
+        if not texts:
+            raise InvalidRequest("there is no prompt on standard input: give a line or more.")
+        with session.watch(None), SharingMeter(llm.engine) as meter:
+            outputs = llm.generate(list(texts), params, use_tqdm=not (as_json or show_blocks))
+        for output in outputs:
+            warn_of_an_early_end(output, max_tokens)
+            if as_json:
+                print(json.dumps(asdict(output)))
+                continue
+            print_completions(session.console, output, meter.saved(output.request_id))
+
+
+def _beams_instead_of(params: "SamplingParams", beam_width: int) -> "BeamSearchParams":
+    """Beam search as long as these samples. Raises InvalidOption if they ask for what it lacks."""
+    from minipaged.sampling import BeamSearchParams, SamplingParams
+
+    max_tokens, ignore_eos = params.max_tokens, params.ignore_eos
+    if params != SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos):
+        raise InvalidOption(
+            "beam search samples nothing and stops at no text: with beam_width, leave out --n, "
+            "best_of, --temperature, top_p, top_k and --stop."
+        )
+    return BeamSearchParams(beam_width, max_tokens, ignore_eos=ignore_eos)
 
 
 def print_completions(console: Console, output: RequestOutput, blocks_saved: float) -> None:

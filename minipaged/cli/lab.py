@@ -30,8 +30,10 @@ _POLL_SECONDS = 0.1  # between two looks at a watched file
 app.command()(challenge_command.challenge)
 
 Number = Annotated[int, typer.Argument(help="The lab's number.")]
-File = Annotated[Path | None, typer.Option(help="Your file; default: the lab's own name, here.")]
-OneTask = Annotated[int | None, typer.Option(help="Only this task.")]
+File = Annotated[
+    Path | None, typer.Option(help="Your file. Default: the lab's file in this folder.")
+]
+OneTask = Annotated[int | None, typer.Option(help="Run only this task.")]
 
 
 @app.callback()
@@ -41,7 +43,7 @@ def lab() -> None:
 
 @app.command("list")
 def list_labs() -> None:
-    """The labs, and how far you are."""
+    """List the labs and your progress."""
     progress = Progress.read(Path())
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("lab", "", "tasks", "points", "file"):
@@ -59,7 +61,7 @@ def list_labs() -> None:
 
 @app.command()
 def start(number: Number) -> None:
-    """Write the file that a lab begins with; one that is there is left as it is."""
+    """Write a lab's starter file, unless the file exists already."""
     file, text = _beginning(number)
     if file.exists():
         raise InvalidOption(
@@ -79,14 +81,14 @@ def start(number: Number) -> None:
 
 @app.command()
 def check(number: Number, file: File = None, task: OneTask = None) -> None:
-    """Run a lab's tests on your file. Exit code 1 unless all of them pass."""
+    """Run a lab's tests on your file. Exit code 1 unless all pass."""
     chosen = find_lab(number)
     raise typer.Exit(0 if all_full(_check(chosen, _file(chosen, file), task)) else 1)
 
 
 @app.command()
 def watch(number: Number, file: File = None, task: OneTask = None) -> None:
-    """Check after every save, until you press Ctrl-C."""
+    """Run the tests after every save, until you press Ctrl-C."""
     chosen = find_lab(number)
     mine = _file(chosen, file)
     if not mine.is_file():
@@ -101,9 +103,12 @@ def watch(number: Number, file: File = None, task: OneTask = None) -> None:
 
 @app.command()
 def hint(
-    number: Number, task: Annotated[int | None, typer.Option(help="Default: the first.")] = None
+    number: Number,
+    task: Annotated[
+        int | None, typer.Option(help="The task. Default: the first that is not finished.")
+    ] = None,
 ) -> None:
-    """The next hint of a task; each time a little more."""
+    """Print the next hint for a task."""
     chosen, progress = find_lab(number), Progress.read(Path())
     asked = _task(chosen, task) if task is not None else _first_open(chosen, progress)
     given = progress.next_hint(chosen, asked.number)
@@ -117,7 +122,7 @@ def hint(
 
 @app.command()
 def diff(number: Number, file: File = None) -> None:
-    """The library's own bodies beside yours, once all your tests pass."""
+    """Compare your solution with the library's, once all tests pass."""
     chosen, progress = find_lab(number), Progress.read(Path())
     mine = _file(chosen, file)
     if not progress.is_full(chosen):
@@ -140,7 +145,7 @@ def diff(number: Number, file: File = None) -> None:
 
 @app.command()
 def reset(number: Number) -> None:
-    """Begin a lab anew; the file that was there is kept under another name."""
+    """Start a lab again. Your file is kept under another name."""
     file, text = _beginning(number)
     if file.exists():
         backups = (file.with_suffix(f".py.{n}") for n in range(1, 10_000))
@@ -156,11 +161,11 @@ def grade_one(
     number: Number,
     file: Annotated[Path, typer.Argument(help="The student's file.")],
     gradescope: Annotated[
-        Path | None, typer.Option(help="Write Gradescope's results.json.")
+        Path | None, typer.Option(help="Write results.json for Gradescope to this file.")
     ] = None,
-    hidden: Annotated[Path | None, typer.Option(help="A folder with more tests.")] = None,
+    hidden: Annotated[Path | None, typer.Option(help="A folder with additional tests.")] = None,
 ) -> None:
-    """Grade a submission: a line a task, exit code 1 unless it has all points."""
+    """Grade a submission. Exit code 1 unless it gets all points."""
     chosen = find_lab(number)
     try:
         results = list(grade(chosen, file, hidden_tests=hidden))
@@ -176,7 +181,8 @@ def grade_one(
 
 @app.command()
 def autograder(
-    number: Number, folder: Annotated[Path, typer.Argument(help="Where to put the two scripts.")]
+    number: Number,
+    folder: Annotated[Path, typer.Argument(help="The folder to write the two scripts to.")],
 ) -> None:
     """Write setup.sh and run_autograder for Gradescope."""
     write_autograder(folder, find_lab(number))

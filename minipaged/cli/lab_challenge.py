@@ -1,4 +1,4 @@
-"""`minipaged lab challenge`: a policy beside the library's, and the leaderboard."""
+"""`minipaged lab challenge`: a student's policy against the library's, and the leaderboard."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,12 +29,12 @@ console = Console(highlight=False, soft_wrap=True)
 def challenge(
     file: Annotated[Path, typer.Argument(help="Your file.")] = Path(FILE_NAME),
     leaderboard: Annotated[
-        Path | None, typer.Option(help="Add a line to this file, and show it sorted.")
+        Path | None, typer.Option(help="Add the result to this file and print the ranking.")
     ] = None,
-    name: Annotated[str, typer.Option(help="Yours; default: the file's.")] = "",
-    seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
+    name: Annotated[str, typer.Option(help="Your name. Default: the file's name.")] = "",
+    seed: Annotated[int, typer.Option(help="Random seed of arrival times and lengths.")] = 0,
 ) -> None:
-    """Lab 9: serve two traces with the library's policy and with yours, and compare latency."""
+    """Lab 9: compare the latency of your policy with the library's."""
     require_whole("seed", seed, 0)
     if not file.is_file():
         raise InvalidOption(f"there is no {file}: begin with `minipaged lab start {NUMBER}`.")

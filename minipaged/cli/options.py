@@ -1,37 +1,109 @@
-"""The options that several commands have."""
+"""The flags that several commands share.
 
+A flag for an engine option is made from the option's declaration in `EngineArgs`: its type, default
+and help text are not repeated here.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
 from minipaged import __version__
+from minipaged.config import OPTIONS
 
-Model = Annotated[str, typer.Option(help="storyteller, a folder, or owner/name on the hub.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Backend = Annotated[
-    str, typer.Option(help="auto, reference, blockwise, torch, triton or triton-naive.")
-]
-KVDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8 or fp8.")]
-Memory = Annotated[
-    str,
-    typer.Option(
-        help="paged; or a baseline: contiguous-max, contiguous-pow2, contiguous-oracle, static, "
-        "virtual, virtual-sliced, virtual-2m, virtual-2m-sliced."
-    ),
-]
-BlockSize = Annotated[int, typer.Option(help="Token slots in a block.")]
-NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the pool; default: ample.")]
-Preemption = Annotated[str, typer.Option(help="auto, recompute or swap.")]
-Seed = Annotated[int, typer.Option(help="Of every random choice.")]
-ShowBlocks = Annotated[bool, typer.Option("--show-blocks", help="Draw the pool live.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines: one JSON object a line.")]
-Trace = Annotated[Path | None, typer.Option(help="Write every event to this file, as JSON lines.")]
+Command = Callable[..., None]
 
-Swap = Annotated[
+
+# ---- flags for engine options --------------------------------------------------------------------
+
+
+def engine_flag(name: str) -> Any:
+    """The flag for one engine option, for `Annotated`."""
+    return typer.Option(help=in_words_of_the_shell(OPTIONS[name].description, OPTIONS))
+
+
+def takes_engine_options(
+    leave_out: tuple[str, ...] = (), **defaults: Any
+) -> Callable[[Command], Command]:
+    """Give a command one flag per engine option, and pass them on as its argument `options`.
+
+    Args:
+        leave_out: options that this command sets itself.
+        defaults: what this command has as a default instead of the declared one.
+    """
+
+    def decorate(command: Command) -> Command:
+        parameters = dict(inspect.signature(command).parameters)
+        flags = {
+            name: inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(name, OPTIONS[name].default),
+                annotation=Annotated[_shell_type(name), engine_flag(name)],
+            )
+            for name in OPTIONS
+            if name not in leave_out
+        }
+
+        def run(**given: Any) -> None:
+            options = {name: given.pop(name) for name in flags}
+            command(**given, options=options)
+
+        every = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in parameters.items()
+            for each in (flags.values() if name == "options" else [parameter])
+        ]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(every)  # pyright: ignore[reportFunctionMemberAccess]
+        return run
+
+    return decorate
+
+
+def _shell_type(name: str) -> Any:
+    """The type to which the command line converts an option; its value is checked later."""
+    declared = OPTIONS[name]
+    is_text = get_origin(declared.type) is Literal or not isinstance(declared.type, type)
+    kind: Any = str if is_text else declared.type
+    return kind | NoneType if declared.may_be_none else kind
+
+
+def in_words_of_the_shell(sentence: str, names: Iterable[str]) -> str:
+    """Options by the names of their flags: num_blocks is --num-blocks.
+
+    Names of one word stay: they may be words of the sentence. `name=value` is a flag in any case.
+    """
+
+    def flag(name: str) -> str:
+        return "--" + name.replace("_", "-")
+
+    for name in sorted(names, key=len, reverse=True):
+        sentence = re.sub(rf"\b{name}=True\b", flag(name), sentence)
+        sentence = re.sub(rf"\b{name}=False\b", flag(f"no_{name}"), sentence)
+        sentence = re.sub(rf"\b{name}=(['\"]?)([\w.-]+)\1", rf"{flag(name)} \2", sentence)
+        if "_" in name:
+            sentence = re.sub(rf"(?<!-)\b{name}\b", flag(name), sentence)
+    return sentence
+
+
+# ---- other flags ---------------------------------------------------------------------------------
+
+BlockSize = Annotated[int, engine_flag("block_size")]
+Device = Annotated[str, engine_flag("device")]
+Seed = Annotated[int, engine_flag("seed")]
+MaxNumSeqs = Annotated[int, engine_flag("max_num_seqs")]
+ShowBlocks = Annotated[bool, typer.Option("--show-blocks", help="Draw the block pool live.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+Trace = Annotated[Path | None, typer.Option(help="Write every event to this file as JSON lines.")]
+Part = Annotated[
     list[str] | None,
-    typer.Option(help="Let a part of yours play a role: allocator=mine.py:MyAllocator."),
+    typer.Option(help="Use a custom part, for example allocator=mine.py:MyAllocator."),
 ]
 
 

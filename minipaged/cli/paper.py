@@ -19,13 +19,19 @@ NAMES = "table1 fig1 fig2 fig3 fig12 fig13 fig14 fig15 fig16 fig17 fig18 fig19 v
 
 
 def paper(
-    names: Annotated[list[str], typer.Argument(help=f"all, or some of {' '.join(NAMES)}.")],
-    full: Annotated[bool, typer.Option("--full", help="Up to an hour of requests.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Minutes of requests: default.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for JSON and pictures.")] = Path("paper"),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    names: Annotated[list[str], typer.Argument(help=f"all, or any of {' '.join(NAMES)}.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Simulate up to an hour of requests.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Simulate minutes of requests. The default.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("paper"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, one object per line.")
+    ] = False,
 ) -> None:
-    """Run figures of the paper: its numbers beside ours."""
+    """Reproduce figures of the paper and compare the numbers."""
     if full and quick:
         raise InvalidOption("--quick and --full exclude each other: give one of them.")
     figures = [_find(name) for name in (NAMES if names == ["all"] else names)]

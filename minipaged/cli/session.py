@@ -50,12 +50,12 @@ class Session:
         if self._trace is not None:
             self._trace.close(keep=kind is None)
 
-    def load(self, swap: list[str] | None = None, **options: Any) -> "LLM":
-        """Build the model; `options` are those of `LLM`. Raises what `LLM` raises."""
+    def load(self, options: dict[str, Any], part: list[str] | None = None) -> "LLM":
+        """Build the model with a command's engine options and parts. Raises what `LLM` raises."""
         from minipaged.engine.custom_parts import parts_with, read_custom_parts
         from minipaged.llm import LLM
 
-        parts = parts_with(read_custom_parts(swap or ()))
+        parts = parts_with(read_custom_parts(part or ()))
         if self._show_blocks or self.is_live or self.log.listeners:
             parts = parts.traced(self.log)
         llm = LLM(parts=parts, **options)

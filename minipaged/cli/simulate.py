@@ -1,4 +1,4 @@
-"""`minipaged simulate`: systems side by side on one trace, made up or real."""
+"""`minipaged simulate`: several systems on one trace, synthetic or real."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from minipaged.cli.options import AsJson, BlockSize
+from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
 from minipaged.evaluation.sim.cost_model import CostModel
@@ -51,18 +53,20 @@ class Row:
 
 def simulate(
     systems: Annotated[
-        list[str] | None, typer.Argument(help="Which; default: the paper's.")
+        list[str] | None, typer.Argument(help="Systems to compare. Default: the paper's.")
     ] = None,
     server: Annotated[str, typer.Option(help=f"One of {', '.join(DEPLOYMENTS)}.")] = "opt-13b",
-    workload: Annotated[str, typer.Option(help="sharegpt, alpaca or chat.")] = "sharegpt",
-    rate: Annotated[float, typer.Option(help="Requests a second.")] = 1.0,
-    seconds: Annotated[float, typer.Option(help="For how long requests come.")] = 300.0,
-    trace: Annotated[Path | None, typer.Option(help="A CSV of requests instead.")] = None,
-    block_size: Annotated[int, typer.Option(help="Token slots in a block.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    workload: Annotated[str, typer.Option(help="One of sharegpt, alpaca, chat.")] = "sharegpt",
+    rate: Annotated[float, typer.Option(help="Requests per second.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="Seconds during which requests arrive.")] = 300.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Serve the requests in this CSV instead.")
+    ] = None,
+    block_size: BlockSize = EngineArgs.block_size,
+    seed: Annotated[int, typer.Option(help="Random seed of arrival times and lengths.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
-    """Serve a trace with paging and its baselines, under a virtual clock."""
+    """Serve a trace with paging and with the baselines, in simulated time."""
     require_one_of("server", server, tuple(DEPLOYMENTS))
     require_one_of("workload", workload, (*WORKLOADS, "chat"))
     require_whole("block_size", block_size, 1)

@@ -7,22 +7,22 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Look at what --trace recorded.", rich_markup_mode=None)
+app = typer.Typer(help="View traces that --trace has recorded.", rich_markup_mode=None)
 
 
 @app.callback()
 def trace() -> None:
-    """Look at what --trace recorded."""
+    """View traces that --trace has recorded."""
 
 
 @app.command()
 def view(
-    file: Annotated[Path, typer.Argument(help="A trace: the file that --trace wrote.")],
+    file: Annotated[Path, typer.Argument(help="A file that --trace has written.")],
     output: Annotated[
-        Path | None, typer.Option(help="Write the page to this file; default: a temporary one.")
+        Path | None, typer.Option(help="Write the page to this file. Default: a temporary file.")
     ] = None,
     no_open: Annotated[
-        bool, typer.Option("--no-open", help="Write the page, but do not open it.")
+        bool, typer.Option("--no-open", help="Write the page without opening it.")
     ] = False,
 ) -> None:
     """Replay a trace in the browser: blocks, block tables and queues, step by step.

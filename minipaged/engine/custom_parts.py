@@ -1,9 +1,9 @@
-"""A part of your own, named by its place: `allocator=my_lab1.py:BlockAllocator`.
+"""Custom parts, named by file and class: `allocator=my_lab1.py:BlockAllocator`.
 
     minipaged generate "Once upon a time" --part allocator=my_lab1.py:BlockAllocator
 
-Each role of `Parts` can be swapped so. Swapped parts are checked: a second opinion counts all
-owners again after every call, and names the call that went wrong.
+Each part of `Parts` can be replaced in this way. Custom parts are checked: all owners are recounted
+after every call, and an error names the call that went wrong.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from minipaged.errors import InvalidOption
 if TYPE_CHECKING:
     from minipaged.engine.parts import Parts
 
-PLAYERS = {
+LIBRARY_PARTS = {
     "allocator": "minipaged.memory.allocator.BlockAllocator",
     "block_table": "minipaged.memory.block_table.BlockTable",
     "prefix_cache": "minipaged.memory.prefix_cache.PrefixCache",
@@ -31,62 +31,65 @@ PLAYERS = {
     "store_kv": "minipaged.attention.reference.store_kv",
     "sampling_request": "minipaged.engine.sampling_request.SamplingRequest",
 }
-"""The roles, and the library's own player of each. They are imported only when one is asked for."""
+"""The library's own part of each name. It is imported only when it is asked for."""
 
 
-def read_custom_parts(swaps: Iterable[str]) -> dict[str, Any]:
-    """By role, what "role=file.py:name" names. Raises InvalidOption."""
-    found: dict[str, Any] = {}
-    for swap in swaps:
-        role, equals, place = swap.partition("=")
+def read_custom_parts(arguments: Iterable[str]) -> dict[str, Any]:
+    """The parts that arguments of the form "part=file.py:name" give. Raises InvalidOption."""
+    custom_parts: dict[str, Any] = {}
+    for argument in arguments:
+        part, equals, place = argument.partition("=")
         file, colon, name = place.rpartition(":")
-        if not (equals and colon and role and file and name):
+        if not (equals and colon and part and file and name):
             raise InvalidOption(
-                f"--part is {swap!r}: give role=file.py:name, as in "
-                "allocator=my_lab1.py:BlockAllocator."
+                f"--part is {argument!r}: give part=file.py:name, as in "
+                "allocator=my_lab1.py:BlockAllocator.",
+                "part",
             )
-        if role not in PLAYERS:
+        if part not in LIBRARY_PARTS:
             raise InvalidOption(
-                f"--part names the role {role!r}: choose one of {', '.join(PLAYERS)}."
+                f"--part names {part!r}, which is no part: choose one of "
+                f"{', '.join(LIBRARY_PARTS)}.",
+                "part",
             )
-        found[role] = find_in_file(Path(file), name)
-    return found
+        custom_parts[part] = find_in_file(Path(file), name)
+    return custom_parts
 
 
-def player(role: str, swapped: dict[str, Any]) -> Any:
-    """Who plays a role: the part that was swapped in, or the library's own."""
-    return swapped[role] if role in swapped else pkgutil.resolve_name(PLAYERS[role])
+def find_part(part: str, custom_parts: dict[str, Any]) -> Any:
+    """The custom part if there is one, or else the library's own."""
+    return custom_parts[part] if part in custom_parts else pkgutil.resolve_name(LIBRARY_PARTS[part])
 
 
-def beside(dotted: str, swapped: dict[str, Any]) -> Any:
-    """A class or function that plays no role: the swapped parts' file's own, or else the library's.
+def find_helper(dotted: str, custom_parts: dict[str, Any]) -> Any:
+    """A class or function that is no part: from the custom parts' file, or else the library's.
 
     Args:
         dotted: the library's, as "minipaged.attention.reference.gather"; the file calls its own
             `gather`.
 
     Raises:
-        InvalidOption: there are swapped parts, and none of their files has it.
+        InvalidOption: there are custom parts, and none of their files defines it.
     """
-    if not swapped:
+    if not custom_parts:
         return pkgutil.resolve_name(dotted)
     name = dotted.rpartition(".")[2]
-    files = [sys.modules[part.__module__] for part in swapped.values()]
+    files = [sys.modules[part.__module__] for part in custom_parts.values()]
     for file in files:
         if hasattr(file, name):
             return getattr(file, name)
     raise InvalidOption(f"{files[0].__file__} defines no {name!r}: is the name spelt as there?")
 
 
-def parts_with(swapped: dict[str, Any]) -> "Parts":
-    """All parts, with these among them; checked if there are any."""
-    from minipaged.engine.parts import Parts  # brings torch, which many a lab does without
+def parts_with(custom_parts: dict[str, Any]) -> "Parts":
+    """All parts, with the custom ones among them; checked if there are any."""
+    from minipaged.engine.parts import Parts  # imports torch, which many labs do without
 
-    return Parts(**swapped).checked() if swapped else Parts()
+    return Parts(**custom_parts).checked() if custom_parts else Parts()
 
 
 def find_in_file(file: Path, name: str) -> Any:
-    """What a Python file calls so. Raises InvalidOption, also if the file cannot be run."""
+    """What a Python file defines by this name. Raises InvalidOption, also if it cannot be run."""
     module = _run(file)
     if not hasattr(module, name):
         raise InvalidOption(f"{file} defines no {name!r}: is the name spelt as in the file?")
@@ -94,15 +97,15 @@ def find_in_file(file: Path, name: str) -> Any:
 
 
 def names_in_file(file: Path) -> dict[str, Any]:
-    """All that a Python file gives names to. Raises InvalidOption if it cannot be run."""
+    """All names that a Python file defines. Raises InvalidOption if it cannot be run."""
     return vars(_run(file))
 
 
 def _run(file: Path) -> Any:
-    """The file as a module; run once, however often it is asked for."""
+    """The file as a module, run once for all its parts."""
     if not file.is_file():
         raise InvalidOption(f"there is no file {str(file)!r}: give the place of your Python file.")
-    known = f"minipaged_swapped_{file.resolve()}"
+    known = f"minipaged_custom_{file.resolve()}"
     if known in sys.modules:
         return sys.modules[known]
     spec = importlib.util.spec_from_file_location(known, file)

@@ -38,7 +38,7 @@ NAMES = {
     "prefix_cache": "MyPrefixCache",
     "allocator": "MyAllocator",
 }
-"""By role, what a student's file calls its part. Roles that it leaves out are the library's."""
+"""The names in a student's file, by part. For parts that it leaves out, the library's are used."""
 
 SERVER = "opt-13b"
 SECONDS = 90.0  # for how long requests come
@@ -127,9 +127,9 @@ def traces(seed: int) -> dict[str, list[TraceRequest]]:
 
 
 def parts_of(file: Path) -> dict[str, Any]:
-    """By role, the parts that a student's file defines. Raises InvalidOption if there are none."""
+    """The parts that a student's file defines. Raises InvalidOption if there are none."""
     names = names_in_file(file)
-    parts = {role: names[name] for role, name in NAMES.items() if name in names}
+    parts = {part: names[name] for part, name in NAMES.items() if name in names}
     if not parts:
         raise InvalidOption(
             f"{file} defines none of {', '.join(NAMES.values())}: call your part so, or begin with "

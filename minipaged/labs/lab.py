@@ -1,4 +1,4 @@
-"""What a lab is: a role of the library, with some bodies for the student to write."""
+"""What a lab is: parts of the library, with some bodies for the student to write."""
 
 from dataclasses import dataclass
 
@@ -29,14 +29,14 @@ class Lab:
     Args:
         name: the student's file is `lab<number>_<name>.py`.
         sources: dotted names of the classes and functions that the file begins with.
-        swaps: by role of `Parts`, what in the student's file plays it.
+        parts: by part of `Parts`, the name of the student's class or function.
     """
 
     number: int
     name: str
     title: str
     sources: tuple[str, ...]
-    swaps: dict[str, str]
+    parts: dict[str, str]
     tasks: tuple[Task, ...]
 
     @property
@@ -53,4 +53,4 @@ class Lab:
 
     def part_options(self, file: str) -> list[str]:
         """What to pass to pytest, so that this file's parts are tested."""
-        return [f"--part={role}={file}:{name}" for role, name in self.swaps.items()]
+        return [f"--part={part}={file}:{name}" for part, name in self.parts.items()]

@@ -7,7 +7,7 @@ LAB = Lab(
     name="allocator",
     title="the block allocator and its reference counts",
     sources=("minipaged.memory.allocator.BlockAllocator",),
-    swaps={"allocator": "BlockAllocator"},
+    parts={"allocator": "BlockAllocator"},
     tasks=(
         Task(
             1,

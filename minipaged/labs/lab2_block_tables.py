@@ -10,7 +10,7 @@ LAB = Lab(
         "minipaged.memory.block_table.BlockTable",
         "minipaged.memory.block_manager.BlockManager",
     ),
-    swaps={"block_table": "BlockTable", "memory": "BlockManager"},
+    parts={"block_table": "BlockTable", "memory": "BlockManager"},
     tasks=(
         Task(
             1,

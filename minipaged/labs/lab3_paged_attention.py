@@ -13,7 +13,7 @@ LAB = Lab(
         "minipaged.attention.blockwise.blockwise_paged_attention",
         "minipaged.attention.blockwise._attend_to_blocks",
     ),
-    swaps={"paged_attention": "reference_paged_attention"},
+    parts={"paged_attention": "reference_paged_attention"},
     tasks=(
         Task(
             1,

@@ -7,7 +7,7 @@ LAB = Lab(
     name="scheduler",
     title="the scheduler: continuous batching and preemption",
     sources=("minipaged.scheduler.fcfs.youngest", "minipaged.scheduler.fcfs.FCFSScheduler"),
-    swaps={"scheduler": "FCFSScheduler", "select_victim": "youngest"},
+    parts={"scheduler": "FCFSScheduler", "select_victim": "youngest"},
     tasks=(
         Task(
             1,

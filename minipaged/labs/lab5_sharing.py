@@ -10,7 +10,7 @@ LAB = Lab(
         "minipaged.memory.block_manager.BlockManager",
         "minipaged.engine.sampling_request.SamplingRequest",
     ),
-    swaps={"memory": "BlockManager", "sampling_request": "SamplingRequest"},
+    parts={"memory": "BlockManager", "sampling_request": "SamplingRequest"},
     tasks=(
         Task(
             1,

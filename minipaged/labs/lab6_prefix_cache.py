@@ -7,7 +7,7 @@ LAB = Lab(
     name="prefix_cache",
     title="the prefix cache and its eviction",
     sources=("minipaged.memory.prefix_cache.PrefixCache",),
-    swaps={"prefix_cache": "PrefixCache"},
+    parts={"prefix_cache": "PrefixCache"},
     tasks=(
         Task(
             1,

@@ -10,7 +10,7 @@ LAB = Lab(
         "minipaged.memory.block_manager.BlockManager",
         "minipaged.scheduler.fcfs.FCFSScheduler",
     ),
-    swaps={"memory": "BlockManager", "scheduler": "FCFSScheduler"},
+    parts={"memory": "BlockManager", "scheduler": "FCFSScheduler"},
     tasks=(
         Task(
             1,

@@ -10,7 +10,7 @@ LAB = Lab(
         "minipaged.attention.triton.naive_decode.naive_paged_attention",
         "minipaged.attention.triton.naive_decode.naive_kernel",
     ),
-    swaps={"paged_attention": "naive_paged_attention"},
+    parts={"paged_attention": "naive_paged_attention"},
     tasks=(
         Task(
             1,

@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
-from minipaged.engine.custom_parts import PLAYERS, beside, parts_with, player, read_custom_parts
+from minipaged.engine.custom_parts import (
+    LIBRARY_PARTS,
+    find_helper,
+    find_part,
+    parts_with,
+    read_custom_parts,
+)
 from minipaged.tracing.events import Event, EventLog
 from minipaged.tracing.trace_file import TraceFile
 
@@ -20,7 +26,7 @@ from minipaged.tracing.trace_file import TraceFile
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --part and --trace-dir."""
     group = parser.getgroup("minipaged labs")
-    group.addoption("--part", action="append", default=[], metavar="ROLE=FILE:NAME")
+    group.addoption("--part", action="append", default=[], metavar="PART=FILE:NAME")
     group.addoption("--trace-dir", default=".", help="where a failing engine test leaves its trace")
 
 
@@ -30,29 +36,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def swapped(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """By role, the student's parts."""
+def custom_parts(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The student's parts, by their names in `Parts`."""
     return read_custom_parts(request.config.getoption("--part") or ())
 
 
 @pytest.fixture
-def part(swapped: dict[str, Any]) -> Callable[[str], Any]:
-    """`part("allocator")`: who plays this role, the student or else the library.
+def part(custom_parts: dict[str, Any]) -> Callable[[str], Any]:
+    """`part("allocator")`: the student's part, or else the library's.
 
-    What plays no role is asked for by the library's own name for it, and is looked for in the same
-    file of the student: `part("minipaged.attention.reference.gather")`.
+    A helper that is no part is asked for by its full name in the library, and is looked for in the
+    student's file: `part("minipaged.attention.reference.gather")`.
     """
-    return lambda name: (player if name in PLAYERS else beside)(name, swapped)
+    return lambda name: (find_part if name in LIBRARY_PARTS else find_helper)(name, custom_parts)
 
 
 @pytest.fixture
 def observed(
-    request: pytest.FixtureRequest, swapped: dict[str, Any]
+    request: pytest.FixtureRequest, custom_parts: dict[str, Any]
 ) -> Callable[..., AbstractContextManager[Any]]:
     """`with observed(num_blocks=24) as llm:` a model on the student's parts, checked and traced.
 
-    `also={"paged_attention": attend}` gives it more parts, which win over those swapped in. If what
-    is done with the model fails, the trace stays behind, to be watched.
+    `also={"paged_attention": attend}` adds parts, which take precedence over the student's. If the
+    test fails, its trace is kept, to be watched.
     """
 
     @contextmanager
@@ -61,7 +67,7 @@ def observed(
 
         events: list[Event] = []
         try:
-            parts = parts_with(swapped | (also or {})).traced(EventLog(events.append))
+            parts = parts_with(custom_parts | (also or {})).traced(EventLog(events.append))
             yield LLM(parts=parts, **options)
         except BaseException:
             _leave_trace(request, events)

@@ -190,7 +190,10 @@ def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
         (["generate", "-"], "no prompt on standard input"),
         (["generate", "once upon a time", "--num-blocks", "0"], "--num-blocks is 0"),
         (["demo", "--trace", "."], "trace is '.', a folder"),
-        (["demo", "--attention-backend", "magic"], "no attention backend 'magic'"),
+        (
+            ["demo", "--attention-backend", "magic"],
+            "--attention-backend is 'magic'",
+        ),
         (["demo", "--preemption", "never"], "preemption is 'never'"),
         (
             ["demo", "--trace", "no/such/folder/t"],

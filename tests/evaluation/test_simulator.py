@@ -15,7 +15,7 @@ from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.capacity import Curve
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS, GPUS, MODELS
 from minipaged.evaluation.sim.cost_model import CostModel
-from minipaged.evaluation.sim.planner import deploy, make_plan
+from minipaged.evaluation.sim.planner import deploy, estimate_capacity
 from minipaged.evaluation.sim.requests import Decoding, SimRequest, genealogy
 from minipaged.evaluation.sim.simulator import Simulation
 from minipaged.evaluation.sim.systems import SYSTEMS, Setting, build_scheduler
@@ -346,7 +346,7 @@ def test_genealogies_do_not_depend_on_who_asks_first():
     assert [next(again) for _ in range(50)] == ahead
 
 
-# ---- capacity and plan ---------------------------------------------------------------------------
+# ---- capacity ------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
@@ -389,29 +389,32 @@ def test_a_plan_counts_what_the_weights_leave():
         deploy(MODELS["llama-3-70b"], GPUS["h100-80g"], 1)
 
 
-def test_a_plan_says_when_the_pool_is_the_bound():
+def test_a_capacity_report_says_when_the_pool_is_the_bound():
     lengths = Lengths(500.0, 500.0, 0.5, 0.5, longest=4096)
     small = deploy(MODELS["llama-2-7b"], GPUS["l4-24g"], 1)
-    plan = make_plan(small, lengths, rate=0.2, seconds=40.0)
-    assert "the pool" in plan.bound
-    assert 0 < plan.load.utilisation < plan.knee.utilisation <= 1
+    report = estimate_capacity(small, lengths, rate=0.2, seconds=40.0)
+    assert "the pool" in report.bound
+    assert 0 < report.load.utilisation < report.knee.utilisation <= 1
     large = deploy(MODELS["llama-3-8b"], GPUS["h200-141g"], 1)
     short = Lengths(50.0, 50.0, 0.5, 0.5, longest=512)
-    assert "time" in make_plan(large, short, rate=20.0, seconds=4.0).bound
+    assert "time" in estimate_capacity(large, short, rate=20.0, seconds=4.0).bound
 
 
-def test_a_plan_at_a_rate_that_is_next_to_nothing_finds_the_same_knee():
+def test_the_knee_is_the_same_at_almost_no_load():
     server = deploy(MODELS["llama-3-8b"], GPUS["l4-24g"], 1)
     short = Lengths(50.0, 50.0, 2.0, 2.0, longest=1024)
-    knees = [make_plan(server, short, rate, seconds=10.0, max_num_seqs=8) for rate in (0.001, 2.0)]
+    knees = [
+        estimate_capacity(server, short, rate, seconds=10.0, max_num_seqs=8)
+        for rate in (0.001, 2.0)
+    ]
     assert knees[0].knee.rate == pytest.approx(knees[1].knee.rate, rel=0.05)
     assert knees[0].load.latency < 2 * knees[0].knee.latency / 3
 
 
-def test_a_plan_for_requests_that_never_fit_is_refused():
+def test_capacity_for_requests_that_never_fit_is_refused():
     server = deploy(MODELS["llama-2-7b"], GPUS["l4-24g"], 1)
     with pytest.raises(InvalidOption, match="shorter requests"):
-        make_plan(server, Lengths(9e3, 9e3, 0.5, 0.5, longest=65_536), rate=1.0)
+        estimate_capacity(server, Lengths(9e3, 9e3, 0.5, 0.5, longest=65_536), rate=1.0)
 
 
 # ---- the command ---------------------------------------------------------------------------------

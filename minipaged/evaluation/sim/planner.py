@@ -1,4 +1,4 @@
-"""How much a server bears: `minipaged plan`, on the same scheduler, memory and cost model.
+"""Capacity planning: what a server sustains, on the library's scheduler, memory and cost model.
 
 The pool is what the weights leave of the GPUs' memory. Requests are simulated at the rate that is
 asked for, and at others, to find the knee: the rate at which a token takes several times as long as
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.capacity import Curve
 from minipaged.evaluation.sim.catalogue import GB, GPU, Deployment, ServedModel
@@ -17,7 +18,7 @@ from minipaged.evaluation.sim.simulator import Report, Simulation
 from minipaged.evaluation.sim.systems import SYSTEMS, Setting
 from minipaged.evaluation.sim.traces import Lengths, poisson_trace
 
-USABLE = 0.9  # of a GPU's memory, as `gpu_memory_utilization`
+USABLE = EngineArgs.gpu_memory_utilization  # fraction of a GPU's memory
 ACTIVATIONS = 1 * GB  # a GPU, for what is neither weights nor keys: assumed
 FULL = 0.9  # a pool of which more is taken is the bound
 LEAST_REQUESTS = 100  # in a simulation
@@ -41,8 +42,8 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that is known of a server and a workload."""
+class CapacityReport:
+    """What a server sustains of a workload, and what limits it."""
 
     server: Deployment
     num_blocks: int
@@ -66,17 +67,17 @@ def deploy(model: ServedModel, gpu: GPU, num_gpus: int) -> Deployment:
     return Deployment(model, gpu, num_gpus, slots)
 
 
-def make_plan(
+def estimate_capacity(
     server: Deployment,
     lengths: Lengths,
     rate: float,
     *,
-    block_size: int = 16,
-    max_num_seqs: int = 256,
+    block_size: int = EngineArgs.block_size,
+    max_num_seqs: int = Setting.max_num_seqs,
     step_seconds: float = STEP_SECONDS,
     sequence_seconds: float = SEQUENCE_SECONDS,
     seconds: float = 120.0,
-) -> Plan:
+) -> CapacityReport:
     """Simulate the rate, look for the knee, and say what bounds it.
 
     Raises:
@@ -114,7 +115,7 @@ def make_plan(
     curve = Curve(lambda at: simulate(at, limit=4 * KNEE * idle).normalized_latency, guess)
     at_knee = load(curve.crossing(KNEE * idle))
     bound = _bound(at_knee, max_num_seqs)
-    return Plan(server, setting.num_blocks, block_size, load(rate), at_knee, bound)
+    return CapacityReport(server, setting.num_blocks, block_size, load(rate), at_knee, bound)
 
 
 def _unloaded(costs: CostModel, lengths: Lengths) -> float:
