@@ -17,7 +17,7 @@ from typing import Any, Literal
 from minipaged.errors import InvalidOption
 from minipaged.utils.options import check_options, option, options_of
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 Backend = Literal["auto", "reference", "blockwise", "torch", "triton", "triton-naive"]
 MemoryKind = Literal[

@@ -47,7 +47,7 @@ class Case:
     copy_factor: float = 1.0
     prefix_len: int = 0  # that all prompts begin with
     prefix_caching: bool = False
-    preemption: PreemptionMode = "auto"
+    preemption: PreemptionMode = EngineArgs.preemption
     limit: float | None = None  # stop above this normalised latency
     only_while_they_come: bool = False  # look from a quarter on, and only until requests stop
     watch_memory: bool = False

@@ -28,7 +28,7 @@ class Setting:
     max_num_batched_tokens: int = 2560  # the same
     watermark: float = EngineArgs.watermark
     prefix_caching: bool = False  # the paper had none, but for prefixes that were given
-    preemption: PreemptionMode = "auto"
+    preemption: PreemptionMode = EngineArgs.preemption
     model: ServedModel = MODELS["opt-13b"]  # for memory that is counted in bytes
 
     @property
