@@ -34,7 +34,7 @@ def _parameter(declared: inspect.Parameter) -> griffe.Parameter:
     annotation = inspect.formatannotation(declared.annotation)
     return griffe.Parameter(
         declared.name,
-        kind=griffe.ParameterKind[declared.kind.name.lower()],
+        kind=getattr(griffe.ParameterKind, declared.kind.name.lower()),
         annotation=None if declared.annotation is empty else annotation.replace("pathlib.", ""),
         default=None if declared.default is empty else repr(declared.default),
     )
