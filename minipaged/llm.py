@@ -34,12 +34,12 @@ class LLM:
         attention_backend: "auto", "reference", "blockwise", "torch", "triton" or "triton-naive".
         kv_cache_dtype: in what keys and values are kept: "auto" (as the model computes), "float32",
             "bfloat16", "float16"; in 8 bits, for twice the tokens: "int8" or "fp8".
-        memory: "paged"; or a rival, to compare with: "contiguous-max", "contiguous-pow2" and
-            "contiguous-oracle" reserve what a request may need in advance, and "static" besides
-            admits nobody before a whole batch has ended. "virtual", vAttention, keeps each sequence
-            in one piece and lets the system map pages behind it; "virtual-2m" takes those of 2 MiB,
-            the smallest of a GPU, and "-sliced" behind either wastes less of them. Rivals have as
-            many bytes as `num_blocks` has, swap nothing and find no prefixes.
+        memory: "paged", or a baseline to compare with: "contiguous-max", "contiguous-pow2" and
+            "contiguous-oracle" reserve what a request may need in advance, and "static" also admits
+            no request before a whole batch has ended. "virtual", vAttention, keeps each sequence in
+            one region and lets the system map pages to it, on Linux and a CPU only; "virtual-2m"
+            takes pages of 2 MiB, and "-sliced" after either wastes less of them. Baselines have as
+            many bytes as `num_blocks` has, do not swap and have no prefix cache.
         block_size: token slots in a block.
         num_blocks: blocks in the pool; None: enough for `max_num_seqs` of the longest sequences,
             if the memory has room for them.

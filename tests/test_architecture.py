@@ -78,7 +78,7 @@ def test_a_function_fits_on_a_screen(path: Path):
     "modules",
     [
         "minipaged.memory, minipaged.scheduler",
-        "minipaged.memory.baselines.kinds, minipaged.memory.baselines.virtual",
+        "minipaged.memory.baselines.contiguous, minipaged.memory.baselines.virtual",
         "minipaged.memory.baselines.pages",
         "minipaged.tracing.events",
         "minipaged.evaluation.stories",

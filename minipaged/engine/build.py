@@ -44,7 +44,7 @@ def build_engine(
     """The engine of `LLM`, whose options these are. Raises InvalidOption, CheckpointError."""
     where = choose_device(device)
     require_share("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0)
-    options |= check_memory(memory, parts, options["preemption"])
+    options |= check_memory(memory, parts, options["preemption"], where)
     head_dim = read_model_config(folder).head_dim
     backend = choose_attention(memory, attention_backend, where, head_dim, kv_cache_dtype)
     backend = parts.attention(backend)

@@ -22,7 +22,7 @@ from minipaged.evaluation.sim.catalogue import MODELS
 from minipaged.evaluation.sim.systems import VATTENTION, Setting, virtual_layout
 from minipaged.memory import BlockAllocator
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, MappedPages, why_no_pages_of
-from minipaged.memory.baselines.slots import RegionLayout
+from minipaged.memory.baselines.regions import RegionLayout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
