@@ -45,7 +45,6 @@ class VirtualKVCache:
         self.layers: list[KVPair] = [
             (keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in by_layer
         ]
-        self.swap_layers: list[KVPair] = []
 
     def copy(self, pairs: Many[BlockPair]) -> None:
         """Copy the mapped tokens of regions to other regions, before a fork's first write."""

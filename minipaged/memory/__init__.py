@@ -1,4 +1,4 @@
-"""Who owns which block. Pure Python: nothing in this package imports torch.
+"""Which sequence owns which block: pure Python, without torch.
 
 Read it in this order: allocator (physical blocks), block_table (one sequence), prefix_cache (blocks
 found by their content), interface (what a memory must do), block_manager (all sequences), checked

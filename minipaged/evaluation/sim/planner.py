@@ -73,8 +73,6 @@ def make_plan(
     *,
     block_size: int = 16,
     max_num_seqs: int = 256,
-    step_seconds: float = STEP_SECONDS,
-    sequence_seconds: float = SEQUENCE_SECONDS,
     seconds: float = 120.0,
 ) -> Plan:
     """Simulate the rate, look for the knee, and say what bounds it.
@@ -94,7 +92,7 @@ def make_plan(
             f"the pool has {server.num_slots} token slots, and a request may have "
             f"{lengths.longest} tokens: take more or larger GPUs, or shorter requests."
         )
-    costs = CostModel(server, step_seconds, sequence_seconds)
+    costs = CostModel(server, STEP_SECONDS, SEQUENCE_SECONDS)
     idle = _unloaded(costs, lengths)
 
     def simulate(at: float, **options: Any) -> Report:
