@@ -13,7 +13,7 @@ from minipaged.engine.build import build_engine
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput
 from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidRequest
-from minipaged.models.hub.find import find_model
+from minipaged.models.hub.local_models import find_model
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams, one_for_each
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_template import Message, chat_prompt

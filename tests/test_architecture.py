@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from layers import LAB_TESTS, LAYERS, MODULES, PACKAGE
 
+ROOT = PACKAGE.parent
+PACKAGES = sorted(PACKAGE.rglob("__init__.py"))
 TESTS = Path(__file__).parent
 
 
@@ -74,20 +76,61 @@ def test_a_function_fits_on_a_screen(path: Path):
             assert lines <= (80 if is_kernel else 50), f"{node.name} has {lines} lines"
 
 
-@pytest.mark.parametrize(
-    "modules",
-    [
-        "minipaged.memory, minipaged.scheduler",
-        "minipaged.memory.baselines.kinds, minipaged.memory.baselines.virtual",
-        "minipaged.memory.baselines.pages",
-        "minipaged.tracing.events",
-        "minipaged.evaluation.stories",
-        "minipaged",
-    ],
-)
-def test_bookkeeping_leaves_torch_alone(modules: str):
-    program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+def test_the_listing_of_the_package_is_a_table_of_contents():
+    """At most 18 subjects: fewer than a reader can skim, and none in two places."""
+    subjects = {layer_of(path) for path in MODULES} - {"__main__"}
+    assert len(subjects) <= 18, sorted(subjects)
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=label)
+def test_a_package_says_its_purpose_in_one_sentence(path: Path):
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    purpose, _, rest = docstring.partition("\n")
+    assert purpose.endswith("."), f"one sentence, not {purpose!r}"
+    assert ". " not in purpose, f"one sentence, not {purpose!r}"
+    assert not rest or rest.startswith("\n"), "an empty line after the purpose"
+
+
+@pytest.mark.parametrize("path", PACKAGES[1:], ids=label)
+def test_a_package_is_bare(path: Path):
+    """A docstring, and at most names that are imported from its modules."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body[1:]:
+        is_list = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        assert is_list or isinstance(node, ast.ImportFrom), ast.unparse(node)
+
+
+def without_torch() -> list[str]:
+    """All packages themselves; and every module of those that only keep books."""
+    bookkeeping = ("memory", "scheduler", "sampling/params", "evaluation/sim", "evaluation/stories")
+    bookkeeping += ("tracing", "config", "errors", "sequence", "labs/lab", "labs/catalogue")
+    chosen = [path for path in MODULES if label(path).startswith(bookkeeping)]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PACKAGES + chosen}
+    return sorted(name.removesuffix(".__init__") for name in names)
+
+
+def test_bookkeeping_leaves_torch_alone():
+    program = (
+        "import sys; from importlib import import_module\n"
+        "for name in sys.argv[1:]:\n"
+        "    import_module(name)\n"
+        "    assert 'torch' not in sys.modules, f'{name} imports torch'"
+    )
+    command = [sys.executable, "-c", program, *without_torch()]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_top_level_of_the_repository_holds_only_what_belongs_there():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    subjects = "minipaged docs tutorials tests README.md CHANGELOG.md CONTRIBUTING.md LICENSE"
+    tools = "pyproject.toml mkdocs.yml model_weights_fetch.py .gitignore .ci"
+    top = {Path(line).parts[0] for line in tracked.stdout.splitlines()}
+    assert top == {*subjects.split(), *tools.split()}
 
 
 def test_help_answers_without_torch():

@@ -16,7 +16,8 @@ from minipaged.cli.main import app
 from minipaged.cli.options import in_words_of_the_shell
 from minipaged.config import OPTIONS, EngineArgs, EngineConfig
 from minipaged.errors import InvalidOption
-from minipaged.memory.baselines.kinds import KINDS
+from minipaged.memory.baselines.contiguous import CONTIGUOUS
+from minipaged.memory.baselines.virtual import VIRTUAL
 from minipaged.models.loader import DTYPES
 from minipaged.utils.options import option, options_of, takes
 
@@ -105,7 +106,7 @@ def test_a_config_takes_its_defaults_from_the_declarations():
 @pytest.mark.parametrize(
     ("name", "implemented"),
     [
-        ("memory", set(KINDS)),
+        ("memory", {"paged", *CONTIGUOUS, *VIRTUAL}),
         ("attention_backend", {"auto", *BACKENDS, *TRITON_BACKENDS}),
         ("dtype", {"auto", *DTYPES}),
         ("kv_cache_dtype", {"auto", *KV_DTYPES}),

@@ -345,8 +345,8 @@ right.legend(fontsize=8)
 #
 # There is another answer: keep each sequence in one piece of *virtual* memory, and let the system
 # map physical pages to it when they are needed. That is vAttention
-# ([arXiv 2405.04437](https://arxiv.org/abs/2405.04437)), and on Linux `LLM(memory="virtual")` does
-# it.
+# ([arXiv 2405.04437](https://arxiv.org/abs/2405.04437)), and `LLM(memory="virtual")` does it, on
+# Linux and a CPU.
 #
 # ## Check
 #

@@ -322,7 +322,7 @@ assert furthest < 1e-4
 #
 # (GELU and SiLU are smooth variants of ReLU.) Its attention is the same except for the turning:
 #
-# @@ minipaged.models.gpt2.Attention.forward
+# @@ minipaged.models.layers.MultiHeadAttention.forward
 #
 # The pool needs three numbers from a model: layers, KV heads, and elements per head. To see that
 # this is all, take a GPT-2 with random weights, and build an engine around it by hand. Random

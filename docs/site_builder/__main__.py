@@ -9,8 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from site_builder.errors import CannotBuild
-from site_builder.markdown import expanded
+from site_builder.markdown import CannotBuild, expanded
 from site_builder.sources import source_files
 from site_builder.tutorials import tutorial_files
 

@@ -8,7 +8,7 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
-from site_builder.errors import CannotBuild
+from site_builder.markdown import CannotBuild
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 
 from site_builder.chapters import Chapter
-from site_builder.errors import CannotBuild
 from site_builder.imports import fingerprint
+from site_builder.markdown import CannotBuild
 
 SECONDS = 300  # for one cell; a chapter aims at ten seconds in all
 SETTINGS_OF_PICTURES = Path(__file__).with_name("matplotlibrc")

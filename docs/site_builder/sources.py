@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from site_builder.fences import fenced
-from site_builder.links import SOURCE, line_anchor
+from site_builder.markdown import SOURCE, fenced, line_anchor
 
 _LEADS_TO_SOURCE = re.compile(rf"\]\((?:\.\./)*{SOURCE}([^)#\s]+\.py)\.md")
 

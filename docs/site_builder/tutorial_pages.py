@@ -11,10 +11,8 @@ from pathlib import Path
 from nbformat import NotebookNode
 
 from site_builder.chapters import Chapter
-from site_builder.errors import CannotBuild
 from site_builder.execution import ANSI
-from site_builder.fences import fenced
-from site_builder.markdown import expanded
+from site_builder.markdown import CannotBuild, expanded, fenced
 
 PICTURES = {"image/svg+xml": "svg", "image/png": "png"}
 

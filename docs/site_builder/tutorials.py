@@ -1,7 +1,8 @@
-"""All chapters: their pages, pictures and downloads, and the page that lists them."""
+"""Chapters and labs: their pages, pictures and downloads, and the pages that list them."""
 
 import copy
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,10 +10,10 @@ from nbformat import NotebookNode
 
 from site_builder.chapters import Chapter, chapters_of, notebook_text
 from site_builder.execution import executed
-from site_builder.lab_pages import lab_files
-from site_builder.quote_code import with_quotes
+from site_builder.markdown import CannotBuild, expanded, with_quotes
 from site_builder.tutorial_pages import page_of
 
+LABS = "tutorials/labs"
 WITHOUT_RUNNING = "MINIPAGED_DOCS_WITHOUT_RUNNING"
 
 INDEX = """\
@@ -35,6 +36,21 @@ Three ways to follow:
 Each has the same form: what you will know, what must hold, numbers to predict before you run
 anything, the step, a check that would notice if it were wrong, questions with folded answers, and
 what changed in the numbers.
+"""
+
+LABS_INDEX = """\
+# Labs
+
+In a lab you write a part of the engine: a file with some bodies taken out, tests that say what is
+missing, and at the end a language model that runs on what you wrote.
+
+```sh
+pip install -e ".[labs]"
+minipaged lab list
+minipaged lab start 1
+minipaged lab check 1
+```
+
 """
 
 
@@ -78,3 +94,20 @@ def _to_take_home(chapter: Chapter, root: Path) -> NotebookNode:
         if cell.cell_type == "markdown":
             cell.source = with_quotes(cell.source, root, chapter.script.name).rstrip()
     return notebook
+
+
+def lab_files(root: Path) -> dict[str, bytes]:
+    """Path below docs/ -> content: a page for each brief, and one that lists them."""
+    files: dict[str, bytes] = {}
+    titles: list[str] = []
+    for brief in sorted((root / LABS).glob("[0-9]*.md")):
+        text = brief.read_text(encoding="utf-8")
+        title = re.match(r"# (.+)", text)
+        if title is None:
+            raise CannotBuild(f"{LABS}/{brief.name}: a brief begins with its `# title`.")
+        titles.append(f"- [{title[1].strip()}]({brief.name})")
+        page = f"{LABS}/{brief.name}"
+        files[page] = expanded(text, root, page).encode()
+    if files:
+        files[f"{LABS}/index.md"] = (LABS_INDEX + "\n".join(titles) + "\n").encode()
+    return files

@@ -1,8 +1,8 @@
-"""Attention where each sequence lies in one piece: nothing is gathered, no table is followed.
+"""Attention over contiguous sequences: nothing is gathered, no block table is followed.
 
-This is what virtual memory buys (see `memory/virtual.py`): the keys of a sequence are a slice of
-the cache, and any attention that takes strides reads them where they are. Here PyTorch's own.
-Behind a sequence's last token there may be no memory at all, so nobody looks there.
+This is what virtual memory buys (see `VirtualMemory`): the keys of a sequence are a slice of the
+cache, and any attention kernel that takes strides can read them in place; here PyTorch's own. What
+follows a sequence's last token may not be mapped, so it is never read.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from minipaged.utils.shapes import Float
 
 @dataclass(frozen=True)
 class UnpagedBatch(Batch):
-    """A batch, and what all layers share: where each sequence is, and the masks of prefills."""
+    """A batch, and what all layers share: the region of each sequence, and masks for prefills."""
 
     regions: list[int]
     masks: list[Tensor | None]
@@ -44,16 +44,16 @@ def unpaged_attention(
     batch: UnpagedBatch,
     scale: float,
 ) -> Float[Tensor, "tokens heads head_dim"]:
-    """Attention of every sequence over the slice that is its own."""
-    heads_per_kv_head(q, k_cache, v_cache)  # refuses shapes that do not fit
+    """Attention of every sequence over its own region."""
+    heads_per_kv_head(q, k_cache, v_cache)  # checks the shapes
     grouped = q.unflatten(1, (k_cache.shape[1], -1))  # [tokens, kv_heads, group, head_dim]
     out: list[Tensor] = []
     for span, region, mask in zip(batch.spans, batch.regions, batch.masks, strict=True):
-        # [1, kv_heads, length, head_dim] both; nothing is copied
+        # [1, kv_heads, length, head_dim] both: views
         keys = k_cache[region : region + 1, :, : span.seq_len].to(q.dtype)
         values = v_cache[region : region + 1, :, : span.seq_len].to(q.dtype)
         if span.query_len == 1:
-            # Decode: one query sees every key, so the heads of a group can stand as its queries.
+            # Decode: one query sees every key, so the heads of a group can serve as its queries.
             queries = grouped[span.start : span.stop]  # [1, kv_heads, group, head_dim]
             seen = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
             out.append(seen.flatten(1, 2))  # [1, heads, head_dim]
@@ -70,11 +70,11 @@ def unpaged_store_kv(
     v_cache: KVPool,
     batch: Batch,
 ) -> None:
-    """Write the step's new keys and values where they belong, in place."""
+    """Write the step's new keys and values into their slots, in place."""
     for new, cache in ((k, k_cache), (v, v_cache)):
         assert not isinstance(cache, QuantizedPool), "scales would need pages of their own"
-        # Token-major, all slots one behind the other: a token's slot number is its row. A view, or
-        # PyTorch raises.
+        # The pool as one list of token slots, in which a slot number is an index. `view` raises
+        # where this would take a copy.
         _, kv_heads, _, head_dim = cache.shape
-        rows = cache.transpose(1, 2).view(-1, kv_heads, head_dim)  # [slots * length, ...]
+        rows = cache.transpose(1, 2).view(-1, kv_heads, head_dim)  # [regions * length, ...]
         rows.index_copy_(0, batch.slot_mapping, new.to(cache.dtype))

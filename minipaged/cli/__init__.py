@@ -1,1 +1,1 @@
-"""The command line; `main` has the commands, a module per command does the work."""
+"""The command line: `main` declares the commands, and a module per command does the work."""

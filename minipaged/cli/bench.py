@@ -1,14 +1,11 @@
 """`minipaged bench ...`: the commands. torch is imported only once one of them runs."""
 
-import json
 import os
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from minipaged.cli.bench_options import DType, Save, choose, report
 from minipaged.cli.options import AsJson, BlockSize, Device, Seed
@@ -260,7 +257,6 @@ def sharing(
 ) -> None:
     """Blocks saved by sharing, compared with the paper's Figure 15."""
     from minipaged.evaluation.bench import sharing as figure_15
-    from minipaged.evaluation.bench.machine import describe_machine
     from minipaged.llm import LLM
 
     llm = LLM(
@@ -273,19 +269,11 @@ def sharing(
     )
     lengths = figure_15.alpaca_lengths(num_requests, llm.engine.config.max_model_len, seed)
     rows = list(figure_15.measure(llm, lengths, seed, use_tqdm=not as_json))
-    machine = describe_machine(str(llm.engine.runner.kv_cache.device))
     mean_in, mean_out = (sum(each) / num_requests for each in zip(*lengths, strict=True))
-    if as_json:
-        means = {"num_requests": num_requests, "prompt_tokens": mean_in, "output_tokens": mean_out}
-        print(json.dumps({"machine": machine, **means, "rows": [asdict(row) for row in rows]}))
-        return
-    console = Console()
-    console.print(
+    note = (
         f"{num_requests} requests of {mean_in:.1f} prompt and {mean_out:.1f} output tokens on "
         f"average, blocks of {block_size} (the paper's had 16), no prefix cache: the part of the "
-        "blocks that sharing saved",
-        figure_15.as_table(rows),
-        machine,
-        sep="\n\n",
-        highlight=False,
+        "blocks that sharing saved"
     )
+    device_used = llm.engine.runner.kv_cache.device
+    report(rows, figure_15.as_table(rows), note, device_used, None, as_json)

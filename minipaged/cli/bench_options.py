@@ -1,13 +1,19 @@
-"""What the commands of `minipaged bench` have in common: their options, and how they report."""
+"""What the commands of `minipaged bench` share: options, reports, and the machine they ran on."""
 
 import json
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from minipaged import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +45,6 @@ def report(
     as_json: bool,
 ) -> None:
     """Print the table, or the JSON; write the JSON to a file if asked to."""
-    from minipaged.evaluation.bench.machine import describe_machine
-
     machine = describe_machine("cpu" if device is None else str(device))
     found = {"machine": machine, "note": note, "rows": [asdict(row) for row in rows]}
     text = json.dumps(found, default=str)
@@ -52,3 +56,33 @@ def report(
         Console(width=max(150, Console().width)).print(
             note, table, machine, sep="\n\n", highlight=False
         )
+
+
+def describe_machine(device: str) -> str:
+    """One line: processor, versions, date."""
+    import torch
+
+    if device.startswith("cuda"):
+        chip = torch.cuda.get_device_name(device)
+    else:
+        chip = f"{_cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return (
+        f"{chip}; minipaged {__version__}, torch {torch.__version__}, {_triton_version()}, "
+        f"Python {platform.python_version()}; {date.today().isoformat()}"
+    )
+
+
+def _triton_version() -> str:
+    try:
+        return f"triton {version('triton')}"
+    except PackageNotFoundError:
+        return "no triton"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

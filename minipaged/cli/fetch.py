@@ -14,12 +14,12 @@ from rich.table import Table
 from minipaged.errors import CheckpointError, InvalidOption
 from minipaged.models.hub.catalogue import KNOWN_MODELS, find_known, in_words
 from minipaged.models.hub.fetch import download, find_here
-from minipaged.models.hub.find import find_model
 from minipaged.models.hub.hub import ask_hub
 from minipaged.models.hub.local_models import (
     TOKENIZER_FILES,
     ModelName,
     find_local,
+    find_model,
     is_model_name,
 )
 

@@ -68,7 +68,7 @@ def paper(
             highlight=False,
         )
         if not draws:
-            console.print("No pictures: they need matplotlib, pip install 'minipaged[paper]'.")
+            console.print("No pictures: they need matplotlib, pip install 'minipaged[plot]'.")
 
 
 def _find(name: str) -> Figure:

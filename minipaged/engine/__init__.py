@@ -1,1 +1,1 @@
-"""One step after another: requests in, scheduled, computed, sampled, and their outputs back."""
+"""The engine: requests in, steps scheduled, computed and sampled, outputs back."""

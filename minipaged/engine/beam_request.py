@@ -2,14 +2,8 @@
 
 from minipaged.engine.outputs import CompletionOutput, FinishReason, NewTokens, Progress
 from minipaged.engine.request import Arrival, Fork, Request
-from minipaged.sampling import (
-    Beam,
-    BeamSearch,
-    BeamSearchParams,
-    SampledToken,
-    SamplingParams,
-    SamplingRow,
-)
+from minipaged.sampling import Beam, BeamSearch, BeamSearchParams, SamplingParams
+from minipaged.sampling.sampler import SampledToken, SamplingRow
 from minipaged.sequence import Sequence
 from minipaged.tokenizer.detokenizer import Detokenizer
 

@@ -11,10 +11,10 @@ from minipaged.attention.kv_cache import Cache, KVCache, bytes_per_block
 from minipaged.attention.virtual_cache import VirtualKVCache
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
 from minipaged.engine.parts import Parts
-from minipaged.memory.baselines.kinds import VIRTUAL, VirtualKind, contiguous
+from minipaged.memory.baselines.contiguous import contiguous
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE
-from minipaged.memory.baselines.slots import RegionLayout
-from minipaged.memory.baselines.virtual import VirtualMemory
+from minipaged.memory.baselines.regions import RegionLayout
+from minipaged.memory.baselines.virtual import VIRTUAL, VirtualKind, VirtualMemory
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Storage:
     """The cache for keys and values, the parts that manage it, and the batches that index it."""
 
     kv_cache: Cache
-    parts: Parts  # whose memory manages that cache
+    parts: Parts  # with the memory that manages this cache
     batches: BatchBuilder
 
 
@@ -44,11 +44,11 @@ def build_storage(
 ) -> Storage:
     """Cache and manager of this kind, within the bytes of `config.num_blocks`."""
     if memory in VIRTUAL:
-        return _virtual(VIRTUAL[memory], parts, model, config, dtype, device)
+        return _virtual(VIRTUAL[memory], parts, model, config, dtype)
     columns = config.max_blocks_per_seq
     if memory != "paged":
         parts = replace(parts, memory=contiguous(memory, config.max_model_len))
-        columns = 1 << (columns - 1).bit_length()  # a run is rounded up to a power of two
+        columns = 1 << (columns - 1).bit_length()  # a region is rounded up to a power of two
     kv_cache = KVCache.build(model, config, dtype, device, backend.copy_blocks)
     batches = BatchBuilder(config.max_num_seqs, columns, config.block_size, device)
     return Storage(kv_cache, parts, batches)
@@ -60,26 +60,21 @@ def _virtual(
     model: ModelConfig,
     config: EngineConfig,
     dtype: torch.dtype,
-    device: torch.device,
 ) -> Storage:
-    huge = kind.huge_pages or device.type == "cuda"
     layout = RegionLayout.for_model(
         model,
         dtype.itemsize,
-        num_slots=config.max_num_seqs,
+        num_regions=config.max_num_seqs,
         longest=config.max_model_len,
-        page_bytes=HUGE_PAGE if huge else SMALL_PAGE,
+        page_bytes=HUGE_PAGE if kind.huge_pages else SMALL_PAGE,
         sliced=kind.sliced,
     )
     budget = config.num_blocks * bytes_per_block(model, config.block_size, dtype)
     groups = layout.groups_within(budget)
-    if device.type == "cuda":
-        kv_cache = VirtualKVCache.on_gpu(model, layout, dtype, groups, device)
-    else:
-        kv_cache = VirtualKVCache.on_cpu(model, layout, dtype)
+    kv_cache = VirtualKVCache(model, layout, dtype)
 
     def memory(**_: Any) -> VirtualMemory:
         return VirtualMemory(layout, groups, kv_cache.pages, int(config.watermark * groups))
 
-    batches = BatchBuilder(config.max_num_seqs, 1, layout.region_len, device)
+    batches = BatchBuilder(config.max_num_seqs, 1, layout.region_len)
     return Storage(kv_cache, replace(parts, memory=memory), batches)

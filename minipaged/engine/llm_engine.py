@@ -16,14 +16,8 @@ from minipaged.engine.request import Arrival, ModelTraits, Request
 from minipaged.engine.sampling_request import SamplingRequest
 from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.memory import MemoryView
-from minipaged.sampling import (
-    BeamSearchParams,
-    Params,
-    SampledToken,
-    Sampler,
-    SamplingParams,
-    SamplingRow,
-)
+from minipaged.sampling import BeamSearchParams, Params, SamplingParams
+from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow
 from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
 from minipaged.sequence import Sequence, SequenceGroup

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from minipaged.config import EngineArgs
 from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption
-from minipaged.memory.baselines.kinds import CONTIGUOUS, VIRTUAL
+from minipaged.memory.baselines.contiguous import CONTIGUOUS
+from minipaged.memory.baselines.virtual import VIRTUAL
 from minipaged.scheduler.fcfs import FCFSScheduler
 
 
@@ -111,6 +112,12 @@ def _refuse_unused_parts(memory: str, parts: Parts) -> None:
 
 
 def _refuse_unused_device_options(args: EngineArgs, device_type: str) -> None:
+    if args.memory in VIRTUAL and device_type != "cpu":
+        raise InvalidOption(
+            f"memory={args.memory!r} maps pages of this process's memory, which a GPU cannot read: "
+            'choose device="cpu", or memory="paged".',
+            "memory",
+        )
     if not args.is_given("gpu_memory_utilization"):
         return
     reason = ""

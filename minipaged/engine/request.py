@@ -19,7 +19,7 @@ from minipaged.engine.outputs import (
     RequestMetrics,
     RequestOutput,
 )
-from minipaged.sampling import SampledToken, SamplingRow, score
+from minipaged.sampling.sampler import SampledToken, SamplingRow, score
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import TokenizedPrompt

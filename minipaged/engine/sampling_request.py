@@ -2,7 +2,8 @@
 
 from minipaged.engine.outputs import CompletionOutput, FinishReason, NewTokens, Progress
 from minipaged.engine.request import Arrival, Fork, Request
-from minipaged.sampling import SampledToken, SamplingParams, SamplingRow
+from minipaged.sampling import SamplingParams
+from minipaged.sampling.sampler import SampledToken, SamplingRow
 from minipaged.sequence import Sequence
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.detokenizer import Detokenizer

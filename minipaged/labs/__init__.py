@@ -1,4 +1,4 @@
-"""Teaching labs: the library's own classes with some bodies taken out, and what grades them.
+"""Teaching labs: the library's own classes with some bodies removed, and what grades them.
 
     lab.py          what a lab is: its tasks, and which bodies a student writes
     catalogue.py    the labs; each is described in a file of its own, lab1_allocator.py and so on
@@ -12,5 +12,6 @@
     referee.py      refuses a policy that cheats
     tests/          a file for each lab; they are also the library's own tests
 
-There is no second tree with solutions: the library is the solution.
+The commands `minipaged lab ...` are in `cli/`. There is no second tree with solutions: the library
+is the solution.
 """

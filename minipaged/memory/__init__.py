@@ -1,9 +1,9 @@
-"""Who owns which block. Pure Python: nothing in this package imports torch.
+"""Which sequence owns which block: pure Python, without torch.
 
 Read it in this order: allocator (physical blocks), block_table (one sequence), prefix_cache (blocks
-found again by their content), roles (what a memory must do), block_manager (all sequences), checked
-(a second opinion wrapped round the others). The rivals of paging stand beside it: contiguous, on
-buddy; and virtual, on slots and pages. What both lack is in plain, and all names are in kinds.
+found by their content), interface (what a memory must do), block_manager (all sequences), checked
+(a checker around the others). Then the baselines: contiguous, on buddy; and virtual, on regions and
+pages. What both lack is in plain.
 """
 
 from minipaged.memory.allocator import Allocator, BlockAllocator

@@ -1,1 +1,1 @@
-"""Small GPT-2, OPT and LLaMA models over a paged KV cache, and how their checkpoints load."""
+"""GPT-2, OPT and LLaMA over a paged KV cache, and the loading of their checkpoints."""

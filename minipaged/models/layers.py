@@ -1,12 +1,15 @@
-"""The little that several models share: activations by name, and the two-matrix feed-forward."""
+"""What several models share: activations by name, a feed-forward, and multi-head attention."""
 
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipaged.attention.backend import AttentionBackend
+from minipaged.attention.batch import Batch
+from minipaged.attention.kv_cache import KVPair
 from minipaged.errors import UnsupportedModel
-from minipaged.models.linear import Linear
+from minipaged.models.linear import Linear, MergedLinear
 from minipaged.utils.shapes import Float
 
 Activation = Callable[[Tensor], Tensor]
@@ -49,3 +52,27 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         inner = self.activation(self.up_proj(x))  # [tokens, inner]
         return self.down_proj(inner)  # [tokens, hidden]
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention of GPT-2 and OPT over the paged cache; one matrix makes all of q, k and v."""
+
+    def __init__(self, hidden_size: int, head_dim: int, attention: AttentionBackend) -> None:
+        super().__init__()
+        self.qkv_proj = MergedLinear(hidden_size, 3 * (hidden_size,))
+        self.o_proj = Linear(hidden_size, hidden_size)
+        self.head_dim = head_dim
+        self.backend = attention
+
+    def forward(
+        self, x: Float[Tensor, "tokens hidden"], kv: KVPair, batch: Batch
+    ) -> Float[Tensor, "tokens hidden"]:
+        # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
+        split = (x.shape[0], -1, self.head_dim)
+        q, k, v = (part.view(split) for part in self.qkv_proj(x))  # [tokens, heads, head_dim]
+        k_cache, v_cache = kv
+        # Stored first: a token attends to itself too, and finds itself in the cache.
+        self.backend.store_kv(k, v, k_cache, v_cache, batch)
+        scale = self.head_dim**-0.5
+        out = self.backend.paged_attention(q, k_cache, v_cache, batch, scale)
+        return self.o_proj(out.flatten(1))  # [tokens, hidden]

@@ -27,8 +27,8 @@ from minipaged.models.base import (
     read_int,
     require_option,
 )
-from minipaged.models.layers import MLP
-from minipaged.models.linear import Linear, MergedLinear
+from minipaged.models.layers import MLP, MultiHeadAttention
+from minipaged.models.linear import Linear
 from minipaged.utils.shapes import Float, Int
 
 # Position 0 is row 2 of the table: in training, row 1 belonged to padding and row 0 to nothing.
@@ -126,7 +126,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm_first = config.norm_first
         self.attention_norm = nn.LayerNorm(config.hidden_size)
-        self.attention = Attention(config, attention)
+        self.attention = MultiHeadAttention(config.hidden_size, config.head_dim, attention)
         self.mlp_norm = nn.LayerNorm(config.hidden_size)
         self.mlp = MLP(config.hidden_size, config.inner_size, config.activation)
 
@@ -138,30 +138,6 @@ class Layer(nn.Module):
             return x + self.mlp(self.mlp_norm(x))
         x = self.attention_norm(x + self.attention(x, kv, batch))
         return self.mlp_norm(x + self.mlp(x))
-
-
-class Attention(nn.Module):
-    """Multi-head attention over the paged cache."""
-
-    def __init__(self, config: OPTConfig, attention: AttentionBackend) -> None:
-        super().__init__()
-        self.qkv_proj = MergedLinear(config.hidden_size, 3 * (config.hidden_size,))
-        self.o_proj = Linear(config.hidden_size, config.hidden_size)
-        self.head_dim = config.head_dim
-        self.backend = attention
-
-    def forward(
-        self, x: Float[Tensor, "tokens hidden"], kv: KVPair, batch: Batch
-    ) -> Float[Tensor, "tokens hidden"]:
-        # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
-        split = (x.shape[0], -1, self.head_dim)
-        q, k, v = (part.view(split) for part in self.qkv_proj(x))  # [tokens, heads, head_dim]
-        k_cache, v_cache = kv
-        # Stored first: a token attends to itself too, and finds itself in the cache.
-        self.backend.store_kv(k, v, k_cache, v_cache, batch)
-        scale = self.head_dim**-0.5
-        out = self.backend.paged_attention(q, k_cache, v_cache, batch, scale)
-        return self.o_proj(out.flatten(1))  # [tokens, hidden]
 
 
 OPT_WEIGHTS = WeightMap(

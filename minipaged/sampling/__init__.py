@@ -1,21 +1,10 @@
-"""How the next token is chosen.
+"""How the next token is chosen: from what was asked for and a row of logits, by sampling or beams.
 
-params (what was asked for), sampler (from logits to tokens), beam (from candidates to sequences).
+Read it in this order: params (what was asked for), sampler (from logits to tokens), beam (from
+candidates to sequences).
 """
 
 from minipaged.sampling.beam import Beam, BeamSearch
 from minipaged.sampling.params import BeamSearchParams, Params, SamplingParams, one_for_each
-from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow, score
 
-__all__ = [
-    "Beam",
-    "BeamSearch",
-    "BeamSearchParams",
-    "Params",
-    "SampledToken",
-    "Sampler",
-    "SamplingParams",
-    "SamplingRow",
-    "one_for_each",
-    "score",
-]
+__all__ = ["Beam", "BeamSearch", "BeamSearchParams", "Params", "SamplingParams", "one_for_each"]

@@ -1,1 +1,1 @@
-"""Who runs in the next step, and who is preempted. Pure Python: nothing here imports torch."""
+"""Which requests run in the next step, and which are preempted: pure Python, without torch."""

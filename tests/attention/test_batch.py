@@ -180,7 +180,7 @@ def blocks_of(pool: torch.Tensor) -> list[float]:
 
 def test_a_new_cache_is_zero_and_has_a_pool_a_layer():
     cache = KVCache(CONFIG, 4, 2, num_swap_blocks=3, dtype=torch.bfloat16)
-    assert len(cache.layers) == len(cache.swap_layers) == 2
+    assert len(cache.layers) == 2
     for k, v in cache.layers:
         assert k.shape == v.shape == (4, 2, 2, 3)
         assert k.dtype is torch.bfloat16

@@ -25,14 +25,6 @@ def test_the_python_example_answers_the_question(capsys):
     assert capsys.readouterr().out.startswith(" In the meadow.\n")
 
 
-def test_the_two_commands_are_the_only_ones_that_begin_with_pip_install():
-    commands = [line for line in README.splitlines() if line.startswith("pip install ")]
-    assert commands == [
-        "pip install -e . && minipaged demo",
-        'pip install -e ".[test]" && pytest',
-    ]
-
-
 def test_the_example_of_preemption_preempts(tmp_path):
     [command] = [block for block in blocks("sh") if "--preemption" in block]
     trace = tmp_path / "trace.jsonl"

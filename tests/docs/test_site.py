@@ -16,14 +16,16 @@ pytest.importorskip("nbclient", reason="needs the extra `docs`: pip install -e '
 
 from site_builder.__main__ import write_tree
 from site_builder.chapters import read
-from site_builder.companion import with_places
-from site_builder.errors import CannotBuild
 from site_builder.execution import executed
-from site_builder.links import with_files_linked
-from site_builder.markdown import expanded
+from site_builder.hooks import with_folders
+from site_builder.markdown import (
+    CannotBuild,
+    expanded,
+    with_files_linked,
+    with_places,
+    with_quotes,
+)
 from site_builder.names import find
-from site_builder.navigation import with_folders
-from site_builder.quote_code import with_quotes
 from site_builder.tutorial_pages import page_of
 from site_builder.tutorials import WITHOUT_RUNNING, tutorial_files
 

@@ -1,6 +1,7 @@
 """Every option and part under every kind of memory: it has an effect, or it is refused by name."""
 
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 import torch
@@ -8,16 +9,18 @@ from checkpoints import make_checkpoint
 
 from minipaged import LLM, Parts, SamplingParams
 from minipaged.attention.backend import BACKENDS
-from minipaged.config import OPTIONS
+from minipaged.config import OPTIONS, MemoryKind
 from minipaged.engine.refusals import UNUSED_OPTIONS, UNUSED_PARTS, refuse_what_is_ignored
 from minipaged.engine.sampling_request import SamplingRequest
 from minipaged.errors import InvalidOption
 from minipaged.llm import LLMArgs
 from minipaged.memory import BlockAllocator, BlockManager, BlockTable, PrefixCache
-from minipaged.memory.baselines.kinds import CONTIGUOUS, KINDS, VIRTUAL
+from minipaged.memory.baselines.contiguous import CONTIGUOUS
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, why_no_pages_of
+from minipaged.memory.baselines.virtual import VIRTUAL
 from minipaged.scheduler.fcfs import FCFSScheduler, youngest
 
+KINDS = get_args(MemoryKind)
 PROMPTS = [[5 + n] * (7 * n + 1) for n in range(6)]
 PARAMS = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 SMALL = {"block_size": 4, "max_num_seqs": 6, "max_num_batched_tokens": 40}

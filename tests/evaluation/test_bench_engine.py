@@ -13,7 +13,7 @@ from minipaged.evaluation.bench import engine, engine_report, engine_sides
 from minipaged.evaluation.bench.engine_report import Row
 from minipaged.evaluation.bench.engine_sides import Run
 from minipaged.evaluation.bench.engine_workload import FULL, QUICK, make_model
-from minipaged.sampling import Sampler
+from minipaged.sampling.sampler import Sampler
 
 QUICKLY = ("bench", "engine", "--quick", "--rounds", "1")
 AGAINST = ("--against", "transformers")

@@ -20,7 +20,8 @@ from transformers.generation.logits_process import (
 )
 
 from minipaged.errors import InvalidOption
-from minipaged.sampling import SampledToken, Sampler, SamplingParams, SamplingRow, sampler
+from minipaged.sampling import SamplingParams, sampler
+from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow
 
 VOCAB = 40
 NEVER = 1e-10  # less likely tokens round to a weight of zero

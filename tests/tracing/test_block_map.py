@@ -7,7 +7,7 @@ from scheduling import CONFIG
 
 from minipaged.engine.parts import Parts
 from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel
-from minipaged.memory.baselines.kinds import contiguous
+from minipaged.memory.baselines.contiguous import contiguous
 from minipaged.sequence import Sequence
 from minipaged.tracing.block_map import BlockMap
 from minipaged.tracing.events import EventLog

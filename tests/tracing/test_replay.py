@@ -18,7 +18,7 @@ from minipaged.cli import main as cli
 from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel
-from minipaged.memory.baselines.kinds import contiguous
+from minipaged.memory.baselines.contiguous import contiguous
 from minipaged.tracing import events as schema
 from minipaged.tracing import replay
 from minipaged.tracing.events import SCHEMA_VERSION, Event, EventLog

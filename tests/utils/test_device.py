@@ -16,7 +16,8 @@ from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.kv_cache import KVCache
 from minipaged.evaluation.bench.decode_step import TINY
 from minipaged.models.llama import Llama
-from minipaged.sampling import Sampler, SamplingParams, SamplingRow
+from minipaged.sampling import SamplingParams
+from minipaged.sampling.sampler import Sampler, SamplingRow
 from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.utils.device import to_device
 from minipaged.worker.cuda_graphs import DecodeGraphs

@@ -1,4 +1,6 @@
-"""The GPU kernels, in Triton: one kernel and its launcher a file. Read them in this order.
+"""Paged attention on a GPU: Triton kernels, one per file with the function that launches it.
+
+Read them in this order:
 
     naive_decode   a program a query and head, a block at a time: the paper's Figure 5
     launch         what every launcher tells its kernel about the pool

@@ -1,1 +1,1 @@
-"""What the numbers in the documentation come from: `minipaged bench ...` prints each of them."""
+"""The benchmarks: `minipaged bench ...` prints the measurements that the documentation quotes."""

@@ -25,7 +25,7 @@ POOLS = (1_000, 10_000, 100_000, 1_000_000)  # blocks
 RUNNING = (1, 32, 256, 1_000)  # sequences
 BLOCK_SIZE = 16
 NUM_TOKENS = 1_000  # of each sequence when the steps begin
-ROUNDS = 9
+ROUNDS, REPEATS = 9, 20_000
 SIMULATED_SECONDS = 100.0
 
 
@@ -48,7 +48,7 @@ def measure() -> Iterator[Row]:
         yield _time_simulation(system, SIMULATED_SECONDS)
 
 
-def _time_allocator(num_blocks: int, repeats: int = 20_000) -> float:
+def _time_allocator(num_blocks: int) -> float:
     """A block is taken and let go again, while half of the pool is in use."""
     allocator = BlockAllocator(num_blocks)
     for _ in range(num_blocks // 2):
@@ -56,9 +56,9 @@ def _time_allocator(num_blocks: int, repeats: int = 20_000) -> float:
     seconds: list[float] = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             allocator.free(allocator.allocate())
-        seconds.append((time.perf_counter() - begin) / repeats)
+        seconds.append((time.perf_counter() - begin) / REPEATS)
     assert allocator.num_free == num_blocks - num_blocks // 2, "blocks were lost"
     return statistics.median(seconds)
 

@@ -1,4 +1,4 @@
-"""The paper's evaluation again: a module a figure, published numbers beside ours.
+"""The paper's evaluation, reproduced: one module per figure, published numbers next to ours.
 
 Three kinds of figures: arithmetic that must come out exactly; simulations, in which the library's
 real scheduler and memory serve a trace under a virtual clock (`minipaged.evaluation.sim`); and

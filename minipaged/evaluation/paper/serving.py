@@ -44,7 +44,6 @@ class Case:
     block_size: int = EngineArgs.block_size
     max_num_seqs: int = 256
     kv_factor: float = 1.0
-    copy_factor: float = 1.0
     prefix_len: int = 0  # that all prompts begin with
     prefix_caching: bool = False
     preemption: PreemptionMode = EngineArgs.preemption
@@ -72,7 +71,7 @@ class Case:
             preemption=self.preemption,
             model=server.model,
         )
-        costs = CostModel(server, kv_factor=self.kv_factor, copy_factor=self.copy_factor)
+        costs = CostModel(server, kv_factor=self.kv_factor)
         watched = self.only_while_they_come
         return Simulation(
             find_system(self.system),

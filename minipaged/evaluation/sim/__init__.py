@@ -1,4 +1,4 @@
-"""Serving without a model: the real scheduler and the real memories under a virtual clock.
+"""Serving without a model: the real scheduler and memory managers under a virtual clock.
 
 The paper's results on memory and queues need no GPU: which requests run together, which blocks they
 hold and which of them wait is decided by the scheduler and the memory managers, and those are

@@ -31,14 +31,12 @@ class CostModel:
         step_seconds: what the host needs for a step.
         sequence_seconds: what it needs besides for each sequence that decodes.
         kv_factor: how much longer it takes to read keys; the paged kernel's price, for instance.
-        copy_factor: how much longer a copy of keys takes than reading and writing at full speed.
     """
 
     server: Deployment
     step_seconds: float = STEP_SECONDS
     sequence_seconds: float = SEQUENCE_SECONDS
     kv_factor: float = 1.0
-    copy_factor: float = 1.0
 
     def host(self, num_decodes: int) -> float:
         """Of the processor, and of GPUs that wait for each other."""
@@ -72,7 +70,7 @@ class CostModel:
     def copies(self, num_blocks: int, block_size: int) -> float:
         """To copy blocks on the GPU: each is read and written."""
         num_bytes = 2 * num_blocks * block_size * self.server.model.kv_bytes_per_token
-        return self.copy_factor * num_bytes / self.server.bandwidth
+        return num_bytes / self.server.bandwidth
 
     def step(
         self, num_decodes: int, num_keys: int, num_prompt_tokens: int, num_pairs: float

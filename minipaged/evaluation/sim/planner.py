@@ -74,8 +74,6 @@ def estimate_capacity(
     *,
     block_size: int = EngineArgs.block_size,
     max_num_seqs: int = Setting.max_num_seqs,
-    step_seconds: float = STEP_SECONDS,
-    sequence_seconds: float = SEQUENCE_SECONDS,
     seconds: float = 120.0,
 ) -> CapacityReport:
     """Simulate the rate, look for the knee, and say what bounds it.
@@ -95,7 +93,7 @@ def estimate_capacity(
             f"the pool has {server.num_slots} token slots, and a request may have "
             f"{lengths.longest} tokens: take more or larger GPUs, or shorter requests."
         )
-    costs = CostModel(server, step_seconds, sequence_seconds)
+    costs = CostModel(server, STEP_SECONDS, SEQUENCE_SECONDS)
     idle = _unloaded(costs, lengths)
 
     def simulate(at: float, **options: Any) -> Report:

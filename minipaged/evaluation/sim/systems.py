@@ -8,7 +8,7 @@ from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import MODELS, ServedModel
 from minipaged.memory import BlockManager, Memory
 from minipaged.memory.baselines.contiguous import ContiguousMemory, Reserve
-from minipaged.memory.baselines.slots import RegionLayout
+from minipaged.memory.baselines.regions import RegionLayout
 from minipaged.memory.baselines.virtual import VirtualMemory
 from minipaged.scheduler.fcfs import FCFSScheduler
 from minipaged.scheduler.interface import Scheduler
@@ -86,8 +86,8 @@ SYSTEMS = {
 class NoPages:
     """Pages that nobody maps: the memory's own count is all that a simulation needs."""
 
-    def map(self, slot: int, groups: range) -> None: ...
-    def unmap(self, slot: int, groups: range) -> None: ...
+    def map(self, region: int, groups: range) -> None: ...
+    def unmap(self, region: int, groups: range) -> None: ...
 
 
 def _virtual(page_bytes: int, sliced: bool = False) -> Callable[[Setting], Memory]:
@@ -101,11 +101,11 @@ def _virtual(page_bytes: int, sliced: bool = False) -> Callable[[Setting], Memor
 
 
 def virtual_layout(setting: Setting, page_bytes: int, sliced: bool) -> RegionLayout:
-    """vAttention's slots for the model of a setting."""
+    """vAttention's regions for the model of a setting."""
     return RegionLayout.for_tokens(
         setting.model.kv_bytes_per_token,
         setting.model.num_layers,
-        num_slots=setting.max_num_seqs,
+        num_regions=setting.max_num_seqs,
         longest=setting.longest,
         page_bytes=page_bytes,
         sliced=sliced,

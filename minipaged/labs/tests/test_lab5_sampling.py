@@ -42,7 +42,7 @@ def ask(part):
 
 
 def drawn(*token_ids):
-    from minipaged.sampling import SampledToken
+    from minipaged.sampling.sampler import SampledToken
 
     return [SampledToken(token, -1.0, None) for token in token_ids]
 

@@ -1,1 +1,1 @@
-"""The systems that paging is compared with: Orca, FasterTransformer and vAttention."""
+"""The systems that the papers compare paging with: Orca, FasterTransformer and vAttention."""

@@ -1,8 +1,8 @@
 """Pages of this process's virtual memory, mapped and unmapped on demand. Linux only.
 
-An address can be had without memory: `mmap` reserves as many as one likes, and the system puts a
-page behind one when it is first written. Here that is done ahead, page group by page group, and
-undone by MADV_DONTNEED; so what is mapped is at all times what the memory manager believes.
+`mmap` reserves addresses without memory, and the kernel maps a page when it is first written. Here
+pages are populated ahead of that, one page group at a time, and released by MADV_DONTNEED, so that
+exactly the pages are mapped that the memory manager has counted.
 """
 
 import ctypes
@@ -12,20 +12,20 @@ import sys
 from pathlib import Path
 
 from minipaged.errors import InvalidOption
-from minipaged.memory.baselines.slots import RegionLayout
+from minipaged.memory.baselines.regions import RegionLayout
 
 SMALL_PAGE = mmap.PAGESIZE  # 4 KiB on most machines
-HUGE_PAGE = 2 * 1024**2  # which is also the smallest that a GPU maps
+HUGE_PAGE = 2 * 1024**2  # also the smallest page that a GPU maps
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
-# Not every Python knows these names; the numbers are Linux's.
+# Linux's values, where this Python has no names for them.
 _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MADV_POPULATE_WRITE: int = getattr(mmap, "MADV_POPULATE_WRITE", 23)
 
 
 def why_no_pages_of(page_bytes: int) -> str | None:
-    """Why pages of this size cannot be had here; None if they can."""
+    """Why pages of this size are not available here; None if they are."""
     if sys.platform != "linux":
-        return f"virtual memory is mapped by calls of Linux, and this is {sys.platform}"
+        return f"virtual memory is mapped by Linux system calls, and this is {sys.platform}"
     if page_bytes == SMALL_PAGE:
         return None
     if page_bytes != HUGE_PAGE or _thp("hpage_pmd_size") != str(HUGE_PAGE):
@@ -41,23 +41,23 @@ def _thp(name: str) -> str:
 
 
 class MappedPages:
-    """The pages of a layout, in this process. All addresses are reserved, and nothing is mapped.
+    """The pages of a layout in this process. At first all addresses are reserved, none mapped.
 
     Args:
-        layout: its page_bytes are SMALL_PAGE or HUGE_PAGE.
+        layout: with page_bytes SMALL_PAGE or HUGE_PAGE.
 
     Raises:
-        InvalidOption: the system has no such pages, or refuses the addresses.
+        InvalidOption: the system does not have such pages, or refuses the addresses.
     """
 
     def __init__(self, layout: RegionLayout) -> None:
         if reason := why_no_pages_of(layout.page_bytes):
             raise InvalidOption(f'memory="virtual" cannot run: {reason}.')
         self.layout = layout
-        self._num_mapped = [0] * layout.num_slots
+        self._num_mapped = [0] * layout.num_regions
         page = layout.page_bytes
-        # [ unused | guard | all buffers | guard ]: a huge page begins at a multiple of its size,
-        # so the beginning is looked for in a mapping that is larger than necessary.
+        # [ unused | guard | all buffers | guard ]: a huge page starts at a multiple of its size, so
+        # the mapping is larger than necessary, and the first such address in it is used.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:
             self._memory = mmap.mmap(-1, layout.num_bytes + 3 * page, flags=flags)
@@ -74,9 +74,10 @@ class MappedPages:
         self._choose_page_size()
 
     def _forbid(self, address: int) -> None:
-        """Make a guard of a page: who writes past an end is stopped, and our part stands apart.
+        """Make a guard page: writing to it ends the process.
 
-        The kernel joins neighbouring mappings that are alike, and then reports them as one.
+        It also keeps the kernel from merging this mapping with a neighbouring one, whose pages
+        `_smaps` would then count as well.
         """
         system = ctypes.CDLL(None, use_errno=True)
         system.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -84,56 +85,55 @@ class MappedPages:
 
     def _choose_page_size(self) -> None:
         if self.layout.page_bytes == SMALL_PAGE:
-            # Where huge pages are given to all, a write would bring 2 MiB. A kernel without any
-            # does not know the word.
+            # Where huge pages are always enabled, one write would map 2 MiB. A kernel without
+            # huge pages does not know this advice.
             self._advise(mmap.MADV_NOHUGEPAGE, 0, self.layout.num_bytes, may_be_unknown=True)
             return
         self._advise(mmap.MADV_HUGEPAGE, 0, self.layout.num_bytes)
-        # The kernel may give small pages all the same, and says nothing. So one is tried.
+        # The kernel may silently map small pages instead, so try one.
         self._populate(0, HUGE_PAGE)
         if self.huge_bytes() != HUGE_PAGE:
             raise InvalidOption(
-                "the kernel gives small pages where huge ones were asked for, most likely because "
-                'no 2 MiB of memory lie in one piece: choose memory="virtual".'
+                "the kernel maps small pages where huge ones were requested, most likely because "
+                'no contiguous 2 MiB of memory are free: choose memory="virtual".'
             )
         self._advise(mmap.MADV_DONTNEED, 0, HUGE_PAGE)
 
-    # ---- what the memory manager asks for ------------------------------------------------------
+    # ---- for the memory manager ----------------------------------------------------------------
 
-    def map(self, slot: int, groups: range) -> None:
-        """Put memory behind these page groups of a slot. It is zero."""
-        assert groups.start == self._num_mapped[slot], f"slot {slot} would have a hole"
-        for start, length in self.layout.pieces(slot, groups):
+    def map(self, region: int, groups: range) -> None:
+        """Map these page groups of a region, filled with zeros."""
+        assert groups.start == self._num_mapped[region], f"region {region} would have a hole"
+        for start, length in self.layout.pieces(region, groups):
             self._populate(start, length)
-        self._num_mapped[slot] = groups.stop
+        self._num_mapped[region] = groups.stop
 
-    def unmap(self, slot: int, groups: range) -> None:
-        """Take the memory behind these page groups away; what was there is lost."""
-        assert groups.stop == self._num_mapped[slot], f"slot {slot} would have a hole"
-        for start, length in self.layout.pieces(slot, groups):
+    def unmap(self, region: int, groups: range) -> None:
+        """Unmap these page groups of a region; their contents are lost."""
+        assert groups.stop == self._num_mapped[region], f"region {region} would have a hole"
+        for start, length in self.layout.pieces(region, groups):
             self._advise(mmap.MADV_DONTNEED, start, length)
-        self._num_mapped[slot] = groups.start
+        self._num_mapped[region] = groups.start
 
-    def num_mapped(self, slot: int) -> int:
-        """How many first page groups of the slot have memory behind them."""
-        return self._num_mapped[slot]
+    def num_mapped(self, region: int) -> int:
+        """How many page groups of the region are mapped, counted from its start."""
+        return self._num_mapped[region]
 
-    # ---- what lies there -----------------------------------------------------------------------
+    # ---- inspection ----------------------------------------------------------------------------
 
     def view(self) -> memoryview:
-        """All bytes of the layout. While a view exists, the mapping cannot be closed."""
+        """All bytes of the layout. The mapping cannot be closed while a view exists."""
         return memoryview(self._memory)[self._start : self._start + self.layout.num_bytes]
 
     def resident_bytes(self) -> int:
-        """Bytes of memory that the kernel says are there.
+        """Bytes of memory that the kernel reports as resident.
 
-        It counts a page that was only read as well, unless asked for Rss: all such pages are one
-        and the same, full of zeros.
+        Its field Rss leaves out pages that were only read, which all share one page of zeros.
         """
         return self._smaps("Rss:")
 
     def huge_bytes(self) -> int:
-        """Those among them that lie in huge pages."""
+        """Bytes of these in huge pages."""
         return self._smaps("AnonHugePages:")
 
     def _smaps(self, field: str) -> int:
@@ -147,11 +147,11 @@ class MappedPages:
                 total += int(words[1]) * 1024
         return total
 
-    # ---- calls of the system -------------------------------------------------------------------
+    # ---- system calls --------------------------------------------------------------------------
 
     def _populate(self, start: int, length: int) -> None:
         if not self._advise(_MADV_POPULATE_WRITE, start, length, may_be_unknown=True):
-            # Linux before 5.14: a page comes with the first byte that is written to it.
+            # Linux before 5.14: writing a byte maps its page.
             for page in range(self._start + start, self._start + start + length, SMALL_PAGE):
                 self._memory[page] = 0
 

@@ -1,7 +1,4 @@
-"""What a memory without prefix cache and without swap pool answers to the scheduler.
-
-The two rivals of paging, contiguous reservations and virtual memory, have neither.
-"""
+"""What contiguous and virtual memory have in common: no prefix cache, no swapping."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,9 +11,9 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 
 class PlainMemory(ABC):
-    """The part of the role `memory` that is the same for both."""
+    """The methods of the interface `Memory` that both baselines implement alike."""
 
-    reserves = True  # blocks ahead of the tokens
+    reserves = True  # takes blocks before there are tokens for them
     num_swap_blocks = 0
     num_free_swap_blocks = 0
 
@@ -28,7 +25,7 @@ class PlainMemory(ABC):
     def ref_count(self, block: int) -> int:
         """How many sequences own this block."""
 
-    # ---- nothing is found by its content -------------------------------------------------------
+    # ---- no prefix cache -----------------------------------------------------------------------
 
     @property
     def cached(self) -> Mapping[int, CacheKey]:
@@ -41,10 +38,10 @@ class PlainMemory(ABC):
         return []
 
     def pin(self, seq: Sequence) -> int:
-        """Raises InvalidRequest: nothing would ever find it."""
+        """Raises InvalidRequest: there is no prefix cache."""
         raise InvalidRequest("only paged memory keeps prefixes: choose memory='paged'.")
 
-    # ---- nothing is swapped: who is preempted is recomputed ------------------------------------
+    # ---- no swapping: preempted requests are recomputed ----------------------------------------
 
     def can_swap_out(self, group: SequenceGroup) -> bool:
         return False
@@ -53,7 +50,7 @@ class PlainMemory(ABC):
         raise AssertionError("there is no swap pool: ask can_swap_out first")
 
     def swap_in(self, group: SequenceGroup) -> list[BlockPair]:
-        raise AssertionError("nobody was ever swapped out")
+        raise AssertionError("there is no swap pool")
 
     def is_swapped(self, seq_id: int) -> bool:
         return False
@@ -64,5 +61,5 @@ class PlainMemory(ABC):
     # ---- tables --------------------------------------------------------------------------------
 
     def num_distinct_blocks(self, group: SequenceGroup) -> int:
-        """How many blocks the group holds, a shared one counted once."""
+        """How many blocks the group holds; a shared block counts once."""
         return len({b for s in group.sequences for b in self._tables[s.seq_id].blocks})

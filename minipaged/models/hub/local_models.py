@@ -1,7 +1,8 @@
-"""Where models lie on this machine, and how a name on the hub becomes a folder here.
+"""From the name of a model to its folder on this machine. Nothing is ever downloaded from here.
 
-Two places are looked at: our own folder, in which `minipaged fetch` puts whole models only, and
-the cache that Hugging Face's libraries share.
+A model is embedded in the package, a path, or a name on the hub. Names are looked up in our own
+folder, where `minipaged fetch` puts complete models only, and in the cache that Hugging Face's
+libraries share.
 """
 
 import json
@@ -9,12 +10,15 @@ import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from minipaged.errors import FetchError
-from minipaged.models.hub.catalogue import KNOWN_MODELS, find_known
+from minipaged.errors import CheckpointError, FetchError
+from minipaged.models.hub.catalogue import KNOWN_MODELS, find_known, in_words
+
+EMBEDDED = ("storyteller",)  # models that ship inside the package
 
 # What a fetch brings besides the weights, and of which a folder needs one to read text.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -86,6 +90,37 @@ def _no_name(text: str) -> str:
     return f"{text!r} is no model's name: give owner/name as on the hub, or a listed one{meant}."
 
 
+def find_model(model: str | Path) -> Path:
+    """The folder of a model: of an embedded one, of a path, or of a name that was fetched before.
+
+    Raises CheckpointError if there is none.
+    """
+    if model in EMBEDDED:
+        return Path(str(files("minipaged") / "assets" / str(model)))
+    if model and Path(model).is_dir():
+        return Path(model)
+    fetched = find_local(model) if isinstance(model, str) else None
+    if fetched is None:
+        raise CheckpointError(_how_to_get(str(model)))
+    return fetched
+
+
+def _how_to_get(model: str) -> str:
+    try:
+        name = ModelName.parse(model)
+    except FetchError as error:
+        embedded = " or ".join(EMBEDDED)
+        return f"there is no folder {model!r}, the embedded model is {embedded}, and {error}"
+    known = find_known(name.repo)
+    if known is None:
+        return (
+            f"{model!r} is neither a folder nor a model that was fetched: correct the path, or "
+            f"fetch it by `minipaged fetch {model}`."
+        )
+    size = f"about {in_words(known.num_bytes)}, licence: {known.licence}"
+    return f"{name} is not on this machine: fetch it ({size}) by `minipaged fetch {model}`."
+
+
 # ----------------------------------------------------------------------------------- our own folder
 
 
@@ -95,9 +130,9 @@ def models_folder() -> Path:
     return Path(home).expanduser() / "models" if home else _user_cache() / "minipaged" / "models"
 
 
-def folder_of(name: str | ModelName, revision: str | None = None) -> Path:
+def folder_of(name: str | ModelName) -> Path:
     """The folder that `minipaged fetch` puts this model into. Raises FetchError: no such name."""
-    model = ModelName.parse(name, revision) if isinstance(name, str) else name
+    model = ModelName.parse(name) if isinstance(name, str) else name
     return models_folder() / model.folder_name
 
 

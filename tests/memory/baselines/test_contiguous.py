@@ -1,4 +1,4 @@
-"""The rivals of paging: a buddy allocator, reservations on it, and models served from them."""
+"""The baselines of paging: a buddy allocator, reservations on it, and models served from them."""
 
 import random
 from itertools import count, pairwise
@@ -8,50 +8,50 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipaged.cli.main import app
+from minipaged.engine.build_baseline import KINDS
 from minipaged.engine.parts import Parts
 from minipaged.errors import CheckFailed, DoubleFree, InvalidOption, InvalidRequest, PromptTooLong
 from minipaged.evaluation.testing.admission import admit
 from minipaged.llm import LLM
 from minipaged.memory import CheckedMemory
 from minipaged.memory.baselines.buddy import BuddyAllocator
-from minipaged.memory.baselines.contiguous import ContiguousMemory
-from minipaged.memory.baselines.kinds import CONTIGUOUS, KINDS
+from minipaged.memory.baselines.contiguous import CONTIGUOUS, ContiguousMemory
 from minipaged.sampling import BeamSearchParams, SamplingParams
 from minipaged.sequence import Sequence, SequenceGroup
 
 # ---- the buddy allocator -------------------------------------------------------------------------
 
 
-def test_a_pool_that_is_no_power_of_two_is_laid_out_in_ever_shorter_runs():
-    runs = BuddyAllocator(983, 128)
-    taken = [runs.allocate(128) for _ in range(7)]
-    assert [run.start for run in sorted(taken, key=lambda run: run.start)] == [*range(0, 896, 128)]
-    assert runs.allocate(128) is None
-    assert [len(runs.allocate(size)) for size in (64, 16, 4, 2, 1)] == [64, 16, 4, 2, 1]
-    assert runs.num_free == 0
+def test_a_pool_that_is_no_power_of_two_is_laid_out_in_ever_shorter_regions():
+    regions = BuddyAllocator(983, 128)
+    starts = [regions.allocate(128).start for _ in range(7)]
+    assert sorted(starts) == [*range(0, 896, 128)]
+    assert regions.allocate(128) is None
+    assert [len(regions.allocate(size)) for size in (64, 16, 4, 2, 1)] == [64, 16, 4, 2, 1]
+    assert regions.num_free == 0
 
 
-def test_a_run_comes_from_the_smallest_piece_that_is_large_enough():
-    runs = BuddyAllocator(24, 16)
-    assert runs.allocate(3) == range(16, 20)  # from the 8 at the end, not from the 16
-    assert runs.allocate(9) == range(16)
+def test_a_region_comes_from_the_smallest_piece_that_is_large_enough():
+    regions = BuddyAllocator(24, 16)
+    assert regions.allocate(3) == range(16, 20)  # from the 8 at the end, not from the 16
+    assert regions.allocate(9) == range(16)
 
 
 def test_halves_that_are_free_again_become_one():
-    runs = BuddyAllocator(16, 16)
-    pieces = [runs.allocate(1) for _ in range(16)]
-    assert runs.allocate(1) is None
+    regions = BuddyAllocator(16, 16)
+    pieces = [regions.allocate(1) for _ in range(16)]
+    assert regions.allocate(1) is None
     for piece in pieces:
-        runs.free(piece)
-    assert runs.allocate(16) == range(16)
+        regions.free(piece)
+    assert regions.allocate(16) == range(16)
 
 
-def test_a_run_that_nobody_owns_cannot_be_freed():
-    runs = BuddyAllocator(16, 16)
-    run = runs.allocate(4)
-    runs.free(run)
+def test_a_region_without_an_owner_cannot_be_freed():
+    regions = BuddyAllocator(16, 16)
+    region = regions.allocate(4)
+    regions.free(region)
     with pytest.raises(DoubleFree, match="no owner"):
-        runs.free(run)
+        regions.free(region)
 
 
 @pytest.mark.parametrize(("num_blocks", "longest"), [(0, 4), (8, 3), (8, 0)])
@@ -69,54 +69,55 @@ def play(allocator, num_blocks: int, longest: int, seed: int) -> None:
             allocator.free(owned.pop(draw.randrange(len(owned))))
         else:
             size = draw.randint(1, longest)
-            could = allocator.num_runs(size)
-            run = allocator.allocate(size)
-            assert (run is None) == (could == 0), "num_runs and allocate disagree"
-            if run is not None:
-                assert size <= len(run) < 2 * size, "a run is rounded up to a power of two"
-                assert run.start % len(run) == 0, "a run begins at a multiple of its size"
-                assert run.stop <= num_blocks
-                owned.append(run)
-        blocks = [block for run in owned for block in run]
-        assert len(blocks) == len(set(blocks)), "two runs overlap"
+            could = allocator.num_free_regions(size)
+            region = allocator.allocate(size)
+            assert (region is None) == (could == 0), "num_free_regions and allocate disagree"
+            if region is not None:
+                assert size <= len(region) < 2 * size, "a region is rounded up to a power of two"
+                assert region.start % len(region) == 0, "a region begins at a multiple of its size"
+                assert region.stop <= num_blocks
+                owned.append(region)
+        blocks = [block for region in owned for block in region]
+        assert len(blocks) == len(set(blocks)), "two regions overlap"
         assert allocator.num_free == num_blocks - len(blocks)
-    for run in owned:
-        allocator.free(run)
+    for region in owned:
+        allocator.free(region)
     for size in range(1, longest + 1):
-        assert allocator.num_runs(size) == allocator.most_runs(size), "something was not joined"
+        free = allocator.num_free_regions(size)
+        assert free == allocator.max_regions(size), "halves were not joined"
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 100), st.sampled_from([1, 2, 4, 8, 16]), st.integers(0, 10**6))
-def test_runs_never_overlap_and_all_come_back(num_blocks, longest, seed):
+def test_regions_never_overlap_and_all_come_back(num_blocks, longest, seed):
     play(BuddyAllocator(num_blocks, longest), num_blocks, longest, seed)
 
 
 class NeverJoins(BuddyAllocator):
-    def free(self, run):
-        self._owned.remove(run)
-        self.num_free += len(run)
-        self._free[len(run)][run.start] = None
+    def free(self, region):
+        self._owned.remove(region)
+        self.num_free += len(region)
+        self._free[len(region)][region.start] = None
 
 
 class JoinsStrangers(BuddyAllocator):
-    def free(self, run):
-        super().free(run)
+    def free(self, region):
+        super().free(region)
         for size in list(self._free):
             starts = sorted(self._free[size])
             for a, b in pairwise(starts):
                 if b == a + size and 2 * size <= self._longest and a % (2 * size):
                     del self._free[size][a], self._free[size][b]
-                    self._free[2 * size][a] = None  # neighbours, but no halves of one run
+                    self._free[2 * size][a] = None  # neighbours, but no halves of one region
                     return
 
 
 class KeepsNoUpperHalf(BuddyAllocator):
     def allocate(self, num_blocks):
-        run = super().allocate(num_blocks)
-        if run is not None and (rest := self._free.get(len(run))) and run.stop in rest:
-            del rest[run.stop]
-        return run
+        region = super().allocate(num_blocks)
+        if region is not None and (rest := self._free.get(len(region))) and region.stop in rest:
+            del rest[region.stop]
+        return region
 
 
 @pytest.mark.parametrize("fault", [NeverJoins, JoinsStrangers, KeepsNoUpperHalf])
@@ -142,15 +143,15 @@ def group_of(prompt_len: int, output_len: int | None, width: int = 1, seq_id: in
     # A prompt of 20 and an output of 25 need 45 slots; blocks of 8; at most 128 tokens.
     [("oracle", 45, 45), ("pow2", 45, 20 + 32), ("max", 45, 128)],
 )
-def test_every_rival_reserves_what_it_believes_in(reserve, needed, kept):
+def test_every_baseline_reserves_what_it_expects(reserve, needed, kept):
     memory = ContiguousMemory(32, 8, reserve, longest=128)
     admit(memory, group_of(20, 25))
     usage = memory.usage()
-    run = 1 << (-(-kept // 8) - 1).bit_length()
+    region = 1 << (-(-kept // 8) - 1).bit_length()
     assert (usage.used, usage.reserved) == (20, needed - 20)
     assert usage.internal == kept - needed
-    assert usage.external == run * 8 - kept
-    assert usage.free == (32 - run) * 8
+    assert usage.external == region * 8 - kept
+    assert usage.free == (32 - region) * 8
     assert usage.total == 32 * 8
 
 
@@ -166,7 +167,7 @@ def test_a_reservation_is_never_longer_than_the_context():
     assert memory.usage().internal == 100 - 95
 
 
-def test_nobody_is_admitted_who_might_not_fit():
+def test_no_request_is_admitted_that_might_not_fit():
     memory = ContiguousMemory(32, 8, "max", longest=128)
     first, second, third = (group_of(4, 4, seq_id=i) for i in range(3))
     for group in (first, second):
@@ -179,15 +180,15 @@ def test_nobody_is_admitted_who_might_not_fit():
 
 def test_several_samples_are_reserved_together_or_not_at_all():
     memory = ContiguousMemory(32, 8, "oracle", longest=128)
-    assert memory.can_admit(group_of(20, 12, width=8), alone=True)  # 8 runs of 4
+    assert memory.can_admit(group_of(20, 12, width=8), alone=True)  # 8 regions of 4
     assert not memory.can_admit(group_of(20, 12, width=9), alone=True)
     assert not memory.fits(group_of(20, 12, width=9))
     why = memory.explain_rejection(group_of(20, 12, width=9))
-    assert "9 contiguous runs of 4 blocks" in why
+    assert "9 contiguous regions of 4 blocks" in why
     assert "has room for 8" in why
 
 
-def test_a_static_batch_takes_nobody_in_until_all_of_it_has_ended():
+def test_a_static_batch_admits_no_request_until_all_of_it_has_ended():
     memory = ContiguousMemory(32, 8, "max", longest=64, joins=False)
     first, second, late = (group_of(4, 8, seq_id=i) for i in range(3))
     for group in (first, second):
@@ -199,7 +200,7 @@ def test_a_static_batch_takes_nobody_in_until_all_of_it_has_ended():
     assert not memory.can_admit(late, alone=False)
     wasted = memory.usage().internal
     memory.free(first.sequences[0])
-    assert memory.num_free == 16, "its run is kept for the batch"
+    assert memory.num_free == 16, "its region is kept for the batch"
     assert not memory.can_admit(late, alone=False)
     assert memory.usage().internal == wasted + 12, "its tokens and those to come are waste now"
     assert memory.usage().total == 32 * 8
@@ -274,7 +275,7 @@ def serve_at_random(memory_class, seed: int) -> None:
     for group in groups:
         for seq in group.sequences:
             memory.free(seq)
-    assert memory.num_free == memory.num_blocks, "a run was lost"
+    assert memory.num_free == memory.num_blocks, "a region was lost"
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -300,22 +301,22 @@ class SharesForEver(ContiguousMemory):
         return []
 
 
-class LosesSpareRuns(ContiguousMemory):
+class LosesSpareRegions(ContiguousMemory):
     def free(self, seq):
         reservation = self._reservations[seq.seq_id]
         super().free(seq)
         reservation.spare.clear()
 
 
-class FreesTheRunOfOthers(ContiguousMemory):
+class FreesTheRegionOfOthers(ContiguousMemory):
     def free(self, seq):
-        run = self._run_of(seq)
-        self._reservations[seq.seq_id].owners[run] = {seq.seq_id}
+        region = self._region_of(seq)
+        self._reservations[seq.seq_id].owners[region] = {seq.seq_id}
         super().free(seq)
 
 
 @pytest.mark.parametrize(
-    "fault", [NeverCopies, CopiesHalf, SharesForEver, LosesSpareRuns, FreesTheRunOfOthers]
+    "fault", [NeverCopies, CopiesHalf, SharesForEver, LosesSpareRegions, FreesTheRegionOfOthers]
 )
 def test_a_fault_in_the_reservations_is_caught(fault):
     def all_seeds():
@@ -349,7 +350,7 @@ def paged_answers() -> list[list[list[int]]]:
 
 @pytest.mark.parametrize("memory", CONTIGUOUS)
 @pytest.mark.parametrize("num_blocks", [56, 300])
-def test_a_rival_generates_the_tokens_of_paging(memory, num_blocks, paged_answers):
+def test_a_baseline_generates_the_tokens_of_paging(memory, num_blocks, paged_answers):
     """Also where it must serve one after the other, and where a context is no power of two."""
     parts = Parts().checked()
     llm = LLM(memory=memory, max_model_len=200, num_blocks=num_blocks, parts=parts)
@@ -384,7 +385,7 @@ def test_options_that_exclude_each_other_are_refused(options, words):
         LLM(**options)
 
 
-def test_a_rival_keeps_no_prefix():
+def test_a_baseline_keeps_no_prefix():
     llm = LLM(memory="contiguous-max", num_blocks=128)
     with pytest.raises(InvalidRequest, match="enable_prefix_caching"):
         llm.cache_prefix([1] * 40)

@@ -1,4 +1,4 @@
-"""vAttention's memory, without a page: who owns which slot, and what is mapped when.
+"""vAttention's memory, without a page: who owns which region, and what is mapped when.
 
 The pages of these tests keep book instead of mapping anything; those of the any-order test also
 play the tensors, as in memory_machine.
@@ -17,7 +17,7 @@ from minipaged.config import ModelConfig
 from minipaged.errors import CheckFailed, InvalidOption, InvalidRequest, OutOfBlocks
 from minipaged.evaluation.testing.admission import admit
 from minipaged.memory import CheckedMemory
-from minipaged.memory.baselines.slots import RegionLayout
+from minipaged.memory.baselines.regions import RegionLayout
 from minipaged.memory.baselines.virtual import VirtualMemory
 from minipaged.sequence import Sequence, SequenceGroup
 
@@ -31,7 +31,9 @@ MODEL = ModelConfig(
     vocab_size=10,
     max_position_embeddings=100,
 )
-FOUR_A_GROUP = RegionLayout(num_buffers=2, num_slots=4, region_len=40, token_bytes=1, page_bytes=4)
+FOUR_A_GROUP = RegionLayout(
+    num_buffers=2, num_regions=4, region_len=40, token_bytes=1, page_bytes=4
+)
 
 
 class Book:
@@ -41,15 +43,15 @@ class Book:
         self.mapped: dict[int, int] = {}
         self.num_calls = {"map": 0, "unmap": 0}
 
-    def map(self, slot: int, groups: range) -> None:
-        assert groups.start == self.mapped.get(slot, 0)
-        self.mapped[slot] = groups.stop
+    def map(self, region: int, groups: range) -> None:
+        assert groups.start == self.mapped.get(region, 0)
+        self.mapped[region] = groups.stop
         self.num_calls["map"] += len(groups)
 
-    def unmap(self, slot: int, groups: range) -> None:
-        assert groups.stop == self.mapped[slot]
+    def unmap(self, region: int, groups: range) -> None:
+        assert groups.stop == self.mapped[region]
         assert len(groups) > 0
-        self.mapped[slot] = groups.start
+        self.mapped[region] = groups.start
         self.num_calls["unmap"] += len(groups)
 
 
@@ -96,27 +98,27 @@ def forked(memory, group: SequenceGroup, child_id: int) -> Sequence:
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("head_dim", [8, 12, 80])
 @pytest.mark.parametrize("page_bytes", [4096, 2 * 1024**2])
-def test_every_slot_begins_on_a_page_and_no_two_pieces_overlap(sliced, head_dim, page_bytes):
+def test_every_region_begins_on_a_page_and_no_two_pieces_overlap(sliced, head_dim, page_bytes):
     model = ModelConfig(**{**vars(MODEL), "head_dim": head_dim})
     layout = RegionLayout.for_model(
-        model, 2, num_slots=5, longest=100, page_bytes=page_bytes, sliced=sliced
+        model, 2, num_regions=5, longest=100, page_bytes=page_bytes, sliced=sliced
     )
     assert layout.region_len >= 100
     groups = range(layout.groups_for(layout.region_len))
-    pieces = sorted(piece for slot in range(5) for piece in layout.pieces(slot, groups))
+    pieces = sorted(piece for region in range(5) for piece in layout.pieces(region, groups))
     assert all(start % page_bytes == 0 for start, _ in pieces)
     ends = [start + length for start, length in pieces]
     assert [start for start, _ in pieces] == [0, *ends[:-1]]
     assert ends[-1] == layout.num_bytes
 
 
-def test_two_slots_never_have_a_page_in_common():
-    with pytest.raises(AssertionError, match="a slot is a whole number of pages"):
-        RegionLayout(num_buffers=2, num_slots=4, region_len=10, token_bytes=1, page_bytes=4)
+def test_two_regions_never_have_a_page_in_common():
+    with pytest.raises(AssertionError, match="a region is a whole number of pages"):
+        RegionLayout(num_buffers=2, num_regions=4, region_len=10, token_bytes=1, page_bytes=4)
 
 
 def test_slicing_wastes_as_many_times_less_as_there_are_layers():
-    options = {"num_slots": 1, "longest": 100, "page_bytes": 4096}
+    options = {"num_regions": 1, "longest": 100, "page_bytes": 4096}
     whole = RegionLayout.for_model(MODEL, 2, **options)
     sliced = RegionLayout.for_model(MODEL, 2, **options, sliced=True)
     assert whole.tokens_in(1) == MODEL.num_layers * sliced.tokens_in(1) + 2  # 128 = 3 * 42 + 2
@@ -138,11 +140,11 @@ def test_a_page_that_holds_no_whole_number_of_tokens_is_counted_exactly(token_by
 def test_a_page_group_is_mapped_when_a_token_needs_it_and_not_before():
     memory, book = make()
     group = admitted(memory, 7, 0)
-    [slot] = memory.tables[0].blocks
+    [region] = memory.tables[0].blocks
     taken = []
     for _ in range(6):
         generate(memory, group)
-        taken.append(book.mapped[slot])
+        taken.append(book.mapped[region])
     assert taken == [2, 3, 3, 3, 3, 4]
 
 
@@ -165,15 +167,15 @@ def test_a_memory_out_of_budget_says_so_before_it_maps_anything():
     assert (sum(book.mapped.values()), memory.tables[0].num_tokens) == (3, 12)
 
 
-def test_nobody_grows_into_the_next_slot():
+def test_no_sequence_grows_into_the_next_region():
     memory, _ = make(budget=100)
     group = admitted(memory, 40, 0)
     group.sequences[0].append(0)
-    with pytest.raises(AssertionError, match="would grow into another slot"):
+    with pytest.raises(AssertionError, match="would grow into another region"):
         memory.append(group.sequences[0])
 
 
-def test_nobody_is_admitted_without_a_slot():
+def test_no_request_is_admitted_without_a_region():
     memory, _ = make(budget=100)
     for seq_id in range(4):
         admitted(memory, 1, seq_id)
@@ -191,7 +193,7 @@ def test_a_prompt_that_no_budget_holds_is_told_what_it_needs():
     memory, _ = make(budget=3)
     assert memory.fits(group_of(12))
     assert not memory.fits(group_of(17))
-    sentence = "needs 5 page groups of 8 bytes, and the pool's bytes are 3: raise num_blocks, "
+    sentence = "needs 5 page groups of 8 bytes, and the pool has 3: raise num_blocks, "
     assert sentence + "shorten the prompt by 5 tokens" in memory.explain_rejection(group_of(17))
 
 
@@ -225,11 +227,11 @@ def test_a_newcomer_takes_the_smallest_sufficient_mapping():
     memory, book = make(budget=20)
     lengths = (16, 4, 8, 12)  # 4, 1, 2 and 3 groups
     groups = [admitted(memory, length, i) for i, length in enumerate(lengths)]
-    slots = [memory.tables[i].blocks[0] for i in range(4)]
+    regions = [memory.tables[i].blocks[0] for i in range(4)]
     for group in groups:
         memory.free(group.sequences[0])
     admitted(memory, 7, 9)
-    assert memory.tables[9].blocks == [slots[2]]
+    assert memory.tables[9].blocks == [regions[2]]
     assert book.num_calls == {"map": 10, "unmap": 0}
 
 
@@ -248,12 +250,12 @@ def test_surplus_is_unmapped_only_when_the_budget_is_short_and_only_as_much():
     memory.free(one.sequences[0])
     generate(memory, two, 4)  # a third group: the budget's last
     assert book.num_calls["unmap"] == 0
-    generate(memory, two, 4)  # a fourth: taken from the slot that nobody owns
+    generate(memory, two, 4)  # a fourth: taken from the region without an owner
     assert book.num_calls["unmap"] == 1
     assert sorted(book.mapped.values()) == [1, 4]
 
 
-def test_surplus_of_a_slot_in_use_goes_last():
+def test_surplus_of_a_region_in_use_goes_last():
     memory, book = make(budget=6)
     for length, seq_id in ((12, 0), (8, 1)):
         admitted(memory, length, seq_id)
@@ -286,17 +288,17 @@ def test_a_fork_maps_nothing_and_its_first_write_copies_all_of_it():
     group = admitted(memory, 6, 0)
     forked(memory, group, 1)
     forked(memory, group, 2)
-    [slot] = memory.tables[0].blocks
-    assert (memory.ref_count(slot), memory.num_mapped, memory.usage().used) == (3, 2, 6)
+    [region] = memory.tables[0].blocks
+    assert (memory.ref_count(region), memory.num_mapped, memory.usage().used) == (3, 2, 6)
     pairs = generate(memory, group)
-    slots = [memory.tables[i].blocks[0] for i in range(3)]
-    assert pairs == [(slot, slots[0]), (slot, slots[1])]
-    assert slots[2] == slot  # the last to write keeps it
+    regions = [memory.tables[i].blocks[0] for i in range(3)]
+    assert pairs == [(region, regions[0]), (region, regions[1])]
+    assert regions[2] == region  # the last to write keeps it
     assert memory.num_mapped == 6
     assert generate(memory, group) == []
 
 
-def test_a_group_without_slots_or_pages_for_its_forks_cannot_append():
+def test_a_group_without_regions_or_pages_for_its_forks_cannot_append():
     for budget, seats_taken in ((5, 0), (10, 2)):
         memory, _ = make(budget)
         for i in range(seats_taken):
@@ -311,7 +313,7 @@ def test_a_group_without_slots_or_pages_for_its_forks_cannot_append():
         assert memory.can_append(group)
 
 
-def test_a_child_that_has_computed_nothing_gets_a_slot_of_its_own():
+def test_a_child_that_has_computed_nothing_gets_a_region_of_its_own():
     memory, _ = make()
     group = admitted(memory, 6, 0)
     child = Sequence(1, range(5))
@@ -334,40 +336,40 @@ class ErasingPages(Book):
         self.layout = layout
         self.pool = pool
 
-    def has(self, slot: int, position: int) -> bool:
-        return self.layout.groups_for(position + 1) <= self.mapped.get(slot, 0)
+    def has(self, region: int, position: int) -> bool:
+        return self.layout.groups_for(position + 1) <= self.mapped.get(region, 0)
 
-    def map(self, slot: int, groups: range) -> None:
-        super().map(slot, groups)
-        self._erase(slot, groups)
+    def map(self, region: int, groups: range) -> None:
+        super().map(region, groups)
+        self._erase(region, groups)
 
-    def unmap(self, slot: int, groups: range) -> None:
-        super().unmap(slot, groups)
-        self._erase(slot, groups)
+    def unmap(self, region: int, groups: range) -> None:
+        super().unmap(region, groups)
+        self._erase(region, groups)
 
-    def _erase(self, slot: int, groups: range) -> None:
+    def _erase(self, region: int, groups: range) -> None:
         size, page = self.layout.token_bytes, self.layout.page_bytes
         first, end = groups.start * page // size, -(-groups.stop * page // size)
         for position in range(first, min(end, self.layout.region_len)):  # also those cut in two
-            self.pool[slot][position] = None
+            self.pool[region][position] = None
 
 
 class VirtualInAnyOrder(AnyOrder):
-    """The same calls as of paged memory, over slots."""
+    """The same calls as of paged memory, over regions."""
 
     manager = VirtualMemory
     pin = None  # only paged memory keeps prefixes
 
     @initialize(
-        num_slots=st.integers(1, 6),
+        num_regions=st.integers(1, 6),
         budget=st.integers(1, 16),
         token_bytes=st.integers(1, 4),
         page_bytes=st.sampled_from([4, 6]),
     )
-    def build(self, num_slots, budget, token_bytes, page_bytes) -> None:
-        self.layout = RegionLayout(2, num_slots, 96, token_bytes, page_bytes)
+    def build(self, num_regions, budget, token_bytes, page_bytes) -> None:
+        self.layout = RegionLayout(2, num_regions, 96, token_bytes, page_bytes)
         self.block_size = self.layout.region_len
-        self.pool = {slot: [None] * self.block_size for slot in range(num_slots)}
+        self.pool = {region: [None] * self.block_size for region in range(num_regions)}
         self.pages = ErasingPages(self.layout, self.pool)
         self.memory = CheckedMemory(self.manager(self.layout, budget, self.pages))
         self.swap_pool: dict[int, list] = {}
@@ -376,9 +378,9 @@ class VirtualInAnyOrder(AnyOrder):
         self.next_id = 0
 
     def place(self, seq: Sequence, position: int) -> tuple[int, int]:
-        slot, offset = super().place(seq, position)
-        assert self.pages.has(slot, offset), "touched without memory behind it"
-        return slot, offset
+        region, offset = super().place(seq, position)
+        assert self.pages.has(region, offset), "touched without memory behind it"
+        return region, offset
 
     def copy_blocks(self, pairs, source, target) -> None:
         for old, new in pairs:
@@ -443,19 +445,19 @@ class SharesForGood(VirtualMemory):
         table = self._tables[seq.seq_id]
         if not table.blocks:
             return super().append(seq)
-        slot = self._slots[table.blocks[0]]
-        self._grow(table.blocks[0], max(0, self.layout.groups_for(seq.num_tokens) - slot.needed))
+        region = self._regions[table.blocks[0]]
+        self._grow(table.blocks[0], max(0, self.layout.groups_for(seq.num_tokens) - region.needed))
         table.num_tokens = seq.num_tokens
         return []
 
 
 class TakesWhatIsNeeded(VirtualMemory):
     def _reclaim(self, num_groups):
-        for slot in self._slots:
-            slot.needed, slot.true = 0, slot.needed
+        for region in self._regions:
+            region.needed, region.true = 0, region.needed
         super()._reclaim(num_groups)
-        for slot in self._slots:
-            slot.needed = slot.true
+        for region in self._regions:
+            region.needed = region.true
 
 
 class IgnoresTheBudget(VirtualMemory):
@@ -475,20 +477,20 @@ class ForgetsThatNobodyNeedsIt(VirtualMemory):
         self._num_needed = before
 
 
-class KeepsTheSlot(VirtualMemory):
+class KeepsTheRegion(VirtualMemory):
     def free(self, seq):
         blocks = list(self._tables[seq.seq_id].blocks)
         super().free(seq)
         self._inactive.difference_update(blocks[-1:])
 
 
-class CountsASharedSlotOnce(VirtualMemory):
+class CountsASharedRegionOnce(VirtualMemory):
     def can_append(self, group):
         first = SequenceGroup("", group.sequences[:1])
         return super().can_append(first)
 
 
-class ForgetsToCountSlots(VirtualMemory):
+class ForgetsToCountRegions(VirtualMemory):
     def can_append(self, group):
         inactive, self._inactive = self._inactive, set(range(99))
         answer = super().can_append(group)
@@ -503,7 +505,7 @@ class FitsEverything(VirtualMemory):
 
 def a_fork_reads_what_its_parent_has_written(manager: type[VirtualMemory]) -> None:
     machine = type("Story", (VirtualInAnyOrder,), {"manager": manager})()
-    machine.build(num_slots=4, budget=16, token_bytes=1, page_bytes=4)
+    machine.build(num_regions=4, budget=16, token_bytes=1, page_bytes=4)
     machine.admit(tokens=[0, 1, 1], salt=None, reads=1)
     [group] = machine.groups
     machine.compute_group(group)
@@ -528,8 +530,8 @@ def test_a_rare_fault_is_caught_by_a_story(fault):
     "fault",
     [
         MapsOneGroupTooFew, SharesForGood, TakesWhatIsNeeded,
-        IgnoresTheBudget, NeverGivesUpSurplus, ForgetsThatNobodyNeedsIt, KeepsTheSlot,
-        CountsASharedSlotOnce, ForgetsToCountSlots, FitsEverything,
+        IgnoresTheBudget, NeverGivesUpSurplus, ForgetsThatNobodyNeedsIt, KeepsTheRegion,
+        CountsASharedRegionOnce, ForgetsToCountRegions, FitsEverything,
     ],
 )  # fmt: skip
 def test_a_deliberate_fault_is_caught(fault):

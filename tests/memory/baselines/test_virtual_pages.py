@@ -20,13 +20,14 @@ from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.unpaged import prepare_unpaged, unpaged_attention, unpaged_store_kv
 from minipaged.attention.virtual_cache import VirtualKVCache
 from minipaged.config import ModelConfig
+from minipaged.engine.build_baseline import check_memory
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
 from minipaged.evaluation.testing.paged_setup import dense_attention, paged_setup
 from minipaged.memory import BlockTable
 from minipaged.memory.baselines import pages
-from minipaged.memory.baselines.kinds import VIRTUAL
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, MappedPages
-from minipaged.memory.baselines.slots import RegionLayout
+from minipaged.memory.baselines.regions import RegionLayout
+from minipaged.memory.baselines.virtual import VIRTUAL
 from minipaged.scheduler.output import SequenceInput
 from minipaged.tracing.block_map import BlockMap
 from minipaged.tracing.events import EventLog
@@ -51,15 +52,15 @@ def mapped(request) -> MappedPages:
     return MappedPages(RegionLayout(3, 4, 4 * page, 1, page))
 
 
-def write(mapped: MappedPages, slot: int, group: int, number: int) -> None:
+def write(mapped: MappedPages, region: int, group: int, number: int) -> None:
     view = mapped.view()
-    for start, length in mapped.layout.pieces(slot, range(group, group + 1)):
+    for start, length in mapped.layout.pieces(region, range(group, group + 1)):
         view[start : start + length] = bytes([number]) * length
 
 
-def read(mapped: MappedPages, slot: int, group: int) -> set[int]:
+def read(mapped: MappedPages, region: int, group: int) -> set[int]:
     view = mapped.view()
-    pieces = mapped.layout.pieces(slot, range(group, group + 1))
+    pieces = mapped.layout.pieces(region, range(group, group + 1))
     return {number for start, length in pieces for number in view[start : start + length]}
 
 
@@ -76,9 +77,9 @@ def test_addresses_cost_no_memory():
 def test_resident_memory_is_exactly_what_is_mapped(mapped):
     layout = mapped.layout
     assert mapped.resident_bytes() == 0
-    for slot, groups in ((0, range(2)), (3, range(1)), (0, range(2, 4)), (1, range(1))):
+    for region, groups in ((0, range(2)), (3, range(1)), (0, range(2, 4)), (1, range(1))):
         before = mapped.resident_bytes()
-        mapped.map(slot, groups)
+        mapped.map(region, groups)
         assert mapped.resident_bytes() == before + len(groups) * layout.group_bytes
     if layout.page_bytes == HUGE_PAGE:
         assert mapped.huge_bytes() == mapped.resident_bytes()
@@ -86,26 +87,26 @@ def test_resident_memory_is_exactly_what_is_mapped(mapped):
         assert mapped.huge_bytes() == 0
     mapped.unmap(0, range(1, 4))
     assert mapped.resident_bytes() == 3 * layout.group_bytes
-    assert [mapped.num_mapped(slot) for slot in range(4)] == [1, 1, 0, 1]
+    assert [mapped.num_mapped(region) for region in range(4)] == [1, 1, 0, 1]
 
 
 def test_unmapping_returns_memory_and_leaves_the_neighbours_alone(mapped):
-    for slot in range(3):
-        mapped.map(slot, range(4))
+    for region in range(3):
+        mapped.map(region, range(4))
         for group in range(4):
-            write(mapped, slot, group, 10 * slot + group + 1)
+            write(mapped, region, group, 10 * region + group + 1)
     mapped.unmap(1, range(2, 4))
-    kept = {(slot, group) for slot in range(3) for group in range(4)} - {(1, 2), (1, 3)}
-    assert all(read(mapped, slot, group) == {10 * slot + group + 1} for slot, group in kept)
+    kept = {(region, group) for region in range(3) for group in range(4)} - {(1, 2), (1, 3)}
+    assert all(read(mapped, region, group) == {10 * region + group + 1} for region, group in kept)
     mapped.map(1, range(2, 4))
     assert read(mapped, 1, 2) == read(mapped, 1, 3) == {0}
 
 
-def test_a_slot_grows_and_shrinks_at_its_end_only(mapped):
+def test_a_region_grows_and_shrinks_at_its_end_only(mapped):
     mapped.map(2, range(2))
-    with pytest.raises(AssertionError, match="slot 2 would have a hole"):
+    with pytest.raises(AssertionError, match="region 2 would have a hole"):
         mapped.map(2, range(3, 4))
-    with pytest.raises(AssertionError, match="slot 2 would have a hole"):
+    with pytest.raises(AssertionError, match="region 2 would have a hole"):
         mapped.unmap(2, range(1))
 
 
@@ -120,8 +121,8 @@ def test_a_tensor_keeps_the_mapping_that_it_lies_in():
         architecture="", num_layers=1, num_heads=1, num_kv_heads=1, head_dim=64, hidden_size=64,
         vocab_size=1, max_position_embeddings=64,
     )  # fmt: skip
-    layout = RegionLayout.for_model(model, 4, num_slots=2, longest=64, page_bytes=SMALL_PAGE)
-    cache = VirtualKVCache.on_cpu(model, layout, torch.float32)
+    layout = RegionLayout.for_model(model, 4, num_regions=2, longest=64, page_bytes=SMALL_PAGE)
+    cache = VirtualKVCache(model, layout, torch.float32)
     cache.pages.map(1, range(1))
     memory = cache.pages._memory
     keys, _ = cache.layers[0]
@@ -136,11 +137,11 @@ def test_a_tensor_keeps_the_mapping_that_it_lies_in():
 
 
 @pytest.mark.parametrize("offset", [-1, 2 * SMALL_PAGE])
-def test_who_writes_past_an_end_is_stopped(offset):
+def test_a_write_past_an_end_ends_the_process(offset):
     program = (
         "import ctypes\n"
         "from minipaged.memory.baselines.pages import MappedPages, SMALL_PAGE\n"
-        "from minipaged.memory.baselines.slots import RegionLayout\n"
+        "from minipaged.memory.baselines.regions import RegionLayout\n"
         "mapped = MappedPages(RegionLayout(1, 2, SMALL_PAGE, 1, SMALL_PAGE))\n"
         "ctypes.memset(mapped._address, 1, 2 * SMALL_PAGE)\n"
         "print('inside', flush=True)\n"
@@ -152,11 +153,16 @@ def test_who_writes_past_an_end_is_stopped(offset):
 
 def test_another_system_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(InvalidOption, match="by calls of Linux, and this is darwin"):
+    with pytest.raises(InvalidOption, match="by Linux system calls, and this is darwin"):
         LLM(memory="virtual")
 
 
-def test_huge_pages_that_are_switched_off_or_not_given_are_no_secret(monkeypatch, tmp_path):
+def test_a_gpu_is_refused():
+    with pytest.raises(InvalidOption, match='choose device="cpu", or memory="paged"'):
+        check_memory("virtual", Parts(), "auto", torch.device("cuda"))
+
+
+def test_huge_pages_that_are_switched_off_or_not_mapped_are_reported(monkeypatch, tmp_path):
     layout = RegionLayout(1, 1, HUGE_PAGE, 1, HUGE_PAGE)
     monkeypatch.setattr(pages, "_THP", tmp_path)
     with pytest.raises(InvalidOption, match="no huge pages of 2097152 bytes"):
@@ -168,11 +174,11 @@ def test_huge_pages_that_are_switched_off_or_not_given_are_no_secret(monkeypatch
     (tmp_path / "enabled").write_text("always [madvise] never\n")
     monkeypatch.setattr(MappedPages, "huge_bytes", lambda _: 0)
     monkeypatch.setattr(MappedPages, "_advise", lambda *_, **__: True)
-    with pytest.raises(InvalidOption, match="the kernel gives small pages"):
+    with pytest.raises(InvalidOption, match="the kernel maps small pages"):
         MappedPages(layout)
 
 
-# ---- attention over slots ------------------------------------------------------------------------
+# ---- attention over regions ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
@@ -180,9 +186,9 @@ def test_huge_pages_that_are_switched_off_or_not_given_are_no_secret(monkeypatch
 @pytest.mark.parametrize(
     "sizes", [[(1, 6)], [(9, 0)], [(3, 5)], [(1, 6), (5, 0), (3, 5), (1, 90), (1, 0), (4, 61)]]
 )
-def test_attention_in_slots_gives_what_dense_attention_gives(sizes, dtype, sliced):
+def test_attention_in_regions_gives_what_dense_attention_gives(sizes, dtype, sliced):
     setup = paged_setup(sizes, dtype=dtype)
-    cache, batch = in_slots(setup, sizes, dtype, sliced)
+    cache, batch = in_regions(setup, sizes, dtype, sliced)
     k_cache, v_cache = cache.layers[1]
     unpaged_store_kv(setup.new(setup.keys), setup.new(setup.values), k_cache, v_cache, batch)
     resident = cache.pages.resident_bytes()
@@ -211,7 +217,7 @@ PROMPTS_TOO = [(1, 6), (3, 5), (5, 0), (1, 90)]
 def test_a_deliberate_fault_of_attention_is_caught(sizes, right, wrong):
     mutant = compiled(unpaged, (right, wrong))
     setup = paged_setup(sizes)
-    cache, batch = in_slots(setup, sizes, torch.float32, sliced=False)
+    cache, batch = in_regions(setup, sizes, torch.float32, sliced=False)
     new = setup.new(setup.keys), setup.new(setup.values)
     mutant.unpaged_store_kv(*new, *cache.layers[1], batch)
     k_cache, _ = cache.layers[1]
@@ -220,42 +226,42 @@ def test_a_deliberate_fault_of_attention_is_caught(sizes, right, wrong):
     assert not torch.allclose(out.double(), dense_attention(setup), atol=1e-3, rtol=1e-3)
 
 
-def in_slots(setup, sizes, dtype, sliced):
-    """The contexts of a setup in slots that are otherwise full of NaN, and a batch over them."""
+def in_regions(setup, sizes, dtype, sliced):
+    """The contexts of a setup in regions that are otherwise full of NaN, and a batch over them."""
     kv_heads, head_dim = setup.keys[0].shape[1:]
     model = ModelConfig(
         architecture="", num_layers=3, num_heads=4, num_kv_heads=kv_heads, head_dim=head_dim,
         hidden_size=1, vocab_size=1, max_position_embeddings=128,
     )  # fmt: skip
     layout = RegionLayout.for_model(
-        model, dtype.itemsize, num_slots=len(sizes) + 2, longest=128, page_bytes=SMALL_PAGE,
+        model, dtype.itemsize, num_regions=len(sizes) + 2, longest=128, page_bytes=SMALL_PAGE,
         sliced=sliced,
     )  # fmt: skip
-    cache = VirtualKVCache.on_cpu(model, layout, dtype)
-    slots = torch.randperm(len(sizes) + 2, generator=torch.Generator().manual_seed(1)).tolist()
+    cache = VirtualKVCache(model, layout, dtype)
+    regions = torch.randperm(len(sizes) + 2, generator=torch.Generator().manual_seed(1)).tolist()
     queries = []
     for i, (query_len, context_len) in enumerate(sizes):
         needed = range(layout.groups_for(query_len + context_len))
-        cache.pages.map(slots[i], needed)
-        fill_with_nan(cache, slots[i], needed)
+        cache.pages.map(regions[i], needed)
+        fill_with_nan(cache, regions[i], needed)
         for kv, numbers in zip(cache.layers[1], (setup.keys, setup.values), strict=True):
-            kv[slots[i], :, :context_len] = numbers[i][:context_len].transpose(0, 1)
-        table = BlockTable(layout.region_len, [slots[i]], query_len + context_len)
+            kv[regions[i], :, :context_len] = numbers[i][:context_len].transpose(0, 1)
+        table = BlockTable(layout.region_len, [regions[i]], query_len + context_len)
         queries.append(SequenceInput(i, [0] * query_len, context_len, table.blocks))
     return cache, BatchBuilder(len(sizes), 1, layout.region_len).build(queries)
 
 
-def fill_with_nan(cache: VirtualKVCache, slot: int, groups: range) -> None:
+def fill_with_nan(cache: VirtualKVCache, region: int, groups: range) -> None:
     view = cache.pages.view()
-    for start, length in cache.layout.pieces(slot, groups):
+    for start, length in cache.layout.pieces(region, groups):
         view[start : start + length] = b"\xff" * length
 
 
 @pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
 def test_a_copy_brings_all_tokens_and_maps_nothing(sliced):
     setup = paged_setup([(1, 40)])
-    cache, _ = in_slots(setup, [(1, 40)], torch.float32, sliced)
-    source = next(slot for slot in range(3) if cache.pages.num_mapped(slot))
+    cache, _ = in_regions(setup, [(1, 40)], torch.float32, sliced)
+    source = next(region for region in range(3) if cache.pages.num_mapped(region))
     target = (source + 1) % 3
     cache.pages.map(target, range(cache.pages.num_mapped(source)))
     resident = cache.pages.resident_bytes()
@@ -294,7 +300,7 @@ def tokens(outputs) -> list[list[list[int]]]:
 
 
 def virtual(folder, memory: str = "virtual", groups: int | None = None, **options) -> LLM:
-    """A checked engine over slots; `groups` is the budget in page groups, given as blocks."""
+    """A checked engine over regions; `groups` is the budget in page groups, given as blocks."""
     need(HUGE_PAGE if VIRTUAL[memory].huge_pages else SMALL_PAGE)
     options = {**OPTIONS, "parts": Parts().checked(), **options}
     if groups is None and not VIRTUAL[memory].huge_pages:
@@ -316,7 +322,7 @@ def belief_and_truth(llm: LLM) -> tuple[int, int]:
 @pytest.mark.sampled
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("memory", VIRTUAL)
-def test_slots_give_the_tokens_of_paging(folder, expected, memory, params):
+def test_regions_give_the_tokens_of_paging(folder, expected, memory, params):
     llm = virtual(folder, memory)
     assert tokens(llm.generate(PROMPTS, PARAMS[params], use_tqdm=False)) == expected[params]
     manager = llm.engine.scheduler.memory
@@ -348,12 +354,12 @@ def test_a_starved_budget_preempts_and_gives_the_same_tokens(folder, expected, m
     assert preemptions >= 2
 
 
-def test_what_others_left_in_a_slot_never_shows(folder, expected):
+def test_what_a_previous_owner_left_in_a_region_never_shows(folder, expected):
     llm = virtual(folder)
     cache = llm.engine.runner.kv_cache
     for name, params in PARAMS.items():
-        for slot in range(cache.layout.num_slots):
-            fill_with_nan(cache, slot, range(cache.pages.num_mapped(slot)))
+        for region in range(cache.layout.num_regions):
+            fill_with_nan(cache, region, range(cache.pages.num_mapped(region)))
         assert tokens(llm.generate(PROMPTS, params, use_tqdm=False)) == expected[name]
 
 
@@ -372,9 +378,9 @@ def test_the_second_batch_maps_a_quarter_of_the_first_at_most(folder, monkeypatc
     pages, mapped = llm.engine.runner.kv_cache.pages, []
     map_really = pages.map
 
-    def note(slot: int, groups: range) -> None:
+    def note(region: int, groups: range) -> None:
         mapped.extend(groups)
-        map_really(slot, groups)
+        map_really(region, groups)
 
     monkeypatch.setattr(pages, "map", note)
     llm.generate(PROMPTS, PARAMS["greedy"], use_tqdm=False)
@@ -411,7 +417,7 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(folder):
         llm.cache_prefix([5] * 20)
 
 
-def test_the_block_map_draws_slots(folder):
+def test_the_block_map_draws_regions(folder):
     log = EventLog()
     llm = virtual(folder, groups=14, parts=Parts().checked().traced(log))
     memory = llm.engine.scheduler.memory
@@ -424,7 +430,7 @@ def test_the_block_map_draws_slots(folder):
     assert {"g", "h", "·"} <= set(picture.splitlines()[-1])
 
 
-def test_the_embedded_model_answers_from_slots():
+def test_the_embedded_model_answers_from_regions():
     need(SMALL_PAGE)
     story = "Once upon a time Theo the frog put the white key in the meadow."
     prompt = f"{story}\nQ: What did Theo do with the key?\nA:"
@@ -437,7 +443,7 @@ def test_the_embedded_model_answers_from_slots():
     assert "meadow" in answers[1]
 
 
-def test_bfloat16_keys_lie_in_slots_too(folder):
+def test_bfloat16_keys_fit_in_regions(folder):
     options = {**OPTIONS, "dtype": "bfloat16"}
     few = {**options, "max_num_seqs": 2}
     runs = [LLM(folder, memory="virtual", **chosen) for chosen in (options, few)]
@@ -451,6 +457,6 @@ def test_a_layout_of_another_model_is_noticed():
         architecture="", num_layers=3, num_heads=1, num_kv_heads=1, head_dim=64, hidden_size=64,
         vocab_size=1, max_position_embeddings=64,
     )  # fmt: skip
-    layout = RegionLayout.for_model(model, 4, num_slots=2, longest=64, page_bytes=SMALL_PAGE)
+    layout = RegionLayout.for_model(model, 4, num_regions=2, longest=64, page_bytes=SMALL_PAGE)
     with pytest.raises(RuntimeError, match="invalid for input of size"):
-        VirtualKVCache.on_cpu(replace(model, head_dim=32), layout, torch.float32)
+        VirtualKVCache(replace(model, head_dim=32), layout, torch.float32)
