@@ -154,8 +154,8 @@ class ForgetsThatASwapUnpublishes(BlockManager):
 
 
 class ComputesNotEvenTheLastToken(BlockManager):
-    def _num_known(self, seq, found):
-        return len(found) * self.block_size
+    def _num_cached_of(self, seq, cached):
+        return len(cached) * self.block_size
 
 
 class PinsWithoutOwning(BlockManager):

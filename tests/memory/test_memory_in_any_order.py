@@ -100,8 +100,8 @@ def a_child_is_evicted_before_its_parent(manager: type[BlockManager]) -> None:
 
 def a_block_is_found_only_once_it_is_full(manager: type[BlockManager]) -> None:
     machine = begin(manager, num_blocks=6, block_size=2)
-    admit(machine, [0, 1, 1], most=1)
-    admit(machine, [0, 1, 1])
+    admit(machine, [0, 1, 1, 0, 1], most=3)
+    admit(machine, [0, 1, 1, 0, 1])
 
 
 # Faults that a random search takes long to find, and a story that shows each at once.

@@ -6,6 +6,7 @@ a step reads must be what the sequence itself, or an equal one, has written.
 """
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -247,9 +248,7 @@ class FindsBeforeTheStepHasRun(FCFSScheduler):
 
 class ForgetsTheCopies(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
-        plan.copies.clear()
-        return plan
+        return replace(super().schedule(), copies=())
 
 
 class RemembersWhatWasTakenAway(FCFSScheduler):
