@@ -1,7 +1,7 @@
 """The marked path through the library: what to read, in the order a token travels.
 
-`minipaged path` prints it, with lines of code per file. README and docs/architecture.md show the
-same table; a test compares them.
+`minipaged path` prints it, with lines of code per file. The reading order in README and in
+docs/architecture.md is made from it, by `minipaged path --markdown`; a test compares them.
 """
 
 import ast
@@ -68,11 +68,6 @@ def lines_of_code(file: str) -> int:
 
 
 def as_markdown(package: str) -> str:
-    """The path as a table whose links begin with `package`, the package's place."""
-    rows = ["| file | what it decides | lines of code |", "|---|---|---|"]
-    total = 0
-    for file, purpose in READING_PATH:
-        total += (lines := lines_of_code(file))
-        rows.append(f"| [`{file}`]({package}/{file}) | {purpose} | {lines} |")
-    rows.append(f"| {len(READING_PATH)} files | | {total:,} |")
-    return "\n".join(rows) + "\n"
+    """The path as a table; its links begin with `package`, the place of the package."""
+    rows = [f"| [`{file}`]({package}/{file}) | {purpose} |" for file, purpose in READING_PATH]
+    return "\n".join(["| file | what it decides |", "|---|---|", *rows]) + "\n"
