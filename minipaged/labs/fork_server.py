@@ -29,7 +29,7 @@ _IMPORTED_BEFOREHAND = (
     "minipaged.evaluation.testing.paged_setup", "minipaged.engine.build", "minipaged.llm",
     "minipaged.models.loader", "minipaged.sampling", "minipaged.tokenizer.load",
 )  # fmt: skip
-# The first entry of sys.path would be the folder of whoever grades: a student's own.
+# The first entry of sys.path would be the current folder, which is a student's own.
 _PROGRAM = "import sys; del sys.path[0]; from minipaged.labs.fork_server import serve; serve()"
 _POLL_SECONDS = 0.01
 
@@ -110,7 +110,7 @@ def _wait(copy: int, seconds: float) -> bool:
     """Wait for a copy; whether it has ended in time. Ends whatever it has started."""
     deadline = time.monotonic() + seconds
     while not (ended := os.waitpid(copy, os.WNOHANG)[0]) and time.monotonic() < deadline:
-        # There is nothing to read before the answer, unless whoever has asked is gone.
+        # Nothing arrives before the answer, unless the process that asked is gone.
         if select.select([0], [], [], _POLL_SECONDS)[0]:
             break
     with contextlib.suppress(ProcessLookupError):
