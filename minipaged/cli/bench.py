@@ -123,6 +123,26 @@ def engine(
 
 
 @app.command()
+def host(
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with the checkout in this folder.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Runs of each, alternating.", min=1)] = 5,
+    save: Save = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a decode step costs the host, with a stub for the model."""
+    from minipaged.evaluation.bench import host as hosts
+
+    rows = hosts.measure(against, rounds)
+    note = (
+        f"processor time of a decode step, {hosts.NUM_SEQS} sequences of {hosts.NUM_TOKENS} "
+        "tokens; each run in a process of its own, in turns, median of rounds"
+    )
+    report(rows, hosts.as_table(rows), note, None, save, as_json)
+
+
+@app.command()
 def bookkeeping(save: Save = None, as_json: AsJson = False) -> None:
     """The allocator and the scheduling of a step, without a model."""
     from minipaged.evaluation.bench import bookkeeping as books
