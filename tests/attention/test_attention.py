@@ -349,7 +349,7 @@ MUTANTS = {
         torch_paged, "keys[:, : prefill.seq_len]", "keys"
     ),
     "the group's first sequence sets the length": (
-        torch_decode, "to_device(lengths, q.device)[:, None]", "to_device(lengths[:1], q.device)"
+        torch_decode, "to_device(lengths, device)[:, None]", "to_device(lengths[:1], device)"
     ),
     "results go to the wrong sequences": (
         torch_decode, "spans[seq].start for seq in seqs", "spans[seq].start for seq in sorted(seqs)"
@@ -370,14 +370,14 @@ IN_PLACE_MUTANTS = {
         "block_of_entry=torch.arange(tables.numel()).clamp(max=stop - first - 1)",
     ),
     "weights keep the order of the positions": (
-        "weights.index_select(0, plan.entry_of_block)",
+        "weights.index_select(0, way.entry_of_block)",
         "weights[torch.arange(num_blocks).clamp(max=len(weights) - 1)]",
     ),
     "stale slots are read": (
-        "torch.add(plan.mask, scores, alpha=scale)", "(scores * scale)"
+        "torch.add(way.mask, scores, alpha=scale)", "(scores * scale)"
     ),
     "a block of nobody's is summed": (
-        "F.embedding_bag(plan.blocks,", "F.embedding_bag(plan.owner.argsort(),"
+        "F.embedding_bag(way.blocks,", "F.embedding_bag(way.owner.argsort(),"
     ),
     "the range ends too early": ("int(blocks.max()) + 1", "int(blocks.max())"),
     "sums begin where the neighbour's end": (
