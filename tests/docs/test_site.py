@@ -377,6 +377,7 @@ def test_a_page_that_is_wrong_fails_the_build(project, wrong, said, monkeypatch)
     assert "Traceback" not in build.stderr
 
 
+@pytest.mark.full
 @pytest.mark.xdist_group("site")
 @pytest.mark.timeout(1800)  # it may run all chapters
 def test_no_page_of_the_site_loads_anything_from_elsewhere(built_site):
@@ -385,6 +386,7 @@ def test_no_page_of_the_site_loads_anything_from_elsewhere(built_site):
         assert not loads.findall(page.read_text(encoding="utf-8")), page
 
 
+@pytest.mark.full
 @pytest.mark.xdist_group("site")
 @pytest.mark.timeout(1800)
 def test_every_chapter_is_a_page_of_the_site(built_site):
@@ -393,6 +395,7 @@ def test_every_chapter_is_a_page_of_the_site(built_site):
         assert (built_site / "tutorials" / f"{script.stem}.ipynb").exists()
 
 
+@pytest.mark.full
 @pytest.mark.xdist_group("site")
 @pytest.mark.timeout(1800)
 def test_every_link_within_the_site_leads_somewhere(built_site):

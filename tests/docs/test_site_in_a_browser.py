@@ -23,6 +23,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.xdist_group("site"),
     pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} is installed"),
     pytest.mark.timeout(1800),  # the first of them builds the site, and may run all chapters
