@@ -258,6 +258,12 @@ def test_memory_of_a_gpu_is_an_option_only_where_it_decides_the_size_of_the_pool
     assert refusal("cpu") == refusal("cuda", num_blocks=7) == ""
 
 
+@pytest.mark.parametrize("memory", VIRTUAL)
+def test_virtual_memory_is_refused_on_a_gpu(memory):
+    assert 'choose device="cpu", or memory="paged"' in refusal("cuda", memory=memory)
+    assert refusal("cpu", memory=memory) == ""
+
+
 @pytest.mark.parametrize("backend", OPTIONS["attention_backend"].choices)
 def test_a_backend_whose_attention_is_replaced_as_a_whole_is_refused(backend):
     own = spies([])

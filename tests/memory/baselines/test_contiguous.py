@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipaged.cli.main import app
-from minipaged.engine.build_baseline import KINDS
 from minipaged.engine.parts import Parts
 from minipaged.errors import CheckFailed, DoubleFree, InvalidOption, InvalidRequest, PromptTooLong
 from minipaged.evaluation.testing.admission import admit
@@ -392,7 +391,6 @@ def test_a_baseline_keeps_no_prefix():
 
 
 def test_paging_is_what_there_is_by_default():
-    assert KINDS[0] == "paged"
     assert not LLM().engine.scheduler.memory.reserves
 
 

@@ -20,7 +20,6 @@ from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.unpaged import prepare_unpaged, unpaged_attention, unpaged_store_kv
 from minipaged.attention.virtual_cache import VirtualKVCache
 from minipaged.config import ModelConfig
-from minipaged.engine.build_baseline import check_memory
 from minipaged.errors import InvalidOption, InvalidRequest, PromptTooLong
 from minipaged.evaluation.testing.paged_setup import dense_attention, paged_setup
 from minipaged.memory import BlockTable
@@ -155,11 +154,6 @@ def test_another_system_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(InvalidOption, match="by Linux system calls, and this is darwin"):
         LLM(memory="virtual")
-
-
-def test_a_gpu_is_refused():
-    with pytest.raises(InvalidOption, match='choose device="cpu", or memory="paged"'):
-        check_memory("virtual", Parts(), "auto", torch.device("cuda"))
 
 
 def test_huge_pages_that_are_switched_off_or_not_mapped_are_reported(monkeypatch, tmp_path):
