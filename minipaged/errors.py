@@ -33,7 +33,7 @@ class OutOfBlocks(MinipagedError):
 
 
 class DoubleFree(MinipagedError):
-    """A block was given back, or shared, that nobody owns."""
+    """A block without an owner was freed or shared."""
 
 
 class CheckFailed(MinipagedError):

@@ -98,7 +98,7 @@ class LLM:
 
         Beam search and best_of show nothing before the end: they change their minds.
 
-        Several streams may be open at once; they share every step. Whoever stops listening before
+        Several streams may be open at once; they share every step. A stream that is closed before
         the end, or is stopped by an error, aborts what is left. Nothing is checked and nothing
         computed before the first output is asked for.
         """

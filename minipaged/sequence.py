@@ -20,7 +20,7 @@ from enum import Enum, auto
 
 
 class SequenceStatus(Enum):
-    """Where a group stands, and each of its sequences that is not absent. The scheduler's own."""
+    """In which queue a group is. The scheduler alone writes it."""
 
     WAITING = auto()  # holds no blocks
     RUNNING = auto()  # its blocks are in the pool
@@ -29,16 +29,19 @@ class SequenceStatus(Enum):
 
 
 class Sequence:
-    """One prompt and what has been generated after it. Owns the tokens; nobody else edits them.
+    """One prompt and what has been generated after it. Each field has one writer.
 
-    A request appends what was sampled, the memory marks what it found, the scheduler marks what was
-    computed, and makes it forget that if its blocks are taken away.
+    token_ids            the request appends what was sampled
+    num_computed_tokens  the scheduler: what is cached on admission, what each step computes, and
+                         nothing after a preemption by recomputation
+    num_cached_tokens    the scheduler, on the first admission
+    all others           fixed when the sequence is made
 
     Args:
-        max_output_len: the most tokens it will generate; only memories that reserve ask for it.
-            None: as many as the model's context holds.
-        cache_salt: it shares cached blocks only with sequences of the same salt, or none as well.
-        reads_cache: False computes everything: for somebody who wants the logits of the prompt.
+        max_output_len: maximum tokens to generate; only memories that reserve ask for it. None: as
+            many as the model's context holds.
+        cache_salt: cached blocks are shared only between sequences of the same salt; None is one.
+        reads_cache: False: the whole prompt is computed, because its logits are wanted.
     """
 
     def __init__(
@@ -126,7 +129,8 @@ class SequenceGroup:
 
     A group begins with one sequence. Once its prompt is computed, it forks into `width` of them, as
     many as the request asks for in samples or beams; those that have ended leave the list. If it
-    must be recomputed after that, all but the first are absent until they can fork again.
+    must be recomputed after that, all but the first await their refork. The scheduler alone writes
+    to the fields of a group.
     """
 
     request_id: str

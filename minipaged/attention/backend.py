@@ -12,11 +12,11 @@ Every implementation has the signature of `PagedAttention`. Query i of a sequenc
 grouped: with 8 heads and 2 kv_heads, heads 0 to 3 read kv_head 0. That one function covers
 prefill, chunked prefill, prefill behind a cached prefix, and decode, mixed in one batch.
 
-What lies in the pool beyond a sequence's own keys must never show in its result:
+Nothing in the pool but a sequence's own keys may ever show in its result:
 
-    another's block, or nobody's         may hold anything, even NaN: never read it
-    a slot behind the sequence's end     holds a stale number: its weight must be zero
-    a table entry behind the last block  is no block number: never read through it
+    another sequence's block, or a free one  may hold anything, even NaN: never read it
+    a slot after the sequence's end          holds a stale number: its weight must be zero
+    a table entry after the last block       is no block number: never read through it
 """
 
 import warnings

@@ -1,10 +1,10 @@
-"""The tensors behind the block numbers: one pool of keys and values for all layers.
+"""The tensors that block numbers refer to: one pool of keys and values for all layers.
 
     pool       [layers, 2, num_blocks, kv_heads, block_size, head_dim]    2: keys, values
     layers[i]  (k, v), the part of layer i: each [num_blocks, kv_heads, block_size, head_dim]
 
-Head-major: the slots of one block and one head lie side by side, so that attention multiplies a
-whole block at a time where it lies. A slot is `physical block * block_size + offset`.
+Head-major: the slots of one block and one head are adjacent, so that attention multiplies a whole
+block at a time in place. A slot is `physical block * block_size + offset`.
 
 The block manager plans copies and swaps as pairs of blocks; they are carried out here. In one
 tensor, a pair is copied for all layers at once.

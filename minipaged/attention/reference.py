@@ -65,7 +65,7 @@ def causal_attention(
 
 def heads_per_kv_head(q: Tensor, keys: Tensor | KVPool, values: Tensor | KVPool) -> int:
     """How many query heads read each key head. All have their heads in dimension 1."""
-    # Without these checks a single head might be broadcast to all, and nobody would notice.
+    # Without these checks a single head might be broadcast to all, unnoticed.
     heads, kv_heads = q.shape[1], keys.shape[1]
     assert keys.shape == values.shape, (
         f"keys are {tuple(keys.shape)}, but values are {tuple(values.shape)}"

@@ -2,11 +2,11 @@
 
     gathered   copy the blocks of some sequences side by side, a piece at a time, and give them to
                PyTorch's attention (SDPA). Each key is read, written, and read again
-    in place   multiply every block where it lies with the query of its owner, and put only the
+    in place   multiply every block, where it is, by the query of its owner, and put only the
                scores in order, which are head_dim times fewer numbers. Each key is read once
 
 In place takes about as long as SDPA takes over keys that lie side by side already, but more
-operations, and it multiplies whatever else lies between the first and the last block in use. So it
+operations, and it multiplies all else between the first and the last block in use. So it
 is for large batches whose blocks fill their part of the pool; there it is up to twice as fast.
 `Decodes.prepare` chooses. It runs once a step, for the answer is the same in every layer.
 """
@@ -62,7 +62,7 @@ class InPlace:
     owner: Int[Tensor, " blocks"]  # the sequence with whose query a block is multiplied
     block_of_entry: Int[Tensor, " entries"]
     entry_of_block: Int[Tensor, " blocks"]
-    blocks: Int[Tensor, " used"]  # those of each sequence, one sequence behind the other
+    blocks: Int[Tensor, " used"]  # those of each sequence, one sequence after another
     starts: Int[Tensor, " seqs"]  # where in `blocks` a sequence's begin
     mask: Float[Tensor, "seqs 1 positions"]
 
@@ -273,7 +273,7 @@ def _attend_in_place(
     way: InPlace,
     scale: float,
 ) -> Float[Tensor, "seqs heads head_dim"]:
-    """In the range may lie blocks of others, or nobody's. They are multiplied too, and whatever
+    """The range may include free blocks and blocks of prefills. They are multiplied too, and what
     comes out of that, be it NaN, is never looked at.
     """
     seqs, heads, head_dim = q.shape

@@ -1,7 +1,6 @@
 """Physical blocks and their reference counts (sections 4.2 and 4.4).
 
-A physical block is a number from 0 up to num_blocks; what is stored there is somebody else's
-concern. A block has as many owners as its reference count says, and returns to the free list only
+A physical block is a number from 0 up to num_blocks; what is stored there is not known here. A block has as many owners as its reference count says, and returns to the free list only
 when the last of them lets go.
 """
 
@@ -52,7 +51,7 @@ class BlockAllocator:
         return block
 
     def share(self, block: int) -> None:
-        """Add an owner. Raises DoubleFree if the block is free: nobody can share it."""
+        """Add an owner. Raises DoubleFree if the block is free and so cannot be shared."""
         if not self._is_owned(block):
             raise DoubleFree(f"block {block} has no owner, so it cannot be shared.")
         self._ref_counts[block] += 1

@@ -53,7 +53,7 @@ class BlockManager:
         """Whether a waiting or swapped group's blocks are free, and the watermark unless alone.
 
         The watermark, vLLM's addition to the paper, keeps newcomers from taking the blocks that
-        those who run will soon need. A group that would have the pool to itself takes nobody's.
+        running groups will soon need. A group that has the pool to itself takes none from others.
         """
         shared, new = self._claim(group, self._pool.ref_count)
         idle = sum(self._pool.ref_count(block) == 0 for block in shared)  # counted as free so far

@@ -1,4 +1,4 @@
-"""One sequence's block table: logical block i lies in physical block `blocks[i]` (section 4.2)."""
+"""One sequence's block table: logical block i is physical block `blocks[i]` (section 4.2)."""
 
 
 class BlockTable:
@@ -25,7 +25,7 @@ class BlockTable:
         return len(self.blocks)
 
     def slot(self, position: int) -> int:
-        """Where the token at this position lies: physical block * block size + offset."""
+        """The slot of the token at this position: physical block * block size + offset."""
         assert 0 <= position < self.num_tokens, f"position {position} has no slot yet"
         logical, offset = divmod(position, self.block_size)
         return self.blocks[logical] * self.block_size + offset

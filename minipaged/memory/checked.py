@@ -15,7 +15,7 @@ from minipaged.memory.interface import Memory
 
 
 class CheckedAllocator:
-    """Keeps its own count of owners beside an allocator and compares after every call."""
+    """Counts an allocator's owners itself and compares after every call."""
 
     def __init__(self, allocator: Allocator) -> None:
         self._allocator = allocator
@@ -35,7 +35,7 @@ class CheckedAllocator:
         if not 0 <= block < self.num_blocks:
             raise CheckFailed(f"allocate() gave block {block}, outside 0 to {self.num_blocks - 1}.")
         if self._owners[block]:
-            raise CheckFailed(f"allocate() gave block {block}, which somebody owns.")
+            raise CheckFailed(f"allocate() gave block {block}, which has an owner.")
         self._owners[block] = 1
         self._check("allocate()", block)
         return block

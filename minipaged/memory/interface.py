@@ -26,8 +26,8 @@ class MemoryUsage:
     reserved  kept for tokens that a sequence will still generate; always 0 with paging
     internal  kept for a sequence that will never need them; with paging, the tail of a last block
     external  lost by rounding up to sizes that the allocator has; always 0 with paging
-    free      kept for nobody (the figure counts these to "external & others", for where pieces are
-              of different sizes, some are too small for whoever waits)
+    free      not allocated (the figure counts these in "external & others": where pieces differ in
+              size, some are too small for the requests that wait)
     """
 
     used: int
@@ -79,7 +79,7 @@ def explain_lack_of_pages(memory: "MemoryView", group: SequenceGroup) -> str:
 
 
 class MemoryView(Protocol):
-    """What anybody may read of a memory, and nobody may change through it."""
+    """What everything else may read of a memory; nothing can be changed through it."""
 
     @property
     def block_size(self) -> int: ...

@@ -7,7 +7,7 @@
     linear  linear layers, joined, and packed for a CPU
     layers  the little that two of them share
     loader  a folder with config.json and safetensors -> a model with every parameter filled
-    weight_files  what stands in safetensors, and how it gets from there into a model's memory
+    safetensors_reader  what a safetensors file holds, and how it gets into a model's memory
 
 Here is what they have in common: the contract `Model`, the form of a weight map, and how numbers
 are read out of a Hugging Face config.json.
@@ -188,7 +188,7 @@ def require_option(hf: HFConfig, name: str, built: object) -> None:
     """Refuse a checkpoint that sets an option to anything but what is built here.
 
     Raises:
-        UnsupportedModel: the option stands in config.json with another value than null.
+        UnsupportedModel: config.json has the option, with another value than null.
     """
     value = hf.get(name)
     if value is not None and value != built:

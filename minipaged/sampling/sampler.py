@@ -222,7 +222,7 @@ def keep_min_p(
 def keep_top_k(
     logits: Float[Tensor, "rows vocab"], top_k: Sequence[int]
 ) -> Float[Tensor, "rows vocab"]:
-    """Cut all tokens behind the k-th likeliest. Equals of that one stay, as in vLLM."""
+    """Cut all tokens after the k-th likeliest. Equals of that one stay, as in vLLM."""
     ranks = [min(k, logits.shape[-1]) - 1 for k in top_k]
     likeliest = logits.topk(max(ranks) + 1, dim=-1).values  # [rows, largest k]
     kth = likeliest.gather(-1, to_device(ranks, logits.device)[:, None])

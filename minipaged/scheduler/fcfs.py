@@ -82,7 +82,7 @@ class FCFSScheduler:
             self._move(group, SequenceStatus.FINISHED)
 
     def abort(self, group: SequenceGroup) -> None:
-        """End a group, wherever it stands; its blocks return at once."""
+        """End a group, in whatever queue it is; its blocks return at once."""
         for seq in [*group.sequences, *group.awaiting_refork]:
             self.finish(group, seq)
 
@@ -126,7 +126,7 @@ class FCFSScheduler:
 
     def _reserve_for_running(self, draft: Draft) -> None:
         """Blocks for the next token of all who run, the oldest first (section 4.5)."""
-        served = 0  # running[:served] have all they need; preemption takes only from behind them
+        served = 0  # running[:served] have what they need; victims come from the rest
         while served < len(self.running):
             group = self.running[served]
             has_room = self.memory.can_append(group)
@@ -263,8 +263,8 @@ class FCFSScheduler:
         a group comes back as it came, with one sequence, and forks again before the tokens part:
 
             A  "once a frog sat"  is computed, all but its last token, and waits with that one
-            B  "once a frog ran"  forks from A behind "once a frog", and waits as well
-            C  "once a cat ran"   forks from A behind "once a", and computes "cat"
+            B  "once a frog ran"  forks from A after "once a frog", and waits as well
+            C  "once a cat ran"   forks from A after "once a", and computes "cat"
             then all three compute their last tokens, and sample together
 
         They share full blocks only: a fork inside a block would write to one that may be cached.

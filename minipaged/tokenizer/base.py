@@ -20,7 +20,7 @@ class Tokenizer(ABC):
     """A vocabulary, and how text is encoded in it.
 
     A model may know more ids than its tokenizer, since vocabularies are padded to round sizes. Such
-    an id stands for no bytes at all, so it decodes to "".
+    an id has no bytes, so it decodes to "".
     """
 
     def __init__(

@@ -11,7 +11,7 @@ SWAP_BYTES = 2 * GIB  # a swap pool takes no more host memory than this unless a
 def blocks_that_fit(block_bytes: int, device: torch.device, gpu_memory_utilization: float) -> int:
     """How many blocks of keys and values the memory has room for, weights already loaded.
 
-    On a GPU: what `gpu_memory_utilization` of its memory leaves beside all that is in use. On a
+    On a GPU: what `gpu_memory_utilization` of its memory leaves after all that is in use. On a
     CPU: an eighth of the machine's memory, 2 GiB at the most, for the swap pool takes as much
     again, and others need some too. Raises InvalidOption if not even one block fits.
     """

@@ -7,7 +7,7 @@ is fixed, though: every address, every shape, every number that Python had in ha
     inputs   are copied into tensors that stay where they are
     sizes    are rounded up to one of a few, each recorded when it is first met. The rows too many
              belong to sequences without tokens: attention and store pass over them, and whatever
-             the other layers make of what lies there stays in these rows
+             the other layers compute from them stays in these rows
     numbers  that kernels need of a batch lie on the GPU; of the longest length, which decides how
              far attention is split, a graph knows a bound, and there is one for each of a few
 
