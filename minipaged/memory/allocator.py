@@ -1,7 +1,8 @@
 """Physical blocks and their reference counts (sections 4.2 and 4.4).
 
-A physical block is a number from 0 up to num_blocks; what is stored there is not known here. A block has as many owners as its reference count says, and returns to the free list only
-when the last of them lets go.
+A physical block is a number from 0 up to num_blocks; what is stored there is not known here. Its
+reference count is the number of its owners, and it returns to the free list only when the last of
+them frees it.
 """
 
 from typing import Protocol
