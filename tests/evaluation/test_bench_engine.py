@@ -114,7 +114,7 @@ def off_by_one(monkeypatch):
 
     def wrong(self, logits, rows):
         tokens = right(self, logits, rows)
-        return [replace(token, token_id=(token.token_id + 1) % 512) for token in tokens]
+        return [token._replace(token_id=(token.token_id + 1) % 512) for token in tokens]
 
     monkeypatch.setattr(Sampler, "sample", wrong)
 

@@ -5,7 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -197,16 +197,16 @@ def min_p_of_all_rows_together(logits, min_p):
 
 def penalties_that_count_the_prompt(logits, rows):
     joined = [[*r.prompt_token_ids, *r.output_token_ids] for r in rows]
-    rows = [replace(r, output_token_ids=ids) for r, ids in zip(rows, joined, strict=True)]
+    rows = [r._replace(output_token_ids=ids) for r, ids in zip(rows, joined, strict=True)]
     return right["penalise"](logits, rows)
 
 
 def penalties_that_forget_the_prompt(logits, rows):
-    return right["penalise"](logits, [replace(r, prompt_token_ids=[]) for r in rows])
+    return right["penalise"](logits, [r._replace(prompt_token_ids=[]) for r in rows])
 
 
 def a_draw_that_mixes_in_the_row_number(logits, rows):
-    rows = [replace(r, seed=r.seed + i) for i, r in enumerate(rows)]
+    rows = [r._replace(seed=r.seed + i) for i, r in enumerate(rows)]
     return right["draw"](logits, rows)
 
 
@@ -219,7 +219,7 @@ def a_number_that_leans(seed, position):
 
 
 def adjustments_that_forget_the_end(logits, rows):
-    return right_adjust(logits, [replace(r, end_token_ids=()) for r in rows])
+    return right_adjust(logits, [r._replace(end_token_ids=()) for r in rows])
 
 
 right_adjust = sampler.adjust

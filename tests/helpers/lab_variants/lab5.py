@@ -231,7 +231,7 @@ class BlockManager(Library):
 class SamplingRequest(LibraryRequest):
     def rows(self, seq):
         from dataclasses import replace
-        return [replace(row, seed=self._seed) for row in super().rows(seq)]
+        return [row._replace(seed=self._seed) for row in super().rows(seq)]
 """,
     ),
     "samples_the_prompt_once": (
