@@ -83,7 +83,7 @@ class Sequence:
     def mark_computed(self, num_new_tokens: int) -> None:
         """Note that keys and values of so many more tokens are written, or shared by a parent."""
         self.num_computed_tokens += num_new_tokens
-        assert self.num_computed_tokens <= self.num_tokens, "computed a token that is not there"
+        assert self.num_computed_tokens <= len(self.token_ids), "computed a token that is not there"
 
     def mark_cached(self, num_tokens: int) -> None:
         """Note on admission that keys and values of so many first tokens need no computing."""

@@ -112,14 +112,14 @@ class BatchBuilder:
         longest = 0
         for _, new_token_ids, context_len, block_table, num_logits in sequences:
             span = Span(len(token_ids), len(new_token_ids), context_len)
-            seq_len = span.seq_len
             spans.append(span)
+            stop, seq_len = span.start + span.query_len, span.seq_len
             token_ids += new_token_ids
             positions += range(context_len, seq_len)
             slot_mapping += self._slots(block_table, context_len, seq_len)
-            cu_seqlens_q.append(len(token_ids))
+            cu_seqlens_q.append(stop)
             context_lens.append(context_len)
-            logit_rows += range(len(token_ids) - num_logits, len(token_ids))
+            logit_rows += range(stop - num_logits, stop)
             longest = max(longest, seq_len)
         block_tables = self._block_tables(sequences, longest)
         device = self._device
@@ -134,16 +134,17 @@ class BatchBuilder:
             spans=tuple(spans),
         )
 
-    def _slots(self, block_table: list[int], start: int, stop: int) -> list[int]:
+    def _slots(self, block_table: list[int], start: int, stop: int) -> Many[int]:
         """The slots of the positions from `start` up to `stop`, block by block."""
         size = self._block_size
-        slots: list[int] = []
-        while start < stop:
-            logical, offset = divmod(start, size)
-            first = block_table[logical] * size + offset
-            count = min(size - offset, stop - start)
-            slots += range(first, first + count)
-            start += count
+        logical, offset = divmod(start, size)
+        first = block_table[logical] * size + offset
+        if offset + stop - start <= size:  # in one block, as in every decode
+            return range(first, first + stop - start)
+        slots = list(range(first, first + size - offset))
+        for position in range(start + size - offset, stop, size):
+            first = block_table[position // size] * size
+            slots += range(first, first + min(size, stop - position))
         return slots
 
     def _block_tables(
@@ -167,9 +168,8 @@ class BatchBuilder:
             self._free_rows.append(self._rows.pop(seq_id))
 
     def _write(self, row: int, blocks: list[int]) -> None:
-        """Write what differs from what the row holds."""
-        written, same = self._written[row], 0
-        while same < min(len(written), len(blocks)) and written[same] == blocks[same]:
-            same += 1
+        """Write the end of a table that has grown; all of one that has changed elsewhere."""
+        written = self._written[row]
+        same = len(written) if blocks[: len(written)] == written else 0
         self._tables[row, same : len(blocks)] = torch.tensor(blocks[same:], dtype=torch.int32)
         self._written[row] = blocks.copy()

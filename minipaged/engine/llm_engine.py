@@ -80,9 +80,10 @@ class LLMEngine:
         times = [self._clock()]
         decision = self.scheduler.schedule()  # which sequences run, how many tokens each
         times.append(self._clock())
-        logits = self.runner.run(self._step_input(decision))  # [rows, vocab]: the device side
+        step = self._step_input(decision)  # the same in plain numbers
+        logits = self.runner.run(step)  # [rows, vocab]: the device side
         times.append(self._clock())
-        sampled = self._sample(decision, logits)  # by request, by sequence
+        sampled = self._sample(decision, step, logits)  # by request, by sequence
         times.append(self._clock())
         return self._commit(decision, sampled, times)
 
@@ -100,35 +101,33 @@ class LLMEngine:
             sequences.append(SequenceInput(seq.seq_id, new, start, blocks, num_logits))
         return StepInput(tuple(sequences), decision.swap_out, decision.swap_in, decision.copies)
 
-    def _sample(self, decision: SchedulerOutput, logits: Tensor) -> Sampled:
+    def _sample(self, decision: SchedulerOutput, step: StepInput, logits: Tensor) -> Sampled:
         """Choose the next token of every sequence of which nothing is left to compute.
 
         Several tokens for a prompt with several samples: they are drawn from the same logits.
         """
         rows: list[SamplingRow] = []
         row_indices: list[int] = []
-        owners: list[tuple[str, int]] = []
+        owners: list[tuple[str, int, int]] = []  # request, sequence, number of rows
         stop = 0
-        for group, seq, num_new_tokens, samples in decision.sequences:
+        for scheduled, sequence in zip(decision.sequences, step.sequences, strict=True):
+            group, seq, _, samples = scheduled
             request = self._requests[group.request_id]
-            if request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq):
-                request.note_prompt_logits(seq, logits[stop : stop + num_new_tokens])
-                stop += num_new_tokens
-            elif samples:
-                stop += 1
+            start, stop = stop, stop + sequence.num_logits
+            if request.num_prompt_logprobs is not None:
+                request.note_prompt_logits(seq, logits[start:stop])
             if samples:
-                for row in request.rows(seq):
-                    rows.append(row)
-                    row_indices.append(stop - 1)
-                    owners.append((group.request_id, seq.seq_id))
+                wanted = request.rows(seq)
+                rows += wanted
+                row_indices += [stop - 1] * len(wanted)
+                owners.append((group.request_id, seq.seq_id, len(wanted)))
         if row_indices != list(range(logits.shape[0])):
-            wanted = to_device(row_indices, logits.device, torch.long)
-            logits = logits[wanted]  # [sampled rows, vocab]
+            logits = logits[to_device(row_indices, logits.device, torch.long)]  # [rows, vocab]
+        tokens, start = self.sampler.sample(logits, rows), 0
         sampled: Sampled = {}
-        for (request_id, seq_id), token in zip(
-            owners, self.sampler.sample(logits, rows), strict=True
-        ):
-            sampled.setdefault(request_id, {}).setdefault(seq_id, []).append(token)
+        for request_id, seq_id, num_rows in owners:
+            sampled.setdefault(request_id, {})[seq_id] = tokens[start : start + num_rows]
+            start += num_rows
         return sampled
 
     def _commit(

@@ -98,7 +98,7 @@ class Request(ABC):
         """Take the logits of the tokens from `num_computed_tokens` on, [rows, vocab].
 
         Those at position i judge the token at position i + 1. After a preemption some positions
-        come a second time: they are skipped.
+        come a second time: they are skipped, as is whatever follows the prompt.
         """
         first = len(self._prompt_logprobs) - 1  # its logits judge the first token not judged yet
         start = seq.num_computed_tokens

@@ -27,19 +27,11 @@ class SamplingRequest(Request):
     def rows(self, seq: Sequence) -> list[SamplingRow]:
         """One row; for the prompt, one for each sample, all from the same logits."""
         seed = self._completions[seq.seq_id].seed
-        output_token_ids = seq.token_ids[seq.prompt_len :]
-        rows: list[SamplingRow] = []
-        for sample in range(1 if output_token_ids else self._params.num_samples):
-            rows.append(
-                SamplingRow(
-                    params=self._params,
-                    prompt_token_ids=self._prompt.token_ids,
-                    output_token_ids=output_token_ids,
-                    seed=seed + sample,
-                    end_token_ids=self._end_token_ids,
-                )
-            )
-        return rows
+        prompt, output = self._prompt.token_ids, seq.token_ids[seq.prompt_len :]
+        row = SamplingRow(self._params, prompt, output, seed, self._end_token_ids)
+        if output or self._params.num_samples == 1:
+            return [row]
+        return [row._replace(seed=seed + i) for i in range(self._params.num_samples)]
 
     # ---- from tokens to text -------------------------------------------------------------------
 
@@ -47,8 +39,7 @@ class SamplingRequest(Request):
         """Give each sequence its token, and each token beyond the first a fork of its own."""
         ended: list[Sequence] = []
         for seq_id, tokens in sampled.items():
-            completion = self._completions[seq_id]
-            samples = [completion]
+            samples = [completion := self._completions[seq_id]]
             for _ in tokens[1:]:
                 samples.append(self._add_completion(fork(completion.seq)))
             for sample, token in zip(samples, tokens, strict=True):

@@ -32,6 +32,7 @@ class BlockManager:
     ) -> None:
         self.block_size = block_size
         self._watermark_blocks = watermark_blocks
+        self._is_caching = enable_prefix_caching
         self._pool = prefix_cache(allocator(num_blocks), block_size, enable_prefix_caching)
         self._swap_pool = allocator(num_swap_blocks)
         self._tables: dict[int, BlockTable] = {}  # by sequence id
@@ -63,9 +64,8 @@ class BlockManager:
     def admit(self, group: SequenceGroup) -> Admission:
         """Give every sequence of a waiting group the blocks of the tokens it has, and no more.
 
-        Cached blocks are shared, the others are new. No blocks are reserved for tokens that may
-        come later: reserving by `max_tokens` is the very waste that the paper removes (section
-        3.1).
+        Cached blocks are shared, the others are new. None are reserved for tokens that may come
+        later: reserving by `max_tokens` is the very waste that the paper removes (section 3.1).
         """
         num_cached: list[int] = []
         for seq in group.sequences:
@@ -80,8 +80,12 @@ class BlockManager:
 
     def can_append(self, group: SequenceGroup) -> bool:
         """Whether enough blocks are free for the tokens of the next step."""
-        growth = self._growth(group, self._pool.ref_count)
-        return growth == 0 or growth <= self._pool.num_free  # mostly it is 0
+        for seq in group.sequences:
+            blocks = self._tables[seq.seq_id].blocks
+            is_full = len(seq.token_ids) > len(blocks) * self.block_size
+            if is_full or self._pool.ref_count(blocks[-1]) > 1:
+                return self._growth(group, self._pool.ref_count) <= self._pool.num_free
+        return True  # mostly each sequence writes to a last block that it owns alone
 
     def append(self, seq: Sequence) -> list[BlockPair]:
         """Give the tokens that have no slot yet one each, in blocks that the sequence owns alone.
@@ -130,8 +134,8 @@ class BlockManager:
     def num_cached_tokens(self, seq: Sequence) -> int:
         """How many first tokens of a waiting sequence need no computing.
 
-        Never the last one: its logits are needed. If the whole prompt is cached, the last token's
-        keys are written once more, as they were; and if others own the block, to a copy of it.
+        Never the last one: its logits are needed. If all are cached, the last token's keys are
+        written again, as they were; and if others own the block, to a copy of it.
         """
         return self._num_cached_of(seq, self._pool.find(seq))
 
@@ -144,15 +148,12 @@ class BlockManager:
         Called after a step, when keys and values of `num_computed_tokens` are really written.
         """
         table = self._tables[seq.seq_id]
-        if seq.num_computed_tokens // self.block_size <= table.num_cached_blocks:
-            return []  # most decode steps fill no block
-        return self._pool.cache_blocks(seq, table)
+        has_new = seq.num_computed_tokens // self.block_size > table.num_cached_blocks
+        return self._pool.cache_blocks(seq, table) if has_new and self._is_caching else []
 
     def pin(self, seq: Sequence) -> int:
-        """Keep all cached blocks of a prefix until it is freed; returns how many tokens they hold.
-
-        The paper's predefined prefix: what pins a block is one more owner.
-        """
+        """Keep all cached blocks of a prefix until it is freed, as one more owner of them (the
+        paper's predefined prefix); returns how many tokens they hold."""
         table = self._tables[seq.seq_id] = self._pool.share_cached(seq)
         self._pinned.add(seq.seq_id)
         return table.num_tokens
@@ -185,7 +186,7 @@ class BlockManager:
     def _move(
         self, group: SequenceGroup, source: Allocator, target: Allocator, cached: dict[int, int]
     ) -> list[BlockPair]:
-        """Each block moves once, however many sequences share it, and a `cached` one not at all."""
+        """Each block moves once, however many sequences share it; a `cached` one does not move."""
         moved = cached.copy()  # by old block the new one: it keeps the sharing
         pairs: list[BlockPair] = []
         for seq in group.sequences:

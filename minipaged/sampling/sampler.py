@@ -100,6 +100,8 @@ def score(
         results += [top_ids, values]
     # All in one table, for each transfer waits for the GPU. Doubles hold any id exactly.
     table = torch.cat([result.double() for result in results], dim=-1).tolist()
+    if not asking:
+        return [SampledToken(int(token_id), logprob) for token_id, logprob in table]
     sampled: list[SampledToken] = []
     for row, count in zip(table, num_top, strict=True):
         token_id, logprob, top = int(row[0]), row[1], None
