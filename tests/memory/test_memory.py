@@ -254,7 +254,7 @@ class HandsOutABlockTwiceAndCountsWell(HandsOutABlockTwice):
         (ForgetsToShare, "allocate share", r"ref_count\(0\) is 1, but 2 own it.*share\(0\)"),
         (SharesAFreeBlock, "share", r"share\(0\) was accepted, but block 0 has no owner"),
         (HandsOutABlockThatIsNotThere, "allocate", r"allocate\(\) gave block 3, outside 0 to 2"),
-        (HandsOutABlockTwiceAndCountsWell, "allocate " * 4, "gave block 2, which somebody owns"),
+        (HandsOutABlockTwiceAndCountsWell, "allocate " * 4, "gave block 2, which has an owner"),
     ],
 )
 def test_checked_says_what_the_allocator_did_wrong(fault, calls, sentence):
