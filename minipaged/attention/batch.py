@@ -109,14 +109,18 @@ class BatchBuilder:
         slot_mapping: list[int] = []
         cu_seqlens_q, context_lens = [0], list[int]()
         logit_rows: list[int] = []
-        longest = 0
+        size, longest = self._block_size, 0
         for _, new_token_ids, context_len, block_table, num_logits in sequences:
             span = Span(len(token_ids), len(new_token_ids), context_len)
             spans.append(span)
             stop, seq_len = span.start + span.query_len, span.seq_len
             token_ids += new_token_ids
             positions += range(context_len, seq_len)
-            slot_mapping += self._slots(block_table, context_len, seq_len)
+            if span.query_len == 1:  # as in every decode
+                block = block_table[context_len // size]
+                slot_mapping.append(block * size + context_len % size)
+            else:
+                slot_mapping += self._slots(block_table, context_len, seq_len)
             cu_seqlens_q.append(stop)
             context_lens.append(context_len)
             logit_rows += range(stop - num_logits, stop)
@@ -134,17 +138,13 @@ class BatchBuilder:
             spans=tuple(spans),
         )
 
-    def _slots(self, block_table: list[int], start: int, stop: int) -> Many[int]:
+    def _slots(self, block_table: list[int], start: int, stop: int) -> list[int]:
         """The slots of the positions from `start` up to `stop`, block by block."""
         size = self._block_size
-        logical, offset = divmod(start, size)
-        first = block_table[logical] * size + offset
-        if offset + stop - start <= size:  # in one block, as in every decode
-            return range(first, first + stop - start)
-        slots = list(range(first, first + size - offset))
-        for position in range(start + size - offset, stop, size):
+        slots: list[int] = []
+        for position in range(start - start % size, stop, size):  # where a block begins
             first = block_table[position // size] * size
-            slots += range(first, first + min(size, stop - position))
+            slots += range(first + max(0, start - position), first + min(size, stop - position))
         return slots
 
     def _block_tables(

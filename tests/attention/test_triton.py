@@ -147,7 +147,7 @@ def padded(setup: PagedSetup, count: int, slot: int = 0) -> PagedSetup:
     batch = setup.batch
     nobody = {
         name: torch.cat((getattr(batch, name), torch.full((count,), number)))
-        for name, number in (("token_ids", 0), ("positions", 0), ("slots", slot))
+        for name, number in (("token_ids", 0), ("positions", 0), ("slot_mapping", slot))
     }
     q = setup.q.new_zeros((count, *setup.q.shape[1:]))
     return replace(setup, q=torch.cat((setup.q, q)), batch=replace(batch, **nobody))

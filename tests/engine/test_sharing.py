@@ -503,7 +503,7 @@ def test_a_prefix_that_cannot_be_cached_is_refused(folder):
         llm.cache_prefix([])
     with pytest.raises(PromptTooLong, match="needs 9 blocks of 4 tokens, the pool has 8"):
         llm.cache_prefix(prompt(36))
-    with pytest.raises(InvalidRequest, match="only with enable_prefix_caching=True"):
+    with pytest.raises(InvalidRequest, match="only in paged memory with prefix caching"):
         small(folder, enable_prefix_caching=False).cache_prefix(prompt(12))
     assert_all_blocks_are_back(llm)
     assert not llm.engine.has_unfinished_requests()

@@ -185,8 +185,8 @@ def test_mistakes_are_told_in_a_sentence(arguments, words, tmp_path):
         app(["paper", *arguments, "--out", str(tmp_path)], standalone_mode=False)
 
 
-def test_a_plan_is_printed_for_people_and_for_machines(capsys):
-    small = "plan --model llama-3-8b --gpu l4-24g --rate 1 --input 100 --output 100".split()
+def test_a_capacity_report_is_printed_for_people_and_for_machines(capsys):
+    small = "capacity --model llama-3-8b --gpu l4-24g --rate 1 --input 100 --output 100".split()
     small += ["--longest", "512", "--max-num-seqs", "16"]
     app(small, standalone_mode=False)
     printed = capsys.readouterr().out
@@ -207,6 +207,6 @@ def test_a_plan_is_printed_for_people_and_for_machines(capsys):
         (["--num-gpus", "0"], "num_gpus is 0"),
     ],
 )
-def test_a_plan_that_cannot_be_made_says_why(arguments, words):
+def test_a_capacity_report_that_cannot_be_made_says_why(arguments, words):
     with pytest.raises(InvalidOption, match=words):
-        app(["plan", *arguments], standalone_mode=False)
+        app(["capacity", *arguments], standalone_mode=False)

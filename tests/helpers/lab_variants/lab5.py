@@ -2,7 +2,7 @@
 
 BEGINNING = """
 from minipaged.memory.block_manager import BlockManager as Library
-from minipaged.engine.request import SamplingRequest as LibraryRequest
+from minipaged.engine.sampling_request import SamplingRequest as LibraryRequest
 from minipaged.sampling.sampler import SamplingRow
 """
 
@@ -230,7 +230,6 @@ class BlockManager(Library):
         """
 class SamplingRequest(LibraryRequest):
     def rows(self, seq):
-        from dataclasses import replace
         return [row._replace(seed=self._seed) for row in super().rows(seq)]
 """,
     ),
