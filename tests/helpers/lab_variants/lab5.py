@@ -225,6 +225,17 @@ class BlockManager(Library):
         return pairs
 """,
     ),
+    "copies_what_was_found_in_the_cache": (
+        3,
+        """
+class BlockManager(Library):
+    def append(self, seq):
+        # The scheduler marks cached tokens as computed only after admission.
+        table = self._tables[seq.seq_id]
+        table.num_tokens = min(table.num_tokens, seq.num_computed_tokens)
+        return super().append(seq)
+""",
+    ),
     "all_samples_have_one_seed": (
         4,
         """
@@ -260,7 +271,7 @@ class SamplingRequest(LibraryRequest):
             for number, token in enumerate(tokens):
                 if number:
                     sample = self._add_completion(fork(completion.seq))
-                sample.add(token, self._model.eos_token_ids, self._model.max_model_len)
+                sample.add(token)
                 if sample.finish_reason is not None:
                     ended.append(sample.seq)
         return ended
@@ -300,7 +311,7 @@ class BlockManager(Library):
 
     def append(self, seq):
         table, size = self._tables[seq.seq_id], self.block_size
-        written = range(seq.num_computed_tokens, seq.num_tokens)
+        written = range(table.num_tokens, seq.num_tokens)
         copies = {}
         for logical in sorted({position // size for position in written}):
             if logical >= len(table.blocks):
@@ -338,7 +349,7 @@ class SamplingRequest(LibraryRequest):
             forks = [fork(parent.seq) for _ in range(1, len(tokens))]
             given += zip([parent, *map(self._add_completion, forks)], tokens)
         for sample, token in reversed(given):
-            sample.add(token, self._model.eos_token_ids, self._model.max_model_len)
+            sample.add(token)
         return [sample.seq for sample, _ in given if sample.finish_reason is not None]
 """,
 }
