@@ -51,8 +51,8 @@ LAB = Lab(
             hints=(
                 "Two questions for each block that is about to be written: is it there yet, and "
                 + "am I its only owner? Which blocks are about to be written?",
-                "From the block of the first token without a slot (`table.num_tokens` have one, and "
-                + "cached ones are among them) to the block of the last token. One "
+                "From the block of the first token without a slot to the block of the last token. "
+                + "`table.num_tokens` have a slot, cached ones among them. A block "
                 + "that is not there is allocated. One with other owners is exchanged in the table "
                 + "for a new one, and the pair is (from, to).",
                 "After the exchange you own the copy and not the original: free it, and the last "
