@@ -224,17 +224,17 @@ class TracedScheduler(_Wrapper):
 
     def schedule(self) -> Any:
         self._log.step += 1
-        plan = self._inner.schedule()
-        for group in plan.preempted:
+        decision = self._inner.schedule()
+        for group in decision.preempted:
             mode = "swap" if group.status.name == "SWAPPED" else "recompute"
             self._log.emit("preempt", request_id=group.request_id, mode=mode)
-        for group in plan.ended:
+        for group in decision.ended:
             self._log.emit("out_of_memory", request_id=group.request_id)
         self._log.emit(
             "schedule",
             running=[g.request_id for g in self._inner.running],
             waiting=[g.request_id for g in self._inner.waiting],
             swapped=[g.request_id for g in self._inner.swapped],
-            num_scheduled_tokens={s.seq.seq_id: s.num_new_tokens for s in plan.sequences},
+            num_scheduled_tokens={s.seq.seq_id: s.num_new_tokens for s in decision.sequences},
         )
-        return plan
+        return decision

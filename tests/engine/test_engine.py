@@ -664,9 +664,9 @@ def test_the_first_fault_is_told_whatever_it_leads_to(folder):
 
 class LosesThoseWhoWait(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
+        decision = super().schedule()
         self.waiting.clear()
-        return plan
+        return decision
 
 
 def test_a_scheduler_that_loses_a_request_is_named_instead_of_waited_for(folder):

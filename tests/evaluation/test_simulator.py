@@ -283,13 +283,13 @@ def test_parallel_samples_save_what_arithmetic_says(prompt, output, n):
     memory = simulation.scheduler.memory
     simulation.step()  # the prompt; the samples begin with one token each
     for generated in range(1, output - 1):
-        plan = simulation.scheduler.schedule()
+        decision = simulation.scheduler.schedule()
         held = memory.num_distinct_blocks(request.group)
         unshared = sum(len(memory.tables[s.seq_id]) for s in request.group.sequences)
         assert unshared == n * -(-(prompt + generated) // 16)
         assert unshared - held == (n - 1) * (prompt // 16)
-        simulation.scheduler.commit(plan)
-        simulation._advance(plan)
+        simulation.scheduler.commit(decision)
+        simulation._advance(decision)
 
 
 def test_beams_descend_from_beams_and_the_surer_the_model_the_longer_they_live():

@@ -53,7 +53,7 @@ def test_no_more_sequences_run_than_max_num_seqs_allows():
     engine = build_engine(max_num_seqs=3)
     for _ in range(8):
         engine.add(5)
-    assert max(len(plan.sequences) for plan in engine.run()) == 3
+    assert max(len(decision.sequences) for decision in engine.run()) == 3
 
 
 def test_a_prompt_that_fits_the_pool_but_not_above_the_watermark_is_admitted_when_alone():
@@ -131,8 +131,8 @@ def test_the_youngest_is_preempted_first_and_comes_back():
     engine = build_engine(num_blocks=6, preemption="recompute")
     for _ in range(3):
         engine.add(8, num_tokens=6)
-    plans = engine.run()
-    first = next(plan for plan in plans if plan.preempted)
+    decisions = engine.run()
+    first = next(decision for decision in decisions if decision.preempted)
     assert numbers(first.preempted) == [2]
     assert engine.finished == [0, 1, 2]
 
@@ -143,8 +143,8 @@ def test_recomputation_forgets_what_was_computed_and_queues_at_the_front():
     victim = engine.add(8)
     engine.add(4)
     engine.step()
-    plan = engine.step()
-    assert plan.preempted == (victim,)
+    decision = engine.step()
+    assert decision.preempted == (victim,)
     assert victim.status is SequenceStatus.WAITING
     assert victim.sequences[0].num_computed_tokens == 0
     assert engine.scheduler.waiting[0] is victim
@@ -155,10 +155,10 @@ def test_swapping_keeps_what_was_computed():
     engine.add(8)
     victim = engine.add(8)
     engine.step()
-    plan = engine.step()
+    decision = engine.step()
     assert victim.status is SequenceStatus.SWAPPED
     assert victim.sequences[0].num_computed_tokens == 8
-    assert len(plan.swap_out) == 2
+    assert len(decision.swap_out) == 2
 
 
 def test_no_request_is_admitted_while_one_is_swapped():
@@ -179,9 +179,9 @@ def test_swapping_in_and_out_never_share_a_step():
     engine = build_engine(num_blocks=9, preemption="swap")
     for _ in range(6):
         engine.add(8, num_tokens=20)
-    plans = engine.run()
-    assert any(plan.swap_in for plan in plans)
-    assert not any(plan.swap_in and plan.swap_out for plan in plans)
+    decisions = engine.run()
+    assert any(decision.swap_in for decision in decisions)
+    assert not any(decision.swap_in and decision.swap_out for decision in decisions)
 
 
 def test_auto_recomputes_single_sequences_and_swaps_groups_of_several():
@@ -189,12 +189,12 @@ def test_auto_recomputes_single_sequences_and_swaps_groups_of_several():
     engine.add(8, num_tokens=40)
     engine.add(8, num_tokens=20, width=3)
     engine.add(8, num_tokens=20)
-    plans = engine.run()
+    decisions = engine.run()
     how = {
-        int(g.request_id): "swap" if plan.swap_out else "recompute"
-        for plan in plans
-        for g in plan.preempted
-        if len(plan.preempted) == 1
+        int(g.request_id): "swap" if decision.swap_out else "recompute"
+        for decision in decisions
+        for g in decision.preempted
+        if len(decision.preempted) == 1
     }
     assert how == {1: "swap", 2: "recompute"}
 
@@ -203,9 +203,9 @@ def test_a_full_swap_pool_falls_back_to_recomputation():
     engine = build_engine(num_blocks=6, num_swap_blocks=1, preemption="swap")
     for _ in range(3):
         engine.add(8, num_tokens=6)
-    plans = engine.run()
-    assert any(plan.preempted for plan in plans)
-    assert not any(plan.swap_out for plan in plans)
+    decisions = engine.run()
+    assert any(decision.preempted for decision in decisions)
+    assert not any(decision.swap_out for decision in decisions)
     assert engine.finished == [0, 1, 2]
 
 
@@ -213,7 +213,7 @@ def test_the_victim_is_whomever_the_part_chooses():
     oldest = build_engine(Parts(select_victim=lambda groups: groups[0]), num_blocks=6)
     for _ in range(3):
         oldest.add(8, num_tokens=6)
-    first = next(plan for plan in oldest.run() if plan.preempted)
+    first = next(decision for decision in oldest.run() if decision.preempted)
     assert numbers(first.preempted) == [1]
     assert youngest(oldest.groups) is oldest.groups[2]
 
@@ -241,12 +241,12 @@ def test_a_forks_first_write_is_copied_also_when_it_was_swapped_out_before():
         engine = build_engine(num_blocks=num_blocks, preemption="swap")
         engine.add(4, num_tokens=2)
         engine.add(10, width=2)
-        plans = [engine.step() for _ in range(3)]
-        [[(source, target)]] = [plan.copies for plan in plans if plan.copies]
+        decisions = [engine.step() for _ in range(3)]
+        [[(source, target)]] = [decision.copies for decision in decisions if decision.copies]
         assert source != target
         if num_blocks == 4:
-            assert plans[1].swap_out
-            assert source in [block for _, block in plans[2].swap_in]
+            assert decisions[1].swap_out
+            assert source in [block for _, block in decisions[2].swap_in]
 
 
 def test_admission_leaves_the_watermark_free_for_running_groups():
@@ -281,9 +281,9 @@ def test_every_preemption_is_counted_once(preemption):
     engine = build_engine(num_blocks=6, preemption=preemption)
     for _ in range(3):
         engine.add(8, num_tokens=6)
-    plans = engine.run()
+    decisions = engine.run()
     for group in engine.groups:
-        assert group.num_preemptions == sum(group in plan.preempted for plan in plans)
+        assert group.num_preemptions == sum(group in decision.preempted for decision in decisions)
     assert engine.groups[2].num_preemptions > 0
 
 
@@ -348,8 +348,8 @@ def test_a_recomputed_sequence_finds_what_is_left_of_its_own_blocks():
     while not engine.step().preempted:
         pass
     while victim.status is not SequenceStatus.RUNNING:
-        plan = engine.step()
-    [part] = [s for s in plan.sequences if s.group is victim]
+        decision = engine.step()
+    [part] = [s for s in decision.sequences if s.group is victim]
     assert part.num_new_tokens < victim.sequences[0].num_tokens
 
 
@@ -366,8 +366,8 @@ def test_a_forked_group_without_room_to_swap_is_recomputed(preemption):
     engine = build_engine(num_blocks=9, num_swap_blocks=0, preemption=preemption)
     engine.add(8, num_tokens=16)
     forked = engine.add(8, num_tokens=8, width=3)
-    plans = engine.run()
-    assert any(forked in plan.preempted for plan in plans)
+    decisions = engine.run()
+    assert any(forked in decision.preempted for decision in decisions)
     assert engine.finished == [0, 1]
     assert not engine.ended
 
@@ -536,10 +536,10 @@ def test_the_oldest_running_group_advances_and_the_oldest_waiting_joins_first(
     while scheduler.has_unfinished():
         ran = list(scheduler.running)
         out = scheduler.swapped + scheduler.waiting
-        plan = engine.step()
-        computed = {s.group for s in plan.sequences}
+        decision = engine.step()
+        computed = {s.group for s in decision.sequences}
         if ran:
-            assert ran[0] in computed or ran[0] in plan.ended
+            assert ran[0] in computed or ran[0] in decision.ended
         left_out = [g.arrival for g in scheduler.swapped + scheduler.waiting if g in out]
         joined = [g.arrival for g in out if g.sequences and g.arrival not in left_out]
         assert not joined or not left_out or max(joined) < min(left_out)
@@ -551,6 +551,6 @@ def test_a_young_swapped_group_does_not_overtake_an_older_one_that_waits():
         engine.add(4, num_tokens=20)
     seen = []
     while engine.scheduler.has_unfinished():
-        plan = engine.step()
-        seen.append(sorted({s.group.arrival for s in plan.sequences}))
+        decision = engine.step()
+        seen.append(sorted({s.group.arrival for s in decision.sequences}))
     assert all(arrivals == list(range(arrivals[0], arrivals[-1] + 1)) for arrivals in seen)

@@ -237,13 +237,13 @@ TestAnyRequests.settings = settings(max_examples=examples(150, full=1000), state
 
 class FindsBeforeTheStepHasRun(FCFSScheduler):
     def schedule(self):
-        plan = super().schedule()
-        for scheduled in plan.sequences:
+        decision = super().schedule()
+        for scheduled in decision.sequences:
             seq = scheduled.seq
             computed, seq.num_computed_tokens = seq.num_computed_tokens, seq.num_tokens
             self.memory.cache_blocks(seq)
             seq.num_computed_tokens = computed
-        return plan
+        return decision
 
 
 class ForgetsTheCopies(FCFSScheduler):
@@ -254,9 +254,9 @@ class ForgetsTheCopies(FCFSScheduler):
 class RemembersWhatWasTakenAway(FCFSScheduler):
     """A group that is to be recomputed still believes that its keys are in the cache."""
 
-    def _preempt(self, group, plan):
+    def _preempt(self, group, decision):
         computed = {s: s.num_computed_tokens for s in group.sequences}
-        super()._preempt(group, plan)
+        super()._preempt(group, decision)
         for seq, number in computed.items():
             if group.status is SequenceStatus.WAITING:
                 seq.num_computed_tokens = number
@@ -264,12 +264,12 @@ class RemembersWhatWasTakenAway(FCFSScheduler):
 
 
 class TearsAGroupApart(FCFSScheduler):
-    def _preempt(self, group, plan):
+    def _preempt(self, group, decision):
         if len(group.sequences) > 1:
             self.finish(group, group.sequences[-1])
-        super()._preempt(group, plan)
+        super()._preempt(group, decision)
         if group.status is SequenceStatus.SWAPPED:
-            plan.swap_out.pop()
+            decision.swap_out.pop()
 
 
 class SamplesWithoutTheOthers(FCFSScheduler):
@@ -298,7 +298,7 @@ class ForksAfterAnEnd(FCFSScheduler):
 
 
 class AdmitsWhatDoesNotFit(FCFSScheduler):
-    def _can_join(self, group, plan):
+    def _can_join(self, group, decision):
         return len(self.running) + group.num_batch_slots <= self.config.max_num_seqs
 
 

@@ -60,7 +60,7 @@ def test_every_preemption_is_emitted_with_its_mode(mode):
     plans = engine.run()
     emitted = [(e.fields["request_id"], e.fields["mode"]) for e in events if e.event == "preempt"]
     assert emitted
-    assert emitted == [(g.request_id, mode) for plan in plans for g in plan.preempted]
+    assert emitted == [(g.request_id, mode) for decision in plans for g in decision.preempted]
 
 
 def test_a_request_that_runs_out_of_memory_is_emitted():
@@ -87,7 +87,9 @@ def test_a_schedule_event_names_the_queues_and_the_tokens_of_its_step():
     for _ in range(4):
         engine.add(8, num_tokens=20)
     plans = engine.run()
-    assert emitted == [{s.seq.seq_id: s.num_new_tokens for s in plan.sequences} for plan in plans]
+    assert emitted == [
+        {s.seq.seq_id: s.num_new_tokens for s in decision.sequences} for decision in plans
+    ]
 
 
 def test_what_happens_within_a_step_has_its_number():

@@ -84,11 +84,11 @@ def _time_scheduler(num_seqs: int, num_tokens: int) -> float:
     seconds: list[float] = []
     for _ in range(steps):
         begin = time.perf_counter()
-        plan = scheduler.schedule()
-        scheduler.commit(plan)
+        decision = scheduler.schedule()
+        scheduler.commit(decision)
         seconds.append(time.perf_counter() - begin)
-        assert len(plan.sequences) == num_seqs, "a sequence did not run"
-        for scheduled in plan.sequences:
+        assert len(decision.sequences) == num_seqs, "a sequence did not run"
+        for scheduled in decision.sequences:
             scheduled.seq.append(7)
     return statistics.median(seconds[1:])  # the first computed the prompts
 

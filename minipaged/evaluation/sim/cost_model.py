@@ -83,11 +83,11 @@ class CostModel:
             + self.prompts(num_pairs)
         )
 
-    def of_plan(self, plan: SchedulerOutput, block_size: int) -> float:
+    def of_step(self, decision: SchedulerOutput, block_size: int) -> float:
         """The step that a scheduler planned, with the blocks that it moves."""
         num_decodes = num_keys = num_prompt_tokens = 0
         num_pairs = 0.0
-        for _, seq, num_new, _ in plan.sequences:
+        for _, seq, num_new, _ in decision.sequences:
             context = seq.num_computed_tokens
             if num_new == 1:
                 num_decodes += 1
@@ -96,8 +96,8 @@ class CostModel:
                 num_prompt_tokens += num_new
                 num_pairs += num_new * (context + num_new / 2)
         seconds = self.step(num_decodes, num_keys, num_prompt_tokens, num_pairs)
-        if plan.copies:
-            seconds += self.copies(len(plan.copies), block_size)
-        if plan.swap_in or plan.swap_out:
-            seconds += self.swap(len(plan.swap_in) + len(plan.swap_out), block_size)
+        if decision.copies:
+            seconds += self.copies(len(decision.copies), block_size)
+        if decision.swap_in or decision.swap_out:
+            seconds += self.swap(len(decision.swap_in) + len(decision.swap_out), block_size)
         return seconds

@@ -1,4 +1,4 @@
-"""The loop: requests come, the scheduler plans, the clock moves on by what the step costs.
+"""The loop: requests arrive, the scheduler decides, the clock moves on by what the step costs.
 
 It is the loop of `LLMEngine.step`, with a formula in the place of the model.
 """
@@ -117,27 +117,27 @@ class Simulation:
     def step(self) -> None:
         """One step of the scheduler, and what follows from it."""
         scheduler = self.scheduler
-        plan = scheduler.schedule()
-        if plan.ended:
+        decision = scheduler.schedule()
+        if decision.ended:
             slots = scheduler.memory.num_blocks * scheduler.memory.block_size
             raise InvalidOption(
-                f"request {plan.ended[0].request_id} has outgrown the whole pool of {slots} token "
-                "slots: simulate a larger pool, or shorter requests."
+                f"request {decision.ended[0].request_id} has outgrown the whole pool of {slots} "
+                "token slots: simulate a larger pool, or shorter requests."
             )
-        seconds = self._seconds(plan)
+        seconds = self._seconds(decision)
         self.now += seconds
         if self.now >= self._look_from:
             self.report.busy_seconds += seconds
             self.report.num_busy_steps += 1
             self._batch_seconds += seconds * (len(scheduler.running) + len(self._kept_back))
         self.report.num_steps += 1
-        self.report.num_sequence_steps += len(plan.sequences)
-        self.report.num_preemptions += len(plan.preempted)
-        self.report.num_blocks_swapped += len(plan.swap_out) + len(plan.swap_in)
+        self.report.num_sequence_steps += len(decision.sequences)
+        self.report.num_preemptions += len(decision.preempted)
+        self.report.num_blocks_swapped += len(decision.swap_out) + len(decision.swap_in)
         if self.now >= self._next_look:
             self._look()  # while the step is under way
-        scheduler.commit(plan)
-        self._advance(plan)
+        scheduler.commit(decision)
+        self._advance(decision)
 
     def _let_come(self) -> None:
         while self._to_come and self._to_come[-1].arrival <= self.now:
@@ -145,26 +145,26 @@ class Simulation:
             self._requests[request.group.request_id] = request
             self.scheduler.add(request.group)
 
-    def _seconds(self, plan: SchedulerOutput) -> float:
+    def _seconds(self, decision: SchedulerOutput) -> float:
         if not self._system.forms_batches:
-            return self._costs.of_plan(plan, self._setting.block_size)
+            return self._costs.of_step(decision, self._setting.block_size)
         # Padded: all prompts are as long as the longest, and who has ended is computed on with the
         # others.
         batch = [*self.scheduler.running, *(request.group for request in self._kept_back)]
         size = sum(group.width for group in batch)
         prompt = self._longest_prompt = max(
-            (s.num_new_tokens for s in plan.sequences if s.num_new_tokens > 1),
+            (s.num_new_tokens for s in decision.sequences if s.num_new_tokens > 1),
             default=self._longest_prompt,
         )
-        generated = max((s.seq.num_output_tokens for s in plan.sequences), default=0)
+        generated = max((s.seq.num_output_tokens for s in decision.sequences), default=0)
         if generated == 0:
             return self._costs.step(0, 0, size * prompt, size * prompt**2 / 2)
         return self._costs.step(size, size * (prompt + generated), 0, 0)
 
-    def _advance(self, plan: SchedulerOutput) -> None:
+    def _advance(self, decision: SchedulerOutput) -> None:
         """A token more for every sequence of which nothing is left to compute."""
         advanced: set[str] = set()
-        for group, seq, _, samples in plan.sequences:
+        for group, seq, _, samples in decision.sequences:
             if not samples or group.request_id in advanced:
                 continue
             request = self._requests[group.request_id]
