@@ -52,7 +52,13 @@ def project(pytester, request, monkeypatch):
     return pytester
 
 
-@pytest.mark.parametrize("workers", [("-n", "0"), ("-n", "2"), (), ("-p", "no:xdist")])
+WAYS = [(), ("-p", "no:xdist")]
+MORE_WAYS = [("-n", "0"), ("-n", "2")]
+
+
+@pytest.mark.parametrize(
+    "workers", WAYS + [pytest.param(way, marks=pytest.mark.full) for way in MORE_WAYS]
+)
 def test_what_is_left_out_is_said_in_one_line(project, workers):
     if workers != ("-p", "no:xdist"):
         pytest.importorskip("xdist")

@@ -27,6 +27,7 @@ def test_the_lengths_have_the_means_of_the_papers_trace():
     assert alpaca_lengths(5, 1024, seed=0) != alpaca_lengths(5, 1024, seed=1)
 
 
+@pytest.mark.full
 def test_parallel_sampling_saves_what_the_formula_says_and_beams_save_more(capsys, monkeypatch):
     code, out, _ = minipaged(
         capsys,

@@ -63,7 +63,9 @@ def test_every_case_is_reported_with_ratios_tokens_and_memory(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("by", [engine_sides.OURS, CONTINUOUS])
+@pytest.mark.parametrize(
+    "by", [engine_sides.OURS, pytest.param(CONTINUOUS, marks=pytest.mark.full)]
+)
 def test_the_peak_of_each_side_is_measured_in_a_process_of_its_own(tmp_path, by):
     weight_bytes = 4 * make_model(QUICK, tmp_path)
     peak = engine_sides.peak_bytes(by, tmp_path, "float32", QUICK)

@@ -53,6 +53,7 @@ def test_arithmetic_comes_out_exactly(name):
     assert draws(result)
 
 
+@pytest.mark.full
 def test_the_memory_is_used_as_in_figure_2():
     result = fig2.FIGURE.run(SHORT)
     assert not missed(result)

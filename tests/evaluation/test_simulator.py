@@ -389,6 +389,7 @@ def test_a_plan_counts_what_the_weights_leave():
         deploy(MODELS["llama-3-70b"], GPUS["h100-80g"], 1)
 
 
+@pytest.mark.full
 def test_a_capacity_report_says_when_the_pool_is_the_bound():
     lengths = Lengths(500.0, 500.0, 0.5, 0.5, longest=4096)
     small = deploy(MODELS["llama-2-7b"], GPUS["l4-24g"], 1)

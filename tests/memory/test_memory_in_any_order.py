@@ -31,7 +31,7 @@ from minipaged.memory import BlockManager, PrefixCache
 from minipaged.sequence import SequenceGroup
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=examples(200, full=1500))
+TestAnyOrder.settings = settings(max_examples=examples(100, full=1500))
 
 
 # ---- deliberate faults: each must be caught ------------------------------------------------------
@@ -47,7 +47,11 @@ class EvictsTheNewestLeaf(PrefixCache):
 def test_any_order_of_leaves_will_do():
     machine = type("NewestLeaf", (AnyOrder,), {"manager": with_cache(EvictsTheNewestLeaf)})
     quick = settings(
-        max_examples=150, phases=[Phase.generate], derandomize=True, deadline=None, database=None
+        max_examples=examples(50, full=150),
+        phases=[Phase.generate],
+        derandomize=True,
+        deadline=None,
+        database=None,
     )
     run_state_machine_as_test(machine, settings=quick)
 

@@ -229,7 +229,7 @@ class AnyRequests(RuleBasedStateMachine):
 
 
 TestAnyRequests = AnyRequests.TestCase
-TestAnyRequests.settings = settings(max_examples=examples(150, full=1000), stateful_step_count=30)
+TestAnyRequests.settings = settings(max_examples=examples(100, full=1000), stateful_step_count=30)
 
 
 # ---- deliberate faults: each must be caught ------------------------------------------------------

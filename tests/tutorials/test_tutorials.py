@@ -77,6 +77,7 @@ def module_name(file: Path) -> str:
     return ".".join(file.relative_to(below).with_suffix("").parts).removesuffix(".__init__")
 
 
+@pytest.mark.full
 def test_a_script_keeps_its_pictures_where_it_is_told(tmp_path: Path):
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "MINIPAGED_PICTURES": "pictures"}
     subprocess.run(

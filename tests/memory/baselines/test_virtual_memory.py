@@ -421,7 +421,7 @@ class VirtualInAnyOrder(AnyOrder):
 
 
 TestVirtualInAnyOrder = VirtualInAnyOrder.TestCase
-TestVirtualInAnyOrder.settings = settings(max_examples=examples(150, full=200))
+TestVirtualInAnyOrder.settings = settings(max_examples=examples(75, full=200))
 
 
 class MapsOneGroupTooFew(VirtualMemory):
