@@ -28,6 +28,13 @@ class PromptTooLong(InvalidRequest):
     """The prompt does not fit: into the model's context, into the pool, or into one step."""
 
 
+class RequestFailed(MinipagedError):
+    """The code that samples for one request, or writes its text, raised; all others go on.
+
+    What it raised is the `__cause__`.
+    """
+
+
 class OutOfBlocks(MinipagedError):
     """The pool has no free block left. The scheduler answers it by preempting someone."""
 

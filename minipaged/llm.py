@@ -1,9 +1,10 @@
 """The front door: prompts in, RequestOutputs out."""
 
+import logging
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
+from threading import Lock
 from typing import Any, cast
 
 from tqdm import tqdm
@@ -19,6 +20,8 @@ from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_template import Message, chat_prompt
 from minipaged.tokenizer.prompts import Prompt, list_prompts, read_prompt
 from minipaged.utils.options import option, takes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class LLM:
         # progress that its stream has not read yet: several streams share every step.
         self._open: set[str] = set()
         self._unread: dict[str, Progress] = {}
+        self._abandoned: set[str] = set()  # those that nobody reads any more, still to be aborted
+        self._num_steps_read = 0  # the steps whose progress is in `_unread`
+        self._lock = Lock()  # threads take turns: each step serves the requests of all of them
 
     def get_tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if its folder holds none."""
@@ -73,8 +79,11 @@ class LLM:
             use_tqdm: show a progress bar with tokens per second.
 
         Raises:
-            InvalidRequest, InvalidOption, MissingTokenizer: a prompt can never be served. None of
-                this call's prompts is then left in the engine; other calls go on.
+            InvalidRequest, InvalidOption, MissingTokenizer: a prompt can never be served.
+            RequestFailed: the code of a request failed. See `LLMEngine.step`.
+
+        None of this call's prompts is then left in the engine, nor after Ctrl-C; other calls go on.
+        Several threads may call at once: every step serves the requests of all of them.
         """
         many = list_prompts(prompts)
         outputs: dict[int, RequestOutput] = {}
@@ -98,9 +107,12 @@ class LLM:
 
         Beam search and best_of show nothing before the end: they change their minds.
 
-        Several streams may be open at once; they share every step. A stream that is closed before
-        the end, or is stopped by an error, aborts what is left. Nothing is checked and nothing
-        computed before the first output is asked for.
+        Several streams may be open at once, in one thread or in several; they share every step. A
+        stream that is closed before the end, or is stopped by an error, aborts what is left.
+        Nothing is checked and nothing computed before the first output is asked for.
+
+        Raises RequestFailed if the code of a request fails (see `LLMEngine.step`), and what
+        `generate` raises.
         """
         for index, progress in self._serve(list_prompts(prompts), sampling_params):
             yield index, progress.build_output()
@@ -110,41 +122,57 @@ class LLM:
     ) -> Iterator[tuple[int, Progress]]:
         """Add the prompts, then step until all have finished; aborts what is left when closed."""
         params = one_for_each(sampling_params, len(prompts))
-        self._refuse_to_run_for_others()
         mine: dict[str, int] = {}  # request id -> index of the prompt
         try:
-            for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
-                request_id = f"llm-{next(self._numbers)}"
-                self.engine.add_request(request_id, prompt, chosen)
-                self._open.add(request_id)
-                mine[request_id] = index
+            with self._lock:
+                self._refuse_to_run_for_others()
+                for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
+                    mine[request_id := f"llm-{next(self._numbers)}"] = index
+                    self._open.add(request_id)
+                    self.engine.add_request(request_id, prompt, chosen)
             while mine:
-                if self._unread.keys().isdisjoint(mine):
-                    for progress in self.engine.step():
-                        if progress.request_id in self._open:
-                            self._unread[progress.request_id] = progress
-                for request_id in list(self._unread):
-                    if request_id not in mine:
-                        continue
+                with self._lock:
+                    if self._unread.keys().isdisjoint(mine):
+                        self._step()
+                    ready = [request_id for request_id in self._unread if request_id in mine]
+                for request_id in ready:
                     progress, index = self._unread.pop(request_id), mine[request_id]
+                    if progress.error is not None:
+                        raise progress.error
                     if progress.finished:
                         del mine[request_id]
                         self._open.remove(request_id)
                     yield index, progress
-        except Exception:
-            while mine:  # whatever has broken may break again, and the first error counts
-                with suppress(Exception):
-                    self._abort(mine)
-            raise
         finally:
-            self._abort(mine)
+            self._abandoned.update(mine)
+            # The lock is taken if another thread runs a step, which will then do this, or if the
+            # garbage collector closes a stream in the middle of one.
+            while self._abandoned and self._lock.acquire(blocking=False):
+                try:
+                    self._abort_abandoned()
+                finally:
+                    self._lock.release()
 
-    def _abort(self, request_ids: dict[str, int]) -> None:
-        while request_ids:
-            request_id, _ = request_ids.popitem()
+    def _step(self) -> None:
+        """One step for all open streams, unless Ctrl-C has left the last one unread."""
+        self._abort_abandoned()
+        if self._num_steps_read == self.engine.last_step[0]:
+            self.engine.step()
+        num_steps, progresses = self.engine.last_step
+        for progress in progresses:
+            if progress.request_id in self._open:
+                self._unread[progress.request_id] = progress
+        self._num_steps_read = num_steps
+
+    def _abort_abandoned(self) -> None:
+        for request_id in list(self._abandoned):
+            try:
+                self.engine.abort_request(request_id)
+            except Exception:  # the request is gone all the same
+                logger.exception("a part failed while request %r was aborted", request_id)
             self._open.discard(request_id)
             self._unread.pop(request_id, None)
-            self.engine.abort_request(request_id)
+            self._abandoned.remove(request_id)
 
     def beam_search(
         self,
@@ -191,16 +219,20 @@ class LLM:
         whole: Prompt = {"prompt_token_ids": read.token_ids[:num_tokens]}
         if read.cache_salt is not None:
             whole["cache_salt"] = read.cache_salt
-        self.generate(whole, SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
-        pinned = self.engine.pin_prefix(whole)
-        assert pinned is not None, "what was just computed is known, in this block or an equal one"
+        pinned = None
+        while pinned is None:  # once, unless another thread needs its blocks in between
+            self.generate(whole, SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
+            with self._lock:
+                pinned = self.engine.pin_prefix(whole)
         return pinned
 
     def release_prefix(self, prefix: CachedPrefix) -> None:
         """Let the prefix go once its blocks are needed. Raises InvalidRequest the second time."""
-        self.engine.release_prefix(prefix)
+        with self._lock:
+            self.engine.release_prefix(prefix)
 
     def _refuse_to_run_for_others(self) -> None:
+        self._abort_abandoned()
         if not self.engine.unfinished_request_ids <= self._open:
             raise InvalidRequest(
                 "llm.engine is serving requests that were added to it directly, whose outputs "

@@ -357,7 +357,7 @@ def gpt2_tokens(block_size: int, num_blocks: int) -> dict[str, list[int]]:
     cache = KVCache.build(gpt2.config, config, torch.float32, "cpu")
     batches = BatchBuilder(config.max_num_seqs, config.max_blocks_per_seq, block_size)
     runner = ModelRunner(gpt2, BACKENDS["torch"], cache, batches)
-    engine = LLMEngine(config, Parts().build_scheduler(config), runner, tokenizer=None)
+    engine = LLMEngine(config, lambda: Parts().build_scheduler(config), runner, tokenizer=None)
     for number, token_ids in enumerate(some_prompts):
         engine.add_request(f"prompt {number}", token_ids, greedy)
     tokens = {}

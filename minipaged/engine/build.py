@@ -1,6 +1,7 @@
 """From options to an engine: attention, weights, cache and scheduler, put together."""
 
 from collections.abc import Callable
+from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def build_engine(folder: Path, args: EngineArgs, parts: Parts) -> LLMEngine:
     graphs = _graphs(model, storage.kv_cache, backend, config, args.enforce_eager)
     return LLMEngine(
         config,
-        storage.parts.build_scheduler(config),
+        partial(storage.parts.build_scheduler, config),
         ModelRunner(model, backend, storage.kv_cache, storage.batches, graphs),
         open_tokenizer(folder),
         sampling_request=parts.sampling_request,

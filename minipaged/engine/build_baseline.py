@@ -74,6 +74,7 @@ def _virtual(
     kv_cache = VirtualKVCache(model, layout, dtype)
 
     def memory(**_: Any) -> VirtualMemory:
+        kv_cache.pages.unmap_all()
         return VirtualMemory(layout, groups, kv_cache.pages, int(config.watermark * groups))
 
     batches = BatchBuilder(config.max_num_seqs, 1, layout.region_len)

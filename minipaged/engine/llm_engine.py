@@ -2,7 +2,8 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 
@@ -10,19 +11,21 @@ import torch
 from torch import Tensor
 
 from minipaged.config import EngineConfig
-from minipaged.engine.beam_request import BeamRequest
+from minipaged.engine.arrivals import first_group, refuse_what_cannot_be_served, request_builder
+from minipaged.engine.open_request import Advance, OpenRequest
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput, StepStats
+from minipaged.engine.prefixes import PinnedPrefixes
 from minipaged.engine.request import Arrival, ModelTraits, Request
 from minipaged.engine.sampling_request import SamplingRequest
-from minipaged.errors import InvalidRequest, MissingTokenizer
+from minipaged.errors import InvalidRequest
 from minipaged.memory import MemoryView
-from minipaged.sampling import BeamSearchParams, Params, SamplingParams
+from minipaged.sampling import Params, SamplingParams
 from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow
 from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
-from minipaged.tokenizer.prompts import Prompt, TokenizedPrompt, read_prompt
+from minipaged.tokenizer.prompts import Prompt, read_prompt
 from minipaged.utils.device import to_device
 from minipaged.worker.model_runner import ModelRunner
 
@@ -34,13 +37,17 @@ class LLMEngine:
     """Requests go in at any time; each step returns the progress of those that advanced.
 
     The engine owns the requests and their texts. Queues belong to the scheduler, blocks to the
-    memory below it, tensors to the runner.
+    memory below it, tensors to the runner. One thread at a time may call an engine.
+
+    Every call is all or nothing. If one is cut short, by an exception or by Ctrl-C, the engine
+    builds a new scheduler and memory, and every open request goes on from the tokens that it has;
+    its keys and values are recomputed. See `open_request`.
     """
 
     def __init__(
         self,
         config: EngineConfig,
-        scheduler: Scheduler,
+        build_scheduler: Callable[[], Scheduler],
         runner: ModelRunner,
         tokenizer: Tokenizer | None,
         *,
@@ -49,21 +56,26 @@ class LLMEngine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
-        self.scheduler = scheduler
+        self.scheduler = build_scheduler()
         self.runner = runner
         self.tokenizer = tokenizer
         self.sampler = Sampler()
         self.listeners: list[Listener] = []
-        """Called in each step once its keys and values are written, before anything is freed."""
+        """Called in each step once its keys and values are written, before anything is freed.
+        A listener may read the engine, and must not change it."""
+        self.last_step: tuple[int, list[Progress]] = (0, [])
+        """The number of the last complete step, and what it returned or, but for Ctrl-C, would."""
+        self._build_scheduler = build_scheduler
         self._sampling_request = sampling_request
-        eos_token_ids = runner.model.config.eos_token_ids
-        self._traits = ModelTraits(tokenizer, eos_token_ids, config.max_model_len)
-        self._requests: dict[str, Request] = {}
-        self._prefixes: dict[CachedPrefix, Sequence] = {}  # the pinned ones
+        model = runner.model.config
+        self._traits = ModelTraits(tokenizer, model.eos_token_ids, config.max_model_len)
+        self._open: dict[str, OpenRequest] = {}
+        self._prefixes = PinnedPrefixes()
         self._seq_ids = count()
         self._seeds = random.Random(seed)  # for requests that bring no seed of their own
         self._clock = clock
-        self._num_steps = 0
+        self._faults: dict[str, Exception] = {}  # by request id: what its own code has raised
+        self._is_cut_short = False  # a change has begun and has not reached its end
 
     @property
     def memory(self) -> MemoryView:
@@ -76,23 +88,50 @@ class LLMEngine:
         """Compute one step; returns what is new of each request that advanced or ended.
 
         `progress.output()` gives the `RequestOutput` with all that the request has so far.
+
+        If the code of one request raises (the tokenizer on its tokens, a custom part that samples
+        for it), that request ends: its progress has the `error`, a RequestFailed. The others go on.
+
+        Any other exception, and Ctrl-C, reaches the caller, and the step has not happened: each
+        request is as it was before, and the next call computes its keys and values again and
+        samples the same tokens. If the model itself raises, no request can be blamed: it may raise
+        again, until the request that makes it raise is aborted.
         """
-        times = [self._clock()]
-        decision = self.scheduler.schedule()  # which sequences run, how many tokens each
-        times.append(self._clock())
-        step = self._step_input(decision)  # the same in plain numbers
-        logits = self.runner.run(step)  # [rows, vocab]: the device side
-        times.append(self._clock())
-        sampled = self._sample(decision, step, logits)  # by request, by sequence
-        times.append(self._clock())
-        return self._commit(decision, sampled, times)
+        with self._change():
+            times = [self._clock()]
+            decision = self.scheduler.schedule()  # which sequences run, how many tokens each
+            times.append(self._clock())
+            step = self._step_input(decision)  # the same in plain numbers
+            logits = self.runner.run(step)  # [rows, vocab]: the device side
+            times.append(self._clock())
+            sampled = self._sample(decision, step, logits)  # by request, by sequence
+            times.append(self._clock())
+            self._commit(decision, sampled, times)
+        return self.last_step[1]
+
+    @contextmanager
+    def _change(self, harmless: type[Exception] | tuple[()] = ()) -> Generator[None]:
+        """All or nothing. A `harmless` exception is raised before anything has changed."""
+        if self._is_cut_short:
+            self._restart()
+        self._is_cut_short = True
+        try:
+            yield
+        except harmless:
+            self._is_cut_short = False
+            raise
+        except BaseException:
+            with suppress(Exception):  # if this is cut short in turn, the next change restarts
+                self._restart()
+            raise
+        self._is_cut_short = False
 
     def _step_input(self, decision: SchedulerOutput) -> StepInput:
         """The decision in plain numbers: the message to the device side (section 4.6)."""
         tables = self.scheduler.memory.tables
         sequences: list[SequenceInput] = []
         for group, seq, num_new_tokens, samples in decision.sequences:
-            request, start = self._requests[group.request_id], seq.num_computed_tokens
+            request, start = self._open[group.request_id].request, seq.num_computed_tokens
             num_logits = 1 if samples else 0
             if request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq):
                 num_logits = num_new_tokens
@@ -112,12 +151,16 @@ class LLMEngine:
         stop = 0
         for scheduled, sequence in zip(decision.sequences, step.sequences, strict=True):
             group, seq, _, samples = scheduled
-            request = self._requests[group.request_id]
+            request = self._open[group.request_id].request
             start, stop = stop, stop + sequence.num_logits
             if request.num_prompt_logprobs is not None:
                 request.note_prompt_logits(seq, logits[start:stop])
             if samples:
-                wanted = request.rows(seq)
+                try:
+                    wanted = request.rows(seq)
+                except Exception as error:
+                    self._faults[group.request_id] = error
+                    continue
                 rows += wanted
                 row_indices += [stop - 1] * len(wanted)
                 owners.append((group.request_id, seq.seq_id, len(wanted)))
@@ -130,64 +173,73 @@ class LLMEngine:
             start += num_rows
         return sampled
 
-    def _commit(
-        self, decision: SchedulerOutput, sampled: Sampled, times: list[float]
-    ) -> list[Progress]:
+    def _commit(self, decision: SchedulerOutput, sampled: Sampled, times: list[float]) -> None:
         """Note what was computed, fork and go on as each request decides, free what has ended."""
-        scheduler, now = self.scheduler, times[-1]
-        scheduler.commit(decision)
+        number = self.last_step[0] + 1
+        progresses: list[Progress | None] = []  # None: nothing that can be shown yet
+        self.scheduler.commit(decision)
         if self.listeners:
-            self._report(decision, times)
-        changed: list[Request] = []
+            stats = StepStats.of(number, self.scheduler, decision, times)
+            for listener in self.listeners:
+                listener(decision, stats)
         for request_id, tokens in sampled.items():
-            request = self._requests[request_id]
-            request.last_token_time = now
+            open_request = self._open[request_id]
+            request = open_request.request
+            request.last_token_time = times[-1]
             if request.first_token_time is None:
-                request.first_token_time = now
-            for seq in request.advance(tokens, partial(self._fork, request.group)):
-                scheduler.finish(request.group, seq)
-            changed.append(request)
+                request.first_token_time = times[-1]
+            open_request.history.append(advance := Advance(number, tokens, []))
+            try:
+                ended = request.advance(tokens, partial(self._fork, request.group, advance.forked))
+                progresses.append(request.progress())
+            except Exception as error:
+                self._faults.setdefault(request_id, error)
+                continue
+            for seq in ended:
+                self.scheduler.finish(request.group, seq)
         for group in decision.ended:
-            request = self._requests[group.request_id]
-            request.finish_all("length")
-            changed.append(request)
-        progresses: list[Progress] = []
-        for request in changed:
-            progress = request.progress()
-            if progress is not None:
-                progresses.append(progress)
-                if progress.finished:
-                    del self._requests[progress.request_id]
-        if self._requests:
-            queued = scheduler.running or scheduler.waiting or scheduler.swapped
-            assert queued, f"the scheduler has lost {', '.join(self._requests)}: they would hang"
-        return progresses
+            request = self._open[group.request_id].request
+            try:
+                request.finish_all("length")
+                progresses.append(request.progress())
+            except Exception as error:
+                self._faults[group.request_id] = error
+        self._conclude(number, [progress for progress in progresses if progress is not None])
 
-    def _fork(self, group: SequenceGroup, parent: Sequence) -> Sequence:
-        return self.scheduler.fork(group, parent, next(self._seq_ids))
+    def _conclude(self, number: int, progresses: list[Progress]) -> None:
+        """Let the step have happened, with what it reports, and forget what has ended."""
+        progresses += [self._open[request_id].fail(e) for request_id, e in self._faults.items()]
+        ended = [progress.request_id for progress in progresses if progress.finished]
+        for request_id in ended:
+            self._open[request_id].ended_in = number
+        self.last_step = (number, progresses)  # until this assignment, all can be undone
+        for request_id in ended:
+            del self._open[request_id]
+        if self._prefixes.lost:
+            self._prefixes.pin_again(self.scheduler.memory)
+        queued = not self._open or self.scheduler.has_unfinished()
+        assert queued, f"the scheduler has lost {', '.join(self._open)}: they would hang"
+        if self._faults:  # their forks may be half done
+            self._restart()
 
-    def _report(self, decision: SchedulerOutput, times: list[float]) -> None:
-        """Tell the listeners about a step; `times` are before and after each of its parts."""
-        self._num_steps += 1
-        scheduler, memory = self.scheduler, self.scheduler.memory
-        stats = StepStats(
-            step=self._num_steps,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_swapped=len(scheduler.swapped),
-            num_sequences=len(decision.sequences),
-            num_tokens=sum(scheduled.num_new_tokens for scheduled in decision.sequences),
-            num_preempted=len(decision.preempted),
-            num_queried_tokens=decision.num_queried_tokens,
-            num_cached_tokens=decision.num_cached_tokens,
-            num_blocks_in_use=memory.num_blocks - memory.num_free,
-            num_blocks=memory.num_blocks,
-            schedule_seconds=times[1] - times[0],
-            run_seconds=times[2] - times[1],
-            sample_seconds=times[3] - times[2],
-        )
-        for listener in self.listeners:
-            listener(decision, stats)
+    def _fork(self, group: SequenceGroup, forked: list[int], parent: Sequence) -> Sequence:
+        child = self.scheduler.fork(group, parent, next(self._seq_ids))
+        forked.append(child.seq_id)
+        return child
+
+    def _restart(self) -> None:
+        """Build scheduler and memory anew, and queue every open request to be recomputed."""
+        self._faults = {}
+        self.scheduler = self._build_scheduler()
+        last_step, _ = self.last_step
+        self._open = {name: one for name, one in self._open.items() if one.ended_in > last_step}
+        for request_id, open_request in self._open.items():
+            try:
+                self.scheduler.add(open_request.rebuild(last_step))
+            except Exception as error:
+                self._faults[request_id] = error  # the next step reports it
+        self._prefixes.lose_all()
+        self._is_cut_short = False
 
     # ---- requests come and go ------------------------------------------------------------------
 
@@ -201,43 +253,35 @@ class LLMEngine:
         """
         params = SamplingParams() if params is None else params
         read = read_prompt(prompt, self.tokenizer)
-        self._refuse_what_cannot_be_served(request_id, read, params)
-        if isinstance(params, SamplingParams):
-            width, wants_prompt = params.num_samples, params.prompt_logprobs is not None
-        else:
-            width, wants_prompt = params.beam_width, False
-        seq = Sequence(
-            next(self._seq_ids),
-            read.token_ids,
-            max_output_len=params.max_tokens,
-            cache_salt=read.cache_salt,
-            reads_cache=not wants_prompt,  # for the logits of the prompt, all of it is computed
-        )
-        group = SequenceGroup(request_id, [seq], width=width)
-        self.scheduler.add(group)
-        arrival = Arrival(group, read, self._traits, self._clock())
-        seed = self._seeds.getrandbits(63)  # drawn in any case: one request shifts no other's seed
-        if isinstance(params, BeamSearchParams):
-            self._requests[request_id] = BeamRequest(arrival, params)
-        else:
-            seed = seed if params.seed is None else params.seed
-            self._requests[request_id] = self._sampling_request(arrival, params, seed)
+        if request_id in self._open:
+            raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
+        vocab_size = self.runner.model.config.vocab_size
+        refuse_what_cannot_be_served(read, params, self._traits, vocab_size)
+        group = first_group(request_id, read, params, next(self._seq_ids))
+        with self._change(harmless=InvalidRequest):
+            self.scheduler.add(group)
+            seed = self._seeds.getrandbits(63)  # in any case: none shifts the seed of another
+            build = request_builder(params, seed, self._sampling_request)
+            arrival = Arrival(group, read, self._traits, self._clock())
+            request = build(arrival)
+            self._open[request_id] = OpenRequest(arrival, group.sequences[0], build, request)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request at once and return what it has; None if there is no such request."""
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return None
-        self.scheduler.abort(request.group)
-        request.finish_all("abort")
-        return request.output()
+        with self._change():
+            open_request = self._open.pop(request_id, None)
+            if open_request is None:
+                return None
+            self.scheduler.abort(open_request.arrival.group)
+        open_request.request.finish_all("abort")
+        return open_request.request.output()
 
     @property
     def unfinished_request_ids(self) -> set[str]:
-        return set(self._requests)
+        return set(self._open)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests)
+        return bool(self._open)
 
     # ---- prefixes that stay (section 4.4, shared prefix) ---------------------------------------
 
@@ -245,48 +289,10 @@ class LLMEngine:
         """Keep the blocks of a computed prefix; None if it is not, or no longer, in the cache."""
         read = read_prompt(prompt, self.tokenizer)
         seq = Sequence(next(self._seq_ids), read.token_ids, cache_salt=read.cache_salt)
-        memory = self.scheduler.memory
-        if memory.pin(seq) < seq.num_tokens:
-            memory.free(seq)
-            return None
-        prefix = CachedPrefix(seq.num_tokens, len(memory.tables[seq.seq_id]))
-        self._prefixes[prefix] = seq
-        return prefix
+        with self._change():
+            return self._prefixes.pin(seq, self.scheduler.memory)
 
     def release_prefix(self, prefix: CachedPrefix) -> None:
         """Let go of a pinned prefix: it stays until its blocks are needed, like any other."""
-        if not isinstance(prefix, CachedPrefix):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidRequest(
-                f"{prefix!r} is no cached prefix: give what cache_prefix returned."
-            )
-        seq = self._prefixes.pop(prefix, None)
-        if seq is None:
-            raise InvalidRequest(f"{prefix} is not pinned here: was it released before?")
-        self.scheduler.memory.free(seq)
-
-    def _refuse_what_cannot_be_served(
-        self, request_id: str, prompt: TokenizedPrompt, params: Params
-    ) -> None:
-        vocab_size = self.runner.model.config.vocab_size
-        if request_id in self._requests:
-            raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
-        outside = [t for t in prompt.token_ids if not 0 <= t < vocab_size]
-        if outside:
-            raise InvalidRequest(
-                f"the prompt holds token id {outside[0]}, and the model knows ids from 0 to "
-                f"{vocab_size - 1}: was it encoded for another model?"
-            )
-        if isinstance(params, SamplingParams):
-            params.check_vocab(vocab_size)
-            if params.stop_strings and self.tokenizer is None:
-                raise MissingTokenizer(
-                    "stop strings need text, but the model's folder holds no tokenizer: "
-                    "use stop_token_ids."
-                )
-        elif isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-            params.check_vocab(vocab_size, len(self._traits.eos_token_ids))
-        else:
-            raise InvalidRequest(
-                f"{params!r} is no SamplingParams: give SamplingParams(...) or "
-                "BeamSearchParams(...)."
-            )
+        with self._change(harmless=InvalidRequest):
+            self._prefixes.release(prefix, self.scheduler.memory)

@@ -1,11 +1,16 @@
 """What comes out: a `Progress` per request and step, and the `RequestOutput` a user wants of it."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, NamedTuple
 
-FinishReason = Literal["stop", "length", "abort"]
+from minipaged.errors import RequestFailed
+from minipaged.scheduler.interface import Scheduler
+from minipaged.scheduler.output import SchedulerOutput
+
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class RequestOutputKind(Enum):
@@ -21,7 +26,7 @@ class CompletionOutput:
     """One generated sequence, so far or complete.
 
     finish_reason is None while it grows; then "stop" (end-of-sequence token, stop token or stop
-    string), "length" (max_tokens, max_model_len, or a pool too small to go on), "abort".
+    string), "length" (max_tokens, max_model_len, or a pool too small to go on), "abort", "error".
     stop_reason is the stop string or stop token that ended it, None for the end-of-sequence token.
     logprobs holds, for each token, the log-probabilities of it and of the likeliest others. score
     is what beam search ranks by: the log-probability under the length penalty.
@@ -100,6 +105,7 @@ class Progress(NamedTuple):
     new: list[NewTokens]
     finished: bool
     build_output: Callable[[], RequestOutput]
+    error: RequestFailed | None = None  # what its own code raised, which has ended it
 
     def output(
         self, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
@@ -141,6 +147,29 @@ class StepStats:
     schedule_seconds: float
     run_seconds: float  # message, tensors and model, as the host sees it
     sample_seconds: float
+
+    @classmethod
+    def of(
+        cls, step: int, scheduler: Scheduler, decision: SchedulerOutput, times: Many[float]
+    ) -> "StepStats":
+        """A step that has run; `times` are before and after each of its three parts."""
+        memory = scheduler.memory
+        return cls(
+            step=step,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_swapped=len(scheduler.swapped),
+            num_sequences=len(decision.sequences),
+            num_tokens=sum(scheduled.num_new_tokens for scheduled in decision.sequences),
+            num_preempted=len(decision.preempted),
+            num_queried_tokens=decision.num_queried_tokens,
+            num_cached_tokens=decision.num_cached_tokens,
+            num_blocks_in_use=memory.num_blocks - memory.num_free,
+            num_blocks=memory.num_blocks,
+            schedule_seconds=times[1] - times[0],
+            run_seconds=times[2] - times[1],
+            sample_seconds=times[3] - times[2],
+        )
 
 
 @dataclass(frozen=True, eq=False)

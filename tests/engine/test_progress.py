@@ -143,5 +143,5 @@ def test_nothing_is_counted_for_nobody(llm, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a step without listeners counts nothing")
 
-    monkeypatch.setattr(type(llm.engine), "_report", refuse)
+    monkeypatch.setattr(StepStats, "of", refuse)
     assert tokens(llm.generate([TEXT], greedy(3), use_tqdm=False))

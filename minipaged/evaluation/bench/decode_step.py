@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ def build_engine(
         graphs = DecodeGraphs(model, cache, num_seqs, blocks, record_cuda_graphs(device))
     return LLMEngine(
         engine,
-        Parts().build_scheduler(engine),
+        partial(Parts().build_scheduler, engine),
         ModelRunner(model, backend, cache, batches, graphs),
         tokenizer=None,
     )

@@ -115,6 +115,11 @@ class MappedPages:
             self._advise(mmap.MADV_DONTNEED, start, length)
         self._num_mapped[region] = groups.start
 
+    def unmap_all(self) -> None:
+        """Unmap every page, for a memory manager that begins anew."""
+        self._advise(mmap.MADV_DONTNEED, 0, self.layout.num_bytes)
+        self._num_mapped = [0] * self.layout.num_regions
+
     def num_mapped(self, region: int) -> int:
         """How many page groups of the region are mapped, counted from its start."""
         return self._num_mapped[region]

@@ -1,0 +1,93 @@
+"""A request while it is served, and what it can be rebuilt from.
+
+A request is determined by how it arrived and by the tokens that were sampled for it. Its text, its
+forks and its log-probabilities follow from these, as its keys and values follow from its tokens
+(section 4.5, recomputation). The engine therefore keeps a history of sampled tokens per request.
+If a step is cut short, every request is rebuilt from its history as it was before that step.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import NamedTuple
+
+from minipaged.engine.outputs import Progress
+from minipaged.engine.request import Arrival, Request
+from minipaged.errors import RequestFailed
+from minipaged.sampling.sampler import SampledToken
+from minipaged.sequence import Sequence, SequenceGroup
+
+
+class Advance(NamedTuple):
+    """What one step gave one request."""
+
+    step: int
+    sampled: dict[int, list[SampledToken]]  # by sequence id
+    forked: list[int]  # ids of the sequences that it forked, in order
+
+
+@dataclass(eq=False)
+class OpenRequest:
+    """A request that has not ended, or ended in the step that is under way."""
+
+    arrival: Arrival
+    first: Sequence  # that all others are forked from
+    build: Callable[[Arrival], Request]  # a request of its kind, with its parameters and seed
+    request: Request
+    history: list[Advance] = field(default_factory=list[Advance])
+    ended_in: float = inf  # the step
+
+    def rebuild(self, last_step: int) -> SequenceGroup:
+        """Undo what came after `last_step`; returns a new group, to be recomputed.
+
+        The request object stays the same one, because progress records refer to it.
+        """
+        old, first = self.arrival.group, self.first
+        seq = Sequence(
+            first.seq_id,
+            first.token_ids[: first.prompt_len],
+            max_output_len=first.max_output_len,
+            cache_salt=first.cache_salt,
+            reads_cache=first.reads_cache,
+        )
+        seq.num_cached_tokens = first.num_cached_tokens
+        group = SequenceGroup(old.request_id, [seq], old.width, num_preemptions=old.num_preemptions)
+        arrival = replace(self.arrival, group=group)
+        request = self.build(arrival)
+        history = [advance for advance in self.history if advance.step <= last_step]
+        for advance in history:
+            self._replay(request, advance)
+        if history:
+            request.first_token_time = self.request.first_token_time
+            request.last_token_time = self.request.last_token_time
+        # The first sequence is computed again, and the others fork from it again.
+        group.awaiting_refork, group.sequences = group.sequences[1:], group.sequences[:1]
+        vars(self.request).update(vars(request))
+        self.arrival, self.first, self.history, self.ended_in = arrival, seq, history, inf
+        return group
+
+    def _replay(self, request: Request, advance: Advance) -> None:
+        """Let a rebuilt request take the tokens of one step again."""
+        group, child_ids = request.group, iter(advance.forked)
+
+        def fork(parent: Sequence) -> Sequence:
+            child = parent.fork(next(child_ids))
+            group.sequences.append(child)
+            return child
+
+        for seq in request.advance(advance.sampled, fork):
+            group.sequences.remove(seq)
+        request.progress()  # this was reported
+
+    def fail(self, cause: Exception) -> Progress:
+        """End the request because of an exception that its own code raised."""
+        request_id = self.arrival.group.request_id
+        error = RequestFailed(
+            f"request {request_id!r} has ended, because the code that samples for it or writes its "
+            f"text raised {type(cause).__name__}: {cause}. Mend that code; other requests go on."
+        )
+        error.__cause__ = cause
+        with suppress(Exception):  # which may be broken as well
+            self.request.finish_all("error")
+        return Progress(request_id, [], True, self.request.output, error)
