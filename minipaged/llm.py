@@ -60,6 +60,13 @@ class LLM:
         self._num_steps_read = 0  # the steps whose progress is in `_unread`
         self._lock = Lock()  # threads take turns: each step serves the requests of all of them
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = Lock()  # a lock cannot be copied to another process
+
     def get_tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if its folder holds none."""
         return self.engine.tokenizer

@@ -1,6 +1,7 @@
 """How a request begins: what is refused, its first sequence, and the object that serves it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from minipaged.engine.beam_request import BeamRequest
 from minipaged.engine.request import Arrival, ModelTraits, Request
@@ -53,16 +54,22 @@ def first_group(
     return SequenceGroup(request_id, [seq], width=width)
 
 
-def request_builder(
-    params: Params, seed: int, sampling_request: Callable[[Arrival, SamplingParams, int], Request]
-) -> Callable[[Arrival], Request]:
-    """What builds a request with these parameters, and builds the same one each time.
+@dataclass(frozen=True)
+class RequestBuilder:
+    """Builds a request with these parameters, and builds the same one each time.
 
     Args:
         seed: for parameters that have none of their own.
         sampling_request: the part of that name.
     """
-    if isinstance(params, BeamSearchParams):
-        return lambda arrival: BeamRequest(arrival, params)
-    chosen = seed if params.seed is None else params.seed
-    return lambda arrival: sampling_request(arrival, params, chosen)
+
+    params: Params
+    seed: int
+    sampling_request: Callable[[Arrival, SamplingParams, int], Request]
+
+    def __call__(self, arrival: Arrival) -> Request:
+        params = self.params
+        if isinstance(params, BeamSearchParams):
+            return BeamRequest(arrival, params)
+        seed = self.seed if params.seed is None else params.seed
+        return self.sampling_request(arrival, params, seed)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minipaged.config import EngineConfig
-from minipaged.engine.arrivals import first_group, refuse_what_cannot_be_served, request_builder
+from minipaged.engine.arrivals import RequestBuilder, first_group, refuse_what_cannot_be_served
 from minipaged.engine.open_request import Advance, OpenRequest
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput, StepStats
 from minipaged.engine.prefixes import PinnedPrefixes
@@ -39,9 +39,8 @@ class LLMEngine:
     The engine owns the requests and their texts. Queues belong to the scheduler, blocks to the
     memory below it, tensors to the runner. One thread at a time may call an engine.
 
-    Every call is all or nothing. If one is cut short, by an exception or by Ctrl-C, the engine
-    builds a new scheduler and memory, and every open request goes on from the tokens that it has;
-    its keys and values are recomputed. See `open_request`.
+    Every call is all or nothing. If an exception or Ctrl-C cuts one short, the engine builds a new
+    scheduler and memory, and open requests go on from the tokens they have. See `open_request`.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class LLMEngine:
     def _change(self, harmless: type[Exception] | tuple[()] = ()) -> Generator[None]:
         """All or nothing. A `harmless` exception is raised before anything has changed."""
         if self._is_cut_short:
-            self._restart()
+            self.restart()
         self._is_cut_short = True
         try:
             yield
@@ -122,7 +121,7 @@ class LLMEngine:
             raise
         except BaseException:
             with suppress(Exception):  # if this is cut short in turn, the next change restarts
-                self._restart()
+                self.restart()
             raise
         self._is_cut_short = False
 
@@ -220,14 +219,14 @@ class LLMEngine:
         queued = not self._open or self.scheduler.has_unfinished()
         assert queued, f"the scheduler has lost {', '.join(self._open)}: they would hang"
         if self._faults:  # their forks may be half done
-            self._restart()
+            self.restart()
 
     def _fork(self, group: SequenceGroup, forked: list[int], parent: Sequence) -> Sequence:
         child = self.scheduler.fork(group, parent, next(self._seq_ids))
         forked.append(child.seq_id)
         return child
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         """Build scheduler and memory anew, and queue every open request to be recomputed."""
         self._faults = {}
         self.scheduler = self._build_scheduler()
@@ -261,10 +260,9 @@ class LLMEngine:
         with self._change(harmless=InvalidRequest):
             self.scheduler.add(group)
             seed = self._seeds.getrandbits(63)  # in any case: none shifts the seed of another
-            build = request_builder(params, seed, self._sampling_request)
+            build = RequestBuilder(params, seed, self._sampling_request)
             arrival = Arrival(group, read, self._traits, self._clock())
-            request = build(arrival)
-            self._open[request_id] = OpenRequest(arrival, group.sequences[0], build, request)
+            self._open[request_id] = OpenRequest(arrival, build)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request at once and return what it has; None if there is no such request."""
@@ -285,11 +283,15 @@ class LLMEngine:
 
     # ---- prefixes that stay (section 4.4, shared prefix) ---------------------------------------
 
+    @property
+    def pinned_prefixes(self) -> list[CachedPrefix]:
+        return self._prefixes.pinned
+
     def pin_prefix(self, prompt: Prompt) -> CachedPrefix | None:
         """Keep the blocks of a computed prefix; None if it is not, or no longer, in the cache."""
         read = read_prompt(prompt, self.tokenizer)
         seq = Sequence(next(self._seq_ids), read.token_ids, cache_salt=read.cache_salt)
-        with self._change():
+        with self._change(harmless=InvalidRequest):
             return self._prefixes.pin(seq, self.scheduler.memory)
 
     def release_prefix(self, prefix: CachedPrefix) -> None:

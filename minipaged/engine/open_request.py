@@ -32,18 +32,21 @@ class OpenRequest:
     """A request that has not ended, or ended in the step that is under way."""
 
     arrival: Arrival
-    first: Sequence  # that all others are forked from
     build: Callable[[Arrival], Request]  # a request of its kind, with its parameters and seed
-    request: Request
+    request: Request = field(init=False)
     history: list[Advance] = field(default_factory=list[Advance])
     ended_in: float = inf  # the step
+
+    def __post_init__(self) -> None:
+        self.request = self.build(self.arrival)
+        [self._first] = self.arrival.group.sequences  # from which all others are forked
 
     def rebuild(self, last_step: int) -> SequenceGroup:
         """Undo what came after `last_step`; returns a new group, to be recomputed.
 
         The request object stays the same one, because progress records refer to it.
         """
-        old, first = self.arrival.group, self.first
+        old, first = self.arrival.group, self._first
         seq = Sequence(
             first.seq_id,
             first.token_ids[: first.prompt_len],
@@ -58,13 +61,11 @@ class OpenRequest:
         history = [advance for advance in self.history if advance.step <= last_step]
         for advance in history:
             self._replay(request, advance)
-        if history:
-            request.first_token_time = self.request.first_token_time
-            request.last_token_time = self.request.last_token_time
+        request.take_over(self.request, has_tokens=bool(history))
         # The first sequence is computed again, and the others fork from it again.
         group.awaiting_refork, group.sequences = group.sequences[1:], group.sequences[:1]
         vars(self.request).update(vars(request))
-        self.arrival, self.first, self.history, self.ended_in = arrival, seq, history, inf
+        self.arrival, self._first, self.history, self.ended_in = arrival, seq, history, inf
         return group
 
     def _replay(self, request: Request, advance: Advance) -> None:

@@ -15,6 +15,10 @@ class PinnedPrefixes:
         once a request has computed them."""
         self._sequences: dict[CachedPrefix, Sequence] = {}
 
+    @property
+    def pinned(self) -> list[CachedPrefix]:
+        return list(self._sequences)
+
     def pin(self, seq: Sequence, memory: Memory) -> CachedPrefix | None:
         """Keep the blocks of a prefix; None unless all of it is in the cache."""
         if not _pin(seq, memory):

@@ -109,6 +109,12 @@ class Request(ABC):
             scores = score(logits[first - start : stop - start], judged, num_top)
             self._prompt_logprobs += [s.top_logprobs for s in scores]
 
+    def take_over(self, old: "Request", has_tokens: bool) -> None:
+        """Take what does not follow from the tokens of the request that this one replaces."""
+        self._prompt_logprobs = old._prompt_logprobs
+        if has_tokens:
+            self.first_token_time, self.last_token_time = old.first_token_time, old.last_token_time
+
     def output(self) -> RequestOutput:
         """The request as a user sees it now."""
         asked = self.num_prompt_logprobs is not None

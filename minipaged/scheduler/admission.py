@@ -12,7 +12,7 @@ def reject_what_can_never_run(group: SequenceGroup, memory: Memory, config: Engi
     """Raise PromptTooLong or InvalidRequest for a group that could not run however long it waits.
 
     `FCFSScheduler.add` calls it before it queues a group. A group that has output is never
-    rejected: it ran in a scheduler that was replaced (`LLMEngine._restart`). If the pool can no
+    rejected: it ran in a scheduler that was replaced (`LLMEngine.restart`). If the pool can no
     longer hold it, it ends with what it has.
     """
     if group.sequences[0].num_output_tokens > 0:

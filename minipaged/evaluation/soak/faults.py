@@ -1,0 +1,258 @@
+"""Faults at every point: an exception or Ctrl-C wherever a function begins or returns.
+
+A scenario is a list of calls to an engine: requests are added, steps are run, requests are aborted,
+prefixes pinned. It runs once undisturbed, which counts its boundaries: the entries and returns of
+the library's functions. Then it runs with a fault at one of them, and goes on after the fault. What
+must hold:
+
+    every request ends with the tokens, texts and log-probabilities of the undisturbed run; a
+    request whose own code raised ends with RequestFailed instead, which names the fault
+    what the steps report adds up to the outputs: nothing is lost, and nothing reported twice
+    in the end all blocks are free
+"""
+
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isclose
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
+
+from minipaged.engine.llm_engine import LLMEngine
+from minipaged.engine.outputs import CompletionOutput, Progress, RequestOutput
+from minipaged.errors import RequestFailed
+from minipaged.sampling import Params
+from minipaged.tokenizer.prompts import Prompt
+
+PACKAGE = Path(__file__).parents[2]
+HARNESS = Path(__file__).parent
+Call = Callable[["Run"], object]
+
+
+class InjectedError(Exception):
+    """What an injected fault raises, where it is no KeyboardInterrupt."""
+
+
+@dataclass
+class Injector:
+    """Raises a fault once, at the boundary of this number."""
+
+    fault: BaseException | None = None
+    boundary: int = 0  # counted from 1
+    num_passed: int = 0
+    where: str | None = None
+    """Where it raised, as "scheduler.fcfs.FCFSScheduler.schedule, return"."""
+    places: dict[str, list[int]] | None = None
+    """If given, collects the boundaries by place."""
+
+    @contextmanager
+    def active(self) -> Generator[None]:
+        """Count the boundaries that are passed in here."""
+        before = sys.getprofile()
+        sys.setprofile(self._pass)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+    def _pass(self, frame: FrameType, event: str, _: Any) -> None:
+        if event not in ("call", "return") or not _is_ours(frame.f_code.co_filename):
+            return
+        self.num_passed += 1
+        if self.places is not None:
+            self.places.setdefault(_place(frame, event), []).append(self.num_passed)
+        if self.num_passed == self.boundary and self.fault is not None:
+            self.where = _place(frame, event)
+            raise self.fault
+
+
+def _place(frame: FrameType, event: str) -> str:
+    module = frame.f_globals["__name__"].removeprefix("minipaged.")
+    name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # from Python 3.11 on
+    return f"{module}.{name}, {event}"
+
+
+_ours: dict[str, bool] = {}  # by file
+
+
+def _is_ours(file: str) -> bool:
+    if file not in _ours:
+        path = Path(file)
+        _ours[file] = path.is_relative_to(PACKAGE) and not path.is_relative_to(HARNESS)
+    return _ours[file]
+
+
+@dataclass
+class Run:
+    """One run of a scenario: what its requests have reported."""
+
+    engine: LLMEngine
+    outputs: dict[str, RequestOutput] = field(default_factory=dict[str, RequestOutput])
+    errors: dict[str, RequestFailed] = field(default_factory=dict[str, RequestFailed])
+    pieces: dict[tuple[str, int], tuple[list[int], str]] = field(
+        default_factory=dict[tuple[str, int], tuple[list[int], str]]
+    )
+    """By request and completion: the tokens and the text that the steps have reported."""
+    num_steps_read: int = 0
+
+    def read(self) -> None:
+        """Take what the last step has reported, unless it was taken before."""
+        number, progresses = self.engine.last_step
+        if number == self.num_steps_read:
+            return
+        self.num_steps_read = number
+        for progress in progresses:
+            self._take(progress)
+
+    def _take(self, progress: Progress) -> None:
+        for new in progress.new:
+            tokens, text = self.pieces.get((progress.request_id, new.completion), ([], ""))
+            piece = (tokens + new.token_ids, text + new.text)
+            self.pieces[progress.request_id, new.completion] = piece
+        if progress.error is not None:
+            self.errors[progress.request_id] = progress.error
+        elif progress.finished:
+            self.outputs[progress.request_id] = progress.build_output()
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def make(self, call: Call, injector: Injector) -> None:
+        """Make a call, and once more if it is cut short."""
+        for _ in range(2):
+            try:
+                with injector.active():
+                    call(self)
+                return
+            except (InjectedError, KeyboardInterrupt):
+                if injector.where is None:  # it is a real one
+                    raise
+            finally:
+                self.read()
+
+
+def add(name: str, prompt: Prompt, params: Params) -> Call:
+    """Add a request."""
+
+    def call(run: Run) -> None:
+        if name not in run.engine.unfinished_request_ids:
+            run.engine.add_request(name, prompt, params)
+
+    return call
+
+
+def abort(name: str) -> Call:
+    """Abort a request."""
+    return lambda run: run.engine.abort_request(name)
+
+
+def pin(prompt: Prompt) -> Call:
+    """Pin a prefix, if it is in the cache."""
+    return lambda run: run.engine.pinned_prefixes or run.engine.pin_prefix(prompt)
+
+
+def release(run: Run) -> None:
+    """Release all pinned prefixes."""
+    for prefix in run.engine.pinned_prefixes:
+        run.engine.release_prefix(prefix)
+
+
+def step(run: Run) -> None:
+    """Run a step."""
+    run.engine.step()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One run with a fault."""
+
+    where: str
+    fault: BaseException
+    num_failed: int  # requests that ended with an error
+    mismatch: str | None
+
+
+def inject(engine: LLMEngine, calls: list[Call], rng: Random) -> Iterator[Finding]:
+    """Perform the calls again and again: with a fault at each place, in a random order.
+
+    A place is passed many times. One passage is chosen at random, and the fault is by turns an
+    exception and Ctrl-C.
+    """
+    counting = Injector(places={})
+    undisturbed = perform(engine, calls, counting)
+    assert counting.places is not None
+    places = list(counting.places.values())
+    rng.shuffle(places)
+    for number, boundaries in enumerate(places):
+        fault = KeyboardInterrupt() if number % 2 else InjectedError("an injected fault")
+        injector = Injector(fault, rng.choice(boundaries))
+        run = perform(engine, calls, injector)
+        mismatch = compare(run, undisturbed, injector)
+        assert injector.where is not None, "the run has fewer boundaries than the undisturbed one"
+        yield Finding(injector.where, fault, len(run.errors), mismatch)
+
+
+def perform(engine: LLMEngine, calls: list[Call], injector: Injector) -> Run:
+    """Make the calls, then step until every request has ended."""
+    engine.restart()  # without what the last run has left in the prefix cache
+    run = Run(engine, num_steps_read=engine.last_step[0])
+    for call in calls:
+        run.make(call, injector)
+    while engine.has_unfinished_requests():
+        run.make(step, injector)
+    return run
+
+
+def compare(run: Run, undisturbed: Run, injector: Injector) -> str | None:
+    """What the fault has changed, in words; None if all is as it must be."""
+    for name, expected in undisturbed.outputs.items():
+        if name in run.errors:
+            if run.errors[name].__cause__ is not injector.fault:
+                return f"request {name} has ended with {run.errors[name]!r}"
+        elif name not in run.outputs:
+            return f"request {name} has not ended"
+        elif difference := _difference(run.outputs[name], expected):
+            return f"request {name}: {difference}"
+    if len(run.errors) > 1:
+        return f"{len(run.errors)} requests have ended with an error: {sorted(run.errors)}"
+    for (name, index), piece in run.pieces.items():
+        if name in run.outputs:
+            completion = run.outputs[name].outputs[index]
+            if piece != (completion.token_ids, completion.text):
+                return f"request {name}: the steps reported {piece}, its output is {completion}"
+    memory = run.engine.memory
+    if (
+        memory.num_free != memory.num_blocks
+        or memory.num_free_swap_blocks != memory.num_swap_blocks
+    ):
+        return f"{memory.num_free} of {memory.num_blocks} blocks are free in the end"
+    return None
+
+
+def _difference(found: RequestOutput, expected: RequestOutput) -> str | None:
+    for one, other in zip(found.outputs, expected.outputs, strict=True):
+        for name in ("token_ids", "text", "finish_reason", "stop_reason"):
+            if getattr(one, name) != getattr(other, name):
+                return f"{name} is {getattr(one, name)!r}, and was {getattr(other, name)!r}"
+        if not _are_close(_numbers(one), _numbers(other)):
+            return "the log-probabilities differ"
+    if not _are_close(_prompt_numbers(found), _prompt_numbers(expected)):
+        return "the log-probabilities of the prompt differ"
+    return None
+
+
+def _numbers(completion: CompletionOutput) -> list[float]:
+    tokens = completion.logprobs or []
+    return [completion.cumulative_logprob, *(p for token in tokens for p in token.values())]
+
+
+def _prompt_numbers(output: RequestOutput) -> list[float]:
+    return [p for token in output.prompt_logprobs or [] if token for p in token.values()]
+
+
+def _are_close(numbers: list[float], others: list[float]) -> bool:
+    """The same up to rounding, which differs where keys and values are recomputed."""
+    pairs = zip(numbers, others, strict=False)
+    return len(numbers) == len(others) and all(isclose(a, b, abs_tol=5e-3) for a, b in pairs)
