@@ -59,7 +59,10 @@ class Injector:
             sys.setprofile(before)
 
     def _pass(self, frame: FrameType, event: str, _: Any) -> None:
-        if event not in ("call", "return") or not _is_ours(frame.f_code.co_filename):
+        code = frame.f_code
+        if event not in ("call", "return") or not _is_ours(code.co_filename):
+            return
+        if code.co_name == "<genexpr>":  # Python ignores what is raised when it closes one
             return
         self.num_passed += 1
         if self.places is not None:
