@@ -36,11 +36,10 @@ Listener = Callable[[SchedulerOutput, StepStats], None]
 class LLMEngine:
     """Requests go in at any time; each step returns the progress of those that advanced.
 
-    The engine owns the requests and their texts. Queues belong to the scheduler, blocks to the
-    memory below it, tensors to the runner. One thread at a time may call an engine.
-
-    Every call is all or nothing. If an exception or Ctrl-C cuts one short, the engine builds a new
-    scheduler and memory, and open requests go on from the tokens they have. See `open_request`.
+    The engine owns the requests and their texts; queues belong to the scheduler, blocks to the
+    memory, tensors to the runner. One thread at a time may call it. Every call is all or nothing:
+    if an exception or Ctrl-C cuts one short, the engine builds a new scheduler and memory, and open
+    requests go on from the tokens they have (see `open_request`).
     """
 
     def __init__(
@@ -60,8 +59,7 @@ class LLMEngine:
         self.tokenizer = tokenizer
         self.sampler = Sampler()
         self.listeners: list[Listener] = []
-        """Called in each step once its keys and values are written, before anything is freed.
-        A listener may read the engine, and must not change it."""
+        """Called in each step, before anything is freed. They must not change the engine."""
         self.last_step: tuple[int, list[Progress]] = (0, [])
         """The number of the last complete step, and what it returned or, but for Ctrl-C, would."""
         self._build_scheduler = build_scheduler
@@ -69,7 +67,7 @@ class LLMEngine:
         model = runner.model.config
         self._traits = ModelTraits(tokenizer, model.eos_token_ids, config.max_model_len)
         self._open: dict[str, OpenRequest] = {}
-        self._prefixes = PinnedPrefixes()
+        self.prefixes = PinnedPrefixes()
         self._seq_ids = count()
         self._seeds = random.Random(seed)  # for requests that bring no seed of their own
         self._clock = clock
@@ -175,7 +173,7 @@ class LLMEngine:
     def _commit(self, decision: SchedulerOutput, sampled: Sampled, times: list[float]) -> None:
         """Note what was computed, fork and go on as each request decides, free what has ended."""
         number = self.last_step[0] + 1
-        progresses: list[Progress | None] = []  # None: nothing that can be shown yet
+        progresses: list[Progress] = []
         self.scheduler.commit(decision)
         if self.listeners:
             stats = StepStats.of(number, self.scheduler, decision, times)
@@ -190,36 +188,42 @@ class LLMEngine:
             open_request.history.append(advance := Advance(number, tokens, []))
             try:
                 ended = request.advance(tokens, partial(self._fork, request.group, advance.forked))
-                progresses.append(request.progress())
+                progress = request.progress()
             except Exception as error:
                 self._faults.setdefault(request_id, error)
                 continue
             for seq in ended:
                 self.scheduler.finish(request.group, seq)
+            if progress is not None:
+                progresses.append(progress)
+        if decision.ended or self._faults:
+            self._end_early(decision, progresses)
+        for progress in progresses:
+            if progress.finished:
+                self._open[progress.request_id].ended_in = number
+        self.last_step = (number, progresses)  # until this assignment, all can be undone
+        for progress in progresses:
+            if progress.finished:
+                del self._open[progress.request_id]
+        if self.prefixes.lost:
+            self.prefixes.pin_again(self.scheduler.memory)
+        queues = (self.scheduler.running, self.scheduler.waiting, self.scheduler.swapped)
+        assert any(queues) or not self._open, (
+            f"the scheduler has lost {', '.join(self._open)}: they would hang"
+        )
+        if self._faults:  # their forks may be half done
+            self.restart()
+
+    def _end_early(self, decision: SchedulerOutput, progresses: list[Progress]) -> None:
+        """End the requests that are out of memory, and those whose own code has raised."""
         for group in decision.ended:
             request = self._open[group.request_id].request
             try:
                 request.finish_all("length")
-                progresses.append(request.progress())
+                progresses += filter(None, [request.progress()])
             except Exception as error:
                 self._faults[group.request_id] = error
-        self._conclude(number, [progress for progress in progresses if progress is not None])
-
-    def _conclude(self, number: int, progresses: list[Progress]) -> None:
-        """Let the step have happened, with what it reports, and forget what has ended."""
         progresses += [self._open[request_id].fail(e) for request_id, e in self._faults.items()]
-        ended = [progress.request_id for progress in progresses if progress.finished]
-        for request_id in ended:
-            self._open[request_id].ended_in = number
-        self.last_step = (number, progresses)  # until this assignment, all can be undone
-        for request_id in ended:
-            del self._open[request_id]
-        if self._prefixes.lost:
-            self._prefixes.pin_again(self.scheduler.memory)
-        queued = not self._open or self.scheduler.has_unfinished()
-        assert queued, f"the scheduler has lost {', '.join(self._open)}: they would hang"
-        if self._faults:  # their forks may be half done
-            self.restart()
 
     def _fork(self, group: SequenceGroup, forked: list[int], parent: Sequence) -> Sequence:
         child = self.scheduler.fork(group, parent, next(self._seq_ids))
@@ -237,7 +241,7 @@ class LLMEngine:
                 self.scheduler.add(open_request.rebuild(last_step))
             except Exception as error:
                 self._faults[request_id] = error  # the next step reports it
-        self._prefixes.lose_all()
+        self.prefixes.lose_all()
         self._is_cut_short = False
 
     # ---- requests come and go ------------------------------------------------------------------
@@ -254,8 +258,8 @@ class LLMEngine:
         read = read_prompt(prompt, self.tokenizer)
         if request_id in self._open:
             raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
-        vocab_size = self.runner.model.config.vocab_size
-        refuse_what_cannot_be_served(read, params, self._traits, vocab_size)
+        model = self.runner.model.config
+        refuse_what_cannot_be_served(read, params, self._traits, model.vocab_size)
         group = first_group(request_id, read, params, next(self._seq_ids))
         with self._change(harmless=InvalidRequest):
             self.scheduler.add(group)
@@ -283,18 +287,14 @@ class LLMEngine:
 
     # ---- prefixes that stay (section 4.4, shared prefix) ---------------------------------------
 
-    @property
-    def pinned_prefixes(self) -> list[CachedPrefix]:
-        return self._prefixes.pinned
-
     def pin_prefix(self, prompt: Prompt) -> CachedPrefix | None:
         """Keep the blocks of a computed prefix; None if it is not, or no longer, in the cache."""
         read = read_prompt(prompt, self.tokenizer)
         seq = Sequence(next(self._seq_ids), read.token_ids, cache_salt=read.cache_salt)
         with self._change(harmless=InvalidRequest):
-            return self._prefixes.pin(seq, self.scheduler.memory)
+            return self.prefixes.pin(seq, self.scheduler.memory)
 
     def release_prefix(self, prefix: CachedPrefix) -> None:
         """Let go of a pinned prefix: it stays until its blocks are needed, like any other."""
         with self._change(harmless=InvalidRequest):
-            self._prefixes.release(prefix, self.scheduler.memory)
+            self.prefixes.release(prefix, self.scheduler.memory)

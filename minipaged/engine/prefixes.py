@@ -17,6 +17,7 @@ class PinnedPrefixes:
 
     @property
     def pinned(self) -> list[CachedPrefix]:
+        """Also those whose handle an interrupted caller did not get."""
         return list(self._sequences)
 
     def pin(self, seq: Sequence, memory: Memory) -> CachedPrefix | None:

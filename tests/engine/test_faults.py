@@ -339,7 +339,7 @@ def test_a_pinned_prefix_is_pinned_again_once_it_is_computed(folder):
     prefix = llm.cache_prefix(PROMPTS[1][:16])
     llm.engine.restart()
     assert llm.engine.memory.num_free == 40
-    assert llm.engine.pinned_prefixes == [prefix]
+    assert llm.engine.prefixes.pinned == [prefix]
     llm.generate([PROMPTS[1]], GREEDY, use_tqdm=False)
     assert llm.engine.memory.num_free == 40 - prefix.num_blocks
     llm.release_prefix(prefix)
@@ -352,7 +352,7 @@ def test_a_lost_prefix_can_be_released(folder):
     llm.engine.restart()
     llm.release_prefix(prefix)
     run(llm)
-    assert llm.engine.pinned_prefixes == []
+    assert llm.engine.prefixes.pinned == []
 
 
 # ---- threads -------------------------------------------------------------------------------------

@@ -153,12 +153,12 @@ def abort(name: str) -> Call:
 
 def pin(prompt: Prompt) -> Call:
     """Pin a prefix, if it is in the cache."""
-    return lambda run: run.engine.pinned_prefixes or run.engine.pin_prefix(prompt)
+    return lambda run: run.engine.prefixes.pinned or run.engine.pin_prefix(prompt)
 
 
 def release(run: Run) -> None:
     """Release all pinned prefixes."""
-    for prefix in run.engine.pinned_prefixes:
+    for prefix in run.engine.prefixes.pinned:
         run.engine.release_prefix(prefix)
 
 
