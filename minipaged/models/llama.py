@@ -62,6 +62,7 @@ class LlamaConfig(ModelConfig):
         num_heads, num_kv_heads, head_dim = _read_heads(hf)
         attention_bias = bool(hf.get("attention_bias", False))
         is_qwen2 = architecture == "Qwen2ForCausalLM"
+        rope = RopeConfig.from_hf(hf)
         return cls(
             architecture=architecture,
             num_layers=read_int(hf, "num_hidden_layers"),
@@ -70,11 +71,11 @@ class LlamaConfig(ModelConfig):
             head_dim=head_dim,
             hidden_size=read_int(hf, "hidden_size"),
             vocab_size=read_int(hf, "vocab_size"),
-            max_position_embeddings=_read_context(hf, architecture),
+            max_position_embeddings=_read_context(hf, architecture, rope),
             eos_token_ids=read_eos_token_ids(hf),
             intermediate_size=read_int(hf, "intermediate_size"),
             rms_norm_eps=read_float(hf, "rms_norm_eps", 1e-6),
-            rope=RopeConfig.from_hf(hf),
+            rope=rope,
             activation=str(hf.get("hidden_act", "silu")),
             qkv_bias=attention_bias or is_qwen2,  # Qwen2's config.json does not mention its biases
             o_bias=attention_bias and not is_qwen2,
@@ -167,6 +168,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(*head_norm) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(*head_norm) if config.qk_norm else nn.Identity()
         self.head_dim = config.head_dim
+        # YaRN's factor is of queries and of keys, so their product has its square.
+        self.scale = config.head_dim**-0.5 * config.rope.attention_factor**2
         self.backend = attention
 
     def forward(
@@ -189,8 +192,7 @@ class Attention(nn.Module):
             self.backend.store_kv(k, v, k_cache, v_cache, batch)
         else:  # the same two lines as one kernel
             q = self.backend.rope_and_store_kv(q, k, v, cos, sin, k_cache, v_cache, batch)
-        scale = self.head_dim**-0.5
-        out = self.backend.paged_attention(q, k_cache, v_cache, batch, scale)
+        out = self.backend.paged_attention(q, k_cache, v_cache, batch, self.scale)
         return self.o_proj(out.flatten(1))  # [tokens, hidden]
 
 
@@ -228,8 +230,6 @@ LLAMA_WEIGHTS = WeightMap(
         "norm": "norm",
         "head": "lm_head",
     },
-    # Computed from the config; old files hold it all the same.
-    ignored=("layers.{i}.self_attn.rotary_emb.inv_freq",),
 )
 
 
@@ -247,13 +247,13 @@ def _read_heads(hf: HFConfig) -> tuple[int, int, int]:
     return num_heads, num_kv_heads, divide_heads(read_int(hf, "hidden_size"), num_heads)
 
 
-def _read_context(hf: HFConfig, architecture: str) -> int:
+def _read_context(hf: HFConfig, architecture: str, rope: RopeConfig) -> int:
     """The longest context in which every token sees all before it.
 
     In a layer with a sliding window a token sees itself and the `window - 1` before it. Up to
     `window` tokens that is full attention, which is what is built here, so the context ends there.
     """
-    context = read_int(hf, "max_position_embeddings")
+    context = rope.context(read_int(hf, "max_position_embeddings"))
     slides = _any_layer_slides(hf, architecture)
     return min(context, read_int(hf, "sliding_window")) if slides else context
 
