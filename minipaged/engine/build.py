@@ -1,6 +1,7 @@
 """From options to an engine: attention, weights, cache and scheduler, put together."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -17,6 +18,7 @@ from minipaged.models.base import Model
 from minipaged.models.linear import pack_weights
 from minipaged.models.loader import load_model, read_model_config
 from minipaged.tokenizer.load import open_tokenizer
+from minipaged.tokenizer.special_tokens import find_end_token
 from minipaged.utils.device import choose_device
 from minipaged.worker.cache_size import SWAP_BYTES, blocks_that_fit, refuse_more_than_memory
 from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
@@ -47,15 +49,26 @@ def build_engine(folder: Path, args: EngineArgs, parts: Parts) -> LLMEngine:
     )
     refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes, device)
     storage = build_storage(args.memory, parts, model.config, config, kv_dtype, device, backend)
+    tokenizer = open_tokenizer(folder)
+    if tokenizer is not None:
+        _add_end_token(model, find_end_token(folder, tokenizer))
     graphs = _graphs(model, storage.kv_cache, backend, config, args.enforce_eager)
     return LLMEngine(
         config,
         partial(storage.parts.build_scheduler, config),
         ModelRunner(model, backend, storage.kv_cache, storage.batches, graphs),
-        open_tokenizer(folder),
+        tokenizer,
         sampling_request=parts.sampling_request,
         seed=args.seed,
     )
+
+
+def _add_end_token(model: Model, token_id: int | None) -> None:
+    """End sequences at the tokenizer's own end token too, as vLLM does: chat models write that."""
+    config = model.config
+    if token_id is not None and token_id < config.vocab_size:
+        ends = dict.fromkeys((*config.eos_token_ids, token_id))  # each once, in order
+        model.config = replace(config, eos_token_ids=tuple(ends))
 
 
 def _graphs(

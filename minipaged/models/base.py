@@ -96,7 +96,6 @@ class WeightMap:
     prefix: str  # before the checkpoint's names; files of the bare body leave it out
     modules: Mapping[str, str | tuple[str, ...]]  # ours -> the checkpoint's, less the prefix
     transposed: frozenset[str] = frozenset()  # ours, whose matrices are stored [in, out]
-    ignored: tuple[str, ...] = ()  # tensors of some files that no model here needs
 
     def placements(self, model: Model) -> list[Placement]:
         """The tensors that fill this model, parameter by parameter."""

@@ -143,6 +143,4 @@ GPT2_WEIGHTS = WeightMap(
             "layers.{i}.mlp.down_proj",
         }
     ),
-    # The causal mask and the number to mask with, which old files saved as if they were weights.
-    ignored=("h.{i}.attn.bias", "h.{i}.attn.masked_bias"),
 )

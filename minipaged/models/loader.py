@@ -5,6 +5,7 @@ names and shapes are compared with the files' headers before the first number is
 parameters get their memory, and `weight_files` reads every tensor straight into its place.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,9 @@ DTYPES = {
     "float": torch.float32,
     "half": torch.float16,
 }
+# Buffers that old files hold as if they were weights: rotary angles, which follow from config.json,
+# and GPT-2's causal mask with the value of masked scores.
+COMPUTED = re.compile(r"inv_freq|cos_cached|sin_cached|(^|\.)attn\.(masked_)?bias$")
 _FROM_ONE_PLACE = "download config.json and the weights from one place"
 
 
@@ -214,7 +218,7 @@ class _Unset(TorchFunctionMode):
 def _plan(model: Model, weights: WeightMap, found: dict[str, StoredTensor]) -> Plan:
     """Pair every parameter with its tensor. Raises CheckpointError unless both sides come out."""
     wanted = weights.placements(model)
-    ignored = {t.format(i=i) for t in weights.ignored for i in range(model.config.num_layers)}
+    ignored = {name for name in found if COMPUTED.search(name)}
     if model.head is None and "lm_head.weight" in found:
         [embedding] = [each.tensor for each in wanted if each.parameter == "embedding.weight"]
         _refuse_another_head(found["lm_head.weight"], found.get(embedding))

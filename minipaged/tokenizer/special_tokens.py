@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from minipaged.tokenizer.base import Tokenizer
 from minipaged.utils.files import read_json_object
 
 _FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later one counts
@@ -21,6 +22,16 @@ def read_special_names(folder: Path) -> dict[str, str]:
                 if role.endswith("_token") and text is not None:
                     names[role] = text
     return names
+
+
+def find_end_token(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """The id of the token that the tokenizer's files name as the end of a sequence.
+
+    None where they name none, or one that the tokenizer does not have. Raises CheckpointError.
+    """
+    text = read_special_names(folder).get("eos_token", "")
+    ids = {token: token_id for token_id, token in tokenizer.vocabulary.items()}
+    return tokenizer.special_tokens.get(text, ids.get(text.encode()))
 
 
 def token_text(token: Any) -> str | None:

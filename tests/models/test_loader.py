@@ -370,13 +370,9 @@ UNSUPPORTED = {
         "MambaForCausalLM, and only LlamaForCausalLM, Mistral.*OPTForCausalLM are built",
     ),
     "quantised": (llama_config(quantization_config={"quant_method": "gptq"}), "quantised weights"),
-    "rope yarn": (
-        llama_config(rope_scaling={"type": "yarn", "factor": 2.0}),
-        "RoPE as 'yarn', and only default, linear and llama3",
-    ),
-    "rope dynamic": (
-        llama_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
-        "RoPE as 'dynamic'",
+    "rope longrope": (
+        llama_config(rope_scaling={"type": "longrope", "factor": 2.0}),
+        "RoPE as 'longrope', and only default, linear, dynamic, yarn, llama3 are built",
     ),
     "partial rope": (llama_config(partial_rotary_factor=0.5), "rotates 0.5 of each head"),
     "activation": (llama_config(hidden_act="relu6"), "the activation 'relu6', and only relu, silu"),
@@ -474,7 +470,7 @@ BROKEN_CONFIGS = {
         llama_config(rope_scaling={**LLAMA3_SCALING, "factor": None}),
         "RoPE as 'llama3' but gives no 'factor'",
     ),
-    "rope as text": (llama_config(rope_parameters="x"), "what no config.json can"),
+    "rope as text": (llama_config(rope_parameters="x"), "gives rope_parameters as 'x'"),
     "layers of no kind": (llama_config(layer_types=5), "what no config.json can"),
     "an end that is text": (llama_config(eos_token_id="x"), "eos_token_id as 'x'"),
     "ends in a list in a list": (llama_config(eos_token_id=[[1]]), r"eos_token_id as \[\[1\]\]"),
@@ -570,6 +566,28 @@ def test_names_without_their_prefix_and_known_leftovers_are_understood(
     bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     assert bare.keys().isdisjoint(tensors.keys())
     save_file(bare | {name: torch.zeros(3) for name in extra}, folder / "model.safetensors")
+    assert_equal(weights(folder), original)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "model.layers.0.self_attn.rotary_emb.sin_cached",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "rotary_emb.inv_freq",
+        "model.layers.0.attn.bias",
+        "model.layers.0.attn.masked_bias",
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_buffers_that_follow_from_the_config_are_ignored(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(family, tmp_path)
+    original = weights(folder)
+    edit_tensors(folder, {name: torch.zeros(3)})
     assert_equal(weights(folder), original)
 
 
@@ -700,6 +718,7 @@ def test_an_untied_model_without_its_head_is_refused(llama: Path) -> None:
         "model.layers.0.self_attn.q_proj.bias",  # a bias that config.json does not speak of
         "model.layers.2.mlp.up_proj.weight",  # a layer too many
         "model.layers.0.block_sparse_moe.gate.weight",  # another architecture
+        "model.layers.0.self_attn.bias",  # ends like GPT-2's mask, and is none
     ],
 )
 def test_a_tensor_without_a_place_is_named(name: str, llama: Path) -> None:
