@@ -39,7 +39,8 @@ An event is one line of JSON:
                    cache is one of them)
 
 A reader should ignore events that it does not know: later versions may add some. A change to the
-fields above raises SCHEMA_VERSION, and traces of another version are refused.
+fields above raises SCHEMA_VERSION, and traces of another version are refused, as are fields that
+cannot be (`event_check`).
 
 Scheduler, memory and allocators do not know about events. Wrappers observe them from outside, so a
 custom part is traced like the library's own. An engine that is not traced has no wrappers.

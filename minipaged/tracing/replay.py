@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.errors import InvalidOption
+from minipaged.tracing.event_check import find_fault
 from minipaged.tracing.events import SCHEMA_VERSION, Event
 from minipaged.utils.files import write_atomically
 
@@ -102,9 +103,11 @@ def _parse(path: Path, number: int, line: str) -> Event:
             f"{path} has events of {found} (line {number}), and this minipaged reads only version "
             f"{SCHEMA_VERSION}: record the trace again with this minipaged."
         )
-    event, step, time = (fields.pop(name, None) for name in ("event", "step", "time"))
-    if not (isinstance(event, str) and type(step) is int and isinstance(time, int | float)):
+    fault = find_fault(fields)
+    if fault is not None:
         raise InvalidOption(
-            f"{path} is damaged: line {number} lacks event, step or time. Record the trace again."
+            f"{path} is damaged: line {number} cannot be replayed, since {fault}. Record the trace "
+            "again."
         )
+    event, step, time = (fields.pop(name) for name in ("event", "step", "time"))
     return Event(event, step, time, fields)

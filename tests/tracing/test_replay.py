@@ -21,6 +21,7 @@ from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel
 from minipaged.memory.baselines.contiguous import contiguous
 from minipaged.tracing import events as schema
 from minipaged.tracing import replay
+from minipaged.tracing.event_check import FIELDS, MOST_BLOCKS, find_fault
 from minipaged.tracing.events import SCHEMA_VERSION, Event, EventLog
 from minipaged.tracing.replay import Replay
 
@@ -283,6 +284,85 @@ def test_the_words_say_what_happened():
     assert "NaN" not in words
 
 
+# ---- traces with fields that cannot be -----------------------------------------------------------
+
+BILLION = 10**9
+ODD_VALUES = [
+    -1, 0, 1, 1.0, 1.5, 7, 200_000, BILLION, 10**400, 1e308, -0.5, True, None, "",
+    "7", "pool", "swap", [], [1], [[1, 2]], [[1]], ["a"], [None], [BILLION], [-1], {}, {"0": 1},
+    {"0": [1]}, {"0": [BILLION]}, {"x": 1}, {"-1": 1}, {"": [1]}, {"0": -1}, {"0": "1"}, {"é": 1},
+]  # fmt: skip
+
+
+def one_of_each_kind() -> list[dict]:
+    """Events of real runs, one of each kind, with all their fields."""
+    runs = [run_engine(seed, num_blocks=9, preemption="swap") for seed in range(4)]
+    runs += [run_engine(seed, num_blocks=9, preemption="recompute") for seed in range(4)]
+    found = {e["event"]: e for events, _ in runs for e in as_json(events)}
+    found["pin"] = {**found["cache"], "event": "pin"}
+    found["out_of_memory"] = {**found["preempt"], "event": "out_of_memory"}
+    return list(found.values())
+
+
+def test_python_and_the_page_know_the_same_fields_and_traces_have_them_all():
+    kinds = one_of_each_kind()
+    assert {event["event"] for event in kinds} == FIELDS.keys()
+    for event in kinds:
+        assert find_fault(event) is None
+        assert event.keys() >= {"v", "step", "time", *FIELDS[event["event"]]}
+
+
+def test_python_and_the_page_refuse_the_same_fields_in_the_same_words():
+    changed = []
+    for event in one_of_each_kind():
+        fields = ["event", "step", "time", *FIELDS[event["event"]]]
+        changed += [{k: v for k, v in event.items() if k != field} for field in fields]
+        changed += [event | {field: value} for field in fields for value in ODD_VALUES]
+    ours = [find_fault(event) for event in changed]
+    assert sum(fault is not None for fault in ours) > 1000
+    played = play_in_node([[event] for event in changed])  # what is accepted plays, too
+    for event, fault, one in zip(changed, ours, played, strict=True):
+        theirs = one.get("refused")
+        assert (theirs is None) == (fault is None), event
+        if fault is not None:  # numbers such as 1e308 are written otherwise
+            before, _, after = fault.partition(" is ")
+            assert f"since {before}" in theirs
+            assert after.partition("and must be")[2] in theirs
+
+
+@pytest.mark.parametrize(
+    ("event", "sentence"),
+    [
+        ({"event": "init", "num_blocks": BILLION}, "num_blocks of init is 1000000000, and must"),
+        ({"event": "evict", "block": BILLION}, "block of evict is 1000000000, and must be a whole"),
+        ({"event": "fork", "num_tokens": -1}, "num_tokens of fork is -1, and must be a whole"),
+        ({"event": "preempt", "mode": "gone"}, 'mode of preempt is "gone", and must be "swap" or'),
+        ({"event": "admit", "num_tokens": {}}, "num_tokens of admit lacks sequence"),
+    ],
+)
+def test_a_field_that_cannot_be_is_refused_with_what_it_must_be(tmp_path, event, sentence):
+    whole = next(e for e in one_of_each_kind() if e["event"] == event["event"]) | event
+    path = write_lines(tmp_path / "trace.jsonl", GOOD, json.dumps(whole))
+    with pytest.raises(InvalidOption, match=f"line 2 cannot be replayed, since {sentence}"):
+        Replay.read(path)
+    [played] = play_in_node([[json.loads(GOOD), whole]])
+    assert f"event 2 cannot be replayed, since {sentence}" in played["refused"]
+
+
+def test_unknown_events_may_have_any_fields(tmp_path):
+    strange = {"v": SCHEMA_VERSION, "step": 1, "time": 0.5, "event": "new", "block": BILLION}
+    path = write_lines(tmp_path / "trace.jsonl", GOOD, json.dumps(strange))
+    assert len(Replay.read(path).events) == 2
+    [played] = play_in_node([[json.loads(GOOD), strange, strange | {"pairs": 7, "blocks": {}}]])
+    assert played["shape"]["numBlocks"] == 0
+
+
+def test_the_largest_pool_allowed_is_played():
+    init = {"num_blocks": MOST_BLOCKS, "num_swap_blocks": MOST_BLOCKS, "block_size": 16}
+    [played] = play_in_node([as_json([Event("init", 0, 0.0, init), *hostile_events()[1:]])])
+    assert played["shape"]["numBlocks"] == MOST_BLOCKS
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
@@ -370,8 +450,10 @@ GOOD = f'{{"v": {SCHEMA_VERSION}, "step": 1, "time": 0.5, "event": "free", "seq_
         ([GOOD, GOOD[:-9]], "line 2 is not JSON"),
         (["[1]"], "line 1 is not an event"),
         (['{"a": 1}'], "line 1 is not an event"),
-        ([GOOD, GOOD.replace('"step": 1, ', "")], "line 2 lacks event, step or time"),
-        ([GOOD.replace("0.5", '"x"')], "line 1 lacks event, step or time"),
+        ([GOOD, GOOD.replace('"step": 1, ', "")], "line 2 cannot be .* since free has no step"),
+        ([GOOD.replace("0.5", '"x"')], 'line 1 cannot .* time of free is "x", and must be a num'),
+        ([GOOD.replace("0.5", "NaN")], "time of free is NaN, and must be a number of seconds"),
+        ([GOOD.replace('"seq_id": 0', '"seq_id": ' + "[" * 800 + "]" * 800)], "seq_id of free is"),
         (["[" * 100_000], "line 1 is not JSON"),
     ],
 )
@@ -561,7 +643,17 @@ def test_a_page_with_events_of_another_version_refuses_them(open_page, monkeypat
 
 def test_a_trace_that_lacks_something_is_refused_in_a_sentence(open_page):
     page = open_page([*hostile_events(), Event("admit", 2, 0.3, {"request_id": "x"})])
-    assert page.locator("#empty").inner_text().startswith("This trace cannot be replayed")
+    said = page.locator("#empty").inner_text()
+    assert said == (
+        "This trace is damaged: event 4 cannot be replayed, since admit has no block_tables. "
+        "Record it again."
+    )
+    assert page.locator("#player").is_hidden()
+
+
+def test_a_trace_with_times_that_are_no_numbers_is_refused_in_a_sentence(open_page):
+    page = open_page([*hostile_events(), Event("free", 2, float("nan"), {"seq_id": 0})])
+    assert page.locator("#empty").inner_text().startswith("This trace is no JSON")
     assert page.locator("#player").is_hidden()
 
 

@@ -563,25 +563,25 @@ class Page {
 
 // ---- begin ------------------------------------------------------------------------------------------
 
+/* The events, and why they cannot be replayed: null if they can. */
+function readTrace() {
+  try {
+    const events = JSON.parse(byId("trace").textContent);
+    return [events, refusal(events)];
+  } catch (error) {
+    return [[], `This trace is no JSON (${error.message}): record it again.`];
+  }
+}
+
 function begin() {
-  const events = JSON.parse(byId("trace").textContent);
-  const why = refusal(events);
+  const [events, why] = readTrace();
   if (why !== null || !events.some((event) => event.event === "schedule")) {
     byId("empty").hidden = false;
     if (why !== null) byId("empty").textContent = why;
     return;
   }
   byId("player").hidden = false;
-  let page;
-  try {
-    page = new Page(events);
-  } catch (error) {
-    byId("player").hidden = true;
-    byId("empty").hidden = false;
-    byId("empty").textContent =
-      `This trace cannot be replayed: an event lacks a field (${error.message}). Record it again.`;
-    return;
-  }
+  const page = new Page(events);
   byId("legend").open = window.innerHeight >= 800 && window.innerWidth > 900;
   // For tests and for the curious: the only global name of this page.
   window.replay = {

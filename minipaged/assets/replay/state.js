@@ -13,11 +13,129 @@ const SCHEMA_VERSION = 2; // the same as in events.py
 
 /* Why these events cannot be replayed, in one sentence; null if they can. */
 function refusal(events) {
+  if (!Array.isArray(events) || !events.every(isObject)) {
+    return "This trace is no list of events: record it again.";
+  }
   const other = events.find((event) => event.v !== SCHEMA_VERSION);
-  if (!other) return null;
-  const found = other.v === undefined ? "no version" : `version ${other.v}`;
-  const reads = `this page reads only version ${SCHEMA_VERSION}`;
-  return `This trace has events of ${found}, and ${reads}: record it again with this minipaged.`;
+  if (other) {
+    const found = other.v === undefined ? "no version" : `version ${other.v}`;
+    const reads = `this page reads only version ${SCHEMA_VERSION}`;
+    return `This trace has events of ${found}, and ${reads}: record it again with this minipaged.`;
+  }
+  for (const [index, event] of events.entries()) {
+    const fault = faultOf(event);
+    if (fault === null) continue;
+    const which = `event ${index + 1} cannot be replayed, since ${fault}`;
+    return `This trace is damaged: ${which}. Record it again.`;
+  }
+  return null;
+}
+
+// ---- what the fields of an event must be (the same as in event_check.py) ------------------------
+
+const MOST_BLOCKS = 200_000;
+const MOST = 2 ** 31 - 1;
+
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const isText = (value) => typeof value === "string";
+const isWhole = (least, most) => (value) =>
+  Number.isInteger(value) && least <= value && value <= most;
+const isBlock = isWhole(0, MOST_BLOCKS - 1);
+const isTime = (value) => typeof value === "number" && 0 <= value && value <= 1e12;
+const listOf = (fits) => (value) => Array.isArray(value) && value.every(fits);
+const isPair = (value) => listOf(isBlock)(value) && value.length === 2;
+const bySequence = (fits) => (value) =>
+  isObject(value) &&
+  Object.keys(value).every((key) => /^[0-9]{1,10}$/.test(key)) &&
+  Object.values(value).every(fits);
+const oneOf = (...names) => [
+  names.map((name) => `"${name}"`).join(" or "),
+  (value) => names.includes(value),
+];
+const wholeFrom = (least, most) => `a whole number from ${least} to ${most.toLocaleString("en-US")}`;
+const A_BLOCK = wholeFrom(0, MOST_BLOCKS - 1);
+const A_COUNT = wholeFrom(0, MOST);
+
+/* What a field may be, in words and as a check. */
+const FORMS = {
+  count: [A_COUNT, isWhole(0, MOST)],
+  time: ["a number of seconds from 0 up", isTime],
+  poolSize: [wholeFrom(0, MOST_BLOCKS), isWhole(0, MOST_BLOCKS)],
+  blockSize: [wholeFrom(1, MOST), isWhole(1, MOST)],
+  block: [A_BLOCK, isBlock],
+  blocks: [`a list of blocks, each ${A_BLOCK}`, listOf(isBlock)],
+  pairs: [`a list of pairs of blocks, each ${A_BLOCK}`, listOf(isPair)],
+  tables: [
+    `an object from sequence ids to lists of blocks, each ${A_BLOCK}`,
+    bySequence(listOf(isBlock)),
+  ],
+  counts: [
+    `an object from sequence ids to numbers, each ${A_COUNT}`,
+    bySequence(isWhole(0, MOST)),
+  ],
+  request: ["text", isText],
+  requests: ["a list of text", listOf(isText)],
+  pool: oneOf("pool", "swap"),
+  mode: oneOf("swap", "recompute"),
+};
+
+const OWNERS = { pool: "pool", block: "block", ref_count: "count" };
+const REPLACED = { seq_id: "count", pairs: "pairs" };
+const BLOCKS_OF_ONE = { seq_id: "count", blocks: "blocks" };
+const MOVED = { request_id: "request", block_tables: "tables", pairs: "pairs" };
+
+/* The fields of each event beside step and time, by their form. */
+const FIELDS = {
+  init: { num_blocks: "poolSize", num_swap_blocks: "poolSize", block_size: "blockSize" },
+  schedule: {
+    running: "requests",
+    waiting: "requests",
+    swapped: "requests",
+    num_scheduled_tokens: "counts",
+  },
+  admit: {
+    request_id: "request",
+    block_tables: "tables",
+    num_tokens: "counts",
+    num_cached_tokens: "counts",
+  },
+  append: { ...BLOCKS_OF_ONE, num_tokens: "count" },
+  copy_on_write: REPLACED,
+  fork: { parent: "count", child: "count", num_tokens: "count" },
+  cache: BLOCKS_OF_ONE,
+  deduplicate: REPLACED,
+  evict: { block: "block" },
+  pin: BLOCKS_OF_ONE,
+  preempt: { request_id: "request", mode: "mode" },
+  swap_out: MOVED,
+  swap_in: MOVED,
+  out_of_memory: { request_id: "request" },
+  free: { seq_id: "count" },
+  allocate: OWNERS,
+  share: OWNERS,
+  release: OWNERS,
+};
+
+/* Why one event cannot be replayed, in a clause; null if it can, or if its kind is unknown. */
+function faultOf(event) {
+  const name = event.event;
+  if (!isText(name)) return "it has no event";
+  const own = Object.hasOwn(FIELDS, name) ? FIELDS[name] : {};
+  for (const [field, form] of Object.entries({ step: "count", time: "time", ...own })) {
+    if (!Object.hasOwn(event, field)) return `${name} has no ${field}`;
+    const [words, fits] = FORMS[form];
+    if (!fits(event[field])) {
+      const value = JSON.stringify(event[field]);
+      const shown = value.length <= 60 ? value : `${value.slice(0, 60)}...`;
+      return `${field} of ${name} is ${shown}, and must be ${words}`;
+    }
+  }
+  if (name !== "admit") return null;
+  for (const field of ["num_tokens", "num_cached_tokens"]) {
+    const missing = Object.keys(event.block_tables).find((seq) => !Object.hasOwn(event[field], seq));
+    if (missing !== undefined) return `${field} of admit lacks sequence ${missing}`;
+  }
+  return null;
 }
 
 // ---- a state, and the shape of its pools --------------------------------------------------------
@@ -60,6 +178,7 @@ function shapeOf(events) {
   const used = { pool: 0, swap: 0 };
   const size = { least: 1, most: Infinity };
   for (const event of events) {
+    if (!Object.hasOwn(FIELDS, event.event)) continue;
     for (const [pool, block] of blocksIn(event)) used[pool] = Math.max(used[pool], block + 1);
     if (!init && event.event === "admit") narrowBlockSize(size, event);
   }

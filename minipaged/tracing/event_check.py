@@ -1,0 +1,143 @@
+"""What the fields of each event must be, for traces that come from a file.
+
+assets/replay/state.js has the same two tables, FORMS and FIELDS, and refuses the same events: a
+page may be opened long after its trace was read.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+MOST_BLOCKS = 200_000  # in a pool: the page keeps four numbers per block in up to 100 copies
+MOST = 2**31 - 1
+
+
+def find_fault(event: dict[str, Any]) -> str | None:
+    """Why this event cannot be replayed, in a clause; None if it can, or if its kind is unknown.
+
+    Args:
+        event: a parsed line of a trace.
+    """
+    name = event.get("event")
+    if not isinstance(name, str):
+        return "it has no event"
+    fields = {"step": "count", "time": "time", **FIELDS.get(name, {})}
+    for field, form in fields.items():
+        if field not in event:
+            return f"{name} has no {field}"
+        words, fits = FORMS[form]
+        if not fits(event[field]):
+            value = json.dumps(event[field], ensure_ascii=False)
+            shown = value if len(value) <= 60 else value[:60] + "..."
+            return f"{field} of {name} is {shown}, and must be {words}"
+    if name == "admit":
+        for field in ("num_tokens", "num_cached_tokens"):
+            missing = event["block_tables"].keys() - event[field].keys()
+            if missing:
+                return f"{field} of admit lacks sequence {min(missing)}"
+    return None
+
+
+# A number without a fraction is one also where it is written as 1.0: JavaScript cannot tell.
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and least <= value <= most and value == int(value)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value, 0, MOST)
+
+
+def _is_block(value: Any) -> bool:
+    return _is_whole(value, 0, MOST_BLOCKS - 1)
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _by_sequence(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        ids = isinstance(value, dict) and all(re.fullmatch("[0-9]{1,10}", key) for key in value)
+        return ids and all(map(fits, value.values()))
+
+    return check
+
+
+def _is_pair(value: Any) -> bool:
+    return _list_of(_is_block)(value) and len(value) == 2
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e12
+
+
+def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
+    return " or ".join(f'"{name}"' for name in names), lambda value: value in names
+
+
+_BLOCK = f"a whole number from 0 to {MOST_BLOCKS - 1:,}"
+_COUNT = f"a whole number from 0 to {MOST:,}"
+FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "count": (_COUNT, _is_count),
+    "time": ("a number of seconds from 0 up", _is_time),
+    "pool size": (
+        f"a whole number from 0 to {MOST_BLOCKS:,}",
+        lambda value: _is_whole(value, 0, MOST_BLOCKS),
+    ),
+    "block size": (f"a whole number from 1 to {MOST:,}", lambda value: _is_whole(value, 1, MOST)),
+    "block": (_BLOCK, _is_block),
+    "blocks": (f"a list of blocks, each {_BLOCK}", _list_of(_is_block)),
+    "pairs": (f"a list of pairs of blocks, each {_BLOCK}", _list_of(_is_pair)),
+    "tables": (
+        f"an object from sequence ids to lists of blocks, each {_BLOCK}",
+        _by_sequence(_list_of(_is_block)),
+    ),
+    "counts": (f"an object from sequence ids to numbers, each {_COUNT}", _by_sequence(_is_count)),
+    "request": ("text", lambda value: isinstance(value, str)),
+    "requests": ("a list of text", _list_of(lambda value: isinstance(value, str))),
+    "pool": _one_of("pool", "swap"),
+    "mode": _one_of("swap", "recompute"),
+}
+"""What a field may be, in words and as a check."""
+
+_MOVED = {"request_id": "request", "block_tables": "tables", "pairs": "pairs"}
+_REPLACED = {"seq_id": "count", "pairs": "pairs"}
+_BLOCKS_OF_ONE = {"seq_id": "count", "blocks": "blocks"}
+_OWNERS = {"pool": "pool", "block": "block", "ref_count": "count"}
+FIELDS: dict[str, dict[str, str]] = {
+    "init": {
+        "num_blocks": "pool size",
+        "num_swap_blocks": "pool size",
+        "block_size": "block size",
+    },
+    "schedule": {
+        "running": "requests",
+        "waiting": "requests",
+        "swapped": "requests",
+        "num_scheduled_tokens": "counts",
+    },
+    "admit": {
+        "request_id": "request",
+        "block_tables": "tables",
+        "num_tokens": "counts",
+        "num_cached_tokens": "counts",
+    },
+    "append": {**_BLOCKS_OF_ONE, "num_tokens": "count"},
+    "copy_on_write": _REPLACED,
+    "fork": {"parent": "count", "child": "count", "num_tokens": "count"},
+    "cache": _BLOCKS_OF_ONE,
+    "deduplicate": _REPLACED,
+    "evict": {"block": "block"},
+    "pin": _BLOCKS_OF_ONE,
+    "preempt": {"request_id": "request", "mode": "mode"},
+    "swap_out": _MOVED,
+    "swap_in": _MOVED,
+    "out_of_memory": {"request_id": "request"},
+    "free": {"seq_id": "count"},
+    "allocate": _OWNERS,
+    "share": _OWNERS,
+    "release": _OWNERS,
+}
+"""The fields of each event beside step and time, by their form; see `minipaged.tracing.events`."""
