@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.cli.options import AsJson, BlockSize, MaxNumSeqs
+from minipaged.cli.options import AsJson, BlockSize, MaxNumSeqs, refuse_beside
 from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import GB, GPUS, MODELS, find_gpu, find_model
@@ -21,6 +21,7 @@ from minipaged.utils.options import require_whole
 
 
 def capacity(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "llama-3-8b",
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100-80g",
     num_gpus: Annotated[int, typer.Option(help="GPUs in the server.")] = 1,
@@ -41,6 +42,9 @@ def capacity(
     Prints the size of the pool, the load at the given rate, the highest rate at which a token still
     arrives in good time, and what limits it.
     """
+    if trace is not None:
+        means = ("input_len", "output_len")
+        refuse_beside(context, "--trace", "has mean lengths of its own", means)
     least = {"num_gpus": num_gpus, "block_size": block_size, "max_num_seqs": max_num_seqs}
     for name, value in {**least, "longest": longest}.items():
         require_whole(name, value, 1)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.cli.options import refuse_beside
 from minipaged.errors import CheckpointError, InvalidOption
 from minipaged.models.hub.catalogue import KNOWN_MODELS, find_known, in_words
 from minipaged.models.hub.fetch import download, find_here
@@ -25,6 +26,7 @@ from minipaged.models.hub.local_models import (
 
 
 def fetch(
+    context: typer.Context,
     name: Annotated[
         str | None, typer.Argument(help="owner/name[@revision] on the hub, or a name from --list.")
     ] = None,
@@ -45,6 +47,8 @@ def fetch(
     MINIPAGED_HOME are honoured.
     """
     if list_models:
+        fetched = ("name", "revision", "directory")
+        refuse_beside(context, "--list", "fetches nothing", fetched)
         print_known_models(as_json)
     elif name is None:
         raise InvalidOption("no model is named: give owner/name, or --list to see some.")

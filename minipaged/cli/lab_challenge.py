@@ -36,6 +36,11 @@ def challenge(
 ) -> None:
     """Lab 9: compare the latency of your policy with the library's."""
     require_whole("seed", seed, 0)
+    if name and leaderboard is None:
+        raise InvalidOption(
+            "--name is shown in a leaderboard only: give one with --leaderboard, or leave out "
+            "--name."
+        )
     if not file.is_file():
         raise InvalidOption(f"there is no {file}: begin with `minipaged lab start {NUMBER}`.")
     parts = parts_of(file)

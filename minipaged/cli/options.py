@@ -15,6 +15,7 @@ import typer
 
 from minipaged import __version__
 from minipaged.config import OPTIONS
+from minipaged.errors import InvalidOption
 
 Command = Callable[..., None]
 
@@ -90,6 +91,29 @@ def in_words_of_the_shell(sentence: str, names: Iterable[str]) -> str:
         if "_" in name:
             sentence = re.sub(rf"(?<!-)\b{name}\b", flag(name), sentence)
     return sentence
+
+
+def refuse_beside(context: typer.Context, flag: str, does: str, ignored: Iterable[str]) -> None:
+    """Refuse flags that another one makes pointless, whatever their values.
+
+    Args:
+        context: of the command that is running.
+        flag: the other one, as it is typed; call this only if it was given.
+        does: what it does, with the flag as subject.
+        ignored: names of parameters of the command.
+
+    Raises:
+        InvalidOption: one of them was given on the command line.
+    """
+    flags = {each.name: each.opts[0] for each in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in ignored}
+    given = [flags[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        names = " and ".join([", ".join(given[:-1])] * (len(given) > 1) + given[-1:])
+        them = "it" if len(given) == 1 else "them"
+        raise InvalidOption(
+            f"{flag} {does}, so {names} would be ignored: leave {them} out, or leave out {flag}."
+        )
 
 
 # ---- other flags ---------------------------------------------------------------------------------

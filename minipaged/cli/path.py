@@ -6,10 +6,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from minipaged.cli.options import refuse_beside
 from minipaged.evaluation.reading_path import READING_PATH, as_markdown, lines_of_code
 
 
 def path(
+    context: typer.Context,
     trace: Annotated[
         bool, typer.Option("--trace", help="Trace one decode token: each function it calls.")
     ] = False,
@@ -19,6 +21,7 @@ def path(
 ) -> None:
     """Print the reading path through the library, in the order a token travels."""
     if trace:
+        refuse_beside(context, "--trace", "prints functions, not the path", ("markdown",))
         _print_trace()
     elif markdown is not None:
         print(as_markdown(markdown), end="")

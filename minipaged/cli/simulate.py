@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from minipaged.cli.options import AsJson, BlockSize
+from minipaged.cli.options import AsJson, BlockSize, refuse_beside
 from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
@@ -52,6 +52,7 @@ class Row:
 
 
 def simulate(
+    context: typer.Context,
     systems: Annotated[
         list[str] | None, typer.Argument(help="Systems to compare. Default: the paper's.")
     ] = None,
@@ -67,6 +68,9 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Serve a trace with paging and with the baselines, in simulated time."""
+    if trace is not None:
+        drawn = ("workload", "rate", "seconds", "seed")
+        refuse_beside(context, "--trace", "brings requests of its own", drawn)
     require_one_of("server", server, tuple(DEPLOYMENTS))
     require_one_of("workload", workload, (*WORKLOADS, "chat"))
     require_whole("block_size", block_size, 1)

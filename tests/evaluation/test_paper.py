@@ -206,6 +206,8 @@ def test_a_capacity_report_is_printed_for_people_and_for_machines(capsys):
         (["--spread", "9"], "--spread is 9"),
         (["--longest", "100"], "raise --longest"),
         (["--num-gpus", "0"], "num_gpus is 0"),
+        (["--trace", "x.csv", "--input", "9"], "so --input would be ignored: leave it out"),
+        (["--trace", "x.csv", "--output", "9"], "so --output would be ignored"),
     ],
 )
 def test_a_capacity_report_that_cannot_be_made_says_why(arguments, words):

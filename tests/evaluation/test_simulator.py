@@ -103,8 +103,11 @@ TIMESTAMP,ContextTokens,GeneratedTokens
         AZURE,
         AZURE_2024,
         "\ufeffarrived_at,num_prefill_tokens,num_decode_tokens\n1.5,30,40\n3.5,10.0,20\n",
+        " Arrival , INPUT,Output\r\n1.5, 30 ,40\r\n\r\n3.5,10,20\r\n",
+        "arrival,input,output\n2024-01-01T00:00:00Z,30,40\n2024-01-01 02:00:02+02:00,10,20,\n",
+        "arrival,input,output\n1700000000,30,40\n1700000002,10,20\n",
     ],
-    ids=["ours", "BurstGPT", "Azure", "Azure with zones", "Vidur"],
+    ids="ours BurstGPT Azure zones Vidur spaces Z epochs".split(),
 )
 def test_a_real_trace_is_read_in_its_own_words(tmp_path, text):
     file = tmp_path / "trace.csv"
@@ -123,9 +126,20 @@ def test_a_real_trace_is_read_in_its_own_words(tmp_path, text):
         ("arrival,input,output\n1,2,3\n1,x,3\n", "line 3"),
         ("arrival,input,output\n1,2\n", "line 2"),
         ("arrival,input,output\n1,2,0\n", "none of the 1 requests"),
-        ("arrival,input,output\nnan,2,3\n", "nan is no time"),
-        ("arrival,input,output\n1,inf,3\n", "line 2"),
-        ("arrival,input,output\nnoon,2,3\n", "line 2"),
+        ("arrival,input,output\n", "none of the 0 requests"),
+        ("arrival,input,output\nnan,2,3\n", "line 2: arrival is nan: give seconds from 0 up"),
+        ("arrival,input,output\n-1,2,3\n", "line 2: arrival is -1: give seconds from 0 up"),
+        ("arrival,input,output\n1,inf,3\n", "line 2: input is 'inf', and must be a whole number"),
+        ("arrival,input,output\n1,2,-3\n", "line 2: output is '-3', and must be a whole number"),
+        ("arrival,input,output\n\n1,2.5,3\n", "line 3: input is '2.5', and must be a whole"),
+        ('arrival,input,output\n1,"1,000",3\n', "line 2: input is '1,000', and must be a whole"),
+        ("Timestamp,Request tokens,Response tokens\n1,2,\n", "Response tokens is '', and must be"),
+        ("arrival,input,output\nnoon,2,3\n", "line 2: arrival is 'noon': give seconds, or a date"),
+        ("arrival,input,output\n2024-13-01 00:00:00,2,3\n", "line 2: arrival is '2024-13-01 00"),
+        ("arrival,input,output\n1700000000000,2,3\n", "line 2: arrival is .* milliseconds since"),
+        ("arrival,input,output\n1,2,3,4\n", "line 2 has more values than the header"),
+        ("arrival,input,output,Input\n1,2,3,4\n", "names a column twice"),
+        ("arrival;input;output\n1;2;3\n", "has the columns arrival;input;output: give"),
     ],
 )
 def test_a_trace_that_cannot_be_read_says_why(tmp_path, text, words):
@@ -446,6 +460,12 @@ def test_systems_are_compared_on_a_real_trace(tmp_path, capsys):
         (["--rate", "0.001", "--seconds", "1"], "no request comes"),
         (["--rate", "inf"], "no more than 1,000,000"),
         (["--seed", "-1"], "seed is -1"),
+        (["--trace", "x.csv", "--rate", "2"], "--trace .*, so --rate would be ignored"),
+        (["--trace", "x.csv", "--rate", "1.0"], "so --rate would be ignored"),
+        (
+            ["--trace", "x.csv", "--seconds", "9", "--workload", "chat", "--seed", "1"],
+            "so --workload, --seconds and --seed would be ignored: leave them out",
+        ),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(arguments, words):

@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from math import isfinite, log, sqrt
+from math import log, nan, sqrt
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from minipaged.evaluation.sim.fitted import ALPACA_OUTPUT_CV, SHAREGPT_OUTPUT_CV
 CHAT_LIMIT = 1024  # tokens of a prompt, and of an answer
 CHAT_ROUNDS = 8
 STRATA = 256
+MOST_TOKENS = 10**9  # of a request in a file
+MOST_SECONDS = 1e11  # an arrival in a file: as seconds since 1970, it is in the year 5138
 SHORTEST = 4  # tokens; a normalised latency over a single token would be mostly waiting
 
 
@@ -111,7 +114,7 @@ def poisson_trace(
     return [TraceRequest(t, *both) for t, both in zip(times.tolist(), drawn, strict=True)]
 
 
-_DATE = re.compile(r"(\d+-\d+-\d+[ T]\d+:\d+:\d+)(\.\d+)?([+-]\d+:\d+)?")
+_DATE = re.compile(r"(\d+-\d+-\d+[ T]\d+:\d+:\d+)(\.\d+)?(Z|[+-]\d+:\d+)?")
 
 # ---- real traces ---------------------------------------------------------------------------------
 
@@ -146,11 +149,13 @@ def read_trace(file: Path, longest: int | None = None) -> list[TraceRequest]:
     """The requests in a CSV file, in order of arrival, the first at time 0.
 
     Args:
-        file: its first line names the columns; see COLUMNS. Times are seconds, or dates.
-        longest: requests of so many tokens or more are left out, and those that generate nothing.
+        file: its first line names the columns; see COLUMNS, in any case. Times are seconds, or
+            dates; counts of tokens are whole numbers.
+        longest: requests of so many tokens or more are left out, and those that have no prompt or
+            generate nothing.
 
     Raises:
-        InvalidOption: columns are missing, a line holds no numbers, or no request is left.
+        InvalidOption: columns are missing, a row has what cannot be, or no request is left.
     """
     try:
         requests = _read_rows(file)
@@ -175,40 +180,72 @@ def read_trace(file: Path, longest: int | None = None) -> list[TraceRequest]:
 def _read_rows(file: Path) -> list[TraceRequest]:
     with file.open(newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines)
-        names = {name.strip(): name for name in reader.fieldnames or ()}
-        known = next((c for c in COLUMNS if all(name in names for name in c)), None)
+        header = list(reader.fieldnames or ())
+        names = {name.strip().lower(): name for name in header}
+        known = next((c for c in COLUMNS if all(name.lower() in names for name in c)), None)
         if known is None:
             wanted = "; or ".join(", ".join(c) for c in COLUMNS)
             raise InvalidOption(
-                f"{file} has the columns {', '.join(names) or '(none)'}: give {wanted}."
+                f"{file} has the columns {', '.join(header) or '(none)'}: give {wanted}."
             )
-        return [
-            _read_row(file, number, [row[names[name]] for name in known])
-            for number, row in enumerate(reader, 2)
-        ]
+        if len(names) < len(header):
+            raise InvalidOption(f"{file} names a column twice: rename or remove one of them.")
+        columns = [names[name.lower()] for name in known]
+        return [_read_row(file, reader.line_num, row, columns) for row in reader]
 
 
-def _read_row(file: Path, number: int, values: list[str]) -> TraceRequest:
+def _read_row(
+    file: Path, line: int, row: dict[str | None, Any], columns: list[str]
+) -> TraceRequest:
+    """One request. Raises InvalidOption with the line and the column of what cannot be."""
+    here = f"{file}, line {line}"
+    if any(row.get(None) or ()):
+        raise InvalidOption(f"{here} has more values than the header has columns: correct it.")
+    arrival, *lengths = ((name.strip(), (row[name] or "").strip()) for name in columns)
+    return TraceRequest(_read_time(here, *arrival), *(_read_count(here, *n) for n in lengths))
+
+
+def _read_count(here: str, column: str, text: str) -> int:
     try:
-        time, *lens = values
-        seconds = _seconds(time)
-        request = TraceRequest(seconds, *(int(float(n)) for n in lens))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidOption(f"{file}, line {number}: {values} are no time and counts.") from error
-    if not isfinite(seconds):
-        raise InvalidOption(f"{file}, line {number}: {time} is no time.")
-    return request
+        number = float(text)
+    except ValueError:
+        number = nan
+    if not (0 <= number <= MOST_TOKENS and number == int(number)):
+        raise InvalidOption(
+            f"{here}: {column} is {text!r}, and must be a whole number of tokens, from 0 to "
+            f"{MOST_TOKENS:,}."
+        )
+    return int(number)
 
 
-def _seconds(time: str) -> float:
+def _read_time(here: str, column: str, text: str) -> float:
     try:
-        return float(time)
-    except ValueError:  # a date, with or without a zone, and with however many decimals
-        found = _DATE.fullmatch(time.strip())
+        seconds = float(text)
+    except ValueError:
+        return _read_date(here, column, text)
+    if seconds > MOST_SECONDS:
+        raise InvalidOption(
+            f"{here}: {column} is {text}, which in seconds is thousands of years: if these are "
+            "milliseconds since 1970 or less, divide them to give seconds."
+        )
+    if not seconds >= 0:
+        raise InvalidOption(f"{here}: {column} is {text}: give seconds from 0 up, or a date.")
+    return seconds
+
+
+def _read_date(here: str, column: str, text: str) -> float:
+    """Seconds since 1970 of a date, with or without a zone, and with however many decimals."""
+    found = _DATE.fullmatch(text)
+    try:
         if found is None:
-            raise
+            raise ValueError("of another form")
         whole, fraction, zone = found.groups()
-        return datetime.fromisoformat(whole + (zone or "+00:00")).timestamp() + float(fraction or 0)
+        zone = "+00:00" if zone in (None, "Z") else zone
+        return datetime.fromisoformat(whole + zone).timestamp() + float(fraction or 0)
+    except (ValueError, OverflowError) as error:
+        raise InvalidOption(
+            f"{here}: {column} is {text!r}: give seconds, or a date such as 2024-01-31 13:45:00.5."
+        ) from error
 
 
 def mean_lengths(trace: list[TraceRequest]) -> tuple[float, float]:
