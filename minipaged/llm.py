@@ -7,8 +7,6 @@ from itertools import count
 from threading import Lock
 from typing import Any, cast
 
-from tqdm import tqdm
-
 from minipaged.config import EngineArgs
 from minipaged.engine.build import build_engine
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput
@@ -20,6 +18,7 @@ from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_template import Message, chat_prompt
 from minipaged.tokenizer.prompts import Prompt, list_prompts, read_prompt
 from minipaged.utils.options import option, takes
+from minipaged.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,8 @@ class LLM:
             prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}; one or many.
             sampling_params: one for all, or one a prompt. Greedy, sampled and beam search
                 (BeamSearchParams) may stand side by side.
-            use_tqdm: show a progress bar with tokens per second.
+            use_tqdm: show a progress bar with tokens per second, unless TQDM_DISABLE is set in
+                the environment.
 
         Raises:
             InvalidRequest, InvalidOption, MissingTokenizer: a prompt can never be served.
@@ -95,7 +95,7 @@ class LLM:
         many = list_prompts(prompts)
         outputs: dict[int, RequestOutput] = {}
         num_tokens = 0
-        with tqdm(total=len(many), desc="prompts", disable=not use_tqdm) as bar:
+        with progress_bar(total=len(many), desc="prompts", shown=use_tqdm) as bar:
             for index, progress in self._serve(many, sampling_params):
                 if progress.finished:
                     outputs[index] = output = progress.build_output()

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from minipaged.cli.options import AsJson, BlockSize, refuse_beside
 from minipaged.config import EngineArgs
@@ -33,6 +32,7 @@ from minipaged.evaluation.sim.traces import (
     read_trace,
 )
 from minipaged.utils.options import require_one_of, require_whole
+from minipaged.utils.progress import progress_bar
 
 MOST_REQUESTS = 1_000_000  # that are worth waiting for
 
@@ -80,7 +80,7 @@ def simulate(
     deployed = DEPLOYMENTS[server]
     setting = Setting(deployed.num_slots, block_size, model=deployed.model)
     costs = CostModel(deployed)
-    rows = [_serve(s, setting, costs, requests) for s in tqdm(chosen, "systems", disable=None)]
+    rows = [_serve(s, setting, costs, requests) for s in progress_bar(chosen, desc="systems")]
     if as_json:
         print(*(json.dumps(asdict(row)) for row in rows), sep="\n")
         return

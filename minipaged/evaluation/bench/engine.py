@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from tqdm import tqdm
 
 from minipaged.errors import MinipagedError
 from minipaged.evaluation.bench.engine_report import MIXED, READ, Row
@@ -34,6 +33,7 @@ from minipaged.evaluation.bench.engine_sides import (
 )
 from minipaged.evaluation.bench.engine_workload import Request, Workload, make_model
 from minipaged.models.loader import DTYPES
+from minipaged.utils.progress import progress_bar
 
 # How far below the likeliest a token's logit may lie: what rounding does to logits of this model.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
@@ -68,7 +68,7 @@ def measure(
         works = ours.mixed(workload) | ({} if theirs is None else theirs.mixed(workload))
         cases.append(Case(MIXED, workload.mixed_requests(), works))
         num_runs = sum(len(case.works) for case in cases) * rounds + len(works)
-        with tqdm(total=num_runs, desc="runs", disable=None) as bar:  # None: only in a terminal
+        with progress_bar(total=num_runs, desc="runs") as bar:
             for case in cases:
                 for row in _measure_case(case, rounds, referee, bar.update):
                     if case.name == MIXED and row.failure is None:

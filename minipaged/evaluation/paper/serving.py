@@ -1,14 +1,11 @@
 """What the simulated figures have in common: a case, its outcome, and many of them at a time."""
 
 import os
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import TypeVar
-
-from tqdm import tqdm
 
 from minipaged.config import EngineArgs, PreemptionMode
 from minipaged.evaluation.sim.capacity import Curve
@@ -25,6 +22,7 @@ from minipaged.evaluation.sim.traces import (
     poisson_trace,
 )
 from minipaged.memory import MemoryUsage
+from minipaged.utils.progress import progress_bar
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -166,9 +164,8 @@ def in_parallel(
     """`function` of every input, on all cores, with a progress bar in a terminal."""
     todo = list(inputs)
     num_workers = min(len(todo), os.cpu_count() or 1)
-    quiet = not sys.stderr.isatty()
     if num_workers <= 1:
-        return [function(each) for each in tqdm(todo, label, disable=quiet)]
+        return [function(each) for each in progress_bar(todo, desc=label)]
     # A fresh process for each: a fork of one that holds threads may hang.
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        return list(tqdm(pool.map(function, todo), label, len(todo), disable=quiet))
+        return list(progress_bar(pool.map(function, todo), desc=label, total=len(todo)))

@@ -11,9 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from minipaged.errors import CheckpointError, FetchError
 from minipaged.models.hub.catalogue import in_words
@@ -31,6 +29,10 @@ from minipaged.models.hub.staging import (
     staging_of,
     target_of,
 )
+from minipaged.utils.progress import progress_bar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def fetch(
@@ -146,13 +148,13 @@ def _receive_all(offer: Offer, staging: Path, progress: bool) -> None:
     _refuse_without_room(offer, staging, offer.num_bytes - kept)
     from minipaged.models.loader import read_model_config  # torch, only now
 
-    with tqdm(
+    with progress_bar(
         total=offer.num_bytes,
         initial=kept,
         desc=offer.repo,
         unit="B",
         unit_scale=True,
-        disable=None if progress else True,  # None: only a terminal shows it
+        shown=None if progress else False,
     ) as bar:
         for file in missing:
             _receive_one(offer, file, staging, bar)
