@@ -188,8 +188,10 @@ print("same answers, and every block is free")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Some of these prompts alone need more than two blocks. The engine rejects such a request with a
-# sentence that says how many it needs, and continues with the others. Try it.
+# Some of these prompts alone need more than two blocks. Adding such a request raises
+# `PromptTooLong`, with a sentence that says how many blocks it needs. `LLM.generate` then serves
+# none of its prompts. A program that calls `engine.add_request` itself can catch the error for this
+# one prompt, and the engine serves the others. Try it.
 #
 # </details>
 #

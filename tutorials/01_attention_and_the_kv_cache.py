@@ -8,8 +8,8 @@
 #
 # - What attention computes, in eight lines that you write yourself and that the engine then runs
 #   on.
-# - Why keeping keys and values turns work that grows with the square of the text into work that
-#   grows with its length.
+# - Why keeping keys and values turns the work for one more token, which grows with the square of
+#   the text so far, into work that grows with its length.
 # - How many bytes a token costs, and why these bytes decide how many requests a GPU can serve.
 #
 # ## What must hold
@@ -350,10 +350,23 @@ right.set(title="on an A100 with 40 GB", ylabel="requests at a time")
 # 312 TFLOP/s (3.12e14 operations per second), but reads only 1.6 TB/s (1.6e12 bytes): 200
 # operations in the time of one byte. So it waits for memory nearly all the time. (Operations for
 # each byte are called *arithmetic intensity*.) If 50 sequences make a step together, the weights
-# are read once for all of them, and the step takes hardly longer. That is why serving engines put
-# requests together, which is [chapter 6](06_continuous_batching.md). Only the keys and values are
-# each sequence's own. They have to be there for all of them at once, and so memory decides how many
-# run together.
+# are read once for all of them. The keys and values are each sequence's own, and all of them must
+# be read in every step. How much longer does the step take? The library has a cost model of such a
+# server, which counts these bytes and the work of the host:
+
+# %%
+from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
+from minipaged.evaluation.sim.cost_model import CostModel
+
+costs = CostModel(DEPLOYMENTS["opt-13b"])
+for length in (300, 1000):
+    one, fifty = (costs.step(n, n * length, 0, 0) for n in (1, 50))
+    print(f"{length:5} tokens each: 50 sequences take {fifty / one:.1f} times as long as one")
+
+# %% [markdown]
+# That is why serving engines put requests together, which is
+# [chapter 6](06_continuous_batching.md). The keys and values of all of them have to be in memory at
+# once, and so memory decides how many run together.
 #
 # ## Check
 #

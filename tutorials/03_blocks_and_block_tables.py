@@ -149,7 +149,7 @@ for axis, (contents, owners), title in zip(axes, (first, second, third), titles,
 # %%
 table = memory.tables[sequences["C"].seq_id]
 for position in (0, 3, 4, 8):
-    print(f"C's word {position}, {words['C'][position]!r:8}, lies in slot {table.slot(position)}")
+    print(f"C's word {position}, {words['C'][position]!r}, is in slot {table.slot(position)}")
 
 # %% [markdown]
 # This is the library's, in full:

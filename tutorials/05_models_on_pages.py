@@ -316,7 +316,7 @@ assert furthest < 1e-4
 # |---|---|---|
 # | norm | LayerNorm: less the mean, by the deviation | RMSNorm: by the root mean square |
 # | position | a learned vector, added at the beginning | RoPE: an angle, in every layer |
-# | KV heads | as many as query heads | fewer (grouped-query attention) |
+# | KV heads | as many as query heads | as many (Llama 1), or fewer (grouped-query attention) |
 # | feed-forward | two matrices, GELU between | SwiGLU: three, one the gate of another |
 # | biases | everywhere | none |
 #

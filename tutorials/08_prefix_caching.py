@@ -85,10 +85,11 @@ print(index.find("there was a frog who had a key"))
 # The prompt that begins with "there was a frog" finds nothing at all, since no story begins that
 # way. Two prompts share their common prefix, never more. So the entries form a *tree*.
 #
-# Other engines make one number, a hash, of all tokens up to the end of a block, and look for that.
-# They assume that no two prefixes hash to the same value: if two did, one user would be served with
-# the other's keys and values. Here tokens are compared with tokens, and a block's number represents
-# everything before it. That is exact:
+# vLLM makes one number, a hash, of all tokens up to the end of a block, and looks for that. It
+# assumes that no two prefixes hash to the same value: if two did, one user would be served with the
+# other's keys and values. SGLang compares tokens with tokens, in a radix tree. Here tokens are
+# compared as well, block by block, and a block's number represents everything before it. That is
+# exact:
 #
 # @@ minipaged.memory.prefix_cache.PrefixCache.find
 #
@@ -128,10 +129,11 @@ print("blocks free", memory.num_free)
 
 # %% [markdown]
 # Two things to note. Of the prompt of 8 tokens only 7 count as cached, although both blocks are:
-# the last token must be computed in any case, because the logits *after* it are not stored. And
-# when the sequence has ended, all 8 blocks of the pool are free, and yet two of them can be found.
-# The cache is one more owner of each cached block. A block that only the cache owns is *idle*: it
-# is kept until another sequence needs the memory.
+# the last token must be computed in any case, because the logits *after* it are not stored. Its
+# keys and values are written again as well, so if another sequence owns that block too, it is
+# copied first (copy-on-write, chapter 7). And when the sequence has ended, all 8 blocks of the pool
+# are free, and yet two of them can be found. The cache is one more owner of each cached block. A
+# block that only the cache owns is *idle*: it is kept until another sequence needs the memory.
 #
 # ### Six questions about one story, and a chat
 #

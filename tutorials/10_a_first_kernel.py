@@ -32,10 +32,10 @@
 # ## The step: a kernel of your own
 #
 # A *GPU* runs thousands of copies of one short *program* in parallel, in no defined order. Each
-# program works on whole *tiles* of elements, one element per *lane*, and all lanes do the same
-# thing at the same time. The memory is large and far away: in the time it takes to load one number,
-# the GPU can do hundreds of operations. So a program should read little, in wide pieces, and each
-# element once.
+# program works on whole *tiles* of elements. Its threads share a tile, so that each thread holds
+# many elements of it, and they all do the same thing at the same time. The memory is large and far
+# away: in the time it takes to load one number, the GPU can do hundreds of operations. So a program
+# should read little, in wide pieces, and each element once.
 #
 # *Triton* is a language for such programs that looks like Python. A function under `@triton.jit` (a
 # *kernel*) is not run by Python. It is compiled for the GPU, and `kernel[grid](...)` starts as many
@@ -69,8 +69,8 @@ import triton.language as tl
 # `pool + start + tl.arange(0, CHUNK)` is a tile of addresses, and `tl.load` reads all of them.
 #
 # The size of a tile must be a power of two and known when the kernel is compiled (`tl.constexpr`).
-# Blocks are of any size. So the last tile of a block sticks out, and a *mask* disables the lanes
-# that are outside.
+# Blocks are of any size. So the last tile of a block sticks out, and a *mask* leaves out those
+# elements that are outside.
 
 
 # %%
@@ -134,7 +134,7 @@ assert torch.allclose(out, expected, atol=1e-6)
 
 # %% [markdown]
 # `tl.device_print` is how to look inside. It prints the number of the program and the tile; on a
-# GPU as well, a line for each lane. The fourth weight is 0: the slot is empty.
+# GPU as well, a line for each element. The fourth weight is 0: the slot is empty.
 #
 # ### Through the block table
 #

@@ -326,7 +326,7 @@ for output in served:
 # ### What the compiler says
 #
 # A kernel can be right, read each byte once, and still be slow, because it does not fit. A
-# multiprocessor has 65,536 *registers*, where lanes keep their values, and some 160 to 230 KiB of
+# multiprocessor has 65,536 *registers*, where threads keep their values, and some 160 to 230 KiB of
 # *shared memory*, where tiles wait. What finds no register is *spilled* to the far memory. All of
 # that is decided by the compiler, and the compiler needs no GPU. `minipaged bench compile` does it
 # for every kernel. Here are two, as for Llama 3 8B, in a process of their own, since in this one
@@ -363,8 +363,8 @@ print(process.stdout)
 # (sm_80 is Ampere, as in an A100; sm_90 is Hopper, as in an H100 and H200.) `HMMA` is a
 # multiplication by the tensor cores: `decode` has it, the naive kernel does not. With Triton 3.9,
 # `decode` uses 128 registers in each of 128 threads: four programs take all that a multiprocessor
-# has, and spill nothing. Each has a tile of keys and one of values on the way while it multiplies
-# the tile before. Larger tiles, more stages and other variants were tried and rejected by such
+# has, and spill nothing. While one waits for its next tile of keys and values, the others multiply.
+# Larger tiles, more stages and other variants were tried and rejected by such
 # tables: [what was tried](../kernels.md) lists them, with what was expected and what was found.
 #
 # ### Fewer bytes

@@ -3,7 +3,7 @@
     gathered   copy the blocks of some sequences side by side, a piece at a time, and give them to
                PyTorch's attention (SDPA). Each key is read, written, and read again
     in place   multiply every block, where it is, by the query of its owner, and put only the
-               scores in order, which are head_dim times fewer numbers. Each key is read once
+               scores in order, which are 1 / head_dim as many numbers. Each key is read once
 
 In place takes about as long as SDPA takes over keys that lie side by side already, but more
 operations, and it multiplies all else between the first and the last block in use. So it

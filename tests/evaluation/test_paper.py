@@ -186,6 +186,16 @@ def test_mistakes_are_told_in_a_sentence(arguments, words, tmp_path):
         app(["paper", *arguments, "--out", str(tmp_path)], standalone_mode=False)
 
 
+def test_a_ratio_that_meets_its_bar_but_not_the_papers_range_says_so():
+    def remark(paper: str, ours: float) -> str:
+        check = Check("a", paper, ours, 1.4, 2.1, "x")
+        return fig12._remarked(check, "opt-175b", "sharegpt").remark
+
+    assert remark("1.7 to 2.7", 1.667) == fig12.OUTSIDE
+    assert remark("1.7 to 2.7", 1.8) == remark("up to 22", 1.5) == remark("1.3", 1.5) == ""
+    assert "264 GB" in remark("1.7 to 2.7", 1.2)
+
+
 def test_a_capacity_report_is_printed_for_people_and_for_machines(capsys):
     small = "capacity --model llama-3-8b --gpu l4-24g --rate 1 --input 100 --output 100".split()
     small += ["--longest", "512", "--max-num-seqs", "16"]

@@ -79,8 +79,8 @@ def describe(workload: Workload, dtype: str, rounds: int, against: str | None) -
             f" transformers {version('transformers')}, SDPA. Static: batches formed beforehand, "
             "padded, each until its longest request ends; only tokens that were asked for count. "
             'Continuous: its own paged cache. "minipaged is": so many times as fast; as sparing of '
-            "the processor. Same tokens: requests that agree with transformers' first run; in "
-            "close calls, rounding chose between two tokens."
+            "the processor; medians of the ratios within each round. Same tokens: requests that "
+            "agree with transformers' first run; in close calls, rounding chose between two tokens."
         )
     return note
 
@@ -143,6 +143,6 @@ def plot_rows(rows: list[Row], path: Path) -> None:
         panel.margins(x=0.12)
         panel.set_title(case, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel("tokens per second")
+    panels[-1, 0].set_xlabel("tokens per second, median of rounds")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
