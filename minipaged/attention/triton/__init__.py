@@ -30,8 +30,8 @@ If you have never read a Triton kernel:
                           Common traits of plain arguments (it is 1, or divisible by 16) are built
                           in, too, unless they are listed as do_not_specialize
     num_warps             how many times 32 threads share a program's work
-    num_stages            how many rounds of a loop overlap: loads of later ones with work of others;
-                          not loads whose address is loaded in the same round
+    num_stages            how many rounds of a loop overlap: loads of later ones with work of others
+                          (not loads whose address is loaded in the same round)
 
 Without a GPU the same text is interpreted by Triton in plain Python, tile by tile with NumPy: slow,
 but every index can be checked on a laptop.
