@@ -227,13 +227,7 @@ def step(
     config = decode_step.TINY if quick else config
     backends = ["triton", "torch"] if on_gpu else ["torch", "reference"]
     num_seqs = num_seqs or (64 if on_gpu else 32)
-    longest = config.max_position_embeddings - 2 * decode_step.STEPS
-    if context_len is not None and context_len > longest:
-        raise InvalidOption(
-            f"context_len is {context_len}, and the model that is measured here takes at most "
-            f"{longest} tokens: lower it."
-        )
-    context_len = context_len or min(longest, 1024 if on_gpu else 128)
+    context_len = decode_step.choose_context(context_len, config, 1024 if on_gpu else 128)
     rows = list(decode_step.measure(config, backends, num_seqs, context_len, where, chosen))
     note = decode_step.describe(config, chosen)
     report(rows, decode_step.as_table(rows), note, where, save, as_json)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from minipaged.cli.main import app
 from minipaged.errors import InvalidOption
+from minipaged.evaluation.sim import planner
 from minipaged.evaluation.sim.capacity import Curve
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS, GPUS, MODELS
 from minipaged.evaluation.sim.cost_model import CostModel
@@ -424,6 +425,34 @@ def test_the_knee_is_the_same_at_almost_no_load():
     ]
     assert knees[0].knee.rate == pytest.approx(knees[1].knee.rate, rel=0.05)
     assert knees[0].load.latency < 2 * knees[0].knee.latency / 3
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_quick_capacity_simulates_few_tokens_and_says_when_each_is_done(full, monkeypatch):
+    tokens, done = [], []
+
+    def trace(lengths: Lengths, rate: float, duration: float):
+        requests = poisson_trace(lengths, rate, duration)
+        tokens.append(sum(request.output_len for request in requests))
+        return requests
+
+    monkeypatch.setattr(planner, "poisson_trace", trace)
+    server, short = deploy(MODELS["llama-3-8b"], GPUS["l4-24g"], 1), Lengths(50.0, 50.0, 1.0, 1.0)
+    options = {"max_num_seqs": 32, "full": full, "on_simulation": lambda: done.append(0)}
+    monkeypatch.setattr(planner, "MOST_TOKENS", 8_000)
+    estimate_capacity(server, short, 2.0, seconds=100.0, **options)
+    assert len(done) == len(tokens) <= 16
+    assert (max(tokens) < 1.2 * 8_000) == (not full)
+
+
+def test_a_quick_knee_is_near_the_one_of_full_simulations(monkeypatch):
+    monkeypatch.setattr(planner, "MOST_TOKENS", 20_000)
+    server, short = deploy(MODELS["llama-3-8b"], GPUS["l4-24g"], 1), Lengths(50.0, 50.0, 1.0, 1.0)
+    quick, full = (
+        estimate_capacity(server, short, 1.0, seconds=200.0, max_num_seqs=8, full=full).knee.rate
+        for full in (False, True)
+    )
+    assert 0.95 < quick / full < 1.15
 
 
 def test_capacity_for_requests_that_never_fit_is_refused():
