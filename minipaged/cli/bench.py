@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minipaged.cli.bench_options import DType, Save, choose, report
+from minipaged.cli.bench_options import DType, Save, choose, choose_context, report
 from minipaged.cli.options import AsJson, BlockSize, Device, Seed
 from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
@@ -227,7 +227,8 @@ def step(
     config = decode_step.TINY if quick else config
     backends = ["triton", "torch"] if on_gpu else ["torch", "reference"]
     num_seqs = num_seqs or (64 if on_gpu else 32)
-    context_len = decode_step.choose_context(context_len, config, 1024 if on_gpu else 128)
+    longest = config.max_position_embeddings - 2 * decode_step.STEPS
+    context_len = choose_context(context_len, longest, 1024 if on_gpu else 128)
     rows = list(decode_step.measure(config, backends, num_seqs, context_len, where, chosen))
     note = decode_step.describe(config, chosen)
     report(rows, decode_step.as_table(rows), note, where, save, as_json)

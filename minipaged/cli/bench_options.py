@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from minipaged import __version__
+from minipaged.errors import InvalidOption
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,13 @@ def choose(device: str, dtype: str) -> tuple["torch.device", "torch.dtype", bool
 
     where = choose_device(device)
     return where, choose_dtype(dtype, torch.bfloat16, where), where.type == "cuda"
+
+
+def choose_context(asked: int | None, longest: int, default: int) -> int:
+    """Context tokens per sequence. Raises InvalidOption for more than a model has room for."""
+    if asked is not None and asked > longest:
+        raise InvalidOption(f"context_len is {asked}, above this model's {longest}: lower it.")
+    return asked or min(longest, default)
 
 
 def report(

@@ -442,7 +442,7 @@ def test_a_quick_capacity_simulates_few_tokens_and_says_when_each_is_done(full, 
     monkeypatch.setattr(planner, "MOST_TOKENS", 8_000)
     estimate_capacity(server, short, 2.0, seconds=100.0, **options)
     assert len(done) == len(tokens) <= 16
-    assert (max(tokens) < 1.2 * 8_000) == (not full)
+    assert (max(tokens) < 1.5 * 8_000) == (not full)
 
 
 def test_a_quick_knee_is_near_the_one_of_full_simulations(monkeypatch):

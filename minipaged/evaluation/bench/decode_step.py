@@ -26,7 +26,6 @@ from minipaged.attention.kv_cache import KVCache
 from minipaged.config import EngineConfig
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.parts import Parts
-from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench.timing import copy_work, median_seconds
 from minipaged.models.linear import pack_weights
 from minipaged.models.llama import Llama, LlamaConfig
@@ -262,14 +261,6 @@ class _ModelClock:
         if not self._on_gpu:
             return self._end - self._begin
         return self._begin.elapsed_time(self._end) / 1000
-
-
-def choose_context(asked: int | None, config: LlamaConfig, default: int) -> int:
-    """Context tokens per sequence. Raises InvalidOption for more than the model has room for."""
-    longest = config.max_position_embeddings - 2 * STEPS
-    if (asked or 0) > longest:
-        raise InvalidOption(f"context_len is {asked}, above this model's {longest}: lower it.")
-    return asked or min(longest, default)
 
 
 def describe(config: LlamaConfig, dtype: torch.dtype) -> str:
