@@ -6,12 +6,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.cli.options import refuse_beside
+from minipaged.errors import InvalidOption
 from minipaged.evaluation.reading_path import READING_PATH, as_markdown, lines_of_code
 
 
 def path(
-    context: typer.Context,
     trace: Annotated[
         bool, typer.Option("--trace", help="Trace one decode token: each function it calls.")
     ] = False,
@@ -20,8 +19,9 @@ def path(
     ] = None,
 ) -> None:
     """Print the reading path through the library, in the order a token travels."""
+    if trace and markdown is not None:
+        raise InvalidOption("--trace prints no Markdown: leave out --trace or --markdown.")
     if trace:
-        refuse_beside(context, "--trace", "prints functions, not the path", ("markdown",))
         _print_trace()
     elif markdown is not None:
         print(as_markdown(markdown), end="")

@@ -318,7 +318,7 @@ def test_a_fetch_that_cannot_be_is_one_sentence_and_exit_code_2(
     [
         ("fetch --list someone/model", "--list fetches nothing, so name would be ignored"),
         ("fetch --list --revision a --dir b", "so --revision and --dir would be ignored: leave th"),
-        ("path --trace --markdown x", "--trace prints functions, not the path, so --markdown wou"),
+        ("path --trace --markdown x", "--trace prints no Markdown: leave out --trace or"),
         ("lab challenge --name Ada", "--name is shown in a leaderboard only"),
         ("bench step --quick --context-len 9999", "--context-len is 9999, above this model's 8128"),
     ],
