@@ -21,6 +21,7 @@ from minipaged.labs.lab import Lab, Task, no_such_task
 from minipaged.labs.progress import Progress, next_free
 from minipaged.labs.starter import library_text, starter
 from minipaged.labs.verdict import Result, all_full, settle
+from minipaged.utils.counts import counted
 from minipaged.utils.files import write_atomically
 
 app = typer.Typer(help="Teaching labs: write a part of the engine.", rich_markup_mode=None)
@@ -131,8 +132,8 @@ def diff(number: Number, file: File = None) -> None:
     if not progress.is_full(chosen):
         raise InvalidOption(
             f"the library's solution is shown once lab {number} has all its "
-            f"{progress.most(chosen):g} points: `minipaged lab check {number}` tells what is "
-            "missing."
+            f"{counted(progress.most(chosen), 'point')}: `minipaged lab check {number}` tells "
+            "what is missing."
         )
     lines = difflib.unified_diff(
         mine.read_text(encoding="utf-8").splitlines(),
@@ -255,8 +256,12 @@ def _print(results: Iterable[Result]) -> list[Result]:
     for result in results:
         done.append(result)
         sign, colour = ("ok", "green") if result.is_full else ("--", "red")
-        passed = f"{result.num_passed} of {result.num_tests} tests" if result.num_tests else ""
-        task, points = result.task, f"{result.points:g} of {result.most:g} points"
+        passed = (
+            f"{result.num_passed} of {counted(result.num_tests, 'test')}"
+            if result.num_tests
+            else ""
+        )
+        task, points = result.task, f"{result.points:g} of {counted(result.most, 'point')}"
         if not result.counts:
             sign, colour, passed, points = "..", "yellow", "skipped", "not counted"
         console.print(
@@ -268,7 +273,7 @@ def _print(results: Iterable[Result]) -> list[Result]:
             console.print(f"     watch it: minipaged trace view {result.trace}", markup=False)
     settled = settle(done)
     total, most = sum(r.points for r in settled), sum(r.most for r in settled)
-    console.print(f"{total:g} of {most:g} points")
+    console.print(f"{total:g} of {counted(most, 'point')}")
     for note in [note for result in done for note in result.notes]:
         console.print(f"note: {note}", markup=False)
     return settled

@@ -12,6 +12,7 @@ from pathlib import Path
 from minipaged import __version__
 from minipaged.labs.lab import Lab
 from minipaged.labs.verdict import Result, settle
+from minipaged.utils.counts import counted
 from minipaged.utils.files import write_atomically
 
 SETUP = """\
@@ -65,7 +66,7 @@ def results(lab: Lab, graded: Iterable[Result]) -> dict[str, object]:
 def _told(result: Result) -> str:
     if not result.counts:
         return f"not counted: {result.complaint}"
-    passed = f"{result.num_passed} of {result.num_tests} tests passed"
+    passed = f"{result.num_passed} of {counted(result.num_tests, 'test')} passed"
     return f"{passed}\n{result.told}".strip() if result.num_tests else result.told
 
 

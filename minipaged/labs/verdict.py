@@ -15,8 +15,8 @@ from typing import Any
 
 from minipaged.labs.lab import Task
 from minipaged.labs.runs import LONGEST_REPORT, Run
+from minipaged.utils.counts import counted
 
-_TAMPERED = "tampered"
 CANARY = """\
 import pytest
 
@@ -151,12 +151,12 @@ def judge(
     nothing = Result(task, 0, 0)
     if not run.ended:
         return replace(
-            nothing, complaint=f"not done after {task.seconds:g} seconds: an endless loop?"
+            nothing, complaint=f"not done after {counted(task.seconds, 'second')}: an endless loop?"
         )
     records = read_records(run, nonce)
     if records is None:
         return replace(nothing, void="something else than the grader wrote to its report.")
-    if tampered := next((r[_TAMPERED] for r in records if _TAMPERED in r), ""):
+    if tampered := next((r["tampered"] for r in records if "tampered" in r), ""):
         return replace(
             nothing,
             void=f"the file replaces what its tests rely on ({tampered}). Leave the library, "

@@ -229,12 +229,6 @@ def test_what_was_replaced_is_named(graded):
     assert "torch.equal" in told(results)
 
 
-def test_a_canary_alone_catches_a_patch_that_the_seal_does_not_see(graded, monkeypatch):
-    monkeypatch.setattr("minipaged.labs.verdict._TAMPERED", "not looked at")
-    results = graded(library_text(LAB) + AT_LOAD["a_patched_runtest"], only=1)
-    assert "a test that must fail has passed" in told(results)
-
-
 # ---- endless output, many processes --------------------------------------------------------------
 
 
