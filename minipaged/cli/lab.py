@@ -16,10 +16,12 @@ from minipaged.errors import InvalidOption
 from minipaged.labs.catalogue import LABS, find_lab
 from minipaged.labs.challenge import FILE_NAME, NUMBER, STARTER, TITLE
 from minipaged.labs.gradescope import write_autograder, write_results
-from minipaged.labs.grading import Result, all_full, grade
-from minipaged.labs.lab import Lab, Task
-from minipaged.labs.progress import Progress
+from minipaged.labs.grading import grade
+from minipaged.labs.lab import Lab, Task, no_such_task
+from minipaged.labs.progress import Progress, next_free
 from minipaged.labs.starter import library_text, starter
+from minipaged.labs.verdict import Result, all_full, settle
+from minipaged.utils.counts import counted
 from minipaged.utils.files import write_atomically
 
 app = typer.Typer(help="Teaching labs: write a part of the engine.", rich_markup_mode=None)
@@ -44,7 +46,7 @@ def lab() -> None:
 @app.command("list")
 def list_labs() -> None:
     """List the labs and your progress."""
-    progress = Progress.read(Path())
+    progress = _progress()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("lab", "", "tasks", "points", "file"):
         table.add_column(column)
@@ -108,28 +110,30 @@ def hint(
         int | None, typer.Option(help="The task. Default: the first that is not finished.")
     ] = None,
 ) -> None:
-    """Print the next hint for a task."""
-    chosen, progress = find_lab(number), Progress.read(Path())
+    """Print the next hint for a task; after the last one, all of them again."""
+    chosen, progress = find_lab(number), _progress()
     asked = _task(chosen, task) if task is not None else _first_open(chosen, progress)
     given = progress.next_hint(chosen, asked.number)
     progress.save()
+    told = range(given, given + 1)
     if given >= len(asked.hints):
-        console.print(f"Task {asked.number} has no more hints: all {len(asked.hints)} again.")
-        given = len(asked.hints) - 1
-    for index, text in enumerate(asked.hints[: given + 1], start=1):
-        console.print(f"Task {asked.number}, hint {index} of {len(asked.hints)}: {text}")
+        console.print(f"Task {asked.number} has no more hints. All of them again:")
+        told = range(len(asked.hints))
+    for index in told:
+        text = asked.hints[index]
+        console.print(f"Task {asked.number}, hint {index + 1} of {len(asked.hints)}: {text}")
 
 
 @app.command()
 def diff(number: Number, file: File = None) -> None:
     """Compare your solution with the library's, once all tests pass."""
-    chosen, progress = find_lab(number), Progress.read(Path())
+    chosen, progress = find_lab(number), _progress()
     mine = _file(chosen, file)
     if not progress.is_full(chosen):
         raise InvalidOption(
             f"the library's solution is shown once lab {number} has all its "
-            f"{progress.most(chosen):g} points: `minipaged lab check {number}` tells what is "
-            "missing."
+            f"{counted(progress.most(chosen), 'point')}: `minipaged lab check {number}` tells "
+            "what is missing."
         )
     lines = difflib.unified_diff(
         mine.read_text(encoding="utf-8").splitlines(),
@@ -148,8 +152,7 @@ def reset(number: Number) -> None:
     """Start a lab again. Your file is kept under another name."""
     file, text = _beginning(number)
     if file.exists():
-        backups = (file.with_suffix(f".py.{n}") for n in range(1, 10_000))
-        backup = next(place for place in backups if not place.exists())
+        backup = next_free(file, ".")
         file.rename(backup)
         console.print(f"{file} is kept as {backup}.")
     write_atomically(file, text)
@@ -168,14 +171,13 @@ def grade_one(
     """Grade a submission. Exit code 1 unless it gets all points."""
     chosen = find_lab(number)
     try:
-        results = list(grade(chosen, file, hidden_tests=hidden))
+        results = _print(grade(chosen, file, hidden_tests=hidden))
     except InvalidOption as error:  # the file is not there: no points, and the reason
         if gradescope is None:
             raise
-        results = [Result(task, 0, 0, str(error)) for task in chosen.tasks]
-    if gradescope is not None:
+        results = _print(Result(task, 0, 0, str(error)) for task in chosen.tasks)
+    if gradescope is not None:  # last, when nothing of the student's runs any more
         write_results(gradescope, chosen, results)
-    _print(results)
     raise typer.Exit(0 if all_full(results) else 1)
 
 
@@ -200,6 +202,13 @@ def _beginning(number: int) -> tuple[Path, str]:
     return Path(chosen.file_name), starter(chosen)
 
 
+def _progress() -> Progress:
+    progress = Progress.read(Path())
+    if progress.note:
+        console.print(progress.note, markup=False)
+    return progress
+
+
 def _file(chosen: Lab, file: Path | None) -> Path:
     return Path(chosen.file_name) if file is None else file
 
@@ -218,7 +227,7 @@ def _task(chosen: Lab, number: int) -> Task:
     for task in chosen.tasks:
         if task.number == number:
             return task
-    raise InvalidOption(f"lab {chosen.number} has no task {number}: it has {len(chosen.tasks)}.")
+    raise InvalidOption(no_such_task(chosen, number))
 
 
 def _first_open(chosen: Lab, progress: Progress) -> Task:
@@ -231,10 +240,10 @@ def _first_open(chosen: Lab, progress: Progress) -> Task:
 
 def _check(chosen: Lab, file: Path, task: int | None) -> list[Result]:
     """Run, print and note what a file gives."""
-    progress = Progress.read(Path())
+    progress = _progress()
     results = _print(grade(chosen, file, only=task, traces=Path()))
     for result in results:
-        progress.note(chosen, result)
+        progress.keep(chosen, result)
     progress.save()
     if progress.is_full(chosen):
         console.print(f"All of it. The library's own: minipaged lab diff {chosen.number}")
@@ -242,22 +251,29 @@ def _check(chosen: Lab, file: Path, task: int | None) -> list[Result]:
 
 
 def _print(results: Iterable[Result]) -> list[Result]:
-    """A line a task as it comes, the points at the end."""
+    """One line per task as it comes, the points at the end. Returns what counts."""
     done: list[Result] = []
     for result in results:
         done.append(result)
         sign, colour = ("ok", "green") if result.is_full else ("--", "red")
-        passed = f"{result.num_passed} of {result.num_tests} tests" if result.num_tests else ""
-        task, points = result.task, f"{result.points:g} of {result.most:g} points"
+        passed = (
+            f"{result.num_passed} of {counted(result.num_tests, 'test')}"
+            if result.num_tests
+            else ""
+        )
+        task, points = result.task, f"{result.points:g} of {counted(result.most, 'point')}"
         if not result.counts:
             sign, colour, passed, points = "..", "yellow", "skipped", "not counted"
         console.print(
             f"[{colour}]{sign}[/] task {task.number}  {task.title:32} {passed:>15}   {points}"
         )
-        if result.complaint:
-            console.print(f"     {result.complaint}", markup=False)
+        for line in result.told.splitlines():
+            console.print(f"     {line}", markup=False)
         if result.trace:
             console.print(f"     watch it: minipaged trace view {result.trace}", markup=False)
-    total, most = sum(r.points for r in done), sum(r.most for r in done)
-    console.print(f"{total:g} of {most:g} points")
-    return done
+    settled = settle(done)
+    total, most = sum(r.points for r in settled), sum(r.most for r in settled)
+    console.print(f"{total:g} of {counted(most, 'point')}")
+    for note in [note for result in done for note in result.notes]:
+        console.print(f"note: {note}", markup=False)
+    return settled

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from minipaged.errors import InvalidOption
@@ -80,5 +81,6 @@ def _sorted(entries: list[Entry]) -> Table:
     for title in ("", "name", "score", "seed", "date"):
         table.add_column(title)
     for place, one in enumerate(entries, start=1):
-        table.add_row(str(place), one.name, f"{one.score:.3f}", str(one.seed), one.date)
+        name, date = escape(one.name), escape(one.date)  # from a file that anyone may edit
+        table.add_row(str(place), name, f"{one.score:.3f}", str(one.seed), date)
     return table

@@ -33,8 +33,9 @@ def find_lab(number: int) -> Lab:
             return lab
     if number == challenge.NUMBER:
         raise InvalidOption(
-            f"lab {number} is the open challenge, without tasks and points: what it can do is "
-            "`minipaged lab challenge`."
+            f"lab {number} is the open challenge, without tasks and points: "
+            "run `minipaged lab challenge`."
         )
-    numbers = ", ".join(str(lab.number) for lab in LABS)
-    raise InvalidOption(f"there is no lab {number}: choose one of {numbers}.")
+    raise InvalidOption(
+        f"there is no lab {number}: `minipaged lab list` shows labs 1 to {challenge.NUMBER}."
+    )

@@ -41,6 +41,7 @@ NAMES = {
 """The names in a student's file, by part. For parts that it leaves out, the library's are used."""
 
 SERVER = "opt-13b"
+LONGEST_LEADERBOARD = 10 * 2**20  # bytes
 SECONDS = 90.0  # for how long requests come
 PREFIX = 341  # tokens of the paper's longer shared prefix (section 6.4)
 
@@ -188,26 +189,51 @@ def entry(name: str, seed: int, baseline: list[Served], yours: list[Served]) -> 
 
 
 def read_leaderboard(file: Path) -> list[Entry]:
-    """All lines, the best first. Raises InvalidOption for a line that is none."""
-    if not file.exists():
-        return []
+    """All lines, the best first. Raises InvalidOption for a file or a line that is none."""
     entries: list[Entry] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(file).splitlines(), start=1):
         try:
-            one = Entry(**json.loads(line))
-            entries.append(one)
-            _ = f"{one.score:.3f}"
-        except (ValueError, TypeError) as error:
+            entries.append(_entry(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise InvalidOption(
-                f"{file}, line {number}, is no entry of a leaderboard: mend or remove the line."
+                f"{file}, line {number}, is not an entry of a leaderboard: mend or remove the line."
             ) from error
     return sorted(entries, key=lambda one: one.score)
+
+
+def _text(file: Path) -> str:
+    """The text of a leaderboard; empty if there is none yet. Raises InvalidOption."""
+    try:
+        if not file.exists():
+            return ""
+        if file.stat().st_size > LONGEST_LEADERBOARD:
+            raise InvalidOption(
+                f"{file} has {file.stat().st_size:,} bytes, and a leaderboard has at most "
+                f"{LONGEST_LEADERBOARD:,}: give another file."
+            )
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidOption(f"{file} cannot be read ({error.strerror}): give a file.") from error
+    except UnicodeDecodeError as error:
+        raise InvalidOption(f"{file} is not text in UTF-8: give another file.") from error
+
+
+def _entry(known: Any) -> Entry:
+    """The entry, if all of its fields have the right types. Raises TypeError, ValueError."""
+    one = Entry(**known)
+    kinds = {"name": str, "date": str, "seed": int, "score": (int, float), "served": list}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(one, name), kind) or isinstance(getattr(one, name), bool):
+            raise TypeError(f"{name} is {getattr(one, name)!r}")
+    if not abs(one.score) < 1e9:  # nor NaN
+        raise ValueError(f"score is {one.score}")
+    return one
 
 
 def add_to_leaderboard(file: Path, one: Entry) -> list[Entry]:
     """All lines with this one among them, the best first; written atomically."""
     read_leaderboard(file)  # a damaged one is not written over
-    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    before = _text(file)
     line = json.dumps(asdict(one)) + "\n"
     write_atomically(file, before + ("\n" if before and not before.endswith("\n") else "") + line)
     return read_leaderboard(file)

@@ -2,15 +2,17 @@
 
 Starting Python and importing torch takes seconds, and a lab has five tasks. So a server imports
 what the tests need, and copies itself (fork) for every run. It computes nothing itself: whatever a
-copy inherits is unused. A copy is as much on its own as a process that was started for it: it has
-its own session, which ends as a whole at the time limit, nothing to read, and its output goes to a
-file.
+copy inherits is unused. A copy is as much on its own as a process that was started for it. After
+each run the server stops whatever the copy has started, also what has left its session: Linux
+makes the server the parent of all processes whose own parent has ended.
 
 Only on Linux: macOS's system libraries do not survive a fork, and Windows has none.
 """
 
 import atexit
+import base64
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -19,43 +21,68 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from minipaged.labs.runs import LONGEST_REPORT, QUIET, Job, Run, end_session, outcome
 
 CAN_FORK = sys.platform == "linux"
 
 _IMPORTED_BEFOREHAND = (
-    "pdb", "pytest", "minipaged.labs.plugin", "minipaged.evaluation.stories",
-    "minipaged.evaluation.testing.paged_setup", "minipaged.engine.build", "minipaged.llm",
-    "minipaged.models.loader", "minipaged.sampling", "minipaged.tokenizer.load",
+    "pdb", "pytest", "minipaged.labs.child", "minipaged.labs.plugin",
+    "minipaged.evaluation.stories", "minipaged.evaluation.testing.paged_setup",
+    "minipaged.engine.build", "minipaged.llm", "minipaged.models.loader", "minipaged.sampling",
+    "minipaged.tokenizer.load",
 )  # fmt: skip
-# The first entry of sys.path would be the current folder, which is a student's own.
 _PROGRAM = "import sys; del sys.path[0]; from minipaged.labs.fork_server import serve; serve()"
 _POLL_SECONDS = 0.01
+_START_SECONDS = 120.0  # for importing torch on a slow machine
+_PATIENCE = 10.0  # seconds for the server to stop a run and to answer
+_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
 class ForkServer:
     """The server as `grade` needs it: started by the first run, ended with this process."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._environment = environment
-        self._process: subprocess.Popen[str] | None = None
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, arguments: list[str], folder: Path, seconds: float) -> str | None:
-        """What pytest printed; None if it had to be stopped, with all that it had started."""
+    def run(self, job: Job) -> Run:
+        """Run a job in a copy of the server.
+
+        If student code has ended or stopped the server, the run has no report, and the next run
+        starts another server.
+        """
         server = self._process or self._start()
         assert server.stdin is not None
-        assert server.stdout is not None
-        printed = folder / "printed.txt"
-        printed.touch()
-        request = json.dumps([arguments, str(folder), str(printed), seconds])
         with contextlib.suppress(BrokenPipeError):
-            server.stdin.write(request + "\n")
+            server.stdin.write(job.as_line())
             server.stdin.flush()
-        answer = server.stdout.readline()
-        if not answer:  # the tests have ended the server, too
+        pid = self._answer(job.nonce, _START_SECONDS)
+        answer = self._answer(job.nonce, job.seconds + _PATIENCE) if pid else None
+        if answer is None:
+            if pid:
+                end_session(int(pid))
             self.close()
-        return None if answer == "stopped\n" else printed.read_text("utf-8", errors="replace")
+            return Run(b"", "the process that supervises the tests was ended", ended=True)
+        report, printed, ended = json.loads(answer)
+        return Run(base64.b64decode(report), printed, ended)
+
+    def _answer(self, nonce: str, seconds: float) -> bytes | None:
+        """A line of the server without the nonce it begins with. None: it is not the server's."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line, deadline = b"", time.monotonic() + seconds
+        while not line.endswith(b"\n") and len(line) < 2 * LONGEST_REPORT:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                return None
+            if not (more := os.read(self._process.stdout.fileno(), 2**16)):
+                return None
+            line += more
+        known, _, answer = line.partition(b" ")
+        return answer if known == nonce.encode() else None
 
     def close(self) -> None:
         """End the server."""
@@ -64,9 +91,9 @@ class ForkServer:
             self._process.communicate()
             self._process = None
 
-    def _start(self) -> "subprocess.Popen[str]":
+    def _start(self) -> "subprocess.Popen[bytes]":
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM], env=self._environment, text=True,
+            [sys.executable, "-c", _PROGRAM], env=os.environ | QUIET, bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         atexit.register(self.close)
@@ -74,47 +101,68 @@ class ForkServer:
 
 
 def serve() -> None:
-    """The server itself: a line of JSON for each run, answered by "ended" or "stopped"."""
+    """The server itself: a line of JSON for each job, answered by the copy's id and its `Run`."""
     for name in _IMPORTED_BEFOREHAND:
         importlib.import_module(name)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     gc.collect()
     gc.freeze()  # the garbage collectors of the copies leave all of this alone
-    while request := sys.stdin.buffer.readline():
-        arguments, folder, printed, seconds = json.loads(request)
+    while line := sys.stdin.buffer.readline():
+        job = Job(**json.loads(line))
+        run = _run_in_copy(job)
+        told = [base64.b64encode(run.report).decode(), run.printed, run.ended]
+        print(job.nonce, json.dumps(told), flush=True)
+
+
+def _run_in_copy(job: Job) -> Run:
+    from minipaged.labs.child import run_job
+
+    with tempfile.TemporaryFile() as report, tempfile.TemporaryFile() as printed:
         copy = os.fork()
         if copy == 0:
-            _run_pytest(arguments, folder, printed)
-        print("ended" if _wait(copy, seconds) else "stopped", flush=True)
-
-
-def _run_pytest(arguments: list[str], folder: str, printed: str) -> None:
-    """What the copy does. It does not return."""
-    import pytest
-
-    os.setsid()
-    os.chdir(folder)
-    sys.path.insert(0, folder)  # as `python -m pytest` does
-    output = os.open(printed, os.O_WRONLY | os.O_TRUNC)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    try:
-        pytest.main(arguments)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(0)
+            os.setsid()
+            os.chdir(job.folder)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+            printed.close()
+            run_job(job, report)
+        print(job.nonce, copy, flush=True)
+        ended = _wait(copy, job.seconds)
+        _stop(copy)
+        return outcome(report, printed, ended)
 
 
 def _wait(copy: int, seconds: float) -> bool:
-    """Wait for a copy; whether it has ended in time. Ends whatever it has started."""
+    """Wait for a copy; whether it has ended in time. It is not reaped: its id stays its own."""
     deadline = time.monotonic() + seconds
-    while not (ended := os.waitpid(copy, os.WNOHANG)[0]) and time.monotonic() < deadline:
+    ending = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while not (ended := os.waitid(os.P_PID, copy, ending)) and time.monotonic() < deadline:
         # Nothing arrives before the answer, unless the process that asked is gone.
         if select.select([0], [], [], _POLL_SECONDS)[0]:
             break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(copy, signal.SIGKILL)
-    if not ended:
-        os.waitpid(copy, 0)
-    return bool(ended)
+    return ended is not None
+
+
+def _stop(copy: int) -> None:
+    """End a copy and whatever it has started."""
+    end_session(copy)
+    deadline = time.monotonic() + _PATIENCE / 2
+    with contextlib.suppress(ChildProcessError):  # none is left
+        while time.monotonic() < deadline:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                for child in _children():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
+                time.sleep(_POLL_SECONDS / 10)
+
+
+def _children() -> list[int]:
+    """The ids of all processes whose parent is this one."""
+    children: list[int] = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = status.read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[1]) == os.getpid():
+                children.append(int(status.parent.name))
+    return children

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minipaged import __version__
-from minipaged.labs.grading import Result
 from minipaged.labs.lab import Lab
+from minipaged.labs.verdict import Result, settle
+from minipaged.utils.counts import counted
 from minipaged.utils.files import write_atomically
 
 SETUP = """\
@@ -27,16 +28,24 @@ wheel=$(echo /autograder/source/minipaged-*.whl)  # a pattern with [labs] matche
 
 RUN = """\
 #!/usr/bin/env bash
-# Run for each submission. Whatever happens in it, results.json is written.
+# Run for each submission. Whatever happens in it, results.json is the grader's.
 set -uo pipefail
+results=/autograder/results/results.json
 /autograder/venv/bin/minipaged lab grade {number} "/autograder/submission/{file}" \\
-    --gradescope /autograder/results/results.json
+    --gradescope "$results"
+status=$?
+if [ "$status" -gt 1 ]; then  # the grader itself was ended, or could not write
+    rm -rf "$results"
+    told="The grader did not end (status $status): no points."
+    echo "{{\\"score\\": 0, \\"output\\": \\"$told\\"}}" > "$results"
+fi
 exit 0
 """
 
 
 def results(lab: Lab, graded: Iterable[Result]) -> dict[str, object]:
-    """What results.json holds: a line for each task, whatever became of it."""
+    """What results.json holds: an entry for each task, whatever became of it."""
+    settled = settle(graded)
     tests = [
         {
             "number": f"{lab.number}.{result.task.number}",
@@ -47,16 +56,18 @@ def results(lab: Lab, graded: Iterable[Result]) -> dict[str, object]:
             "output": _told(result),
             "visibility": "visible",
         }
-        for result in graded
+        for result in settled
     ]
-    return {"output": f"{lab.title} (minipaged {__version__})", "tests": tests}
+    notes = [f"note: {note}" for result in settled for note in result.notes]
+    output = "\n".join([f"{lab.title} (minipaged {__version__})", *notes])
+    return {"output": output, "tests": tests}
 
 
 def _told(result: Result) -> str:
     if not result.counts:
         return f"not counted: {result.complaint}"
-    passed = f"{result.num_passed} of {result.num_tests} tests passed"
-    return f"{passed}\n{result.complaint}".strip() if result.num_tests else result.complaint
+    passed = f"{result.num_passed} of {counted(result.num_tests, 'test')} passed"
+    return f"{passed}\n{result.told}".strip() if result.num_tests else result.told
 
 
 def write_results(path: Path, lab: Lab, graded: Iterable[Result]) -> None:

@@ -54,3 +54,8 @@ class Lab:
     def part_options(self, file: str) -> list[str]:
         """What to pass to pytest, so that this file's parts are tested."""
         return [f"--part={part}={file}:{name}" for part, name in self.parts.items()]
+
+
+def no_such_task(lab: Lab, number: int | None) -> str:
+    """What to say when a task is asked for that the lab does not have."""
+    return f"lab {lab.number} has no task {number}: its tasks are 1 to {len(lab.tasks)}."

@@ -5,9 +5,11 @@
 Without --part the library's own parts are tested: they are the reference solution.
 """
 
+import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -19,8 +21,12 @@ from minipaged.engine.custom_parts import (
     parts_with,
     read_custom_parts,
 )
+from minipaged.errors import InvalidOption
+from minipaged.labs.complaints import CallLog, compared, complaint
 from minipaged.tracing.events import Event, EventLog
 from minipaged.tracing.trace_file import TraceFile
+
+CALLS = pytest.StashKey[CallLog]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,24 +37,77 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Add the mark by which a task's tests are chosen."""
+    """Add the marks by which a task's tests are chosen."""
     config.addinivalue_line("markers", "lab(number, task): the tests of a task of a teaching lab")
+    config.addinivalue_line("markers", "essential(why): without it, a lab's task has no points")
+    pytest.register_assert_rewrite("newcomers", "pools_of_words", "schedulers", "serving")
+    config.stash[CALLS] = CallLog()
+
+
+# ---- why a test failed ---------------------------------------------------------------------------
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test begins."""
+    item.config.stash[CALLS].begin()
+
+
+def pytest_assertrepr_compare(
+    config: pytest.Config, op: str, left: object, right: object
+) -> list[str] | None:
+    """Keep the sides of a comparison that failed: the left one is the student's."""
+    config.stash[CALLS].comparison = compared(op, left, right)
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add `complaint` to the report of a test that did not pass."""
+    report = yield
+    custom: list[str] = item.config.getoption("--part") or []
+    if call.excinfo is not None and custom:
+        file = custom[0].partition("=")[2].rpartition(":")[0]
+        told = complaint(call.excinfo, file, item.config.stash[CALLS])
+        report.complaint = told  # pyright: ignore[reportAttributeAccessIssue]
+    return report
+
+
+# ---- the student's parts -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def custom_parts(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The student's parts, by their names in `Parts`."""
-    return read_custom_parts(request.config.getoption("--part") or ())
+    arguments = request.config.getoption("--part") or ()
+    try:
+        parts = read_custom_parts(arguments)
+    except (pytest.skip.Exception, pytest.exit.Exception, SystemExit) as error:
+        raise InvalidOption(
+            f"the file cannot be loaded: it ends the run ({type(error).__name__})."
+        ) from None
+    for name in {part.__module__ for part in parts.values()}:
+        if name.startswith("minipaged_custom_"):
+            request.config.stash[CALLS].watch(sys.modules[name])
+    return parts
 
 
 @pytest.fixture
-def part(custom_parts: dict[str, Any]) -> Callable[[str], Any]:
+def part(request: pytest.FixtureRequest, custom_parts: dict[str, Any]) -> Callable[[str], Any]:
     """`part("allocator")`: the student's part, or else the library's.
 
     A helper that is no part is asked for by its full name in the library, and is looked for in the
     student's file: `part("minipaged.attention.reference.gather")`.
     """
-    return lambda name: (find_part if name in LIBRARY_PARTS else find_helper)(name, custom_parts)
+
+    def find(name: str) -> Any:
+        found = (find_part if name in LIBRARY_PARTS else find_helper)(name, custom_parts)
+        if not custom_parts or not isinstance(found, FunctionType):
+            return found
+        return request.config.stash[CALLS].noting(found, found.__name__)
+
+    return find
 
 
 @pytest.fixture
@@ -83,4 +142,5 @@ def _leave_trace(request: pytest.FixtureRequest, events: list[Event]) -> None:
     for event in events:
         trace.write(event)
     trace.close(keep=True)
+    request.node.user_properties.append(("trace", str(place)))
     print(f"What happened before can be watched: minipaged trace view {place}")

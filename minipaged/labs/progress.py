@@ -1,38 +1,59 @@
 """What a student has so far: the best points of each task, and the hints that were given.
 
-Kept in one small file beside the student's own, to be read by them as well.
+Kept in one small file beside the student's own, to be read by them as well. A file that holds
+anything else is kept under another name, and a new one is begun.
 """
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minipaged.labs.grading import Result
+from minipaged.errors import InvalidOption
 from minipaged.labs.lab import Lab
+from minipaged.labs.verdict import Result
 from minipaged.utils.files import write_atomically
 
 FILE = "minipaged_labs.json"
+_LONGEST_FILE = 2**20  # bytes
 
 
 @dataclass
 class Progress:
-    """The progress file of a folder. A damaged one is begun anew: it holds nothing precious."""
+    """The progress file of a folder.
+
+    Args:
+        note: what happened to a damaged file, for the student.
+    """
 
     folder: Path
     # By "lab.task"; None: it could not be tested on this machine, so it does not count.
     points: dict[str, float | None] = field(default_factory=dict[str, float | None])
     hints: dict[str, int] = field(default_factory=dict[str, int])  # given so far
+    note: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "Progress":
-        try:
-            known: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            return cls(folder, dict(known["points"]), dict(known["hints"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        """What the folder's file holds. Raises InvalidOption if it is no file."""
+        file = folder / FILE
+        if not file.exists() and not file.is_symlink():
             return cls(folder)
+        if not file.is_file():
+            raise InvalidOption(f"{file} is no file: move it away.")
+        try:
+            if file.stat().st_size > _LONGEST_FILE:
+                raise ValueError("too large")
+            known = json.loads(file.read_text(encoding="utf-8"))
+            return cls(folder, _numbers(known["points"], True), _numbers(known["hints"], False))
+        except OSError as error:
+            raise InvalidOption(f"{file} cannot be read ({error.strerror}).") from error
+        except (ValueError, KeyError, TypeError, RecursionError):
+            backup = next_free(file, ".damaged.")
+            shutil.move(file, backup)
+            return cls(folder, note=f"{FILE} was damaged: it is kept as {backup.name}.")
 
-    def note(self, lab: Lab, result: Result) -> None:
+    def keep(self, lab: Lab, result: Result) -> None:
         """Keep the points of a task, as they are now; as they were, if it could not be tested."""
         key = f"{lab.number}.{result.task.number}"
         if result.counts:
@@ -64,3 +85,24 @@ class Progress:
     def save(self) -> None:
         known = {"points": self.points, "hints": self.hints}
         write_atomically(self.folder / FILE, json.dumps(known, indent=2) + "\n")
+
+
+def next_free(file: Path, ending: str) -> Path:
+    """A name beside a file's that is not taken yet: `file.py.1`, `file.py.2` and so on."""
+    names = (file.with_name(f"{file.name}{ending}{number}") for number in range(1, 10_000))
+    return next(name for name in names if not name.exists())
+
+
+def _numbers(known: Any, is_points: bool) -> dict[str, Any]:
+    """The same, if it maps tasks to finite numbers. Raises ValueError, TypeError."""
+    for task, number in dict(known).items():
+        lab, _, rest = str(task).partition(".")
+        if not (lab.isdecimal() and rest.isdecimal()) or isinstance(number, bool):
+            raise ValueError(f"{task}: {number}")
+        if number is None and is_points:
+            continue
+        if not isinstance(number, (int, float) if is_points else int):
+            raise TypeError(f"{task}: {number}")
+        if not 0 <= number < 10**6:  # nor NaN
+            raise ValueError(f"{task}: {number}")
+    return dict(known)

@@ -20,6 +20,7 @@ from minipaged.memory.interface import ceil_div
 from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import ScheduledSequence, SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup
+from minipaged.utils.counts import counted
 
 Content = int | tuple[int, ...] | None
 """The content of a block: of a full one, its tokens and all before them as one number; otherwise
@@ -118,7 +119,10 @@ class Referee:
         """All requests have finished: the pool must be as empty as at the beginning."""
         lost = self._setting.num_blocks - self.memory.num_free
         if lost:
-            self._refuse(f"all requests have finished, and {lost} blocks are not free again")
+            self._refuse(
+                f"all requests have finished, and {counted(lost, 'block is', 'blocks are')} not "
+                "free again"
+            )
 
     # ---- the rules -------------------------------------------------------------------------------
 
@@ -135,9 +139,13 @@ class Referee:
             len(output.sequences),
         )
         if num_tokens > (most := self._setting.max_num_batched_tokens):
-            self._refuse(f"{num_tokens} tokens are computed, and {most} are the most")
+            self._refuse(
+                f"{counted(num_tokens, 'token is', 'tokens are')} computed, and {most} are the most"
+            )
         if num_seqs > (most := self._setting.max_num_seqs):
-            self._refuse(f"{num_seqs} sequences run, and {most} are the most")
+            self._refuse(
+                f"{counted(num_seqs, 'sequence runs', 'sequences run')}, and {most} are the most"
+            )
         if len({scheduled.seq.seq_id for scheduled in output.sequences}) < num_seqs:
             self._refuse("a sequence is scheduled twice")
         self._move(output.swap_out, self._pool, self._swap_pool)
@@ -174,10 +182,15 @@ class Referee:
         self._expect_own_tokens(record, seq)
         left = len(record.tokens) - computed
         if not 1 <= num_new <= left or samples != (num_new == left):
-            self._refuse(f"request {name} has {left} tokens left, and {num_new} are scheduled")
+            self._refuse(
+                f"request {name} has {counted(left, 'token')} left, and {num_new} are scheduled"
+            )
         blocks = self.memory.tables[seq.seq_id].blocks[: ceil_div(computed + num_new, size)]
         if len(blocks) * size < computed + num_new:
-            self._refuse(f"request {name} has {len(blocks)} blocks for {computed + num_new} tokens")
+            self._refuse(
+                f"request {name} has {counted(len(blocks), 'block')} for "
+                f"{counted(computed + num_new, 'token')}"
+            )
         if blocks and not (min(blocks) >= 0 and max(blocks) < len(self._pool)):
             self._refuse(f"request {name} has block {max(blocks)}, and {self._pool_is}")
         if not self._finds(record, blocks, computed):
@@ -214,8 +227,8 @@ class Referee:
     def _expect_own_tokens(self, record: _Record, seq: Sequence) -> None:
         if len(seq.token_ids) != len(record.tokens):
             self._refuse(
-                f"request {record.group.request_id} has {len(seq.token_ids)} tokens, and "
-                f"{len(record.tokens)} were given to it"
+                f"request {record.group.request_id} has {counted(len(seq.token_ids), 'token')}, "
+                f"and {len(record.tokens)} were given to it"
             )
 
     def _expect_in_pool(self, block: int) -> None:
@@ -224,7 +237,7 @@ class Referee:
 
     @property
     def _pool_is(self) -> str:
-        return f"the pool has {len(self._pool)} blocks, from 0 on"
+        return f"the pool has {counted(len(self._pool), 'block')}, from 0 on"
 
     def _refuse(self, what: str) -> NoReturn:
         raise CheckFailed(f"step {self._num_steps}: {what}.")

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minipaged.labs.lab import Lab
+from minipaged.utils.counts import counted
 
 Definition = ast.ClassDef | ast.FunctionDef
 
@@ -60,7 +61,8 @@ def _find(dotted: str) -> _Source:
 
 def _heading(lab: Lab) -> str:
     tasks = "\n".join(
-        f"    task {task.number} ({task.points:g} points): {task.title}" for task in lab.tasks
+        f"    task {task.number} ({counted(task.points, 'point')}): {task.title}"
+        for task in lab.tasks
     )
     return f'''"""Lab {lab.number}: {lab.title}.
 

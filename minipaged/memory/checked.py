@@ -12,6 +12,7 @@ from typing import Any
 from minipaged.errors import CheckFailed
 from minipaged.memory.allocator import Allocator
 from minipaged.memory.interface import Memory
+from minipaged.utils.counts import counted
 
 
 class CheckedAllocator:
@@ -58,7 +59,8 @@ class CheckedAllocator:
         free = self.num_blocks - sum(1 for owners in self._owners.values() if owners)
         if self.num_free != free:
             raise CheckFailed(
-                f"num_free is {self.num_free}, but {free} blocks have no owner (last call: {call})."
+                f"num_free is {self.num_free}, but "
+                f"{counted(free, 'block has', 'blocks have')} no owner (last call: {call})."
             )
         if block is not None and self.ref_count(block) != self._owners[block]:
             raise CheckFailed(

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import CacheKey
 from minipaged.sequence import Sequence, SequenceGroup
+from minipaged.utils.counts import counted
 
 BlockPair = tuple[int, int]  # copy the first block into the second
 
@@ -69,12 +70,13 @@ def explain_lack_of_pages(memory: "MemoryView", group: SequenceGroup) -> str:
     needed = ceil_div(length, size)
     if needed > has:
         return (
-            f"the prompt needs {needed} blocks of {size} tokens, the pool has {has}. Raise "
-            f"num_blocks to {needed} or shorten the prompt by {length - has * size} tokens."
+            f"the prompt needs {counted(needed, 'block')} of {counted(size, 'token')}, the pool "
+            f"has {has}. Raise num_blocks to {needed} or shorten the prompt by "
+            f"{counted(length - has * size, 'token')}."
         )
     return (
-        f"pinned prefixes keep too many of the pool's {has} blocks for a prompt of {length} "
-        "tokens: raise num_blocks, or release a prefix."
+        f"pinned prefixes keep too many of the pool's {counted(has, 'block')} for a prompt of "
+        f"{counted(length, 'token')}: raise num_blocks, or release a prefix."
     )
 
 

@@ -37,6 +37,7 @@ from minipaged.models.safetensors_reader import (
     read_headers,
     same_numbers,
 )
+from minipaged.utils.counts import counted
 from minipaged.utils.device import GIB, free_gpu_memory, physical_memory
 from minipaged.utils.files import read_json_object
 
@@ -227,14 +228,14 @@ def _plan(model: Model, weights: WeightMap, found: dict[str, StoredTensor]) -> P
     missing = [each.tensor for each in wanted if each.tensor not in found]
     if missing:
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of the {len(wanted)} tensors that config.json "
-            f"asks for in a {architecture}, first {missing[0]!r}: {_FROM_ONE_PLACE}."
+            f"the checkpoint lacks {len(missing)} of the {counted(len(wanted), 'tensor')} that "
+            f"config.json asks for in a {architecture}, first {missing[0]!r}: {_FROM_ONE_PLACE}."
         )
     unexpected = found.keys() - {each.tensor for each in wanted} - ignored
     if unexpected:
         raise CheckpointError(
-            f"the checkpoint holds {len(unexpected)} tensors that have no place in a "
-            f"{architecture} with this config.json, first {min(unexpected)!r}: {_FROM_ONE_PLACE}."
+            f"the checkpoint holds {counted(len(unexpected), 'tensor')} for which a {architecture} "
+            f"with this config.json has no place, first {min(unexpected)!r}: {_FROM_ONE_PLACE}."
         )
     for each in wanted:
         _check_form(found[each.tensor], each.place_in(model).shape)

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard
 
 from minipaged.errors import InvalidOption, InvalidRequest
+from minipaged.utils.counts import counted
 
 Number = float | int  # the checker under test takes a number without a point for no float
 GREEDY_BELOW = 1e-5
@@ -198,8 +199,8 @@ def one_for_each(params: Any, num_prompts: int) -> list[Params]:
         )
     if len(each) != num_prompts:
         raise InvalidRequest(
-            f"{num_prompts} prompts came with {len(each)} sampling_params: give one for all, or "
-            "one for each."
+            f"{counted(num_prompts, 'prompt')} came with {len(each)} sampling_params: give one "
+            "for all, or one for each."
         )
     return each
 

@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from minipaged.cli import lab_challenge
 from minipaged.cli.main import app
 from minipaged.errors import CheckFailed, InvalidOption
 from minipaged.evaluation.sim.traces import TraceRequest
@@ -216,6 +218,20 @@ def test_no_policy_sees_how_much_a_request_will_generate():
     assert told == [None] * 3
 
 
+GOOD = {"name": "x", "date": "2026-01-01", "seed": 0, "score": 1.0, "served": []}
+DAMAGED = (
+    "not JSON",
+    "[]",
+    "7",
+    '{"name": "nobody"}',
+    "[" * 100_000,
+    *(json.dumps(GOOD | {name: wrong}) for name, wrong in (
+        ("name", 3), ("date", None), ("seed", "0"), ("seed", True), ("score", "1"),
+        ("score", [1]), ("score", float("nan")), ("score", 10**400), ("served", {}),
+    )),
+)  # fmt: skip
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -253,11 +269,32 @@ def test_a_run_adds_a_line_to_the_leaderboard_and_shows_it_sorted(lab, tmp_path)
 def test_a_damaged_leaderboard_is_left_as_it_is(lab, tmp_path):
     lab("start", "9")
     board = tmp_path / "board.jsonl"
-    for damaged in ("not JSON", "[]", '{"name": "nobody"}'):
+    for damaged in DAMAGED:
         board.write_text(damaged)
-        with pytest.raises(InvalidOption, match="line 1, is no entry of a leaderboard"):
+        with pytest.raises(InvalidOption, match="line 1, is not an entry of a leaderboard"):
             lab("challenge", "--leaderboard", str(board))
         assert board.read_text() == damaged
+
+
+def test_a_leaderboard_that_is_no_text_is_refused_in_a_sentence(lab, tmp_path, monkeypatch):
+    lab("start", "9")
+    board = tmp_path / "board.jsonl"
+    board.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InvalidOption, match="is not text in UTF-8"):
+        lab("challenge", "--leaderboard", str(board))
+    with pytest.raises(InvalidOption, match="cannot be read"):
+        lab("challenge", "--leaderboard", str(tmp_path))
+    monkeypatch.setattr(challenge, "LONGEST_LEADERBOARD", 2)
+    with pytest.raises(InvalidOption, match="a leaderboard has at most 2"):
+        lab("challenge", "--leaderboard", str(board))
+
+
+def test_a_name_on_a_leaderboard_is_shown_as_it_is_written():
+    one = challenge.Entry("[/red] [bold]x", "2026-01-01", 0, 1.0, [])
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(lab_challenge._sorted([one]))
+    assert "[/red] [bold]x" in shown.get()
 
 
 def test_a_file_without_parts_is_told_what_to_call_them(lab, tmp_path):

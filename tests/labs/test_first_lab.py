@@ -26,10 +26,17 @@ def commands(block: str) -> list[tuple[str, list[str]]]:
     return [(first, printed) for first, *printed in told]
 
 
+def readable(lines: list[str]) -> list[str]:
+    """Without the numbers of lines, and the notes: the wrong solutions here are subclasses."""
+    numbered = (re.sub(r"line \d+ of", "line N of", line.rstrip()) for line in lines)
+    return [line for line in numbered if not line.startswith("note: ")]
+
+
 def test_the_first_lab_goes_as_its_guide_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lab, num_commands = find_lab(1), 0
-    texts = {"right": library_text(lab)} | {
+    right = library_text(lab).replace("_ref_counts", "_owners")  # not the library's to the letter
+    texts = {"right": right} | {
         name: library_text(lab) + BEGINNING + text for name, (_, text) in WRONG.items()
     }
     for step in STEP.finditer(GUIDE.read_text(encoding="utf-8")):
@@ -37,10 +44,10 @@ def test_the_first_lab_goes_as_its_guide_says(tmp_path, monkeypatch):
             Path(lab.file_name).write_text(texts[step["file"]], encoding="utf-8")
         for words, expected in commands(step["block"] or ""):
             result = CliRunner().invoke(app, shlex.split(words))
-            lines = [line.rstrip() for line in result.stdout.splitlines()]
+            lines = readable(result.stdout.splitlines())
             if "..." in expected:
                 expected = expected[expected.index("...") + 1 :]
                 lines = lines[-len(expected) :]
-            assert lines == expected, words
+            assert lines == readable(expected), words
             num_commands += 1
     assert num_commands == 8

@@ -1,6 +1,5 @@
 """The process that runs the labs' tests in copies of itself: on their own, and for so long only."""
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -8,24 +7,25 @@ from pathlib import Path
 import pytest
 
 from minipaged.labs.fork_server import CAN_FORK, ForkServer
-from minipaged.labs.grading import QUIET
+from minipaged.labs.runs import Job, Run
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="copies of a process are for Linux only")
 
 
 @pytest.fixture(scope="module")
 def server():
-    server = ForkServer(os.environ | QUIET)
+    server = ForkServer()
     yield server
     server.close()
 
 
-def run(server: ForkServer, folder: Path, body: str, seconds: float = 60.0) -> str | None:
+def run(server: ForkServer, folder: Path, body: str, seconds: float = 60.0) -> Run:
     lines = ["import os, subprocess, sys", "from pathlib import Path", "def test_it():"]
     text = "\n".join([*lines, *(f"    {line}" for line in body.splitlines())])
     (folder / "test_it.py").write_text(text, encoding="utf-8")
     (folder / "pytest.ini").touch()
-    return server.run(["-q", "-p", "no:cacheprovider", "test_it.py"], folder, seconds)
+    arguments = ["-q", "-p", "minipaged.labs.plugin", "-p", "no:cacheprovider", "test_it.py"]
+    return server.run(Job(arguments, str(folder), seconds))
 
 
 def test_a_copy_has_torch_already_and_a_session_folder_and_input_of_its_own(server, tmp_path):
@@ -34,14 +34,14 @@ assert os.getsid(0) == os.getpid() != os.getppid()
 assert Path.cwd() == Path(__file__).parent
 assert os.read(0, 1) == b""
 """
-    assert "1 passed" in (printed := run(server, tmp_path, body)), printed
+    assert "1 passed" in (printed := run(server, tmp_path, body).printed), printed
 
 
 def test_no_copy_knows_what_another_has_done(server, tmp_path):
     body = "assert not hasattr(os, 'seen')\nos.seen = os.environ['SEEN'] = 'seen'"
     for _ in range(2):
-        assert "1 passed" in run(server, tmp_path, body)
-    assert "1 passed" in run(server, tmp_path, "assert 'SEEN' not in os.environ")
+        assert "1 passed" in run(server, tmp_path, body).printed
+    assert "1 passed" in run(server, tmp_path, "assert 'SEEN' not in os.environ").printed
 
 
 def test_a_copy_that_does_not_end_is_stopped_with_all_that_it_has_started(server, tmp_path):
@@ -49,23 +49,25 @@ def test_a_copy_that_does_not_end_is_stopped_with_all_that_it_has_started(server
 Path("child").write_text(str(child.pid))
 while True: pass
 """
-    assert run(server, tmp_path, body, seconds=3.0) is None
+    assert not run(server, tmp_path, body, seconds=3.0).ended
     assert is_gone(int((tmp_path / "child").read_text()))
 
 
 def test_what_tests_that_end_have_started_is_stopped_as_well(server, tmp_path):
     body = 'Path("child").write_text(str(subprocess.Popen(["sleep", "1000"]).pid))'
-    assert "passed" in run(server, tmp_path, body)
+    assert "passed" in run(server, tmp_path, body).printed
     assert is_gone(int((tmp_path / "child").read_text()))
 
 
 def test_tests_that_end_the_server_are_not_the_last_to_run(server, tmp_path):
     run(server, tmp_path, f"os.kill(os.getppid(), {signal.SIGKILL})")
-    assert "1 passed" in run(server, tmp_path, "pass")
+    assert "1 passed" in run(server, tmp_path, "pass").printed
 
 
 def test_a_crash_is_told(server, tmp_path):
-    assert "Fatal Python error" in run(server, tmp_path, "import ctypes\nctypes.string_at(0)")
+    assert (
+        "Fatal Python error" in run(server, tmp_path, "import ctypes\nctypes.string_at(0)").printed
+    )
 
 
 def is_gone(pid: int) -> bool:

@@ -1,6 +1,7 @@
 """Every lab: the library scores all, a raw starter nothing, a mistake less in its own task."""
 
 import importlib
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 from minipaged.labs.catalogue import LABS
 from minipaged.labs.gradescope import results as for_gradescope
 from minipaged.labs.gradescope import write_autograder
-from minipaged.labs.grading import Result, all_full, grade, run_in_new_process
+from minipaged.labs.grading import grade
 from minipaged.labs.lab import Lab, Task
 from minipaged.labs.progress import Progress
+from minipaged.labs.runs import run_in_new_process
 from minipaged.labs.starter import library_text, starter
+from minipaged.labs.verdict import Result, all_full
 
 PATIENCE = 2.0  # seconds for a task that never ends
 
@@ -116,6 +119,19 @@ def test_gradescopes_setup_names_the_wheel_that_lies_beside_it(tmp_path):
     assert told.stdout == f"install {tmp_path}/minipaged-1.0-py3-none-any.whl[labs]\n"
 
 
+def test_gradescope_has_the_graders_results_even_if_the_grader_is_killed(tmp_path):
+    write_autograder(tmp_path, LABS[0])
+    results = tmp_path / "results.json"
+    results.write_text('{"score": 100}')  # as student code would, before it kills the grader
+    script = (tmp_path / "run_autograder").read_text()
+    script = script.replace("/autograder/results/results.json", str(results))
+    script = script.replace("/autograder/venv/bin/minipaged", "bash -c 'kill -9 $$'")
+    subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    known = json.loads(results.read_text())
+    assert known["score"] == 0
+    assert "The grader did not end (status 137)" in known["output"]
+
+
 # ---- tasks that cannot be tested everywhere ------------------------------------------------------
 
 LAB = Lab(0, "of_two", "one task for all machines", (), {}, (Task(1, "", 90), Task(2, "", 10)))
@@ -136,9 +152,9 @@ def test_without_a_report_or_with_some_tests_skipped_a_task_counts():
 
 def test_a_lab_is_done_without_what_cannot_be_tested(tmp_path: Path):
     progress = Progress(tmp_path)
-    progress.note(LAB, SKIPPED)
+    progress.keep(LAB, SKIPPED)
     assert progress.points_of(LAB) is None
-    progress.note(LAB, DONE)
+    progress.keep(LAB, DONE)
     progress.save()
     known = Progress.read(tmp_path)
     assert (known.points_of(LAB), known.most(LAB), known.is_full(LAB)) == (90, 90, True)
@@ -147,7 +163,7 @@ def test_a_lab_is_done_without_what_cannot_be_tested(tmp_path: Path):
 def test_points_from_another_machine_stay(tmp_path: Path):
     progress = Progress(tmp_path)
     for result in (DONE, replace(SKIPPED, num_passed=2, num_tests=2), SKIPPED):
-        progress.note(LAB, result)
+        progress.keep(LAB, result)
     assert (progress.points_of(LAB), progress.most(LAB)) == (100, 100)
 
 
@@ -160,5 +176,5 @@ def test_gradescope_is_told_that_a_task_does_not_count():
 def test_tests_that_end_with_a_crash_say_so(tmp_path: Path):
     crash = library_text(LABS[0]) + "\nimport ctypes\nctypes.string_at(0)\n"
     [result] = results(LABS[0], crash, tmp_path, only=1, run=run_in_new_process)
-    assert result.complaint.startswith("Fatal Python error")
+    assert "at first all blocks are free: Fatal Python error" in result.complaint
     assert (result.points, result.most) == (0, 30)

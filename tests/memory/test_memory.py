@@ -36,7 +36,7 @@ def allocator(request):
 
 def test_every_block_is_handed_out_once_and_then_the_pool_is_empty(allocator):
     assert {allocator.allocate() for _ in range(4)} == {0, 1, 2, 3}
-    with pytest.raises(OutOfBlocks, match="all 4 blocks are in use"):
+    with pytest.raises(OutOfBlocks, match="no free block is left in a pool of 4"):
         allocator.allocate()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Many
 from minipaged.scheduler.fcfs import FCFSScheduler
 from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
+from minipaged.utils.counts import counted
 
 
 class EngineWithoutModel:
@@ -51,8 +52,8 @@ class EngineWithoutModel:
         for scheduled, computed in zip(decision.sequences, before, strict=True):
             seq, num_new = scheduled.seq, scheduled.num_new_tokens
             assert seq.num_computed_tokens == computed + num_new, (
-                f"the step has computed {num_new} tokens of {seq} after {computed}, and commit() "
-                "has not noted it"
+                f"the step has computed {counted(num_new, 'token')} of {seq} after {computed}, "
+                "and commit() has not noted it"
             )
             if scheduled.samples:
                 sampling.setdefault(scheduled.group, []).append(seq)
@@ -116,11 +117,11 @@ class EngineWithoutModel:
         total = sum(scheduled.num_new_tokens for scheduled in decision.sequences)
         num_seqs = len(decision.sequences)
         assert total <= config.max_num_batched_tokens, (
-            f"{total} tokens in a step, and max_num_batched_tokens is "
+            f"{counted(total, 'token')} in a step, and max_num_batched_tokens is "
             f"{config.max_num_batched_tokens}"
         )
         assert num_seqs <= config.max_num_seqs, (
-            f"{num_seqs} sequences in a step, and max_num_seqs is {config.max_num_seqs}"
+            f"{counted(num_seqs, 'sequence')} in a step, and max_num_seqs is {config.max_num_seqs}"
         )
         assert not (decision.swap_in and decision.swap_out), "swapped in and out in one step"
         scheduled_ids = [scheduled.seq.seq_id for scheduled in decision.sequences]
@@ -130,7 +131,9 @@ class EngineWithoutModel:
             assert num_new >= 1, f"{seq} is in the step, and computes nothing"
             slots = self.memory.tables[seq.seq_id].num_tokens
             last = seq.num_computed_tokens + num_new
-            assert last <= slots, f"{seq} computes {last} tokens, and has slots for {slots}"
+            assert last <= slots, (
+                f"{seq} computes {counted(last, 'token')}, and has slots for {slots}"
+            )
         self._check_queues()
 
     def _check_queues(self) -> None:
@@ -145,9 +148,11 @@ class EngineWithoutModel:
         """Every request has ended: no block may be left out. Raises AssertionError."""
         memory = self.memory
         lost = memory.num_blocks - memory.num_free
-        assert lost == 0, f"all requests have ended, and {lost} blocks did not come back"
+        assert lost == 0, f"all requests have ended, and {counted(lost, 'block')} did not come back"
         lost = memory.num_swap_blocks - memory.num_free_swap_blocks
-        assert lost == 0, f"all requests have ended, and {lost} swap blocks did not come back"
+        assert lost == 0, (
+            f"all requests have ended, and {counted(lost, 'swap block')} did not come back"
+        )
 
 
 def tokens_of(decision: SchedulerOutput) -> dict[int, int]:

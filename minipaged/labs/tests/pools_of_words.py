@@ -81,13 +81,9 @@ class Pools:
     def check(self, group: SequenceGroup, before: list[list[str]]) -> None:
         """Whether each sequence has the content it had before. Raises AssertionError."""
         for seq, now, then in zip(group.sequences, self.reads(group), before, strict=True):
-            length = f"sequence {seq.seq_id} had {len(then)} blocks, and has {len(now)}"
-            assert len(now) == len(then), length
+            assert len(now) == len(then), f"number of blocks of sequence {seq.seq_id}"
             for logical, (word, old) in enumerate(zip(now, then, strict=True)):
-                assert word == old, (
-                    f"in its logical block {logical} sequence {seq.seq_id} had {old!r}, and finds "
-                    f"{word!r}"
-                )
+                assert word == old, f"in logical block {logical} of sequence {seq.seq_id}"
 
     def swap_out(self, group: SequenceGroup) -> int:
         """Returns how many blocks were copied."""

@@ -34,7 +34,7 @@ def build_engine(
     return engine
 
 
-def with_the_librarys(cls: type, library: type, lab: Lab, task: int) -> type:
+def with_library_bodies(cls: type, library: type, lab: Lab, task: int) -> type:
     """A student's class, for the tests of one task: bodies of later tasks are the library's."""
     later = [hole for each in lab.tasks if each.number > task for hole in each.holes]
     names = [hole.partition(".")[2] for hole in later if hole.startswith(f"{library.__name__}.")]

@@ -54,9 +54,9 @@ def serves_what_the_library_serves(
     with observed(**options) as llm:
         got = generate(llm, texts, samples, max_tokens)
         wanted = expected(texts, samples, max_tokens)
-        for text, ours, theirs in zip(texts, got, wanted, strict=True):
-            assert ours == theirs, f"other tokens than the library's after {text[-60:]!r}"
+        for text, yours, theirs in zip(texts, got, wanted, strict=True):
+            assert yours == theirs, f"tokens after {text[-60:]!r}"
         memory = llm.engine.scheduler.memory
-        lost = memory.num_blocks - memory.num_free
-        assert lost == 0, f"all requests have ended, and {lost} blocks did not come back"
-        assert memory.num_free_swap_blocks == memory.num_swap_blocks, "swap blocks were lost"
+        free = memory.num_free, memory.num_free_swap_blocks
+        every = memory.num_blocks, memory.num_swap_blocks
+        assert free == every, "free blocks and free swap blocks once all requests have ended"

@@ -12,6 +12,8 @@ from minipaged.memory import CheckedAllocator
 
 from serving import serves_what_the_library_serves
 
+essential = pytest.mark.essential
+
 
 def task(number: int) -> pytest.MarkDecorator:
     return pytest.mark.lab(number=1, task=number)
@@ -32,6 +34,7 @@ def test_at_first_all_blocks_are_free(build):
 
 
 @task(1)
+@essential("a block that is handed out twice is written by two sequences (rule 1).")
 def test_every_block_is_handed_out_once(build):
     allocator = build(5)
     assert sorted(allocator.allocate() for _ in range(5)) == [0, 1, 2, 3, 4]
@@ -81,6 +84,7 @@ def test_a_new_block_has_one_owner(build):
 
 
 @task(2)
+@essential("every owner must be counted (rule 2).")
 def test_each_share_is_one_owner_more(build):
     allocator = build(4)
     block, other = allocator.allocate(), allocator.allocate()
@@ -134,6 +138,7 @@ def test_a_block_freed_by_its_only_owner_is_free(build):
 
 
 @task(3)
+@essential("a block with an owner left must not be free (rule 2).")
 def test_a_block_is_free_only_when_its_last_owner_frees_it(build):
     allocator = build(2)
     block = allocator.allocate()
@@ -189,6 +194,7 @@ def test_in_any_order_a_second_count_finds_the_same(build):
 
 
 @task(3)
+@essential("each call must take the same time, however large the pool is (rule 4).")
 def test_it_takes_no_longer_in_a_large_pool(build):
     """A million blocks taken and given back: seconds, if each call looks at one block only."""
     allocator = build(200_000)
@@ -203,7 +209,7 @@ def test_it_takes_no_longer_in_a_large_pool(build):
 
 
 @task(4)
-def test_the_model_says_what_it_says_on_the_librarys_allocator(observed):
+def test_the_model_says_what_it_says_on_the_allocator_of_the_library(observed):
     serves_what_the_library_serves(observed, num_blocks=16, preemption="swap")  # not enough for all
 
 

@@ -14,6 +14,8 @@ from minipaged.sequence import Sequence, SequenceGroup
 from newcomers import Story
 from serving import serves_what_the_library_serves
 
+essential = pytest.mark.essential
+
 
 def task(number: int) -> pytest.MarkDecorator:
     return pytest.mark.lab(number=2, task=number)
@@ -45,6 +47,7 @@ def test_the_table_maps_a_position_to_its_slot(table):
 
 
 @task(1)
+@essential("every token needs a slot of its own, in the block that the table lists (rule 2).")
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_every_token_has_a_slot_of_its_own_in_a_block_of_the_table(new_table, block_size):
     blocks = random.Random(0).sample(range(100), 9)
@@ -84,6 +87,7 @@ def test_a_beginning_has_the_blocks_of_its_tokens(table, num_tokens, blocks):
 
 
 @task(2)
+@essential("a beginning must have a list of its own: the two sequences grow separately.")
 @pytest.mark.parametrize("num_tokens", [10, 8])
 def test_table_and_beginning_have_separate_lists(table, num_tokens):
     beginning = table.beginning(num_tokens)
@@ -115,11 +119,12 @@ def test_a_prompt_gets_the_blocks_that_its_tokens_need(build, length, num_blocks
     story = Story(build(8))
     [seq] = story.comes(length).sequences
     got = len(story.table(seq).blocks)
-    assert got == num_blocks, f"{length} tokens have {got} blocks of 4"
+    assert got == num_blocks, f"blocks of 4 for {length} tokens"
     assert story.memory.num_free == 8 - num_blocks
 
 
 @task(3)
+@essential("a block is taken when a token needs it, not before and not later (rule 1).")
 def test_a_block_is_taken_when_the_last_is_full_and_not_before(build):
     story = Story(build(8))
     [seq] = story.comes(3).sequences
@@ -189,6 +194,7 @@ def test_in_any_order_a_second_count_finds_the_same(build):
 
 
 @task(4)
+@essential("asking takes no block, and promises none that is not there (rule 5).")
 def test_a_free_block_is_needed_when_the_last_is_full(build):
     story = Story(build(3))
     one, other = story.comes(4), story.comes(4)
@@ -229,6 +235,7 @@ def test_the_sequences_of_a_group_need_their_blocks_together(build, num_free, an
 
 
 @task(4)
+@essential("the end of a sequence must free its blocks and no others (rule 4).")
 def test_all_blocks_of_a_sequence_are_freed_and_no_others(build):
     memory = build(8)
     story = Story(memory)
@@ -283,7 +290,7 @@ def test_the_last_block_is_freed_first(build):
 
 
 @task(5)
-def test_the_model_says_what_it_says_with_the_librarys_tables(observed):
+def test_the_model_says_what_it_says_with_the_tables_of_the_library(observed):
     serves_what_the_library_serves(
         observed, num_blocks=16, preemption="swap", enable_prefix_caching=False
     )

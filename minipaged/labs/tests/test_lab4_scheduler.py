@@ -15,8 +15,10 @@ from minipaged.labs.lab4_scheduler import LAB
 from minipaged.scheduler.fcfs import FCFSScheduler, youngest
 from minipaged.sequence import Sequence, SequenceGroup, SequenceStatus
 
-from schedulers import build_engine, with_the_librarys
+from schedulers import build_engine, with_library_bodies
 from serving import serves_what_the_library_serves
+
+essential = pytest.mark.essential
 
 
 def task(number: int) -> pytest.MarkDecorator:
@@ -27,7 +29,7 @@ def task(number: int) -> pytest.MarkDecorator:
 def build(part, request):
     """`build(8, 4, num_blocks=6)`: an engine in which two prompts wait, of 8 and of 4 tokens."""
     number = request.node.get_closest_marker("lab").kwargs["task"]
-    scheduler = with_the_librarys(part("scheduler"), FCFSScheduler, LAB, number)
+    scheduler = with_library_bodies(part("scheduler"), FCFSScheduler, LAB, number)
     usual = part("select_victim") if number >= 4 else youngest
 
     def engine(*prompts: int, victim=usual, **options) -> EngineWithoutModel:
@@ -55,6 +57,7 @@ def test_a_prompt_takes_what_decodes_leave_of_the_budget(build):
 
 
 @task(1)
+@essential("every decoding sequence gets a token in every step (rule 2).")
 def test_no_decode_waits_for_a_prompt_not_even_for_an_older_one(build):
     """Request 1 is preempted and computes all its tokens again, while 2, younger, decodes."""
     engine = build(
@@ -115,6 +118,7 @@ def test_batch_slots_are_kept_for_samples_that_have_yet_to_fork(build):
 
 
 @task(2)
+@essential("no request joins before an earlier one (rule 3).")
 def test_the_first_that_does_not_fit_holds_up_later_ones(build):
     engine = build(16, 12, 4, num_blocks=6)
     assert tokens_of(engine.step()) == {0: 16}, "request 2 would fit, but 1 came first"
@@ -204,6 +208,7 @@ def test_every_request_has_its_turn(build):
 
 
 @task(3)
+@essential("a finished sequence must free its blocks in the same step (rule 5).")
 def test_the_blocks_of_a_finished_sequence_return_at_once(build):
     engine = build(num_blocks=10)
     engine.add(8, num_tokens=2)
@@ -329,6 +334,7 @@ def test_a_request_that_outgrows_the_pool_ends_and_the_others_continue(build):
 
 
 @task(4)
+@essential("the oldest request must advance in every step, or requests starve (rule 4).")
 @pytest.mark.parametrize("mode", ["auto", "recompute", "swap"])
 def test_the_oldest_advances_in_every_step_and_all_requests_end(build, mode):
     rng = random.Random(2)
@@ -357,7 +363,7 @@ def test_the_oldest_advances_in_every_step_and_all_requests_end(build, mode):
 
 @task(5)
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_the_model_says_what_it_says_with_the_librarys_scheduler(observed, preemption):
+def test_the_model_says_what_it_says_with_the_scheduler_of_the_library(observed, preemption):
     serves_what_the_library_serves(observed, num_blocks=16, preemption=preemption)
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from minipaged.sequence import Sequence, SequenceGroup
 
+essential = pytest.mark.essential
+
 
 def task(number: int) -> pytest.MarkDecorator:
     return pytest.mark.lab(number=5, task=number)
@@ -84,6 +86,7 @@ def test_a_row_says_which_tokens_end_a_sample(ask):
 
 
 @task(4)
+@essential("sharing must not change the tokens of a sample (rule 4).")
 def test_each_sample_gets_the_token_that_was_drawn_for_it_and_no_other(ask):
     request, group, fork = ask(3)
     assert request.advance({0: drawn(11, 12, 13)}, fork) == []

@@ -15,6 +15,8 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 from serving import serves_what_the_library_serves
 
+essential = pytest.mark.essential
+
 
 def task(number: int) -> pytest.MarkDecorator:
     return pytest.mark.lab(number=5, task=number)
@@ -86,6 +88,7 @@ def test_a_fork_reads_what_its_parent_reads(written):
 
 
 @task(1)
+@essential("a fork shares the blocks of its parent and takes none (rule 1).")
 def test_a_fork_takes_no_free_block(written):
     memory = written(num_blocks=3)
     parent = begin(memory, 1, 10)
@@ -153,6 +156,7 @@ def test_a_block_without_other_owners_is_free_again(written):
 
 
 @task(2)
+@essential("the end of a sequence takes one owner off each of its blocks (rule 1).")
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 1, 3)])
 def test_forks_may_end_in_any_order_and_the_last_one_frees_all(written, order):
     memory = written()
@@ -361,6 +365,7 @@ def test_the_original_is_cached_and_the_copy_is_not(build):
 
 
 @task(3)
+@essential("every owner counts, and a block with several must not be written (rules 1 and 2).")
 def test_in_any_order_each_reads_what_it_wrote(build):
     rng = random.Random(5)
     memory = build(60)

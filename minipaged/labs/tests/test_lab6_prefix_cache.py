@@ -12,6 +12,8 @@ from minipaged.sequence import Sequence
 from newcomers import Users, serve_in_any_order
 from serving import expected, generate, prompts, serves_what_the_library_serves
 
+essential = pytest.mark.essential
+
 
 def task(number: int) -> pytest.MarkDecorator:
     return pytest.mark.lab(number=6, task=number)
@@ -51,6 +53,7 @@ def test_only_full_blocks_are_cached(users, length, num_full):
 
 
 @task(1)
+@essential("a block may be cached only when its keys and values are written (rule 2).")
 @pytest.mark.parametrize(("computed", "num_written"), [(0, 0), (3, 0), (4, 1), (11, 2)])
 def test_only_computed_blocks_are_cached(users, computed, num_written):
     table = users.caches(range(12), num_computed=computed)
@@ -104,6 +107,18 @@ def test_the_longest_cached_prefix_is_found_in_order(users):
 
 
 @task(2)
+@essential("a block must be found only by a prompt that is the same up to its end (rule 1).")
+def test_no_prompt_finds_a_block_of_another_prefix(users):
+    start, end = users.caches([1, 0, 0, 0, 5, 6, 7, 8]).blocks
+    [other] = users.caches([2, 0, 0, 0], cache_salt="ann").blocks
+    for tokens in ([2, 0, 0, 0, 5, 6, 7, 8], [9, 9, 9, 9, 1, 0, 0, 0], [5, 6, 7, 8]):
+        assert users.finds(tokens) == [], "keys and values depend on all tokens before them"
+    assert other not in users.finds([2, 0, 0, 0], cache_salt="ben")
+    assert end not in users.finds([1, 0, 0, 0, 5, 6, 7, 9])
+    assert start not in users.finds([1, 0, 0, 9])
+
+
+@task(2)
 def test_a_block_is_found_only_after_its_own_prefix(users):
     one = users.caches([1, 0, 0, 0, 5, 6, 7, 8]).blocks
     other = users.caches([2, 0, 0, 0]).blocks
@@ -140,6 +155,7 @@ def test_finding_takes_no_blocks(users):
 
 
 @task(3)
+@essential("`ref_count` must report the owners other than the cache (rule 3).")
 def test_the_cache_itself_is_not_counted(users):
     cached, other = users.caches(range(6)).blocks
     assert (users.cache.ref_count(cached), users.cache.ref_count(other)) == (1, 1)
@@ -220,6 +236,7 @@ def test_of_two_equal_blocks_one_is_kept(users):
 
 
 @task(4)
+@essential("an evicted block will hold other tokens: it must not be found (rule 5).")
 def test_an_evicted_block_is_not_found(build):
     users = build(2)
     users.frees(users.caches(range(8)))
@@ -274,7 +291,7 @@ def test_in_any_order_a_found_block_has_the_right_content(part, seed):
 
 
 @task(5)
-def test_the_model_says_what_it_says_on_the_librarys_cache(observed):
+def test_the_model_says_what_it_says_on_the_cache_of_the_library(observed):
     serves_what_the_library_serves(observed, num_blocks=16, preemption="swap")  # not enough for all
 
 

@@ -17,6 +17,8 @@ from pools_of_words import Pools
 from schedulers import build_engine
 from serving import serves_what_the_library_serves
 
+essential = pytest.mark.essential
+
 
 def task(number: int) -> pytest.MarkDecorator:
     return pytest.mark.lab(number=7, task=number)
@@ -61,6 +63,7 @@ def test_blocks_of_other_groups_take_room_in_the_swap_pool(build):
 
 
 @task(1)
+@essential("a request must find the same content after it was moved (rule 1).")
 def test_a_swapped_group_moves_from_the_pool_to_the_swap_pool(build):
     pools = build()
     group = pools.group(10)
@@ -120,6 +123,7 @@ def test_the_blocks_it_left_in_the_pool_can_be_found_and_evicted(build):
 
 
 @task(2)
+@essential("a request that comes back must find and share what it had (rules 1 and 2).")
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_group_that_comes_back_has_its_content_and_its_sharing(build, width):
     pools = build()
@@ -233,6 +237,17 @@ def test_recomputed_it_waits_in_front_and_nothing_is_computed(engine):
 
 
 @task(3)
+@essential("if nothing was kept, nothing counts as computed, and the tokens stay (rule 5).")
+def test_recomputed_it_has_its_tokens_and_none_of_them_computed(engine):
+    built = engine(8, 8, 4, num_blocks=4, preemption="recompute")
+    [seq] = built.groups[1].sequences
+    built.step_until(lambda: seq.num_output_tokens == 1)
+    tokens = seq.token_ids.copy()
+    built.scheduler.schedule()
+    assert (seq.token_ids, seq.num_computed_tokens) == (tokens, 0)
+
+
+@task(3)
 def test_recomputed_it_computes_all_its_tokens_in_one_step_and_continues(engine):
     built = engine(8, 8, num_blocks=4, preemption="recompute", enable_prefix_caching=False)
     built.step_until(lambda: 0 in built.finished)
@@ -325,7 +340,7 @@ def test_all_requests_end_and_all_blocks_are_free_again(engine, preemption):
 
 @task(4)
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_the_model_says_what_it_says_with_the_librarys_parts(observed, preemption):
+def test_the_model_says_what_it_says_with_the_parts_of_the_library(observed, preemption):
     serves_what_the_library_serves(observed, num_blocks=16, preemption=preemption)
 
 

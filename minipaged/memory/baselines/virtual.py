@@ -25,6 +25,7 @@ from minipaged.memory.baselines.regions import Pages, RegionLayout
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.interface import Admission, BlockPair, MemoryUsage
 from minipaged.sequence import Sequence, SequenceGroup
+from minipaged.utils.counts import counted
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class VirtualMemory(PlainMemory):
         return (
             f"the prompt needs {self._demand(group)} page groups of {self.layout.group_bytes} "
             f"bytes, and the pool has {self.budget}: raise num_blocks, shorten the prompt by "
-            f"{over} tokens, or choose smaller pages."
+            f"{counted(over, 'token')}, or choose smaller pages."
         )
 
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
@@ -196,7 +197,7 @@ class VirtualMemory(PlainMemory):
     def _best_fit(self, needed: int) -> int:
         """The inactive region with the smallest sufficient mapping, or else the largest one."""
         if not self._inactive:
-            raise OutOfBlocks(f"all {self.num_blocks} regions are in use: free one first.")
+            raise OutOfBlocks(f"no free region is left of {self.num_blocks}: free one first.")
 
         def fit(region: int) -> tuple[bool, int, int]:
             mapped = self._regions[region].mapped

@@ -106,6 +106,18 @@ WRONG = {
             "v_cache[physical, :, :filled].to(exact).repeat(group_size, 1, 1)",
         ),
     ),
+    "gathers_block_by_block": (
+        3,
+        """
+def _attend_to_blocks(q, k_cache, v_cache, blocks, context_len, scale):
+    seq_len = context_len + len(q)
+    keys, values = (
+        torch.cat([pool[block].transpose(0, 1) for block in blocks])[:seq_len]
+        for pool in (k_cache, v_cache)
+    )
+    return causal_attention(q, keys, values, context_len, scale)
+""",
+    ),
     "gathers_after_all": (
         3,
         """

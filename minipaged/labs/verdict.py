@@ -1,0 +1,221 @@
+"""What a run's report is worth: decided outside the process that student code runs in.
+
+Points are for tests that were listed beforehand, each reported once, as passed, in lines that begin
+with the run's nonce, by a run that came to its end. A test that was skipped, that was expected to
+fail, or of which there is no report has failed. Beside a task's tests run *canaries*, which must
+fail: if one passes, the code that runs the tests was changed, and the whole grade is void.
+"""
+
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minipaged.labs.lab import Task
+from minipaged.labs.runs import LONGEST_REPORT, Run
+from minipaged.utils.counts import counted
+
+CANARY = """\
+import pytest
+
+
+@pytest.mark.lab(number={lab}, task={task})
+def test_{word}(custom_parts):
+    assert {yours} == {expected}
+"""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A test that a task must pass, as it was listed without any student code.
+
+    Args:
+        test: its id.
+        skip: why this machine cannot run it.
+        essential: why the task is worth nothing without it; empty for most tests.
+    """
+
+    test: str
+    task: int
+    skip: str = ""
+    essential: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one task.
+
+    Args:
+        complaint: about the first test that failed, or why there is no result.
+        trace: the name of the trace that a failing test has left.
+        num_skipped: tests that cannot run on this machine.
+        essential: the essential property that the solution does not have: the task has no points.
+        void: why the whole grade is void: the grader was interfered with.
+        notes: what the solution takes from the library. It costs no points.
+    """
+
+    task: Task
+    num_passed: int
+    num_tests: int
+    complaint: str = ""
+    trace: str = ""
+    num_skipped: int = 0
+    essential: str = ""
+    void: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> bool:
+        """Whether the task has points to win here: not if each of its tests was skipped."""
+        return self.num_tests > 0 or self.num_skipped == 0
+
+    @property
+    def most(self) -> float:
+        """The points that there are to win."""
+        return self.task.points if self.counts else 0.0
+
+    @property
+    def points(self) -> float:
+        """The task's points, in the part that passed; none if something essential is missing."""
+        if self.num_tests == 0 or self.essential or self.void:
+            return 0.0
+        return round(self.task.points * self.num_passed / self.num_tests, 2)
+
+    @property
+    def is_full(self) -> bool:
+        return self.points == self.task.points and 0 < self.num_tests == self.num_passed
+
+    @property
+    def told(self) -> str:
+        """Why it is not all of the points, in a sentence or two."""
+        if self.void:
+            return f"the grade is void: {self.void}"
+        if self.essential:
+            return f"no points without this: {self.essential}\n{self.complaint}"
+        return self.complaint
+
+
+def all_full(results: Iterable[Result]) -> bool:
+    """Whether all is done that could be tested, and something could."""
+    counting = [result for result in results if result.counts]
+    return bool(counting) and all(result.is_full for result in counting)
+
+
+def settle(results: Iterable[Result]) -> list[Result]:
+    """All results of a lab: if one of them is void, none of them gives points."""
+    done = list(results)
+    void = next((result.void for result in done if result.void), "")
+    return [replace(result, void=void) for result in done] if void else done
+
+
+def write_canary(tests: Path, lab: int, task: int) -> Path:
+    """A test that fails, under a name that nobody knows beforehand."""
+    word = secrets.token_hex(8)
+    yours, expected = secrets.randbelow(10**9), 10**9 + secrets.randbelow(10**9)
+    file = tests / f"test_{word}.py"
+    file.write_text(
+        CANARY.format(lab=lab, task=task, word=word, yours=yours, expected=expected),
+        encoding="utf-8",
+    )
+    return file
+
+
+def read_records(run: Run, nonce: str) -> list[dict[str, Any]] | None:
+    """What a run has reported; None if anybody else has written there."""
+    if len(run.report) > LONGEST_REPORT:
+        return None
+    records: list[dict[str, Any]] = []
+    for line in run.report.splitlines():
+        known, _, text = line.partition(b" ")
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if known != nonce.encode() or not isinstance(record, dict):
+            return None
+        records.append(record)
+    return records
+
+
+def judge(
+    task: Task, expected: list[Expected], canaries: list[str], run: Run, nonce: str
+) -> Result:
+    """The result of a task.
+
+    Args:
+        expected: the task's tests, as they were listed without student code.
+        canaries: the ids of the tests that must fail.
+    """
+    nothing = Result(task, 0, 0)
+    if not run.ended:
+        return replace(
+            nothing, complaint=f"not done after {counted(task.seconds, 'second')}: an endless loop?"
+        )
+    records = read_records(run, nonce)
+    if records is None:
+        return replace(nothing, void="something else than the grader wrote to its report.")
+    if tampered := next((r["tampered"] for r in records if "tampered" in r), ""):
+        return replace(
+            nothing,
+            void=f"the file replaces what its tests rely on ({tampered}). Leave the library, "
+            "pytest, torch and Python's own functions as they are.",
+        )
+    seen = [record for record in records if "test" in record]
+    known = {record["test"]: record for record in seen}
+    num_all = len(canaries) + len(expected)
+    if not any("end" in record for record in records) or len(seen) < num_all:
+        return replace(nothing, complaint=_early_end(expected, seen, run.printed))
+    if len(seen) > num_all or set(known) != {*canaries, *(each.test for each in expected)}:
+        return replace(nothing, void="other tests were reported than those of the task.")
+    if any(known[canary]["passed"] or not known[canary]["complaint"] for canary in canaries):
+        return replace(
+            nothing,
+            void="a test that must fail has passed: the code that runs the tests was changed.",
+        )
+    notes = next((tuple(record["not_own"]) for record in records if "not_own" in record), ())
+    return replace(_count(task, expected, known), notes=notes)
+
+
+def _count(task: Task, expected: list[Expected], known: dict[str, dict[str, Any]]) -> Result:
+    """Passed and failed among the tests that this machine can run."""
+    counting = [each for each in expected if not each.skip]
+    failed = [each for each in counting if not known[each.test]["passed"]]
+    result = Result(
+        task,
+        len(counting) - len(failed),
+        len(counting),
+        num_skipped=len(expected) - len(counting),
+    )
+    if not failed:
+        return result
+    # A missing essential property takes away the points of other tests, so it comes first.
+    missing = [each for each in failed if each.essential and result.num_passed]
+    first = (missing or failed)[0]
+    return replace(
+        result,
+        complaint=f"{in_words(first.test)}: {known[first.test]['complaint']}",
+        trace=Path(known[first.test]["trace"]).name,
+        essential=first.essential if missing else "",
+    )
+
+
+def in_words(test: str) -> str:
+    """tests/test_lab1.py::test_a_block_returns[3] -> a block returns [3]."""
+    name, bracket, values = test.rpartition("::")[2].partition("[")
+    words = name.removeprefix("test_").replace("_", " ")
+    return (words + (f" [{values}" if bracket else "")).strip()
+
+
+def _early_end(expected: list[Expected], seen: list[dict[str, Any]], printed: str) -> str:
+    """Of a run that ended before all its tests did, as where a kernel reads what is no memory."""
+    done = {record["test"] for record in seen}
+    present = next((each.test for each in expected if each.test not in done), "")
+    _, fatal, what = printed.partition("Fatal Python error: ")
+    if fatal:
+        return f"{in_words(present)}: {fatal}{what.splitlines()[0]}"
+    return (
+        f"{in_words(present)}: the run ended here. A solution must not end the process or the "
+        "tests (os._exit, sys.exit, pytest.exit)."
+    )
