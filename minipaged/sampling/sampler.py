@@ -102,10 +102,9 @@ def score(
     """
     logprobs = logits.float().log_softmax(-1)
     chosen = to_device(token_ids, logits.device, torch.long)[:, None]  # [rows, 1]
-    chosen_logprobs = logprobs.gather(-1, chosen)  # [rows, 1]
+    results = [chosen, logprobs.gather(-1, chosen)]
     if has_choice is not None:
-        chosen_logprobs = chosen_logprobs.where(has_choice, torch.nan)
-    results = [chosen, chosen_logprobs]
+        results[1] = results[1].where(has_choice, torch.nan)
     asking = [i for i, count in enumerate(num_top) if count is not None]
     most = min(max([0, *(num_top[i] or 0 for i in asking)]), logits.shape[-1]) if asking else 0
     if most > 0:
