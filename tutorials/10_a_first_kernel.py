@@ -459,7 +459,7 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # A score of $-\infty$ makes the weight 0, and 0 times a finite number is 0. The engine keeps empty
 # slots finite: it clears a block before a sequence writes its first slot. A kernel that masks its
-# loads works without this: the mask gives zeros, even where memory holds NaN, and saves the reading.
+# loads works without this: the mask gives zeros even where memory holds NaN, and saves the read.
 #
 # </details>
 #

@@ -46,7 +46,8 @@ def overflows(weights) -> None:
 @pytest.fixture(scope="module", params=[with_nan, overflows], ids=["NaN", "overflow"])
 def folder(tmp_path_factory, request):
     folder = make_checkpoint("llama", tmp_path_factory.mktemp("llama"), tie_word_embeddings=False)
-    return changed(folder, request.param)
+    dtype = "float32" if request.param is with_nan else "float16"
+    return changed(folder, request.param), dtype
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,8 @@ def plain(tmp_path_factory):
 
 
 def broken_by_the_model(folder, **options) -> LLM:
-    return checked(folder, dtype="float16", **(OPTIONS | options))
+    folder, dtype = folder
+    return checked(folder, dtype=dtype, **(OPTIONS | options))
 
 
 def is_error(completion) -> bool:
@@ -98,9 +100,9 @@ def test_the_others_have_the_tokens_of_a_run_without_it(folder, options):
 
 
 def test_blocks_multiplied_in_place_are_no_others_business(folder, monkeypatch):
-    expected = tokens(run(broken_by_the_model(folder), HEALTHY))
     monkeypatch.setattr(torch_decode, "_is_worth_it", lambda *_: True)
     monkeypatch.setattr(torch_decode, "LEAST_IN_USE", 0)
+    expected = tokens(run(broken_by_the_model(folder), HEALTHY))
     outputs = run(broken_by_the_model(folder), [[BROKEN] * 9, *HEALTHY[:4], [BROKEN], *HEALTHY[4:]])
     assert tokens(outputs[1:5] + outputs[6:]) == expected
 
@@ -128,7 +130,7 @@ def test_one_line_is_logged_for_each_broken_request(folder, caplog):
 
 
 def test_no_block_of_a_broken_request_is_found_by_others(folder):
-    """The prefix is healthy, but computed in one step with what is not it may become NaN, too."""
+    """Its prefix is healthy, but may become NaN when it is computed together with the rest."""
     for budget in (64, 8):  # whole, and in chunks
         options = {"max_num_batched_tokens": budget, "max_num_seqs": 8}
         [expected] = run(broken_by_the_model(folder, **options), [[*PREFIX, 9, 10]])
