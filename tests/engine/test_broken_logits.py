@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -202,6 +203,37 @@ def test_a_broken_sample_ends_alone(plain, n):
     healthy = [o.token_ids for o in found.outputs if o.finish_reason == "length"]
     assert len(healthy) == 2
     assert all(ids in [o.token_ids for o in expected.outputs] for ids in healthy) or n == 2
+
+
+def test_samples_that_break_one_after_another_are_logged_once(plain, caplog):
+    llm = checked(plain, **OPTIONS)
+    breaking(llm, lambda step, sequence: step == 2 + sequence.seq_id)
+    [found] = run(llm, HEALTHY[:1], SAMPLES)
+    assert all(map(is_error, found.outputs))
+    assert len(caplog.records) == 1
+
+
+def test_what_was_broken_stays_so_when_a_later_step_is_cut_short(plain, caplog):
+    llm = checked(plain, **OPTIONS)
+
+    def break_and_interrupt(step, sequence):
+        if step == 5:
+            raise KeyboardInterrupt
+        return (step, sequence.seq_id) == (3, 1)
+
+    breaking(llm, break_and_interrupt)
+    [expected] = run(checked(plain, **OPTIONS), HEALTHY[:1], SAMPLES)
+    llm.engine.add_request("it", {"prompt_token_ids": HEALTHY[0]}, SAMPLES)
+    while llm.engine.has_unfinished_requests():
+        with suppress(KeyboardInterrupt):
+            outputs = [progress.output() for progress in llm.engine.step()]
+    [output] = outputs
+    assert [is_error(completion) for completion in output.outputs] == [False, True, False]
+    for i in (0, 2):
+        assert output.outputs[i].token_ids == expected.outputs[i].token_ids
+    assert output.outputs[1].token_ids == expected.outputs[1].token_ids[:3]
+    assert len(caplog.records) == 1
+    assert_all_blocks_are_back(llm)
 
 
 def test_a_broken_beam_is_dropped_and_the_search_goes_on(plain):
