@@ -14,8 +14,9 @@
 #
 # 1. The result is that of plain attention over the same keys in one piece.
 # 2. The query at position $p$ sees positions $0$ to $p$, and nothing else.
-# 3. What does not belong to a sequence is never read: other blocks, empty slots, the unused end of
-#    a row of the block tables.
+# 3. Only a sequence's own keys and values affect its result. Other blocks and the unused end of a
+#    row of the block tables are never read. An empty slot of the last block is not read, or has the
+#    weight zero: it holds finite numbers.
 #
 # ## Predict before you run
 #
@@ -381,8 +382,9 @@ for attention in (by_gathering, online):
 
 # %% [markdown]
 # (Yours cuts off the end of the last block, so even NaN is harmless there. Fast attention
-# multiplies whole blocks and gives empty slots a weight of zero. Zero times NaN is NaN, so the
-# library requires finite values in them: the pool starts with zeros.)
+# multiplies whole blocks and gives empty slots a weight of zero. Zero times NaN is NaN, and an
+# earlier owner of the block may have left one. So the engine clears a block before a sequence
+# writes its first slot, and empty slots hold zeros.)
 #
 # And three mistakes, each of which looks like a good idea:
 
@@ -417,7 +419,7 @@ for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlo
 
 # %% [markdown]
 # With two of the three bugs the model still answered every question correctly. The empty slots of
-# that pool held zeros or old keys, which happened to have little weight; and seeing one token ahead
+# that pool held zeros, which happened to have little weight; and seeing one token ahead
 # in its prompt did this model no harm. Models are robust, and so they hide faults. That is why
 # attention is compared with a specification, element by element.
 #

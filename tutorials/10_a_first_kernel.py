@@ -272,7 +272,7 @@ def launched(kernel: Any) -> Attention:
 # ### An adversarial test
 #
 # Random numbers in a tidy pool find few mistakes. So: blocks in shuffled order; NaN in every free
-# block; large stale values in the empty slots of last blocks, as they remain in a real pool;
+# block; large finite values in the empty slots of last blocks, which must have the weight zero;
 # entries after the ends of shorter tables that are no block at all; and the four lengths at which
 # something changes.
 
@@ -295,7 +295,7 @@ def adversarial_inputs() -> tuple[Tensor, Tensor, Tensor, Batch, float]:
         caches[:, blocks] = fresh
         empty = len(blocks) * BLOCK_SIZE - length
         if empty:
-            caches[:, blocks[-1], :, -empty:] *= 30  # stale
+            caches[:, blocks[-1], :, -empty:] *= 30
         queries.append(SequenceInput(number, [0], length - 1, blocks))
     batch = BatchBuilder(len(LENGTHS), 4, BLOCK_SIZE).build(queries)
     for row, blocks in zip(batch.block_tables, tables, strict=True):
@@ -457,9 +457,9 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A score of $-\infty$ makes the weight 0, and 0 times a stale value is 0. But the slot may never
-# have been written. Its bits may be NaN, and 0 times NaN is NaN. The mask makes them 0 before
-# anything is multiplied, and saves the reading.
+# A score of $-\infty$ makes the weight 0, and 0 times a finite number is 0. The engine keeps empty
+# slots finite: it clears a block before a sequence writes its first slot. A kernel that masks its
+# loads works without this: the mask gives zeros even where memory holds NaN, and saves the read.
 #
 # </details>
 #

@@ -12,11 +12,16 @@ Every implementation has the signature of `PagedAttention`. Query i of a sequenc
 grouped: with 8 heads and 2 kv_heads, heads 0 to 3 read kv_head 0. That one function covers
 prefill, chunked prefill, prefill behind a cached prefix, and decode, mixed in one batch.
 
-Nothing in the pool but a sequence's own keys may ever show in its result:
+Only a sequence's own keys and values affect its result:
 
     another sequence's block, or a free one  may hold anything, even NaN: never read it
-    a slot after the sequence's end          holds a stale number: its weight must be zero
-    a table entry after the last block       is no block number: never read through it
+    an empty slot of its last block          holds finite numbers: do not read it, or give it the
+                                             weight zero
+    a table entry after the last block       is not a block number: never read through it
+
+A weight of zero is enough for an empty slot because a block is cleared before a sequence writes its
+first slot (see `begun_blocks`). Otherwise it could hold a NaN of an earlier owner, and zero times
+NaN is NaN.
 """
 
 import warnings

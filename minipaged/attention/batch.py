@@ -80,6 +80,20 @@ class Batch:
         return any(span.query_len > 1 for span in self.spans)
 
 
+def begun_blocks(sequences: Many[SequenceInput], block_size: int) -> list[int]:
+    """The blocks whose first slot this step writes and whose last slot it does not.
+
+    Only such a block can hold numbers of an earlier owner after the end of its sequence.
+    """
+    begun: list[int] = []
+    for _, new_token_ids, context_len, block_table, _ in sequences:
+        seq_len = context_len + len(new_token_ids)
+        filled = seq_len % block_size  # slots of the last block; 0 if it is full
+        if filled and seq_len - filled >= context_len:
+            begun.append(block_table[seq_len // block_size])
+    return begun
+
+
 class BatchBuilder:
     """Builds one `Batch` per step. Block tables are rows of one persistent tensor.
 

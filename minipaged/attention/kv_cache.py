@@ -62,6 +62,7 @@ class Cache(Protocol):
     def device(self) -> torch.device: ...
     @property
     def layers(self) -> list[KVPair]: ...
+    def clear(self, blocks: Many[int]) -> None: ...
     def copy(self, pairs: Many[BlockPair]) -> None: ...
     def swap_out(self, pairs: Many[BlockPair]) -> None: ...
     def swap_in(self, pairs: Many[BlockPair]) -> None: ...
@@ -111,6 +112,16 @@ class KVCache:
             device=device,
             copy_blocks=copy_blocks,
         )
+
+    def clear(self, blocks: Many[int]) -> None:
+        """Write zeros over blocks that a sequence begins, before it writes its own numbers.
+
+        A block comes back from the pool with its last owner's keys and values. Attention may give
+        the slots after a sequence's end a weight of zero, but zero times NaN or infinity is NaN.
+        """
+        for tensor in self._pool:
+            for block in blocks:
+                tensor[:, :, block].zero_()
 
     def copy(self, pairs: Many[BlockPair]) -> None:
         """Copy blocks inside the pool: copy-on-write (section 4.4)."""

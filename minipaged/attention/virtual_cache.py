@@ -46,6 +46,9 @@ class VirtualKVCache:
             (keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in by_layer
         ]
 
+    def clear(self, blocks: Many[int]) -> None:
+        """Does nothing: what follows a sequence's end is never read, and may not be mapped."""
+
     def copy(self, pairs: Many[BlockPair]) -> None:
         """Copy the mapped tokens of regions to other regions, before a fork's first write."""
         for source, target in pairs:

@@ -18,6 +18,7 @@ class BeamRequest(Request):
         self._search = BeamSearch(params, self._model.eos_token_ids, max_tokens)
         self._beams = [Beam(self._first, 0.0)]
         self._end_reason: FinishReason | None = None
+        self._error: str | None = None
         # What a beam needs of the sampler: its likeliest next tokens.
         self._likeliest = SamplingParams(temperature=0.0, logprobs=self._search.num_candidates)
 
@@ -26,9 +27,17 @@ class BeamRequest(Request):
         return [SamplingRow(self._likeliest, (), (), seed=0)]
 
     def advance(self, sampled: dict[int, list[SampledToken]], fork: Fork) -> list[Sequence]:
-        """Let the best candidates go on; returns the beams that have none among them."""
-        likeliest = [sampled[beam.seq.seq_id][0].top_logprobs or {} for beam in self._beams]
-        chosen = self._search.advance(self._beams, likeliest)
+        """Let the best candidates go on; returns the beams that have none among them.
+
+        A beam with broken logits has no candidates. If none has any, the search ends in error.
+        """
+        tokens = {beam: sampled[beam.seq.seq_id][0] for beam in self._beams}
+        healthy = {beam: token for beam, token in tokens.items() if token.error is None}
+        if not healthy:
+            self.finish_all("error", tokens[self._beams[0]].error)
+            return [beam.seq for beam in self._beams]
+        likeliest = [token.top_logprobs or {} for token in healthy.values()]
+        chosen = self._search.advance(list(healthy), likeliest)
         # Every fork comes before any token: a child begins with what its parent had so far.
         continued: list[Sequence] = []
         for candidate in chosen:
@@ -40,9 +49,10 @@ class BeamRequest(Request):
         self._beams = [Beam(s, c.logprob) for s, c in zip(continued, chosen, strict=True)]
         return given_up
 
-    def finish_all(self, reason: FinishReason) -> None:
+    def finish_all(self, reason: FinishReason, error: str | None = None) -> None:
         """End the search: the beams compete with what has ended."""
-        self._end_reason = reason
+        if self._end_reason is None:
+            self._end_reason, self._error = reason, error
 
     @property
     def is_finished(self) -> bool:
@@ -66,6 +76,7 @@ class BeamRequest(Request):
                 cumulative_logprob=hypothesis.logprob,
                 finish_reason=hypothesis.finish_reason or self._end_reason,
                 score=hypothesis.score,
+                error=self._error if hypothesis.finish_reason is None else None,
             )
             for index, hypothesis in enumerate(self._search.ranked(self._beams))
         ]

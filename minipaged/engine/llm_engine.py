@@ -12,7 +12,8 @@ from torch import Tensor
 
 from minipaged.config import EngineConfig
 from minipaged.engine.arrivals import RequestBuilder, first_group, refuse_what_cannot_be_served
-from minipaged.engine.open_request import Advance, OpenRequest
+from minipaged.engine.broken_logits import CHECK_ONLY, leave_out_broken
+from minipaged.engine.open_request import Advance, Broken, OpenRequest, Sampled, Sampling
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput, StepStats
 from minipaged.engine.prefixes import PinnedPrefixes
 from minipaged.engine.request import Arrival, ModelTraits, Request
@@ -20,7 +21,7 @@ from minipaged.engine.sampling_request import SamplingRequest
 from minipaged.errors import InvalidRequest
 from minipaged.memory import MemoryView
 from minipaged.sampling import Params, SamplingParams
-from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow
+from minipaged.sampling.sampler import Sampler, SamplingRow
 from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
 from minipaged.sequence import Sequence, SequenceGroup
@@ -29,7 +30,6 @@ from minipaged.tokenizer.prompts import Prompt, read_prompt
 from minipaged.utils.device import to_device
 from minipaged.worker.model_runner import ModelRunner
 
-Sampled = dict[str, dict[int, list[SampledToken]]]  # by request id, by sequence id
 Listener = Callable[[SchedulerOutput, StepStats], None]
 
 
@@ -101,8 +101,10 @@ class LLMEngine:
             step = self._step_input(decision)  # the same in plain numbers
             logits = self.runner.run(step)  # [rows, vocab]: the device side
             times.append(self._clock())
-            sampled = self._sample(decision, step, logits)  # by request, by sequence
+            sampled, broken = self._sample(decision, step, logits)  # by request, by sequence
             times.append(self._clock())
+            if broken:  # these end with an error, and the others go on
+                decision = leave_out_broken(decision, broken, self._open, self.scheduler)
             self._commit(decision, sampled, times)
         return self.last_step[1]
 
@@ -127,48 +129,46 @@ class LLMEngine:
         """The decision in plain numbers: the message to the device side (section 4.6)."""
         tables = self.scheduler.memory.tables
         sequences: list[SequenceInput] = []
-        for group, seq, num_new_tokens, samples in decision.sequences:
+        for group, seq, num_new_tokens, _ in decision.sequences:
             request, start = self._open[group.request_id].request, seq.num_computed_tokens
-            num_logits = 1 if samples else 0
-            if request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq):
-                num_logits = num_new_tokens
+            wants_all = request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq)
+            num_logits = num_new_tokens if wants_all else 1  # of a chunk too: see `broken_logits`
             new = seq.token_ids[start : start + num_new_tokens]
             blocks = tables[seq.seq_id].blocks.copy()
             sequences.append(SequenceInput(seq.seq_id, new, start, blocks, num_logits))
         return StepInput(tuple(sequences), decision.swap_out, decision.swap_in, decision.copies)
 
-    def _sample(self, decision: SchedulerOutput, step: StepInput, logits: Tensor) -> Sampled:
+    def _sample(self, decision: SchedulerOutput, step: StepInput, logits: Tensor) -> Sampling:
         """Choose the next token of every sequence of which nothing is left to compute.
 
         Several tokens for a prompt with several samples: they are drawn from the same logits.
         """
-        rows: list[SamplingRow] = []
-        row_indices: list[int] = []
-        owners: list[tuple[str, int, int]] = []  # request, sequence, number of rows
-        stop = 0
-        for scheduled, sequence in zip(decision.sequences, step.sequences, strict=True):
-            group, seq, _, samples = scheduled
+        rows, row_indices = list[SamplingRow](), list[int]()
+        owners, stop = list[tuple[str, int, int, bool]](), 0  # request, sequence, rows, samples
+        for (group, seq, _, samples), given in zip(decision.sequences, step.sequences, strict=True):
             request = self._open[group.request_id].request
-            start, stop = stop, stop + sequence.num_logits
+            start, stop = stop, stop + given.num_logits
             if request.num_prompt_logprobs is not None:
                 request.note_prompt_logits(seq, logits[start:stop])
-            if samples:
-                try:
-                    wanted = request.rows(seq)
-                except Exception as error:
-                    self._faults[group.request_id] = error
-                    continue
-                rows += wanted
-                row_indices += [stop - 1] * len(wanted)
-                owners.append((group.request_id, seq.seq_id, len(wanted)))
+            try:
+                wanted = request.rows(seq) if samples else [CHECK_ONLY]
+            except Exception as error:
+                self._faults[group.request_id] = error
+                continue
+            rows += wanted
+            row_indices += [stop - 1] * len(wanted)
+            owners.append((group.request_id, seq.seq_id, len(wanted), samples))
         if row_indices != list(range(logits.shape[0])):
             logits = logits[to_device(row_indices, logits.device, torch.long)]  # [rows, vocab]
         tokens, start = self.sampler.sample(logits, rows), 0
-        sampled: Sampled = {}
-        for request_id, seq_id, num_rows in owners:
-            sampled.setdefault(request_id, {})[seq_id] = tokens[start : start + num_rows]
+        sampled, broken = Sampled(), Broken()
+        for request_id, seq_id, num_rows, samples in owners:
+            if (error := tokens[start].error) is not None:
+                broken[seq_id] = error
+            if samples:
+                sampled.setdefault(request_id, {})[seq_id] = tokens[start : start + num_rows]
             start += num_rows
-        return sampled
+        return sampled, broken
 
     def _commit(self, decision: SchedulerOutput, sampled: Sampled, times: list[float]) -> None:
         """Note what was computed, fork and go on as each request decides, free what has ended."""

@@ -18,6 +18,10 @@ from minipaged.errors import RequestFailed
 from minipaged.sampling.sampler import SampledToken
 from minipaged.sequence import Sequence, SequenceGroup
 
+Sampled = dict[str, dict[int, list[SampledToken]]]  # by request id, by sequence id
+Broken = dict[int, str]  # by sequence id: what is wrong with its logits
+Sampling = tuple[Sampled, Broken]
+
 
 class Advance(NamedTuple):
     """What one step gave one request."""

@@ -26,7 +26,8 @@ class CompletionOutput:
     """One generated sequence, so far or complete.
 
     finish_reason is None while it grows; then "stop" (end-of-sequence token, stop token or stop
-    string), "length" (max_tokens, max_model_len, or a pool too small to go on), "abort", "error".
+    string), "length" (max_tokens, max_model_len, or a pool too small to go on), "abort", or "error"
+    (its logits were broken, as NaN is, and `error` says what to try; or its own code raised).
     stop_reason is the stop string or stop token that ended it, None for the end-of-sequence token.
     logprobs holds, for each token, the log-probabilities of it and of the likeliest others. score
     is what beam search ranks by: the log-probability under the length penalty.
@@ -40,6 +41,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     score: float | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)

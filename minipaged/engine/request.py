@@ -6,6 +6,7 @@ once, when the prompt is computed, and each sample then goes its own way. Beam s
 batch.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from minipaged.sampling.sampler import SampledToken, SamplingRow, score
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import TokenizedPrompt
+
+logger = logging.getLogger(__name__)
 
 Fork = Callable[[Sequence], Sequence]
 
@@ -58,6 +61,7 @@ class Request(ABC):
         self._prompt = arrival.prompt
         self._model = arrival.model
         self._arrival_time = arrival.time
+        self._has_logged_error = False
         self._prompt_logprobs: list[dict[int, float] | None] = [None]  # nothing precedes the first
 
     # ---- what each kind of request does in its own way -------------------------------------------
@@ -71,8 +75,8 @@ class Request(ABC):
         """Take the tokens of all sequences, by sequence id; returns those that have ended."""
 
     @abstractmethod
-    def finish_all(self, reason: FinishReason) -> None:
-        """End all sequences that have not ended yet."""
+    def finish_all(self, reason: FinishReason, error: str | None = None) -> None:
+        """End all sequences that have not ended yet; `error` is for the reason "error"."""
 
     @property
     @abstractmethod
@@ -112,8 +116,16 @@ class Request(ABC):
     def take_over(self, old: "Request", has_tokens: bool) -> None:
         """Take what does not follow from the tokens of the request that this one replaces."""
         self._prompt_logprobs = old._prompt_logprobs
+        self._has_logged_error = old._has_logged_error
         if has_tokens:
             self.first_token_time, self.last_token_time = old.first_token_time, old.last_token_time
+
+    def log_error(self, error: str, position: int) -> None:
+        """Log the first error of a request: later ones mostly follow from the same cause."""
+        if not self._has_logged_error:
+            request_id = self.group.request_id
+            logger.error("request %s, token at position %d: %s", request_id, position, error)
+        self._has_logged_error = True
 
     def output(self) -> RequestOutput:
         """The request as a user sees it now."""

@@ -58,11 +58,11 @@ class SamplingRequest(Request):
         self._completions[seq.seq_id] = completion
         return completion
 
-    def finish_all(self, reason: FinishReason) -> None:
+    def finish_all(self, reason: FinishReason, error: str | None = None) -> None:
         """End all samples that have not ended yet."""
         for completion in self._completions.values():
             if completion.finish_reason is None:
-                completion.finish(reason)
+                completion.finish(reason, error=error)
 
     # ---- what is shown of it -------------------------------------------------------------------
 
@@ -92,7 +92,8 @@ class SamplingRequest(Request):
         samples = list(self._completions.values())
         samples += samples[:1] * (self._params.n - len(samples))  # ended before it forked: n empty
         if self._chooses_at_the_end:
-            samples.sort(key=lambda sample: -sample.cumulative_logprob)
+            # What ended with an error is short, and so might pass for likely.
+            samples.sort(key=lambda s: (s.finish_reason == "error", -s.cumulative_logprob))
         return [sample.output(index) for index, sample in enumerate(samples[: self._params.n])]
 
 
@@ -114,6 +115,7 @@ class Completion:
         self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.error: str | None = None
         self._eos_token_ids = () if params.ignore_eos else eos_token_ids
         self._stop_ids = params.stop_ids
         self._min_tokens = params.min_tokens
@@ -129,6 +131,9 @@ class Completion:
 
     def add(self, sampled: SampledToken) -> None:
         """Take the next token, and decide whether it was the last."""
+        if sampled.error is not None:
+            self.finish("error", error=sampled.error)
+            return
         token, seq, detokenizer = sampled.token_id, self.seq, self._detokenizer
         seq.token_ids.append(token)
         self.cumulative_logprob += sampled.logprob
@@ -148,9 +153,15 @@ class Completion:
         elif length >= self._max_tokens:
             self.finish("length")
 
-    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+    def finish(
+        self,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        *,
+        error: str | None = None,
+    ) -> None:
         """No more tokens will come: show the text that was held back."""
-        self.finish_reason, self.stop_reason = reason, stop_reason
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
         if self._detokenizer is not None:
             self._detokenizer.finish()
 
@@ -177,4 +188,5 @@ class Completion:
             logprobs=None if self.logprobs is None else list(self.logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            error=self.error,
         )

@@ -22,15 +22,17 @@ push the draw past the last token.
 On a GPU nothing here waits for it but the very end, where all results come to the host at once.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minipaged.sampling.explain import explain_error
 from minipaged.sampling.params import GREEDY_BELOW, SamplingParams
 from minipaged.utils.device import to_device
-from minipaged.utils.shapes import Float, Int
+from minipaged.utils.shapes import Bool, Float, Int
 
 WEIGHT_OF_LIKELIEST = 2**40
 """Tokens 2^40 times less likely than the likeliest are never drawn. 2^23 tokens still sum up to
@@ -51,12 +53,13 @@ class SampledToken(NamedTuple):
     """One token and how likely the model itself found it, before any option changed its logits.
 
     `top_logprobs` holds what the request asked for, likeliest first, and always the token itself.
-    A logprob of NaN means that the model's logits were broken (NaN, or all infinite).
+    `error` says why there was no token to choose; the other fields mean nothing then.
     """
 
     token_id: int
     logprob: float
     top_logprobs: dict[int, float] | None = None
+    error: str | None = None
 
 
 class Sampler:
@@ -70,11 +73,16 @@ class Sampler:
         raw = logits.float()
         adjusted = adjust(raw, rows)
         token_ids = adjusted.argmax(-1)  # [rows]; the lowest id of equals
+        has_choice = None if adjusted is raw else adjusted.gather(-1, token_ids[:, None]).isfinite()
         chance = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
         if chance:
             places = to_device(chance, logits.device)
             token_ids[places] = draw(adjusted[places], [rows[i] for i in chance])
-        return score(raw, token_ids, [row.params.logprobs for row in rows])
+        sampled = score(raw, token_ids, [row.params.logprobs for row in rows], has_choice)
+        for i, token in enumerate(sampled):
+            if math.isnan(token.logprob):
+                sampled[i] = token._replace(error=explain_error(raw[i], adjusted[i]))
+        return sampled
 
 
 # -- Logprobs ---------------------------------------------------------------------------------
@@ -84,15 +92,19 @@ def score(
     logits: Float[Tensor, "rows vocab"],
     token_ids: Sequence[int] | Int[Tensor, " rows"],
     num_top: Sequence[int | None],
+    has_choice: Bool[Tensor, "rows 1"] | None = None,
 ) -> list[SampledToken]:
     """How likely the model found one token in each row, and which others it found likeliest.
 
     Serves prompts too: with the logits of prompt positions and the tokens that came next there, it
     gives `prompt_logprobs`. `num_top[i]` is how many of the likeliest are wanted; None for none.
+    The logprob is NaN where `has_choice` is False, and in rows with NaN, +inf or nothing but -inf.
     """
     logprobs = logits.float().log_softmax(-1)
     chosen = to_device(token_ids, logits.device, torch.long)[:, None]  # [rows, 1]
     results = [chosen, logprobs.gather(-1, chosen)]
+    if has_choice is not None:
+        results[1] = results[1].where(has_choice, torch.nan)
     asking = [i for i, count in enumerate(num_top) if count is not None]
     most = min(max([0, *(num_top[i] or 0 for i in asking)]), logits.shape[-1]) if asking else 0
     if most > 0:

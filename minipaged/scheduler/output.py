@@ -32,7 +32,7 @@ class SchedulerOutput:
     copies: tuple[BlockPair, ...] = ()  # copy-on-write: (source, destination)
     sequences: tuple[ScheduledSequence, ...] = ()
     preempted: tuple[SequenceGroup, ...] = ()
-    ended: tuple[SequenceGroup, ...] = ()  # for lack of memory
+    ended: tuple[SequenceGroup, ...] = ()  # for lack of memory, or with broken logits
     # Of the groups admitted in this step: prompt tokens looked up in the prefix cache, and found.
     num_queried_tokens: int = 0
     num_cached_tokens: int = 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.backend import AttentionBackend
-from minipaged.attention.batch import BatchBuilder
+from minipaged.attention.batch import BatchBuilder, begun_blocks
 from minipaged.attention.kv_cache import Cache
 from minipaged.models.base import Model
 from minipaged.scheduler.output import StepInput
@@ -46,7 +46,8 @@ class ModelRunner:
         """Move the blocks that the step moves, then compute the logits that it asks for.
 
         The order matters: a block that is swapped out may be given to another sequence in the same
-        step, and a block that was just swapped in may be the source of a copy-on-write.
+        step (and cleared), and a block that was just swapped in may be the source of a
+        copy-on-write.
         """
         with _as_current(self.kv_cache.device):
             if step.swap_out:
@@ -57,6 +58,8 @@ class ModelRunner:
                 self.kv_cache.copy(step.copies)
             if not step.sequences:  # a step that only ended a group has no tokens
                 return torch.empty(0, self.model.config.vocab_size)
+            if begun := begun_blocks(step.sequences, self.kv_cache.block_size):
+                self.kv_cache.clear(begun)
             batch = self.batches.build(step.sequences)
             if self.graphs is not None and self.graphs.can_run(batch):
                 return self.graphs.run(batch)

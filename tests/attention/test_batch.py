@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.attention.backend import BACKENDS
-from minipaged.attention.batch import BatchBuilder
+from minipaged.attention.batch import BatchBuilder, begun_blocks
 from minipaged.attention.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption
@@ -126,6 +126,37 @@ def test_rows_of_sequences_that_left_serve_others():
         assert batch.block_tables[:, 0].tolist() == [step, 9]
 
 
+@pytest.mark.parametrize(
+    ("context_len", "num_new", "begun"),
+    [
+        (0, 3, [5]),  # a prompt within a block
+        (0, 4, []),  # it fills the block: nothing is left of the former owner
+        (0, 6, [2]),  # its first block is filled, its second is not
+        (4, 1, [2]),  # a decode whose token opens a block
+        (5, 1, []),  # one whose block was begun, and cleared, before
+        (3, 1, []),
+        (2, 3, [2]),  # a chunk that fills one block and begins the next
+        (6, 1, []),
+    ],
+)
+def test_a_step_begins_the_block_whose_first_slot_it_writes(context_len, num_new, begun):
+    step = query(0, [1] * num_new, context_len, [5, 2, 9])
+    assert begun_blocks([step], block_size=4) == begun
+
+
+@given(st.integers(1, 5), st.lists(st.integers(1, 7), min_size=1, max_size=6))
+def test_every_slot_after_the_end_was_cleared_before(block_size, chunks):
+    """However a sequence grows: what its last block holds beyond its end is not of others."""
+    blocks = list(range(50))
+    stale = dict.fromkeys(blocks, True)
+    length = 0
+    for num_new in chunks:
+        for block in begun_blocks([query(0, [1] * num_new, length, blocks)], block_size):
+            stale[block] = False
+        length += num_new
+        assert length % block_size == 0 or not stale[length // block_size]
+
+
 # ---- the cache -----------------------------------------------------------------------------------
 
 
@@ -194,6 +225,16 @@ def test_blocks_are_copied_in_every_layer_keys_and_values():
     for layer, (k, v) in enumerate(cache.layers):
         assert blocks_of(k) == [100 * layer + b for b in (0, 1, 0, 1)]
         assert blocks_of(v) == [1000 + 100 * layer + b for b in (0, 1, 0, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
+def test_a_cleared_block_is_zero_in_every_layer_and_no_other_is(dtype):
+    cache = KVCache(CONFIG, 4, 2, dtype=dtype)
+    for tensor in cache._pool:
+        tensor.copy_(torch.ones(tensor.shape))
+    cache.clear([2, 0])
+    for k, v in cache.layers:
+        assert [pool[block].abs().max() for pool in (k, v) for block in range(4)] == [0, 1] * 4
 
 
 def test_a_copy_of_a_copy_is_refused():
@@ -294,7 +335,7 @@ def runner(model, cache) -> ModelRunner:
     return ModelRunner(model, BACKENDS["reference"], cache, BatchBuilder(1, 4, 2))
 
 
-def test_a_step_swaps_out_then_in_then_copies_and_only_then_runs():
+def test_a_step_swaps_out_then_in_then_copies_then_clears_and_then_runs():
     """Each operation reads what the one before has written."""
     cache = numbered_cache()
     seen = []
@@ -309,10 +350,15 @@ def test_a_step_swaps_out_then_in_then_copies_and_only_then_runs():
         def logits(self, hidden):
             return torch.zeros(len(hidden), 50)
 
-    step = StepInput((query(0, [5], 0, [0]),), swap_out=[(1, 0)], swap_in=[(0, 2)], copies=[(2, 3)])
+    step = StepInput(
+        (query(0, [5], 0, [0]),), swap_out=[(1, 0), (0, 1)], swap_in=[(0, 2)], copies=[(2, 3)]
+    )
     logits = runner(Model(), cache).run(step)
     assert logits.shape == (1, 50)
-    assert seen == [[[0, 1, 1, 1], [100, 101, 101, 101]]]
+    # Block 0, which the sequence begins, is zero. Its former content is in the swap pool.
+    assert seen == [[[0, 1, 1, 1], [0, 101, 101, 101]]]
+    cache.swap_in([(1, 0)])
+    assert [blocks_of(k)[0] for k, _ in cache.layers] == [0, 100]
 
 
 def test_a_step_without_tokens_still_moves_its_blocks():

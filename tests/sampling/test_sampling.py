@@ -395,8 +395,46 @@ def test_broken_logits_of_one_row_leave_the_others_alone():
         logits[1] = broken
         found = Sampler().sample(logits, rows)
         assert (found[0], found[2]) == (expected[0], expected[2])
-        assert math.isnan(found[1].logprob)
-        assert 0 <= found[1].token_id < VOCAB
+        assert found[1].error is not None
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 0}, {}, {"logit_bias": {3: 1.0}}, {"top_k": 2}])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        ({4: math.nan}, f"1 of {VOCAB} logits are NaN"),
+        ({4: math.nan, 5: math.inf, 6: math.nan}, f"2 of {VOCAB} logits are NaN"),
+        ({4: math.inf}, f"1 of {VOCAB} logits are +inf"),
+        (dict.fromkeys(range(VOCAB), -math.inf), f"{VOCAB} of {VOCAB} logits are -inf"),
+    ],
+)
+def test_one_broken_logit_is_enough_to_break_a_row(asked, spoil, says):
+    logits = random_logits(1)
+    for token_id, value in spoil.items():
+        logits[0, token_id] = value
+    [token] = Sampler().sample(logits, [row(**asked)])
+    assert token.error.startswith(says)
+    assert 'Try dtype="float32"' in token.error
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 0}, {}, {"logit_bias": {3: 1.0}}, {"top_k": 2}])
+def test_a_model_may_forbid_tokens_itself(asked):
+    logits = random_logits(1)
+    logits[0, 1:] = -math.inf
+    [token] = Sampler().sample(logits, [row(**asked)])
+    assert (token.token_id, token.error) == (0, None)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_options_that_leave_no_token_are_an_error_of_their_own(temperature):
+    rows = [
+        row(temperature=temperature),
+        row(temperature=temperature, ends=range(VOCAB), min_tokens=1),
+    ]
+    healthy, broken = Sampler().sample(random_logits(2), rows)
+    assert healthy.error is None
+    assert "leave no token to choose" in broken.error
+    assert "the largest logit after them is -inf" in broken.error
 
 
 # -- Logprobs ---------------------------------------------------------------------------------

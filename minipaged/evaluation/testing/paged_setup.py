@@ -1,7 +1,7 @@
 """Random keys and values scattered over a pool, for the tests of everything that reads the pool.
 
 The pool is as adversarial as the contract allows: blocks in shuffled order, NaN in every free
-block, large stale values in the empty slots of owned blocks, and table entries after a sequence's
+block, large finite values in the empty slots of owned blocks, and table entries after a sequence's
 end that are no block at all.
 """
 

@@ -1,7 +1,7 @@
 """Lab 3: what attention over pages must give, however it is computed.
 
-The pools are adversarial (`paged_setup`): blocks in any order, NaN in free ones, large stale values
-in empty slots, and table entries after a sequence's end that are no block.
+The pools are adversarial (`paged_setup`): blocks in any order, NaN in free ones, large finite
+values in empty slots, and table entries after a sequence's end that are no block.
 """
 
 import pytest
