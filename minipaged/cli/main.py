@@ -18,6 +18,7 @@ from minipaged.cli.options import Version
 from minipaged.cli.paper import paper
 from minipaged.cli.path import path
 from minipaged.cli.simulate import simulate
+from minipaged.cli.soak import app as soak
 from minipaged.cli.trace import app as trace
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ for command in (demo, generate, chat, paper, simulate, capacity, fetch, convert,
     app.command()(command)
 app.add_typer(bench, name="bench")
 app.add_typer(lab, name="lab")
+app.add_typer(soak, name="soak")
 app.add_typer(trace, name="trace")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from minipaged.errors import CheckFailed
 from minipaged.memory.allocator import Allocator
-from minipaged.memory.interface import Memory
+from minipaged.memory.interface import Memory, MemoryView
 from minipaged.utils.counts import counted
 
 
@@ -70,13 +70,7 @@ class CheckedAllocator:
 
 
 class CheckedMemory:
-    """Recounts the owners of every block from the block tables after every call that may move one.
-
-    What must always be true: a block has as many owners as tables list it; blocks that no table
-    lists are free; no table lists a block twice; a table has exactly the blocks that its tokens
-    need (a memory that reserves may keep more than that); and a block that can be found has a
-    parent that can be found.
-    """
+    """Recounts the owners of every block after every call that may move one. See `recount`."""
 
     _MOVERS = frozenset(
         {"admit", "append", "fork", "cache_blocks", "pin", "free", "swap_out", "swap_in"}
@@ -92,36 +86,45 @@ class CheckedMemory:
 
         def call_and_recount(*args: Any, **options: Any) -> Any:
             result = value(*args, **options)
-            self._recount(f"{name}({', '.join(map(repr, (*args, *options.values())))})")
+            recount(self._memory, f"{name}({', '.join(map(repr, (*args, *options.values())))})")
             return result
 
         return call_and_recount
 
-    def _recount(self, call: str) -> None:
-        memory = self._memory
-        owners, swap_owners = Counter[int](), Counter[int]()
-        for seq_id, table in memory.tables.items():
-            (swap_owners if memory.is_swapped(seq_id) else owners).update(table.blocks)
-            distinct, needed = len(set(table.blocks)), -(-table.num_tokens // table.block_size)
-            _expect(distinct, len(table), f"distinct blocks of sequence {seq_id}", call)
-            if not memory.reserves or len(table) < needed:
-                _expect(len(table), needed, f"blocks of sequence {seq_id}", call)
-        for block in range(memory.num_blocks):
-            _expect(memory.ref_count(block), owners[block], f"ref_count({block})", call)
-        for block in range(memory.num_swap_blocks):
-            name = f"swap_ref_count({block})"
-            _expect(memory.swap_ref_count(block), swap_owners[block], name, call)
-        ownerless = memory.num_blocks - len(+owners)
-        if not memory.reserves or memory.num_free > ownerless:
-            _expect(memory.num_free, ownerless, "num_free", call)
-        for block, (parent, _) in memory.cached.items():
-            if isinstance(parent, int) and parent not in memory.cached:
-                raise CheckFailed(
-                    f"block {block} can be found, but not block {parent} before it (last call: "
-                    f"{call})."
-                )
-        free_to_swap = memory.num_swap_blocks - len(+swap_owners)
-        _expect(memory.num_free_swap_blocks, free_to_swap, "num_free_swap_blocks", call)
+
+def recount(memory: MemoryView, call: str) -> None:
+    """Count the owners of every block in the block tables. Raises CheckFailed.
+
+    What must always be true: a block has as many owners as tables list it; blocks that no table
+    lists are free; no table lists a block twice; a table has exactly the blocks that its tokens
+    need (a memory that reserves may keep more than that); and a block that can be found has a
+    parent that can be found.
+
+    Args:
+        call: the last call to the memory, which the error names.
+    """
+    owners, swap_owners = Counter[int](), Counter[int]()
+    for seq_id, table in memory.tables.items():
+        (swap_owners if memory.is_swapped(seq_id) else owners).update(table.blocks)
+        distinct, needed = len(set(table.blocks)), -(-table.num_tokens // table.block_size)
+        _expect(distinct, len(table), f"distinct blocks of sequence {seq_id}", call)
+        if not memory.reserves or len(table) < needed:
+            _expect(len(table), needed, f"blocks of sequence {seq_id}", call)
+    for block in range(memory.num_blocks):
+        _expect(memory.ref_count(block), owners[block], f"ref_count({block})", call)
+    for block in range(memory.num_swap_blocks):
+        name = f"swap_ref_count({block})"
+        _expect(memory.swap_ref_count(block), swap_owners[block], name, call)
+    ownerless = memory.num_blocks - len(+owners)
+    if not memory.reserves or memory.num_free > ownerless:
+        _expect(memory.num_free, ownerless, "num_free", call)
+    for block, (parent, _) in memory.cached.items():
+        if isinstance(parent, int) and parent not in memory.cached:
+            raise CheckFailed(
+                f"block {block} can be found, but not block {parent} before it (last call: {call})."
+            )
+    free_to_swap = memory.num_swap_blocks - len(+swap_owners)
+    _expect(memory.num_free_swap_blocks, free_to_swap, "num_free_swap_blocks", call)
 
 
 def _expect(found: int, counted: int, what: str, call: str) -> None:

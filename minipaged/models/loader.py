@@ -196,13 +196,13 @@ def _build(folder: Path, attention: AttentionBackend) -> tuple[Model, Plan]:
     """The model without memory, and what is to fill it."""
     config = read_model_config(folder)
     family = FAMILIES[config.architecture]
-    with torch.device("meta"), _Unset():
+    with torch.device("meta"), Unset():
         model = family.build(config, attention)
     found = read_headers(find_weight_files(folder), family.weights.prefix)
     return model, _plan(model, family.weights, found)
 
 
-class _Unset(TorchFunctionMode):
+class Unset(TorchFunctionMode):
     """Leaves new parameters as they are, for which torch.nn would draw random numbers.
 
     On "meta" that draws nothing, but imports torch's compiler first: a second and 150 MB.

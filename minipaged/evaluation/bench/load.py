@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from minipaged.attention.backend import BACKENDS
 from minipaged.errors import InvalidOption
-from minipaged.models.loader import DTYPES, FAMILIES, load_model
+from minipaged.models.loader import DTYPES, FAMILIES, Unset, load_model
 
 # An embedding that is 31 % of all weights, as in GPT-2 small (which this is); one that is 73 %.
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -106,7 +106,7 @@ def make_checkpoint(
     """Write config.json and random weights, in one file or in shards with their index."""
     family = FAMILIES[hf["architectures"][0]]
     (folder / "config.json").write_text(json.dumps(hf), encoding="utf-8")
-    with torch.device("meta"):
+    with torch.device("meta"), Unset():
         model = family.build(family.read_config(hf), BACKENDS["reference"])
     shards: list[dict[str, Tensor]] = [{} for _ in range(num_files)]
     for number, placement in enumerate(family.weights.placements(model)):

@@ -1,0 +1,168 @@
+"""Long random runs: a short sample of each, and deliberate faults that they must report."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+from commands import minipaged
+from faulty_memory import ALLOCATORS, CACHES, MANAGERS, with_cache
+
+from minipaged.evaluation.soak.memory import MemorySoak
+from minipaged.memory import BlockManager
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_the_memory_shows_no_mismatch_under_random_operations(capsys, monkeypatch):
+    code, out, err = minipaged(capsys, monkeypatch, "soak", "memory", "--count", "20000")
+    assert (code, err) == (0, "")
+    times, last = out.splitlines()
+    assert last == "20,000 memory operations, 0 mismatches"
+    assert times.startswith("time per operation: ")
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("fault", [*ALLOCATORS, *MANAGERS, *CACHES])
+def test_each_fault_of_the_memory_is_a_mismatch(fault):
+    build = fault
+    if fault in ALLOCATORS:
+        build = partial(BlockManager, allocator=fault)
+    elif fault in CACHES:
+        build = with_cache(fault)
+    soak = MemorySoak(20_000, seed=0, build=build)
+    while not soak.num_mismatches and soak.num_done < soak.count:
+        soak.run_some()
+    assert soak.num_mismatches == 1
+
+
+def test_the_seed_of_a_memory_mismatch_shows_it_again(capsys, monkeypatch):
+    part = f"memory={HELPERS / 'faulty_memory.py'}:ForgetsTheCopy"
+    command = ["soak", "memory", "--count", "3000", "--seed", "5", "--part", part]
+    code, out, _ = minipaged(capsys, monkeypatch, *command)
+    *_, first, reproduce, last = out.splitlines()
+    assert code == 1
+    assert last.startswith("3,000 memory operations, ")
+    assert not last.endswith(" 0 mismatches")
+    again = reproduce.removeprefix("to reproduce it: minipaged ").split()
+    code, out, _ = minipaged(capsys, monkeypatch, *again)
+    assert code == 1
+    assert out.splitlines()[-3] == first
+    assert out.splitlines()[-1].endswith(", 1 mismatch")
+
+
+def test_a_mismatch_that_a_recount_finds_is_shown_again_by_its_seed():
+    def run(count: int) -> MemorySoak:
+        soak = MemorySoak(count, seed=0, build=MANAGERS_BY_NAME["ForgetsThatACopyIsNotPublished"])
+        soak.run()
+        return soak
+
+    found = run(10_000)
+    assert found.first_mismatch is not None
+    assert found.reproduce is not None
+    again = run(int(found.reproduce.split()[-1]))
+    assert again.first_mismatch == found.first_mismatch
+    assert again.num_mismatches == 1
+
+
+MANAGERS_BY_NAME = {manager.__name__: manager for manager in MANAGERS}
+
+
+class FreesOneBlockTooFew(BlockManager):
+    """A leak at the end of a life: the pool keeps a block of every sequence of eight blocks."""
+
+    def free(self, seq):
+        blocks = self._tables[seq.seq_id].blocks
+        if len(blocks) == 8:
+            blocks.pop()
+        super().free(seq)
+
+
+def test_a_leaked_block_is_a_mismatch():
+    soak = MemorySoak(5000, seed=0, build=FreesOneBlockTooFew)
+    soak.run()
+    assert soak.num_mismatches
+
+
+class RefusesTooMuch(BlockManager):
+    """Never wrong about blocks, but too careful by one."""
+
+    def can_append(self, group):
+        return super().can_append(group) and self.num_free > 0
+
+
+def test_an_operation_refused_without_need_is_a_mismatch():
+    soak = MemorySoak(5000, seed=0, build=RefusesTooMuch)
+    soak.run()
+    assert soak.first_mismatch is not None
+    assert "refuses an operation for which it has room" in soak.first_mismatch
+
+
+def test_a_part_that_the_memory_does_not_have_is_refused(capsys, monkeypatch):
+    part = f"scheduler={HELPERS / 'faulty_memory.py'}:ForgetsTheCopy"
+    code, out, err = minipaged(capsys, monkeypatch, "soak", "memory", "--part", part)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no part of the memory" in err
+
+
+def test_a_soak_is_json_for_programs(capsys, monkeypatch):
+    _, out, _ = minipaged(capsys, monkeypatch, "soak", "memory", "--count", "700", "--json")
+    report = json.loads(out)
+    assert (report["count"], report["mismatches"], report["seed"]) == (700, 0, 0)
+    assert not report["interrupted"]
+
+
+def test_ctrl_c_reports_what_was_done_so_far(capsys, monkeypatch):
+    turn = MemorySoak.run_some
+
+    def interrupted(soak: MemorySoak) -> None:
+        if soak.num_done == 1500:
+            raise KeyboardInterrupt
+        turn(soak)
+
+    monkeypatch.setattr(MemorySoak, "run_some", interrupted)
+    code, out, err = minipaged(capsys, monkeypatch, "soak", "memory", "--count", "5000")
+    assert (code, err) == (130, "")
+    assert out.splitlines()[-1] == "1,500 memory operations, 0 mismatches"
+
+
+# ---- engines -------------------------------------------------------------------------------------
+
+
+def test_random_engines_serve_what_each_request_gives_alone(capsys, monkeypatch):
+    code, out, err = minipaged(capsys, monkeypatch, "soak", "engines", "--count", "6")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"6 random engines, \d+ requests, 0 mismatches", out.splitlines()[-1])
+
+
+MEMORY_FAULTS, PART_FAULTS = HELPERS / "faulty_memory.py", HELPERS / "faulty_parts.py"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        f"scheduler={PART_FAULTS}:ForgetsTheSwapIn",
+        f"scheduler={PART_FAULTS}:ForgetsTheCopies",
+        f"scheduler={PART_FAULTS}:NeverFrees",
+        f"scheduler={PART_FAULTS}:EndsTooEarly",
+        f"paged_attention={PART_FAULTS}:halves_the_last_row",
+        f"prefix_cache={MEMORY_FAULTS}:LooksAtTheBlocksOwnTokensOnly",
+        f"memory={MEMORY_FAULTS}:CopiesTheWrongWay",
+    ],
+    ids=lambda part: part.rpartition(":")[2],
+)
+def test_a_fault_in_an_engine_is_a_mismatch_that_its_seed_shows(part, capsys, monkeypatch):
+    command = ["soak", "engines", "--count", "6", "--seed", "0", "--part", part]
+    code, out, _ = minipaged(capsys, monkeypatch, *command)
+    *_, first, reproduce, last = out.splitlines()
+    assert code == 1
+    assert last.startswith("6 random engines, ")
+    assert first.startswith("the first mismatch: seed ")
+    again = reproduce.removeprefix("to reproduce it: minipaged ").split()
+    code, out, _ = minipaged(capsys, monkeypatch, *again)
+    assert code == 1
+    assert out.splitlines()[-3] == first
