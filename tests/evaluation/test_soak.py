@@ -9,7 +9,11 @@ import pytest
 from commands import minipaged
 from faulty_memory import ALLOCATORS, CACHES, MANAGERS, with_cache
 
+from minipaged import LLM, RequestOutput, SamplingParams
+from minipaged.evaluation.soak.alone import Alone, make_tiny_model
 from minipaged.evaluation.soak.memory import MemorySoak
+from minipaged.evaluation.soak.trial import Served
+from minipaged.evaluation.soak.workload import RandomRequest
 from minipaged.memory import BlockManager
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -134,35 +138,67 @@ def test_ctrl_c_reports_what_was_done_so_far(capsys, monkeypatch):
 
 
 def test_random_engines_serve_what_each_request_gives_alone(capsys, monkeypatch):
-    code, out, err = minipaged(capsys, monkeypatch, "soak", "engines", "--count", "6")
+    code, out, err = minipaged(
+        capsys, monkeypatch, "soak", "engines", "--count", "2", "--seed", "22"
+    )
     assert (code, err) == (0, "")
-    assert re.fullmatch(r"6 random engines, \d+ requests, 0 mismatches", out.splitlines()[-1])
+    assert re.fullmatch(r"2 random engines, \d+ requests, 0 mismatches", out.splitlines()[-1])
 
 
 MEMORY_FAULTS, PART_FAULTS = HELPERS / "faulty_memory.py", HELPERS / "faulty_parts.py"
 
 
 @pytest.mark.parametrize(
-    "part",
+    ("part", "seed"),  # and a seed whose engine, or the next one, meets the fault
     [
-        f"scheduler={PART_FAULTS}:ForgetsTheSwapIn",
-        f"scheduler={PART_FAULTS}:ForgetsTheCopies",
-        f"scheduler={PART_FAULTS}:NeverFrees",
-        f"scheduler={PART_FAULTS}:EndsTooEarly",
-        f"paged_attention={PART_FAULTS}:halves_the_last_row",
-        f"prefix_cache={MEMORY_FAULTS}:LooksAtTheBlocksOwnTokensOnly",
-        f"memory={MEMORY_FAULTS}:CopiesTheWrongWay",
+        (f"scheduler={PART_FAULTS}:EndsTooEarly", 2),
+        (f"paged_attention={PART_FAULTS}:halves_the_last_row", 22),
+        (f"prefix_cache={MEMORY_FAULTS}:LooksAtTheBlocksOwnTokensOnly", 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in [
+                (f"scheduler={PART_FAULTS}:ForgetsTheSwapIn", 3),
+                (f"scheduler={PART_FAULTS}:ForgetsTheCopies", 2),
+                (f"scheduler={PART_FAULTS}:NeverFrees", 0),
+                (f"memory={MEMORY_FAULTS}:CopiesTheWrongWay", 2),
+            ]
+        ),
     ],
-    ids=lambda part: part.rpartition(":")[2],
+    ids=lambda value: str(value).rpartition(":")[2],
 )
-def test_a_fault_in_an_engine_is_a_mismatch_that_its_seed_shows(part, capsys, monkeypatch):
-    command = ["soak", "engines", "--count", "6", "--seed", "0", "--part", part]
+def test_a_fault_in_an_engine_is_a_mismatch_that_its_seed_shows(part, seed, capsys, monkeypatch):
+    command = ["soak", "engines", "--count", "2", "--seed", str(seed), "--part", part]
     code, out, _ = minipaged(capsys, monkeypatch, *command)
     *_, first, reproduce, last = out.splitlines()
     assert code == 1
-    assert last.startswith("6 random engines, ")
+    assert last.startswith("2 random engines, ")
     assert first.startswith("the first mismatch: seed ")
     again = reproduce.removeprefix("to reproduce it: minipaged ").split()
     code, out, _ = minipaged(capsys, monkeypatch, *again)
     assert code == 1
     assert out.splitlines()[-3] == first
+
+
+def test_only_a_choice_between_equal_tokens_counts_as_rounding(tmp_path):
+    make_tiny_model(tmp_path)
+    llm, alone = LLM(tmp_path), Alone(tmp_path)
+    prompt = {"prompt_token_ids": [5, 6, 7]}
+
+    def greedy(bias: dict[int, float] | None) -> SamplingParams:
+        return SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, logit_bias=bias)
+
+    def output(bias: dict[int, float] | None) -> RequestOutput:
+        return llm.generate(prompt, greedy(bias), use_tqdm=False)[0]
+
+    [likeliest] = output(None).outputs[0].token_ids
+    second = output({likeliest: -100.0})
+    [token] = second.outputs[0].token_ids
+    logprobs = second.outputs[0].logprobs
+    assert logprobs is not None
+    gap = logprobs[0][likeliest] - logprobs[0][token]
+
+    for margin, is_rounding in ((1e-6, True), (1e-2, False)):
+        request = RandomRequest(prompt, greedy({token: gap - margin}), arrives=0, aborted=None)
+        served = Served(request, second)
+        assert alone.is_rounding(served, 128) is is_rounding
+    assert alone.difference(served, 128) == f"token_ids [{token}] instead of [{likeliest}]"
