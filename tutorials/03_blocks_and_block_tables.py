@@ -55,7 +55,9 @@ class LowestFirst:
 
     def allocate(self) -> int:
         if not self.free_blocks:
-            raise OutOfBlocks(f"no free block is left in a pool of {self.num_blocks}: free one first.")
+            raise OutOfBlocks(
+                f"no free block is left in a pool of {self.num_blocks}: free one first."
+            )
         block = heapq.heappop(self.free_blocks)
         self.owners[block] = 1
         return block

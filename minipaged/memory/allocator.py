@@ -46,7 +46,9 @@ class BlockAllocator:
     def allocate(self) -> int:
         """Take a free block; the caller is its only owner. Raises OutOfBlocks if none is free."""
         if not self._free:
-            raise OutOfBlocks(f"no free block is left in a pool of {self.num_blocks}: free one first.")
+            raise OutOfBlocks(
+                f"no free block is left in a pool of {self.num_blocks}: free one first."
+            )
         block = self._free.pop()
         self._ref_counts[block] = 1
         return block

@@ -121,21 +121,8 @@ def report_tokens_again(monkeypatch):
     monkeypatch.setattr(OpenRequest, "_replay", without_reporting)
 
 
-def keep_what_has_ended(monkeypatch):
-    """Requests that ended in the last complete step are queued again."""
-    conclude = LLMEngine._conclude
-
-    def and_forget_when(engine, number, progresses):
-        conclude(engine, number, progresses)
-        for open_request in engine._open.values():
-            open_request.ended_in = 0
-
-    monkeypatch.setattr(LLMEngine, "_conclude", and_forget_when)
-
-
 MUTANTS = [
     leave_out_the_restart, keep_the_tokens_of_the_step, forget_the_forks, report_tokens_again,
-    keep_what_has_ended,
 ]  # fmt: skip
 
 
