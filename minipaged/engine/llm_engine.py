@@ -27,6 +27,7 @@ from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, read_prompt
 from minipaged.utils.device import to_device
+from minipaged.utils.options import require_type
 from minipaged.worker.model_runner import ModelRunner
 
 Sampled = dict[str, dict[int, list[SampledToken]]]  # by request id, by sequence id
@@ -255,11 +256,14 @@ class LLMEngine:
             MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
         """
         params = SamplingParams() if params is None else params
-        read = read_prompt(prompt, self.tokenizer)
+        read = read_prompt(prompt, self.tokenizer, self.config.max_model_len)
+        require_type("request_id", request_id, str)
         if request_id in self._open:
             raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
-        model = self.runner.model.config
-        refuse_what_cannot_be_served(read, params, self._traits, model.vocab_size)
+        vocab_size = self.runner.model.config.vocab_size
+        refuse_what_cannot_be_served(
+            read, params, self._traits, vocab_size, self.config.max_logprobs
+        )
         group = first_group(request_id, read, params, next(self._seq_ids))
         with self._change(harmless=InvalidRequest):
             self.scheduler.add(group)
@@ -289,7 +293,7 @@ class LLMEngine:
 
     def pin_prefix(self, prompt: Prompt) -> CachedPrefix | None:
         """Keep the blocks of a computed prefix; None if it is not, or no longer, in the cache."""
-        read = read_prompt(prompt, self.tokenizer)
+        read = read_prompt(prompt, self.tokenizer, self.config.max_model_len)
         seq = Sequence(next(self._seq_ids), read.token_ids, cache_salt=read.cache_salt)
         with self._change(harmless=InvalidRequest):
             return self.prefixes.pin(seq, self.scheduler.memory)

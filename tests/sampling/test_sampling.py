@@ -480,19 +480,19 @@ BAD = [
     ),
     (
         {"temperature": -0.5},
-        "temperature is -0.5: choose 0 (greedy) or a finite positive number.",
+        "temperature is -0.5: choose a number from 0 (greedy) to 1000000.",
     ),
     (
         {"temperature": math.inf},
-        "temperature is inf: choose 0 (greedy) or a finite positive number.",
+        "temperature is inf: choose a number from 0 (greedy) to 1000000.",
     ),
     (
         {"temperature": math.nan},
-        "temperature is nan: choose 0 (greedy) or a finite positive number.",
+        "temperature is nan: choose a number from 0 (greedy) to 1000000.",
     ),
     (
         {"temperature": "hot"},
-        "temperature is 'hot': choose 0 (greedy) or a finite positive number.",
+        "temperature is 'hot': choose a number from 0 (greedy) to 1000000.",
     ),
     ({"top_k": -2}, "top_k is -2: choose a whole number from 1 up, or 0 for all tokens."),
     ({"top_p": 0}, "top_p is 0: choose a number above 0 and up to 1 (1 for all tokens)."),
@@ -503,7 +503,7 @@ BAD = [
     ({"frequency_penalty": -2.5}, "frequency_penalty is -2.5: choose a number from -2 to 2."),
     (
         {"repetition_penalty": 0},
-        "repetition_penalty is 0: choose a finite number above 0 (1 for no penalty).",
+        "repetition_penalty is 0: choose a number from 0.01 to 100 (1 for no penalty).",
     ),
     ({"logit_bias": [5]}, "logit_bias is [5]: choose a dict from token id to bias."),
     ({"logit_bias": {-1: 2.0}}, "logit_bias names token -1: choose ids from 0 up."),
@@ -578,11 +578,11 @@ def test_numbers_of_numpy_become_plain_numbers():
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_before_it_can_break_a_step():
-    SamplingParams(logit_bias={9: 1}, stop_token_ids=[9]).check_vocab(10)
+    SamplingParams(logit_bias={9: 1}, stop_token_ids=[9]).check_model(10, max_logprobs=20)
     for asked in ({"logit_bias": {10: 1}}, {"stop_token_ids": [10]}):
         [name] = asked
         sentence = (
             f"{name} names token 10, but the vocabulary has 10 tokens: choose ids from 0 to 9"
         )
         with pytest.raises(InvalidOption, match=sentence):
-            SamplingParams(**asked).check_vocab(10)
+            SamplingParams(**asked).check_model(10, max_logprobs=20)
