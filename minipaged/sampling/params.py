@@ -173,7 +173,7 @@ class BeamSearchParams:
             )
         for name in "beam_width", "max_tokens", "length_penalty":
             object.__setattr__(self, name, RULES[name].check(name, getattr(self, name)))
-        early = self.early_stopping
+        early: Any = self.early_stopping
         if not isinstance(early, bool) and not (isinstance(early, str) and early == "never"):
             raise InvalidOption(
                 f'early_stopping is {shown(early)}: choose True, False or "never".',

@@ -38,9 +38,10 @@ class Message(TypedDict):
 
 def list_chats(messages: Any) -> list[Any]:
     """One conversation or many, as a list of conversations; one message is a conversation too."""
-    lists = list | tuple
-    many = isinstance(messages, lists) and all(isinstance(chat, lists) for chat in messages)
-    return list(messages) if many and messages else [messages]
+    many = isinstance(messages, list | tuple) and messages
+    if many and all(isinstance(chat, list | tuple) for chat in messages):
+        return list(messages)
+    return [messages]
 
 
 def chat_prompt(
