@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -21,7 +22,13 @@ from transformers.generation.logits_process import (
 
 from minipaged.errors import InvalidOption
 from minipaged.sampling import SamplingParams, sampler
-from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow
+from minipaged.sampling.sampler import (
+    SampledToken,
+    Sampler,
+    SamplingRow,
+    adjust,
+    draw_weights,
+)
 
 VOCAB = 40
 NEVER = 1e-10  # less likely tokens round to a weight of zero
@@ -575,6 +582,88 @@ def test_numbers_of_numpy_become_plain_numbers():
     values = (params.top_k, params.temperature, params.stop_ids[0])
     assert values == (3, 0.5, 4)
     assert [type(value) for value in values] == [int, float, int]
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_more_logprobs_than_the_engine_reports_are_refused(name):
+    params = SamplingParams(**{name: 21})
+    params.check_model(10, max_logprobs=21)
+    params.check_model(10, max_logprobs=-1)
+    SamplingParams(**{name: 0}).check_model(10, max_logprobs=0)
+    sentence = rf"{name} is 21, but this engine reports at most 20 \(max_logprobs\)"
+    with pytest.raises(InvalidOption, match=sentence) as refusal:
+        params.check_model(10, max_logprobs=20)
+    assert refusal.value.param == name
+
+
+def test_stop_strings_of_too_many_characters_are_refused():
+    SamplingParams(stop=["ab" * 1_000])
+    with pytest.raises(InvalidOption, match="2 strings of stop have 300001 characters in all"):
+        SamplingParams(stop=["a" * 300_000, "b"])
+
+
+EXTREMES = [
+    {"repetition_penalty": 0.01},
+    {"repetition_penalty": 100},
+    {"presence_penalty": 2, "frequency_penalty": -2},
+    {"temperature": 1e-320},
+    {"temperature": 1e-5},
+    {"temperature": 1e6},
+    {"top_p": 5e-324},
+    {"top_p": 1 - 1e-16},
+    {"min_p": 5e-324},
+    {"min_p": 1},
+    {"top_k": 2**63 - 1},
+    {"logit_bias": {3: 100, 4: -100, 5: 5e-324}},
+    {"temperature": 1e-5, "repetition_penalty": 0.01, "logit_bias": {1: -100}, "top_p": 1e-38},
+]
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6e4])
+@pytest.mark.parametrize("asked", EXTREMES, ids=str)
+def test_the_outermost_values_make_no_nan_and_no_wrong_token(asked, scale):
+    logits = scale * torch.linspace(-1, 1, 9)[torch.randperm(9, generator=seeded(1))][None]
+    given = SamplingParams(**{"temperature": 1.0, **asked, "min_tokens": 1})
+    row = SamplingRow(given, [0, 1, 2], [2, 2, 3], seed=3)
+    adjusted = adjust(logits, [row])
+    assert adjusted.isfinite().all()
+    slow = logits[0].double()
+    for token_id, bias in (given.logit_bias or {}).items():
+        slow[token_id] += bias
+    for token_id in (0, 1, 2, 3):
+        penalty = given.repetition_penalty
+        slow[token_id] *= 1 / penalty if slow[token_id] > 0 else penalty
+    for token_id, times in ((2, 2), (3, 1)):
+        slow[token_id] -= times * given.frequency_penalty + given.presence_penalty
+    assert torch.allclose(adjusted[0].double(), slow, rtol=1e-5)
+    [sampled] = Sampler().sample(logits, [row])
+    if given.is_greedy:
+        assert sampled.token_id == slow.argmax()
+        return
+    weights = draw_weights(adjusted, [row])[0]
+    assert weights.min() >= 0
+    assert weights.max() == weights[slow.argmax()] > 0
+    assert weights[sampled.token_id] > 0
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"repetition_penalty": value}
+        for value in (1e-38, 1e-45, 5e-324, 1e38, 1e308, math.inf, math.nan)
+    ]
+    + [{"temperature": value} for value in (1e38, 1e308, 10**400, Fraction(10**400))],
+    ids=str,
+)
+def test_a_number_that_would_leave_float32_is_refused(asked):
+    [name] = asked
+    with pytest.raises(InvalidOption, match=rf"^{name} is .*: choose a number from ") as refusal:
+        make(**asked)
+    assert refusal.value.param == name
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_before_it_can_break_a_step():

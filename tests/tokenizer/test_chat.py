@@ -93,6 +93,37 @@ def test_a_conversation_and_many_conversations_are_answered():
     assert [o.outputs[0].text for o in many] == [one.outputs[0].text] * 2
 
 
+@pytest.mark.parametrize(
+    ("messages", "num_chats"),
+    [
+        ({"role": "user", "content": "a"}, 1),
+        ([{"role": "user", "content": "a"}], 1),
+        (({"role": "user", "content": "a"},), 1),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], 1),
+        ([[{"role": "user", "content": "a"}]], 1),
+        ([[{"role": "user", "content": "a"}], ({"role": "user", "content": "b"},)], 2),
+    ],
+)
+def test_a_message_a_conversation_and_many_are_told_apart(messages, num_chats):
+    llm = LLM("storyteller", num_blocks=8)
+    greedy = SamplingParams(temperature=0.0, max_tokens=1)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    outputs = llm.chat(messages, greedy, use_tqdm=False, chat_template=template)
+    assert len(outputs) == num_chats
+    said = [messages] if isinstance(messages, dict) else messages
+    expected = "ab" if num_chats == 1 and len(said) == 2 else "a"
+    assert outputs[0].prompt == expected
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [[]], "hello", [{"role": "user", "content": "a"}, [MESSAGES]], [MESSAGES, 5]]
+)
+def test_a_list_that_is_no_chat_is_refused(messages):
+    llm = LLM("storyteller", num_blocks=8)
+    with pytest.raises(InvalidRequest, match="is no message of a chat"):
+        llm.chat(messages, use_tqdm=False)
+
+
 # ---- as transformers renders them ----------------------------------------------------------------
 
 # In the styles of published ones, with what is hard in each.

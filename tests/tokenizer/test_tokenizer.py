@@ -187,6 +187,50 @@ def test_the_pieces_are_the_whole_text_cut_before_the_first_stop_string(tokenize
     check_the_stream(tokenizer, token_ids, stop)
 
 
+any_stops = st.lists(st.text(alphabet="ab#", min_size=1, max_size=5), max_size=6).map(tuple)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(text=st.text(alphabet="ab#", max_size=30), stop=any_stops)
+def test_any_stop_strings_are_found_as_the_slow_search_finds_them(tokenizer, text, stop):
+    check_the_stream(tokenizer, list(text.encode()), stop)
+
+
+class Counting(list):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("count", [1, 10, 1_000])
+def test_a_character_costs_the_same_however_many_stop_strings_there_are(count):
+    rng = random.Random(0)
+    stops = StopStrings("".join(rng.choices("ab", k=12)) + "!" for _ in range(count))
+    stops._fallback = Counting(stops._fallback)
+    text = "".join(rng.choices("ab", k=5_000))
+    stops.read(0, text)
+    assert stops._fallback.reads < len(text)  # each character goes forward once, so back once
+
+
+def test_a_stop_string_that_repeats_itself_costs_no_more():
+    stops = StopStrings(["a" * 300 + "b"])
+    stops._fallback = Counting(stops._fallback)
+    state = stops.read(0, ("a" * 299 + "c") * 20)[0]
+    assert state == 0
+    assert stops._fallback.reads < 300 * 20
+
+
+def test_many_sequences_share_one_automaton(tokenizer):
+    stops = StopStrings(("##", "#a"))
+    one, other = Detokenizer(tokenizer, stops), Detokenizer(tokenizer, stops)
+    assert [one.add(35), other.add(98), one.add(97), other.add(97)] == ["", "b", "", "a"]
+    assert (one.stopped, other.stopped) == ("#a", None)
+
+
 def test_many_streams_of_tricky_tokens_come_out_whole(tokenizer):
     check_many_streams(tokenizer)
 
@@ -297,3 +341,32 @@ def test_a_faulty_automaton_is_found_out(monkeypatch, tokenizer, mutant):
     monkeypatch.setattr("minipaged.tokenizer.detokenizer.StopStrings", mutant)
     with pytest.raises(AssertionError):
         check_many_streams(tokenizer)
+
+
+# -- A second beginning -----------------------------------------------------------------------
+
+
+class Marked(Tokenizer):
+    """Puts token 0 before every text; "<s>" is that token."""
+
+    def __init__(self):
+        letters = {1 + i: bytes([byte]) for i, byte in enumerate(range(256))}
+        super().__init__({0: b"<s>", **letters}, {"<s>": 0}, [0])
+
+    def _encode(self, text, allow_special):
+        if allow_special and text.startswith("<s>"):
+            return [0, *self._encode(text[3:], False)]
+        return [1 + byte for byte in text.encode()]
+
+
+def test_a_second_mark_at_the_beginning_is_warned_of_once():
+    tokenizer = Marked()
+    with pytest.warns(UserWarning, match=r"begins with '<s>', and .* leave it out of the text"):
+        assert tokenizer.encode("<s>a") == [0, 0, 98]
+    assert tokenizer.encode("<s>a") == [0, 0, 98]  # a second warning would be an error here
+
+
+def test_one_mark_at_the_beginning_is_as_it_should_be():
+    tokenizer = Marked()
+    assert tokenizer.encode("a<s>") == [0, 98, *(1 + byte for byte in b"<s>")]
+    assert tokenizer.encode("<s>a", add_special_tokens=False) == [0, 98]
