@@ -1,6 +1,6 @@
 """How a request begins: what is refused, its first sequence, and the object that serves it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from minipaged.engine.beam_request import BeamRequest
@@ -9,10 +9,17 @@ from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.prompts import TokenizedPrompt
-from minipaged.utils.options import shown
+from minipaged.utils.options import require_type, shown
 
 
-def refuse_what_cannot_be_served(
+def refuse_id(request_id: str, taken: Container[str]) -> None:
+    """Raise InvalidOption for what is no name, InvalidRequest for one that is taken."""
+    require_type("request_id", request_id, str)
+    if request_id in taken:
+        raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
+
+
+def refuse_request(
     prompt: TokenizedPrompt,
     params: Params,
     model: ModelTraits,

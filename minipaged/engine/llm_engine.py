@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minipaged.config import EngineConfig
-from minipaged.engine.arrivals import RequestBuilder, first_group, refuse_what_cannot_be_served
+from minipaged.engine.arrivals import RequestBuilder, first_group, refuse_id, refuse_request
 from minipaged.engine.open_request import Advance, OpenRequest
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput, StepStats
 from minipaged.engine.prefixes import PinnedPrefixes
@@ -27,7 +27,6 @@ from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, read_prompt
 from minipaged.utils.device import to_device
-from minipaged.utils.options import require_type
 from minipaged.worker.model_runner import ModelRunner
 
 Sampled = dict[str, dict[int, list[SampledToken]]]  # by request id, by sequence id
@@ -256,14 +255,10 @@ class LLMEngine:
             MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
         """
         params = SamplingParams() if params is None else params
-        read = read_prompt(prompt, self.tokenizer, self.config.max_model_len)
-        require_type("request_id", request_id, str)
-        if request_id in self._open:
-            raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
-        vocab_size = self.runner.model.config.vocab_size
-        refuse_what_cannot_be_served(
-            read, params, self._traits, vocab_size, self.config.max_logprobs
-        )
+        config, vocab_size = self.config, self.runner.model.config.vocab_size
+        read = read_prompt(prompt, self.tokenizer, config.max_model_len)
+        refuse_id(request_id, self._open)
+        refuse_request(read, params, self._traits, vocab_size, config.max_logprobs)
         group = first_group(request_id, read, params, next(self._seq_ids))
         with self._change(harmless=InvalidRequest):
             self.scheduler.add(group)

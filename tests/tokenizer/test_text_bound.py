@@ -105,7 +105,8 @@ PARTS = (
     ["\ufdfa", unicodedata.normalize("NFKD", "\ufdfa"), COMPOSED, "e\u0301", "\u1100\u1161\u11a8"],
     ["\U0001f600", "\U0001d400", SURROGATES, "\ud800", "<|" + "very " * 9 + "|>"],
 )
-parts = st.sampled_from([part for line in PARTS for part in line])
+ALL_PARTS = [part for line in PARTS for part in line]
+parts = st.sampled_from(ALL_PARTS)
 texts = st.one_of(
     st.lists(parts, max_size=12).map("".join),
     st.tuples(parts, st.integers(1, 60)).map(lambda part: part[0] * part[1]),
@@ -142,6 +143,9 @@ def test_a_text_has_at_least_the_fewest_tokens(name, tokenizers):
         check(tokenizer, text + longest * 9)
 
     holds_for()
+    for part in ALL_PARTS:
+        for times in (1, 9, 60):
+            check(tokenizer, part * times)
 
 
 @pytest.mark.parametrize("name", UNBOUNDED)
