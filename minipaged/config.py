@@ -1,7 +1,7 @@
 """Options: what a user asks for, and the numbers that scheduler and memory get.
 
     EngineArgs    what a user asks for; None means "choose for me"
-    EngineConfig  what it comes to: a number for every None, for scheduler and memory
+    EngineConfig  what it comes to: a number for every None, for scheduler, memory and engine
     ModelConfig   what the engine must know of a model; its family adds more beside its code
 
 All are frozen and checked when they are made. `EngineArgs` declares each option once, with its
@@ -98,7 +98,13 @@ class EngineArgs:
         "supports.",
         at_least=2,
     )
-    max_num_seqs: int = option(64, "Maximum sequences per step.", at_least=1)
+    max_logprobs: int = option(
+        20,
+        "Maximum logprobs or prompt_logprobs that a request may ask for; -1: no limit, the whole "
+        "vocabulary.",
+        at_least=-1,
+    )
+    max_num_seqs: int = option(64, "Maximum sequences per step.", at_least=1, at_most=65_536)
     max_num_batched_tokens: int | None = option(
         None,
         "Maximum tokens per step. Default: 512 on a CPU and 2048 on a GPU, or more if a whole "
@@ -135,7 +141,7 @@ OPTIONS = options_of(EngineArgs)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What memory and scheduler get: the options of `EngineArgs` that they read, and no None.
+    """What memory, scheduler and engine read of `EngineArgs`: a number for every None.
 
     Raises:
         InvalidOption: a value that cannot work, alone or together with another one.
@@ -151,6 +157,7 @@ class EngineConfig:
     enable_chunked_prefill: bool = EngineArgs.enable_chunked_prefill
     preemption: PreemptionMode = EngineArgs.preemption
     watermark: float = EngineArgs.watermark
+    max_logprobs: int = EngineArgs.max_logprobs
 
     @classmethod
     def from_args(cls, args: EngineArgs, **chosen: Any) -> "EngineConfig":

@@ -1,11 +1,11 @@
 """The front door: prompts in, RequestOutputs out."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 from minipaged.config import EngineArgs
 from minipaged.engine.build import build_engine
@@ -15,9 +15,9 @@ from minipaged.errors import InvalidRequest
 from minipaged.models.hub.local_models import find_model
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams, one_for_each
 from minipaged.tokenizer.base import Tokenizer
-from minipaged.tokenizer.chat_template import Message, chat_prompt
+from minipaged.tokenizer.chat_template import Message, chat_prompt, list_chats
 from minipaged.tokenizer.prompts import Prompt, list_prompts, read_prompt
-from minipaged.utils.options import option, takes
+from minipaged.utils.options import option, require_type, shown, takes
 from minipaged.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class LLM:
         None of this call's prompts is then left in the engine, nor after Ctrl-C; other calls go on.
         Several threads may call at once: every step serves the requests of all of them.
         """
+        require_type("use_tqdm", use_tqdm, bool)
         many = list_prompts(prompts)
         outputs: dict[int, RequestOutput] = {}
         num_tokens = 0
@@ -193,7 +194,7 @@ class LLM:
         """
         if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidRequest(
-                f"beam_search takes one BeamSearchParams for all prompts, not {params!r:.40}: for "
+                f"beam_search takes one BeamSearchParams for all prompts, not {shown(params)}: for "
                 "sampling, or one for each prompt, use generate."
             )
         return self.generate(prompts, params, use_tqdm)
@@ -211,7 +212,7 @@ class LLM:
             PromptTooLong: it does not fit.
         """
         config = self.engine.config
-        read = read_prompt(prefix, self.engine.tokenizer)
+        read = read_prompt(prefix, self.engine.tokenizer, config.max_model_len)
         num_tokens = len(read.token_ids) // config.block_size * config.block_size
         if not config.enable_prefix_caching:
             raise InvalidRequest(
@@ -248,19 +249,21 @@ class LLM:
 
     def chat(
         self,
-        messages: list[Message] | list[list[Message]],
+        messages: Message | Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params | Iterable[Params] | None = None,
         use_tqdm: bool = True,
         **options: Any,
     ) -> list[RequestOutput]:
         """Generate the next assistant turn of one conversation, or of many.
 
-        The messages become a prompt by the checkpoint's own chat template; `options` are those of
+        One message alone is a conversation of one turn; a list of conversations is many. The
+        messages become a prompt by the checkpoint's own chat template; `options` are those of
         `minipaged.tokenizer.chat_template.render_chat`. Raises CheckpointError if it has none, and
         what `generate` raises.
         """
-        first = messages[0] if messages else None
-        chats = cast(list[list[Message]], messages if isinstance(first, list) else [messages])
-        tokenizer = self.get_tokenizer()
-        prompts = [chat_prompt(self.folder, tokenizer, chat, **options) for chat in chats]
+        tokenizer, longest = self.get_tokenizer(), self.engine.config.max_model_len
+        prompts = [
+            chat_prompt(self.folder, tokenizer, chat, longest, **options)
+            for chat in list_chats(messages)
+        ]
         return self.generate(prompts, sampling_params, use_tqdm)

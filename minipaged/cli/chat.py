@@ -114,7 +114,8 @@ def _answer(
     num_tokens, cached, start = 0, "", time.perf_counter() - session.seconds_watched
     try:
         with session.watch(answer if session.is_live else None):
-            prompt = chat_prompt(llm.folder, llm.get_tokenizer(), told + turns)
+            longest = llm.engine.config.max_model_len
+            prompt = chat_prompt(llm.folder, llm.get_tokenizer(), told + turns, longest)
             for _, output in llm.stream(prompt, params):
                 answer.grow(output.outputs[0].text.lstrip())
                 num_tokens = len(output.outputs[0].token_ids)

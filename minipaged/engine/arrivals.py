@@ -1,6 +1,6 @@
 """How a request begins: what is refused, its first sequence, and the object that serves it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from minipaged.engine.beam_request import BeamRequest
@@ -9,20 +9,32 @@ from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.prompts import TokenizedPrompt
+from minipaged.utils.options import require_type, shown
 
 
-def refuse_what_cannot_be_served(
-    prompt: TokenizedPrompt, params: Params, model: ModelTraits, vocab_size: int
+def refuse_id(request_id: str, taken: Container[str]) -> None:
+    """Raise InvalidOption for what is no name, InvalidRequest for one that is taken."""
+    require_type("request_id", request_id, str)
+    if request_id in taken:
+        raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
+
+
+def refuse_request(
+    prompt: TokenizedPrompt,
+    params: Params,
+    model: ModelTraits,
+    vocab_size: int,
+    max_logprobs: int,
 ) -> None:
     """Raise InvalidRequest, InvalidOption or MissingTokenizer for what the model cannot serve."""
     outside = [t for t in prompt.token_ids if not 0 <= t < vocab_size]
     if outside:
         raise InvalidRequest(
-            f"the prompt holds token id {outside[0]}, and the model knows ids from 0 to "
+            f"the prompt holds token id {shown(outside[0])}, and the model knows ids from 0 to "
             f"{vocab_size - 1}: was it encoded for another model?"
         )
     if isinstance(params, SamplingParams):
-        params.check_vocab(vocab_size)
+        params.check_model(vocab_size, max_logprobs)
         if params.stop_strings and model.tokenizer is None:
             raise MissingTokenizer(
                 "stop strings need text, but the model's folder holds no tokenizer: "
@@ -32,7 +44,8 @@ def refuse_what_cannot_be_served(
         params.check_vocab(vocab_size, len(model.eos_token_ids))
     else:
         raise InvalidRequest(
-            f"{params!r} is no SamplingParams: give SamplingParams(...) or BeamSearchParams(...)."
+            f"{shown(params)} is no SamplingParams: give SamplingParams(...) or "
+            "BeamSearchParams(...)."
         )
 
 

@@ -3,6 +3,7 @@
 from minipaged.engine.outputs import CompletionOutput, FinishReason, NewTokens, Progress
 from minipaged.engine.request import Arrival, Fork, Request
 from minipaged.sampling import Beam, BeamSearch, BeamSearchParams, SamplingParams
+from minipaged.sampling.beam import Hypothesis
 from minipaged.sampling.sampler import SampledToken, SamplingRow
 from minipaged.sequence import Sequence
 from minipaged.tokenizer.detokenizer import Detokenizer
@@ -71,7 +72,7 @@ class BeamRequest(Request):
         return [
             CompletionOutput(
                 index=index,
-                text=self._text(hypothesis.token_ids),
+                text=self._text(hypothesis),
                 token_ids=hypothesis.token_ids,
                 cumulative_logprob=hypothesis.logprob,
                 finish_reason=hypothesis.finish_reason or self._end_reason,
@@ -81,8 +82,11 @@ class BeamRequest(Request):
             for index, hypothesis in enumerate(self._search.ranked(self._beams))
         ]
 
-    def _text(self, token_ids: list[int]) -> str:
+    def _text(self, hypothesis: Hypothesis) -> str:
+        """The text that is shown; the end of sequence is no part of it."""
         if self._model.tokenizer is None:
             return ""
-        detokenizer = Detokenizer(self._model.tokenizer)
-        return "".join([*map(detokenizer.add, token_ids), detokenizer.finish()])
+        ended = hypothesis.finish_reason == "stop"
+        shown = hypothesis.token_ids[:-1] if ended else hypothesis.token_ids
+        detokenizer = Detokenizer(self._model.tokenizer, after=self._prompt.token_ids)
+        return "".join([*map(detokenizer.add, shown), detokenizer.finish()])

@@ -20,7 +20,12 @@ from minipaged.models.loader import load_model, read_model_config
 from minipaged.tokenizer.load import open_tokenizer
 from minipaged.tokenizer.special_tokens import find_end_token
 from minipaged.utils.device import choose_device
-from minipaged.worker.cache_size import SWAP_BYTES, blocks_that_fit, refuse_more_than_memory
+from minipaged.worker.cache_size import (
+    SWAP_BYTES,
+    blocks_that_fit,
+    refuse_large_tables,
+    refuse_more_than_memory,
+)
 from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
 from minipaged.worker.model_runner import ModelRunner
 
@@ -47,6 +52,7 @@ def build_engine(folder: Path, args: EngineArgs, parts: Parts) -> LLMEngine:
         room=lambda: blocks_that_fit(block_bytes, device, args.gpu_memory_utilization),
         swap_room=max(1, SWAP_BYTES // block_bytes),
     )
+    refuse_large_tables(config.max_num_seqs, config.max_blocks_per_seq)
     refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes, device)
     storage = build_storage(args.memory, parts, model.config, config, kv_dtype, device, backend)
     tokenizer = open_tokenizer(folder)

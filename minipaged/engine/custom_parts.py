@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipaged.errors import InvalidOption
+from minipaged.utils.options import shown
 
 if TYPE_CHECKING:
     from minipaged.engine.parts import Parts
@@ -42,7 +43,7 @@ def read_custom_parts(arguments: Iterable[str]) -> dict[str, Any]:
         file, colon, name = place.rpartition(":")
         if not (equals and colon and part and file and name):
             raise InvalidOption(
-                f"--part is {argument!r}: give part=file.py:name, as in "
+                f"--part is {shown(argument)}: give part=file.py:name, as in "
                 "allocator=my_lab1.py:BlockAllocator.",
                 "part",
             )

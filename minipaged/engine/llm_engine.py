@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minipaged.config import EngineConfig
-from minipaged.engine.arrivals import RequestBuilder, first_group, refuse_what_cannot_be_served
+from minipaged.engine.arrivals import RequestBuilder, first_group, refuse_id, refuse_request
 from minipaged.engine.broken_logits import CHECK_ONLY, leave_out_broken
 from minipaged.engine.open_request import Advance, Broken, OpenRequest, Sampled, Sampling
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput, StepStats
@@ -255,11 +255,10 @@ class LLMEngine:
             MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
         """
         params = SamplingParams() if params is None else params
-        read = read_prompt(prompt, self.tokenizer)
-        if request_id in self._open:
-            raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
-        model = self.runner.model.config
-        refuse_what_cannot_be_served(read, params, self._traits, model.vocab_size)
+        config, vocab_size = self.config, self.runner.model.config.vocab_size
+        read = read_prompt(prompt, self.tokenizer, config.max_model_len)
+        refuse_id(request_id, self._open)
+        refuse_request(read, params, self._traits, vocab_size, config.max_logprobs)
         group = first_group(request_id, read, params, next(self._seq_ids))
         with self._change(harmless=InvalidRequest):
             self.scheduler.add(group)
@@ -289,7 +288,7 @@ class LLMEngine:
 
     def pin_prefix(self, prompt: Prompt) -> CachedPrefix | None:
         """Keep the blocks of a computed prefix; None if it is not, or no longer, in the cache."""
-        read = read_prompt(prompt, self.tokenizer)
+        read = read_prompt(prompt, self.tokenizer, self.config.max_model_len)
         seq = Sequence(next(self._seq_ids), read.token_ids, cache_salt=read.cache_salt)
         with self._change(harmless=InvalidRequest):
             return self.prefixes.pin(seq, self.scheduler.memory)

@@ -4,6 +4,7 @@ from minipaged.engine.outputs import CachedPrefix
 from minipaged.errors import InvalidRequest
 from minipaged.memory import Memory
 from minipaged.sequence import Sequence
+from minipaged.utils.options import shown
 
 
 class PinnedPrefixes:
@@ -32,7 +33,7 @@ class PinnedPrefixes:
         """Let go of a prefix. Raises InvalidRequest if it is not pinned here."""
         if not isinstance(prefix, CachedPrefix):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidRequest(
-                f"{prefix!r} is no cached prefix: give what cache_prefix returned."
+                f"{shown(prefix)} is no cached prefix: give what cache_prefix returned."
             )
         seq = self._sequences.get(prefix)
         if seq is None:

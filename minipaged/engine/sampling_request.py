@@ -1,11 +1,12 @@
 """Sampling: one or several completions of a prompt, each a sequence with a seed of its own."""
 
+from collections.abc import Mapping
+
 from minipaged.engine.outputs import CompletionOutput, FinishReason, NewTokens, Progress
-from minipaged.engine.request import Arrival, Fork, Request
+from minipaged.engine.request import Arrival, Fork, ModelTraits, Request
 from minipaged.sampling import SamplingParams
 from minipaged.sampling.sampler import SampledToken, SamplingRow
 from minipaged.sequence import Sequence
-from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.detokenizer import Detokenizer
 
 
@@ -16,8 +17,9 @@ class SamplingRequest(Request):
         super().__init__(arrival, params.prompt_logprobs)
         self._params = params
         self._seed = seed
-        ends = () if params.ignore_eos else self._model.eos_token_ids
-        self._end_token_ids = (*ends, *params.stop_ids)
+        self._stop_reasons = find_stop_reasons(params, self._model)
+        # What min_tokens keeps away: with ignore_eos the end of sequence too, as in vLLM.
+        self._end_token_ids = tuple({*self._stop_reasons, *self._model.eos_token_ids})
         self._chooses_at_the_end = params.num_samples > params.n  # best_of
         self._completions: dict[int, Completion] = {}  # by sequence id, in the order of samples
         self._add_completion(self._first)
@@ -54,7 +56,15 @@ class SamplingRequest(Request):
         max_tokens = model.max_model_len - seq.prompt_len
         if params.max_tokens is not None:
             max_tokens = min(max_tokens, params.max_tokens)
-        completion = Completion(seq, params, model.tokenizer, seed, model.eos_token_ids, max_tokens)
+        detokenizer = None
+        if model.tokenizer is not None:
+            detokenizer = Detokenizer(
+                model.tokenizer,
+                params.stop_automaton,
+                min_tokens=params.min_tokens,
+                after=self._prompt.token_ids,
+            )
+        completion = Completion(seq, params, detokenizer, seed, self._stop_reasons, max_tokens)
         self._completions[seq.seq_id] = completion
         return completion
 
@@ -97,6 +107,22 @@ class SamplingRequest(Request):
         return [sample.output(index) for index, sample in enumerate(samples[: self._params.n])]
 
 
+StopReasons = Mapping[int, int | str | None]
+
+
+def find_stop_reasons(params: SamplingParams, model: ModelTraits) -> StopReasons:
+    """The tokens that end a sample, and the `stop_reason` of each.
+
+    They are the end of sequence (whose reason is None), `stop_token_ids`, and the special tokens
+    among the stop strings: no text shows a special token, so it is found by its id.
+    """
+    specials = {} if model.tokenizer is None else model.tokenizer.special_tokens
+    reasons: dict[int, int | str | None] = {}
+    reasons.update((specials[text], text) for text in params.stop_strings if text in specials)
+    reasons.update((token_id, token_id) for token_id in params.stop_ids)
+    return reasons if params.ignore_eos else reasons | dict.fromkeys(model.eos_token_ids)
+
+
 class Completion:
     """One sample of a request as it grows: its text, its log-probabilities, why it ended."""
 
@@ -104,9 +130,9 @@ class Completion:
         self,
         seq: Sequence,
         params: SamplingParams,
-        tokenizer: Tokenizer | None,
+        detokenizer: Detokenizer | None,
         seed: int,
-        eos_token_ids: tuple[int, ...],
+        stop_reasons: StopReasons,
         max_tokens: int,
     ) -> None:
         self.seq = seq
@@ -116,15 +142,10 @@ class Completion:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
-        self._eos_token_ids = () if params.ignore_eos else eos_token_ids
-        self._stop_ids = params.stop_ids
+        self._stop_reasons = stop_reasons
         self._min_tokens = params.min_tokens
         self._max_tokens = max_tokens
-        self._detokenizer: Detokenizer | None = None
-        if tokenizer is not None:
-            self._detokenizer = Detokenizer(
-                tokenizer, params.stop_strings, min_tokens=params.min_tokens
-            )
+        self._detokenizer = detokenizer
         self._num_tokens_taken = 0  # by `take_new`, as the next two
         self._num_chars_taken = 0
         self._end_is_taken = False
@@ -140,15 +161,14 @@ class Completion:
         if self.logprobs is not None:
             assert sampled.top_logprobs is not None
             self.logprobs.append(sampled.top_logprobs)
-        if detokenizer is not None:
-            detokenizer.add(token)
         length = len(seq.token_ids) - seq.prompt_len
         may_stop = length >= self._min_tokens
-        if may_stop and token in self._eos_token_ids:
-            self.finish("stop")
-        elif may_stop and token in self._stop_ids:
-            self.finish("stop", token)
-        elif may_stop and detokenizer is not None and detokenizer.stopped is not None:
+        if may_stop and token in self._stop_reasons:  # its own text is not shown, as in vLLM
+            self.finish("stop", self._stop_reasons[token])
+            return
+        if detokenizer is not None:
+            detokenizer.add(token)
+        if may_stop and detokenizer is not None and detokenizer.stopped is not None:
             self.finish("stop", detokenizer.stopped)
         elif length >= self._max_tokens:
             self.finish("length")

@@ -4,14 +4,23 @@ Every value is checked when the object is made, long before a batch depends on i
 says what was given and what to choose instead. Afterwards the object never changes.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any, Literal, TypeGuard
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from minipaged.errors import InvalidOption, InvalidRequest
+from minipaged.sampling.checks import (
+    RULES,
+    check_flag,
+    check_logit_bias,
+    check_stop_strings,
+    check_stop_token_ids,
+    is_number,
+    several,
+)
+from minipaged.tokenizer.stop_strings import StopStrings
 from minipaged.utils.counts import counted
+from minipaged.utils.options import shown
 
 Number = float | int  # the checker under test takes a number without a point for no float
 GREEDY_BELOW = 1e-5
@@ -21,6 +30,12 @@ GREEDY_BELOW = 1e-5
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen, and when they end.
+
+    A token that ends the output (the end of sequence, or one of `stop_token_ids`) is the last of
+    `token_ids`, and its own text is no part of `text`, as in vLLM; with `ignore_eos`, an end of
+    sequence is text like any other. A string of `stop` is cut off `text`, with whatever followed it
+    in its last token. Special tokens are never part of the text, so a stop string that is the name
+    of one works as its id in `stop_token_ids` would.
 
     Raises `InvalidOption` for a value that cannot work. Lists become tuples, so two requests that
     ask for the same compare equal and hash alike.
@@ -40,25 +55,28 @@ class SamplingParams:
     stop: str | Iterable[str] | None = None
     stop_token_ids: Iterable[int] | None = None
     ignore_eos: bool = False
-    min_tokens: int = 0  # no end of sequence and no stop before so many tokens
+    min_tokens: int = 0  # no end (even with ignore_eos) and no stop before so many tokens
     max_tokens: int | None = 16  # None: as many as the model's context holds
     logprobs: int | None = None  # also report so many of the likeliest tokens at each place
     prompt_logprobs: int | None = None  # ... and at each place of the prompt
     adjusts_logits: bool = field(init=False, repr=False, compare=False)
     """Whether bias, penalties or min_tokens change the logits before a token is chosen."""
+    stop_automaton: StopStrings = field(init=False, repr=False, compare=False)
+    """Finds the stop strings; shared by all samples of all prompts with these parameters."""
 
     def __post_init__(self) -> None:
-        for name, rule in _RULES.items():
-            self._set(name, rule.check(name, getattr(self, name)))
-        if not isinstance(self.ignore_eos, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidOption(f"ignore_eos is {self.ignore_eos!r}: choose True or False.")
-        self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
-        self._set("logit_bias", _logit_bias(self.logit_bias))
+        for each in fields(self):
+            if each.name in RULES:
+                self._set(each.name, RULES[each.name].check(each.name, getattr(self, each.name)))
+        check_flag("ignore_eos", self.ignore_eos)
+        self._set("stop", check_stop_strings(self.stop))
+        self._set("stop_token_ids", check_stop_token_ids(self.stop_token_ids))
+        self._set("logit_bias", check_logit_bias(self.logit_bias))
         self._check_together()
         # Worked out once: the sampler asks in every step, for every row.
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         self._set("adjusts_logits", bool(penalties or self.logit_bias or self.min_tokens))
+        self._set("stop_automaton", StopStrings(self.stop_strings))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen, but not yet born
@@ -67,32 +85,44 @@ class SamplingParams:
         if self.best_of is not None and self.best_of < self.n:
             raise InvalidOption(
                 f"best_of is {self.best_of}, but n={self.n} outputs are to be returned: "
-                f"raise best_of to at least {self.n} or lower n."
+                f"raise best_of to at least {self.n} or lower n.",
+                "best_of",
             )
         if self.is_greedy and self.num_samples > 1:
             name = "n" if self.n > 1 else "best_of"
             raise InvalidOption(
                 f"{name} is {self.num_samples} with temperature 0, which would give one and the "
-                f"same output {self.num_samples} times: raise temperature or set {name} to 1."
+                f"same output {self.num_samples} times: raise temperature or set {name} to 1.",
+                name,
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidOption(
                 f"min_tokens is {self.min_tokens}, but max_tokens ends the output after "
-                f"{self.max_tokens}: raise max_tokens or lower min_tokens."
+                f"{self.max_tokens}: raise max_tokens or lower min_tokens.",
+                "min_tokens",
             )
 
-    def check_vocab(self, vocab_size: int) -> None:
-        """Raise `InvalidOption` if a token is named that a model of this vocabulary lacks.
+    def check_model(self, vocab_size: int, max_logprobs: int) -> None:
+        """Raise `InvalidOption` for a token that the vocabulary lacks, or too many logprobs.
 
-        Only the engine knows the vocabulary, so it asks once, when the request comes in: found any
-        later, a wrong id would break a step that other requests share.
+        Only the engine knows both numbers, so it asks once, when the request comes in: found any
+        later, a wrong id would break a step that other requests share. `max_logprobs` is -1 for no
+        limit.
         """
+        for name, count in ("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs):
+            if count is not None and count > max_logprobs >= 0:
+                raise InvalidOption(
+                    f"{name} is {count}, but this engine reports at most {max_logprobs} "
+                    "(max_logprobs): ask for fewer, or raise max_logprobs.",
+                    name,
+                )
         for name, ids in ("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids):
             for token_id in ids or ():
                 if token_id >= vocab_size:
                     raise InvalidOption(
-                        f"{name} names token {token_id}, but the vocabulary has {vocab_size} "
-                        f"tokens: choose ids from 0 to {vocab_size - 1}."
+                        f"{name} names token {shown(token_id)}, but the vocabulary has "
+                        f"{vocab_size} tokens: choose ids from 0 to {vocab_size - 1}.",
+                        name,
                     )
 
     @property
@@ -136,26 +166,21 @@ class BeamSearchParams:
     temperature: Number = 0.0  # nothing is drawn: only 0 is accepted, for scripts written for vLLM
 
     def __post_init__(self) -> None:
-        if self.temperature != 0:
+        if not is_number(self.temperature, float) or self.temperature != 0:
             raise InvalidOption(
-                f"temperature is {self.temperature!r}, but beam search draws nothing: leave it 0."
+                f"temperature is {shown(self.temperature)}, but beam search draws nothing: leave "
+                "it 0.",
+                "temperature",
             )
-        for name in "beam_width", "max_tokens":
-            value = getattr(self, name)
-            none = name == "max_tokens" and value is None
-            if not none and (not is_number(value, int) or value < 1):
-                raise InvalidOption(f"{name} is {value!r}: choose a whole number from 1 up.")
-        if not is_number(self.length_penalty, float) or not abs(self.length_penalty) <= 10:
+        for name in "beam_width", "max_tokens", "length_penalty":
+            object.__setattr__(self, name, RULES[name].check(name, getattr(self, name)))
+        early: Any = self.early_stopping
+        if not isinstance(early, bool) and not (isinstance(early, str) and early == "never"):
             raise InvalidOption(
-                f"length_penalty is {self.length_penalty!r}: choose a number from -10 to 10, 0 for "
-                "none."
+                f'early_stopping is {shown(early)}: choose True, False or "never".',
+                "early_stopping",
             )
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise InvalidOption(
-                f'early_stopping is {self.early_stopping!r}: choose True, False or "never".'
-            )
-        if not isinstance(self.ignore_eos, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidOption(f"ignore_eos is {self.ignore_eos!r}: choose True or False.")
+        check_flag("ignore_eos", self.ignore_eos)
 
     def num_candidates(self, num_ends: int) -> int:
         """How many candidates a step compares, if so many tokens can end a sequence.
@@ -171,7 +196,8 @@ class BeamSearchParams:
             raise InvalidOption(
                 f"beam_width is {self.beam_width}, so the first step compares "
                 f"{self.num_candidates(num_ends)} tokens, but the vocabulary has {vocab_size}: "
-                f"choose a beam_width up to {most}."
+                f"choose a beam_width up to {most}.",
+                "beam_width",
             )
 
 
@@ -187,102 +213,21 @@ def one_for_each(params: Any, num_prompts: int) -> list[Params]:
         params = SamplingParams()
     if isinstance(params, SamplingParams | BeamSearchParams):
         return [params] * num_prompts
-    if isinstance(params, Mapping) or not isinstance(params, Iterable):
+    if isinstance(params, Mapping | str) or not isinstance(params, Iterable):
         raise InvalidRequest(
-            f"{params!r} is no SamplingParams: give SamplingParams(...) or BeamSearchParams(...)."
+            f"{shown(params)} is no SamplingParams: give SamplingParams(...) or "
+            "BeamSearchParams(...)."
         )
-    each = list(params)
-    if None in each:
-        raise InvalidRequest(
-            f"sampling_params number {each.index(None) + 1} of {len(each)} is None: give "
-            "SamplingParams(...) or BeamSearchParams(...)."
-        )
+    each = several("sampling_params", params)
+    for number, one in enumerate(each, start=1):
+        if not isinstance(one, SamplingParams | BeamSearchParams):
+            raise InvalidRequest(
+                f"sampling_params number {number} of {len(each)} is {shown(one)}: give "
+                "SamplingParams(...) or BeamSearchParams(...)."
+            )
     if len(each) != num_prompts:
         raise InvalidRequest(
             f"{counted(num_prompts, 'prompt')} came with {len(each)} sampling_params: give one "
             "for all, or one for each."
         )
-    return each
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What one numeric option may be, and the advice to who gave something else."""
-
-    kind: type[int] | type[float]
-    fits: Callable[[Any], bool]
-    advice: str
-    optional: bool = False
-
-    def check(self, name: str, value: object) -> int | float | None:
-        """The value as a plain Python number. Raises `InvalidOption`."""
-        if value is None and self.optional:
-            return None
-        if not is_number(value, self.kind) or not self.fits(value):
-            none = " or None" if self.optional else ""
-            raise InvalidOption(f"{name} is {value!r}: choose {self.advice}{none}.")
-        return self.kind(value)
-
-
-_RULES = {
-    "n": _Rule(int, lambda v: v >= 1, "a whole number from 1 up"),
-    "best_of": _Rule(int, lambda v: v >= 1, "a whole number from n up", optional=True),
-    "temperature": _Rule(
-        float, lambda v: 0 <= v < math.inf, "0 (greedy) or a finite positive number"
-    ),
-    "top_k": _Rule(int, lambda v: v >= -1, "a whole number from 1 up, or 0 for all tokens"),
-    "top_p": _Rule(float, lambda v: 0 < v <= 1, "a number above 0 and up to 1 (1 for all tokens)"),
-    "min_p": _Rule(float, lambda v: 0 <= v <= 1, "a number from 0 (for all tokens) to 1"),
-    "presence_penalty": _Rule(float, lambda v: -2 <= v <= 2, "a number from -2 to 2"),
-    "frequency_penalty": _Rule(float, lambda v: -2 <= v <= 2, "a number from -2 to 2"),
-    "repetition_penalty": _Rule(
-        float, lambda v: 0 < v < math.inf, "a finite number above 0 (1 for no penalty)"
-    ),
-    "seed": _Rule(int, lambda v: True, "a whole number", optional=True),
-    "min_tokens": _Rule(int, lambda v: v >= 0, "a whole number from 0 up"),
-    "max_tokens": _Rule(int, lambda v: v >= 1, "a whole number from 1 up", optional=True),
-    "logprobs": _Rule(int, lambda v: v >= 0, "a whole number from 0 up", optional=True),
-    "prompt_logprobs": _Rule(int, lambda v: v >= 0, "a whole number from 0 up", optional=True),
-}
-
-
-def is_number(value: object, kind: type[int] | type[float]) -> TypeGuard[int | float]:
-    """Whether it is a number of that kind, numpy's included; True and False are no numbers here."""
-    return not isinstance(value, bool) and isinstance(value, Integral if kind is int else Real)
-
-
-def _stop_strings(stop: Any) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    strings = (stop,) if not isinstance(stop, Iterable) or isinstance(stop, str) else tuple(stop)
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise InvalidOption(f"stop holds {string!r}: choose strings of one character or more.")
-    return strings
-
-
-def _stop_token_ids(ids: Any) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    ids = tuple(ids) if isinstance(ids, Iterable) else (ids,)
-    for token_id in ids:
-        if not is_number(token_id, int) or token_id < 0:
-            raise InvalidOption(f"stop_token_ids holds {token_id!r}: choose ids from 0 up.")
-    return tuple(int(token_id) for token_id in ids)
-
-
-def _logit_bias(bias: Any) -> dict[int, float] | None:
-    """A copy with plain numbers. The limit of 100 is that of OpenAI's protocol."""
-    if bias is None:
-        return None
-    if not isinstance(bias, Mapping):
-        raise InvalidOption(f"logit_bias is {bias!r}: choose a dict from token id to bias.")
-    for token_id, value in bias.items():
-        if not is_number(token_id, int) or token_id < 0:
-            raise InvalidOption(f"logit_bias names token {token_id!r}: choose ids from 0 up.")
-        if not is_number(value, float) or not -100 <= value <= 100:
-            raise InvalidOption(
-                f"logit_bias of token {token_id} is {value!r}: choose a number from -100 "
-                "(as good as never) to 100 (as good as always)."
-            )
-    return {int(token_id): float(value) for token_id, value in bias.items()}
+    return list(each)

@@ -1,17 +1,19 @@
 """Text to tokens and back.
 
-    patterns      how text is cut into words before pairs of tokens are merged
-    byte_pairs    byte-level byte-pair encoding, by tiktoken
-    ranks         tiktoken.json and a file of ranks -> such an encoding
-    merges        a list of pairs -> ranks, and the proof that both cut every text alike
-    special_names which token plays which role: "bos_token" is "<s>" in one checkpoint
-    hugging_face  tokenizer.json, or vocab.json and merges.txt -> an encoding by tiktoken
-    library       all other tokenizers, through Hugging Face's own library
-    folder        which of them a checkpoint's folder holds
+    bpe             byte-level byte-pair encoding, by tiktoken
+    patterns        how text is cut into words before pairs of tokens are merged
+    tiktoken_file   tiktoken.json and a file of ranks -> such an encoding
+    hugging_face    tokenizer.json, or vocab.json and merges.txt -> such an encoding
+    merges          a list of pairs -> ranks, and the proof that both cut every text alike
+    hf_library      all other tokenizers, through Hugging Face's own library
+    text_bound      the fewest tokens that a text can have, known before it is encoded
+    special_tokens  which token plays which role: "bos_token" is "<s>" in one checkpoint
+    load            which of them a checkpoint's folder holds
 
 Here is what they have in common: a token is some bytes, and not some characters.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -28,6 +30,8 @@ class Tokenizer(ABC):
         vocabulary: Mapping[int, bytes],
         special_tokens: Mapping[str, int],
         first_ids: Sequence[int] = (),
+        *,
+        chars_per_token: int | None = None,
     ) -> None:
         self.vocabulary = vocabulary
         """The bytes of every token, by id. Some ids may never have been given out."""
@@ -36,6 +40,9 @@ class Tokenizer(ABC):
         self.special_ids = frozenset(self.special_tokens.values())
         self.first_ids = list(first_ids)
         """What the model was taught to find before every text, mostly nothing or one mark."""
+        self.chars_per_token = chars_per_token
+        """No token can stand for more characters of a text; None where no such limit is known."""
+        self._warned = False
 
     @property
     def vocab_size(self) -> int:
@@ -55,18 +62,47 @@ class Tokenizer(ABC):
                 it is taken for mere letters.
         """
         token_ids = self._encode(text, allow_special)
-        return self.first_ids + token_ids if add_special_tokens else token_ids
+        if not add_special_tokens:
+            return token_ids
+        if self.first_ids and token_ids[: len(self.first_ids)] == self.first_ids:
+            self._warn_of_a_second_beginning()
+        return self.first_ids + token_ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that the text certainly has, without encoding it; 0 if unknown."""
+        return -(-len(text) // self.chars_per_token) if self.chars_per_token else 0
+
+    def _warn_of_a_second_beginning(self) -> None:
+        if self._warned:
+            return
+        self._warned = True  # once per model: a prompt may come a million times
+        mark = self.decode(self.first_ids)
+        warnings.warn(
+            f"a prompt begins with {mark!r}, and the tokenizer puts {mark!r} before every text, so "
+            "the model sees it twice: leave it out of the text, or give token ids.",
+            stacklevel=2,
+        )
 
     @abstractmethod
     def _encode(self, text: str, allow_special: bool) -> list[int]:
         """The tokens of a text, and nothing before them."""
 
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """The text of some tokens. Bytes that are no UTF-8 become U+FFFD."""
+        """The text of some tokens. Bytes that are no UTF-8 become U+FFFD.
+
+        Like Hugging Face's tokenizers, it takes the tokens for a whole text, from its beginning:
+        a SentencePiece tokenizer then leaves out the first space.
+        """
         skipped = self.special_ids if skip_special else frozenset[int]()
-        pieces = (self.token_bytes(i) for i in token_ids if i not in skipped)
+        shown = [i for i in token_ids if i not in skipped and i in self.vocabulary]
+        pieces = [self.first_token_bytes(i) for i in shown[:1]]
+        pieces += [self.token_bytes(i) for i in shown[1:]]
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, which need not be whole characters; none for an unknown id."""
         return self.vocabulary.get(token_id, b"")
+
+    def first_token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token that is the first of a text."""
+        return self.token_bytes(token_id)

@@ -21,12 +21,16 @@ import tiktoken
 from minipaged.errors import InvalidRequest
 from minipaged.tokenizer.base import Tokenizer
 
+NFC_SHRINKS = 4
+"""Characters that NFC makes one of, at most: none decomposes into more, and decomposing a text
+never makes it shorter."""
+
 
 class BytePairTokenizer(Tokenizer):
     """tiktoken merges by rank; a token's id is looked up afterwards, since it need not be its rank.
 
     Args:
-        pattern: cuts text into words.
+        pattern: cuts text into words, and leaves out no character.
         ranks: from a token's bytes to its rank, for tokens that pairs are merged into. All bytes
             that occur in UTF-8 must be there.
         tokens: from id to bytes, for all tokens but the added ones.
@@ -49,7 +53,14 @@ class BytePairTokenizer(Tokenizer):
     ) -> None:
         self._added = {**special_tokens, **(other_added_tokens or {})}
         added = {token_id: text.encode() for text, token_id in self._added.items()}
-        super().__init__({**tokens, **added}, special_tokens, first_ids)
+        vocabulary = {**tokens, **added}
+        longest = max(map(len, vocabulary.values()), default=0)  # bytes, so no fewer characters
+        super().__init__(
+            vocabulary,
+            special_tokens,
+            first_ids,
+            chars_per_token=longest * (NFC_SHRINKS if normal_form else 1),
+        )
         self._encoding = tiktoken.Encoding(
             name="", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={}
         )

@@ -5,10 +5,11 @@ that puts them there: a Jinja template. What is at hand for templates here is wh
 `transformers` has at hand for them.
 """
 
+import inspect
 import json
-import reprlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,9 +21,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minipaged.errors import CheckpointError, InvalidRequest, MissingTokenizer
 from minipaged.tokenizer.base import Tokenizer
-from minipaged.tokenizer.prompts import Prompt
+from minipaged.tokenizer.prompts import Prompt, refuse_too_long
 from minipaged.tokenizer.special_tokens import read_special_names
 from minipaged.utils.files import read_json_object
+from minipaged.utils.options import refuse_unknown, require_type, shown
 
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -34,24 +36,43 @@ class Message(TypedDict):
     content: str
 
 
+def list_chats(messages: Any) -> list[Any]:
+    """One conversation or many, as a list of conversations; one message is a conversation too."""
+    many = isinstance(messages, list | tuple) and messages
+    if many and all(isinstance(chat, list | tuple) for chat in messages):
+        return list(messages)
+    return [messages]
+
+
 def chat_prompt(
-    folder: Path, tokenizer: Tokenizer | None, messages: list[Message], **options: Any
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    messages: Message | Sequence[Message],
+    max_model_len: int,
+    **options: Any,
 ) -> Prompt:
     """A conversation as a prompt; `options` are those of `render_chat`, which raises for it.
 
-    The template has written every special token, so none is added when the text is encoded. Raises
-    MissingTokenizer without a tokenizer.
+    The template has written every special token, so none is added when the text is encoded.
+
+    Raises:
+        MissingTokenizer: there is no tokenizer.
+        PromptTooLong: the text cannot fit.
+        InvalidOption: there is no option of that name.
     """
+    known = inspect.signature(render_chat).parameters.values()
+    refuse_unknown(options, [each.name for each in known if each.kind is each.KEYWORD_ONLY])
     text = render_chat(folder, messages, **options)
     if tokenizer is None:
         raise MissingTokenizer("a chat is text, but the model's folder holds no tokenizer.")
+    refuse_too_long(text, tokenizer, max_model_len)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     return {"prompt": text, "prompt_token_ids": token_ids}
 
 
 def render_chat(
     folder: Path,
-    messages: list[Message],
+    messages: Message | Sequence[Message],
     *,
     chat_template: str | None = None,
     add_generation_prompt: bool = True,
@@ -66,7 +87,7 @@ def render_chat(
 
     Args:
         folder: holds chat_template.jinja, or a tokenizer_config.json with a "chat_template".
-        messages: the turns so far.
+        messages: the turns so far; one message alone is a conversation of one turn.
         chat_template: used in place of the checkpoint's own.
         add_generation_prompt: whether the assistant's turn is opened at the end.
         continue_final_message: leave the last message open, for the model to go on with it.
@@ -76,7 +97,13 @@ def render_chat(
     Raises:
         CheckpointError: the folder holds no template, or one that cannot be read.
         InvalidRequest: what was given is no chat, or the template refuses it.
+        InvalidOption: an option has the wrong type.
     """
+    require_type("chat_template", chat_template, str, optional=True)
+    require_type("add_generation_prompt", add_generation_prompt, bool)
+    require_type("continue_final_message", continue_final_message, bool)
+    require_type("tools", tools, list, optional=True)
+    require_type("chat_template_kwargs", chat_template_kwargs, Mapping, optional=True)
     turns = [_read_message(turn) for turn in _not_empty(messages)]
     end_mark = f"\ue000{secrets.token_hex(8)} "  # to be found again behind the last message
     said = turns[-1]["content"]
@@ -133,7 +160,7 @@ def read_template(folder: Path, with_tools: bool = False) -> str:
 
 
 def _not_empty(messages: Any) -> list[Any]:
-    return messages if isinstance(messages, list) and messages else [messages]
+    return list(messages) if isinstance(messages, list | tuple) and messages else [messages]
 
 
 def _read_message(turn: Any) -> dict[str, Any]:
@@ -146,9 +173,10 @@ def _read_message(turn: Any) -> dict[str, Any]:
         if isinstance(content, list) and all(_is_text(part) for part in content):
             content = "\n".join(part["text"] for part in content)
         if isinstance(content, str) or (content is None and turn.get("tool_calls")):
-            return json.loads(json.dumps({**turn, "content": content}, default=str))
+            with suppress(Exception):  # keys and values of others, which may fail as they like
+                return json.loads(json.dumps({**turn, "content": content}, default=str))
     raise InvalidRequest(
-        f"{reprlib.repr(turn)} is no message of a chat: give a list of "
+        f"{shown(turn)} is no message of a chat: give a list of "
         '{"role": "user", "content": "some text"}.'
     )
 

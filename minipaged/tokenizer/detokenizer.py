@@ -12,8 +12,10 @@ that later tokens could still change is held back:
 """
 
 import codecs
+from collections.abc import Iterable
 
 from minipaged.tokenizer.base import Tokenizer
+from minipaged.tokenizer.stop_strings import StopStrings
 
 
 class Detokenizer:
@@ -23,18 +25,31 @@ class Detokenizer:
     string, however the characters were spread over tokens. If several become complete at the same
     character, the longest of them counts. Stop strings are not looked for in the text of the first
     `min_tokens` tokens.
+
+    Args:
+        after: the tokens before this text, such as its prompt. Where they show nothing, the text
+            begins here, and some tokenizers then leave out its first space.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        stop: StopStrings | tuple[str, ...] = (),
+        *,
+        min_tokens: int = 0,
+        after: Iterable[int] = (),
     ) -> None:
         self.text = ""
         """What was shown so far; once finished, all of it."""
         self.stopped: str | None = None
         """The stop string that ended the sequence."""
+        self._tokenizer = tokenizer
         self._vocabulary = tokenizer.vocabulary
         self._special_ids = tokenizer.special_ids
-        self._stops = sorted(stop, key=len, reverse=True)
+        self._begins_text = all(token_id in self._special_ids for token_id in after)
+        self._stops = stop if isinstance(stop, StopStrings) else StopStrings(stop)
+        self._may_stop = bool(self._stops)
+        self._state = 0  # of the stop strings
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._held = ""
@@ -46,7 +61,11 @@ class Detokenizer:
         self._num_tokens += 1
         if self.stopped is not None or token_id in self._special_ids:
             return ""
-        return self._take(self._decoder.decode(self._vocabulary.get(token_id, b"")))
+        token = self._vocabulary.get(token_id, b"")
+        if self._begins_text and token:
+            self._begins_text = False
+            token = self._tokenizer.first_token_bytes(token_id)
+        return self._take(self._decoder.decode(token))
 
     def finish(self) -> str:
         """No token will follow: return what was held back. A character cut short is U+FFFD."""
@@ -59,31 +78,15 @@ class Detokenizer:
 
     def _take(self, new: str) -> str:
         """Decide over newly decoded characters: which to show, which to hold back."""
-        if not self._stops or self._num_tokens <= self._min_tokens:  # nothing to look for
+        if not self._may_stop or self._num_tokens <= self._min_tokens:  # nothing to look for
             self.text += new
             return new
-        window = self._held + new
-        safe = self._find_stop(window, start=len(self._held))
-        if safe is None:
-            safe = len(window) - self._num_undecided(window)
-        piece = window[:safe]
-        self._held = "" if self.stopped else window[safe:]
+        self._state, num_read = self._stops.read(self._state, new)
+        self.stopped = self._stops.complete(self._state)
+        window = self._held + new[:num_read]
+        safe = len(window) - self._stops.num_undecided(self._state)
+        if self.stopped is not None:
+            safe = len(window) - len(self.stopped)
+        piece, self._held = window[:safe], "" if self.stopped else window[safe:]
         self.text += piece
         return piece
-
-    def _find_stop(self, window: str, start: int) -> int | None:
-        """Where the first stop string begins that is completed by a character from `start` on."""
-        for end in range(start + 1, len(window) + 1):
-            for stop in self._stops:
-                if window.endswith(stop, 0, end):
-                    self.stopped = stop
-                    return end - len(stop)
-        return None
-
-    def _num_undecided(self, window: str) -> int:
-        """How many of the last characters are the beginning of a stop string."""
-        longest = len(self._stops[0]) - 1 if self._stops else 0
-        for size in range(min(longest, len(window)), 0, -1):
-            if any(stop.startswith(window[-size:]) for stop in self._stops):
-                return size
-        return 0

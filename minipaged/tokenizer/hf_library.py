@@ -14,8 +14,14 @@ from typing import Any
 from minipaged.errors import CheckpointError, UnsupportedTokenizer
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.hugging_face import BYTE_OF_CHARACTER
+from minipaged.tokenizer.text_bound import chars_per_token
+from minipaged.utils.files import read_json_object
 
 _PROBE = "Is this a text? 1 2 3"  # any that has tokens
+LOW_LINE = "\u2581"
+STRIP_ONE = [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+"""Llama's: one space is taken away at the beginning of a whole text."""
+Spelling = Callable[[str], bytes]
 EXTRA = "pip install 'minipaged[tokenizers]'"
 
 
@@ -35,14 +41,23 @@ class LibraryTokenizer(Tokenizer):
         self._alone = Lock()  # encode_special_tokens belongs to the library's object
         self._library.no_truncation()
         self._library.no_padding()
+        described = read_json_object(path)
         added: dict[int, Any] = self._library.get_added_tokens_decoder()
-        spell = _choose_spelling(path, repr(self._library.decoder))
+        spell, self._spell_first = _choose_spelling(path, described.get("decoder"))
         vocabulary = {
             token_id: token.encode() if token_id in added else spell(token)
             for token, token_id in self._library.get_vocab().items()
         }
         specials = {token.content: i for i, token in added.items() if token.special}
-        super().__init__(vocabulary, specials, self._find_first_ids())
+        normalizer = self._library.normalizer
+        super().__init__(
+            vocabulary,
+            specials,
+            self._find_first_ids(),
+            chars_per_token=chars_per_token(
+                described, str if normalizer is None else normalizer.normalize_str
+            ),
+        )
 
     def _find_first_ids(self) -> list[int]:
         """What stands before every text. What would stand behind it is left out: it is an end."""
@@ -57,6 +72,11 @@ class LibraryTokenizer(Tokenizer):
             self._library.encode_special_tokens = not allow_special
             return self._library.encode(text, add_special_tokens=False).ids
 
+    def first_token_bytes(self, token_id: int) -> bytes:
+        """Of a SentencePiece token, the bytes without the space that every text begins with."""
+        token = self._library.id_to_token(token_id)
+        return b"" if token is None else self._spell_first(token)
+
 
 def refuse_without_the_library(path: Path, reason: str) -> None:
     """Raise UnsupportedTokenizer unless `tokenizers` is installed."""
@@ -67,21 +87,49 @@ def refuse_without_the_library(path: Path, reason: str) -> None:
         )
 
 
-def _choose_spelling(path: Path, decoder: str) -> Callable[[str], bytes]:
-    if "ByteLevel" in decoder:
-        return _spell_byte_level
-    if "Metaspace" in decoder or "\u2581" in decoder:
-        return _spell_sentence_piece
-    raise UnsupportedTokenizer(
-        f"{path} is neither a byte-level nor a SentencePiece tokenizer, and how its tokens become "
-        "text is not known here: give another checkpoint."
-    )
+def _choose_spelling(path: Path, decoder: Any) -> tuple[Spelling, Spelling]:
+    """How the bytes of a token are spelt, and how those of a token that begins a text are.
+
+    Raises UnsupportedTokenizer for a decoder that is not known here.
+    """
+    steps = _list_steps(decoder)
+    kinds = [step.get("type") for step in steps]
+    if "ByteLevel" in kinds:
+        return _spell_byte_level, _spell_byte_level
+    strips = "Strip" in kinds
+    replaces = any(step.get("pattern") == {"String": LOW_LINE} for step in steps)
+    metaspace = next((step for step in steps if step.get("type") == "Metaspace"), None)
+    if (strips and steps[-2:] != STRIP_ONE) or not (metaspace or replaces):
+        raise UnsupportedTokenizer(
+            f"{path} is neither a byte-level nor a SentencePiece tokenizer, and how its tokens "
+            "become text is not known here: give another checkpoint."
+        )
+    spell = _spell_sentence_piece if "ByteFallback" in kinds else _spell_low_lines
+    if strips:
+        return spell, lambda token: spell(token).removeprefix(b" ")
+    if metaspace and metaspace.get("prepend_scheme") != "never":
+        return spell, lambda token: spell(token.replace(LOW_LINE, ""))
+    return spell, spell
+
+
+def _list_steps(decoder: Any) -> list[dict[str, Any]]:
+    """The steps of a decoder, one after the other."""
+    if not isinstance(decoder, dict):
+        return []
+    if decoder.get("type") == "Sequence":
+        return [step for part in decoder.get("decoders") or [] for step in _list_steps(part)]
+    return [decoder]
 
 
 def _spell_sentence_piece(token: str) -> bytes:
-    """A low line stands for a space, and "<0x0A>" for a byte of what is no token by itself."""
-    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
-    return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode()
+    """As `_spell_low_lines`, and "<0x0A>" stands for a byte of what is no token by itself."""
+    byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else _spell_low_lines(token)
+
+
+def _spell_low_lines(token: str) -> bytes:
+    """A low line stands for a space."""
+    return token.replace(LOW_LINE, " ").encode()
 
 
 def _spell_byte_level(token: str) -> bytes:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from minipaged.errors import InvalidRequest, MissingTokenizer
+from minipaged.errors import InvalidRequest, MissingTokenizer, PromptTooLong
 from minipaged.tokenizer.base import Tokenizer
+from minipaged.utils.options import shown
 
 Prompt = str | Iterable[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
@@ -39,27 +40,28 @@ def list_prompts(prompts: Any) -> list[Prompt]:
     return many
 
 
-def read_prompt(prompt: Any, tokenizer: Tokenizer | None) -> TokenizedPrompt:
+def read_prompt(prompt: Any, tokenizer: Tokenizer | None, max_model_len: int) -> TokenizedPrompt:
     """A prompt, whatever its form.
 
     Raises:
         InvalidRequest: it is no prompt, or an empty one.
+        PromptTooLong: it is text that has `max_model_len` tokens or more, however it is encoded.
         MissingTokenizer: it is text, and the model has no tokenizer.
     """
     salt = None
     if isinstance(prompt, Mapping):
-        unknown = prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}
-        if unknown:
-            raise InvalidRequest(
-                f"a prompt has the key {sorted(map(str, unknown))[0]!r}: its keys are prompt, "
-                "prompt_token_ids and cache_salt."
-            )
+        for key in prompt:
+            if key not in ("prompt", "prompt_token_ids", "cache_salt"):
+                raise InvalidRequest(
+                    f"a prompt has the key {shown(key)}: its keys are prompt, prompt_token_ids and "
+                    "cache_salt."
+                )
         salt = _read_salt(prompt.get("cache_salt"))
         if "prompt_token_ids" in prompt:
             text, ids = prompt.get("prompt"), _read_token_ids(prompt["prompt_token_ids"])
             if text is not None and not isinstance(text, str):
                 raise InvalidRequest(
-                    f"a prompt's text is {text!r}: give a string, or leave it out."
+                    f"a prompt's text is {shown(text)}: give a string, or leave it out."
                 )
             return TokenizedPrompt(text, ids, salt)
         prompt = prompt.get("prompt")
@@ -70,12 +72,26 @@ def read_prompt(prompt: Any, tokenizer: Tokenizer | None) -> TokenizedPrompt:
             "the prompt is text, but the model's folder holds no tokenizer: "
             "give the prompt as a list of token ids."
         )
+    refuse_too_long(prompt, tokenizer, max_model_len)
     return TokenizedPrompt(prompt, _not_empty(tokenizer.encode(prompt)), salt)
+
+
+def refuse_too_long(text: str, tokenizer: Tokenizer, max_model_len: int) -> None:
+    """Raise PromptTooLong for text that cannot fit, before any time is spent on encoding it."""
+    fewest = tokenizer.fewest_tokens(text)
+    if fewest >= max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {len(text)} characters, so at least {fewest} tokens, and prompt and "
+            f"output together may have {max_model_len} (max_model_len). Shorten the prompt, or "
+            "raise max_model_len if the model allows."
+        )
 
 
 def _read_salt(salt: Any) -> str | None:
     if salt is not None and not (isinstance(salt, str) and salt):
-        raise InvalidRequest(f"cache_salt is {salt!r}: give a string of one character or more.")
+        raise InvalidRequest(
+            f"cache_salt is {shown(salt)}: give a string of one character or more."
+        )
     return salt
 
 
@@ -84,7 +100,7 @@ def _read_token_ids(prompt: Any) -> list[int]:
     for token_id in token_ids:
         if not _is_token_id(token_id):
             raise InvalidRequest(
-                f"a prompt holds {token_id!r}, which is no token id: {_FORMS}; ids are whole "
+                f"a prompt holds {shown(token_id)}, which is no token id: {_FORMS}; ids are whole "
                 "numbers."
             )
     return _not_empty([int(token_id) for token_id in token_ids])
@@ -100,7 +116,7 @@ def _as_list(value: Any) -> list[Any]:
     if hasattr(value, "tolist"):  # an array or tensor
         value = value.tolist()
     if isinstance(value, bytes) or not isinstance(value, Iterable):
-        raise InvalidRequest(f"{value!r} is no prompt: {_FORMS}.")
+        raise InvalidRequest(f"{shown(value)} is no prompt: {_FORMS}.")
     return list(value)
 
 

@@ -27,8 +27,9 @@ def read_ranked_tokenizer(folder: Path) -> BytePairTokenizer:
     ranks = read_ranks(folder / config["ranks"])
     _check_special_tokens(path, config["special_tokens"], ranks)
     tokens = {rank: token for token, rank in ranks.items()}
+    pattern = f"{config['pattern']}|(?s:.)"  # what a pattern leaves out would be lost in silence
     try:
-        return BytePairTokenizer(config["pattern"], ranks, tokens, config["special_tokens"])
+        return BytePairTokenizer(pattern, ranks, tokens, config["special_tokens"])
     except ValueError as error:  # the only thing left unchecked
         raise CheckpointError(
             f'{path}: "pattern" is no regular expression that tiktoken can use ({error}): '

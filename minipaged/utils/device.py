@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minipaged.errors import InvalidOption
+from minipaged.utils.options import shown
 
 GIB = 1024**3
 
@@ -22,7 +23,7 @@ def choose_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InvalidOption(
-            f"there is no device {name!r} here: choose auto, cpu or cuda.", "device"
+            f"there is no device {shown(name)} here: choose auto, cpu or cuda.", "device"
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidOption(

@@ -10,8 +10,9 @@ documentation (`takes`), and the flag of the command line (`minipaged/cli/option
 
 import difflib
 import inspect
+import reprlib
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
@@ -68,12 +69,11 @@ class Option:
         if self.choices:
             require_one_of(self.name, value, self.choices)
         elif self.type is int:
-            require_whole(self.name, value, self.at_least)
+            require_whole(self.name, value, self.at_least, self.at_most)
         elif self.type is float:
             require_share(self.name, value, self.at_least, self.at_most)
-        elif not isinstance(value, self.type):
-            named = getattr(self.type, "__name__", str(self.type))
-            raise InvalidOption(f"{self.name} is {value!r}: give a {named}.", self.name)
+        else:
+            require_type(self.name, value, self.type)
 
 
 def options_of(args: type) -> dict[str, Option]:
@@ -115,9 +115,7 @@ def takes(
 
     def decorate(method: Callable[[Self, Args], None]) -> Callable[Concatenate[Self, P], None]:
         def call(self: Self, /, *positional: P.args, **named: P.kwargs) -> None:
-            for name in named:
-                if name not in known:
-                    raise InvalidOption(_unknown(name, list(known)), name)
+            refuse_unknown(named, list(known))
             method(self, args(*positional, **named))
 
         parameters = [
@@ -132,13 +130,6 @@ def takes(
         return call
 
     return decorate
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if closest:
-        return f"there is no option {name!r}: did you mean {closest[0]!r}?"
-    return f"there is no option {name!r}: choose one of {', '.join(known)}."
 
 
 def _describe(options: dict[str, Option]) -> str:
@@ -156,12 +147,52 @@ def _describe(options: dict[str, Option]) -> str:
 
 # ---- checks --------------------------------------------------------------------------------------
 
+LARGEST_INT = 2**63 - 1
+"""Tensors and seeds hold no larger whole number."""
 
-def require_whole(name: str, value: object, least: float | None) -> None:
-    """Refuse a value that is not a whole number of at least `least`. Raises InvalidOption."""
-    low = float("-inf") if least is None else least
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise InvalidOption(f"{name} is {value!r}: give a whole number from {least} up.", name)
+
+def shown(value: object) -> str:
+    """A value as a message shows it: short, and without fail, whatever the value is."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # a `__repr__` that raises, or a number of more digits than Python converts
+        return f"a {type(value).__name__} that cannot be shown"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def refuse_unknown(given: Iterable[str], known: list[str]) -> None:
+    """Refuse a name that is none of the known ones. Raises InvalidOption."""
+    for name in given:
+        if name in known:
+            continue
+        closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        advice = (
+            f"did you mean {closest[0]!r}?" if closest else f"choose one of {', '.join(known)}."
+        )
+        raise InvalidOption(f"there is no option {name!r}: {advice}", name)
+
+
+def require_type(name: str, value: object, kind: Any, *, optional: bool = False) -> None:
+    """Refuse a value of another type; None passes if it is optional. Raises InvalidOption."""
+    if not isinstance(value, kind) and not (optional and value is None):
+        kinds = get_args(kind) or (kind,)  # of `str | Path`, both
+        named = " or ".join(each.__name__ for each in kinds) + (" or None" if optional else "")
+        raise InvalidOption(f"{name} is {shown(value)}: give a {named}.", name)
+
+
+def require_whole(name: str, value: object, least: float | None, most: float | None = None) -> None:
+    """Refuse a value that is not a whole number from `least` to `most`. Raises InvalidOption."""
+    low = -LARGEST_INT if least is None else least
+    high = LARGEST_INT if most is None else most
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        above = isinstance(value, int) and value > high
+        limit = f"to {high}" if above or most is not None else "up"
+        raise InvalidOption(
+            f"{name} is {shown(value)}: give a whole number from {least} {limit}.", name
+        )
 
 
 def require_share(name: str, value: Any, least: float | None, most: float | None) -> None:
@@ -172,11 +203,14 @@ def require_share(name: str, value: Any, least: float | None, most: float | None
         (float("inf") if most is None else most),
     )
     if not is_number or not low <= value <= high:
-        raise InvalidOption(f"{name} is {value!r}: give a number from {least} to {most}.", name)
+        raise InvalidOption(
+            f"{name} is {shown(value)}: give a number from {least} to {most}.", name
+        )
 
 
 def require_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse a value that is none of the choices. Raises InvalidOption."""
-    if value not in choices:
+    # Types first: an array compares to an array, and 1 is no True.
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         names = ", ".join(map(str, choices))
-        raise InvalidOption(f"{name} is {value!r}: choose one of {names}.", name)
+        raise InvalidOption(f"{name} is {shown(value)}: choose one of {names}.", name)

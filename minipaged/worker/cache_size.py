@@ -23,9 +23,22 @@ def blocks_that_fit(block_bytes: int, device: torch.device, gpu_memory_utilizati
     if budget < block_bytes:
         raise InvalidOption(
             f"a block of keys and values takes {block_bytes} bytes, and {max(budget, 0)} are left "
-            "for them: raise gpu_memory_utilization, lower block_size, or take a smaller model."
+            "for them: raise gpu_memory_utilization, lower block_size, or take a smaller model.",
+            "block_size",
         )
     return budget // block_bytes
+
+
+def refuse_large_tables(max_num_seqs: int, max_blocks_per_seq: int) -> None:
+    """Raise InvalidOption if the block tables of a step alone would not fit in memory."""
+    table_bytes, has = 4 * max_num_seqs * max_blocks_per_seq, physical_memory()
+    if table_bytes > has:
+        raise InvalidOption(
+            f"max_num_seqs is {max_num_seqs}: block tables of {max_blocks_per_seq} blocks for so "
+            f"many sequences need {table_bytes / GIB:.1f} GiB, and the machine has "
+            f"{has / GIB:.1f} GiB. Lower max_num_seqs or max_model_len, or raise block_size.",
+            "max_num_seqs",
+        )
 
 
 def refuse_more_than_memory(
@@ -41,5 +54,7 @@ def refuse_more_than_memory(
         raise InvalidOption(
             f"num_blocks is {num_blocks} and num_swap_blocks {num_swap_blocks}: at {block_bytes} "
             f"bytes a block, {in_host} of them need {in_host * block_bytes / GIB:.1f} GiB, and the "
-            f"machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all."
+            f"machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all, "
+            "or lower block_size.",
+            "num_blocks",
         )

@@ -246,15 +246,6 @@ def test_an_end_that_is_also_the_last_token_allowed_is_a_stop(folder):
     assert output.outputs[0].finish_reason == "stop"
 
 
-def test_an_ignored_end_of_sequence_token_is_not_forbidden_before_min_tokens(folder):
-    [whole] = run(checked(folder), [PROMPTS[0]])
-    llm = checked(folder)
-    set_eos(llm, whole.outputs[0].token_ids[0])
-    params = SamplingParams(temperature=0.0, max_tokens=32, min_tokens=9, ignore_eos=True)
-    [output] = run(llm, [PROMPTS[0]], params)
-    assert output.outputs[0].token_ids == whole.outputs[0].token_ids
-
-
 # ---- log-probabilities ---------------------------------------------------------------------------
 
 
@@ -281,6 +272,19 @@ def test_logprobs_survive_preemption_in_the_middle_of_a_prompt(folder):
     )  # fmt: skip
     outputs = check_logprobs(folder, llm, [PROMPTS[7], PROMPTS[3]])
     assert outputs[1].metrics.num_preemptions > 0
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_max_logprobs_bounds_what_a_request_may_ask_for(folder, name):
+    for limit in (0, 3, -1):
+        llm = checked(folder, max_logprobs=limit)
+        allowed = SamplingParams(max_tokens=1, **{name: 40 if limit < 0 else limit})
+        assert len(llm.generate(PROMPTS[1], allowed, use_tqdm=False)) == 1
+        if limit >= 0:
+            more = SamplingParams(max_tokens=1, **{name: limit + 1})
+            sentence = rf"{name} is {limit + 1}, but this engine reports at most {limit} "
+            with pytest.raises(InvalidOption, match=sentence):
+                llm.generate(PROMPTS[1], more, use_tqdm=False)
 
 
 def check_logprobs(folder, llm: LLM, prompts):

@@ -172,6 +172,7 @@ VALUES = {
     "gpu_memory_utilization": [0.5],
     "enable_prefix_caching": [True, False],
     "max_model_len": [64],
+    "max_logprobs": [-1, 0],
     "max_num_seqs": [3],
     "max_num_batched_tokens": [50],
     "enable_chunked_prefill": [False],

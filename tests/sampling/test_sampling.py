@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -21,7 +22,13 @@ from transformers.generation.logits_process import (
 
 from minipaged.errors import InvalidOption
 from minipaged.sampling import SamplingParams, sampler
-from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow
+from minipaged.sampling.sampler import (
+    SampledToken,
+    Sampler,
+    SamplingRow,
+    adjust,
+    draw_weights,
+)
 
 VOCAB = 40
 NEVER = 1e-10  # less likely tokens round to a weight of zero
@@ -518,19 +525,19 @@ BAD = [
     ),
     (
         {"temperature": -0.5},
-        "temperature is -0.5: choose 0 (greedy) or a finite positive number.",
+        "temperature is -0.5: choose a number from 0 (greedy) to 1000000.",
     ),
     (
         {"temperature": math.inf},
-        "temperature is inf: choose 0 (greedy) or a finite positive number.",
+        "temperature is inf: choose a number from 0 (greedy) to 1000000.",
     ),
     (
         {"temperature": math.nan},
-        "temperature is nan: choose 0 (greedy) or a finite positive number.",
+        "temperature is nan: choose a number from 0 (greedy) to 1000000.",
     ),
     (
         {"temperature": "hot"},
-        "temperature is 'hot': choose 0 (greedy) or a finite positive number.",
+        "temperature is 'hot': choose a number from 0 (greedy) to 1000000.",
     ),
     ({"top_k": -2}, "top_k is -2: choose a whole number from 1 up, or 0 for all tokens."),
     ({"top_p": 0}, "top_p is 0: choose a number above 0 and up to 1 (1 for all tokens)."),
@@ -541,7 +548,7 @@ BAD = [
     ({"frequency_penalty": -2.5}, "frequency_penalty is -2.5: choose a number from -2 to 2."),
     (
         {"repetition_penalty": 0},
-        "repetition_penalty is 0: choose a finite number above 0 (1 for no penalty).",
+        "repetition_penalty is 0: choose a number from 0.01 to 100 (1 for no penalty).",
     ),
     ({"logit_bias": [5]}, "logit_bias is [5]: choose a dict from token id to bias."),
     ({"logit_bias": {-1: 2.0}}, "logit_bias names token -1: choose ids from 0 up."),
@@ -615,12 +622,94 @@ def test_numbers_of_numpy_become_plain_numbers():
     assert [type(value) for value in values] == [int, float, int]
 
 
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_more_logprobs_than_the_engine_reports_are_refused(name):
+    params = SamplingParams(**{name: 21})
+    params.check_model(10, max_logprobs=21)
+    params.check_model(10, max_logprobs=-1)
+    SamplingParams(**{name: 0}).check_model(10, max_logprobs=0)
+    sentence = rf"{name} is 21, but this engine reports at most 20 \(max_logprobs\)"
+    with pytest.raises(InvalidOption, match=sentence) as refusal:
+        params.check_model(10, max_logprobs=20)
+    assert refusal.value.param == name
+
+
+def test_stop_strings_of_too_many_characters_are_refused():
+    SamplingParams(stop=["ab" * 1_000])
+    with pytest.raises(InvalidOption, match="2 strings of stop have 300001 characters in all"):
+        SamplingParams(stop=["a" * 300_000, "b"])
+
+
+EXTREMES = [
+    {"repetition_penalty": 0.01},
+    {"repetition_penalty": 100},
+    {"presence_penalty": 2, "frequency_penalty": -2},
+    {"temperature": 1e-320},
+    {"temperature": 1e-5},
+    {"temperature": 1e6},
+    {"top_p": 5e-324},
+    {"top_p": 1 - 1e-16},
+    {"min_p": 5e-324},
+    {"min_p": 1},
+    {"top_k": 2**63 - 1},
+    {"logit_bias": {3: 100, 4: -100, 5: 5e-324}},
+    {"temperature": 1e-5, "repetition_penalty": 0.01, "logit_bias": {1: -100}, "top_p": 1e-38},
+]
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6e4])
+@pytest.mark.parametrize("asked", EXTREMES, ids=str)
+def test_the_outermost_values_make_no_nan_and_no_wrong_token(asked, scale):
+    logits = scale * torch.linspace(-1, 1, 9)[torch.randperm(9, generator=seeded(1))][None]
+    given = SamplingParams(**{"temperature": 1.0, **asked, "min_tokens": 1})
+    row = SamplingRow(given, [0, 1, 2], [2, 2, 3], seed=3)
+    adjusted = adjust(logits, [row])
+    assert adjusted.isfinite().all()
+    slow = logits[0].double()
+    for token_id, bias in (given.logit_bias or {}).items():
+        slow[token_id] += bias
+    for token_id in (0, 1, 2, 3):
+        penalty = given.repetition_penalty
+        slow[token_id] *= 1 / penalty if slow[token_id] > 0 else penalty
+    for token_id, times in ((2, 2), (3, 1)):
+        slow[token_id] -= times * given.frequency_penalty + given.presence_penalty
+    assert torch.allclose(adjusted[0].double(), slow, rtol=1e-5, atol=1e-6)
+    [sampled] = Sampler().sample(logits, [row])
+    if given.is_greedy:
+        assert sampled.token_id == slow.argmax()
+        return
+    weights = draw_weights(adjusted, [row])[0]
+    assert weights.min() >= 0
+    assert weights.max() == weights[slow.argmax()] > 0
+    assert weights[sampled.token_id] > 0
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"repetition_penalty": value}
+        for value in (1e-38, 1e-45, 5e-324, 1e38, 1e308, math.inf, math.nan)
+    ]
+    + [{"temperature": value} for value in (1e38, 1e308, 10**400, Fraction(10**400))],
+    ids=str,
+)
+def test_a_number_that_would_leave_float32_is_refused(asked):
+    [name] = asked
+    with pytest.raises(InvalidOption, match=rf"^{name} is .*: choose a number from ") as refusal:
+        make(**asked)
+    assert refusal.value.param == name
+
+
 def test_a_token_beyond_the_vocabulary_is_refused_before_it_can_break_a_step():
-    SamplingParams(logit_bias={9: 1}, stop_token_ids=[9]).check_vocab(10)
+    SamplingParams(logit_bias={9: 1}, stop_token_ids=[9]).check_model(10, max_logprobs=20)
     for asked in ({"logit_bias": {10: 1}}, {"stop_token_ids": [10]}):
         [name] = asked
         sentence = (
             f"{name} names token 10, but the vocabulary has 10 tokens: choose ids from 0 to 9"
         )
         with pytest.raises(InvalidOption, match=sentence):
-            SamplingParams(**asked).check_vocab(10)
+            SamplingParams(**asked).check_model(10, max_logprobs=20)

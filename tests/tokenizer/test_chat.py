@@ -7,7 +7,7 @@ from checkpoints import make_checkpoint
 from tokenizers_of_styles import make_llama3
 
 from minipaged import LLM, SamplingParams
-from minipaged.errors import CheckpointError, InvalidRequest, MissingTokenizer
+from minipaged.errors import CheckpointError, InvalidOption, InvalidRequest, MissingTokenizer
 from minipaged.tokenizer.chat_template import TEMPLATE_FILE, chat_prompt, render_chat
 from minipaged.tokenizer.load import read_tokenizer
 
@@ -91,6 +91,37 @@ def test_a_conversation_and_many_conversations_are_answered():
     assert one.outputs[0].text == " Theo the frog put the white key in the meadow."
     many = llm.chat([told, told], greedy, use_tqdm=False)
     assert [o.outputs[0].text for o in many] == [one.outputs[0].text] * 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "num_chats"),
+    [
+        ({"role": "user", "content": "a"}, 1),
+        ([{"role": "user", "content": "a"}], 1),
+        (({"role": "user", "content": "a"},), 1),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], 1),
+        ([[{"role": "user", "content": "a"}]], 1),
+        ([[{"role": "user", "content": "a"}], ({"role": "user", "content": "b"},)], 2),
+    ],
+)
+def test_a_message_a_conversation_and_many_are_told_apart(messages, num_chats):
+    llm = LLM("storyteller", num_blocks=8)
+    greedy = SamplingParams(temperature=0.0, max_tokens=1)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    outputs = llm.chat(messages, greedy, use_tqdm=False, chat_template=template)
+    assert len(outputs) == num_chats
+    said = [messages] if isinstance(messages, dict) else messages
+    expected = "ab" if num_chats == 1 and len(said) == 2 else "a"
+    assert outputs[0].prompt == expected
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [[]], "hello", [{"role": "user", "content": "a"}, [MESSAGES]], [MESSAGES, 5]]
+)
+def test_a_list_that_is_no_chat_is_refused(messages):
+    llm = LLM("storyteller", num_blocks=8)
+    with pytest.raises(InvalidRequest, match="is no message of a chat"):
+        llm.chat(messages, use_tqdm=False)
 
 
 # ---- as transformers renders them ----------------------------------------------------------------
@@ -201,7 +232,7 @@ def test_a_template_gives_the_prompt_that_transformers_gives(style, messages, op
 
 def test_a_chat_is_encoded_without_a_second_mark_at_its_beginning(judge):
     folder, tokenizer = judge
-    prompt = chat_prompt(folder, read_tokenizer(folder), MESSAGES, chat_template=LLAMA3)
+    prompt = chat_prompt(folder, read_tokenizer(folder), MESSAGES, 1_000, chat_template=LLAMA3)
     begin = tokenizer.bos_token_id
     assert prompt["prompt_token_ids"].count(begin) == 1
     expected = tokenizer.apply_chat_template(
@@ -251,9 +282,8 @@ def test_a_fault_inside_a_template_is_a_sentence_too(tmp_path):
         "{{ " + "(" * 20_000 + ")" * 20_000 + " }}",
         "{% if 1 %}" * 150 + "{% endif %}" * 150,
         "{{ " + "9" * 5_000 + " }}",
-        5,
     ],
-    ids=["continue", "brackets", "nested", "digits", "number"],
+    ids=["continue", "brackets", "nested", "digits"],
 )
 def test_a_template_that_cannot_be_compiled_is_a_sentence(template, tmp_path):
     with pytest.raises(CheckpointError, match=r"is broken: [^\n]*[^.]\.$"):
@@ -333,5 +363,7 @@ def test_llm_chat_passes_the_templates_options_on():
         chat_template_kwargs={"word": " a time"},
     )
     assert output.prompt == "Once upon a time"
-    with pytest.raises(TypeError):
-        llm.chat([{"role": "user", "content": "a"}], greedy, no_such_option=1)
+    with pytest.raises(InvalidOption, match="no option 'tool': did you mean 'tools'"):
+        llm.chat([{"role": "user", "content": "a"}], greedy, tool=[])
+    with pytest.raises(InvalidOption, match="chat_template is 5: give a str or None"):
+        llm.chat([{"role": "user", "content": "a"}], greedy, chat_template=5)

@@ -12,6 +12,7 @@ from minipaged.errors import CheckpointError, MissingTokenizer
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.detokenizer import Detokenizer
 from minipaged.tokenizer.load import read_tokenizer
+from minipaged.tokenizer.stop_strings import StopStrings
 
 # All single bytes, then merges; two of them cut the emoji U+1F600 and the letter é in the middle.
 MERGES = [b"th", b"the", b" t", b"\xf0\x9f", b"e\xc3", b"##"]
@@ -160,6 +161,9 @@ STOPS = [
     ("\ufffd",),
     ("abab", "ba"),
     ("the", "h"),
+    ("a#a#b", "#a"),
+    ("abab#", "bab"),
+    ("aab", "ab", "aaab"),
 ]
 TRICKY = [97, 98, 35, 257, 259, 260, 261, 0x98, 0x80, 0xA9, END, 280]
 alphabet = st.text(alphabet="ab#é😀", max_size=12).map(lambda text: list(text.encode()))
@@ -181,6 +185,50 @@ def check_many_streams(tokenizer) -> None:
 @given(token_ids=token_ids, stop=st.sampled_from(STOPS))
 def test_the_pieces_are_the_whole_text_cut_before_the_first_stop_string(tokenizer, token_ids, stop):
     check_the_stream(tokenizer, token_ids, stop)
+
+
+any_stops = st.lists(st.text(alphabet="ab#", min_size=1, max_size=5), max_size=6).map(tuple)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(text=st.text(alphabet="ab#", max_size=30), stop=any_stops)
+def test_any_stop_strings_are_found_as_the_slow_search_finds_them(tokenizer, text, stop):
+    check_the_stream(tokenizer, list(text.encode()), stop)
+
+
+class Counting(list):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("count", [1, 10, 1_000])
+def test_a_character_costs_the_same_however_many_stop_strings_there_are(count):
+    rng = random.Random(0)
+    stops = StopStrings("".join(rng.choices("ab", k=12)) + "!" for _ in range(count))
+    stops._fallback = Counting(stops._fallback)
+    text = "".join(rng.choices("ab", k=5_000))
+    stops.read(0, text)
+    assert stops._fallback.reads < len(text)  # each character goes forward once, so back once
+
+
+def test_a_stop_string_that_repeats_itself_costs_no_more():
+    stops = StopStrings(["a" * 300 + "b"])
+    stops._fallback = Counting(stops._fallback)
+    state = stops.read(0, ("a" * 299 + "c") * 20)[0]
+    assert state == 0
+    assert stops._fallback.reads < 300 * 20
+
+
+def test_many_sequences_share_one_automaton(tokenizer):
+    stops = StopStrings(("##", "#a"))
+    one, other = Detokenizer(tokenizer, stops), Detokenizer(tokenizer, stops)
+    assert [one.add(35), other.add(98), one.add(97), other.add(97)] == ["", "b", "", "a"]
+    assert (one.stopped, other.stopped) == ("#a", None)
 
 
 def test_many_streams_of_tricky_tokens_come_out_whole(tokenizer):
@@ -237,13 +285,6 @@ def test_the_text_of_the_first_min_tokens_is_free_of_stop_strings(tokenizer):
 # -- Deliberate faults ------------------------------------------------------------------------
 
 
-class Careless(Detokenizer):
-    """Holds nothing back for a stop string."""
-
-    def _num_undecided(self, window):
-        return 0
-
-
 class Forgetful(Detokenizer):
     """Never shows what it held back."""
 
@@ -260,19 +301,72 @@ class Hasty(Detokenizer):
         return piece + self._take(self._decoder.decode(b"", final=True))
 
 
-class ListOrder(Detokenizer):
-    """Looks for one stop string after the other, not for the one that is complete first."""
-
-    def _find_stop(self, window, start):
-        for stop in self._stops:
-            if stop in window:
-                self.stopped = stop
-                return window.index(stop)
-        return None
-
-
-@pytest.mark.parametrize("mutant", [Careless, Forgetful, Hasty, ListOrder])
+@pytest.mark.parametrize("mutant", [Forgetful, Hasty])
 def test_a_faulty_detokenizer_is_found_out(monkeypatch, tokenizer, mutant):
     monkeypatch.setitem(globals(), "Detokenizer", mutant)
     with pytest.raises(AssertionError):
         check_many_streams(tokenizer)
+
+
+class Careless(StopStrings):
+    """Holds nothing back for a stop string."""
+
+    def num_undecided(self, state):
+        return 0
+
+
+class WithoutFallback(StopStrings):
+    """Begins anew where a character leads nowhere."""
+
+    def __init__(self, strings):
+        super().__init__(strings)
+        self._fallback = [0] * len(self._fallback)
+
+
+class ShortestOfAll(StopStrings):
+    """Of several stop strings that are complete at once, takes the shortest."""
+
+    def complete(self, state):
+        longest = super().complete(state)
+        ends = [s for s in self.strings if longest is not None and longest.endswith(s)]
+        return min(ends, key=len, default=None)
+
+    def __init__(self, strings):
+        self.strings = strings
+        super().__init__(strings)
+
+
+@pytest.mark.parametrize("mutant", [Careless, WithoutFallback, ShortestOfAll])
+def test_a_faulty_automaton_is_found_out(monkeypatch, tokenizer, mutant):
+    monkeypatch.setattr("minipaged.tokenizer.detokenizer.StopStrings", mutant)
+    with pytest.raises(AssertionError):
+        check_many_streams(tokenizer)
+
+
+# -- A second beginning -----------------------------------------------------------------------
+
+
+class Marked(Tokenizer):
+    """Puts token 0 before every text; "<s>" is that token."""
+
+    def __init__(self):
+        letters = {1 + i: bytes([byte]) for i, byte in enumerate(range(256))}
+        super().__init__({0: b"<s>", **letters}, {"<s>": 0}, [0])
+
+    def _encode(self, text, allow_special):
+        if allow_special and text.startswith("<s>"):
+            return [0, *self._encode(text[3:], False)]
+        return [1 + byte for byte in text.encode()]
+
+
+def test_a_second_mark_at_the_beginning_is_warned_of_once():
+    tokenizer = Marked()
+    with pytest.warns(UserWarning, match=r"begins with '<s>', and .* leave it out of the text"):
+        assert tokenizer.encode("<s>a") == [0, 0, 98]
+    assert tokenizer.encode("<s>a") == [0, 0, 98]  # a second warning would be an error here
+
+
+def test_one_mark_at_the_beginning_is_as_it_should_be():
+    tokenizer = Marked()
+    assert tokenizer.encode("a<s>") == [0, 98, *(1 + byte for byte in b"<s>")]
+    assert tokenizer.encode("<s>a", add_special_tokens=False) == [0, 98]

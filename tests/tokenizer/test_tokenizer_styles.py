@@ -158,6 +158,7 @@ def sentencepiece(tmp_path_factory):
     return folder, make_sentencepiece(folder)
 
 
+@pytest.mark.filterwarnings("ignore:a prompt begins with")
 def test_a_sentencepiece_tokenizer_goes_through_the_library(sentencepiece):
     folder, judge = sentencepiece
     tokenizer = read_tokenizer(folder)
@@ -166,10 +167,7 @@ def test_a_sentencepiece_tokenizer_goes_through_the_library(sentencepiece):
     for text, encoding in zip(TEXTS[:3_000], judge.encode_batch(TEXTS[:3_000]), strict=True):
         assert tokenizer.encode(text) == encoding.ids
         bare = tokenizer.encode(text, add_special_tokens=False)
-        without_marks = [i for i in bare if i not in tokenizer.special_ids]
-        assert tokenizer.decode(bare, skip_special=True).removeprefix(" ") == judge.decode(
-            without_marks
-        )
+        assert tokenizer.decode(bare, skip_special=True) == judge.decode(bare)
 
 
 def test_without_the_library_the_sentence_names_the_extra(sentencepiece, monkeypatch):

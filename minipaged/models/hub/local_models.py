@@ -8,6 +8,7 @@ libraries share.
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -17,6 +18,7 @@ from urllib.parse import quote
 
 from minipaged.errors import CheckpointError, FetchError
 from minipaged.models.hub.catalogue import KNOWN_MODELS, find_known, in_words
+from minipaged.utils.options import shown
 
 EMBEDDED = ("storyteller",)  # models that ship inside the package
 
@@ -87,7 +89,9 @@ def _no_name(text: str) -> str:
     close = get_close_matches(text.lower(), [m.short_name.lower() for m in KNOWN_MODELS], n=1)
     known = find_known(close[0]) if close else None
     meant = f", perhaps {known.name}" if known else ""
-    return f"{text!r} is no model's name: give owner/name as on the hub, or a listed one{meant}."
+    return (
+        f"{shown(text)} is no model's name: give owner/name as on the hub, or a listed one{meant}."
+    )
 
 
 def find_model(model: str | Path) -> Path:
@@ -97,8 +101,9 @@ def find_model(model: str | Path) -> Path:
     """
     if model in EMBEDDED:
         return Path(str(files("minipaged") / "assets" / str(model)))
-    if model and Path(model).is_dir():
-        return Path(model)
+    with suppress(OSError, ValueError):  # longer than a path, or with a null byte
+        if model and Path(model).is_dir():
+            return Path(model)
     fetched = find_local(model) if isinstance(model, str) else None
     if fetched is None:
         raise CheckpointError(_how_to_get(str(model)))
@@ -110,12 +115,12 @@ def _how_to_get(model: str) -> str:
         name = ModelName.parse(model)
     except FetchError as error:
         embedded = " or ".join(EMBEDDED)
-        return f"there is no folder {model!r}, the embedded model is {embedded}, and {error}"
+        return f"there is no folder {shown(model)}, the embedded model is {embedded}, and {error}"
     known = find_known(name.repo)
     if known is None:
         return (
-            f"{model!r} is neither a folder nor a model that was fetched: correct the path, or "
-            f"fetch it by `minipaged fetch {model}`."
+            f"{shown(model)} is neither a folder nor a model that was fetched: correct the path, "
+            f"or fetch it by `minipaged fetch {model}`."
         )
     size = f"about {in_words(known.num_bytes)}, licence: {known.licence}"
     return f"{name} is not on this machine: fetch it ({size}) by `minipaged fetch {model}`."
