@@ -1,7 +1,8 @@
 """The front door: prompts in, RequestOutputs out."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from threading import Lock
@@ -96,8 +97,11 @@ class LLM:
         many = list_prompts(prompts)
         outputs: dict[int, RequestOutput] = {}
         num_tokens = 0
-        with progress_bar(total=len(many), desc="prompts", shown=use_tqdm) as bar:
-            for index, progress in self._serve(many, sampling_params):
+        with (
+            progress_bar(total=len(many), desc="prompts", shown=use_tqdm) as bar,
+            closing(self._serve(many, sampling_params)) as served,
+        ):
+            for index, progress in served:
                 if progress.finished:
                     outputs[index] = output = progress.build_output()
                     num_tokens += sum(len(o.token_ids) for o in output.outputs)
@@ -122,12 +126,13 @@ class LLM:
         Raises RequestFailed if the code of a request fails (see `LLMEngine.step`), and what
         `generate` raises.
         """
-        for index, progress in self._serve(list_prompts(prompts), sampling_params):
-            yield index, progress.build_output()
+        with closing(self._serve(list_prompts(prompts), sampling_params)) as served:
+            for index, progress in served:
+                yield index, progress.build_output()
 
     def _serve(
         self, prompts: list[Prompt], sampling_params: Params | Iterable[Params] | None
-    ) -> Iterator[tuple[int, Progress]]:
+    ) -> Generator[tuple[int, Progress]]:
         """Add the prompts, then step until all have finished; aborts what is left when closed."""
         params = one_for_each(sampling_params, len(prompts))
         mine: dict[str, int] = {}  # request id -> index of the prompt

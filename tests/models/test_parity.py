@@ -122,7 +122,14 @@ def test_in_bfloat16_the_engine_is_as_exact_as_transformers(family: str, checkpo
     import transformers
 
     folder = checkpoint(family, torch.bfloat16)
-    llm = LLM(folder, dtype="bfloat16", block_size=4, num_blocks=24, max_num_batched_tokens=64)
+    llm = LLM(
+        folder,
+        dtype="bfloat16",
+        block_size=4,
+        num_blocks=24,
+        max_num_batched_tokens=64,
+        max_logprobs=-1,
+    )
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=VOCAB_SIZE)
     [output] = llm.generate([PROMPTS[0]], params, use_tqdm=False)
     ours = torch.tensor(

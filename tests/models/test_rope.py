@@ -43,7 +43,13 @@ def prompt(length: int) -> list[int]:
 
 def logprobs(folder: Path, token_ids: list[int], backend: str = "torch") -> torch.Tensor:
     """Of all tokens after each position but the last two."""
-    llm = LLM(folder, num_blocks=32, attention_backend=backend, max_num_batched_tokens=64)
+    llm = LLM(
+        folder,
+        num_blocks=32,
+        attention_backend=backend,
+        max_num_batched_tokens=64,
+        max_logprobs=-1,
+    )
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=VOCAB_SIZE)
     # The last token is left out: the engine wants room for a token after the prompt.
     [output] = llm.generate([token_ids[:-1]], params, use_tqdm=False)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import CO_GENERATOR
 from math import isclose
 from pathlib import Path
 from random import Random
@@ -62,8 +63,8 @@ class Injector:
         code = frame.f_code
         if event not in ("call", "return") or not _is_ours(code.co_filename):
             return
-        if code.co_name == "<genexpr>":  # Python ignores what is raised when it closes one
-            return
+        if code.co_flags & CO_GENERATOR and (event == "return" or code.co_name == "<genexpr>"):
+            return  # no signal comes between a yield and its caller, nor may a closing one raise
         self.num_passed += 1
         if self.places is not None:
             self.places.setdefault(_place(frame, event), []).append(self.num_passed)

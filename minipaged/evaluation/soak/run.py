@@ -1,10 +1,9 @@
 """What every soak shares: count cases and mismatches, show progress, survive Ctrl-C."""
 
-import os
 from abc import ABC, abstractmethod
 from typing import Any
 
-from tqdm import tqdm
+from minipaged.utils.progress import progress_bar
 
 
 class Mismatch(Exception):
@@ -36,9 +35,7 @@ class Soak(ABC):
 
     def run(self) -> None:
         """Run all cases; afterwards the attributes say what was found."""
-        # An argument would win over the variable, which tqdm itself reads.
-        silent: dict[str, Any] = {} if "TQDM_DISABLE" in os.environ else {"disable": None}
-        with tqdm(total=self.count, desc=self.unit, **silent) as bar:
+        with progress_bar(total=self.count, desc=self.unit) as bar:
             try:
                 while self.num_done < self.count:
                     before = self.num_done

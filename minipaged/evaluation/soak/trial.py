@@ -71,7 +71,10 @@ class Trial:
         try:
             self._engine.add_request(request_id, request.prompt, request.params)
         except InvalidRequest as error:
-            length = len(read_prompt(request.prompt, self._engine.tokenizer).token_ids)
+            engine = self._engine
+            longest = engine.config.max_model_len
+            read = read_prompt(request.prompt, engine.tokenizer, longest)
+            length = len(read.token_ids)
             self._check_lack_of_blocks(length, 1, str(error))
             self.num_rejected += 1
         else:
