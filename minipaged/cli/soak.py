@@ -56,6 +56,14 @@ def engines(count: Count = 100, seed: Seed = 0, part: Part = None, as_json: AsJs
     )
 
 
+@app.command()
+def faults(count: Count = 100, seed: Seed = 0, as_json: AsJson = False) -> None:
+    """Exceptions and Ctrl-C wherever a function begins or returns: no other request may change."""
+    from minipaged.evaluation.soak.fault_runs import FaultsSoak
+
+    run_and_report(FaultsSoak(count, seed), None, as_json)
+
+
 def run_and_report(soak: "Soak", part: list[str] | None, as_json: bool) -> None:
     """Run a soak and print what it found; ends with exit code 1 if there was a mismatch."""
     soak.run()

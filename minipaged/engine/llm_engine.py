@@ -13,7 +13,7 @@ from torch import Tensor
 from minipaged.config import EngineConfig
 from minipaged.engine.arrivals import RequestBuilder, first_group, refuse_id, refuse_request
 from minipaged.engine.broken_logits import CHECK_ONLY, leave_out_broken
-from minipaged.engine.open_request import Advance, Broken, OpenRequest, Sampled, Sampling
+from minipaged.engine.open_request import Broken, OpenRequest, Sampled, Sampling
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput, StepStats
 from minipaged.engine.prefixes import PinnedPrefixes
 from minipaged.engine.request import Arrival, ModelTraits, Request
@@ -24,7 +24,7 @@ from minipaged.sampling import Params, SamplingParams
 from minipaged.sampling.sampler import Sampler, SamplingRow
 from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
-from minipaged.sequence import Sequence, SequenceGroup
+from minipaged.sequence import Sequence
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, read_prompt
 from minipaged.utils.device import to_device
@@ -185,9 +185,9 @@ class LLMEngine:
             request.last_token_time = times[-1]
             if request.first_token_time is None:
                 request.first_token_time = times[-1]
-            open_request.history.append(advance := Advance(number, tokens, []))
+            open_request.history.append((number, tokens))
             try:
-                ended = request.advance(tokens, partial(self._fork, request.group, advance.forked))
+                ended = request.advance(tokens, partial(self._fork, open_request))
                 progress = request.progress()
             except Exception as error:
                 self._faults.setdefault(request_id, error)
@@ -225,9 +225,9 @@ class LLMEngine:
                 self._faults[group.request_id] = error
         progresses += [self._open[request_id].fail(e) for request_id, e in self._faults.items()]
 
-    def _fork(self, group: SequenceGroup, forked: list[int], parent: Sequence) -> Sequence:
-        child = self.scheduler.fork(group, parent, next(self._seq_ids))
-        forked.append(child.seq_id)
+    def _fork(self, open_request: OpenRequest, parent: Sequence) -> Sequence:
+        child = self.scheduler.fork(open_request.request.group, parent, next(self._seq_ids))
+        open_request.forked.append(child.seq_id)
         return child
 
     def restart(self) -> None:

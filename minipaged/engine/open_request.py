@@ -6,11 +6,10 @@ forks and its log-probabilities follow from these, as its keys and values follow
 If a step is cut short, every request is rebuilt from its history as it was before that step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import NamedTuple
 
 from minipaged.engine.outputs import Progress
 from minipaged.engine.request import Arrival, Request
@@ -18,17 +17,10 @@ from minipaged.errors import RequestFailed
 from minipaged.sampling.sampler import SampledToken
 from minipaged.sequence import Sequence, SequenceGroup
 
-Sampled = dict[str, dict[int, list[SampledToken]]]  # by request id, by sequence id
+SampledBySeq = dict[int, list[SampledToken]]  # by sequence id
+Sampled = dict[str, SampledBySeq]  # by request id
 Broken = dict[int, str]  # by sequence id: what is wrong with its logits
 Sampling = tuple[Sampled, Broken]
-
-
-class Advance(NamedTuple):
-    """What one step gave one request."""
-
-    step: int
-    sampled: dict[int, list[SampledToken]]  # by sequence id
-    forked: list[int]  # ids of the sequences that it forked, in order
 
 
 @dataclass(eq=False)
@@ -38,7 +30,10 @@ class OpenRequest:
     arrival: Arrival
     build: Callable[[Arrival], Request]  # a request of its kind, with its parameters and seed
     request: Request = field(init=False)
-    history: list[Advance] = field(default_factory=list[Advance])
+    history: list[tuple[int, SampledBySeq]] = field(default_factory=list[tuple[int, SampledBySeq]])
+    """The steps that gave it tokens, and these."""
+    forked: list[int] = field(default_factory=list[int])
+    """Ids of the sequences that it forked, in order."""
     ended_in: float = inf  # the step
 
     def __post_init__(self) -> None:
@@ -62,26 +57,28 @@ class OpenRequest:
         group = SequenceGroup(old.request_id, [seq], old.width, num_preemptions=old.num_preemptions)
         arrival = replace(self.arrival, group=group)
         request = self.build(arrival)
-        history = [advance for advance in self.history if advance.step <= last_step]
-        for advance in history:
-            self._replay(request, advance)
+        history = [(step, sampled) for step, sampled in self.history if step <= last_step]
+        child_ids = iter(self.forked)
+        for _, sampled in history:
+            self._replay(request, sampled, child_ids)
         request.take_over(self.request, has_tokens=bool(history))
         # The first sequence is computed again, and the others fork from it again.
         group.awaiting_refork, group.sequences = group.sequences[1:], group.sequences[:1]
         vars(self.request).update(vars(request))
         self.arrival, self._first, self.history, self.ended_in = arrival, seq, history, inf
+        self.forked = self.forked[: len(self.forked) - len(list(child_ids))]
         return group
 
-    def _replay(self, request: Request, advance: Advance) -> None:
+    def _replay(self, request: Request, sampled: SampledBySeq, child_ids: Iterator[int]) -> None:
         """Let a rebuilt request take the tokens of one step again."""
-        group, child_ids = request.group, iter(advance.forked)
+        group = request.group
 
         def fork(parent: Sequence) -> Sequence:
             child = parent.fork(next(child_ids))
             group.sequences.append(child)
             return child
 
-        for seq in request.advance(advance.sampled, fork):
+        for seq in request.advance(sampled, fork):
             group.sequences.remove(seq)
         request.progress()  # this was reported
 

@@ -113,17 +113,33 @@ def forget_the_forks(monkeypatch):
 def report_tokens_again(monkeypatch):
     replay = OpenRequest._replay
 
-    def without_reporting(self, request, advance):
+    def without_reporting(self, request, sampled, child_ids):
         request.progress, progress = lambda: None, request.progress
-        replay(self, request, advance)
+        replay(self, request, sampled, child_ids)
         request.progress = progress
 
     monkeypatch.setattr(OpenRequest, "_replay", without_reporting)
 
 
+def keep_the_forks_of_the_step(monkeypatch):
+    rebuild = OpenRequest.rebuild
+
+    def with_all_forks(self, last_step):
+        forked = self.forked
+        group = rebuild(self, last_step)
+        self.forked = forked
+        return group
+
+    monkeypatch.setattr(OpenRequest, "rebuild", with_all_forks)
+
+
 MUTANTS = [
-    leave_out_the_restart, keep_the_tokens_of_the_step, forget_the_forks, report_tokens_again,
-]  # fmt: skip
+    leave_out_the_restart,
+    keep_the_tokens_of_the_step,
+    forget_the_forks,
+    report_tokens_again,
+    pytest.param(keep_the_forks_of_the_step, marks=pytest.mark.full),  # seen after many faults
+]
 
 
 @pytest.mark.parametrize("mutate", MUTANTS)
@@ -183,7 +199,7 @@ def test_a_fault_in_one_generate_leaves_the_stream_of_another_as_it_was(storytel
     undisturbed = interrupted(storyteller, counting)
     rng, places = Random(2), sorted(counting.places)
     for place in rng.sample(places, examples(8, full=len(places))):
-        injector = Injector(fault(), rng.choice(counting.places[place]))
+        injector = Injector(fault(), (rng.choice(counting.places[place]),))
         try:
             samples, guilty = interrupted(storyteller, injector), None
         except RequestFailed as error:  # it is the stream's own code that failed

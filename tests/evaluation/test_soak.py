@@ -10,8 +10,11 @@ from commands import minipaged
 from faulty_memory import ALLOCATORS, CACHES, MANAGERS, with_cache
 
 from minipaged import LLM, RequestOutput, SamplingParams
+from minipaged.engine.open_request import OpenRequest
+from minipaged.evaluation.soak import fault_runs
 from minipaged.evaluation.soak.alone import Alone, make_tiny_model
 from minipaged.evaluation.soak.memory import MemorySoak
+from minipaged.evaluation.soak.scenarios import scenarios
 from minipaged.evaluation.soak.trial import Served
 from minipaged.evaluation.soak.workload import RandomRequest
 from minipaged.memory import BlockManager
@@ -177,6 +180,35 @@ def test_a_fault_in_an_engine_is_a_mismatch_that_its_seed_shows(part, seed, caps
     code, out, _ = minipaged(capsys, monkeypatch, *again)
     assert code == 1
     assert out.splitlines()[-3] == first
+
+
+# ---- faults --------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_injected_faults_change_no_other_request(capsys, monkeypatch):
+    code, out, err = minipaged(capsys, monkeypatch, "soak", "faults", "--count", "16")
+    assert (code, err) == (0, "")
+    places, last = out.splitlines()
+    assert last == "16 injected faults, 0 mismatches"
+    assert re.fullmatch(r"\d+ places in 8 scenarios; \d requests whose own code raised .+", places)
+
+
+def test_a_request_that_keeps_the_tokens_of_a_step_cut_short_is_a_mismatch(capsys, monkeypatch):
+    rebuild, [first, *_] = OpenRequest.rebuild, scenarios()
+    monkeypatch.setattr(OpenRequest, "rebuild", lambda self, _: rebuild(self, 10**9))
+    monkeypatch.setattr(fault_runs, "scenarios", lambda: [first])
+    code, out, _ = minipaged(capsys, monkeypatch, "soak", "faults", "--count", "8")
+    *_, first, reproduce, last = out.splitlines()
+    assert code == 1
+    assert not last.endswith(" 0 mismatches")
+    again = reproduce.removeprefix("to reproduce it: minipaged ").split()
+    code, out, _ = minipaged(capsys, monkeypatch, *again)
+    assert code == 1
+    assert out.splitlines()[-3] == first
+
+
+# ---- rounding ------------------------------------------------------------------------------------
 
 
 def test_only_a_choice_between_equal_tokens_counts_as_rounding(tmp_path):

@@ -31,6 +31,8 @@ from minipaged.tokenizer.prompts import Prompt
 PACKAGE = Path(__file__).parents[2]
 HARNESS = Path(__file__).parent
 Call = Callable[["Run"], object]
+LITTLE_LATER = 3000
+"""Boundaries between two faults, at most: about four steps."""
 
 
 class InjectedError(Exception):
@@ -39,13 +41,13 @@ class InjectedError(Exception):
 
 @dataclass
 class Injector:
-    """Raises a fault once, at the boundary of this number."""
+    """Raises a fault at the boundaries of these numbers."""
 
     fault: BaseException | None = None
-    boundary: int = 0  # counted from 1
+    boundaries: tuple[int, ...] = ()  # counted from 1
     num_passed: int = 0
     where: str | None = None
-    """Where it raised, as "scheduler.fcfs.FCFSScheduler.schedule, return"."""
+    """Where it raised first, as "scheduler.fcfs.FCFSScheduler.schedule, return"."""
     places: dict[str, list[int]] | None = None
     """If given, collects the boundaries by place."""
 
@@ -68,8 +70,8 @@ class Injector:
         self.num_passed += 1
         if self.places is not None:
             self.places.setdefault(_place(frame, event), []).append(self.num_passed)
-        if self.num_passed == self.boundary and self.fault is not None:
-            self.where = _place(frame, event)
+        if self.num_passed in self.boundaries and self.fault is not None:
+            self.where = self.where or _place(frame, event)
             raise self.fault
 
 
@@ -124,8 +126,8 @@ class Run:
     # ---- calls -----------------------------------------------------------------------------------
 
     def make(self, call: Call, injector: Injector) -> None:
-        """Make a call, and once more if it is cut short."""
-        for _ in range(2):
+        """Make a call, and again if it is cut short."""
+        while True:
             try:
                 with injector.active():
                     call(self)
@@ -182,7 +184,7 @@ def inject(engine: LLMEngine, calls: list[Call], rng: Random) -> Iterator[Findin
     """Perform the calls again and again: with a fault at each place, in a random order.
 
     A place is passed many times. One passage is chosen at random, and the fault is by turns an
-    exception and Ctrl-C.
+    exception and Ctrl-C. Ctrl-C comes a second time a little later, perhaps in the same step.
     """
     counting = Injector(places={})
     undisturbed = perform(engine, calls, counting)
@@ -190,12 +192,16 @@ def inject(engine: LLMEngine, calls: list[Call], rng: Random) -> Iterator[Findin
     places = list(counting.places.values())
     rng.shuffle(places)
     for number, boundaries in enumerate(places):
-        fault = KeyboardInterrupt() if number % 2 else InjectedError("an injected fault")
-        injector = Injector(fault, rng.choice(boundaries))
+        boundary = rng.choice(boundaries)
+        injector = Injector(InjectedError("an injected fault"), (boundary,))
+        if number % 2:
+            second = boundary + rng.randint(1, LITTLE_LATER)
+            injector = Injector(KeyboardInterrupt(), (boundary, second))
         run = perform(engine, calls, injector)
         mismatch = compare(run, undisturbed, injector)
         assert injector.where is not None, "the run has fewer boundaries than the undisturbed one"
-        yield Finding(injector.where, fault, len(run.errors), mismatch)
+        assert injector.fault is not None
+        yield Finding(injector.where, injector.fault, len(run.errors), mismatch)
 
 
 def perform(engine: LLMEngine, calls: list[Call], injector: Injector) -> Run:
