@@ -195,9 +195,9 @@ def test_injected_faults_change_no_other_request(capsys, monkeypatch):
 
 
 def test_a_request_that_keeps_the_tokens_of_a_step_cut_short_is_a_mismatch(capsys, monkeypatch):
-    rebuild, [first, *_] = OpenRequest.rebuild, scenarios()
+    rebuild, [scenario, *_] = OpenRequest.rebuild, scenarios()
     monkeypatch.setattr(OpenRequest, "rebuild", lambda self, _: rebuild(self, 10**9))
-    monkeypatch.setattr(fault_runs, "scenarios", lambda: [first])
+    monkeypatch.setattr(fault_runs, "scenarios", lambda: [scenario])
     code, out, _ = minipaged(capsys, monkeypatch, "soak", "faults", "--count", "8")
     *_, first, reproduce, last = out.splitlines()
     assert code == 1
