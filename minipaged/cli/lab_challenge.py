@@ -23,6 +23,7 @@ from minipaged.labs.challenge import (
     traces,
 )
 from minipaged.utils.options import require_whole
+from minipaged.utils.progress import progress_bar
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -60,8 +61,8 @@ def challenge(
 
 
 def _serve_all(who: str, requests: dict[str, Any], parts: dict[str, Any]) -> list[Served]:
-    with console.status(f"serving: {who}"):
-        return [serve(workload, trace, parts) for workload, trace in requests.items()]
+    bar = progress_bar(requests.items(), desc=f"serving: {who}", unit="trace", leave=False)
+    return [serve(workload, trace, parts) for workload, trace in bar]
 
 
 def _comparison(library: list[Served], yours: list[Served]) -> Table:
