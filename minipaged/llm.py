@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any
 
 from minipaged.config import EngineArgs
+from minipaged.engine.beam_output import BeamSearchOutput
 from minipaged.engine.build import build_engine
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput
 from minipaged.engine.parts import Parts
@@ -52,8 +53,8 @@ class LLM:
         self.folder = find_model(args.model)
         self.engine = build_engine(self.folder, args, args.parts or Parts())
         self._numbers = count()
-        # Ids of the requests that `generate` and `stream` have open, and of each the newest
-        # progress that its stream has not read yet: several streams share every step.
+        # Ids of the requests that `generate` and `stream` have open, and of each the progress that
+        # its stream has not read yet: several streams share every step.
         self._open: set[str] = set()
         self._unread: dict[str, Progress] = {}
         self._abandoned: set[str] = set()  # those that nobody reads any more, still to be aborted
@@ -117,7 +118,8 @@ class LLM:
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Like `generate`, token by token: yields (index of the prompt, what it has so far).
 
-        Beam search and best_of show nothing before the end: they change their minds.
+        Beam search and best_of show nothing before the end: they change their minds. With an
+        `output_kind` of DELTA, an output holds only what is new.
 
         Several streams may be open at once, in one thread or in several; they share every step. A
         stream that is closed before the end, or is stopped by an error, aborts what is left.
@@ -128,7 +130,7 @@ class LLM:
         """
         with closing(self._serve(list_prompts(prompts), sampling_params)) as served:
             for index, progress in served:
-                yield index, progress.build_output()
+                yield index, progress.output()
 
     def _serve(
         self, prompts: list[Prompt], sampling_params: Params | Iterable[Params] | None
@@ -174,7 +176,10 @@ class LLM:
         num_steps, progresses = self.engine.last_step
         for progress in progresses:
             if progress.request_id in self._open:
-                self._unread[progress.request_id] = progress
+                unread = self._unread.get(progress.request_id)
+                self._unread[progress.request_id] = (
+                    progress if unread is None else progress.after(unread)
+                )
         self._num_steps_read = num_steps
 
     def _abort_abandoned(self) -> None:
@@ -192,8 +197,11 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         params: BeamSearchParams,
         use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
+    ) -> list[BeamSearchOutput]:
         """Search for the likeliest sequences after each prompt; the outputs come best first.
+
+        Each result can be read in two ways: `outputs` as of any request, without the prompt, and
+        `sequences` as in vLLM, with it.
 
         Raises InvalidRequest if params are no BeamSearchParams, and what `generate` raises.
         """
@@ -202,7 +210,8 @@ class LLM:
                 f"beam_search takes one BeamSearchParams for all prompts, not {shown(params)}: for "
                 "sampling, or one for each prompt, use generate."
             )
-        return self.generate(prompts, params, use_tqdm)
+        outputs = self.generate(prompts, params, use_tqdm)
+        return [BeamSearchOutput.of(output, self.get_tokenizer()) for output in outputs]
 
     def cache_prefix(self, prefix: Prompt) -> CachedPrefix:
         """Compute a beginning that many prompts have in common, and keep it until it is released.

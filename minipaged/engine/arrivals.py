@@ -1,15 +1,30 @@
 """How a request begins: what is refused, its first sequence, and the object that serves it."""
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minipaged.engine.beam_request import BeamRequest
 from minipaged.engine.request import Arrival, ModelTraits, Request
 from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams
 from minipaged.sequence import Sequence, SequenceGroup
-from minipaged.tokenizer.prompts import TokenizedPrompt
+from minipaged.tokenizer.prompts import Prompt, TokenizedPrompt, read_prompt
 from minipaged.utils.options import require_type, shown
+
+
+def own_copy(params: object) -> Params:
+    """The request's own copy of its parameters, which its caller may change; checked once more.
+
+    Raises InvalidRequest for what are no parameters, InvalidOption for a value that cannot work.
+    """
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams | BeamSearchParams):
+        raise InvalidRequest(
+            f"{shown(params)} is no SamplingParams: give SamplingParams(...) or "
+            "BeamSearchParams(...)."
+        )
+    return params.clone()
 
 
 def refuse_id(request_id: str, taken: Container[str]) -> None:
@@ -19,33 +34,44 @@ def refuse_id(request_id: str, taken: Container[str]) -> None:
         raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
 
 
-def refuse_request(
-    prompt: TokenizedPrompt,
-    params: Params,
-    model: ModelTraits,
-    vocab_size: int,
-    max_logprobs: int,
-) -> None:
-    """Raise InvalidRequest, InvalidOption or MissingTokenizer for what the model cannot serve."""
-    outside = [t for t in prompt.token_ids if not 0 <= t < vocab_size]
+def read_request(
+    prompt: Prompt, params: Params, model: ModelTraits, max_logprobs: int
+) -> TokenizedPrompt:
+    """The prompt in tokens, the last `truncate_prompt_tokens` of them.
+
+    Raises InvalidRequest, PromptTooLong, InvalidOption or MissingTokenizer for what the model
+    cannot serve.
+    """
+    keep = params.truncate_prompt_tokens if isinstance(params, SamplingParams) else None
+    most = model.max_model_len if keep is None else None
+    read = read_prompt(prompt, model.tokenizer, most)
+    if keep is not None:
+        keep = model.max_model_len - 1 if keep == -1 else keep  # room for one more token
+        read = replace(read, token_ids=read.token_ids[-keep:])
+    outside = [t for t in read.token_ids if not 0 <= t < model.vocab_size]
     if outside:
         raise InvalidRequest(
             f"the prompt holds token id {shown(outside[0])}, and the model knows ids from 0 to "
-            f"{vocab_size - 1}: was it encoded for another model?"
+            f"{model.vocab_size - 1}: was it encoded for another model?"
         )
-    if isinstance(params, SamplingParams):
-        params.check_model(vocab_size, max_logprobs)
-        if params.stop_strings and model.tokenizer is None:
-            raise MissingTokenizer(
-                "stop strings need text, but the model's folder holds no tokenizer: "
-                "use stop_token_ids."
-            )
-    elif isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-        params.check_vocab(vocab_size, len(model.eos_token_ids))
-    else:
-        raise InvalidRequest(
-            f"{shown(params)} is no SamplingParams: give SamplingParams(...) or "
-            "BeamSearchParams(...)."
+    if isinstance(params, BeamSearchParams):
+        params.check_vocab(model.vocab_size, len(model.eos_token_ids))
+        return read
+    params.check_model(model.vocab_size, max_logprobs)
+    if model.tokenizer is None:
+        _refuse_text(params)
+    return read
+
+
+def _refuse_text(params: SamplingParams) -> None:
+    if params.stop_strings:
+        raise MissingTokenizer(
+            "stop strings need text, but the model has no tokenizer: use stop_token_ids."
+        )
+    if params.bad_words:
+        raise MissingTokenizer(
+            "bad_words are text, but the model has no tokenizer: forbid tokens by a logit_bias of "
+            "-100."
         )
 
 

@@ -4,7 +4,7 @@ from minipaged.engine.outputs import CompletionOutput, FinishReason, NewTokens, 
 from minipaged.engine.request import Arrival, Fork, Request
 from minipaged.sampling import Beam, BeamSearch, BeamSearchParams, SamplingParams
 from minipaged.sampling.beam import Hypothesis
-from minipaged.sampling.sampler import SampledToken, SamplingRow
+from minipaged.sampling.rows import SampledToken, SamplingRow
 from minipaged.sequence import Sequence
 from minipaged.tokenizer.detokenizer import Detokenizer
 
@@ -35,7 +35,7 @@ class BeamRequest(Request):
         tokens = {beam: sampled[beam.seq.seq_id][0] for beam in self._beams}
         healthy = {beam: token for beam, token in tokens.items() if token.error is None}
         if not healthy:
-            self.finish_all("error", tokens[self._beams[0]].error)
+            self.finish_all("error", str(tokens[self._beams[0]].error))
             return [beam.seq for beam in self._beams]
         likeliest = [token.top_logprobs or {} for token in healthy.values()]
         chosen = self._search.advance(list(healthy), likeliest)

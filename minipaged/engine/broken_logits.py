@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from minipaged.engine.open_request import Broken, OpenRequest
 from minipaged.sampling import SamplingParams
-from minipaged.sampling.sampler import SamplingRow
+from minipaged.sampling.rows import SamplingRow
 from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import SequenceGroup

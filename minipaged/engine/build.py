@@ -17,6 +17,7 @@ from minipaged.errors import InvalidOption
 from minipaged.models.base import Model
 from minipaged.models.linear import pack_weights
 from minipaged.models.loader import load_model, read_model_config
+from minipaged.sampling.sampler import Sampler
 from minipaged.tokenizer.load import open_tokenizer
 from minipaged.tokenizer.special_tokens import find_end_token
 from minipaged.utils.device import choose_device
@@ -65,6 +66,7 @@ def build_engine(folder: Path, args: EngineArgs, parts: Parts) -> LLMEngine:
         ModelRunner(model, backend, storage.kv_cache, storage.batches, graphs),
         tokenizer,
         sampling_request=parts.sampling_request,
+        sampler=Sampler(parts.adjust_logits),
         seed=args.seed,
     )
 

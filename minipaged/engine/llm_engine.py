@@ -1,7 +1,6 @@
 """The engine: every `step()` computes one more token, or a chunk of prompt, of what runs."""
 
 import random
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -11,22 +10,25 @@ import torch
 from torch import Tensor
 
 from minipaged.config import EngineConfig
-from minipaged.engine.arrivals import RequestBuilder, first_group, refuse_id, refuse_request
+from minipaged.engine.arrivals import RequestBuilder, first_group, own_copy, read_request, refuse_id
 from minipaged.engine.broken_logits import CHECK_ONLY, leave_out_broken
-from minipaged.engine.open_request import Broken, OpenRequest, Sampled, Sampling
-from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput, StepStats
+from minipaged.engine.metrics import StepStats
+from minipaged.engine.open_request import Broken, OpenRequest, Sampled, Sampling, end_early
+from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput
 from minipaged.engine.prefixes import PinnedPrefixes
 from minipaged.engine.request import Arrival, ModelTraits, Request
 from minipaged.engine.sampling_request import SamplingRequest
 from minipaged.errors import InvalidRequest
 from minipaged.memory import MemoryView
 from minipaged.sampling import Params, SamplingParams
-from minipaged.sampling.sampler import Sampler, SamplingRow
+from minipaged.sampling.rows import SamplingRow
+from minipaged.sampling.sampler import Sampler
 from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
 from minipaged.sequence import Sequence
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, read_prompt
+from minipaged.utils.clock import wall_clock
 from minipaged.utils.device import to_device
 from minipaged.worker.model_runner import ModelRunner
 
@@ -50,14 +52,15 @@ class LLMEngine:
         tokenizer: Tokenizer | None,
         *,
         sampling_request: Callable[[Arrival, SamplingParams, int], Request] = SamplingRequest,
+        sampler: Sampler | None = None,
         seed: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = wall_clock,
     ) -> None:
         self.config = config
         self.scheduler = build_scheduler()
         self.runner = runner
         self.tokenizer = tokenizer
-        self.sampler = Sampler()
+        self.sampler = sampler or Sampler()
         self.listeners: list[Listener] = []
         """Called in each step, before anything is freed. They must not change the engine."""
         self.last_step: tuple[int, list[Progress]] = (0, [])
@@ -65,7 +68,8 @@ class LLMEngine:
         self._build_scheduler = build_scheduler
         self._sampling_request = sampling_request
         model = runner.model.config
-        self._traits = ModelTraits(tokenizer, model.eos_token_ids, config.max_model_len)
+        longest = config.max_model_len
+        self._traits = ModelTraits(tokenizer, model.eos_token_ids, longest, model.vocab_size)
         self._open: dict[str, OpenRequest] = {}
         self.prefixes = PinnedPrefixes()
         self._seq_ids = count()
@@ -98,7 +102,7 @@ class LLMEngine:
             times = [self._clock()]
             decision = self.scheduler.schedule()  # which sequences run, how many tokens each
             times.append(self._clock())
-            step = self._step_input(decision)  # the same in plain numbers
+            step = self._step_input(decision, times[-1])  # the same in plain numbers
             logits = self.runner.run(step)  # [rows, vocab]: the device side
             times.append(self._clock())
             sampled, broken = self._sample(decision, step, logits)  # by request, by sequence
@@ -125,12 +129,14 @@ class LLMEngine:
             raise
         self._is_cut_short = False
 
-    def _step_input(self, decision: SchedulerOutput) -> StepInput:
+    def _step_input(self, decision: SchedulerOutput, now: float) -> StepInput:
         """The decision in plain numbers: the message to the device side (section 4.6)."""
         tables = self.scheduler.memory.tables
         sequences: list[SequenceInput] = []
         for group, seq, num_new_tokens, _ in decision.sequences:
             request, start = self._open[group.request_id].request, seq.num_computed_tokens
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = now
             wants_all = request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq)
             num_logits = num_new_tokens if wants_all else 1  # of a chunk too: see `broken_logits`
             new = seq.token_ids[start : start + num_new_tokens]
@@ -148,9 +154,9 @@ class LLMEngine:
         for (group, seq, _, samples), given in zip(decision.sequences, step.sequences, strict=True):
             request = self._open[group.request_id].request
             start, stop = stop, stop + given.num_logits
-            if request.num_prompt_logprobs is not None:
-                request.note_prompt_logits(seq, logits[start:stop])
             try:
+                if request.num_prompt_logprobs is not None:
+                    request.note_prompt_logits(seq, logits[start:stop])
                 wanted = request.rows(seq) if samples else [CHECK_ONLY]
             except Exception as error:
                 self._faults[group.request_id] = error
@@ -163,7 +169,7 @@ class LLMEngine:
         tokens, start = self.sampler.sample(logits, rows), 0
         sampled, broken = Sampled(), Broken()
         for request_id, seq_id, num_rows, samples in owners:
-            if (error := tokens[start].error) is not None:
+            if isinstance(error := tokens[start].error, str):  # what a processor raised: later
                 broken[seq_id] = error
             if samples:
                 sampled.setdefault(request_id, {})[seq_id] = tokens[start : start + num_rows]
@@ -197,10 +203,11 @@ class LLMEngine:
             if progress is not None:
                 progresses.append(progress)
         if decision.ended or self._faults:
-            self._end_early(decision, progresses)
+            progresses += end_early(decision.ended, self._open, self._faults)
         for progress in progresses:
             if progress.finished:
-                self._open[progress.request_id].ended_in = number
+                open_request = self._open[progress.request_id]
+                open_request.ended_in, open_request.request.finished_time = number, times[-1]
         self.last_step = (number, progresses)  # until this assignment, all can be undone
         for progress in progresses:
             if progress.finished:
@@ -213,17 +220,6 @@ class LLMEngine:
         )
         if self._faults:  # their forks may be half done
             self.restart()
-
-    def _end_early(self, decision: SchedulerOutput, progresses: list[Progress]) -> None:
-        """End the requests that are out of memory, and those whose own code has raised."""
-        for group in decision.ended:
-            request = self._open[group.request_id].request
-            try:
-                request.finish_all("length")
-                progresses += filter(None, [request.progress()])
-            except Exception as error:
-                self._faults[group.request_id] = error
-        progresses += [self._open[request_id].fail(e) for request_id, e in self._faults.items()]
 
     def _fork(self, open_request: OpenRequest, parent: Sequence) -> Sequence:
         child = self.scheduler.fork(open_request.request.group, parent, next(self._seq_ids))
@@ -254,11 +250,9 @@ class LLMEngine:
             InvalidOption: its parameters do not suit the model, as a token that it lacks.
             MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
         """
-        params = SamplingParams() if params is None else params
-        config, vocab_size = self.config, self.runner.model.config.vocab_size
-        read = read_prompt(prompt, self.tokenizer, config.max_model_len)
+        params = own_copy(params)
+        read = read_request(prompt, params, self._traits, self.config.max_logprobs)
         refuse_id(request_id, self._open)
-        refuse_request(read, params, self._traits, vocab_size, config.max_logprobs)
         group = first_group(request_id, read, params, next(self._seq_ids))
         with self._change(harmless=InvalidRequest):
             self.scheduler.add(group)
@@ -274,6 +268,7 @@ class LLMEngine:
             if open_request is None:
                 return None
             self.scheduler.abort(open_request.arrival.group)
+        open_request.request.finished_time = self._clock()
         open_request.request.finish_all("abort")
         return open_request.request.output()
 

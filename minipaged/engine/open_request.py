@@ -6,7 +6,7 @@ forks and its log-probabilities follow from these, as its keys and values follow
 If a step is cut short, every request is rebuilt from its history as it was before that step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -14,7 +14,7 @@ from math import inf
 from minipaged.engine.outputs import Progress
 from minipaged.engine.request import Arrival, Request
 from minipaged.errors import RequestFailed
-from minipaged.sampling.sampler import SampledToken
+from minipaged.sampling.rows import SampledToken
 from minipaged.sequence import Sequence, SequenceGroup
 
 SampledBySeq = dict[int, list[SampledToken]]  # by sequence id
@@ -93,3 +93,25 @@ class OpenRequest:
         with suppress(Exception):  # which may be broken as well
             self.request.finish_all("error")
         return Progress(request_id, [], True, self.request.output, error)
+
+
+def end_early(
+    out_of_memory: Iterable[SequenceGroup],
+    requests: Mapping[str, OpenRequest],
+    faults: dict[str, Exception],
+) -> list[Progress]:
+    """End the requests that are out of memory, and those whose own code has raised.
+
+    Args:
+        requests: by request id.
+        faults: what was raised, by request id; one that raises now is added.
+    """
+    progresses: list[Progress] = []
+    for group in out_of_memory:
+        request = requests[group.request_id].request
+        try:
+            request.finish_all("length")
+            progresses += filter(None, [request.progress()])
+        except Exception as error:
+            faults[group.request_id] = error
+    return progresses + [requests[request_id].fail(e) for request_id, e in faults.items()]

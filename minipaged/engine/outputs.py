@@ -1,24 +1,15 @@
 """What comes out: a `Progress` per request and step, and the `RequestOutput` a user wants of it."""
 
 from collections.abc import Callable
-from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Literal, NamedTuple
 
+from minipaged.engine.metrics import RequestMetrics
 from minipaged.errors import RequestFailed
-from minipaged.scheduler.interface import Scheduler
-from minipaged.scheduler.output import SchedulerOutput
+from minipaged.sampling import RequestOutputKind
+from minipaged.sampling.logprobs import Logprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-
-
-class RequestOutputKind(Enum):
-    """How much of a request a `RequestOutput` holds; vLLM's names."""
-
-    CUMULATIVE = 0  # all that was generated so far
-    DELTA = 1  # what is new since the last output
-    FINAL_ONLY = 2  # everything, and nothing before the request has finished
 
 
 @dataclass(frozen=True)
@@ -29,29 +20,23 @@ class CompletionOutput:
     string), "length" (max_tokens, max_model_len, or a pool too small to go on), "abort", or "error"
     (its logits were broken, as NaN is, and `error` says what to try; or its own code raised).
     stop_reason is the stop string or stop token that ended it, None for the end-of-sequence token.
-    logprobs holds, for each token, the log-probabilities of it and of the likeliest others. score
-    is what beam search ranks by: the log-probability under the length penalty.
+    logprobs holds, for each token, a `Logprob` of it and of the likeliest others, by token id.
+    score is what beam search ranks by: the log-probability under the length penalty.
     """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float
-    logprobs: list[dict[int, float]] | None = None
+    logprobs: list[Logprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     score: float | None = None
     error: str | None = None
 
-
-@dataclass(frozen=True)
-class RequestMetrics:
-    """When a request came and got its tokens, in seconds on the engine's clock."""
-
-    arrival_time: float
-    first_token_time: float | None
-    last_token_time: float | None
-    num_preemptions: int
+    def finished(self) -> bool:
+        """Whether no more tokens will come."""
+        return self.finish_reason is not None
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, float] | None] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
 
 
@@ -79,7 +64,7 @@ class NewTokens(NamedTuple):
     completion: int  # its `CompletionOutput.index`
     token_ids: list[int]
     text: str  # may lag behind the tokens: half a character, or what could begin a stop string
-    logprobs: list[dict[int, float]] | None = None
+    logprobs: list[Logprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -100,7 +85,8 @@ class Progress(NamedTuple):
     """What a step has added to one request: all that a server needs to send on.
 
     Beam search and best_of decide at the end which completions they return: they make no progress
-    before, and then all of it at once.
+    before, and then all of it at once. It can be read like a `RequestOutput`, as the results of a
+    step can in vLLM; what it then holds follows from the request's `output_kind`.
     """
 
     request_id: str
@@ -108,15 +94,15 @@ class Progress(NamedTuple):
     finished: bool
     build_output: Callable[[], RequestOutput]
     error: RequestFailed | None = None  # what its own code raised, which has ended it
+    kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
-    def output(
-        self, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    ) -> RequestOutput | None:
-        """The request as it stands now, by vLLM's kinds; None where FINAL_ONLY has to wait."""
-        if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
-            return None
+    def output(self, kind: RequestOutputKind | None = None) -> RequestOutput:
+        """The request as it stands now: all of it, or what is new if the kind is DELTA.
+
+        Without an argument, the kind that the request asked for.
+        """
         whole = self.build_output()
-        if kind is not RequestOutputKind.DELTA:
+        if (kind or self.kind) is not RequestOutputKind.DELTA:
             return whole
         completions = {completion.index: completion for completion in whole.outputs}
         deltas = [
@@ -130,48 +116,37 @@ class Progress(NamedTuple):
         ]
         return replace(whole, outputs=deltas)
 
+    def after(self, earlier: "Progress") -> "Progress":
+        """Both in one, for who has not read the earlier one."""
+        new = {one.completion: one for one in earlier.new}
+        for one in self.new:
+            old = new.get(one.completion)
+            if old is not None:
+                logprobs = None if one.logprobs is None else (old.logprobs or []) + one.logprobs
+                tokens, text = old.token_ids + one.token_ids, old.text + one.text
+                one = one._replace(token_ids=tokens, text=text, logprobs=logprobs)
+            new[one.completion] = one
+        return self._replace(new=list(new.values()))
 
-@dataclass(frozen=True)
-class StepStats:
-    """One step in numbers, for benchmarks, metrics and the terminal."""
+    @property
+    def outputs(self) -> list[CompletionOutput]:
+        return self.output().outputs
 
-    step: int  # counted from 1
-    num_running: int  # groups, as the next two, after the step was scheduled
-    num_waiting: int
-    num_swapped: int
-    num_sequences: int  # that computed something
-    num_tokens: int  # that they computed
-    num_preempted: int
-    num_queried_tokens: int  # of newly admitted prompts: looked up in the prefix cache,
-    num_cached_tokens: int  # and found there
-    num_blocks_in_use: int
-    num_blocks: int
-    schedule_seconds: float
-    run_seconds: float  # message, tensors and model, as the host sees it
-    sample_seconds: float
+    @property
+    def prompt(self) -> str | None:
+        return self.build_output().prompt
 
-    @classmethod
-    def of(
-        cls, step: int, scheduler: Scheduler, decision: SchedulerOutput, times: Many[float]
-    ) -> "StepStats":
-        """A step that has run; `times` are before and after each of its three parts."""
-        memory = scheduler.memory
-        return cls(
-            step=step,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_swapped=len(scheduler.swapped),
-            num_sequences=len(decision.sequences),
-            num_tokens=sum(scheduled.num_new_tokens for scheduled in decision.sequences),
-            num_preempted=len(decision.preempted),
-            num_queried_tokens=decision.num_queried_tokens,
-            num_cached_tokens=decision.num_cached_tokens,
-            num_blocks_in_use=memory.num_blocks - memory.num_free,
-            num_blocks=memory.num_blocks,
-            schedule_seconds=times[1] - times[0],
-            run_seconds=times[2] - times[1],
-            sample_seconds=times[3] - times[2],
-        )
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.build_output().prompt_token_ids
+
+    @property
+    def prompt_logprobs(self) -> list[Logprobs | None] | None:
+        return self.build_output().prompt_logprobs
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        return self.build_output().metrics
 
 
 @dataclass(frozen=True, eq=False)

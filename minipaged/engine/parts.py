@@ -27,6 +27,7 @@ from minipaged.memory import (
     PrefixCache,
 )
 from minipaged.sampling import SamplingParams
+from minipaged.sampling.sampler import AdjustLogits
 from minipaged.scheduler.fcfs import FCFSScheduler, SelectVictim, youngest
 from minipaged.scheduler.interface import Scheduler
 from minipaged.tracing.events import EventLog, TracedAllocator, TracedMemory, TracedScheduler
@@ -48,6 +49,7 @@ class Parts:
     paged_attention  None: the attention backend's
     store_kv         None: the attention backend's
     sampling_request a SamplingRequest: how the samples of a prompt begin, continue and end
+    adjust_logits    None: only what the requests ask for; see `Sampler`
 
     `memory_wrappers` and `scheduler_wrappers` are what `checked` and `traced` put around memory and
     scheduler, the library's or custom ones.
@@ -64,6 +66,7 @@ class Parts:
     paged_attention: PagedAttention | None = None
     store_kv: StoreKV | None = None
     sampling_request: Callable[[Arrival, SamplingParams, int], Request] = SamplingRequest
+    adjust_logits: AdjustLogits | None = None
     memory_wrappers: tuple[Callable[[BuildMemory], BuildMemory], ...] = ()
     scheduler_wrappers: tuple[Callable[[Scheduler], Scheduler], ...] = ()
 

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from minipaged.engine.metrics import RequestMetrics
 from minipaged.engine.outputs import (
     CompletionOutput,
     FinishReason,
     Progress,
-    RequestMetrics,
     RequestOutput,
 )
-from minipaged.sampling.sampler import SampledToken, SamplingRow, score
+from minipaged.sampling.logprobs import Logprobs, logprobs_of
+from minipaged.sampling.rows import SampledToken, SamplingRow
+from minipaged.sampling.sampler import score
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import TokenizedPrompt
@@ -37,6 +39,7 @@ class ModelTraits:
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...]
     max_model_len: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,22 @@ class Arrival:
 class Request(ABC):
     """What sampling and beam search have in common: a prompt, a group, and its times."""
 
-    def __init__(self, arrival: Arrival, num_prompt_logprobs: int | None = None) -> None:
+    def __init__(
+        self, arrival: Arrival, num_prompt_logprobs: int | None = None, *, shows_text: bool = True
+    ) -> None:
         self.group = arrival.group
-        self.first_token_time: float | None = None  # both are the engine's to set
+        self.first_scheduled_time: float | None = None  # these four are set by the engine
+        self.first_token_time: float | None = None
         self.last_token_time: float | None = None
+        self.finished_time: float | None = None
         self.num_prompt_logprobs = num_prompt_logprobs  # None: the prompt's are not asked for
         self._first = arrival.group.sequences[0]
         self._prompt = arrival.prompt
         self._model = arrival.model
+        self._tokenizer = arrival.model.tokenizer if shows_text else None  # for what is shown
         self._arrival_time = arrival.time
         self._has_logged_error = False
-        self._prompt_logprobs: list[dict[int, float] | None] = [None]  # nothing precedes the first
+        self._prompt_logprobs: list[Logprobs | None] = [None]  # nothing precedes the first
 
     # ---- what each kind of request does in its own way -------------------------------------------
 
@@ -108,15 +116,15 @@ class Request(ABC):
         start = seq.num_computed_tokens
         stop = min(start + logits.shape[0], seq.prompt_len - 1)
         if start <= first < stop:
-            judged = seq.token_ids[first + 1 : stop + 1]
-            num_top = [self.num_prompt_logprobs] * len(judged)
-            scores = score(logits[first - start : stop - start], judged, num_top)
-            self._prompt_logprobs += [s.top_logprobs for s in scores]
+            judged, count = seq.token_ids[first + 1 : stop + 1], self.num_prompt_logprobs
+            scores = score(logits[first - start : stop - start], judged, [count] * len(judged))
+            self._prompt_logprobs += [logprobs_of(s, count or 0, self._tokenizer) for s in scores]
 
     def take_over(self, old: "Request", has_tokens: bool) -> None:
         """Take what does not follow from the tokens of the request that this one replaces."""
         self._prompt_logprobs = old._prompt_logprobs
         self._has_logged_error = old._has_logged_error
+        self.first_scheduled_time = old.first_scheduled_time
         if has_tokens:
             self.first_token_time, self.last_token_time = old.first_token_time, old.last_token_time
 
@@ -138,8 +146,10 @@ class Request(ABC):
             finished=self.is_finished,
             metrics=RequestMetrics(
                 arrival_time=self._arrival_time,
+                first_scheduled_time=self.first_scheduled_time,
                 first_token_time=self.first_token_time,
                 last_token_time=self.last_token_time,
+                finished_time=self.finished_time,
                 num_preemptions=self.group.num_preemptions,
             ),
             prompt_logprobs=list(self._prompt_logprobs) if asked else None,

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from minipaged.engine.outputs import CompletionOutput, FinishReason, NewTokens, Progress
 from minipaged.engine.request import Arrival, Fork, ModelTraits, Request
-from minipaged.sampling import SamplingParams
-from minipaged.sampling.sampler import SampledToken, SamplingRow
+from minipaged.sampling import RequestOutputKind, SamplingParams
+from minipaged.sampling.adjust import bad_words_in_tokens
+from minipaged.sampling.logprobs import Logprobs, logprobs_of
+from minipaged.sampling.rows import SampledToken, SamplingRow
 from minipaged.sequence import Sequence
 from minipaged.tokenizer.detokenizer import Detokenizer
 
@@ -14,12 +16,15 @@ class SamplingRequest(Request):
     """One or several samples of a prompt, a `Completion` each."""
 
     def __init__(self, arrival: Arrival, params: SamplingParams, seed: int) -> None:
-        super().__init__(arrival, params.prompt_logprobs)
+        super().__init__(arrival, params.prompt_logprobs, shows_text=params.detokenize)
         self._params = params
         self._seed = seed
         self._stop_reasons = find_stop_reasons(params, self._model)
         # What min_tokens keeps away: with ignore_eos the end of sequence too, as in vLLM.
         self._end_token_ids = tuple({*self._stop_reasons, *self._model.eos_token_ids})
+        tokenizer, self._bad_words = self._model.tokenizer, list[list[int]]()
+        if params.bad_words and tokenizer is not None:
+            self._bad_words = bad_words_in_tokens(params.bad_words, tokenizer)
         self._chooses_at_the_end = params.num_samples > params.n  # best_of
         self._completions: dict[int, Completion] = {}  # by sequence id, in the order of samples
         self._add_completion(self._first)
@@ -30,7 +35,8 @@ class SamplingRequest(Request):
         """One row; for the prompt, one for each sample, all from the same logits."""
         seed = self._completions[seq.seq_id].seed
         prompt, output = self._prompt.token_ids, seq.token_ids[seq.prompt_len :]
-        row = SamplingRow(self._params, prompt, output, seed, self._end_token_ids)
+        ends, bad_words = self._end_token_ids, self._bad_words
+        row = SamplingRow(self._params, prompt, output, seed, ends, bad_words)
         if output or self._params.num_samples == 1:
             return [row]
         return [row._replace(seed=seed + i) for i in range(self._params.num_samples)]
@@ -57,12 +63,14 @@ class SamplingRequest(Request):
         if params.max_tokens is not None:
             max_tokens = min(max_tokens, params.max_tokens)
         detokenizer = None
-        if model.tokenizer is not None:
+        if self._tokenizer is not None:
             detokenizer = Detokenizer(
-                model.tokenizer,
+                self._tokenizer,
                 params.stop_automaton,
                 min_tokens=params.min_tokens,
                 after=self._prompt.token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                keeps_stop=params.include_stop_str_in_output,
             )
         completion = Completion(seq, params, detokenizer, seed, self._stop_reasons, max_tokens)
         self._completions[seq.seq_id] = completion
@@ -86,16 +94,16 @@ class SamplingRequest(Request):
 
     def progress(self) -> Progress | None:
         """What is new since the last call; with best_of, nothing before the end."""
-        finished = self.is_finished
+        finished, kind = self.is_finished, self._params.output_kind
         new: list[NewTokens] = []
+        if not finished and (self._chooses_at_the_end or kind is RequestOutputKind.FINAL_ONLY):
+            return None
         if self._chooses_at_the_end:
-            if not finished:
-                return None
             new = [NewTokens.of(completion) for completion in self.completions()]
         else:
             for index, completion in enumerate(self._completions.values()):
                 completion.take_new(index, new)
-        return Progress(self.group.request_id, new, finished, self.output)
+        return Progress(self.group.request_id, new, finished, self.output, None, kind)
 
     def completions(self) -> list[CompletionOutput]:
         """The n samples, in their order; of best_of, the likeliest ones, the best first."""
@@ -138,11 +146,13 @@ class Completion:
         self.seq = seq
         self.seed = seed
         self.cumulative_logprob = 0.0
-        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
+        self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
         self._stop_reasons = stop_reasons
+        self._num_logprobs = params.logprobs
+        self._shows_end_token = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._max_tokens = max_tokens
         self._detokenizer = detokenizer
@@ -152,6 +162,8 @@ class Completion:
 
     def add(self, sampled: SampledToken) -> None:
         """Take the next token, and decide whether it was the last."""
+        if isinstance(sampled.error, Exception):  # of a logits processor, the request's own code
+            raise sampled.error
         if sampled.error is not None:
             self.finish("error", error=sampled.error)
             return
@@ -159,15 +171,16 @@ class Completion:
         seq.token_ids.append(token)
         self.cumulative_logprob += sampled.logprob
         if self.logprobs is not None:
-            assert sampled.top_logprobs is not None
-            self.logprobs.append(sampled.top_logprobs)
+            tokenizer = None if detokenizer is None else detokenizer.tokenizer
+            self.logprobs.append(logprobs_of(sampled, self._num_logprobs, tokenizer))
         length = len(seq.token_ids) - seq.prompt_len
         may_stop = length >= self._min_tokens
-        if may_stop and token in self._stop_reasons:  # its own text is not shown, as in vLLM
+        is_end = may_stop and token in self._stop_reasons  # whose own text is mostly not shown
+        if detokenizer is not None and (not is_end or self._shows_end_token):
+            detokenizer.add(token)
+        if is_end:
             self.finish("stop", self._stop_reasons[token])
             return
-        if detokenizer is not None:
-            detokenizer.add(token)
         if may_stop and detokenizer is not None and detokenizer.stopped is not None:
             self.finish("stop", detokenizer.stopped)
         elif length >= self._max_tokens:

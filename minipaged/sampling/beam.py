@@ -19,7 +19,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Literal
 
-from minipaged.sampling.params import BeamSearchParams
+from minipaged.sampling.beam_params import BeamSearchParams
 from minipaged.sequence import Sequence
 
 

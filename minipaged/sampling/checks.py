@@ -38,6 +38,8 @@ class Rule:
         return self.kind(value)
 
 
+_COUNT = "a whole number from 0 up, -1 for the whole vocabulary"
+
 RULES = {
     "n": Rule(int, lambda v: v >= 1, "a whole number from 1 up"),
     "best_of": Rule(int, lambda v: v >= 1, "a whole number from n up", optional=True),
@@ -53,8 +55,11 @@ RULES = {
     "seed": Rule(int, lambda v: True, "a whole number", optional=True),
     "min_tokens": Rule(int, lambda v: v >= 0, "a whole number from 0 up"),
     "max_tokens": Rule(int, lambda v: v >= 1, "a whole number from 1 up", optional=True),
-    "logprobs": Rule(int, lambda v: v >= 0, "a whole number from 0 up", optional=True),
-    "prompt_logprobs": Rule(int, lambda v: v >= 0, "a whole number from 0 up", optional=True),
+    "logprobs": Rule(int, lambda v: v >= -1, _COUNT, optional=True),
+    "prompt_logprobs": Rule(int, lambda v: v >= -1, _COUNT, optional=True),
+    "truncate_prompt_tokens": Rule(
+        int, lambda v: v >= 1 or v == -1, "a whole number from 1 up, or -1", optional=True
+    ),
     "beam_width": Rule(int, lambda v: v >= 1, "a whole number from 1 up"),
     "length_penalty": Rule(float, lambda v: -10 <= v <= 10, "a number from -10 to 10, 0 for none"),
 }
@@ -72,55 +77,89 @@ def check_flag(name: str, value: object) -> None:
         raise InvalidOption(f"{name} is {shown(value)}: choose True or False.", name)
 
 
-def check_stop_strings(stop: Any) -> tuple[str, ...]:
-    """The stop strings, of one or many. Raises `InvalidOption`."""
-    strings = (stop,) if isinstance(stop, str) else several("stop", stop)
+def check_strings(name: str, given: Any) -> tuple[str, ...]:
+    """`stop` or `bad_words`, of one string or many. Raises `InvalidOption`."""
+    strings = (given,) if isinstance(given, str) else several(name, given)
     for string in strings:
         if not isinstance(string, str) or not string:
             raise InvalidOption(
-                f"stop holds {shown(string)}: choose strings of one character or more.", "stop"
+                f"{name} holds {shown(string)}: choose strings of one character or more.", name
             )
     total = sum(map(len, strings))
     if total > MAX_STOP_CHARACTERS:
         raise InvalidOption(
-            f"the {len(strings)} strings of stop have {total} characters in all: give at most "
+            f"the {len(strings)} strings of {name} have {total} characters in all: give at most "
             f"{MAX_STOP_CHARACTERS}.",
-            "stop",
+            name,
         )
     return strings
 
 
-def check_stop_token_ids(ids: Any) -> tuple[int, ...]:
-    """The stop tokens, of one or many. Raises `InvalidOption`."""
-    given = several("stop_token_ids", ids)
+def check_token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    """The tokens, of one or many. Raises `InvalidOption`."""
+    given = several(name, ids)
     for token_id in given:
         if not is_number(token_id, int) or token_id < 0:
-            raise InvalidOption(
-                f"stop_token_ids holds {shown(token_id)}: choose ids from 0 up.", "stop_token_ids"
-            )
+            raise InvalidOption(f"{name} holds {shown(token_id)}: choose ids from 0 up.", name)
     return tuple(int(token_id) for token_id in given)
 
 
+def check_allowed(ids: Any) -> list[int]:
+    """At least one allowed token, each once. Raises `InvalidOption`."""
+    allowed = list(dict.fromkeys(check_token_ids("allowed_token_ids", ids)))
+    if not allowed:
+        raise InvalidOption(
+            "allowed_token_ids is empty, so no token could be chosen: give some, or None for all.",
+            "allowed_token_ids",
+        )
+    return allowed
+
+
+def check_processors(given: Any) -> list[Any]:
+    """Functions of a row of logits, one or many. Raises `InvalidOption`."""
+    processors = [given] if callable(given) else list(several("logits_processors", given))
+    for one in processors:
+        if not callable(one):
+            raise InvalidOption(
+                f"logits_processors holds {shown(one)}: give functions of the output tokens and a "
+                "row of logits.",
+                "logits_processors",
+            )
+    return processors
+
+
 def check_logit_bias(bias: Any) -> dict[int, float] | None:
-    """A copy with plain numbers. The limit of 100 is that of OpenAI's protocol."""
+    """A copy with plain numbers; ids may be strings, as JSON has them. OpenAI's limit is 100."""
     if bias is None:
         return None
     if not isinstance(bias, Mapping):
         raise InvalidOption(
             f"logit_bias is {shown(bias)}: choose a dict from token id to bias.", "logit_bias"
         )
-    for token_id, value in bias.items():
+    checked: dict[int, float] = {}
+    for key, value in bias.items():
+        is_digits = isinstance(key, str) and key.isdecimal() and len(key) < 20
+        token_id = int(key) if is_digits else key
         if not is_number(token_id, int) or token_id < 0:
             raise InvalidOption(
-                f"logit_bias names token {shown(token_id)}: choose ids from 0 up.", "logit_bias"
+                f"logit_bias names token {shown(key)}: choose ids from 0 up.", "logit_bias"
             )
         if not is_number(value, float) or not -100 <= value <= 100:
             raise InvalidOption(
-                f"logit_bias of token {shown(token_id)} is {shown(value)}: choose a number from "
+                f"logit_bias of token {shown(key)} is {shown(value)}: choose a number from "
                 "-100 (as good as never) to 100 (as good as always).",
                 "logit_bias",
             )
-    return {int(token_id): float(value) for token_id, value in bias.items()}
+        checked[int(token_id)] = float(value)
+    return checked
+
+
+def clamped(bias: Mapping[Any, Any]) -> dict[Any, Any]:
+    """With 100 for what is larger and -100 for what is smaller, as in vLLM."""
+    return {
+        key: max(-100.0, min(100.0, value)) if is_number(value, float) else value
+        for key, value in bias.items()
+    }
 
 
 def several(name: str, given: Any) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 A request's row passes these stages, in this order, as in vLLM and in transformers:
 
-    logit_bias, min_tokens, penalties     change which token is likeliest
+    what `adjust` changes, a custom part  change which token is likeliest
     argmax                                a greedy row ends here
     temperature, min_p, top_k, top_p      shape and cut what is drawn from
     draw                                  one token, by one random number
@@ -23,14 +23,16 @@ On a GPU nothing here waits for it but the very end, where all results come to t
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from minipaged.sampling.adjust import adjust
 from minipaged.sampling.explain import explain_error
-from minipaged.sampling.params import GREEDY_BELOW, SamplingParams
+from minipaged.sampling.params import GREEDY_BELOW
+from minipaged.sampling.row_tensors import asking, column
+from minipaged.sampling.rows import SampledToken, SamplingRow
 from minipaged.utils.device import to_device
 from minipaged.utils.shapes import Bool, Float, Int
 
@@ -39,39 +41,31 @@ WEIGHT_OF_LIKELIEST = 2**40
 less than 2^63."""
 
 
-class SamplingRow(NamedTuple):
-    """What the sampler needs to know of the sequence that one row of logits belongs to."""
-
-    params: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
-    seed: int  # the request's own, or the one that the engine chose for it
-    end_token_ids: Sequence[int] = ()  # end of sequence and stops: not before min_tokens
-
-
-class SampledToken(NamedTuple):
-    """One token and how likely the model itself found it, before any option changed its logits.
-
-    `top_logprobs` holds what the request asked for, likeliest first, and always the token itself.
-    `error` says why there was no token to choose; the other fields mean nothing then.
-    """
-
-    token_id: int
-    logprob: float
-    top_logprobs: dict[int, float] | None = None
-    error: str | None = None
+AdjustLogits = Callable[[Tensor, Sequence[SamplingRow]], Tensor]
+"""A custom part: the logits of all rows, [rows, vocab], to others of the same shape."""
 
 
 class Sampler:
-    """Chooses the next token of every row. Holds nothing between steps."""
+    """Chooses the next token of every row. Holds nothing between steps.
+
+    Args:
+        adjust_logits: a custom part, called after `adjust` with the logits of all rows.
+    """
+
+    def __init__(self, adjust_logits: AdjustLogits | None = None) -> None:
+        self._adjust_logits = adjust_logits
 
     def sample(
         self, logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
     ) -> list[SampledToken]:
         """The next token of each row; row i of the logits belongs to `rows[i]`. Keeps `logits`."""
         assert len(rows) == logits.shape[0], f"{len(rows)} rows for {logits.shape[0]} of logits"
-        raw = logits.float()
-        adjusted = adjust(raw, rows)
+        raw = adjusted = logits.float()
+        faults: dict[int, Exception] = {}
+        if any(row.params.adjusts_logits for row in rows):
+            adjusted, faults = adjust(raw, rows)
+        if self._adjust_logits is not None:
+            adjusted = self._adjust_logits(adjusted.clone(), rows)
         token_ids = adjusted.argmax(-1)  # [rows]; the lowest id of equals
         has_choice = None if adjusted is raw else adjusted.gather(-1, token_ids[:, None]).isfinite()
         chance = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
@@ -82,6 +76,8 @@ class Sampler:
         for i, token in enumerate(sampled):
             if math.isnan(token.logprob):
                 sampled[i] = token._replace(error=explain_error(raw[i], adjusted[i]))
+        for i, fault in faults.items():
+            sampled[i] = sampled[i]._replace(error=fault)
         return sampled
 
 
@@ -97,7 +93,8 @@ def score(
     """How likely the model found one token in each row, and which others it found likeliest.
 
     Serves prompts too: with the logits of prompt positions and the tokens that came next there, it
-    gives `prompt_logprobs`. `num_top[i]` is how many of the likeliest are wanted; None for none.
+    gives `prompt_logprobs`. `num_top[i]` is how many of the likeliest are wanted; -1: all, None:
+    none, nor the rank.
     The logprob is NaN where `has_choice` is False, and in rows with NaN, +inf or nothing but -inf.
     """
     logprobs = logits.float().log_softmax(-1)
@@ -105,86 +102,29 @@ def score(
     results = [chosen, logprobs.gather(-1, chosen)]
     if has_choice is not None:
         results[1] = results[1].where(has_choice, torch.nan)
-    asking = [i for i, count in enumerate(num_top) if count is not None]
-    most = min(max([0, *(num_top[i] or 0 for i in asking)]), logits.shape[-1]) if asking else 0
+    vocab_size = logits.shape[-1]
+    counts = [vocab_size if n == -1 else n for n in num_top]
+    asks = any(count is not None for count in counts)
+    most = min(max([0, *(count or 0 for count in counts)]), vocab_size)
+    if asks:
+        results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
     if most > 0:
         values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], of rows that do not ask too
         results += [top_ids, values]
     # All in one table, for each transfer waits for the GPU. Doubles hold any id exactly.
     table = torch.cat([result.double() for result in results], dim=-1).tolist()
-    if not asking:
+    if not asks:
         return [SampledToken(int(token_id), logprob) for token_id, logprob in table]
     sampled: list[SampledToken] = []
-    for row, count in zip(table, num_top, strict=True):
-        token_id, logprob, top = int(row[0]), row[1], None
-        if count is not None:
-            top = {int(row[2 + k]): row[2 + most + k] for k in range(min(count, most))}
-            top.setdefault(token_id, logprob)  # if it is new, then it is the least likely
-        sampled.append(SampledToken(token_id, logprob, top))
+    for (token_id, logprob, rank, *top), count in zip(table, counts, strict=True):
+        token = int(token_id)
+        if count is None:
+            sampled.append(SampledToken(token, logprob))
+            continue
+        found = {int(top[k]): top[most + k] for k in range(min(count, most))}
+        found.setdefault(token, logprob)  # if it is new, then it is the least likely
+        sampled.append(SampledToken(token, logprob, found, rank=int(rank)))
     return sampled
-
-
-# -- Stages that a greedy row passes too ------------------------------------------------------
-
-
-def adjust(
-    logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
-) -> Float[Tensor, "rows vocab"]:
-    """The logits after logit_bias, min_tokens and penalties. The given ones stay as they are."""
-    for row in rows:
-        if row.params.adjusts_logits:
-            break
-    else:
-        return logits
-    biased = [row.params.logit_bias or {} for row in rows]
-    forbidden = [
-        row.end_token_ids if len(row.output_token_ids) < row.params.min_tokens else ()
-        for row in rows
-    ]
-    penalised = _asking(rows, _has_penalty)
-    logits = logits.clone()
-    if any(biased):
-        values = [value for bias in biased for value in bias.values()]
-        logits[_places(biased, logits.device)] += _column(values, logits.device)[:, 0]
-    if any(forbidden):
-        # By index_put_: a number that is assigned comes from the host, and that is a wait.
-        logits.index_put_(_places(forbidden, logits.device), logits.new_full((), -torch.inf))
-    if penalised:
-        places = to_device(penalised, logits.device)
-        logits[places] = penalise(logits[places], [rows[i] for i in penalised])
-    return logits
-
-
-def penalise(
-    logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
-) -> Float[Tensor, "rows vocab"]:
-    """Make tokens less likely that were there before.
-
-    `repetition_penalty` looks at prompt and output, the other two at the output alone.
-    """
-    device, params = logits.device, [row.params for row in rows]
-    times_generated = torch.zeros_like(logits)  # [rows, vocab]
-    places = _places([row.output_token_ids for row in rows], device)
-    times_generated.index_put_(places, times_generated.new_ones(()), accumulate=True)
-    was_there = times_generated > 0  # [rows, vocab]
-    places = _places([row.prompt_token_ids for row in rows], device)
-    was_there.index_put_(places, was_there.new_ones(()))
-
-    # A logit has no natural zero, so "less" is a division above zero, a multiplication below.
-    repetition = _column([p.repetition_penalty for p in params], device)
-    lowered = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(was_there, lowered, logits)
-    logits = logits - times_generated * _column([p.frequency_penalty for p in params], device)
-    presence = _column([p.presence_penalty for p in params], device)
-    return logits - (times_generated > 0) * presence
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
-    )
 
 
 # -- Stages of chance -------------------------------------------------------------------------
@@ -198,7 +138,7 @@ def draw(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> In
     random = [uniform(row.seed, len(row.output_token_ids)) for row in rows]
     ends = draw_weights(logits, rows).cumsum(-1)  # [rows, vocab]
     total = ends[:, -1:]  # [rows, 1]
-    target = _column(random, logits.device, torch.float64) * total
+    target = column(random, logits.device, torch.float64) * total
     # In [0, total): a double may round the product up to the total itself.
     target = torch.minimum(target.long(), total - 1)
     return torch.searchsorted(ends, target, right=True)[:, 0]  # the first that ends beyond it
@@ -209,19 +149,19 @@ def draw_weights(
 ) -> Int[Tensor, "rows vocab"]:
     """The distribution that is drawn from, as whole numbers in proportion to the probabilities."""
     device, params = logits.device, [row.params for row in rows]
-    logits = logits / _column([p.temperature for p in params], device)
-    if asking := _asking(rows, lambda p: p.min_p > 0):
-        floor = _column([params[i].min_p for i in asking], device)
-        places = to_device(asking, device)
+    logits = logits / column([p.temperature for p in params], device)
+    if some := asking(rows, lambda p: p.min_p > 0):
+        floor = column([params[i].min_p for i in some], device)
+        places = to_device(some, device)
         logits[places] = keep_min_p(logits[places], floor)
-    if asking := _asking(rows, lambda p: p.top_k > 0):
-        places = to_device(asking, device)
-        logits[places] = keep_top_k(logits[places], [params[i].top_k for i in asking])
+    if some := asking(rows, lambda p: p.top_k > 0):
+        places = to_device(some, device)
+        logits[places] = keep_top_k(logits[places], [params[i].top_k for i in some])
     relative = (logits - logits.amax(-1, keepdim=True)).exp()  # the likeliest is 1
     weights = (relative.nan_to_num(0) * WEIGHT_OF_LIKELIEST).long()
-    if asking := _asking(rows, lambda p: p.top_p < 1):
-        top_p = _column([params[i].top_p for i in asking], device, torch.float64)
-        places = to_device(asking, device)
+    if some := asking(rows, lambda p: p.top_p < 1):
+        top_p = column([params[i].top_p for i in some], device, torch.float64)
+        places = to_device(some, device)
         weights[places] = keep_top_p(weights[places], top_p)
     return weights
 
@@ -276,25 +216,3 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64_BITS
     return x ^ (x >> 31)
-
-
-# -- From rows to tensors ---------------------------------------------------------------------
-
-
-def _asking(rows: Sequence[SamplingRow], wants: Callable[[SamplingParams], bool]) -> list[int]:
-    return [i for i, row in enumerate(rows) if wants(row.params)]
-
-
-def _column(
-    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "rows 1"]:
-    return to_device(values, device, dtype)[:, None]
-
-
-def _places(
-    token_ids: Sequence[Iterable[int]], device: torch.device
-) -> tuple[Int[Tensor, " places"], Int[Tensor, " places"]]:
-    """Where the tokens of each row stand in the logits: as many row numbers, as many columns."""
-    places = [(row, token_id) for row, ids in enumerate(token_ids) for token_id in ids]
-    both = to_device(places, device, torch.long).view(-1, 2)
-    return both[:, 0], both[:, 1]

@@ -19,7 +19,7 @@ from minipaged.tokenizer.stop_strings import StopStrings
 
 
 class Detokenizer:
-    """One sequence's text, token by token; special tokens are left out of it.
+    """One sequence's text, token by token.
 
     The sequence ends where the first stop string is complete, and its text just before that stop
     string, however the characters were spread over tokens. If several become complete at the same
@@ -29,6 +29,8 @@ class Detokenizer:
     Args:
         after: the tokens before this text, such as its prompt. Where they show nothing, the text
             begins here, and some tokenizers then leave out its first space.
+        skip_special_tokens: leave special tokens out of the text.
+        keeps_stop: end the text after the stop string instead of before it.
     """
 
     def __init__(
@@ -38,18 +40,21 @@ class Detokenizer:
         *,
         min_tokens: int = 0,
         after: Iterable[int] = (),
+        skip_special_tokens: bool = True,
+        keeps_stop: bool = False,
     ) -> None:
         self.text = ""
         """What was shown so far; once finished, all of it."""
         self.stopped: str | None = None
         """The stop string that ended the sequence."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._vocabulary = tokenizer.vocabulary
-        self._special_ids = tokenizer.special_ids
-        self._begins_text = all(token_id in self._special_ids for token_id in after)
+        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._begins_text = all(token_id in tokenizer.special_ids for token_id in after)
         self._stops = stop if isinstance(stop, StopStrings) else StopStrings(stop)
         self._may_stop = bool(self._stops)
         self._state = 0  # of the stop strings
+        self._keeps_stop = keeps_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._held = ""
@@ -59,12 +64,12 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """Take one more token and return what it lets be shown. After a stop, that is nothing."""
         self._num_tokens += 1
-        if self.stopped is not None or token_id in self._special_ids:
+        if self.stopped is not None or token_id in self._skipped_ids:
             return ""
         token = self._vocabulary.get(token_id, b"")
         if self._begins_text and token:
             self._begins_text = False
-            token = self._tokenizer.first_token_bytes(token_id)
+            token = self.tokenizer.first_token_bytes(token_id)
         return self._take(self._decoder.decode(token))
 
     def finish(self) -> str:
@@ -83,6 +88,9 @@ class Detokenizer:
             return new
         self._state, num_read = self._stops.read(self._state, new)
         self.stopped = self._stops.complete(self._state)
+        if self._keeps_stop:
+            self.text += new[:num_read]
+            return new[:num_read]
         window = self._held + new[:num_read]
         safe = len(window) - self._stops.num_undecided(self._state)
         if self.stopped is not None:

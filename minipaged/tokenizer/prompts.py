@@ -40,12 +40,15 @@ def list_prompts(prompts: Any) -> list[Prompt]:
     return many
 
 
-def read_prompt(prompt: Any, tokenizer: Tokenizer | None, max_model_len: int) -> TokenizedPrompt:
+def read_prompt(
+    prompt: Any, tokenizer: Tokenizer | None, max_model_len: int | None
+) -> TokenizedPrompt:
     """A prompt, whatever its form.
 
     Raises:
         InvalidRequest: it is no prompt, or an empty one.
-        PromptTooLong: it is text that has `max_model_len` tokens or more, however it is encoded.
+        PromptTooLong: it is text that has `max_model_len` tokens or more, however it is encoded;
+            not if this is None.
         MissingTokenizer: it is text, and the model has no tokenizer.
     """
     salt = None
@@ -72,7 +75,8 @@ def read_prompt(prompt: Any, tokenizer: Tokenizer | None, max_model_len: int) ->
             "the prompt is text, but the model's folder holds no tokenizer: "
             "give the prompt as a list of token ids."
         )
-    refuse_too_long(prompt, tokenizer, max_model_len)
+    if max_model_len is not None:
+        refuse_too_long(prompt, tokenizer, max_model_len)
     return TokenizedPrompt(prompt, _not_empty(tokenizer.encode(prompt)), salt)
 
 

@@ -307,10 +307,12 @@ def check_logprobs(folder, llm: LLM, prompts):
             top = 2 if position + 1 < len(prompt) else 3
             best = dense[position].topk(top).indices.tolist()
             assert set(entry) == {token, *best}
-            for each, value in entry.items():
-                assert value == pytest.approx(dense[position, each].item(), abs=1e-3)
+            assert next(iter(entry)) == token
+            for each, found_one in entry.items():
+                assert found_one.logprob == pytest.approx(dense[position, each].item(), abs=1e-3)
+                assert found_one.rank == 1 + (dense[position] > dense[position, each]).sum()
         generated = [
-            entry[token]
+            entry[token].logprob
             for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
         ]
         assert completion.cumulative_logprob == pytest.approx(sum(generated), abs=1e-3)

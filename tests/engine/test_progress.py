@@ -6,7 +6,8 @@ import pytest
 from engine_runs import tokens
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.engine.outputs import Progress, RequestOutputKind, StepStats
+from minipaged.engine.metrics import StepStats
+from minipaged.engine.outputs import Progress, RequestOutputKind
 from minipaged.engine.request import Request
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
@@ -68,10 +69,8 @@ def test_a_step_tells_of_each_token_and_each_end_once(llm):
     assert sorted(ends) == [0, 1, 2, 3]
 
 
-def test_an_output_is_cumulative_a_delta_or_final_only(llm):
-    made = [step[0] for step in steps(llm, (TEXT, greedy(5)))]
-    assert [progress.output(FINAL_ONLY) is None for progress in made] == [True] * 4 + [False]
-    last = made[-1]
+def test_an_output_is_cumulative_or_a_delta(llm):
+    *_, [last] = steps(llm, (TEXT, greedy(5)))
     assert last.output(FINAL_ONLY) == last.output(CUMULATIVE) == last.output()
     [whole] = last.output().outputs
     [delta] = last.output(DELTA).outputs
@@ -79,6 +78,44 @@ def test_an_output_is_cumulative_a_delta_or_final_only(llm):
     assert whole.text.endswith(delta.text)
     assert (delta.finish_reason, delta.index) == ("length", 0)
     assert last.output(DELTA).prompt_token_ids == last.output().prompt_token_ids
+
+
+def test_the_output_kind_of_a_request_decides_what_its_steps_give(llm):
+    pieces = {}
+    for kind in RequestOutputKind:
+        params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, output_kind=kind)
+        llm.engine.add_request("0", TEXT, params)
+        pieces[kind] = []
+        while llm.engine.has_unfinished_requests():
+            pieces[kind] += [progress.outputs[0].token_ids for progress in llm.engine.step()]
+    whole = pieces[FINAL_ONLY][0]
+    assert pieces[CUMULATIVE] == [whole[:length] for length in (1, 2, 3, 4, 5)]
+    assert pieces[DELTA] == [[token] for token in whole]
+    assert pieces[FINAL_ONLY] == [whole]
+
+
+def test_a_progress_is_read_like_the_results_of_a_step_in_vllm(llm):
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=1, prompt_logprobs=1)
+    *_, [last] = steps(llm, (TEXT, params))
+    output = last.output()
+    for name in ("outputs", "prompt", "prompt_token_ids", "prompt_logprobs", "metrics"):
+        assert getattr(last, name) == getattr(output, name)
+    assert output.outputs[0].finished()
+    assert (output.request_id, output.finished) == (last.request_id, last.finished)
+
+
+def test_streams_that_share_their_steps_lose_no_delta(llm):
+    params = SamplingParams(
+        temperature=0, max_tokens=6, ignore_eos=True, logprobs=0, output_kind=DELTA
+    )
+    fast, slow = llm.stream(TEXT, params), llm.stream([TEXT, "Nell"], params)
+    [alone] = llm.generate(TEXT, params, use_tqdm=False)
+    next(slow)
+    list(fast)  # runs steps that the other stream does not read one by one
+    read = [(1, output) for index, output in [*slow] if index == 0]
+    tokens = [token for _, output in read for token in output.outputs[0].token_ids]
+    assert tokens == alone.outputs[0].token_ids[1:]
+    assert sum(len(output.outputs[0].logprobs) for _, output in read) == 5
 
 
 def test_a_cumulative_output_grows_by_a_token_per_step(llm):

@@ -78,6 +78,7 @@ def spies(calls: list[str]) -> dict[str, object]:
         "paged_attention": noting("paged_attention", reference.paged_attention),
         "store_kv": noting("store_kv", reference.store_kv),
         "sampling_request": noting("sampling_request", SamplingRequest),
+        "adjust_logits": noting("adjust_logits", lambda logits, rows: logits),
         "memory_wrappers": (noting("memory_wrappers", lambda build: build),),
         "scheduler_wrappers": (noting("scheduler_wrappers", lambda scheduler: scheduler),),
     }

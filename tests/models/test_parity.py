@@ -133,7 +133,10 @@ def test_in_bfloat16_the_engine_is_as_exact_as_transformers(family: str, checkpo
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=VOCAB_SIZE)
     [output] = llm.generate([PROMPTS[0]], params, use_tqdm=False)
     ours = torch.tensor(
-        [[entry[token] for token in range(VOCAB_SIZE)] for entry in output.prompt_logprobs[1:]]
+        [
+            [entry[token].logprob for token in range(VOCAB_SIZE)]
+            for entry in output.prompt_logprobs[1:]
+        ]
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     exact = logprobs(model, PROMPTS[0])

@@ -54,7 +54,10 @@ def logprobs(folder: Path, token_ids: list[int], backend: str = "torch") -> torc
     # The last token is left out: the engine wants room for a token after the prompt.
     [output] = llm.generate([token_ids[:-1]], params, use_tqdm=False)
     return torch.tensor(
-        [[entry[token] for token in range(VOCAB_SIZE)] for entry in output.prompt_logprobs[1:]]
+        [
+            [entry[token].logprob for token in range(VOCAB_SIZE)]
+            for entry in output.prompt_logprobs[1:]
+        ]
     )
 
 

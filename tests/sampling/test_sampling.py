@@ -5,8 +5,8 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,21 +21,18 @@ from transformers.generation.logits_process import (
 )
 
 from minipaged.errors import InvalidOption
-from minipaged.sampling import SamplingParams, sampler
-from minipaged.sampling.sampler import (
-    SampledToken,
-    Sampler,
-    SamplingRow,
-    adjust,
-    draw_weights,
-)
+from minipaged.sampling import SamplingParams, adjust, sampler
+from minipaged.sampling.not_built import NOT_BUILT
+from minipaged.sampling.rows import SampledToken, SamplingRow
+from minipaged.sampling.sampler import Sampler, draw_weights
 
 VOCAB = 40
 NEVER = 1e-10  # less likely tokens round to a weight of zero
 
 
-def row(prompt=(1, 2, 3), output=(), seed=0, ends=(), **options) -> SamplingRow:
-    return SamplingRow(SamplingParams(**options), list(prompt), list(output), seed, ends)
+def row(prompt=(1, 2, 3), output=(), seed=0, ends=(), words=(), **options) -> SamplingRow:
+    params = SamplingParams(**options)
+    return SamplingRow(params, list(prompt), list(output), seed, ends, words)
 
 
 def random_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
@@ -44,6 +41,10 @@ def random_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0) -> torch.Ten
 
 def sample_ids(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     return [token.token_id for token in Sampler().sample(logits, rows)]
+
+
+def home_of(stage: str):
+    return sampler if hasattr(sampler, stage) else adjust
 
 
 # -- A second opinion: one row, one token at a time, in double precision ----------------------
@@ -56,6 +57,13 @@ def reference_logits(logits: torch.Tensor, row: SamplingRow) -> list[float]:
         logit += (params.logit_bias or {}).get(token, 0.0)
         if len(row.output_token_ids) < params.min_tokens and token in row.end_token_ids:
             logit = -math.inf
+        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
+            logit = -math.inf
+        so_far = [*row.output_token_ids, token]
+        if any(so_far[-len(word) :] == word for word in row.bad_words):
+            logit = -math.inf
+        for process in params.logits_processors:
+            logit = process(row.output_token_ids, torch.tensor([logit])).item()
         count = list(row.output_token_ids).count(token)
         if count or token in row.prompt_token_ids:
             scale = params.repetition_penalty
@@ -84,8 +92,16 @@ def reference_probabilities(logits: torch.Tensor, row: SamplingRow) -> np.ndarra
 
 
 def drawn_from(logits: torch.Tensor, rows: list[SamplingRow]) -> np.ndarray:
-    weights = sampler.draw_weights(sampler.adjust(logits, rows), rows).double()
+    weights = sampler.draw_weights(sampler.adjust(logits, rows)[0], rows).double()
     return (weights / weights.sum(-1, keepdim=True)).numpy()
+
+
+def halve(output_token_ids, logits):
+    return logits / 2
+
+
+def add_the_length(output_token_ids, logits):
+    return logits + len(output_token_ids)
 
 
 OPTIONS = {
@@ -97,15 +113,20 @@ OPTIONS = {
     "frequency_penalty": [-0.5, 0.0, 1.1],
     "repetition_penalty": [0.8, 1.0, 1.5],
     "logit_bias": [None, {3: 4.5}, {0: -100, 20: 2, 39: 3.25}],
+    "allowed_token_ids": [None, [7], range(1, 40, 2)],
+    "logits_processors": [None, halve, [halve, add_the_length]],
     "min_tokens": [0, 3, 5],
-    "logprobs": [None, 0, 1, 3, 1000],
+    "logprobs": [None, -1, 0, 1, 3, 1000],
 }
 
 
 def random_row(rng: random.Random) -> SamplingRow:
     asked = {name: rng.choice(values) for name, values in OPTIONS.items() if rng.random() < 0.4}
     prompt, output = (rng.choices(range(VOCAB), k=rng.randrange(9)) for _ in range(2))
-    return row(prompt, output, rng.getrandbits(70), rng.choice([(), (0,), (4, 17)]), **asked)
+    ends = rng.choice([(), (0,), (4, 17)])
+    words = rng.choice([(), [[5]], [[6], [*output[-2:], 9], [3, 8, 8]]])
+    asked |= {"bad_words": ["given in token ids"]} if words else {}
+    return row(prompt, output, rng.getrandbits(70), ends, words, **asked)
 
 
 def random_batches(count: int) -> Iterator[tuple[torch.Tensor, list[SamplingRow]]]:
@@ -185,7 +206,8 @@ def test_a_token_of_zero_probability_is_never_drawn(monkeypatch):
 
 # -- Deliberate faults ------------------------------------------------------------------------
 
-right = {name: getattr(sampler, name) for name in ("draw", "keep_top_k", "penalise", "uniform")}
+right = {name: getattr(sampler, name) for name in ("adjust", "draw", "keep_top_k", "uniform")}
+right |= {name: getattr(adjust, name) for name in ("bad_word_ends", "penalise")}
 
 
 def top_p_that_may_drop_the_likeliest(weights, top_p):
@@ -226,10 +248,17 @@ def a_number_that_leans(seed, position):
 
 
 def adjustments_that_forget_the_end(logits, rows):
-    return right_adjust(logits, [r._replace(end_token_ids=()) for r in rows])
+    return right["adjust"](logits, [r._replace(end_token_ids=()) for r in rows])
 
 
-right_adjust = sampler.adjust
+def bad_words_that_end_anywhere(row):
+    return [last for *_, last in row.bad_words]
+
+
+def bad_words_of_one_token_only(row):
+    return right["bad_word_ends"](row._replace(bad_words=[w for w in row.bad_words if w[1:] == []]))
+
+
 right_searchsorted = torch.searchsorted
 MUTANTS = [
     ("keep_top_p", top_p_that_may_drop_the_likeliest, check_the_distribution),
@@ -239,6 +268,8 @@ MUTANTS = [
     ("penalise", penalties_that_count_the_prompt, check_the_distribution),
     ("penalise", penalties_that_forget_the_prompt, check_the_distribution),
     ("adjust", adjustments_that_forget_the_end, check_the_distribution),
+    ("bad_word_ends", bad_words_that_end_anywhere, check_the_distribution),
+    ("bad_word_ends", bad_words_of_one_token_only, check_the_distribution),
     ("draw", a_draw_that_mixes_in_the_row_number, check_company),
     ("uniform", a_number_that_forgets_the_place, check_frequencies),
     ("uniform", a_number_that_leans, check_frequencies),
@@ -249,7 +280,7 @@ MUTANTS = [
     ("name", "mutant", "check"), MUTANTS, ids=[f"{m.__name__}-{c.__name__}" for _, m, c in MUTANTS]
 )
 def test_a_faulty_stage_is_found_out(monkeypatch, name, mutant, check):
-    monkeypatch.setattr(sampler, name, mutant)
+    monkeypatch.setattr(home_of(name), name, mutant)
     with pytest.raises(AssertionError):
         check()
 
@@ -313,8 +344,10 @@ def test_temperature_zero_takes_the_likeliest_and_of_equals_the_lowest_id():
 
 
 def test_a_greedy_batch_enters_no_other_stage(monkeypatch):
-    for stage in ("draw", "penalise", "_places"):
-        monkeypatch.setattr(sampler, stage, lambda *_: pytest.fail("a stage nobody asked for"))
+    for stage in ("draw", "adjust"):
+        monkeypatch.setattr(
+            home_of(stage), stage, lambda *_: pytest.fail("a stage nobody asked for")
+        )
     logits = random_logits(3)
     assert sample_ids(logits, [row(temperature=0)] * 3) == logits.argmax(-1).tolist()
 
@@ -490,11 +523,8 @@ def test_prompt_logprobs_score_the_token_that_came_next():
 # -- SamplingParams ---------------------------------------------------------------------------
 
 
-def make(**asked) -> SamplingParams:
-    """Past the type checker that may run under test: a user has only the params' own checks."""
-    params = object.__new__(SamplingParams)
-    inspect.unwrap(SamplingParams.__init__)(params, **asked)
-    return params
+def make(**asked: Any) -> SamplingParams:
+    return SamplingParams(**asked)
 
 
 WHOLE_FROM_0 = "choose a whole number from 0 up"
@@ -575,8 +605,42 @@ BAD = [
             "min_tokens."
         ),
     ),
-    ({"logprobs": -1}, f"logprobs is -1: {WHOLE_FROM_0} or None."),
-    ({"prompt_logprobs": 2.0}, f"prompt_logprobs is 2.0: {WHOLE_FROM_0} or None."),
+    ({"logprobs": -2}, f"logprobs is -2: {WHOLE_FROM_0}, -1 for the whole vocabulary or None."),
+    (
+        {"prompt_logprobs": 2.0},
+        f"prompt_logprobs is 2.0: {WHOLE_FROM_0}, -1 for the whole vocabulary or None.",
+    ),
+    ({"bad_words": [""]}, "bad_words holds '': choose strings of one character or more."),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids holds -1: choose ids from 0 up."),
+    (
+        {"allowed_token_ids": []},
+        ("allowed_token_ids is empty, so no token could be chosen: give some, or None for all."),
+    ),
+    (
+        {"logits_processors": ["twice"]},
+        (
+            "logits_processors holds 'twice': give functions of the output tokens and a row of "
+            "logits."
+        ),
+    ),
+    (
+        {"truncate_prompt_tokens": 0},
+        "truncate_prompt_tokens is 0: choose a whole number from 1 up, or -1 or None.",
+    ),
+    ({"include_stop_str_in_output": 1}, "include_stop_str_in_output is 1: choose True or False."),
+    (
+        {"detokenize": False, "stop": "a"},
+        (
+            "stop strings are found in the text, and detokenize=False asks for none: leave out "
+            "detokenize, or use stop_token_ids."
+        ),
+    ),
+    ({"skip_special_tokens": 0}, "skip_special_tokens is 0: choose True or False."),
+    (
+        {"spaces_between_special_tokens": None},
+        "spaces_between_special_tokens is None: choose True or False.",
+    ),
+    ({"output_kind": 1}, "output_kind is 1: give a RequestOutputKind."),
 ]
 
 
@@ -593,18 +657,46 @@ def test_every_option_has_a_value_that_is_refused():
 
 
 def test_a_misspelt_option_is_an_error():
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(InvalidOption, match="no option 'temprature': did you mean 'temperature'"):
         make(temprature=0.5)
 
 
-def test_params_are_frozen_and_equal_requests_hash_alike():
+def test_params_that_ask_for_the_same_are_equal():
     one = SamplingParams(stop="a", stop_token_ids=[1, 2], logit_bias={3: 1}, temperature=1)
     other = SamplingParams(stop=["a"], stop_token_ids=(1, 2), logit_bias={3: 1.0})
     assert one == other
-    assert hash(one) == hash(other)
     assert (one.stop_strings, one.stop_ids) == (("a",), (1, 2))
-    with pytest.raises(FrozenInstanceError):
-        one.n = 2
+
+
+def test_a_copy_of_changed_params_is_checked_again():
+    params = SamplingParams()
+    params.temperature, params.repetition_penalty = 0.0, 1.5
+    params.stop.append("end")
+    copy = params.clone()
+    assert copy == params
+    assert copy.adjusts_logits
+    assert copy.stop_automaton
+    params.stop.append("later")
+    assert copy.stop_strings == ("end",)
+    params.n = 2
+    with pytest.raises(InvalidOption, match="n is 2 with temperature 0"):
+        params.clone()
+
+
+def test_none_means_the_default_where_a_server_leaves_a_value_open():
+    optional = SamplingParams.from_optional(n=None, temperature=None, max_tokens=None, top_p=0.5)
+    assert optional == SamplingParams(max_tokens=None, top_p=0.5)
+    bias = {"5": 1000, 6: -200.0, "7": 1}
+    assert SamplingParams.from_optional(logit_bias=bias).logit_bias == {5: 100, 6: -100, 7: 1}
+    assert SamplingParams(logit_bias={"5": 1}, seed=-1) == SamplingParams(logit_bias={5: 1.0})
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+def test_what_is_not_built_is_refused_by_name(name):
+    with pytest.raises(InvalidOption, match=rf"^{name} cannot be honoured: .+\.$") as refusal:
+        make(**{name: np.array([1, 2])})
+    assert refusal.value.param == name
+    assert make(**{name: None}) == make(**{name: False}) == make()
 
 
 def test_params_do_not_follow_a_dict_or_list_that_changes_later():
@@ -663,7 +755,7 @@ def test_the_outermost_values_make_no_nan_and_no_wrong_token(asked, scale):
     logits = scale * torch.linspace(-1, 1, 9)[torch.randperm(9, generator=seeded(1))][None]
     given = SamplingParams(**{"temperature": 1.0, **asked, "min_tokens": 1})
     row = SamplingRow(given, [0, 1, 2], [2, 2, 3], seed=3)
-    adjusted = adjust(logits, [row])
+    adjusted, _ = adjust.adjust(logits, [row])
     assert adjusted.isfinite().all()
     slow = logits[0].double()
     for token_id, bias in (given.logit_bias or {}).items():
@@ -705,8 +797,9 @@ def test_a_number_that_would_leave_float32_is_refused(asked):
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_before_it_can_break_a_step():
-    SamplingParams(logit_bias={9: 1}, stop_token_ids=[9]).check_model(10, max_logprobs=20)
-    for asked in ({"logit_bias": {10: 1}}, {"stop_token_ids": [10]}):
+    last = {"logit_bias": {9: 1}, "stop_token_ids": [9], "allowed_token_ids": [9]}
+    SamplingParams(**last).check_model(10, max_logprobs=20)
+    for asked in ({"logit_bias": {10: 1}}, {"stop_token_ids": [10]}, {"allowed_token_ids": [10]}):
         [name] = asked
         sentence = (
             f"{name} names token 10, but the vocabulary has 10 tokens: choose ids from 0 to 9"

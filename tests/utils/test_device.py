@@ -17,7 +17,8 @@ from minipaged.attention.kv_cache import KVCache
 from minipaged.evaluation.bench.decode_step import TINY
 from minipaged.models.llama import Llama
 from minipaged.sampling import SamplingParams
-from minipaged.sampling.sampler import Sampler, SamplingRow
+from minipaged.sampling.rows import SamplingRow
+from minipaged.sampling.sampler import Sampler
 from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.utils.device import to_device
 from minipaged.worker.cuda_graphs import DecodeGraphs

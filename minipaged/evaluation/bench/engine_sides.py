@@ -111,7 +111,7 @@ class Minipaged:
         assert output.prompt_logprobs is not None
         scores = output.prompt_logprobs[len(prompt) :]  # each holds the token and the likeliest
         return [
-            max(each.values()) - each[token]
+            max(one.logprob for one in each.values()) - each[token].logprob
             for token, each in zip(tokens, scores, strict=True)
             if each is not None
         ]

@@ -21,7 +21,7 @@ from statistics import NormalDist
 from rich.table import Table
 
 from minipaged.engine.llm_engine import LLMEngine
-from minipaged.engine.outputs import StepStats
+from minipaged.engine.metrics import StepStats
 from minipaged.evaluation.stories import tell
 from minipaged.llm import LLM
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams

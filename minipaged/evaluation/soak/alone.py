@@ -14,14 +14,16 @@ from minipaged.evaluation.bench.engine_workload import QUICK, make_model
 from minipaged.evaluation.soak.trial import Served
 from minipaged.evaluation.soak.workload import LONGEST, VOCAB_SIZE, WIDEST
 from minipaged.llm import LLM
-from minipaged.sampling.sampler import SampledToken, Sampler, SamplingRow
+from minipaged.sampling.logprobs import Logprobs
+from minipaged.sampling.rows import SampledToken, SamplingRow
+from minipaged.sampling.sampler import Sampler
 
 ROUNDING = 1e-3
 """Log-probabilities may differ by so much: float32 adds in another order in another batch."""
 JITTER = 1e-4
 """Noise on logits that is larger than rounding, and far smaller than most gaps between tokens."""
 TRIES = 16
-Logprobs = list[dict[int, float] | None] | list[dict[int, float]] | None
+AllLogprobs = list[Logprobs | None] | list[Logprobs] | None
 _TOKENIZER_FILES = ("storyteller.tiktoken", "tiktoken.json")
 
 
@@ -92,6 +94,7 @@ class NoisySampler(Sampler):
     """Adds noise to all logits before it samples."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._generator = torch.Generator().manual_seed(0)
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
@@ -122,13 +125,16 @@ def _difference(served: Served, expected: RequestOutput) -> str | None:
     return None
 
 
-def _are_close(got: Logprobs, wanted: Logprobs) -> bool:
-    """Whether the values agree, likeliest first: of two equals either token may come first."""
+def _are_close(got: AllLogprobs, wanted: AllLogprobs) -> bool:
+    """Whether the numbers agree in their order: of two equals either token may come first."""
     if got is None or wanted is None:
         return got is wanted
     pairs = [(a or {}, b or {}) for a, b in zip(got, wanted, strict=False)]
     return len(got) == len(wanted) and all(
         len(a) == len(b)
-        and all(abs(x - y) <= ROUNDING for x, y in zip(a.values(), b.values(), strict=True))
+        and all(
+            abs(x.logprob - y.logprob) <= ROUNDING
+            for x, y in zip(a.values(), b.values(), strict=True)
+        )
         for a, b in pairs
     )

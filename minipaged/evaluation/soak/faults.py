@@ -255,11 +255,12 @@ def _difference(found: RequestOutput, expected: RequestOutput) -> str | None:
 
 def _numbers(completion: CompletionOutput) -> list[float]:
     tokens = completion.logprobs or []
-    return [completion.cumulative_logprob, *(p for token in tokens for p in token.values())]
+    return [completion.cumulative_logprob, *(p.logprob for token in tokens for p in token.values())]
 
 
 def _prompt_numbers(output: RequestOutput) -> list[float]:
-    return [p for token in output.prompt_logprobs or [] if token for p in token.values()]
+    tokens = [token for token in output.prompt_logprobs or [] if token]
+    return [p.logprob for token in tokens for p in token.values()]
 
 
 def _are_close(numbers: list[float], others: list[float]) -> bool:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from minipaged.engine.outputs import CachedPrefix, FinishReason, Progress, RequestOutput, StepStats
+from minipaged.engine.metrics import StepStats
+from minipaged.engine.outputs import CachedPrefix, FinishReason, Progress, RequestOutput
 from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidRequest
 from minipaged.evaluation.soak.run import Mismatch

@@ -29,7 +29,7 @@ def ask(part):
         seq = Sequence(0, PROMPT)
         seq.mark_computed(3)
         group = SequenceGroup("A", [seq], width=n)
-        model = ModelTraits(tokenizer=None, eos_token_ids=(2,), max_model_len=100)
+        model = ModelTraits(tokenizer=None, eos_token_ids=(2,), max_model_len=100, vocab_size=100)
         arrival = Arrival(group, TokenizedPrompt(None, list(PROMPT)), model, time=0.0)
         params = SamplingParams(**{"n": n, "max_tokens": 3, **options})
         ids = count(1)
@@ -44,7 +44,7 @@ def ask(part):
 
 
 def drawn(*token_ids):
-    from minipaged.sampling.sampler import SampledToken
+    from minipaged.sampling.rows import SampledToken
 
     return [SampledToken(token, -1.0, None) for token in token_ids]
 

@@ -3,7 +3,7 @@
 BEGINNING = """
 from minipaged.memory.block_manager import BlockManager as Library
 from minipaged.engine.sampling_request import SamplingRequest as LibraryRequest
-from minipaged.sampling.sampler import SamplingRow
+from minipaged.sampling.rows import SamplingRow
 """
 
 WRONG = {

@@ -1,0 +1,155 @@
+"""What changes logits before a token is chosen, for the rows of a step that ask for it.
+
+In this order, as in vLLM: tokens that are not allowed, the biases, a request's own functions, the
+penalties. A row that asks for none of them keeps its logits, bit by bit.
+"""
+
+from collections.abc import Iterable, Sequence
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipaged.sampling.params import LogitsProcessor, SamplingParams
+from minipaged.sampling.row_tensors import asking, column, places
+from minipaged.sampling.rows import SamplingRow
+from minipaged.tokenizer.base import Tokenizer
+from minipaged.utils.device import to_device
+from minipaged.utils.shapes import Float
+
+Faults = dict[int, Exception]
+"""By number of the row: what its logits processor raised."""
+
+
+def adjust(
+    logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
+) -> tuple[Float[Tensor, "rows vocab"], Faults]:
+    """Changed logits, and what went wrong; the given ones stay as they are."""
+    logits = logits.clone()
+    # By index_put_: a number that is assigned comes from the host, and that is a wait.
+    if limited := asking(rows, lambda p: p.allowed_token_ids is not None):
+        allowed = places([rows[i].params.allowed_token_ids or () for i in limited], logits.device)
+        mask = torch.ones(len(limited), logits.shape[-1], dtype=torch.bool, device=logits.device)
+        mask.index_put_(allowed, mask.new_zeros(()))
+        where = to_device(limited, logits.device)
+        logits[where] = logits[where].masked_fill(mask, -torch.inf)
+    too_early = [
+        row.end_token_ids if len(row.output_token_ids) < row.params.min_tokens else ()
+        for row in rows
+    ]
+    for forbidden in (too_early, [bad_word_ends(row) for row in rows]):
+        if any(forbidden):
+            logits.index_put_(places(forbidden, logits.device), logits.new_full((), -torch.inf))
+    if any(biased := [row.params.logit_bias or {} for row in rows]):
+        values = [float(value) for bias in biased for value in bias.values()]
+        ids = [[int(token_id) for token_id in bias] for bias in biased]
+        logits[places(ids, logits.device)] += column(values, logits.device)[:, 0]
+    faults = run_processors(logits, rows)
+    if penalised := asking(rows, _has_penalty):
+        where = to_device(penalised, logits.device)
+        logits[where] = penalise(logits[where], [rows[i] for i in penalised])
+    return logits, faults
+
+
+def bad_word_ends(row: SamplingRow) -> list[int]:
+    """The tokens that would complete a bad word."""
+    output = row.output_token_ids
+    return [
+        last
+        for *beginning, last in row.bad_words
+        if list(output[max(0, len(output) - len(beginning)) :]) == beginning
+    ]
+
+
+def bad_words_in_tokens(words: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Each word as it is encoded at the beginning of a text, and after a space.
+
+    The second only if the space makes another first token of it and no token more, as in vLLM: else
+    the first form is found in it.
+    """
+    found: list[list[int]] = []
+    for word in words:
+        at_start, after_space = (
+            tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False)
+            for prefix in ("", " ")
+        )
+        found += [at_start] if at_start else []
+        differs = after_space[:1] != at_start[:1]
+        if after_space and differs and len(after_space) == len(at_start):
+            found.append(after_space)
+    return found
+
+
+# -- A request's own functions ----------------------------------------------------------------
+
+
+def run_processors(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> Faults:
+    """Write what the logits processors make of each row into `logits`; other rows go on if one
+    raises."""
+    faults: Faults = {}
+    for i, row in enumerate(rows):
+        for process in row.params.logits_processors or ():
+            try:
+                logits[i] = _checked(_call(process, row, logits[i].clone()), logits[i])
+            except Exception as error:
+                faults[i] = error
+                break
+    return faults
+
+
+def _call(process: LogitsProcessor, row: SamplingRow, logits: Tensor) -> Any:
+    arguments: list[Any] = [list(row.output_token_ids), logits]
+    if _takes_the_prompt(process):
+        arguments.insert(0, list(row.prompt_token_ids))
+    return process(*arguments)
+
+
+def _takes_the_prompt(process: LogitsProcessor) -> bool:
+    named = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(each.kind in named for each in signature(process).parameters.values()) == 3
+
+
+def _checked(result: Any, logits: Tensor) -> Tensor:
+    if not isinstance(result, Tensor) or result.shape != logits.shape:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise TypeError(
+            f"a logits processor returned {got}: return the row of logits, of shape "
+            f"{tuple(logits.shape)}"
+        )
+    return result
+
+
+# -- Penalties --------------------------------------------------------------------------------
+
+
+def penalise(
+    logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
+) -> Float[Tensor, "rows vocab"]:
+    """Make tokens less likely that were there before.
+
+    `repetition_penalty` looks at prompt and output, the other two at the output alone.
+    """
+    device, params = logits.device, [row.params for row in rows]
+    times_generated = torch.zeros_like(logits)  # [rows, vocab]
+    where = places([row.output_token_ids for row in rows], device)
+    times_generated.index_put_(where, times_generated.new_ones(()), accumulate=True)
+    was_there = times_generated > 0  # [rows, vocab]
+    where = places([row.prompt_token_ids for row in rows], device)
+    was_there.index_put_(where, was_there.new_ones(()))
+
+    # A logit has no natural zero, so "less" is a division above zero, a multiplication below.
+    repetition = column([p.repetition_penalty for p in params], device)
+    lowered = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(was_there, lowered, logits)
+    logits = logits - times_generated * column([p.frequency_penalty for p in params], device)
+    presence = column([p.presence_penalty for p in params], device)
+    return logits - (times_generated > 0) * presence
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+    )

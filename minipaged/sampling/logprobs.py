@@ -1,0 +1,33 @@
+"""`Logprob`: how a user sees one token that could have come, in vLLM's form."""
+
+from dataclasses import dataclass
+
+from minipaged.sampling.rows import SampledToken
+from minipaged.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """How likely the model found one token at one place, before any option changed its logits."""
+
+    logprob: float
+    rank: int | None = None  # 1 is the likeliest token of the vocabulary
+    decoded_token: str | None = None  # by itself: half a character is U+FFFD; None: no text wanted
+
+
+Logprobs = dict[int, Logprob]  # by token id
+
+
+def logprobs_of(
+    sampled: SampledToken, num_top: int | None, tokenizer: Tokenizer | None
+) -> Logprobs:
+    """The token itself first, then the `num_top` likeliest, the likeliest first, as in vLLM."""
+    assert sampled.top_logprobs is not None, "the sampler was not asked for logprobs"
+    num_top = len(sampled.top_logprobs) if num_top in (None, -1) else num_top
+    found: Logprobs = {sampled.token_id: Logprob(sampled.logprob)}  # in its place already
+    for rank, (token_id, logprob) in enumerate(sampled.top_logprobs.items(), start=1):
+        text = None
+        if tokenizer is not None:
+            text = tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+        found[token_id] = Logprob(logprob, rank if rank <= num_top else sampled.rank, text)
+    return found
