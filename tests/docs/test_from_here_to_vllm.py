@@ -37,7 +37,7 @@ def rows(title: str) -> list[tuple[str, str, str]]:
 def members(dotted: str) -> set[str]:
     """Methods, fields and attributes of a class of the package; empty for a function."""
     parts = dotted.split(".")
-    length = max(n for n in range(len(parts)) if _file(parts[:n]).is_file())
+    length = max(n for n in range(1, len(parts)) if _file(parts[:n]).is_file())
     node: ast.AST = ast.parse(_file(parts[:length]).read_text(encoding="utf-8"))
     for name in parts[length:]:
         node = next(
@@ -57,7 +57,7 @@ def members(dotted: str) -> set[str]:
 
 
 def _file(parts: list[str]) -> Path:
-    return PACKAGE.parent.joinpath(*parts).with_suffix(".py") if parts else PACKAGE
+    return PACKAGE.parent.joinpath(*parts).with_suffix(".py")
 
 
 def test_every_class_of_the_reading_path_has_one_entry():
