@@ -362,5 +362,6 @@ for crowd in (1, 64):
 
 # %% [markdown]
 # That is all of it. From here: [run your own model](../guides/run_your_model.md),
-# [write a backend](../guides/write_a_backend.md), or read
-# [the paper beside the code](../companion.md).
+# [write a backend](../guides/write_a_backend.md), read
+# [the paper beside the code](../companion.md), or go on to vLLM itself:
+# [From here to vLLM](../from_here_to_vllm.md).

@@ -14,7 +14,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 def named(page: Path) -> list[str]:
     """What the page quotes or places, by dotted name."""
     text = page.read_text(encoding="utf-8")
-    return re.findall(r"\{\{ *lines +([\w.]+) *\}\}", text) + re.findall(
+    return re.findall(r"\{\{ *(?:lines|name) +([\w.]+) *\}\}", text) + re.findall(
         r"^@@ ([\w.]+)$", text, re.M
     )
 
