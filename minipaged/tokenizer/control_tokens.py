@@ -32,44 +32,52 @@ def split_at_control_tokens(
 ) -> list[str] | None:
     """A rendered chat in pieces, of which every second one is a control token.
 
-    None if all special tokens in the text are the template's, so that it needs no care.
+    None if all special tokens in the text are the template's, so that it needs no care; also where
+    no message spells one out and the template does not work in disguise.
 
     Args:
         chat: the conversation.
         text: what `chat.render()` gave.
         special_tokens: the spellings that the tokenizer knows.
 
-    Raises InvalidRequest if a message spells out a special token that the template looks for in
-    messages, or changes: then the two cannot be told apart.
+    Raises InvalidRequest if a message spells out a special token, and the template looks for such
+    tokens in messages: then the two cannot be told apart.
     """
     spelt = any_of(special_tokens)
-    taken = {*text, *chat.source, *str(chat.said)}
-    unused = _stand_ins(taken)
+    unused = _stand_ins({*text, *chat.source, *str(chat.said)})
     own: dict[str, str] = defaultdict(lambda: next(unused))
     foreign: dict[str, str] = defaultdict(lambda: next(unused))
+    hidden = _hide(chat.said, spelt, foreign)
     disguised = replace(
         chat,
         source=_hide(chat.source, spelt, own),
         names=_hide(chat.names, spelt, own),
         options=_hide(chat.options, spelt, own),
-        said=_hide(chat.said, spelt, foreign),
     )
+    meant = {ord(mark): token for names in (own, foreign) for token, mark in names.items()}
+    composed = _composed(disguised, special_tokens)
+    # A template that writes messages in capitals, or escapes them, makes another text of the
+    # characters in them. Then they stay as they are, unless it composes the same tokens itself.
+    for said in (hidden, chat.said) if composed.isdisjoint(foreign) else (hidden,):
+        rendered = _try_to_render(replace(disguised, said=said))
+        if rendered.translate(meant) == text:
+            control = any_of([*own.values(), *composed])
+            pieces = [piece.translate(meant) for piece in control.split(rendered)]
+            return pieces if any(spelt.search(piece) for piece in pieces[::2]) else None
+    if not foreign:
+        return None
+    raise InvalidRequest(
+        f"a message spells out {next(iter(foreign))!r}, and the model's chat template looks for "
+        "such tokens in messages, so it cannot be told from the template's own: leave it out of "
+        "the messages."
+    )
+
+
+def _try_to_render(disguised: Chat) -> str:
     try:
-        rendered = disguised.render()
+        return disguised.render()
     except (CheckpointError, InvalidRequest):
-        rendered = None  # a special token is spelt like a word of the template's program
-    meant = {character: token for names in (own, foreign) for token, character in names.items()}
-    if rendered is None or rendered.translate(str.maketrans(meant)) != text:
-        if not foreign:
-            return None
-        raise InvalidRequest(
-            f"a message spells out {next(iter(foreign))!r}, and the model's chat template looks "
-            "for such tokens in messages or changes them, so it cannot be told from the "
-            "template's own: leave it out of the messages."
-        )
-    control = any_of([*own.values(), *_composed(disguised, special_tokens)])
-    pieces = [piece.translate(str.maketrans(meant)) for piece in control.split(rendered)]
-    return pieces if any(spelt.search(piece) for piece in pieces[::2]) else None
+        return ""  # a special token is spelt like a word of the template's program
 
 
 def _stand_ins(taken: Collection[str]) -> Iterator[str]:
@@ -81,11 +89,14 @@ def _stand_ins(taken: Collection[str]) -> Iterator[str]:
 
 
 def _hide(value: Any, spelt: Pattern[str], names: Mapping[str, str]) -> Any:
-    """The same data, with each special token in its texts replaced by a character."""
+    """The same data, with each special token in its texts replaced by a character.
+
+    Keys are left alone, since the template asks for them.
+    """
     if isinstance(value, str):
         return spelt.sub(lambda found: names[found[0]], value)
     if isinstance(value, Mapping):
-        return {_hide(k, spelt, names): _hide(v, spelt, names) for k, v in value.items()}
+        return {key: _hide(each, spelt, names) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_hide(each, spelt, names) for each in value]
     return value

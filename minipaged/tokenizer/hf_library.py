@@ -60,6 +60,7 @@ class LibraryTokenizer(Tokenizer):
                 described, str if normalizer is None else normalizer.normalize_str
             ),
         )
+        self._letters = self._find_letters(described["model"])
 
     def _find_first_ids(self) -> list[int]:
         """What stands before every text. What would stand behind it is left out: it is an end."""
@@ -72,7 +73,27 @@ class LibraryTokenizer(Tokenizer):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair
         with self._alone:
             self._library.encode_special_tokens = not allow_special
-            return self._library.encode(text, add_special_tokens=False).ids
+            token_ids = self._library.encode(text, add_special_tokens=False).ids
+        if allow_special:
+            return token_ids
+        return [i for token_id in token_ids for i in self._letters.get(token_id, [token_id])]
+
+    def _find_letters(self, model: dict[str, Any]) -> dict[int, list[int]]:
+        """The letters of each special token, should merges lead to it: "</" and "s>" are tokens.
+
+        Not those of the one that stands for what has no token.
+        """
+        unknown = model.get("unk_id", self._library.token_to_id(str(model.get("unk_token"))))
+        found: dict[int, list[int]] = {}
+        for token, token_id in self.special_tokens.items():
+            spelt = [[letter] for letter in token]
+            for n, letter in enumerate(token):
+                if self._library.token_to_id(letter) is None:
+                    spelt[n] = [f"<0x{byte:02X}>" for byte in letter.encode()]
+            ids = [self._library.token_to_id(piece) for pieces in spelt for piece in pieces]
+            found[token_id] = [i for i in ids if i is not None]
+        found.pop(unknown, None)
+        return found
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
         """As one text: what a piece begins with may depend on where in the text it is."""
