@@ -56,8 +56,8 @@ def split_at_control_tokens(
     )
     meant = {ord(mark): token for names in (own, foreign) for token, mark in names.items()}
     composed = _composed(disguised, special_tokens)
-    # A template that writes messages in capitals, or escapes them, makes another text of the
-    # characters in them. Then they stay as they are, unless it composes the same tokens itself.
+    # A template that writes messages in capitals or escapes them changes the text if they are in
+    # disguise too. Then they stay as they are, unless it composes the same tokens itself.
     for said in (hidden, chat.said) if composed.isdisjoint(foreign) else (hidden,):
         rendered = _try_to_render(replace(disguised, said=said))
         if rendered.translate(meant) == text:
@@ -91,12 +91,12 @@ def _stand_ins(taken: Collection[str]) -> Iterator[str]:
 def _hide(value: Any, spelt: Pattern[str], names: Mapping[str, str]) -> Any:
     """The same data, with each special token in its texts replaced by a character.
 
-    Keys are left alone, since the template asks for them.
+    Keys and roles are left alone: the template compares them with words of its own.
     """
     if isinstance(value, str):
         return spelt.sub(lambda found: names[found[0]], value)
     if isinstance(value, Mapping):
-        return {key: _hide(each, spelt, names) for key, each in value.items()}
+        return {k: v if k == "role" else _hide(v, spelt, names) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_hide(each, spelt, names) for each in value]
     return value

@@ -219,6 +219,25 @@ def test_a_template_may_compose_its_marks_from_roles(qwen):
     assert qwen.decode(ids) == f"{START}one {START}{END}two"
 
 
+def test_marks_of_the_template_and_of_a_message_are_never_mixed_up(qwen):
+    """The template composes the mark that the message spells out, and changes the message."""
+    template = (
+        "{{ '<|' + messages[0].role + '|>' + messages[0].content + messages[0].content|upper }}"
+    )
+    assert marks_in(qwen, encode(qwen, [{"role": "im_end", "content": "a"}], template)) == [END]
+    with pytest.raises(InvalidRequest, match="cannot be told from the template's own"):
+        encode(qwen, [{"role": "im_end", "content": f"a{END}"}], template)
+
+
+def test_a_role_may_be_spelt_like_a_special_token(tmp_path):
+    tokenizer = make_qwen(tmp_path)
+    tokenizer.add_special_tokens(["user"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    read = read_tokenizer(tmp_path)
+    template = CHATML + "{% if messages[0].role == 'user' %}!{% endif %}"
+    assert marks_in(read, encode(read, user("a"), template)) == [START, "user", END, START]
+
+
 def test_names_of_tokens_and_options_of_the_caller_are_the_templates(qwen):
     template = "{{ mark }}{{ messages[0].content }}{{ eos }}"
     ids = encode(qwen, user(f"a{END}"), template, mark=START, eos=END)
