@@ -176,12 +176,13 @@ class HuggingFaceNames(ABC):
         self, ids: int | Iterable[int], skip_special_tokens: bool = False
     ) -> str | list[str | None] | None:
         """Each token as `tokenizer.json` spells it; None for an id that no token has."""
+        skipped = set(self.all_special_ids) if skip_special_tokens else set[int]()
         tokens = [
             self.token_text(i) if i in self.vocabulary else None
             for i in to_list(ids)
-            if not (skip_special_tokens and i in self.all_special_ids)
+            if i not in skipped
         ]
-        return tokens[0] if isinstance(ids, int) else tokens
+        return next(iter(tokens), None) if isinstance(ids, int) else tokens
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int | None] | None:
         """The ids of tokens as `tokenizer.json` spells them; else that of `unk_token`, or None."""
