@@ -17,7 +17,8 @@ from minipaged.errors import InvalidRequest
 from minipaged.models.hub.local_models import find_model
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams, one_for_each
 from minipaged.tokenizer.base import Tokenizer
-from minipaged.tokenizer.chat_template import Message, chat_prompt, list_chats
+from minipaged.tokenizer.chat_prompt import chat_prompt
+from minipaged.tokenizer.chat_template import Message, list_chats
 from minipaged.tokenizer.prompts import Prompt, list_prompts, read_prompt
 from minipaged.utils.options import option, require_type, shown, takes
 from minipaged.utils.progress import progress_bar
@@ -272,8 +273,9 @@ class LLM:
 
         One message alone is a conversation of one turn; a list of conversations is many. The
         messages become a prompt by the checkpoint's own chat template; `options` are those of
-        `minipaged.tokenizer.chat_template.render_chat`. Raises CheckpointError if it has none, and
-        what `generate` raises.
+        `minipaged.tokenizer.chat_template.read_chat`. A special token that a message spells out,
+        such as "<|im_end|>", is encoded as plain letters: only the template writes control tokens.
+        Raises CheckpointError if there is no template, and what `generate` raises.
         """
         tokenizer, longest = self.get_tokenizer(), self.engine.config.max_model_len
         prompts = [

@@ -13,7 +13,8 @@ from minipaged.cli.options import AsJson, Part, ShowBlocks, Trace, takes_engine_
 from minipaged.cli.session import Session
 from minipaged.errors import PromptTooLong
 from minipaged.evaluation.stories import tell
-from minipaged.tokenizer.chat_template import Message, chat_prompt, read_template
+from minipaged.tokenizer.chat_prompt import chat_prompt
+from minipaged.tokenizer.chat_template import Message, read_template
 
 if TYPE_CHECKING:
     from minipaged.llm import LLM

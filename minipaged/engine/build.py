@@ -19,7 +19,6 @@ from minipaged.models.linear import pack_weights
 from minipaged.models.loader import load_model, read_model_config
 from minipaged.sampling.sampler import Sampler
 from minipaged.tokenizer.load import open_tokenizer
-from minipaged.tokenizer.special_tokens import find_end_token
 from minipaged.utils.device import choose_device
 from minipaged.worker.cache_size import (
     SWAP_BYTES,
@@ -58,7 +57,7 @@ def build_engine(folder: Path, args: EngineArgs, parts: Parts) -> LLMEngine:
     storage = build_storage(args.memory, parts, model.config, config, kv_dtype, device, backend)
     tokenizer = open_tokenizer(folder)
     if tokenizer is not None:
-        _add_end_token(model, find_end_token(folder, tokenizer))
+        _add_end_token(model, tokenizer.eos_token_id)
     graphs = _graphs(model, storage.kv_cache, backend, config, args.enforce_eager)
     return LLMEngine(
         config,

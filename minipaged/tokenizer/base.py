@@ -8,17 +8,21 @@
     hf_library      all other tokenizers, through Hugging Face's own library
     text_bound      the fewest tokens that a text can have, known before it is encoded
     special_tokens  which token plays which role: "bos_token" is "<s>" in one checkpoint
+    hf_names        the names that scripts for Hugging Face's tokenizers use
     load            which of them a checkpoint's folder holds
 
 Here is what they have in common: a token is some bytes, and not some characters.
 """
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from minipaged.tokenizer.hf_names import HuggingFaceNames, refuse_not_built, to_list
 
 
-class Tokenizer(ABC):
+class Tokenizer(HuggingFaceNames):
     """A vocabulary, and how text is encoded in it.
 
     A model may know more ids than its tokenizer, since vocabularies are padded to round sizes. Such
@@ -38,6 +42,8 @@ class Tokenizer(ABC):
         self.special_tokens = dict(special_tokens)
         """Marks such as the end of a text, which are not part of what is said; by their name."""
         self.special_ids = frozenset(self.special_tokens.values())
+        self.added_tokens = dict(self.special_tokens)
+        """Tokens that are cut out of a text whole, whatever they spell; special or not."""
         self.first_ids = list(first_ids)
         """What the model was taught to find before every text, mostly nothing or one mark."""
         self.chars_per_token = chars_per_token
@@ -50,7 +56,12 @@ class Tokenizer(ABC):
         return max(self.vocabulary, default=-1) + 1
 
     def encode(
-        self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        allow_special: bool = True,
+        **other: Any,
     ) -> list[int]:
         """The tokens of a text.
 
@@ -60,7 +71,10 @@ class Tokenizer(ABC):
             allow_special: a special token that is spelt out in the text becomes that token, as in
                 Hugging Face's tokenizers; text from strangers is better encoded without, so that
                 it is taken for mere letters.
+            other: parameters of Hugging Face's that ask for nothing, such as `padding=False`; what
+                is not built here raises InvalidOption.
         """
+        refuse_not_built(other)
         token_ids = self._encode(text, allow_special)
         if not add_special_tokens:
             return token_ids
@@ -87,14 +101,17 @@ class Tokenizer(ABC):
     def _encode(self, text: str, allow_special: bool) -> list[int]:
         """The tokens of a text, and nothing before them."""
 
-    def decode(self, token_ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """The text of some tokens. Bytes that are no UTF-8 become U+FFFD.
+    def decode(
+        self, token_ids: int | Iterable[int], skip_special_tokens: bool = False, **other: Any
+    ) -> str:
+        """The text of some tokens, or of one. Bytes that are no UTF-8 become U+FFFD.
 
         Like Hugging Face's tokenizers, it takes the tokens for a whole text, from its beginning:
         a SentencePiece tokenizer then leaves out the first space.
         """
-        skipped = self.special_ids if skip_special else frozenset[int]()
-        shown = [i for i in token_ids if i not in skipped and i in self.vocabulary]
+        refuse_not_built(other)
+        skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+        shown = [i for i in to_list(token_ids) if i not in skipped and i in self.vocabulary]
         pieces = [self.first_token_bytes(i) for i in shown[:1]]
         pieces += [self.token_bytes(i) for i in shown[1:]]
         return b"".join(pieces).decode("utf-8", errors="replace")

@@ -12,7 +12,6 @@ A text goes through four stations:
 The last two are tiktoken's work.
 """
 
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +19,7 @@ import tiktoken
 
 from minipaged.errors import InvalidRequest
 from minipaged.tokenizer.base import Tokenizer
+from minipaged.tokenizer.special_tokens import any_of
 
 NFC_SHRINKS = 4
 """Characters that NFC makes one of, at most: none decomposes into more, and decomposing a text
@@ -51,8 +51,8 @@ class BytePairTokenizer(Tokenizer):
         first_ids: Sequence[int] = (),
         normal_form: bool = False,
     ) -> None:
-        self._added = {**special_tokens, **(other_added_tokens or {})}
-        added = {token_id: text.encode() for text, token_id in self._added.items()}
+        all_added = {**special_tokens, **(other_added_tokens or {})}
+        added = {token_id: text.encode() for text, token_id in all_added.items()}
         vocabulary = {**tokens, **added}
         longest = max(map(len, vocabulary.values()), default=0)  # bytes, so no fewer characters
         super().__init__(
@@ -61,14 +61,15 @@ class BytePairTokenizer(Tokenizer):
             first_ids,
             chars_per_token=longest * (NFC_SHRINKS if normal_form else 1),
         )
+        self.added_tokens = all_added
         self._encoding = tiktoken.Encoding(
             name="", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={}
         )
         ids = {token: token_id for token_id, token in tokens.items()}
         self._id_of_rank = {rank: ids[token] for token, rank in ranks.items() if token in ids}
         self._normal_form = normal_form
-        self._any_added = _any_of(self._added)
-        self._any_other = _any_of(other_added_tokens or {})
+        self._any_added = any_of(all_added)
+        self._any_other = any_of(other_added_tokens or {})
 
     def _encode(self, text: str, allow_special: bool) -> list[int]:
         token_ids: list[int] = []
@@ -77,7 +78,7 @@ class BytePairTokenizer(Tokenizer):
             if number % 2 == 0:  # what was found stands between what was not
                 token_ids += self._encode_words(piece)
             else:
-                token_ids.append(self._added[piece])
+                token_ids.append(self.added_tokens[piece])
         return token_ids
 
     def _encode_words(self, text: str) -> list[int]:
@@ -94,9 +95,3 @@ class BytePairTokenizer(Tokenizer):
                 "million or more spaces or line ends in a row: shorten them."
             ) from error
         return [self._id_of_rank[rank] for rank in ranks]
-
-
-def _any_of(tokens: Mapping[str, int]) -> re.Pattern[str]:
-    """Finds the leftmost of the tokens, and of those that begin there the longest."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if tokens else "(?!)")

@@ -5,26 +5,25 @@ that puts them there: a Jinja template. What is at hand for templates here is wh
 `transformers` has at hand for them.
 """
 
-import inspect
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minipaged.errors import CheckpointError, InvalidRequest, MissingTokenizer
-from minipaged.tokenizer.base import Tokenizer
-from minipaged.tokenizer.prompts import Prompt, refuse_too_long
+from minipaged.errors import CheckpointError, InvalidRequest
 from minipaged.tokenizer.special_tokens import read_special_names
 from minipaged.utils.files import read_json_object
-from minipaged.utils.options import refuse_unknown, require_type, shown
+from minipaged.utils.options import require_type, shown
 
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -44,34 +43,51 @@ def list_chats(messages: Any) -> list[Any]:
     return [messages]
 
 
-def chat_prompt(
-    folder: Path,
-    tokenizer: Tokenizer | None,
-    messages: Message | Sequence[Message],
-    max_model_len: int,
-    **options: Any,
-) -> Prompt:
-    """A conversation as a prompt; `options` are those of `render_chat`, which raises for it.
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, checked, and the template that writes it as one text."""
 
-    The template has written every special token, so none is added when the text is encoded.
+    folder: Path | None
+    """Where the template was read; errors name it."""
+    source: str
+    """The template."""
+    names: Mapping[str, str]
+    """The special tokens that the template may ask for, by role: bos_token and the like."""
+    said: Mapping[str, Any]
+    """What may come from strangers: messages, tools and documents."""
+    options: Mapping[str, Any]
+    """What else the template may read."""
+    continues: bool
+    """Whether the text ends within the last message."""
 
-    Raises:
-        MissingTokenizer: there is no tokenizer.
-        PromptTooLong: the text cannot fit.
-        InvalidOption: there is no option of that name.
-    """
-    known = inspect.signature(render_chat).parameters.values()
-    refuse_unknown(options, [each.name for each in known if each.kind is each.KEYWORD_ONLY])
-    text = render_chat(folder, messages, **options)
-    if tokenizer is None:
-        raise MissingTokenizer("a chat is text, but the model's folder holds no tokenizer.")
-    refuse_too_long(text, tokenizer, max_model_len)
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
-    return {"prompt": text, "prompt_token_ids": token_ids}
+    def render(self) -> str:
+        """The prompt.
+
+        Raises CheckpointError for a broken template, InvalidRequest if it refuses.
+        """
+        turns = self.said["messages"]
+        end_mark = f"\ue000{secrets.token_hex(8)} "  # to be found again behind the last message
+        said = turns[-1]["content"]
+        if self.continues:
+            turns = [*turns[:-1], {**turns[-1], "content": said + end_mark}]
+        try:
+            template = _compile(self.source)
+        except Exception as error:  # a program of others: any mistake that a program can make
+            where = "that was given" if self.folder is None else f"of {self.folder}"
+            raise CheckpointError(
+                f"the chat template {where} is broken: {_said(error)}."
+            ) from error
+        try:
+            text = template.render({**self.names, **self.said, "messages": turns, **self.options})
+        except Exception as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses the messages: {_said(error)}."
+            ) from error
+        return _cut_at(end_mark, text, said) if self.continues else text
 
 
-def render_chat(
-    folder: Path,
+def read_chat(
+    folder: Path | None,
     messages: Message | Sequence[Message],
     *,
     chat_template: str | None = None,
@@ -79,14 +95,14 @@ def render_chat(
     continue_final_message: bool = False,
     tools: list[dict[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> str:
-    """The prompt that asks the model in `folder` for the next assistant turn.
+) -> Chat:
+    """A conversation to be rendered for the model in `folder`.
 
     A template comes with the checkpoint, so it is somebody else's program: the sandbox lets it
     read the messages and build text, and nothing more.
 
     Args:
-        folder: holds chat_template.jinja, or a tokenizer_config.json with a "chat_template".
+        folder: contains chat_template.jinja, or a tokenizer_config.json with a "chat_template".
         messages: the turns so far; one message alone is a conversation of one turn.
         chat_template: used in place of the checkpoint's own.
         add_generation_prompt: whether the assistant's turn is opened at the end.
@@ -95,8 +111,8 @@ def render_chat(
         chat_template_kwargs: more for the template to read, as {"enable_thinking": False}.
 
     Raises:
-        CheckpointError: the folder holds no template, or one that cannot be read.
-        InvalidRequest: what was given is no chat, or the template refuses it.
+        CheckpointError: the folder contains no template, or one that cannot be read.
+        InvalidRequest: what was given is no chat.
         InvalidOption: an option has the wrong type.
     """
     require_type("chat_template", chat_template, str, optional=True)
@@ -105,28 +121,31 @@ def render_chat(
     require_type("tools", tools, list, optional=True)
     require_type("chat_template_kwargs", chat_template_kwargs, Mapping, optional=True)
     turns = [_read_message(turn) for turn in _not_empty(messages)]
-    end_mark = f"\ue000{secrets.token_hex(8)} "  # to be found again behind the last message
-    said = turns[-1]["content"]
     if continue_final_message:
         _refuse_to_continue(turns[-1], add_generation_prompt)
-        turns[-1]["content"] = said + end_mark
-    source = read_template(folder, bool(tools)) if chat_template is None else chat_template
-    try:
-        template = _environment().from_string(source, globals=_FUNCTIONS)
-    except Exception as error:  # a program of others: any mistake that a program can make
-        raise CheckpointError(
-            f"the chat template of {folder} is broken: {_said(error)}."
-        ) from error
-    names = {"bos_token": "", "eos_token": "", **read_special_names(folder)}
-    known = {"messages": turns, "tools": tools, "documents": None}
-    options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
-    try:
-        text = template.render({**names, **known, **options})
-    except Exception as error:
-        raise InvalidRequest(
-            f"the model's chat template refuses the messages: {_said(error)}."
-        ) from error
-    return _cut_at(end_mark, text, said) if continue_final_message else text
+    more = dict(chat_template_kwargs or {})
+    documents = more.pop("documents", None)
+    return Chat(
+        folder,
+        read_template(folder, bool(tools)) if chat_template is None else chat_template,
+        {"bos_token": "", "eos_token": "", **(read_special_names(folder) if folder else {})},
+        {"messages": turns, "tools": tools, "documents": documents},
+        {"add_generation_prompt": add_generation_prompt, **more},
+        continue_final_message,
+    )
+
+
+def render_chat(folder: Path, messages: Message | Sequence[Message], **options: Any) -> str:
+    """The prompt that asks the model in `folder` for the next assistant turn.
+
+    `options` are those of `read_chat`. Raises what `read_chat` and `Chat.render` raise.
+    """
+    return read_chat(folder, messages, **options).render()
+
+
+@lru_cache(maxsize=16)
+def _compile(source: str) -> Template:
+    return _environment().from_string(source, globals=_FUNCTIONS)
 
 
 def _said(error: Exception) -> str:
@@ -134,8 +153,13 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".!") or type(error).__name__
 
 
-def read_template(folder: Path, with_tools: bool = False) -> str:
+def read_template(folder: Path | None, with_tools: bool = False) -> str:
     """The checkpoint's template, as it is written. Raises CheckpointError if it has none."""
+    if folder is None:
+        raise CheckpointError(
+            "the tokenizer was not read from a model's folder, so it has no chat template: give "
+            "chat_template."
+        )
     path = folder / TEMPLATE_FILE
     if path.is_file():
         try:

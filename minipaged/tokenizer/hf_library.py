@@ -5,7 +5,9 @@ back: its `decode` gives text, and a token is some bytes. Those are read out of 
 """
 
 import re
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -13,7 +15,7 @@ from typing import Any
 
 from minipaged.errors import CheckpointError, UnsupportedTokenizer
 from minipaged.tokenizer.base import Tokenizer
-from minipaged.tokenizer.hugging_face import BYTE_OF_CHARACTER
+from minipaged.tokenizer.byte_letters import BYTE_OF_CHARACTER
 from minipaged.tokenizer.text_bound import chars_per_token
 from minipaged.utils.files import read_json_object
 
@@ -58,6 +60,7 @@ class LibraryTokenizer(Tokenizer):
                 described, str if normalizer is None else normalizer.normalize_str
             ),
         )
+        self._letters = self._find_letters(described["model"])
 
     def _find_first_ids(self) -> list[int]:
         """What stands before every text. What would stand behind it is left out: it is an end."""
@@ -70,7 +73,65 @@ class LibraryTokenizer(Tokenizer):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair
         with self._alone:
             self._library.encode_special_tokens = not allow_special
-            return self._library.encode(text, add_special_tokens=False).ids
+            token_ids = self._library.encode(text, add_special_tokens=False).ids
+        if allow_special:
+            return token_ids
+        return [i for token_id in token_ids for i in self._letters.get(token_id, [token_id])]
+
+    def _find_letters(self, model: dict[str, Any]) -> dict[int, list[int]]:
+        """The letters of each special token, should merges lead to it: "</" and "s>" are tokens.
+
+        Not those of the one that stands for what has no token.
+        """
+        unknown = model.get("unk_id", self._library.token_to_id(str(model.get("unk_token"))))
+        found: dict[int, list[int]] = {}
+        for token, token_id in self.special_tokens.items():
+            spelt = [[letter] for letter in token]
+            for n, letter in enumerate(token):
+                if self._library.token_to_id(letter) is None:
+                    spelt[n] = [f"<0x{byte:02X}>" for byte in letter.encode()]
+            ids = [self._library.token_to_id(piece) for pieces in spelt for piece in pieces]
+            found[token_id] = [i for i in ids if i is not None]
+        found.pop(unknown, None)
+        return found
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
+        """As one text: what a piece begins with may depend on where in the text it is."""
+        joined = "".join(
+            self._second_spellings[piece] if number % 2 else piece
+            for number, piece in enumerate(pieces)
+        )
+        meant = {
+            self._library.token_to_id(spelling): self.special_tokens[token]
+            for token, spelling in self._second_spellings.items()
+        }
+        return [meant.get(i, i) for i in self._encode(joined, allow_special=False)]
+
+    @cached_property
+    def _second_spellings(self) -> dict[str, str]:
+        """For each special token a spelling that nobody can guess.
+
+        For the library these are added tokens that are not special, so it finds them even where it
+        takes special tokens for letters.
+        """
+        from tokenizers import AddedToken
+
+        added = self._library.get_added_tokens_decoder()
+        second: dict[str, AddedToken] = {
+            token: AddedToken(
+                f"<{secrets.token_hex(16)}>",
+                lstrip=added[token_id].lstrip,
+                rstrip=added[token_id].rstrip,
+                normalized=False,
+            )
+            for token, token_id in self.special_tokens.items()
+        }
+        with self._alone:
+            self._library.add_tokens(list(second.values()))
+        return {token: each.content for token, each in second.items()}
+
+    def token_text(self, token_id: int) -> str:
+        return self._library.id_to_token(token_id) or ""
 
     def first_token_bytes(self, token_id: int) -> bytes:
         """Of a SentencePiece token, the bytes without the space that every text begins with."""

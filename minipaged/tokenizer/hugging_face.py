@@ -11,24 +11,12 @@ from typing import Any
 
 from minipaged.errors import CheckpointError, UnsupportedTokenizer
 from minipaged.tokenizer.bpe import BytePairTokenizer
+from minipaged.tokenizer.byte_letters import BYTE_OF_CHARACTER
 from minipaged.tokenizer.merges import rank_tokens
 from minipaged.tokenizer.patterns import GPT2, QWEN, choose_pattern
 from minipaged.tokenizer.special_tokens import read_special_names
 from minipaged.utils.files import read_json_object
 
-
-def _byte_characters() -> dict[str, int]:
-    """GPT-2's letters for bytes, with which a token that is no text can stand in a JSON file.
-
-    A byte that is a visible character in Latin-1 is that character; all others, in order, are the
-    characters from U+0100 on. So a space is "\u0120".
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = _byte_characters()
 LONGEST_TOKEN = 1000  # bytes; the proof takes the square of a token's length
 
 # What a broken file leads to, wherever it is broken.

@@ -6,6 +6,7 @@ from minipaged.errors import MissingTokenizer, UnsupportedTokenizer
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.hf_library import LibraryTokenizer, refuse_without_the_library
 from minipaged.tokenizer.hugging_face import read_tokenizer_json, read_vocab_and_merges
+from minipaged.tokenizer.special_tokens import read_roles
 from minipaged.tokenizer.tiktoken_file import RANKS_CONFIG, read_ranked_tokenizer
 
 
@@ -17,6 +18,15 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         CheckpointError: it holds one that is broken.
         UnsupportedTokenizer: it holds one that needs the extra "tokenizers".
     """
+    tokenizer = _read_files(folder)
+    tokenizer.folder = folder
+    tokenizer.roles = read_roles(folder, tokenizer.vocabulary)
+    return tokenizer
+
+
+def _read_files(folder: Path) -> Tokenizer:
+    # First the embedded model's own form. Its folder holds the same as tokenizer.json, for other
+    # programs: that one cuts words in a way of its own, so reading it would take the extra.
     if (folder / RANKS_CONFIG).is_file():
         return read_ranked_tokenizer(folder)
     described = folder / "tokenizer.json"

@@ -77,6 +77,12 @@ def _prove_equal(ranks: Mapping[bytes, int], merges: list[Pair]) -> set[bytes]:
     return unreachable
 
 
+def last_pair(token: bytes, ranks: Mapping[bytes, int]) -> Pair:
+    """The pair that becomes this token. Raises ValueError for one that no merge leads to."""
+    left, right = _before_last_merge(token, ranks)
+    return left, right
+
+
 def _before_last_merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """The last pair that the bytes of a token become, or the pieces in which they get stuck.
 

@@ -1,9 +1,10 @@
 """Which token plays which role: "bos_token" is "<s>" in one checkpoint, "<|begin|>" in another."""
 
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from minipaged.tokenizer.base import Tokenizer
 from minipaged.utils.files import read_json_object
 
 _FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later one counts
@@ -24,17 +25,31 @@ def read_special_names(folder: Path) -> dict[str, str]:
     return names
 
 
-def find_end_token(folder: Path, tokenizer: Tokenizer) -> int | None:
-    """The id of the token that the tokenizer's files name as the end of a sequence.
+def read_roles(folder: Path, vocabulary: Mapping[int, bytes]) -> dict[str, str]:
+    """As `read_special_names`; where the tokenizer's files name no role, the model's does.
 
-    None where they name none, or one that the tokenizer does not have. Raises CheckpointError.
+    GPT-2's do not: its end token is a default of the class in `transformers` that reads them.
+    Raises CheckpointError.
     """
-    text = read_special_names(folder).get("eos_token", "")
-    ids = {token: token_id for token_id, token in tokenizer.vocabulary.items()}
-    return tokenizer.special_tokens.get(text, ids.get(text.encode()))
+    names = read_special_names(folder)
+    if names or not (folder / "config.json").is_file():
+        return names
+    config = read_json_object(folder / "config.json")
+    ids = {role: config.get(f"{role}_id") for role in ("bos_token", "eos_token")}
+    return {
+        role: vocabulary[token_id].decode(errors="replace")
+        for role, token_id in ids.items()
+        if isinstance(token_id, int) and token_id in vocabulary
+    }
 
 
 def token_text(token: Any) -> str | None:
     """A token is written as its text, or as an object with its "content"."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+def any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """Finds the leftmost of the tokens, and of those that begin there the longest."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if tokens else "(?!)")

@@ -21,7 +21,7 @@ from math import prod
 from typing import Any
 
 from minipaged.tokenizer.bpe import NFC_SHRINKS
-from minipaged.tokenizer.hugging_face import BYTE_OF_CHARACTER
+from minipaged.tokenizer.byte_letters import BYTE_OF_CHARACTER
 
 PAIRS_SHRINK = 2
 """A str may hold a character as two surrogates, which become one character before anything else."""

@@ -8,7 +8,8 @@ from tokenizers_of_styles import make_llama3
 
 from minipaged import LLM, SamplingParams
 from minipaged.errors import CheckpointError, InvalidOption, InvalidRequest, MissingTokenizer
-from minipaged.tokenizer.chat_template import TEMPLATE_FILE, chat_prompt, render_chat
+from minipaged.tokenizer.chat_prompt import chat_prompt
+from minipaged.tokenizer.chat_template import TEMPLATE_FILE, render_chat
 from minipaged.tokenizer.load import read_tokenizer
 
 MESSAGES = [

@@ -59,7 +59,7 @@ def test_a_text_and_every_piece_of_it_decode_as_the_judge_decodes_them(both):
                 expected = judge.decode(token_ids[start:stop], skip_special_tokens=skip)
                 if "\ufffd" in expected:  # half a character: how many marks is a matter of taste
                     continue
-                got = tokenizer.decode(token_ids[start:stop], skip_special=skip)
+                got = tokenizer.decode(token_ids[start:stop], skip_special_tokens=skip)
                 assert got == expected, token_ids[start:stop]
                 compared += 1
     assert compared > 300
@@ -71,7 +71,7 @@ def test_random_tokens_of_spaces_and_unknown_ids_decode_as_the_judge_decodes_the
     spaces = [i for text, i in judge.get_vocab().items() if text.startswith("\u2581")]
     for _ in range(500):
         token_ids = rng.choices([1, 10_000, *spaces], k=rng.randint(0, 4))
-        assert tokenizer.decode(token_ids, skip_special=True) == judge.decode(token_ids)
+        assert tokenizer.decode(token_ids, skip_special_tokens=True) == judge.decode(token_ids)
 
 
 def test_a_prompt_and_its_streamed_continuation_are_the_whole_text(both):

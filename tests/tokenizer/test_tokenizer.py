@@ -60,7 +60,7 @@ def test_a_special_token_spelt_out_is_that_token_unless_mere_letters_are_wanted(
 
 def test_special_tokens_can_be_left_out_of_the_text(tokenizer):
     assert tokenizer.decode([257, END, 97]) == "the<|end|>a"
-    assert tokenizer.decode([257, END, 97], skip_special=True) == "thea"
+    assert tokenizer.decode([257, END, 97], skip_special_tokens=True) == "thea"
 
 
 def test_ids_that_only_the_model_knows_decode_to_nothing(tokenizer):
@@ -146,7 +146,7 @@ def cut(text: str, stop: tuple[str, ...]) -> tuple[str, str | None]:
 
 def check_the_stream(tokenizer, token_ids, stop) -> None:
     pieces, one = stream(tokenizer, token_ids, stop)
-    expected, stopped = cut(tokenizer.decode(token_ids, skip_special=True), stop)
+    expected, stopped = cut(tokenizer.decode(token_ids, skip_special_tokens=True), stop)
     assert "".join(pieces) == one.text == expected
     assert one.stopped == stopped
 

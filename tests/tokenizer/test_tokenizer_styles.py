@@ -115,7 +115,7 @@ def test_marks_that_are_text_and_marks_that_are_not_are_told_apart(tokenizers):
     assert set(qwen.special_tokens) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
     ids = qwen.encode("<think>a</think><|im_end|>")
     assert len(ids) == 4
-    assert qwen.decode(ids, skip_special=True) == "<think>a</think>"
+    assert qwen.decode(ids, skip_special_tokens=True) == "<think>a</think>"
 
 
 def test_the_mark_before_every_text_is_left_out_when_asked(tokenizers):
@@ -129,7 +129,9 @@ def test_the_mark_before_every_text_is_left_out_when_asked(tokenizers):
 @pytest.mark.parametrize("character", ["a", " ", "\n", "!", "1", "é"])
 def test_a_very_long_text_without_a_break_is_no_trouble(style, character, tokenizers):
     text = character * 200_000 + "x"
-    assert tokenizers[style].decode(tokenizers[style].encode(text), skip_special=True) == text
+    assert (
+        tokenizers[style].decode(tokenizers[style].encode(text), skip_special_tokens=True) == text
+    )
 
 
 def test_too_many_spaces_in_a_row_are_refused_in_a_sentence(tokenizers):
@@ -167,7 +169,7 @@ def test_a_sentencepiece_tokenizer_goes_through_the_library(sentencepiece):
     for text, encoding in zip(TEXTS[:3_000], judge.encode_batch(TEXTS[:3_000]), strict=True):
         assert tokenizer.encode(text) == encoding.ids
         bare = tokenizer.encode(text, add_special_tokens=False)
-        assert tokenizer.decode(bare, skip_special=True) == judge.decode(bare)
+        assert tokenizer.decode(bare, skip_special_tokens=True) == judge.decode(bare)
 
 
 def test_without_the_library_the_sentence_names_the_extra(sentencepiece, monkeypatch):

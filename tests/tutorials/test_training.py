@@ -26,7 +26,8 @@ def test_the_shipped_tokenizer_is_the_one_that_the_script_trains(tmp_path):
     from bpe import save_tokenizer
 
     save_tokenizer(tmp_path)
-    for name in ("storyteller.tiktoken", "tiktoken.json"):
+    forms = ("storyteller.tiktoken", "tiktoken.json", "tokenizer.json", "tokenizer_config.json")
+    for name in forms:
         assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes()
 
 

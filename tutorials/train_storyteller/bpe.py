@@ -10,6 +10,9 @@ import regex
 import tiktoken
 
 from minipaged.evaluation.stories import END, tell, transcript
+from minipaged.tokenizer.byte_letters import spell_bytes
+from minipaged.tokenizer.merges import last_pair, rank_tokens
+from minipaged.tokenizer.tiktoken_file import read_ranked_tokenizer, read_ranks
 
 # Words take their leading space along; "\nQ:" and "\nA:" are pieces of their own. No piece crosses
 # a word, so no token does.
@@ -49,6 +52,51 @@ def save_tokenizer(out: Path) -> None:
         "special_tokens": {END: len(ranks)},
     }
     (out / "tiktoken.json").write_text(json.dumps(description, indent=2) + "\n")
+    save_for_hugging_face(out)
+
+
+def save_for_hugging_face(folder: Path) -> None:
+    """Write the tokenizer of `tiktoken.json` as tokenizer.json too, which other programs read.
+
+    With it, `transformers.AutoTokenizer` and load generators count the tokens that the library
+    counts. The library itself keeps to `tiktoken.json`.
+    """
+    tokenizer = read_ranked_tokenizer(folder)
+    ranks = read_ranks(folder / "storyteller.tiktoken")
+    # Hugging Face's encoding merges pairs, and each token has one that is merged last.
+    merges = [last_pair(token, ranks) for token in ranks if len(token) > 1]
+    assert ranks == rank_tokens(ranks, merges, whole_words=False), "tiktoken merges otherwise"
+    words = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
+    as_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    ends = {"id": tokenizer.special_tokens[END], "content": END, "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    described = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [ends | flags],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [words | {"invert": False}, as_letters | {"use_regex": False}],
+        },
+        "post_processor": None,
+        "decoder": as_letters | {"use_regex": False},
+        "model": {
+            "type": "BPE",
+            "vocab": tokenizer.get_vocab(),
+            "merges": [" ".join(map(spell_bytes, pair)) for pair in merges],
+        },
+    }
+    config = {
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END,
+        "model_max_length": 1_024,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    for name, content in (("tokenizer.json", described), ("tokenizer_config.json", config)):
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def load_tokenizer(folder: Path) -> tiktoken.Encoding:
