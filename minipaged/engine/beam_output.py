@@ -29,7 +29,7 @@ class BeamSearchOutput(RequestOutput):
         sequences: list[BeamSearchSequence] = []
         for each in output.outputs:
             tokens = output.prompt_token_ids + each.token_ids
-            text = None if tokenizer is None else tokenizer.decode(tokens, skip_special=True)
+            text = None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
             end = (each.cumulative_logprob, each.finish_reason, each.stop_reason)
             sequences.append(BeamSearchSequence(tokens, text, *end))
         return cls(**vars(output), sequences=sequences)
