@@ -63,21 +63,13 @@ def bad_word_ends(row: SamplingRow) -> list[int]:
 
 
 def bad_words_in_tokens(words: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Each word as it is encoded at the beginning of a text, and after a space.
-
-    The second only if the space makes another first token of it and no token more, as in vLLM: else
-    the first form is found in it.
-    """
+    """Each word as it is encoded at the beginning of a text, and after a space."""
     found: list[list[int]] = []
     for word in words:
-        at_start, after_space = (
-            tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False)
-            for prefix in ("", " ")
-        )
-        found += [at_start] if at_start else []
-        differs = after_space[:1] != at_start[:1]
-        if after_space and differs and len(after_space) == len(at_start):
-            found.append(after_space)
+        for text in (word.lstrip(), f" {word.lstrip()}"):
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            if token_ids and token_ids not in found:
+                found.append(token_ids)
     return found
 
 

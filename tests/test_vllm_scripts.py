@@ -1,0 +1,26 @@
+"""Scripts written for vLLM's offline interface run here with only their import lines changed."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import minipaged
+
+SCRIPTS = sorted((Path(__file__).parent / "vllm_scripts").glob("*.py"))
+MODEL = Path(minipaged.__file__).parent / "assets" / "storyteller"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_written_for_vllm_runs_with_only_its_import_changed(script, monkeypatch):
+    text = script.read_text(encoding="utf-8")
+    changed, count = re.subn(r"^(from|import) vllm\b", r"\1 minipaged", text, flags=re.M)
+    assert count >= 1
+    assert "minipaged" not in text
+    monkeypatch.setattr(sys, "argv", [script.name, str(MODEL)])
+    exec(compile(changed, script, "exec"), {"__name__": "__main__"})
+
+
+def test_there_are_twelve_scripts():
+    assert len(SCRIPTS) == 12
