@@ -16,6 +16,7 @@ VLLM_MODULES = {
     "minipaged.inputs": "minipaged.tokenizer.inputs",
     "minipaged.outputs": "minipaged.engine.outputs",
     "minipaged.sampling_params": "minipaged.sampling",
+    "minipaged.logprobs": "minipaged.sampling.logprobs",
     "minipaged.entrypoints": "minipaged",
     "minipaged.entrypoints.llm": "minipaged.llm",
 }
