@@ -15,6 +15,8 @@ import minipaged
 from minipaged import LLM, EngineArgs, LLMEngine, SamplingParams
 from minipaged.engine.arg_utils import OPTIONS_OF_LLM
 from minipaged.errors import CheckpointError, InvalidOption, InvalidRequest, MissingTokenizer
+from minipaged.sampling import RequestOutputKind
+from minipaged.sampling.logprobs import Logprob
 from minipaged.utils.argparse_utils import FlexibleArgumentParser
 from minipaged.utils.vllm_options import (
     CALLS_NOT_BUILT,
@@ -435,6 +437,8 @@ def test_options_of_vllm_are_no_flags_of_our_commands():
         ("from minipaged import EngineArgs, PromptType, TextPrompt, TokensPrompt", None),
         ("from minipaged.sampling_params import SamplingParams", SamplingParams),
         ("from minipaged.sampling_params import BeamSearchParams", minipaged.BeamSearchParams),
+        ("from minipaged.sampling_params import RequestOutputKind", RequestOutputKind),
+        ("from minipaged.logprobs import Logprob", Logprob),
         ("from minipaged.outputs import CompletionOutput", minipaged.CompletionOutput),
         ("from minipaged.outputs import RequestOutput", minipaged.RequestOutput),
         ("from minipaged.inputs import TokensPrompt", minipaged.TokensPrompt),
