@@ -1,45 +1,37 @@
 """The front door: prompts in, RequestOutputs out."""
 
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import count
 from threading import Lock
 from typing import Any
 
-from minipaged.config import EngineArgs
+from minipaged.engine.arg_utils import LLMArgs
 from minipaged.engine.beam_output import BeamSearchOutput
 from minipaged.engine.build import build_engine
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput
-from minipaged.engine.parts import Parts
+from minipaged.engine.vllm_names import LLMNames, prompts_of
 from minipaged.errors import InvalidRequest
-from minipaged.models.hub.local_models import find_model
 from minipaged.sampling import BeamSearchParams, Params, SamplingParams, one_for_each
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_prompt import chat_prompt
 from minipaged.tokenizer.chat_template import Message, list_chats
 from minipaged.tokenizer.prompts import Prompt, list_prompts, read_prompt
-from minipaged.utils.options import option, require_type, shown, takes
-from minipaged.utils.progress import progress_bar
+from minipaged.utils.options import require_type, shown, takes
+from minipaged.utils.progress import ShowBar, progress_bar
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LLMArgs(EngineArgs):
-    """The arguments of `LLM`."""
-
-    parts: Parts | None = option(None, "Custom parts in place of the library's. See `Parts`.")
-
-
-class LLM:
+class LLM(LLMNames):
     """A model behind a paged KV cache, ready to generate for many prompts at once.
 
         >>> llm = LLM("storyteller")
         >>> [output] = llm.generate("Theo the frog", SamplingParams(temperature=0, max_tokens=8))
 
-    Its arguments are the options of `EngineArgs`, and `parts`. They cannot be changed later.
+    Its arguments are those of `LLMArgs`, and those of vLLM's LLM, which are translated or refused
+    (see `minipaged/utils/vllm_options.py`). They cannot be changed later.
     """
 
     @takes(LLMArgs)
@@ -51,8 +43,9 @@ class LLM:
                 memory.
             CheckpointError: the model is not on this machine, or cannot be loaded.
         """
-        self.folder = find_model(args.model)
-        self.engine = build_engine(self.folder, args, args.parts or Parts())
+        self.args, self.folders = args, args.find_folders()
+        self.folder = self.folders.model
+        self.engine = build_engine(args, self.folders)
         self._numbers = count()
         # Ids of the requests that `generate` and `stream` have open, and of each the progress that
         # its stream has not read yet: several streams share every step.
@@ -75,18 +68,22 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt] | None = None,
         sampling_params: Params | Iterable[Params] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: ShowBar = True,
+        prompt_token_ids: Iterable[int] | Iterable[Iterable[int]] | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Generate after every prompt, all together, and return the results in the given order.
 
         Args:
             prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}; one or many.
-            sampling_params: one for all, or one a prompt. Greedy, sampled and beam search
-                (BeamSearchParams) may stand side by side.
+            sampling_params: one for all, or one a prompt; None: `get_default_sampling_params()`.
+                Greedy, sampled and beam search (BeamSearchParams) may stand side by side.
             use_tqdm: show a progress bar with tokens per second, unless TQDM_DISABLE is set in
-                the environment.
+                the environment. It may be a callable that makes the bar, such as tqdm itself.
+            prompt_token_ids: token ids in place of prompts, or of the texts in prompts.
+            others: those of vLLM's generate, each with the value that asks for nothing.
 
         Raises:
             InvalidRequest, InvalidOption, MissingTokenizer: a prompt can never be served.
@@ -95,8 +92,8 @@ class LLM:
         None of this call's prompts is then left in the engine, nor after Ctrl-C; other calls go on.
         Several threads may call at once: every step serves the requests of all of them.
         """
-        require_type("use_tqdm", use_tqdm, bool)
-        many = list_prompts(prompts)
+        require_type("use_tqdm", use_tqdm, bool | Callable)
+        many = prompts_of(prompts, prompt_token_ids, others)
         outputs: dict[int, RequestOutput] = {}
         num_tokens = 0
         with (
@@ -137,6 +134,8 @@ class LLM:
         self, prompts: list[Prompt], sampling_params: Params | Iterable[Params] | None
     ) -> Generator[tuple[int, Progress]]:
         """Add the prompts, then step until all have finished; aborts what is left when closed."""
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
         params = one_for_each(sampling_params, len(prompts))
         mine: dict[str, int] = {}  # request id -> index of the prompt
         try:
@@ -197,7 +196,8 @@ class LLM:
         self,
         prompts: Prompt | Iterable[Prompt],
         params: BeamSearchParams,
-        use_tqdm: bool = True,
+        use_tqdm: ShowBar = True,
+        **others: Any,
     ) -> list[BeamSearchOutput]:
         """Search for the likeliest sequences after each prompt; the outputs come best first.
 
@@ -211,7 +211,7 @@ class LLM:
                 f"beam_search takes one BeamSearchParams for all prompts, not {shown(params)}: for "
                 "sampling, or one for each prompt, use generate."
             )
-        outputs = self.generate(prompts, params, use_tqdm)
+        outputs = self.generate(prompts, params, use_tqdm, **others)
         return [BeamSearchOutput.of(output, self.get_tokenizer()) for output in outputs]
 
     def cache_prefix(self, prefix: Prompt) -> CachedPrefix:
@@ -266,20 +266,22 @@ class LLM:
         self,
         messages: Message | Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params | Iterable[Params] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: ShowBar = True,
         **options: Any,
     ) -> list[RequestOutput]:
         """Generate the next assistant turn of one conversation, or of many.
 
         One message alone is a conversation of one turn; a list of conversations is many. The
         messages become a prompt by the checkpoint's own chat template; `options` are those of
-        `minipaged.tokenizer.chat_template.read_chat`. A special token that a message spells out,
-        such as "<|im_end|>", is encoded as plain letters: only the template writes control tokens.
-        Raises CheckpointError if there is no template, and what `generate` raises.
+        `minipaged.tokenizer.chat_template.read_chat`, and the others of vLLM's chat with the values
+        that ask for nothing. A special token that a message spells out, such as "<|im_end|>", is
+        encoded as plain letters: only the template writes control tokens. Raises CheckpointError
+        if there is no template, and what `generate` raises.
         """
         tokenizer, longest = self.get_tokenizer(), self.engine.config.max_model_len
+        options = self._chat_options(options)
         prompts = [
-            chat_prompt(self.folder, tokenizer, chat, longest, **options)
+            chat_prompt(self.folders.tokenizer, tokenizer, chat, longest, **options)
             for chat in list_chats(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm)

@@ -14,12 +14,14 @@ from minipaged.attention.backend import BACKENDS, TRITON_BACKENDS
 from minipaged.attention.kv_cache import KV_DTYPES
 from minipaged.cli.main import app
 from minipaged.cli.options import in_words_of_the_shell
-from minipaged.config import OPTIONS, EngineArgs, EngineConfig
+from minipaged.config import OPTIONS, EngineConfig
+from minipaged.engine.arg_utils import OPTIONS_OF_LLM, LLMArgs
 from minipaged.errors import InvalidOption
 from minipaged.memory.baselines.contiguous import CONTIGUOUS
 from minipaged.memory.baselines.virtual import VIRTUAL
 from minipaged.models.loader import DTYPES
 from minipaged.utils.options import option, options_of, takes
+from minipaged.utils.vllm_options import NONE_MEANS_DEFAULT
 
 PACKAGE = Path(inspect.getfile(LLM)).parent
 SOURCES = {
@@ -121,15 +123,15 @@ def test_the_declared_choices_are_those_that_are_implemented(name, implemented):
 
 def test_the_signature_of_llm_shows_every_option_with_its_default():
     parameters = inspect.signature(LLM).parameters
-    assert list(parameters) == [*OPTIONS, "parts"]
-    assert {name: parameters[name].default for name in OPTIONS} == {
-        name: each.default for name, each in OPTIONS.items()
+    assert list(parameters) == list(OPTIONS_OF_LLM)
+    assert {name: each.default for name, each in parameters.items()} == {
+        name: each.default for name, each in OPTIONS_OF_LLM.items()
     }
 
 
 def test_the_help_of_llm_describes_every_option():
     page = " ".join(pydoc.plain(pydoc.render_doc(LLM)).replace("|", " ").split())
-    for name, each in OPTIONS.items():
+    for name, each in OPTIONS_OF_LLM.items():
         assert f"{name}: {' '.join(each.description.split())}" in page
 
 
@@ -156,29 +158,33 @@ def test_a_sentence_speaks_of_flags_on_the_command_line():
 WRONG = {int: "four", float: "half", bool: "no", str: 3}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", OPTIONS_OF_LLM)
 def test_a_value_of_a_wrong_kind_is_refused_by_name(name):
-    declared = OPTIONS[name]
+    declared = OPTIONS_OF_LLM[name]
     wrong = WRONG.get(declared.type, 3)
     for value in (wrong, object()):
         with pytest.raises(InvalidOption, match=rf"{name} is ") as refusal:
-            EngineArgs(**{name: value})
+            LLMArgs(**{name: value})
         assert refusal.value.param == name
-    if not declared.may_be_none:
+    if declared.may_be_none or name in NONE_MEANS_DEFAULT:
+        assert LLMArgs(**{name: None}) == LLMArgs()
+    else:
         with pytest.raises(InvalidOption, match=f"{name} is None"):
-            EngineArgs(**{name: None})
+            LLMArgs(**{name: None})
 
 
-@pytest.mark.parametrize("name", [n for n, each in OPTIONS.items() if each.at_least is not None])
+@pytest.mark.parametrize(
+    "name", [n for n, each in OPTIONS_OF_LLM.items() if each.at_least is not None]
+)
 def test_a_value_outside_its_limits_is_refused_by_name(name):
-    declared = OPTIONS[name]
+    declared = OPTIONS_OF_LLM[name]
     step = 1 if declared.type is int else 0.001
     outside = [declared.at_least - step]
     outside += [declared.at_most + step] if declared.at_most is not None else []
     for value in outside:
         with pytest.raises(InvalidOption, match=name):
-            EngineArgs(**{name: value})
-    EngineArgs(**{name: declared.at_least})
+            LLMArgs(**{name: value})
+    LLMArgs(**{name: declared.at_least})
 
 
 @pytest.mark.parametrize(

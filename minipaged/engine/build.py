@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from pathlib import Path
 
 from minipaged.attention.backend import AttentionBackend
 from minipaged.attention.kv_cache import Cache, bytes_per_block, choose_kv_dtype
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
+from minipaged.engine.arg_utils import Folders, LLMArgs
 from minipaged.engine.build_baseline import build_storage, choose_attention
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.parts import Parts
@@ -34,19 +34,23 @@ from minipaged.worker.model_runner import ModelRunner
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 
 
-def build_engine(folder: Path, args: EngineArgs, parts: Parts) -> LLMEngine:
-    """The engine of `LLM`, for the model in a folder. Raises InvalidOption, CheckpointError."""
+def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
+    """The engine of `LLM`. Raises InvalidOption, CheckpointError."""
+    parts = args.parts or Parts()
     device = choose_device(args.device)
     refuse_what_is_ignored(args, parts, device.type)
-    head_dim = read_model_config(folder).head_dim
-    backend = parts.attention(choose_attention(args, device, head_dim))
-    model = load_model(folder, backend, args.dtype, device)
+    model_config = read_model_config(folders.model, args.hf_overrides, folders.generation)
+    backend = parts.attention(choose_attention(args, device, model_config.head_dim))
+    dummy = args.load_format == "dummy"
+    model = load_model(
+        folders.model, backend, args.dtype, device, config=model_config, random_weights=dummy
+    )
     if device.type == "cpu":
         pack_weights(model)
     kv_dtype = choose_kv_dtype(args.kv_cache_dtype, next(model.parameters()).dtype)
     block_bytes = bytes_per_block(model.config, args.block_size, kv_dtype)
     config = choose_config(
-        args,
+        args.in_blocks(block_bytes),
         model.config,
         device.type,
         room=lambda: blocks_that_fit(block_bytes, device, args.gpu_memory_utilization),
@@ -55,7 +59,7 @@ def build_engine(folder: Path, args: EngineArgs, parts: Parts) -> LLMEngine:
     refuse_large_tables(config.max_num_seqs, config.max_blocks_per_seq)
     refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes, device)
     storage = build_storage(args.memory, parts, model.config, config, kv_dtype, device, backend)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = None if args.skip_tokenizer_init else open_tokenizer(folders.tokenizer)
     if tokenizer is not None:
         _add_end_token(model, tokenizer.eos_token_id)
     graphs = _graphs(model, storage.kv_cache, backend, config, args.enforce_eager)

@@ -1,7 +1,7 @@
 """The engine: every `step()` computes one more token, or a chunk of prompt, of what runs."""
 
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -18,6 +18,7 @@ from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput
 from minipaged.engine.prefixes import PinnedPrefixes
 from minipaged.engine.request import Arrival, ModelTraits, Request
 from minipaged.engine.sampling_request import SamplingRequest
+from minipaged.engine.vllm_names import EngineNames
 from minipaged.errors import InvalidRequest
 from minipaged.memory import MemoryView
 from minipaged.sampling import Params, SamplingParams
@@ -35,7 +36,7 @@ from minipaged.worker.model_runner import ModelRunner
 Listener = Callable[[SchedulerOutput, StepStats], None]
 
 
-class LLMEngine:
+class LLMEngine(EngineNames):
     """Requests go in at any time; each step returns the progress of those that advanced.
 
     The engine owns the requests and their texts; queues belong to the scheduler, blocks to the
@@ -261,8 +262,12 @@ class LLMEngine:
             arrival = Arrival(group, read, self._traits, self._clock())
             self._open[request_id] = OpenRequest(arrival, build)
 
-    def abort_request(self, request_id: str) -> RequestOutput | None:
-        """End a request at once and return what it has; None if there is no such request."""
+    def abort_request(self, request_id: str | Iterable[str]) -> RequestOutput | None:
+        """End a request at once and return what it has; None if there is none, and for several."""
+        if not isinstance(request_id, str):
+            for each in list(request_id):
+                self.abort_request(each)
+            return None
         with self._change():
             open_request = self._open.pop(request_id, None)
             if open_request is None:
@@ -271,13 +276,6 @@ class LLMEngine:
         open_request.request.finished_time = self._clock()
         open_request.request.finish_all("abort")
         return open_request.request.output()
-
-    @property
-    def unfinished_request_ids(self) -> set[str]:
-        return set(self._open)
-
-    def has_unfinished_requests(self) -> bool:
-        return bool(self._open)
 
     # ---- prefixes that stay (section 4.4, shared prefix) ---------------------------------------
 

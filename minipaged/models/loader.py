@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from minipaged.attention.backend import BACKENDS, AttentionBackend
 from minipaged.config import ModelConfig
@@ -26,9 +24,11 @@ from minipaged.models.base import (
     read_architecture,
     read_eos_token_ids,
 )
+from minipaged.models.empty import Unset, allocate, fill_with_random_weights
 from minipaged.models.gpt2 import GPT2, GPT2_WEIGHTS, GPT2Config
 from minipaged.models.llama import LLAMA_WEIGHTS, Llama, LlamaConfig
 from minipaged.models.opt import OPT, OPT_WEIGHTS, OPTConfig
+from minipaged.models.overrides import Overridden
 from minipaged.models.safetensors_reader import (
     DTYPES_IN_FILES,
     StoredTensor,
@@ -75,8 +75,14 @@ COMPUTED = re.compile(r"inv_freq|cos_cached|sin_cached|(^|\.)attn\.(masked_)?bia
 _FROM_ONE_PLACE = "download config.json and the weights from one place"
 
 
-def read_model_config(folder: Path) -> ModelConfig:
+def read_model_config(
+    folder: Path, hf_overrides: HFConfig | None = None, generation: Path | None = None
+) -> ModelConfig:
     """The model's numbers, without its weights.
+
+    Args:
+        hf_overrides: values in place of those of config.json.
+        generation: the folder of another generation_config.json.
 
     Tokens that end a sequence are taken from `generation_config.json` too: chat models often name
     more of them there than in `config.json`.
@@ -84,8 +90,9 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
         CheckpointError: the folder or its config.json is missing or broken.
         UnsupportedModel: an architecture, or an option of one, that is not built here.
+        InvalidOption: hf_overrides has a name that this architecture does not read.
     """
-    hf = _read_hf_config(folder)
+    hf = Overridden(_read_hf_config(folder), hf_overrides or {})
     family = _choose_family(hf)
     try:
         config: ModelConfig = family.read_config(hf)
@@ -94,9 +101,10 @@ def read_model_config(folder: Path) -> ModelConfig:
             f"{folder / 'config.json'} holds what no config.json can ({error}): copy the one that "
             "the weights were published with."
         ) from error
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        more = read_eos_token_ids(read_json_object(generation))
+    hf.refuse_unread()
+    sampling = (generation or folder) / "generation_config.json"
+    if sampling.is_file():
+        more = read_eos_token_ids(read_json_object(sampling))
         # dict.fromkeys: each once, in order
         config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
     return config
@@ -112,7 +120,8 @@ def check_checkpoint(folder: Path) -> ModelConfig:
         CheckpointError: something is missing, broken, unexpected or misshapen.
         UnsupportedModel: an architecture, or an option of one, that is not built here.
     """
-    model, _ = _build(folder, BACKENDS["reference"])  # one backend is as good as another here
+    model = _build(read_model_config(folder), BACKENDS["reference"])  # any backend will do here
+    _plan(model, folder)
     return model.config
 
 
@@ -121,6 +130,9 @@ def load_model(
     attention: AttentionBackend,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    *,
+    config: ModelConfig | None = None,
+    random_weights: bool = False,
 ) -> Model:
     """Build the model that `folder` describes and fill it.
 
@@ -131,16 +143,23 @@ def load_model(
             always float32: half precision costs exactness, and is faster only on processors that
             multiply it natively.
         device: where the parameters shall lie.
+        config: the model's numbers, if they are not as `read_model_config(folder)` finds them.
+        random_weights: make weights instead of reading them; "auto" is then bfloat16 on a GPU.
 
     Raises:
         CheckpointError: something is missing, broken, unexpected or misshapen.
         UnsupportedModel: an architecture, or an option of one, that is not built here.
         InvalidOption: there is no such dtype, or no room for the weights in it.
     """
-    model, plan = _build(folder, attention)
-    chosen = choose_dtype(dtype, DTYPES_IN_FILES[plan[0][1].dtype], device)
+    model = _build(config or read_model_config(folder), attention)
+    plan = [] if random_weights else _plan(model, folder)
+    saved = DTYPES_IN_FILES[plan[0][1].dtype] if plan else torch.bfloat16
+    chosen = choose_dtype(dtype, saved, device)
     _refuse_more_than_memory(model, chosen, device)
-    _fill(model, plan, chosen, device)
+    allocate(model, chosen, device)
+    if random_weights:
+        fill_with_random_weights(model)
+    copy_tensors((stored, placement.place_in(model)) for placement, stored in plan)
     return model.to(device).eval()  # the parameters are there already: this moves the buffers
 
 
@@ -192,32 +211,16 @@ def _choose_family(hf: HFConfig) -> Family:
 Plan = list[tuple[Placement, StoredTensor]]
 
 
-def _build(folder: Path, attention: AttentionBackend) -> tuple[Model, Plan]:
-    """The model without memory, and what is to fill it."""
-    config = read_model_config(folder)
-    family = FAMILIES[config.architecture]
+def _build(config: ModelConfig, attention: AttentionBackend) -> Model:
+    """The model, whose parameters have no memory yet."""
     with torch.device("meta"), Unset():
-        model = family.build(config, attention)
-    found = read_headers(find_weight_files(folder), family.weights.prefix)
-    return model, _plan(model, family.weights, found)
+        return FAMILIES[config.architecture].build(config, attention)
 
 
-class Unset(TorchFunctionMode):
-    """Leaves new parameters as they are, for which torch.nn would draw random numbers.
-
-    On "meta" that draws nothing, but imports torch's compiler first: a second and 150 MB.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def _plan(model: Model, weights: WeightMap, found: dict[str, StoredTensor]) -> Plan:
+def _plan(model: Model, folder: Path) -> Plan:
     """Pair every parameter with its tensor. Raises CheckpointError unless both sides come out."""
+    weights = FAMILIES[model.config.architecture].weights
+    found = read_headers(find_weight_files(folder), weights.prefix)
     wanted = weights.placements(model)
     ignored = {name for name in found if COMPUTED.search(name)}
     if model.head is None and "lm_head.weight" in found:
@@ -279,12 +282,3 @@ def _refuse_more_than_memory(model: Model, dtype: torch.dtype, device: torch.dev
             f"the weights take {needs / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
             f"{owner} {has / GIB:.1f} GiB: choose {less}a smaller model."
         )
-
-
-def _fill(model: Model, plan: Plan, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Give the parameters memory, and the memory its numbers."""
-    for name, unfilled in list(model.named_parameters()):
-        memory = torch.empty(unfilled.shape, dtype=dtype, device=device)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(memory, requires_grad=False))
-    copy_tensors((stored, placement.place_in(model)) for placement, stored in plan)

@@ -15,6 +15,7 @@ Prompt = str | Iterable[int] | Mapping[str, Any]
 The dicts may also hold a "cache_salt": only prompts with the same one share cached blocks.
 """
 
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _FORMS = (
     'give text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, or a list of '
     "such prompts"
@@ -54,10 +55,10 @@ def read_prompt(
     salt = None
     if isinstance(prompt, Mapping):
         for key in prompt:
-            if key not in ("prompt", "prompt_token_ids", "cache_salt"):
+            if key not in _KEYS and prompt[key] is not None:
                 raise InvalidRequest(
                     f"a prompt has the key {shown(key)}: its keys are prompt, prompt_token_ids and "
-                    "cache_salt."
+                    "cache_salt; the models read text only."
                 )
         salt = _read_salt(prompt.get("cache_salt"))
         if "prompt_token_ids" in prompt:
@@ -72,8 +73,8 @@ def read_prompt(
         return TokenizedPrompt(None, _read_token_ids(prompt), salt)
     if tokenizer is None:
         raise MissingTokenizer(
-            "the prompt is text, but the model's folder holds no tokenizer: "
-            "give the prompt as a list of token ids."
+            "the prompt is text, but the model's folder holds no tokenizer, or it was left out "
+            "(skip_tokenizer_init): give the prompt as a list of token ids."
         )
     if max_model_len is not None:
         refuse_too_long(prompt, tokenizer, max_model_len)

@@ -14,6 +14,7 @@ import reprlib
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from functools import wraps
 from types import NoneType
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
 
@@ -73,7 +74,8 @@ class Option:
         elif self.type is float:
             require_share(self.name, value, self.at_least, self.at_most)
         else:
-            require_type(self.name, value, self.type)
+            is_dict = get_origin(self.type) is dict
+            require_type(self.name, value, dict if is_dict else self.type)
 
 
 def options_of(args: type) -> dict[str, Option]:
@@ -107,15 +109,13 @@ def takes(
         @takes(EngineArgs)
         def __init__(self, args: EngineArgs) -> None: ...
 
-    Editors, `help` and `inspect.signature` see every option with its type and default. A name that
-    is no option raises InvalidOption, which suggests the closest one.
+    Editors, `help` and `inspect.signature` see every option with its type and default.
     """
     assert isinstance(args, type)
     known = options_of(args)
 
     def decorate(method: Callable[[Self, Args], None]) -> Callable[Concatenate[Self, P], None]:
         def call(self: Self, /, *positional: P.args, **named: P.kwargs) -> None:
-            refuse_unknown(named, list(known))
             method(self, args(*positional, **named))
 
         parameters = [
@@ -128,6 +128,24 @@ def takes(
         call.__doc__ = f"{summary}\n\nArgs:\n{_describe(known)}\n\n{rest}".strip()
         call.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         return call
+
+    return decorate
+
+
+def translated(
+    translate: Callable[[dict[str, Any], dict[str, Option]], dict[str, Any]],
+) -> Callable[[type[Args]], type[Args]]:
+    """Make a dataclass whose keyword arguments go through `translate` first, with its options."""
+
+    def decorate(args: type[Args]) -> type[Args]:
+        known, init = options_of(args), args.__init__
+
+        @wraps(init)
+        def translating(self: Args, *positional: Any, **named: Any) -> None:
+            init(self, *positional, **translate(named, known))
+
+        args.__init__ = translating
+        return args
 
     return decorate
 
@@ -163,12 +181,16 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
 
-def refuse_unknown(given: Iterable[str], known: list[str]) -> None:
-    """Refuse a name that is none of the known ones. Raises InvalidOption."""
+def refuse_unknown(given: Iterable[str], known: list[str], also: Iterable[str] = ()) -> None:
+    """Refuse a name that is none of the known ones, nor of `also`, which are not listed.
+
+    Raises InvalidOption, with the closest name.
+    """
+    every = [*known, *also]
     for name in given:
-        if name in known:
+        if name in every:
             continue
-        closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        closest = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
         advice = (
             f"did you mean {closest[0]!r}?" if closest else f"choose one of {', '.join(known)}."
         )

@@ -511,7 +511,7 @@ def test_a_pool_larger_than_the_machine_is_refused(folder):
         ("num_blocks", 1.5),
         ("num_blocks", "4"),
         ("num_swap_blocks", -1),
-        ("block_size", None),
+        ("block_size", "16"),
         ("max_model_len", "8"),
         ("max_model_len", 1),
         ("max_num_seqs", 2.0),

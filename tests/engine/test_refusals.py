@@ -10,10 +10,10 @@ from checkpoints import make_checkpoint
 from minipaged import LLM, Parts, SamplingParams
 from minipaged.attention.backend import BACKENDS
 from minipaged.config import OPTIONS, MemoryKind
+from minipaged.engine.arg_utils import LLMArgs
 from minipaged.engine.refusals import UNUSED_OPTIONS, UNUSED_PARTS, refuse_what_is_ignored
 from minipaged.engine.sampling_request import SamplingRequest
 from minipaged.errors import InvalidOption
-from minipaged.llm import LLMArgs
 from minipaged.memory import BlockAllocator, BlockManager, BlockTable, PrefixCache
 from minipaged.memory.baselines.contiguous import CONTIGUOUS
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, why_no_pages_of

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from minipaged.errors import CheckpointError, FetchError
+from minipaged.errors import CheckpointError, FetchError, InvalidOption
 from minipaged.models.hub.catalogue import KNOWN_MODELS, find_known, in_words
 from minipaged.utils.options import shown
 
@@ -51,7 +51,7 @@ class ModelName:
         repo, _, in_text = name.partition("@")
         if in_text and revision not in (None, in_text):
             raise FetchError(
-                f"{text!r} and --revision {revision} name two revisions: give one of them."
+                f"{text!r} and revision {revision} name two revisions: give one of them."
             )
         known = find_known(repo)
         repo, revision = known.name if known else repo, revision or in_text or None
@@ -94,28 +94,60 @@ def _no_name(text: str) -> str:
     )
 
 
-def find_model(model: str | Path) -> Path:
+def find_model(
+    model: str | Path, revision: str | None = None, cache: str | Path | None = None
+) -> Path:
     """The folder of a model: of an embedded one, of a path, or of a name that was fetched before.
 
-    Raises CheckpointError if there is none.
+    Args:
+        revision: branch, tag or commit of a model by name; None and "main": the hub's first.
+        cache: a folder in the form of Hugging Face's cache that is searched before all others.
+
+    Raises:
+        CheckpointError: there is no such model here.
+        InvalidOption: a folder was asked for another revision than its own.
     """
+    folder = _find_folder(model)
+    if folder is not None:
+        _refuse_revision_of_folder(model, revision)
+        return folder
+    try:
+        name = ModelName.parse(str(model), revision)
+    except FetchError as error:
+        raise CheckpointError(_no_model(str(model), error)) from error
+    folder = find_local(name, cache) if isinstance(model, str) else None
+    if folder is None:
+        raise CheckpointError(_how_to_get(str(model), name))
+    return folder
+
+
+def _refuse_revision_of_folder(model: str | Path, revision: str | None) -> None:
+    if revision not in (None, "main"):
+        raise InvalidOption(
+            f"revision is {shown(revision)}, but {shown(str(model))} is a folder, which has one "
+            "revision: leave it out.",
+            "revision",
+        )
+
+
+def _find_folder(model: str | Path) -> Path | None:
     if model in EMBEDDED:
         return Path(str(files("minipaged") / "assets" / str(model)))
     with suppress(OSError, ValueError):  # longer than a path, or with a null byte
         if model and Path(model).is_dir():
             return Path(model)
-    fetched = find_local(model) if isinstance(model, str) else None
-    if fetched is None:
-        raise CheckpointError(_how_to_get(str(model)))
-    return fetched
+    return None
 
 
-def _how_to_get(model: str) -> str:
-    try:
-        name = ModelName.parse(model)
-    except FetchError as error:
-        embedded = " or ".join(EMBEDDED)
-        return f"there is no folder {shown(model)}, the embedded model is {embedded}, and {error}"
+def _no_model(model: str, error: FetchError) -> str:
+    if is_model_name(model):  # of which the revision is wrong
+        return str(error)
+    embedded = " or ".join(EMBEDDED)
+    return f"there is no folder {shown(model)}, the embedded model is {embedded}, and {error}"
+
+
+def _how_to_get(model: str, name: ModelName) -> str:
+    model = model if name.revision is None else str(name)
     known = find_known(name.repo)
     if known is None:
         return (
@@ -141,10 +173,11 @@ def folder_of(name: str | ModelName) -> Path:
     return models_folder() / model.folder_name
 
 
-def find_local(name: str | ModelName) -> Path | None:
+def find_local(name: str | ModelName, cache: str | Path | None = None) -> Path | None:
     """The folder in which this model lies whole; None if it does not, or if it is no model's name.
 
-    Takes what `ModelName.parse` takes, or its result. Touches no network.
+    Takes what `ModelName.parse` takes, or its result, and a cache to search before all others.
+    Touches no network.
     """
     if isinstance(name, str):
         if not is_model_name(name):
@@ -152,8 +185,11 @@ def find_local(name: str | ModelName) -> Path | None:
         name = ModelName.parse(name)
     # Ours is whole if it is there at all: it got its name by one rename, when all was checked.
     try:
+        found = _find_in_hub_cache(name, Path(cache)) if cache else None
+        if found is not None:
+            return found
         own = folder_of(name)
-        return own if own.is_dir() else _find_in_hub_cache(name)
+        return own if own.is_dir() else _find_in_hub_cache(name, _hub_cache())
     except (OSError, ValueError, RuntimeError):
         return None  # longer than a file's name, a reference that is no text, a home of nobody
 
@@ -163,11 +199,11 @@ def find_local(name: str | ModelName) -> Path | None:
 # models--owner--name/snapshots/<commit>/ the files that someone has asked for, of that commit
 
 
-def _find_in_hub_cache(model: ModelName) -> Path | None:
+def _find_in_hub_cache(model: ModelName, cache: Path) -> Path | None:
     known = find_known(model.repo)
     repos = [model.repo, known.short_name] if known else [model.repo]  # older caches say "gpt2"
     for repo in repos:
-        folder = _hub_cache() / f"models--{repo.replace('/', '--')}"
+        folder = cache / f"models--{repo.replace('/', '--')}"
         revision = model.revision or "main"
         reference = folder / "refs" / revision
         commit = reference.read_text().strip() if reference.is_file() else revision

@@ -1,0 +1,44 @@
+"""A model whose parameters have no memory yet: on torch's "meta" device, before it is filled."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from minipaged.models.base import Model
+
+
+class Unset(TorchFunctionMode):
+    """Leaves new parameters as they are, for which torch.nn would draw random numbers.
+
+    On "meta" that draws nothing, but imports torch's compiler first: a second and 150 MB.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def allocate(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give the parameters memory, which holds no numbers yet."""
+    for name, unfilled in list(model.named_parameters()):
+        memory = torch.empty(unfilled.shape, dtype=dtype, device=device)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(memory, requires_grad=False))
+
+
+def fill_with_random_weights(model: Model) -> None:
+    """Give the parameters random numbers, the same ones each time on one kind of device.
+
+    Small ones around 0, as before training; the weights of norms, which multiply, are 1.
+    """
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            parameter.fill_(float(name.endswith("weight")))
