@@ -83,7 +83,11 @@ class EngineArgs:
         at_least=0,
     )
     gpu_memory_utilization: float = option(
-        0.9, "Fraction of a GPU's memory for weights and blocks.", at_least=0.01, at_most=1.0
+        0.9,
+        "Fraction of a GPU's memory for weights and blocks. Without effect on a CPU and beside "
+        "num_blocks.",
+        at_least=0.01,
+        at_most=1.0,
     )
     enable_prefix_caching: bool | None = option(
         None,

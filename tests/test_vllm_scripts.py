@@ -22,5 +22,15 @@ def test_a_script_written_for_vllm_runs_with_only_its_import_changed(script, mon
     exec(compile(changed, script, "exec"), {"__name__": "__main__"})
 
 
-def test_there_are_twelve_scripts():
+def test_there_are_twelve_scripts_and_each_is_in_the_table():
+    page = Path(minipaged.__file__).parents[1] / "docs" / "from_here_to_vllm.md"
+    [section] = re.findall(
+        r"^## Scripts written for vLLM\n(.*?)^## ", page.read_text("utf-8"), re.M | re.S
+    )
+    rows = re.findall(
+        r"^\| (.+) \| (same|differs|absent)([^|]*) \| (?:`(\w+)` )?\|$", section, re.M
+    )
+    assert len(rows) == section.count("\n|") - 1
+    named = {script for *_, script in rows if script}
+    assert named == {script.stem for script in SCRIPTS}
     assert len(SCRIPTS) == 12

@@ -1,6 +1,7 @@
 """The engine: every `step()` computes one more token, or a chunk of prompt, of what runs."""
 
 import random
+import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -29,7 +30,6 @@ from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
 from minipaged.sequence import Sequence
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, read_prompt
-from minipaged.utils.clock import wall_clock
 from minipaged.utils.device import to_device
 from minipaged.worker.model_runner import ModelRunner
 
@@ -55,7 +55,7 @@ class LLMEngine(EngineNames):
         sampling_request: Callable[[Arrival, SamplingParams, int], Request] = SamplingRequest,
         sampler: Sampler | None = None,
         seed: int = 0,
-        clock: Callable[[], float] = wall_clock,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
         self.scheduler = build_scheduler()

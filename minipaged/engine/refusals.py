@@ -118,16 +118,3 @@ def _refuse_unused_device_options(args: EngineArgs, device_type: str) -> None:
             'choose device="cpu", or memory="paged".',
             "memory",
         )
-    if not args.is_given("gpu_memory_utilization"):
-        return
-    reason = ""
-    if device_type != "cuda":
-        reason = "but the model runs on the CPU"
-    elif args.num_blocks is not None:
-        reason = f"but num_blocks={args.num_blocks} already sets the size of the pool"
-    if reason:
-        raise InvalidOption(
-            f"gpu_memory_utilization is {args.gpu_memory_utilization}, {reason}: leave it out"
-            f"{' or leave out num_blocks' if device_type == 'cuda' else ', or set num_blocks'}.",
-            "gpu_memory_utilization",
-        )
