@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from minipaged.sequence import Sequence
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, read_prompt
 from minipaged.utils.device import to_device
+from minipaged.utils.vllm_options import refuse_call_options
 from minipaged.worker.model_runner import ModelRunner
 
 Listener = Callable[[SchedulerOutput, StepStats], None]
@@ -243,14 +245,19 @@ class LLMEngine(EngineNames):
 
     # ---- requests come and go ------------------------------------------------------------------
 
-    def add_request(self, request_id: str, prompt: Prompt, params: Params | None = None) -> None:
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: Params | None = None, **others: Any
+    ) -> None:
         """Queue a prompt (text or token ids) for sampling or, with BeamSearchParams, beam search.
+
+        `others` are those of vLLM's add_request, each with the value that asks for nothing.
 
         Raises:
             InvalidRequest, PromptTooLong: it could never be served; all others go on.
             InvalidOption: its parameters do not suit the model, as a token that it lacks.
             MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
         """
+        refuse_call_options(others)
         params = own_copy(params)
         read = read_request(prompt, params, self._traits, self.config.max_logprobs)
         refuse_id(request_id, self._open)

@@ -175,13 +175,16 @@ CALLS_NOT_BUILT: dict[str, dict[str, object]] = {
     "requests are served in the order of their arrival (the paper's FCFS)": {"priority": 0},
     "guided decoding and structured outputs are not built": {"guided_options_request": None},
     "`max_num_seqs` limits how many sequences run": {"concurrency_limit": None},
+    "the engine notes itself when a request comes": {"arrival_time": None},
+    "requests are not traced over a network": {"trace_headers": None},
+    "text and token ids go into one prompt, as a dict": {"prompt_text": None},
     "the models read text only": {"mm_processor_kwargs": None},
     "prompts are encoded as the checkpoint's tokenizer says": {"tokenization_kwargs": None},
     "a message's content is given to the chat template as text": {
         "chat_template_content_format": ("auto", "string"),
     },
 }  # fmt: skip
-"""The same for arguments of `LLM.generate` and `LLM.chat`."""
+"""The same for arguments of `LLM.generate`, `LLM.chat` and `LLMEngine.add_request`."""
 
 
 def translate(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:

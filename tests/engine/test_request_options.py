@@ -169,6 +169,16 @@ def test_a_part_adjusts_the_logits_of_all_requests():
         assert not set(found.outputs[0].token_ids) & set(ids)
 
 
+@pytest.mark.parametrize("name", ["priority", "lora_request", "arrival_time", "trace_headers"])
+def test_what_a_request_of_vllm_may_have_besides_is_refused_by_name(llm, name):
+    with pytest.raises(InvalidOption, match=f"^{name} is 5, but .+: leave it out, or give"):
+        llm.engine.add_request("0", TEXT, **{name: 5})
+    llm.engine.add_request("0", TEXT, **{name: None})
+    llm.engine.abort_request("0")
+    with pytest.raises(InvalidOption, match="there is no option 'prio'"):
+        llm.engine.add_request("0", TEXT, prio=1)
+
+
 # ---- the request's own copy ----------------------------------------------------------------------
 
 
