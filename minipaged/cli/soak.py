@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,6 +63,19 @@ def faults(count: Count = 100, seed: Seed = 0, as_json: AsJson = False) -> None:
     from minipaged.evaluation.soak.fault_runs import FaultsSoak
 
     run_and_report(FaultsSoak(count, seed), None, as_json)
+
+
+@app.command()
+def vllm(
+    python: Annotated[Path, typer.Option(help="The Python of an environment with vLLM.")],
+    count: Count = 32,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Random prompts to a small Llama, compared with vLLM in another environment."""
+    from minipaged.evaluation.soak.beside_vllm import VLLMSoak
+
+    run_and_report(VLLMSoak(count, seed, python), None, as_json)
 
 
 def run_and_report(soak: "Soak", part: list[str] | None, as_json: bool) -> None:

