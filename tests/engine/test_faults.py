@@ -14,6 +14,8 @@ from full_set import examples
 from minipaged import LLM, Parts, SamplingParams
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.open_request import OpenRequest
+from minipaged.engine.outputs import Progress
+from minipaged.engine.sampling_request import SamplingRequest
 from minipaged.errors import RequestFailed
 from minipaged.evaluation.soak.faults import (
     InjectedError,
@@ -138,7 +140,6 @@ MUTANTS = [
     keep_the_tokens_of_the_step,
     forget_the_forks,
     report_tokens_again,
-    pytest.param(keep_the_forks_of_the_step, marks=pytest.mark.full),  # seen after many faults
 ]
 
 
@@ -155,6 +156,42 @@ def test_a_restart_that_is_not_right_is_noticed(mutate, monkeypatch):
     except Exception as error:  # the engine itself noticed
         mismatches.append(repr(error))
     assert any(mismatches)
+
+
+def fork_twice(monkeypatch) -> list[tuple[list[int], str]]:
+    """The samples of a request: Ctrl-C comes in the step that forks, and once more later."""
+    llm = LLM("storyteller", num_blocks=64)
+    advance, calls = SamplingRequest.advance, []
+
+    def advance_and_be_interrupted(self, sampled, fork):
+        ended = advance(self, sampled, fork)
+        calls.append(len(self.group.sequences))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return ended
+
+    monkeypatch.setattr(SamplingRequest, "advance", advance_and_be_interrupted)
+    llm.engine.add_request("0", "Theo the frog", SAMPLED)
+    with pytest.raises(KeyboardInterrupt):
+        llm.engine.step()
+    assert calls == [3], "the request had not forked"
+    for _ in range(4):
+        llm.engine.step()
+    llm.engine.restart()
+    last: list[Progress] = []
+    while llm.engine.has_unfinished_requests():
+        last = llm.engine.step() or last
+    return [(one.token_ids, one.text) for one in last[0].outputs]
+
+
+def test_forks_of_a_step_that_was_cut_short_are_forgotten(monkeypatch):
+    undisturbed = read(LLM("storyteller", num_blocks=64).stream("Theo the frog", SAMPLED))
+    with monkeypatch.context() as patches:
+        assert fork_twice(patches) == undisturbed
+    with monkeypatch.context() as patches:
+        keep_the_forks_of_the_step(patches)
+        with pytest.raises((KeyError, AssertionError, RequestFailed)):
+            assert fork_twice(patches) == undisturbed
 
 
 # ---- streams and generate ------------------------------------------------------------------------
