@@ -84,8 +84,8 @@ class EngineArgs:
     )
     gpu_memory_utilization: float = option(
         0.9,
-        "Fraction of a GPU's memory for weights and blocks. Without effect on a CPU and beside "
-        "num_blocks.",
+        "Fraction of a GPU's memory for weights and blocks. No effect on a CPU, or if num_blocks "
+        "is given.",
         at_least=0.01,
         at_most=1.0,
     )

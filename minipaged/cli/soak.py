@@ -73,7 +73,7 @@ def vllm(
     as_json: AsJson = False,
 ) -> None:
     """Random prompts to a small Llama, compared with vLLM in another environment."""
-    from minipaged.evaluation.soak.beside_vllm import VLLMSoak
+    from minipaged.evaluation.soak.against_vllm import VLLMSoak
 
     run_and_report(VLLMSoak(count, seed, python), None, as_json)
 

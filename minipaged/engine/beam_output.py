@@ -1,4 +1,4 @@
-"""Results of beam search in vLLM's form, beside our own."""
+"""Results of beam search in vLLM's form, in addition to our own."""
 
 from dataclasses import dataclass, field
 

@@ -28,7 +28,7 @@ class RequestMetrics:
         scheduled = self.first_scheduled_time
         return None if scheduled is None else scheduled - self.arrival_time
 
-    # What vLLM's v1 calls them. Its arrival is by another clock, and queued_ts by this one.
+    # vLLM's v1 names. There, arrival_time is on another clock than the other times.
 
     @property
     def queued_ts(self) -> float:

@@ -77,8 +77,7 @@ def bad_words_in_tokens(words: Iterable[str], tokenizer: Tokenizer) -> list[list
 
 
 def run_processors(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> Faults:
-    """Write what the logits processors make of each row into `logits`; other rows go on if one
-    raises."""
+    """Replace each row by what its logits processors return; a row whose processor raises stays."""
     faults: Faults = {}
     for i, row in enumerate(rows):
         for process in row.params.logits_processors or ():

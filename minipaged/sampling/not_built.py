@@ -1,4 +1,4 @@
-"""Parameters that vLLM's SamplingParams and BeamSearchParams have and these have not.
+"""Parameters of vLLM's SamplingParams and BeamSearchParams that this library does not support.
 
 Each is refused in one sentence that names it, unless its value asks for nothing.
 """

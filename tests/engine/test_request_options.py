@@ -1,4 +1,4 @@
-"""What a request may ask for beside the choice of tokens: text, prompt, functions of its own."""
+"""Options of a request other than the choice of tokens: text, prompt, its own functions."""
 
 import itertools
 import pickle
