@@ -1,43 +1,38 @@
-"""Parameters of vLLM's SamplingParams and BeamSearchParams that this library does not support.
-
-Each is refused in one sentence that names it, unless its value asks for nothing.
-"""
+"""Parameters of vLLM's SamplingParams and BeamSearchParams that this library does not support."""
 
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from typing import Any, TypeVar
 
-from minipaged.errors import InvalidOption
-from minipaged.utils.options import refuse_unknown
+from minipaged.utils.not_built import by_name, refuse_not_built
 
 T = TypeVar("T", bound=type)
 
-_GUIDED = "output that must follow a grammar or schema is not built here"
-_RAW = "give logprobs=-1 and pick the tokens from the result"
-_BEAMS = "give BeamSearchParams instead"
-
-NOT_BUILT = {
-    "structured_outputs": _GUIDED,
-    "guided_decoding": _GUIDED,
-    "thinking_token_budget": "a limit on a model's reasoning is not built here",
-    "repetition_detection": "the search for repeated patterns is not built here; see the penalties",
-    "watermarking": "marks in the choice of tokens are not built here",
-    "logprob_token_ids": _RAW,
-    "prompt_logprob_token_ids": _RAW,
-    "prompt_logprob_start": _RAW,
-    "flat_logprobs": "logprobs come as a list of dicts here",
-    "stream_interval": "every token is streamed here",
-    "extra_args": "a custom part can hold its own options here (see Parts)",
-    "routed_experts_prompt_start": "models with experts are not built here",
-    "trace_decode_token_ids": "give the tokens as a prompt with prompt_logprobs to score them",
-    "skip_reading_prefix_cache": "give the prompt a cache_salt of its own",
-    "use_beam_search": _BEAMS,
-    "length_penalty": _BEAMS,
-    "early_stopping": _BEAMS,
-    "concurrency_limit": "all prompts are searched together",
-}
-"""By name, and what to do instead."""
+NOT_BUILT = by_name({
+    "output that must follow a grammar or schema is not built": {
+        "structured_outputs": None, "guided_decoding": None,
+    },
+    "a limit on a model's reasoning is not built": {"thinking_token_budget": None},
+    "only the penalties act against repetition": {"repetition_detection": None},
+    "marks in the choice of tokens are not built": {"watermarking": None},
+    "log-probabilities are given for all tokens (logprobs=-1) or for the likeliest": {
+        "logprob_token_ids": None, "prompt_logprob_token_ids": None,
+    },
+    "prompt_logprobs covers the whole prompt": {"prompt_logprob_start": 0},
+    "logprobs are a list of dicts": {"flat_logprobs": False},
+    "every step reports every new token": {"stream_interval": 1},
+    "a custom part holds its own options (see Parts)": {"extra_args": None},
+    "models with experts are not built": {"routed_experts_prompt_start": None},
+    "tokens are scored as a prompt, with prompt_logprobs": {"trace_decode_token_ids": None},
+    "only a cache_salt of its own keeps a prompt from the prefix cache": {
+        "skip_reading_prefix_cache": False,
+    },
+    "beam search takes BeamSearchParams": {
+        "use_beam_search": False, "length_penalty": 1.0, "early_stopping": False,
+    },
+    "all prompts are searched together": {"concurrency_limit": None},
+})  # fmt: skip
 
 WITHOUT_EFFECT = {"skip_clone": "a request always copies its parameters"}
 """Accepted with any value, by name, and why nothing changes."""
@@ -52,10 +47,8 @@ def refuses_what_is_not_built(cls: T) -> T:
         known = [each.name for each in fields(cls) if each.init]
         for name in [name for name in named if name not in known]:
             value = named.pop(name)
-            if name in NOT_BUILT and value is not None and value is not False:
-                raise InvalidOption(f"{name} cannot be honoured: {NOT_BUILT[name]}.", name)
-            if name not in NOT_BUILT and name not in WITHOUT_EFFECT:
-                refuse_unknown([name], known)
+            if name not in WITHOUT_EFFECT:
+                refuse_not_built(name, value, NOT_BUILT, known)
         make(self, *args, **named)
 
     cls.__init__ = refuse_and_make

@@ -19,7 +19,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from minipaged.tokenizer.hf_names import HuggingFaceNames, refuse_not_built, to_list
+from minipaged.tokenizer.hf_names import HuggingFaceNames, refuse_others, to_list
 
 
 class Tokenizer(HuggingFaceNames):
@@ -74,7 +74,7 @@ class Tokenizer(HuggingFaceNames):
             other: parameters of Hugging Face's that ask for nothing, such as `padding=False`; what
                 is not built here raises InvalidOption.
         """
-        refuse_not_built(other)
+        refuse_others(other)
         token_ids = self._encode(text, allow_special)
         if not add_special_tokens:
             return token_ids
@@ -109,7 +109,7 @@ class Tokenizer(HuggingFaceNames):
         Like Hugging Face's tokenizers, it takes the tokens for a whole text, from its beginning:
         a SentencePiece tokenizer then leaves out the first space.
         """
-        refuse_not_built(other)
+        refuse_others(other)
         skipped = self.special_ids if skip_special_tokens else frozenset[int]()
         shown = [i for i in to_list(token_ids) if i not in skipped and i in self.vocabulary]
         pieces = [self.first_token_bytes(i) for i in shown[:1]]

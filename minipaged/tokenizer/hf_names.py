@@ -9,19 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minipaged.errors import InvalidOption, InvalidRequest
+from minipaged.errors import InvalidRequest
 from minipaged.tokenizer.byte_letters import spell_bytes
 from minipaged.tokenizer.chat_template import Chat, list_chats, read_chat
 from minipaged.tokenizer.control_tokens import split_at_control_tokens
-from minipaged.utils.options import refuse_unknown, shown
+from minipaged.utils.not_built import by_name, refuse_not_built
+from minipaged.utils.options import shown
 
-_NOT_BUILT = [
-    *("padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side", "stride"),
-    *("return_tensors", "return_token_type_ids", "return_overflowing_tokens"),
-    *("return_offsets_mapping", "return_special_tokens_mask", "return_length"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs", "text_pair", "text_target"),
-    *("is_split_into_words", "clean_up_tokenization_spaces"),
-]
+NOT_BUILT = by_name({
+    "a tokenizer here only turns text into token ids and back": {
+        "padding": (False, "do_not_pad"), "truncation": (False, "do_not_truncate"),
+        "max_length": None, "pad_to_multiple_of": None, "padding_side": None, "stride": 0,
+        "return_tensors": None, "return_token_type_ids": False,
+        "return_overflowing_tokens": False, "return_offsets_mapping": False,
+        "return_special_tokens_mask": False, "return_length": False,
+        "return_assistant_tokens_mask": False, "tokenizer_kwargs": None, "text_pair": None,
+        "text_target": None, "is_split_into_words": False, "clean_up_tokenization_spaces": False,
+    },
+})  # fmt: skip
 
 
 class BatchEncoding(dict[str, Any]):
@@ -72,7 +77,7 @@ class HuggingFaceNames(ABC):
         Returns {"input_ids": ids, "attention_mask": ones}; for several texts, lists of these.
         Raises InvalidRequest for what is no text, InvalidOption for a parameter that is not built.
         """
-        refuse_not_built({"text_pair": text_pair, **not_built})
+        refuse_others({"text_pair": text_pair, **not_built})
         if isinstance(text, str):
             return _encoding(self.encode(text, add_special_tokens=add_special_tokens))
         texts: list[Any] = list(text) if isinstance(text, list | tuple) else [text]
@@ -109,7 +114,7 @@ class HuggingFaceNames(ABC):
         template. Unlike there, special tokens that messages spell out are encoded as letters
         unless `sanitize_control_tokens` is False. Raises what `read_chat` and `Chat.render` raise.
         """
-        refuse_not_built({name: more.pop(name) for name in _NOT_BUILT if name in more})
+        refuse_others({name: more.pop(name) for name in NOT_BUILT if name in more})
         if documents is not None:
             more["documents"] = documents
         given = list_chats(conversation)
@@ -248,16 +253,10 @@ class HuggingFaceNames(ABC):
         return self._id_of(self.unk_token)
 
 
-def refuse_not_built(given: Mapping[str, Any]) -> None:
+def refuse_others(given: Mapping[str, Any]) -> None:
     """Refuse Hugging Face's parameters that would ask for something. Raises InvalidOption."""
-    refuse_unknown(given, _NOT_BUILT)
     for name, value in given.items():
-        if value is not None and value is not False and not (name == "stride" and value == 0):
-            raise InvalidOption(
-                f"{name} is {shown(value)}, which is not built here: leave {name} out, and do it "
-                "with the token ids yourself.",
-                name,
-            )
+        refuse_not_built(name, value, NOT_BUILT, ())
 
 
 def to_list(ids: Any) -> list[int]:

@@ -6,16 +6,18 @@ in `EngineArgs` and `LLMArgs`. Every other one is in exactly one of the tables b
     OTHER_NAMES     honoured under another name
     WITHOUT_EFFECT  accepted with any value, and why the value changes nothing
     NOT_BUILT       accepted with the value that asks for nothing, otherwise refused, and why
+                    (see `not_built`)
 
 The names are those of vLLM 0.32.0, and of older versions that published scripts were written for.
 `as_markdown` prints the tables for docs/guides/vllm_options.md.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from minipaged.errors import InvalidOption
-from minipaged.utils.options import Option, refuse_unknown, shown
+from minipaged.utils.not_built import by_name, named, refuse_not_built
+from minipaged.utils.options import Option
 
 OTHER_NAMES = {
     "num_gpu_blocks_override": "num_blocks",
@@ -49,7 +51,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         "kernel_config ir_op_priority linear_backend enable_flashinfer_autotune "
         "jit_monitor_mode jit_monitor_verbose use_v2_block_manager",
     "the engine runs in this process, on one device":
-        "disable_custom_all_reduce distributed_executor_backend master_addr master_port "
+        "disable_custom_all_reduce master_addr master_port "
         "distributed_timeout_seconds cpu_distributed_timeout_seconds enable_shm_tensor_arena "
         "disable_nccl_for_dp_synchronization data_parallel_backend dcp_comm_backend "
         "dcp_q_replicate dcp_kv_cache_interleave_size cp_kv_cache_interleave_size "
@@ -60,7 +62,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         "disable_log_stats disable_log_requests aggregate_engine_logging "
         "enable_logging_iteration_details logging_config log_level log_config_file",
     "only a server reads it":
-        "served_model_name max_num_queued_reqs max_num_queued_tokens tokens_only stream_interval "
+        "served_model_name max_num_queued_reqs max_num_queued_tokens tokens_only "
         "reasoning_parser reasoning_parser_plugin reasoning_config",
     "cached blocks are compared by their tokens, not by a hash":
         "prefix_caching_hash_algo",
@@ -113,6 +115,9 @@ NOT_BUILT: dict[str, dict[str, object]] = {
         "data_parallel_multi_port_external_lb": False, "numa_bind": False,
         "enable_fault_tolerance": False,
     },
+    "the engine runs in this process": {
+        "distributed_executor_backend": ("uni", "mp", "ray", "external_launcher"),
+    },
     "the device is chosen by the option `device`": {"device_ids": None},
     "quantised weights are not read": {"quantization": None, "quantization_config": None},
     "weights and blocks stay where they are loaded; only preempted requests are swapped": {
@@ -161,6 +166,7 @@ NOT_BUILT: dict[str, dict[str, object]] = {
         "enable_return_routed_experts": False, "aux_output_config": None,
         "use_fp64_gumbel": False, "watermark_config": None,
     },
+    "every step reports every new token": {"stream_interval": 1},
     "profiles, metrics and traces are those of `minipaged bench` and `minipaged trace`": {
         "profiler_config": None, "otlp_traces_endpoint": None, "collect_detailed_traces": None,
         "kv_cache_metrics": False, "cudagraph_metrics": False, "enable_mfu_metrics": False,
@@ -168,7 +174,6 @@ NOT_BUILT: dict[str, dict[str, object]] = {
         "show_hidden_metrics_for_version": None,
     },
 }  # fmt: skip
-"""A None, or something empty, asks for nothing in any case. A tuple: any of these does."""
 
 CALLS_NOT_BUILT: dict[str, dict[str, object]] = {
     "LoRA adapters are not built": {"lora_request": None},
@@ -218,30 +223,6 @@ def refuse_call_options(given: Mapping[str, Any]) -> None:
             refuse_not_built(name, one, _CALLS_NOT_BUILT, _CALL_ARGUMENTS)
 
 
-def refuse_not_built(
-    name: str, value: object, table: Mapping[str, tuple[str, object]], known: Iterable[str]
-) -> None:
-    """Refuse a name that is not in the table, and a value that asks for what is not built."""
-    refuse_unknown([name], list(known), also=table)
-    reason, neutral = table[name]
-    if not _asks_for_nothing(value, neutral):
-        accepted = neutral if isinstance(neutral, tuple) else (neutral,)
-        names = " or ".join(map(repr, accepted))
-        raise InvalidOption(
-            f"{name} is {shown(value)}, but {reason}: leave it out, or give {names}.", name
-        )
-
-
-def _asks_for_nothing(value: object, neutral: object) -> bool:
-    if value is None or (isinstance(value, str | dict | list | tuple | set) and not value):
-        return True
-    if isinstance(neutral, tuple):
-        return any(_asks_for_nothing(value, each) for each in neutral)
-    # Types first: an array compares to an array, and True is no number.
-    same_kind = isinstance(value, bool) == isinstance(neutral, bool)
-    return isinstance(value, bool | int | float | str) and same_kind and value == neutral
-
-
 def _our_value(name: str, value: Any) -> Any:
     if isinstance(value, str):
         return OTHER_VALUES.get(name, {}).get(value, value)
@@ -251,19 +232,11 @@ def _our_value(name: str, value: Any) -> Any:
     return value
 
 
-def _by_name(table: Mapping[str, Mapping[str, object]]) -> dict[str, tuple[str, object]]:
-    return {
-        name: (reason, neutral)
-        for reason, names in table.items()
-        for name, neutral in names.items()
-    }
-
-
 _NAMES_WITHOUT_EFFECT = {
     name: reason for reason, names in WITHOUT_EFFECT.items() for name in names.split()
 }
-_NOT_BUILT = _by_name(NOT_BUILT)
-_CALLS_NOT_BUILT = _by_name(CALLS_NOT_BUILT)
+_NOT_BUILT = by_name(NOT_BUILT)
+_CALLS_NOT_BUILT = by_name(CALLS_NOT_BUILT)
 _CALL_ARGUMENTS = ("prompts", "sampling_params", "use_tqdm", "prompt_token_ids")
 CALL_NAMES = tuple(_CALLS_NOT_BUILT)
 
@@ -282,10 +255,6 @@ def as_markdown() -> str:
         lines.append(f"| {', '.join(f'`{name}`' for name in names.split())} | {reason} |")
     lines += ["", "| refused, unless it has this value | why |", "|---|---|"]
     for reason, names in (*NOT_BUILT.items(), *CALLS_NOT_BUILT.items()):
-        each = ", ".join(f"`{name}={_neutral(value)}`" for name, value in names.items())
+        each = ", ".join(f"`{name}={named(value)}`" for name, value in names.items())
         lines.append(f"| {each} | {reason} |")
     return "\n".join(lines) + "\n"
-
-
-def _neutral(value: object) -> str:
-    return " or ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)

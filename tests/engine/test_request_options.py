@@ -171,7 +171,7 @@ def test_a_part_adjusts_the_logits_of_all_requests():
 
 @pytest.mark.parametrize("name", ["priority", "lora_request", "arrival_time", "trace_headers"])
 def test_what_a_request_of_vllm_may_have_besides_is_refused_by_name(llm, name):
-    with pytest.raises(InvalidOption, match=f"^{name} is 5, but .+: leave it out, or give"):
+    with pytest.raises(InvalidOption, match=f"^{name} is 5, but .+: leave it out"):
         llm.engine.add_request("0", TEXT, **{name: 5})
     llm.engine.add_request("0", TEXT, **{name: None})
     llm.engine.abort_request("0")

@@ -4,11 +4,13 @@ import argparse
 import sys
 
 from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
+whole = RequestOutputKind.FINAL_ONLY  # both samples in one result
 test_prompts = [
     ("Once upon a time", SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1)),
     ("Theo the frog", SamplingParams(temperature=0.8, top_k=5, presence_penalty=0.2, seed=1)),
-    ("Nell the goat", SamplingParams(n=2, temperature=0.8, top_p=0.95, seed=2)),
+    ("Nell the goat", SamplingParams(n=2, temperature=0.8, top_p=0.95, seed=2, output_kind=whole)),
 ]
 
 

@@ -5,7 +5,7 @@ import sys
 
 from vllm import LLM, SamplingParams
 
-llm = LLM(model=sys.argv[1], max_model_len=256)
+llm = LLM(model=sys.argv[1], max_model_len=256, max_logprobs=-1)
 params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=3, prompt_logprobs=2)
 [output] = llm.generate(["Theo the frog"], params)
 
@@ -31,6 +31,5 @@ for token_id, logprobs in zip(output.prompt_token_ids[1:], output.prompt_logprob
     assert logprobs[token_id].rank >= 1
 
 everything = SamplingParams(temperature=0.0, max_tokens=1, logprobs=-1)
-llm = LLM(model=sys.argv[1], max_model_len=256, max_logprobs=-1)
 [whole] = llm.generate(["Theo the frog"], everything)[0].outputs[0].logprobs
 assert abs(sum(math.exp(each.logprob) for each in whole.values()) - 1) < 1e-3

@@ -22,9 +22,10 @@ changed.logit_bias = {first: -100.0}  # parameters can be changed
 assert complete(changed).token_ids[0] != first
 assert greedy.logit_bias is None
 
-word = tokenizer.decode([first])
-forbidding = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, bad_words=[word])
-assert word.strip() not in complete(forbidding).text.split()
+story = SamplingParams(temperature=0.0, max_tokens=16)
+assert "in" in complete(story, "Once upon a time").text.split()
+story.bad_words = ["in"]  # one token, with a space before it and without
+assert "in" not in complete(story, "Once upon a time").text.split()
 
 two = sorted({first, usual.token_ids[-1], 300})[:2]
 allowed = SamplingParams(temperature=1.0, seed=1, max_tokens=8, allowed_token_ids=two)
