@@ -34,14 +34,46 @@ def refuse_id(request_id: str, taken: Container[str]) -> None:
         raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
 
 
-def read_request(
-    prompt: Prompt, params: Params, model: ModelTraits, max_logprobs: int
-) -> TokenizedPrompt:
-    """The prompt in tokens, the last `truncate_prompt_tokens` of them.
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request that suits the model: its prompt in tokens, and its own copy of the parameters."""
+
+    prompt: TokenizedPrompt
+    params: Params
+
+    def first_group(self, request_id: str, seq_id: int) -> SequenceGroup:
+        """A group of one sequence, from which samples or beams will fork."""
+        prompt, params = self.prompt, self.params
+        if isinstance(params, SamplingParams):
+            width, wants_prompt = params.num_samples, params.prompt_logprobs is not None
+        else:
+            width, wants_prompt = params.beam_width, False
+        seq = Sequence(
+            seq_id,
+            prompt.token_ids,
+            max_output_len=params.max_tokens,
+            cache_salt=prompt.cache_salt,
+            reads_cache=not wants_prompt,  # for the logits of the prompt, all of it is computed
+        )
+        return SequenceGroup(request_id, [seq], width=width)
+
+
+def check_request(
+    prompt: Prompt, params: Params | None, model: ModelTraits, max_logprobs: int
+) -> CheckedRequest:
+    """Encode the prompt, and check it and the parameters. Any thread may do this.
 
     Raises InvalidRequest, PromptTooLong, InvalidOption or MissingTokenizer for what the model
     cannot serve.
     """
+    params = own_copy(params)
+    return CheckedRequest(_read_prompt(prompt, params, model, max_logprobs), params)
+
+
+def _read_prompt(
+    prompt: Prompt, params: Params, model: ModelTraits, max_logprobs: int
+) -> TokenizedPrompt:
+    """The prompt in tokens, the last `truncate_prompt_tokens` of them."""
     keep = params.truncate_prompt_tokens if isinstance(params, SamplingParams) else None
     most = model.max_model_len if keep is None else None
     read = read_prompt(prompt, model.tokenizer, most)
@@ -73,24 +105,6 @@ def _refuse_text(params: SamplingParams) -> None:
             "bad_words are text, but the model has no tokenizer: forbid tokens by a logit_bias of "
             "-100."
         )
-
-
-def first_group(
-    request_id: str, prompt: TokenizedPrompt, params: Params, seq_id: int
-) -> SequenceGroup:
-    """The group of a new request: one sequence, from which its samples or beams will fork."""
-    if isinstance(params, SamplingParams):
-        width, wants_prompt = params.num_samples, params.prompt_logprobs is not None
-    else:
-        width, wants_prompt = params.beam_width, False
-    seq = Sequence(
-        seq_id,
-        prompt.token_ids,
-        max_output_len=params.max_tokens,
-        cache_salt=prompt.cache_salt,
-        reads_cache=not wants_prompt,  # for the logits of the prompt, all of it is computed
-    )
-    return SequenceGroup(request_id, [seq], width=width)
 
 
 @dataclass(frozen=True)

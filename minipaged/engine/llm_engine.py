@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minipaged.config import EngineConfig
-from minipaged.engine.arrivals import RequestBuilder, first_group, own_copy, read_request, refuse_id
+from minipaged.engine.arrivals import CheckedRequest, RequestBuilder, check_request, refuse_id
 from minipaged.engine.broken_logits import CHECK_ONLY, leave_out_broken
 from minipaged.engine.metrics import StepStats
 from minipaged.engine.open_request import Broken, OpenRequest, Sampled, Sampling, end_early
@@ -70,9 +70,7 @@ class LLMEngine(EngineNames):
         """The number of the last complete step, and what it returned or, but for Ctrl-C, would."""
         self._build_scheduler = build_scheduler
         self._sampling_request = sampling_request
-        model = runner.model.config
-        longest = config.max_model_len
-        self._traits = ModelTraits(tokenizer, model.eos_token_ids, longest, model.vocab_size)
+        self.traits = ModelTraits.of(runner.model.config, config.max_model_len, tokenizer)
         self._open: dict[str, OpenRequest] = {}
         self.prefixes = PinnedPrefixes()
         self._seq_ids = count()
@@ -246,27 +244,30 @@ class LLMEngine(EngineNames):
     # ---- requests come and go ------------------------------------------------------------------
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: Params | None = None, **others: Any
+        self,
+        request_id: str,
+        prompt: Prompt | CheckedRequest,
+        params: Params | None = None,
+        **others: Any,
     ) -> None:
         """Queue a prompt (text or token ids) for sampling or, with BeamSearchParams, beam search.
 
-        `others` are those of vLLM's add_request, each with the value that asks for nothing.
+        It may have been checked before, by another thread. `others` are those of vLLM's
+        add_request, each with the value that asks for nothing.
 
-        Raises:
-            InvalidRequest, PromptTooLong: it could never be served; all others go on.
-            InvalidOption: its parameters do not suit the model, as a token that it lacks.
-            MissingTokenizer: prompt or stop strings are text, and the model has no tokenizer.
+        Raises InvalidRequest, PromptTooLong, InvalidOption or MissingTokenizer for what can never
+        be served; other requests go on.
         """
         refuse_call_options(others)
-        params = own_copy(params)
-        read = read_request(prompt, params, self._traits, self.config.max_logprobs)
+        if not isinstance(prompt, CheckedRequest):
+            prompt = check_request(prompt, params, self.traits, self.config.max_logprobs)
         refuse_id(request_id, self._open)
-        group = first_group(request_id, read, params, next(self._seq_ids))
+        group = prompt.first_group(request_id, next(self._seq_ids))
         with self._change(harmless=InvalidRequest):
             self.scheduler.add(group)
             seed = self._seeds.getrandbits(63)  # in any case: none shifts the seed of another
-            build = RequestBuilder(params, seed, self._sampling_request)
-            arrival = Arrival(group, read, self._traits, self._clock())
+            build = RequestBuilder(prompt.params, seed, self._sampling_request)
+            arrival = Arrival(group, prompt.prompt, self.traits, self._clock())
             self._open[request_id] = OpenRequest(arrival, build)
 
     def abort_request(self, request_id: str | Iterable[str]) -> RequestOutput | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from minipaged.config import ModelConfig
 from minipaged.engine.metrics import RequestMetrics
 from minipaged.engine.outputs import (
     CompletionOutput,
@@ -40,6 +41,13 @@ class ModelTraits:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     vocab_size: int
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, max_model_len: int, tokenizer: Tokenizer | None
+    ) -> "ModelTraits":
+        """Those of a model as an engine runs it."""
+        return cls(tokenizer, model.eos_token_ids, max_model_len, model.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def tokens(outputs) -> list[list[int]]:
 
 def set_eos(llm: LLM, *token_ids: int) -> None:
     """Let other tokens end a sequence: random models never say their own."""
-    llm.engine._traits = replace(llm.engine._traits, eos_token_ids=token_ids)
+    llm.engine.traits = replace(llm.engine.traits, eos_token_ids=token_ids)
 
 
 def assert_all_blocks_are_back(llm: LLM) -> None:
