@@ -35,6 +35,18 @@ class RequestFailed(MinipagedError):
     """
 
 
+class EngineDead(MinipagedError):
+    """The engine of a server has failed, and serves nothing more."""
+
+
+class ServerClosing(MinipagedError):
+    """The server is shutting down: it takes no new requests."""
+
+
+class QueueFull(MinipagedError):
+    """So many requests wait that the server takes no more for the moment."""
+
+
 class OutOfBlocks(MinipagedError):
     """The pool has no free block left. The scheduler answers it by preempting someone."""
 

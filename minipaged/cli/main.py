@@ -17,6 +17,7 @@ from minipaged.cli.lab import app as lab
 from minipaged.cli.options import Version
 from minipaged.cli.paper import paper
 from minipaged.cli.path import path
+from minipaged.cli.serve import serve
 from minipaged.cli.simulate import simulate
 from minipaged.cli.soak import app as soak
 from minipaged.cli.trace import app as trace
@@ -36,7 +37,7 @@ def common(context: typer.Context, version: Version = False) -> None:
         print(context.get_help())
 
 
-for command in (demo, generate, chat, paper, simulate, capacity, fetch, convert, path):
+for command in (demo, generate, chat, serve, paper, simulate, capacity, fetch, convert, path):
     app.command()(command)
 app.add_typer(bench, name="bench")
 app.add_typer(lab, name="lab")

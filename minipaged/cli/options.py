@@ -6,7 +6,7 @@ and help text are not repeated here.
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_origin
@@ -16,6 +16,7 @@ import typer
 from minipaged import __version__
 from minipaged.config import OPTIONS
 from minipaged.errors import InvalidOption
+from minipaged.utils.options import Option
 
 Command = Callable[..., None]
 
@@ -25,7 +26,7 @@ Command = Callable[..., None]
 
 def engine_flag(name: str) -> Any:
     """The flag for one engine option, for `Annotated`."""
-    return typer.Option(help=in_words_of_the_shell(OPTIONS[name].description, OPTIONS))
+    return _flag(OPTIONS[name])
 
 
 def takes_engine_options(
@@ -37,6 +38,14 @@ def takes_engine_options(
         leave_out: options that this command sets itself.
         defaults: what this command has as a default instead of the declared one.
     """
+    taken = {name: each for name, each in OPTIONS.items() if name not in leave_out}
+    return takes_flags("options", taken, **defaults)
+
+
+def takes_flags(
+    argument: str, taken: Mapping[str, Option], **defaults: Any
+) -> Callable[[Command], Command]:
+    """Give a command one flag per declared option, and pass them on as one argument, a dict."""
 
     def decorate(command: Command) -> Command:
         parameters = dict(inspect.signature(command).parameters)
@@ -44,21 +53,20 @@ def takes_engine_options(
             name: inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(name, OPTIONS[name].default),
-                annotation=Annotated[_shell_type(name), engine_flag(name)],
+                default=defaults.get(name, each.default),
+                annotation=Annotated[_shell_type(each), _flag(each)],
             )
-            for name in OPTIONS
-            if name not in leave_out
+            for name, each in taken.items()
         }
 
         def run(**given: Any) -> None:
             options = {name: given.pop(name) for name in flags}
-            command(**given, options=options)
+            command(**given, **{argument: options})
 
         every = [
             each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for name, parameter in parameters.items()
-            for each in (flags.values() if name == "options" else [parameter])
+            for each in (flags.values() if name == argument else [parameter])
         ]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = inspect.Signature(every)  # pyright: ignore[reportFunctionMemberAccess]
@@ -67,9 +75,12 @@ def takes_engine_options(
     return decorate
 
 
-def _shell_type(name: str) -> Any:
+def _flag(declared: Option) -> Any:
+    return typer.Option(help=in_words_of_the_shell(declared.description, OPTIONS))
+
+
+def _shell_type(declared: Option) -> Any:
     """The type to which the command line converts an option; its value is checked later."""
-    declared = OPTIONS[name]
     is_text = get_origin(declared.type) is Literal or not isinstance(declared.type, type)
     kind: Any = str if is_text else declared.type
     return kind | NoneType if declared.may_be_none else kind

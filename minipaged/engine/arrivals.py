@@ -41,13 +41,17 @@ class CheckedRequest:
     prompt: TokenizedPrompt
     params: Params
 
+    @property
+    def width(self) -> int:
+        """The number of its samples or beams."""
+        params = self.params
+        return params.num_samples if isinstance(params, SamplingParams) else params.beam_width
+
     def first_group(self, request_id: str, seq_id: int) -> SequenceGroup:
         """A group of one sequence, from which samples or beams will fork."""
         prompt, params = self.prompt, self.params
-        if isinstance(params, SamplingParams):
-            width, wants_prompt = params.num_samples, params.prompt_logprobs is not None
-        else:
-            width, wants_prompt = params.beam_width, False
+        samples = isinstance(params, SamplingParams)
+        wants_prompt = samples and params.prompt_logprobs is not None
         seq = Sequence(
             seq_id,
             prompt.token_ids,
@@ -55,7 +59,7 @@ class CheckedRequest:
             cache_salt=prompt.cache_salt,
             reads_cache=not wants_prompt,  # for the logits of the prompt, all of it is computed
         )
-        return SequenceGroup(request_id, [seq], width=width)
+        return SequenceGroup(request_id, [seq], width=self.width)
 
 
 def check_request(

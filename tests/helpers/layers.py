@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[2] / "minipaged"
 # From low to high: a module may import only what stands before it, and its own package.
 LAYERS = (
     "errors utils config sequence memory scheduler tracing attention models tokenizer sampling "
-    "worker engine llm evaluation labs cli __main__"
+    "worker engine llm serving evaluation labs cli __main__"
 ).split()
 
 

@@ -1,0 +1,34 @@
+"""`minipaged serve`: an OpenAI-compatible server."""
+
+from typing import Any
+
+import typer
+
+from minipaged.cli.fetch import offer_to_fetch
+from minipaged.cli.options import Part, Trace, takes_engine_options, takes_flags
+from minipaged.cli.session import Session
+from minipaged.errors import InvalidOption
+from minipaged.serving.settings import SERVER_OPTIONS, ServerArgs
+
+
+@takes_engine_options()
+@takes_flags("server", SERVER_OPTIONS)
+def serve(
+    *, server: dict[str, Any], options: dict[str, Any], part: Part = None, trace: Trace = None
+) -> None:
+    """Serve a model to clients of OpenAI's API, until Ctrl-C or SIGTERM.
+
+    On SIGTERM, new requests are refused (503) and running ones end within --grace.
+    """
+    args = ServerArgs(**server)
+    with Session(show_blocks=False, trace=trace, live=False) as session:
+        try:
+            from minipaged.serving import run
+        except ModuleNotFoundError as error:
+            raise InvalidOption(
+                f"the server needs {error.name}, which is not installed: pip install "
+                '"minipaged[serve]".'
+            ) from error
+        offer_to_fetch(options["model"])
+        code = run.serve(session.load(options, part), args)
+    raise typer.Exit(code)

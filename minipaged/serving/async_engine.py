@@ -1,0 +1,221 @@
+"""The engine behind an event loop: one thread owns it, and everyone else sends it messages.
+
+    event loop     serve() --> inbox --.         _deliver() --> Stream --> response
+                                       v            ^
+    engine thread                 add, abort --> step --> results
+
+Only the engine thread calls the engine. Between two steps it does what the inbox asks for. After a
+step it leaves the results for the event loop, and wakes it once, however many requests advanced.
+Results that have not been read are merged with later ones, so a slow reader delays nobody, and
+costs no more memory than the output of its request.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count
+from queue import SimpleQueue
+from typing import TypeVar
+
+from minipaged.engine.arrivals import CheckedRequest
+from minipaged.engine.llm_engine import LLMEngine
+from minipaged.engine.metrics import StepStats
+from minipaged.engine.outputs import Progress
+from minipaged.errors import EngineDead, ServerClosing
+from minipaged.scheduler.output import SchedulerOutput
+from minipaged.serving.streams import Queue, Result, Stage, Stream, merged
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Observer = Callable[[Sequence[Progress]], None]
+
+TEXT_THREADS = 2  # for templates and tokenizers: one more than a single huge prompt occupies
+
+
+class AsyncEngine:
+    """An engine in its own thread, for one event loop.
+
+    If a step raises, the engine is dead: every open request fails with EngineDead, as does every
+    later one, and `died` is set.
+
+    Args:
+        engine: nobody else may call it from now on.
+        max_queued: requests that may wait to be scheduled; each sample counts.
+        max_queued_tokens: tokens that their prompts may have together; None: any number.
+        observe: called in the engine thread with the progress of each step, and of each abort.
+    """
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        *,
+        max_queued: int,
+        max_queued_tokens: int | None = None,
+        observe: Observer = lambda _: None,
+    ) -> None:
+        self.engine = engine
+        self.queue = Queue(max_queued, max_queued_tokens)
+        self.error: BaseException | None = None
+        self.died = asyncio.Event()
+        self._observe = observe
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
+        self._streams: dict[str, tuple[Stream, int]] = {}  # used by the loop only
+        self._unscheduled: set[str] = set()  # used by the engine thread only
+        self._numbers = count()
+        self._is_closing = False
+        self._is_stopped = False
+        self._lock = threading.Lock()  # for the next two
+        self._results: dict[str, Result] = {}
+        self._is_waking = False
+        self._loop = asyncio.get_running_loop()
+        engine.listeners.append(self._note_scheduled)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # ---- in the event loop ---------------------------------------------------------------------
+
+    async def serve(
+        self, check: Callable[[], Sequence[CheckedRequest]], num_sequences: int
+    ) -> Stream:
+        """Serve the requests of one caller, who must `close` the stream in any case.
+
+        Args:
+            check: reads and checks the requests. It is called in a thread for texts, since a long
+                prompt takes long to encode.
+            num_sequences: how many samples they ask for together.
+
+        Raises ServerClosing, EngineDead, QueueFull, and what `check` raises.
+        """
+        self.refuse_if_closed()
+        self.queue.enter(num_sequences)
+        try:
+            requests = await self._loop.run_in_executor(self._texts, check)
+            self.refuse_if_closed()
+            self.queue.add_tokens(sum(len(each.prompt.token_ids) for each in requests))
+        except BaseException:
+            self.queue.leave(num_sequences, 0)
+            raise
+        by_id = {str(next(self._numbers)): request for request in requests}
+        stream = Stream(by_id, self.queue, self.abort)
+        for index, (request_id, request) in enumerate(by_id.items()):
+            self._streams[request_id] = stream, index
+            self._inbox.put(partial(self._add, request_id, request))
+        return stream
+
+    def refuse_if_closed(self) -> None:
+        """Raises EngineDead or ServerClosing."""
+        if self.error is not None:
+            raise EngineDead(_death(self.error)) from self.error
+        if self._is_closing:
+            raise ServerClosing("the server is shutting down: send the request to another one.")
+
+    async def in_a_text_thread(self, function: Callable[[], T]) -> T:
+        """What a function returns that would keep the event loop waiting."""
+        return await self._loop.run_in_executor(self._texts, function)
+
+    def abort(self, request_id: str) -> None:
+        """End a request that nobody reads any more; one that has ended is left as it is."""
+        if self._streams.pop(request_id, None) is not None:
+            self._inbox.put(partial(self._abort, request_id))
+
+    @property
+    def num_open(self) -> int:
+        """How many requests have not ended."""
+        return len(self._streams)
+
+    async def close(self, grace: float) -> None:
+        """Accept nothing more, give what is open `grace` seconds to end, abort the rest, stop."""
+        self._is_closing = True
+        deadline = self._loop.time() + grace
+        while self._streams and self.error is None and self._loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        for stream, _ in list(self._streams.values()):
+            stream.fail(ServerClosing("the server is shutting down, so the request was aborted."))
+        self._inbox.put(self._stop)
+        await self._loop.run_in_executor(None, self._thread.join)
+        self._texts.shutdown(wait=False, cancel_futures=True)
+
+    def _deliver(self) -> None:
+        """Hand all results to their streams."""
+        with self._lock:
+            results, self._results = self._results, {}
+            self._is_waking = False
+        for request_id, result in results.items():
+            stream, index = self._streams.get(request_id, (None, 0))
+            if stream is None:
+                continue  # aborted meanwhile
+            if isinstance(result, Exception) or (isinstance(result, Progress) and result.finished):
+                del self._streams[request_id]
+            stream.put(index, result)
+
+    def _tell_all(self) -> None:
+        """The engine is dead: so are all streams."""
+        assert self.error is not None
+        for stream, _ in list(self._streams.values()):
+            stream.fail(EngineDead(_death(self.error)))
+        self._streams.clear()
+        self.died.set()
+
+    # ---- in the engine thread ------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Step as long as there are requests; wait for messages when there are none."""
+        try:
+            while not self._is_stopped:
+                is_idle = not self.engine.has_unfinished_requests()
+                while is_idle or not self._inbox.empty():
+                    self._inbox.get()()
+                    is_idle = False
+                if self.engine.has_unfinished_requests():
+                    progresses = self.engine.step()
+                    self._observe(progresses)
+                    self._leave([(each.request_id, each.error or each) for each in progresses])
+        except BaseException as error:
+            logger.critical("the engine is dead", exc_info=error)
+            self.error = error
+            self._loop.call_soon_threadsafe(self._tell_all)
+
+    def _add(self, request_id: str, request: CheckedRequest) -> None:
+        try:
+            self.engine.add_request(request_id, request)
+        except Exception as error:  # of this request alone: `add_request` is all or nothing
+            self._leave([(request_id, error)])
+        else:
+            self._unscheduled.add(request_id)
+            self._leave([(request_id, Stage.ACCEPTED)])
+
+    def _note_scheduled(self, decision: SchedulerOutput, _: StepStats) -> None:
+        if self._unscheduled:
+            first = self._unscheduled & {group.request_id for group, *_ in decision.sequences}
+            self._unscheduled -= first
+            self._leave([(request_id, Stage.SCHEDULED) for request_id in first])
+
+    def _abort(self, request_id: str) -> None:
+        self._unscheduled.discard(request_id)
+        output = self.engine.abort_request(request_id)
+        if output is not None:
+            self._observe([Progress(request_id, [], True, lambda: output)])
+
+    def _stop(self) -> None:
+        self._is_stopped = True
+
+    def _leave(self, results: Sequence[tuple[str, Result]]) -> None:
+        """Leave results for the event loop, and wake it unless it is about to look anyway."""
+        with self._lock:
+            for request_id, result in results:
+                self._results[request_id] = merged(self._results.get(request_id), result)
+            wakes, self._is_waking = not self._is_waking, True
+        if wakes:
+            self._loop.call_soon_threadsafe(self._deliver)
+
+
+def _death(error: BaseException) -> str:
+    return (
+        f"the engine has failed ({type(error).__name__}: {error}) and serves nothing more: start "
+        "the server again."
+    )

@@ -1,0 +1,83 @@
+"""Errors as OpenAI's clients expect them: {"error": {message, type, param, code}} and a status."""
+
+import json
+import logging
+from typing import Any
+
+from fastapi import Response
+
+from minipaged.errors import (
+    CheckpointError,
+    EngineDead,
+    InvalidOption,
+    InvalidRequest,
+    MissingTokenizer,
+    PromptTooLong,
+    QueueFull,
+    RequestFailed,
+    ServerClosing,
+)
+
+logger = logging.getLogger(__name__)
+
+TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    413: "RequestTooLargeError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+    504: "TimeoutError",
+}
+
+STATUS: dict[type[Exception], int] = {
+    InvalidOption: 400,
+    InvalidRequest: 400,
+    MissingTokenizer: 400,
+    CheckpointError: 400,  # of a chat without a template
+    QueueFull: 429,
+    TimeoutError: 504,
+    EngineDead: 503,
+    ServerClosing: 503,
+    RequestFailed: 500,
+}
+
+
+def body(status: int, message: str, param: str | None = None, code: Any = None) -> dict[str, Any]:
+    """The JSON of an error."""
+    kind = TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    code = status if code is None else code
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def response(status: int, message: str, param: str | None = None, code: Any = None) -> Response:
+    """The response of an error. Clients repeat 429 and 503 after the seconds of Retry-After."""
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    # json's ASCII can also show what is no Unicode: half a pair of surrogates.
+    content = json.dumps(body(status, message, param, code))
+    return Response(content, status, headers, "application/json")
+
+
+def describe(error: Exception) -> tuple[int, str, str | None, Any]:
+    """Status, message, parameter and code; what is a fault of the server's is logged."""
+    for kind, status in STATUS.items():
+        if isinstance(error, kind):
+            code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+            return status, str(error), getattr(error, "param", None), code
+    logger.error("a request has failed", exc_info=error)
+    return 500, f"the server failed at this request ({type(error).__name__}).", None, None
+
+
+def as_response(error: Exception) -> Response:
+    """An error before the first byte."""
+    return response(*describe(error))
+
+
+def as_event(error: Exception) -> bytes:
+    """An error in the middle of a stream."""
+    return f"data: {json.dumps(body(*describe(error)))}\n\n".encode()

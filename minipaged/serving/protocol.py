@@ -1,0 +1,276 @@
+"""What clients send: the requests of OpenAI's protocol, with vLLM's extra fields.
+
+A field that is null has its default. A field that asks for what is not built is refused; one that
+nobody knows is ignored, with one warning in the log.
+"""
+
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from minipaged.errors import InvalidOption
+from minipaged.sampling import BeamSearchParams, Params, RequestOutputKind, SamplingParams
+from minipaged.utils.not_built import by_name, refuse_not_built
+from minipaged.utils.options import shown
+
+logger = logging.getLogger(__name__)
+
+NOT_BUILT = by_name({
+    "text cannot be inserted before other text": {"suffix": None},
+    "output that must follow a grammar or schema is not built": {
+        "structured_outputs": None, "guided_json": None, "guided_regex": None,
+        "guided_choice": None, "guided_grammar": None, "guided_decoding_backend": None,
+    },
+    "a call of a tool cannot be enforced, so the model decides": {
+        "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    },
+    "functions are given as tools": {"functions": None},
+    "the models read and write text only": {
+        "audio": None, "mm_processor_kwargs": None, "web_search_options": None,
+    },
+    "requests are served in the order of their arrival (the paper's FCFS)": {"priority": 0},
+    "only sampling parameters and vLLM's extra fields can be set": {"vllm_xargs": None},
+})  # fmt: skip
+
+KNOWN_AND_IGNORED = {
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
+    "prompt_cache_key", "reasoning_effort", "verbosity", "tool_choice",
+}  # fmt: skip
+"""Fields of OpenAI's that change nothing here."""
+
+SAMPLING = (
+    *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "bad_words"),
+    *("allowed_token_ids", "min_tokens", "ignore_eos", "include_stop_str_in_output"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens"),
+)
+"""Fields that `SamplingParams` has by the same name."""
+
+
+def _field(help: str) -> Any:
+    return Field(default=None, description=help)
+
+
+class Body(BaseModel):
+    """The body of a request. Types are not converted: "1" is no number."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    def refuse_what_is_not_built(self) -> None:
+        """Raises InvalidOption; warns of a field that nobody knows."""
+        for name, value in (self.model_extra or {}).items():
+            if name in NOT_BUILT:
+                refuse_not_built(name, value, NOT_BUILT, ())
+            elif name not in KNOWN_AND_IGNORED:
+                _warn_of(name[:60])
+
+
+@lru_cache(maxsize=256)
+def _warn_of(name: str) -> None:
+    logger.warning("a request has the unknown field %s, which is ignored", shown(name))
+
+
+class StreamOptions(Body):
+    """What a stream reports besides the output."""
+
+    include_usage: bool | None = _field("Send a last chunk with the usage.")
+    continuous_usage_stats: bool | None = _field("Send the usage so far with each chunk.")
+
+
+class GenerationBody(Body):
+    """What completions and chats have in common."""
+
+    model: str | None = _field("The name of the model that the server runs.")
+    n: int | None = _field("Samples per prompt; with beam search, beams.")
+    best_of: int | None = _field("Generate this many samples, and return the n likeliest.")
+    max_tokens: int | None = _field("Maximum tokens to generate per sample.")
+    temperature: float | None = _field("0 is greedy.")
+    top_p: float | None = _field("Sample from the likeliest tokens with this total probability.")
+    top_k: int | None = _field("Sample from this many of the likeliest tokens.")
+    min_p: float | None = _field("Sample from tokens at least this likely, relative to the best.")
+    seed: int | None = _field("The same seed draws the same tokens.")
+    stop: str | list[str] | None = _field("The output ends before any of these texts.")
+    stop_token_ids: list[int] | None = _field("The output ends with any of these tokens.")
+    presence_penalty: float | None = _field("Lowers the logit of every token in the output.")
+    frequency_penalty: float | None = _field("The same, once per occurrence.")
+    repetition_penalty: float | None = _field("Divides the logits of tokens that occurred.")
+    logit_bias: dict[str, float] | None = _field("Added to logits, by token id.")
+    bad_words: list[str] | None = _field("Texts that the output must not contain.")
+    allowed_token_ids: list[int] | None = _field("Only these tokens may be generated.")
+    min_tokens: int | None = _field("No end before this many tokens.")
+    ignore_eos: bool | None = _field("Continue after the end of the text.")
+    include_stop_str_in_output: bool | None = _field("Keep the stop text in the output.")
+    skip_special_tokens: bool | None = _field("Leave special tokens out of the text.")
+    spaces_between_special_tokens: bool | None = _field("Without effect.")
+    truncate_prompt_tokens: int | None = _field("Keep only this many last tokens of the prompt.")
+    prompt_logprobs: int | None = _field("Report this many of the likeliest prompt tokens.")
+    stream: bool | None = _field("Send the output as it is generated.")
+    stream_options: StreamOptions | None = _field("What a stream reports besides.")
+    response_format: dict[str, Any] | None = _field('Only {"type": "text"}.')
+    cache_salt: str | None = _field("Only prompts with the same salt share cached blocks.")
+    add_special_tokens: bool | None = _field("Whether the tokenizer adds its own tokens.")
+    return_token_ids: bool | None = _field("Report token ids beside the text.")
+    request_id: str | None = _field("Becomes part of the response's id.")
+    use_beam_search: bool | None = _field("Search for the n likeliest outputs instead.")
+    length_penalty: float | None = _field("Of beam search: above 0, favours long outputs.")
+    user: str | None = _field("Ignored.")
+
+    def length(self) -> int | None:
+        """Maximum tokens to generate; None: as many as the context holds."""
+        return self.max_tokens
+
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are asked for. Raises InvalidOption."""
+        raise NotImplementedError
+
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt. Raises InvalidOption."""
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidOption(
+                "prompt_logprobs are not part of a stream: leave out stream.", "prompt_logprobs"
+            )
+        return self.prompt_logprobs
+
+    def params(self, defaults: Mapping[str, Any]) -> Params:
+        """The parameters of each prompt.
+
+        Args:
+            defaults: those of the server, by the names of `SamplingParams`.
+
+        Raises InvalidOption for a value that cannot work.
+        """
+        self.refuse_what_is_not_built()
+        logprobs, prompt_logprobs = self.num_logprobs(), self.num_prompt_logprobs()
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            raise InvalidOption(
+                f"response_format is {shown(self.response_format)}, but output that must follow a "
+                'schema is not built: leave it out, or give {"type": "text"}.',
+                "response_format",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise InvalidOption(
+                "stream_options are for streams: leave them out, or set stream.", "stream_options"
+            )
+        if self.use_beam_search:
+            return self._beams(logprobs, prompt_logprobs)
+        given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        return SamplingParams.from_optional(
+            **{**defaults, **given},
+            max_tokens=self.length(),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _beams(self, logprobs: int | None, prompt_logprobs: int | None) -> BeamSearchParams:
+        honoured = {"n", "temperature", "ignore_eos"}
+        asked = [
+            name for name in SAMPLING if getattr(self, name) is not None and name not in honoured
+        ]
+        asked += ["logprobs"] * (logprobs is not None)
+        asked += ["prompt_logprobs"] * (prompt_logprobs is not None)
+        if asked:
+            raise InvalidOption(
+                f"{asked[0]} cannot be honoured by beam search: leave it out, or leave out "
+                "use_beam_search.",
+                asked[0],
+            )
+        return BeamSearchParams(
+            beam_width=1 if self.n is None else self.n,
+            max_tokens=self.length(),
+            temperature=self.temperature or 0.0,
+            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+        description="Text or token ids; one prompt or several."
+    )
+    echo: bool | None = _field("Begin the output with the prompt.")
+    logprobs: int | None = _field("Report this many of the likeliest tokens.")
+
+    def length(self) -> int:
+        """16 unless it is given. 0 only scores a prompt: one token is generated and not shown."""
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidOption(
+                "max_tokens is 0, which leaves nothing to show: raise it, or set echo to score the "
+                "prompt.",
+                "max_tokens",
+            )
+        return 16 if self.max_tokens is None else max(self.max_tokens, int(self.max_tokens == 0))
+
+    def num_logprobs(self) -> int | None:
+        """As many as the field says."""
+        return self.logprobs
+
+    def num_prompt_logprobs(self) -> int | None:
+        """With echo, those of the prompt are among the logprobs. Raises InvalidOption."""
+        if not self.echo or self.logprobs is None:
+            return super().num_prompt_logprobs()
+        if self.stream:
+            raise InvalidOption(
+                "logprobs of an echoed prompt are not part of a stream: leave out stream, echo or "
+                "logprobs.",
+                "logprobs",
+            )
+        return max(self.logprobs, self.prompt_logprobs or 0)
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: int | None = _field("Has precedence over max_tokens.")
+    logprobs: bool | None = _field("Report log-probabilities.")
+    top_logprobs: int | None = _field("... of this many of the likeliest tokens.")
+    tools: list[dict[str, Any]] | None = _field("Given to the chat template.")
+    add_generation_prompt: bool | None = _field("Open the assistant's turn; true by default.")
+    continue_final_message: bool | None = _field("Continue the last message instead.")
+    chat_template: str | None = _field("A template for this request; refused unless trusted.")
+    chat_template_kwargs: dict[str, Any] | None = _field("More for the chat template to read.")
+
+    def length(self) -> int | None:
+        """Of the two fields, the newer one."""
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
+
+    def num_logprobs(self) -> int | None:
+        """Raises InvalidOption if the two fields disagree."""
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidOption(
+                f"top_logprobs is {self.top_logprobs}, but logprobs is not set: set it as well.",
+                "top_logprobs",
+            )
+        if (self.top_logprobs or 0) < 0:
+            raise InvalidOption(
+                f"top_logprobs is {self.top_logprobs}: give a whole number from 0 up.",
+                "top_logprobs",
+            )
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a prompt, or the messages of a chat."""
+
+    model: str | None = _field("The name of the model that the server runs.")
+    prompt: str | None = _field("A text.")
+    messages: list[dict[str, Any]] | None = _field("A chat.")
+    add_special_tokens: bool | None = _field("Whether the tokenizer adds its own tokens.")
+    add_generation_prompt: bool | None = _field("Open the assistant's turn; true by default.")
+    continue_final_message: bool | None = _field("Continue the last message instead.")
+    chat_template_kwargs: dict[str, Any] | None = _field("More for the chat template to read.")
+    tools: list[dict[str, Any]] | None = _field("Given to the chat template.")
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = _field("The name of the model that the server runs.")
+    tokens: list[int] = Field(description="Token ids.")

@@ -1,0 +1,311 @@
+"""What clients receive: outputs of the engine as OpenAI's JSON, whole or in chunks of a stream."""
+
+import json
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from minipaged.engine.outputs import CompletionOutput, NewTokens, RequestOutput
+from minipaged.errors import RequestFailed
+from minipaged.sampling.logprobs import Logprobs
+from minipaged.serving.errors import as_event
+from minipaged.serving.protocol import ChatBody, CompletionBody, GenerationBody
+from minipaged.serving.streams import Stream
+from minipaged.tokenizer.base import Tokenizer
+
+LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
+DONE = b"data: [DONE]\n\n"
+
+
+B = TypeVar("B", bound=GenerationBody)
+
+
+@dataclass
+class Reply(Generic[B]):
+    """The reply to one HTTP request, which may have several prompts.
+
+    Choices are numbered prompt by prompt: index = prompt * n + sample.
+    """
+
+    id: str
+    model: str
+    body: B
+    tokenizer: Tokenizer | None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    # ---- what completions and chats do in their own ways ---------------------------------------
+
+    object = chunk_object = ""
+
+    def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+        """One sample, whole."""
+        raise NotImplementedError
+
+    def opening(self, stream: Stream, prompt: int) -> dict[str, Any] | None:
+        """What the first chunk of a choice has before any token."""
+        raise NotImplementedError
+
+    def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
+        """What is new of one sample."""
+        raise NotImplementedError
+
+    # ---- whole ---------------------------------------------------------------------------------
+
+    @property
+    def num_samples(self) -> int:
+        """Per prompt."""
+        return self.body.n or 1
+
+    async def whole(self, stream: Stream) -> dict[str, Any]:
+        """Wait for all outputs. Raises what has ended one of them."""
+        outputs = await stream.results()
+        choices: list[dict[str, Any]] = []
+        for prompt, output in enumerate(outputs):
+            for completion in output.outputs:
+                refuse_broken(completion.finish_reason, completion.error)
+                choice = {
+                    "index": prompt * self.num_samples + completion.index,
+                    **self.choice(output, completion),
+                    "finish_reason": completion.finish_reason,
+                    "stop_reason": completion.stop_reason,
+                }
+                if self.body.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs(output)
+                if self.body.return_token_ids:
+                    choice["prompt_token_ids"] = output.prompt_token_ids
+                    choice["token_ids"] = completion.token_ids
+                choices.append(choice)
+        return {**self._head(self.object), "choices": choices, "usage": self._usage(outputs)}
+
+    def _head(self, name: str) -> dict[str, Any]:
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+
+    def _usage(self, outputs: Iterable[RequestOutput]) -> dict[str, Any]:
+        outputs = list(outputs)
+        return usage(
+            sum(len(output.prompt_token_ids) for output in outputs),
+            sum(self.num_generated(each) for output in outputs for each in output.outputs),
+            sum(output.num_cached_tokens for output in outputs),
+        )
+
+    def num_generated(self, completion: CompletionOutput) -> int:
+        """The tokens of a sample that the reply shows."""
+        return len(completion.token_ids)
+
+    # ---- in chunks -----------------------------------------------------------------------------
+
+    async def events(self, stream: Stream) -> AsyncIterator[bytes]:
+        """Server-sent events, one per choice and step; an error becomes an event as well."""
+        options = self.body.stream_options
+        wants_usage = options is not None and bool(options.include_usage)
+        each_usage = wants_usage and options is not None and bool(options.continuous_usage_stats)
+        head = json.dumps(self._head(self.chunk_object))[:-1]
+        prompt_tokens = sum(len(each.prompt.token_ids) for each in stream.requests)
+        num_generated, finals = 0, list[RequestOutput]()
+
+        def chunk(choice: dict[str, Any] | None) -> bytes:
+            numbers = "null"
+            if choice is None:
+                numbers = json.dumps(self._usage(finals))
+            elif each_usage:
+                numbers = json.dumps(usage(prompt_tokens, num_generated, None))
+            tail = f', "usage": {numbers}' if wants_usage else ""
+            shown = "" if choice is None else json.dumps(choice)
+            return f'data: {head}, "choices": [{shown}]{tail}}}\n\n'.encode()
+
+        try:
+            for index in range(len(stream.requests) * self.num_samples):
+                opening = self.opening(stream, index // self.num_samples)
+                if opening is not None:
+                    empty = {"logprobs": None, "finish_reason": None}
+                    yield chunk({"index": index, **opening, **empty})
+            async for news in stream:
+                for prompt, progress in news:
+                    for new in progress.new:
+                        refuse_broken(new.finish_reason, None)
+                        num_generated += len(new.token_ids)
+                        if self._shows(new) or each_usage:
+                            yield chunk(self._chunk_choice(prompt, new))
+                    if progress.finished:
+                        finals.append(progress.build_output())
+            if wants_usage:
+                yield chunk(None)
+        except Exception as error:  # the status line was sent long ago
+            yield as_event(error)
+        yield DONE
+
+    def _shows(self, new: NewTokens) -> bool:
+        """Whether a step's tokens show at all: their text may lag behind."""
+        shown = new.text or new.logprobs or new.finish_reason
+        return bool(shown or self.body.return_token_ids)
+
+    def _chunk_choice(self, prompt: int, new: NewTokens) -> dict[str, Any]:
+        index = prompt * self.num_samples + new.completion
+        choice = {"index": index, **self.delta(index, new), "finish_reason": new.finish_reason}
+        if new.finish_reason is not None:
+            choice["stop_reason"] = new.stop_reason
+        if self.body.return_token_ids:
+            choice["token_ids"] = new.token_ids
+        return choice
+
+
+class CompletionReply(Reply[CompletionBody]):
+    """The reply to /v1/completions."""
+
+    object = chunk_object = "text_completion"
+
+    def __post_init__(self) -> None:
+        self._offsets: dict[int, int] = {}  # of streams: characters so far, by choice
+
+    @property
+    def _only_echoes(self) -> bool:
+        """max_tokens=0: the token that the engine generates at least is not shown."""
+        return self.body.max_tokens == 0
+
+    def num_generated(self, completion: CompletionOutput) -> int:
+        return 0 if self._only_echoes else len(completion.token_ids)
+
+    def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+        text, ids = completion.text, completion.token_ids
+        logprobs: Sequence[Logprobs | None] | None = completion.logprobs
+        if self.body.echo:
+            shown = [] if self._only_echoes else ids
+            text = self._prompt_text(output) + ("" if self._only_echoes else text)
+            if logprobs is not None:
+                logprobs = [*(output.prompt_logprobs or ()), *logprobs[: len(shown)]]
+            ids = [*output.prompt_token_ids, *shown]
+        found = None if logprobs is None else self._logprobs(ids, logprobs, 0)
+        return {"text": text, "logprobs": found}
+
+    def opening(self, stream: Stream, prompt: int) -> dict[str, Any] | None:
+        if not self.body.echo:
+            return None
+        read = stream.requests[prompt].prompt
+        return {"text": self._text_of(read.text, read.token_ids)}
+
+    def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
+        if self._only_echoes:
+            return {"text": "", "logprobs": None}
+        found = None
+        if new.logprobs is not None:
+            start = self._offsets.get(index, 0)
+            found = self._logprobs(new.token_ids, new.logprobs, start)
+            self._offsets[index] = start + sum(map(len, found["tokens"]))
+        return {"text": new.text, "logprobs": found}
+
+    def _prompt_text(self, output: RequestOutput) -> str:
+        return self._text_of(output.prompt, output.prompt_token_ids)
+
+    def _text_of(self, text: str | None, token_ids: list[int]) -> str:
+        if text is not None or self.tokenizer is None:
+            return text or ""
+        return self.tokenizer.decode(token_ids)
+
+    def _logprobs(
+        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None], offset: int
+    ) -> dict[str, Any]:
+        """OpenAI's four lists; the first token of a prompt has no log-probability."""
+        tokens: list[str] = []
+        chosen: list[float | None] = []
+        top: list[dict[str, float] | None] = []
+        offsets: list[int] = []
+        for token_id, found in zip(ids, logprobs, strict=True):
+            tokens.append(_text(self.tokenizer, token_id))
+            offsets.append(offset)
+            offset += len(tokens[-1])
+            chosen.append(None if found is None else _finite(found[token_id].logprob))
+            top.append(
+                None
+                if found is None
+                else {_text(self.tokenizer, i): _finite(each.logprob) for i, each in found.items()}
+            )
+        return {
+            "tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets,
+        }  # fmt: skip
+
+
+class ChatReply(Reply[ChatBody]):
+    """The reply to /v1/chat/completions."""
+
+    object, chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+        message = {"role": "assistant", "content": completion.text}
+        found = completion.logprobs
+        return {
+            "message": message,
+            "logprobs": None if found is None else self._logprobs(completion.token_ids, found),
+        }
+
+    def opening(self, stream: Stream, prompt: int) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
+        found = new.logprobs
+        return {
+            "delta": {"content": new.text},
+            "logprobs": None if found is None else self._logprobs(new.token_ids, found),
+        }
+
+    def _logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> dict[str, Any]:
+        most = self.body.top_logprobs or 0
+        content: list[dict[str, Any]] = []
+        for token_id, found in zip(ids, logprobs, strict=True):
+            ranked = sorted(found.items(), key=lambda item: item[1].rank or 0)[:most]
+            likeliest = [self._token(i, each.logprob) for i, each in ranked]
+            content.append(
+                {**self._token(token_id, found[token_id].logprob), "top_logprobs": likeliest}
+            )
+        return {"content": content}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        """A token with its exact bytes, from which a client can put characters together."""
+        exact = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token_id)
+        text = exact.decode("utf-8", errors="replace")
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(exact)}
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached: int | None) -> dict[str, Any]:
+    """OpenAI's count of tokens; `cached` is how many were found in the prefix cache."""
+    counts: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+    return (
+        counts if cached is None else counts | {"prompt_tokens_details": {"cached_tokens": cached}}
+    )
+
+
+def prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None]:
+    """vLLM's extra field: for each token of the prompt, a dict by token id."""
+    return [
+        None
+        if found is None
+        else {
+            str(i): {
+                "logprob": _finite(each.logprob),
+                "rank": each.rank,
+                "decoded_token": each.decoded_token,
+            }
+            for i, each in found.items()
+        }
+        for found in output.prompt_logprobs or ()
+    ]
+
+
+def refuse_broken(reason: str | None, error: str | None) -> None:
+    """Raise RequestFailed for an output that ended because its logits were broken."""
+    if reason == "error":
+        raise RequestFailed(error or "the model's logits are broken; the server's log says how.")
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
+
+
+def _text(tokenizer: Tokenizer | None, token_id: int) -> str:
+    if tokenizer is None:
+        return ""
+    return tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")

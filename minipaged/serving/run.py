@@ -1,0 +1,102 @@
+"""The server's life: from the first socket to the last response."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+
+from minipaged.llm import LLM
+from minipaged.serving.api_server import Service, build_app
+from minipaged.serving.async_engine import AsyncEngine
+from minipaged.serving.gate import Gate
+from minipaged.serving.metrics import Metrics
+from minipaged.serving.settings import ServerArgs
+
+LAST_WORDS = 2.0  # seconds in which a dead engine still answers 503
+
+
+def serve(llm: LLM, args: ServerArgs) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code: 0, or 1 if the engine has failed."""
+    return asyncio.run(_serve(llm, args))
+
+
+async def _serve(llm: LLM, args: ServerArgs) -> int:
+    name = args.served_model_name or str(llm.args.model)
+    metrics = Metrics(name, llm.engine)
+    llm.engine.listeners.append(metrics.note_step)
+    engine = AsyncEngine(
+        llm.engine,
+        max_queued=args.max_queued,
+        max_queued_tokens=args.max_queued_tokens,
+        observe=metrics.note_progress,
+    )
+    app: Any = Gate(build_app(Service(llm, engine, metrics, args)), args)
+    if args.cors_origin is not None:
+        app = CORSMiddleware(
+            app, allow_origins=[args.cors_origin], allow_methods=["*"], allow_headers=["*"]
+        )
+    server = Server(app, args, ready=f"minipaged serves {name}")
+    serving = asyncio.create_task(server.serve())
+    died = asyncio.create_task(engine.died.wait())
+    stopping = asyncio.create_task(server.stopping.wait())
+    await asyncio.wait([serving, died, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if engine.error is not None:
+        await asyncio.sleep(LAST_WORDS)
+    else:
+        await engine.close(0 if server.force_exit else args.grace)
+    server.should_exit = True
+    await serving
+    return int(engine.error is not None or not server.started)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, told to stop only when the engine has: until then it answers 503."""
+
+    def __init__(self, app: Any, args: ServerArgs, ready: str) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=args.host,
+                port=args.port,
+                log_level="warning",
+                access_log=False,
+                backlog=2048,
+                lifespan="off",
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self.stopping = asyncio.Event()
+        self._ready = ready
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Print the ready line as soon as the socket listens."""
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        print(f"{self._ready} on http://{host}:{port}; press Ctrl-C to stop.", flush=True)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """The first signal asks for an orderly end, the second for an immediate one."""
+        loop = asyncio.get_running_loop()
+
+        def stop(*_: object) -> None:
+            loop.call_soon_threadsafe(self._stop)
+
+        before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def _stop(self) -> None:
+        if self.stopping.is_set():
+            print("minipaged: stopping at once.", file=sys.stderr, flush=True)
+            sys.exit(1)
+        self.stopping.set()

@@ -1,0 +1,44 @@
+"""The options of `minipaged serve`, besides those of the engine."""
+
+from dataclasses import dataclass
+
+from minipaged.errors import InvalidOption
+from minipaged.utils.options import check_options, option, options_of
+
+
+@dataclass(frozen=True)
+class ServerArgs:
+    """Who may ask how much of the server. Raises InvalidOption for a value that cannot work."""
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
+    port: int = option(8000, "Port; 0 chooses a free one.", at_least=0, at_most=65535)
+    api_key: str | None = option(
+        None, "Clients must send this key. Not needed for /health and /metrics."
+    )
+    served_model_name: str | None = option(None, "The model's name for clients.")
+    max_queued: int = option(
+        1024, "Requests that may wait, each sample counted; more are refused (429).", at_least=1
+    )
+    max_queued_tokens: int | None = option(
+        None, "Prompt tokens that may wait; more are refused (429).", at_least=1
+    )
+    max_body_bytes: int = option(
+        4 * 2**20, "Largest body of a request; larger ones are refused (413).", at_least=1
+    )
+    cors_origin: str | None = option(None, "Website whose pages may use the server; * is any.")
+    request_timeout: float | None = option(
+        None, "Seconds after which a request is aborted.", at_least=0.001, at_most=10**6
+    )
+    grace: float = option(
+        30.0, "Seconds that running requests may take after SIGTERM.", at_least=0, at_most=10**6
+    )
+    trust_request_chat_template: bool = option(False, "Run chat templates that come with requests.")
+    viz: bool = option(False, "Show the block pool live at /viz.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
+            raise InvalidOption("api_key must be ASCII text that is not empty.", "api_key")
+
+
+SERVER_OPTIONS = options_of(ServerArgs)

@@ -1,0 +1,166 @@
+"""Between the engine's thread and a response: results that wait for a reader, and the queue."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from enum import Enum
+
+from minipaged.engine.arrivals import CheckedRequest
+from minipaged.engine.outputs import Progress, RequestOutput
+from minipaged.errors import QueueFull
+from minipaged.utils.counts import counted
+
+
+class Stage(Enum):
+    """How far a request has come that has no tokens yet."""
+
+    ACCEPTED = 1
+    SCHEDULED = 2
+
+
+Result = Progress | Exception | Stage
+
+
+def merged(earlier: Result | None, later: Result) -> Result:
+    """Two results of one request in one; an error ends it in any case."""
+    if isinstance(earlier, Exception):
+        return earlier
+    if isinstance(earlier, Progress) and isinstance(later, Progress):
+        return later.after(earlier)
+    return later
+
+
+class Stream:
+    """What is new of the requests of one caller, until all have finished.
+
+        async for news in stream:
+            for index, progress in news: ...
+
+    Closing it aborts what has not finished.
+
+    Args:
+        requests: by the ids that the engine knows them by.
+        queue: where they wait until they are scheduled.
+        abort: ends a request by its id, unless it has ended.
+    """
+
+    def __init__(
+        self, requests: dict[str, CheckedRequest], queue: "Queue", abort: Callable[[str], None]
+    ) -> None:
+        self.request_ids = list(requests)
+        self.requests = list(requests.values())
+        self._queue = queue
+        self._abort = abort
+        self._not_accepted = set(range(len(requests)))
+        self._not_scheduled = set(range(len(requests)))
+        self._not_finished = set(range(len(requests)))
+        self._unread: dict[int, Progress] = {}
+        self._error: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiting: asyncio.Future[None] | None = None
+
+    async def accepted(self) -> None:
+        """Wait until the engine has accepted all requests. Raises what refuses one."""
+        while self._not_accepted and self._error is None:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Progress]]]:
+        """Raises what has ended one of the requests, as RequestFailed, or EngineDead."""
+        while True:
+            while not self._unread and self._error is None and self._not_finished:
+                await self._wait()
+            if self._error is not None:
+                raise self._error
+            if not self._unread:
+                return
+            news, self._unread = self._unread, {}
+            yield list(news.items())
+
+    async def results(self) -> list[RequestOutput]:
+        """Wait until all have finished. Raises what has ended one of them."""
+        outputs: dict[int, RequestOutput] = {}
+        async for news in self:
+            outputs.update((index, each.build_output()) for index, each in news if each.finished)
+        return [output for _, output in sorted(outputs.items())]
+
+    def put(self, index: int, result: Result) -> None:
+        """Take a result of the engine."""
+        if isinstance(result, Exception):
+            return self.fail(result)
+        self._not_accepted.discard(index)
+        if result is not Stage.ACCEPTED:
+            self._leave_queue(index)
+        if isinstance(result, Progress):
+            unread = self._unread.get(index)
+            self._unread[index] = result if unread is None else result.after(unread)
+            if result.finished:
+                self._not_finished.discard(index)
+        return self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with this error, unless it has ended."""
+        self._error = self._error or error
+        self.close()
+        self._wake()
+
+    def fail_after(self, seconds: float) -> None:
+        """Abort what has not finished by then."""
+        error = TimeoutError(f"the request took longer than {seconds} seconds and was aborted.")
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, error)
+
+    def close(self) -> None:
+        """Abort what has not finished."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for index, request_id in enumerate(self.request_ids):
+            self._abort(request_id)
+            self._leave_queue(index)
+
+    def _leave_queue(self, index: int) -> None:
+        if index in self._not_scheduled:
+            self._not_scheduled.remove(index)
+            request = self.requests[index]
+            self._queue.leave(request.width, len(request.prompt.token_ids))
+
+    async def _wait(self) -> None:
+        self._waiting = asyncio.get_running_loop().create_future()
+        await self._waiting
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+
+class Queue:
+    """How many requests wait until they are scheduled for the first time, and their tokens."""
+
+    def __init__(self, max_requests: int, max_tokens: int | None) -> None:
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.num_requests = self.num_tokens = 0
+
+    def enter(self, num_requests: int) -> None:
+        """Raises QueueFull."""
+        if self.num_requests + num_requests > self.max_requests:
+            raise QueueFull(
+                f"{counted(self.num_requests, 'request')} of at most {self.max_requests} are "
+                f"waiting (max_queued), and this one has {counted(num_requests, 'sequence')}: send "
+                "it again later."
+            )
+        self.num_requests += num_requests
+
+    def add_tokens(self, num_tokens: int) -> None:
+        """Count the prompts of what has entered. Raises QueueFull."""
+        most = self.max_tokens
+        if most is not None and self.num_tokens + num_tokens > most:
+            raise QueueFull(
+                f"prompts of {counted(self.num_tokens, 'token')} are waiting, and with the "
+                f"{num_tokens} of this one they would have more than {most} (max_queued_tokens): "
+                "send it again later."
+            )
+        self.num_tokens += num_tokens
+
+    def leave(self, num_requests: int, num_tokens: int) -> None:
+        """Make room."""
+        self.num_requests -= num_requests
+        self.num_tokens -= num_tokens
