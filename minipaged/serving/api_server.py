@@ -10,16 +10,17 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from minipaged import __version__
 from minipaged.engine.arrivals import CheckedRequest, check_request
-from minipaged.errors import InvalidRequest, MinipagedError, MissingTokenizer
+from minipaged.errors import InvalidOption, InvalidRequest, MinipagedError, MissingTokenizer
 from minipaged.llm import LLM
 from minipaged.sampling import BeamSearchParams, Params
 from minipaged.serving import errors
 from minipaged.serving.async_engine import AsyncEngine
+from minipaged.serving.docs_page import docs_page
 from minipaged.serving.metrics import Metrics
 from minipaged.serving.protocol import (
     ChatBody,
@@ -200,6 +201,11 @@ def build_app(service: Service) -> FastAPI:
     add_error_handlers(app)
     add_generation(app, service)
     add_information(app, service)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return HTMLResponse(docs_page(app.openapi()))
+
     return app
 
 
@@ -233,6 +239,8 @@ def add_generation(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionBody, http: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         """Continue one prompt or several."""
         prompts = list_prompts(body.prompt)
+        if not prompts:
+            raise InvalidOption("prompt is an empty list: give at least one.", "prompt")
         check = partial(service.check_completion, body, prompts)
         return await service.answer(http, body, CompletionReply, check, len(prompts))
 

@@ -5,9 +5,10 @@
     engine thread                 add, abort --> step --> results
 
 Only the engine thread calls the engine. Between two steps it does what the inbox asks for. After a
-step it leaves the results for the event loop, and wakes it once, however many requests advanced.
-Results that have not been read are merged with later ones, so a slow reader delays nobody, and
-costs no more memory than the output of its request.
+step it leaves the results for the event loop. It wakes the loop for what cannot wait: first tokens,
+ends and errors; for the rest, the loop looks every `interval` seconds. Results that have not been
+read are merged with later ones, so a slow reader delays nobody, and costs no more memory than the
+output of its request.
 """
 
 import asyncio
@@ -46,6 +47,7 @@ class AsyncEngine:
         engine: nobody else may call it from now on.
         max_queued: requests that may wait to be scheduled; each sample counts.
         max_queued_tokens: tokens that their prompts may have together; None: any number.
+        interval: seconds; tokens that come faster are delivered together. 0: after every step.
         observe: called in the engine thread with the progress of each step, and of each abort.
     """
 
@@ -55,17 +57,21 @@ class AsyncEngine:
         *,
         max_queued: int,
         max_queued_tokens: int | None = None,
+        interval: float = 0.0,
         observe: Observer = lambda _: None,
     ) -> None:
         self.engine = engine
         self.queue = Queue(max_queued, max_queued_tokens)
         self.error: BaseException | None = None
         self.died = asyncio.Event()
+        self._interval = interval
         self._observe = observe
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
         self._streams: dict[str, tuple[Stream, int]] = {}  # used by the loop only
-        self._unscheduled: set[str] = set()  # used by the engine thread only
+        self._look: asyncio.TimerHandle | None = None  # when the loop looks next; as is this
+        self._unscheduled: set[str] = set()  # used by the engine thread only, as is the next
+        self._without_tokens: set[str] = set()
         self._numbers = count()
         self._is_closing = False
         self._is_stopped = False
@@ -152,6 +158,12 @@ class AsyncEngine:
             if isinstance(result, Exception) or (isinstance(result, Progress) and result.finished):
                 del self._streams[request_id]
             stream.put(index, result)
+        if self._streams and self._look is None and self._interval:
+            self._look = self._loop.call_later(self._interval, self._look_again)
+
+    def _look_again(self) -> None:
+        self._look = None
+        self._deliver()
 
     def _tell_all(self) -> None:
         """The engine is dead: so are all streams."""
@@ -174,7 +186,9 @@ class AsyncEngine:
                 if self.engine.has_unfinished_requests():
                     progresses = self.engine.step()
                     self._observe(progresses)
-                    self._leave([(each.request_id, each.error or each) for each in progresses])
+                    urgent = [each for each in progresses if self._is_urgent(each)]
+                    results = [(each.request_id, each.error or each) for each in progresses]
+                    self._leave(results, at_once=bool(urgent) or not self._interval)
         except BaseException as error:
             logger.critical("the engine is dead", exc_info=error)
             self.error = error
@@ -187,6 +201,7 @@ class AsyncEngine:
             self._leave([(request_id, error)])
         else:
             self._unscheduled.add(request_id)
+            self._without_tokens.add(request_id)
             self._leave([(request_id, Stage.ACCEPTED)])
 
     def _note_scheduled(self, decision: SchedulerOutput, _: StepStats) -> None:
@@ -197,19 +212,27 @@ class AsyncEngine:
 
     def _abort(self, request_id: str) -> None:
         self._unscheduled.discard(request_id)
+        self._without_tokens.discard(request_id)
         output = self.engine.abort_request(request_id)
         if output is not None:
             self._observe([Progress(request_id, [], True, lambda: output)])
 
+    def _is_urgent(self, progress: Progress) -> bool:
+        """Whether it is a request's first token or its last."""
+        is_first = progress.request_id in self._without_tokens
+        self._without_tokens.discard(progress.request_id)
+        return is_first or progress.finished
+
     def _stop(self) -> None:
         self._is_stopped = True
 
-    def _leave(self, results: Sequence[tuple[str, Result]]) -> None:
-        """Leave results for the event loop, and wake it unless it is about to look anyway."""
+    def _leave(self, results: Sequence[tuple[str, Result]], at_once: bool = True) -> None:
+        """Leave results for the event loop, which looks at once or when it looks next."""
         with self._lock:
             for request_id, result in results:
                 self._results[request_id] = merged(self._results.get(request_id), result)
-            wakes, self._is_waking = not self._is_waking, True
+            wakes = at_once and not self._is_waking
+            self._is_waking = self._is_waking or wakes
         if wakes:
             self._loop.call_soon_threadsafe(self._deliver)
 

@@ -33,6 +33,7 @@ async def _serve(llm: LLM, args: ServerArgs) -> int:
         llm.engine,
         max_queued=args.max_queued,
         max_queued_tokens=args.max_queued_tokens,
+        interval=args.stream_interval,
         observe=metrics.note_progress,
     )
     app: Any = Gate(build_app(Service(llm, engine, metrics, args)), args)

@@ -33,6 +33,13 @@ class ServerArgs:
         30.0, "Seconds that running requests may take after SIGTERM.", at_least=0, at_most=10**6
     )
     trust_request_chat_template: bool = option(False, "Run chat templates that come with requests.")
+    stream_interval: float = option(
+        0.04,
+        "Seconds between two chunks of a stream: tokens that come faster share one. The first is "
+        "never delayed; 0 sends every token by itself.",
+        at_least=0,
+        at_most=60,
+    )
     viz: bool = option(False, "Show the block pool live at /viz.")
 
     def __post_init__(self) -> None:
