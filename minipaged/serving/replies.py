@@ -150,13 +150,13 @@ class Reply(Generic[B]):
         return choice
 
 
+@dataclass
 class CompletionReply(Reply[CompletionBody]):
     """The reply to /v1/completions."""
 
     object = chunk_object = "text_completion"
 
-    def __post_init__(self) -> None:
-        self._offsets: dict[int, int] = {}  # of streams: characters so far, by choice
+    _offsets: dict[int, int] = field(default_factory=dict[int, int])  # of streams: characters
 
     @property
     def _only_echoes(self) -> bool:
