@@ -52,6 +52,13 @@ def test_imports_look_down(path: Path):
     assert not above, f"{label(path)} imports {above}, which stand above it"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_only_the_server_knows_of_http(path: Path):
+    web = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
+    found = {name.split(".")[0] for name in imported_at_run_time(path)}
+    assert layer_of(path) == "serving" or not found & web
+
+
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.stem)
 def test_a_test_imports_neither_another_test_nor_the_labs_tests(path: Path):
     tests = {file.stem for folder in (TESTS, LAB_TESTS) for file in folder.rglob("test_*.py")}

@@ -2,19 +2,18 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from minipaged.engine.outputs import CompletionOutput, NewTokens, RequestOutput
 from minipaged.errors import RequestFailed
-from minipaged.sampling.logprobs import Logprobs
 from minipaged.serving.errors import as_event
-from minipaged.serving.protocol import ChatBody, CompletionBody, GenerationBody
-from minipaged.serving.streams import Stream
+from minipaged.serving.protocol import GenerationBody
+from minipaged.serving.streams import ClientLeft, Stream
 from minipaged.tokenizer.base import Tokenizer
 
-LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
+LEAST_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
 
 
@@ -28,7 +27,7 @@ class Reply(Generic[B]):
     Choices are numbered prompt by prompt: index = prompt * n + sample.
     """
 
-    id: str
+    request_id: str
     model: str
     body: B
     tokenizer: Tokenizer | None
@@ -36,7 +35,7 @@ class Reply(Generic[B]):
 
     # ---- what completions and chats do in their own ways ---------------------------------------
 
-    object = chunk_object = ""
+    prefix = object = chunk_object = ""
 
     def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         """One sample, whole."""
@@ -49,6 +48,14 @@ class Reply(Generic[B]):
     def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
         """What is new of one sample."""
         raise NotImplementedError
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token; none without a tokenizer."""
+        return b"" if self.tokenizer is None else self.tokenizer.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """A token by itself: half a character is U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     # ---- whole ---------------------------------------------------------------------------------
 
@@ -79,7 +86,12 @@ class Reply(Generic[B]):
         return {**self._head(self.object), "choices": choices, "usage": self._usage(outputs)}
 
     def _head(self, name: str) -> dict[str, Any]:
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+        return {
+            "id": f"{self.prefix}-{self.request_id}",
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+        }
 
     def _usage(self, outputs: Iterable[RequestOutput]) -> dict[str, Any]:
         outputs = list(outputs)
@@ -131,6 +143,8 @@ class Reply(Generic[B]):
                         finals.append(progress.build_output())
             if wants_usage:
                 yield chunk(None)
+        except ClientLeft:
+            return
         except Exception as error:  # the status line was sent long ago
             yield as_event(error)
         yield DONE
@@ -148,122 +162,6 @@ class Reply(Generic[B]):
         if self.body.return_token_ids:
             choice["token_ids"] = new.token_ids
         return choice
-
-
-@dataclass
-class CompletionReply(Reply[CompletionBody]):
-    """The reply to /v1/completions."""
-
-    object = chunk_object = "text_completion"
-
-    _offsets: dict[int, int] = field(default_factory=dict[int, int])  # of streams: characters
-
-    @property
-    def _only_echoes(self) -> bool:
-        """max_tokens=0: the token that the engine generates at least is not shown."""
-        return self.body.max_tokens == 0
-
-    def num_generated(self, completion: CompletionOutput) -> int:
-        return 0 if self._only_echoes else len(completion.token_ids)
-
-    def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-        text, ids = completion.text, completion.token_ids
-        logprobs: Sequence[Logprobs | None] | None = completion.logprobs
-        if self.body.echo:
-            shown = [] if self._only_echoes else ids
-            text = self._prompt_text(output) + ("" if self._only_echoes else text)
-            if logprobs is not None:
-                logprobs = [*(output.prompt_logprobs or ()), *logprobs[: len(shown)]]
-            ids = [*output.prompt_token_ids, *shown]
-        found = None if logprobs is None else self._logprobs(ids, logprobs, 0)
-        return {"text": text, "logprobs": found}
-
-    def opening(self, stream: Stream, prompt: int) -> dict[str, Any] | None:
-        if not self.body.echo:
-            return None
-        read = stream.requests[prompt].prompt
-        return {"text": self._text_of(read.text, read.token_ids)}
-
-    def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
-        if self._only_echoes:
-            return {"text": "", "logprobs": None}
-        found = None
-        if new.logprobs is not None:
-            start = self._offsets.get(index, 0)
-            found = self._logprobs(new.token_ids, new.logprobs, start)
-            self._offsets[index] = start + sum(map(len, found["tokens"]))
-        return {"text": new.text, "logprobs": found}
-
-    def _prompt_text(self, output: RequestOutput) -> str:
-        return self._text_of(output.prompt, output.prompt_token_ids)
-
-    def _text_of(self, text: str | None, token_ids: list[int]) -> str:
-        if text is not None or self.tokenizer is None:
-            return text or ""
-        return self.tokenizer.decode(token_ids)
-
-    def _logprobs(
-        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None], offset: int
-    ) -> dict[str, Any]:
-        """OpenAI's four lists; the first token of a prompt has no log-probability."""
-        tokens: list[str] = []
-        chosen: list[float | None] = []
-        top: list[dict[str, float] | None] = []
-        offsets: list[int] = []
-        for token_id, found in zip(ids, logprobs, strict=True):
-            tokens.append(_text(self.tokenizer, token_id))
-            offsets.append(offset)
-            offset += len(tokens[-1])
-            chosen.append(None if found is None else _finite(found[token_id].logprob))
-            top.append(
-                None
-                if found is None
-                else {_text(self.tokenizer, i): _finite(each.logprob) for i, each in found.items()}
-            )
-        return {
-            "tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets,
-        }  # fmt: skip
-
-
-class ChatReply(Reply[ChatBody]):
-    """The reply to /v1/chat/completions."""
-
-    object, chunk_object = "chat.completion", "chat.completion.chunk"
-
-    def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-        message = {"role": "assistant", "content": completion.text}
-        found = completion.logprobs
-        return {
-            "message": message,
-            "logprobs": None if found is None else self._logprobs(completion.token_ids, found),
-        }
-
-    def opening(self, stream: Stream, prompt: int) -> dict[str, Any]:
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
-        found = new.logprobs
-        return {
-            "delta": {"content": new.text},
-            "logprobs": None if found is None else self._logprobs(new.token_ids, found),
-        }
-
-    def _logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> dict[str, Any]:
-        most = self.body.top_logprobs or 0
-        content: list[dict[str, Any]] = []
-        for token_id, found in zip(ids, logprobs, strict=True):
-            ranked = sorted(found.items(), key=lambda item: item[1].rank or 0)[:most]
-            likeliest = [self._token(i, each.logprob) for i, each in ranked]
-            content.append(
-                {**self._token(token_id, found[token_id].logprob), "top_logprobs": likeliest}
-            )
-        return {"content": content}
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        """A token with its exact bytes, from which a client can put characters together."""
-        exact = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token_id)
-        text = exact.decode("utf-8", errors="replace")
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(exact)}
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached: int | None) -> dict[str, Any]:
@@ -285,7 +183,7 @@ def prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None]:
         if found is None
         else {
             str(i): {
-                "logprob": _finite(each.logprob),
+                "logprob": finite(each.logprob),
                 "rank": each.rank,
                 "decoded_token": each.decoded_token,
             }
@@ -301,11 +199,6 @@ def refuse_broken(reason: str | None, error: str | None) -> None:
         raise RequestFailed(error or "the model's logits are broken; the server's log says how.")
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """JSON has no minus infinity."""
     return max(logprob, LEAST_LOGPROB)
-
-
-def _text(tokenizer: Tokenizer | None, token_id: int) -> str:
-    if tokenizer is None:
-        return ""
-    return tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")

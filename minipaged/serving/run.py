@@ -11,10 +11,11 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 
 from minipaged.llm import LLM
-from minipaged.serving.api_server import Service, build_app
+from minipaged.serving.api_server import build_app
 from minipaged.serving.async_engine import AsyncEngine
 from minipaged.serving.gate import Gate
 from minipaged.serving.metrics import Metrics
+from minipaged.serving.service import Service
 from minipaged.serving.settings import ServerArgs
 
 LAST_WORDS = 2.0  # seconds in which a dead engine still answers 503
@@ -36,7 +37,7 @@ async def _serve(llm: LLM, args: ServerArgs) -> int:
         interval=args.stream_interval,
         observe=metrics.note_progress,
     )
-    app: Any = Gate(build_app(Service(llm, engine, metrics, args)), args)
+    app: Any = Gate(build_app(Service(llm, engine, args), metrics), args)
     if args.cors_origin is not None:
         app = CORSMiddleware(
             app, allow_origins=[args.cors_origin], allow_methods=["*"], allow_headers=["*"]

@@ -17,6 +17,10 @@ class Stage(Enum):
     SCHEDULED = 2
 
 
+class ClientLeft(Exception):
+    """The client has closed the connection before its response was complete."""
+
+
 Result = Progress | Exception | Stage
 
 
