@@ -361,7 +361,7 @@ for crowd in (1, 64):
     print(f"the model's part of a step, {crowd:2} sequences: {share:.0%}")
 
 # %% [markdown]
-# That is all of it. From here: [run your own model](../guides/run_your_model.md),
-# [write a backend](../guides/write_a_backend.md), read
-# [the paper beside the code](../companion.md), or go on to vLLM itself:
-# [From here to vLLM](../from_here_to_vllm.md).
+# That is the whole engine. From here: [run your own model](../guides/run_your_model.md),
+# [write a backend](../guides/write_a_backend.md), or read
+# [the paper beside the code](../companion.md). Next:
+# [one request through the server](13_one_request_through_the_server.md).

@@ -17,7 +17,8 @@ CHAPTERS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.py"))
 NAMES = (
     "00_first_run 01_attention_and_the_kv_cache 02_the_memory_problem 03_blocks_and_block_tables "
     "04_paged_attention 05_models_on_pages 06_continuous_batching 07_sharing 08_prefix_caching "
-    "09_when_memory_runs_out 10_a_first_kernel 11_to_the_speed_of_light 12_one_tokens_journey"
+    "09_when_memory_runs_out 10_a_first_kernel 11_to_the_speed_of_light 12_one_tokens_journey "
+    "13_one_request_through_the_server"
 ).split()
 FORM = (
     "What you will know at the end",

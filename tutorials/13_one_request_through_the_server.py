@@ -1,0 +1,452 @@
+# %% [markdown]
+# # 13. One request through the server
+#
+# An engine needs one thread. A server has many clients, who come when they like, read slowly and
+# leave early. You write the server between the two, and measure where the time of a request goes.
+#
+# ## What you will know at the end
+#
+# - Why one thread owns the engine, and how everyone else talks to it.
+# - What happens to the blocks of a client who leaves.
+# - What the time to first token consists of, and what grows when more clients arrive.
+# - Why a server must refuse requests before it runs out of memory.
+#
+# ## What must hold
+#
+# 1. Only one thread calls the engine.
+# 2. A client who leaves gives all blocks back, and nothing more is computed for them.
+# 3. A slow reader delays no other client.
+# 4. The tokens are those of the engine without a server.
+#
+# ## Predict before you run
+#
+# - A client asks for 200 tokens and leaves after the first one. How many tokens does a careless
+#   server compute for that client?
+# - One client waits 10 ms for the first token. How long do 32 clients wait who arrive together: 10
+#   ms, 320 ms, or something in between?
+# - Forty clients arrive together, and the server runs 8 requests and lets 8 wait. What happens to
+#   the others?
+#
+# ## The step: a server of your own
+#
+# `LLMEngine` may be called by one thread at a time, and a step takes milliseconds. If every
+# client's thread called it, all would wait for each other's steps. So one thread owns the engine.
+# It steps as long as there are requests. Everyone else leaves messages in its inbox, and it reads
+# the inbox between two steps. What a step gives goes into a queue per request, where a client's
+# thread finds it.
+#
+# ```mermaid
+# flowchart LR
+#     client1[client] <-->|HTTP| thread1[its thread]
+#     client2[client] <-->|HTTP| thread2[its thread]
+#     thread1 -->|add, abort| inbox
+#     thread2 -->|add, abort| inbox
+#     inbox --> engine[engine thread]
+#     engine -->|what is new| thread1
+#     engine -->|what is new| thread2
+# ```
+
+# %%
+import http.client
+import json
+import queue
+import threading
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+
+from minipaged import LLM, SamplingParams
+from minipaged.sampling import RequestOutputKind
+
+
+class EngineThread(threading.Thread):
+    """The only thread that calls the engine."""
+
+    def __init__(self, llm: LLM) -> None:
+        super().__init__(daemon=True)
+        self.engine = llm.engine
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # calls, to be made between two steps
+        self.readers: dict[str, queue.SimpleQueue] = {}
+        self.num_tokens = 0  # that were computed so far
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            while not self.inbox.empty() or not self.engine.has_unfinished_requests():
+                self.inbox.get()()
+            for progress in self.engine.step():
+                self.num_tokens += sum(len(new.token_ids) for new in progress.new)
+                self.readers[progress.request_id].put(progress)
+
+    def add(self, request_id: str, body: dict, reader: queue.SimpleQueue) -> None:
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=body["max_tokens"],
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self.readers[request_id] = reader
+        self.engine.add_request(request_id, body["prompt"], params)
+
+    def abort(self, request_id: str) -> None:
+        self.engine.abort_request(request_id)
+
+
+class CarelessHandler(BaseHTTPRequestHandler):
+    """One thread per client: sends each piece of text as soon as it is there."""
+
+    numbers = count()
+    engine: EngineThread
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request_id, reader = str(next(self.numbers)), queue.SimpleQueue()
+        self.engine.inbox.put(partial(self.engine.add, request_id, body, reader))
+        self.send_response(200)
+        self.end_headers()
+        try:
+            self.send_all(reader)
+        except OSError:  # the client has left
+            self.client_left(request_id)
+
+    def send_all(self, reader: queue.SimpleQueue) -> None:
+        finished = False
+        while not finished:
+            progress = reader.get()
+            for new in progress.new:
+                event = {"choices": [{"text": new.text}]}
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            finished = progress.finished
+
+    def client_left(self, request_id: str) -> None:
+        pass
+
+    def log_message(self, *_: object) -> None:
+        pass  # no line per request
+
+
+# %% [markdown]
+# That is a complete server: `data: {...}` and an empty line is the format of server-sent events,
+# which OpenAI's protocol uses for streams. A client sends a prompt and notes when each event comes.
+
+# %%
+
+
+class Client:
+    """One request: its text, and the time of each event, in seconds since it was sent."""
+
+    def __init__(self, port: int, prompt: str, max_tokens: int = 24, leave_after: int = 10**9):
+        self.texts: list[str] = []
+        self.times: list[float] = []
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        start = time.perf_counter()
+        body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True}
+        body |= {"temperature": 0, "ignore_eos": True}
+        connection.request(
+            "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+        )
+        self.response = connection.getresponse()
+        for line in self.response if self.response.status == 200 else ():
+            if len(self.times) == leave_after:
+                break
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                self.texts.append(event["choices"][0]["text"])
+                self.times.append(time.perf_counter() - start)
+        self.response.close()
+        connection.close()
+
+
+def serve_with(handler: type[CarelessHandler], llm: LLM) -> tuple[ThreadingHTTPServer, int]:
+    handler.engine = EngineThread(llm)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, server.server_port
+
+
+llm = LLM("storyteller", num_blocks=512)
+server, port = serve_with(CarelessHandler, llm)
+client = Client(port, "Once upon a time")
+print("".join(client.texts))
+print(f"first text after {1000 * client.times[0]:.0f} ms, {len(client.times)} events")
+
+# %% [markdown]
+# ### A client leaves
+#
+# Now a client asks for 200 tokens, reads one and closes the connection.
+
+
+# %%
+def leave_early(handler: type[CarelessHandler]) -> int:
+    """How many tokens are computed for a client who leaves after the first one."""
+    before = handler.engine.num_tokens
+    Client(port, "Once upon a time", max_tokens=200, leave_after=1)
+    while handler.engine.engine.has_unfinished_requests():
+        time.sleep(0.01)
+    return handler.engine.num_tokens - before
+
+
+careless = leave_early(CarelessHandler)
+server.shutdown()
+print(f"{careless} tokens were computed for a client who had left after one")
+
+# %% [markdown]
+# The server noticed, when it could not write any more, and did nothing about it. The request kept
+# its blocks to the end, and the real clients waited for them. One line mends it:
+
+
+# %%
+class Handler(CarelessHandler):
+    def client_left(self, request_id: str) -> None:
+        self.engine.inbox.put(partial(self.engine.abort, request_id))
+
+
+server, port = serve_with(Handler, LLM("storyteller", num_blocks=512))
+careful = leave_early(Handler)
+memory = Handler.engine.engine.memory
+print(f"{careful} tokens, and {memory.num_blocks - memory.num_free} blocks are still in use")
+
+# %% [markdown]
+# It is more than one token, because the network holds what nobody reads, and the server finds out
+# only when it writes again. A server that is still computing a long prompt does not write at all,
+# so the library's server also listens for the end of the connection. Its engine thread is this
+# one, in asyncio's form:
+#
+# @@ minipaged.serving.async_engine.AsyncEngine._run
+#
+# It differs from yours in four things. Prompts are encoded by other threads, since a long text
+# takes longer than a step. Results that a slow reader has not fetched are merged into one, so
+# they need no more memory than the text itself. The event loop is woken once for all clients. And
+# if a step raises, every open request ends with an error instead of hanging.
+#
+# ### Where the time of a request goes
+#
+# The rest of the chapter measures the library's server, in a process of its own. It says how long
+# requests waited, computed their prompts and decoded in `/metrics`; the client measures the whole.
+
+# %%
+import subprocess
+import sys
+
+limits = ["--max-num-seqs", "32", "--num-blocks", "2048", "--stream-interval", "0"]
+process = subprocess.Popen(
+    [sys.executable, "-m", "minipaged", "serve", "--port", "0", *limits],
+    stdout=subprocess.PIPE,
+    text=True,
+)
+print(ready := process.stdout.readline().strip())
+real_port = int(ready.split(";")[0].rsplit(":", 1)[1])
+
+
+def seconds_by_part(port: int) -> dict[str, float]:
+    """What all requests together have spent on each part, by /metrics."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    found = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "_sum{" in line}
+    parts = ("queue", "prefill", "decode")
+    return {part: found[f"vllm:request_{part}_time_seconds_sum"] for part in parts}
+
+
+# %% Where the milliseconds of a request go, for three lengths of prompt
+import drawing
+
+from minipaged.evaluation.stories import tell
+
+texts = {}
+for num_facts in (4, 32, 64):
+    story = tell(num_facts=num_facts, seed=num_facts)
+    texts[len(llm.get_tokenizer().encode(story.text))] = story.text
+rows: dict[str, dict[str, float]] = {}
+for length, text in texts.items():
+    repeats = 5
+    Client(real_port, text[::-1][:40])  # warm up
+    before, whole = seconds_by_part(real_port), 0.0
+    for number in range(repeats):  # another first word each time: no prefix is cached
+        whole += Client(real_port, f"{number} {text}").times[-1]
+    after = seconds_by_part(real_port)
+    spent = {part: 1000 * (after[part] - before[part]) / repeats for part in after}
+    spent = {"HTTP and text": 1000 * whole / repeats - sum(spent.values()), **spent}
+    rows[f"{length} tokens"] = spent
+
+figure, axes = drawing.picture(7.2, 2.2)
+for line, spent in enumerate(rows.values()):
+    left = 0.0
+    for part, colour in zip(spent, drawing.COLOURS, strict=False):
+        axes.barh(-line, spent[part], left=left, color=colour, label=part if not line else None)
+        left += spent[part]
+axes.set_yticks([-line for line in range(len(rows))], list(rows))
+axes.set(xlabel="ms from sending the request to the last of 24 tokens")
+axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=4, fontsize=8)
+
+# %% [markdown]
+# The time to first token (TTFT) is everything before the decode: sending and reading HTTP, encoding
+# the prompt, waiting, computing the prompt. On an idle server there is no waiting, and a longer
+# prompt means more prefill. The decode is the number of tokens times the length of a step.
+#
+# ### More clients
+#
+# Now 1 to 32 clients who come together. Each needs its own prompt computed, but the decodes of all
+# of them share every step (chapter 6).
+
+
+# %%
+seeds = count(1000)
+
+
+def together(port: int, number: int, max_tokens: int = 48) -> list[Client]:
+    """Clients who arrive at the same time, each with a prompt that nobody has sent before."""
+    clients: list[Client] = []
+
+    def ask(prompt: str) -> None:
+        clients.append(Client(port, prompt, max_tokens))
+
+    prompts = [tell(num_facts=8, seed=next(seeds)).text for _ in range(number)]
+    threads = [threading.Thread(target=ask, args=[prompt]) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return clients
+
+
+# %% Time to first token and tokens per second for more and more clients at once
+crowds = (1, 2, 4, 8, 16, 32)
+first: list[float] = []
+speed: list[float] = []
+for crowd in (1, *crowds):  # the first one warms up, and is overwritten
+    start = time.perf_counter()
+    clients = together(real_port, crowd)
+    elapsed = time.perf_counter() - start
+    waits = sorted(client.times[0] for client in clients)
+    first.append(1000 * waits[len(waits) // 2])
+    speed.append(48 * crowd / elapsed)
+first, speed = first[1:], speed[1:]
+
+figure, (left_axes, right_axes) = drawing.picture(7.2, 2.8, ncols=2)
+left_axes.plot(crowds, first, marker="o")
+left_axes.set(xlabel="clients at once", ylabel="median TTFT, ms", ylim=(0, None))
+right_axes.plot(crowds, speed, marker="o", color=drawing.COLOURS[2])
+right_axes.set(xlabel="clients at once", ylabel="tokens per second", ylim=(0, None))
+for axes in (left_axes, right_axes):
+    axes.set(xscale="log", xticks=crowds, xticklabels=crowds)
+
+process.terminate()
+print("exit code after SIGTERM:", process.wait())
+
+# %% [markdown]
+# ### Too many clients
+#
+# A queue without an end does not help anyone: who comes last waits for minutes, and the prompts of
+# all that wait fill the memory. So the server has a limit, and answers the rest at once with status
+# 429. Clients of OpenAI's API know it, wait a little and try again.
+
+# %%
+limits = ["--max-num-seqs", "8", "--max-queued", "8", "--num-blocks", "512"]
+process = subprocess.Popen(
+    [sys.executable, "-m", "minipaged", "serve", "--port", "0", *limits],
+    stdout=subprocess.PIPE,
+    text=True,
+)
+busy_port = int(process.stdout.readline().split(";")[0].rsplit(":", 1)[1])
+answers = [client.response.status for client in together(busy_port, 40, max_tokens=200)]
+print({status: answers.count(status) for status in sorted(set(answers))})
+process.terminate()
+process.wait()
+
+# %% [markdown]
+# ## Check
+#
+# Rule 4: the texts of your server are those of the engine without a server, also with eight
+# clients at once. Rule 2: after an early leave, all blocks are back, and the careless server is
+# caught. Rule
+# 3: a client who does not read for a while delays nobody.
+
+# %%
+seeds = count(2000)
+stories = [tell(num_facts=8, seed=2000 + index).text for index in range(8)]
+greedy = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+expected = LLM("storyteller").generate(stories, greedy, use_tqdm=False)
+served = {"".join(client.texts) for client in together(port, 8)}
+assert served == {output.outputs[0].text for output in expected}
+print("the texts of the engine without a server")
+
+assert memory.num_free == memory.num_blocks, "a block was lost"
+assert careless == 200, "the careless server computes all of them"
+assert careful < 200, "the mended one stops"
+print("a client who leaves gives the blocks back")
+
+slow = http.client.HTTPConnection("127.0.0.1", port)
+body = json.dumps({"prompt": "Once upon a time", "max_tokens": 200})
+slow.request("POST", "/v1/completions", body)  # and reads nothing
+quick = Client(port, "Theo the frog", max_tokens=8)
+assert quick.times[-1] < 5
+slow.close()
+server.shutdown()
+print(f"beside a client who reads nothing, 8 tokens took {1000 * quick.times[-1]:.0f} ms")
+
+# %% [markdown]
+# <details markdown="1"><summary>Your predictions</summary>
+#
+# The careless server computes all 200 tokens. Thirty-two clients wait longer than one, because 32
+# prompts have to be computed before the last of them has its first token, but nowhere near 32
+# times as long: several prompts share a step. Of forty clients, those beyond the limit are
+# refused at once, with status 429; it may be fewer than 24, because the first ones are scheduled
+# while the last ones still arrive.
+#
+# </details>
+#
+# ## Questions
+#
+# **Why does the handler not call `engine.abort_request` itself when the client has left?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# It runs in another thread, and the engine may be in the middle of a step whose tables refer to the
+# request's blocks (rule 1). A lock would also work, but the handler would wait for a whole step.
+#
+# </details>
+#
+# **Your server has one thread per client. What does the library's server gain with one event loop
+# for all?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# A thread costs memory and has to be woken for each token. After a step with 256 sequences the
+# engine would wake 256 threads; the event loop is woken once. Python's threads also take turns with
+# the engine's thread for the interpreter, so every wake-up slows the next step down.
+#
+# </details>
+#
+# **Why does the server count prompts that wait, and not clients that are connected?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# A connection costs little; a prompt that waits holds its tokens, and everyone behind it waits
+# longer. With parallel sampling one client may ask for several sequences, and each counts.
+#
+# </details>
+#
+# **A step raises an exception. Why does the server not simply try again?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# The engine is as it was before the step, so the same step would most likely raise again, for ever,
+# while clients wait. They get an error, `/health` says 503, and the process ends, so that whatever
+# supervises it starts a new one.
+#
+# </details>
+#
+# ## What changed in the numbers
+
+# %%
+print(f"tokens computed for a client who left after one: {careless}, then {careful}")
+print(f"median TTFT of 32 clients: {first[-1] / first[0]:.1f} times that of one")
+print(f"tokens per second with 32 clients: {speed[-1] / speed[0]:.1f} times as many")
+
+# %% [markdown]
+# From here: [run your own model](../guides/run_your_model.md), or go on to vLLM itself:
+# [From here to vLLM](../from_here_to_vllm.md).
