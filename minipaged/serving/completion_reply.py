@@ -31,57 +31,48 @@ class CompletionReply(Reply[CompletionBody]):
     def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         text, ids = completion.text, completion.token_ids
         logprobs: Sequence[Logprobs | None] | None = completion.logprobs
+        if self._only_echoes:
+            text, ids, logprobs = "", [], None if logprobs is None else []
         if self.body.echo:
-            shown = [] if self._only_echoes else ids
-            text = self._prompt_text(output) + ("" if self._only_echoes else text)
-            if logprobs is not None:
-                logprobs = [*(output.prompt_logprobs or ()), *logprobs[: len(shown)]]
-            ids = [*output.prompt_token_ids, *shown]
-        found = None if logprobs is None else self._logprobs(ids, logprobs, 0)
-        return {"text": text, "logprobs": found}
+            text = self._prompt(output.prompt, output.prompt_token_ids) + text
+            ids = [*output.prompt_token_ids, *ids]
+            logprobs = None if logprobs is None else [*(output.prompt_logprobs or ()), *logprobs]
+        return {"text": text, "logprobs": self._logprobs(ids, logprobs, 0)}
 
     def opening(self, stream: Stream, prompt: int) -> dict[str, Any] | None:
-        if not self.body.echo:
-            return None
         read = stream.requests[prompt].prompt
-        return {"text": self._text_of(read.text, read.token_ids)}
+        return {"text": self._prompt(read.text, read.token_ids)} if self.body.echo else None
 
     def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
         if self._only_echoes:
             return {"text": "", "logprobs": None}
-        found = None
-        if new.logprobs is not None:
-            start = self._offsets.get(index, 0)
-            found = self._logprobs(new.token_ids, new.logprobs, start)
+        start = self._offsets.get(index, 0)
+        found = self._logprobs(new.token_ids, new.logprobs, start)
+        if found is not None:
             self._offsets[index] = start + sum(map(len, found["tokens"]))
         return {"text": new.text, "logprobs": found}
 
-    def _prompt_text(self, output: RequestOutput) -> str:
-        return self._text_of(output.prompt, output.prompt_token_ids)
-
-    def _text_of(self, text: str | None, token_ids: list[int]) -> str:
+    def _prompt(self, text: str | None, token_ids: list[int]) -> str:
+        """A prompt as text, however it was given."""
         if text is not None or self.tokenizer is None:
             return text or ""
         return self.tokenizer.decode(token_ids)
 
     def _logprobs(
-        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None], offset: int
-    ) -> dict[str, Any]:
+        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None] | None, offset: int
+    ) -> dict[str, Any] | None:
         """OpenAI's four lists; the first token of a prompt has no log-probability."""
-        tokens: list[str] = []
-        chosen: list[float | None] = []
-        top: list[dict[str, float] | None] = []
-        offsets: list[int] = []
-        for token_id, found in zip(ids, logprobs, strict=True):
-            tokens.append(self.token_text(token_id))
-            offsets.append(offset)
-            offset += len(tokens[-1])
-            chosen.append(None if found is None else finite(found[token_id].logprob))
-            top.append(
-                None
-                if found is None
-                else {self.token_text(i): finite(each.logprob) for i, each in found.items()}
-            )
-        return {
-            "tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets,
+        if logprobs is None:
+            return None
+        lists: dict[str, list[Any]] = {
+            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
         }  # fmt: skip
+        for token_id, found in zip(ids, logprobs, strict=True):
+            text, chosen, top = self.token_text(token_id), None, None
+            if found is not None:
+                chosen = finite(found[token_id].logprob)
+                top = {self.token_text(i): finite(each.logprob) for i, each in found.items()}
+            for values, value in zip(lists.values(), (text, chosen, top, offset), strict=True):
+                values.append(value)
+            offset += len(text)
+        return lists

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
 from minipaged.engine.outputs import CompletionOutput, NewTokens, RequestOutput
@@ -38,7 +38,7 @@ class Reply(Generic[B]):
     prefix = object = chunk_object = ""
 
     def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-        """One sample, whole."""
+        """Text and logprobs of one sample, whole."""
         raise NotImplementedError
 
     def opening(self, stream: Stream, prompt: int) -> dict[str, Any] | None:
@@ -46,7 +46,7 @@ class Reply(Generic[B]):
         raise NotImplementedError
 
     def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
-        """What is new of one sample."""
+        """What is new of both."""
         raise NotImplementedError
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -71,12 +71,10 @@ class Reply(Generic[B]):
         for prompt, output in enumerate(outputs):
             for completion in output.outputs:
                 refuse_broken(completion.finish_reason, completion.error)
-                choice = {
-                    "index": prompt * self.num_samples + completion.index,
-                    **self.choice(output, completion),
-                    "finish_reason": completion.finish_reason,
-                    "stop_reason": completion.stop_reason,
-                }
+                index = prompt * self.num_samples + completion.index
+                choice = {"index": index, **self.choice(output, completion)}
+                choice["finish_reason"] = completion.finish_reason
+                choice["stop_reason"] = completion.stop_reason
                 if self.body.prompt_logprobs is not None:
                     choice["prompt_logprobs"] = prompt_logprobs(output)
                 if self.body.return_token_ids:
@@ -93,8 +91,7 @@ class Reply(Generic[B]):
             "model": self.model,
         }
 
-    def _usage(self, outputs: Iterable[RequestOutput]) -> dict[str, Any]:
-        outputs = list(outputs)
+    def _usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         return usage(
             sum(len(output.prompt_token_ids) for output in outputs),
             sum(self.num_generated(each) for output in outputs for each in output.outputs),
@@ -166,31 +163,23 @@ class Reply(Generic[B]):
 
 def usage(prompt_tokens: int, completion_tokens: int, cached: int | None) -> dict[str, Any]:
     """OpenAI's count of tokens; `cached` is how many were found in the prefix cache."""
-    counts: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-    return (
-        counts if cached is None else counts | {"prompt_tokens_details": {"cached_tokens": cached}}
-    )
+    counts: dict[str, Any] = {"prompt_tokens": prompt_tokens}
+    counts["completion_tokens"] = completion_tokens
+    counts["total_tokens"] = prompt_tokens + completion_tokens
+    if cached is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": cached}
+    return counts
 
 
 def prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None]:
-    """vLLM's extra field: for each token of the prompt, a dict by token id."""
-    return [
-        None
-        if found is None
-        else {
-            str(i): {
-                "logprob": finite(each.logprob),
-                "rank": each.rank,
-                "decoded_token": each.decoded_token,
-            }
-            for i, each in found.items()
-        }
-        for found in output.prompt_logprobs or ()
-    ]
+    """vLLM's extra field: for each token of the prompt but the first, a dict by token id."""
+    shown: list[dict[str, Any] | None] = [None]
+    for found in (output.prompt_logprobs or ())[1:]:
+        items = (found or {}).items()
+        shown.append(
+            {str(i): {**asdict(each), "logprob": finite(each.logprob)} for i, each in items}
+        )
+    return shown
 
 
 def refuse_broken(reason: str | None, error: str | None) -> None:
