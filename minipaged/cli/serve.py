@@ -1,5 +1,6 @@
 """`minipaged serve`: an OpenAI-compatible server."""
 
+import os
 from typing import Any
 
 import typer
@@ -20,6 +21,7 @@ def serve(
 
     On SIGTERM, new requests are refused (503) and running ones end within --grace.
     """
+    server["api_key"] = server["api_key"] or os.environ.get("MINIPAGED_API_KEY")
     args = ServerArgs(**server)
     with Session(show_blocks=False, trace=trace, live=False) as session:
         try:

@@ -13,7 +13,9 @@ class ServerArgs:
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
     port: int = option(8000, "Port; 0 chooses a free one.", at_least=0, at_most=65535)
     api_key: str | None = option(
-        None, "Clients must send this key. Not needed for /health and /metrics."
+        None,
+        "Clients must send this key; /health and /metrics need none. The environment variable "
+        "MINIPAGED_API_KEY does the same, and is not shown in the list of processes.",
     )
     served_model_name: str | None = option(None, "The model's name for clients.")
     max_queued: int = option(

@@ -129,6 +129,13 @@ def test_a_key_is_asked_for_except_by_health_and_metrics(tmp_path):
         assert server.post("/v1/completions", {"prompt": "Theo"}, **key)[0] == 200
 
 
+def test_a_key_may_come_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIPAGED_API_KEY", "secret")
+    with running(tmp_path, "--max-num-seqs", "2") as server:
+        assert server.get("/v1/models")[0] == 401
+        assert server.get("/v1/models", Authorization="Bearer secret")[0] == 200
+
+
 def test_pages_of_the_allowed_website_may_use_the_server(tmp_path):
     flags = ("--cors-origin", "http://a.example", "--api-key", "k", "--max-num-seqs", "2")
     with running(tmp_path, *flags) as server:
