@@ -174,7 +174,7 @@ class BatchBuilder:
                 self._write(row, sequence.block_table)
             rows.append(row)
         columns = -(-longest // self._block_size)
-        return self._tables[torch.tensor(rows, dtype=torch.long), :columns]  # [seqs, max_blocks]
+        return self._tables[to_device(rows, "cpu", torch.long), :columns]  # [seqs, max_blocks]
 
     def _release_rows_except(self, seq_ids: set[int]) -> None:
         # A sequence that sits a step out writes its row anew afterwards; so rows never run out.

@@ -187,12 +187,13 @@ class LLMEngine(EngineNames):
             for listener in self.listeners:
                 listener(decision, stats)
         for request_id, tokens in sampled.items():
-            open_request = self._open[request_id]
-            request = open_request.request
+            request = (open_request := self._open[request_id]).request
             request.last_token_time = times[-1]
             if request.first_token_time is None:
                 request.first_token_time = times[-1]
-            open_request.history.append((number, tokens))
+            for seq_id, of_seq in tokens.items():
+                for token in of_seq:
+                    open_request.history += (number, seq_id, *token)
             try:
                 ended = request.advance(tokens, partial(self._fork, open_request))
                 progress = request.progress()
@@ -216,9 +217,7 @@ class LLMEngine(EngineNames):
         if self.prefixes.lost:
             self.prefixes.pin_again(self.scheduler.memory)
         queues = (self.scheduler.running, self.scheduler.waiting, self.scheduler.swapped)
-        assert any(queues) or not self._open, (
-            f"the scheduler has lost {', '.join(self._open)}: they would hang"
-        )
+        assert any(queues) or not self._open, f"the scheduler has lost {', '.join(self._open)}"
         if self._faults:  # their forks may be half done
             self.restart()
 

@@ -9,7 +9,9 @@ If a step is cut short, every request is rebuilt from its history as it was befo
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import inf
+from typing import Any
 
 from minipaged.engine.outputs import Progress
 from minipaged.engine.request import Arrival, Request
@@ -22,6 +24,8 @@ Sampled = dict[str, SampledBySeq]  # by request id
 Broken = dict[int, str]  # by sequence id: what is wrong with its logits
 Sampling = tuple[Sampled, Broken]
 
+_ENTRY = 2 + len(SampledToken._fields)  # places that a token takes in a history
+
 
 @dataclass(eq=False)
 class OpenRequest:
@@ -30,8 +34,12 @@ class OpenRequest:
     arrival: Arrival
     build: Callable[[Arrival], Request]  # a request of its kind, with its parameters and seed
     request: Request = field(init=False)
-    history: list[tuple[int, SampledBySeq]] = field(default_factory=list[tuple[int, SampledBySeq]])
-    """The steps that gave it tokens, and these."""
+    history: list[Any] = field(default_factory=list[Any])
+    """What was sampled for it: of each token the step, the sequence id and the token's own fields.
+
+    One flat list: the garbage collector would visit an object per token again and again, for as
+    long as the request is open.
+    """
     forked: list[int] = field(default_factory=list[int])
     """Ids of the sequences that it forked, in order."""
     ended_in: float = inf  # the step
@@ -57,9 +65,9 @@ class OpenRequest:
         group = SequenceGroup(old.request_id, [seq], old.width, num_preemptions=old.num_preemptions)
         arrival = replace(self.arrival, group=group)
         request = self.build(arrival)
-        history = [(step, sampled) for step, sampled in self.history if step <= last_step]
-        child_ids = iter(self.forked)
-        for _, sampled in history:
+        num_kept = sum(step <= last_step for step in self.history[::_ENTRY])
+        history, child_ids = self.history[: num_kept * _ENTRY], iter(self.forked)
+        for sampled in sampled_by_step(history):
             self._replay(request, sampled, child_ids)
         request.take_over(self.request, has_tokens=bool(history))
         # The first sequence is computed again, and the others fork from it again.
@@ -93,6 +101,16 @@ class OpenRequest:
         with suppress(Exception):  # which may be broken as well
             self.request.finish_all("error")
         return Progress(request_id, [], True, self.request.output, error)
+
+
+def sampled_by_step(history: Iterable[Any]) -> list[SampledBySeq]:
+    """What each step of an `OpenRequest.history` has sampled."""
+    steps: dict[int, SampledBySeq] = {}
+    places = iter(history)
+    for step in places:
+        seq_id, *fields = islice(places, _ENTRY - 1)
+        steps.setdefault(step, {}).setdefault(seq_id, []).append(SampledToken(*fields))
+    return list(steps.values())
 
 
 def end_early(

@@ -26,6 +26,8 @@ class SamplingRequest(Request):
         if params.bad_words and tokenizer is not None:
             self._bad_words = bad_words_in_tokens(params.bad_words, tokenizer)
         self._chooses_at_the_end = params.num_samples > params.n  # best_of
+        final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
+        self._shows_only_the_end = final_only or self._chooses_at_the_end
         self._completions: dict[int, Completion] = {}  # by sequence id, in the order of samples
         self._add_completion(self._first)
 
@@ -33,13 +35,10 @@ class SamplingRequest(Request):
 
     def rows(self, seq: Sequence) -> list[SamplingRow]:
         """One row; for the prompt, one for each sample, all from the same logits."""
-        seed = self._completions[seq.seq_id].seed
-        prompt, output = self._prompt.token_ids, seq.token_ids[seq.prompt_len :]
-        ends, bad_words = self._end_token_ids, self._bad_words
-        row = SamplingRow(self._params, prompt, output, seed, ends, bad_words)
-        if output or self._params.num_samples == 1:
+        row = self._completions[seq.seq_id].row
+        if row.output_token_ids or self._params.num_samples == 1:
             return [row]
-        return [row._replace(seed=seed + i) for i in range(self._params.num_samples)]
+        return [row._replace(seed=row.seed + i) for i in range(self._params.num_samples)]
 
     # ---- from tokens to text -------------------------------------------------------------------
 
@@ -72,7 +71,9 @@ class SamplingRequest(Request):
                 skip_special_tokens=params.skip_special_tokens,
                 keeps_stop=params.include_stop_str_in_output,
             )
-        completion = Completion(seq, params, detokenizer, seed, self._stop_reasons, max_tokens)
+        prompt, ends = self._prompt.token_ids, self._end_token_ids
+        row = SamplingRow(params, prompt, (), seed, ends, self._bad_words)
+        completion = Completion(seq, row, detokenizer, self._stop_reasons, max_tokens)
         self._completions[seq.seq_id] = completion
         return completion
 
@@ -94,15 +95,16 @@ class SamplingRequest(Request):
 
     def progress(self) -> Progress | None:
         """What is new since the last call; with best_of, nothing before the end."""
-        finished, kind = self.is_finished, self._params.output_kind
-        new: list[NewTokens] = []
-        if not finished and (self._chooses_at_the_end or kind is RequestOutputKind.FINAL_ONLY):
+        finished = self.is_finished
+        if self._shows_only_the_end and not finished:
             return None
+        new: list[NewTokens] = []
         if self._chooses_at_the_end:
             new = [NewTokens.of(completion) for completion in self.completions()]
         else:
             for index, completion in enumerate(self._completions.values()):
                 completion.take_new(index, new)
+        kind = self._params.output_kind
         return Progress(self.group.request_id, new, finished, self.output, None, kind)
 
     def completions(self) -> list[CompletionOutput]:
@@ -137,14 +139,15 @@ class Completion:
     def __init__(
         self,
         seq: Sequence,
-        params: SamplingParams,
+        row: SamplingRow,
         detokenizer: Detokenizer | None,
-        seed: int,
         stop_reasons: StopReasons,
         max_tokens: int,
     ) -> None:
+        params = row.params
         self.seq = seq
-        self.seed = seed
+        self._token_ids = seq.output_token_ids  # a list of its own, so that no step copies it
+        self.row = row._replace(output_token_ids=self._token_ids)
         self.cumulative_logprob = 0.0
         self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
@@ -162,18 +165,21 @@ class Completion:
 
     def add(self, sampled: SampledToken) -> None:
         """Take the next token, and decide whether it was the last."""
-        if isinstance(sampled.error, Exception):  # of a logits processor, the request's own code
-            raise sampled.error
         if sampled.error is not None:
+            if isinstance(
+                sampled.error, Exception
+            ):  # of a logits processor, the request's own code
+                raise sampled.error
             self.finish("error", error=sampled.error)
             return
-        token, seq, detokenizer = sampled.token_id, self.seq, self._detokenizer
-        seq.token_ids.append(token)
+        token, detokenizer = sampled.token_id, self._detokenizer
+        self.seq.token_ids.append(token)
+        self._token_ids.append(token)
         self.cumulative_logprob += sampled.logprob
         if self.logprobs is not None:
             tokenizer = None if detokenizer is None else detokenizer.tokenizer
             self.logprobs.append(logprobs_of(sampled, self._num_logprobs, tokenizer))
-        length = len(seq.token_ids) - seq.prompt_len
+        length = len(self._token_ids)
         may_stop = length >= self._min_tokens
         is_end = may_stop and token in self._stop_reasons  # whose own text is mostly not shown
         if detokenizer is not None and (not is_end or self._shows_end_token):
@@ -201,7 +207,7 @@ class Completion:
     def take_new(self, index: int, new: list[NewTokens]) -> None:
         """Append what came since the last call to `new`, unless nothing did."""
         start, reason = self._num_tokens_taken, self.finish_reason
-        token_ids = self.seq.token_ids[self.seq.prompt_len + start :]
+        token_ids = self._token_ids[start:]
         if self._end_is_taken or (not token_ids and reason is None):
             return
         text = self._detokenizer.text if self._detokenizer is not None else ""
@@ -216,7 +222,7 @@ class Completion:
         return CompletionOutput(
             index=index,
             text=self._detokenizer.text if self._detokenizer is not None else "",
-            token_ids=self.seq.output_token_ids,
+            token_ids=self._token_ids.copy(),
             cumulative_logprob=self.cumulative_logprob,
             logprobs=None if self.logprobs is None else list(self.logprobs),
             finish_reason=self.finish_reason,

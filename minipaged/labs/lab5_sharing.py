@@ -72,7 +72,8 @@ LAB = Lab(
                 "The prompt of a request is computed once, and its last logits are sampled as "
                 + "often as samples are wanted. How do you know that a sequence is still there?",
                 "Sample i draws with the request's seed plus i, before and after the fork. Each "
-                + "`Completion` knows its seed; of the prompt, there is only the first one.",
+                + "`Completion` has a `row` with its seed; of the prompt, there is only the first "
+                + "one.",
                 "In `advance` fork first, and add the tokens afterwards: a fork has all tokens of "
                 + "its parent, also the one that it should not have. `_add_completion` takes the "
                 + "new sequence; `Completion.add` the token; `finish_reason` says if it was the "

@@ -7,7 +7,10 @@ from minipaged.sampling.params import SamplingParams
 
 
 class SamplingRow(NamedTuple):
-    """What the sampler needs to know of the sequence that one row of logits belongs to."""
+    """What the sampler needs to know of the sequence that one row of logits belongs to.
+
+    `output_token_ids` grows after the step: copy it to keep it.
+    """
 
     params: SamplingParams
     prompt_token_ids: Sequence[int]

@@ -62,17 +62,18 @@ class Sampler:
         assert len(rows) == logits.shape[0], f"{len(rows)} rows for {logits.shape[0]} of logits"
         raw = adjusted = logits.float()
         faults: dict[int, Exception] = {}
-        if any(row.params.adjusts_logits for row in rows):
+        params = [row.params for row in rows]
+        if any(each.adjusts_logits for each in params):
             adjusted, faults = adjust(raw, rows)
         if self._adjust_logits is not None:
             adjusted = self._adjust_logits(adjusted.clone(), rows)
         token_ids = adjusted.argmax(-1)  # [rows]; the lowest id of equals
         has_choice = None if adjusted is raw else adjusted.gather(-1, token_ids[:, None]).isfinite()
-        chance = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
+        chance = [i for i, each in enumerate(params) if each.temperature >= GREEDY_BELOW]
         if chance:
             places = to_device(chance, logits.device)
             token_ids[places] = draw(adjusted[places], [rows[i] for i in chance])
-        sampled = score(raw, token_ids, [row.params.logprobs for row in rows], has_choice)
+        sampled = score(raw, token_ids, [each.logprobs for each in params], has_choice)
         for i, token in enumerate(sampled):
             if math.isnan(token.logprob):
                 sampled[i] = token._replace(error=explain_error(raw[i], adjusted[i]))
@@ -103,25 +104,25 @@ def score(
     if has_choice is not None:
         results[1] = results[1].where(has_choice, torch.nan)
     vocab_size = logits.shape[-1]
-    counts = [vocab_size if n == -1 else n for n in num_top]
-    asks = any(count is not None for count in counts)
-    most = min(max([0, *(count or 0 for count in counts)]), vocab_size)
-    if asks:
+    asked = [vocab_size if n == -1 else min(n, vocab_size) for n in num_top if n is not None]
+    most = max(asked, default=0)
+    if asked:
         results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
     if most > 0:
         values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], of rows that do not ask too
         results += [top_ids, values]
     # All in one table, for each transfer waits for the GPU. Doubles hold any id exactly.
     table = torch.cat([result.double() for result in results], dim=-1).tolist()
-    if not asks:
+    if not asked:
         return [SampledToken(int(token_id), logprob) for token_id, logprob in table]
     sampled: list[SampledToken] = []
-    for (token_id, logprob, rank, *top), count in zip(table, counts, strict=True):
+    for (token_id, logprob, rank, *top), count in zip(table, num_top, strict=True):
         token = int(token_id)
         if count is None:
             sampled.append(SampledToken(token, logprob))
             continue
-        found = {int(top[k]): top[most + k] for k in range(min(count, most))}
+        num_found = most if count == -1 else min(count, most)
+        found = {int(top[k]): top[most + k] for k in range(num_found)}
         found.setdefault(token, logprob)  # if it is new, then it is the least likely
         sampled.append(SampledToken(token, logprob, found, rank=int(rank)))
     return sampled

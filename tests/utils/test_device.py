@@ -89,3 +89,19 @@ def test_numbers_of_the_host_are_pinned_for_a_gpu_and_those_of_the_gpu_stay(monk
     assert to_device(there, "cuda") is there
     to_device([1, 2], "cpu")
     assert len(pinned) == 1
+
+
+@pytest.mark.parametrize(
+    "dtype", [None, torch.long, torch.int32, torch.float32, torch.bool], ids=str
+)
+@pytest.mark.parametrize("values", [[], [3, -1, 2**31 - 1], [[1, 2], [3, 4]], [True, False], (1,)])
+def test_numbers_become_the_tensor_that_torch_would_make_of_them(values, dtype) -> None:
+    made, expected = to_device(values, "cpu", dtype), torch.tensor(values, dtype=dtype)
+    assert made.dtype == expected.dtype
+    assert made.tolist() == expected.tolist()
+
+
+def test_an_integer_that_does_not_fit_is_no_tensor() -> None:
+    for dtype, value in ((torch.int32, 2**31), (torch.long, 2**63)):
+        with pytest.raises((OverflowError, RuntimeError)):
+            to_device([value], "cpu", dtype)

@@ -335,7 +335,7 @@ class SamplingRequest(LibraryRequest):
         ends = [*self._params.stop_ids]
         if not self._params.ignore_eos:
             ends += self._model.eos_token_ids
-        seeds = [self._completions[seq.seq_id].seed]
+        seeds = [self._completions[seq.seq_id].row.seed]
         if not seq.output_token_ids:
             seeds = list(range(self._seed, self._seed + self._params.num_samples))
         said = seq.output_token_ids
