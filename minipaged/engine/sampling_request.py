@@ -165,12 +165,10 @@ class Completion:
 
     def add(self, sampled: SampledToken) -> None:
         """Take the next token, and decide whether it was the last."""
-        if sampled.error is not None:
-            if isinstance(
-                sampled.error, Exception
-            ):  # of a logits processor, the request's own code
-                raise sampled.error
-            self.finish("error", error=sampled.error)
+        if (error := sampled.error) is not None:
+            if isinstance(error, Exception):
+                raise error  # of a logits processor, the request's own code
+            self.finish("error", error=error)
             return
         token, detokenizer = sampled.token_id, self._detokenizer
         self.seq.token_ids.append(token)

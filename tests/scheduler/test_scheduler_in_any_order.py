@@ -323,5 +323,6 @@ def test_a_deliberate_fault_is_caught(fault):
     quick = settings(
         max_examples=1500, phases=[Phase.generate], derandomize=True, deadline=None, database=None
     )
-    with pytest.raises((CheckFailed, AssertionError, DoubleFree, OutOfBlocks, LookupError)):
+    caught = (CheckFailed, AssertionError, DoubleFree, OutOfBlocks, LookupError, ValueError)
+    with pytest.raises(caught):
         run_state_machine_as_test(machine, settings=quick)
