@@ -31,11 +31,10 @@ def find_fault(event: dict[str, Any]) -> str | None:
             value = json.dumps(event[field], ensure_ascii=False)
             shown = value if len(value) <= 60 else value[:60] + "..."
             return f"{field} of {name} is {shown}, and must be {words}"
-    if name == "admit":
-        for field in ("num_tokens", "num_cached_tokens"):
-            missing = event["block_tables"].keys() - event[field].keys()
-            if missing:
-                return f"{field} of admit lacks sequence {min(missing)}"
+    for tables, field in OF_EACH_SEQUENCE.get(name, ()):
+        missing = event[tables].keys() - event[field].keys()
+        if missing:
+            return f"{field} of {name} lacks sequence {min(missing)}"
     return None
 
 
@@ -57,12 +56,16 @@ def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(fits, value))
 
 
-def _by_sequence(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _by_number(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         ids = isinstance(value, dict) and all(re.fullmatch("[0-9]{1,10}", key) for key in value)
         return ids and all(map(fits, value.values()))
 
     return check
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_pair(value: Any) -> bool:
@@ -92,11 +95,16 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "pairs": (f"a list of pairs of blocks, each {_BLOCK}", _list_of(_is_pair)),
     "tables": (
         f"an object from sequence ids to lists of blocks, each {_BLOCK}",
-        _by_sequence(_list_of(_is_block)),
+        _by_number(_list_of(_is_block)),
     ),
-    "counts": (f"an object from sequence ids to numbers, each {_COUNT}", _by_sequence(_is_count)),
-    "request": ("text", lambda value: isinstance(value, str)),
-    "requests": ("a list of text", _list_of(lambda value: isinstance(value, str))),
+    "counts": (f"an object from sequence ids to numbers, each {_COUNT}", _by_number(_is_count)),
+    "names": ("an object from sequence ids to text", _by_number(_is_text)),
+    "owners": (
+        f"an object from blocks, each {_BLOCK}, to numbers, each {_COUNT}",
+        lambda value: _by_number(_is_count)(value) and all(_is_block(int(key)) for key in value),
+    ),
+    "request": ("text", _is_text),
+    "requests": ("a list of text", _list_of(_is_text)),
     "pool": _one_of("pool", "swap"),
     "mode": _one_of("swap", "recompute"),
 }
@@ -106,18 +114,11 @@ _MOVED = {"request_id": "request", "block_tables": "tables", "pairs": "pairs"}
 _REPLACED = {"seq_id": "count", "pairs": "pairs"}
 _BLOCKS_OF_ONE = {"seq_id": "count", "blocks": "blocks"}
 _OWNERS = {"pool": "pool", "block": "block", "ref_count": "count"}
+_SIZES = {"num_blocks": "pool size", "num_swap_blocks": "pool size", "block_size": "block size"}
+_QUEUES = {"running": "requests", "waiting": "requests", "swapped": "requests"}
 FIELDS: dict[str, dict[str, str]] = {
-    "init": {
-        "num_blocks": "pool size",
-        "num_swap_blocks": "pool size",
-        "block_size": "block size",
-    },
-    "schedule": {
-        "running": "requests",
-        "waiting": "requests",
-        "swapped": "requests",
-        "num_scheduled_tokens": "counts",
-    },
+    "init": _SIZES,
+    "schedule": {**_QUEUES, "num_scheduled_tokens": "counts"},
     "admit": {
         "request_id": "request",
         "block_tables": "tables",
@@ -136,8 +137,25 @@ FIELDS: dict[str, dict[str, str]] = {
     "swap_in": _MOVED,
     "out_of_memory": {"request_id": "request"},
     "free": {"seq_id": "count"},
+    "snapshot": {
+        **_SIZES,
+        **_QUEUES,
+        "request_ids": "names",
+        "block_tables": "tables",
+        "swap_block_tables": "tables",
+        "num_tokens": "counts",
+        "cached": "blocks",
+        "ref_counts": "owners",
+        "swap_ref_counts": "owners",
+    },
     "allocate": _OWNERS,
     "share": _OWNERS,
     "release": _OWNERS,
 }
 """The fields of each event beside step and time, by their form; see `minipaged.tracing.events`."""
+
+OF_EACH_SEQUENCE = {
+    "admit": [("block_tables", "num_tokens"), ("block_tables", "num_cached_tokens")],
+    "snapshot": [("block_tables", "num_tokens"), ("swap_block_tables", "num_tokens")],
+}
+"""By event: fields with block tables, and what must have an entry for each of their sequences."""

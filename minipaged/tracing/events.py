@@ -33,6 +33,12 @@ An event is one line of JSON:
                    request_id, block_tables, pairs [[swap block, pool block], ...]
     out_of_memory  a request ended early, because the pool can never hold its next token: request_id
     free           a sequence or a pinned prefix gave its blocks back: seq_id
+    snapshot       all that a reader must know to go on from here, whatever came before:
+                   num_blocks, num_swap_blocks, block_size, running, waiting, swapped,
+                   request_ids {sequence id: its request}; a pinned prefix has none,
+                   block_tables, swap_block_tables (of sequences that are swapped out), num_tokens,
+                   cached (the blocks that the prefix cache can find),
+                   ref_counts, swap_ref_counts {block: its owners, unless 0}
     allocate, share, release
                    one block got its first owner, one more owner, one owner fewer:
                    pool ("pool" or "swap"), block, ref_count (the owners it has now; the prefix
@@ -89,9 +95,13 @@ class EventLog:
     def emit(self, event: str, **fields: Any) -> None:
         if not self.listeners:
             return
-        stamped = Event(event, self.step, self._clock() - self._start, fields)
+        stamped = self.stamp(event, fields)
         for listener in self.listeners:
             listener(stamped)
+
+    def stamp(self, event: str, fields: dict[str, Any]) -> Event:
+        """An event of now that no listener gets."""
+        return Event(event, self.step, self._clock() - self._start, fields)
 
 
 class _Wrapper:

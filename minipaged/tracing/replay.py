@@ -7,7 +7,7 @@
 
 The page is one file that contains its style sheet, its program and the trace, and loads nothing
 else. The program is in assets/replay: state.js turns events into the state of the pools (read it
-together with events.py); blocks.js and replay.js draw that state.
+together with events.py); blocks.js, view.js and replay.js draw that state.
 """
 
 import html
@@ -55,12 +55,7 @@ class Replay:
 
     def html(self) -> str:
         """The complete page."""
-        assets = files("minipaged") / "assets" / "replay"
-        parts = {name: (assets / name).read_text("utf-8") for name in _ASSETS}
-        parts |= {"title": html.escape(self.title), "trace": self._trace()}
-        page = (assets / "replay.html").read_text("utf-8")
-        # In one pass, so that a title or a request named "{{trace}}" is not replaced in turn.
-        return re.sub(r"\{\{([\w.]+)\}\}", lambda name: parts[name[1]], page)
+        return fill_page("replay.html", title=html.escape(self.title), trace=self._trace())
 
     def save(self, path: str | Path) -> None:
         """Write the page atomically. Raises InvalidOption if the path cannot be written."""
@@ -80,7 +75,16 @@ class Replay:
         return f"[{events}]".replace("<", "\\u003c")
 
 
-_ASSETS = ("replay.css", "state.js", "blocks.js", "replay.js")
+def fill_page(name: str, **texts: str) -> str:
+    """A page of assets/replay: {{title}} is replaced by a text, {{state.js}} by a file there."""
+    folder = files("minipaged") / "assets" / "replay"
+
+    def fill(place: re.Match[str]) -> str:
+        known = texts.get(place[1])
+        return (folder / place[1]).read_text("utf-8") if known is None else known
+
+    # In one pass, so that a title or a request named "{{trace}}" is not replaced in turn.
+    return re.sub(r"\{\{([\w.]+)\}\}", fill, (folder / name).read_text("utf-8"))
 
 
 def _parse(path: Path, number: int, line: str) -> Event:

@@ -4,7 +4,6 @@ import html
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from playing import play_in_node
 from scheduling import CONFIG
 
 from minipaged.cli import main as cli
@@ -20,12 +20,11 @@ from minipaged.errors import InvalidOption
 from minipaged.evaluation.testing.engine_without_model import EngineWithoutModel
 from minipaged.memory.baselines.contiguous import contiguous
 from minipaged.tracing import events as schema
-from minipaged.tracing import replay
 from minipaged.tracing.event_check import FIELDS, MOST_BLOCKS, find_fault
 from minipaged.tracing.events import SCHEMA_VERSION, Event, EventLog
 from minipaged.tracing.replay import Replay
+from minipaged.tracing.snapshot import snapshot
 
-ASSETS = Path(replay.__file__).parents[1] / "assets" / "replay"
 HOSTILE = '</script><img src=x onerror="document.title=1">{{trace}} \u2028 <!-- "A" & B'
 
 
@@ -74,10 +73,13 @@ def truth(scheduler, is_counted: bool = True) -> dict:
 
 
 def run_engine(seed: int, **options) -> tuple[list[Event], dict[int, dict]]:
-    """A random load on a small pool: its events, and the truth after every step."""
+    """A random load on a small pool: its events, and the truth after every step.
+
+    `late` gets, by step, how many events there are after it, and a snapshot in their place.
+    """
     random, events = Random(seed), list[Event]()
     memory = options.pop("memory", None)
-    ticks = iter(range(10**9))
+    ticks, late = iter(range(10**9)), options.pop("late", {})
     log = EventLog(events.append, clock=lambda: float(next(ticks)))
     parts = Parts() if memory is None else Parts(memory=memory)
     config = replace(CONFIG, **options)
@@ -93,6 +95,7 @@ def run_engine(seed: int, **options) -> tuple[list[Event], dict[int, dict]]:
     while engine.scheduler.has_unfinished():
         engine.step()
         expected[events[-1].step] = truth(engine.scheduler, is_counted=memory is None)
+        late[log.step] = len(events), log.stamp("snapshot", snapshot(engine.scheduler))
     return events, expected
 
 
@@ -157,39 +160,6 @@ def with_version(events: list[dict], version: int | None) -> list[dict]:
 
 # ---- the program of the page, without a browser --------------------------------------------------
 
-NODE_PROGRAM = """
-const { Player, refusal, summary } = require(process.argv[1]);
-const traces = JSON.parse(require("fs").readFileSync(0, "utf8"));
-const all = traces.map((events) => {
-  const refused = refusal(events);
-  if (refused) return { refused };
-  const player = new Player(events);
-  const at = (stop) => summary(structuredClone(player.seek(stop)));
-  const forth = player.stops.steps.map(at);
-  const back = [...player.stops.steps].reverse().map(at).reverse();
-  const finely = player.stops.moments.map(at);
-  const same = JSON.stringify(forth) === JSON.stringify(back);
-  return { shape: player.shape, states: forth, same, moments: finely.length };
-});
-console.log(JSON.stringify(all));
-"""
-
-
-def play_in_node(traces: list[list[dict]]) -> list[dict]:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("there is no node on this machine to run state.js")
-    done = subprocess.run(
-        [node, "-e", NODE_PROGRAM, str(ASSETS / "state.js")],
-        input=json.dumps(traces),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
 
 def assert_played(played: dict, expected: dict[int, dict]) -> None:
     """After every step the page's state is the expected one, whichever way it was reached."""
@@ -214,6 +184,33 @@ def test_after_every_step_the_state_of_a_trace_is_that_of_the_memory():
     played = play_in_node([as_json(events) for events, _ in runs])
     for (_, expected), one in zip(runs, played, strict=True):
         assert_played(one, expected)
+
+
+def test_a_trace_that_begins_with_a_snapshot_goes_on_like_the_whole_one():
+    kinds = [("auto", None), ("swap", None), ("recompute", None), ("auto", contiguous)]
+    cut, rights = [], []
+    for seed in range(12):
+        preemption, build = kinds[seed % 4]
+        others = {"preemption": preemption} if build is None else {}
+        memory = build and build("contiguous-max", 40)
+        late, size = {}, 64 if memory else 9
+        events, expected = run_engine(seed, num_blocks=size, memory=memory, late=late, **others)
+        for step in list(late)[:: max(1, len(late) // 8)]:
+            place, begin = late[step]
+            cut.append(as_json([begin, *events[place:]]))
+            rights.append({later: expected[later] for later in expected if later >= step})
+    for played, right in zip(play_in_node(cut), rights, strict=True):
+        assert_played(played, right)
+        assert played["states"][0]["step"] == min(right)  # and not an empty pool
+
+
+def test_a_snapshot_amid_a_trace_replaces_what_came_before():
+    late: dict = {}
+    events, expected = run_engine(3, num_blocks=9, preemption="swap", late=late)
+    place, begin = late[12]
+    strangers = events[: late[5][0]]
+    [played] = play_in_node([as_json([*strangers, begin, *events[place:]])])
+    assert_played(played, {step: right for step, right in expected.items() if step >= 12})
 
 
 def test_after_every_step_of_a_model_the_state_is_that_of_the_memory(real_runs):
@@ -298,6 +295,9 @@ def one_of_each_kind() -> list[dict]:
     """Events of real runs, one of each kind, with all their fields."""
     runs = [run_engine(seed, num_blocks=9, preemption="swap") for seed in range(4)]
     runs += [run_engine(seed, num_blocks=9, preemption="recompute") for seed in range(4)]
+    late: dict = {}
+    run_engine(1, num_blocks=9, preemption="swap", late=late)
+    runs.append(([late[9][1]], {}))
     found = {e["event"]: e for events, _ in runs for e in as_json(events)}
     found["pin"] = {**found["cache"], "event": "pin"}
     found["out_of_memory"] = {**found["preempt"], "event": "out_of_memory"}
@@ -338,6 +338,8 @@ def test_python_and_the_page_refuse_the_same_fields_in_the_same_words():
         ({"event": "fork", "num_tokens": -1}, "num_tokens of fork is -1, and must be a whole"),
         ({"event": "preempt", "mode": "gone"}, 'mode of preempt is "gone", and must be "swap" or'),
         ({"event": "admit", "num_tokens": {}}, "num_tokens of admit lacks sequence"),
+        ({"event": "snapshot", "num_tokens": {}}, "num_tokens of snapshot lacks sequence"),
+        ({"event": "snapshot", "ref_counts": {str(MOST_BLOCKS): 1}}, "ref_counts of snapshot is"),
     ],
 )
 def test_a_field_that_cannot_be_is_refused_with_what_it_must_be(tmp_path, event, sentence):

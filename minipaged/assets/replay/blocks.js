@@ -100,11 +100,27 @@ function lookOf(state, poolName, block, held) {
   } else if (isCached) {
     look.kind = "idle";
     const last = pool.lastRequest[block];
-    if (last !== null) look.numbers = [state.requests.get(last).number];
+    if (state.requests.has(last)) look.numbers = [state.requests.get(last).number];
   } else if (pool.refCounts[block] > 0) {
     look.kind = "taken";
   }
   return look;
+}
+
+/* All that `lookOf` depends on, as text: much quicker, and most blocks of a pool do not change. */
+function keyOf(state, poolName, block, held) {
+  const pool = state.pools[poolName];
+  const isCached = poolName === "pool" && state.cached.has(block);
+  const kinds = state.marks.size ? state.marks.get(`${poolName}:${block}`) : undefined;
+  if (held === undefined) {
+    const isTaken = pool.refCounts[block] > 0;
+    if (!isCached && kinds === undefined) return isTaken ? "taken" : "free";
+    const last = state.requests.get(pool.lastRequest[block]);
+    return `${last?.number} ${isCached} ${isTaken} ${kinds}`;
+  }
+  let owners = ""; // by a loop: it runs for every block, and `map` would take twice as long
+  for (const { seq } of held.holders) owners += `${state.requests.get(seq.request).number},`;
+  return `${owners} ${held.filled} ${isCached} ${kinds}`;
 }
 
 function lettersOn(look) {
@@ -112,8 +128,8 @@ function lettersOn(look) {
   return letters.length > 3 ? `${letters.slice(0, 2).join("")}+` : letters.join("");
 }
 
-function drawBlock(cell, look, blockSize) {
-  const letters = lettersOn(look);
+/* A bare block is too small for letters: only its colours and its outline are drawn. */
+function drawBlock(cell, look, blockSize, isBare = false) {
   const classes = ["block", look.kind];
   if (look.kind === "reserved") classes.push("held");
   if (look.times > 1) classes.push("shared");
@@ -122,6 +138,9 @@ function drawBlock(cell, look, blockSize) {
   for (const kept of ["chosen", "linked"]) if (cell.classList.contains(kept)) classes.push(kept);
   cell.className = classes.join(" ");
   if (look.kind === "held" || look.kind === "reserved") paint(cell, look.numbers, look.level);
+  cell.setAttribute("aria-label", labelOf(look, blockSize));
+  if (isBare) return;
+  const letters = lettersOn(look);
   const parts = [
     element("span", { class: "number" }, `${look.block}`),
     element("span", { class: letters.length > 2 ? "owner long" : "owner" }, letters),
@@ -133,7 +152,6 @@ function drawBlock(cell, look, blockSize) {
   if (more.firstChild) parts.push(more);
   if (look.sign) parts.push(drawSign(look.sign));
   cell.replaceChildren(...parts);
-  cell.setAttribute("aria-label", labelOf(look, blockSize));
 }
 
 function drawSign(kind) {
@@ -159,12 +177,12 @@ function labelOf(look, blockSize) {
   return parts.join(", ");
 }
 
-/* One pool as a grid of buttons, made once; `draw` redraws only those that look different. */
+/* One pool as a grid of buttons, made once; `draw` redraws only those that have changed. */
 class PoolGrid {
-  constructor(name, title, size, numShown, most = "large") {
+  constructor(name, title, size, numShown, most = "large", why = "never used") {
     this.name = name;
-    this.looks = new Array(numShown).fill("");
-    this.cells = this.looks.map((_, block) =>
+    this.keys = new Array(numShown).fill("");
+    this.cells = this.keys.map((_, block) =>
       element("button", {
         type: "button",
         class: "block",
@@ -176,10 +194,12 @@ class PoolGrid {
       large: window.innerWidth < 900 ? 48 : 96,
       medium: 260,
       small: 1200,
-      tiny: Infinity,
+      tiny: 2400,
+      bare: Infinity,
     };
     const scales = Object.keys(limits).slice(Object.keys(limits).indexOf(most));
     const scale = scales.find((one) => numShown <= limits[one]);
+    this.isBare = scale === "bare";
     const heading = element("h2", { id: `title-${name}` }, title);
     this.grid = element(
       "div",
@@ -188,7 +208,7 @@ class PoolGrid {
     );
     const rest = size - numShown;
     const after = rest
-      ? [element("p", { class: "rest" }, `and ${rest.toLocaleString("en")} more, never used`)]
+      ? [element("p", { class: "rest" }, `and ${rest.toLocaleString("en")} more, ${why}`)]
       : [];
     this.parts = [heading, this.grid, ...after];
     this.grid.addEventListener("keydown", (event) => this.walk(event));
@@ -196,14 +216,12 @@ class PoolGrid {
 
   draw(state, held, isMove) {
     this.cells.forEach((cell, block) => {
+      const key = keyOf(state, this.name, block, held.get(block));
+      if (this.keys[block] === key) return;
+      this.keys[block] = key;
       const look = lookOf(state, this.name, block, held.get(block));
-      const key = JSON.stringify(look);
-      const hasNewSign = look.sign && isMove;
-      if (this.looks[block] !== key) {
-        this.looks[block] = key;
-        drawBlock(cell, look, state.blockSize);
-        if (hasNewSign) cell.classList.add("flash");
-      }
+      drawBlock(cell, look, state.blockSize, this.isBare);
+      if (look.sign && isMove) cell.classList.add("flash");
     });
   }
 

@@ -44,7 +44,7 @@ const isBlock = isWhole(0, MOST_BLOCKS - 1);
 const isTime = (value) => typeof value === "number" && 0 <= value && value <= 1e12;
 const listOf = (fits) => (value) => Array.isArray(value) && value.every(fits);
 const isPair = (value) => listOf(isBlock)(value) && value.length === 2;
-const bySequence = (fits) => (value) =>
+const byNumber = (fits) => (value) =>
   isObject(value) &&
   Object.keys(value).every((key) => /^[0-9]{1,10}$/.test(key)) &&
   Object.values(value).every(fits);
@@ -67,11 +67,13 @@ const FORMS = {
   pairs: [`a list of pairs of blocks, each ${A_BLOCK}`, listOf(isPair)],
   tables: [
     `an object from sequence ids to lists of blocks, each ${A_BLOCK}`,
-    bySequence(listOf(isBlock)),
+    byNumber(listOf(isBlock)),
   ],
-  counts: [
-    `an object from sequence ids to numbers, each ${A_COUNT}`,
-    bySequence(isWhole(0, MOST)),
+  counts: [`an object from sequence ids to numbers, each ${A_COUNT}`, byNumber(isWhole(0, MOST))],
+  names: ["an object from sequence ids to text", byNumber(isText)],
+  owners: [
+    `an object from blocks, each ${A_BLOCK}, to numbers, each ${A_COUNT}`,
+    (value) => byNumber(isWhole(0, MOST))(value) && Object.keys(value).map(Number).every(isBlock),
   ],
   request: ["text", isText],
   requests: ["a list of text", listOf(isText)],
@@ -84,15 +86,13 @@ const REPLACED = { seq_id: "count", pairs: "pairs" };
 const BLOCKS_OF_ONE = { seq_id: "count", blocks: "blocks" };
 const MOVED = { request_id: "request", block_tables: "tables", pairs: "pairs" };
 
+const SIZES = { num_blocks: "poolSize", num_swap_blocks: "poolSize", block_size: "blockSize" };
+const QUEUES = { running: "requests", waiting: "requests", swapped: "requests" };
+
 /* The fields of each event beside step and time, by their form. */
 const FIELDS = {
-  init: { num_blocks: "poolSize", num_swap_blocks: "poolSize", block_size: "blockSize" },
-  schedule: {
-    running: "requests",
-    waiting: "requests",
-    swapped: "requests",
-    num_scheduled_tokens: "counts",
-  },
+  init: SIZES,
+  schedule: { ...QUEUES, num_scheduled_tokens: "counts" },
   admit: {
     request_id: "request",
     block_tables: "tables",
@@ -111,9 +111,32 @@ const FIELDS = {
   swap_in: MOVED,
   out_of_memory: { request_id: "request" },
   free: { seq_id: "count" },
+  snapshot: {
+    ...SIZES,
+    ...QUEUES,
+    request_ids: "names",
+    block_tables: "tables",
+    swap_block_tables: "tables",
+    num_tokens: "counts",
+    cached: "blocks",
+    ref_counts: "owners",
+    swap_ref_counts: "owners",
+  },
   allocate: OWNERS,
   share: OWNERS,
   release: OWNERS,
+};
+
+/* By event: fields with block tables, and what must have an entry for each of their sequences. */
+const OF_EACH_SEQUENCE = {
+  admit: [
+    ["block_tables", "num_tokens"],
+    ["block_tables", "num_cached_tokens"],
+  ],
+  snapshot: [
+    ["block_tables", "num_tokens"],
+    ["swap_block_tables", "num_tokens"],
+  ],
 };
 
 /* Why one event cannot be replayed, in a clause; null if it can, or if its kind is unknown. */
@@ -130,10 +153,10 @@ function faultOf(event) {
       return `${field} of ${name} is ${shown}, and must be ${words}`;
     }
   }
-  if (name !== "admit") return null;
-  for (const field of ["num_tokens", "num_cached_tokens"]) {
-    const missing = Object.keys(event.block_tables).find((seq) => !Object.hasOwn(event[field], seq));
-    if (missing !== undefined) return `${field} of admit lacks sequence ${missing}`;
+  const pairs = Object.hasOwn(OF_EACH_SEQUENCE, name) ? OF_EACH_SEQUENCE[name] : [];
+  for (const [tables, field] of pairs) {
+    const missing = Object.keys(event[tables]).find((seq) => !Object.hasOwn(event[field], seq));
+    if (missing !== undefined) return `${field} of ${name} lacks sequence ${missing}`;
   }
   return null;
 }
@@ -160,6 +183,9 @@ function emptyState(shape) {
     isCounted: false, // whether an allocator reports reference counts: baselines have none
     sequences: new Map(), // those that hold blocks, by id
     requests: new Map(), // all that ever ran, by id: their number, and that of their sequences
+    numRequests: 0, // how many have a number
+    areNamedById: false, // whether numbers follow from ids: then all views of a server agree
+    snapshotStep: null, // what began before this step began at an unknown one
     cached: new Set(), // blocks of the pool that the prefix cache can find
     queues: { running: [], waiting: [], swapped: [] },
     totals: { preempted: 0, copied: 0, evicted: 0, cachedTokens: 0 },
@@ -172,9 +198,10 @@ function emptyState(shape) {
   };
 }
 
-/* The sizes of the pools: those of the init event; without one, the smallest that fit the trace. */
+/* The sizes of the pools, from the first event that has them; without one, the smallest that fit
+   the trace. */
 function shapeOf(events) {
-  const init = events.find((event) => event.event === "init");
+  const init = events.find(({ event }) => event === "init" || event === "snapshot");
   const used = { pool: 0, swap: 0 };
   const size = { least: 1, most: Infinity };
   for (const event of events) {
@@ -198,8 +225,12 @@ function blocksIn(event) {
     [from, a],
     [to, b],
   ]);
-  const tables = [event.blocks ?? [], ...Object.values(event.block_tables ?? {})].flat();
-  return named.concat(tables.map((block) => [to, block]));
+  const tables = [event.blocks ?? [], event.cached ?? [], Object.values(event.block_tables ?? {})];
+  const swapped = Object.values(event.swap_block_tables ?? {}).flat();
+  return named.concat(
+    tables.flat(2).map((block) => [to, block]),
+    swapped.map((block) => ["swap", block]),
+  );
 }
 
 /* n tokens in b blocks: a block has at least n / b slots, and b - 1 blocks are too few. */
@@ -219,6 +250,8 @@ function likelyBlockSize({ least, most }) {
 }
 
 // ---- names and lists in words -------------------------------------------------------------------
+
+const NUM_SHORT_LETTERS = 26 + 26 * 26; // A to ZZ
 
 /* 0 -> A, 25 -> Z, 26 -> AA: requests in the order of admission. */
 function letterOf(number) {
@@ -258,9 +291,18 @@ function letterOfRequest(state, request) {
   return letterOf(requestOf(state, request).number);
 }
 
+/* The number of a request, which is its letter and colour. */
+function numberOf(state, request) {
+  const known = state.requests.get(request);
+  if (known) return known.number;
+  const isId = state.areNamedById && /^[0-9]+$/.test(request);
+  return isId ? Number(request) % NUM_SHORT_LETTERS : state.numRequests;
+}
+
 function requestOf(state, request) {
   if (!state.requests.has(request)) {
-    state.requests.set(request, { number: state.requests.size, sequences: new Map() });
+    state.requests.set(request, { number: numberOf(state, request), sequences: new Map() });
+    state.numRequests += 1;
   }
   return state.requests.get(request);
 }
@@ -384,13 +426,36 @@ function beginStep(state, step) {
 const handlers = {
   /* A memory is built. With a second engine on the same log, everything starts again. */
   init(state, event) {
-    const { pool, swap } = state.pools;
-    const shape = { blockSize: event.block_size, numBlocks: pool.size, numSwapBlocks: swap.size };
-    const { numEvents, step, time } = state;
-    Object.assign(state, emptyState(shape), { numEvents, step, time });
+    beginAgain(state, event);
     const more = event.num_swap_blocks ? `, and a swap pool of ${event.num_swap_blocks}` : "";
     const size = `${count(event.num_blocks, "block")} of ${count(event.block_size, "slot")}`;
     note(state, "init", `The pool has ${size}${more}. All blocks are free.`);
+  },
+
+  /* The state as a whole, for a view that begins in mid-run. */
+  snapshot(state, event) {
+    beginAgain(state, event);
+    state.isScheduled = true;
+    state.snapshotStep = event.step;
+    state.queues = { running: event.running, waiting: event.waiting, swapped: event.swapped };
+    state.cached = new Set(event.cached);
+    const tables = [...Object.entries(event.block_tables), ...Object.entries(event.swap_block_tables)];
+    for (const [key, blocks] of tables) {
+      const isPinned = !Object.hasOwn(event.request_ids, key);
+      const request = isPinned ? `prefix ${key}` : event.request_ids[key];
+      const isSwapped = !Object.hasOwn(event.block_tables, key);
+      addSequence(state, Number(key), request, blocks, event.num_tokens[key], { isSwapped, isPinned });
+    }
+    for (const [pool, counts] of [
+      ["pool", event.ref_counts],
+      ["swap", event.swap_ref_counts],
+    ]) {
+      for (const [block, owners] of Object.entries(counts)) {
+        recount(state, { pool, block: Number(block), ref_count: owners });
+      }
+    }
+    for (const block of event.cached) state.pools.pool.since[block] = event.step;
+    note(state, "init", `The view begins in step ${event.step}, in the middle of the run.`);
   },
 
   admit(state, event) {
@@ -552,6 +617,14 @@ const handlers = {
   release: recount,
 };
 
+/* An empty state, except for the place in the trace and the sizes of the pools. */
+function beginAgain(state, event) {
+  const { pool, swap } = state.pools;
+  const shape = { blockSize: event.block_size, numBlocks: pool.size, numSwapBlocks: swap.size };
+  const { numEvents, step, time, areNamedById } = state;
+  Object.assign(state, emptyState(shape), { numEvents, step, time, areNamedById });
+}
+
 function recount(state, event) {
   state.isCounted = true;
   state.pools[event.pool].refCounts[event.block] = event.ref_count;
@@ -635,13 +708,16 @@ function holdings(state, poolName) {
   const held = new Map();
   for (const seq of state.sequences.values()) {
     if (poolOf(seq) !== poolName) continue;
-    seq.blocks.forEach((block, logical) => {
-      const filled = Math.max(0, Math.min(state.blockSize, seq.tokens - logical * state.blockSize));
-      const one = held.get(block) ?? { holders: [], filled: 0 };
-      one.holders.push({ seq, logical });
-      one.filled = Math.max(one.filled, filled);
-      held.set(block, one);
-    });
+    let left = seq.tokens;
+    for (let logical = 0; logical < seq.blocks.length; logical += 1, left -= state.blockSize) {
+      const block = seq.blocks[logical];
+      const filled = Math.max(0, Math.min(state.blockSize, left));
+      const one = held.get(block);
+      if (one) {
+        one.holders.push({ seq, logical });
+        one.filled = Math.max(one.filled, filled);
+      } else held.set(block, { holders: [{ seq, logical }], filled });
+    }
   }
   return held;
 }
@@ -689,6 +765,12 @@ function summary(state) {
   };
 }
 
+/* Since when a block has its content, in words. */
+function sinceWhen(state, poolName, block) {
+  const step = state.pools[poolName].since[block];
+  return `since step ${step}${step === state.snapshotStep ? " or before" : ""}`;
+}
+
 // ---- going to any place in a trace --------------------------------------------------------------
 
 const COUNTING = new Set(["allocate", "share", "release"]); // details of the event after them
@@ -703,7 +785,9 @@ function stopsOf(events) {
     if (isLast) stops.steps.push(index + 1);
     if (isLast || !COUNTING.has(event.event)) stops.moments.push(index + 1);
   });
-  const startsInAStep = events.length > 0 && events[0].step > 0; // show the empty pool first
+  const isFromSnapshot = events[0]?.event === "snapshot";
+  const startsInAStep = events.length > 0 && events[0].step > 0 && !isFromSnapshot;
+  // The empty pool first, unless the trace begins with another one.
   for (const list of Object.values(stops)) if (startsInAStep) list.unshift(0);
   return stops;
 }
