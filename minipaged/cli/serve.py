@@ -32,5 +32,6 @@ def serve(
                 '"minipaged[serve]".'
             ) from error
         offer_to_fetch(options["model"])
-        code = run.serve(session.load(options, part), args)
+        llm = session.load(options, part, is_traced=args.viz)
+        code = run.serve(llm, args, session.log)
     raise typer.Exit(code)

@@ -50,13 +50,21 @@ class Session:
         if self._trace is not None:
             self._trace.close(keep=kind is None)
 
-    def load(self, options: dict[str, Any], part: list[str] | None = None) -> "LLM":
-        """Build the model with a command's engine options and parts. Raises what `LLM` raises."""
+    def load(
+        self, options: dict[str, Any], part: list[str] | None = None, is_traced: bool = False
+    ) -> "LLM":
+        """Build the model with a command's engine options and parts. Raises what `LLM` raises.
+
+        Args:
+            options: of the engine.
+            part: custom parts.
+            is_traced: trace it in any case, for listeners of the log that come later.
+        """
         from minipaged.engine.custom_parts import parts_with, read_custom_parts
         from minipaged.llm import LLM
 
         parts = parts_with(read_custom_parts(part or ()))
-        if self._show_blocks or self.is_live or self.log.listeners:
+        if is_traced or self._show_blocks or self.is_live or self.log.listeners:
             parts = parts.traced(self.log)
         llm = LLM(parts=parts, **options)
         if self._show_blocks:

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from queue import SimpleQueue
@@ -124,6 +124,16 @@ class AsyncEngine:
         """What a function returns that would keep the event loop waiting."""
         return await self._loop.run_in_executor(self._texts, function)
 
+    async def between_steps(self, function: Callable[[], T]) -> T:
+        """What a function returns that the engine thread calls between two steps.
+
+        Raises ServerClosing, EngineDead, and what the function raises.
+        """
+        self.refuse_if_closed()
+        future: Future[T] = Future()
+        self._inbox.put(partial(_fulfil, future, function))
+        return await asyncio.wrap_future(future)
+
     def abort(self, request_id: str) -> None:
         """End a request that nobody reads any more; one that has ended is left as it is."""
         if self._streams.pop(request_id, None) is not None:
@@ -133,6 +143,11 @@ class AsyncEngine:
     def num_open(self) -> int:
         """How many requests have not ended."""
         return len(self._streams)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there will be no more steps."""
+        return self._is_stopped or self.error is not None
 
     async def close(self, grace: float) -> None:
         """Accept nothing more, give what is open `grace` seconds to end, abort the rest, stop."""
@@ -235,6 +250,14 @@ class AsyncEngine:
             self._is_waking = self._is_waking or wakes
         if wakes:
             self._loop.call_soon_threadsafe(self._deliver)
+
+
+def _fulfil(future: "Future[T]", function: Callable[[], T]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
 
 
 def _death(error: BaseException) -> str:

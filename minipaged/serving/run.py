@@ -3,45 +3,67 @@
 import asyncio
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 
+from minipaged.engine.outputs import Progress
+from minipaged.errors import InvalidOption
 from minipaged.llm import LLM
 from minipaged.serving.api_server import build_app
 from minipaged.serving.async_engine import AsyncEngine
 from minipaged.serving.gate import Gate
+from minipaged.serving.live_pages import LivePages
+from minipaged.serving.live_view import LiveView
 from minipaged.serving.metrics import Metrics
 from minipaged.serving.service import Service
 from minipaged.serving.settings import ServerArgs
+from minipaged.tracing.events import EventLog
 
 LAST_WORDS = 2.0  # seconds in which a dead engine still answers 503
 
 
-def serve(llm: LLM, args: ServerArgs) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the exit code: 0, or 1 if the engine has failed."""
-    return asyncio.run(_serve(llm, args))
+def serve(llm: LLM, args: ServerArgs, log: EventLog | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code: 0, or 1 if the engine has failed.
+
+    Args:
+        log: what the live view listens to; the parts of the engine are `traced` with it.
+
+    Raises InvalidOption for `viz` without a log.
+    """
+    if args.viz and log is None:
+        raise InvalidOption("viz needs the EventLog that the engine is traced with.", "viz")
+    return asyncio.run(_serve(llm, args, log if args.viz else None))
 
 
-async def _serve(llm: LLM, args: ServerArgs) -> int:
+async def _serve(llm: LLM, args: ServerArgs, log: EventLog | None) -> int:
     name = args.served_model_name or str(llm.args.model)
     metrics = Metrics(name, llm.engine)
     llm.engine.listeners.append(metrics.note_step)
+    view = None if log is None else LiveView(llm.engine, log)
+
+    def observe(progresses: Sequence[Progress]) -> None:
+        metrics.note_progress(progresses)
+        if view is not None:
+            view.note_progress(progresses)
+
     engine = AsyncEngine(
         llm.engine,
         max_queued=args.max_queued,
         max_queued_tokens=args.max_queued_tokens,
         interval=args.stream_interval,
-        observe=metrics.note_progress,
+        observe=observe,
     )
     app: Any = Gate(build_app(Service(llm, engine, args), metrics), args)
     if args.cors_origin is not None:
         app = CORSMiddleware(
             app, allow_origins=[args.cors_origin], allow_methods=["*"], allow_headers=["*"]
         )
+    if view is not None:  # outside of CORS: no other website reads it
+        app = LivePages(app, view, engine, name, args.api_key)
     server = Server(app, args, ready=f"minipaged serves {name}")
     serving = asyncio.create_task(server.serve())
     died = asyncio.create_task(engine.died.wait())

@@ -1,0 +1,124 @@
+"""The live view over HTTP: /viz is its page, /viz/events what happens (server-sent events).
+
+Access: if the server has an API key, whoever sends it, as a header or, since a browser's
+EventSource sends none, as `/viz?key=...`. Otherwise only clients on this machine, and only by a
+loopback name: a website could point its own name here (DNS rebinding) and read the answer in a
+visitor's browser.
+"""
+
+import html
+import secrets
+from collections.abc import AsyncGenerator, MutableMapping
+from contextlib import aclosing
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import parse_qs
+
+from fastapi import Response
+from fastapi.responses import HTMLResponse, StreamingResponse
+
+from minipaged.errors import MinipagedError
+from minipaged.serving import errors
+from minipaged.serving.async_engine import AsyncEngine
+from minipaged.serving.live_view import LiveView
+from minipaged.tracing.replay import fill_page
+
+PATHS = ("/viz", "/viz/events")
+MOST_VIEWERS = 32
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",  # the address may contain the key
+    "X-Content-Type-Options": "nosniff",
+    "X-Accel-Buffering": "no",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+}
+
+
+class LivePages:
+    """ASGI middleware that answers for the live view, and passes on everything else.
+
+    Args:
+        app: the rest of the server.
+        view: what has been collected of the engine.
+        engine: the same engine.
+        model: its name, for the title.
+        api_key: None: only clients on this machine may watch.
+    """
+
+    def __init__(
+        self, app: Any, view: LiveView, engine: AsyncEngine, model: str, api_key: str | None
+    ) -> None:
+        self._app, self._view, self._engine = app, view, engine
+        self._title = html.escape(model)
+        self._key = None if api_key is None else api_key.strip().encode()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        """Answer, refuse or pass on."""
+        if scope["type"] != "http" or scope["path"] not in PATHS:
+            return await self._app(scope, receive, send)
+        response = refuse_viewer(scope, self._key) or self._respond(scope)
+        return await response(scope, receive, send)
+
+    def _respond(self, scope: MutableMapping[str, Any]) -> Response:
+        if scope["method"] != "GET":
+            return errors.response(405, "the live view can only be read: use GET.")
+        if scope["path"] == "/viz":
+            return HTMLResponse(fill_page("live.html", title=self._title), headers=HEADERS)
+        if self._view.num_viewers >= MOST_VIEWERS:
+            return errors.response(429, f"{MOST_VIEWERS} views are open already: close one.")
+        try:
+            self._engine.refuse_if_closed()
+        except MinipagedError as error:
+            return errors.as_response(error)
+        return EventStream(self._view.messages(self._engine))
+
+
+class EventStream(StreamingResponse):
+    """Messages for one viewer, who has left when this ends, even if half a message was unread."""
+
+    def __init__(self, messages: AsyncGenerator[bytes]) -> None:
+        super().__init__(messages, headers=HEADERS, media_type="text/event-stream")
+        self._messages = messages
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send until one side ends it."""
+        async with aclosing(self._messages):
+            await super().__call__(scope, receive, send)
+
+
+def refuse_viewer(scope: MutableMapping[str, Any], key: bytes | None) -> Response | None:
+    """The response to somebody who may not watch; None if they may."""
+    headers = dict(scope["headers"])
+    if key is not None:
+        scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            [given, *_] = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])
+            sent = given.encode()
+        if secrets.compare_digest(sent.strip(), key):
+            return None
+        return errors.response(401, "the API key is missing or wrong: open /viz?key=<key>.")
+    host = headers.get(b"host", b"").decode("latin-1")
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if is_loopback((scope["client"] or [""])[0]) and is_loopback(name):
+        return None
+    return errors.response(
+        403,
+        "without an API key, only this machine may watch, at http://localhost: start the server "
+        "with api_key, and open /viz?key=<key>.",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's loopback interface."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

@@ -1,0 +1,157 @@
+"""What a live view of the engine gets: a snapshot, and then what happens in every step.
+
+    engine thread    events of a step --> Step --> ring of the last steps
+    event loop       each viewer: snapshot, then read the ring about ten times per second
+
+The engine never waits for a viewer, and nobody is woken: viewers look by themselves. One that is so
+slow that the ring has lost what it needs next begins again with a snapshot. While nobody watches,
+nothing is listened to and nothing is kept.
+"""
+
+import asyncio
+import json
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from minipaged.engine.llm_engine import LLMEngine
+from minipaged.engine.metrics import StepStats
+from minipaged.engine.outputs import Progress
+from minipaged.errors import EngineDead, ServerClosing
+from minipaged.scheduler.output import SchedulerOutput
+from minipaged.serving.async_engine import AsyncEngine
+from minipaged.tracing.events import Event, EventLog
+from minipaged.tracing.snapshot import snapshot
+
+MOST_EVENTS = 20_000  # in the ring: about 10 MB
+SECONDS_TO_LOOK = 0.1  # the page draws no faster
+LOOKS_TO_PING = 100  # without news: a connection that is dead fails when it is written to
+
+
+@dataclass
+class Step:
+    """What happened in one step, or in an abort between two."""
+
+    events: list[Event]
+    numbers: dict[str, int]  # empty: it is no step
+    done: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    @cached_property
+    def message(self) -> bytes:
+        """As a server-sent event, encoded once for all viewers."""
+        events = ",".join(event.to_json() for event in self.events)
+        rest = json.dumps({**self.numbers, "done": self.done})[1:]
+        return f'event: step\ndata: {{"events": [{events}], {rest}\n\n'.encode()
+
+
+class LiveView:
+    """Collects what an engine's log and listeners report, for any number of viewers.
+
+    Args:
+        engine: its parts are `traced` with the log.
+        log: listened to while somebody watches.
+    """
+
+    def __init__(self, engine: LLMEngine, log: EventLog) -> None:
+        self.num_viewers = 0
+        self._engine = engine
+        self._log = log
+        self._events: list[Event] = []  # of this step; this and the next: engine thread only
+        self._numbers: dict[str, int] = {}
+        self._lock = threading.Lock()  # for the next three
+        self._ring: deque[Step] = deque()
+        self._first = 0  # number of the ring's first step
+        self._num_events = 0  # in the ring
+        engine.listeners.append(self.note_step)
+
+    # ---- in the engine thread ------------------------------------------------------------------
+
+    def begin(self) -> tuple[Event, int]:
+        """A snapshot for one more viewer, and the number of the first step that it lacks.
+
+        To be called between two steps. From now on the log is listened to.
+        """
+        if self._take not in self._log.listeners:
+            self._log.listeners.append(self._take)
+        now = self._log.stamp("snapshot", snapshot(self._engine.scheduler))
+        return now, self._first + len(self._ring)
+
+    def note_step(self, decision: SchedulerOutput, stats: StepStats) -> None:
+        """A listener of the engine."""
+        self._numbers = {
+            "sequences": stats.num_sequences,
+            "sampled": sum(scheduled.samples for scheduled in decision.sequences),
+            "blocks": stats.num_blocks_in_use,
+        }
+
+    def note_progress(self, progresses: Sequence[Progress]) -> None:
+        """The end of a step or of an abort, with the requests that have advanced or ended."""
+        if self.num_viewers > 0:
+            done = [_ending(progress) for progress in progresses if progress.finished]
+            self._keep(Step(self._events, self._numbers, done))
+        elif self._take in self._log.listeners:
+            self._log.listeners.remove(self._take)
+            self._keep(None)
+        self._events, self._numbers = [], {}
+
+    def _take(self, event: Event) -> None:
+        self._events.append(event)
+
+    def _keep(self, step: Step | None) -> None:
+        """Add a step to the ring, which then loses its oldest ones; None: it loses all."""
+        with self._lock:
+            if step is not None:
+                self._ring.append(step)
+                self._num_events += len(step.events) + 1
+            while self._ring and (step is None or self._num_events > MOST_EVENTS):
+                self._num_events -= len(self._ring.popleft().events) + 1
+                self._first += 1
+
+    # ---- in the event loop ---------------------------------------------------------------------
+
+    def since(self, number: int) -> list[Step] | None:
+        """The steps from this number on; None if some of them are lost."""
+        with self._lock:
+            if number < self._first:
+                return None
+            return list(islice(self._ring, number - self._first, None))
+
+    async def messages(self, engine: AsyncEngine) -> AsyncGenerator[bytes]:
+        """Server-sent events for one viewer, until the engine ends."""
+        self.num_viewers += 1
+        try:
+            while not engine.has_ended:
+                now, place = await engine.between_steps(self.begin)
+                yield f"retry: 1000\nevent: snapshot\ndata: {now.to_json()}\n\n".encode()
+                num_looks = 0
+                while not engine.has_ended and (steps := self.since(place)) is not None:
+                    num_looks = 0 if steps else num_looks + 1
+                    place += len(steps)
+                    if steps:
+                        yield b"".join(step.message for step in steps)
+                    elif num_looks % LOOKS_TO_PING == 0:
+                        yield b": still here\n\n"
+                    await asyncio.sleep(SECONDS_TO_LOOK)
+        except (EngineDead, ServerClosing):
+            pass
+        finally:
+            self.num_viewers -= 1
+
+
+def _ending(progress: Progress) -> dict[str, Any]:
+    """How a request has ended, for the page."""
+    output = progress.build_output()
+    times = output.metrics
+    end = times.finished_time
+    return {
+        "request_id": progress.request_id,
+        "reason": next((each.finish_reason for each in output.outputs), None) or "error",
+        "prompt_tokens": len(output.prompt_token_ids),
+        "output_tokens": sum(len(each.token_ids) for each in output.outputs),
+        "ttft": times.first_token_latency,
+        "seconds": None if end is None else end - times.arrival_time,
+    }
