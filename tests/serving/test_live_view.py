@@ -17,7 +17,7 @@ from servers import Running, running
 
 from minipaged import LLM, SamplingParams
 from minipaged.engine.parts import Parts
-from minipaged.errors import InvalidOption
+from minipaged.errors import EngineDead, InvalidOption
 from minipaged.serving import live_view
 from minipaged.serving.async_engine import AsyncEngine
 from minipaged.serving.live_pages import MOST_VIEWERS, refuse_viewer
@@ -246,6 +246,22 @@ def test_viewers_who_have_left_cost_nothing():
         assert watched.log.listeners == []
         assert watched.view.since(watched.view._first) == []
         await watched.engine.close(0)
+
+    asyncio.run(run())
+
+
+def test_a_viewer_of_an_engine_that_dies_is_let_go(monkeypatch):
+    async def run() -> None:
+        watched = Watched()
+        messages = watched.view.messages(watched.engine)
+        await anext(messages)
+        monkeypatch.setattr(watched.llm.engine, "step", lambda: 1 // 0)
+        with pytest.raises(EngineDead):
+            await watched.generate(3)
+        assert [message async for message in messages] == []
+        assert watched.view.num_viewers == 0
+        late = watched.view.messages(watched.engine)
+        assert [message async for message in late] == []
 
     asyncio.run(run())
 

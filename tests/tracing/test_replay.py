@@ -204,6 +204,18 @@ def test_a_trace_that_begins_with_a_snapshot_goes_on_like_the_whole_one():
         assert played["states"][0]["step"] == min(right)  # and not an empty pool
 
 
+def test_a_snapshot_tells_pinned_prefixes_from_requests():
+    from minipaged.llm import LLM
+
+    log = EventLog()
+    llm = LLM("storyteller", parts=Parts().traced(log), block_size=4, enable_prefix_caching=True)
+    llm.cache_prefix("Once upon a time there was a cat")
+    begin = log.stamp("snapshot", snapshot(llm.engine.scheduler))
+    assert begin.fields["request_ids"] == {}
+    [played] = play_in_node([as_json([begin])])
+    assert_played(played, {log.step: truth(llm.engine.scheduler)})
+
+
 def test_a_snapshot_amid_a_trace_replaces_what_came_before():
     late: dict = {}
     events, expected = run_engine(3, num_blocks=9, preemption="swap", late=late)

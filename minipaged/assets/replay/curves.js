@@ -49,6 +49,17 @@ class Curve {
     this.values.push(value);
   }
 
+  /* The values with their places, cut where nothing is known: while the page was paused. */
+  runs() {
+    const runs = [];
+    this.values.forEach((value, i) => {
+      if (value === null) return;
+      if (i > 0 && this.values[i - 1] !== null) runs.at(-1).push([value, i]);
+      else runs.push([[value, i]]);
+    });
+    return runs;
+  }
+
   draw() {
     const known = this.values.filter((value) => value !== null);
     const last = known.at(-1) ?? null;
@@ -61,12 +72,13 @@ class Curve {
       const dots = this.values.map((value, i) => (value === null ? "" : `M${place(value, i)}h.01`));
       line.setAttribute("d", dots.join(""));
     } else {
-      const first = this.values.findIndex((value) => value !== null);
-      const points = this.values.flatMap((value, i) => (value === null ? [] : [place(value, i)]));
-      const d = points.length ? `M${points.join("L")}` : "";
-      line.setAttribute("d", d);
-      const left = (1000 * first) / (BUCKETS - 1);
-      area.setAttribute("d", d && `${d}L1000,100L${left.toFixed(1)},100Z`);
+      const runs = this.runs().map((run) => run.map(([value, i]) => place(value, i)));
+      line.setAttribute("d", runs.map((points) => `M${points.join("L")}`).join(""));
+      const x = (point) => point.split(",")[0];
+      const closed = runs.map(
+        (points) => `M${points.join("L")}L${x(points.at(-1))},100L${x(points[0])},100Z`,
+      );
+      area.setAttribute("d", closed.join(""));
     }
     this.now.textContent = last === null ? "\u2013" : this.write(last);
     this.most.textContent = known.length ? `max ${this.write(most)}` : "";
