@@ -450,19 +450,27 @@ def test_the_page_shows_a_request_run_and_end(open_page, server: Running):
     ]  # fmt: skip
 
 
-def test_a_request_that_is_aborted_while_it_waits_leaves_the_page(open_page, server: Running):
+def test_requests_that_are_aborted_together_leave_the_page(open_page, server: Running):
+    """No step follows that would tell of the queues, and the waiting one gives no block back."""
     page = open_page(server)
-    thread = in_background(server, max_tokens=200, n=6)
+    runs = ask_and_leave(server, max_tokens=200, n=6)
     page.locator("#running li").wait_for()
-    client = socket.create_connection(("127.0.0.1", server.port))
-    body = json.dumps({**STORY, "max_tokens": 9})
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    waits = ask_and_leave(server, max_tokens=9)
     page.locator("#waiting li").wait_for()
-    client.close()
-    page.locator("#done li", has_text="aborted").wait_for()
-    page.locator("#waiting li").wait_for(state="detached")
-    thread.join()
+    for client in (runs, waits):
+        client.close()
+    page.locator("#done li", has_text="aborted").nth(1).wait_for()
+    for queue in ("waiting", "running"):
+        page.locator(f"#{queue} li").wait_for(state="detached")
+
+
+def ask_and_leave(server: Running, **body: object) -> socket.socket:
+    """A client that has sent a request, and closes its connection to abort it."""
+    client = socket.create_connection(("127.0.0.1", server.port))
+    text = json.dumps({**STORY, **body})
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    client.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode())
+    return client
 
 
 def test_two_pages_show_the_same_letters_and_blocks(open_page, server: Running):
@@ -470,6 +478,7 @@ def test_two_pages_show_the_same_letters_and_blocks(open_page, server: Running):
     thread = in_background(server, max_tokens=150)
     early.locator("#running li").wait_for()
     late = open_page(server)
+    in_background(server, max_tokens=200, n=4).join()  # some of the first one's blocks are evicted
     thread.join()
     shown = (
         "[...document.querySelectorAll('#pools .block')].map(b => [b.dataset.place, b.ariaLabel, "
@@ -491,6 +500,24 @@ def test_a_pause_closes_the_connection_and_following_begins_anew(open_page, serv
     wait_for_status(page, "Live")
     wait_until(page, f"window.live.state().step > {before}")
     assert page.locator("#done li").count() == 0
+
+
+def test_a_paused_page_tells_of_the_last_step_in_words_and_tables(open_page, server: Running):
+    page = open_page(server)
+    thread = in_background(server, max_tokens=150, n=2)
+    page.locator("#running li").wait_for()
+    for details in ("last-step", "all-tables", "legend"):
+        page.locator(f"#{details} summary").click()
+    page.locator("#words li", has_text="The model computes").wait_for()
+    page.get_by_role("button", name="Pause").click()
+    wait_until(page, "!document.body.classList.contains('live')")
+    time.sleep(0.3)  # the last frame
+    state = page.evaluate("window.live.state()")
+    assert page.locator("#words li").count() == len(state["notes"])
+    entries = [block for table in state["sequences"].values() for block in table["blocks"]]
+    assert page.locator("#tables .entry").count() == len(entries) > 2
+    assert page.locator("#pools .held").count() == len(set(entries))
+    thread.join()
 
 
 def test_a_block_is_explained_by_focus_and_arrow_keys(open_page, server: Running):

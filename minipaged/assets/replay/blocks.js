@@ -100,7 +100,8 @@ function lookOf(state, poolName, block, held) {
   } else if (isCached) {
     look.kind = "idle";
     const last = pool.lastRequest[block];
-    if (state.requests.has(last)) look.numbers = [state.requests.get(last).number];
+    // A live view that began late does not know the last owner, so none shows it.
+    if (!state.isLive && state.requests.has(last)) look.numbers = [state.requests.get(last).number];
   } else if (pool.refCounts[block] > 0) {
     look.kind = "taken";
   }

@@ -18,9 +18,10 @@ class LivePage extends View {
     this.source = null;
     this.grids = [];
     this.recent = []; // [time, marks] of the last steps
+    this.lastMarks = new Map(); // of the last one
     this.done = []; // newest first
     this.numDone = 0;
-    this.rows = { waiting: new Map(), running: new Map(), swapped: new Map(), done: new Map() };
+    this.listed = { waiting: new Map(), running: new Map(), swapped: new Map(), done: new Map() };
     this.timer = null; // of the next frame
     this.lastFrame = 0;
     this.curves = new Curves(byId("curves"));
@@ -50,6 +51,7 @@ class LivePage extends View {
     clearTimeout(this.retry);
     this.source.close();
     this.source = null;
+    this.recent = [[0, this.lastMarks]]; // what the words tell, and no more
     this.say("Paused", "paused");
     byId("follow").textContent = "Follow";
     this.drawSoon();
@@ -74,9 +76,10 @@ class LivePage extends View {
     const shape = shapeOf([event]);
     if (before === null || event.step < before.step) this.forgetDone(); // a new server
     this.state = emptyState(shape);
-    this.state.areNamedById = true;
-    this.recent = [];
+    this.state.isLive = true;
     apply(this.state, event);
+    this.recent = [];
+    this.lastMarks = this.state.marks;
     const sizes = [shape.numBlocks, shape.numSwapBlocks, shape.blockSize];
     if (`${sizes}` !== this.sizes) this.setPools(shape);
     this.sizes = `${sizes}`;
@@ -88,6 +91,7 @@ class LivePage extends View {
   take(step) {
     const { state } = this;
     for (const event of step.events) apply(state, event);
+    this.lastMarks = state.marks;
     if (state.marks.size) this.recent.push([performance.now(), state.marks]);
     for (const one of step.done) {
       leaveQueues(state, one.request_id); // also those that waited: no block tells of their end
@@ -200,7 +204,7 @@ class LivePage extends View {
   /* Rows are kept while their request is in the list, so that only new ones light up. */
   drawList(name, number, entries) {
     const parent = byId(name);
-    const rows = this.rows[name];
+    const rows = this.listed[name];
     show(byId(`num-${name}`), `${number}`, () => [rounded(number)]);
     const shown = entries.map(([request, left, right]) => {
       const row = rows.get(request) ?? this.makeRow(request);

@@ -184,7 +184,7 @@ function emptyState(shape) {
     sequences: new Map(), // those that hold blocks, by id
     requests: new Map(), // all that ever ran, by id: their number, and that of their sequences
     numRequests: 0, // how many have a number
-    areNamedById: false, // whether numbers follow from ids: then all views of a server agree
+    isLive: false, // then all views of a server draw the same, whenever they began to watch
     snapshotStep: null, // what began before this step began at an unknown one
     cached: new Set(), // blocks of the pool that the prefix cache can find
     queues: { running: [], waiting: [], swapped: [] },
@@ -295,7 +295,7 @@ function letterOfRequest(state, request) {
 function numberOf(state, request) {
   const known = state.requests.get(request);
   if (known) return known.number;
-  const isId = state.areNamedById && /^[0-9]+$/.test(request);
+  const isId = state.isLive && /^[0-9]+$/.test(request); // else in the order of admission
   return isId ? Number(request) % NUM_SHORT_LETTERS : state.numRequests;
 }
 
@@ -621,8 +621,8 @@ const handlers = {
 function beginAgain(state, event) {
   const { pool, swap } = state.pools;
   const shape = { blockSize: event.block_size, numBlocks: pool.size, numSwapBlocks: swap.size };
-  const { numEvents, step, time, areNamedById } = state;
-  Object.assign(state, emptyState(shape), { numEvents, step, time, areNamedById });
+  const { numEvents, step, time, isLive } = state;
+  Object.assign(state, emptyState(shape), { numEvents, step, time, isLive });
 }
 
 function recount(state, event) {
