@@ -14,7 +14,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from minipaged.cli.bench_options import Save, describe_machine
-from minipaged.cli.bench_serve_options import read_groups, read_rates, refuse_what_cannot_be
+from minipaged.cli.bench_load import read_groups, read_rates, refuse_what_cannot_be
 from minipaged.cli.options import AsJson, takes_engine_options
 from minipaged.utils.files import write_atomically
 from minipaged.utils.progress import progress_bar

@@ -491,7 +491,7 @@ def test_figure_12_is_served_by_all_five_kinds_of_memory(capsys, monkeypatch, tm
         "--plot", str(picture),
     )  # fmt: skip
     assert [row["memory"] for row in rows] == list(fig12.MEMORY.values())
-    assert all(row["num_served"] == 2 for row in rows)
+    assert all(row["num_served"] + row["num_unfinished"] == 2 for row in rows)
     assert picture.exists()
 
 
@@ -543,7 +543,6 @@ def test_engine_options_become_flags_of_the_server():
         (("--url", "http://a", "--num-blocks", "9"), "--num-blocks would be ignored"),
         (("--figure-12", "--num-blocks", "9"), "--num-blocks would be ignored"),
         (("--against-offline", "--url", "http://a"), "--url would be ignored"),
-        (("--input-len", "1000"), "supports 1024"),
         (("--model", "no-such-model"), "the server has not started"),
     ],
 )
@@ -552,6 +551,13 @@ def test_what_cannot_be_is_refused_in_one_sentence(capsys, monkeypatch, flags, s
     assert code == 2
     assert sentence in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_requests_longer_than_the_context_are_refused(capsys, monkeypatch, server):
+    flags = ("--url", server.url, "--input-len", "1000", "--output-len", "25")
+    code, _, err = minipaged(capsys, monkeypatch, *BENCH, *flags)
+    assert code == 2
+    assert "a request has 1025 tokens, prompt and output together, and the model supports" in err
 
 
 def test_a_run_with_a_wrong_response_exits_with_1(capsys, monkeypatch, server):

@@ -41,7 +41,7 @@ ENGINE: dict[str, Any] = {
     "max_num_seqs": 64,
     "enable_prefix_caching": False,  # the paper had none
 }
-RATES = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0)
+RATES = (4.0, 10.0, 16.0, 20.0, 24.0, 28.0, 32.0)
 TOP = 0.1  # s per token: the picture's upper end; a server above it rests
 AT = 0.05  # s per token, at which request rates are compared
 PATIENCE = 2.0  # a run ends after its arrivals and as many times their duration
