@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from minipaged.cli.bench_options import Save, describe_machine
 from minipaged.cli.bench_load import read_groups, read_rates, refuse_what_cannot_be
+from minipaged.cli.bench_options import Save, describe_machine
 from minipaged.cli.options import AsJson, takes_engine_options
 from minipaged.utils.files import write_atomically
 from minipaged.utils.progress import progress_bar
@@ -30,7 +31,12 @@ def serve(
     *,
     context: typer.Context,
     url: Annotated[str | None, typer.Option(help="Server. Default: one is started.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Key that the server at --url asks.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Key that --url asks for. Default: MINIPAGED_API_KEY in the environment."
+        ),
+    ] = None,
     request_rate: Annotated[
         float | None, typer.Option(help="Mean requests per second. Default: all at once.")
     ] = None,
@@ -124,7 +130,8 @@ def _load(
     named = str(options["model"]) if source and source.name == "COMMANDLINE" else None
     with ExitStack() as stack:
         if given["url"] is not None:
-            target = Target.of_url(given["url"], given["api_key"])
+            key = given["api_key"] or os.environ.get("MINIPAGED_API_KEY")
+            target = Target.of_url(given["url"], key)
         else:
             target = stack.enter_context(running_server(options))
         rows, note = asyncio.run(_measure(target, named, workload, rates, given))

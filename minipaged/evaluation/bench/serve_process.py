@@ -49,11 +49,12 @@ def running_server(options: Mapping[str, Any]) -> Generator[Target]:
     Raises ServerUnusable with what it wrote if it does not start.
     """
     command = [sys.executable, "-m", "minipaged", "serve", "--port", "0", *as_flags(options)]
+    environment = {name: text for name, text in os.environ.items() if name != "MINIPAGED_API_KEY"}
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w", encoding="utf-8") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
             )
         try:
             yield Target.of_url(_wait_until_ready(process, log))
