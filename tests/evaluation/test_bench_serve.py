@@ -368,6 +368,13 @@ def test_latencies_and_throughput_are_as_defined():
     assert row.tokens_per_second == 13.5
 
 
+def test_latency_counts_from_when_a_request_was_due_not_from_when_it_was_sent():
+    row = summarize([served(1.0, [3.0, 4.0], 2, sent=2.5)])
+    assert row.ttft.mean == pytest.approx(2000)
+    assert row.seconds_per_token == pytest.approx(3 / 2)
+    assert row.lateness_ms == pytest.approx(1500)
+
+
 def test_percentiles_are_values_that_occurred():
     row = summarize([served(0.0, [i / 1000], 1) for i in range(1, 101)])
     assert row.ttft.median == pytest.approx(50.5)
