@@ -547,6 +547,16 @@ def test_the_sustained_rate_is_where_the_latency_crosses():
     assert fig12.sustained(rows[2:], at=0.05) == pytest.approx(8 * 5 / 7)
 
 
+def test_a_memory_that_sustains_every_rate_is_shown_with_a_lower_bound():
+    flat = replace(summarize([served(0.0, [0.1], 1)]), rate=4.0, seconds_per_token=0.01)
+    slow = replace(flat, seconds_per_token=0.1)
+    table = Console(width=80, file=io.StringIO())
+    table.print(fig12.as_table({"vllm": [flat], "orca-max": [slow]}))
+    *_, bears, ratios = table.file.getvalue().splitlines()
+    assert bears.split()[-2:] == [">4", "2.0"]
+    assert ratios.split()[-2:] == [">2.00", "x"]
+
+
 # ---- options -------------------------------------------------------------------------------------
 
 
