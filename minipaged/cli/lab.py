@@ -1,4 +1,4 @@
-"""`minipaged lab`: list, start, check, watch, hint, diff, reset, grade, challenge."""
+"""`minipaged lab`: list, start, check, watch, hint, diff, reset, grade, challenge, route."""
 
 import contextlib
 import difflib
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.cli import lab_challenge as challenge_command
+from minipaged.cli.lab_route import route
 from minipaged.errors import InvalidOption
 from minipaged.labs.catalogue import LABS, find_lab
 from minipaged.labs.challenge import FILE_NAME, NUMBER, STARTER, TITLE
@@ -30,6 +31,7 @@ console = Console(highlight=False, soft_wrap=True)
 _POLL_SECONDS = 0.1  # between two looks at a watched file
 
 app.command()(challenge_command.challenge)
+app.command()(route)
 
 Number = Annotated[int, typer.Argument(help="The lab's number.")]
 File = Annotated[
@@ -50,14 +52,17 @@ def list_labs() -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("lab", "", "tasks", "points", "file"):
         table.add_column(column)
+    rows: dict[int, tuple[str, ...]] = {}
     for each in LABS:
         points = progress.points_of(each)
         most = f"{progress.most(each):g}"
         so_far = f"{points:g} of {most}" if points is not None else most
         here = each.file_name if Path(each.file_name).exists() else ""
-        table.add_row(str(each.number), each.title, str(len(each.tasks)), so_far, here)
+        rows[each.number] = each.title, str(len(each.tasks)), so_far, here
     here = FILE_NAME if Path(FILE_NAME).exists() else ""
-    table.add_row(str(NUMBER), TITLE, "open", "a ranking", here)
+    rows[NUMBER] = TITLE, "open", "a ranking", here
+    for number, row in sorted(rows.items()):
+        table.add_row(str(number), *row)
     console.print(table)
 
 

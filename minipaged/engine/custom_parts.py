@@ -11,7 +11,7 @@ import linecache
 import pkgutil
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,9 @@ LIBRARY_PARTS = {
 """The library's own part of each name. It is imported only when it is asked for."""
 
 
-def read_custom_parts(arguments: Iterable[str]) -> dict[str, Any]:
+def read_custom_parts(
+    arguments: Iterable[str], known: Mapping[str, str] = LIBRARY_PARTS
+) -> dict[str, Any]:
     """The parts that arguments of the form "part=file.py:name" give. Raises InvalidOption."""
     custom_parts: dict[str, Any] = {}
     for argument in arguments:
@@ -47,19 +49,20 @@ def read_custom_parts(arguments: Iterable[str]) -> dict[str, Any]:
                 "allocator=my_lab1.py:BlockAllocator.",
                 "part",
             )
-        if part not in LIBRARY_PARTS:
+        if part not in known:
             raise InvalidOption(
-                f"--part names {part!r}, which is no part: choose one of "
-                f"{', '.join(LIBRARY_PARTS)}.",
+                f"--part names {part!r}, which is no part: choose one of {', '.join(known)}.",
                 "part",
             )
         custom_parts[part] = find_in_file(Path(file), name)
     return custom_parts
 
 
-def find_part(part: str, custom_parts: dict[str, Any]) -> Any:
+def find_part(
+    part: str, custom_parts: dict[str, Any], known: Mapping[str, str] = LIBRARY_PARTS
+) -> Any:
     """The custom part if there is one, or else the library's own."""
-    return custom_parts[part] if part in custom_parts else pkgutil.resolve_name(LIBRARY_PARTS[part])
+    return custom_parts[part] if part in custom_parts else pkgutil.resolve_name(known[part])
 
 
 def find_helper(dotted: str, custom_parts: dict[str, Any]) -> Any:

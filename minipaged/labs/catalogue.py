@@ -11,6 +11,7 @@ from minipaged.labs import (
     lab6_prefix_cache,
     lab7_swapping,
     lab8_triton_decode,
+    lab10_router,
 )
 from minipaged.labs.lab import Lab
 
@@ -23,6 +24,7 @@ LABS: tuple[Lab, ...] = (
     lab6_prefix_cache.LAB,
     lab7_swapping.LAB,
     lab8_triton_decode.LAB,
+    lab10_router.LAB,
 )
 
 
@@ -37,5 +39,5 @@ def find_lab(number: int) -> Lab:
             "run `minipaged lab challenge`."
         )
     raise InvalidOption(
-        f"there is no lab {number}: `minipaged lab list` shows labs 1 to {challenge.NUMBER}."
+        f"there is no lab {number}: `minipaged lab list` shows labs 1 to {LABS[-1].number}."
     )

@@ -26,6 +26,8 @@ from minipaged.labs.complaints import CallLog, compared, complaint
 from minipaged.tracing.events import Event, EventLog
 from minipaged.tracing.trace_file import TraceFile
 
+PARTS = {**LIBRARY_PARTS, "router": "minipaged.labs.routing.router.PrefixRouter"}
+"""A router is no part of an engine: it stands before several."""
 CALLS = pytest.StashKey[CallLog]()
 
 
@@ -82,7 +84,7 @@ def custom_parts(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The student's parts, by their names in `Parts`."""
     arguments = request.config.getoption("--part") or ()
     try:
-        parts = read_custom_parts(arguments)
+        parts = read_custom_parts(arguments, PARTS)
     except (pytest.skip.Exception, pytest.exit.Exception, SystemExit) as error:
         raise InvalidOption(
             f"the file cannot be loaded: it ends the run ({type(error).__name__})."
@@ -102,7 +104,10 @@ def part(request: pytest.FixtureRequest, custom_parts: dict[str, Any]) -> Callab
     """
 
     def find(name: str) -> Any:
-        found = (find_part if name in LIBRARY_PARTS else find_helper)(name, custom_parts)
+        if name in PARTS:
+            found = find_part(name, custom_parts, PARTS)
+        else:
+            found = find_helper(name, custom_parts)
         if not custom_parts or not isinstance(found, FunctionType):
             return found
         return request.config.stash[CALLS].noting(found, found.__name__)

@@ -1,13 +1,17 @@
 """Routers before real servers, and the load that judges them."""
 
+import json
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from servers import Running, running
 
@@ -87,3 +91,37 @@ def serve_load(router: Running, servers: Sequence[Running]) -> tuple[int, list[i
 
     hits = sum(growth("vllm:prefix_cache_hits_total"))
     return hits, growth("vllm:request_prompt_tokens_count")
+
+
+class OpenStream(threading.Thread):
+    """A long completion whose events are read as they arrive."""
+
+    def __init__(self, router: Running) -> None:
+        super().__init__(daemon=True)
+        self.router = router
+        self.began = threading.Event()
+        self.is_whole = False
+        self.response: Any = None
+        self.start()
+
+    def run(self) -> None:
+        body = {
+            "model": "storyteller", "prompt": "Once upon a time", "max_tokens": 900,
+            "stream": True, "ignore_eos": True, "temperature": 0,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            self.router.url + "/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as self.response:
+                for line in self.response:
+                    self.began.set()
+                    self.is_whole = line.strip() == b"data: [DONE]" or self.is_whole
+        except (OSError, ValueError):
+            pass  # the connection broke, as it may
+
+    def leave(self) -> None:
+        """Close the connection, as a client does that is no longer interested."""
+        self.response.fp.raw._sock.shutdown(socket.SHUT_RDWR)

@@ -4,14 +4,11 @@ What clients rely on is tested through the router as well, in test_clients.py. S
 package vllm-router.
 """
 
-import json
-import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
-from routers import serve_load, two_servers, vllm_router
+from routers import OpenStream, serve_load, two_servers, vllm_router
 from servers import Running
 
 pytest.importorskip("vllm_router")
@@ -34,35 +31,6 @@ def test_cache_aware_routing_finds_more_prefixes_than_round_robin(folder: Path):
             assert sum(spread) == 256
             assert min(spread) >= 256 / 4, f"{policy} sent {spread} requests to the two servers"
     assert hits["cache_aware"] >= 1.5 * hits["round_robin"], hits
-
-
-class OpenStream(threading.Thread):
-    """A long completion whose events are read as they arrive."""
-
-    def __init__(self, router: Running) -> None:
-        super().__init__(daemon=True)
-        self.router = router
-        self.began = threading.Event()
-        self.is_whole = False
-        self.start()
-
-    def run(self) -> None:
-        body = {
-            "model": "storyteller", "prompt": "Once upon a time", "max_tokens": 900,
-            "stream": True, "ignore_eos": True, "temperature": 0,
-        }  # fmt: skip
-        request = urllib.request.Request(
-            self.router.url + "/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                for line in response:
-                    self.began.set()
-                    self.is_whole = line.strip() == b"data: [DONE]" or self.is_whole
-        except (OSError, ValueError):
-            pass  # the connection broke, as it may
 
 
 def test_the_death_of_a_server_ends_only_its_own_streams(folder: Path):

@@ -24,6 +24,7 @@ NUM_SYSTEM_PROMPTS, NUM_REQUESTS = 8, 32
 NUM_OPEN = 8  # requests at a time
 NUM_TOKENS = 8  # that each of them generates
 NUM_FACTS = 40  # of a system prompt: 320 words, and 444 tokens of the embedded model
+CAPACITY = 560  # pieces of 16 characters in a pool of 112 blocks of 16 words of 5 characters
 
 SERVER = EngineConfig(
     num_blocks=112,  # four system prompts, and what four requests need besides
@@ -45,6 +46,10 @@ class Router(Protocol):
 
     def finish(self, server: int) -> None:
         """One of a server's requests has ended."""
+        ...
+
+    def forget(self, server: int) -> None:
+        """A server was restarted or lost, and with it all that it had cached."""
         ...
 
 

@@ -1,0 +1,156 @@
+"""A router as an HTTP server: real requests to real servers, over plain HTTP.
+
+Each request is read whole, sent to the server that the router chooses, and answered piece by piece
+as that server answers. A server that cannot be reached is left out for a while, and its request
+goes to another one. Once a response has begun, it cannot be moved: it breaks off.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, MutableMapping
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+from minipaged.errors import InvalidOption
+from minipaged.labs.routing.load import Router
+
+SECONDS_LEFT_OUT = 2.0
+PASSED_ON = (b"content-type", b"authorization", b"retry-after", b"www-authenticate")
+JSON = (b"content-type", b"application/json")
+NOBODY = b"""{"error": {"message": "no server can be reached: try again in a few seconds.",
+    "type": "ServiceUnavailableError", "param": null, "code": 503}}"""
+Headers = list[tuple[bytes, bytes]]
+Scope = MutableMapping[str, Any]
+
+
+class RouterApp:
+    """An ASGI application before several servers.
+
+    Args:
+        router: it is told of each request's prompt and end, and of each server that is lost.
+        urls: of the servers, as http://127.0.0.1:8001.
+
+    Raises InvalidOption for a URL that is none.
+    """
+
+    def __init__(self, router: Router, urls: list[str]) -> None:
+        self._router = router
+        self._addresses = [_address(url) for url in urls]
+        self._left_out_until = [0.0] * len(urls)
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Pass one request on, until it is answered or its client has left."""
+        if scope["type"] != "http":
+            return
+        body = await _read_body(receive)
+        serving = asyncio.ensure_future(self._serve(scope, body, send))
+        leaving = asyncio.ensure_future(_wait_for_disconnect(receive))
+        await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not serving.done():
+            serving.cancel()  # closes the connection, so the server aborts the request
+        with suppress(asyncio.CancelledError):
+            await serving
+
+    async def _serve(self, scope: Scope, body: bytes, send: Any) -> None:
+        prompt = prompt_in(body)
+        while alive := self._alive():
+            server = self._router.choose(prompt, alive)
+            response = exchange(self._addresses[server], scope, body)
+            try:
+                status, headers = await anext(response)
+            except (OSError, EOFError, ValueError):
+                self._left_out_until[server] = time.monotonic() + SECONDS_LEFT_OUT
+                self._router.forget(server)
+                continue
+            else:
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+                async for data in response:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+                return
+            finally:
+                self._router.finish(server)
+                await response.aclose()
+        await send({"type": "http.response.start", "status": 503, "headers": [JSON]})
+        await send({"type": "http.response.body", "body": NOBODY})
+
+    def _alive(self) -> list[int]:
+        now = time.monotonic()
+        return [server for server, until in enumerate(self._left_out_until) if until <= now]
+
+
+def prompt_in(body: bytes) -> str:
+    """The text by which a request is routed: its prompt, or the messages of its chat."""
+    try:
+        request = json.loads(body)
+        if "messages" in request:
+            return "\n".join(f"{each['role']}: {each['content']}" for each in request["messages"])
+        return str(request["prompt"])  # a list of token ids as well: it begins as its text does
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""  # the server will say what is wrong with it
+
+
+def _address(url: str) -> tuple[str, int]:
+    with suppress(ValueError):  # of a port that is no number
+        parts = urlsplit(url)
+        if parts.scheme == "http" and parts.hostname and parts.path in ("", "/"):
+            return parts.hostname, parts.port or 80
+    raise InvalidOption(
+        f"{url!r} is no address of a server: give http://host:port, as `minipaged serve` prints it."
+    )
+
+
+async def _read_body(receive: Any) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
+
+
+async def _wait_for_disconnect(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+# ---- one request to a server, in HTTP/1.1 --------------------------------------------------------
+
+
+async def exchange(
+    address: tuple[str, int], scope: Scope, body: bytes
+) -> AsyncGenerator[Any, None]:
+    """(status, headers), then the pieces of the body.
+
+    Raises OSError, EOFError or ValueError if the server is lost before its response is complete.
+    """
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        query = b"?" + scope["query_string"] if scope["query_string"] else b""
+        target = scope.get("raw_path", scope["path"].encode()) + query
+        lines = [scope["method"].encode() + b" " + target + b" HTTP/1.1", b"Host: router"]
+        lines += [b"%s: %s" % header for header in scope["headers"] if header[0] in PASSED_ON]
+        lines += [b"Content-Length: %d" % len(body), b"Connection: close", b"", body]
+        writer.write(b"\r\n".join(lines))
+        await writer.drain()
+        status = int((await reader.readuntil(b"\r\n")).split()[1])
+        headers = await _read_headers(reader)
+        yield status, [header for header in headers if header[0] in PASSED_ON]
+        if (b"transfer-encoding", b"chunked") in headers:
+            while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
+                yield (await reader.readexactly(size + 2))[:-2]
+        else:
+            yield await reader.readexactly(int(dict(headers).get(b"content-length", b"0")))
+    finally:
+        writer.close()
+
+
+async def _read_headers(reader: asyncio.StreamReader) -> Headers:
+    headers: Headers = []
+    while line := (await reader.readuntil(b"\r\n")).strip():
+        name, _, value = line.partition(b":")
+        headers.append((name.lower(), value.strip()))
+    return headers
