@@ -74,7 +74,9 @@ def test_a_client_that_leaves_is_passed_on(folder: Path, servers):
         stream = OpenStream(router)
         assert stream.began.wait(30)
         stream.leave()
-        assert all(server.wait_until_idle() for server in servers)
+        after = [server.wait_until_idle() for server in servers]
+        name = 'vllm:request_success_total{finished_reason="abort",model_name="storyteller"}'
+        assert sum(each[name] for each in after) == 1
 
 
 def test_the_death_of_a_server_ends_only_its_own_streams(folder: Path):
@@ -89,6 +91,8 @@ def test_the_death_of_a_server_ends_only_its_own_streams(folder: Path):
         for stream in streams:
             stream.join(120)
         assert sum(stream.is_whole for stream in streams) == 2
+        assert "Traceback" not in router.log.read_text()
+        assert other.wait_until_idle()["vllm:request_prompt_tokens_count"] == 2
         statuses = [router.post("/v1/completions", BODY)[0] for _ in range(6)]
         assert statuses == [200] * 6, "to the server that is left"
         other.process.kill()

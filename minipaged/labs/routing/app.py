@@ -56,21 +56,22 @@ class RouterApp:
 
     async def _serve(self, scope: Scope, body: bytes, send: Any) -> None:
         prompt = prompt_in(body)
-        while alive := self._alive():
+        for _ in self._addresses:  # each of them at most once
+            if not (alive := self._alive()):
+                break
             server = self._router.choose(prompt, alive)
             response = exchange(self._addresses[server], scope, body)
+            has_begun = False
             try:
-                status, headers = await anext(response)
+                async for message in response:
+                    await send(message)
+                    has_begun = True
+                return
             except (OSError, EOFError, ValueError):
                 self._left_out_until[server] = time.monotonic() + SECONDS_LEFT_OUT
                 self._router.forget(server)
-                continue
-            else:
-                await send({"type": "http.response.start", "status": status, "headers": headers})
-                async for data in response:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
-                return
+                if has_begun:
+                    return  # incomplete: uvicorn breaks the client's connection off
             finally:
                 self._router.finish(server)
                 await response.aclose()
@@ -122,8 +123,8 @@ async def _wait_for_disconnect(receive: Any) -> None:
 
 async def exchange(
     address: tuple[str, int], scope: Scope, body: bytes
-) -> AsyncGenerator[Any, None]:
-    """(status, headers), then the pieces of the body.
+) -> AsyncGenerator[dict[str, Any], None]:
+    """The messages of ASGI that answer a request.
 
     Raises OSError, EOFError or ValueError if the server is lost before its response is complete.
     """
@@ -138,14 +139,21 @@ async def exchange(
         await writer.drain()
         status = int((await reader.readuntil(b"\r\n")).split()[1])
         headers = await _read_headers(reader)
-        yield status, [header for header in headers if header[0] in PASSED_ON]
+        shown = [header for header in headers if header[0] in PASSED_ON]
+        yield {"type": "http.response.start", "status": status, "headers": shown}
         if (b"transfer-encoding", b"chunked") in headers:
             while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
-                yield (await reader.readexactly(size + 2))[:-2]
+                yield _piece((await reader.readexactly(size + 2))[:-2], more=True)
         else:
-            yield await reader.readexactly(int(dict(headers).get(b"content-length", b"0")))
+            length = int(dict(headers).get(b"content-length", b"0"))
+            yield _piece(await reader.readexactly(length), more=True)
+        yield _piece(b"", more=False)
     finally:
         writer.close()
+
+
+def _piece(data: bytes, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more}
 
 
 async def _read_headers(reader: asyncio.StreamReader) -> Headers:
