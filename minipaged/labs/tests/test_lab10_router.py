@@ -77,6 +77,7 @@ def test_a_long_prompt_is_named_in_no_time(build):
 
 
 @task(2)
+@essential("each server has a cache of its own: what one was sent, no other knows.")
 def test_a_server_knows_what_it_was_sent_and_no_other_does(build):
     router = build(3)
     keys = router.keys("aaaabbbbcccc")
@@ -283,6 +284,7 @@ def test_of_a_prompt_that_exceeds_the_capacity_the_beginning_is_kept(build):
 
 
 @task(5)
+@essential("the router must find 1.5 times as many tokens in the caches as round robin.")
 @pytest.mark.parametrize("seed", range(3))
 def test_it_finds_half_as_many_prefixes_again_as_round_robin(build, seed):
     prompts = [prompt_of(*request) for request in requests(seed)]
