@@ -11,6 +11,7 @@ from minipaged.errors import (
     EngineDead,
     InvalidOption,
     InvalidRequest,
+    MinipagedError,
     MissingTokenizer,
     PromptTooLong,
     QueueFull,
@@ -19,6 +20,11 @@ from minipaged.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+class ClientLeft(MinipagedError):
+    """The client has closed the connection before its response was complete."""
+
 
 TYPES = {
     400: "BadRequestError",
@@ -38,6 +44,7 @@ STATUS: dict[type[Exception], int] = {
     InvalidRequest: 400,
     MissingTokenizer: 400,
     CheckpointError: 400,  # of a chat without a template
+    ClientLeft: 499,  # nginx's code; nobody reads it
     QueueFull: 429,
     TimeoutError: 504,
     EngineDead: 503,
