@@ -11,7 +11,6 @@ from minipaged.errors import (
     EngineDead,
     InvalidOption,
     InvalidRequest,
-    MinipagedError,
     MissingTokenizer,
     PromptTooLong,
     QueueFull,
@@ -20,10 +19,6 @@ from minipaged.errors import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-class ClientLeft(MinipagedError):
-    """The client has closed the connection before its response was complete."""
 
 
 TYPES = {
@@ -44,7 +39,6 @@ STATUS: dict[type[Exception], int] = {
     InvalidRequest: 400,
     MissingTokenizer: 400,
     CheckpointError: 400,  # of a chat without a template
-    ClientLeft: 499,  # nginx's code; nobody reads it
     QueueFull: 429,
     TimeoutError: 504,
     EngineDead: 503,

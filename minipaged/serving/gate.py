@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minipaged.serving import errors
 from minipaged.serving.settings import ServerArgs
+from minipaged.serving.streams import ClientLeft
 
 HEAD_SECONDS = 30.0  # in which the headers of a request must arrive: half of them keep a socket
 BODY_SECONDS = 30.0  # ... and its body: half a request keeps its memory
@@ -90,7 +91,7 @@ class Gate:
         except asyncio.TimeoutError:
             message = f"the body did not arrive within {BODY_SECONDS:.0f} seconds."
             return await self._refuse(errors.response(408, message), scope, receive, send)
-        except errors.ClientLeft:
+        except ClientLeft:
             return None
         finally:
             self._num_bytes -= sum(map(len, chunks))
@@ -124,7 +125,7 @@ class Gate:
                 return errors.response(429, f"{message}: send this one again later.")
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise errors.ClientLeft
+                raise ClientLeft
             chunks.append(message["body"])
             num_bytes += len(chunks[-1])
             self._num_bytes += len(chunks[-1])
