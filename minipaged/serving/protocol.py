@@ -221,8 +221,8 @@ class CompletionBody(GenerationBody):
     @property
     def prompts(self) -> list[Any]:
         """One or several, each a text or a list of token ids. Raises InvalidOption for none."""
-        if not self.prompt:
-            raise InvalidOption("prompt is empty: give text or token ids.", "prompt")
+        if self.prompt == []:
+            raise InvalidOption("prompt is an empty list: give at least one.", "prompt")
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if one else list(self.prompt)
 
