@@ -7,12 +7,13 @@ nobody knows is ignored, with one warning in the log.
 import logging
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from minipaged.errors import InvalidOption
 from minipaged.sampling import BeamSearchParams, Params, RequestOutputKind, SamplingParams
+from minipaged.serving.bodies import Biases, Few, Items
 from minipaged.utils.not_built import by_name, refuse_not_built
 from minipaged.utils.options import shown
 
@@ -48,20 +49,6 @@ SAMPLING = (
     *("skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens"),
 )
 """Fields that `SamplingParams` has by the same name."""
-
-
-T = TypeVar("T")
-Items = Annotated[list[T], Field(fail_fast=True)]
-"""Only the first fault is looked for: a million take seconds to describe."""
-MOST_ITEMS = 1024  # of what each new token is compared with
-Few = Annotated[list[T], Field(fail_fast=True, max_length=MOST_ITEMS)]
-
-
-def _few(value: Any) -> Any:
-    """For dicts, whose own limit pydantic checks last."""
-    if isinstance(value, dict) and len(value) > MOST_ITEMS:
-        raise ValueError(f"{len(value)} entries are given, and at most {MOST_ITEMS} may be")
-    return value
 
 
 def _field(help: str) -> Any:
@@ -112,9 +99,7 @@ class GenerationBody(Body):
     presence_penalty: float | None = _field("Lowers the logit of every token in the output.")
     frequency_penalty: float | None = _field("The same, once per occurrence.")
     repetition_penalty: float | None = _field("Divides the logits of tokens that occurred.")
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_few)] | None = _field(
-        "Added to logits, by token id."
-    )
+    logit_bias: Biases | None = _field("Added to logits, by token id.")
     bad_words: Few[str] | None = _field("Texts that the output must not contain.")
     allowed_token_ids: Items[int] | None = _field("Only these tokens may be generated.")
     min_tokens: int | None = _field("No end before this many tokens.")

@@ -190,7 +190,7 @@ def test_half_sent_requests_delay_nobody(server):
 
 def test_a_reader_that_stops_delays_nobody_and_misses_nothing(server):
     prompts = ["Once upon a time", "Theo"]
-    body = LONG | {"prompt": prompts, "max_tokens": 300, "logprobs": 20, "stream": True}
+    body = LONG | {"prompt": prompts, "max_tokens": 150, "logprobs": 20, "stream": True}
     with server.connect(receive_buffer=4096) as connection:
         connection.sendall(raw_request(COMPLETIONS, body))
         assert server.post(COMPLETIONS, LONG | {"max_tokens": 50})[0] == 200
@@ -204,7 +204,7 @@ def test_a_reader_that_stops_delays_nobody_and_misses_nothing(server):
     for choice in (choice for chunk in chunks for choice in chunk["choices"]):
         texts[choice["index"]] += choice["text"]
         counts[choice["index"]] += len((choice["logprobs"] or {"tokens": []})["tokens"])
-    assert counts == [300, 300]
+    assert counts == [150, 150]
     _, whole = server.post(COMPLETIONS, body | {"stream": False})
     assert texts == [choice["text"] for choice in whole["choices"]]
 
@@ -557,7 +557,7 @@ def test_memory_stays_the_same_over_many_requests(server, line, number):
         for index in range(count):
             body = {"prompt": f"{index} Once upon a time", "max_tokens": 2, "n": 1 + index % 2}
             assert line(COMPLETIONS, body)[0] == 200
-            if index % 10 == 0:
+            if index % 20 == 0:
                 with server.connect() as connection:
                     connection.sendall(raw_request(COMPLETIONS, LONG | {"stream": True}))
                     connection.recv(10)
