@@ -206,6 +206,18 @@ def test_what_a_slow_reader_has_not_read_is_merged_to_the_whole():
     with_engine(test)
 
 
+def test_deliveries_that_nobody_reads_are_merged_as_well():
+    async def test(engine, inner):
+        stream = await engine.serve(lambda: [request(5)], 1)
+        for number in range(1, 6):
+            inner.allow(1)
+            await until(lambda: stream._unread)
+            await until(lambda n=number: len(stream._unread[0].new[0].token_ids) == n)
+        assert await read(stream) == {0: texts(5)}
+
+    with_engine(test)
+
+
 def test_whole_results_come_in_the_order_of_the_prompts():
     async def test(engine, inner):
         inner.allow()
