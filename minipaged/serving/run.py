@@ -44,9 +44,7 @@ def serve(llm: LLM, args: ServerArgs, log: EventLog | None = None) -> int:
     _allow_open_files()
     gc.collect()
     gc.freeze()  # what is there stays: each full collection would stop all threads for its sake
-    gc.set_threshold(
-        50_000, 20, 20
-    )  # a body of a million lists is no reason to collect 1,400 times
+    gc.set_threshold(50_000, 20, 20)  # a body of a million lists needs no 1,400 collections
     return asyncio.run(_serve(llm, args, log if args.viz else None, sockets))
 
 

@@ -133,7 +133,10 @@ def test_a_refused_body_may_still_arrive_but_not_for_ever(monkeypatch):
             writer.write(raw_request("/", b"", length=10**9))
             status, _ = await answer(reader)
             assert status == 413
-            writer.write(b"a" * 10**6)  # a reset would fail this or the end
+            for _ in range(5):
+                writer.write(b"a" * 10**5)
+                await writer.drain()  # which a reset would fail
+                await asyncio.sleep(0.02)
             assert await reader.read() == b""
 
     with_gate(test, max_body_bytes=10)
