@@ -5,12 +5,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from minipaged import __version__
 from minipaged.errors import InvalidRequest, MinipagedError
 from minipaged.serving import errors
+from minipaged.serving.bodies import JsonRoute
 from minipaged.serving.docs_page import docs_page
 from minipaged.serving.metrics import Metrics
 from minipaged.serving.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -26,6 +27,7 @@ def build_app(service: Service, metrics: Metrics) -> FastAPI:
         docs_url=None,  # FastAPI's page loads its program from the network
         redoc_url=None,
     )
+    app.router.route_class = JsonRoute
     for kind in (RequestValidationError, HTTPException, MinipagedError, TimeoutError, Exception):
         app.add_exception_handler(kind, _answer_error)
     api = Endpoints(service, metrics)
@@ -89,21 +91,23 @@ class Endpoints:
             "max_model_len": service.max_model_len,
         }  # fmt: skip
 
-    async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(self, body: TokenizeBody) -> Response:
         """The tokens of a text, or of the prompt of a chat."""
         service = self._service
         service.refuse_other_model(body.model)
 
-        def encode() -> list[int]:
+        def encode() -> Response:
             if body.messages is not None:
-                return service.chat_prompt(body)["prompt_token_ids"]
-            if body.prompt is None:
+                tokens = service.chat_prompt(body)["prompt_token_ids"]
+            elif body.prompt is None:
                 raise InvalidRequest("there is no text: give prompt or messages.")
-            adds = body.add_special_tokens is not False
-            return service.tokenizer.encode(body.prompt, add_special_tokens=adds)
+            else:
+                adds = body.add_special_tokens is not False
+                tokens = service.tokenizer.encode(body.prompt, add_special_tokens=adds)
+            most = service.max_model_len
+            return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": tokens})
 
-        tokens = await self._engine.in_a_text_thread(encode)
-        return {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
+        return await self._engine.in_a_text_thread(encode)
 
     async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
         """The text of tokens."""

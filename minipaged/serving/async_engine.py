@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Observer = Callable[[Sequence[Progress]], None]
 
+SECONDS_TO_STOP = 5.0  # for the step that runs; a part that hangs must not keep the process
 TEXT_THREADS = 2  # for templates and tokenizers: one more than a single huge prompt occupies
 
 
@@ -100,7 +101,7 @@ class AsyncEngine:
         self.refuse_if_closed()
         self.queue.enter(num_sequences)
         try:
-            requests = await self._loop.run_in_executor(self._texts, check)
+            requests = await self.in_a_text_thread(check)
             self.refuse_if_closed()
             self.queue.add_tokens(sum(len(each.prompt.token_ids) for each in requests))
         except BaseException:
@@ -121,8 +122,17 @@ class AsyncEngine:
             raise ServerClosing("the server is shutting down: send the request to another one.")
 
     async def in_a_text_thread(self, function: Callable[[], T]) -> T:
-        """What a function returns that would keep the event loop waiting."""
-        return await self._loop.run_in_executor(self._texts, function)
+        """What a function returns that would keep the event loop waiting.
+
+        Raises EngineDead or ServerClosing if that is the case when its turn comes.
+        """
+
+        def in_its_turn() -> T:
+            self.refuse_if_closed()
+            return function()
+
+        self.refuse_if_closed()
+        return await self._loop.run_in_executor(self._texts, in_its_turn)
 
     async def between_steps(self, function: Callable[[], T]) -> T:
         """What a function returns that the engine thread calls between two steps.
@@ -158,8 +168,8 @@ class AsyncEngine:
         for stream, _ in list(self._streams.values()):
             stream.fail(ServerClosing("the server is shutting down, so the request was aborted."))
         self._inbox.put(self._stop)
-        await self._loop.run_in_executor(None, self._thread.join)
-        self._texts.shutdown(wait=False, cancel_futures=True)
+        await self._loop.run_in_executor(None, self._thread.join, SECONDS_TO_STOP)
+        self._texts.shutdown(wait=False)  # what waits there is refused when its turn comes
 
     def _deliver(self) -> None:
         """Hand all results to their streams."""
@@ -228,7 +238,11 @@ class AsyncEngine:
     def _abort(self, request_id: str) -> None:
         self._unscheduled.discard(request_id)
         self._without_tokens.discard(request_id)
-        output = self.engine.abort_request(request_id)
+        try:
+            output = self.engine.abort_request(request_id)
+        except Exception:  # the request is gone all the same, and the others go on
+            logger.exception("a part failed while a request was aborted")
+            output = None
         if output is not None:
             self._observe([Progress(request_id, [], True, lambda: output)])
 

@@ -20,6 +20,7 @@ from minipaged.errors import (
 
 logger = logging.getLogger(__name__)
 
+
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",

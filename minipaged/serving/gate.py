@@ -1,15 +1,66 @@
-"""What stands between a socket and the application: keys, and bodies that are too large or slow."""
+"""What is between a socket and the application: deadlines, keys, and the sizes of bodies."""
 
 import asyncio
+import json
 import secrets
 from collections.abc import MutableMapping
+from contextlib import suppress
 from typing import Any
+
+import h11
+from fastapi import Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minipaged.serving import errors
 from minipaged.serving.settings import ServerArgs
+from minipaged.serving.streams import ClientLeft
 
-BODY_SECONDS = 30.0  # in which a body must arrive: half a request would keep its memory for ever
+HEAD_SECONDS = 30.0  # in which the headers of a request must arrive: half of them keep a socket
+BODY_SECONDS = 30.0  # ... and its body: half a request keeps its memory
+LINGER_SECONDS = 5.0  # in which a refused body may still arrive: see `_refuse`
+MAX_BODIES = 16  # of the largest size, that may be in memory at once
 OPEN_PATHS = ("/health", "/metrics")
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, closed if a head does not arrive; invalid HTTP gets OpenAI's error."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _expect_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        elif self.conn.their_state is h11.IDLE and self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return self.transport.abort()  # the response has begun
+        body = json.dumps(errors.body(400, f"{msg} Send a valid HTTP/1.1 request.")).encode()
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+        }
+        answer = h11.Response(status_code=400, headers=list(headers.items()))
+        for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        return self.transport.close()
 
 
 class Gate:
@@ -19,30 +70,33 @@ class Gate:
         self._app = app
         self._key = None if args.api_key is None else args.api_key.strip().encode()
         self._max_bytes = args.max_body_bytes
+        self._num_bytes = 0  # of all bodies in memory
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         """Pass a request on, with its whole body, or answer it with an error."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+        chunks: list[bytes] = []
         refusal = self._wrong_key(scope)
-        messages: list[Any] = []
-        if refusal is None:
-            try:
-                refusal = await asyncio.wait_for(self._read(scope, receive, messages), BODY_SECONDS)
-            except asyncio.TimeoutError:
-                refusal = errors.response(
-                    408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds."
-                )
-        if refusal is not None:
-            refusal.headers["Connection"] = "close"  # what is left of the body is not read
-            return await refusal(scope, receive, send)
+        try:
+            if refusal is None:
+                read = self._read(dict(scope["headers"]), receive, chunks)
+                refusal = await asyncio.wait_for(read, BODY_SECONDS)
+            if refusal is not None:
+                return await self._refuse(refusal, scope, receive, send)
+            body = [b"".join(chunks)]
 
-        async def receive_again() -> Any:
-            return messages.pop(0) if messages else await receive()
+            async def receive_again() -> Any:
+                return {"type": "http.request", "body": body.pop()} if body else await receive()
 
-        return await self._app(scope, receive_again, send)
+            return await self._app(scope, receive_again, send)
+        except asyncio.TimeoutError:
+            message = f"the body did not arrive within {BODY_SECONDS:.0f} seconds."
+            return await self._refuse(errors.response(408, message), scope, receive, send)
+        except ClientLeft:
+            return None
+        finally:
+            self._num_bytes -= sum(map(len, chunks))
 
-    def _wrong_key(self, scope: MutableMapping[str, Any]) -> Any:
+    def _wrong_key(self, scope: MutableMapping[str, Any]) -> Response | None:
         if self._key is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
         headers = dict(scope["headers"])
@@ -54,19 +108,47 @@ class Gate:
         )
 
     async def _read(
-        self, scope: MutableMapping[str, Any], receive: Any, messages: list[Any]
-    ) -> Any:
-        """Read the body into messages; returns the refusal of one that is too large."""
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        num_bytes, more = 0, True
+        self, headers: dict[bytes, bytes], receive: Any, chunks: list[bytes]
+    ) -> Response | None:
+        """Read the body in chunks. Returns the refusal of one that is too large.
+
+        Raises ClientLeft.
+        """
+        num_bytes, length = 0, int(headers.get(b"content-length", b"0"))
+        more = True
         while more:
-            if max(num_bytes, int(length) if length.isdigit() else 0) > self._max_bytes:
-                return errors.response(
-                    413,
-                    f"the body has more than {self._max_bytes} bytes (max_body_bytes): send less.",
-                )
+            if max(num_bytes, length) > self._max_bytes:
+                message = f"the body has more than {self._max_bytes} bytes (max_body_bytes)"
+                return errors.response(413, f"{message}: send less.")
+            if self._num_bytes > MAX_BODIES * self._max_bytes:
+                message = f"the bodies of other requests have {self._num_bytes} bytes"
+                return errors.response(429, f"{message}: send this one again later.")
             message = await receive()
-            messages.append(message)
-            num_bytes += len(message.get("body", b""))
-            more = message.get("more_body", False)
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            chunks.append(message["body"])
+            num_bytes += len(chunks[-1])
+            self._num_bytes += len(chunks[-1])
+            more = message["more_body"]
         return None
+
+    async def _refuse(
+        self, refusal: Response, scope: MutableMapping[str, Any], receive: Any, send: Any
+    ) -> None:
+        """Answer at once, but let the body arrive: many clients read no answer before it has.
+
+        A socket closed with unread data sends a reset, which can take the answer away again.
+        """
+        refusal.headers["Connection"] = "close"
+
+        async def send_but_go_on(message: Any) -> None:
+            await send({**message, "more_body": True} if "body" in message else message)
+
+        async def discard() -> None:
+            while (await receive()).get("more_body"):
+                pass
+
+        await refusal(scope, receive, send_but_go_on)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(discard(), LINGER_SECONDS)
+        await send({"type": "http.response.body"})

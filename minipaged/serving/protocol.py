@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from minipaged.errors import InvalidOption
 from minipaged.sampling import BeamSearchParams, Params, RequestOutputKind, SamplingParams
+from minipaged.serving.bodies import Biases, Few, Items
 from minipaged.utils.not_built import by_name, refuse_not_built
 from minipaged.utils.options import shown
 
@@ -61,11 +62,12 @@ class Body(BaseModel):
 
     def refuse_what_is_not_built(self) -> None:
         """Raises InvalidOption; warns of a field that nobody knows."""
-        for name, value in (self.model_extra or {}).items():
-            if name in NOT_BUILT:
-                refuse_not_built(name, value, NOT_BUILT, ())
-            elif name not in KNOWN_AND_IGNORED:
-                _warn_of(name[:60])
+        extra = self.model_extra or {}
+        for name in NOT_BUILT.keys() & extra.keys():
+            refuse_not_built(name, extra[name], NOT_BUILT, ())
+        unknown = extra.keys() - NOT_BUILT.keys() - KNOWN_AND_IGNORED
+        if unknown:
+            _warn_of(min(unknown)[:60])
 
 
 @lru_cache(maxsize=256)
@@ -92,14 +94,14 @@ class GenerationBody(Body):
     top_k: int | None = _field("Sample from this many of the likeliest tokens.")
     min_p: float | None = _field("Sample from tokens at least this likely, relative to the best.")
     seed: int | None = _field("The same seed draws the same tokens.")
-    stop: str | list[str] | None = _field("The output ends before any of these texts.")
-    stop_token_ids: list[int] | None = _field("The output ends with any of these tokens.")
+    stop: str | Few[str] | None = _field("The output ends before any of these texts.")
+    stop_token_ids: Few[int] | None = _field("The output ends with any of these tokens.")
     presence_penalty: float | None = _field("Lowers the logit of every token in the output.")
     frequency_penalty: float | None = _field("The same, once per occurrence.")
     repetition_penalty: float | None = _field("Divides the logits of tokens that occurred.")
-    logit_bias: dict[str, float] | None = _field("Added to logits, by token id.")
-    bad_words: list[str] | None = _field("Texts that the output must not contain.")
-    allowed_token_ids: list[int] | None = _field("Only these tokens may be generated.")
+    logit_bias: Biases | None = _field("Added to logits, by token id.")
+    bad_words: Few[str] | None = _field("Texts that the output must not contain.")
+    allowed_token_ids: Items[int] | None = _field("Only these tokens may be generated.")
     min_tokens: int | None = _field("No end before this many tokens.")
     ignore_eos: bool | None = _field("Continue after the end of the text.")
     include_stop_str_in_output: bool | None = _field("Keep the stop text in the output.")
@@ -117,6 +119,11 @@ class GenerationBody(Body):
     use_beam_search: bool | None = _field("Search for the n likeliest outputs instead.")
     length_penalty: float | None = _field("Of beam search: above 0, favours long outputs.")
     user: str | None = _field("Ignored.")
+
+    @property
+    def width(self) -> int:
+        """Samples or beams per prompt, if `params` allows that many."""
+        return max(1, self.n or 1, self.best_of or 1)
 
     def length(self) -> int | None:
         """Maximum tokens to generate; None: as many as the context holds."""
@@ -190,11 +197,19 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | Items[str] | Items[int] | Items[Items[int]] = Field(
         description="Text or token ids; one prompt or several."
     )
     echo: bool | None = _field("Begin the output with the prompt.")
     logprobs: int | None = _field("Report this many of the likeliest tokens.")
+
+    @property
+    def prompts(self) -> list[Any]:
+        """One or several, each a text or a list of token ids. Raises InvalidOption for none."""
+        if self.prompt == []:
+            raise InvalidOption("prompt is an empty list: give at least one.", "prompt")
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else list(self.prompt)
 
     def length(self) -> int:
         """16 unless it is given. 0 only scores a prompt: one token is generated and not shown."""
@@ -226,11 +241,11 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[Items[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = _field("Has precedence over max_tokens.")
     logprobs: bool | None = _field("Report log-probabilities.")
     top_logprobs: int | None = _field("... of this many of the likeliest tokens.")
-    tools: list[dict[str, Any]] | None = _field("Given to the chat template.")
+    tools: Items[dict[str, Any]] | None = _field("Given to the chat template.")
     add_generation_prompt: bool | None = _field("Open the assistant's turn; true by default.")
     continue_final_message: bool | None = _field("Continue the last message instead.")
     chat_template: str | None = _field("A template for this request; refused unless trusted.")
@@ -261,16 +276,16 @@ class TokenizeBody(Body):
 
     model: str | None = _field("The name of the model that the server runs.")
     prompt: str | None = _field("A text.")
-    messages: list[dict[str, Any]] | None = _field("A chat.")
+    messages: Items[dict[str, Any]] | None = _field("A chat.")
     add_special_tokens: bool | None = _field("Whether the tokenizer adds its own tokens.")
     add_generation_prompt: bool | None = _field("Open the assistant's turn; true by default.")
     continue_final_message: bool | None = _field("Continue the last message instead.")
     chat_template_kwargs: dict[str, Any] | None = _field("More for the chat template to read.")
-    tools: list[dict[str, Any]] | None = _field("Given to the chat template.")
+    tools: Items[dict[str, Any]] | None = _field("Given to the chat template.")
 
 
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = _field("The name of the model that the server runs.")
-    tokens: list[int] = Field(description="Token ids.")
+    tokens: Items[int] = Field(description="Token ids.")

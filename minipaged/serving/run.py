@@ -1,7 +1,10 @@
 """The server's life: from the first socket to the last response."""
 
 import asyncio
+import gc
+import os
 import signal
+import socket
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from minipaged.errors import InvalidOption
 from minipaged.llm import LLM
 from minipaged.serving.api_server import build_app
 from minipaged.serving.async_engine import AsyncEngine
-from minipaged.serving.gate import Gate
+from minipaged.serving.gate import Connection, Gate
 from minipaged.serving.live_pages import LivePages
 from minipaged.serving.live_view import LiveView
 from minipaged.serving.metrics import Metrics
@@ -23,7 +26,8 @@ from minipaged.serving.service import Service
 from minipaged.serving.settings import ServerArgs
 from minipaged.tracing.events import EventLog
 
-LAST_WORDS = 2.0  # seconds in which a dead engine still answers 503
+LAST_WORDS = 2.0  # seconds: a dead engine still answers 503, and slow clients may still read
+OPEN_FILES = 2**16  # each connection is one
 
 
 def serve(llm: LLM, args: ServerArgs, log: EventLog | None = None) -> int:
@@ -32,14 +36,49 @@ def serve(llm: LLM, args: ServerArgs, log: EventLog | None = None) -> int:
     Args:
         log: what the live view listens to; the parts of the engine are `traced` with it.
 
-    Raises InvalidOption for `viz` without a log.
+    Raises InvalidOption for `viz` without a log, and for an address that cannot be listened on.
     """
     if args.viz and log is None:
         raise InvalidOption("viz needs the EventLog that the engine is traced with.", "viz")
-    return asyncio.run(_serve(llm, args, log if args.viz else None))
+    sockets = _listen(args.host, args.port)
+    _allow_open_files()
+    gc.collect()
+    gc.freeze()  # what is there stays: each full collection would stop all threads for its sake
+    gc.set_threshold(50_000, 20, 20)  # a body of a million lists needs no 1,400 collections
+    return asyncio.run(_serve(llm, args, log if args.viz else None, sockets))
 
 
-async def _serve(llm: LLM, args: ServerArgs, log: EventLog | None) -> int:
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """One socket for each address that the host has."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = dict.fromkeys((family, address[:2]) for family, _, _, _, address in found)
+        each = list(addresses) if port else list(addresses)[:1]  # a free port is free on one
+        return [
+            socket.create_server(address, family=family, backlog=2048) for family, address in each
+        ]
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidOption(
+            f"the server cannot listen on port {port} of {host} ({reason}): choose another port, "
+            "or host.",
+            "port",
+        ) from error
+
+
+def _allow_open_files() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
+
+
+async def _serve(
+    llm: LLM, args: ServerArgs, log: EventLog | None, sockets: list[socket.socket]
+) -> int:
     name = args.served_model_name or str(llm.args.model)
     metrics = Metrics(name, llm.engine)
     llm.engine.listeners.append(metrics.note_step)
@@ -64,45 +103,54 @@ async def _serve(llm: LLM, args: ServerArgs, log: EventLog | None) -> int:
         )
     if view is not None:  # outside of CORS: no other website reads it
         app = LivePages(app, view, engine, name, args.api_key)
-    server = Server(app, args, ready=f"minipaged serves {name}")
-    serving = asyncio.create_task(server.serve())
+    server = Server(app, ready=f"minipaged serves {name}")
+    serving = asyncio.create_task(server.serve(sockets))
     died = asyncio.create_task(engine.died.wait())
     stopping = asyncio.create_task(server.stopping.wait())
     await asyncio.wait([serving, died, stopping], return_when=asyncio.FIRST_COMPLETED)
     if engine.error is not None:
         await asyncio.sleep(LAST_WORDS)
     else:
-        await engine.close(0 if server.force_exit else args.grace)
+        await engine.close(args.grace)
     server.should_exit = True
     await serving
-    return int(engine.error is not None or not server.started)
+    return int(engine.error is not None)
 
 
 class Server(uvicorn.Server):
     """uvicorn, told to stop only when the engine has: until then it answers 503."""
 
-    def __init__(self, app: Any, args: ServerArgs, ready: str) -> None:
+    def __init__(self, app: Any, ready: str) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                host=args.host,
-                port=args.port,
+                http=Connection,
+                ws="none",
                 log_level="warning",
                 access_log=False,
                 backlog=2048,
                 lifespan="off",
-                timeout_graceful_shutdown=5,
             )
         )
         self.stopping = asyncio.Event()
         self._ready = ready
 
-    async def startup(self, sockets: Any = None) -> None:
-        """Print the ready line as soon as the socket listens."""
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Print the ready line as soon as the sockets listen."""
         await super().startup(sockets)
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(f"{self._ready} on http://{host}:{port}; press Ctrl-C to stop.", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close idle connections at once, and those of clients that do not read a little later."""
+        asyncio.get_running_loop().call_later(LAST_WORDS, self._drop_connections)
+        await super().shutdown(sockets)
+
+    def _drop_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -122,5 +170,5 @@ class Server(uvicorn.Server):
     def _stop(self) -> None:
         if self.stopping.is_set():
             print("minipaged: stopping at once.", file=sys.stderr, flush=True)
-            sys.exit(1)
+            os._exit(1)  # an orderly end would wait for the threads
         self.stopping.set()

@@ -3,17 +3,16 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from minipaged.engine.arrivals import CheckedRequest, check_request
-from minipaged.errors import InvalidOption, InvalidRequest, MissingTokenizer
+from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.llm import LLM
-from minipaged.sampling import BeamSearchParams, Params
+from minipaged.sampling import Params
 from minipaged.serving.async_engine import AsyncEngine
 from minipaged.serving.chat_reply import ChatReply
 from minipaged.serving.completion_reply import CompletionReply
@@ -23,7 +22,7 @@ from minipaged.serving.settings import ServerArgs
 from minipaged.serving.streams import ClientLeft, Stream
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_prompt import chat_prompt
-from minipaged.tokenizer.prompts import Prompt, list_prompts
+from minipaged.tokenizer.prompts import Prompt
 
 
 class Service:
@@ -54,19 +53,19 @@ class Service:
 
     async def complete(self, http: Request, body: CompletionBody) -> Response:
         """Continue one prompt or several."""
-        prompts = list_prompts(body.prompt)
-        if not prompts:
-            raise InvalidOption("prompt is an empty list: give at least one.", "prompt")
 
-        def check(params: Params) -> list[CheckedRequest]:
-            return [self._check(self._completion_prompt(body, each), params) for each in prompts]
+        def check() -> list[CheckedRequest]:
+            params = body.params(self._sampling_defaults)
+            prompts = (self._completion_prompt(body, each) for each in body.prompts)
+            return [self._check(prompt, params) for prompt in prompts]
 
-        return await self._answer(http, body, CompletionReply, check, len(prompts))
+        return await self._answer(http, body, CompletionReply, check, len(body.prompts))
 
     async def chat(self, http: Request, body: ChatBody) -> Response:
         """Write the next turn of a conversation."""
 
-        def check(params: Params) -> list[CheckedRequest]:
+        def check() -> list[CheckedRequest]:
+            params = body.params(self._sampling_defaults)
             return [self._check({**self.chat_prompt(body), "cache_salt": body.cache_salt}, params)]
 
         return await self._answer(http, body, ChatReply, check, 1)
@@ -116,19 +115,18 @@ class Service:
         http: Request,
         body: GenerationBody,
         kind: Callable[..., Reply[Any]],
-        check: Callable[[Params], Sequence[CheckedRequest]],
+        check: Callable[[], list[CheckedRequest]],
         num_prompts: int,
     ) -> Response:
         """Serve the prompts of a body until they have finished, or until the client has left."""
         self.refuse_other_model(body.model)
-        params = body.params(self._sampling_defaults)
         reply = kind(
             body.request_id or uuid.uuid4().hex, self.name, body, self.llm.engine.tokenizer
         )
-        width = params.beam_width if isinstance(params, BeamSearchParams) else params.num_samples
-        stream = await self.engine.serve(partial(check, params), width * num_prompts)
+        arrival = time.monotonic()
+        stream = await self.engine.serve(check, body.width * num_prompts)
         if self.args.request_timeout is not None:
-            stream.fail_after(self.args.request_timeout)
+            stream.fail_after(self.args.request_timeout, time.monotonic() - arrival)
         watcher = asyncio.create_task(_watch(http, stream))
         is_handed_over = False
         try:

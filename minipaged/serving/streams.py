@@ -6,7 +6,7 @@ from enum import Enum
 
 from minipaged.engine.arrivals import CheckedRequest
 from minipaged.engine.outputs import Progress, RequestOutput
-from minipaged.errors import QueueFull
+from minipaged.errors import InvalidRequest, QueueFull
 from minipaged.utils.counts import counted
 
 
@@ -101,6 +101,8 @@ class Stream:
             self._unread[index] = result if unread is None else result.after(unread)
             if result.finished:
                 self._not_finished.discard(index)
+                if not self._not_finished:
+                    self._stop_timer()  # it has not taken too long, even if its reader does
         return self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -109,18 +111,21 @@ class Stream:
         self.close()
         self._wake()
 
-    def fail_after(self, seconds: float) -> None:
-        """Abort what has not finished by then."""
+    def fail_after(self, seconds: float, passed: float = 0.0) -> None:
+        """Abort what has not finished by then; `passed` seconds of them are over."""
         error = TimeoutError(f"the request took longer than {seconds} seconds and was aborted.")
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, error)
+        self._timer = asyncio.get_running_loop().call_later(seconds - passed, self.fail, error)
 
     def close(self) -> None:
         """Abort what has not finished."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timer()
         for index, request_id in enumerate(self.request_ids):
             self._abort(request_id)
             self._leave_queue(index)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _leave_queue(self, index: int) -> None:
         if index in self._not_scheduled:
@@ -145,7 +150,12 @@ class Queue:
         self.num_requests = self.num_tokens = 0
 
     def enter(self, num_requests: int) -> None:
-        """Raises QueueFull."""
+        """Raises QueueFull, or InvalidRequest for more than can ever wait."""
+        if num_requests > self.max_requests:
+            raise InvalidRequest(
+                f"the request has {counted(num_requests, 'sequence')} (samples or beams of its "
+                f"prompts), and at most {self.max_requests} may wait (max_queued): ask for fewer."
+            )
         if self.num_requests + num_requests > self.max_requests:
             raise QueueFull(
                 f"{counted(self.num_requests, 'request')} of at most {self.max_requests} are "
@@ -155,8 +165,13 @@ class Queue:
         self.num_requests += num_requests
 
     def add_tokens(self, num_tokens: int) -> None:
-        """Count the prompts of what has entered. Raises QueueFull."""
+        """Count the prompts of what has entered. Raises QueueFull or InvalidRequest, as enter."""
         most = self.max_tokens
+        if most is not None and num_tokens > most:
+            raise InvalidRequest(
+                f"the prompts have {counted(num_tokens, 'token')}, and at most {most} may wait "
+                "(max_queued_tokens): send fewer or shorter ones."
+            )
         if most is not None and self.num_tokens + num_tokens > most:
             raise QueueFull(
                 f"prompts of {counted(self.num_tokens, 'token')} are waiting, and with the "

@@ -1,8 +1,10 @@
 """Real server processes for tests, on free ports of the loopback interface."""
 
+import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,10 +81,55 @@ class Running:
             time.sleep(0.05)
         raise AssertionError(f"the server is not idle: {found}")
 
-    def stop(self) -> int:
-        """Send SIGTERM; returns the exit code."""
-        self.process.send_signal(signal.SIGTERM)
+    def connect(self, receive_buffer: int | None = None) -> socket.socket:
+        """A connection on which a test may send what it likes."""
+        connection = socket.socket()
+        if receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", self.port))
+        return connection
+
+    def send_raw(self, data: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (names in lower case) and body of what answers these bytes."""
+        with self.connect() as connection:
+            connection.sendall(data)
+            return read_response(connection)
+
+    def resources(self) -> tuple[int, int]:
+        """How many files and threads the process has open (on Linux; else always the same)."""
+        proc = Path(f"/proc/{self.process.pid}")
+        if not proc.exists():
+            return 0, 0
+        return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal; returns the exit code."""
+        self.process.send_signal(how)
         return self.process.wait(60)
+
+
+def raw_request(
+    path: str, body: object, *, method: str = "POST", length: int | None = None, **headers: str
+) -> bytes:
+    """The bytes of a request; `length` is what its Content-Length says, if that is a lie."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    named = {
+        "Host": "localhost",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(data) if length is None else length),
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in named.items())
+    return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + data
+
+
+def read_response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers (names in lower case) and body, which must have a Content-Length."""
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return response.status, headers, response.read()
 
 
 @contextmanager
