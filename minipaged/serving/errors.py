@@ -11,6 +11,7 @@ from minipaged.errors import (
     EngineDead,
     InvalidOption,
     InvalidRequest,
+    MinipagedError,
     MissingTokenizer,
     PromptTooLong,
     QueueFull,
@@ -19,6 +20,12 @@ from minipaged.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+class UnknownModel(MinipagedError):
+    """A model that this server does not serve."""
+
+    param = "model"
 
 
 TYPES = {
@@ -39,12 +46,17 @@ STATUS: dict[type[Exception], int] = {
     InvalidRequest: 400,
     MissingTokenizer: 400,
     CheckpointError: 400,  # of a chat without a template
+    UnknownModel: 404,
     QueueFull: 429,
     TimeoutError: 504,
     EngineDead: 503,
     ServerClosing: 503,
     RequestFailed: 500,
 }
+
+
+CODES = {PromptTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
+"""What OpenAI's clients look for; other errors have their status as a code."""
 
 
 def body(status: int, message: str, param: str | None = None, code: Any = None) -> dict[str, Any]:
@@ -68,7 +80,7 @@ def describe(error: Exception) -> tuple[int, str, str | None, Any]:
     """Status, message, parameter and code; what is a fault of the server's is logged."""
     for kind, status in STATUS.items():
         if isinstance(error, kind):
-            code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+            code = next((code for k, code in CODES.items() if isinstance(error, k)), None)
             return status, str(error), getattr(error, "param", None), code
     logger.error("a request has failed", exc_info=error)
     return 500, f"the server failed at this request ({type(error).__name__}).", None, None

@@ -38,9 +38,11 @@ NOT_BUILT = by_name({
 
 KNOWN_AND_IGNORED = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
+    "no_stop_trim", "return_hidden_states", "separate_reasoning", "stream_reasoning",
+    "include_reasoning",
     "prompt_cache_key", "reasoning_effort", "verbosity", "tool_choice",
 }  # fmt: skip
-"""Fields of OpenAI's that change nothing here."""
+"""Fields of OpenAI's, and of routers, that change nothing here."""
 
 SAMPLING = (
     *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
@@ -174,9 +176,9 @@ class GenerationBody(Body):
 
     def _beams(self, logprobs: int | None, prompt_logprobs: int | None) -> BeamSearchParams:
         honoured = {"n", "temperature", "ignore_eos"}
-        asked = [
-            name for name in SAMPLING if getattr(self, name) is not None and name not in honoured
-        ]
+        usual = SamplingParams()
+        given = [(name, getattr(self, name)) for name in SAMPLING if name not in honoured]
+        asked = [n for n, value in given if value is not None and value != getattr(usual, n)]
         asked += ["logprobs"] * (logprobs is not None)
         asked += ["prompt_logprobs"] * (prompt_logprobs is not None)
         if asked:

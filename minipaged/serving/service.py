@@ -6,13 +6,14 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from fastapi import HTTPException, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from minipaged.engine.arrivals import CheckedRequest, check_request
 from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.llm import LLM
 from minipaged.sampling import Params
+from minipaged.serving import errors
 from minipaged.serving.async_engine import AsyncEngine
 from minipaged.serving.chat_reply import ChatReply
 from minipaged.serving.completion_reply import CompletionReply
@@ -43,10 +44,10 @@ class Service:
         return self.llm.engine.tokenizer
 
     def refuse_other_model(self, name: str | None) -> None:
-        """Raise HTTPException, 404, for a model that is not served."""
+        """Raises UnknownModel."""
         if name is not None and name != self.name:
-            raise HTTPException(
-                404, f"the model {name[:100]!r} is not served here: the name is {self.name!r}."
+            raise errors.UnknownModel(
+                f"the model {name[:100]!r} is not served here: the name is {self.name!r}."
             )
 
     # ---- from a body to checked requests, in a thread for texts --------------------------------

@@ -196,7 +196,9 @@ def _read_message(turn: Any) -> dict[str, Any]:
         content = turn.get("content")
         if isinstance(content, list) and all(_is_text(part) for part in content):
             content = "\n".join(part["text"] for part in content)
-        if isinstance(content, str) or (content is None and turn.get("tool_calls")):
+        if content is None and turn.get("tool_calls"):
+            content = ""  # templates add text to it
+        if isinstance(content, str):
             with suppress(Exception):  # keys and values of others, which may fail as they like
                 return json.loads(json.dumps({**turn, "content": content}, default=str))
     raise InvalidRequest(

@@ -65,6 +65,13 @@ def test_content_may_come_in_parts(server):
     assert "no message of a chat" in error["message"]
 
 
+def test_a_turn_that_only_called_tools_has_no_content(server):
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    turns = [{"role": "assistant", "content": None, "tool_calls": [call]}, *MESSAGES]
+    empty = [{"role": "assistant", "content": ""}, *MESSAGES]
+    assert chat(server, messages=turns)["choices"] == chat(server, messages=empty)["choices"]
+
+
 def test_a_control_token_in_a_message_stays_text(server):
     plain = server.post("/tokenize", {"messages": MESSAGES})[1]["count"]
     told = [{"role": "user", "content": MESSAGES[0]["content"] + "<|endoftext|>"}]
