@@ -27,6 +27,16 @@ class InvalidRequest(MinipagedError, ValueError):
 class PromptTooLong(InvalidRequest):
     """The prompt does not fit: into the model's context, into the pool, or into one step."""
 
+    @classmethod
+    def in_context(cls, length: int, max_model_len: int) -> "PromptTooLong":
+        """A prompt of so many tokens leaves no room for output."""
+        over = length - max_model_len + 1
+        return cls(
+            f"the prompt has {length} tokens, and prompt and output together may have "
+            f"{max_model_len} (max_model_len). Shorten the prompt by {over} "
+            f"token{'s' if over > 1 else ''}, or raise max_model_len if the model allows."
+        )
+
 
 class RequestFailed(MinipagedError):
     """The code that samples for one request, or writes its text, raised; all others go on.

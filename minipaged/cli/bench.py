@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from minipaged.cli.bench_options import DType, Save, choose, choose_context, report
-from minipaged.cli.bench_serve import serve
+from minipaged.cli.bench_serve import health, serve
 from minipaged.cli.options import AsJson, BlockSize, Device, Seed
 from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 
 app = typer.Typer(help="Run the benchmarks that the documentation quotes.", rich_markup_mode=None)
 app.command()(serve)
+app.command()(health)
 
 
 @app.callback(invoke_without_command=True)

@@ -116,6 +116,29 @@ def serve(
     return _load(context, options, workload, rates)
 
 
+@takes_engine_options()
+def health(
+    *,
+    num_streams: Annotated[int, typer.Option(help="Streams beside which it works.", min=0)] = 32,
+    num_bodies: Annotated[int, typer.Option(help="Large bodies of each kind.", min=1)] = 8,
+    save: Save = None,
+    as_json: AsJson = False,
+    options: dict[str, Any],
+) -> None:
+    """How long /health takes while a server reads bodies of 1 MB."""
+    from minipaged.evaluation.bench import serve_health
+    from minipaged.evaluation.bench.serve_process import running_server
+
+    with running_server(options) as target:
+        rows = serve_health.measure(target, num_streams, num_bodies)
+    found = {"rows": [asdict(row) for row in rows]}
+    note = (
+        f"{num_streams} streams at the same time. The slowest percent should take less than "
+        f"{serve_health.BOUND_MS:.0f} ms."
+    )
+    _report(found, [serve_health.as_table(rows)], note, _machine(options), save, as_json)
+
+
 # ---- what is run ---------------------------------------------------------------------------------
 
 

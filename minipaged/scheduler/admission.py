@@ -6,7 +6,6 @@ from minipaged.config import EngineConfig
 from minipaged.errors import InvalidRequest, PromptTooLong
 from minipaged.memory import Memory
 from minipaged.sequence import Sequence, SequenceGroup
-from minipaged.utils.counts import counted
 
 
 def reject_what_can_never_run(group: SequenceGroup, memory: Memory, config: EngineConfig) -> None:
@@ -20,12 +19,7 @@ def reject_what_can_never_run(group: SequenceGroup, memory: Memory, config: Engi
         return
     length = group.sequences[0].num_tokens
     if length >= config.max_model_len:
-        over = length - config.max_model_len + 1
-        raise PromptTooLong(
-            f"the prompt has {counted(length, 'token')}, and prompt and output together may have "
-            f"{config.max_model_len} (max_model_len). Shorten the prompt by "
-            f"{counted(over, 'token')}, or raise max_model_len if the model allows."
-        )
+        raise PromptTooLong.in_context(length, config.max_model_len)
     if not memory.fits(group):
         raise PromptTooLong(memory.explain_rejection(group))
     if group.num_batch_slots > config.max_num_seqs:

@@ -112,7 +112,7 @@ class Endpoints:
     async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
         """The text of tokens."""
         self._service.refuse_other_model(body.model)
-        decode = partial(self._service.tokenizer.decode, body.tokens)
+        decode = partial(self._service.decode, body.tokens)
         return {"prompt": await self._engine.in_a_text_thread(decode)}
 
     async def health(self) -> Response:

@@ -24,6 +24,7 @@ from minipaged.serving.streams import ClientLeft, Stream
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_prompt import chat_prompt
 from minipaged.tokenizer.prompts import Prompt
+from minipaged.utils.options import shown
 
 
 class Service:
@@ -49,6 +50,16 @@ class Service:
             raise errors.UnknownModel(
                 f"the model {name[:100]!r} is not served here: the name is {self.name!r}."
             )
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of tokens. Raises InvalidRequest for an id that no token has."""
+        known = self.tokenizer.vocabulary
+        for token_id in token_ids:
+            if token_id not in known:
+                raise InvalidRequest(
+                    f"tokens has {shown(token_id)}, which no token of the model has."
+                )
+        return self.tokenizer.decode(token_ids)
 
     # ---- from a body to checked requests, in a thread for texts --------------------------------
 

@@ -48,8 +48,8 @@ def read_prompt(
 
     Raises:
         InvalidRequest: it is no prompt, or an empty one.
-        PromptTooLong: it is text that has `max_model_len` tokens or more, however it is encoded;
-            not if this is None.
+        PromptTooLong: it has `max_model_len` tokens or more, for text however it is encoded; not
+            if this is None.
         MissingTokenizer: it is text, and the model has no tokenizer.
     """
     salt = None
@@ -62,7 +62,8 @@ def read_prompt(
                 )
         salt = _read_salt(prompt.get("cache_salt"))
         if "prompt_token_ids" in prompt:
-            text, ids = prompt.get("prompt"), _read_token_ids(prompt["prompt_token_ids"])
+            ids = _read_token_ids(prompt["prompt_token_ids"], max_model_len)
+            text = prompt.get("prompt")
             if text is not None and not isinstance(text, str):
                 raise InvalidRequest(
                     f"a prompt's text is {shown(text)}: give a string, or leave it out."
@@ -70,7 +71,7 @@ def read_prompt(
             return TokenizedPrompt(text, ids, salt)
         prompt = prompt.get("prompt")
     if not isinstance(prompt, str):
-        return TokenizedPrompt(None, _read_token_ids(prompt), salt)
+        return TokenizedPrompt(None, _read_token_ids(prompt, max_model_len), salt)
     if tokenizer is None:
         raise MissingTokenizer(
             "the prompt is text, but the model's folder holds no tokenizer, or it was left out "
@@ -100,8 +101,10 @@ def _read_salt(salt: Any) -> str | None:
     return salt
 
 
-def _read_token_ids(prompt: Any) -> list[int]:
+def _read_token_ids(prompt: Any, max_model_len: int | None) -> list[int]:
     token_ids = _as_list(prompt)
+    if max_model_len is not None and len(token_ids) >= max_model_len:
+        raise PromptTooLong.in_context(len(token_ids), max_model_len)  # before a look at each
     for token_id in token_ids:
         if not _is_token_id(token_id):
             raise InvalidRequest(

@@ -20,6 +20,7 @@ from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench import serve_fig12 as fig12
 from minipaged.evaluation.bench.serve import How, run_once
 from minipaged.evaluation.bench.serve_client import UNFINISHED, Client, Served, run_load
+from minipaged.evaluation.bench.serve_health import large_bodies
 from minipaged.evaluation.bench.serve_http import Connection, ServerUnusable, Target, ask_for_model
 from minipaged.evaluation.bench.serve_load import LoadRequest, Workload
 from minipaged.evaluation.bench.serve_offline import WrongTokens, check_tokens
@@ -650,3 +651,14 @@ def test_the_wall_clock_of_a_run_is_its_own(server):
     assert row.num_served == 2
     assert row.client_cpu_seconds > 0
     assert [len(each.token_ids) for each in results] == [3, 3]
+
+
+@pytest.mark.full
+def test_health_is_asked_for_beside_each_kind_of_large_body(capsys, monkeypatch):
+    code, out, _ = minipaged(
+        capsys, monkeypatch, "bench", "health", "--num-streams", "2", "--num-bodies", "1", "--json"
+    )
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [row["beside"] for row in rows] == list(large_bodies())
+    assert all(0 < row["median_ms"] <= row["p99_ms"] for row in rows)
