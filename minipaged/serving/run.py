@@ -40,7 +40,7 @@ def serve(llm: LLM, args: ServerArgs, log: EventLog | None = None) -> int:
     """
     if args.viz and log is None:
         raise InvalidOption("viz needs the EventLog that the engine is traced with.", "viz")
-    sockets = _listen(args.host, args.port)
+    sockets = listen(args.host, args.port)
     _allow_open_files()
     gc.collect()
     gc.freeze()  # what is there stays: each full collection would stop all threads for its sake
@@ -48,8 +48,8 @@ def serve(llm: LLM, args: ServerArgs, log: EventLog | None = None) -> int:
     return asyncio.run(_serve(llm, args, log if args.viz else None, sockets))
 
 
-def _listen(host: str, port: int) -> list[socket.socket]:
-    """One socket for each address that the host has."""
+def listen(host: str, port: int) -> list[socket.socket]:
+    """One socket for each address that the host has. Raises InvalidOption."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         addresses = dict.fromkeys((family, address[:2]) for family, _, _, _, address in found)
