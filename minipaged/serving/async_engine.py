@@ -14,6 +14,7 @@ output of its request.
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -214,6 +215,8 @@ class AsyncEngine:
                     urgent = [each for each in progresses if self._is_urgent(each)]
                     results = [(each.request_id, each.error or each) for each in progresses]
                     self._leave(results, at_once=bool(urgent) or not self._interval)
+                    if urgent:  # the event loop is awake, and waits for the interpreter's lock
+                        time.sleep(0)
         except BaseException as error:
             logger.critical("the engine is dead", exc_info=error)
             self.error = error
