@@ -393,8 +393,8 @@ print(f"beside a client who reads nothing, 8 tokens took {1000 * quick.times[-1]
 #
 # The careless server computes all 200 tokens. Thirty-two clients wait several times as long as one,
 # because 32 prompts have to be computed, but not 32 times as long: several prompts share a step. Of
-# forty clients, those beyond the limit are refused at once, with status 429. It may be more than 24,
-# because all who arrive within one step wait for its end.
+# forty clients, those beyond the limit are refused at once, with status 429. That may be more than
+# 24, because all who arrive within one step wait for its end.
 #
 # </details>
 #
