@@ -26,7 +26,7 @@ def with_gate(test: Callable[[int], Awaitable[None]], app=echo, **args) -> None:
     """Run a test with the port of a server that has nothing but a gate and an application."""
 
     async def serve() -> None:
-        sockets = run._listen("127.0.0.1", 0)
+        sockets = run.listen("127.0.0.1", 0)
         server = run.Server(Gate(app, ServerArgs(**args)), ready="ready")
         serving = asyncio.create_task(server.serve(sockets))
         try:
