@@ -119,13 +119,15 @@ def serve(
 @takes_engine_options()
 def health(
     *,
-    num_streams: Annotated[int, typer.Option(help="Streams beside which it works.", min=0)] = 32,
+    num_streams: Annotated[
+        int, typer.Option(help="Streams that run at the same time.", min=0)
+    ] = 32,
     num_bodies: Annotated[int, typer.Option(help="Large bodies of each kind.", min=1)] = 8,
     save: Save = None,
     as_json: AsJson = False,
     options: dict[str, Any],
 ) -> None:
-    """How long /health takes while a server reads bodies of 1 MB."""
+    """How long /health takes while a server handles bodies of 1 MB."""
     from minipaged.evaluation.bench import serve_health
     from minipaged.evaluation.bench.serve_process import running_server
 

@@ -27,7 +27,7 @@ from minipaged.tracing.events import Event, EventLog
 from minipaged.tracing.trace_file import TraceFile
 
 PARTS = {**LIBRARY_PARTS, "router": "minipaged.labs.routing.router.PrefixRouter"}
-"""A router is no part of an engine: it stands before several."""
+"""A router is no part of an engine: it distributes requests among several."""
 CALLS = pytest.StashKey[CallLog]()
 
 

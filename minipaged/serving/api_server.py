@@ -52,7 +52,7 @@ def build_app(service: Service, metrics: Metrics) -> FastAPI:
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
-    """An error in OpenAI's form, whoever has raised it."""
+    """Any error, in OpenAI's form."""
     if isinstance(error, HTTPException):
         return errors.response(error.status_code, str(error.detail))
     if isinstance(error, RequestValidationError):

@@ -7,8 +7,8 @@
 Only the engine thread calls the engine. Between two steps it does what the inbox asks for. After a
 step it leaves the results for the event loop. It wakes the loop for what cannot wait: first tokens,
 ends and errors; for the rest, the loop looks every `interval` seconds. Results that have not been
-read are merged with later ones, so a slow reader delays nobody, and costs no more memory than the
-output of its request.
+read are merged with later ones, so a slow reader delays no other request, and costs no more memory
+than the output of its own.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class AsyncEngine:
     later one, and `died` is set.
 
     Args:
-        engine: nobody else may call it from now on.
+        engine: no other thread may call it from now on.
         max_queued: requests that may wait to be scheduled; each sample counts.
         max_queued_tokens: tokens that their prompts may have together; None: any number.
         interval: seconds; tokens that come faster are delivered together. 0: after every step.
@@ -146,7 +146,7 @@ class AsyncEngine:
         return await asyncio.wrap_future(future)
 
     def abort(self, request_id: str) -> None:
-        """End a request that nobody reads any more; one that has ended is left as it is."""
+        """End a request that has no reader any more, unless it has ended."""
         if self._streams.pop(request_id, None) is not None:
             self._inbox.put(partial(self._abort, request_id))
 

@@ -1,6 +1,6 @@
 """The live view over HTTP: /viz is its page, /viz/events what happens (server-sent events).
 
-Access: if the server has an API key, whoever sends it, as a header or, since a browser's
+Access: if the server has an API key, clients that send it, as a header or, since a browser's
 EventSource sends none, as `/viz?key=...`. Otherwise only clients on this machine, and only by a
 loopback name: a website could point its own name here (DNS rebinding) and read the answer in a
 visitor's browser.
@@ -91,7 +91,7 @@ class EventStream(StreamingResponse):
 
 
 def refuse_viewer(scope: MutableMapping[str, Any], key: bytes | None) -> Response | None:
-    """The response to somebody who may not watch; None if they may."""
+    """The response to a client that may not watch; None if it may."""
     headers = dict(scope["headers"])
     if key is not None:
         scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")

@@ -3,8 +3,8 @@
     engine thread    events of a step --> Step --> ring of the last steps
     event loop       each viewer: snapshot, then read the ring about ten times per second
 
-The engine never waits for a viewer, and nobody is woken: viewers look by themselves. One that is so
-slow that the ring has lost what it needs next begins again with a snapshot. While nobody watches,
+The engine never waits for a viewer, and wakes none: each viewer polls. One that is so
+slow that the ring has lost what it needs next begins again with a snapshot. Without a viewer,
 nothing is listened to and nothing is kept.
 """
 
@@ -53,7 +53,7 @@ class LiveView:
 
     Args:
         engine: its parts are `traced` with the log.
-        log: listened to while somebody watches.
+        log: listened to while there is a viewer.
     """
 
     def __init__(self, engine: LLMEngine, log: EventLog) -> None:
@@ -137,7 +137,7 @@ class LiveView:
                         yield b": still here\n\n"
                     await asyncio.sleep(SECONDS_TO_LOOK)
         except (EngineDead, ServerClosing):
-            pass
+            pass  # the stream ends, and the page tries to connect again
         finally:
             self.num_viewers -= 1
 

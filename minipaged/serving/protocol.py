@@ -1,7 +1,7 @@
 """What clients send: the requests of OpenAI's protocol, with vLLM's extra fields.
 
-A field that is null has its default. A field that asks for what is not built is refused; one that
-nobody knows is ignored, with one warning in the log.
+A field that is null has its default. A field that asks for what is not built is refused. An unknown
+field is ignored, with one warning in the log.
 """
 
 import logging
@@ -40,7 +40,7 @@ KNOWN_AND_IGNORED = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
     "no_stop_trim", "return_hidden_states", "separate_reasoning", "stream_reasoning",
     "include_reasoning",
-    "prompt_cache_key", "reasoning_effort", "verbosity", "tool_choice",
+    "prompt_cache_key", "reasoning_effort", "verbosity",
 }  # fmt: skip
 """Fields of OpenAI's, and of routers, that change nothing here."""
 
@@ -63,7 +63,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     def refuse_what_is_not_built(self) -> None:
-        """Raises InvalidOption; warns of a field that nobody knows."""
+        """Raises InvalidOption; warns of an unknown field."""
         extra = self.model_extra or {}
         for name in NOT_BUILT.keys() & extra.keys():
             refuse_not_built(name, extra[name], NOT_BUILT, ())
@@ -116,7 +116,7 @@ class GenerationBody(Body):
     response_format: dict[str, Any] | None = _field('Only {"type": "text"}.')
     cache_salt: str | None = _field("Only prompts with the same salt share cached blocks.")
     add_special_tokens: bool | None = _field("Whether the tokenizer adds its own tokens.")
-    return_token_ids: bool | None = _field("Report token ids beside the text.")
+    return_token_ids: bool | None = _field("Report token ids in addition to the text.")
     request_id: str | None = _field("Becomes part of the response's id.")
     use_beam_search: bool | None = _field("Search for the n likeliest outputs instead.")
     length_penalty: float | None = _field("Of beam search: above 0, favours long outputs.")

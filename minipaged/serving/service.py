@@ -148,7 +148,7 @@ class Service:
                 return EventStream(reply.events(stream), stream, watcher)
             return JSONResponse(await reply.whole(stream))
         except ClientLeft:
-            return Response(status_code=499)  # nginx's code; nobody reads it
+            return Response(status_code=499)  # nginx's code, for its log: the client has left
         finally:
             if not is_handed_over:
                 watcher.cancel()

@@ -654,11 +654,11 @@ def test_the_wall_clock_of_a_run_is_its_own(server):
 
 
 @pytest.mark.full
-def test_health_is_asked_for_beside_each_kind_of_large_body(capsys, monkeypatch):
+def test_health_is_measured_with_each_kind_of_large_body(capsys, monkeypatch):
     code, out, _ = minipaged(
         capsys, monkeypatch, "bench", "health", "--num-streams", "2", "--num-bodies", "1", "--json"
     )
     assert code == 0
     rows = json.loads(out)["rows"]
-    assert [row["beside"] for row in rows] == list(large_bodies())
+    assert [row["handles"] for row in rows] == list(large_bodies())
     assert all(0 < row["median_ms"] <= row["p99_ms"] for row in rows)

@@ -3,24 +3,12 @@
 import pytest
 from servers import Running, running
 
-from minipaged import LLM, SamplingParams
+from minipaged import SamplingParams
 
 MESSAGES = [
     {"role": "user", "content": "Theo the frog put the white key in the meadow. Where is the key?"}
 ]
 GREEDY = {"model": "storyteller", "messages": MESSAGES, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    flags = ("--max-num-seqs", "8", "--stream-interval", "0")
-    with running(tmp_path_factory.mktemp("server"), *flags) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def llm():
-    return LLM("storyteller")
 
 
 def chat(server: Running, **fields) -> dict:

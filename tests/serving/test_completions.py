@@ -3,25 +3,13 @@
 import json
 
 import pytest
-from servers import Running, running
+from servers import Running
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.serving.protocol import NOT_BUILT, SAMPLING
 
 PROMPT = "Once upon a time"
 GREEDY = {"model": "storyteller", "prompt": PROMPT, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    flags = ("--max-num-seqs", "8", "--stream-interval", "0")
-    with running(tmp_path_factory.mktemp("server"), *flags) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def llm():
-    return LLM("storyteller")
 
 
 def complete(server: Running, **fields) -> dict:

@@ -138,12 +138,14 @@ def as_table(rows: dict[str, list[Row]]) -> Table:
         table.add_row(f"{rate:g}", *cells)
     found = {system: sustained(each) for system, each in rows.items()}
     paged, more = found.get("vllm"), ""
-    if paged is None and rates:  # it bears even the highest
+    if paged is None and rates:  # it sustains even the highest
         paged, more = rates[-1], ">"
-    bears = [f">{rates[-1]:g}" if rate is None else f"{rate:.1f}" for rate in found.values()]
+    sustained_rates = [
+        f">{rates[-1]:g}" if rate is None else f"{rate:.1f}" for rate in found.values()
+    ]
     ratios = [f"{more}{paged / rate:.2f} x" if paged and rate else "" for rate in found.values()]
     table.add_section()
-    table.add_row(f"at {AT:g} s/token", *bears)
+    table.add_row(f"at {AT:g} s/token", *sustained_rates)
     table.add_row("paged over it", *ratios)
     return table
 

@@ -50,7 +50,7 @@ def large_bodies() -> dict[str, tuple[str, dict[str, Any]] | None]:
 class Row:
     """One kind of body."""
 
-    beside: str
+    handles: str
     num_bodies: int
     num_answers: int
     median_ms: float
@@ -59,7 +59,7 @@ class Row:
 
 
 def measure(target: Target, num_streams: int, num_bodies: int) -> list[Row]:
-    """Ask for /health again and again, beside streams and one large body after the other."""
+    """Request /health again and again, while streams run and large bodies arrive."""
     stop = threading.Event()
     streams = [
         threading.Thread(target=_stream, args=[target, stop], daemon=True)
@@ -70,7 +70,7 @@ def measure(target: Target, num_streams: int, num_bodies: int) -> list[Row]:
     time.sleep(1.0)
     try:
         return [
-            _measure_beside(target, name, sent, num_bodies) for name, sent in large_bodies().items()
+            _measure_while(target, name, sent, num_bodies) for name, sent in large_bodies().items()
         ]
     finally:
         stop.set()
@@ -78,7 +78,7 @@ def measure(target: Target, num_streams: int, num_bodies: int) -> list[Row]:
             each.join()
 
 
-def _measure_beside(
+def _measure_while(
     target: Target, name: str, sent: tuple[str, dict[str, Any]] | None, num_bodies: int
 ) -> Row:
     done = threading.Event()
@@ -128,10 +128,10 @@ def _post(
 def as_table(rows: list[Row]) -> Table:
     """The rows for a terminal."""
     table = Table(title="Milliseconds until /health answers")
-    table.add_column("beside")
+    table.add_column("while the server handles")
     for column in ("bodies", "answers", "median", "p99", "largest"):
         table.add_column(column, justify="right")
     for row in rows:
         numbers = (f"{value:.1f}" for value in (row.median_ms, row.p99_ms, row.largest_ms))
-        table.add_row(row.beside, str(row.num_bodies), str(row.num_answers), *numbers)
+        table.add_row(row.handles, str(row.num_bodies), str(row.num_answers), *numbers)
     return table
