@@ -50,7 +50,7 @@ class LLM(LLMNames):
         # Ids of the requests that `generate` and `stream` have open, and of each the progress that
         # its stream has not read yet: several streams share every step.
         self._open: set[str] = set()
-        self._unread: dict[str, Progress] = {}
+        self._unread: dict[str, list[Progress]] = {}
         self._abandoned: set[str] = set()  # those that nobody reads any more, still to be aborted
         self._num_steps_read = 0  # the steps whose progress is in `_unread`
         self._lock = Lock()  # threads take turns: each step serves the requests of all of them
@@ -151,7 +151,8 @@ class LLM(LLMNames):
                         self._step()
                     ready = [request_id for request_id in self._unread if request_id in mine]
                 for request_id in ready:
-                    progress, index = self._unread.pop(request_id), mine[request_id]
+                    progress = Progress.joined(self._unread.pop(request_id))
+                    index = mine[request_id]
                     if progress.error is not None:
                         raise progress.error
                     if progress.finished:
@@ -176,10 +177,7 @@ class LLM(LLMNames):
         num_steps, progresses = self.engine.last_step
         for progress in progresses:
             if progress.request_id in self._open:
-                unread = self._unread.get(progress.request_id)
-                self._unread[progress.request_id] = (
-                    progress if unread is None else progress.after(unread)
-                )
+                self._unread.setdefault(progress.request_id, []).append(progress)
         self._num_steps_read = num_steps
 
     def _abort_abandoned(self) -> None:

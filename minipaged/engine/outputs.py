@@ -1,6 +1,6 @@
 """What comes out: a `Progress` per request and step, and the `RequestOutput` a user wants of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -80,6 +80,16 @@ class NewTokens(NamedTuple):
             whole.stop_reason,
         )
 
+    @staticmethod
+    def joined(parts: "Sequence[NewTokens]") -> "NewTokens":
+        """The tokens of several steps, in order, as those of one."""
+        logprobs = [each for part in parts for each in part.logprobs or ()]
+        return parts[-1]._replace(
+            token_ids=[token for part in parts for token in part.token_ids],
+            text="".join(part.text for part in parts),
+            logprobs=logprobs or None,
+        )
+
 
 class Progress(NamedTuple):
     """What a step has added to one request: all that a server needs to send on.
@@ -116,17 +126,16 @@ class Progress(NamedTuple):
         ]
         return replace(whole, outputs=deltas)
 
-    def after(self, earlier: "Progress") -> "Progress":
-        """Both in one, for who has not read the earlier one."""
-        new = {one.completion: one for one in earlier.new}
-        for one in self.new:
-            old = new.get(one.completion)
-            if old is not None:
-                logprobs = None if one.logprobs is None else (old.logprobs or []) + one.logprobs
-                tokens, text = old.token_ids + one.token_ids, old.text + one.text
-                one = one._replace(token_ids=tokens, text=text, logprobs=logprobs)
-            new[one.completion] = one
-        return self._replace(new=list(new.values()))
+    @staticmethod
+    def joined(steps: "Sequence[Progress]") -> "Progress":
+        """The progress of several steps, in order, as that of one."""
+        if len(steps) == 1:
+            return steps[0]
+        by_completion: dict[int, list[NewTokens]] = {}
+        for step in steps:
+            for new in step.new:
+                by_completion.setdefault(new.completion, []).append(new)
+        return steps[-1]._replace(new=[NewTokens.joined(each) for each in by_completion.values()])
 
     @property
     def outputs(self) -> list[CompletionOutput]:

@@ -6,9 +6,8 @@
 
 Only the engine thread calls the engine. Between two steps it does what the inbox asks for. After a
 step it leaves the results for the event loop. It wakes the loop for what cannot wait: first tokens,
-ends and errors; for the rest, the loop looks every `interval` seconds. Results that have not been
-read are merged with later ones, so a slow reader delays no other request, and costs no more memory
-than the output of its own.
+ends and errors; for the rest, the loop looks every `interval` seconds. What a slow reader has not
+read waits in its stream, where it delays no other request; its own output limits how much it is.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ from minipaged.engine.metrics import StepStats
 from minipaged.engine.outputs import Progress
 from minipaged.errors import EngineDead, ServerClosing
 from minipaged.scheduler.output import SchedulerOutput
-from minipaged.serving.streams import Queue, Result, Stage, Stream, merged
+from minipaged.serving.streams import Queue, Result, Stage, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class AsyncEngine:
         self._is_closing = False
         self._is_stopped = False
         self._lock = threading.Lock()  # for the next two
-        self._results: dict[str, Result] = {}
+        self._results: list[tuple[str, Result]] = []
         self._is_waking = False
         self._loop = asyncio.get_running_loop()
         engine.listeners.append(self._note_scheduled)
@@ -143,7 +142,10 @@ class AsyncEngine:
         self.refuse_if_closed()
         future: Future[T] = Future()
         self._inbox.put(partial(_fulfil, future, function))
-        return await asyncio.wrap_future(future)
+        answer = asyncio.wrap_future(future)
+        while not (await asyncio.wait([answer], timeout=1.0))[0]:
+            self.refuse_if_closed()  # the engine may have ended before it came to this message
+        return answer.result()
 
     def abort(self, request_id: str) -> None:
         """End a request that has no reader any more, unless it has ended."""
@@ -175,9 +177,9 @@ class AsyncEngine:
     def _deliver(self) -> None:
         """Hand all results to their streams."""
         with self._lock:
-            results, self._results = self._results, {}
+            results, self._results = self._results, []
             self._is_waking = False
-        for request_id, result in results.items():
+        for request_id, result in results:
             stream, index = self._streams.get(request_id, (None, 0))
             if stream is None:
                 continue  # aborted meanwhile
@@ -261,8 +263,7 @@ class AsyncEngine:
     def _leave(self, results: Sequence[tuple[str, Result]], at_once: bool = True) -> None:
         """Leave results for the event loop, which looks at once or when it looks next."""
         with self._lock:
-            for request_id, result in results:
-                self._results[request_id] = merged(self._results.get(request_id), result)
+            self._results += results
             wakes = at_once and not self._is_waking
             self._is_waking = self._is_waking or wakes
         if wakes:

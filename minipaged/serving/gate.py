@@ -4,10 +4,10 @@ import asyncio
 import json
 import secrets
 from collections.abc import MutableMapping
-from contextlib import suppress
 from typing import Any
 
 import h11
+from anyio import fail_after, move_on_after
 from fastapi import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -78,8 +78,8 @@ class Gate:
         refusal = self._wrong_key(scope)
         try:
             if refusal is None:
-                read = self._read(dict(scope["headers"]), receive, chunks)
-                refusal = await asyncio.wait_for(read, BODY_SECONDS)
+                with fail_after(BODY_SECONDS):
+                    refusal = await self._read(dict(scope["headers"]), receive, chunks)
             if refusal is not None:
                 return await self._refuse(refusal, scope, receive, send)
             body = [b"".join(chunks)]
@@ -88,7 +88,7 @@ class Gate:
                 return {"type": "http.request", "body": body.pop()} if body else await receive()
 
             return await self._app(scope, receive_again, send)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             message = f"the body did not arrive within {BODY_SECONDS:.0f} seconds."
             return await self._refuse(errors.response(408, message), scope, receive, send)
         except ClientLeft:
@@ -149,6 +149,6 @@ class Gate:
                 pass
 
         await refusal(scope, receive, send_but_go_on)
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(discard(), LINGER_SECONDS)
+        with move_on_after(LINGER_SECONDS):
+            await discard()
         await send({"type": "http.response.body"})

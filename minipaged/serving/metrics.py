@@ -1,19 +1,24 @@
 """What a server counts, under vLLM's names, for Prometheus."""
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
 
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.metrics import StepStats
@@ -55,71 +60,66 @@ HISTOGRAMS = {
 }
 
 
-class Metrics:
-    """Counts steps and requests. The engine's thread counts, any thread may render."""
+class Tally:
+    """A histogram: how many values lie between two bounds, and their sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float, times: int = 1) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += times * value
+
+    def cumulative(self) -> tuple[list[tuple[str, float]], float]:
+        """How many values are at most each bound, as Prometheus counts them, and their sum."""
+        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
+
+
+class Metrics(Collector):
+    """Counts steps and requests. The engine's thread counts, any thread may render.
+
+    The counts are plain numbers: prometheus_client's own histograms take a lock for each value, and
+    the time between two tokens is a value per token.
+    """
 
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, model_name: str, engine: LLMEngine) -> None:
-        config = engine.config
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)  # CPU seconds and memory of this process
-        label, registry = ["model_name"], self._registry
-        for name, (help, value) in GAUGES.items():
-            gauge = Gauge(f"vllm:{name}", help, label, registry=registry).labels(model_name)
-            gauge.set_function(partial(value, engine))
-        self._counters = {
-            name: Counter(f"vllm:{name}", help, label, registry=registry).labels(model_name)
-            for name, help in COUNTERS.items()
-        }
-        self._histograms = {
-            name: Histogram(f"vllm:{name}", help, label, buckets=buckets, registry=registry).labels(
-                model_name
-            )
-            for name, (help, buckets) in HISTOGRAMS.items()
-        }
-        self._success = Counter(
-            "vllm:request_success",
-            "Requests that have ended.",
-            [*label, "finished_reason"],
-            registry=registry,
-        )
-        for reason in ("stop", "length", "abort", "error"):
-            self._success.labels(model_name, reason)
-        facts = {
-            "model_name": model_name,
-            "block_size": str(config.block_size),
-            "num_gpu_blocks": str(config.num_blocks),
-            "num_cpu_blocks": str(config.num_swap_blocks),
-            "enable_prefix_caching": str(config.enable_prefix_caching),
-        }
-        info = Gauge("vllm:cache_config_info", "The KV cache.", list(facts), registry=registry)
-        info.labels(**facts).set(1)
         self._model_name = model_name
+        self._engine = engine
+        self._counts = dict.fromkeys(COUNTERS, 0)
+        self._tallies = {name: Tally(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
+        self._ends = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         self._last_token: dict[str, float] = {}  # by request id: when it got its last one
         self._num_counted: dict[str, int] = {}  # by request id: tokens
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)  # CPU seconds and memory of this process
+        self._registry.register(self)
+
+    # ---- in the engine's thread ----------------------------------------------------------------
 
     def note_step(self, decision: SchedulerOutput, stats: StepStats) -> None:
         """A listener of the engine."""
         now, last = time.perf_counter(), self._last_token
+        since: Counter[float] = Counter()
         for group, _, _, samples in decision.sequences:
             if samples:
                 if group.request_id in last:
-                    self._observe("inter_token_latency_seconds", now - last[group.request_id])
+                    since[last[group.request_id]] += 1
                 last[group.request_id] = now
-        self._histograms["iteration_tokens_total"].observe(stats.num_tokens)
-        counted = {
-            "num_preemptions": stats.num_preempted,
-            "prefix_cache_queries": stats.num_queried_tokens,
-            "prefix_cache_hits": stats.num_cached_tokens,
-        }
-        for name, number in counted.items():
-            if number:
-                self._counters[name].inc(number)
+        for before, times in since.items():
+            self._tallies["inter_token_latency_seconds"].add(now - before, times)
+        self._tallies["iteration_tokens_total"].add(stats.num_tokens)
+        self._counts["num_preemptions"] += stats.num_preempted
+        self._counts["prefix_cache_queries"] += stats.num_queried_tokens
+        self._counts["prefix_cache_hits"] += stats.num_cached_tokens
 
     def note_progress(self, progresses: Sequence[Progress]) -> None:
         """What requests have got in a step, and those that have ended."""
-        num_new = 0
         for progress in progresses:
             request_id = progress.request_id
             counted = self._num_counted.get(request_id, 0)
@@ -130,35 +130,66 @@ class Metrics:
             else:
                 total = counted + sum(len(new.token_ids) for new in progress.new)
                 self._num_counted[request_id] = total
-            num_new += total - counted
-        self._counters["generation_tokens"].inc(num_new)
+            self._counts["generation_tokens"] += total - counted
 
     def _note_end(self, output: RequestOutput) -> int:
         """Returns the number of tokens that were generated for it."""
-        times, observe = output.metrics, self._observe
+        times = output.metrics
         num_generated = sum(len(each.token_ids) for each in output.outputs)
-        self._counters["prompt_tokens"].inc(len(output.prompt_token_ids))
+        self._counts["prompt_tokens"] += len(output.prompt_token_ids)
         for completion in output.outputs:
-            self._success.labels(self._model_name, completion.finish_reason or "error").inc()
-        observe("request_prompt_tokens", len(output.prompt_token_ids))
-        observe("request_generation_tokens", num_generated)
-        scheduled, first, last = (
-            times.first_scheduled_time,
-            times.first_token_time,
-            times.last_token_time,
-        )
-        if scheduled is not None:
-            observe("request_queue_time_seconds", scheduled - times.arrival_time)
-        if scheduled is not None and first is not None and last is not None:
-            observe("time_to_first_token_seconds", first - times.arrival_time)
-            observe("request_prefill_time_seconds", first - scheduled)
-            observe("request_decode_time_seconds", last - first)
-        if times.finished_time is not None:
-            observe("e2e_request_latency_seconds", times.finished_time - times.arrival_time)
+            self._ends[completion.finish_reason or "error"] += 1
+        self._tallies["request_prompt_tokens"].add(len(output.prompt_token_ids))
+        self._tallies["request_generation_tokens"].add(num_generated)
+        arrival, scheduled = times.arrival_time, times.first_scheduled_time
+        first, last = times.first_token_time, times.last_token_time
+        for name, begin, end in (
+            ("request_queue_time_seconds", arrival, scheduled),
+            ("time_to_first_token_seconds", arrival, first),
+            ("request_prefill_time_seconds", scheduled, first),
+            ("request_decode_time_seconds", first, last),
+            ("e2e_request_latency_seconds", arrival, times.finished_time),
+        ):
+            if begin is not None and end is not None:
+                self._tallies[name].add(end - begin)
         return num_generated
 
-    def _observe(self, name: str, value: Any) -> None:
-        self._histograms[name].observe(value)
+    # ---- in any thread -------------------------------------------------------------------------
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, for the registry."""
+        labels, name = ["model_name"], self._model_name
+        for key, (help, value) in GAUGES.items():
+            gauge = GaugeMetricFamily(f"vllm:{key}", help, labels=labels)
+            gauge.add_metric([name], value(self._engine))
+            yield gauge
+        for key, help in COUNTERS.items():
+            counter = CounterMetricFamily(f"vllm:{key}", help, labels=labels)
+            counter.add_metric([name], self._counts[key])
+            yield counter
+        for key, (help, _) in HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(f"vllm:{key}", help, labels=labels)
+            histogram.add_metric([name], *self._tallies[key].cumulative())
+            yield histogram
+        ends = CounterMetricFamily(
+            "vllm:request_success",
+            "Requests that have ended.",
+            labels=[*labels, "finished_reason"],
+        )
+        for reason, number in self._ends.items():
+            ends.add_metric([name, reason], number)
+        yield ends
+        config = self._engine.config
+        facts = {
+            "model_name": name,
+            "block_size": str(config.block_size),
+            "num_gpu_blocks": str(config.num_blocks),
+            "num_cpu_blocks": str(config.num_swap_blocks),
+            "enable_prefix_caching": str(config.enable_prefix_caching),
+        }
+        info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=list(facts))
+        info.add_metric(list(facts.values()), 1)
+        yield info
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""

@@ -105,7 +105,10 @@ class Reply(Generic[B]):
     # ---- in chunks -----------------------------------------------------------------------------
 
     async def events(self, stream: Stream) -> AsyncIterator[bytes]:
-        """Server-sent events, one per choice and step; an error becomes an event as well."""
+        """Server-sent events, one per choice and delivery; an error becomes an event as well.
+
+        Events that are ready together are yielded together: a write to a socket is expensive.
+        """
         options = self.body.stream_options
         wants_usage = options is not None and bool(options.include_usage)
         each_usage = wants_usage and options is not None and bool(options.continuous_usage_stats)
@@ -123,28 +126,32 @@ class Reply(Generic[B]):
             shown = "" if choice is None else json.dumps(choice)
             return f'data: {head}, "choices": [{shown}]{tail}}}\n\n'.encode()
 
+        ready: list[bytes] = []
         try:
             for index in range(len(stream.requests) * self.num_samples):
                 opening = self.opening(stream, index // self.num_samples)
                 if opening is not None:
                     empty = {"logprobs": None, "finish_reason": None}
-                    yield chunk({"index": index, **opening, **empty})
+                    ready.append(chunk({"index": index, **opening, **empty}))
             async for news in stream:
                 for prompt, progress in news:
                     for new in progress.new:
                         refuse_broken(new.finish_reason, None)
                         num_generated += len(new.token_ids)
                         if self._shows(new) or each_usage:
-                            yield chunk(self._chunk_choice(prompt, new))
+                            ready.append(chunk(self._chunk_choice(prompt, new)))
                     if progress.finished:
                         finals.append(progress.build_output())
+                if ready and len(finals) < len(stream.requests):
+                    yield b"".join(ready)
+                    ready.clear()
             if wants_usage:
-                yield chunk(None)
+                ready.append(chunk(None))
         except ClientLeft:
             return
         except Exception as error:  # the status line was sent long ago
-            yield as_event(error)
-        yield DONE
+            ready.append(as_event(error))
+        yield b"".join([*ready, DONE])
 
     def _shows(self, new: NewTokens) -> bool:
         """Whether a step's tokens show at all: their text may lag behind."""

@@ -36,7 +36,7 @@ class ServerArgs:
     )
     trust_request_chat_template: bool = option(False, "Run chat templates that come with requests.")
     stream_interval: float = option(
-        0.05,
+        0.1,
         "Seconds between two chunks of a stream: tokens that come faster share one. The first is "
         "never delayed; 0 sends every token by itself.",
         at_least=0,

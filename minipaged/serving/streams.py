@@ -24,15 +24,6 @@ class ClientLeft(Exception):
 Result = Progress | Exception | Stage
 
 
-def merged(earlier: Result | None, later: Result) -> Result:
-    """Two results of one request in one; an error ends it in any case."""
-    if isinstance(earlier, Exception):
-        return earlier
-    if isinstance(earlier, Progress) and isinstance(later, Progress):
-        return later.after(earlier)
-    return later
-
-
 class Stream:
     """What is new of the requests of one caller, until all have finished.
 
@@ -57,7 +48,7 @@ class Stream:
         self._not_accepted = set(range(len(requests)))
         self._not_scheduled = set(range(len(requests)))
         self._not_finished = set(range(len(requests)))
-        self._unread: dict[int, Progress] = {}
+        self._unread: dict[int, list[Progress]] = {}
         self._error: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Future[None] | None = None
@@ -79,7 +70,7 @@ class Stream:
             if not self._unread:
                 return
             news, self._unread = self._unread, {}
-            yield list(news.items())
+            yield [(index, Progress.joined(steps)) for index, steps in news.items()]
 
     async def results(self) -> list[RequestOutput]:
         """Wait until all have finished. Raises what has ended one of them."""
@@ -97,8 +88,7 @@ class Stream:
         if self._not_scheduled and result is not Stage.ACCEPTED:
             self._leave_queue(index)
         if isinstance(result, Progress):
-            unread = self._unread.get(index)
-            self._unread[index] = result if unread is None else result.after(unread)
+            self._unread.setdefault(index, []).append(result)
             if result.finished:
                 self._not_finished.discard(index)
                 if not self._not_finished:

@@ -206,13 +206,12 @@ def test_what_a_slow_reader_has_not_read_is_merged_to_the_whole():
     with_engine(test)
 
 
-def test_deliveries_that_nobody_reads_are_merged_as_well():
+def test_several_unread_deliveries_are_read_as_one():
     async def test(engine, inner):
         stream = await engine.serve(lambda: [request(5)], 1)
         for number in range(1, 6):
             inner.allow(1)
-            await until(lambda: stream._unread)
-            await until(lambda n=number: len(stream._unread[0].new[0].token_ids) == n)
+            await until(lambda n=number: len(stream._unread.get(0, ())) == n)
         assert await read(stream) == {0: texts(5)}
 
     with_engine(test)

@@ -280,6 +280,29 @@ def test_what_fails_between_two_steps_fails_for_its_caller_only():
     asyncio.run(run())
 
 
+def test_a_message_to_an_engine_that_dies_before_reading_it_fails(monkeypatch):
+    async def run() -> None:
+        watched = Watched()
+        started, go_on = threading.Event(), threading.Event()
+
+        def die() -> None:
+            started.set()
+            go_on.wait(10)
+            raise ValueError("in a step")
+
+        monkeypatch.setattr(watched.llm.engine, "step", die)
+        generating = asyncio.create_task(watched.generate(3))
+        await asyncio.to_thread(started.wait, 10)
+        unread = asyncio.create_task(watched.engine.between_steps(lambda: "read"))
+        await asyncio.sleep(0)  # the message is sent
+        go_on.set()
+        for ended in (generating, unread):
+            with pytest.raises(EngineDead, match="ValueError: in a step"):
+                await asyncio.wait_for(ended, 10)
+
+    asyncio.run(run())
+
+
 def test_a_server_that_is_not_traced_refuses_to_show_its_pool():
     with pytest.raises(InvalidOption, match="viz needs the EventLog"):
         serve(LLM("storyteller"), ServerArgs(viz=True))
