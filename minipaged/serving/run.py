@@ -64,8 +64,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
             "or host.",
             "port",
         ) from error
-    # Without it, the second write of a response waits 40 ms for the client to acknowledge the first.
-    # asyncio does not set it on the connections of a socket that was made like these.
+    # Without it, the second write of a response waits up to 40 ms, until the client acknowledges
+    # the first. asyncio does not set it on the connections of a socket that was made like these.
     for each in sockets:
         each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sockets
