@@ -59,6 +59,27 @@ class EngineArgs:
     )
     seed: int = option(0, "Random seed.", at_least=0)
 
+    # ---- several ranks
+    tensor_parallel_size: int = option(
+        1,
+        "Ranks that share the model: processes on this machine, each with a GPU of its own if the "
+        "device is cuda. Under torchrun, its processes.",
+        at_least=1,
+        at_most=1024,
+    )
+    start_timeout: float = option(
+        600.0,
+        "Seconds that the ranks may take to start and to load the model.",
+        at_least=0.1,
+        at_most=10**6,
+    )
+    step_timeout: float = option(
+        300.0,
+        "Seconds that a rank waits for the others in a step before they count as lost.",
+        at_least=0.1,
+        at_most=10**6,
+    )
+
     # ---- memory for keys and values
     memory: MemoryKind = option(
         "paged",

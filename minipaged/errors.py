@@ -45,6 +45,13 @@ class RequestFailed(MinipagedError):
     """
 
 
+class WorkerLost(MinipagedError):
+    """A rank of several has ended or does not answer, and its part of the cache is lost.
+
+    Build a new engine: this one runs nothing more.
+    """
+
+
 class EngineDead(MinipagedError):
     """The engine of a server has failed, and serves nothing more."""
 

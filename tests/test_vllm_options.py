@@ -137,8 +137,8 @@ def test_what_is_not_built_is_refused_by_name_unless_it_asks_for_nothing(name):
 
 
 def test_one_is_no_true_and_true_is_no_number():
-    with pytest.raises(InvalidOption, match="tensor_parallel_size is True"):
-        EngineArgs(tensor_parallel_size=True)
+    with pytest.raises(InvalidOption, match="pipeline_parallel_size is True"):
+        EngineArgs(pipeline_parallel_size=True)
     with pytest.raises(InvalidOption, match="enable_lora is 0"):
         EngineArgs(enable_lora=0)
 
@@ -215,7 +215,7 @@ def test_values_of_config_json_are_replaced(folder):
         LLM(folder, hf_overrides={"max_position_embeddings": 64}).engine.config.max_model_len == 64
     )
     one_layer = LLM(folder, hf_overrides={"num_hidden_layers": 1}, load_format="dummy", **SMALL)
-    assert one_layer.engine.runner.model.config.num_layers == 1
+    assert one_layer.engine.executor.runner.model.config.num_layers == 1
 
 
 def test_a_replaced_value_that_nobody_reads_is_refused(folder):
@@ -226,7 +226,7 @@ def test_a_replaced_value_that_nobody_reads_is_refused(folder):
 def test_random_weights_need_config_json_only_and_are_the_same_each_time(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     first, second = (LLM(tmp_path, load_format="dummy", **SMALL) for _ in range(2))
-    parameters = dict(first.engine.runner.model.named_parameters())
+    parameters = dict(first.engine.executor.runner.model.named_parameters())
     assert all(p.isfinite().all() for p in parameters.values())
     assert parameters["embedding.weight"].std().item() == pytest.approx(0.02, rel=0.1)
     tokens = [m.generate([[5, 6]], GREEDY, use_tqdm=False)[0].outputs[0] for m in (first, second)]
@@ -297,7 +297,7 @@ def test_default_sampling_parameters_may_be_ignored_or_come_from_elsewhere(folde
         folder, generation_config=other, override_generation_config={"top_p": 0.5}, **SMALL
     )
     assert elsewhere.get_default_sampling_params() == SamplingParams(top_k=3, top_p=0.5)
-    assert 9 in elsewhere.engine.runner.model.config.eos_token_ids
+    assert 9 in elsewhere.engine.executor.runner.model.config.eos_token_ids
     with pytest.raises(InvalidOption, match="override_generation_config sets 'beams'"):
         EngineArgs(override_generation_config={"beams": 2})
 

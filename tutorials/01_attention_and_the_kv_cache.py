@@ -313,7 +313,7 @@ for below, weights in enumerate(watched.seen[0][:, thing]):  # layer 0, while it
 # %% Gigabytes of keys and values for one request of 2,048 tokens; requests beside the weights
 from minipaged.evaluation.sim.catalogue import GPUS, MODELS
 
-model = yours.engine.runner.model
+model = yours.engine.executor.runner.model
 weight_bytes = 4 * sum(weight.numel() for weight in model.parameters())
 a_token = model.config.kv_bytes_per_token(bytes_per_number=4)
 print(

@@ -116,7 +116,7 @@ above.axis("off")
 from minipaged import LLM
 
 llm = LLM("storyteller", num_blocks=64, block_size=16)
-cache, config = llm.engine.runner.kv_cache, llm.engine.runner.model.config
+cache, config = llm.engine.executor.runner.kv_cache, llm.engine.executor.runner.model.config
 (k, v), last = cache.layers[0], cache.layers[-1][1]
 print(len(cache.layers), "layers; keys of one:", list(k.shape))
 assert k.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
@@ -276,7 +276,7 @@ prompts = [prompt(story, story.questions[0]) for story in stories]
 def serve(choose_model) -> tuple[list[list[int]], list[tuple[StepInput, Tensor]]]:
     """Tokens of all requests, and every step's message and logits."""
     llm = LLM("storyteller", num_blocks=64, max_num_seqs=8, max_num_batched_tokens=40)
-    runner, steps = llm.engine.runner, []
+    runner, steps = llm.engine.executor.runner, []
     runner.model, run = choose_model(runner.model), runner.run
 
     def noted(step: StepInput) -> Tensor:
@@ -334,6 +334,7 @@ from minipaged.config import EngineConfig
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.parts import Parts
 from minipaged.models.gpt2 import GPT2, GPT2Config
+from minipaged.worker.executor import UniExecutor
 from minipaged.worker.model_runner import ModelRunner
 
 numbers = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 12}
@@ -357,7 +358,8 @@ def gpt2_tokens(block_size: int, num_blocks: int) -> dict[str, list[int]]:
     cache = KVCache.build(gpt2.config, config, torch.float32, "cpu")
     batches = BatchBuilder(config.max_num_seqs, config.max_blocks_per_seq, block_size)
     runner = ModelRunner(gpt2, BACKENDS["torch"], cache, batches)
-    engine = LLMEngine(config, lambda: Parts().build_scheduler(config), runner, tokenizer=None)
+    executor = UniExecutor(runner)
+    engine = LLMEngine(config, lambda: Parts().build_scheduler(config), executor, tokenizer=None)
     for number, token_ids in enumerate(some_prompts):
         engine.add_request(f"prompt {number}", token_ids, greedy)
     tokens = {}

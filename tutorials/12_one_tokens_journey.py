@@ -45,8 +45,8 @@ class TinyEngine:
 
     def __init__(self, llm: LLM, max_tokens: int) -> None:
         self.scheduler = llm.engine.scheduler
-        self.runner = llm.engine.runner
-        self.end_ids = llm.engine.runner.model.config.eos_token_ids
+        self.runner = llm.engine.executor.runner
+        self.end_ids = llm.engine.executor.runner.model.config.eos_token_ids
         self.max_tokens = max_tokens
         self.sequences: list[Sequence] = []
         self.seconds: Counter[str] = Counter()
@@ -149,7 +149,7 @@ engine.add(prompts[0])
 engine.step()
 seq = engine.sequences[1]
 token, position = seq.token_ids[-1], seq.num_tokens - 1
-memory, cache = engine.scheduler.memory, llm.engine.runner.kv_cache
+memory, cache = engine.scheduler.memory, llm.engine.executor.runner.kv_cache
 
 
 def key_in(layer: int, slot: int) -> list[float]:
@@ -165,7 +165,7 @@ engine.step()
 table = memory.tables[seq.seq_id]
 slot = table.slot(position)
 print(f"table      {table.blocks}, so slot {slot}")
-for layer in range(llm.engine.runner.model.config.num_layers):
+for layer in range(llm.engine.executor.runner.model.config.num_layers):
     print(f"key        layer {layer}: {key_in(layer, slot)} ...")
 chosen = seq.token_ids[-1]
 print(f"it led to  {chosen}, {tokenizer.decode([chosen])!r}")

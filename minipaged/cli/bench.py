@@ -295,5 +295,5 @@ def sharing(
         f"average, blocks of {block_size} (the paper's had 16), no prefix cache: the part of the "
         "blocks that sharing saved"
     )
-    device_used = llm.engine.runner.kv_cache.device
+    device_used = llm.engine.executor.runner.kv_cache.device
     report(rows, figure_15.as_table(rows), note, device_used, None, as_json)

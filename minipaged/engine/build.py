@@ -1,15 +1,17 @@
 """From options to an engine: attention, weights, cache and scheduler, put together."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from math import ceil
 
+import torch
+
 from minipaged.attention.backend import AttentionBackend
-from minipaged.attention.kv_cache import Cache, bytes_per_block, choose_kv_dtype
+from minipaged.attention.kv_cache import bytes_per_block, choose_kv_dtype
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
 from minipaged.engine.arg_utils import Folders, LLMArgs
-from minipaged.engine.build_baseline import build_storage, choose_attention
+from minipaged.engine.build_baseline import Storage, build_storage, choose_attention
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.parts import Parts
 from minipaged.engine.refusals import refuse_what_is_ignored
@@ -19,15 +21,18 @@ from minipaged.models.linear import pack_weights
 from minipaged.models.loader import load_model, read_model_config
 from minipaged.sampling.sampler import Sampler
 from minipaged.tokenizer.load import open_tokenizer
-from minipaged.utils.device import choose_device
 from minipaged.worker.cache_size import (
     SWAP_BYTES,
     blocks_that_fit,
     refuse_large_tables,
     refuse_more_than_memory,
 )
-from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
+from minipaged.worker.cuda_graphs import choose_graphs
+from minipaged.worker.executor import Executor, MultiExecutor, UniExecutor
 from minipaged.worker.model_runner import ModelRunner
+from minipaged.worker.process import WorkerArgs
+from minipaged.worker.ranks import num_local_ranks
+from minipaged.worker.spawn import choose_rank_device
 
 # Query tokens in a step: as many as it takes to multiply matrices at full speed. With more,
 # running requests would only wait longer for their next token.
@@ -35,42 +40,83 @@ STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 
 
 def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
-    """The engine of `LLM`. Raises InvalidOption, CheckpointError."""
+    """The engine of `LLM`. Raises InvalidOption, CheckpointError, WorkerLost."""
     parts = args.parts or Parts()
-    device = choose_device(args.device)
+    device = choose_rank_device(args)
     refuse_what_is_ignored(args, parts, device.type)
+    tokenizer = None if args.skip_tokenizer_init else open_tokenizer(folders.tokenizer)
     model_config = read_model_config(folders.model, args.hf_overrides, folders.generation)
     backend = parts.attention(choose_attention(args, device, model_config.head_dim))
-    dummy = args.load_format == "dummy"
-    model = load_model(
-        folders.model, backend, args.dtype, device, config=model_config, random_weights=dummy
-    )
-    if device.type == "cpu":
-        pack_weights(model)
-    kv_dtype = choose_kv_dtype(args.kv_cache_dtype, next(model.parameters()).dtype)
-    block_bytes = bytes_per_block(model.config, args.block_size, kv_dtype)
-    config = choose_config(
-        args.in_blocks(block_bytes),
-        model.config,
-        device.type,
-        room=lambda: blocks_that_fit(block_bytes, device, args.gpu_memory_utilization),
-        swap_room=max(1, SWAP_BYTES // block_bytes),
-    )
-    refuse_large_tables(config.max_num_seqs, config.max_blocks_per_seq)
-    refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, block_bytes, device)
-    storage = build_storage(args.memory, parts, model.config, config, kv_dtype, device, backend)
-    tokenizer = None if args.skip_tokenizer_init else open_tokenizer(folders.tokenizer)
-    if tokenizer is not None:
-        _add_end_token(model, tokenizer.eos_token_id)
-    graphs = _graphs(model, storage.kv_cache, backend, config, args.enforce_eager)
+    executor = _choose_executor(args, folders, model_config, device)
+    with executor.starting():
+        model = load_model(
+            folders.model,
+            backend,
+            args.dtype,
+            device,
+            config=model_config,
+            random_weights=args.load_format == "dummy",
+            part=executor.part,
+        )
+        if device.type == "cpu":
+            pack_weights(model)
+        if tokenizer is not None:
+            _add_end_token(model, tokenizer.eos_token_id)
+        config, storage = _build_storage(args, parts, model, device, backend, executor)
+        kv_cache = storage.kv_cache
+        graphs = choose_graphs(model, kv_cache, backend, config, args.enforce_eager)
+        gather = executor.gather
+        runner = ModelRunner(model, backend, kv_cache, storage.batches, graphs, gather)
+        executor.start(config, runner)
     return LLMEngine(
         config,
         partial(storage.parts.build_scheduler, config),
-        ModelRunner(model, backend, storage.kv_cache, storage.batches, graphs),
+        executor,
         tokenizer,
         sampling_request=parts.sampling_request,
         sampler=Sampler(parts.adjust_logits),
         seed=args.seed,
+    )
+
+
+def _choose_executor(
+    args: LLMArgs, folders: Folders, model_config: ModelConfig, device: torch.device
+) -> Executor:
+    if args.tensor_parallel_size == 1:
+        return UniExecutor()
+    options = EngineArgs(**{each.name: getattr(args, each.name) for each in fields(EngineArgs)})
+    dummy = args.load_format == "dummy"
+    chooses_num_blocks = args.num_blocks is None and args.kv_cache_memory_bytes is None
+    told = WorkerArgs(options, folders.model, model_config, dummy, chooses_num_blocks)
+    return MultiExecutor(told, device)
+
+
+def _build_storage(
+    args: LLMArgs,
+    parts: Parts,
+    model: Model,
+    device: torch.device,
+    backend: AttentionBackend,
+    executor: Executor,
+) -> tuple[EngineConfig, Storage]:
+    """The sizes of the pools, and the pools."""
+    kv_dtype = choose_kv_dtype(args.kv_cache_dtype, model.dtype)
+    block_bytes = bytes_per_block(model.config, args.block_size, kv_dtype)
+    num_ranks = num_local_ranks(args.tensor_parallel_size)
+    room = partial(blocks_that_fit, block_bytes, device, args.gpu_memory_utilization, num_ranks)
+    config = choose_config(
+        args.in_blocks(block_bytes),
+        model.config,
+        device.type,
+        room=lambda: executor.agree_on_least(room()),
+        swap_room=max(1, SWAP_BYTES // block_bytes // num_ranks),
+    )
+    refuse_large_tables(config.max_num_seqs, config.max_blocks_per_seq)
+    refuse_more_than_memory(
+        config.num_blocks, config.num_swap_blocks, num_ranks * block_bytes, device
+    )
+    return config, build_storage(
+        args.memory, parts, model.config, config, kv_dtype, device, backend
     )
 
 
@@ -80,20 +126,6 @@ def _add_end_token(model: Model, token_id: int | None) -> None:
     if token_id is not None and token_id < config.vocab_size:
         ends = dict.fromkeys((*config.eos_token_ids, token_id))  # each once, in order
         model.config = replace(config, eos_token_ids=tuple(ends))
-
-
-def _graphs(
-    model: Model,
-    kv_cache: Cache,
-    backend: AttentionBackend,
-    config: EngineConfig,
-    enforce_eager: bool,
-) -> DecodeGraphs | None:
-    device = kv_cache.device
-    if device.type != "cuda" or not backend.cuda_graph_safe or enforce_eager:
-        return None
-    record = record_cuda_graphs(device)
-    return DecodeGraphs(model, kv_cache, config.max_num_seqs, config.max_blocks_per_seq, record)
 
 
 def choose_config(

@@ -33,7 +33,7 @@ from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, read_prompt
 from minipaged.utils.device import to_device
 from minipaged.utils.vllm_options import refuse_call_options
-from minipaged.worker.model_runner import ModelRunner
+from minipaged.worker.executor import Executor
 
 Listener = Callable[[SchedulerOutput, StepStats], None]
 
@@ -42,7 +42,7 @@ class LLMEngine(EngineNames):
     """Requests go in at any time; each step returns the progress of those that advanced.
 
     The engine owns the requests and their texts; queues belong to the scheduler, blocks to the
-    memory, tensors to the runner. One thread at a time may call it. Every call is all or nothing:
+    memory, tensors to the executor. One thread at a time may call it. Every call is all or nothing:
     if an exception or Ctrl-C cuts one short, the engine builds a new scheduler and memory, and open
     requests go on from the tokens they have (see `open_request`).
     """
@@ -51,7 +51,7 @@ class LLMEngine(EngineNames):
         self,
         config: EngineConfig,
         build_scheduler: Callable[[], Scheduler],
-        runner: ModelRunner,
+        executor: Executor,
         tokenizer: Tokenizer | None,
         *,
         sampling_request: Callable[[Arrival, SamplingParams, int], Request] = SamplingRequest,
@@ -61,7 +61,7 @@ class LLMEngine(EngineNames):
     ) -> None:
         self.config = config
         self.scheduler = build_scheduler()
-        self.runner = runner
+        self.executor = executor
         self.tokenizer = tokenizer
         self.sampler = sampler or Sampler()
         self.listeners: list[Listener] = []
@@ -70,7 +70,7 @@ class LLMEngine(EngineNames):
         """The number of the last complete step, and what it returned or, but for Ctrl-C, would."""
         self._build_scheduler = build_scheduler
         self._sampling_request = sampling_request
-        self.traits = ModelTraits.of(runner.model.config, config.max_model_len, tokenizer)
+        self.traits = ModelTraits.of(executor.runner.model.config, config.max_model_len, tokenizer)
         self._open: dict[str, OpenRequest] = {}
         self.prefixes = PinnedPrefixes()
         self._seq_ids = count()
@@ -104,7 +104,7 @@ class LLMEngine(EngineNames):
             decision = self.scheduler.schedule()  # which sequences run, how many tokens each
             times.append(self._clock())
             step = self._step_input(decision, times[-1])  # the same in plain numbers
-            logits = self.runner.run(step)  # [rows, vocab]: the device side
+            logits = self.executor.run(step)  # [rows, vocab]: the device side
             times.append(self._clock())
             sampled, broken = self._sample(decision, step, logits)  # by request, by sequence
             times.append(self._clock())

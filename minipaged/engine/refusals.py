@@ -90,6 +90,7 @@ def refuse_what_is_ignored(args: EngineArgs, parts: Parts, device_type: str) -> 
                 unused.name,
             )
     _refuse_unused_device_options(args, device_type)
+    _refuse_what_several_ranks_lack(args, parts)
     if args.is_given("attention_backend") and {"paged_attention", "store_kv"} <= parts.replaced:
         raise InvalidOption(
             f"attention_backend is {args.attention_backend!r}, but the parts paged_attention and "
@@ -108,6 +109,30 @@ def _refuse_unused_parts(memory: str, parts: Parts) -> None:
             f"the part {unused.name} would never be called, because memory={memory!r} "
             f'{unused.reason}: leave out the part, or choose memory="paged".',
             unused.name,
+        )
+
+
+def _refuse_what_several_ranks_lack(args: EngineArgs, parts: Parts) -> None:
+    size = args.tensor_parallel_size
+    if size == 1:
+        for name in ("start_timeout", "step_timeout"):
+            if args.is_given(name):
+                raise InvalidOption(
+                    f"{name} is {getattr(args, name):g}, but one rank waits for no other: leave it "
+                    "out, or raise tensor_parallel_size.",
+                    name,
+                )
+    elif args.memory != "paged":
+        raise InvalidOption(
+            f"tensor_parallel_size is {size}, but memory={args.memory!r} keeps all keys and values "
+            'in one process: leave out tensor_parallel_size, or choose memory="paged".',
+            "tensor_parallel_size",
+        )
+    elif theirs := sorted({"paged_attention", "store_kv"} & parts.replaced):
+        raise InvalidOption(
+            f"tensor_parallel_size is {size}, but the part {theirs[0]} is in this process only: "
+            "leave out one of them.",
+            "tensor_parallel_size",
         )
 
 

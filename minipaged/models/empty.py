@@ -29,16 +29,3 @@ def allocate(model: Model, dtype: torch.dtype, device: torch.device | str) -> No
         memory = torch.empty(unfilled.shape, dtype=dtype, device=device)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(memory, requires_grad=False))
-
-
-def fill_with_random_weights(model: Model) -> None:
-    """Give the parameters random numbers, the same ones each time on one kind of device.
-
-    Small ones around 0, as before training; the weights of norms, which multiply, are 1.
-    """
-    generator = torch.Generator(model.embedding.weight.device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(0.0, 0.02, generator=generator)
-        else:
-            parameter.fill_(float(name.endswith("weight")))

@@ -24,11 +24,19 @@ from minipaged.models.base import (
     read_architecture,
     read_eos_token_ids,
 )
-from minipaged.models.empty import Unset, allocate, fill_with_random_weights
+from minipaged.models.empty import Unset, allocate
 from minipaged.models.gpt2 import GPT2, GPT2_WEIGHTS, GPT2Config
 from minipaged.models.llama import LLAMA_WEIGHTS, Llama, LlamaConfig
 from minipaged.models.opt import OPT, OPT_WEIGHTS, OPTConfig
 from minipaged.models.overrides import Overridden
+from minipaged.models.parallel import (
+    Part,
+    Shares,
+    clear_padding,
+    cut_model,
+    fill_with_random_weights,
+    part_of,
+)
 from minipaged.models.safetensors_reader import (
     DTYPES_IN_FILES,
     StoredTensor,
@@ -133,6 +141,7 @@ def load_model(
     *,
     config: ModelConfig | None = None,
     random_weights: bool = False,
+    part: Part | None = None,
 ) -> Model:
     """Build the model that `folder` describes and fill it.
 
@@ -145,21 +154,25 @@ def load_model(
         device: where the parameters shall lie.
         config: the model's numbers, if they are not as `read_model_config(folder)` finds them.
         random_weights: make weights instead of reading them; "auto" is then bfloat16 on a GPU.
+        part: of the model, for one rank of several; None: all of it.
 
     Raises:
         CheckpointError: something is missing, broken, unexpected or misshapen.
         UnsupportedModel: an architecture, or an option of one, that is not built here.
-        InvalidOption: there is no such dtype, or no room for the weights in it.
+        InvalidOption: there is no such dtype, no room for the weights, or no equal parts.
     """
     model = _build(config or read_model_config(folder), attention)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     plan = [] if random_weights else _plan(model, folder)
+    shares = Shares() if part is None else cut_model(model, part)
     saved = DTYPES_IN_FILES[plan[0][1].dtype] if plan else torch.bfloat16
     chosen = choose_dtype(dtype, saved, device)
     _refuse_more_than_memory(model, chosen, device)
     allocate(model, chosen, device)
     if random_weights:
-        fill_with_random_weights(model)
-    copy_tensors((stored, placement.place_in(model)) for placement, stored in plan)
+        fill_with_random_weights(model, shapes, shares)
+    copy_tensors(pair for each, stored in plan for pair in part_of(stored, each, model, shares))
+    clear_padding(model, shares)
     return model.to(device).eval()  # the parameters are there already: this moves the buffers
 
 

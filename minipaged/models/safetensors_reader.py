@@ -15,7 +15,8 @@ were copied to. And what the model holds is its own: the file may be replaced wh
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int  # of its bytes, counted from the beginning of the file
     end: int
+    stride: int | None = None  # bytes from one row to the next, if there are others between them
+
+    def part(self, dim: int, start: int, stop: int) -> "StoredTensor":
+        """Rows or, of a matrix, columns [start, stop): dimension 0 or 1."""
+        assert self.stride is None, "a part of a part"
+        itemsize = DTYPES_IN_FILES[self.dtype].itemsize
+        row_bytes = prod(self.shape[1:]) * itemsize
+        if dim == 0:
+            begin, end = self.begin + start * row_bytes, self.begin + stop * row_bytes
+            return replace(self, shape=(stop - start, *self.shape[1:]), begin=begin, end=end)
+        num_rows, _ = self.shape
+        begin = self.begin + start * itemsize
+        end = begin + (num_rows - 1) * row_bytes + (stop - start) * itemsize
+        shape = num_rows, stop - start
+        return replace(self, shape=shape, begin=begin, end=end, stride=row_bytes)
 
 
 def find_weight_files(folder: Path) -> list[Path]:
@@ -182,16 +198,28 @@ def copy_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]]) -> None:
 
 
 def _copy_tensor(stored: StoredTensor, ours: Tensor) -> None:
-    num_rows = stored.shape[0]
-    row_bytes = (stored.end - stored.begin) // num_rows
+    num_rows, dtype = stored.shape[0], DTYPES_IN_FILES[stored.dtype]
+    row_bytes = prod(stored.shape[1:]) * dtype.itemsize
     rows_at_once = min(num_rows, max(1, PIECE_BYTES // row_bytes))
     raw = memoryview(bytearray(rows_at_once * row_bytes))
-    numbers = torch.frombuffer(raw, dtype=DTYPES_IN_FILES[stored.dtype])  # the same bytes
+    numbers = torch.frombuffer(raw, dtype=dtype)  # the same bytes
     piece = numbers.view(rows_at_once, *stored.shape[1:])
-    with stored.path.open("rb") as file:
-        file.seek(stored.begin)
+    with stored.path.open("rb", buffering=0) as file:  # it reads what it is asked for
         for first in range(0, num_rows, rows_at_once):
             num = min(rows_at_once, num_rows - first)
-            if file.readinto(raw[: num * row_bytes]) < num * row_bytes:
-                raise _broken(stored.path, f"it ends within {stored.name}")
+            if stored.stride is None:
+                _read_at(file, stored, stored.begin + first * row_bytes, raw[: num * row_bytes])
+            else:
+                for row in range(num):
+                    at = stored.begin + (first + row) * stored.stride
+                    _read_at(file, stored, at, raw[row * row_bytes : (row + 1) * row_bytes])
             ours[first : first + num].copy_(piece[:num])
+
+
+def _read_at(file: RawIOBase, stored: StoredTensor, place: int, memory: memoryview) -> None:
+    file.seek(place)
+    while memory:
+        count = file.readinto(memory)
+        if not count:
+            raise _broken(stored.path, f"it ends within {stored.name}")
+        memory = memory[count:]

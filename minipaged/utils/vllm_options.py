@@ -50,7 +50,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         "max_cudagraph_capture_size max_seq_len_to_capture max_context_len_to_capture "
         "kernel_config ir_op_priority linear_backend enable_flashinfer_autotune "
         "jit_monitor_mode jit_monitor_verbose use_v2_block_manager",
-    "the engine runs in this process, on one device":
+    "the ranks find each other by themselves, and the engine is one process's":
         "disable_custom_all_reduce master_addr master_port "
         "distributed_timeout_seconds cpu_distributed_timeout_seconds enable_shm_tensor_arena "
         "disable_nccl_for_dp_synchronization data_parallel_backend dcp_comm_backend "
@@ -105,8 +105,8 @@ WITHOUT_EFFECT: dict[str, str] = {
 }  # fmt: skip
 
 NOT_BUILT: dict[str, dict[str, object]] = {
-    "one process runs the whole model on one device": {
-        "tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1,
+    "several ranks share one model by tensor parallelism only": {
+        "pipeline_parallel_size": 1, "data_parallel_size": 1,
         "prefill_context_parallel_size": 1, "decode_context_parallel_size": 1, "nnodes": 1,
         "enable_expert_parallel": False, "enable_batch_sharded_sampling": False,
         "enable_ep_weight_filter": False, "enable_eplb": False, "enable_elastic_ep": False,
@@ -115,8 +115,8 @@ NOT_BUILT: dict[str, dict[str, object]] = {
         "data_parallel_multi_port_external_lb": False, "numa_bind": False,
         "enable_fault_tolerance": False,
     },
-    "the engine runs in this process": {
-        "distributed_executor_backend": ("uni", "mp", "ray", "external_launcher"),
+    "ranks are started by the engine, or by torchrun": {
+        "distributed_executor_backend": ("uni", "mp", "external_launcher"),
     },
     "the device is chosen by the option `device`": {"device_ids": None},
     "quantised weights are not read": {"quantization": None, "quantization_config": None},

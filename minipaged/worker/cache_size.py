@@ -8,18 +8,21 @@ from minipaged.utils.device import GIB, physical_memory
 SWAP_BYTES = 2 * GIB  # a swap pool takes no more host memory than this unless asked to
 
 
-def blocks_that_fit(block_bytes: int, device: torch.device, gpu_memory_utilization: float) -> int:
+def blocks_that_fit(
+    block_bytes: int, device: torch.device, gpu_memory_utilization: float, num_ranks: int = 1
+) -> int:
     """How many blocks of keys and values the memory has room for, weights already loaded.
 
     On a GPU: what `gpu_memory_utilization` of its memory leaves after all that is in use. On a
     CPU: an eighth of the machine's memory, 2 GiB at the most, for the swap pool takes as much
-    again, and others need some too. Raises InvalidOption if not even one block fits.
+    again, and others need some too; the ranks on this machine share it. Raises InvalidOption if not
+    even one block fits.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * gpu_memory_utilization) - (total - free)
     else:
-        budget = min(physical_memory() // 8, SWAP_BYTES)
+        budget = min(physical_memory() // 8, SWAP_BYTES) // num_ranks
     if budget < block_bytes:
         raise InvalidOption(
             f"a block of keys and values takes {block_bytes} bytes, and {max(budget, 0)} are left "

@@ -21,8 +21,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from minipaged.attention.backend import AttentionBackend
 from minipaged.attention.batch import Batch, Span
 from minipaged.attention.kv_cache import Cache
+from minipaged.config import EngineConfig
 from minipaged.models.base import Model
 from minipaged.utils.shapes import Float
 
@@ -157,3 +159,18 @@ def lengths_to_record(longest: int) -> list[int]:
     """4,096 tokens, four times as many, and so on: bounds for the longest sequence of a batch."""
     lengths = [4096 * 4**power for power in range(10)]
     return [length for length in lengths if length < longest] + [longest]
+
+
+def choose_graphs(
+    model: Model,
+    kv_cache: Cache,
+    backend: AttentionBackend,
+    config: EngineConfig,
+    enforce_eager: bool,
+) -> DecodeGraphs | None:
+    """Graphs where a device, a backend and the options allow them."""
+    device = kv_cache.device
+    if device.type != "cuda" or not backend.cuda_graph_safe or enforce_eager:
+        return None
+    record = record_cuda_graphs(device)
+    return DecodeGraphs(model, kv_cache, config.max_num_seqs, config.max_blocks_per_seq, record)

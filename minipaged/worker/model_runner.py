@@ -1,5 +1,6 @@
 """The device side of a step: its block operations, then the model, from plain numbers."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,6 +25,7 @@ class ModelRunner:
         kv_cache: the tensors that block numbers refer to.
         batches: builds the tensors of a step.
         graphs: where there are any, decode steps are replayed from them.
+        gather: joins the logits of several ranks, on rank 0.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class ModelRunner:
         kv_cache: Cache,
         batches: BatchBuilder,
         graphs: DecodeGraphs | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
         self.kv_cache = kv_cache
         self.batches = batches
         self.graphs = graphs
+        self._gather = gather
         self._dtype = model.dtype
 
     @torch.inference_mode()
@@ -62,12 +66,16 @@ class ModelRunner:
                 self.kv_cache.clear(begun)
             batch = self.batches.build(step.sequences)
             if self.graphs is not None and self.graphs.can_run(batch):
-                return self.graphs.run(batch)
-            k_cache, _ = self.kv_cache.layers[0]
-            num_heads = self.model.config.num_heads
-            batch = self.backend.prepare(batch, k_cache, num_heads, self._dtype)
-            hidden = self.model(batch.token_ids, batch.positions, self.kv_cache, batch)
-            return self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
+                logits = self.graphs.run(batch)
+            else:
+                k_cache, _ = self.kv_cache.layers[0]
+                num_heads = self.model.config.num_heads
+                batch = self.backend.prepare(batch, k_cache, num_heads, self._dtype)
+                hidden = self.model(batch.token_ids, batch.positions, self.kv_cache, batch)
+                logits = self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
+            if self._gather is None:
+                return logits
+            return self._gather(logits)[:, : self.model.config.vocab_size]  # less the padding
 
 
 def _as_current(device: torch.device) -> AbstractContextManager[Any]:

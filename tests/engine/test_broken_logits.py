@@ -138,7 +138,7 @@ def test_no_block_of_a_broken_request_is_found_by_others(folder):
         llm = broken_by_the_model(folder, **options)
         [broken] = run(llm, [[*PREFIX, BROKEN, *range(60, 75)]])
         assert is_error(broken.outputs[0])
-        pool = llm.engine.runner.kv_cache._pool[0]
+        pool = llm.engine.executor.runner.kv_cache._pool[0]
         assert pool[:, :, sorted(llm.engine.memory.cached)].isfinite().all()
         [found] = run(llm, [[*PREFIX, 9, 10]])
         assert found.outputs[0].token_ids == expected.outputs[0].token_ids
@@ -158,7 +158,7 @@ def test_blocks_that_were_healthy_before_are_still_found(folder):
 
 def breaking(llm: LLM, is_broken) -> LLM:
     """`is_broken(number of the step, sequence)`: whose logits become NaN."""
-    runner = llm.engine.runner
+    runner = llm.engine.executor.runner
     compute, steps = runner.run, iter(range(10**6))
 
     def run_and_break(step):

@@ -54,17 +54,17 @@ def test_the_tokenizers_end_may_be_a_token_that_is_not_special(folder: Path) -> 
 def test_the_ends_of_all_files_count(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, END]}))
-    assert LLM(folder, num_blocks=8).engine.runner.model.config.eos_token_ids == (9, END)
+    assert LLM(folder, num_blocks=8).engine.executor.runner.model.config.eos_token_ids == (9, END)
 
 
 @pytest.mark.parametrize("token", ["no such token", "", None, 7, {"content": None}])
 def test_an_end_that_the_tokenizer_lacks_changes_nothing(token: Any, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
-    assert LLM(folder, num_blocks=8).engine.runner.model.config.eos_token_ids == ()
+    assert LLM(folder, num_blocks=8).engine.executor.runner.model.config.eos_token_ids == ()
 
 
 def test_an_end_outside_the_models_vocabulary_changes_nothing(folder: Path) -> None:
     special = {"<|end|>": 300}
     (folder / "tiktoken.json").write_text(json.dumps(CONFIG | {"special_tokens": special}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    assert LLM(folder, num_blocks=8).engine.runner.model.config.eos_token_ids == ()
+    assert LLM(folder, num_blocks=8).engine.executor.runner.model.config.eos_token_ids == ()

@@ -74,7 +74,7 @@ def test_every_backend_reads_a_smaller_cache_alike(folder, kv_cache_dtype):
         run(LLM(folder, attention_backend=name, kv_cache_dtype=kv_cache_dtype)) for name in BACKENDS
     ]
     assert tokens(outputs[0]) == tokens(outputs[1]) == tokens(outputs[2])
-    used = LLM(folder, kv_cache_dtype=kv_cache_dtype).engine.runner.kv_cache
+    used = LLM(folder, kv_cache_dtype=kv_cache_dtype).engine.executor.runner.kv_cache
     assert used.layers[0][0].dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -172,7 +172,7 @@ def test_tokens_are_the_same_in_bfloat16_for_every_preemption(folder):
     starved = checked(
         folder, dtype="bfloat16", attention_backend="reference", num_blocks=8, preemption="swap"
     )
-    assert starved.engine.runner.kv_cache.layers[0][0].dtype is torch.bfloat16
+    assert starved.engine.executor.runner.kv_cache.layers[0][0].dtype is torch.bfloat16
     assert tokens(run(starved)) == ample
 
 

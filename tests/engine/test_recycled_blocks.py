@@ -73,7 +73,7 @@ def fill(tensor: torch.Tensor, value: float) -> None:
 
 def poison(llm: LLM, value: float) -> None:
     """Fill all that nobody owns: blocks, swap blocks, and tables that steps use again."""
-    memory, cache = llm.engine.memory, llm.engine.runner.kv_cache
+    memory, cache = llm.engine.memory, llm.engine.executor.runner.kv_cache
     if isinstance(cache, VirtualKVCache):
         owned = {table.blocks[0] for table in memory.tables.values()}
         for region in range(memory.num_blocks):
@@ -89,7 +89,7 @@ def poison(llm: LLM, value: float) -> None:
         if memory.swap_ref_count(block) == 0:
             for tensor in cache._swap_pool:
                 fill(tensor[:, :, block], value)
-    batches = llm.engine.runner.batches
+    batches = llm.engine.executor.runner.batches
     batches._tables.fill_(2**31 - 1)
     batches._written = [[] for _ in batches._written]
 
@@ -186,7 +186,7 @@ def test_kernels_read_nothing_stale(folder, backend, kv_cache_dtype, monkeypatch
 
 def with_graphs(llm: LLM) -> LLM:
     """Decode steps in padded batches, as a CUDA graph runs them."""
-    runner, config = llm.engine.runner, llm.engine.config
+    runner, config = llm.engine.executor.runner, llm.engine.config
     sizes = config.max_num_seqs, config.max_blocks_per_seq
     runner.graphs = DecodeGraphs(runner.model, runner.kv_cache, *sizes, lambda step: step)
     return llm

@@ -92,8 +92,8 @@ def scarce(folder, memory: str) -> dict[str, int]:
     if memory not in VIRTUAL:
         return {}
     engine = build(folder, memory, num_blocks=100_000).engine
-    group_bytes = engine.runner.kv_cache.layout.group_bytes
-    block_bytes = 4 * engine.runner.model.config.kv_bytes_per_token(4)
+    group_bytes = engine.executor.runner.kv_cache.layout.group_bytes
+    block_bytes = 4 * engine.executor.runner.model.config.kv_bytes_per_token(4)
     return {"num_blocks": -(-7 * group_bytes // block_bytes)}
 
 
@@ -141,8 +141,8 @@ def block_bytes_of(llm: LLM) -> object:
 
 EFFECTS = {
     "model": lambda llm: str(llm.folder),
-    "device": lambda llm: llm.engine.runner.kv_cache.device,
-    "dtype": lambda llm: next(llm.engine.runner.model.parameters()).dtype,
+    "device": lambda llm: llm.engine.executor.runner.kv_cache.device,
+    "dtype": lambda llm: next(llm.engine.executor.runner.model.parameters()).dtype,
     "attention_backend": lambda llm: attention_of(llm).name,
     "seed": lambda llm: [
         output.outputs[0].token_ids
@@ -150,7 +150,8 @@ EFFECTS = {
     ],
     "memory": lambda llm: type(llm.engine.scheduler.memory),
     "kv_cache_dtype": lambda llm: [
-        getattr(pool, "numbers", pool).dtype for pool in llm.engine.runner.kv_cache.layers[0]
+        getattr(pool, "numbers", pool).dtype
+        for pool in llm.engine.executor.runner.kv_cache.layers[0]
     ],
     "block_size": block_bytes_of,
     "num_blocks": block_bytes_of,
@@ -191,7 +192,7 @@ ALREADY_SO = {
 
 
 def attention_of(llm: LLM):
-    for module in llm.engine.runner.model.modules():
+    for module in llm.engine.executor.runner.model.modules():
         for value in vars(module).values():
             if hasattr(value, "paged_attention"):
                 return value

@@ -65,7 +65,7 @@ def draw_options(rng: random.Random, longest: int) -> dict[str, Any]:
 
 def replay_decodes(llm: LLM) -> None:
     """As on a GPU, but for the recording: a replay does the same again."""
-    runner, config = llm.engine.runner, llm.engine.config
+    runner, config = llm.engine.executor.runner, llm.engine.config
     runner.graphs = DecodeGraphs(
         runner.model,
         runner.kv_cache,

@@ -220,7 +220,7 @@ from minipaged import SamplingParams
 
 def LLM(model, **options):
     llm = minipaged.LLM(model, **options)
-    norm = llm.engine.runner.model.norm
+    norm = llm.engine.executor.runner.model.norm
     norm.weight.data[:4] *= 1.01
     return llm
 """

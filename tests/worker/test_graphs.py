@@ -49,7 +49,7 @@ class Recorder:
 
 
 def with_graphs(llm: LLM, record: Callable[[Step], Step]) -> LLM:
-    runner, config = llm.engine.runner, llm.engine.config
+    runner, config = llm.engine.executor.runner, llm.engine.config
     runner.graphs = DecodeGraphs(
         runner.model, runner.kv_cache, config.max_num_seqs, config.max_blocks_per_seq, record
     )
@@ -71,7 +71,9 @@ def test_replayed_steps_give_the_same_tokens_and_the_same_cache(folder):
     assert recorder.num_recorded == 3
     assert recorder.num_replayed == 6 - 3  # 6 decode steps; the first of each size runs as ever
     for (k, v), (plain_k, plain_v) in zip(
-        llm.engine.runner.kv_cache.layers, plain.engine.runner.kv_cache.layers, strict=True
+        llm.engine.executor.runner.kv_cache.layers,
+        plain.engine.executor.runner.kv_cache.layers,
+        strict=True,
     ):
         torch.testing.assert_close(k, plain_k)
         torch.testing.assert_close(v, plain_v)
@@ -110,7 +112,7 @@ def test_only_a_batch_of_decodes_is_replayed(folder):
     options = OPTIONS | {"max_num_seqs": 2, "max_num_batched_tokens": 3}  # prompts in chunks
     llm = with_graphs(LLM(folder, attention_backend="triton", **options), recorder)
     seen: list[tuple[list[int], bool]] = []
-    runner = llm.engine.runner
+    runner = llm.engine.executor.runner
     run = runner.run
 
     def watched(step):
@@ -128,7 +130,7 @@ def test_only_a_batch_of_decodes_is_replayed(folder):
 
 
 def test_a_cpu_and_foreign_attention_have_no_graphs(folder):
-    assert LLM(folder, device="cpu", **OPTIONS).engine.runner.graphs is None
+    assert LLM(folder, device="cpu", **OPTIONS).engine.executor.runner.graphs is None
     from minipaged.attention.backend import choose_backend
 
     backend = choose_backend("triton", "cuda" if torch.cuda.is_available() else "cpu")

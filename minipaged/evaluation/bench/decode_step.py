@@ -33,6 +33,7 @@ from minipaged.models.rope import RopeConfig, rope_frequencies
 from minipaged.sampling import SamplingParams
 from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
+from minipaged.worker.executor import UniExecutor
 from minipaged.worker.model_runner import ModelRunner
 
 ONE_BILLION = LlamaConfig(  # the form of Llama 3.2 1B
@@ -162,7 +163,7 @@ def build_engine(
     return LLMEngine(
         engine,
         partial(Parts().build_scheduler, engine),
-        ModelRunner(model, backend, cache, batches, graphs),
+        UniExecutor(ModelRunner(model, backend, cache, batches, graphs)),
         tokenizer=None,
     )
 
@@ -172,11 +173,11 @@ def _time_steps(
 ) -> tuple[float, float, dict[str, float], list[list[int]]]:
     """Of a step in which all decode: its seconds, the model's, each part's; and all tokens."""
     params = SamplingParams(temperature=0.0, max_tokens=STEPS + 4, ignore_eos=True)
-    vocab_size = engine.runner.model.config.vocab_size
+    vocab_size = engine.executor.runner.model.config.vocab_size
     for i in range(num_seqs):
         prompt = [(i * 7919 + 31 * n) % vocab_size for n in range(context_len)]
         engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
-    clock = _ModelClock(engine.runner)
+    clock = _ModelClock(engine.executor.runner)
     stopwatch = _Stopwatch(engine)
     seconds: list[float] = []
     model_seconds: list[float] = []
@@ -207,8 +208,8 @@ class _Stopwatch:
         self.seconds: dict[str, float] = {}
         calls: dict[str, tuple[Any, str]] = {
             "schedule": (engine.scheduler, "schedule"),
-            "batch": (engine.runner.batches, "build"),
-            "model": (engine.runner, "run"),
+            "batch": (engine.executor.runner.batches, "build"),
+            "model": (engine.executor.runner, "run"),
             "sample": (engine.sampler, "sample"),
             "commit": (engine.scheduler, "commit"),
         }

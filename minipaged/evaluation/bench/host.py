@@ -41,13 +41,13 @@ with tempfile.TemporaryDirectory() as temporary:
     llm = LLM(folder, attention_backend="reference", enable_prefix_caching=False, device="cpu",
               max_num_seqs=num_seqs, num_blocks=num_seqs * (num_tokens // 16 + 8),
               max_num_batched_tokens=num_seqs * num_tokens)
-engine, vocab_size = llm.engine, llm.engine.runner.model.config.vocab_size
+engine, vocab_size = llm.engine, llm.engine.executor.runner.model.config.vocab_size
 answer = torch.zeros(num_seqs, vocab_size)
 answer[:, 65] = 1
 
 
 class Stub:
-    config, dtype = engine.runner.model.config, torch.float32
+    config, dtype = engine.executor.runner.model.config, torch.float32
 
     def __call__(self, token_ids, *_):
         return torch.zeros(len(token_ids), 1)
@@ -56,7 +56,7 @@ class Stub:
         return answer[: len(hidden)]
 
 
-engine.runner.model = Stub()
+engine.executor.runner.model = Stub()
 params = SamplingParams(temperature=0, max_tokens=steps + 8, ignore_eos=True)
 for i in range(num_seqs):
     prompt = [(7 * i + j) % (vocab_size - 10) + 5 for j in range(num_tokens)]

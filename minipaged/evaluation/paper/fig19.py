@@ -101,7 +101,7 @@ def _both_ways(block_size: int) -> dict[str, Callable[[], object]]:
         max_num_seqs=1,
         max_num_batched_tokens=NUM_TOKENS,
     )
-    kv_cache = llm.engine.runner.kv_cache
+    kv_cache = llm.engine.executor.runner.kv_cache
     pairs = [(block, block) for block in range(num_blocks)]
 
     @torch.inference_mode()

@@ -300,8 +300,8 @@ def virtual(folder, memory: str = "virtual", groups: int | None = None, **option
     if groups is None and not VIRTUAL[memory].huge_pages:
         return LLM(folder, memory=memory, **options)
     one = LLM(folder, memory=memory, num_blocks=100_000, **options).engine
-    layout = one.runner.kv_cache.layout
-    block_bytes = one.runner.model.config.kv_bytes_per_token(4) * 16
+    layout = one.executor.runner.kv_cache.layout
+    block_bytes = one.executor.runner.model.config.kv_bytes_per_token(4) * 16
     num_blocks = -(-(groups or 40) * layout.group_bytes // block_bytes)
     llm = LLM(folder, memory=memory, num_blocks=num_blocks, **options)
     assert llm.engine.scheduler.memory.budget == (groups or 40)
@@ -309,7 +309,7 @@ def virtual(folder, memory: str = "virtual", groups: int | None = None, **option
 
 
 def belief_and_truth(llm: LLM) -> tuple[int, int]:
-    cache, memory = llm.engine.runner.kv_cache, llm.engine.scheduler.memory
+    cache, memory = llm.engine.executor.runner.kv_cache, llm.engine.scheduler.memory
     return memory.num_mapped * cache.layout.group_bytes, cache.pages.resident_bytes()
 
 
@@ -350,7 +350,7 @@ def test_a_starved_budget_preempts_and_gives_the_same_tokens(folder, expected, m
 
 def test_what_a_previous_owner_left_in_a_region_never_shows(folder, expected):
     llm = virtual(folder)
-    cache = llm.engine.runner.kv_cache
+    cache = llm.engine.executor.runner.kv_cache
     for name, params in PARAMS.items():
         for region in range(cache.layout.num_regions):
             fill_with_nan(cache, region, range(cache.pages.num_mapped(region)))
@@ -369,7 +369,7 @@ def test_without_its_copy_a_fork_forgets_what_it_has_in_common(
 
 def test_the_second_batch_maps_a_quarter_of_the_first_at_most(folder, monkeypatch):
     llm = virtual(folder)
-    pages, mapped = llm.engine.runner.kv_cache.pages, []
+    pages, mapped = llm.engine.executor.runner.kv_cache.pages, []
     map_really = pages.map
 
     def note(region: int, groups: range) -> None:
@@ -385,7 +385,7 @@ def test_the_second_batch_maps_a_quarter_of_the_first_at_most(folder, monkeypatc
 
 def test_virtual_memory_has_the_bytes_of_the_blocks_that_were_asked_for(folder):
     llm = virtual(folder, num_blocks=33, block_size=8)
-    memory, model = llm.engine.scheduler.memory, llm.engine.runner.model.config
+    memory, model = llm.engine.scheduler.memory, llm.engine.executor.runner.model.config
     pool = 33 * 8 * model.kv_bytes_per_token(4)
     assert memory.budget == pool // memory.layout.group_bytes
     assert memory.num_blocks == OPTIONS["max_num_seqs"]

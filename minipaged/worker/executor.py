@@ -1,0 +1,158 @@
+"""Who computes a step: this process, or it and others that have parts of the same model.
+
+The engine gives each `StepInput` to an executor and gets logits. `UniExecutor` runs it here.
+`MultiExecutor` is section 4.6 of the paper: it broadcasts the step as one control message, and
+every rank carries it out on its own part of the model and of the cache. Only rank 0 has the
+scheduler, and only rank 0 gets the logits; the workers send nothing back.
+"""
+
+import signal
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from minipaged.config import EngineConfig
+from minipaged.errors import WorkerLost
+from minipaged.models.parallel import Part
+from minipaged.scheduler.output import StepInput
+from minipaged.utils.shapes import Float
+from minipaged.worker.message import StepEncoder
+from minipaged.worker.model_runner import ModelRunner
+from minipaged.worker.process import REPORT, STEP, STOP, WorkerArgs
+from minipaged.worker.ranks import RankLost, Ranks
+from minipaged.worker.spawn import Workers, find_ranks
+
+
+class Executor(ABC):
+    """Computes steps, once it has been started. `runner` is this process's part in it."""
+
+    runner: ModelRunner
+    part: Part | None = None  # of the model, that this process has to load; None: all of it
+    gather: Callable[[Tensor], Tensor] | None = None  # of the logits of all parts
+
+    @contextmanager
+    def starting(self) -> Generator[None]:
+        """Around all that happens between the constructor and `start`. Raises WorkerLost."""
+        yield
+
+    def agree_on_least(self, number: int) -> int:
+        """The least number of all ranks."""
+        return number
+
+    def start(self, config: EngineConfig, runner: ModelRunner) -> None:
+        """From now on, steps can be run."""
+        self.runner = runner
+
+    @abstractmethod
+    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+        """The logits of a step. Raises WorkerLost."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all other processes. Nothing can be run afterwards."""
+
+
+class UniExecutor(Executor):
+    """One process that has all of the model."""
+
+    def __init__(self, runner: ModelRunner | None = None) -> None:
+        if runner is not None:
+            self.runner = runner
+
+    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+        return self.runner.run(step)
+
+    def close(self) -> None: ...
+
+
+class MultiExecutor(Executor):
+    """Rank 0 of several, which share one model: see `minipaged/models/parallel.py`.
+
+    If a rank is lost, so are its keys and values: this and every later step raises WorkerLost.
+
+    Raises what `find_ranks` raises.
+    """
+
+    def __init__(self, args: WorkerArgs, device: torch.device) -> None:
+        self.ranks, self._workers = find_ranks(args, device)
+        self.part = Part(0, self.ranks.size, self.ranks.all_reduce)
+        self.gather = self.ranks.gather
+        self._encoder = StepEncoder()
+        self._lost: WorkerLost | None = None
+        self._end = weakref.finalize(self, _end, self.ranks, self._workers)  # at exit as well
+
+    @contextmanager
+    def starting(self) -> Generator[None]:
+        try:
+            yield
+        except RankLost as error:
+            raise self._give_up(self._workers.explain(error)) from error
+        except BaseException:
+            self._give_up(WorkerLost("the engine could not be built."))
+            raise
+
+    def agree_on_least(self, number: int) -> int:
+        return self.ranks.agree_on_least(number)
+
+    def start(self, config: EngineConfig, runner: ModelRunner) -> None:
+        self.ranks.send_object(config)
+        self.ranks.start_steps()
+        self.runner = runner
+
+    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+        if self._lost is not None:
+            raise WorkerLost(str(self._lost))
+        try:
+            with uninterrupted():  # half a step on one rank would never fit the others' again
+                self.ranks.send([STEP, *self._encoder.encode(step)])
+                with self.ranks.noted("step"):
+                    return self.runner.run(step)
+        except RankLost as error:
+            raise self._give_up(self._workers.explain(error)) from error
+        except Exception as error:
+            why = f"rank 0 failed in the middle of a step ({type(error).__name__}: {error})."
+            self._give_up(WorkerLost(why))
+            raise
+
+    def _give_up(self, why: WorkerLost) -> WorkerLost:
+        self._lost = why
+        self._end.detach()
+        self._workers.end(0)
+        return why
+
+    def report(self) -> list[dict[str, float]]:
+        """By rank, the seconds since the last report in messages, collectives and whole steps."""
+        self.ranks.send([REPORT])
+        return self.ranks.report()
+
+    def close(self) -> None:
+        self._lost = self._lost or WorkerLost("the engine has been closed.")
+        self._end()
+
+
+def _end(ranks: Ranks, workers: Workers) -> None:
+    with suppress(RankLost):
+        ranks.send([STOP])
+    workers.end()
+
+
+@contextmanager
+def uninterrupted() -> Generator[None]:
+    """Ctrl-C takes effect at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    arrived: list[FrameType | None] = []
+    before = signal.signal(signal.SIGINT, lambda _, frame: arrived.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if arrived and callable(before):
+        before(signal.SIGINT, arrived[0])

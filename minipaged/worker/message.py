@@ -1,0 +1,64 @@
+"""A `StepInput` as the numbers of one message, and back: the control message of section 4.6.
+
+    number of swap-outs, swap-ins, copies, sequences
+    the pairs of blocks: from, to, from, to, ...
+    for each sequence: its id, context length, logits wanted, and three counts, of new tokens, of
+        blocks that the receiver knows, and of new blocks; then the new tokens and the new blocks
+
+A block table is sent as a difference: of a sequence that was in the last step as well, the receiver
+knows the table, which has usually grown by no block or one.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+
+from minipaged.memory import BlockPair
+from minipaged.scheduler.output import SequenceInput, StepInput
+
+
+class StepEncoder:
+    """The sender's side. It remembers the block tables of the last step."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, list[int]] = {}
+
+    def encode(self, step: StepInput) -> list[int]:
+        """The numbers of one message."""
+        pairs = (step.swap_out, step.swap_in, step.copies)
+        numbers = [*map(len, pairs), len(step.sequences)]
+        numbers += chain.from_iterable(chain.from_iterable(pairs))
+        tables: dict[int, list[int]] = {}
+        for seq_id, token_ids, context_len, table, num_logits in step.sequences:
+            known = self._tables.get(seq_id, ())
+            num_known = len(known) if table[: len(known)] == known else 0
+            new = table[num_known:]
+            counts = len(token_ids), num_known, len(new)
+            numbers += (seq_id, context_len, num_logits, *counts, *token_ids, *new)
+            tables[seq_id] = table
+        self._tables = tables
+        return numbers
+
+
+class StepDecoder:
+    """The receiver's side, which must see every message."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, list[int]] = {}
+
+    def decode(self, message: Sequence[int]) -> StepInput:
+        """The step that `StepEncoder.encode` was given."""
+        numbers = iter(message)
+        *num_pairs, num_sequences = islice(numbers, 4)
+        swap_out, swap_in, copies = (_read_pairs(numbers, count) for count in num_pairs)
+        sequences: list[SequenceInput] = []
+        for _ in range(num_sequences):
+            seq_id, context_len, num_logits, num_tokens, num_known, num_new = islice(numbers, 6)
+            token_ids = list(islice(numbers, num_tokens))
+            table = [*self._tables.get(seq_id, ())[:num_known], *islice(numbers, num_new)]
+            sequences.append(SequenceInput(seq_id, token_ids, context_len, table, num_logits))
+        self._tables = {each.seq_id: each.block_table for each in sequences}
+        return StepInput(tuple(sequences), swap_out, swap_in, copies)
+
+
+def _read_pairs(numbers: Iterator[int], count: int) -> tuple[BlockPair, ...]:
+    return tuple((next(numbers), next(numbers)) for _ in range(count))

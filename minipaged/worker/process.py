@@ -1,0 +1,128 @@
+"""A worker: the process of one rank above 0, which computes what rank 0 tells it to.
+
+It has its part of the model and of the cache, and neither scheduler nor tokenizer. It ends with
+rank 0: when that says so, closes the pipe to this process's standard input, or is gone.
+"""
+
+import os
+import pickle
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+
+from minipaged.attention.backend import choose_backend
+from minipaged.attention.batch import BatchBuilder
+from minipaged.attention.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
+from minipaged.config import EngineArgs, EngineConfig, ModelConfig
+from minipaged.models.linear import pack_weights
+from minipaged.models.loader import load_model
+from minipaged.models.parallel import Part
+from minipaged.worker.cache_size import blocks_that_fit
+from minipaged.worker.cuda_graphs import choose_graphs
+from minipaged.worker.message import StepDecoder
+from minipaged.worker.model_runner import ModelRunner
+from minipaged.worker.ranks import LOST_ANOTHER, RankLost, Ranks, num_local_ranks
+
+LOOPBACK = "127.0.0.1"
+STEP, STOP, REPORT = 0, 1, 2  # the first number of a message
+
+
+@dataclass(frozen=True)
+class WorkerArgs:
+    """What a worker must know before it meets the others."""
+
+    options: EngineArgs
+    model_folder: Path
+    model_config: ModelConfig
+    random_weights: bool
+    chooses_num_blocks: bool  # as many as fit in memory on every rank
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank of how many, on which device, and the file by which they find each other."""
+
+    rank: int
+    size: int
+    device: torch.device
+    file: Path
+
+
+def here(rank: int) -> str:
+    """The key under which a rank says that it is ready to connect."""
+    return f"rank {rank} is here"
+
+
+def work(args: WorkerArgs, ranks: Ranks, device: torch.device) -> None:
+    """Load this rank's part, then compute the steps of rank 0 until it stops. Raises RankLost."""
+    runner = _build_runner(args, ranks, device)
+    ranks.start_steps()
+    decoder = StepDecoder()
+    while True:
+        kind, *message = ranks.receive()
+        if kind == STOP:
+            return
+        if kind == REPORT:
+            ranks.report()
+        else:
+            with ranks.noted("step"):
+                runner.run(decoder.decode(message))
+
+
+def _build_runner(args: WorkerArgs, ranks: Ranks, device: torch.device) -> ModelRunner:
+    options = args.options
+    backend = choose_backend(
+        options.attention_backend, device, args.model_config.head_dim, options.kv_cache_dtype
+    )
+    model = load_model(
+        args.model_folder,
+        backend,
+        options.dtype,
+        device,
+        config=args.model_config,
+        random_weights=args.random_weights,
+        part=Part(ranks.rank, ranks.size, ranks.all_reduce),
+    )
+    if device.type == "cpu":
+        pack_weights(model)
+    kv_dtype = choose_kv_dtype(options.kv_cache_dtype, model.dtype)
+    block_bytes = bytes_per_block(model.config, options.block_size, kv_dtype)
+    utilization = options.gpu_memory_utilization
+    if args.chooses_num_blocks:
+        local = num_local_ranks(ranks.size)
+        ranks.agree_on_least(blocks_that_fit(block_bytes, device, utilization, local))
+    config: EngineConfig = ranks.receive_object()
+    kv_cache = KVCache.build(model.config, config, kv_dtype, device, backend.copy_blocks)
+    batches = BatchBuilder(
+        config.max_num_seqs, config.max_blocks_per_seq, config.block_size, device
+    )
+    graphs = choose_graphs(model, kv_cache, backend, config, options.enforce_eager)
+    return ModelRunner(model, backend, kv_cache, batches, graphs, ranks.gather)
+
+
+def _end_with(pipe: BinaryIO) -> None:
+    """End this process when the pipe is closed: rank 0 is then gone, however it ended."""
+    pipe.read()
+    os._exit(0)
+
+
+def main() -> None:
+    """The program of a worker that `spawn.py` starts; its standard input says what to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which ends this process
+    place, args = pickle.load(sys.stdin.buffer)
+    assert isinstance(place, Place)
+    assert isinstance(args, WorkerArgs)
+    threading.Thread(target=_end_with, args=[sys.stdin.buffer], daemon=True).start()
+    store = FileStore(str(place.file), place.size)
+    store.set(here(place.rank), "yes")
+    try:
+        ranks = Ranks.of(args.options, store, place.rank, place.size, place.device, LOOPBACK)
+        work(args, ranks, place.device)
+    except RankLost as error:
+        sys.exit(f"rank {place.rank} {LOST_ANOTHER}: {error}")

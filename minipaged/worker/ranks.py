@@ -1,0 +1,223 @@
+"""The processes that run one model together, and what they send each other.
+
+    control  step messages, and what is agreed on at the start: over gloo, between CPUs
+    tensors  all-reduce of partial sums, gather of logits: over NCCL between GPUs, else over gloo
+
+Every operation has a time limit of its own. The groups are objects of this engine, not
+torch.distributed's default group, of which a process has only one: two engines never meet.
+"""
+
+import os
+import pickle
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from minipaged.config import EngineArgs
+
+LOST_ANOTHER = "ends, because it has lost another rank"  # a worker's last words
+FOREVER = timedelta(days=365)  # a worker waits for a message as long as rank 0 lives
+HEAD = 1024  # numbers in the first part of a message: 4 kB
+
+
+class RankLost(Exception):
+    """Another rank has ended, or has not answered in time."""
+
+
+class Ranks:
+    """One process among several.
+
+    Args:
+        store: where all of them find each other.
+        rank: 0 has the scheduler.
+        size: how many there are.
+        device: where tensors are.
+        start_timeout: seconds for what happens before the first step, such as loading weights.
+        step_timeout: seconds for each operation of a step.
+        host: the address that others reach this process by; None: that of the host's name, or of
+            the interface in GLOO_SOCKET_IFNAME.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        *,
+        start_timeout: float,
+        step_timeout: float,
+        host: str | None = None,
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.counts: dict[str, int] = defaultdict(int)  # operations by name
+        self.seconds: dict[str, float] = defaultdict(float)  # how long they have taken
+        self.listener: Callable[[str, float, float], None] | None = None  # name, begin, end
+        self._limit = timedelta(seconds=start_timeout)
+        self._step_timeout = timedelta(seconds=step_timeout)
+        with _as_lost_rank():
+            self._control = _gloo(PrefixStore("control", store), rank, size, self._limit, host)
+            on_gpu = device.type == "cuda"
+            connect = _nccl if on_gpu else _gloo
+            tensors = PrefixStore("tensors", store)
+            self._tensors = connect(tensors, rank, size, self._limit, host)
+        self.agree_on_least(0)  # all are connected: nobody needs the store any more
+
+    @classmethod
+    def of(
+        cls,
+        options: EngineArgs,
+        store: Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        host: str | None,
+    ) -> "Ranks":
+        """With the time limits of these options. Raises RankLost."""
+        start, step = options.start_timeout, options.step_timeout
+        return cls(store, rank, size, device, start_timeout=start, step_timeout=step, host=host)
+
+    def start_steps(self) -> None:
+        """From now on, the time limit is that of a step."""
+        self.agree_on_least(0)
+        self._limit = self._step_timeout
+
+    # ---- between the layers of a model ---------------------------------------------------------
+
+    def all_reduce(self, summand: Tensor) -> Tensor:
+        """The sum of what all ranks give, in place of what this one gave."""
+        options = dist.AllreduceOptions()
+        options.timeout = self._limit
+        with self.noted("all-reduce"):
+            self._tensors.allreduce([summand], options).wait()
+        return summand
+
+    def gather(self, part: Tensor) -> Tensor:
+        """On rank 0, the parts of all ranks side by side: [rows, all columns]; elsewhere its own.
+
+        Args:
+            part: [rows, columns], on every rank the same shape.
+        """
+        options = dist.GatherOptions()
+        options.rootRank, options.timeout = 0, self._limit
+        parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else []
+        with self.noted("gather"):
+            into = [parts] if parts else []
+            self._tensors.gather(into, [part.contiguous()], options).wait()
+        return torch.cat(parts, dim=-1) if parts else part
+
+    # ---- messages ------------------------------------------------------------------------------
+
+    def send(self, numbers: list[int]) -> None:
+        """Rank 0: send a message of 32-bit numbers to all ranks, at best in one piece."""
+        message = torch.tensor([len(numbers), *numbers], dtype=torch.int32)
+        head = torch.zeros(HEAD, dtype=torch.int32)
+        head[: len(message)] = message[:HEAD]
+        with self.noted("message"):
+            self._broadcast(head, self._limit)
+            if len(message) > HEAD:
+                self._broadcast(message[HEAD:], self._limit)
+
+    def receive(self) -> list[int]:
+        """The other ranks: wait for a message."""
+        head = torch.empty(HEAD, dtype=torch.int32)
+        with self.noted("message"):
+            self._broadcast(head, FOREVER)
+            length = int(head[0]) + 1
+            rest = torch.empty(max(0, length - HEAD), dtype=torch.int32)
+            if len(rest):
+                self._broadcast(rest, self._limit)
+        return [*head[1:length].tolist(), *rest.tolist()]
+
+    def send_object(self, value: Any) -> None:
+        """Rank 0, before the first step: send anything that can be pickled."""
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        self._broadcast(torch.tensor([len(data)]), self._limit)
+        self._broadcast(data, self._limit)
+
+    def receive_object(self) -> Any:
+        """The other ranks: what `send_object` sends."""
+        length = torch.empty(1, dtype=torch.long)
+        self._broadcast(length, self._limit)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        self._broadcast(data, self._limit)
+        return pickle.loads(data.numpy().tobytes())
+
+    def agree_on_least(self, number: int) -> int:
+        """The smallest number of all ranks'."""
+        least = torch.tensor([number])
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp, options.timeout = dist.ReduceOp.MIN, self._limit
+        with _as_lost_rank():
+            self._control.allreduce([least], options).wait()
+        return int(least)
+
+    def report(self) -> list[dict[str, float]]:
+        """On rank 0, the `seconds` of all ranks; all of them must call it."""
+        names = "message", "all-reduce", "gather", "step"
+        own = torch.tensor([self.seconds[name] for name in names], dtype=torch.float64)
+        all_ranks = [torch.empty_like(own) for _ in range(self.size)] if self.rank == 0 else []
+        options: Any = dist.GatherOptions()
+        options.rootRank, options.timeout = 0, self._limit
+        with _as_lost_rank():
+            self._control.gather([all_ranks] if all_ranks else [], [own], options).wait()
+        self.seconds.clear()
+        return [dict(zip(names, each.tolist(), strict=True)) for each in all_ranks]
+
+    def _broadcast(self, tensor: Tensor, limit: timedelta) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.timeout = 0, limit
+        with _as_lost_rank():
+            self._control.broadcast([tensor], options).wait()
+
+    @contextmanager
+    def noted(self, name: str) -> Generator[None]:
+        """Count what is done inside, and for how long. Raises RankLost."""
+        begin = time.perf_counter()
+        with _as_lost_rank():
+            yield
+        end = time.perf_counter()
+        self.counts[name] += 1
+        self.seconds[name] += end - begin
+        if self.listener is not None:
+            self.listener(name, begin, end)
+
+
+def num_local_ranks(size: int) -> int:
+    """How many of all ranks are on this machine."""
+    is_alone = size == 1 or not dist.is_torchelastic_launched()
+    return size if is_alone else int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+@contextmanager
+def _as_lost_rank() -> Generator[None]:
+    """torch.distributed raises RuntimeError for all that can happen to a connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(str(error).splitlines()[0]) from error
+
+
+def _gloo(store: Store, rank: int, size: int, timeout: timedelta, host: str | None) -> ProcessGroup:
+    gloo: Any = dist.ProcessGroupGloo
+    if host is None:
+        return gloo(store, rank, size, timeout)  # which heeds GLOO_SOCKET_IFNAME
+    options = gloo._Options()
+    options._timeout, options._devices = timeout, [gloo.create_device(hostname=host)]
+    return gloo(store, rank, size, options)
+
+
+def _nccl(store: Store, rank: int, size: int, timeout: timedelta, host: str | None) -> ProcessGroup:
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timeout
+    return nccl(store, rank, size, options)

@@ -1,0 +1,200 @@
+"""Rank 0's side of the other ranks: how they are started and found, and how they end.
+
+Either this process starts them, as programs on this machine (`minipaged/worker/process.py`), or
+torchrun has started one process per rank, on one machine or several (`--nnodes`), all with the same
+program: there, those above rank 0 become workers where they build the engine.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
+
+from minipaged.config import EngineArgs
+from minipaged.errors import InvalidOption, WorkerLost
+from minipaged.utils.device import choose_device
+from minipaged.worker.process import LOOPBACK, Place, WorkerArgs, here, work
+from minipaged.worker.ranks import LOST_ANOTHER, RankLost, Ranks, num_local_ranks
+
+SECONDS_TO_END = 5.0  # for a worker that was told to
+SECONDS_TO_NOTICE = 2.0  # until the system reports how a process has ended
+PROGRAM = "from minipaged.worker.process import main; main()"
+LOG_BYTES = 2000  # of the end of a worker's log that an error shows
+
+
+@dataclass
+class Worker:
+    """One process that this one has started, and what it has printed."""
+
+    rank: int
+    process: "subprocess.Popen[bytes]"
+    log: IO[bytes]
+
+    def end_of_log(self) -> str:
+        """The last lines that it has printed."""
+        self.log.seek(0, os.SEEK_END)
+        self.log.seek(max(0, self.log.tell() - LOG_BYTES))
+        return self.log.read().decode(errors="replace").strip()
+
+    def describe_end(self) -> str:
+        """How it has ended, and the last that it has printed."""
+        code = self.process.returncode
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else ""
+        how = f"exit code {code}{name and ', '}{name}"
+        log = self.end_of_log()
+        said = f"the end of its log:\n{log}" if log else "its log is empty."
+        return f"rank {self.rank} has ended ({how}); {said}"
+
+
+class Workers:
+    """The processes of the other ranks that this process has started."""
+
+    def __init__(self) -> None:
+        self._started: list[Worker] = []
+        self._threads = torch.get_num_threads()
+
+    def start(self, args: WorkerArgs, size: int, device_type: str, file: Path) -> None:
+        """Start ranks 1 and up on this machine."""
+        threads = max(1, self._threads // size)  # all ranks together have as many as one process
+        torch.set_num_threads(threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        for rank in range(1, size):
+            log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+            self._started.append(Worker(rank, process, log))
+            assert process.stdin is not None
+            place = Place(rank, size, _device_of(device_type, rank), file)
+            with suppress(BrokenPipeError):  # it has ended: see `wait_for_all`
+                pickle.dump((place, args), process.stdin)
+                process.stdin.flush()
+
+    def wait_for_all(self, store: FileStore, timeout: float) -> None:
+        """Wait until all are ready to connect. Raises RankLost."""
+        deadline = time.monotonic() + timeout
+        while not store.check([here(each.rank) for each in self._started]):
+            if any(each.process.poll() is not None for each in self._started):
+                raise RankLost("it has ended before it was ready")
+            if time.monotonic() > deadline:
+                raise RankLost(f"it was not ready within {timeout:g} seconds")
+            time.sleep(0.02)
+
+    def explain(self, error: RankLost) -> WorkerLost:
+        """Which rank is lost, and how."""
+        deadline = time.monotonic() + SECONDS_TO_NOTICE
+        while time.monotonic() < deadline:
+            ended = [each for each in self._started if each.process.poll() is not None]
+            # Others may end because they have lost the one that is the cause.
+            if causes := [each for each in ended if LOST_ANOTHER not in each.end_of_log()]:
+                return WorkerLost(causes[0].describe_end())
+            time.sleep(0.02)
+        return WorkerLost(
+            f"another rank does not answer ({error}). If it only takes long, raise step_timeout."
+        )
+
+    def end(self, seconds: float = SECONDS_TO_END) -> None:
+        """Close the pipes, which tells the processes to end; after this time, kill them."""
+        deadline = time.monotonic() + seconds
+        for each in self._started:
+            if each.process.stdin is not None:
+                with suppress(OSError):
+                    each.process.stdin.close()
+        for each in self._started:
+            with suppress(subprocess.TimeoutExpired):
+                each.process.wait(max(0.0, deadline - time.monotonic()))
+            each.process.kill()
+            each.process.wait()
+            each.log.close()
+        if self._started:
+            torch.set_num_threads(self._threads)
+        self._started.clear()
+
+
+def find_ranks(args: WorkerArgs, device: torch.device) -> tuple[Ranks, Workers]:
+    """Connect with the other ranks, after starting them if nobody has. Under torchrun, ranks above
+    0 do not return: they work until rank 0 stops, and end their process.
+
+    Raises:
+        WorkerLost: a rank has ended or was not ready in time.
+        InvalidOption: torchrun has started another number of processes.
+    """
+    options, workers = args.options, Workers()
+    try:
+        if dist.is_torchelastic_launched():
+            return _join_torchrun(args, device), workers
+        with tempfile.TemporaryDirectory(prefix="minipaged-") as folder:
+            file, size = Path(folder) / "ranks", options.tensor_parallel_size
+            store = FileStore(str(file), size)
+            workers.start(args, size, device.type, file)
+            workers.wait_for_all(store, options.start_timeout)
+            return Ranks.of(options, store, 0, size, device, LOOPBACK), workers
+    except RankLost as error:
+        lost = workers.explain(error)
+        workers.end(0)
+        raise lost from error
+    except BaseException:
+        workers.end(0)
+        raise
+
+
+def choose_rank_device(options: EngineArgs) -> torch.device:
+    """This rank's own device. Raises InvalidOption."""
+    device, size = choose_device(options.device), options.tensor_parallel_size
+    if size == 1 or device.type != "cuda":
+        return device
+    if options.device != "cuda" and options.device != "auto":
+        raise InvalidOption(
+            f"device is {options.device!r}, but each of the {size} ranks has a GPU of its own: "
+            'give "cuda".',
+            "device",
+        )
+    if torch.cuda.device_count() < num_local_ranks(size):
+        raise InvalidOption(
+            f"tensor_parallel_size is {size}, and each rank needs a GPU of its own: this machine "
+            f"has {torch.cuda.device_count()}. Lower it.",
+            "tensor_parallel_size",
+        )
+    return _device_of("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _device_of(device_type: str, local_rank: int) -> torch.device:
+    return torch.device("cuda", local_rank) if device_type == "cuda" else torch.device(device_type)
+
+
+def _join_torchrun(args: WorkerArgs, device: torch.device) -> Ranks:
+    options = args.options
+    started, size = int(os.environ["WORLD_SIZE"]), options.tensor_parallel_size
+    if started != size:
+        raise InvalidOption(
+            f"tensor_parallel_size is {size}, but torchrun has started {started} processes: make "
+            "them equal.",
+            "tensor_parallel_size",
+        )
+    limit = timedelta(seconds=options.start_timeout)
+    store, rank, _ = next(rendezvous("env://", timeout=limit))
+    ranks = Ranks.of(options, store, rank, size, device, None)
+    if rank == 0:
+        return ranks
+    try:
+        work(args, ranks, device)
+    except RankLost as error:
+        sys.exit(f"rank {rank} {LOST_ANOTHER}: {error}")
+    sys.exit(0)
