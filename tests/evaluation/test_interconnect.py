@@ -1,6 +1,7 @@
 """What GPUs that share a model send each other, and what it adds to a simulated step."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -134,6 +135,12 @@ def test_a_model_on_several_gpus_waits_for_a_message_in_each_step():
         server = deploy(MODELS["llama-3-8b"], GPUS["h100-80g"], num_gpus)
         assert server.sync_seconds == seconds
         assert CostModel(server, step_seconds=1.0).host(0) == 1.0 + seconds
+
+
+def test_a_model_that_no_split_makes_fit_needs_larger_gpus():
+    two_heads = replace(MODELS["llama-3-70b"], num_kv_heads=2)
+    with pytest.raises(InvalidOption, match="take larger GPUs"):
+        deploy(two_heads, GPUS["l4-24g"], 2)
 
 
 SMALL = "capacity --model llama-3-8b --gpu l4-24g --rate 1 --input 100 --output 100".split()

@@ -75,7 +75,8 @@ def deploy(model: ServedModel, gpu: GPU, num_gpus: int) -> Deployment:
     slots = int((usable - model.weight_bytes) // model.kv_bytes_per_token)
     if slots < 1:
         each = USABLE * gpu.memory_bytes - ACTIVATIONS
-        enough = [n for n in splits if n * each > model.weight_bytes]
+        least = model.weight_bytes + model.kv_bytes_per_token
+        enough = [n for n in splits if n * each >= least]
         raise InvalidOption(
             f"the weights of {model.name} take {model.weight_bytes / GB:.0f} GB, and {num_gpus} x "
             f"{gpu.name} have {max(usable, 0) / GB:.0f} GB for them: take "
