@@ -10,7 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.cli.options import AsJson, BlockSize, MaxNumSeqs, refuse_beside
+from minipaged.cli.options import (
+    AsJson,
+    BlockSize,
+    LinkBandwidth,
+    LinkLatency,
+    MaxNumSeqs,
+    refuse_beside,
+    with_link,
+)
 from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import GB, GPUS, MODELS, find_gpu, find_model
@@ -25,7 +33,16 @@ def capacity(
     context: typer.Context,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "llama-3-8b",
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100-80g",
-    num_gpus: Annotated[int, typer.Option(help="GPUs in the server.")] = 1,
+    num_gpus: Annotated[
+        int,
+        typer.Option(
+            "--num-gpus",
+            "--tensor-parallel-size",
+            help="GPUs in the server. The model is split over all of them.",
+        ),
+    ] = 1,
+    link_bandwidth: LinkBandwidth = None,
+    link_latency: LinkLatency = None,
     rate: Annotated[float, typer.Option(help="Requests per second.")] = 4.0,
     input_len: Annotated[float, typer.Option("--input", help="Mean prompt length.")] = 1000.0,
     output_len: Annotated[float, typer.Option("--output", help="Mean output length.")] = 300.0,
@@ -66,6 +83,7 @@ def capacity(
             "raise --longest to at least twice the mean, or let requests be shorter."
         )
     server = deploy(find_model(model), find_gpu(gpu), num_gpus)
+    server = with_link(server, link_bandwidth, link_latency)
     lengths = Lengths(input_len, output_len, spread, spread, longest)
     with progress_bar(desc="simulations", unit="") as bar:
         report = estimate_capacity(
@@ -101,6 +119,14 @@ def _show(report: CapacityReport, lengths: Lengths) -> None:
         f"{server.num_slots:,} tokens, or {server.num_slots / _held(lengths):,.0f} requests.",
         highlight=False,
     )
+    if server.num_gpus > 1:
+        link = server.gpu.link
+        console.print(
+            f"Link: each GPU sends {link.bandwidth / GB:g} GB a second; a collective takes "
+            f"{1e6 * link.latency:g} us besides, and the message of a step "
+            f"{1e3 * server.sync_seconds:g} ms.",
+            highlight=False,
+        )
     table = Table(box=None, padding=(0, 2))
     for title in ("", "asked for", "knee"):
         table.add_column(title, justify="right" if title else "left")

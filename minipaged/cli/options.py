@@ -7,9 +7,11 @@ and help text are not repeated here.
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import typer
 
@@ -17,6 +19,9 @@ from minipaged import __version__
 from minipaged.config import OPTIONS
 from minipaged.errors import InvalidOption
 from minipaged.utils.options import Option
+
+if TYPE_CHECKING:
+    from minipaged.evaluation.sim.catalogue import Deployment
 
 Command = Callable[..., None]
 
@@ -125,6 +130,43 @@ def refuse_beside(context: typer.Context, flag: str, does: str, ignored: Iterabl
         raise InvalidOption(
             f"{flag} {does}, so {names} would be ignored: leave {them} out, or leave out {flag}."
         )
+
+
+# ---- flags for simulated hardware ----------------------------------------------------------------
+
+LinkBandwidth = Annotated[
+    float | None,
+    typer.Option(help="GB per second that each GPU sends to the others. Default: its own link's."),
+]
+LinkLatency = Annotated[
+    float | None,
+    typer.Option(help="Microseconds per all-reduce or gather, besides. Default: its own link's."),
+]
+
+
+def with_link(
+    server: "Deployment", link_bandwidth: float | None, link_latency: float | None
+) -> "Deployment":
+    """The server with the link of the two flags, where they were given.
+
+    Raises:
+        InvalidOption: a value is impossible, or the server has a single GPU.
+    """
+    if link_bandwidth is not None and not (link_bandwidth > 0 and isfinite(link_bandwidth)):
+        raise InvalidOption(f"--link-bandwidth is {link_bandwidth:g}: give a number above 0.")
+    if link_latency is not None and not (link_latency >= 0 and isfinite(link_latency)):
+        raise InvalidOption(f"--link-latency is {link_latency:g}: give a number from 0 up.")
+    link = server.gpu.link
+    if link_bandwidth is not None:
+        link = replace(link, bandwidth=link_bandwidth * 1e9)
+    if link_latency is not None:
+        link = replace(link, latency=link_latency * 1e-6)
+    if (link_bandwidth, link_latency) != (None, None) and server.num_gpus == 1:
+        raise InvalidOption(
+            "--link-bandwidth and --link-latency connect several GPUs, and this server has one: "
+            "leave them out, or choose a server with more GPUs."
+        )
+    return server.with_link(link)
 
 
 # ---- other flags ---------------------------------------------------------------------------------

@@ -9,7 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.cli.options import AsJson, BlockSize, refuse_beside
+from minipaged.cli.options import (
+    AsJson,
+    BlockSize,
+    LinkBandwidth,
+    LinkLatency,
+    refuse_beside,
+    with_link,
+)
 from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
@@ -63,6 +70,8 @@ def simulate(
     trace: Annotated[
         Path | None, typer.Option(help="Serve the requests in this CSV instead.")
     ] = None,
+    link_bandwidth: LinkBandwidth = None,
+    link_latency: LinkLatency = None,
     block_size: BlockSize = EngineArgs.block_size,
     seed: Annotated[int, typer.Option(help="Random seed of arrival times and lengths.")] = 0,
     as_json: AsJson = False,
@@ -75,9 +84,9 @@ def simulate(
     require_one_of("workload", workload, (*WORKLOADS, "chat"))
     require_whole("block_size", block_size, 1)
     require_whole("seed", seed, 0)
+    deployed = with_link(DEPLOYMENTS[server], link_bandwidth, link_latency)
     chosen = [find_system(name) for name in systems or SYSTEMS]
     requests = _read(trace) if trace is not None else _make(workload, rate, seconds, seed)
-    deployed = DEPLOYMENTS[server]
     setting = Setting(deployed.num_slots, block_size, model=deployed.model)
     costs = CostModel(deployed)
     rows = [_serve(s, setting, costs, requests) for s in progress_bar(chosen, desc="systems")]

@@ -5,7 +5,7 @@ hold and which of them wait is decided by the scheduler and the memory managers,
 the library's own here. Only how long a step takes is a formula. Nothing imports torch.
 
 Read it in this order: fitted (the constants that were fitted), traces (who comes when, and how
-long), catalogue (models and GPUs), cost_model (how long a step takes), systems (paging and its
-baselines), requests (a sequence group that generates), simulator (the loop), capacity (the request
-rate that a system sustains).
+long), catalogue (models and GPUs), interconnect (what several GPUs send each other), cost_model
+(how long a step takes), systems (paging and its baselines), requests (a sequence group that
+generates), simulator (the loop), capacity (the request rate that a system sustains).
 """

@@ -1,9 +1,10 @@
 """Models and GPUs that can be simulated: what a step must read and multiply, and how fast."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.fitted import SYNC_SECONDS
+from minipaged.evaluation.sim.interconnect import NVLINK_3, NVLINK_4, NVLINK_5, PCIE_4, Link
 
 GB = 10**9
 
@@ -16,6 +17,7 @@ class GPU:
     memory_bytes: float
     bandwidth: float  # bytes a second
     flops: float  # 16-bit operations a second, dense
+    link: Link  # to the other GPUs of a server
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class ServedModel:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    vocab_size: int
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_heads * self.head_dim
 
     @property
     def weight_bytes(self) -> float:
@@ -41,13 +48,13 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model on so many GPUs, and how many token slots are left for keys and values."""
+    """A model split over so many GPUs, and how many token slots are left for keys and values."""
 
     model: ServedModel
     gpu: GPU
     num_gpus: int
     num_slots: int
-    sync_seconds: float = 0.0  # of a step, for GPUs that wait for each other
+    sync_seconds: float = 0.0  # of a step, for workers that wait for a message and each other
 
     @property
     def bandwidth(self) -> float:
@@ -57,34 +64,38 @@ class Deployment:
     def flops(self) -> float:
         return self.gpu.flops * self.num_gpus
 
+    def with_link(self, link: Link) -> "Deployment":
+        """The same server with its GPUs connected by another link."""
+        return replace(self, gpu=replace(self.gpu, link=link))
+
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("a100-40g", 40 * GB, 1555e9, 312e12),
-        GPU("a100-80g", 80 * GB, 2039e9, 312e12),
-        GPU("l4-24g", 24 * GB, 300e9, 121e12),
-        GPU("l40s-48g", 48 * GB, 864e9, 362e12),
-        GPU("rtx4090-24g", 24 * GB, 1008e9, 165e12),
-        GPU("h100-80g", 80 * GB, 3350e9, 989e12),
-        GPU("h200-141g", 141 * GB, 4800e9, 989e12),
-        GPU("b200-180g", 180 * GB, 8000e9, 2250e12),
+        GPU("a100-40g", 40 * GB, 1555e9, 312e12, NVLINK_3),
+        GPU("a100-80g", 80 * GB, 2039e9, 312e12, NVLINK_3),
+        GPU("l4-24g", 24 * GB, 300e9, 121e12, PCIE_4),
+        GPU("l40s-48g", 48 * GB, 864e9, 362e12, PCIE_4),
+        GPU("rtx4090-24g", 24 * GB, 1008e9, 165e12, PCIE_4),
+        GPU("h100-80g", 80 * GB, 3350e9, 989e12, NVLINK_4),
+        GPU("h200-141g", 141 * GB, 4800e9, 989e12, NVLINK_4),
+        GPU("b200-180g", 180 * GB, 8000e9, 2250e12, NVLINK_5),
     )
 }
 
 MODELS = {
     model.name: model
     for model in (
-        ServedModel("opt-13b", 12.85e9, 40, 40, 40, 128),
-        ServedModel("opt-66b", 65.7e9, 64, 72, 72, 128),
-        ServedModel("opt-175b", 174.6e9, 96, 96, 96, 128),
-        ServedModel("llama-13b", 13.0e9, 40, 40, 40, 128),
-        ServedModel("smollm2-135m", 0.1345e9, 30, 9, 3, 64),
-        ServedModel("llama-3.2-1b", 1.24e9, 16, 32, 8, 64),
-        ServedModel("llama-2-7b", 6.74e9, 32, 32, 32, 128),
-        ServedModel("mistral-7b", 7.24e9, 32, 32, 8, 128),
-        ServedModel("llama-3-8b", 8.03e9, 32, 32, 8, 128),
-        ServedModel("llama-3-70b", 70.6e9, 80, 64, 8, 128),
+        ServedModel("opt-13b", 12.85e9, 40, 40, 40, 128, 50_272),
+        ServedModel("opt-66b", 65.7e9, 64, 72, 72, 128, 50_272),
+        ServedModel("opt-175b", 174.6e9, 96, 96, 96, 128, 50_272),
+        ServedModel("llama-13b", 13.0e9, 40, 40, 40, 128, 32_000),
+        ServedModel("smollm2-135m", 0.1345e9, 30, 9, 3, 64, 49_152),
+        ServedModel("llama-3.2-1b", 1.24e9, 16, 32, 8, 64, 128_256),
+        ServedModel("llama-2-7b", 6.74e9, 32, 32, 32, 128, 32_000),
+        ServedModel("mistral-7b", 7.24e9, 32, 32, 8, 128, 32_000),
+        ServedModel("llama-3-8b", 8.03e9, 32, 32, 8, 128, 128_256),
+        ServedModel("llama-3-70b", 70.6e9, 80, 64, 8, 128, 128_256),
     )
 }
 

@@ -4,8 +4,10 @@
     weights    read once, or multiplied with every token, whichever takes longer
     keys       of every sequence that decodes, read once
     prompts    attention of their tokens among each other
+    links      all-reduces and a gather, if several GPUs share the model (`interconnect`)
 
-No operation reaches what a GPU can do at its best. The shares below are assumed, not fitted.
+No operation reaches what a GPU can do at its best. The shares below are assumed, not fitted. Links
+have none: messages are small, and most of what they lose is in the latency of a collective.
 """
 
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ class CostModel:
     kv_factor: float = 1.0
 
     def host(self, num_decodes: int) -> float:
-        """Of the processor, and of GPUs that wait for each other."""
+        """Of the processor, and of workers that wait for its message and for each other."""
         seconds = self.step_seconds + self.server.sync_seconds
         return seconds + self.sequence_seconds * num_decodes
 
@@ -60,6 +62,20 @@ class CostModel:
         operations = 4 * model.num_heads * model.head_dim * model.num_layers * num_pairs
         return operations / (self.server.flops * OF_FLOPS_IN_ATTENTION)
 
+    def communication(self, num_tokens: int, num_rows: int) -> float:
+        """To add up results and gather logits over all GPUs; 0 for a single one (section 4.6).
+
+        Args:
+            num_tokens: whose hidden states are added up, all of the step.
+            num_rows: of logits that the step computes.
+        """
+        model, link, num_gpus = self.server.model, self.server.gpu.link, self.server.num_gpus
+        if num_gpus == 1:
+            return 0.0
+        hidden_states = 2 * num_tokens * model.hidden_size
+        all_reduces = (1 + 2 * model.num_layers) * link.all_reduce(hidden_states, num_gpus)
+        return all_reduces + link.gather(2 * num_rows * model.vocab_size, num_gpus)
+
     def swap(self, num_blocks: int, block_size: int) -> float:
         """To move blocks between GPU and host; small blocks are many small copies (section 7.3)."""
         model = self.server.model
@@ -73,21 +89,28 @@ class CostModel:
         return num_bytes / self.server.bandwidth
 
     def step(
-        self, num_decodes: int, num_keys: int, num_prompt_tokens: int, num_pairs: float
+        self,
+        num_decodes: int,
+        num_keys: int,
+        num_prompt_tokens: int,
+        num_pairs: float,
+        num_prompts: int = 0,
     ) -> float:
-        """A whole step, without moved blocks."""
+        """A whole step, without moved blocks; `num_prompts` of its prompts end in it."""
+        num_tokens = num_decodes + num_prompt_tokens
         return (
             self.host(num_decodes)
-            + self.weights(num_decodes + num_prompt_tokens)
+            + self.weights(num_tokens)
             + self.keys(num_keys)
             + self.prompts(num_pairs)
+            + self.communication(num_tokens, num_decodes + num_prompts)
         )
 
     def of_step(self, decision: SchedulerOutput, block_size: int) -> float:
         """The step that a scheduler planned, with the blocks that it moves."""
-        num_decodes = num_keys = num_prompt_tokens = 0
+        num_decodes = num_keys = num_prompt_tokens = num_prompts = 0
         num_pairs = 0.0
-        for _, seq, num_new, _ in decision.sequences:
+        for _, seq, num_new, samples in decision.sequences:
             context = seq.num_computed_tokens
             if num_new == 1:
                 num_decodes += 1
@@ -95,7 +118,8 @@ class CostModel:
             else:
                 num_prompt_tokens += num_new
                 num_pairs += num_new * (context + num_new / 2)
-        seconds = self.step(num_decodes, num_keys, num_prompt_tokens, num_pairs)
+                num_prompts += samples
+        seconds = self.step(num_decodes, num_keys, num_prompt_tokens, num_pairs, num_prompts)
         if decision.copies:
             seconds += self.copies(len(decision.copies), block_size)
         if decision.swap_in or decision.swap_out:

@@ -1,6 +1,6 @@
 """The constants that were fitted to the paper's figures: all of them, and to which.
 
-Four for one GPU; two more for several GPUs, and two for beams.
+Four for one GPU; two more for several workers, and two for beams.
 
 Everything else in `minipaged.evaluation.sim` is arithmetic, a published number or a stated
 assumption. A figure that was used for fitting proves nothing; the paper commands name those.
@@ -15,8 +15,9 @@ ALPACA_OUTPUT_CV = 1.02  # fitted to Figure 13b: batched requests of Orca (Pow2)
 STEP_SECONDS = 2e-3  # fitted to Figure 13: batched requests of vLLM, both traces ...
 SEQUENCE_SECONDS = 0.30e-3  # ... together with this, for each sequence that decodes
 
-# What GPUs that wait for each other add to a step. Ratios between systems hardly move with it.
-SYNC_SECONDS = {"opt-66b": 20e-3, "opt-175b": 40e-3}  # fitted to where Figure 12's axes end
+# What several workers add to a step besides their communication, which `interconnect` computes: the
+# control message, and waiting for the slowest. Ratios between systems rise by 10 to 26 % with it.
+SYNC_SECONDS = {"opt-66b": 17e-3, "opt-175b": 31e-3}  # fitted to where Figure 12's axes end
 
 # Beams only: how sure the synthetic model is of its next token, the scale of its logits. How beams
 # descend from each other is the model's, and so is what they share.

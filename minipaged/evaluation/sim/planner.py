@@ -18,6 +18,7 @@ from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.capacity import Curve
 from minipaged.evaluation.sim.catalogue import GB, GPU, Deployment, ServedModel
 from minipaged.evaluation.sim.cost_model import CostModel
+from minipaged.evaluation.sim.interconnect import CONTROL_SECONDS
 from minipaged.evaluation.sim.simulator import Report, Simulation
 from minipaged.evaluation.sim.systems import SYSTEMS, Setting
 from minipaged.evaluation.sim.traces import Lengths, poisson_trace
@@ -59,17 +60,29 @@ class CapacityReport:
 
 
 def deploy(model: ServedModel, gpu: GPU, num_gpus: int) -> Deployment:
-    """The model on these GPUs, with the slots that are left. Raises InvalidOption if none are."""
+    """The model on these GPUs, with the slots that are left.
+
+    Raises:
+        InvalidOption: none are left, or the heads cannot be split evenly.
+    """
+    splits = [n for n in range(1, model.num_kv_heads + 1) if model.num_kv_heads % n == 0]
+    if num_gpus not in splits:
+        raise InvalidOption(
+            f"{model.name} has {model.num_kv_heads} heads of keys and values, and {num_gpus} GPUs "
+            f"cannot have equally many: take one of {', '.join(map(str, splits))}."
+        )
     usable = num_gpus * (USABLE * gpu.memory_bytes - ACTIVATIONS)
     slots = int((usable - model.weight_bytes) // model.kv_bytes_per_token)
     if slots < 1:
         each = USABLE * gpu.memory_bytes - ACTIVATIONS
-        least = int(model.weight_bytes // each) + 1
+        least = model.weight_bytes + model.kv_bytes_per_token
+        enough = [n for n in splits if n * each >= least]
         raise InvalidOption(
             f"the weights of {model.name} take {model.weight_bytes / GB:.0f} GB, and {num_gpus} x "
-            f"{gpu.name} have {max(usable, 0) / GB:.0f} GB for them: take at least {least}."
+            f"{gpu.name} have {max(usable, 0) / GB:.0f} GB for them: take "
+            + (f"at least {enough[0]}." if enough else "larger GPUs.")
         )
-    return Deployment(model, gpu, num_gpus, slots)
+    return Deployment(model, gpu, num_gpus, slots, CONTROL_SECONDS if num_gpus > 1 else 0.0)
 
 
 def estimate_capacity(
@@ -149,7 +162,7 @@ def _unloaded(costs: CostModel, lengths: Lengths) -> float:
     """Seconds a token of requests that have the server to themselves, as a mean over them."""
     ratios: list[float] = []
     for p, o in lengths.draw(512, seed=0):
-        prompt = costs.step(0, 0, p, p * p / 2)
+        prompt = costs.step(0, 0, p, p * p / 2, 1)
         ratios.append((prompt + (o - 1) * costs.step(1, round(p + o / 2), 0, 0)) / o)
     return sum(ratios) / len(ratios)
 
@@ -164,7 +177,8 @@ def _fluid_rate(costs: CostModel, lengths: Lengths, latency: float, setting: Set
         batch = rate * lengths.output_mean * latency  # Little's law
         prompts = rate * lengths.input_mean * latency  # tokens that come while a step runs
         pairs = prompts * lengths.input_mean / 2
-        step = costs.step(round(batch), round(batch * context), round(prompts), pairs)
+        ended = round(rate * latency)
+        step = costs.step(round(batch), round(batch * context), round(prompts), pairs, ended)
         low, high = (rate, high) if step <= latency else (low, rate)
     return high
 
@@ -181,6 +195,9 @@ def _load(rate: float, latency: float, report: Report, costs: CostModel, lengths
         "reading keys and values": costs.keys(round(batch * context)),
         "attention of prompts": costs.prompts(prompt_tokens * lengths.input_mean / 2),
     }
+    if costs.server.num_gpus > 1:
+        num_tokens, num_rows = round(batch + prompt_tokens), round(batch + rate * step)
+        parts["communication between GPUs"] = costs.communication(num_tokens, num_rows)
     return Load(
         rate,
         latency,

@@ -158,7 +158,7 @@ class Simulation:
         )
         generated = max((s.seq.num_output_tokens for s in decision.sequences), default=0)
         if generated == 0:
-            return self._costs.step(0, 0, size * prompt, size * prompt**2 / 2)
+            return self._costs.step(0, 0, size * prompt, size * prompt**2 / 2, size)
         return self._costs.step(size, size * (prompt + generated), 0, 0)
 
     def _advance(self, decision: SchedulerOutput) -> None:
