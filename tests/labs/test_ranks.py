@@ -15,7 +15,13 @@ from minipaged.errors import InvalidOption
 from minipaged.labs.lab11_tensor_parallel import LAB
 from minipaged.labs.starter import library_text
 from minipaged.labs.tensor_parallel.model import storyteller, whole_logits
-from minipaged.labs.tensor_parallel.processes import Collective, RanksFailed, run_ranks
+from minipaged.labs.tensor_parallel.processes import (
+    Collective,
+    RanksFailed,
+    Report,
+    run_ranks,
+    what_is_wrong,
+)
 from minipaged.llm import LLM
 from minipaged.sampling.params import SamplingParams
 
@@ -88,6 +94,15 @@ def test_ranks_that_never_meet_are_told_so_at_once(program):
     with pytest.raises(RanksFailed, match=WRONG[program]):
         run_ranks(program, seconds=60.0)
     assert time.monotonic() - began < 30
+
+
+def test_a_broken_connection_is_told_only_when_no_cause_is_found():
+    broken = Report(error="RuntimeError: Connection closed", has_ended=True, is_broken=True)
+    assert what_is_wrong([broken, Report()]) == "", "rank 1 may be about to tell why"
+    cause = Report(error="IndexError: list index out of range", has_ended=True)
+    assert what_is_wrong([broken, cause]) == "rank 1: IndexError: list index out of range"
+    ended = Report(has_ended=True)
+    assert what_is_wrong([broken, ended]) == "rank 0: RuntimeError: Connection closed"
 
 
 def test_a_rank_that_never_ends_is_stopped_at_the_time_limit():
