@@ -1,4 +1,4 @@
-"""`minipaged lab`: list, start, check, watch, hint, diff, reset, grade, challenge, route."""
+"""`minipaged lab`: list, start, check, watch, hint, diff, reset, grade, challenge, route, ranks."""
 
 import contextlib
 import difflib
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.cli import lab_challenge as challenge_command
+from minipaged.cli.lab_ranks import ranks
 from minipaged.cli.lab_route import route
 from minipaged.errors import InvalidOption
 from minipaged.labs.catalogue import LABS, find_lab
@@ -32,6 +33,7 @@ _POLL_SECONDS = 0.1  # between two looks at a watched file
 
 app.command()(challenge_command.challenge)
 app.command()(route)
+app.command()(ranks)
 
 Number = Annotated[int, typer.Argument(help="The lab's number.")]
 File = Annotated[

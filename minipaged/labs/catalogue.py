@@ -12,6 +12,7 @@ from minipaged.labs import (
     lab7_swapping,
     lab8_triton_decode,
     lab10_router,
+    lab11_tensor_parallel,
 )
 from minipaged.labs.lab import Lab
 
@@ -25,6 +26,7 @@ LABS: tuple[Lab, ...] = (
     lab7_swapping.LAB,
     lab8_triton_decode.LAB,
     lab10_router.LAB,
+    lab11_tensor_parallel.LAB,
 )
 
 

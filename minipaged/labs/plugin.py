@@ -26,8 +26,13 @@ from minipaged.labs.complaints import CallLog, compared, complaint
 from minipaged.tracing.events import Event, EventLog
 from minipaged.tracing.trace_file import TraceFile
 
-PARTS = {**LIBRARY_PARTS, "router": "minipaged.labs.routing.router.PrefixRouter"}
-"""A router is no part of an engine: it distributes requests among several."""
+PARTS = {
+    **LIBRARY_PARTS,
+    "router": "minipaged.labs.routing.router.PrefixRouter",
+    "rank": "minipaged.labs.tensor_parallel.rank.Rank",
+}
+"""The last two are no parts of an engine: a router distributes requests among several engines, and
+a rank is a process of a small model of its own."""
 CALLS = pytest.StashKey[CallLog]()
 
 
@@ -42,7 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Add the marks by which a task's tests are chosen."""
     config.addinivalue_line("markers", "lab(number, task): the tests of a task of a teaching lab")
     config.addinivalue_line("markers", "essential(why): without it, a lab's task has no points")
-    pytest.register_assert_rewrite("newcomers", "pools_of_words", "schedulers", "serving")
+    helpers = "newcomers", "pools_of_words", "schedulers", "serving", "two_ranks"
+    pytest.register_assert_rewrite(*helpers)
     config.stash[CALLS] = CallLog()
 
 
