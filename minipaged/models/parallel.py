@@ -214,7 +214,7 @@ def refuse_uneven_parts(model: Model, size: int) -> None:
     counts = {config.num_heads: "query head"}
     for name, module in model.named_modules():
         if name.endswith("down_proj"):
-            counts[cast(nn.Linear, module).in_features] = "unit of a feed-forward"
+            counts[cast(nn.Linear, module).in_features] = "feed-forward unit"
 
     def obstacle(ranks: int) -> str | None:
         for count, what in counts.items():

@@ -160,6 +160,7 @@ EFFECTS = {
         llm.generate([PROMPTS[-1]] * 2, PARAMS, use_tqdm=False)[1].num_cached_tokens > 0
     ),
     "watermark": lambda llm: watermark_of(llm),
+    "tensor_parallel_size": lambda llm: type(llm.engine.executor),
 }
 """What to look at in an engine. An option that is not among them is read by the scheduler."""
 
@@ -179,6 +180,9 @@ VALUES = {
     "enable_chunked_prefill": [False],
     "preemption": ["recompute", "swap"],
     "watermark": [0.5],
+    "tensor_parallel_size": [2],
+    "start_timeout": [5.5],
+    "step_timeout": [5.5],
 }
 """Values that differ from the default, and so ask for something."""
 

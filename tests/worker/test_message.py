@@ -1,0 +1,63 @@
+"""The message of a step: what goes in comes out, and little of it is sent."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipaged.scheduler.output import SequenceInput, StepInput
+from minipaged.worker.message import StepDecoder, StepEncoder
+
+numbers = st.integers(0, 2**31 - 1)
+pairs = st.lists(st.tuples(numbers, numbers), max_size=3).map(tuple)
+# Few ids and blocks, so that tables of one sequence often begin alike, shrink and return.
+blocks = st.lists(st.integers(0, 3), max_size=6)
+sequences = st.builds(
+    SequenceInput,
+    st.integers(0, 4),
+    st.lists(numbers, min_size=1, max_size=4),
+    numbers,
+    blocks,
+    st.integers(1, 4),
+)
+steps = st.builds(
+    StepInput,
+    st.lists(sequences, max_size=5, unique_by=lambda each: each.seq_id).map(tuple),
+    pairs,
+    pairs,
+    pairs,
+)
+
+
+@given(st.lists(steps, max_size=6))
+def test_every_step_arrives_as_it_was_sent(run):
+    encoder, decoder = StepEncoder(), StepDecoder()
+    for step in run:
+        message = encoder.encode(step)
+        assert all(0 <= number < 2**31 for number in message)
+        assert decoder.decode(message) == step
+
+
+def decode_step(num_sequences: int, context_len: int) -> StepInput:
+    num_blocks = context_len // 16 + 1
+    return StepInput(
+        tuple(
+            SequenceInput(
+                seq, [17], context_len, list(range(num_blocks * seq, num_blocks * (seq + 1)))
+            )
+            for seq in range(num_sequences)
+        )
+    )
+
+
+def test_a_block_table_is_sent_once_and_then_what_is_new_of_it():
+    encoder = StepEncoder()
+    first = encoder.encode(decode_step(64, 1000))
+    later = encoder.encode(decode_step(64, 1000))
+    assert len(first) - len(later) == 64 * 63
+    assert 4 * len(later) <= 2_000  # bytes
+
+
+def test_a_table_of_a_sequence_that_missed_a_step_is_sent_again():
+    encoder = StepEncoder()
+    first = encoder.encode(decode_step(2, 100))
+    encoder.encode(decode_step(1, 100))
+    assert encoder.encode(decode_step(2, 100))[-7:] == first[-7:]
