@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from minipaged.cli.bench_options import DType, Save, choose, choose_context, report
+from minipaged.cli.bench_ranks import ranks
 from minipaged.cli.bench_serve import health, serve
 from minipaged.cli.options import AsJson, BlockSize, Device, Seed
 from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 
 app = typer.Typer(help="Run the benchmarks that the documentation quotes.", rich_markup_mode=None)
-app.command()(serve)
-app.command()(health)
+for each in (serve, health, ranks):
+    app.command()(each)
 
 
 @app.callback(invoke_without_command=True)

@@ -138,7 +138,7 @@ def health(
         f"{num_streams} streams at the same time. The slowest percent should take less than "
         f"{serve_health.BOUND_MS:.0f} ms."
     )
-    _report(found, [serve_health.as_table(rows)], note, _machine(options), save, as_json)
+    report_tables(found, [serve_health.as_table(rows)], note, _machine(options), save, as_json)
 
 
 # ---- what is run ---------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def _load(
     from minipaged.evaluation.bench.serve_report import as_tables
 
     found = {"rows": [asdict(row) for row in rows]}
-    _report(found, as_tables(rows), note, _machine(options), given["save"], given["as_json"])
+    report_tables(found, as_tables(rows), note, _machine(options), given["save"], given["as_json"])
     _exit_if_wrong(rows)
 
 
@@ -224,7 +224,7 @@ def _against_offline(
         f"{f', but for rounding in {found.num_close}' if found.num_close else ''}."
     )
     described = {"comparison": {**asdict(found), "within_bounds": found.is_within_bounds}}
-    _report(described, [found.as_table()], note, _machine(options), save, as_json)
+    report_tables(described, [found.as_table()], note, _machine(options), save, as_json)
 
 
 def _figure_12(
@@ -254,7 +254,7 @@ def _figure_12(
         "rows": [asdict(row) for row in flat],
         "sustained": {system: figure.sustained(each) for system, each in rows.items()},
     }
-    _report(found, [figure.as_table(rows)], note, machine, save, as_json)
+    report_tables(found, [figure.as_table(rows)], note, machine, save, as_json)
     _exit_if_wrong(flat)
 
 
@@ -273,7 +273,7 @@ def _machine(options: dict[str, Any]) -> str:
     return describe_machine(str(choose_device(options["device"])))
 
 
-def _report(
+def report_tables(
     found: dict[str, Any],
     tables: Sequence[RenderableType],
     note: str,

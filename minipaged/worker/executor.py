@@ -126,6 +126,11 @@ class MultiExecutor(Executor):
         self._workers.end(0)
         return why
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Ids of the processes that this one has started."""
+        return self._workers.pids
+
     def report(self) -> list[dict[str, float]]:
         """By rank, the seconds since the last report in messages, collectives and whole steps."""
         self.ranks.send([REPORT])

@@ -66,6 +66,11 @@ class Workers:
         self._started: list[Worker] = []
         self._threads = torch.get_num_threads()
 
+    @property
+    def pids(self) -> list[int]:
+        """Their ids, by rank from 1."""
+        return [each.process.pid for each in self._started]
+
     def start(self, args: WorkerArgs, size: int, device_type: str, file: Path) -> None:
         """Start ranks 1 and up on this machine."""
         threads = max(1, self._threads // size)  # all ranks together have as many as one process
