@@ -154,13 +154,13 @@ class Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()  # it ends its engine, and itself
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with self._process:  # closes the pipes, and waits
+            assert self._process.stdin is not None
+            self._process.stdin.close()  # it ends its engine, and itself
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
 
     def ask(self, do: str, **given: Any) -> Any:
         """What the process answers. Raises MinipagedError if it has ended."""
