@@ -4,7 +4,7 @@
    been sent (rank 0) or had arrived (the others). */
 
 const SPANS = {
-  message: ["message", "rank 0 sends what is to be computed, and the others wait for it."],
+  message: ["message", "rank 0 sends it, and the others wait for it. Dashes: longer than drawn."],
   compute: ["compute", "a rank computes its part of the model."],
   all_reduce: ["all-reduce", "the ranks add up their partial sums, once all have them."],
   gather: ["gather", "rank 0 gets the logits of all ranks."],
