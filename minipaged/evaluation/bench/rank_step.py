@@ -132,8 +132,9 @@ def _measure_round(llm: LLM, context_len: int) -> list[Row]:
     num_all_reduces, num_gathers = (
         (ranks.counts[name] - counts[name]) // STEPS for name in ("all-reduce", "gather")
     )
+    own = dict(ranks.seconds)  # without the message that asks for the report
     rows: list[Row] = []
-    for rank, spent in enumerate(executor.report()):
+    for rank, spent in enumerate([own, *executor.report()[1:]]):
         message, all_reduce, gather, model = (
             spent[name] / STEPS for name in ("message", "all-reduce", "gather", "step")
         )
