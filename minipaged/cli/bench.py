@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
-from minipaged.cli.bench_options import DType, Save, choose, choose_context, report
+from minipaged.cli.bench_options import DType, Save, choose, report
 from minipaged.cli.bench_ranks import ranks
 from minipaged.cli.bench_serve import health, serve
+from minipaged.cli.bench_step import step
 from minipaged.cli.options import AsJson, BlockSize, Device, Seed
 from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 
 app = typer.Typer(help="Run the benchmarks that the documentation quotes.", rich_markup_mode=None)
-for each in (serve, health, ranks):
+for each in (serve, health, ranks, step):
     app.command()(each)
 
 
@@ -198,41 +199,6 @@ def tune(
     rows = list(tuning.sweep(tuning.CASES, where, chosen))
     note = f"{chosen}; the fastest choices of each case, beside the shipped one"
     report(rows, tuning.as_table(rows), note, where, save, as_json)
-
-
-@app.command()
-def step(
-    device: Device = EngineArgs.device,
-    dtype: DType = "auto",
-    num_seqs: Annotated[
-        int | None,
-        typer.Option(help="Sequences to decode. Default: 32 on a CPU, 64 on a GPU.", min=1),
-    ] = None,
-    context_len: Annotated[
-        int | None,
-        typer.Option(
-            help="Context tokens per sequence. Default: 128 on a CPU, 1024 on a GPU.", min=1
-        ),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Use a tiny model, to try the command.")
-    ] = False,
-    save: Save = None,
-    as_json: AsJson = False,
-) -> None:
-    """A decode step: the time of its parts and the bytes it reads."""
-    from minipaged.evaluation.bench import decode_step
-
-    where, chosen, on_gpu = choose(device, dtype)
-    config = decode_step.ONE_BILLION if on_gpu else decode_step.SMALL
-    config = decode_step.TINY if quick else config
-    backends = ["triton", "torch"] if on_gpu else ["torch", "reference"]
-    num_seqs = num_seqs or (64 if on_gpu else 32)
-    longest = config.max_position_embeddings - 2 * decode_step.STEPS
-    context_len = choose_context(context_len, longest, 1024 if on_gpu else 128)
-    rows = list(decode_step.measure(config, backends, num_seqs, context_len, where, chosen))
-    note = decode_step.describe(config, chosen)
-    report(rows, decode_step.as_table(rows), note, where, save, as_json)
 
 
 @app.command(name="compile")

@@ -68,6 +68,8 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
         gather = executor.gather
         runner = ModelRunner(model, backend, kv_cache, storage.batches, graphs, gather)
         executor.start(config, runner)
+    for wrap in parts.executor_wrappers:
+        executor = wrap(executor)
     return LLMEngine(
         config,
         partial(storage.parts.build_scheduler, config),

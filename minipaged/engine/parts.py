@@ -2,7 +2,7 @@
 
     LLM(parts=Parts(allocator=MyAllocator))      # a custom part
     LLM(parts=Parts().checked())                 # every block recounted after every call
-    LLM(parts=Parts().traced(log))               # scheduler, memory and allocators observed
+    LLM(parts=Parts().traced(log))               # scheduler, memory, allocators, ranks observed
 
 `checked` and `traced` wrap custom parts in the same way as the library's.
 """
@@ -30,7 +30,14 @@ from minipaged.sampling import SamplingParams
 from minipaged.sampling.sampler import AdjustLogits
 from minipaged.scheduler.fcfs import FCFSScheduler, SelectVictim, youngest
 from minipaged.scheduler.interface import Scheduler
-from minipaged.tracing.events import EventLog, TracedAllocator, TracedMemory, TracedScheduler
+from minipaged.tracing.events import (
+    EventLog,
+    TracedAllocator,
+    TracedExecutor,
+    TracedMemory,
+    TracedScheduler,
+)
+from minipaged.worker.executor import Executor
 
 BuildMemory = Callable[..., Memory]
 
@@ -51,8 +58,8 @@ class Parts:
     sampling_request a SamplingRequest: how the samples of a prompt begin, continue and end
     adjust_logits    None: only what the requests ask for; see `Sampler`
 
-    `memory_wrappers` and `scheduler_wrappers` are what `checked` and `traced` put around memory and
-    scheduler, the library's or custom ones.
+    `memory_wrappers`, `scheduler_wrappers` and `executor_wrappers` are what `checked` and `traced`
+    put around memory, scheduler and executor, the library's or custom ones.
 
     A part that the chosen memory would never call is refused: see `engine/refusals.py`.
     """
@@ -69,6 +76,7 @@ class Parts:
     adjust_logits: AdjustLogits | None = None
     memory_wrappers: tuple[Callable[[BuildMemory], BuildMemory], ...] = ()
     scheduler_wrappers: tuple[Callable[[Scheduler], Scheduler], ...] = ()
+    executor_wrappers: tuple[Callable[[Executor], Executor], ...] = ()
 
     @property
     def replaced(self) -> set[str]:
@@ -121,10 +129,17 @@ class Parts:
         return replace(self, memory_wrappers=(*self.memory_wrappers, check))
 
     def traced(self, log: EventLog) -> "Parts":
-        """The same parts, with every change to queues and blocks written to the log."""
+        """The same parts, with every change to queues and blocks written to the log.
+
+        With several ranks, also what each step took on each of them.
+        """
 
         def trace_scheduler(scheduler: Scheduler) -> Scheduler:
             return cast(Scheduler, TracedScheduler(scheduler, log))
+
+        def trace_executor(executor: Executor) -> Executor:
+            is_alone = executor.part is None  # then scheduler and memory tell all
+            return executor if is_alone else cast(Executor, TracedExecutor(executor, log))
 
         def trace(build: BuildMemory) -> BuildMemory:
             def memory(**options: Any) -> Memory:
@@ -149,4 +164,5 @@ class Parts:
             self,
             memory_wrappers=(*self.memory_wrappers, trace),
             scheduler_wrappers=(*self.scheduler_wrappers, trace_scheduler),
+            executor_wrappers=(*self.executor_wrappers, trace_executor),
         )

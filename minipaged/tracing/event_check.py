@@ -64,6 +64,17 @@ def _by_number(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return check
 
 
+def _are_spans(value: Any) -> bool:
+    """What a step took on one rank: see the event `ranks`."""
+    names = {"message", "compute", "all_reduce", "gather"}
+    if not isinstance(value, dict) or not value.keys() >= names:
+        return False
+    compute, all_reduce = value["compute"], value["all_reduce"]
+    once = [value["message"], value["gather"]]
+    are_times = all(map(_list_of(_is_time), (compute, all_reduce, once)))
+    return are_times and len(compute) == len(all_reduce) + 2
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -82,6 +93,10 @@ def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
 
 _BLOCK = f"a whole number from 0 to {MOST_BLOCKS - 1:,}"
 _COUNT = f"a whole number from 0 to {MOST:,}"
+_SPANS = (
+    "a list with message, compute, all_reduce and gather of each rank in microseconds, and two "
+    "more times of compute than of all_reduce"
+)
 FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "count": (_COUNT, _is_count),
     "time": ("a number of seconds from 0 up", _is_time),
@@ -105,6 +120,7 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "request": ("text", _is_text),
     "requests": ("a list of text", _list_of(_is_text)),
+    "spans": (_SPANS, _list_of(_are_spans)),
     "pool": _one_of("pool", "swap"),
     "mode": _one_of("swap", "recompute"),
 }
@@ -119,6 +135,7 @@ _QUEUES = {"running": "requests", "waiting": "requests", "swapped": "requests"}
 FIELDS: dict[str, dict[str, str]] = {
     "init": _SIZES,
     "schedule": {**_QUEUES, "num_scheduled_tokens": "counts"},
+    "ranks": {"num_all_reduces": "count", "spans": "spans"},
     "admit": {
         "request_id": "request",
         "block_tables": "tables",

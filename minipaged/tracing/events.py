@@ -11,6 +11,14 @@ An event is one line of JSON:
     schedule       the scheduler has decided a step:
                    running, waiting, swapped (the queues, as request ids),
                    num_scheduled_tokens {sequence id: tokens that the step computes}
+    ranks          several ranks have computed the step: num_all_reduces, spans; by rank, in whole
+                   microseconds of its own clock:
+                   message (rank 0 sends it; the others wait for it, also between two steps),
+                   all_reduce [...], gather (of the logits),
+                   compute [before each all-reduce, before the gather, after it];
+                   of many all-reduces, neighbours are added up, and so is what is before each.
+                   A rank computes from the moment when its message is sent or has arrived. On
+                   GPUs, these are times of the host, which does not wait for the device
     admit          a waiting request got its blocks:
                    request_id, block_tables {sequence id: its blocks},
                    num_tokens {sequence id: its tokens},
@@ -48,8 +56,9 @@ A reader should ignore events that it does not know: later versions may add some
 fields above raises SCHEMA_VERSION, and traces of another version are refused, as are fields that
 cannot be (`event_check`).
 
-Scheduler, memory and allocators do not know about events. Wrappers observe them from outside, so a
-custom part is traced like the library's own. An engine that is not traced has no wrappers.
+Scheduler, memory, allocators and executor do not know about events. Wrappers observe them from
+outside, so a custom part is traced like the library's own. An engine that is not traced has no
+wrappers.
 """
 
 import json
@@ -57,6 +66,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from minipaged.tracing.rank_spans import rank_spans
 
 SCHEMA_VERSION = 2
 
@@ -249,3 +260,14 @@ class TracedScheduler(_Wrapper):
             num_scheduled_tokens={s.seq.seq_id: s.num_new_tokens for s in decision.sequences},
         )
         return decision
+
+
+class TracedExecutor(_Wrapper):
+    """A `MultiExecutor`, observed. While nobody listens, the ranks are not asked for times."""
+
+    def run(self, step: Any) -> Any:
+        self._inner.is_traced = bool(self._log.listeners)
+        logits = self._inner.run(step)
+        if self._inner.is_traced:
+            self._log.emit("ranks", **rank_spans(self._inner.spans))
+        return logits

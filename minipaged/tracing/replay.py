@@ -7,7 +7,7 @@
 
 The page is one file that contains its style sheet, its program and the trace, and loads nothing
 else. The program is in assets/replay: state.js turns events into the state of the pools (read it
-together with events.py); blocks.js, view.js and replay.js draw that state.
+together with events.py); blocks.js, view.js, lanes.js and replay.js draw that state.
 """
 
 import html

@@ -3,7 +3,7 @@
 The engine gives each `StepInput` to an executor and gets logits. `UniExecutor` runs it here.
 `MultiExecutor` is section 4.6 of the paper: it broadcasts the step as one control message, and
 every rank carries it out on its own part of the model and of the cache. Only rank 0 has the
-scheduler, and only rank 0 gets the logits; the workers send nothing back.
+scheduler, and only rank 0 gets the logits; the workers send back only times, if asked.
 """
 
 import signal
@@ -24,7 +24,7 @@ from minipaged.scheduler.output import StepInput
 from minipaged.utils.shapes import Float
 from minipaged.worker.message import StepEncoder
 from minipaged.worker.model_runner import ModelRunner
-from minipaged.worker.process import REPORT, STEP, STOP, WorkerArgs
+from minipaged.worker.process import REPORT, STEP, STOP, TRACED_STEP, WorkerArgs
 from minipaged.worker.ranks import RankLost, Ranks
 from minipaged.worker.spawn import Workers, find_ranks
 
@@ -83,6 +83,8 @@ class MultiExecutor(Executor):
         self.ranks, self._workers = find_ranks(args, device)
         self.part = Part(0, self.ranks.size, self.ranks.all_reduce)
         self.gather = self.ranks.gather
+        self.is_traced = False  # whether each step asks all ranks for their `spans`
+        self.spans: list[list[float]] = []  # of the last traced step: see `Ranks.gather_spans`
         self._encoder = StepEncoder()
         self._lost: WorkerLost | None = None
         self._end = weakref.finalize(self, _end, self.ranks, self._workers)  # at exit as well
@@ -110,9 +112,13 @@ class MultiExecutor(Executor):
             raise WorkerLost(str(self._lost))
         try:
             with uninterrupted():  # half a step on one rank would never fit the others' again
-                self.ranks.send([STEP, *self._encoder.encode(step)])
+                kind = TRACED_STEP if self.is_traced else STEP
+                self.ranks.send([kind, *self._encoder.encode(step)])
                 with self.ranks.noted("step"):
-                    return self.runner.run(step)
+                    logits = self.runner.run(step)
+                if self.is_traced:
+                    self.spans = self.ranks.gather_spans()
+                return logits
         except RankLost as error:
             raise self._give_up(self._workers.explain(error)) from error
         except Exception as error:

@@ -30,7 +30,7 @@ from minipaged.worker.model_runner import ModelRunner
 from minipaged.worker.ranks import LOST_ANOTHER, RankLost, Ranks, num_local_ranks
 
 LOOPBACK = "127.0.0.1"
-STEP, STOP, REPORT = 0, 1, 2  # the first number of a message
+STEP, STOP, REPORT, TRACED_STEP = range(4)  # the first number of a message
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def work(args: WorkerArgs, ranks: Ranks, device: torch.device) -> None:
         else:
             with ranks.noted("step"):
                 runner.run(decoder.decode(message))
+            if kind == TRACED_STEP:
+                ranks.gather_spans()
 
 
 def _build_runner(args: WorkerArgs, ranks: Ranks, device: torch.device) -> ModelRunner:

@@ -11,7 +11,7 @@ import os
 import pickle
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -62,7 +62,7 @@ class Ranks:
         self.rank, self.size = rank, size
         self.counts: dict[str, int] = defaultdict(int)  # operations by name
         self.seconds: dict[str, float] = defaultdict(float)  # how long they have taken
-        self.listener: Callable[[str, float, float], None] | None = None  # name, begin, end
+        self._operations: list[tuple[str, float, float]] = []  # name, begin, end; of this step
         self._limit = timedelta(seconds=start_timeout)
         self._step_timeout = timedelta(seconds=step_timeout)
         with _as_lost_rank():
@@ -188,14 +188,32 @@ class Ranks:
     def report(self) -> list[dict[str, float]]:
         """On rank 0, the `seconds` of all ranks; all of them must call it."""
         names = "message", "all-reduce", "gather", "step"
-        own = torch.tensor([self.seconds[name] for name in names], dtype=torch.float64)
-        all_ranks = [torch.empty_like(own) for _ in range(self.size)] if self.rank == 0 else []
+        all_ranks = self._gather_numbers([self.seconds[name] for name in names])
+        self.seconds.clear()
+        return [dict(zip(names, each, strict=True)) for each in all_ranks]
+
+    def gather_spans(self) -> list[list[float]]:
+        """On rank 0, what the step took on each rank, in order; all of them must call it.
+
+        Seconds in the message, then computing and in a collective by turns, and at last computing
+        again, each by the rank's own clock. They follow each other without a gap.
+        """
+        (_, begin, now), *collectives, (_, _, step_end) = self._operations
+        spans = [now - begin]
+        for _, begin, end in collectives:
+            spans += begin - now, end - begin
+            now = end
+        return self._gather_numbers([*spans, step_end - now])
+
+    def _gather_numbers(self, own: list[float]) -> list[list[float]]:
+        """On rank 0, those of all ranks, which give as many."""
+        part = torch.tensor(own, dtype=torch.float64)
+        parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else []
         options: Any = dist.GatherOptions()
         options.rootRank, options.timeout = 0, self._limit
         with _as_lost_rank():
-            self._control.gather([all_ranks] if all_ranks else [], [own], options).wait()
-        self.seconds.clear()
-        return [dict(zip(names, each.tolist(), strict=True)) for each in all_ranks]
+            self._control.gather([parts] if parts else [], [part], options).wait()
+        return [each.tolist() for each in parts]
 
     def _broadcast(self, tensor: Tensor, limit: timedelta) -> None:
         with _as_lost_rank():
@@ -214,8 +232,9 @@ class Ranks:
         end = time.perf_counter()
         self.counts[name] += 1
         self.seconds[name] += end - begin
-        if self.listener is not None:
-            self.listener(name, begin, end)
+        if name == "message":
+            self._operations.clear()
+        self._operations.append((name, begin, end))
 
 
 def num_local_ranks(size: int) -> int:

@@ -81,6 +81,7 @@ def spies(calls: list[str]) -> dict[str, object]:
         "adjust_logits": noting("adjust_logits", lambda logits, rows: logits),
         "memory_wrappers": (noting("memory_wrappers", lambda build: build),),
         "scheduler_wrappers": (noting("scheduler_wrappers", lambda scheduler: scheduler),),
+        "executor_wrappers": (noting("executor_wrappers", lambda executor: executor),),
     }
 
 

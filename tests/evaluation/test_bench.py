@@ -220,6 +220,59 @@ def test_a_decode_step_is_reported_beside_the_bytes_that_it_reads(capsys, monkey
         assert sum(row["parts"].values()) == pytest.approx(row["seconds"], rel=0.5)
 
 
+@pytest.mark.parametrize("model", [["--quick"], ["--model", "storyteller"]])
+def test_a_decode_step_on_two_ranks_is_split_into_what_each_does(capsys, monkeypatch, model):
+    code, out, err = minipaged(
+        capsys,
+        monkeypatch,
+        *("bench", "step", "--tensor-parallel-size", "2", "--num-seqs", "3", "--context-len", "9"),
+        *(*model, "--json"),
+    )
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["rank"] for row in rows] == [0, 1]
+    num_layers = 2 if model == ["--quick"] else 4
+    for row in rows:
+        assert (row["num_seqs"], row["context_len"]) == (3, 9)
+        parts = [row[f"{name}_seconds"] for name in ("message", "compute", "all_reduce", "gather")]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(row["sum_seconds"])
+        assert (row["num_all_reduces"], row["num_gathers"]) == (2 * num_layers + 1, 1)
+        # kind, four counts, and of each sequence six numbers, a token and perhaps a block
+        assert 4 * (5 + 3 * 7) <= row["message_bytes"] <= row["largest_message_bytes"]
+        assert row["largest_message_bytes"] <= 4 * (5 + 3 * 8)
+    first, second = rows
+    assert first["sum_seconds"] < first["step_seconds"] == second["step_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model", "storyteller"], "leave out --model, or raise --tensor-parallel-size"),
+        (["--tensor-parallel-size", "2", "--quick", "--model", "x"], "--model and --quick both"),
+        (["--tensor-parallel-size", "2", "--model", "nowhere"], "nowhere"),
+        (["--tensor-parallel-size", "2", "--context-len", "999"], "--context-len is 999, above"),
+        (["--tensor-parallel-size", "5", "--quick"], "choose 1 or 2 or 4"),
+    ],
+)
+def test_what_several_ranks_or_one_process_cannot_measure_is_refused(
+    capsys, monkeypatch, options, sentence
+):
+    code, out, err = minipaged(capsys, monkeypatch, "bench", "step", "--device", "cpu", *options)
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
+def test_ranks_with_gpus_are_not_timed_by_their_hosts(capsys, monkeypatch):
+    from minipaged.cli import bench_step
+
+    gpu = torch.device("cuda"), torch.float32, True
+    monkeypatch.setattr(bench_step, "choose", lambda *_: gpu)
+    code, _, err = minipaged(capsys, monkeypatch, "bench", "step", "--tensor-parallel-size", "2")
+    assert code == 2
+    assert "give --device cpu" in err
+
+
 def test_bench_alone_says_what_there_is(capsys, monkeypatch):
     code, out, _ = minipaged(capsys, monkeypatch, "bench")
     assert code == 0

@@ -158,6 +158,21 @@ def with_version(events: list[dict], version: int | None) -> list[dict]:
     return [{k: v for k, v in event.items() if v is not None} for event in changed]
 
 
+RANKS = Event(
+    "ranks",
+    1,
+    0.25,
+    {
+        "num_all_reduces": 4,  # of which two and two are added up
+        "spans": [
+            {"message": 120, "compute": [900, 800, 60, 40], "all_reduce": [300, 500], "gather": 90},
+            {"message": 10**10, "compute": [1900, 800, 10, 0], "all_reduce": [5, 400], "gather": 9},
+        ],
+    },
+)
+"""A step of two ranks; the second one had waited for hours."""
+
+
 # ---- the program of the page, without a browser --------------------------------------------------
 
 
@@ -293,6 +308,28 @@ def test_the_words_say_what_happened():
     assert "NaN" not in words
 
 
+def test_each_rank_gets_a_sentence_until_the_next_step():
+    schedule = hostile_events()[-1]
+    later = replace(schedule, step=2, fields={**schedule.fields, "num_scheduled_tokens": {}})
+    [played] = play_in_node([as_json([*hostile_events(), RANKS, later])])
+    first, second = (state for state in played["states"] if state["step"] in (1, 2))
+    assert first["notes"][-2:] == [
+        "Rank 0 computed for 1.8 ms and spent 0.8 ms in 4 all-reduces.",
+        "Rank 1 computed for 2.7 ms and spent 0.4 ms in 4 all-reduces.",
+    ]
+    assert (len(first["ranks"]), second["ranks"]) == (2, [])
+    assert second["notes"] == []
+
+
+def test_of_many_ranks_eight_get_a_sentence_and_the_rest_are_counted():
+    one = RANKS.fields["spans"][0]
+    many = replace(RANKS, fields={"num_all_reduces": 1, "spans": [one] * 11})
+    [played] = play_in_node([as_json([*hostile_events(), many])])
+    *_, eighth, rest = played["states"][-1]["notes"]
+    assert eighth == "Rank 7 computed for 1.8 ms and spent 0.8 ms in 1 all-reduce."
+    assert rest == "The lanes show 3 more."
+
+
 # ---- traces with fields that cannot be -----------------------------------------------------------
 
 BILLION = 10**9
@@ -312,6 +349,7 @@ def one_of_each_kind() -> list[dict]:
     runs.append(([late[9][1]], {}))
     found = {e["event"]: e for events, _ in runs for e in as_json(events)}
     found["pin"] = {**found["cache"], "event": "pin"}
+    found["ranks"] = {**found["schedule"], **as_json([RANKS])[0]}
     found["out_of_memory"] = {**found["preempt"], "event": "out_of_memory"}
     return list(found.values())
 
@@ -350,6 +388,10 @@ def test_python_and_the_page_refuse_the_same_fields_in_the_same_words():
         ({"event": "fork", "num_tokens": -1}, "num_tokens of fork is -1, and must be a whole"),
         ({"event": "preempt", "mode": "gone"}, 'mode of preempt is "gone", and must be "swap" or'),
         ({"event": "admit", "num_tokens": {}}, "num_tokens of admit lacks sequence"),
+        (
+            {"event": "ranks", "spans": 7},
+            "spans of ranks is 7, and must be a list with message, comp",
+        ),
         ({"event": "snapshot", "num_tokens": {}}, "num_tokens of snapshot lacks sequence"),
         ({"event": "snapshot", "ref_counts": {str(MOST_BLOCKS): 1}}, "ref_counts of snapshot is"),
     ],
@@ -361,6 +403,18 @@ def test_a_field_that_cannot_be_is_refused_with_what_it_must_be(tmp_path, event,
         Replay.read(path)
     [played] = play_in_node([[json.loads(GOOD), whole]])
     assert f"event 2 cannot be replayed, since {sentence}" in played["refused"]
+
+
+def test_spans_that_do_not_fit_together_are_refused():
+    [good, _] = RANKS.fields["spans"]
+    damaged = [{name: times for name, times in good.items() if name != lost} for lost in good]
+    damaged += [good | {name: odd} for name in good for odd in (None, -1, "1", [None], {})]
+    damaged += [good | {"compute": [1, 2, 3]}, good | {"all_reduce": [1]}, 7, None]
+    whole = as_json([RANKS])[0]
+    traces = [whole | {"spans": [good, each]} for each in damaged]
+    for event, played in zip(traces, play_in_node([[each] for each in traces]), strict=True):
+        assert "spans of ranks is" in (find_fault(event) or ""), event
+        assert "spans of ranks is" in played["refused"]
 
 
 def test_unknown_events_may_have_any_fields(tmp_path):
@@ -724,9 +778,54 @@ def test_a_block_is_explained_by_pointer_focus_and_tap(open_page):
     assert "Block 1: request A" in page.locator("#about").inner_text()
 
 
+def test_each_rank_has_a_lane_in_the_order_of_time(open_page):
+    page = open_page([*hostile_events(), RANKS])
+    page.evaluate("window.replay.goTo(1)")
+    lanes = page.locator(".lane")
+    assert [lane.get_attribute("aria-label") for lane in lanes.all()] == [
+        "Rank 0: message 0.1 ms, compute 1.8 ms, all-reduce 0.8 ms (4), gather 0.09 ms",
+        "Rank 1: message 10,000,000 ms, compute 2.7 ms, all-reduce 0.4 ms (4), gather 0.01 ms",
+    ]
+    of_one = "(lane) => [...lane.querySelectorAll('.span')].map((span) => span.className)"
+    kinds = ["message", "compute", "all_reduce", "compute", "all_reduce"]
+    kinds += ["compute", "gather", "compute"]
+    assert lanes.nth(0).evaluate(of_one) == [f"span {kind}" for kind in kinds]
+    assert lanes.nth(1).evaluate(of_one)[0] == "span message cut"
+    edges = """(lane) => [...lane.querySelectorAll('.span')].flatMap(({ style }) => {
+        const [left, width] = [parseFloat(style.left), parseFloat(style.width)];
+        return [left, left + width].map((edge) => Math.round(100 * edge) / 100);
+    })"""
+    for lane in lanes.all():
+        begins_and_ends = lane.evaluate(edges)
+        assert begins_and_ends == sorted(begins_and_ends)
+        assert 0 <= begins_and_ends[0] < begins_and_ends[-1] <= 100
+        after_the_message = lane.locator(".arrival").evaluate("(a) => parseFloat(a.style.left)")
+        assert after_the_message == pytest.approx(25)  # a third of what comes after it
+    for word in ("message", "compute", "all-reduce", "gather"):
+        assert word in page.locator("#ranks-key").inner_text()
+    assert "3.1 ms later" in page.locator("#ranks-axis").inner_text()
+    assert "All-reduce: the ranks add up" in page.locator("#legend-body").text_content()
+
+
+def test_lanes_are_empty_until_the_ranks_have_computed_the_step(open_page):
+    page = open_page([*hostile_events(), RANKS])
+    page.evaluate("window.replay.goToEvent(3)")
+    assert page.locator(".lane").count() == 2
+    assert page.locator(".lane .span").count() == 0
+    assert "not computed this step yet" in page.locator("#ranks-axis").inner_text()
+
+
+def test_a_trace_of_one_process_has_no_lanes(open_page):
+    page = open_page(hostile_events())
+    page.evaluate("window.replay.goTo(1)")
+    assert page.locator("#ranks").is_hidden()
+    assert "All-reduce" not in page.locator("#legend-body").text_content()
+
+
 @pytest.mark.parametrize("width", [360, 700, 1280])
 def test_the_page_is_as_wide_as_its_window(open_page, width):
     events, expected = run_engine(1, num_blocks=9, preemption="swap")
+    events.append(replace(RANKS, step=max(expected)))
     page = open_page(events, title=HOSTILE * 3, viewport={"width": width, "height": 640})
     for step in expected:
         page.evaluate("(step) => window.replay.goTo(step)", step)

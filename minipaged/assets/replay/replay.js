@@ -14,9 +14,11 @@ class Page extends View {
     this.timer = null;
     this.setPools();
     this.setCurve();
+    this.lanes = new Lanes(events);
     this.setLegend(
       "Keys: space plays and pauses, the arrow keys go one step back or forward, Home and End go to " +
         "the beginning and the end.",
+      this.lanes.explain(),
     );
     this.listen();
     this.go(0);
@@ -128,6 +130,7 @@ class Page extends View {
     this.drawArrows();
     this.drawWhere();
     this.drawCounts(statistics(state, held.pool));
+    this.lanes.draw(state.ranks);
     this.drawQueues();
     this.drawTables(held);
     this.drawAbout(held);

@@ -48,6 +48,10 @@ const byNumber = (fits) => (value) =>
   isObject(value) &&
   Object.keys(value).every((key) => /^[0-9]{1,10}$/.test(key)) &&
   Object.values(value).every(fits);
+const areSpans = (value) =>
+  isObject(value) &&
+  [value.compute, value.all_reduce, [value.message, value.gather]].every(listOf(isTime)) &&
+  value.compute.length === value.all_reduce.length + 2;
 const oneOf = (...names) => [
   names.map((name) => `"${name}"`).join(" or "),
   (value) => names.includes(value),
@@ -77,6 +81,11 @@ const FORMS = {
   ],
   request: ["text", isText],
   requests: ["a list of text", listOf(isText)],
+  spans: [
+    "a list with message, compute, all_reduce and gather of each rank in microseconds, and two " +
+      "more times of compute than of all_reduce",
+    listOf(areSpans),
+  ],
   pool: oneOf("pool", "swap"),
   mode: oneOf("swap", "recompute"),
 };
@@ -93,6 +102,7 @@ const QUEUES = { running: "requests", waiting: "requests", swapped: "requests" }
 const FIELDS = {
   init: SIZES,
   schedule: { ...QUEUES, num_scheduled_tokens: "counts" },
+  ranks: { num_all_reduces: "count", spans: "spans" },
   admit: {
     request_id: "request",
     block_tables: "tables",
@@ -195,6 +205,7 @@ function emptyState(shape) {
     moves: [], // [["pool:7", "swap:2"], ...]: keys and values that were copied
     notes: [], // the same in words
     takenFrom: new Map(), // request -> the blocks that preemption took from it
+    ranks: [], // what it took on each of several ranks, once they have computed it
   };
 }
 
@@ -285,6 +296,17 @@ function blocksInWords(blocks, kind = "block") {
 
 function count(number, word) {
   return `${number} ${word}${number === 1 ? "" : "s"}`;
+}
+
+const MOST_RANKS_TOLD = 8;
+
+const sumOf = (times) => times.reduce((sum, time) => sum + time, 0);
+
+/* 3140 microseconds -> "3.1 ms" */
+function inMilliseconds(micros) {
+  const digits = micros >= 99_950 ? 0 : micros >= 95 ? 1 : 2;
+  const figures = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+  return `${(micros / 1000).toLocaleString("en-US", figures)} ms`;
 }
 
 function letterOfRequest(state, request) {
@@ -419,6 +441,7 @@ function beginStep(state, step) {
   state.moves = [];
   state.notes = [];
   state.takenFrom = new Map();
+  state.ranks = [];
 }
 
 // ---- the events ---------------------------------------------------------------------------------
@@ -612,6 +635,19 @@ const handlers = {
     noteComputed(state, event.num_scheduled_tokens);
   },
 
+  ranks(state, event) {
+    state.ranks = event.spans.map((spans) => ({ ...spans, numAllReduces: event.num_all_reduces }));
+    const told = state.ranks.slice(0, MOST_RANKS_TOLD);
+    for (const [rank, { compute, all_reduce, numAllReduces }] of told.entries()) {
+      const computed = `computed for ${inMilliseconds(sumOf(compute))}`;
+      const spent = `spent ${inMilliseconds(sumOf(all_reduce))}`;
+      const where = count(numAllReduces, "all-reduce");
+      note(state, "ranks", `Rank ${rank} ${computed} and ${spent} in ${where}.`);
+    }
+    const more = state.ranks.length - told.length;
+    if (more > 0) note(state, "ranks", `The lanes show ${more} more.`);
+  },
+
   allocate: recount,
   share: recount,
   release: recount,
@@ -761,6 +797,7 @@ function summary(state) {
     cached: [...state.cached].sort((a, b) => a - b),
     queues: state.queues,
     totals: state.totals,
+    ranks: state.ranks,
     notes: state.notes.map((one) => one.text),
   };
 }

@@ -4,7 +4,13 @@
    only the elements that look different. */
 
 // Notes that are not about a block start with a word instead of a sign.
-const WORDS = { computed: "compute", pinned: "pinned", ended: "ended", init: "begin" };
+const WORDS = {
+  computed: "compute",
+  pinned: "pinned",
+  ended: "ended",
+  init: "begin",
+  ranks: "ranks",
+};
 const MOST_TABLES = 32; // a page of more is hard to read
 const MOST_ENTRIES = 48; // of one block table
 const MOST_ARROWS = 8; // more of them would hide the blocks
@@ -17,7 +23,7 @@ class View {
 
   // ---- drawn once
 
-  setLegend(keys) {
+  setLegend(keys, more = []) {
     const sample = (look) => {
       const cell = element("span", { class: "block" });
       drawBlock(
@@ -62,6 +68,7 @@ class View {
       ],
       [sample({ kind: "free", numbers: [] }), "Free."],
       ...Object.entries(SIGNS).map(([kind, [, , text]]) => [drawSign(kind), text]),
+      ...more,
     ];
     const whole =
       "A thick outline marks a block that changed in this step; its sign tells how. A/2 is the " +
