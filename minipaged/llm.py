@@ -151,8 +151,8 @@ class LLM(LLMNames):
                         self._step()
                     ready = [request_id for request_id in self._unread if request_id in mine]
                 for request_id in ready:
-                    progress = Progress.joined(self._unread.pop(request_id))
-                    index = mine[request_id]
+                    steps, index = self._unread.pop(request_id), mine[request_id]
+                    progress = steps[0] if len(steps) == 1 else Progress.joined(steps)
                     if progress.error is not None:
                         raise progress.error
                     if progress.finished:

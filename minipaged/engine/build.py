@@ -1,9 +1,7 @@
 """From options to an engine: attention, weights, cache and scheduler, put together."""
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from math import ceil
 
 import torch
 
@@ -12,10 +10,10 @@ from minipaged.attention.kv_cache import bytes_per_block, choose_kv_dtype
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
 from minipaged.engine.arg_utils import Folders, LLMArgs
 from minipaged.engine.build_baseline import Storage, build_storage, choose_attention
+from minipaged.engine.choose_config import choose_config
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.parts import Parts
 from minipaged.engine.refusals import refuse_what_is_ignored
-from minipaged.errors import InvalidOption
 from minipaged.models.base import Model
 from minipaged.models.linear import pack_weights
 from minipaged.models.loader import load_model, read_model_config
@@ -33,10 +31,6 @@ from minipaged.worker.model_runner import ModelRunner
 from minipaged.worker.process import WorkerArgs
 from minipaged.worker.ranks import num_local_ranks
 from minipaged.worker.spawn import choose_rank_device
-
-# Query tokens in a step: as many as it takes to multiply matrices at full speed. With more,
-# running requests would only wait longer for their next token.
-STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 
 
 def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
@@ -128,46 +122,3 @@ def _add_end_token(model: Model, token_id: int | None) -> None:
     if token_id is not None and token_id < config.vocab_size:
         ends = dict.fromkeys((*config.eos_token_ids, token_id))  # each once, in order
         model.config = replace(config, eos_token_ids=tuple(ends))
-
-
-def choose_config(
-    args: EngineArgs,
-    model: ModelConfig,
-    device_type: str,
-    room: Callable[[], int],
-    swap_room: int,
-) -> EngineConfig:
-    """A number for every option that was left open.
-
-    Args:
-        room: how many blocks fit in memory.
-        swap_room: how many blocks a swap pool may have unless more are asked for.
-    """
-    longest = model.max_position_embeddings
-    max_model_len = longest if args.max_model_len is None else args.max_model_len
-    if max_model_len > longest:
-        raise InvalidOption(
-            f"max_model_len is {max_model_len}, but this {model.architecture} supports {longest} "
-            f"tokens: lower max_model_len to {longest}.",
-            "max_model_len",
-        )
-    num_blocks, num_swap_blocks = args.num_blocks, args.num_swap_blocks
-    if num_blocks is None:
-        num_blocks = min(args.max_num_seqs * ceil(max_model_len / args.block_size), room())
-    if num_swap_blocks is None:
-        num_swap_blocks = min(num_blocks, swap_room) if args.memory == "paged" else 0
-    max_num_batched_tokens = args.max_num_batched_tokens
-    if max_num_batched_tokens is None:
-        whole_prompt = 0 if args.enable_chunked_prefill else max_model_len
-        max_num_batched_tokens = max(STEP_TOKENS[device_type], args.max_num_seqs, whole_prompt)
-    caches_prefixes = args.enable_prefix_caching
-    return EngineConfig.from_args(
-        args,
-        num_blocks=num_blocks,
-        num_swap_blocks=num_swap_blocks,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=args.memory == "paged"
-        if caches_prefixes is None
-        else caches_prefixes,
-    )

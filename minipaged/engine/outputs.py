@@ -129,8 +129,6 @@ class Progress(NamedTuple):
     @staticmethod
     def joined(steps: "Sequence[Progress]") -> "Progress":
         """The progress of several steps, in order, as that of one."""
-        if len(steps) == 1:
-            return steps[0]
         by_completion: dict[int, list[NewTokens]] = {}
         for step in steps:
             for new in step.new:

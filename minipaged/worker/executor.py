@@ -28,11 +28,14 @@ from minipaged.worker.process import REPORT, STEP, STOP, TRACED_STEP, WorkerArgs
 from minipaged.worker.ranks import RankLost, Ranks
 from minipaged.worker.spawn import Workers, find_ranks
 
+Run = Callable[[StepInput], Tensor]
+
 
 class Executor(ABC):
-    """Computes steps, once it has been started. `runner` is this process's part in it."""
+    """Computes steps, once it has been started."""
 
-    runner: ModelRunner
+    runner: ModelRunner  # this process's part of it
+    run: Run  # the logits of a step, [rows, vocab]; raises WorkerLost
     part: Part | None = None  # of the model, that this process has to load; None: all of it
     gather: Callable[[Tensor], Tensor] | None = None  # of the logits of all parts
 
@@ -45,13 +48,9 @@ class Executor(ABC):
         """The least number of all ranks."""
         return number
 
+    @abstractmethod
     def start(self, config: EngineConfig, runner: ModelRunner) -> None:
         """From now on, steps can be run."""
-        self.runner = runner
-
-    @abstractmethod
-    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
-        """The logits of a step. Raises WorkerLost."""
 
     @abstractmethod
     def close(self) -> None:
@@ -63,10 +62,10 @@ class UniExecutor(Executor):
 
     def __init__(self, runner: ModelRunner | None = None) -> None:
         if runner is not None:
-            self.runner = runner
+            self.runner, self.run = runner, runner.run
 
-    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
-        return self.runner.run(step)
+    def start(self, config: EngineConfig, runner: ModelRunner) -> None:
+        self.runner, self.run = runner, runner.run
 
     def close(self) -> None: ...
 
@@ -105,9 +104,9 @@ class MultiExecutor(Executor):
     def start(self, config: EngineConfig, runner: ModelRunner) -> None:
         self.ranks.send_object(config)
         self.ranks.start_steps()
-        self.runner = runner
+        self.runner, self.run = runner, self._run
 
-    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+    def _run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
         if self._lost is not None:
             raise WorkerLost(str(self._lost))
         try:

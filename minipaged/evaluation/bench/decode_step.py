@@ -209,7 +209,7 @@ class _Stopwatch:
         calls: dict[str, tuple[Any, str]] = {
             "schedule": (engine.scheduler, "schedule"),
             "batch": (engine.executor.runner.batches, "build"),
-            "model": (engine.executor.runner, "run"),
+            "model": (engine.executor, "run"),
             "sample": (engine.sampler, "sample"),
             "commit": (engine.scheduler, "commit"),
         }
