@@ -68,7 +68,7 @@ left.legend(fontsize=8)
 right.bar(names, [each / 1000 for each in tokens], color=drawing.COLOURS[2])
 right.set(xlabel="ranks", ylabel="thousand tokens in the pool")
 for size, each, room in zip(sizes, kv_bytes, tokens, strict=True):
-    print(f"{size:2} ranks: {each / 1000:5.1f} kB per token and rank, room for {room:9,.0f} tokens")
+    print(f"ranks: {size:2}  {each / 1000:5.1f} kB per token on each, room for {room:9,.0f} tokens")
 
 # %% [markdown]
 # One GPU cannot hold the weights. Two hold them and little else. With 4 ranks the pool has room for
@@ -79,7 +79,7 @@ for size, each, room in zip(sizes, kv_bytes, tokens, strict=True):
 # ### A layer to cut
 #
 # We take the first layer of the embedded model, and note what its two halves receive and return
-# while the model computes a prompt. The parts must give the same sums.
+# while the model computes a prompt. The sums of your parts must equal that.
 
 # %%
 from functools import partial
@@ -192,7 +192,7 @@ def feed_forward(x: Tensor, num_ranks: int) -> Tensor:
 
 for num_ranks in (1, 2, 4):
     difference = (feed_forward(x, num_ranks) - feed_forward(x, 1)).abs().max()
-    print(f"{num_ranks} ranks: difference to the whole {difference:.0e}")
+    print(f"ranks: {num_ranks}  difference to the whole {difference:.0e}")
 
 # %% [markdown]
 # The difference is rounding: floating-point numbers are added up in another order.
@@ -239,7 +239,7 @@ for num_ranks in (1, 2, 4):
     parts = [attention_on(rank, num_ranks) for rank in range(num_ranks)]
     difference = (all_reduce(parts) - whole).abs().max()
     who = "; ".join("q {} kv {}".format(*heads_on(rank, num_ranks)) for rank in range(num_ranks))
-    print(f"{num_ranks} ranks: {who}: difference to the whole {difference:.0e}")
+    print(f"ranks: {num_ranks}  difference to the whole {difference:.0e}  {who}")
 
 # %% [markdown]
 # `whole` is what the library's own layer returned, reading from its paged cache. With four ranks,
@@ -436,10 +436,10 @@ for name, each in spent.items():
     print(f"{name:11}", ", ".join(f"{part} {value:.2f} ms" for part, value in each.items()))
 
 # %% [markdown]
-# Two ranks are slower than one here. This model is far too small to cut: half of a matrix is
-# multiplied in little less time than all of it, and each sum takes longer than that, because two
-# processes have to meet. (An all-reduce also contains the wait for the slower rank.) *Waiting* is
-# the time in which rank 1 has nothing to do, because rank 0 samples and schedules.
+# On most machines two ranks are slower than one here. This model is far too small to cut: half of a
+# matrix is multiplied in little less time than all of it, and each sum takes longer than that,
+# because two processes have to meet. (An all-reduce also contains the wait for the slower rank.)
+# *Waiting* is the time in which rank 1 has nothing to do, because rank 0 samples and schedules.
 #
 # With a large model it is the other way around. A decode step of Llama 3 70B reads 141 GB of
 # weights. At an H100's bandwidth that takes 42 ms; if four of them read 35 GB each, it takes 11 ms.
@@ -478,9 +478,9 @@ print(lost)
 #
 # ## Check
 #
-# Rule 1: in a small pool, where requests are preempted and share prefixes, two ranks and four give
-# the tokens of one. Rule 2: each has half of the pool and of the matrices. Rule 4: what the worker
-# decodes is the step of rank 0, block tables included.
+# Rule 1: in a small pool, where requests are preempted and swapped, two ranks and four generate the
+# tokens of one. Rule 2: each of two has half of the pool and of the matrices. Rule 4: what the
+# worker decodes is the step of rank 0, block tables included.
 
 
 # %%
@@ -488,7 +488,10 @@ def serve(size: int) -> tuple[list[list[int]], int, int]:
     """Tokens in a small pool, and bytes of weights and of the pool on rank 0."""
     small = {"num_blocks": 48, "preemption": "swap", "device": "cpu"}
     llm = LLM("storyteller", tensor_parallel_size=size, **small)
-    outputs = llm.generate(questions * 2, greedy, use_tqdm=False)
+    preempted = []
+    llm.engine.listeners.append(lambda decision, _: preempted.extend(decision.preempted))
+    outputs = llm.generate(new_stories, longer, use_tqdm=False)
+    assert preempted, "the pool is not small enough"
     own = llm.engine.executor.runner
     weights = sum(each.nbytes for each in own.model.parameters())
     pool = own.kv_cache.layers[0][0].untyped_storage().nbytes()
@@ -498,8 +501,8 @@ def serve(size: int) -> tuple[list[list[int]], int, int]:
 
 served = {size: serve(size) for size in (1, 2, 4)}
 for size, (token_ids, weight_bytes, pool_bytes) in served.items():
-    assert token_ids == served[1][0], f"{size} ranks generate other tokens"
-    print(f"{size} ranks: {weight_bytes:9,} bytes of weights, {pool_bytes:9,} of pool on rank 0")
+    assert token_ids == served[1][0], f"other tokens with tensor_parallel_size={size}"
+    print(f"ranks: {size}  {weight_bytes:9,} bytes of weights, {pool_bytes:9,} of pool on rank 0")
 assert served[2][2] == served[4][2] == served[1][2] // 2
 
 decoder, encoder = StepDecoder(), StepEncoder()
