@@ -325,7 +325,7 @@ for number in (0, 1, 2, 10):
 from minipaged.worker.message import StepDecoder, StepEncoder
 
 messages.clear()
-longer = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+longer = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 new_stories = [tell(num_facts=size, seed=100 + size).text for size in (2, 8, 16, 32)]
 two.generate(new_stories, longer, use_tqdm=False)
 decoder = StepDecoder()
@@ -486,7 +486,7 @@ print(lost)
 # %%
 def serve(size: int) -> tuple[list[list[int]], int, int]:
     """Tokens in a small pool, and bytes of weights and of the pool on rank 0."""
-    small = {"num_blocks": 48, "preemption": "swap", "device": "cpu"}
+    small = {"num_blocks": 46, "preemption": "swap", "device": "cpu"}
     llm = LLM("storyteller", tensor_parallel_size=size, **small)
     preempted = []
     llm.engine.listeners.append(lambda decision, _: preempted.extend(decision.preempted))
