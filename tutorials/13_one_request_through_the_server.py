@@ -447,5 +447,4 @@ print(f"median TTFT of 32 clients: {first[-1] / first[0]:.1f} times that of one"
 print(f"tokens per second with 32 clients: {speed[-1] / speed[0]:.1f} times as many")
 
 # %% [markdown]
-# From here: [run your own model](../guides/run_your_model.md), or go on to vLLM itself:
-# [From here to vLLM](../from_here_to_vllm.md).
+# Next: [cut a model in two](14_cut_a_model_in_two.md), for several devices.

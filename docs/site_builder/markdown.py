@@ -9,6 +9,7 @@ Links to files of the repository, which GitHub can follow and a site cannot:
 
     ../minipaged/llm.py#L20-L31    becomes that line of a page with the source (sources.py)
     ../tutorials/00_first_run.py   the chapter's page
+    ../tutorials/labs/01.md        the lab's page
     ../docs/speed.md               that page of the site
     ../README.md                   no link: text that names the file
 
@@ -108,6 +109,8 @@ def _page_of(path: str, anchor: str) -> str | None:
         return "tutorials/index.md"
     if re.match(r"tutorials/\d.*\.py$", path):
         return path.removesuffix(".py") + ".md" + anchor
+    if re.match(r"tutorials/labs/\d.*\.md$", path):
+        return path + anchor
     if path.startswith("docs/"):
         return path.removeprefix("docs/") + anchor
     if not path.endswith(".py"):

@@ -225,6 +225,12 @@ def test_links_into_the_repository_lead_to_pages_of_source_or_become_text(projec
     )
     chapter = with_files_linked("[c](01_second.py) [d](index.md)", project, "tutorials/00_first.md")
     assert chapter == "[c](../tutorials/01_second.md) [d](index.md)\n"
+    (project / "tutorials" / "labs").mkdir(exist_ok=True)
+    (project / "tutorials" / "labs" / "01.md").touch()
+    for page in ("guides/a.md", "tutorials/00_first.md"):
+        to_the_lab = "labs/01.md" if page.startswith("tut") else "../../tutorials/labs/01.md"
+        led = with_files_linked(f"[lab]({to_the_lab})", project, page)
+        assert led == "[lab](../tutorials/labs/01.md)\n"
     beside = "[one](guides/one.md) [gone](../minipaged/gone.py) ![p](../minipaged/pool.py)\n"
     assert with_files_linked(beside, project, "a.md") == beside
 

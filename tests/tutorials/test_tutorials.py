@@ -18,7 +18,7 @@ NAMES = (
     "00_first_run 01_attention_and_the_kv_cache 02_the_memory_problem 03_blocks_and_block_tables "
     "04_paged_attention 05_models_on_pages 06_continuous_batching 07_sharing 08_prefix_caching "
     "09_when_memory_runs_out 10_a_first_kernel 11_to_the_speed_of_light 12_one_tokens_journey "
-    "13_one_request_through_the_server"
+    "13_one_request_through_the_server 14_cut_a_model_in_two"
 ).split()
 FORM = (
     "What you will know at the end",
@@ -86,6 +86,23 @@ def test_a_script_keeps_its_pictures_where_it_is_told(tmp_path: Path):
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     assert [file.name for file in tmp_path.glob("pictures/*")] == ["00_first_run-1.png"]
+
+
+@pytest.mark.full
+def test_an_exercise_is_open_until_its_solution_is_in_place(tmp_path: Path):
+    [chapter] = [each for each in CHAPTERS if "### Exercise" in markdown(each)]
+    [solution] = re.findall(r"^```python\n(.*?)^```", markdown(chapter), flags=re.M | re.S)
+    script = tmp_path / chapter.name
+    source = chapter.read_text(encoding="utf-8")
+    [check] = re.findall(r"^print\(\"solved\" if .*\n", source, flags=re.MULTILINE)
+    script.write_text(f"{source}\n{solution}\n{check}", encoding="utf-8")
+    path = os.pathsep.join((str(ROOT / "tutorials"), str(ROOT)))
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
+    run = subprocess.run(
+        [sys.executable, script], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    lines = run.stdout.splitlines()
+    assert [line for line in lines if "solved" in line] == ["not solved yet", "solved"]
 
 
 @each_chapter

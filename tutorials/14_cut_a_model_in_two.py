@@ -1,0 +1,691 @@
+# %% [markdown]
+# # 14. Cut a model in two
+#
+# A model that one device cannot hold is divided among several, inside each layer. You cut a layer
+# and add up its parts. Then the whole model runs in two processes, with one scheduler and one block
+# table.
+#
+# ## What you will know at the end
+#
+# - What a rank keeps of a layer, and why the pool grows faster than the number of ranks.
+# - Which cut needs no exchange, which one needs a sum, and why the two come as a pair.
+# - Why the scheduler, the block manager and the block tables stay as they are.
+# - What the ranks send each other in a step, and what is lost with a rank.
+#
+# ## What must hold
+#
+# 1. The ranks together compute what one rank computes, and generate the same tokens.
+# 2. A rank stores its part of the weights and the keys and values of its own heads, and no more.
+# 3. All ranks make the same collectives, in the same order.
+# 4. A block has the same number on every rank, and one scheduler decides for all of them.
+#
+# ## Predict before you run
+#
+# The embedded model has 4 layers, a hidden size of 256, and 4 query heads over 2 KV heads of 64
+# elements. Elements have 4 bytes, and blocks have 16 slots. It runs on two ranks.
+#
+# - How many times do the ranks add up tensors in one step, and how many bytes does each rank put
+#   into these sums in a step that decodes one token?
+# - How many numbers must the scheduler send to the ranks for such a step?
+# - Each rank has 1 MiB for keys and values. How many blocks does the pool have with one rank, with
+#   two, and with four?
+#
+# ## The step
+#
+# ### Why cut
+#
+# In half precision, a model of 70 billion parameters takes 141 GB, and an H100 has 80. There are
+# two ways to divide it. *Pipeline parallelism* gives each device some of the layers. A token then
+# passes through one device after another. *Tensor parallelism* gives each device, a *rank*, a part
+# of every matrix. All ranks then work on the same token at the same time. The paper serves OPT-66B
+# on four GPUs and OPT-175B on eight in this way (section 4.6), with the cuts of
+# [Megatron-LM](https://arxiv.org/abs/1909.08053).
+#
+# A rank also keeps a part of the KV cache: the keys and values of its own heads. So a token takes
+# less memory on each rank, and the weights leave more room for it. Here are both effects, computed
+# from the sizes of Llama 3 70B:
+
+# %% Left: what each of N GPUs of 80 GB holds of Llama 3 70B; right: tokens in the pool
+import drawing
+
+from minipaged.evaluation.sim.catalogue import GB, GPUS, MODELS
+
+large, gpu = MODELS["llama-3-70b"], GPUS["h100-80g"]
+usable = 0.9 * gpu.memory_bytes / GB  # as with gpu_memory_utilization=0.9
+sizes = (1, 2, 4, 8, 16)
+weights = [large.weight_bytes / size / GB for size in sizes]
+pools = [max(0.0, usable - each) for each in weights]
+kv_bytes = [large.kv_bytes_per_token / min(size, large.num_kv_heads) for size in sizes]
+tokens = [pool * GB / each for pool, each in zip(pools, kv_bytes, strict=True)]
+
+names = [str(size) for size in sizes]
+figure, (left, right) = drawing.picture(7.2, 2.8, ncols=2)
+left.bar(names, weights, label="weights")
+left.bar(names, pools, bottom=weights, label="pool", color=drawing.COLOURS[2])
+left.axhline(usable, color=drawing.GREY, lw=0.8, linestyle=":")
+left.set(xlabel="ranks", ylabel="GB per rank")
+left.legend(fontsize=8)
+right.bar(names, [each / 1000 for each in tokens], color=drawing.COLOURS[2])
+right.set(xlabel="ranks", ylabel="thousand tokens in the pool")
+for size, each, room in zip(sizes, kv_bytes, tokens, strict=True):
+    print(f"ranks: {size:2}  {each / 1000:5.1f} kB per token on each, room for {room:9,.0f} tokens")
+
+# %% [markdown]
+# One GPU cannot hold the weights. Two hold them and little else. With 4 ranks the pool has room for
+# 52 times as many tokens as with 2. From 8 to 16 ranks it hardly grows: Llama 3 70B has 8 KV heads,
+# so with 16 ranks each KV head is stored on two of them. It is *replicated*, and a token takes as
+# much memory on each rank as with 8. (Memory for activations is left out.)
+#
+# ### A layer to cut
+#
+# We take the first layer of the embedded model, and note what its two halves receive and return
+# while the model computes a prompt. The sums of your parts must equal that.
+
+# %%
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipaged import LLM, SamplingParams
+
+one = LLM("storyteller", num_blocks=256, device="cpu")
+layer = one.engine.executor.runner.model.layers[0]
+seen: dict[str, tuple] = {}
+
+
+def note(name: str, module: object, inputs: tuple, output: Tensor) -> None:
+    seen.setdefault(name, (*inputs, output))  # the prompt's step is the first one
+
+
+for name in ("attention", "mlp"):
+    getattr(layer, name).register_forward_hook(partial(note, name))
+greedy = SamplingParams(temperature=0, max_tokens=24)
+one.generate("Once upon a time Theo the frog put the white key in the", greedy, use_tqdm=False)
+x, cos, sin, _, _, whole = seen["attention"]
+print("attention gets", list(x.shape), "and returns", list(whole.shape))
+
+# %% [markdown]
+# ### Two cuts
+#
+# A linear layer computes $y = xA$. There are two ways to cut $A$ between two ranks.
+#
+# *By columns*: a rank has some of the outputs. It needs all of $x$. The ranks' outputs, one after
+# the other, are $y$. Nothing is added up, so nothing has to be exchanged.
+#
+# *By rows*: a rank has some of the inputs, and needs only those elements of $x$. It computes a
+# part of every output, and the sum over all ranks is $y$. This sum is an *all-reduce*: each rank
+# gives a tensor, and each rank gets the sum.
+#
+# $$
+# x \begin{pmatrix} A_0 & A_1 \end{pmatrix} = \begin{pmatrix} x A_0 & x A_1 \end{pmatrix},
+# \qquad
+# \begin{pmatrix} x_0 & x_1 \end{pmatrix} \begin{pmatrix} A_0 \\ A_1 \end{pmatrix}
+# = x_0 A_0 + x_1 A_1
+# $$
+#
+# PyTorch stores $A^T$, one row per output, so a cut by columns is a cut of dimension 0 of `weight`.
+# The ranks are in one process for now. A list has an item per rank, and `sum` is the all-reduce:
+
+
+# %%
+def cut_columns(weight: Tensor, num_ranks: int) -> list[Tensor]:
+    """[outputs, inputs] -> for each rank [outputs / ranks, inputs]."""
+    return list(weight.chunk(num_ranks, dim=0))
+
+
+def cut_rows(weight: Tensor, num_ranks: int) -> list[Tensor]:
+    """[outputs, inputs] -> for each rank [outputs, inputs / ranks]."""
+    return list(weight.chunk(num_ranks, dim=1))
+
+
+def all_reduce(summands: list[Tensor]) -> Tensor:
+    """What every rank gets: the sum of what all of them give."""
+    return torch.stack(summands).sum(dim=0)
+
+
+torch.manual_seed(0)
+up, up_bias = torch.randn(1024, 256) / 16, torch.randn(1024)
+down, down_bias = torch.randn(256, 1024) / 32, torch.randn(256)
+
+halves = [F.linear(x, part) for part in cut_columns(up, 2)]  # [tokens, 512] each
+print("by columns:", [list(half.shape) for half in halves], "one after the other")
+assert torch.allclose(torch.cat(halves, dim=1), F.linear(x, up), atol=1e-5)
+
+pairs = zip(x.chunk(2, dim=1), cut_rows(up, 2), strict=True)
+summands = [F.linear(share, part) for share, part in pairs]  # [tokens, 1024] each
+print("by rows:   ", [list(summand.shape) for summand in summands], "added up")
+assert torch.allclose(all_reduce(summands), F.linear(x, up), atol=1e-5)
+
+# %% [markdown]
+# ### A pair of cuts: the feed-forward
+#
+# The feed-forward of OPT and GPT-2 is `down(relu(up(x)))`. Cut `up` by columns: each rank has some
+# of its outputs. The activation works on each element alone, so each rank applies it to what it
+# has. These are exactly the inputs that `down`, cut by rows, needs on that rank. In the middle, the
+# widest place of the model, nothing is exchanged. At the end there is one all-reduce.
+#
+# ```mermaid
+# flowchart LR
+#     x["x, whole on both"] --> up0["rank 0: up, half of the outputs"]
+#     x --> up1["rank 1: up, half of the outputs"]
+#     up0 --> relu0[relu] --> down0["down, half of the inputs"]
+#     up1 --> relu1[relu] --> down1["down, half of the inputs"]
+#     down0 --> sum(("+"))
+#     down1 --> sum
+#     sum -->|all-reduce| y["y, whole on both"]
+# ```
+
+
+# %%
+def feed_forward(x: Tensor, num_ranks: int) -> Tensor:
+    """The feed-forward of all ranks. Each uses its parts only, up to the sum."""
+    ups, up_biases = cut_columns(up, num_ranks), cut_columns(up_bias, num_ranks)
+    summands = []
+    for rank, part in enumerate(cut_rows(down, num_ranks)):
+        inner = F.relu(F.linear(x, ups[rank], up_biases[rank]))  # [tokens, 1024 / ranks]
+        bias = down_bias if rank == 0 else None  # the sum has it once
+        summands.append(F.linear(inner, part, bias))
+    return all_reduce(summands)  # [tokens, 256]
+
+
+for num_ranks in (1, 2, 4):
+    at_once = F.linear(F.relu(F.linear(x, up, up_bias)), down, down_bias)
+    difference = (feed_forward(x, num_ranks) - at_once).abs().max()
+    assert difference < 1e-4
+    print(f"ranks: {num_ranks}  difference to the whole {difference:.0e}")
+
+# %% [markdown]
+# The difference is rounding: floating-point numbers are added up in another order.
+#
+# ### The same pair in attention
+#
+# Heads are groups of outputs, and each head attends alone. So a cut by columns gives each rank some
+# heads, with all that these need: their rows of the matrices for queries, keys and values, and
+# their part of the KV cache. The output matrix is cut by rows, and its all-reduce is the second of
+# the layer. With grouped-query attention a rank needs the KV heads that its query heads read. If
+# there are fewer KV heads than ranks, several ranks compute and store the same one.
+
+# %%
+from minipaged.attention.reference import causal_attention
+from minipaged.models.rope import rotate
+
+HEADS, KV_HEADS, DIM = 4, 2, 64
+q_weight, k_weight, v_weight = layer.attention.qkv_proj.weight.detach().split(
+    layer.attention.qkv_proj.sizes
+)
+o_weight = layer.attention.o_proj.weight.detach()
+
+
+def heads_on(rank: int, num_ranks: int) -> tuple[list[int], list[int]]:
+    """The query heads of a rank, and the KV heads that they read."""
+    heads = [head for head in range(HEADS) if head * num_ranks // HEADS == rank]
+    return heads, sorted({head * KV_HEADS // HEADS for head in heads})
+
+
+def attention_on(rank: int, num_ranks: int) -> Tensor:
+    """What a rank gives to the sum of this layer's attention: [tokens, hidden]."""
+    heads, kv_heads = heads_on(rank, num_ranks)
+
+    def project(weight: Tensor, which: list[int]) -> Tensor:
+        mine = weight.view(-1, DIM, 256)[which].flatten(0, 1)  # [heads * dim, hidden]
+        return F.linear(x, mine).view(len(x), -1, DIM)  # [tokens, heads, dim]
+
+    q, k = (rotate(project(*each), cos, sin) for each in ((q_weight, heads), (k_weight, kv_heads)))
+    out = causal_attention(q, k, project(v_weight, kv_heads), 0, DIM**-0.5)
+    return F.linear(out.flatten(1), cut_rows(o_weight, num_ranks)[rank])
+
+
+for num_ranks in (1, 2, 4):
+    parts = [attention_on(rank, num_ranks) for rank in range(num_ranks)]
+    difference = (all_reduce(parts) - whole).abs().max()
+    assert difference < 1e-4
+    who = "; ".join("q {} kv {}".format(*heads_on(rank, num_ranks)) for rank in range(num_ranks))
+    print(f"ranks: {num_ranks}  difference to the whole {difference:.0e}  {who}")
+
+# %% [markdown]
+# `whole` is what the library's own layer returned, reading from its paged cache. With four ranks,
+# ranks 0 and 1 both have KV head 0.
+#
+# What is left is at the two ends of the model. The embedding is cut by tokens of the vocabulary:
+# each rank has some rows. A rank looks up the tokens that it has and puts zeros for all others, and
+# the all-reduce leaves each row as it is on the one rank that has it:
+#
+# @@ minipaged.models.parallel.VocabularyEmbedding.forward
+#
+# The output matrix is cut in the same way, so each rank computes the logits of its own tokens.
+# Only rank 0 samples, so only rank 0 needs all of them: it *gathers* them. The norms are small, and
+# every rank has them whole, as it has the hidden state `x` between the layers. The library keeps
+# all cuts in one table, by the last part of a module's name. It serves LLaMA, GPT-2 and OPT alike:
+#
+# @@ minipaged.models.parallel.CUTS
+#
+# ### One scheduler, one message per step
+#
+# Now the real thing: one argument, and the library starts a second process.
+
+# %%
+from minipaged.evaluation.stories import prompt, tell
+
+two = LLM("storyteller", num_blocks=256, device="cpu", tensor_parallel_size=2)
+runner, ranks = two.engine.executor.runner, two.engine.executor.ranks
+print(runner.model.layers[0])
+
+stories = [tell(num_facts=size, seed=size) for size in (2, 8, 16, 32)]
+questions = [prompt(story, story.questions[1]) for story in stories]
+answers = {
+    name: llm.generate(questions, greedy, use_tqdm=False)
+    for name, llm in (("one", one), ("two", two))
+}
+for in_one, in_two in zip(answers["one"], answers["two"], strict=True):
+    same = in_one.outputs[0].token_ids == in_two.outputs[0].token_ids
+    print(f"{in_two.outputs[0].text.strip():24} {'the same' if same else 'NOT the same'}")
+
+# %% [markdown]
+# This process is rank 0. It has the scheduler and the block manager, and half of each matrix. The
+# other process has half of each matrix too, and neither scheduler nor tokenizer. Each allocates a
+# pool of 256 blocks with one KV head in it. **Block 17 means block 17 on both**, with the keys and
+# values of the same tokens, but of different heads. That is why nothing in `memory/` and
+# `scheduler/` had to change: they deal in block numbers, and a number is right on every rank. The
+# tables of the scheduler are not even copied as a whole. Each step begins with one broadcast of
+# plain numbers, the paper's *control message*:
+#
+# @@ minipaged.worker.executor.MultiExecutor.run
+#
+# A worker waits for it, and then runs what rank 0 runs:
+#
+# @@ minipaged.worker.process.work
+#
+# Let us read the messages of one request.
+
+# %%
+messages: list[list[int]] = []
+
+
+def noting(numbers: list[int], send=ranks.send) -> None:
+    messages.append(numbers)
+    send(numbers)
+
+
+ranks.send = noting
+two.generate("Once upon a time Theo the frog", greedy, use_tqdm=False)
+for number in (0, 1, 2, 10):
+    print(f"step {number + 1:2}: {messages[number]}")
+
+# %% [markdown]
+# First comes 0, for "a step". The next four numbers say how many blocks are swapped out, swapped in
+# and copied, and how many sequences there are. Then for each sequence: its id, how many tokens are
+# in the cache, how many rows of logits are wanted, and three counts, of new tokens, of blocks that
+# the receiver knows, and of new blocks; then the tokens and the blocks. The first message has the
+# prompt and its block. In most others there is one token and no block. Step 11 brings a block,
+# because 16 tokens have filled the first one.
+#
+# So a block table is sent as a difference. It would be right to send it whole in every step, and
+# simpler. Here is what that would take for four new stories of such lengths:
+
+# %% Numbers in each control message, with block tables as differences and whole
+from minipaged.worker.message import StepDecoder, StepEncoder
+
+messages.clear()
+longer = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+new_stories = [tell(num_facts=size, seed=100 + size).text for size in (2, 8, 16, 32)]
+two.generate(new_stories, longer, use_tqdm=False)
+decoder = StepDecoder()
+steps = [decoder.decode(message[1:]) for message in messages]
+whole_sizes = [1 + len(StepEncoder().encode(step)) for step in steps]  # one that remembers nothing
+differences = [len(message) for message in messages]
+
+figure, axes = drawing.picture(7.2, 2.6)
+numbers = range(1, len(messages) + 1)
+axes.plot(numbers, whole_sizes, drawstyle="steps-mid", label="whole tables")
+axes.plot(numbers, differences, drawstyle="steps-mid", label="differences (the library)")
+axes.set(xlabel="step", ylabel="numbers in the message", ylim=(0, 1.2 * max(whole_sizes[2:])))
+axes.legend(fontsize=8)
+print("decode steps:", differences[2:7], "numbers instead of", whole_sizes[2:7])
+
+# %% [markdown]
+# The prompts need two steps, since a step computes at most 512 tokens here; these two messages are
+# higher than the picture. After them, each sequence has seven numbers in a message, and one more
+# when it gets a block. A table has one number for every 16
+# tokens, so the table of a sequence of 100,000 tokens would have 6,250. (On the wire each message
+# has at least 4 kB: a receiver must know how much comes, and one broadcast of fixed size is quicker
+# than two.)
+#
+# ### What crosses between the ranks
+#
+# After the message, the scheduler takes no part until the step ends. The ranks wait for each other
+# in the sums only. We count them, and their bytes, in a step that decodes four tokens:
+
+# %%
+reduced: list[int] = []
+for module in runner.model.modules():
+    if hasattr(module, "all_reduce"):  # the embedding, and every matrix that is cut by rows
+        module.register_forward_hook(lambda _, __, output: reduced.append(output.nbytes))
+
+request = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+for number, text in enumerate(questions):
+    two.engine.add_request(str(number), text, request)
+two.engine.step()  # the prompts
+messages.clear()
+reduced.clear()
+before = dict(ranks.counts)
+two.engine.step()
+counts = {name: ranks.counts[name] - before[name] for name in ("message", "all-reduce", "gather")}
+rows = -(-765 // 2)  # of the vocabulary, on each rank
+crossing = {
+    "message": 4 * len(messages[0]),
+    "all-reduce": sum(reduced),
+    "gather": 4 * rows * 4,
+}
+for name, num_bytes in crossing.items():
+    print(f"{counts[name]} x {name:10} {num_bytes:7,} bytes from each rank that sends")
+while two.engine.has_unfinished_requests():
+    two.engine.step()
+
+# %% [markdown]
+# Two all-reduces per layer and one for the embedding, $2 \cdot 4 + 1 = 9$, each of one row of 256
+# elements per token. No key, no value and no weight ever crosses. That is what makes the cut
+# affordable: the sums grow with the tokens of the *step*, and not with the length of the sequences.
+#
+# ### Where the time of a step goes
+#
+# Each rank measures its own steps. `report()` collects them:
+
+# %% Milliseconds of a decode step of 16 sequences, on one rank and on each of two
+stats = []
+for llm in (one, two):
+    llm.engine.listeners.append(lambda _, of_step: stats.append(of_step))
+short = [tell(num_facts=1, seed=seed).text for seed in range(16)]
+
+
+def decode_steps(llm: LLM, num_steps: int = 24) -> float:
+    """Milliseconds per step in which the model runs, while 16 sequences decode."""
+    request = SamplingParams(temperature=0, max_tokens=num_steps + 1, ignore_eos=True)
+    for number, text in enumerate(short):
+        llm.engine.add_request(str(number), text, request)
+    llm.engine.step()  # all prompts
+    if llm is two:
+        two.engine.executor.report()  # what was before does not count
+    stats.clear()
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+    assert [each.num_tokens for each in stats] == [16] * num_steps
+    return 1000 * sum(each.run_seconds for each in stats) / num_steps
+
+
+spent = {"one rank": {"compute": decode_steps(one)}}
+decode_steps(two)
+for rank, seconds in enumerate(two.engine.executor.report()):
+    told = {name: 1000 * each / 24 for name, each in seconds.items()}
+    compute = told["step"] - told["all-reduce"] - told["gather"]
+    exchanged = {name: told[name] for name in ("all-reduce", "gather")}
+    before = {"message" if rank == 0 else "waiting": told["message"]}
+    spent[f"rank {rank} of 2"] = {"compute": compute, **exchanged, **before}
+
+figure, axes = drawing.picture(7.2, 2.2)
+parts = ("compute", "all-reduce", "gather", "message", "waiting")
+for line, each in enumerate(spent.values()):
+    start = 0.0
+    for part, milliseconds in each.items():
+        axes.barh(-line, milliseconds, left=start, color=drawing.COLOURS[parts.index(part)])
+        start += milliseconds
+for part in parts:
+    axes.barh(0, 0, color=drawing.COLOURS[parts.index(part)], label=part)
+axes.set_yticks([-line for line in range(len(spent))], list(spent))
+axes.set(xlabel="ms per step")
+axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=5, fontsize=8)
+for name, each in spent.items():
+    print(f"{name:11}", ", ".join(f"{part} {value:.2f} ms" for part, value in each.items()))
+
+# %% [markdown]
+# On most machines two ranks are slower than one here. This model is far too small to cut: half of a
+# matrix is multiplied in little less time than all of it, and each sum takes longer than that,
+# because two processes have to meet. (An all-reduce also contains the wait for the slower rank.)
+# *Waiting* is the time in which rank 1 has nothing to do, because rank 0 samples and schedules.
+#
+# With a large model it is the other way around. A decode step of Llama 3 70B reads 141 GB of
+# weights. At an H100's bandwidth that takes 42 ms; if four of them read 35 GB each, it takes 11 ms.
+# The 161 all-reduces of a step cost about 20 microseconds each over NVLink, 3 ms together. These
+# figures are computed from published ones ([several GPUs](../paper.md#several-gpus)). **The library
+# has not run on several GPUs.** The code for NCCL is there, and its speed is unmeasured.
+#
+# ### What is lost with a rank
+#
+# Now we kill rank 1 in the middle of a request.
+
+# %%
+import os
+import signal
+
+from minipaged.errors import WorkerLost
+
+two.engine.add_request("the last one", questions[0], greedy)
+two.engine.step()
+[worker] = two.engine.executor._workers._started  # for the process id only
+os.kill(worker.process.pid, signal.SIGKILL)
+lost = ""
+try:
+    two.engine.step()
+except WorkerLost as error:
+    lost = f"WorkerLost: {error}"
+print(lost)
+
+# %% [markdown]
+# With the rank, half of every key and value is gone, of all requests, and half of every matrix.
+# Rank 0 still has the block tables, but in each block half of the heads is missing. So there is
+# nothing to repair. This engine runs no further step; you build a new one, and the prompts are
+# computed again. A server answers every open request with an error and ends, so that its supervisor
+# starts it anew. The other way round, a worker ends with rank 0, however that ends: no process is
+# left over.
+#
+# ## Check
+#
+# Rule 1: in a small pool, where requests are preempted and swapped, two ranks and four generate the
+# tokens of one. Rule 2: each of two has half of the pool and of the matrices. Rule 4: what the
+# worker decodes is the step of rank 0, block tables included.
+
+
+# %%
+def serve(size: int) -> tuple[list[list[int]], int, int]:
+    """Tokens in a small pool, and bytes of weights and of the pool on rank 0."""
+    small = {"num_blocks": 46, "preemption": "swap", "device": "cpu"}
+    llm = LLM("storyteller", tensor_parallel_size=size, **small)
+    preempted = []
+    llm.engine.listeners.append(lambda decision, _: preempted.extend(decision.preempted))
+    outputs = llm.generate(new_stories, longer, use_tqdm=False)
+    assert preempted, "the pool is not small enough"
+    own = llm.engine.executor.runner
+    weights = sum(each.nbytes for each in own.model.parameters())
+    pool = own.kv_cache.layers[0][0].untyped_storage().nbytes()
+    llm.engine.executor.close()
+    return [output.outputs[0].token_ids for output in outputs], weights, pool
+
+
+served = {size: serve(size) for size in (1, 2, 4)}
+for size, (token_ids, weight_bytes, pool_bytes) in served.items():
+    assert token_ids == served[1][0], f"other tokens with tensor_parallel_size={size}"
+    print(f"ranks: {size}  {weight_bytes:9,} bytes of weights, {pool_bytes:9,} of pool on rank 0")
+assert served[2][2] == served[4][2] == served[1][2] // 2
+
+decoder, encoder = StepDecoder(), StepEncoder()
+assert all(decoder.decode(encoder.encode(step)) == step for step in steps)
+assert "SIGKILL" in lost
+print("the same tokens, half of the pool, and the same steps on both sides")
+
+# %% [markdown]
+# Four mistakes, on your own layer. Each one runs without an error, so only the numbers show it.
+
+
+# %%
+def error_of(answer: Tensor, right: Tensor) -> float:
+    return ((answer - right).norm() / right.norm()).item()
+
+
+right = feed_forward(x, 1)
+inner = [F.linear(x, *each) for each in zip(up.chunk(2), up_bias.chunk(2), strict=True)]
+downs = cut_rows(down, 2)
+bias_twice = all_reduce(
+    [F.linear(h.relu(), d, down_bias) for h, d in zip(inner, downs, strict=True)]
+)
+no_sum = F.linear(inner[0].relu(), downs[0], down_bias)
+shares = zip(x.chunk(2, dim=1), cut_rows(up, 2), strict=True)
+rows_first = all_reduce([F.linear(share, part).relu() for share, part in shares])
+swapped = (
+    all_reduce([F.linear(h.relu(), d) for h, d in zip(inner, downs[::-1], strict=True)]) + down_bias
+)
+mistakes = {
+    "the bias on both ranks": error_of(bias_twice, right),
+    "no all-reduce": error_of(no_sum, right),
+    "relu before the sum": error_of(rows_first, F.linear(x, up).relu()),
+    "parts of two ranks exchanged": error_of(swapped, right),
+}
+for name, error in mistakes.items():
+    print(f"{name:28} off by {error:.0%}")
+    assert error > 0.1, f"not noticed: {name}"
+
+# %% [markdown]
+# ### Exercise: a merged matrix
+#
+# LLaMA and Qwen have a *gated* feed-forward: `down(silu(gate(x)) * up(x))`. The library keeps
+# `gate` and `up` as one matrix, `gate_up_proj`, with `gate` above `up`: one product instead of two.
+# Here it is cut like `up` before, and the answer is wrong. Which rows does each rank need? Change
+# the body of `cut_gate_up`, and run this cell and the next one again.
+
+
+# %%
+def cut_gate_up(weight: Tensor, num_ranks: int) -> list[Tensor]:
+    """[2 * inner, hidden], gate above up -> for each rank its own gate above its own up."""
+    return list(weight.chunk(num_ranks))  # your turn
+
+
+# %%
+def describe(rows: list[int]) -> str:
+    ends = [row for row in rows if row + 1 not in rows]
+    starts = [row for row in rows if row - 1 not in rows]
+    return " and ".join(f"{start} to {end}" for start, end in zip(starts, ends, strict=True))
+
+
+def check_exercise(cut) -> bool:
+    """Compare the cut with the library's own layer, on two ranks."""
+    x, right = seen["mlp"]
+    inner = layer.mlp.down_proj.in_features
+    expected = {
+        rank: [*range(start, start + inner // 2), *range(start + inner, start + 3 * inner // 2)]
+        for rank, start in ((0, 0), (1, inner // 2))
+    }
+    rows = cut(torch.arange(2 * inner)[:, None], 2)
+    for rank, part in enumerate(rows):
+        print(f"rank {rank}, yours:    rows {describe(sorted(part.flatten().tolist()))}")
+        print(f"        expected: rows {describe(expected[rank])}")
+    summands = []
+    matrices = cut(layer.mlp.gate_up_proj.weight.detach(), 2), layer.mlp.down_proj.weight.detach()
+    for merged, down in zip(matrices[0], cut_rows(matrices[1], 2), strict=True):
+        gate, up = F.linear(x, merged).chunk(2, dim=1)  # [tokens, inner / ranks] each
+        summands.append(F.linear(F.silu(gate) * up, down))
+    error = error_of(all_reduce(summands), right)
+    print(f"error, yours: {error:.0e}; expected: below 1e-05")
+    return error < 1e-5
+
+
+print("solved" if check_exercise(cut_gate_up) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Solution</summary>
+#
+# Cut in two, rank 0 would have all of `gate` and rank 1 all of `up`. Each rank needs its share of
+# both, the same units of each:
+#
+# ```python
+# def cut_gate_up(weight: Tensor, num_ranks: int) -> list[Tensor]:
+#     """[2 * inner, hidden], gate above up -> for each rank its own gate above its own up."""
+#     gate, up = weight.chunk(2)
+#     pairs = zip(gate.chunk(num_ranks), up.chunk(num_ranks), strict=True)
+#     return [torch.cat(pair) for pair in pairs]
+# ```
+#
+# The same is true of `qkv_proj`, whose three sections have different sizes: see `_cut_columns` in
+# [`models/parallel.py`](../minipaged/models/parallel.py).
+#
+# </details>
+#
+# <details markdown="1"><summary>Your predictions</summary>
+#
+# The ranks add up nine times in a step: twice in each of 4 layers, and once for the embedding. For
+# one token that is 9 x 256 x 4 = 9,216 bytes. The message has 12 numbers, or 13 when a block is
+# added. A block takes 64 KiB on one rank (16 tokens x 4 layers x 2 x 2 heads x 64 elements x 4
+# bytes), so 1 MiB holds 16 blocks. On two ranks a block takes 32 KiB of each: 32 blocks. On four
+# ranks it is 32 KiB as well, because there are two KV heads: 32 blocks again.
+#
+# </details>
+#
+# ## Questions
+#
+# **Two ranks have room for 1,000 and for 900 blocks. How large is the pool?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# 900. The scheduler hands out block numbers, and each number must exist on every rank. Before the
+# first step the ranks agree on the least; the rest of the larger memory stays empty.
+#
+# </details>
+#
+# **The logits are gathered on rank 0, which samples. Why not gather them on all ranks and let each
+# sample by itself? It would save sending the tokens in the next message.**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# All ranks would need the same random numbers, the same stop conditions and the same logits to the
+# last bit. If one of them drew another token once, its keys and values would belong to another
+# text, and nothing would report it. The tokens are a few bytes, and rank 0 must have them anyway.
+# It also decides which sequences end and whose blocks are free.
+#
+# </details>
+#
+# **A step computes a prompt of 512 tokens. Which of message, all-reduces and gather are larger than
+# in a decode step, and by how much?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# The all-reduces are 512 times as large, since each has a row for every token. The message has 511
+# more tokens, and the prompt's blocks. The gather is the same: only the last row has logits. So for
+# prompts the bandwidth between the ranks matters, and in decode steps the latency.
+#
+# </details>
+#
+# **A worker sends nothing back to the scheduler, not even "done". How does rank 0 know that it may
+# give a block to another sequence?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# All ranks compute the steps in the same order. What is written into the block by the next step is
+# written on each rank after that rank has finished the step before. The gather of the logits also
+# makes rank 0 wait until every rank has come to the end of the step.
+#
+# </details>
+#
+# **Why is preemption by swapping no problem, although each rank has its own swap pool?**
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# The message says which pairs of blocks move, and each rank moves its own part of them. Swap blocks
+# are numbers that mean the same on every rank, too.
+#
+# </details>
+#
+# ## What changed in the numbers
+
+# %%
+print(f"a decode step of 4 sequences: {counts['all-reduce']} all-reduces and 1 gather")
+print(f"bytes in them: {crossing['all-reduce']:,} and {crossing['gather']:,} from each rank")
+print(f"control message: {crossing['message']} bytes, with whole tables {4 * whole_sizes[3]}")
+print(f"pool on each of two ranks: {served[2][2] / served[1][2]:.0%} of the bytes of one")
+part = spent["rank 0 of 2"]["all-reduce"] / sum(spent["rank 0 of 2"].values())
+print(f"time in all-reduces, two processes on this machine: {part:.0%} of a step")
+
+# %% [markdown]
+# To write the cuts and the loop of a worker yourself, with two processes that add up for real, take
+# [lab 11](labs/11.md). To use several ranks:
+# [Run one model on several GPUs or machines](../guides/several_ranks.md). From here:
+# [run your own model](../guides/run_your_model.md), or go on to vLLM itself:
+# [From here to vLLM](../from_here_to_vllm.md).
