@@ -68,16 +68,10 @@ class EngineArgs:
         at_most=1024,
     )
     start_timeout: float = option(
-        600.0,
-        "Seconds that the ranks may take to start and to load the model.",
-        at_least=0.1,
-        at_most=10**6,
+        600.0, "Seconds for all ranks to start and load the model.", at_least=0.1, at_most=10**6
     )
     step_timeout: float = option(
-        300.0,
-        "Seconds that a rank waits for the others in a step before they count as lost.",
-        at_least=0.1,
-        at_most=10**6,
+        300.0, "Seconds that a rank waits for others in a step.", at_least=0.1, at_most=10**6
     )
 
     # ---- memory for keys and values

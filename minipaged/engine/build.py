@@ -54,13 +54,11 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
         )
         if device.type == "cpu":
             pack_weights(model)
-        if tokenizer is not None:
-            _add_end_token(model, tokenizer.eos_token_id)
+        _add_end_token(model, tokenizer and tokenizer.eos_token_id)
         config, storage = _build_storage(args, parts, model, device, backend, executor)
-        kv_cache = storage.kv_cache
+        kv_cache, batches = storage.kv_cache, storage.batches
         graphs = choose_graphs(model, kv_cache, backend, config, args.enforce_eager)
-        gather = executor.gather
-        runner = ModelRunner(model, backend, kv_cache, storage.batches, graphs, gather)
+        runner = ModelRunner(model, backend, kv_cache, batches, graphs, executor.gather)
         executor.start(config, runner)
     for wrap in parts.executor_wrappers:
         executor = wrap(executor)

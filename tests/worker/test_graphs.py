@@ -122,7 +122,7 @@ def test_only_a_batch_of_decodes_is_replayed(folder):
         seen.append((queries, recorder.num_recorded + recorder.num_replayed > before))
         return logits
 
-    runner.run = watched
+    llm.engine.executor.run = watched
     tokens(llm)
     assert any(replayed for _, replayed in seen)
     assert any(1 in queries and max(queries) > 1 for queries, _ in seen)  # mixed steps were met
