@@ -54,7 +54,8 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
         )
         if device.type == "cpu":
             pack_weights(model)
-        _add_end_token(model, tokenizer and tokenizer.eos_token_id)
+        if tokenizer is not None:
+            _add_end_token(model, tokenizer.eos_token_id)
         config, storage = _build_storage(args, parts, model, device, backend, executor)
         kv_cache, batches = storage.kv_cache, storage.batches
         graphs = choose_graphs(model, kv_cache, backend, config, args.enforce_eager)

@@ -71,14 +71,8 @@ class NewTokens(NamedTuple):
     @classmethod
     def of(cls, whole: CompletionOutput) -> "NewTokens":
         """All of a completion of which nothing was shown before."""
-        return cls(
-            whole.index,
-            whole.token_ids,
-            whole.text,
-            whole.logprobs,
-            whole.finish_reason,
-            whole.stop_reason,
-        )
+        end = whole.finish_reason, whole.stop_reason
+        return cls(whole.index, whole.token_ids, whole.text, whole.logprobs, *end)
 
     @staticmethod
     def joined(parts: "Sequence[NewTokens]") -> "NewTokens":
