@@ -32,6 +32,8 @@ class LLM(LLMNames):
 
     Its arguments are those of `LLMArgs`, and those of vLLM's LLM, which are translated or refused
     (see `minipaged/utils/vllm_options.py`). They cannot be changed later.
+
+    The processes of several ranks end with this one, or when the LLM is deleted (`del llm`).
     """
 
     @takes(LLMArgs)
@@ -42,6 +44,7 @@ class LLM(LLMNames):
             InvalidOption: an option cannot work or would be ignored, or the weights do not fit in
                 memory.
             CheckpointError: the model is not on this machine, or cannot be loaded.
+            WorkerLost: one of several ranks could not start. None is left.
         """
         self.args, self.folders = args, args.find_folders()
         self.folder = self.folders.model
@@ -88,6 +91,8 @@ class LLM(LLMNames):
         Raises:
             InvalidRequest, InvalidOption, MissingTokenizer: a prompt can never be served.
             RequestFailed: the code of a request failed. See `LLMEngine.step`.
+            WorkerLost: one of several ranks has ended or does not answer. This LLM runs nothing
+                more.
 
         None of this call's prompts is then left in the engine, nor after Ctrl-C; other calls go on.
         Several threads may call at once: every step serves the requests of all of them.

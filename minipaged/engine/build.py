@@ -16,7 +16,8 @@ from minipaged.engine.parts import Parts
 from minipaged.engine.refusals import refuse_what_is_ignored
 from minipaged.models.base import Model
 from minipaged.models.linear import pack_weights
-from minipaged.models.loader import load_model, read_model_config
+from minipaged.models.loader import build_empty, load_model, read_model_config
+from minipaged.models.parallel import refuse_uneven_parts
 from minipaged.sampling.sampler import Sampler
 from minipaged.tokenizer.load import open_tokenizer
 from minipaged.worker.cache_size import (
@@ -41,7 +42,7 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
     tokenizer = None if args.skip_tokenizer_init else open_tokenizer(folders.tokenizer)
     model_config = read_model_config(folders.model, args.hf_overrides, folders.generation)
     backend = parts.attention(choose_attention(args, device, model_config.head_dim))
-    executor = _choose_executor(args, folders, model_config, device)
+    executor = _choose_executor(args, folders, model_config, device, backend)
     with executor.starting():
         model = load_model(
             folders.model,
@@ -75,10 +76,16 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
 
 
 def _choose_executor(
-    args: LLMArgs, folders: Folders, model_config: ModelConfig, device: torch.device
+    args: LLMArgs,
+    folders: Folders,
+    model_config: ModelConfig,
+    device: torch.device,
+    backend: AttentionBackend,
 ) -> Executor:
     if args.tensor_parallel_size == 1:
         return UniExecutor()
+    # Before any process is started.
+    refuse_uneven_parts(build_empty(model_config, backend), args.tensor_parallel_size)
     options = EngineArgs(**{each.name: getattr(args, each.name) for each in fields(EngineArgs)})
     dummy = args.load_format == "dummy"
     chooses_num_blocks = args.num_blocks is None and args.kv_cache_memory_bytes is None

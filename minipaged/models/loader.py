@@ -128,7 +128,9 @@ def check_checkpoint(folder: Path) -> ModelConfig:
         CheckpointError: something is missing, broken, unexpected or misshapen.
         UnsupportedModel: an architecture, or an option of one, that is not built here.
     """
-    model = _build(read_model_config(folder), BACKENDS["reference"])  # any backend will do here
+    model = build_empty(
+        read_model_config(folder), BACKENDS["reference"]
+    )  # any backend will do here
     _plan(model, folder)
     return model.config
 
@@ -161,7 +163,7 @@ def load_model(
         UnsupportedModel: an architecture, or an option of one, that is not built here.
         InvalidOption: there is no such dtype, no room for the weights, or no equal parts.
     """
-    model = _build(config or read_model_config(folder), attention)
+    model = build_empty(config or read_model_config(folder), attention)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     plan = [] if random_weights else _plan(model, folder)
     shares = Shares() if part is None else cut_model(model, part)
@@ -224,7 +226,7 @@ def _choose_family(hf: HFConfig) -> Family:
 Plan = list[tuple[Placement, StoredTensor]]
 
 
-def _build(config: ModelConfig, attention: AttentionBackend) -> Model:
+def build_empty(config: ModelConfig, attention: AttentionBackend) -> Model:
     """The model, whose parameters have no memory yet."""
     with torch.device("meta"), Unset():
         return FAMILIES[config.architecture].build(config, attention)

@@ -6,13 +6,13 @@ every rank carries it out on its own part of the model and of the cache. Only ra
 scheduler, and only rank 0 gets the logits; the workers send back only times, if asked.
 """
 
+import os
 import signal
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from minipaged.worker.message import StepEncoder
 from minipaged.worker.model_runner import ModelRunner
 from minipaged.worker.process import REPORT, STEP, STOP, TRACED_STEP, WorkerArgs
 from minipaged.worker.ranks import RankLost, Ranks
-from minipaged.worker.spawn import Workers, find_ranks
+from minipaged.worker.spawn import SECONDS_TO_END, Workers, find_ranks
 
 Run = Callable[[StepInput], Tensor]
 
@@ -86,16 +86,19 @@ class MultiExecutor(Executor):
         self.spans: list[list[float]] = []  # of the last traced step: see `Ranks.gather_spans`
         self._encoder = StepEncoder()
         self._lost: WorkerLost | None = None
-        self._end = weakref.finalize(self, _end, self.ranks, self._workers)  # at exit as well
+        self._process_id = os.getpid()
+        self._end = weakref.finalize(  # at exit as well
+            self, _end, self.ranks, self._workers, self._process_id
+        )
 
     @contextmanager
     def starting(self) -> Generator[None]:
         try:
             yield
         except RankLost as error:
-            raise self._give_up(self._workers.explain(error)) from error
+            raise self._give_up(self._workers.explain(error, "start_timeout")) from error
         except BaseException:
-            self._give_up(WorkerLost("the engine could not be built."))
+            self._give_up(WorkerLost("it could not be built."))
             raise
 
     def agree_on_least(self, number: int) -> int:
@@ -104,23 +107,33 @@ class MultiExecutor(Executor):
     def start(self, config: EngineConfig, runner: ModelRunner) -> None:
         self.ranks.send_object(config)
         self.ranks.start_steps()
-        self.runner, self.run = runner, self._run
+        self.runner = runner
 
-    def _run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+        with uninterrupted(), self._together():
+            kind = TRACED_STEP if self.is_traced else STEP
+            self.ranks.send([kind, *self._encoder.encode(step)])
+            with self.ranks.noted("step"):
+                logits = self.runner.run(step)
+            if self.is_traced:
+                self.spans = self.ranks.gather_spans()
+            return logits
+
+    @contextmanager
+    def _together(self) -> Generator[None]:
+        """All ranks do what is inside, or the engine is lost: what is half done fits no more."""
+        if os.getpid() != self._process_id:
+            raise WorkerLost(
+                "this process is a fork of the one that built the engine, and shares its "
+                "connections to the other ranks: build another engine here."
+            )
         if self._lost is not None:
-            raise WorkerLost(str(self._lost))
+            raise WorkerLost(f"this engine runs nothing more, build a new one: {self._lost}")
         try:
-            with uninterrupted():  # half a step on one rank would never fit the others' again
-                kind = TRACED_STEP if self.is_traced else STEP
-                self.ranks.send([kind, *self._encoder.encode(step)])
-                with self.ranks.noted("step"):
-                    logits = self.runner.run(step)
-                if self.is_traced:
-                    self.spans = self.ranks.gather_spans()
-                return logits
+            yield
         except RankLost as error:
-            raise self._give_up(self._workers.explain(error)) from error
-        except Exception as error:
+            raise self._give_up(self._workers.explain(error, "step_timeout")) from error
+        except BaseException as error:
             why = f"rank 0 failed in the middle of a step ({type(error).__name__}: {error})."
             self._give_up(WorkerLost(why))
             raise
@@ -138,31 +151,42 @@ class MultiExecutor(Executor):
 
     def report(self) -> list[dict[str, float]]:
         """By rank, the seconds since the last report in messages, collectives and whole steps."""
-        self.ranks.send([REPORT])
-        return self.ranks.report()
+        with self._together():
+            self.ranks.send([REPORT])
+            return self.ranks.report()
 
     def close(self) -> None:
-        self._lost = self._lost or WorkerLost("the engine has been closed.")
+        self._lost = self._lost or WorkerLost("it has been closed.")
         self._end()
 
 
-def _end(ranks: Ranks, workers: Workers) -> None:
-    with suppress(RankLost):
-        ranks.send([STOP])
+def _end(ranks: Ranks, workers: Workers, process_id: int) -> None:
+    if os.getpid() != process_id:
+        return  # in a fork, whose parent goes on
+    if not workers.pids:  # torchrun has started them
+        ranks.limit_to(SECONDS_TO_END)
+        with suppress(RankLost):
+            ranks.send([STOP])
     workers.end()
 
 
 @contextmanager
 def uninterrupted() -> Generator[None]:
     """Ctrl-C takes effect at the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield  # signals reach the main thread only; None: not Python's to change
         return
-    arrived: list[FrameType | None] = []
-    before = signal.signal(signal.SIGINT, lambda _, frame: arrived.append(frame))
+    has_arrived = False
+
+    def note(*_: object) -> None:
+        nonlocal has_arrived
+        has_arrived = True
+
+    signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if arrived and callable(before):
-        before(signal.SIGINT, arrived[0])
+    if has_arrived:
+        signal.raise_signal(signal.SIGINT)

@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from select import select
 from typing import BinaryIO
 
 import torch
@@ -108,9 +109,14 @@ def _build_runner(args: WorkerArgs, ranks: Ranks, device: torch.device) -> Model
     return ModelRunner(model, backend, kv_cache, batches, graphs, ranks.gather)
 
 
-def _end_with(pipe: BinaryIO) -> None:
-    """End this process when the pipe is closed: rank 0 is then gone, however it ended."""
-    pipe.read()
+def _end_with(rank_0: int, pipe: BinaryIO) -> None:
+    """End this process as soon as rank 0 has closed the pipe, or is gone, however it ended.
+
+    A fork of rank 0 that outlives it keeps the pipe open, but is no parent of this process.
+    """
+    while os.getppid() == rank_0:
+        if select([pipe], [], [], 1.0)[0]:  # nothing more is sent: this is the end
+            break
     os._exit(0)
 
 
@@ -120,7 +126,8 @@ def main() -> None:
     place, args = pickle.load(sys.stdin.buffer)
     assert isinstance(place, Place)
     assert isinstance(args, WorkerArgs)
-    threading.Thread(target=_end_with, args=[sys.stdin.buffer], daemon=True).start()
+    watch = [os.getppid(), sys.stdin.buffer]
+    threading.Thread(target=_end_with, args=watch, daemon=True).start()
     store = FileStore(str(place.file), place.size)
     store.set(here(place.rank), "yes")
     try:

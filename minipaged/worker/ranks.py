@@ -92,11 +92,15 @@ class Ranks:
         self.agree_on_least(0)
         self._limit = self._step_timeout
 
+    def limit_to(self, seconds: float) -> None:
+        """From now on, wait no longer than this for another rank."""
+        self._limit = timedelta(seconds=seconds)
+
     # ---- between the layers of a model ---------------------------------------------------------
 
     def all_reduce(self, summand: Tensor) -> Tensor:
         """The sum of what all ranks give, the same to the last bit on each of them."""
-        with self.noted("all-reduce"):
+        with self.noted("all-reduce"), _as_lost_rank():
             is_large = self.size > 2 and summand.nbytes > MOST_EXCHANGED
             if is_large or summand.is_cuda:
                 options = dist.AllreduceOptions()
@@ -129,7 +133,7 @@ class Ranks:
         Args:
             part: [rows, columns], on every rank the same shape.
         """
-        with self.noted("gather"):
+        with self.noted("gather"), _as_lost_rank():
             if self.rank > 0:
                 self._tensors.send([part.contiguous()], 0, 0).wait(self._limit)
                 return part
@@ -146,7 +150,7 @@ class Ranks:
         message = torch.tensor([len(numbers), *numbers], dtype=torch.int32)
         head = torch.zeros(HEAD, dtype=torch.int32)
         head[: len(message)] = message[:HEAD]
-        with self.noted("message"):
+        with self.noted("message"), _as_lost_rank():
             self._broadcast(head, self._limit)
             if len(message) > HEAD:
                 self._broadcast(message[HEAD:], self._limit)
@@ -154,7 +158,7 @@ class Ranks:
     def receive(self) -> list[int]:
         """The other ranks: wait for a message."""
         head = torch.empty(HEAD, dtype=torch.int32)
-        with self.noted("message"):
+        with self.noted("message"), _as_lost_rank():
             self._broadcast(head, FOREVER)
             length = int(head[0]) + 1
             rest = torch.empty(max(0, length - HEAD), dtype=torch.int32)
@@ -225,10 +229,9 @@ class Ranks:
 
     @contextmanager
     def noted(self, name: str) -> Generator[None]:
-        """Count what is done inside, and for how long. Raises RankLost."""
+        """Count what is done inside, and for how long."""
         begin = time.perf_counter()
-        with _as_lost_rank():
-            yield
+        yield
         end = time.perf_counter()
         self.counts[name] += 1
         self.seconds[name] += end - begin

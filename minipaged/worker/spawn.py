@@ -75,7 +75,11 @@ class Workers:
         """Start ranks 1 and up on this machine."""
         threads = max(1, self._threads // size)  # all ranks together have as many as one process
         torch.set_num_threads(threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join(sys.path),  # where this process finds its modules
+        }
         for rank in range(1, size):
             log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
             process = subprocess.Popen(
@@ -102,8 +106,8 @@ class Workers:
                 raise RankLost(f"it was not ready within {timeout:g} seconds")
             time.sleep(0.02)
 
-    def explain(self, error: RankLost) -> WorkerLost:
-        """Which rank is lost, and how."""
+    def explain(self, error: RankLost, option: str) -> WorkerLost:
+        """Which rank is lost, and how; `option` is the time limit that may have been too short."""
         deadline = time.monotonic() + SECONDS_TO_NOTICE
         while time.monotonic() < deadline:
             ended = [each for each in self._started if each.process.poll() is not None]
@@ -111,8 +115,10 @@ class Workers:
             if causes := [each for each in ended if LOST_ANOTHER not in each.end_of_log()]:
                 return WorkerLost(causes[0].describe_end())
             time.sleep(0.02)
+        silent = [str(each.rank) for each in self._started if each.process.poll() is None]
+        who = f"rank {' or '.join(silent)}" if silent else "another rank"
         return WorkerLost(
-            f"another rank does not answer ({error}). If it only takes long, raise step_timeout."
+            f"{who} does not answer ({error}). If it only takes long, raise {option}."
         )
 
     def end(self, seconds: float = SECONDS_TO_END) -> None:
@@ -126,7 +132,8 @@ class Workers:
             with suppress(subprocess.TimeoutExpired):
                 each.process.wait(max(0.0, deadline - time.monotonic()))
             each.process.kill()
-            each.process.wait()
+            with suppress(subprocess.TimeoutExpired):  # it waits for a device, and ends with that
+                each.process.wait(SECONDS_TO_END)
             each.log.close()
         if self._started:
             torch.set_num_threads(self._threads)
@@ -152,7 +159,7 @@ def find_ranks(args: WorkerArgs, device: torch.device) -> tuple[Ranks, Workers]:
             workers.wait_for_all(store, options.start_timeout)
             return Ranks.of(options, store, 0, size, device, LOOPBACK), workers
     except RankLost as error:
-        lost = workers.explain(error)
+        lost = workers.explain(error, "start_timeout")
         workers.end(0)
         raise lost from error
     except BaseException:
@@ -195,6 +202,12 @@ def _join_torchrun(args: WorkerArgs, device: torch.device) -> Ranks:
         )
     limit = timedelta(seconds=options.start_timeout)
     store, rank, _ = next(rendezvous("env://", timeout=limit))
+    if rank == 0 and store.add("engines", 1) > 1:
+        raise InvalidOption(
+            "torchrun's processes work for one engine, which this script has built before: keep "
+            "that one, or build the second in another script.",
+            "tensor_parallel_size",
+        )
     ranks = Ranks.of(options, store, rank, size, device, None)
     if rank == 0:
         return ranks
