@@ -291,7 +291,7 @@ for in_one, in_two in zip(answers["one"], answers["two"], strict=True):
 # tables of the scheduler are not even copied as a whole. Each step begins with one broadcast of
 # plain numbers, the paper's *control message*:
 #
-# @@ minipaged.worker.executor.MultiExecutor._run
+# @@ minipaged.worker.executor.MultiExecutor.run
 #
 # A worker waits for it, and then runs what rank 0 runs:
 #
