@@ -462,8 +462,8 @@ from minipaged.errors import WorkerLost
 
 two.engine.add_request("the last one", questions[0], greedy)
 two.engine.step()
-[worker] = two.engine.executor._workers._started  # for the process id only
-os.kill(worker.process.pid, signal.SIGKILL)
+[worker] = two.engine.executor.worker_pids
+os.kill(worker, signal.SIGKILL)
 lost = ""
 try:
     two.engine.step()

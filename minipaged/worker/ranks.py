@@ -121,8 +121,9 @@ class Ranks:
         """
         parts = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
         others = [rank for rank in range(self.size) if rank != self.rank]
-        sent = [self._tensors.send([own], rank, 0) for rank in others]
+        # In this order: a sender sends at once only what the other side already waits for.
         received = [self._tensors.recv([parts[rank]], rank, 0) for rank in others]
+        sent = [self._tensors.send([own], rank, 0) for rank in others]
         for work in (*received, *sent):
             work.wait(self._limit)
         return parts

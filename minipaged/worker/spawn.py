@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption, WorkerLost
+from minipaged.utils.counts import counted
 from minipaged.utils.device import choose_device
 from minipaged.worker.process import LOOPBACK, Place, WorkerArgs, here, work
 from minipaged.worker.ranks import LOST_ANOTHER, RankLost, Ranks, num_local_ranks
@@ -196,8 +197,8 @@ def _join_torchrun(args: WorkerArgs, device: torch.device) -> Ranks:
     started, size = int(os.environ["WORLD_SIZE"]), options.tensor_parallel_size
     if started != size:
         raise InvalidOption(
-            f"tensor_parallel_size is {size}, but torchrun has started {started} processes: make "
-            "them equal.",
+            f"tensor_parallel_size is {size}, but torchrun has started "
+            f"{counted(started, 'process', 'processes')}: make them equal.",
             "tensor_parallel_size",
         )
     limit = timedelta(seconds=options.start_timeout)
