@@ -168,6 +168,7 @@ def _end(ranks: Ranks, workers: Workers, process_id: int) -> None:
         with suppress(RankLost):
             ranks.send([STOP])
     workers.end()
+    ranks.disconnect()
 
 
 @contextmanager

@@ -216,4 +216,5 @@ def _join_torchrun(args: WorkerArgs, device: torch.device) -> Ranks:
         work(args, ranks, device)
     except RankLost as error:
         sys.exit(f"rank {rank} {LOST_ANOTHER}: {error}")
+    ranks.disconnect()
     sys.exit(0)
