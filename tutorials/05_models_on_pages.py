@@ -276,14 +276,14 @@ prompts = [prompt(story, story.questions[0]) for story in stories]
 def serve(choose_model) -> tuple[list[list[int]], list[tuple[StepInput, Tensor]]]:
     """Tokens of all requests, and every step's message and logits."""
     llm = LLM("storyteller", num_blocks=64, max_num_seqs=8, max_num_batched_tokens=40)
-    runner, steps = llm.engine.executor.runner, []
-    runner.model, run = choose_model(runner.model), runner.run
+    executor, steps = llm.engine.executor, []
+    executor.runner.model, run = choose_model(executor.runner.model), executor.run
 
     def noted(step: StepInput) -> Tensor:
         steps.append((step, run(step)))
         return steps[-1][1]
 
-    runner.run = noted
+    executor.run = noted
     outputs = llm.generate(prompts, greedy, use_tqdm=False)
     assert llm.engine.scheduler.memory.num_free == 64
     return [output.outputs[0].token_ids for output in outputs], steps

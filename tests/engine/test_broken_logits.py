@@ -158,8 +158,8 @@ def test_blocks_that_were_healthy_before_are_still_found(folder):
 
 def breaking(llm: LLM, is_broken) -> LLM:
     """`is_broken(number of the step, sequence)`: whose logits become NaN."""
-    runner = llm.engine.executor.runner
-    compute, steps = runner.run, iter(range(10**6))
+    executor = llm.engine.executor
+    compute, steps = executor.run, iter(range(10**6))
 
     def run_and_break(step):
         logits, number, stop = compute(step).clone(), next(steps), 0
@@ -169,7 +169,7 @@ def breaking(llm: LLM, is_broken) -> LLM:
                 logits[stop - 1] = torch.nan
         return logits
 
-    runner.run = run_and_break
+    executor.run = run_and_break
     return llm
 
 

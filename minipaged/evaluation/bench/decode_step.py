@@ -33,7 +33,7 @@ from minipaged.models.rope import RopeConfig, rope_frequencies
 from minipaged.sampling import SamplingParams
 from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
-from minipaged.worker.executor import UniExecutor
+from minipaged.worker.executor import Executor, UniExecutor
 from minipaged.worker.model_runner import ModelRunner
 
 ONE_BILLION = LlamaConfig(  # the form of Llama 3.2 1B
@@ -177,7 +177,7 @@ def _time_steps(
     for i in range(num_seqs):
         prompt = [(i * 7919 + 31 * n) % vocab_size for n in range(context_len)]
         engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
-    clock = _ModelClock(engine.executor.runner)
+    clock = _ModelClock(engine.executor)
     stopwatch = _Stopwatch(engine)
     seconds: list[float] = []
     model_seconds: list[float] = []
@@ -232,14 +232,15 @@ class _ModelClock:
     It begins when the runner has built the batch, and ends with the logits.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, executor: Executor) -> None:
+        runner = executor.runner
         self._build = runner.batches.build
-        self._run = runner.run
+        self._run = executor.run
         self._on_gpu = runner.kv_cache.device.type == "cuda"
         self._begin: Any = None
         self._end: Any = None
         runner.batches.build = self._timed_build  # attributes of these objects alone
-        runner.run = self._timed_run
+        executor.run = self._timed_run
 
     def _timed_build(self, sequences: Many[SequenceInput]) -> Batch:
         batch = self._build(sequences)
