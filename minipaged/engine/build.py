@@ -104,19 +104,17 @@ def _build_storage(
     """The sizes of the pools, and the pools."""
     kv_dtype = choose_kv_dtype(args.kv_cache_dtype, model.dtype)
     block_bytes = bytes_per_block(model.config, args.block_size, kv_dtype)
-    num_ranks = num_local_ranks(args.tensor_parallel_size)
-    room = partial(blocks_that_fit, block_bytes, device, args.gpu_memory_utilization, num_ranks)
+    ranks = num_local_ranks(args.tensor_parallel_size)
+    room = partial(blocks_that_fit, block_bytes, device, args.gpu_memory_utilization, ranks)
     config = choose_config(
         args.in_blocks(block_bytes),
         model.config,
         device.type,
         room=lambda: executor.agree_on_least(room()),
-        swap_room=max(1, SWAP_BYTES // block_bytes // num_ranks),
+        swap_room=max(1, SWAP_BYTES // block_bytes // ranks),
     )
     refuse_large_tables(config.max_num_seqs, config.max_blocks_per_seq)
-    refuse_more_than_memory(
-        config.num_blocks, config.num_swap_blocks, num_ranks * block_bytes, device
-    )
+    refuse_more_than_memory(config.num_blocks, config.num_swap_blocks, ranks * block_bytes, device)
     return config, build_storage(
         args.memory, parts, model.config, config, kv_dtype, device, backend
     )
