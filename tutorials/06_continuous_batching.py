@@ -17,7 +17,7 @@
 # 1. A request's tokens do not depend on the other requests in its steps, nor on how its prompt is
 #    cut.
 # 2. Every step computes at least one token, and no token twice.
-# 3. Requests are admitted in the order in which they arrive. So no request waits for ever.
+# 3. Requests are admitted in the order in which they arrive. So no request waits forever.
 #
 # ## Predict before you run
 #
@@ -358,7 +358,7 @@ for watermark in (0.0, 0.1, 0.3):
 #
 # The order is that of arrival. The first request that does not fit holds up the later ones, even if
 # one of them would fit. That costs a few batch slots, and guarantees that no request is overtaken
-# for ever.
+# forever.
 #
 # Here is a mixed trace to watch: the 24 requests arrive one by one, one in each step, with 8 batch
 # slots and a pool that is slightly too small. See how the queues fill and empty.

@@ -433,7 +433,7 @@ print(f"beside a client who reads nothing, 8 tokens took {1000 * quick.times[-1]
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# The engine is as it was before the step, so the same step would most likely raise again, for ever,
+# The engine is as it was before the step, so the same step would most likely raise again, forever,
 # while clients wait. They get an error, `/health` says 503, and the process ends, so that whatever
 # supervises it starts a new one.
 #

@@ -99,7 +99,7 @@ LAB = Lab(
                 + "else's. All ranks call it, with tensors of the same shape and type.",
                 "Rank 0 takes part in the step that it has announced: in `generate`, each `send` "
                 + "is followed by a `step`. The others do nothing but `receive` and `step`.",
-                "If a test says that a rank waits for ever, write down both ranks' collectives, "
+                "If a test says that a rank waits forever, write down both ranks' collectives, "
                 + "one below the other. Where do the two columns differ first?",
             ),
         ),

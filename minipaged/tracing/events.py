@@ -263,7 +263,7 @@ class TracedScheduler(_Wrapper):
 
 
 class TracedExecutor(_Wrapper):
-    """A `MultiExecutor`, observed. While nobody listens, the ranks are not asked for times."""
+    """A `MultiExecutor`, observed. Without a listener, the ranks are not asked for times."""
 
     def run(self, step: Any) -> Any:
         self._inner.is_traced = bool(self._log.listeners)

@@ -96,9 +96,9 @@ class MultiExecutor(Executor):
         try:
             yield
         except RankLost as error:
-            raise self._give_up(self._workers.explain(error, "start_timeout")) from error
+            raise self._mark_lost(self._workers.explain(error, "start_timeout")) from error
         except BaseException:
-            self._give_up(WorkerLost("it could not be built."))
+            self._mark_lost(WorkerLost("it could not be built."))
             raise
 
     def agree_on_least(self, number: int) -> int:
@@ -132,13 +132,13 @@ class MultiExecutor(Executor):
         try:
             yield
         except RankLost as error:
-            raise self._give_up(self._workers.explain(error, "step_timeout")) from error
+            raise self._mark_lost(self._workers.explain(error, "step_timeout")) from error
         except BaseException as error:
             why = f"rank 0 failed in the middle of a step ({type(error).__name__}: {error})."
-            self._give_up(WorkerLost(why))
+            self._mark_lost(WorkerLost(why))
             raise
 
-    def _give_up(self, why: WorkerLost) -> WorkerLost:
+    def _mark_lost(self, why: WorkerLost) -> WorkerLost:
         self._lost = why
         self._end.detach()
         self._workers.end(0)

@@ -71,7 +71,7 @@ class Ranks:
             connect = _nccl if on_gpu else _gloo
             tensors = PrefixStore("tensors", store)
             self._tensors = connect(tensors, rank, size, self._limit, host)
-        self.agree_on_least(0)  # all are connected: nobody needs the store any more
+        self.agree_on_least(0)  # all are connected: the store is needed no more
 
     @classmethod
     def of(
@@ -257,7 +257,8 @@ def _as_lost_rank() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(str(error).splitlines()[0]) from error
+        # gloo begins with a line of its own code, in brackets.
+        raise RankLost(str(error).splitlines()[0].rpartition("] ")[2]) from error
 
 
 def _gloo(store: Store, rank: int, size: int, timeout: timedelta, host: str | None) -> ProcessGroup:

@@ -110,7 +110,7 @@ class Workers:
     def explain(self, error: RankLost, option: str) -> WorkerLost:
         """Which rank is lost, and how; `option` is the time limit that may have been too short."""
         deadline = time.monotonic() + SECONDS_TO_NOTICE
-        while time.monotonic() < deadline:
+        while self._started and time.monotonic() < deadline:
             ended = [each for each in self._started if each.process.poll() is not None]
             # Others may end because they have lost the one that is the cause.
             if causes := [each for each in ended if LOST_ANOTHER not in each.end_of_log()]:
@@ -142,7 +142,7 @@ class Workers:
 
 
 def find_ranks(args: WorkerArgs, device: torch.device) -> tuple[Ranks, Workers]:
-    """Connect with the other ranks, after starting them if nobody has. Under torchrun, ranks above
+    """Connect with the other ranks. Without torchrun, start them first. Under torchrun, ranks above
     0 do not return: they work until rank 0 stops, and end their process.
 
     Raises:

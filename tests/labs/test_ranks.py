@@ -72,7 +72,7 @@ def named_pid(rank: int, num_ranks: int) -> int:
 
 
 WRONG = {
-    a_sum_on_one_rank_only: "rank 0 waits for ever in all_reduce of float32 .3., its collective "
+    a_sum_on_one_rank_only: "rank 0 waits forever in all_reduce of float32 .3., its collective "
     "number 1: rank 1 has ended after 0 collectives",
     other_shapes: "number 1 is all_reduce of float32 .3. on rank 0 and all_reduce of float32 .4.",
     other_types: "all_reduce of float32 .3. on rank 0 and all_reduce of int64 .3. on rank 1",

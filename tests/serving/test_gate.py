@@ -55,7 +55,7 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 
 
 def test_connections_send_small_writes_at_once():
-    """With Nagle's algorithm, the body of a response waits 40 ms behind its head."""
+    """With Nagle's algorithm, the body of a response is sent up to 40 ms after its head."""
     [listening] = run.listen("127.0.0.1", 0)
     with listening, socket.create_connection(listening.getsockname()):
         accepted, _ = listening.accept()

@@ -46,7 +46,7 @@ class Link:
 # Bandwidths are published: half of what data sheets add up over both directions. Latencies are from
 # the model by which NCCL chooses algorithms (its src/graph/tuning.cc): a ring of 4 GPUs takes
 # 10 + 6 x 1.9 = 21 us over NVLink (protocol LL128), and 8.4 + 6 x 5.7 = 43 us over PCIe (Simple).
-# One number stands for all sizes: for 2 and 8 GPUs, NVLink's would be 14 and 37 us.
+# One number for all sizes: for 2 and 8 GPUs, NVLink's would be 14 and 37 us.
 NVLINK_SECONDS, PCIE_SECONDS = 20e-6, 40e-6
 NVLINK_3 = Link(300e9, NVLINK_SECONDS)
 NVLINK_4 = Link(450e9, NVLINK_SECONDS)

@@ -1,4 +1,4 @@
-"""Ranks as processes on this machine, over gloo. A rank that waits in vain ends the run.
+"""Ranks as processes on this machine, over gloo. A wait for a call that never comes ends the run.
 
 Each rank reports every collective as it begins: as soon as one rank waits for a call that another
 one never makes, or makes otherwise, the run ends with a sentence. The ports are free ones that gloo
@@ -170,7 +170,7 @@ def what_is_wrong(reports: list[Report]) -> str:
 
 
 def _never_meet(rank: int, report: Report, other: int, theirs: Report) -> str:
-    """Why a rank waits in vain for another one; empty if it need not."""
+    """Why a rank waits for a call that never comes; empty if it does not."""
     for number, (one, two) in enumerate(zip(report.calls, theirs.calls, strict=False), start=1):
         if one != two:
             return (
@@ -179,7 +179,7 @@ def _never_meet(rank: int, report: Report, other: int, theirs: Report) -> str:
             )
     if theirs.has_ended and not theirs.error and len(report.calls) > len(theirs.calls):
         return (
-            f"rank {rank} waits for ever in {report.calls[-1]}, its collective number "
+            f"rank {rank} waits forever in {report.calls[-1]}, its collective number "
             f"{len(theirs.calls) + 1}: rank {other} has ended after "
             f"{counted(len(theirs.calls), 'collective')}"
         )
@@ -212,7 +212,7 @@ def _main(rank: int, setup: _Setup, writer: Connection, pickled: bytes) -> None:
     """A rank's process, from the first line to the last."""
 
     def tell(kind: str, value: object) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more
+        with contextlib.suppress(OSError):  # the other end is closed
             writer.send_bytes(pickle.dumps((kind, value)))
 
     torch.set_num_threads(1)  # the ranks share the cores, and a copy has none of the threads

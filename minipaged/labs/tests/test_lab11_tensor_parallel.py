@@ -321,7 +321,7 @@ def test_a_step_needs_two_sums_per_layer(ranks, num_layers):
 
 
 @task(5)
-@essential("a worker must end at the stop message, or its process stays for ever (rule 8).")
+@essential("a worker must end at the stop message, or its process stays forever (rule 8).")
 def test_a_worker_ends_at_the_stop_message(ranks):
     weights = random_weights(HEADS["fewer_kv_heads"])
     for report in ranks(stories, weights, []):
