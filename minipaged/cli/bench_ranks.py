@@ -32,8 +32,7 @@ def ranks(
         found = ours.measure(tensor_parallel_size, rounds, quick, bar.update)
     note = (
         "Decoding with random weights: tokens per second of one process with all threads and of "
-        f"{tensor_parallel_size} ranks that share them, and milliseconds of each rank per step. "
-        "Both sides generated the same tokens."
+        f"{tensor_parallel_size} ranks that share them. Both sides generated the same tokens."
     )
     report_tables(
         {"rows": [asdict(row) for row in found.rows], "memory": [asdict(m) for m in found.memory]},

@@ -205,6 +205,7 @@ def _against_offline(
     options: dict[str, Any], workload: "Workload", rounds: int, save: Path | None, as_json: bool
 ) -> None:
     from minipaged.evaluation.bench import serve_offline
+    from minipaged.evaluation.bench.asked_process import AskedProcess
     from minipaged.evaluation.bench.serve_http import ask_for_model
     from minipaged.evaluation.bench.serve_process import running_server
 
@@ -215,7 +216,8 @@ def _against_offline(
         with progress_bar(total=rounds + 1, desc="rounds") as bar:
             return await serve_offline.compare(target, offline, fitting, rounds, bar.update)
 
-    with running_server(options) as server, serve_offline.offline_process(options) as offline:
+    offline_process = AskedProcess(serve_offline.__name__, options)
+    with offline_process as offline, running_server(options) as server:
         found = asyncio.run(compare())
     note = (
         f"{workload.num_requests} streams at once over HTTP and by LLM.generate, each side in a "

@@ -11,7 +11,7 @@ from minipaged.evaluation.bench import ranks
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
 
-def test_ranks_are_compared_with_one_process_and_their_steps_are_split(capsys, monkeypatch):
+def test_ranks_are_compared_with_one_process_and_their_memory_with_its_share(capsys, monkeypatch):
     _, out, _ = minipaged(
         capsys, monkeypatch, "bench", "ranks", "--quick", "--rounds", "1", "--json"
     )
@@ -19,21 +19,19 @@ def test_ranks_are_compared_with_one_process_and_their_steps_are_split(capsys, m
     assert [row["batch"] for row in found["rows"]] == [1, 3]
     for row in found["rows"]:
         assert row["ratio"] == pytest.approx(row["several"] / row["one"])
-        assert [set(rank) for rank in row["split"]] == [set(ranks.PARTS)] * 2
-        assert all(value > 0 for rank in row["split"] for value in rank.values())
     assert [each["rank"] for each in found["memory"]] == [0, 1]
     assert all(each["peak"] > each["share"] > 0 for each in found["memory"])
 
 
-def test_a_run_with_other_tokens_is_worth_nothing(monkeypatch):
+def test_a_run_with_other_tokens_is_worth_nothing():
     class Side:
         def __init__(self, tokens: list[list[int]]) -> None:
-            self._answer = {"tokens": tokens, "seconds": 1.0, "num_tokens": 2, "split": []}
+            self._answer = {"tokens": tokens, "seconds": 1.0, "num_tokens": 2}
 
         def ask(self, do: str, **_: object) -> dict:
             return self._answer
 
-    same, other = Side([[1, 2]]), Side([[1, 3]])
+    same, other, twin = Side([[1, 2]]), Side([[1, 3]]), Side([[1, 2]])
     with pytest.raises(ranks.WrongTokens):
-        ranks._compare([same, other], [([5], 2)], 1, lambda: None)
-    assert ranks._compare([same, same], [([5], 2)], 1, lambda: None).ratio == 1.0
+        ranks._compare(same, other, [([5], 2)], 1, lambda: None)
+    assert ranks._compare(same, twin, [([5], 2)], 1, lambda: None).ratio == 1.0

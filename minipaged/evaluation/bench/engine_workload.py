@@ -4,7 +4,7 @@ What a model says costs the same whatever it is. Nothing ever ends by itself, so
 generates as many tokens as was asked for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,10 @@ FULL = Workload(
     prompts=Lengths(160, 0.7, 8, 512),
     outputs=Lengths(100, 0.8, 4, 256),
     static_batches=(8, 16),
+)
+# The same matrices with 12 query heads of 48 in place of 9 of 64: several ranks divide the heads.
+DIVISIBLE = replace(
+    FULL, hf={**FULL.hf, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 48}
 )
 QUICK = Workload(
     hf={

@@ -178,9 +178,9 @@ def forget_the_peak() -> int:
     return resident_bytes("VmRSS")
 
 
-def resident_bytes(which: str) -> int:
-    """VmRSS: now. VmHWM: the most there has been."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+def resident_bytes(which: str, pid: int | str = "self") -> int:
+    """Of a process. VmRSS: now. VmHWM: the most there has been."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     [kib] = [line.split()[1] for line in lines if line.startswith(which)]
     return 1024 * int(kib)
 

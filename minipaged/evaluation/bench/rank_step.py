@@ -15,7 +15,7 @@ from typing import Any, cast
 from rich.table import Table
 
 from minipaged.config import DType
-from minipaged.evaluation.bench.engine_workload import FULL, QUICK
+from minipaged.evaluation.bench.engine_workload import DIVISIBLE, QUICK
 from minipaged.llm import LLM
 from minipaged.models.hub.local_models import find_model
 from minipaged.models.loader import read_model_config
@@ -23,8 +23,6 @@ from minipaged.sampling import SamplingParams
 from minipaged.worker.executor import MultiExecutor
 from minipaged.worker.ranks import HEAD
 
-# The matrices of `FULL`, with 12 query heads of 48 in place of 9 of 64: ranks divide the heads.
-DIVISIBLE = {**FULL.hf, "num_attention_heads": 12, "num_key_value_heads": 4}
 ROUNDS, STEPS = 5, 8  # steps in each round
 LONGER = ROUNDS * STEPS + 8  # tokens of each sequence after its context, and some to spare
 
@@ -62,7 +60,7 @@ class Subject:
     def of(cls, model: str | None, quick: bool) -> "Subject":
         """A checkpoint, or else a LLaMA with random weights. Raises CheckpointError."""
         if model is None:
-            hf = QUICK.hf if quick else DIVISIBLE
+            hf = (QUICK if quick else DIVISIBLE).hf
             longest = hf["max_position_embeddings"] - LONGER
             return cls("LLaMA with random weights", None, hf, longest, hf["vocab_size"])
         folder = find_model(model)

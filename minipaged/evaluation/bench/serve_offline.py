@@ -7,17 +7,17 @@ run as a program, is the offline process.
 
 import json
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from minipaged.errors import MinipagedError
+from minipaged.evaluation.bench.asked_process import AskedProcess, answer
 from minipaged.evaluation.bench.serve import How, run_once
 from minipaged.evaluation.bench.serve_client import Client, Served, run_load
 from minipaged.evaluation.bench.serve_http import Target
@@ -99,39 +99,9 @@ def _bound(value: float, most: float, unit: str) -> str:
     return f"{most:g}{unit}: {'met' if value <= most else 'MISSED'}"
 
 
-class Offline:
-    """The library in a process of its own, which does one thing at a time."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._to: IO[str] = process.stdin
-        self._back: IO[str] = process.stdout
-
-    def ask(self, do: str, **given: Any) -> dict[str, Any]:
-        """What the process answers. Raises MinipagedError if it has ended."""
-        self._to.write(json.dumps({"do": do, **given}) + "\n")
-        self._to.flush()
-        if not (line := self._back.readline()):
-            raise MinipagedError("the offline process has ended: see what it printed above.")
-        return json.loads(line)
-
-
-@contextmanager
-def offline_process(options: Mapping[str, Any]) -> Generator[Offline]:
-    """An offline process with these engine options; ends with the block."""
-    command = [sys.executable, "-m", __name__, json.dumps(dict(options), default=str)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        try:
-            yield Offline(process)
-        finally:
-            process.kill()
-
-
 async def compare(
     target: Target,
-    offline: Offline,
+    offline: AskedProcess,
     workload: Workload,
     rounds: int,
     note_end: Callable[[], object] = lambda: None,
@@ -165,7 +135,7 @@ async def compare(
 
 
 async def _compare_at_idle(
-    target: Target, offline: Offline, workload: Workload, run: int
+    target: Target, offline: AskedProcess, workload: Workload, run: int
 ) -> list[tuple[float, float]]:
     """Milliseconds to the first token, server and offline, of one request alone at a time."""
     pairs: list[tuple[float, float]] = []
@@ -180,7 +150,7 @@ async def _compare_at_idle(
     return pairs
 
 
-def check_tokens(offline: Offline, results: list[Served], expected: list[list[int]]) -> int:
+def check_tokens(offline: AskedProcess, results: list[Served], expected: list[list[int]]) -> int:
     """In how many requests rounding chose between two tokens. Raises WrongTokens."""
     num_close = 0
     for number, (served, tokens) in enumerate(zip(results, expected, strict=True)):
@@ -245,15 +215,14 @@ def _as_ours(requests: list[tuple[list[int], int]]) -> tuple[list[Any], list[Any
     ]
 
 
-def _answer(options: dict[str, Any]) -> None:
+def main(options: dict[str, Any]) -> None:
+    """The offline process."""
     from minipaged.llm import LLM
 
     llm = LLM(**options)
     ways = {"generate": _generate, "first": _first, "gap": _gap}
-    for line in sys.stdin:
-        given: dict[str, Any] = json.loads(line)
-        print(json.dumps(ways[given.pop("do")](llm, **given)), flush=True)
+    answer({name: partial(way, llm) for name, way in ways.items()})
 
 
 if __name__ == "__main__":
-    _answer(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]))
