@@ -4,6 +4,7 @@ Not a test: a helper for tests. `transformers` is imported inside the functions,
 this module costs nothing.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,13 @@ def make_checkpoint(
             parameter.copy_(centre * (parameter.dim() == 1) + 0.3 * noise)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def make_checkpoints(
+    variants: Mapping[str, tuple[str, dict[str, Any]]], root: Path
+) -> dict[str, Path]:
+    """One checkpoint per variant, which names a family and options, in folders below `root`."""
+    return {
+        variant: make_checkpoint(family, root / str(number), **options)
+        for number, (variant, (family, options)) in enumerate(variants.items())
+    }

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LINEAR_SCALING, LLAMA3_SCALING, VOCAB_SIZE, make_checkpoint
+from checkpoints import (
+    LINEAR_SCALING,
+    LLAMA3_SCALING,
+    VOCAB_SIZE,
+    make_checkpoint,
+    make_checkpoints,
+)
 from torch import Tensor
 
 from minipaged.attention.backend import BACKENDS, AttentionBackend
@@ -53,11 +59,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {
-        variant: make_checkpoint(family, root / str(number), **options)
-        for number, (variant, (family, options)) in enumerate(VARIANTS.items())
-    }
+    return make_checkpoints(VARIANTS, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")

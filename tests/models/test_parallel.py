@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import VOCAB_SIZE, make_checkpoint
+from checkpoints import VOCAB_SIZE, make_checkpoint, make_checkpoints
 from torch import Tensor
 
 from minipaged import LLM
@@ -41,11 +41,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {
-        variant: make_checkpoint(family, root / str(number), **options)
-        for number, (variant, (family, options)) in enumerate(VARIANTS.items())
-    }
+    return make_checkpoints(VARIANTS, tmp_path_factory.mktemp("checkpoints"))
 
 
 class Threads:

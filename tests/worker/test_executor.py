@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoints
 from engine_runs import PROMPTS, assert_all_blocks_are_back
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
@@ -29,11 +29,7 @@ EVERY_KIND = [
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    folders = {
-        variant: make_checkpoint(family, root / str(number), **options)
-        for number, (variant, (family, options)) in enumerate(VARIANTS.items())
-    }
+    folders = make_checkpoints(VARIANTS, tmp_path_factory.mktemp("checkpoints"))
     return {**folders, "storyteller": LLM("storyteller").folder}
 
 

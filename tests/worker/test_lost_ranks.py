@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -85,6 +86,11 @@ def within_a_step(llm: LLM, number: int, act) -> None:
     llm.engine.executor.runner.model.layers[2].register_forward_pre_hook(hook)
 
 
+def signal_and_note(worker, number: signal.Signals, times: list[float]) -> None:
+    times.append(time.monotonic())
+    worker.send_signal(number)
+
+
 # ---- a worker is lost ----------------------------------------------------------------------------
 
 
@@ -92,13 +98,8 @@ def within_a_step(llm: LLM, number: int, act) -> None:
 def test_a_killed_worker_is_told_at_once_and_a_new_engine_works(started, expected, when):
     llm = two_ranks()
     [worker] = started
-    killed = []
-
-    def kill() -> None:
-        killed.append(time.monotonic())
-        worker.send_signal(signal.SIGKILL)
-
-    when(llm, 5, kill)
+    killed = list[float]()
+    when(llm, 5, partial(signal_and_note, worker, signal.SIGKILL, killed))
     with pytest.raises(WorkerLost, match=r"rank 1 has ended \(exit code -9, SIGKILL\)") as lost:
         tokens(llm)
     print("seconds", time.monotonic() - killed[0])
@@ -116,13 +117,8 @@ def test_a_killed_worker_is_told_at_once_and_a_new_engine_works(started, expecte
 def test_a_stopped_worker_is_lost_after_the_step_timeout(started, when):
     llm = two_ranks(step_timeout=2)
     [worker] = started
-    stopped = []
-
-    def stop() -> None:
-        stopped.append(time.monotonic())
-        worker.send_signal(signal.SIGSTOP)
-
-    when(llm, 5, stop)
+    stopped = list[float]()
+    when(llm, 5, partial(signal_and_note, worker, signal.SIGSTOP, stopped))
     with pytest.raises(WorkerLost, match="rank 1 does not answer") as lost:
         tokens(llm)
     print("seconds", time.monotonic() - stopped[0])
