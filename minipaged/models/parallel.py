@@ -1,7 +1,7 @@
 """A model cut into equal parts, one per rank: tensor parallelism (Megatron-LM, arXiv 1909.08053).
 
-Three cuts, by the name of the module, serve all families; what is not named here every rank has
-whole.
+Three cuts serve all families. The name of a module decides which one applies; modules that are not
+named here are whole on every rank.
 
     cut         a rank has                            what joins the ranks
     column      its share of a matrix's outputs       nothing: the next matrix is cut by rows
@@ -9,8 +9,9 @@ whole.
     vocabulary  its share of the tokens               all-reduce of embeddings; logits are gathered
 
 In a layer, a rank computes the queries, keys and values of its own heads (column), attends with
-them, and multiplies with its rows of the output matrix (row); likewise in the feed-forward. That is
-two all-reduces per layer. Layers know nothing of it: `cut_model` replaces the modules that it cuts.
+them, and multiplies the result by its part of the output matrix (row). The feed-forward is cut in
+the same way. That makes two all-reduces per layer. The code of the layers does not change:
+`cut_model` replaces the modules that it cuts.
 """
 
 import sys
@@ -67,7 +68,7 @@ class Share(NamedTuple):
         return sum(stop - start for start, stop in self.ranges) + self.padding
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[Range, Range]]:
-        """Where this rank's part of the indices [start, stop) is in the whole, and goes here."""
+        """For each range within [start, stop): its place in the whole, and in this rank's part."""
         begin = 0
         for first, last in self.ranges:
             lowest, highest = max(first, start), min(last, stop)
