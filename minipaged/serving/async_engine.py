@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from minipaged.engine.arrivals import CheckedRequest
@@ -35,6 +35,7 @@ T = TypeVar("T")
 Observer = Callable[[Sequence[Progress]], None]
 
 SECONDS_TO_STOP = 5.0  # for the step that runs; a part that hangs must not keep the process
+SECONDS_TO_CHECK = 1.0  # whether the other ranks of an idle engine still run
 TEXT_THREADS = 2  # for templates and tokenizers: one more than a single huge prompt occupies
 
 
@@ -209,7 +210,7 @@ class AsyncEngine:
             while not self._is_stopped:
                 is_idle = not self.engine.has_unfinished_requests()
                 while is_idle or not self._inbox.empty():
-                    self._inbox.get()()
+                    self._next_message()()
                     is_idle = False
                 if self.engine.has_unfinished_requests():
                     progresses = self.engine.step()
@@ -223,6 +224,14 @@ class AsyncEngine:
             logger.critical("the engine is dead", exc_info=error)
             self.error = error
             self._loop.call_soon_threadsafe(self._tell_all)
+
+    def _next_message(self) -> Callable[[], None]:
+        """Waits for one. Raises WorkerLost if a rank is lost meanwhile."""
+        while True:
+            try:
+                return self._inbox.get(timeout=SECONDS_TO_CHECK)
+            except Empty:
+                self.engine.executor.check()
 
     def _add(self, request_id: str, request: CheckedRequest) -> None:
         try:

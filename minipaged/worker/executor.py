@@ -52,6 +52,9 @@ class Executor(ABC):
     def start(self, config: EngineConfig, runner: ModelRunner) -> None:
         """From now on, steps can be run."""
 
+    def check(self) -> None:  # noqa: B027 - one process has nothing to check
+        """Between two steps: raises WorkerLost if another process has ended."""
+
     @abstractmethod
     def close(self) -> None:
         """End all other processes. Nothing can be run afterwards."""
@@ -118,6 +121,10 @@ class MultiExecutor(Executor):
             if self.is_traced:
                 self.spans = self.ranks.gather_spans()
             return logits
+
+    def check(self) -> None:
+        with self._together():
+            self._workers.refuse_if_ended()
 
     @contextmanager
     def _together(self) -> Generator[None]:

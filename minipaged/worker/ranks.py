@@ -19,19 +19,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import Work
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from minipaged.config import EngineArgs
+from minipaged.worker.process_groups import connect_cpus, connect_gpus
 
 LOST_ANOTHER = "ends, because it has lost another rank"  # a worker's last words
 FOREVER = timedelta(days=365)  # a worker waits for a message as long as rank 0 lives
 HEAD = 1024  # numbers in the first part of a message: 4 kB
-MOST_EXCHANGED = 2**16  # bytes that more than two ranks send to each other directly
+MOST_EXCHANGED = 2**17  # bytes of a sum that more than two ranks send to each other directly
 
 
 class RankLost(Exception):
     """Another rank has ended, or has not answered in time."""
+
+    @property
+    def is_timeout(self) -> bool:
+        """Whether there was no answer in time. Then no other rank can have ended before."""
+        return "Timed out" in str(self)
 
 
 class Ranks:
@@ -62,13 +68,16 @@ class Ranks:
         self.rank, self.size = rank, size
         self.counts: dict[str, int] = defaultdict(int)  # operations by name
         self.seconds: dict[str, float] = defaultdict(float)  # how long they have taken
+        self._arriving: dict[int, dict[int, tuple[Tensor, Work]]] = {}  # by size and rank
         self._operations: list[tuple[str, float, float]] = []  # name, begin, end; of this step
         self._limit = timedelta(seconds=start_timeout)
         self._step_timeout = timedelta(seconds=step_timeout)
         with _as_lost_rank():
-            self._control = _gloo(PrefixStore("control", store), rank, size, self._limit, host)
+            self._control = connect_cpus(
+                PrefixStore("control", store), rank, size, self._limit, host
+            )
             on_gpu = device.type == "cuda"
-            connect = _nccl if on_gpu else _gloo
+            connect = connect_gpus if on_gpu else connect_cpus
             tensors = PrefixStore("tensors", store)
             self._tensors = connect(tensors, rank, size, self._limit, host)
         self.agree_on_least(0)  # all are connected: the store is needed no more
@@ -111,26 +120,41 @@ class Ranks:
                 options.timeout = self._limit
                 self._tensors.allreduce([summand], options).wait()
                 return summand
-            first, second, *more = self._exchange(summand)
-            total = first + second
-            for part in more:
-                total += part
-            return total
+            return self._exchange_and_add(summand)
 
-    def _exchange(self, own: Tensor) -> list[Tensor]:
-        """What each rank gives, in their order: every rank sends its own to every other.
+    def _exchange_and_add(self, own: Tensor) -> Tensor:
+        """Every rank sends its summand to every other, and adds all of them in their order.
 
-        For the few numbers of a decode step, this takes a fraction of the time of gloo's
-        all-reduce, which has two rounds of messages, and hands each over to another thread.
+        For the few numbers of a decode step, this takes less time than gloo's all-reduce, which has
+        two rounds of messages, and hands each over to another thread.
         """
-        parts = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        # In this order: a sender sends at once only what the other side already waits for.
-        received = [self._tensors.recv([parts[rank]], rank, 0) for rank in others]
-        sent = [self._tensors.send([own], rank, 0) for rank in others]
-        for work in (*received, *sent):
+        size = own.nbytes
+        arriving = self._arriving.pop(size, None) or self._expect(size)
+        sent = [self._tensors.send([own], rank, size) for rank in arriving]
+        summands = [own] * self.size
+        for rank, (part, work) in arriving.items():
             work.wait(self._limit)
-        return parts
+            summands[rank] = part.view(own.dtype).view(own.shape)
+        first, second, *more = summands
+        total = first + second
+        for summand in more:
+            total += summand
+        if size <= MOST_EXCHANGED:
+            # gloo sends at once only what the other side already waits for, so expect the next sum,
+            # which is most likely as large. If it is not, this stays for one that is.
+            self._arriving[size] = self._expect(size)
+        for work in sent:
+            work.wait(self._limit)
+        return total
+
+    def _expect(self, size: int) -> dict[int, tuple[Tensor, Work]]:
+        """Get ready to receive so many bytes from each other rank, with their number as the tag."""
+        arriving: dict[int, tuple[Tensor, Work]] = {}
+        for rank in range(self.size):
+            if rank != self.rank:
+                part = torch.empty(size, dtype=torch.uint8)
+                arriving[rank] = part, self._tensors.recv([part], rank, size)
+        return arriving
 
     def gather(self, part: Tensor) -> Tensor:
         """On rank 0, the parts of all ranks side by side: [rows, all columns]; elsewhere its own.
@@ -259,19 +283,3 @@ def _as_lost_rank() -> Generator[None]:
     except RuntimeError as error:
         # gloo begins with a line of its own code, in brackets.
         raise RankLost(str(error).splitlines()[0].rpartition("] ")[2]) from error
-
-
-def _gloo(store: Store, rank: int, size: int, timeout: timedelta, host: str | None) -> ProcessGroup:
-    gloo: Any = dist.ProcessGroupGloo
-    if host is None:
-        return gloo(store, rank, size, timeout)  # which heeds GLOO_SOCKET_IFNAME
-    options = gloo._Options()
-    options._timeout, options._devices = timeout, [gloo.create_device(hostname=host)]
-    return gloo(store, rank, size, options)
-
-
-def _nccl(store: Store, rank: int, size: int, timeout: timedelta, host: str | None) -> ProcessGroup:
-    nccl: Any = dist.ProcessGroupNCCL
-    options = nccl.Options()
-    options._timeout = timeout
-    return nccl(store, rank, size, options)

@@ -101,20 +101,26 @@ class Workers:
         """Wait until all are ready to connect. Raises RankLost."""
         deadline = time.monotonic() + timeout
         while not store.check([here(each.rank) for each in self._started]):
-            if any(each.process.poll() is not None for each in self._started):
-                raise RankLost("it has ended before it was ready")
+            self.refuse_if_ended()
             if time.monotonic() > deadline:
                 raise RankLost(f"it was not ready within {timeout:g} seconds")
             time.sleep(0.02)
 
+    def refuse_if_ended(self) -> None:
+        """Raises RankLost."""
+        if any(each.process.poll() is not None for each in self._started):
+            raise RankLost("its process has ended")
+
     def explain(self, error: RankLost, option: str) -> WorkerLost:
         """Which rank is lost, and how; `option` is the time limit that may have been too short."""
-        deadline = time.monotonic() + SECONDS_TO_NOTICE
-        while self._started and time.monotonic() < deadline:
+        deadline = time.monotonic() + (0 if error.is_timeout else SECONDS_TO_NOTICE)
+        while self._started:
             ended = [each for each in self._started if each.process.poll() is not None]
             # Others may end because they have lost the one that is the cause.
             if causes := [each for each in ended if LOST_ANOTHER not in each.end_of_log()]:
                 return WorkerLost(causes[0].describe_end())
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.02)
         silent = [str(each.rank) for each in self._started if each.process.poll() is None]
         who = f"rank {' or '.join(silent)}" if silent else "another rank"

@@ -19,7 +19,7 @@ def test_ranks_are_compared_with_one_process_and_their_memory_with_its_share(cap
     assert [row["batch"] for row in found["rows"]] == [1, 3]
     for row in found["rows"]:
         assert row["ratio"] == pytest.approx(row["several"] / row["one"])
-    assert [each["rank"] for each in found["memory"]] == [0, 1]
+    assert [each["process"] for each in found["memory"]] == ["one", "rank 0", "rank 1"]
     assert all(each["peak"] > each["share"] > 0 for each in found["memory"])
 
 

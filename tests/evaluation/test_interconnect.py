@@ -138,9 +138,19 @@ def test_a_model_on_several_gpus_waits_for_a_message_in_each_step():
 
 
 def test_a_model_that_no_split_makes_fit_needs_larger_gpus():
-    two_heads = replace(MODELS["llama-3-70b"], num_kv_heads=2)
+    two_heads = replace(MODELS["llama-3-70b"], num_heads=2, num_kv_heads=2)
     with pytest.raises(InvalidOption, match="take larger GPUs"):
         deploy(two_heads, GPUS["l4-24g"], 2)
+
+
+def test_more_gpus_than_kv_heads_hold_copies_of_them():
+    model, gpu = MODELS["llama-3-8b"], GPUS["h100-80g"]  # 32 query heads, 8 KV heads
+    eight, sixteen = (deploy(model, gpu, n) for n in (8, 16))
+    assert sixteen.model.kv_bytes_per_token == 2 * eight.model.kv_bytes_per_token
+    free = 16 * (0.9 * gpu.memory_bytes - 1e9) - model.weight_bytes
+    assert sixteen.num_slots == int(free // (2 * model.kv_bytes_per_token))
+    with pytest.raises(InvalidOption, match="among 12 GPUs: choose one of 1, 2, 4, 8, 16, 32"):
+        deploy(model, gpu, 12)
 
 
 SMALL = "capacity --model llama-3-8b --gpu l4-24g --rate 1 --input 100 --output 100".split()
@@ -191,7 +201,7 @@ def test_simulate_takes_the_link_from_its_flags(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("capacity --num-gpus 3", "llama-3-8b has 8 heads .* 3 GPUs .* take one of 1, 2, 4, 8"),
+        ("capacity --num-gpus 3", "32 query heads .* 3 GPUs: choose one of 1, 2, 4, 8"),
         ("capacity --model llama-3-70b --gpu l4-24g", "take at least 8"),
         ("capacity --link-latency 5", "several GPUs, and this server has one"),
         ("capacity --num-gpus 2 --link-bandwidth 0", "--link-bandwidth is 0: give a number above"),

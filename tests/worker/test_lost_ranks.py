@@ -122,7 +122,7 @@ def test_a_stopped_worker_is_lost_after_the_step_timeout(started, when):
     with pytest.raises(WorkerLost, match="rank 1 does not answer") as lost:
         tokens(llm)
     print("seconds", time.monotonic() - stopped[0])
-    assert time.monotonic() - stopped[0] < 2 + spawn.SECONDS_TO_NOTICE + 1
+    assert time.monotonic() - stopped[0] < 2 + 1  # one to kill it, and for a busy machine
     assert "step_timeout" in str(lost.value)
     assert worker.poll() == -signal.SIGKILL
 
@@ -481,6 +481,14 @@ def test_a_server_tells_its_clients_of_a_killed_worker_and_ends(tmp_path):
         response.close()
         assert server.process.wait(10) == 1
         wait_until_gone([worker], 1)
+
+
+def test_an_idle_server_notices_a_killed_worker(tmp_path):
+    with running(tmp_path, *FLAGS) as server:
+        [worker] = children_of(server.process.pid)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: server.get("/health")[0] == 503, 5, "503")
+        assert server.process.wait(10) == 1
 
 
 # ---- refusals ------------------------------------------------------------------------------------

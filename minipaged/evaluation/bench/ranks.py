@@ -39,11 +39,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Memory:
-    """One rank's memory beyond that of an idle interpreter, in bytes."""
+    """A process's memory beyond that of an idle interpreter, in bytes."""
 
-    rank: int
+    process: str
     peak: int
     share: int  # of weights and blocks
+
+    @property
+    def rest(self) -> int:
+        """What is not cut into shares: PyTorch's code and buffers, activations."""
+        return self.peak - self.share
 
     @property
     def ratio(self) -> float:
@@ -82,7 +87,10 @@ def measure(size: int, rounds: int, quick: bool, note_run: Callable[[], object])
             _compare(one, several, workload.decode_requests(batch), rounds, note_run)
             for batch in workload.batches
         ]
-        return Found(rows, [Memory(**each) for each in several.ask("memory")])
+        answers = [*one.ask("memory"), *several.ask("memory")]
+        names = ["one", *(f"rank {rank}" for rank in range(size))]
+        memory = [Memory(name, **each) for name, each in zip(names, answers, strict=True)]
+        return Found(rows, memory)
 
 
 def _compare(
@@ -118,11 +126,11 @@ def as_tables(found: Found) -> list[Table]:
     for row in found.rows:
         speed.add_row(str(row.batch), f"{row.one:.1f}", f"{row.several:.1f}", f"{row.ratio:.3f}")
     memory = Table(box=None, padding=(0, 1), pad_edge=False)
-    for title in ("rank", "peak, MB", "share of weights and blocks, MB", "ratio"):
+    for title in ("process", "peak, MB", "weights and blocks, MB", "rest, MB", "ratio"):
         memory.add_column(title, justify="right")
     for each in found.memory:
-        sizes = (f"{each.peak / 1e6:.0f}", f"{each.share / 1e6:.0f}", f"{each.ratio:.3f}")
-        memory.add_row(str(each.rank), *sizes)
+        sizes = (f"{size / 1e6:.0f}" for size in (each.peak, each.share, each.rest))
+        memory.add_row(each.process, *sizes, f"{each.ratio:.3f}")
     return [speed, memory]
 
 
@@ -161,19 +169,19 @@ class _Engine:
         }
 
     def memory(self) -> list[dict[str, int]]:
-        """By rank."""
+        """Of each process of the engine."""
         from minipaged.evaluation.bench.load import resident_bytes
         from minipaged.worker.executor import MultiExecutor
 
         executor = self._llm.engine.executor
-        assert isinstance(executor, MultiExecutor)
+        others = executor.worker_pids if isinstance(executor, MultiExecutor) else []
         model, config = executor.runner.model, self._llm.engine.config
         numbers = sum(each.numel() for each in model.parameters()) + sum(_packed_sizes(model))
         block = config.block_size * model.config.kv_bytes_per_token(model.dtype.itemsize)
         share = numbers * model.dtype.itemsize + config.num_blocks * block
         return [
-            {"rank": rank, "peak": resident_bytes("VmHWM", pid) - self._idle_bytes, "share": share}
-            for rank, pid in enumerate(["self", *executor.worker_pids])
+            {"peak": resident_bytes("VmHWM", pid) - self._idle_bytes, "share": share}
+            for pid in ("self", *others)
         ]
 
 

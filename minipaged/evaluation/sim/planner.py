@@ -10,7 +10,7 @@ simulations for the workloads that were tried, and more for outputs of thousands
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minipaged.config import EngineArgs
@@ -62,15 +62,21 @@ class CapacityReport:
 def deploy(model: ServedModel, gpu: GPU, num_gpus: int) -> Deployment:
     """The model on these GPUs, with the slots that are left.
 
+    With more GPUs than KV heads, each GPU has one KV head, which others have as well: the model
+    takes as much memory as one with a KV head per GPU.
+
     Raises:
-        InvalidOption: none are left, or the heads cannot be split evenly.
+        InvalidOption: no slots are left, or the heads cannot be split evenly.
     """
-    splits = [n for n in range(1, model.num_kv_heads + 1) if model.num_kv_heads % n == 0]
+    heads, kv_heads = model.num_heads, model.num_kv_heads
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    splits = [n for n in divisors if kv_heads % n == 0 or n % kv_heads == 0]
     if num_gpus not in splits:
         raise InvalidOption(
-            f"{model.name} has {model.num_kv_heads} heads of keys and values, and {num_gpus} GPUs "
-            f"cannot have equally many: take one of {', '.join(map(str, splits))}."
+            f"{model.name} has {heads} query heads and {kv_heads} KV heads, which cannot be "
+            f"divided evenly among {num_gpus} GPUs: choose one of {', '.join(map(str, splits))}."
         )
+    model = replace(model, num_kv_heads=max(kv_heads, num_gpus))
     usable = num_gpus * (USABLE * gpu.memory_bytes - ACTIVATIONS)
     slots = int((usable - model.weight_bytes) // model.kv_bytes_per_token)
     if slots < 1:
