@@ -3,13 +3,13 @@
 #
 # A language model answers questions on your machine, and you look over its shoulder while it does.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - What goes into a serving engine and what comes out of it.
 # - What one *step* is, and why several requests share each of them.
 # - What a *block* is, and how many a run really needs.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. At temperature 0 the answer depends on the prompt and on nothing else: not on which other
 #    requests run in the same step, and not on how memory is cut into blocks.
@@ -18,7 +18,7 @@
 # These two sentences are the contract of everything that follows. Each chapter changes a part of
 # the engine, and each ends by checking them again.
 #
-# ## Predict before you run
+# ## Predict
 #
 # Write down a number for each, and look at it again at the end.
 #
@@ -26,7 +26,7 @@
 # - Six such prompts are asked together. How many times does it run now?
 # - The model can take 1,024 tokens. How much of that does a request really use?
 #
-# ## The step
+# ## Build it
 #
 # The model is called *storyteller*: two million parameters, a LLaMA in small, shipped with the
 # package. It was trained on short stories like the one below, and it can answer questions about
@@ -195,7 +195,7 @@ print("same answers, and every block is free")
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 fullest = max(usages, key=lambda usage: usage.used)

@@ -4,7 +4,7 @@
 # Each new token looks back at all tokens before it, and what it looks at never changes: so it is
 # kept.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - What attention computes, in eight lines that you write yourself and that the engine then runs
 #   on.
@@ -12,13 +12,13 @@
 #   the text so far, into work that grows with its length.
 # - How many bytes a token costs, and why these bytes decide how many requests a GPU can serve.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. A token attends to itself and to earlier tokens, never to later ones.
 # 2. So its keys and values depend on nothing that comes later. Once computed, they stay right.
 # 3. Generating with a cache gives the tokens of generating without one, every one of them.
 #
-# ## Predict before you run
+# ## Predict
 #
 # - A prompt has 344 tokens, and 32 are generated. How many tokens run through the model if
 #   everything is read again for each of them? How many with a cache?
@@ -27,7 +27,7 @@
 # - A GPU has 40 GB, and a model of 13 billion parameters takes 26 of them. How many requests of
 #   2,048 tokens fit into the rest?
 #
-# ## The step: attention in eight lines
+# ## Build it: attention in eight lines
 #
 # Inside a model a token is a row of numbers, a *vector*. From it the model makes three more
 # vectors, each by a multiplication with a matrix that it has learned: a *query* (what the token
@@ -481,7 +481,7 @@ else:
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 print(f"tokens read for 32 new ones: {read:,} without a cache, {prompt_len + 31} with one")

@@ -3,21 +3,21 @@
 #
 # If every request reserves contiguous memory up front, most of that memory stays empty.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - Why serving systems before PagedAttention reserved the longest output for every request.
 # - Three ways to waste memory, by their names: reserved slots, internal fragmentation, external
 #   fragmentation (section 3.1 and Figure 3 of the paper).
 # - How much each of them costs, and why that makes a server slow.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. Pieces that are given out never overlap.
 # 2. Every slot is of exactly one kind: it holds a token, is kept for one that will come, is kept
 #    for nothing, or is free. The kinds add up to the pool.
 # 3. The memory manager changes how many requests run at a time, never their tokens.
 #
-# ## Predict before you run
+# ## Predict
 #
 # - A request has a prompt of 7 tokens and will generate 3. The system reserves 2,048 slots. How
 #   many of them will never hold a token?
@@ -25,7 +25,7 @@
 #   reserves 2,048 slots. What part of the memory holds a token at a given moment?
 # - And if each reserved exactly what it needs in the end, which no server can know?
 #
-# ## The step: an allocator for pieces
+# ## Build it: an allocator for pieces
 #
 # Chapter 1 kept the keys of a sequence in one tensor, and a tensor is contiguous: its rows are
 # adjacent in memory. So a growing sequence needs free memory after its last row. How much? The
@@ -446,7 +446,7 @@ for mistake in (NeverJoins, ForgetsToCut):
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 before, after = ours["orca-max"], ours["vllm"]

@@ -3,14 +3,14 @@
 #
 # Memory is cut into blocks of equal size, and a table lists the blocks of each sequence.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - How a *block table* lets a sequence be stored in pieces and still be one sequence (section 4.2
 #   of the paper).
 # - What an allocator must do, and why it may give out blocks in any order it likes.
 # - What the size of a block costs when it is too large, and when it is too small.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. Every block is free or has owners. Its *reference count* is their number, and the block is free
 #    again only when the last owner frees it.
@@ -18,7 +18,7 @@
 #    full.
 # 3. A token is stored where the table says, and stays there as long as the sequence runs.
 #
-# ## Predict before you run
+# ## Predict
 #
 # A pool has 8 blocks of 4 slots. This happens:
 #
@@ -29,7 +29,7 @@
 # How many blocks does each have at the end? How many slots are empty but unusable for other
 # sequences? Does it matter that C's blocks are not adjacent?
 #
-# ## The step: an allocator of your own
+# ## Build it: an allocator of your own
 #
 # A physical block is just a number. The allocator tracks which numbers are free, and counts the
 # owners of the others. It has four methods and two attributes, and never looks at a tensor. Write
@@ -308,7 +308,7 @@ else:
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 at_16 = sizes.index(16)

@@ -4,13 +4,13 @@
 # A query reads its keys and values through the block table: first gathered into one piece, then
 # block by block in place.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - How attention finds the keys of a sequence that is stored in pieces (section 4.1 of the paper).
 # - How softmax over many blocks is computed in one pass, though it seems to need two (Equation 4).
 # - Why one function serves whole prompts, pieces of prompts and single tokens.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. The result is that of plain attention over the same keys in one piece.
 # 2. The query at position $p$ sees positions $0$ to $p$, and nothing else.
@@ -18,7 +18,7 @@
 #    row of the block tables are never read. An empty slot of the last block is not read, or has the
 #    weight zero: it holds finite numbers.
 #
-# ## Predict before you run
+# ## Predict
 #
 # - C has 9 tokens in blocks of 4 slots, and computes a tenth. How many blocks does its query read,
 #   and how many slots of the last one must it leave out?
@@ -27,7 +27,7 @@
 # - The largest score so far is 2, and the next block brings a 5. By what factor must the sum so far
 #   be multiplied?
 #
-# ## The step
+# ## Build it
 #
 # ### Through the table
 #
@@ -463,7 +463,7 @@ for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlo
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 #
 # How much the attention of one layer copies in a decode step of one sequence of 2,000 tokens, with
 # heads as in OPT-13B, the paper's model: 40 heads of 128 elements, 2 bytes each.

@@ -4,20 +4,20 @@
 # A LLaMA and a GPT over blocks: only two lines of the model know about blocks; everything else
 # works on rows of tokens.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - How tokens of several sequences, prompts and single ones, form one row without padding.
 # - Where their keys and values go, and how the tensor of all blocks is laid out.
 # - What a LLaMA and a GPT-2 do differently, and why paging does not care.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. A token's logits depend only on its own sequence, not on the others in the step.
 # 2. A key is in the slot of its position before attention reads it, and is not touched again.
 # 3. Two functions know about blocks, `store_kv` and `paged_attention`. Everything else works on
 #    rows, independently.
 #
-# ## Predict before you run
+# ## Predict
 #
 # Blocks have 4 slots. A step computes one more token of A, one more of C, and 5 tokens from the
 # middle of B's prompt.
@@ -29,7 +29,7 @@
 # - The embedded model has 4 layers, 2 KV heads and 64 elements per head, of 4 bytes each. How many
 #   bytes does a token take in the pool?
 #
-# ## The step
+# ## Build it
 #
 # ### One row of tokens
 #
@@ -449,7 +449,7 @@ for mistake in (PositionsRestart, SlotsOffByOne, KeysStoredUnturned):
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 computed_rows = sum(sum(counts) for counts in new_tokens)

@@ -4,7 +4,7 @@
 # The scheduler decides anew before every step which requests run, so no request waits for the
 # slowest.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - Why requests are batched at all, and what a step costs that serves many.
 # - What a *scheduler* does, and why it decides for one step at a time (*iteration-level
@@ -12,14 +12,14 @@
 # - That reading a prompt, reading a piece of it and generating a token are the same thing in three
 #   lengths.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. A request's tokens do not depend on the other requests in its steps, nor on how its prompt is
 #    cut.
 # 2. Every step computes at least one token, and no token twice.
 # 3. Requests are admitted in the order in which they arrive. So no request waits forever.
 #
-# ## Predict before you run
+# ## Predict
 #
 # 24 requests are there at once, each with a short prompt. They will generate so many tokens, 384 in
 # all:
@@ -33,7 +33,7 @@
 # - A waiting request takes a batch slot as soon as one is free. How many steps now, at least?
 # - A step for 8 sequences instead of one: how much longer does it take?
 #
-# ## The step: a scheduler of your own
+# ## Build it: a scheduler of your own
 #
 # ### Why serve many at once
 #
@@ -480,7 +480,7 @@ for mistaken in (Twice, NoneJoins):
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 total = sum(lengths)

@@ -4,21 +4,21 @@
 # Sequences with a common prefix store it once. A block is copied only when one of its owners writes
 # to it.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - What a *fork* is, and why it costs no memory at first.
 # - How *copy-on-write* works: which sequence copies which block, and when (section 4.4 of the
 #   paper, Figures 8 and 9).
 # - How much *parallel sampling* and *beam search* save by it, and why the second saves more.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. A block that has several owners is read by all of them and written by none.
 # 2. Its reference count is the number of block tables that list it.
 # 3. Sharing never changes the generated tokens. Sample $i$ of a request is the sample that a
 #    separate request would get.
 #
-# ## Predict before you run
+# ## Predict
 #
 # A prompt has 17 tokens, a block has 4 slots. Four samples of 24 tokens each are wanted.
 #
@@ -26,7 +26,7 @@
 # - How many blocks do they hold together at the end? How many, if each had its own?
 # - Instead of four samples, a beam search of four beams: does it save more or less?
 #
-# ## The step: who writes makes a copy
+# ## Build it: who writes makes a copy
 #
 # Often one prompt has several answers. A user wants four suggestions to choose from: that is
 # *parallel sampling*. Up to the end of the prompt the four are one sequence. Then each draws its
@@ -500,7 +500,7 @@ assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 beams_at_once = copies(copied_events) - copied_at_once

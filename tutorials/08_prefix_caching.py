@@ -3,14 +3,14 @@
 #
 # A block is kept when its sequence has ended, and reused by a later request with the same prefix.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - What identifies a block, and why its own tokens are not enough.
 # - When a block can be found, how long it stays, and which one is evicted.
 # - How much computation is saved when many prompts share a prefix (section 4.4 of the paper,
 #   Figures 10 and 16).
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. A block is found only by a prompt that is the same from the first token up to the end of that
 #    block.
@@ -19,7 +19,7 @@
 # 3. With the cache and without it the tokens are the same. A block that no sequence uses counts as
 #    free.
 #
-# ## Predict before you run
+# ## Predict
 #
 # Blocks have 16 slots.
 #
@@ -29,7 +29,7 @@
 #   they share?
 # - The same prompt of exactly 32 tokens comes twice. How many tokens are computed the second time?
 #
-# ## The step: a block is identified by what comes before it
+# ## Build it: a block is identified by what comes before it
 #
 # Samples of one request share the prompt's blocks, because they come from a fork. But requests of
 # different people often share a prefix as well. An assistant has a *system prompt*, the same
@@ -590,7 +590,7 @@ else:
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 for name, outputs in (("six questions", six), ("five turns of a chat", turns)):

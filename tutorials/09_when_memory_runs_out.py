@@ -4,21 +4,21 @@
 # A running request has to release its blocks in the middle of an answer, and its output must not
 # change.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - Why an engine that wastes no memory can run out of it, and which request it then *preempts*:
 #   takes all its blocks, so that others can continue (section 4.5 of the paper).
 # - Two ways to bring such a request back, *recomputation* and *swapping*, and what each costs.
 # - What becomes of a request that is larger than the whole pool.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. A preempted request generates the same tokens as if nothing had happened.
 # 2. All or nothing: a request keeps all its blocks or none. Half a sequence cannot continue.
 # 3. The oldest request is never preempted. So it advances in every step and ends, and then another
 #    one is the oldest.
 #
-# ## Predict before you run
+# ## Predict
 #
 # A pool has 36 blocks of 4 slots. Eight requests come together, with prompts of 21, 7, 14, 7, 21,
 # 7, 14 and 7 tokens. They generate 24, 60, 24, 40, 20, 30, 24 and 20 tokens.
@@ -27,7 +27,7 @@
 # - After about how many steps is the pool full?
 # - With ample memory 60 steps are enough. How many does it take here?
 #
-# ## The step: choosing a victim
+# ## Build it: choosing a victim
 #
 # Nothing is reserved here. Eight prompts fit easily. Then all of them grow, and every four steps
 # each needs one more block. At some point a request needs one and none is free.
@@ -413,7 +413,7 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 pairs = zip(ample, lengths, strict=True)

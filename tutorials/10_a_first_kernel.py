@@ -4,21 +4,21 @@
 # You write the paper's kernel, which reads keys and values in place, and the engine generates with
 # it.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - How a GPU program finds its data: a number of its own, a base address, strides and a mask.
 # - How thirty lines read a block table and compute attention without copying a key (Figure 5 of the
 #   paper; section 5.1 names the kernel).
 # - How to test a kernel so that the usual mistakes cannot hide, on a machine without a GPU.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. A kernel gives what the reference attention gives, for every length: one token, a block that is
 #    exactly full, one token more.
 # 2. It never uses an element after a sequence's end, nor an entry after the end of its block table.
 # 3. No program needs anything that another one writes: they may run in any order.
 #
-# ## Predict before you run
+# ## Predict
 #
 # Blocks have 4 slots. Four sequences of 1, 4, 5 and 11 tokens decode one token each, with 4 query
 # heads, of which pairs share a KV head.
@@ -29,7 +29,7 @@
 #   out right all the same?
 # - You forget to rescale the partial result when a larger score comes. Which do then?
 #
-# ## The step: a kernel of your own
+# ## Build it: a kernel of your own
 #
 # A *GPU* runs thousands of copies of one short *program* in parallel, in no defined order. Each
 # program works on whole *tiles* of elements. Its threads share a tile, so that each thread holds
@@ -484,7 +484,7 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 #
 # What attention moves for the four sequences of the test, in elements of keys and values. The
 # reference gathers: it reads each, writes it to contiguous memory, and reads it again. (It takes

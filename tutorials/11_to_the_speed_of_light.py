@@ -4,19 +4,19 @@
 # What bounds attention, how far chapter 10's kernel is from it, and the two changes that bring it
 # near.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - How to work out the least time that a kernel can take, before you write it.
 # - Why query heads that share a KV head belong in one program, and long sequences in several.
 # - How pieces of a softmax become the whole again, exactly.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. The answer does not depend on how the work is cut: by heads, by pieces, by programs.
 # 2. Each key and each value is read from memory once a step, for all query heads that need it.
 # 3. A piece with nothing in it changes nothing.
 #
-# ## Predict before you run
+# ## Predict
 #
 # Llama 3 8B has 32 query heads over 8 KV heads of 128 elements. A GPU does 150 to 300 operations in
 # the time in which one byte arrives from its memory.
@@ -27,7 +27,7 @@
 # - One sequence decodes on a GPU that holds 528 programs at a time. How many does a program for
 #   each sequence and KV head give?
 #
-# ## The step: first bytes and operations
+# ## Build it: first bytes and operations
 #
 # A sequence of $L$ tokens decodes one token, with $H$ query heads over $K$ KV heads of $D$ elements
 # of $b$ bytes. It must read all keys and values, and with each element of a key it does a
@@ -517,7 +517,7 @@ print(f"{'... and its output ignored':26}   as before, to the last bit")
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 #
 # One layer of Llama 3 8B, 64 sequences that decode after 1,024 tokens, and the floor on an H200
 # from its published bandwidth. Computed, not measured:

@@ -4,27 +4,27 @@
 # All parts together: you write the engine that drives them, follow one token through it, and see
 # where the time goes.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - The five calls that make a step, and what each passes to the next.
 # - Where a single token is at each moment: as text, number, slot, key, logit and text again.
 # - What a step's time is spent on, and how that changes with the number of sequences.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. A step computes every scheduled token once, and each sequence that has nothing left to compute
 #    gets exactly one new token.
 # 2. Blocks move before the model runs, and are cached after it has run. Never the other way.
 # 3. The tokens do not depend on the engine that drives the parts.
 #
-# ## Predict before you run
+# ## Predict
 #
 # - One sequence decodes. Which part of a step's time goes to the model, and which to scheduling,
 #   bookkeeping and choosing a token?
 # - Now 32 sequences decode together. Is a step 32 times as long?
 # - A token is sampled in step 7. In which step are its keys and values written?
 #
-# ## The step: an engine of your own
+# ## Build it: an engine of your own
 #
 # You have met all the parts: the allocator and its tables (chapter 3), attention over them (4), the
 # models (5), the scheduler (6), and what happens when blocks are shared or run out (7 to 9). What
@@ -349,7 +349,7 @@ print("with the first row for all:", [tokenizer.decode(tokens[:6]) for tokens in
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 one, many = profile[1], profile[64]

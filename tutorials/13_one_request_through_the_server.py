@@ -4,21 +4,21 @@
 # An engine needs one thread. A server has many clients, who come when they like, read slowly and
 # leave early. You write the server between the two, and measure where the time of a request goes.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - Why one thread owns the engine, and how everyone else talks to it.
 # - What happens to the blocks of a client who leaves.
 # - What the time to first token consists of, and what grows when more clients arrive.
 # - Why a server must refuse requests before it runs out of memory.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. Only one thread calls the engine.
 # 2. A client who leaves gives all blocks back, and nothing more is computed for them.
 # 3. A slow reader delays no other client.
 # 4. The tokens are those of the engine without a server.
 #
-# ## Predict before you run
+# ## Predict
 #
 # - A client asks for 200 tokens and leaves after the first one. How many tokens does a careless
 #   server compute for that client?
@@ -27,7 +27,7 @@
 # - Forty clients arrive together, and the server runs 8 requests and lets 8 wait. What happens to
 #   the others?
 #
-# ## The step: a server of your own
+# ## Build it: a server of your own
 #
 # `LLMEngine` may be called by one thread at a time, and a step takes milliseconds. If every
 # client's thread called it, all would wait for each other's steps. So one thread owns the engine.
@@ -439,7 +439,7 @@ print(f"beside a client who reads nothing, 8 tokens took {1000 * quick.times[-1]
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 print(f"tokens computed for a client who left after one: {careless}, then {careful}")

@@ -5,21 +5,21 @@
 # and add up its parts. Then the whole model runs in two processes, with one scheduler and one block
 # table.
 #
-# ## What you will know at the end
+# ## Goals
 #
 # - What a rank keeps of a layer, and why the pool grows faster than the number of ranks.
 # - Which cut needs no exchange, which one needs a sum, and why the two come as a pair.
 # - Why the scheduler, the block manager and the block tables stay as they are.
 # - What the ranks send each other in a step, and what is lost with a rank.
 #
-# ## What must hold
+# ## Invariants
 #
 # 1. The ranks together compute what one rank computes, and generate the same tokens.
 # 2. A rank stores its part of the weights and the keys and values of its own heads, and no more.
 # 3. All ranks make the same collectives, in the same order.
 # 4. A block has the same number on every rank, and one scheduler decides for all of them.
 #
-# ## Predict before you run
+# ## Predict
 #
 # The embedded model has 4 layers, a hidden size of 256, and 4 query heads over 2 KV heads of 64
 # elements. Elements have 4 bytes, and blocks have 16 slots. It runs on two ranks.
@@ -30,7 +30,7 @@
 # - Each rank has 1 MiB for keys and values. How many blocks does the pool have with one rank, with
 #   two, and with four?
 #
-# ## The step
+# ## Build it
 #
 # ### Why cut
 #
@@ -673,7 +673,7 @@ print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 #
 # </details>
 #
-# ## What changed in the numbers
+# ## Results
 
 # %%
 print(f"a decode step of 4 sequences: {counts['all-reduce']} all-reduces and 1 gather")

@@ -112,7 +112,7 @@ class EngineWithoutModel:
     # ---- checks ----------------------------------------------------------------------------------
 
     def check(self, decision: SchedulerOutput) -> None:
-        """What must hold in every step. Raises AssertionError."""
+        """Invariants in every step. Raises AssertionError."""
         config = self.scheduler.config
         total = sum(scheduled.num_new_tokens for scheduled in decision.sequences)
         num_seqs = len(decision.sequences)
