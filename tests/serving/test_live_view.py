@@ -571,3 +571,21 @@ def test_the_page_finds_its_server_again(open_page, tmp_path):
     with running(tmp_path, *again):
         wait_for_status(page, "Live")
         page.locator("h2", has_text="48 blocks").wait_for()
+
+
+@pytest.mark.full
+def test_a_server_of_several_ranks_shows_a_lane_for_each(open_page, server: Running, tmp_path):
+    alone = open_page(server)
+    in_background(server, max_tokens=8).join()
+    alone.locator("#done li").first.wait_for()
+    assert alone.locator("#ranks").is_hidden()
+    with running(tmp_path, "--viz", "--device", "cpu", "--tensor-parallel-size", "2") as of_two:
+        page = open_page(of_two, viewport={"width": 390, "height": 900})
+        in_background(of_two, model="storyteller", max_tokens=30).join()
+        page.locator("#done li").wait_for()
+        lanes = page.locator(".lane")
+        names = [lane.get_attribute("aria-label").split(":")[0] for lane in lanes.all()]
+        assert names == ["Rank 0", "Rank 1"]
+        assert lanes.nth(1).locator(".all_reduce").count() == 9  # two per layer and one more
+        assert "later" in page.locator("#ranks-axis").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390

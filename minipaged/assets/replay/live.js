@@ -25,7 +25,7 @@ class LivePage extends View {
     this.timer = null; // of the next frame
     this.lastFrame = 0;
     this.curves = new Curves(byId("curves"));
-    this.setLegend("Keys: space pauses and follows, the arrow keys go from block to block.");
+    this.setLanes([]);
     this.listen();
     this.follow();
   }
@@ -91,6 +91,7 @@ class LivePage extends View {
   take(step) {
     const { state } = this;
     for (const event of step.events) apply(state, event);
+    if (state.ranks.length > this.lanes.most) this.setLanes(step.events);
     this.lastMarks = state.marks;
     if (state.marks.size) this.recent.push([performance.now(), state.marks]);
     for (const one of step.done) {
@@ -109,6 +110,13 @@ class LivePage extends View {
   }
 
   // ---- drawing
+
+  /* Whether there are several ranks shows when they have computed a step. */
+  setLanes(events) {
+    this.lanes = new Lanes(events);
+    const keys = "Keys: space pauses and follows, the arrow keys go from block to block.";
+    this.setLegend(keys, this.lanes.explain());
+  }
 
   setPools({ numBlocks, blockSize }) {
     for (const grid of this.grids) for (const part of grid.parts) part.remove();
@@ -146,6 +154,7 @@ class LivePage extends View {
     this.used = held.pool.size;
     show(byId("where"), `${state.step}`, () => [`step ${rounded(state.step)}`]);
     this.drawCounts(statistics(state, held.pool));
+    if (state.ranks.length) this.lanes.draw(state.ranks); // else those of the last step stay
     this.drawLists();
     if (byId("last-step").open) this.drawWords();
     if (byId("all-tables").open) this.drawTables(held);
