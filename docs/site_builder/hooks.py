@@ -14,7 +14,9 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # MkDocs loads this file by its path
 
+from site_builder.cli_page import cli_files
 from site_builder.markdown import SOURCE, expanded
+from site_builder.navigation import with_folders
 from site_builder.sources import line_anchors, source_files
 from site_builder.tutorials import tutorial_files
 
@@ -24,9 +26,9 @@ def root_of(config: MkDocsConfig) -> Path:
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
-    """Add the chapters, the source that pages lead to, and folders' pages to the navigation."""
+    """Add the chapters, the command line, the source that pages link to, and folders' pages."""
     root = root_of(config)
-    made = tutorial_files(root)
+    made = tutorial_files(root) | cli_files(root)
     pages = [
         expanded(file.content_string, root, file.src_uri) for file in files.documentation_pages()
     ]
@@ -59,28 +61,3 @@ def on_serve(server: LiveReloadServer, config: MkDocsConfig, **_: Any) -> LiveRe
     for folder in ("tutorials", "minipaged"):
         server.watch(str(root_of(config) / folder))
     return server
-
-
-# ---- the navigation of mkdocs.yml, where `tutorials/` is all pages of that folder ----------------
-
-
-def with_folders(nav: list[Any], pages: list[str]) -> list[Any]:
-    """Each entry that ends in a slash is replaced by the folder's pages, its index first."""
-    items: list[Any] = []
-    for item in nav:
-        if isinstance(item, str) and item.endswith("/"):
-            items += _pages_below(item, pages)
-        elif isinstance(item, dict):
-            items.append({name: _expanded(value, pages) for name, value in item.items()})
-        else:
-            items.append(item)
-    return [item for item in items if item != {}]
-
-
-def _expanded(value: Any, pages: list[str]) -> Any:
-    return with_folders(value, pages) if isinstance(value, list) else value
-
-
-def _pages_below(folder: str, pages: list[str]) -> list[str]:
-    below = [page for page in pages if page.rpartition("/")[0] == folder.rstrip("/")]
-    return sorted(below, key=lambda page: (page != folder + "index.md", page))

@@ -10,14 +10,15 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
+import yaml
 
 pytest.importorskip("mkdocs", reason="needs the extra `docs`: pip install -e '.[docs]'")
 pytest.importorskip("nbclient", reason="needs the extra `docs`: pip install -e '.[docs]'")
 
 from site_builder.__main__ import write_tree
 from site_builder.chapters import read
+from site_builder.cli_page import WIDTH, cli_page
 from site_builder.execution import executed
-from site_builder.hooks import with_folders
 from site_builder.markdown import (
     CannotBuild,
     expanded,
@@ -26,6 +27,7 @@ from site_builder.markdown import (
     with_quotes,
 )
 from site_builder.names import find
+from site_builder.navigation import with_folders
 from site_builder.tutorial_pages import page_of
 from site_builder.tutorials import WITHOUT_RUNNING, tutorial_files
 
@@ -144,13 +146,17 @@ def without_running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WITHOUT_RUNNING, "1")
 
 
-def mkdocs(project: Path) -> "subprocess.CompletedProcess[str]":
-    """Build the project with the settings of the real site, but for its navigation."""
+def copy_settings(project: Path) -> None:
+    """The settings of the real site, but for its navigation."""
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     nav = "nav: [index.md, {Tutorials: [tutorials/]}, {Guides: [guides/]}, companion.md]\n\n"
     settings = re.sub(r"^nav:\n.*?(?=^\S)", nav, settings, flags=re.DOTALL | re.MULTILINE)
     settings = settings.replace("docs/site_builder", str(ROOT / "docs" / "site_builder"))
     (project / "mkdocs.yml").write_text(settings, encoding="utf-8")
+
+
+def mkdocs(project: Path) -> "subprocess.CompletedProcess[str]":
+    copy_settings(project)
     for folder in ("javascripts", "stylesheets"):
         shutil.copytree(ROOT / "docs" / folder, project / "docs" / folder, dirs_exist_ok=True)
     return subprocess.run(
@@ -336,11 +342,17 @@ def test_the_notebook_to_take_home_quotes_code_and_has_no_outputs(project):
 
 @pytest.mark.usefixtures("without_running")
 def test_the_tree_for_other_site_builders_is_written_atomically(project, tmp_path):
+    copy_settings(project)
     tree = tmp_path / "tree"
     write_tree(project, tree)
-    assert "pool.py, lines 16-17" in (tree / "companion.md").read_text()
-    assert (tree / "tutorials" / "00_first.md").exists()
-    assert "class Pool" in (tree / "source" / "minipaged" / "pool.py.md").read_text()
+    docs = tree / "docs"
+    assert "pool.py, lines 16-17" in (docs / "companion.md").read_text()
+    assert (docs / "tutorials" / "00_first.md").exists()
+    assert "class Pool" in (docs / "source" / "minipaged" / "pool.py.md").read_text()
+    settings = yaml.safe_load((tree / "mkdocs.yml").read_text())
+    assert "hooks" not in settings
+    chapters = ["tutorials/index.md", "tutorials/00_first.md", "tutorials/01_second.md"]
+    assert settings["nav"][1] == {"Tutorials": chapters}
     with pytest.raises(CannotBuild, match="is there already"):
         write_tree(project, tree)
     (project / "docs" / "index.md").write_text("@@ gone.name\n")
@@ -355,14 +367,14 @@ def test_the_tree_for_other_site_builders_is_written_atomically(project, tmp_pat
 def test_a_small_site_is_built_strictly(project):
     build = mkdocs(project)
     assert build.returncode == 0, build.stderr
-    page = (project / "site" / "tutorials" / "00_first" / "index.html").read_text("utf-8")
-    assert '<img alt="Three [numbers] &amp; a line" src="../pictures/00_first-2-1.svg"' in page
+    page = (project / "site" / "tutorials" / "00_first.html").read_text("utf-8")
+    assert '<img alt="Three [numbers] &amp; a line" src="pictures/00_first-2-1.svg"' in page
     assert '<iframe class="replay" srcdoc="&lt;p&gt;{{ lines a.b }} $x$&lt;/p&gt;">' in page
-    assert 'href="../../source/minipaged/pool.py/"' in page
-    assert 'href="../01_second/"' in page
-    companion = (project / "site" / "companion" / "index.html").read_text("utf-8")
-    assert 'href="../source/minipaged/pool.py/#__span-0-16"' in companion
-    source = (project / "site" / "source" / "minipaged" / "pool.py" / "index.html").read_text()
+    assert 'href="../source/minipaged/pool.py.html"' in page
+    assert 'href="01_second.html"' in page
+    companion = (project / "site" / "companion.html").read_text("utf-8")
+    assert 'href="source/minipaged/pool.py.html#__span-0-16"' in companion
+    source = (project / "site" / "source" / "minipaged" / "pool.py.html").read_text()
     assert 'id="__span-0-16"' in source
     assert not (project / "docs" / "tutorials").exists()
 
@@ -397,7 +409,7 @@ def test_no_page_of_the_site_loads_anything_from_elsewhere(built_site):
 @pytest.mark.timeout(1800)
 def test_every_chapter_is_a_page_of_the_site(built_site):
     for script in (ROOT / "tutorials").glob("[0-9]*_*.py"):
-        assert (built_site / "tutorials" / script.stem / "index.html").exists()
+        assert (built_site / "tutorials" / f"{script.stem}.html").exists()
         assert (built_site / "tutorials" / f"{script.stem}.ipynb").exists()
 
 
@@ -419,3 +431,12 @@ def test_every_link_within_the_site_leads_somewhere(built_site):
             target = target / "index.html" if target.is_dir() else target
             assert target.exists(), f"{page}: {link}"
             assert anchor in anchors.get(target, {anchor}), f"{page}: {link}"
+
+
+def test_the_page_of_the_command_line_has_every_command_and_no_path_of_this_machine():
+    page = cli_page()
+    for command in ("demo", "serve", "bench engine", "lab start", "trace view"):
+        assert f"## minipaged {command}\n\n```text\nUsage: minipaged {command}" in page
+    assert str(Path.home()) not in page
+    texts = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    assert max(len(line) for text in texts for line in text.splitlines()) <= WIDTH

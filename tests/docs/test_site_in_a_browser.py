@@ -99,17 +99,17 @@ class Visit:
 def pages_of(site: Path) -> list[str]:
     """Addresses below the site's own; of the source pages, which are alike, one."""
     pages = sorted(
-        path.parent.relative_to(site).as_posix().removeprefix(".") + "/"
-        for path in site.rglob("index.html")
+        path.relative_to(site).as_posix()
+        for path in site.rglob("*.html")
+        if path.name != "404.html"  # its links are to the root of a server
     )
-    pages = [page.removeprefix("/") for page in pages]
     sources = [page for page in pages if page.startswith("source/")]
     return [page for page in pages if page not in sources[1:]]
 
 
 def pages_with(site: Path, *parts: str) -> list[str]:
     """Those with one of the parts in their HTML."""
-    texts = {page: (site / page / "index.html").read_text("utf-8") for page in pages_of(site)}
+    texts = {page: (site / page).read_text("utf-8") for page in pages_of(site)}
     return [page for page, text in texts.items() if any(part in text for part in parts)]
 
 
@@ -131,7 +131,7 @@ def test_every_page_draws_all_it_has_and_asks_nobody_else(scheme, browser, addre
             overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
             assert visit.tab.evaluate(overflow) <= 0, f"{page} is wider than a {size} window"
             if SCREENSHOTS is not None:
-                name = f"{page.strip('/').replace('/', '-') or 'home'}-{scheme}-{size}.png"
+                name = f"{page.removesuffix('.html').replace('/', '-')}-{scheme}-{size}.png"
                 visit.tab.screenshot(path=Path(SCREENSHOTS) / name, full_page=True)
         assert not visit.faults, f"{page}: {visit.faults}"
     visit.tab.close()
@@ -184,3 +184,18 @@ def shown(frame: Any) -> Any:
     """The state of the memory that a visualiser shows, and the words above it."""
     state = frame.evaluate("frame => frame.contentWindow.replay.state()")
     return state, frame.content_frame.locator("#where").inner_text()
+
+
+def test_the_site_works_without_a_server_search_included(browser, built_site):
+    visit = Visit(browser, f"{built_site.as_uri()}/")
+    visit.open("index.html")
+    visit.tab.locator(".md-search__input").fill("watermark")
+    results = visit.tab.locator(".md-search-result__item")
+    results.first.wait_for()
+    addresses = [each.get_attribute("href") for each in results.locator("a").all()]
+    assert any("tutorials/" in address for address in addresses)
+    assert not any("source/" in address for address in addresses)
+    results.locator("a").first.click()
+    visit.tab.locator("h1").first.wait_for()
+    assert not visit.faults
+    visit.tab.close()
