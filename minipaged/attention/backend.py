@@ -4,13 +4,13 @@
     blockwise     the paper's Equation 4, block by block, never gathering
     torch         the fast one in pure PyTorch: the default on a CPU
     triton        the kernels for a GPU: the default there
-    triton-naive  their first rung: one block at a time, as the paper draws it
+    triton-naive  their simplest form: one block at a time, as in the paper's figure 5
     unpaged       no paged attention: for sequences in one piece, with memory="virtual" only
 
-Every implementation has the signature of `PagedAttention`. Query i of a sequence stands at position
+Every implementation has the signature of `PagedAttention`. Query i of a sequence is at position
 `context_len + i` and sees the keys of positions 0 up to and including its own. Query heads are
 grouped: with 8 heads and 2 kv_heads, heads 0 to 3 read kv_head 0. That one function covers
-prefill, chunked prefill, prefill behind a cached prefix, and decode, mixed in one batch.
+prefill, chunked prefill, prefill after a cached prefix, and decode, mixed in one batch.
 
 Only a sequence's own keys and values affect its result:
 

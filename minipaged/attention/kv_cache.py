@@ -54,7 +54,7 @@ def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
 
 @runtime_checkable  # shapes are checked at run time in tests, and types with them
 class Cache(Protocol):
-    """What a model and its runner ask of keys and values, wherever these lie."""
+    """What a model and its runner need of keys and values, however these are stored."""
 
     @property
     def block_size(self) -> int: ...
@@ -209,7 +209,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin
     if device.type != "cpu" or pin or num_bytes == 0:
         return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
     # torch.zeros writes every zero, which takes a second for each GiB. A page that comes from the
-    # operating system is zero, and is not even there before somebody writes to it. Private: a
+    # operating system is zero, and takes no memory before it is written to. Private: a
     # process that forks shall not share its cache with the other.
     try:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -28,7 +28,7 @@ SMALLEST_SCALE = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class QuantizedPool:
-    """Stands where a tensor [num_blocks, kv_heads, block_size, head_dim] of floats could stand."""
+    """Replaces a float tensor [num_blocks, kv_heads, block_size, head_dim]."""
 
     numbers: Tensor
     scales: Tensor

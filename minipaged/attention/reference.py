@@ -49,7 +49,7 @@ def causal_attention(
     context_len: int,
     scale: float,
 ) -> Float[Tensor, "queries heads head_dim"]:
-    """Plain attention of one sequence. Query i stands at position context_len + i."""
+    """Plain attention of one sequence. Query i is at position context_len + i."""
     exact = torch.promote_types(q.dtype, torch.float32)
     group_size = heads_per_kv_head(q, keys, values)
     keys = keys.to(exact).repeat_interleave(group_size, dim=1)  # [length, heads, head_dim]

@@ -5,7 +5,7 @@
     in place   multiply every block, where it is, by the query of its owner, and put only the
                scores in order, which are 1 / head_dim as many numbers. Each key is read once
 
-In place takes about as long as SDPA takes over keys that lie side by side already, but more
+In place takes about as long as SDPA takes over keys that are already contiguous, but more
 operations, and it multiplies all else between the first and the last block in use. So it
 is for large batches whose blocks fill their part of the pool; there it is up to twice as fast.
 `Decodes.prepare` chooses. It runs once a step, for the answer is the same in every layer.
@@ -195,7 +195,7 @@ def _attend_gathered(
 def rows_of_blocks(
     tables: Int[Tensor, "seqs columns"], kv_heads: int
 ) -> Int[Tensor, " rows_of_all"]:
-    """Which rows of the pool to gather, so that each head's keys lie side by side.
+    """Which rows of the pool to gather, so that each head's keys are contiguous.
 
     A row is the block of one head: block b of head h is row b * kv_heads + h.
     """

@@ -85,7 +85,7 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightMap:
-    """Where each module's parameters stand in a Hugging Face checkpoint.
+    """The names of each module's parameters in a Hugging Face checkpoint.
 
     Names are of modules; `.weight` and `.bias` follow them on both sides. `{i}` is a layer's
     number. Several names are those of layers that are one `MergedLinear` here, in its order. The

@@ -134,7 +134,7 @@ GPT2_WEIGHTS = WeightMap(
         "norm": "ln_f",
         "head": "lm_head",
     },
-    # OpenAI wrote these four as convolutions of width 1, whose matrices lie the other way round.
+    # OpenAI wrote these four as convolutions of width 1, whose matrices are transposed.
     transposed=frozenset(
         {
             "layers.{i}.attention.qkv_proj",

@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
 
 class MergedLinear(Linear):
-    """Several linear layers of one input: their matrices lie one below the other, as one.
+    """Several linear layers of one input, with their matrices stacked into one.
 
     Reading one large matrix takes less time than reading several small ones.
     """

@@ -153,7 +153,7 @@ def load_model(
         dtype: of the parameters. "auto" is the one the checkpoint was saved in; but on a CPU it is
             always float32: half precision costs exactness, and is faster only on processors that
             multiply it natively.
-        device: where the parameters shall lie.
+        device: where the parameters are placed.
         config: the model's numbers, if they are not as `read_model_config(folder)` finds them.
         random_weights: make weights instead of reading them; "auto" is then bfloat16 on a GPU.
         part: of the model, for one rank of several; None: all of it.
@@ -283,7 +283,7 @@ def _check_form(source: StoredTensor, shape: torch.Size) -> None:
 
 
 def _refuse_more_than_memory(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Raise InvalidOption for weights that the machine, or the GPU as it stands, cannot hold."""
+    """Raise InvalidOption for weights that do not fit in the machine's or the GPU's free memory."""
     where = torch.device(device)
     needs = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if where.type == "cuda":

@@ -2,7 +2,7 @@
 
 "OPT: Open Pre-trained Transformer Language Models" (arXiv 2205.01068), the model of most
 experiments in the PagedAttention paper. Numbers agree with Hugging Face's `transformers`. OPT-350m
-alone follows another plan, and two options tell it: its norms stand behind each half of a layer
+alone differs, with two options: its norms come after each half of a layer
 instead of before it, and its token embedding is narrower than the layers.
 
 Read on in the order a token travels: the whole way in `OPT.forward`, then each station.
@@ -41,7 +41,7 @@ class OPTConfig(ModelConfig):
 
     inner_size: int
     embedding_size: int  # of a token: 512 in OPT-350m, elsewhere the hidden size
-    norm_first: bool = True  # False, OPT-350m: the norms of a layer stand behind its halves
+    norm_first: bool = True  # False, OPT-350m: the norms of a layer come after its halves
     activation: str = "relu"
     tied: bool = True  # the embedding is the output matrix too
 
@@ -88,7 +88,7 @@ class OPT(Model):
         num_rows = config.max_position_embeddings + POSITION_OFFSET
         self.position_embedding = nn.Embedding(num_rows, hidden)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
-        # With the norms behind, the last layer has ended with one.
+        # If the norms come after, the last layer has ended with one.
         self.norm = nn.LayerNorm(hidden) if config.norm_first else nn.Identity()
         self.project_out = Linear(hidden, narrow, bias=False) if projects else nn.Identity()
         self.head = None if config.tied else Linear(narrow, config.vocab_size, bias=False)
@@ -116,7 +116,7 @@ class OPT(Model):
 
 
 class Layer(nn.Module):
-    """Attention, then the feed-forward, each added to what came in, with a norm before or behind.
+    """Attention, then the feed-forward, each added to its input, with a norm before or after.
 
     Before: each works on a normed copy, and what is added to is never normed itself. Behind, as in
     "Attention Is All You Need": the sum is normed.

@@ -20,7 +20,7 @@ class Overridden(dict[str, Any]):
         return super().get(name, default)
 
     def refuse_unread(self) -> None:
-        """Raise InvalidOption for a replaced value that nobody has asked for."""
+        """Raise InvalidOption for an override of a value that is never read."""
         for name in self._overrides:
             if name not in self._read:
                 raise InvalidOption(

@@ -2,7 +2,7 @@
 
 Each head of a query or key is cut into pairs of numbers, points in a plane, and each point is
 turned by its token's position times the pair's own frequency. The product of a query and a key then
-depends on how far apart they stand. Keys are turned before they are cached, so a cached key never
+depends on their distance. Keys are turned before they are cached, so a cached key never
 has to be touched again.
 """
 
@@ -136,7 +136,7 @@ def _read_scaling(rope: HFConfig, kind: str, name: str) -> float:
 
 
 def _read_yarn(rope: HFConfig) -> dict[str, Any]:
-    """What YaRN has beside factor and old context. Raises CheckpointError."""
+    """The options of YaRN other than factor and old context. Raises CheckpointError."""
     slow, fast = read_float(rope, "beta_slow", 1.0), read_float(rope, "beta_fast", 32.0)
     if fast < slow:
         raise CheckpointError(

@@ -9,7 +9,7 @@ A safetensors file (https://github.com/huggingface/safetensors) is three things 
 
 It is read piece by piece through one small buffer, and each piece is copied to its place: of the
 file nothing else is ever in memory, so that loading takes little more than the weights themselves.
-To map the file into memory would be a line shorter, but its pages stay there beside the model they
+Mapping the file into memory would be a line shorter, but its pages stay there with the model they
 were copied to. And what the model holds is its own: the file may be replaced while it runs.
 """
 
@@ -31,12 +31,12 @@ from minipaged.utils.files import read_json_object
 DTYPES_IN_FILES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 LONGEST_HEADER = 100_000_000  # bytes, as the format has it; more means another kind of file
-PIECE_BYTES = 4 * 2**20  # read at a time: enough for full speed, and little beside a model
+PIECE_BYTES = 4 * 2**20  # read at a time: enough for full speed, and little compared with a model
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor stands, and what its file's header says of it."""
+    """The place of a tensor in its file, and its type and shape from the header."""
 
     path: Path
     name: str
@@ -72,7 +72,7 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 
 def find_shards(index: Path) -> list[Path]:
-    """The files that an index names, beside it. Raises CheckpointError unless all are there."""
+    """The files that an index names, in its folder. Raises CheckpointError unless all are there."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: download it again.")
@@ -106,7 +106,7 @@ def read_headers(paths: list[Path], prefix: str) -> dict[str, StoredTensor]:
     """Every tensor in these files, by its name without the prefix, which some files leave out.
 
     Raises:
-        CheckpointError: a file is no whole safetensors file, or a tensor stands there twice.
+        CheckpointError: a file is not a complete safetensors file, or a tensor is there twice.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
@@ -189,7 +189,7 @@ def copy_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]]) -> None:
     Raises:
         CheckpointError: a file ends early, or cannot be read.
     """
-    by_file = sorted(pairs, key=lambda pair: (pair[0].path, pair[0].begin))  # as they lie on disk
+    by_file = sorted(pairs, key=lambda pair: (pair[0].path, pair[0].begin))
     for stored, ours in by_file:
         try:
             _copy_tensor(stored, ours)

@@ -47,7 +47,7 @@ class Tokenizer(HuggingFaceNames):
         self.first_ids = list(first_ids)
         """What the model was taught to find before every text, mostly nothing or one mark."""
         self.chars_per_token = chars_per_token
-        """No token can stand for more characters of a text; None where no such limit is known."""
+        """The most characters of text that one token can encode; None where no limit is known."""
         self._warned = False
 
     @property

@@ -75,7 +75,7 @@ class BytePairTokenizer(Tokenizer):
         token_ids: list[int] = []
         pieces = (self._any_added if allow_special else self._any_other).split(text)
         for number, piece in enumerate(pieces):
-            if number % 2 == 0:  # what was found stands between what was not
+            if number % 2 == 0:  # matches are at odd places, the text between them at even ones
                 token_ids += self._encode_words(piece)
             else:
                 token_ids.append(self.added_tokens[piece])

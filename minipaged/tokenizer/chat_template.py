@@ -66,7 +66,7 @@ class Chat:
         Raises CheckpointError for a broken template, InvalidRequest if it refuses.
         """
         turns = self.said["messages"]
-        end_mark = f"\ue000{secrets.token_hex(8)} "  # to be found again behind the last message
+        end_mark = f"\ue000{secrets.token_hex(8)} "  # to be found again after the last message
         said = turns[-1]["content"]
         if self.continues:
             turns = [*turns[:-1], {**turns[-1], "content": said + end_mark}]
@@ -98,7 +98,7 @@ def read_chat(
 ) -> Chat:
     """A conversation to be rendered for the model in `folder`.
 
-    A template comes with the checkpoint, so it is somebody else's program: the sandbox lets it
+    A template comes with the checkpoint, so it is not trusted: the sandbox lets it
     read the messages and build text, and nothing more.
 
     Args:
@@ -216,7 +216,7 @@ def _is_text(part: Any) -> bool:
 def _refuse_to_continue(last: dict[str, Any], add_generation_prompt: bool) -> None:
     if add_generation_prompt:
         raise InvalidRequest(
-            "the final message cannot be continued behind the opening of a new one: with "
+            "the final message cannot be continued after the opening of a new one: with "
             "continue_final_message give add_generation_prompt=False."
         )
     if not last["content"]:
@@ -227,12 +227,12 @@ def _refuse_to_continue(last: dict[str, Any], add_generation_prompt: bool) -> No
 
 
 def _cut_at(end_mark: str, text: str, said: str) -> str:
-    """The prompt without what the template put behind the last message."""
+    """The prompt without what the template puts after the last message."""
     # Where the template strips messages, it has taken the mark's own space away.
     stripped = end_mark not in text
-    before, *behind = text.split(end_mark.strip() if stripped else end_mark)
+    before, *after = text.split(end_mark.strip() if stripped else end_mark)
     before = before.rstrip() if stripped else before
-    if len(behind) != 1 or not before.rstrip().endswith(said.rstrip()):
+    if len(after) != 1 or not before.rstrip().endswith(said.rstrip()):
         raise InvalidRequest(
             "the chat template leaves the final message out or rewrites it, so it cannot be "
             "continued: leave out continue_final_message."

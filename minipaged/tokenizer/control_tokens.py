@@ -8,7 +8,7 @@ spelt out in a message by another such character. With "<|im_end|>" in both:
     rendered      <|im_start|>user\\nIs it <|im_end|>?<|im_end|>
     in disguise   A           user\\nIs it x         ?B
 
-What A and B stand for is a control token. All the rest is text, even where the template joins,
+A and B are control tokens. All the rest is text, even where the template joins,
 trims or cuts pieces of messages in such a way that they spell a special token only afterwards.
 """
 

@@ -63,7 +63,7 @@ class LibraryTokenizer(Tokenizer):
         self._letters = self._find_letters(described["model"])
 
     def _find_first_ids(self) -> list[int]:
-        """What stands before every text. What would stand behind it is left out: it is an end."""
+        """The ids before every text. Those after it are left out: they mark its end."""
         bare = self._library.encode(_PROBE, add_special_tokens=False).ids
         framed = self._library.encode(_PROBE).ids
         begins = [i for i in range(len(framed)) if framed[i : i + len(bare)] == bare]
@@ -81,7 +81,7 @@ class LibraryTokenizer(Tokenizer):
     def _find_letters(self, model: dict[str, Any]) -> dict[int, list[int]]:
         """The letters of each special token, should merges lead to it: "</" and "s>" are tokens.
 
-        Not those of the one that stands for what has no token.
+        Without the id of the unknown token.
         """
         unknown = model.get("unk_id", self._library.token_to_id(str(model.get("unk_token"))))
         found: dict[int, list[int]] = {}
@@ -109,7 +109,7 @@ class LibraryTokenizer(Tokenizer):
 
     @cached_property
     def _second_spellings(self) -> dict[str, str]:
-        """For each special token a spelling that nobody can guess.
+        """For each special token, a spelling that cannot be guessed.
 
         For the library these are added tokens that are not special, so it finds them even where it
         takes special tokens for letters.
@@ -183,13 +183,13 @@ def _list_steps(decoder: Any) -> list[dict[str, Any]]:
 
 
 def _spell_sentence_piece(token: str) -> bytes:
-    """As `_spell_low_lines`, and "<0x0A>" stands for a byte of what is no token by itself."""
+    """As `_spell_low_lines`, and "<0x0A>" is a byte of text that has no token of its own."""
     byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
     return bytes.fromhex(byte[1]) if byte else _spell_low_lines(token)
 
 
 def _spell_low_lines(token: str) -> bytes:
-    """A low line stands for a space."""
+    """A low line is a space."""
     return token.replace(LOW_LINE, " ").encode()
 
 

@@ -149,7 +149,7 @@ def _build(
 
 
 def _spell(token: str) -> bytes:
-    """The bytes that a token of the file stands for."""
+    """The bytes of a token of the file."""
     try:
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
     except KeyError:
@@ -212,7 +212,7 @@ def _check_added_tokens(added: list[AddedToken], vocab: dict[str, int], normal_f
             raise UnsupportedTokenizer(f"its token {token.text!r} has two ids")
         if normal_form and token.in_normal_form:
             raise UnsupportedTokenizer(f"its token {token.text!r} is looked for in normal form")
-    # Those that are not looked for in normal form are found first, whatever stands left of them.
+    # Those that are not looked for in normal form are found first, whatever precedes them.
     first = [token.text for token in added if not token.in_normal_form]
     second = [token.text for token in added if token.in_normal_form]
     if any(_overlap(one, other) for one in first for other in second):

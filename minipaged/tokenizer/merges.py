@@ -1,9 +1,9 @@
 """A list of merges -> ranks for tiktoken, and the proof that both cut every text alike.
 
-Hugging Face's byte-pair encoding merges *pairs of tokens*: the neighbours whose pair stands highest
+Hugging Face's byte-pair encoding merges *pairs of tokens*: the neighbours whose pair is highest
 in a list of merges. tiktoken merges *bytes*: the neighbours that together spell the token of the
 lowest rank, whatever pair they are. Both take the leftmost of equals. So tiktoken could merge two
-neighbours that spell a token and stand in no list. It never does if this holds:
+neighbours that spell a token but are in no list. It never does if this holds:
 
     Spell a token in single bytes and merge them by rank until two pieces are left. Those two are
     its *last pair*, and the list must hold it.

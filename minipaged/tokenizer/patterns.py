@@ -5,7 +5,7 @@ Each is written here as tiktoken's own engine likes it, and finds what the publi
 - Runs are possessive (`\p{L}++`): once taken, no letter is given back. Nothing that follows in the
   pattern could use it, and a text of a million letters needs no million ways to turn back to.
 - `\s++$` takes the white space at the end of a text at once, as `\s+(?!\S)` would.
-- `\s+(?!\S)` leaves the last space of a run to the word behind it. Where it finds nothing, there is
+- `\s+(?!\S)` leaves the last space of a run to the word after it. Where it finds nothing, there is
   one space only: so a single `\s` comes last, where the published patterns have `\s+`.
 """
 

@@ -1,7 +1,7 @@
 """The fewest tokens that a text can have, known before it is encoded.
 
 Encoding takes time in proportion to the text, and a text of a gigabyte is too long for any model.
-Where no token can stand for more than some number of characters, a text of N characters has at
+Where no token can encode more than some number of characters, a text of N characters has at
 least N / that number of tokens, which costs nothing to know. The argument for a tokenizer.json:
 
     normalizer      makes at most one character of four (NFC), or of one
@@ -31,7 +31,7 @@ _KEEPING = ("ByteLevel", "Digits", "Metaspace", "Punctuation", "Split")  # unles
 
 
 def chars_per_token(described: Mapping[str, Any], normalize: Callable[[str], str]) -> int | None:
-    """How many characters of a text one token stands for at most; None where no bound is known.
+    """The most characters of text that one token can encode; None where no bound is known.
 
     Args:
         described: the content of a tokenizer.json that the library has read.

@@ -8,11 +8,11 @@ is fixed, though: every address, every shape, every number that Python had in ha
     sizes    are rounded up to one of a few, each recorded when it is first met. The rows too many
              belong to sequences without tokens: attention and store pass over them, and whatever
              the other layers compute from them stays in these rows
-    numbers  that kernels need of a batch lie on the GPU; of the longest length, which decides how
+    numbers  that kernels need of a batch are on the GPU; of the longest length, which decides how
              far attention is split, a graph knows a bound, and there is one for each of a few
 
 Prefills differ in size from step to step, and have enough work in each kernel: they are not worth
-recording. The results of a step stand in the graph's own memory until the next replay.
+recording. The results of a step stay in the graph's own memory until the next replay.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def record_cuda_graphs(device: torch.device) -> Record:
     def record(step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
         # Not in inference mode: what PyTorch keeps for all graphs of a process could then not be
-        # written by anybody else's.
+        # written by other graphs.
         with (
             torch.inference_mode(False),
             torch.no_grad(),

@@ -10,7 +10,7 @@ Read them in this order:
     prefill        many queries a sequence: compute-bound, one tile of queries a program
     store_kv       new keys and values into their slots; a variant turns them by RoPE first
     copy_blocks    copy-on-write and swapping, all layers in one launch
-    backend        puts them behind the contract of every other attention here
+    backend        gives them the interface of every other attention here
     machine        where they can run, and why not elsewhere
 
 The paper names three kernels of its own (section 5.1): fused reshape and block write (`store_kv`),

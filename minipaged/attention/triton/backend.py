@@ -1,4 +1,4 @@
-"""The kernels behind the contract of every other attention: `AttentionBackend`."""
+"""The kernels with the interface of every other attention: `AttentionBackend`."""
 
 import torch
 from torch import Tensor

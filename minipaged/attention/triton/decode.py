@@ -13,7 +13,7 @@ Grid               (kv_heads, seqs, splits): the keys of a sequence are cut into
 
                    With one split a program writes its result. With more, it leaves a partial
                    result, and a second kernel merges those of a sequence and head. Heads come
-                   first in the grid: those of one block lie side by side, and are read together.
+                   first in the grid: those of one block are contiguous, and are read together.
 Bytes              2 * seq_len * kv_heads * head_dim numbers a sequence, each read once: a program
                    serves all query heads of its key head. (Queries and results are less than a
                    hundredth of that from 100 keys for each query head of a group on.) This is

@@ -33,9 +33,9 @@ def pointers(k_cache: KVPool, v_cache: KVPool) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def check_rows(**tensors: Tensor) -> None:
-    """Kernels read a head's numbers side by side; tokens and heads may lie anyhow."""
+    """The elements of a head must be contiguous; tokens and heads may have any stride."""
     for name, tensor in tensors.items():
-        assert tensor.stride(-1) == 1, f"the numbers of one head of {name} lie apart"
+        assert tensor.stride(-1) == 1, f"the elements of one head of {name} are not contiguous"
 
 
 def pool_constants(k_cache: KVPool) -> dict[str, Any]:

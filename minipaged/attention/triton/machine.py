@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-LARGEST_HEAD = 256  # numbers in a head; a larger tile of keys would not fit beside the others
+LARGEST_HEAD = 256  # elements in a head; with a larger one, the tiles would not fit together
 OLDEST_GPU = (8, 0)  # Ampere: the first whose tensor cores take bfloat16
 OLDEST_GPU_FOR_FP8 = (8, 9)  # Ada and Hopper
 
@@ -96,7 +96,7 @@ def _why_not_on_gpu(device: torch.device, kv_dtype: str) -> str | None:
 
 def _why_not_interpreted(kv_dtype: str) -> str | None:
     if kv_dtype == "fp8":
-        return "Triton's interpreter, which stands in for a GPU, rounds fp8 wrongly"
+        return "Triton's interpreter, which replaces a GPU here, rounds fp8 incorrectly"
     import numpy
     import triton
 

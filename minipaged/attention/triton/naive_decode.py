@@ -1,6 +1,6 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""The first rung: paged attention as the paper's Figure 5 draws it, and no more.
+"""The simplest kernel: paged attention as in the paper's Figure 5, and no more.
 
 What it computes   one query of one head against all keys of its sequence, a block at a time,
                    wherever the block table says that the block is (section 4.1, Equation 4).
@@ -15,9 +15,9 @@ Bytes              all keys and values of a sequence once for *every query token
 Operations         4 * head_dim a key and query head, as everywhere; but as sums of products, not on
                    the tensor cores: those take 16 rows at least, and here is one.
 
-Of the paper's kernels (section 5.1) it is "fused block read and attention". What it lacks beside
-`decode`, which reads the same table: key heads read once for all their query heads, long sequences
-cut into splits, tensor cores, and loads that are under way before they are needed.
+Of the paper's kernels (section 5.1) it is "fused block read and attention". `decode` reads the same
+table and adds: KV heads that are read once for all their query heads, long sequences cut into
+splits, tensor cores, and loads that are under way before they are needed.
 """
 
 import torch
@@ -89,12 +89,12 @@ def naive_kernel(
     head = tl.program_id(1)
     kv_head = head // GROUP
 
-    # Whose token is it, and at which position does it stand?
+    # Which sequence does the token belong to, and what is its position?
     seq = 0
     while (seq < num_seqs - 1) & (tl.load(cu_seqlens_q + seq + 1) <= token):
         seq += 1
     if token >= tl.load(cu_seqlens_q + seq + 1):
-        return  # nobody's: padding behind the last sequence
+        return  # padding after the last sequence
     position = tl.load(context_lens + seq) + token - tl.load(cu_seqlens_q + seq)
 
     dims = tl.arange(0, WIDTH)

@@ -1,6 +1,6 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""Prefill: many queries a sequence, whole prompts or chunks, behind any context.
+"""Prefill: many queries per sequence, whole prompts or chunks, after any context.
 
 What it computes   for every sequence with two query tokens or more, causal attention of each over
                    all keys up to its own, in the pool already: whether they come from this step,
@@ -198,7 +198,7 @@ def prefill_kernel(
 
 @triton.jit
 def _find_sequence(cu_seqlens_q, num_seqs, query_tile, QUERIES: tl.constexpr):
-    """The last sequence whose first tile is not behind this one, by halving."""
+    """The last sequence whose first tile is at or before this one, by binary search."""
     low = 0
     high = num_seqs
     while high - low > 1:

@@ -132,7 +132,7 @@ def store_kernel(
     """The keys and values of one token."""
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(cu_seqlens_q + num_seqs):
-        return  # nobody's: padding behind the last sequence has no slot
+        return  # padding after the last sequence has no slot
     heads = tl.arange(0, HEADS_WIDTH)
     cells = _cells_of(tl.load(slot_mapping + token), heads, KV_HEADS, BLOCK_SIZE)
     _store_rows(
@@ -248,7 +248,7 @@ def _store_rows(
 
 @triton.jit
 def _cells_of(slot, heads, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Where each head's key of the token in this slot lies: [heads], 64 bits like the slot."""
+    """The place of each head's key of the token in this slot: [heads], 64 bits like the slot."""
     return (slot // BLOCK_SIZE * KV_HEADS + heads) * BLOCK_SIZE + slot % BLOCK_SIZE
 
 

@@ -1,7 +1,7 @@
 """Small models of architectures that are built here, with licences and about what they take.
 
 Any other model of these architectures can be fetched by its `owner/name`; this is what
-`minipaged fetch --list` shows, and the short names that stand for it. Sizes are those of the files
+`minipaged fetch --list` shows, with short names. Sizes are those of the files
 that a fetch brings, rounded: before anything is downloaded, the hub is asked for the real ones.
 """
 

@@ -44,7 +44,7 @@ class UnreadablePickle(CheckpointError):
 
 
 def convert_to_safetensors(folder: Path) -> list[Path]:
-    """Write the pickled weights of this folder as safetensors beside them, and return the files.
+    """Write the pickled weights of this folder as safetensors next to them, and return the files.
 
     One file becomes `model.safetensors`; shards become as many shards and an index, and only one
     of them is in memory at a time. The new files get their names together, when all are written.
@@ -187,7 +187,7 @@ def _failures_told(path: Path) -> Generator[None, None, None]:
 
 
 def _errno_in(error: Exception) -> int | None:
-    """What the operating system said, which may stand in the text alone; None: it said nothing."""
+    """The operating system's error number, which may be in the text only; None: there is none."""
     if isinstance(error, OSError):
         return error.errno if error.errno in THIS_MACHINE else None
     said = str(error)

@@ -1,6 +1,6 @@
 """From a name on the hub to a folder that loads: downloaded, checked, converted, then named.
 
-The target is whole or absent: until all is right, everything lies in a folder beside it.
+The target is complete or absent: until the end, everything is in a folder next to it.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def fetch(
 
 
 def find_here(model: ModelName, directory: str | Path | None = None) -> Path | None:
-    """The folder where this model lies already, without asking anybody; None: it must be fetched.
+    """The local folder of this model, found without the network; None: it must be fetched.
 
     Raises:
         FetchError: `directory` holds something else.
@@ -186,7 +186,7 @@ def _is_right(path: Path, file: RemoteFile) -> bool:
     kind, _, expected = file.checksum.partition(":")
     if kind == "sha256":
         digest = hashlib.sha256()
-    else:  # small files lie in git, which puts its kind and length before what it hashes
+    else:  # small files are in git, which hashes their kind and length as well
         digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as opened:
         while chunk := opened.read(1 << 20):
@@ -198,7 +198,7 @@ def _is_right(path: Path, file: RemoteFile) -> bool:
 
 
 def _refuse_without_room(offer: Offer, staging: Path, to_come: int) -> None:
-    to_convert = sum(file.num_bytes for file in offer.pickled)  # the old and the new lie there both
+    to_convert = sum(file.num_bytes for file in offer.pickled)  # old and new together
     free = shutil.disk_usage(staging).free
     if to_come + to_convert > free:
         both = f", of which {in_words(to_convert)} to convert its weights" if to_convert else ""

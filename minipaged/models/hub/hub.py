@@ -198,7 +198,7 @@ def _list_files(info: Any, model: ModelName, hub: str) -> tuple[RemoteFile, ...]
 
 
 def _choose_files(listed: Offer) -> Offer:
-    """Of all that lies in the repository: config, tokenizer and one form of the weights."""
+    """Of all files of the repository: config, tokenizer and one form of the weights."""
     by_name = {file.name: file for file in listed.files}
     if CONFIG not in by_name:
         raise FetchError(

@@ -22,7 +22,7 @@ from minipaged.utils.options import shown
 
 EMBEDDED = ("storyteller",)  # models that ship inside the package
 
-# What a fetch brings besides the weights, and of which a folder needs one to read text.
+# Fetched along with the weights; a folder needs one of them to read text.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 _PAGE = re.compile(r"https?://(www\.)?(huggingface\.co|hf\.co)/")
@@ -174,7 +174,7 @@ def folder_of(name: str | ModelName) -> Path:
 
 
 def find_local(name: str | ModelName, cache: str | Path | None = None) -> Path | None:
-    """The folder in which this model lies whole; None if it does not, or if it is no model's name.
+    """The folder with this complete model; None if there is none, or if it is no model's name.
 
     Takes what `ModelName.parse` takes, or its result, and a cache to search before all others.
     Touches no network.
@@ -191,7 +191,7 @@ def find_local(name: str | ModelName, cache: str | Path | None = None) -> Path |
         own = folder_of(name)
         return own if own.is_dir() else _find_in_hub_cache(name, _hub_cache())
     except (OSError, ValueError, RuntimeError):
-        return None  # longer than a file's name, a reference that is no text, a home of nobody
+        return None  # longer than a file's name, a reference that is no text, no such home folder
 
 
 # ---------------------------------------------------------------------------- Hugging Face's cache

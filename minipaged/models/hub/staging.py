@@ -1,6 +1,6 @@
 """Where a fetch puts its files until all are there, and what it may delete: only its own.
 
-`.<name>.minipaged-partial` lies beside the target and becomes it by one rename at the end. What a
+`.<name>.minipaged-partial` is next to the target and becomes it by one rename at the end. What a
 broken transfer left is found there again by its name: a file has its own only once its checksum was
 right, and until then it has its checksum in its name. This is all the state there is.
 """
@@ -113,7 +113,7 @@ def beginning_of(staging: Path, file: RemoteFile) -> Path:
 
 
 def num_bytes_in(folder: Path) -> int:
-    """Of all files that lie directly in it."""
+    """Of all files directly in it."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
