@@ -5,9 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
-ENTRIES = re.findall(r"^(\S.*)\n:   ((?:.*\n)(?:    .*\n)*)", TEXT, re.M)
-WORDS = [word for word, _ in ENTRIES]
+ENTRIES = [
+    (word, *re.split(r"\s+In vLLM:\s", entry))  # the term, what it means, and its name in vLLM
+    for word, entry in re.findall(r"^(\S.*)\n:   ((?:.*\n)(?:    .*\n)*)", TEXT, re.M)
+]
+WORDS = [word.strip("*") for word, *_ in ENTRIES]
 PACKAGE = ROOT / "minipaged"
+
+# One word for one thing: each of these things has a term here.
+TERMS = """atomic write, awaiting refork, baselines, batch slot, cached block, checker, CUDA graph,
+cumulative query offsets, custom part, eviction, merged matrix, output, region, rejection, scheduler
+output, slot, slot mapping, step input, time per output token (TPOT), time to first token (TTFT),
+victim"""
 
 # Words that the glossary's terms have replaced, in all that a learner reads.
 REPLACED = re.compile(
@@ -30,6 +39,17 @@ def test_the_words_are_sorted_and_each_stands_once():
     assert sorted(set(WORDS), key=str.casefold) == WORDS
 
 
+def test_each_term_is_bold_and_below_its_letter():
+    letter = ""
+    for heading, line in re.findall(r"^## ([A-Z])$|^(\S.*)\n:   ", TEXT, re.M):
+        letter = heading or letter
+        assert heading or re.fullmatch(rf"\*\*{letter}[^*]*\*\*", line, re.IGNORECASE), line
+
+
+def test_each_thing_that_has_one_word_has_its_term():
+    assert set(re.split(r",\s+", " ".join(TERMS.split()))) <= set(WORDS)
+
+
 def test_the_words_that_contributing_asks_for_are_there():
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     [listed] = re.findall(r"one word for one thing: (.*?)\.\n", contributing, re.S)
@@ -39,15 +59,17 @@ def test_the_words_that_contributing_asks_for_are_there():
 
 
 def test_an_entry_is_one_or_two_sentences():
-    for word, entry in ENTRIES:
+    for word, entry, *_ in ENTRIES:
         told = re.sub(r"\([^()]*(?:\([^()]*\)[^()]*)*\)", "", entry)  # links aside
         told = re.sub(r"\{\{.*?\}\}", "", told)
         assert 1 <= len(re.findall(r"[.:](?:\s|$)", told)) <= 4, word
-        assert entry.rstrip().endswith("."), word
+        assert entry.endswith((".", ".\n")), word
 
 
 def test_every_name_in_the_glossary_exists_in_the_code():
-    here = re.sub(r"^(\|[^|]*\|).*$", r"\1", TEXT, flags=re.M)  # without the column "in vLLM"
+    [table] = re.findall(r"^## Names in vLLM\n(.*)", TEXT, re.M | re.S)
+    here = re.sub(r"^(\|[^|]*\|).*$", r"\1", table, flags=re.M)  # without the column "in vLLM"
+    here += "\n".join(entry for _, entry, *_ in ENTRIES)
     code = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     defined = set(re.findall(r"(?:def|class) (\w+)|^ +(?:self\.)?(\w+)(?::| =)", code, re.M))
     names = {name.split(".")[-1] for name in re.findall(r"`([\w.]+)`", here)}
