@@ -5,11 +5,13 @@ prints. The files of one page lie together, so that one may import another. Bloc
 are run as well, unless they only show a signature.
 """
 
+import json
 import re
 import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,20 +57,57 @@ def test_what_a_guide_shows_runs_and_prints_what_it_says(guide, tmp_path, monkey
         sys.modules.pop(name.removesuffix(".py"), None)
 
 
-def test_an_error_that_a_guide_quotes_is_what_a_user_gets(tmp_path, monkeypatch):
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def test_the_errors_that_a_guide_quotes_are_those_that_users_get(tmp_path, monkeypatch):
     from minipaged import LLM, MinipagedError, SamplingParams
+    from minipaged.models.hub.fetch import fetch
+    from minipaged.worker import cache_size
 
     for variable in ("MINIPAGED_HOME", "HF_HOME", "HF_HUB_CACHE"):  # nothing was fetched here
         monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(cache_size, "physical_memory", lambda: 4_114_016 * 6144)
+    monkeypatch.chdir(tmp_path)
+    for folder, config in (("moe", {"architectures": ["MixtralForCausalLM"]}), ("my-model", LLAMA)):
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+    Path("my-folder").mkdir()
+
+    def my_model(**options: Any) -> LLM:
+        return LLM("my-model", load_format="dummy", device="cpu", **options)
+
+    def generate(llm: LLM, prompt: Any) -> None:
+        llm.generate(prompt, SamplingParams(max_tokens=1), use_tqdm=False)
+
+    mistakes = [
+        lambda: LLM("HuggingFaceTB/SmolLM2-135M-Instruct"),
+        lambda: LLM("my-folder"),
+        lambda: LLM("moe"),
+        lambda: generate(my_model(), "text"),
+        lambda: generate(my_model(), {"prompt_token_ids": [500]}),
+        lambda: generate(LLM("storyteller", num_blocks=2), [list(range(3, 60))]),
+        lambda: my_model(max_model_len=1000),
+        lambda: LLM("storyteller", kv_cache_dtype="int4"),
+        lambda: my_model(num_blocks=10**8),
+        lambda: fetch("gpt2"),
+    ]
     page = (ROOT / "docs" / "guides" / "run_your_model.md").read_text(encoding="utf-8")
-    mistakes = {
-        "CheckpointError": lambda: LLM("HuggingFaceTB/SmolLM2-135M-Instruct"),
-        "InvalidOption": lambda: LLM("storyteller", kv_cache_dtype="int4"),
-    }
-    for name, mistake in mistakes.items():
+    rows = re.findall(r"^\| .* \| (`\w+`: .*) \|$", page, re.M)
+    for quoted, mistake in zip(rows, mistakes, strict=True):
         with pytest.raises(MinipagedError) as caught:
             mistake()
-        assert f"`{name}`: {caught.value}" in page
-    llm = LLM("storyteller", num_blocks=2)
-    with pytest.raises(MinipagedError, match="Raise num_blocks to 4 or shorten the prompt by 25"):
-        llm.generate([list(range(3, 60))], SamplingParams(max_tokens=1), use_tqdm=False)
+        assert f"`{type(caught.value).__name__}`: {caught.value}" == quoted
