@@ -135,7 +135,7 @@ def test_the_top_level_of_the_repository_holds_only_what_belongs_there():
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
     subjects = "minipaged docs tutorials tests README.md CHANGELOG.md CONTRIBUTING.md LICENSE"
-    tools = "pyproject.toml mkdocs.yml model_weights_fetch.py .gitignore .ci"
+    tools = "pyproject.toml mkdocs.yml model_weights_fetch.py .gitignore .ci .devcontainer"
     top = {Path(line).parts[0] for line in tracked.stdout.splitlines()}
     assert top == {*subjects.split(), *tools.split()}
 
