@@ -48,6 +48,13 @@ def test_every_link_into_the_repository_leads_somewhere(page):
             assert is_chapter or is_list or is_brief or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_of_the_repository_that_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:docs|minipaged|tests|tutorials)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
 def test_every_test_that_a_page_cites_exists():
     cited = set()
     for page in PAGES:
