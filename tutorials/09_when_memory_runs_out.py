@@ -1,52 +1,60 @@
 # %% [markdown]
 # # 9. When memory runs out: recompute or swap
 #
-# A running request has to release its blocks in the middle of an answer, and its output must not
+# A running request has to give up its blocks in the middle of an answer, and its output must not
 # change.
+#
+# **Needs** [chapter 6](06_continuous_batching.md), [chapter 7](07_sharing.md) · **Time** 40 minutes
+# · **Lab** [7, swapping and recomputation](labs/07.md)
 #
 # ## Goals
 #
-# - Why an engine that wastes no memory can run out of it, and which request it then *preempts*:
-#   takes all its blocks, so that others can continue (section 4.5 of the paper).
-# - Two ways to bring such a request back, *recomputation* and *swapping*, and what each costs.
-# - What becomes of a request that is larger than the whole pool.
+# - Why an engine that wastes no memory can run out of it, and which request it then *preempts*: it
+#   takes all blocks of one request, so that others can continue (section 4.5 of the paper).
+# - Two ways to bring a preempted request back, *recomputation* and *swapping*, and what each costs.
+# - What happens to a request that is larger than the whole pool.
 #
 # ## Invariants
 #
-# 1. A preempted request generates the same tokens as if nothing had happened.
+# 1. A preempted request generates the same tokens as without preemption.
 # 2. All or nothing: a request keeps all its blocks or none. Half a sequence cannot continue.
-# 3. The oldest request is never preempted. So it advances in every step and ends, and then another
-#    one is the oldest.
+# 3. The oldest request is never preempted. It advances in every step until it ends, and then
+#    another one is the oldest.
 #
 # ## Predict
 #
-# A pool has 36 blocks of 4 slots. Eight requests come together, with prompts of 21, 7, 14, 7, 21,
+# A pool has 36 blocks of 4 slots. Eight requests arrive together, with prompts of 21, 7, 14, 7, 21,
 # 7, 14 and 7 tokens. They generate 24, 60, 24, 40, 20, 30, 24 and 20 tokens.
 #
-# - All eight are admitted at once. How many of the 36 blocks are taken after the first step?
+# - All eight are admitted at once. How many of the 36 blocks are in use after the first step?
 # - After about how many steps is the pool full?
-# - With ample memory 60 steps are enough. How many does it take here?
+# - With ample memory, 60 steps are enough. How many does it take here?
 #
-# ## Build it: choosing a victim
+# ## Build it: a choice of victims
 #
-# Nothing is reserved here. Eight prompts fit easily. Then all of them grow, and every four steps
-# each needs one more block. At some point a request needs one and none is free.
+# Eight prompts fit easily. Then every sequence grows, and every four steps each needs one more
+# block. At some point a request needs a block and none is free.
 #
-# An engine that reserves never has this problem: it admits few requests, and keeps most of the pool
-# empty for possible growth. Paging admits many and accepts that now and then these are too many.
-# The scheduler goes through the running requests, oldest first, and gives each its next block. If
-# none is free, a younger request is preempted; if there is none, the request itself is preempted:
+# An engine that reserves memory never has this problem: it admits few requests, and keeps most of
+# the pool empty for their possible growth. Paging admits many, and accepts that now and then these
+# are too many. The scheduler goes through the running requests, oldest first, and gives each its
+# next block. If none is free, a younger request is preempted; if there is none, the request itself
+# is preempted.
+#
+# A separate part, `select_victim`, chooses the victim. It gets the groups that are younger than the
+# one in need, and returns one of them. The library's default is the paper's choice, the youngest.
+#
+# <details markdown="1"><summary>The library's code. Spoiler: it solves task 4 of lab 4</summary>
 #
 # @@ minipaged.scheduler.fcfs.FCFSScheduler._make_room
 #
-# The victim is chosen by a part of its own, `select_victim`. It gets the groups that are younger
-# than the one in need, and returns one of them. The library's choice is the paper's, the youngest:
-#
 # @@ minipaged.scheduler.fcfs.youngest
 #
-# Write two others. One takes the group that is cheapest to recompute. One takes the group with the
-# most blocks, hoping that no other victim is needed soon. A sequence does not know its blocks, but
-# it knows its tokens.
+# </details>
+#
+# Write two others. One takes the group that is cheapest to recompute. The other takes the group
+# with the most blocks, hoping that no further victim is needed soon. A sequence does not have its
+# block table, but it has its tokens.
 
 # %%
 from collections.abc import Sequence as Many
@@ -69,14 +77,14 @@ def largest(candidates: Many[SequenceGroup]) -> SequenceGroup:
 
 
 # %% [markdown]
-# And how does the victim come back? The library has both of the paper's ways:
+# How does the victim come back? The library has both of the paper's ways:
 #
-# - *Recomputation*: its blocks are free at once. It goes back to the waiting queue, and when its
-#   turn comes, its prompt and all it had generated are computed again, like one prompt. Those
-#   tokens are known by now, so one step is enough for all of them, and it continues where it
+# - *Recomputation*: its blocks are freed at once, and it returns to the waiting queue. When its
+#   turn comes, its prompt and all tokens generated so far are computed again as one prompt. All of
+#   these tokens exist already, so one step computes them all, and the request continues where it
 #   stopped.
-# - *Swapping*: its blocks are copied to a second pool, the *swap pool*, in host memory (with a GPU,
-#   that is large and slow to reach). Later they are copied back.
+# - *Swapping*: its blocks are copied to a second pool, the *swap pool*, in host memory (large, but
+#   slow to reach from a GPU). Later they are copied back.
 
 # %%
 from typing import Any
@@ -118,10 +126,10 @@ for mode, events in traces.items():
     print(f"{mode:10} {len(steps_of(events))} steps, preemptions of each request {num_preemptions}")
 
 # %% [markdown]
-# A user sees it only in `RequestOutput.metrics` and in the time it takes. Here is what happened,
-# step by step. The events say which queue each request was in.
+# A user sees preemption only in `RequestOutput.metrics` and in the time it takes. Here is what
+# happened, step by step. The events list the requests in each queue.
 
-# %% Each row a request, oldest on top: outlined while it waits
+# %% Each row is a request, oldest on top; outlined while it waits
 import drawing
 
 figure, axes = drawing.picture(7.2, 3.6, ncols=2, sharex=True, sharey=True)
@@ -144,12 +152,12 @@ for axis, (mode, events) in zip(axes, traces.items(), strict=True):
 figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 # %% [markdown]
-# Rows 0, 1 and 2 have no gap: the oldest are never preempted. The youngest go out and come back in
-# order of age. On the left, each return begins with a step that computes everything (in green); on
-# the right the request continues where it stopped.
+# Rows 0, 1 and 2 have no gap: the oldest requests are never preempted. The youngest leave and
+# return in order of age. On the left, each return begins with a step that computes everything
+# (green). On the right, the request continues where it stopped.
 #
-# Now the blocks. A request preempted for recomputation holds no blocks at all. A swapped one holds
-# as many blocks as before, in the swap pool.
+# Now the blocks. A request preempted for recomputation holds none. A swapped request holds as many
+# as before, in the swap pool.
 
 # %% Blocks in use in the pool (of 36), and in the swap pool on top of them, step by step
 figure, axes = drawing.picture(ncols=2, sharex=True, sharey=True)
@@ -171,10 +179,10 @@ for axis, (mode, events) in zip(axes, traces.items(), strict=True):
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 # %% [markdown]
-# The pool stays nearly full in both, as long as there are requests to fill it. That is the aim: it
-# is too small, and it is used.
+# In both cases the pool stays nearly full as long as there are requests to fill it. That is the
+# aim: a pool that is too small should at least be fully used.
 #
-# Watch both: first swapping, with its second pool, then recomputation.
+# Watch both runs, first swapping with its second pool, then recomputation.
 
 # %%
 from minipaged.tracing.replay import Replay
@@ -187,9 +195,9 @@ Replay(traces["recompute"], title="A pool too small: recomputation")
 # %% [markdown]
 # ### All or nothing
 #
-# A request with several samples is preempted whole, with all its sequences: they share blocks, and
-# they sample in the same steps. The library swaps such groups (with `preemption="auto"` it
-# recomputes only single sequences, as the first vLLM did). Each block is copied once, however many
+# A request with several samples is preempted whole, with all its sequences, since they share blocks
+# and sample in the same steps. The library swaps such groups. (With `preemption="auto"` it
+# recomputes only single sequences, as the first vLLM did.) Each block is copied once, however many
 # sequences share it:
 
 # %%
@@ -202,10 +210,10 @@ for seq_id, blocks in out.fields["block_tables"].items():
 print(f"{len(out.fields['pairs'])} blocks were copied")
 
 # %% [markdown]
-# ### Which victim?
+# ### Compare victims
 #
-# Your functions play the role `select_victim`. We count preemptions, steps, and what was lost:
-# tokens that were computed again, or blocks that were copied out and in.
+# Your functions now replace `select_victim`. We count preemptions, steps and lost work: tokens that
+# were computed again, or blocks that were copied out and in.
 
 # %%
 cases: dict[str, tuple[SelectVictim, dict[str, Any]]] = {
@@ -230,26 +238,27 @@ for name, events in traces.items():
     preempted = [output.metrics.num_preemptions for output in outputs[name]]
     print(
         f"{name:24}{sum(preempted)} preemptions {preempted}, {len(steps)} steps, "
-        f"{lost[name]:3} tokens again, {copied:2} blocks copied"
+        f"{lost[name]:3} tokens recomputed, {copied:2} blocks copied"
     )
 
 # %% [markdown]
-# The first two rows are the youngest. With the same victim both ways preempt the same requests at
+# The first two rows use the youngest. With the same victims, both ways preempt the same requests at
 # the same steps. The youngest is not always the best choice: the cheapest loses the fewest tokens,
-# the largest makes room for longest. But look at which requests pay. With the youngest, early
-# requests are left alone; with the others any request can be hit. (Any request younger than the one
-# in need: the library offers no others, so rule 3 holds whatever you choose.) The last row benefits
-# from the prefix cache (chapter 8): the blocks of a preempted request may still be cached, and
-# cached tokens need not be recomputed. (Besides, all eight prompts share their first block.)
+# and the largest makes room for longest. But look at which requests pay. With the youngest, early
+# requests are left alone; with the others any request can be hit. (That is, any request younger
+# than the one in need. The library offers no others, so invariant 3 holds whatever you choose.) The
+# last row benefits from the prefix cache (chapter 8): the blocks of a preempted request may still
+# be cached, and cached tokens need not be recomputed. (All eight prompts also share their first
+# block.)
 #
-# ### What each way costs
+# ### Cost of each way
 #
-# On this processor swapping is a copy from memory to memory, and far cheaper than computing. On a
-# GPU the blocks cross the bus to the host, and each block is a separate copy for the keys and the
-# values of every layer. Small blocks are many small copies. The library has a formula for both, for
-# OPT-13B on an A100: the bus moves 16 GB a second, each copy takes 3 microseconds to begin;
-# recomputing takes a step that reads all weights, or multiplies them with all tokens. We draw a
-# model, not a measurement:
+# On a CPU, swapping is a copy from memory to memory, and far cheaper than computing. On a GPU,
+# blocks cross the bus to the host. Each block is a separate copy for the keys and for the values of
+# every layer, so small blocks mean many small copies. The library has a formula for both ways, for
+# OPT-13B on an A100. The bus moves 16 GB per second, and each copy takes 3 microseconds to start.
+# Recomputing takes one step, which either reads all weights or multiplies them with all tokens,
+# whichever takes longer. The picture shows this model, not a measurement:
 
 # %% By formula: a sequence of OPT-13B out and back. Left: 256 tokens. Right: by length
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
@@ -291,14 +300,14 @@ for size in (1, 8, 16, 256):
     print(f"swap them in blocks of {size:3}: {swap_ms(256, size):3.0f} ms")
 
 # %% [markdown]
-# This is the message of the paper's Figure 19: the time of recomputing does not depend on the block
-# size, and swapping small blocks is slow. By the formula swapping wins from blocks of 16; in the
-# paper's end-to-end runs the two are comparable from 16 to 64. It also says that the overhead of
-# recomputing is never above 20 % of swapping's latency, which must mean: never more than 20 %
-# slower. The formula says 52 % for blocks of 256, for its bus is never busy with anything else.
-# (`docs/paper.md` keeps this as a miss.) And where the dashed line is flat, a step reads all
-# weights for a few tokens. If others decode in the same step, the weights are read anyway, and to
-# recompute so few tokens costs nearly nothing.
+# This is the message of the paper's Figure 19: the time to recompute does not depend on the block
+# size, and swapping small blocks is slow. By the formula, swapping wins from blocks of 16; in the
+# paper's end-to-end runs, the two are comparable from 16 to 64. The paper also states that the
+# overhead of recomputing is never above 20 % of swapping's latency, which must mean: never more
+# than 20 % slower. The formula gives 52 % for blocks of 256, because its bus is never busy with
+# anything else. (`docs/paper.md` lists this as a miss.) Where the dashed line is flat, a step reads
+# all weights for a few tokens. If other sequences decode in the same step, the weights are read
+# anyway, and recomputing so few tokens costs almost nothing.
 #
 # ### Larger than the pool
 #
@@ -317,16 +326,16 @@ print(f"the others: {[len(output.outputs[0].token_ids) for output in others]}")
 try:
     llm.generate(prompts[0] * 9, params[0], use_tqdm=False)
 except PromptTooLong as error:
-    print(f"refused: {error}")
+    print(f"rejected: {error}")
 
 # %% [markdown]
-# It ends with its tokens so far, with the finish reason `"length"`, and the others continue. A
-# prompt that is larger than the pool is rejected at once, since waiting would not help.
+# The request ends with the tokens it has so far and the finish reason `"length"`, and the others
+# continue. A prompt that is larger than the pool is rejected at once, since waiting would not help.
 #
 # ## Check
 #
-# Rule 1: the tokens are those of an ample pool, in both ways and with all victims. Rule 2: all
-# blocks of both pools are free again. Rule 3: request 0 was never preempted.
+# Invariant 1: the tokens are those of an ample pool, both ways and with all victims. Invariant 2:
+# all blocks of both pools are free again. Invariant 3: request 0 was never preempted.
 
 # %%
 ample = LLM(enable_prefix_caching=False).generate(prompts, params, use_tqdm=False)
@@ -342,8 +351,8 @@ assert [o.outputs[0].token_ids for o in others] == expected[1:]
 print(f"{len(outputs)} tight runs, the same tokens, and all blocks are free again")
 
 # %% [markdown]
-# A function that chooses no victim, and one that chooses a group that was not offered, are refused
-# with a sentence that says so:
+# If a function returns no victim, or a group that was not offered, it is refused with a clear
+# error:
 
 # %%
 from minipaged.errors import InvalidOption
@@ -360,13 +369,80 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
     assert llm.engine.scheduler.memory.num_free == 36
 
 # %% [markdown]
+# ### Exercise: what a victim frees
+#
+# `largest` counts the tokens of a group and takes that for the memory it would free. But a block
+# returns to the pool only when its last owner frees it. Write `blocks_freed`: if all sequences of a
+# group are preempted, how many blocks become free? `tables` has the block numbers of each of its
+# sequences, and `ref_count(block)` is the number of sequences that own the block, in this group or
+# in another.
+
+
+# %%
+def blocks_freed(tables: list[list[int]], ref_count) -> int:
+    """Blocks that are free after all sequences with these block tables have been preempted."""
+    return sum(len(table) for table in tables)  # your turn
+
+
+# %%
+from copy import deepcopy
+
+
+def check_exercise(blocks_freed) -> bool:
+    """Compare with the library: free each group in a copy of its block manager, and count."""
+    solved = True
+    for num_samples in (1, 3):
+        engine = LLM(num_blocks=64, block_size=4).engine
+        samples = SamplingParams(n=num_samples, seed=1, max_tokens=20, ignore_eos=True)
+        for name, text in (("A", prompts[0]), ("B", prompts[0]), ("C", prompts[3])):
+            engine.add_request(name, text, samples)
+        for _ in range(8):
+            engine.step()
+        memory = engine.scheduler.memory
+        for group in engine.scheduler.running:
+            tables = [memory.tables[seq.seq_id].blocks for seq in group.sequences]
+            yours, twin = blocks_freed(tables, memory.ref_count), deepcopy(memory)
+            for seq in group.sequences:
+                twin.free(seq)
+            expected = twin.num_free - memory.num_free
+            print(f"{group.request_id}, samples: {num_samples}", end="  ")
+            print(f"tables {tables}, yours: {yours}, expected: {expected}")
+            solved = solved and yours == expected
+    return solved
+
+
+print("solved" if check_exercise(blocks_freed) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# A block becomes free if the group's sequences are all of its owners. How many of the group's
+# tables list it?
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# Count how many tables of the group list each block, and compare with its reference count. A block
+# that several samples share counts once. A block that another request shares, here by the prefix
+# cache, does not count at all.
+#
+# ```python
+# def blocks_freed(tables: list[list[int]], ref_count) -> int:
+#     """Blocks that are free after all sequences with these block tables have been preempted."""
+#     listed = [block for table in tables for block in table]
+#     return sum(listed.count(block) == ref_count(block) for block in set(listed))
+# ```
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# 28 blocks are taken after the first step: 6 for a prompt of 21, 4 for one of 14, 2 for one of 7.
-# Eight requests ask for two blocks a step on average, so the pool is full after about four more
-# steps. And it takes 60 steps here as well: the longest request is the second oldest and is never
-# preempted, and the others fit next to it. No steps were lost, but work, and the time of the
-# waiting requests.
+# After the first step, 28 blocks are in use: 6 for a prompt of 21 tokens, 4 for one of 14, 2 for
+# one of 7. Eight requests need two blocks per step on average, so the pool is full after about four
+# more steps. It takes 60 steps here as well: the longest request is the second oldest and is never
+# preempted, and the others fit next to it. No steps were lost, only work, and the time of the
+# requests that waited.
 #
 # </details>
 #
@@ -376,9 +452,9 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A token must be known before the model can read it. The first time, each was known only after the
-# step before. Now all are known, and a step can read as many as its budget allows. Section 4.5
-# makes this point: recomputing is much faster than the original was.
+# The model can read a token only after it has been sampled. The first time, each token was sampled
+# in the step before. Now all of them exist, and a step can read as many as its budget allows.
+# Section 4.5 makes this point: recomputing is much faster than the original computation was.
 #
 # </details>
 #
@@ -386,11 +462,11 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# The paper says: no larger than the pool, since every swapped block was there once. But the
+# According to the paper, no larger than the pool, since every swapped block was there once. But the
 # remaining requests grow into the free blocks, and may be swapped in turn. If eight equal requests
 # are swapped one after the other, each with its share of 36 blocks at that moment, 36 (1/8 + 1/7 +
-# ... + 1/2), or some 61 blocks, can be in the swap pool; so there are 72 of them here. If it is
-# full, the library recomputes instead. Try `num_swap_blocks=4`.
+# ... + 1/2), or some 61 blocks, can be in the swap pool. That is why there are 72 of them here. If
+# the swap pool is full, the library recomputes instead. Try `num_swap_blocks=4`.
 #
 # </details>
 #
@@ -399,8 +475,8 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 # <details markdown="1"><summary>Answer</summary>
 #
 # A sequence needs all its keys and values in every step. Without one block it cannot continue, and
-# holds the others for nothing. An operating system must guess which page is used next; here all of
-# them are (section 4.5).
+# its other blocks are held for nothing. An operating system must guess which page is used next;
+# here all of them are (section 4.5).
 #
 # </details>
 #
@@ -409,7 +485,8 @@ for mistaken in (lambda candidates: None, lambda candidates: stranger):
 # <details markdown="1"><summary>Answer</summary>
 #
 # No. It chooses only among groups younger than the one in need, and requests come back in order of
-# age. The oldest of all can never be chosen, so it ends, and every request is the oldest some day.
+# age. The oldest of all can never be chosen, so it ends, and every request becomes the oldest some
+# day.
 #
 # </details>
 #
@@ -421,7 +498,10 @@ at_the_end = sum(-(-(len(o.prompt_token_ids) + n - 1) // 4) for o, n in pairs)
 print(f"blocks that all eight need in the end     {at_the_end}")
 print("blocks in the pool                        36")
 for name in ("recompute", "recompute, cheapest", "swap"):
-    print(f"tokens computed twice, {name:19} {lost[name] / needed:3.0%}")
+    print(f"tokens recomputed, {name:23} {lost[name] / needed:3.0%}")
 
 # %% [markdown]
+# Write the preemption itself in [lab 7](labs/07.md): swap out, swap in, recompute. To try out
+# policies for latency, take [lab 9](labs/09.md).
+#
 # Next: [a kernel of your own, on a GPU or without one](10_a_first_kernel.md).
