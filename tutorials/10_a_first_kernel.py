@@ -1,47 +1,52 @@
 # %% [markdown]
 # # 10. A first Triton kernel, under the interpreter
 #
-# You write the paper's kernel, which reads keys and values in place, and the engine generates with
-# it.
+# You write a kernel that reads keys and values in place, through the block table, and the engine
+# generates with it.
+#
+# **Needs** [chapter 4](04_paged_attention.md) · **Time** 40 minutes · **Lab**
+# [8, a Triton decode kernel](labs/08.md)
 #
 # ## Goals
 #
-# - How a GPU program finds its data: a number of its own, a base address, strides and a mask.
-# - How thirty lines read a block table and compute attention without copying a key (Figure 5 of the
+# - How a GPU program finds its data: a program number, a base address, strides and a mask.
+# - How twenty lines read a block table and compute attention without copying a key (Figure 5 of the
 #   paper; section 5.1 names the kernel).
 # - How to test a kernel so that the usual mistakes cannot hide, on a machine without a GPU.
 #
 # ## Invariants
 #
-# 1. A kernel gives what the reference attention gives, for every length: one token, a block that is
-#    exactly full, one token more.
-# 2. It never uses an element after a sequence's end, nor an entry after the end of its block table.
+# 1. A kernel returns what the reference attention returns, for every length: one token, a block
+#    that is exactly full, one token more.
+# 2. It never uses an element after the end of a sequence, nor an entry after the end of its block
+#    table.
 # 3. No program needs anything that another one writes: they may run in any order.
 #
 # ## Predict
 #
-# Blocks have 4 slots. Four sequences of 1, 4, 5 and 11 tokens decode one token each, with 4 query
-# heads, of which pairs share a KV head.
+# Blocks have 4 slots. Four sequences of 1, 4, 5 and 16 tokens decode one token each, with 4 query
+# heads; each pair of them shares a KV head.
 #
-# - With a program for each sequence and head: how many programs, and how many blocks of one head's
-#   keys do they read together?
-# - You forget the mask that hides the empty slots of a last block. Which of the four sequences come
-#   out right all the same?
-# - You forget to rescale the partial result when a larger score comes. Which do then?
+# - With one program per sequence and head: how many programs are there, and how many blocks of one
+#   head's keys do they read together?
+# - You forget to hide the scores after the end of a sequence. Which of the four outputs are still
+#   right?
+# - You read every position through the first entry of the block table. Which are right then?
 #
 # ## Build it: a kernel of your own
 #
 # A *GPU* runs thousands of copies of one short *program* in parallel, in no defined order. Each
-# program works on whole *tiles* of elements. Its threads share a tile, so that each thread holds
-# many elements of it, and they all do the same thing at the same time. The memory is large and far
+# program works on whole *tiles* of elements. Its threads share a tile: each thread holds many
+# elements of it, and all threads do the same thing at the same time. The memory is large and far
 # away: in the time it takes to load one number, the GPU can do hundreds of operations. So a program
 # should read little, in wide pieces, and each element once.
 #
-# *Triton* is a language for such programs that looks like Python. A function under `@triton.jit` (a
-# *kernel*) is not run by Python. It is compiled for the GPU, and `kernel[grid](...)` starts as many
-# programs as the *grid* has places. Where there is no GPU, Triton's *interpreter* runs the same
-# text on the CPU, program after program, tile by tile with NumPy. That is slow, and good for
-# checking every index. It is switched on by a variable that must be set before Triton is imported:
+# *Triton* is a language for such programs that looks like Python. Python does not run a function
+# under `@triton.jit` (a *kernel*). Triton compiles it for the GPU, and `kernel[grid](...)` starts
+# one program for each place in the *grid*. On a machine without a GPU, Triton's *interpreter* runs
+# the same text on the CPU, one program after another, tile by tile with NumPy. That is slow, but
+# good for checking every index. An environment variable turns it on. It must be set before Triton
+# is imported:
 
 # %%
 import os
@@ -62,15 +67,15 @@ import triton.language as tl
 # %% [markdown]
 # ### Load, mask, store
 #
-# The simplest useful kernel copies blocks, which is what copy-on-write needs (chapter 7). A program
-# copies one block. `tl.program_id(0)` says which program this is. A tensor that is passed to a
-# kernel arrives as the *address* of its first element; adding `n` to it gives the address of the
+# The simplest useful kernel copies blocks, as copy-on-write needs it (chapter 7). Each program
+# copies one block. `tl.program_id(0)` is the number of the program. A tensor passed to a kernel
+# arrives as the *address* of its first element, and adding `n` to it gives the address of the
 # element `n` places further on. `tl.arange(0, CHUNK)` is a tile of the numbers 0, 1, 2, ..., so
 # `pool + start + tl.arange(0, CHUNK)` is a tile of addresses, and `tl.load` reads all of them.
 #
 # The size of a tile must be a power of two and known when the kernel is compiled (`tl.constexpr`).
-# Blocks are of any size. So the last tile of a block sticks out, and a *mask* leaves out those
-# elements that are outside.
+# Blocks can have any size. If the last tile reaches past the end of the block, a *mask* excludes
+# the elements outside.
 
 
 # %%
@@ -91,69 +96,56 @@ expected = pool.clone()
 expected[[1, 4]] = pool[[0, 3]]
 copy_kernel[(2,)](pool, torch.tensor([0, 3]), torch.tensor([1, 4]), 80, CHUNK=64)
 assert torch.equal(pool, expected)
-print("blocks 0 and 3 are copied to 1 and 4, the others are as they were")
+print("blocks 0 and 3 are copied to 1 and 4, and no other block has changed")
 
 # %% [markdown]
-# 80 elements are one tile of 64 and a quarter of the next. Without the mask the second tile of
-# block 1 would run on into block 2, which may belong to another sequence. The GPU would not report
-# it.
+# 80 elements are one tile of 64 and a quarter of the next. Without the mask, the second tile of
+# block 1 would continue into block 2, which may belong to another sequence. The GPU would not
+# report it.
 #
-# ### One block
+# ### Scores of one block
 #
-# Attention of one query over one block: the query times each key, a softmax over those scores, and
-# the values weighted by it (chapter 1). Tiles have rows and columns now: `[:, None]` makes a tile a
-# column, `[None, :]` a row, as in NumPy. The keys of a block are a tile of `SLOTS` rows and `DIM`
-# columns. The softmax has its own mask: a slot without a token gets the score $-\infty$, which is
-# the weight 0.
+# Tiles can have rows and columns: `[:, None]` makes a tile a column, `[None, :]` a row, as in
+# NumPy. The keys of a block are a tile of `SLOTS` rows and `DIM` columns. One query times each key
+# gives the scores (chapter 1). They need a mask, too: an empty slot gets the score $-\infty$, so
+# that the softmax will give it the weight 0.
 
 
 # %%
 @triton.jit
-def one_block_kernel(
-    out, query, keys, values, filled, scale, SLOTS: tl.constexpr, DIM: tl.constexpr
-):
+def scores_kernel(out, query, keys, filled, scale, SLOTS: tl.constexpr, DIM: tl.constexpr):
     slots = tl.arange(0, SLOTS)
     dims = tl.arange(0, DIM)
     has_token = slots < filled
-    tile = slots[:, None] * DIM + dims[None, :]  # row by row, as in memory
+    tile = slots[:, None] * DIM + dims[None, :]  # [SLOTS, DIM], row by row, as in memory
     k = tl.load(keys + tile, mask=has_token[:, None], other=0.0)
-    v = tl.load(values + tile, mask=has_token[:, None], other=0.0)
-    scores = tl.sum(k * tl.load(query + dims)[None, :], axis=1) * scale  # one for each slot
+    scores = tl.sum(k * tl.load(query + dims)[None, :], axis=1) * scale  # [SLOTS]
     scores = tl.where(has_token, scores, float("-inf"))
-    weights = tl.exp(scores - tl.max(scores, axis=0))
-    tl.device_print("weights", weights)
-    tl.store(out + dims, tl.sum(weights[:, None] * v, axis=0) / tl.sum(weights, axis=0))
+    tl.device_print("scores", scores)
+    tl.store(out + slots, scores)
 
 
 generator = torch.Generator().manual_seed(0)
-query, keys, values = (torch.randn(n, 16, generator=generator) for n in (1, 4, 4))
-out = torch.empty(1, 16)
-one_block_kernel[(1,)](out, query, keys, values, 3, 0.25, SLOTS=4, DIM=16)
-expected = (0.25 * query @ keys[:3].T).softmax(dim=1) @ values[:3]
-assert torch.allclose(out, expected, atol=1e-6)
+query, keys = (torch.randn(n, 16, generator=generator) for n in (1, 4))
+out = torch.empty(4)
+scores_kernel[(1,)](out, query, keys, 3, 0.25, SLOTS=4, DIM=16)
+assert torch.allclose(out[:3], 0.25 * keys[:3] @ query[0], atol=1e-6)
 
 # %% [markdown]
-# `tl.device_print` is how to look inside. It prints the number of the program and the tile; on a
-# GPU as well, a line for each element. The fourth weight is 0: the slot is empty.
+# `tl.device_print` shows what is inside a kernel. It prints the number of the program and the tile.
+# It works on a GPU as well, with one line per element. The fourth score is $-\infty$: the slot is
+# empty.
 #
 # ### Through the block table
 #
-# Now the whole kernel. A program serves one sequence and one head. It walks the sequence's block
-# table, and three numbers are all that it keeps from block to block (chapter 4): the largest score
-# so far $m$, the sum of the weights so far $\ell$, and the weighted sum of values so far $o$. A
-# block with the scores $s_i$ and the values $v_i$ turns them into
-#
-# $$
-# m' = \max(m, \max_i s_i), \qquad
-# \ell' = e^{m - m'} \ell + \sum_i e^{s_i - m'}, \qquad
-# o' = e^{m - m'} o + \sum_i e^{s_i - m'} v_i
-# $$
-#
-# and at the end $o / \ell$ is the paper's $o_i$ (Equation 4).
+# Now the whole kernel. One program serves one sequence and one head, with a single tile that has a
+# row for each position. A block table turns each position into a row of the tile: the entry
+# `positions // BLOCK_SIZE` is the physical block, and `positions % BLOCK_SIZE` the slot in it. The
+# rows need not be neighbours in memory, since each has an address of its own.
 #
 # A layer's keys are one tensor `[num_blocks, kv_heads, block_size, head_dim]`. To find an element
-# in it, begin at the address of the first, and for every axis add index times *stride*: the number
-# of elements from one index to the next. This is all the arithmetic that there is:
+# in it, start at the address of the first, and for every axis add index times *stride*: the number
+# of elements from one index to the next. There is no other arithmetic:
 
 # %% Where the elements of one key are: block 4, KV head 1, slot 2, and the stride of each axis
 levels = [("block", 6, 4, 128), ("KV head", 2, 1, 64), ("slot", 4, 2, 16)]
@@ -177,9 +169,9 @@ axes.set(xlim=(-0.01, 1.2), ylim=(-3.8, 0.4))
 axes.axis("off")
 
 # %% [markdown]
-# The block's number comes from the table as 32 bits, and the kernel makes it 64 before it
+# The block number comes from the table as 32 bits, and the kernel converts it to 64 bits before it
 # multiplies. The reason: Llama 3 8B has 8 KV heads of 128 elements, so a block of 16 slots has
-# 16,384 elements of one layer's keys. In 32 bits the product runs over at block 131,072, where the
+# 16,384 elements of one layer's keys. In 32 bits the product overflows at block 131,072, where the
 # layer's keys fill 4 GiB in half precision. That is not much for a large GPU:
 
 # %%
@@ -188,9 +180,9 @@ print("in 32 bits:", (block * 16_384).item())
 print("in 64 bits:", (block.long() * 16_384).item())
 
 # %% [markdown]
-# A negative offset reads before the tensor. With a small pool no test would ever notice.
+# A negative offset reads memory before the tensor. With a small pool, no test would ever notice.
 #
-# Here is the kernel. Type it, and say at each line what shape it has:
+# Here is the kernel. Type it, and check the shape in each comment:
 
 
 # %%
@@ -198,43 +190,36 @@ print("in 64 bits:", (block.long() * 16_384).item())
 def paged_decode_kernel(
     out, q, k_cache, v_cache, block_tables, seq_lens, scale,
     block_stride, head_stride, slot_stride, table_stride,
-    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     seq = tl.program_id(0)
     head = tl.program_id(1)
     kv_head = head // GROUP  # query heads of a group share a KV head
-    seq_len = tl.load(seq_lens + seq)
-    slots = tl.arange(0, BLOCK_SIZE)
-    dims = tl.arange(0, HEAD_DIM)
+    dims = tl.arange(0, HEAD_DIM)  # [HEAD_DIM]
+    positions = tl.arange(0, LENGTH)  # [LENGTH], at least as many as the sequence has
+    in_seq = positions < tl.load(seq_lens + seq)
     row = (seq * tl.num_programs(1) + head) * HEAD_DIM + dims
-    query = tl.load(q + row).to(tl.float32)
+    query = tl.load(q + row).to(tl.float32)  # [HEAD_DIM]
 
-    maximum = float("-inf")
-    total = 0.0
-    output = tl.zeros([HEAD_DIM], tl.float32)
-    for logical in range(tl.cdiv(seq_len, BLOCK_SIZE)):
-        physical = tl.load(block_tables + seq * table_stride + logical).to(tl.int64)
-        start = physical * block_stride + kv_head * head_stride
-        tile = start + slots[:, None] * slot_stride + dims[None, :]
-        in_seq = logical * BLOCK_SIZE + slots < seq_len
-        keys = tl.load(k_cache + tile, mask=in_seq[:, None], other=0.0).to(tl.float32)
-        values = tl.load(v_cache + tile, mask=in_seq[:, None], other=0.0).to(tl.float32)
+    entries = block_tables + seq * table_stride + positions // BLOCK_SIZE
+    blocks = tl.load(entries, mask=in_seq, other=0).to(tl.int64)  # [LENGTH]
+    slots = positions % BLOCK_SIZE
+    starts = blocks * block_stride + kv_head * head_stride + slots * slot_stride
+    tile = starts[:, None] + dims[None, :]  # [LENGTH, HEAD_DIM]
+    keys = tl.load(k_cache + tile, mask=in_seq[:, None], other=0.0).to(tl.float32)
+    values = tl.load(v_cache + tile, mask=in_seq[:, None], other=0.0).to(tl.float32)
 
-        scores = tl.sum(query[None, :] * keys, axis=1) * scale
-        scores = tl.where(in_seq, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
-        correction = tl.exp(maximum - new_maximum)
-        weights = tl.exp(scores - new_maximum)
-        total = total * correction + tl.sum(weights, axis=0)
-        output = output * correction + tl.sum(weights[:, None] * values, axis=0)
-        maximum = new_maximum
-    tl.store(out + row, output / total)
+    scores = tl.sum(query[None, :] * keys, axis=1) * scale  # [LENGTH]
+    scores = tl.where(in_seq, scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, axis=0))
+    output = tl.sum(weights[:, None] * values, axis=0) / tl.sum(weights, axis=0)  # [HEAD_DIM]
+    tl.store(out + row, output)
 
 
 # %% [markdown]
-# Around it goes a *launcher*, plain Python with the signature that every attention of this library
-# has. Its batch is to hold sequences with one query each, so the length of each is what is in the
-# cache and one more.
+# A *launcher* goes around it: plain Python, with the signature that every attention of this library
+# has. It expects a batch of sequences with one query each, so the length of each sequence is what
+# is in the cache and one more. The tile must be large enough for the longest.
 
 # %%
 from collections.abc import Callable
@@ -259,6 +244,7 @@ def launched(kernel: Any) -> Attention:
             out, q, k_cache, v_cache, batch.block_tables, batch.context_lens + 1, scale,
             *k_cache.stride()[:3], batch.block_tables.stride(0),
             GROUP=heads // kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim,
+            LENGTH=triton.next_power_of_2(int(batch.context_lens.max()) + 1),
         )  # fmt: skip
         return out
 
@@ -266,24 +252,24 @@ def launched(kernel: Any) -> Attention:
 
 
 # %% [markdown]
-# Ask a tensor for its strides and never compute them from its shape: it may be a part of a larger
-# one.
+# Always ask a tensor for its strides, and never compute them from its shape: it may be a part of a
+# larger one.
 #
 # ### An adversarial test
 #
-# Random numbers in a tidy pool find few mistakes. So: blocks in shuffled order; NaN in every free
-# block; large finite values in the empty slots of last blocks, which must have the weight zero;
-# entries after the ends of shorter tables that are no block at all; and the four lengths at which
-# something changes.
+# Random numbers in a tidy pool find few mistakes. Our test has shuffled blocks, NaN in every free
+# block, and large finite values in the empty slots of last blocks, which must get the weight zero.
+# Entries after the end of a block table are no valid block numbers. And the lengths are the four at
+# which something changes.
 
 # %%
 from minipaged.attention.batch import BatchBuilder
 from minipaged.attention.reference import reference_paged_attention
 from minipaged.scheduler.output import SequenceInput
 
-LENGTHS = (1, 4, 5, 11)
+LENGTHS = (1, 4, 5, 16)
 HEADS, KV_HEADS, BLOCK_SIZE, HEAD_DIM = 4, 2, 4, 16
-tables = [[7], [2], [9, 4], [1, 8, 5]]  # 0, 3, 6 are free
+tables = [[7], [2], [9, 4], [1, 8, 5, 0]]  # 3 and 6 are free
 
 
 def adversarial_inputs() -> tuple[Tensor, Tensor, Tensor, Batch, float]:
@@ -315,7 +301,7 @@ mine = launched(paged_decode_kernel)
 print("largest error:", f"{max(errors(mine)):.0e}")
 assert max(errors(mine)) < 1e-5
 
-# %% Which program reads which blocks: a row is a program, a column one KV head's part of a block
+# %% Blocks that each program reads: a row per program, a column per block and KV head
 from matplotlib.colors import ListedColormap
 
 reads = torch.zeros(len(LENGTHS) * HEADS, 10 * KV_HEADS)
@@ -332,19 +318,19 @@ axes.set_yticks([row + 0.5 for row in range(16)], names, fontsize=7)
 axes.set_xticks([2 * block + 1 for block in range(10)], range(10))
 axes.hlines([4, 8, 12], 0, 20, color=drawing.GREY, lw=1)
 axes.vlines(range(2, 20, 2), 0, 16, color=drawing.GREY, lw=0.6)
-axes.set(xlabel="physical block, its part for KV head 0 (left) and for KV head 1")
+axes.set(xlabel="physical block: keys of KV head 0 (left) and of KV head 1 (right)")
 axes.invert_yaxis()
 axes.tick_params(length=0)
 
 # %% [markdown]
-# Sixteen programs, and each finds its blocks wherever they are. Programs of one group read the
-# same: heads 0 and 1 of a sequence both read KV head 0. So every key is read twice here. Chapter 11
+# Each of the sixteen programs finds its blocks wherever they are. Programs of one group read the
+# same: heads 0 and 1 of a sequence both read KV head 0. Every key is read twice here. Chapter 11
 # begins with that.
 #
-# ### The model runs on it
+# ### Run the model on it
 #
-# `Parts` has a role for attention. Your kernel handles one query per sequence, so it takes the
-# steps in which all sequences decode; a step with a prompt in it goes to the reference.
+# `Parts` has a role for attention. Your kernel handles one query per sequence, so it serves the
+# steps in which all sequences decode. A step with a prompt goes to the reference.
 
 # %%
 from minipaged import LLM, Parts, SamplingParams
@@ -375,24 +361,27 @@ print(calls)
 # %% [markdown]
 # Attention is called once for each of the four layers. Two steps had a prompt in them and went to
 # the reference (the second request waits one step, to share the story's block with the first:
-# chapter 8), the three others were yours.
+# chapter 8). The three others ran on your kernel.
 #
-# The library has a kernel of this kind too. It also takes prompts, 8-bit pools and heads of any
-# size. It gets no strides of the pool, since the library lays out its pools itself and the order
-# never changes. Compare its launcher with yours:
+# One tile for a whole sequence is simple, but it limits the length: a tile of 1,024 positions with
+# 64 elements of 4 bytes takes 256 KiB, as much as all registers of a GPU's multiprocessor. The
+# library's plain kernel walks the block table instead. It has a tile per block, and keeps three
+# results from block to block, as in chapter 4. You write that one in [lab 8](labs/08.md). It also
+# handles prompts, 8-bit pools and heads of any size, and gets no strides of the pool, whose layout
+# is always the same. Compare its launcher with yours:
 #
 # @@ minipaged.attention.triton.naive_decode.naive_paged_attention
 #
-# ### What the interpreter does not show
+# ### Limits of the interpreter
 #
-# It runs one program after the other, so two that write to the same place never meet: rule 3 is
-# yours to think through, no test here sees it. It says nothing about speed. And in a few places its
-# numbers are not those of a GPU: it multiplies the bit patterns of bfloat16 in `tl.dot` as if they
-# were whole numbers, cuts bfloat16 off where a GPU rounds, and loses a carry when it stores float8
-# ([kernels](../kernels.md), "What was tried"). With float32, as here, it agrees. Under the
-# interpreter a plain `print` works in a kernel, and so does `breakpoint()`. Before you trust a
-# kernel, run its tests on a GPU as well: the library's `tests/attention/test_triton.py` takes a GPU
-# where there is one, and the interpreter elsewhere.
+# The interpreter runs one program after another, so two that write to the same place never collide.
+# No test here checks invariant 3; you have to reason about it. The interpreter tells you nothing
+# about speed. And in a few places its results differ from a GPU's. It multiplies the bit patterns
+# of bfloat16 in `tl.dot` as if they were integers, truncates bfloat16 where a GPU rounds, and loses
+# a carry when it stores float8 ([kernels](../kernels.md), "What was tried"). With float32, as here,
+# it agrees. Under the interpreter, a plain `print` works in a kernel, and so does `breakpoint()`.
+# Before you trust a kernel, run its tests on a GPU as well: the library's
+# `tests/attention/test_triton.py` uses a GPU where there is one, and the interpreter elsewhere.
 #
 # ## Check
 #
@@ -406,8 +395,8 @@ assert calls["mine"] > calls["reference"]
 print("same tokens, and every block is free")
 
 # %% [markdown]
-# And is the test worth anything? Change one line of your kernel at a time, as a tired person would,
-# and see which lengths notice. (The changed text goes into a file of its own, since Triton reads a
+# Is the test worth anything? Change one line of your kernel at a time, as a tired person would, and
+# see which lengths notice. (The changed text goes into a file of its own, since Triton reads a
 # kernel's source.)
 
 # %%
@@ -417,13 +406,13 @@ import tempfile
 from pathlib import Path
 
 MISTAKES = {
-    "empty slots not hidden": ("scores = tl.where(in_seq, scores, float('-inf'))", "pass"),
-    "output not rescaled": ("output * correction", "output"),
+    "scores after the end not hidden": ("scores = tl.where(in_seq, scores, float('-inf'))", "pass"),
+    "first entry of the table only": ("positions // BLOCK_SIZE", "positions // LENGTH"),
     "stride of another axis": ("kv_head * head_stride", "kv_head * slot_stride"),
     "every head its own KV head": ("head // GROUP", "head % 2"),
 }
 source = inspect.getsource(paged_decode_kernel.fn).replace('"', "'")
-print(f"{'largest error':30}", *(f"length {length:2}" for length in LENGTHS))
+print(f"{'largest error':31}", *(f"length {length:2}" for length in LENGTHS))
 with tempfile.TemporaryDirectory() as folder:
     for name, (right, wrong) in MISTAKES.items():
         assert source.count(right) == 1
@@ -432,22 +421,99 @@ with tempfile.TemporaryDirectory() as folder:
         file.write_text(text)
         mistaken = launched(runpy.run_path(str(file))["paged_decode_kernel"])
         wrong_by = errors(mistaken)
-        print(f"{name:30}", *(f"{error:9.0e}" for error in wrong_by))
+        print(f"{name:31}", *(f"{error:9.0e}" for error in wrong_by))
         assert not max(wrong_by) < 1e-2, f"the test does not notice: {name}"
 
 # %% [markdown]
-# Look at the columns. With four tokens, exactly a block, two of the four mistakes do not show. A
-# test that used only one length (and people always pick the round one) would have passed. With five
-# tokens the missing rescale does not show either: it takes a larger score in a *later* block, and
-# here the first block had the largest.
+# Look at the columns. With four tokens, exactly a block, the kernel that reads only the first entry
+# of the table is right. With 16, exactly the tile, the one that hides nothing is right. A test that
+# used only one length (and people always pick the round one) would have passed.
+#
+# ### Exercise: store the new keys
+#
+# Before attention, a step writes its new keys and values into their slots (the paper's "fused
+# reshape and block write", section 5.1). One program copies the key of one token and one KV head.
+# `slots` has the slot of each token, counted through the whole pool: `block * BLOCK_SIZE + offset`.
+# The pool has no gaps and the layout `[num_blocks, kv_heads, block_size, head_dim]`. At which
+# element does the key begin?
+
+
+# %%
+@triton.jit
+def store_kernel(
+    pool, new, slots, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    token = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    slot = tl.load(slots + token).to(tl.int64)
+    dims = tl.arange(0, HEAD_DIM)
+    key = tl.load(new + (token * KV_HEADS + kv_head) * HEAD_DIM + dims)
+    start = slot * HEAD_DIM  # your turn
+    tl.store(pool + start + dims, key)
+
+
+# %%
+from minipaged.attention.reference import store_kv
+
+
+def check_exercise(kernel) -> bool:
+    """Store 7 tokens into pools of several shapes, and compare with the library's store_kv."""
+    solved = True
+    for kv_heads, block_size, head_dim in ((1, 4, 16), (2, 4, 16), (3, 5, 32), (8, 16, 64)):
+        batch = BatchBuilder(1, 3, block_size).build([SequenceInput(0, [0] * 7, 2, [4, 1, 5])])
+        new = torch.arange(1.0, 1 + 7 * kv_heads * head_dim).view(7, kv_heads, head_dim)
+        yours, right = torch.zeros(2, 6, kv_heads, block_size, head_dim)
+        kernel[(7, kv_heads)](
+            yours, new, batch.slot_mapping,
+            KV_HEADS=kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim,
+        )  # fmt: skip
+        store_kv(new, new, right, right.clone(), batch)
+        ends = [(pool == new[-1, -1, 0]).nonzero().tolist() for pool in (yours, right)]
+        print(f"KV heads: {kv_heads}, blocks of {block_size:2}, start of the last key:", end=" ")
+        print(f"yours at {ends[0]}, expected at {ends[1]}")
+        solved = solved and torch.equal(yours, right)
+    return solved
+
+
+print("solved" if check_exercise(store_kernel) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# With one KV head, slot after slot is right. With two, the keys of KV head 1 begin only after all
+# slots that the block has for KV head 0. Which block and which offset does the slot stand for?
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# Take the slot apart, and put it together in the order of the axes: block, KV head, offset,
+# element.
+#
+# ```python
+# @triton.jit
+# def store_kernel(
+#     pool, new, slots, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+# ):
+#     token = tl.program_id(0)
+#     kv_head = tl.program_id(1)
+#     slot = tl.load(slots + token).to(tl.int64)
+#     dims = tl.arange(0, HEAD_DIM)
+#     key = tl.load(new + (token * KV_HEADS + kv_head) * HEAD_DIM + dims)
+#     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+#     start = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + offset) * HEAD_DIM
+#     tl.store(pool + start + dims, key)
+# ```
+#
+# </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# There are 16 programs: 4 sequences times 4 heads. The sequences have 1, 1, 2 and 3 blocks, and
-# each of 4 heads reads its sequence's: 28 blocks of one head's keys, and as many of values. Without
-# the mask that hides empty slots the sequence of 4 tokens is right, for its block has none. Without
-# the rescale those of 1 and 4 are right, because they have one block, and that of 5 is right by
-# luck.
+# There are 16 programs: 4 sequences times 4 heads. The sequences have 1, 1, 2 and 4 blocks, and
+# each of 4 heads reads those of its sequence: 32 blocks of one head's keys, and as many of values.
+# Without the mask, only the sequence of 16 tokens is right, because it fills the tile of 16
+# positions. With the first entry only, those of 1 and 4 tokens are right, because they have one
+# block.
 #
 # </details>
 #
@@ -460,17 +526,17 @@ with tempfile.TemporaryDirectory() as folder:
 # A score of $-\infty$ makes the weight 0, and 0 times a finite number is 0. The engine keeps empty
 # slots finite: it clears a block before a sequence writes its first slot. A kernel that masks its
 # loads works without this: the mask gives zeros even where memory holds NaN, and saves the read.
+# The block table needs the mask, too. After its end there is no valid block number.
 #
 # </details>
 #
-# **Can the first block make `maximum - new_maximum` into $-\infty - (-\infty)$, which is NaN?**
+# **Can all scores of a program be $-\infty$?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Only if all its slots were hidden. A sequence that decodes has at least the token itself, and it
-# is in the first block or there is a full one before it. So each block that the loop visits has a
-# visible slot, the first `new_maximum` is a number, and $e^{-\infty - m}$ is 0, as it should be.
-# Chapter 11 cuts sequences into pieces, and there the question returns.
+# Only if its sequence had no token. Then the largest score would be $-\infty$ as well, and
+# $e^{-\infty - (-\infty)}$ is NaN. A sequence that decodes has at least the token itself. Chapter
+# 11 cuts sequences into pieces, and there the question returns.
 #
 # </details>
 #
@@ -478,17 +544,17 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# `tl.arange` takes powers of two only. So the tile gets 128 columns and a mask `dims < 80` in every
-# load and in the store, with 0 for the others, which add nothing to a sum of products. That is the
-# `WIDTH` of the library's kernels.
+# `tl.arange` accepts powers of two only. So the tile gets 128 columns and a mask `dims < 80` in
+# every load and in the store, with 0 for the others, which add nothing to a sum of products. In the
+# library's kernels this is `WIDTH`. Block sizes need no change here: `LENGTH` counts positions.
 #
 # </details>
 #
 # ## Results
 #
 # What attention moves for the four sequences of the test, in elements of keys and values. The
-# reference gathers: it reads each, writes it to contiguous memory, and reads it again. (It takes
-# whole blocks, empty slots and all.)
+# reference gathers: it reads each element, writes it to contiguous memory, and reads it again. (It
+# takes whole blocks, including empty slots.)
 
 # %%
 a_slot = 2 * KV_HEADS * HEAD_DIM  # elements of one token's keys and values
@@ -500,4 +566,7 @@ print(f"your kernel, elements read     {in_place:6,}  {in_place / floor:.1f} tim
 print(f"each key and value once        {floor:6,}  1.0 times")
 
 # %% [markdown]
+# To write the kernel that walks the table, for sequences of any length and for prompts, take
+# [lab 8](labs/08.md).
+#
 # Next: [from this kernel to the speed of the memory](11_to_the_speed_of_light.md).
