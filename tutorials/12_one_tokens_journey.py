@@ -1,35 +1,39 @@
 # %% [markdown]
 # # 12. The whole engine: one token's journey, profiled
 #
-# All parts together: you write the engine that drives them, follow one token through it, and see
-# where the time goes.
+# You write the engine that drives all the parts, follow one token through it, and see where the
+# time goes.
+#
+# **Needs** [chapter 6](06_continuous_batching.md), [chapter 5](05_models_on_pages.md) · **Time** 30
+# minutes · **Lab** [9, the open challenge](labs/09.md)
 #
 # ## Goals
 #
-# - The five calls that make a step, and what each passes to the next.
-# - Where a single token is at each moment: as text, number, slot, key, logit and text again.
-# - What a step's time is spent on, and how that changes with the number of sequences.
+# - The five calls of a step, and what each passes to the next.
+# - What a single token is at each moment: text, number, slot, key, logit and text again.
+# - Where the time of a step goes, and how that changes with the number of sequences.
 #
 # ## Invariants
 #
 # 1. A step computes every scheduled token once, and each sequence that has nothing left to compute
 #    gets exactly one new token.
-# 2. Blocks move before the model runs, and are cached after it has run. Never the other way.
+# 2. Blocks are copied and swapped before the model runs, and enter the prefix cache after it has
+#    run, never the other way around.
 # 3. The tokens do not depend on the engine that drives the parts.
 #
 # ## Predict
 #
-# - One sequence decodes. Which part of a step's time goes to the model, and which to scheduling,
+# - One sequence decodes. What share of a step goes to the model, and what share to scheduling,
 #   bookkeeping and choosing a token?
-# - Now 32 sequences decode together. Is a step 32 times as long?
+# - Now 32 sequences decode together. Does a step take 32 times as long?
 # - A token is sampled in step 7. In which step are its keys and values written?
 #
 # ## Build it: an engine of your own
 #
-# You have met all the parts: the allocator and its tables (chapter 3), attention over them (4), the
+# You know all the parts: the allocator and its tables (chapter 3), attention over them (4), the
 # models (5), the scheduler (6), and what happens when blocks are shared or run out (7 to 9). What
-# is left is the loop that drives them. Here it is for greedy decoding. It borrows its parts from an
-# `LLM`, and it notes the time of each call, for later.
+# is left is the loop that drives them. Here it is for greedy decoding. It takes its parts from an
+# `LLM`, and measures each call for later.
 
 # %%
 import time
@@ -41,7 +45,7 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 
 class TinyEngine:
-    """One sequence a request, always the likeliest token."""
+    """One sequence per request, always the likeliest token."""
 
     def __init__(self, llm: LLM, max_tokens: int) -> None:
         self.scheduler = llm.engine.scheduler
@@ -86,8 +90,7 @@ class TinyEngine:
 
 
 # %% [markdown]
-# The library's own step makes the same five calls; in addition it has requests that sample, fork
-# and stream:
+# The library's own step makes the same five calls. Its requests also sample, fork and stream:
 #
 # @@ minipaged.engine.llm_engine.LLMEngine.step
 #
@@ -114,9 +117,9 @@ for story, answer in zip(stories, answers, strict=True):
 # %% [markdown]
 # ### One token's journey
 #
-# Now step by step, with a single question. After each step we print the place of its newest token.
+# Now step by step, with a single question. After each step we print where its newest token is.
 # Watch the column *computed*: a token is chosen in one step, and its keys and values are written in
-# the next, when it is read.
+# the next, when the model reads it.
 
 # %%
 llm = LLM("storyteller", num_blocks=64, block_size=16)
@@ -137,9 +140,9 @@ while engine.scheduler.has_unfinished():
     )
 
 # %% [markdown]
-# Let us stop the engine in the middle and look at one token from the inside. It was chosen by the
-# step before. The next step finds a slot for it, computes a key and a value for it in every layer,
-# writes them there, and lets it look at everything that came before it.
+# Now stop the engine in the middle, and look at one token from the inside. The previous step chose
+# it. The next step finds a slot for it, computes its key and value in every layer, writes them
+# there, and attends from it to all tokens before it.
 
 # %%
 llm = LLM("storyteller", num_blocks=64, block_size=16)
@@ -186,10 +189,10 @@ print(f"it led to  {chosen}, {tokenizer.decode([chosen])!r}")
 #
 # ### Where the time goes
 #
-# The same engine with 1, 4, 16 and 64 sequences, each going on for 24 tokens. Its stopwatch tells
-# the five calls apart.
+# The same engine with 1, 4, 16 and 64 sequences, each of which generates 24 tokens. Its stopwatch
+# measures the five calls separately.
 
-# %% Milliseconds of a step by part, and tokens per second, for more and more sequences
+# %% Milliseconds per step by call, and tokens per second, by number of sequences
 import drawing
 
 crowds = (1, 4, 16, 64)
@@ -201,7 +204,7 @@ for crowd in (1, *crowds):  # the first one warms up, and is overwritten
     for number in range(crowd):
         engine.add(tokenizer.encode(tell(num_facts=2, seed=number).text))
     while any(seq.num_output_tokens == 0 for seq in engine.sequences):
-        engine.step()  # prompts first: we want to see steps that only decode
+        engine.step()  # prompts first: we want to measure steps that only decode
     engine.seconds.clear()
     num_steps = 0
     while engine.scheduler.has_unfinished():
@@ -215,7 +218,7 @@ for phase in phases:
     heights = [profile[crowd][phase] for crowd in crowds]
     left.bar([str(crowd) for crowd in crowds], heights, bottom=bottoms, label=phase)
     bottoms = [low + high for low, high in zip(bottoms, heights, strict=True)]
-left.set(xlabel="sequences", ylabel="ms a step")
+left.set(xlabel="sequences", ylabel="ms per step")
 left.legend(fontsize=8)
 speeds = [1000 * crowd / sum(profile[crowd].values()) for crowd in crowds]
 right.plot(crowds, speeds, marker="o", color=drawing.COLOURS[2])
@@ -223,15 +226,15 @@ right.set(xlabel="sequences", ylabel="tokens per second", ylim=(0, None))
 right.set(xscale="log", xticks=crowds, xticklabels=crowds)
 
 # %% [markdown]
-# A step of 64 sequences is nowhere near 64 times as long as one of a single sequence: the weights
-# are read once for all of them, and so is much of the bookkeeping. What is left of the bookkeeping
-# grows with the sequences, in plain Python. It is small compared with any larger model; with this
-# one of two million parameters it is visible. With a model of 135 million it is a few percent
+# A step of 64 sequences takes far less than 64 times as long as a step of one: the weights are read
+# once for all of them, and much of the bookkeeping is shared. The rest of the bookkeeping grows
+# with the number of sequences, in plain Python. It is visible with this model of two million
+# parameters. With a model of 135 million it is a few percent
 # ([how the CPU path was made fast](../speed.md)).
 #
-# Inside "run the model" there are many small operations. PyTorch's profiler names them:
+# Inside "run the model" there are many small operations. PyTorch's profiler lists them:
 
-# %% What a decode step of 16 sequences spends its time on inside the model
+# %% Operations inside the model, in a decode step of 16 sequences
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
@@ -255,10 +258,9 @@ axes.set(xlabel="% of the time")
 # %% [markdown]
 # ## Check
 #
-# Rule 3: your engine's tokens are those of the library's, also in a pool so small that sequences
-# are preempted. Rule 1: every token was computed once, so as many keys were written as there were
-# tokens but the last of each. And the classic mistake, assigning the first row's token to every
-# sequence, is caught immediately.
+# Invariant 3: your engine's tokens are the library's, even in a pool so small that sequences are
+# preempted. The checker of `Parts().checked()` recounts all owners of blocks after each call. The
+# classic mistake, assigning the first row's token to every sequence, is caught immediately.
 
 # %%
 from minipaged import Parts, SamplingParams
@@ -293,15 +295,99 @@ class FirstRowForAll(TinyEngine):
 
 mistaken = run(FirstRowForAll(LLM("storyteller", num_blocks=64), max_tokens=24))
 assert mistaken != wanted
-print("with the first row for all:", [tokenizer.decode(tokens[:6]) for tokens in mistaken])
+print("the first row's token for all:", [tokenizer.decode(tokens[:6]) for tokens in mistaken])
 
 # %% [markdown]
+# ### Exercise: the slot mapping of a step
+#
+# The message of a step has numbers only. From it, the runner computes the *slot mapping*: for each
+# token of the step, the slot of the pool into which its keys and values are written. Slots are
+# counted through the whole pool. A `SequenceInput` has the `token_ids` to compute, the
+# `context_len`, which counts the tokens before them, and the `block_table`. Write the mapping for
+# all sequences, one after another.
+
+
+# %%
+def slot_mapping(sequences: tuple[SequenceInput, ...], block_size: int) -> list[int]:
+    """The slot of each token that the step computes."""
+    slots: list[int] = []
+    for part in sequences:
+        slots += range(len(part.token_ids))  # your turn
+    return slots
+
+
+# %%
+from minipaged.attention.batch import BatchBuilder
+
+messages: list[StepInput] = []
+
+
+class NotingEngine(TinyEngine):
+    """Keeps the message of each step."""
+
+    def message(self, decision: SchedulerOutput) -> StepInput:
+        messages.append(super().message(decision))
+        return messages[-1]
+
+
+def check_exercise(slot_mapping) -> bool:
+    """Compare with the library in all steps of an engine whose prompts come in chunks."""
+    num_wrong = num_steps = 0
+    for block_size in (4, 16):
+        messages.clear()
+        chunks = {"max_num_seqs": 8, "max_num_batched_tokens": 24}
+        llm = LLM("storyteller", num_blocks=96, block_size=block_size, **chunks)
+        run(NotingEngine(llm, max_tokens=24))
+        builder = BatchBuilder(8, 96, block_size)
+        for number, message in enumerate(messages, start=1):
+            yours = slot_mapping(message.sequences, block_size)
+            expected = builder.build(message.sequences).slot_mapping.tolist()
+            if yours != expected and not num_wrong:
+                print(f"step {number}, blocks of {block_size}:", *message.sequences, sep="\n  ")
+                print(f"yours:    {yours}\nexpected: {expected}")
+            num_wrong += yours != expected
+            num_steps += 1
+    print(f"wrong in {num_wrong} of {num_steps} steps, expected: 0")
+    return num_wrong == 0
+
+
+print("solved" if check_exercise(slot_mapping) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# The first token of a part has the position `context_len`, not 0. The block table is indexed by
+# logical block, and the physical blocks need not be neighbours.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# Compute the position of each token, find its physical block in the table, and add the offset in
+# the block:
+#
+# ```python
+# def slot_mapping(sequences: tuple[SequenceInput, ...], block_size: int) -> list[int]:
+#     """The slot of each token that the step computes."""
+#     slots: list[int] = []
+#     for part in sequences:
+#         for position in range(part.context_len, part.context_len + len(part.token_ids)):
+#             logical, offset = divmod(position, block_size)
+#             slots.append(part.block_table[logical] * block_size + offset)
+#     return slots
+# ```
+#
+# A mapping that starts each part at position 0 is right in the first step of a prompt and wrong in
+# every other: it overwrites the keys of the first tokens.
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# The model takes most of a step even with one sequence, though it is tiny; the rest is the
-# bookkeeping. A step of 32 sequences is a few times as long as a step of one, not 32 times. And a
-# token that is sampled in step 7 is read in step 8: only then are its keys and values written. The
-# very last token of an answer is never read, and never has any.
+# The model takes most of a step even with one sequence, though it is tiny; the rest is bookkeeping.
+# A step of 32 sequences takes a few times as long as a step of one, not 32 times. A token sampled
+# in step 7 is read in step 8: only then are its keys and values written. The very last token of an
+# answer is never read, so its keys and values are never computed.
 #
 # </details>
 #
@@ -311,9 +397,9 @@ print("with the first row for all:", [tokenizer.decode(tokens[:6]) for tokens in
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No token would be marked as computed. Every step would compute all tokens of all sequences again,
-# and give the right tokens, slower and slower. Some mistakes cost only time; that is why the
-# library counts steps and tokens in its tests, and not only compares answers.
+# No token would be marked as computed. Every step would compute all tokens of all sequences again
+# and produce the right tokens, slower and slower. Some mistakes cost only time. That is why the
+# library's tests also count steps and tokens, and do not only compare outputs.
 #
 # </details>
 #
@@ -322,8 +408,8 @@ print("with the first row for all:", [tokenizer.decode(tokens[:6]) for tokens in
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Another request in the same step might find the block and read keys that are not yet written. Rule
-# 2: cached only when written.
+# Another request in the same step might find the block and read keys that are not yet written.
+# Invariant 2: a block is cached only after it has been written.
 #
 # </details>
 #
@@ -331,9 +417,8 @@ print("with the first row for all:", [tokenizer.decode(tokens[:6]) for tokens in
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Scheduling the next step, if one is willing to guess that no sequence ends in this one. Serving
-# engines do that. Here each step waits for the tokens of the one before, so that the code can be
-# read.
+# Scheduling the next step, if it may guess that no sequence ends in this one. vLLM does that. Here
+# each step waits for the tokens of the previous one, so that the code stays readable.
 #
 # </details>
 #
@@ -342,10 +427,10 @@ print("with the first row for all:", [tokenizer.decode(tokens[:6]) for tokens in
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Put the classes of chapters 3, 4, 6 and 9 into one file and hand them to
-# `LLM(parts=Parts(allocator=..., paged_attention=..., scheduler=..., select_victim=...))`; then let
-# `TinyEngine` drive it. What is left of the library in that run is the model, the tables and the
-# tests.
+# Put the classes of chapters 3, 4, 6 and 9 into one file and pass them to
+# `LLM(parts=Parts(allocator=..., paged_attention=..., scheduler=...,
+# select_victim=...))`; then let `TinyEngine` drive it. In that run, only the model, the tables and
+# the tests are the library's.
 #
 # </details>
 #
@@ -361,7 +446,22 @@ for crowd in (1, 64):
     print(f"the model's part of a step, {crowd:2} sequences: {share:.0%}")
 
 # %% [markdown]
-# That is the whole engine. From here: [run your own model](../guides/run_your_model.md),
-# [write a backend](../guides/write_a_backend.md), or read
-# [the paper beside the code](../companion.md). Next:
-# [one request through the server](13_one_request_through_the_server.md).
+# ### What next
+#
+# That is the whole engine. From here:
+#
+# - **Write it yourself.** Each of the [labs](labs/index.md) takes one part of the library out, and
+#   tests yours in its place. Begin with [lab 1](labs/01.md), or lower the latency of a server in
+#   [lab 9](labs/09.md).
+# - **Read vLLM.** [From here to vLLM](../from_here_to_vllm.md) names the counterpart of each class.
+# - **Go beyond one process.** Chapter 13 puts the engine behind a server, and
+#   [chapter 14](14_cut_a_model_in_two.md) divides a model among several ranks.
+# - **Read on.** [Sarathi-Serve](https://arxiv.org/abs/2403.02310) mixes chunks of prompts with
+#   decodes in one step, [SGLang](https://arxiv.org/abs/2312.07104) keeps shared prefixes in a radix
+#   tree, and [DistServe](https://arxiv.org/abs/2401.09670) computes prompts and decodes on
+#   different GPUs.
+# - **Use it.** [Run your own model](../guides/run_your_model.md),
+#   [write a backend](../guides/write_a_backend.md), or read
+#   [the paper beside the code](../companion.md).
+#
+# Next: [one request through the server](13_one_request_through_the_server.md).
