@@ -1,12 +1,15 @@
 # %% [markdown]
 # # 13. One request through the server
 #
-# An engine needs one thread. A server has many clients, who come when they like, read slowly and
+# An engine needs one thread, and a server has many clients, who arrive at any time, read slowly and
 # leave early. You write the server between the two, and measure where the time of a request goes.
+#
+# **Needs** [chapter 6](06_continuous_batching.md), [chapter 12](12_one_tokens_journey.md) ·
+# **Time** 35 minutes · **Lab** [10, a prefix-aware router](labs/10.md)
 #
 # ## Goals
 #
-# - Why one thread owns the engine, and how everyone else talks to it.
+# - Why one thread owns the engine, and how all other threads talk to it.
 # - What happens to the blocks of a client who leaves.
 # - What the time to first token consists of, and what grows when more clients arrive.
 # - Why a server must refuse requests before it runs out of memory.
@@ -14,7 +17,8 @@
 # ## Invariants
 #
 # 1. Only one thread calls the engine.
-# 2. A client who leaves gives all blocks back, and nothing more is computed for them.
+# 2. When a client leaves, all blocks of its request are freed, and no more tokens are computed for
+#    it.
 # 3. A slow reader delays no other client.
 # 4. The tokens are those of the engine without a server.
 #
@@ -30,10 +34,10 @@
 # ## Build it: a server of your own
 #
 # `LLMEngine` may be called by one thread at a time, and a step takes milliseconds. If every
-# client's thread called it, all would wait for each other's steps. So one thread owns the engine.
-# It steps as long as there are requests. Everyone else leaves messages in its inbox, and it reads
-# the inbox between two steps. What a step gives goes into a queue per request, where a client's
-# thread finds it.
+# client's thread called it, each would wait for the steps of all others. So one thread owns the
+# engine, and steps as long as there are requests. All other threads put messages into its inbox,
+# which it reads between two steps. The results of a step go into one queue per request, from which
+# the client's thread takes them.
 #
 # ```mermaid
 # flowchart LR
@@ -42,8 +46,8 @@
 #     thread1 -->|add, abort| inbox
 #     thread2 -->|add, abort| inbox
 #     inbox --> engine[engine thread]
-#     engine -->|what is new| thread1
-#     engine -->|what is new| thread2
+#     engine -->|new tokens| thread1
+#     engine -->|new tokens| thread2
 # ```
 
 # %%
@@ -66,9 +70,9 @@ class EngineThread(threading.Thread):
     def __init__(self, llm: LLM) -> None:
         super().__init__(daemon=True)
         self.engine = llm.engine
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # calls, to be made between two steps
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # calls to make between two steps
         self.readers: dict[str, queue.SimpleQueue] = {}
-        self.num_tokens = 0  # that were computed so far
+        self.num_tokens = 0  # computed so far
         self.start()
 
     def run(self) -> None:
@@ -94,7 +98,7 @@ class EngineThread(threading.Thread):
 
 
 class CarelessHandler(BaseHTTPRequestHandler):
-    """One thread per client: sends each piece of text as soon as it is there."""
+    """One thread per client: sends each piece of text as soon as it arrives."""
 
     numbers = count()
     engine: EngineThread
@@ -127,8 +131,9 @@ class CarelessHandler(BaseHTTPRequestHandler):
 
 
 # %% [markdown]
-# That is a complete server: `data: {...}` and an empty line is the format of server-sent events,
-# which OpenAI's protocol uses for streams. A client sends a prompt and notes when each event comes.
+# That is a complete server. The format of server-sent events is `data: {...}` and an empty line;
+# OpenAI's protocol uses it for streams. A client sends a prompt and records when each event
+# arrives.
 
 # %%
 
@@ -175,7 +180,7 @@ print(f"first text after {1000 * client.times[0]:.0f} ms, {len(client.times)} ev
 # %% [markdown]
 # ### A client leaves
 #
-# Now a client asks for 200 tokens, reads one and closes the connection.
+# Now a client asks for 200 tokens, reads one, and closes the connection.
 
 
 # %%
@@ -193,8 +198,8 @@ server.shutdown()
 print(f"{careless} tokens were computed for a client who had left after one")
 
 # %% [markdown]
-# The server noticed, when it could not write any more, and did nothing about it. The request kept
-# its blocks to the end, and the real clients waited for them. One line mends it:
+# The server noticed when a write failed, and did nothing about it. The request kept its blocks to
+# the end, while real clients waited for them. One line fixes it:
 
 
 # %%
@@ -209,22 +214,23 @@ memory = Handler.engine.engine.memory
 print(f"{careful} tokens, and {memory.num_blocks - memory.num_free} blocks are still in use")
 
 # %% [markdown]
-# It is more than one token, because the network holds what nobody reads, and the server finds out
-# only when it writes again. A server that is still computing a long prompt does not write at all,
-# so the library's server also listens for the end of the connection. Its engine thread is this
-# one, in asyncio's form:
+# It is more than one token, because the network buffers what the client does not read, and the
+# server finds out only when it writes again. A server that is still computing a long prompt does
+# not write at all, so the library's server also watches for the end of the connection. Its engine
+# thread is like this one, written with asyncio:
 #
 # @@ minipaged.serving.async_engine.AsyncEngine._run
 #
-# It differs from yours in four things. Prompts are encoded by other threads, since a long text
-# takes longer than a step. Results that a slow reader has not fetched are merged into one, so
-# they need no more memory than the text itself. The event loop is woken once for all clients. And
-# if a step raises, every open request ends with an error instead of hanging.
+# It differs from yours in four ways. Other threads encode the prompts, since a long text takes
+# longer than a step. Results that a slow reader has not fetched are merged into one, so they need
+# no more memory than the text itself. The event loop is woken once for all clients. And if a step
+# raises, every open request ends with an error instead of hanging.
 #
 # ### Where the time of a request goes
 #
-# The rest of the chapter measures the library's server, in a process of its own. It says how long
-# requests waited, computed their prompts and decoded in `/metrics`; the client measures the whole.
+# The rest of the chapter measures the library's server, in a separate process (it needs
+# `pip install -e ".[serve]"`). Its `/metrics` page reports how long requests waited, how long their
+# prompts were computed, and how long they decoded. The client measures the total.
 
 # %%
 import subprocess
@@ -241,7 +247,7 @@ real_port = int(ready.split(";")[0].rsplit(":", 1)[1])
 
 
 def seconds_by_part(port: int) -> dict[str, float]:
-    """What all requests together have spent on each part, by /metrics."""
+    """Seconds that all requests together have spent on each part, from /metrics."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
@@ -251,7 +257,7 @@ def seconds_by_part(port: int) -> dict[str, float]:
     return {part: found[f"vllm:request_{part}_time_seconds_sum"] for part in parts}
 
 
-# %% Where the milliseconds of a request go, for three lengths of prompt
+# %% Milliseconds of a request by part, for three prompt lengths
 import drawing
 
 from minipaged.evaluation.stories import tell
@@ -265,7 +271,7 @@ for length, text in texts.items():
     repeats = 5
     Client(real_port, text[::-1][:40])  # warm up
     before, whole = seconds_by_part(real_port), 0.0
-    for number in range(repeats):  # another first word each time: no prefix is cached
+    for number in range(repeats):  # each time with another first word, so that no prefix is cached
         whole += Client(real_port, f"{number} {text}").times[-1]
     after = seconds_by_part(real_port)
     spent = {part: 1000 * (after[part] - before[part]) / repeats for part in after}
@@ -284,21 +290,20 @@ axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=4, fontsize=8)
 
 # %% [markdown]
 # The time to first token (TTFT) is everything before the decode: sending and reading HTTP, encoding
-# the prompt, waiting, computing the prompt. On an idle server there is no waiting, and a longer
-# prompt means more prefill. The decode is the number of tokens times the length of a step.
+# the prompt, waiting, and computing the prompt. On an idle server there is no waiting, and a longer
+# prompt means more prefill. The decode takes the number of tokens times the time of a step.
 #
 # ### More clients
 #
-# Now 1 to 32 clients who come together. Each needs its own prompt computed, but the decodes of all
-# of them share every step (chapter 6).
-
+# Now 1 to 32 clients arrive together. Each needs its own prompt computed, but the decodes of all of
+# them share every step (chapter 6).
 
 # %%
 seeds = count(1000)
 
 
 def together(port: int, number: int, max_tokens: int = 48) -> list[Client]:
-    """Clients who arrive at the same time, each with a prompt that nobody has sent before."""
+    """Clients who arrive at the same time, each with a new prompt."""
     clients: list[Client] = []
 
     def ask(prompt: str) -> None:
@@ -313,7 +318,7 @@ def together(port: int, number: int, max_tokens: int = 48) -> list[Client]:
     return clients
 
 
-# %% Time to first token and tokens per second for more and more clients at once
+# %% Time to first token and tokens per second, by number of clients at once
 crowds = (1, 2, 4, 8, 16, 32)
 first: list[float] = []
 speed: list[float] = []
@@ -340,9 +345,9 @@ print("exit code after SIGTERM:", process.wait())
 # %% [markdown]
 # ### Too many clients
 #
-# A queue without an end does not help anyone: who comes last waits for minutes, and the prompts of
-# all that wait fill the memory. So the server has a limit, and answers the rest at once with status
-# 429. Clients of OpenAI's API know it, wait a little and try again.
+# An unbounded queue helps no client: the last one waits for minutes, and the prompts of all waiting
+# requests fill the memory. So the server has a limit, and answers further requests at once with
+# status 429. Clients of OpenAI's API handle it: they wait a little and try again.
 
 # %%
 limits = ["--max-num-seqs", "8", "--max-queued", "8", "--num-blocks", "512"]
@@ -360,10 +365,9 @@ process.wait()
 # %% [markdown]
 # ## Check
 #
-# Rule 4: the texts of your server are those of the engine without a server, also with eight
-# clients at once. Rule 2: after an early leave, all blocks are back, and the careless server is
-# caught. Rule
-# 3: a client who does not read for a while delays nobody.
+# Invariant 4: the texts of your server are those of the engine without a server, even with eight
+# clients at once. Invariant 2: after an early leave, all blocks are free again, and the careless
+# server is caught. Invariant 3: a client who does not read for a while delays no other.
 
 # %%
 seeds = count(2000)
@@ -376,8 +380,8 @@ print("the texts of the engine without a server")
 
 assert memory.num_free == memory.num_blocks, "a block was lost"
 assert careless == 200, "the careless server computes all of them"
-assert careful < 200, "the mended one stops"
-print("a client who leaves gives the blocks back")
+assert careful < 200, "the fixed one stops"
+print("a client who leaves frees the blocks")
 
 slow = http.client.HTTPConnection("127.0.0.1", port)
 body = json.dumps({"prompt": "Once upon a time", "max_tokens": 200})
@@ -386,15 +390,88 @@ quick = Client(port, "Theo the frog", max_tokens=8)
 assert quick.times[-1] < 5
 slow.close()
 server.shutdown()
-print(f"beside a client who reads nothing, 8 tokens took {1000 * quick.times[-1]:.0f} ms")
+print(f"while another client reads nothing, 8 tokens took {1000 * quick.times[-1]:.0f} ms")
 
 # %% [markdown]
+# ### Exercise: TTFT and TPOT
+#
+# Two figures describe a stream: the time to first token (TTFT), and the *time per output token*
+# (TPOT) after the first. The first token pays for waiting and for the prompt, the others for one
+# step each. Compute both from what a client sees: for each chunk, the seconds since the request was
+# sent, and the number of tokens in it. A chunk has several tokens if the server merged them for a
+# slow reader. With a single token there is no TPOT: return None.
+
+
+# %%
+def latencies(chunks: list[tuple[float, int]]) -> tuple[float, float | None]:
+    """(seconds since the request was sent, tokens) of each chunk -> TTFT and TPOT, in seconds."""
+    first, last = chunks[0][0], chunks[-1][0]
+    return first, last / len(chunks)  # your turn
+
+
+# %%
+from minipaged.evaluation.bench.serve_client import Served
+from minipaged.evaluation.bench.serve_load import LoadRequest
+
+
+def milliseconds(pair: tuple[float, float | None] | None) -> str:
+    if pair is None:
+        return "nothing"
+    return " and ".join("None" if each is None else f"{1000 * each:.2f} ms" for each in pair)
+
+
+def check_exercise(latencies) -> bool:
+    """Compare with what `minipaged bench serve` reports."""
+    streams = {
+        "one token per chunk": [(0.10, 1), (0.12, 1), (0.14, 1), (0.16, 1)],
+        "merged chunks": [(0.10, 1), (0.16, 3), (0.20, 2)],
+        "two tokens first": [(0.30, 2), (0.39, 2)],
+        "a single token": [(0.05, 1)],
+        "a real stream": [(seconds, 1) for seconds in client.times],
+    }
+    solved = True
+    for name, chunks in streams.items():
+        request = LoadRequest(arrival=0, prompt=[], output_len=sum(size for _, size in chunks))
+        served = Served(request, due=0.0, chunk_times=[seconds for seconds, _ in chunks])
+        yours, expected = milliseconds(latencies(chunks)), milliseconds((served.ttft, served.tpot))
+        print(f"{name:20} yours: {yours}, expected: {expected}")
+        solved = solved and yours == expected
+    return solved
+
+
+print("solved" if check_exercise(latencies) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# From the first chunk to the last, how much time passes, and how many tokens follow the first one?
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# Divide the time after the first chunk by the number of tokens after the first token. Chunks do not
+# matter: the same tokens in fewer chunks are not faster.
+#
+# ```python
+# def latencies(chunks: list[tuple[float, int]]) -> tuple[float, float | None]:
+#     """(seconds since the request was sent, tokens) of each chunk -> TTFT and TPOT, in seconds."""
+#     first, last = chunks[0][0], chunks[-1][0]
+#     after_first = sum(num_tokens for _, num_tokens in chunks) - 1
+#     return first, (last - first) / after_first if after_first else None
+# ```
+#
+# Including the wait for the first token would make TPOT worse the longer the prompt is. The gaps
+# between chunks are another figure, the *inter-token latency* (ITL).
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # The careless server computes all 200 tokens. Thirty-two clients wait several times as long as one,
-# because 32 prompts have to be computed, but not 32 times as long: several prompts share a step. Of
-# forty clients, those beyond the limit are refused at once, with status 429. That may be more than
-# 24, because all who arrive within one step wait for its end.
+# because 32 prompts have to be computed, but not 32 times as long, because several prompts share a
+# step. Of forty clients, those beyond the limit are refused at once, with status 429. It may be
+# more than 24 of them, because all who arrive within one step wait for its end.
 #
 # </details>
 #
@@ -405,7 +482,8 @@ print(f"beside a client who reads nothing, 8 tokens took {1000 * quick.times[-1]
 # <details markdown="1"><summary>Answer</summary>
 #
 # It runs in another thread, and the engine may be in the middle of a step whose tables refer to the
-# request's blocks (rule 1). A lock would also work, but the handler would wait for a whole step.
+# request's blocks (invariant 1). A lock would also work, but the handler would wait for a whole
+# step.
 #
 # </details>
 #
@@ -414,18 +492,19 @@ print(f"beside a client who reads nothing, 8 tokens took {1000 * quick.times[-1]
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A thread costs memory and has to be woken for each token. After a step with 256 sequences the
-# engine would wake 256 threads; the event loop is woken once. Python's threads also take turns with
-# the engine's thread for the interpreter, so every wake-up slows the next step down.
+# A thread costs memory and has to be woken for each token. After a step with 256 sequences, the
+# engine would wake 256 threads; the event loop is woken once. Python's threads also compete with
+# the engine's thread for the interpreter, so every wake-up slows down the next step.
 #
 # </details>
 #
-# **Why does the server count prompts that wait, and not clients that are connected?**
+# **Why does the server limit waiting prompts, and not connected clients?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A connection costs little; a prompt that waits holds its tokens, and everyone behind it waits
-# longer. With parallel sampling one client may ask for several sequences, and each counts.
+# A connection costs little. A waiting prompt keeps its tokens in memory, and makes all later
+# requests wait longer. With parallel sampling, one client may ask for several sequences, and each
+# counts.
 #
 # </details>
 #
@@ -434,8 +513,8 @@ print(f"beside a client who reads nothing, 8 tokens took {1000 * quick.times[-1]
 # <details markdown="1"><summary>Answer</summary>
 #
 # The engine is as it was before the step, so the same step would most likely raise again, forever,
-# while clients wait. They get an error, `/health` says 503, and the process ends, so that whatever
-# supervises it starts a new one.
+# while clients wait. Instead they get an error, `/health` returns 503, and the process ends, so
+# that its supervisor starts a new one.
 #
 # </details>
 #
@@ -447,4 +526,7 @@ print(f"median TTFT of 32 clients: {first[-1] / first[0]:.1f} times that of one"
 print(f"tokens per second with 32 clients: {speed[-1] / speed[0]:.1f} times as many")
 
 # %% [markdown]
+# With several servers, a router decides which one gets a request: write it in [lab 10](labs/10.md).
+# To run the library's server, see [Serve a model](../guides/serve_a_model.md).
+#
 # Next: [cut a model in two](14_cut_a_model_in_two.md), for several devices.
