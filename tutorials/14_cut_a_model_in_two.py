@@ -1,9 +1,12 @@
 # %% [markdown]
 # # 14. Cut a model in two
 #
-# A model that one device cannot hold is divided among several, inside each layer. You cut a layer
-# and add up its parts. Then the whole model runs in two processes, with one scheduler and one block
-# table.
+# If no single device can hold a model, each of its layers is divided among several devices. You cut
+# a layer and add up its parts. Then the whole model runs in two processes, with one scheduler and
+# one block table.
+#
+# **Needs** [chapter 5](05_models_on_pages.md), [chapter 12](12_one_tokens_journey.md) · **Time** 45
+# minutes · **Lab** [11, cut a model in two](labs/11.md)
 #
 # ## Goals
 #
@@ -15,7 +18,7 @@
 # ## Invariants
 #
 # 1. The ranks together compute what one rank computes, and generate the same tokens.
-# 2. A rank stores its part of the weights and the keys and values of its own heads, and no more.
+# 2. A rank stores only its part of the weights, and the keys and values of its own heads.
 # 3. All ranks make the same collectives, in the same order.
 # 4. A block has the same number on every rank, and one scheduler decides for all of them.
 #
@@ -24,26 +27,26 @@
 # The embedded model has 4 layers, a hidden size of 256, and 4 query heads over 2 KV heads of 64
 # elements. Elements have 4 bytes, and blocks have 16 slots. It runs on two ranks.
 #
-# - How many times do the ranks add up tensors in one step, and how many bytes does each rank put
-#   into these sums in a step that decodes one token?
+# - How many times do the ranks add up tensors in one step? How many bytes does each rank contribute
+#   to these sums in a step that decodes one token?
 # - How many numbers must the scheduler send to the ranks for such a step?
 # - Each rank has 1 MiB for keys and values. How many blocks does the pool have with one rank, with
 #   two, and with four?
 #
-# ## Build it
+# ## Build it: cuts and ranks
 #
 # ### Why cut
 #
 # In half precision, a model of 70 billion parameters takes 141 GB, and an H100 has 80. There are
-# two ways to divide it. *Pipeline parallelism* gives each device some of the layers. A token then
+# two ways to divide it. *Pipeline parallelism* gives each device some of the layers, and a token
 # passes through one device after another. *Tensor parallelism* gives each device, a *rank*, a part
-# of every matrix. All ranks then work on the same token at the same time. The paper serves OPT-66B
+# of every matrix, and all ranks work on the same token at the same time. The paper serves OPT-66B
 # on four GPUs and OPT-175B on eight in this way (section 4.6), with the cuts of
 # [Megatron-LM](https://arxiv.org/abs/1909.08053).
 #
-# A rank also keeps a part of the KV cache: the keys and values of its own heads. So a token takes
-# less memory on each rank, and the weights leave more room for it. Here are both effects, computed
-# from the sizes of Llama 3 70B:
+# A rank also keeps a part of the KV cache: the keys and values of its own heads. A token takes less
+# memory on each rank, and the weights leave more room for it. Here are both effects, computed from
+# the sizes of Llama 3 70B:
 
 # %% Left: what each of N GPUs of 80 GB holds of Llama 3 70B; right: tokens in the pool
 import drawing
@@ -73,13 +76,13 @@ for size, each, room in zip(sizes, kv_bytes, tokens, strict=True):
 # %% [markdown]
 # One GPU cannot hold the weights. Two hold them and little else. With 4 ranks the pool has room for
 # 52 times as many tokens as with 2. From 8 to 16 ranks it hardly grows: Llama 3 70B has 8 KV heads,
-# so with 16 ranks each KV head is stored on two of them. It is *replicated*, and a token takes as
-# much memory on each rank as with 8. (Memory for activations is left out.)
+# so with 16 ranks each KV head is *replicated*, that is, stored on two of them. A token then takes
+# as much memory on each rank as with 8. (Memory for activations is left out.)
 #
 # ### A layer to cut
 #
-# We take the first layer of the embedded model, and note what its two halves receive and return
-# while the model computes a prompt. The sums of your parts must equal that.
+# We take the first layer of the embedded model, and record the inputs and outputs of its two halves
+# while the model computes a prompt. The sums of your parts must equal these outputs.
 
 # %%
 from functools import partial
@@ -112,11 +115,11 @@ print("attention gets", list(x.shape), "and returns", list(whole.shape))
 # A linear layer computes $y = xA$. There are two ways to cut $A$ between two ranks.
 #
 # *By columns*: a rank has some of the outputs. It needs all of $x$. The ranks' outputs, one after
-# the other, are $y$. Nothing is added up, so nothing has to be exchanged.
+# the other, are $y$. No sum is needed, and no exchange.
 #
-# *By rows*: a rank has some of the inputs, and needs only those elements of $x$. It computes a
-# part of every output, and the sum over all ranks is $y$. This sum is an *all-reduce*: each rank
-# gives a tensor, and each rank gets the sum.
+# *By rows*: a rank has some of the inputs, and needs only those elements of $x$. It computes a part
+# of every output, and the sum over all ranks is $y$. This sum is an *all-reduce*: each rank
+# contributes a tensor, and each rank gets the sum.
 #
 # $$
 # x \begin{pmatrix} A_0 & A_1 \end{pmatrix} = \begin{pmatrix} x A_0 & x A_1 \end{pmatrix},
@@ -126,7 +129,7 @@ print("attention gets", list(x.shape), "and returns", list(whole.shape))
 # $$
 #
 # PyTorch stores $A^T$, one row per output, so a cut by columns is a cut of dimension 0 of `weight`.
-# The ranks are in one process for now. A list has an item per rank, and `sum` is the all-reduce:
+# For now, all ranks are in one process: a list has one item per rank, and `sum` is the all-reduce.
 
 
 # %%
@@ -141,13 +144,13 @@ def cut_rows(weight: Tensor, num_ranks: int) -> list[Tensor]:
 
 
 def all_reduce(summands: list[Tensor]) -> Tensor:
-    """What every rank gets: the sum of what all of them give."""
+    """What every rank gets: the sum of the tensors of all ranks."""
     return torch.stack(summands).sum(dim=0)
 
 
 torch.manual_seed(0)
-up, up_bias = torch.randn(1024, 256) / 16, torch.randn(1024)
-down, down_bias = torch.randn(256, 1024) / 32, torch.randn(256)
+up = torch.randn(1024, 256) / 16
+down = torch.randn(256, 1024) / 32
 
 halves = [F.linear(x, part) for part in cut_columns(up, 2)]  # [tokens, 512] each
 print("by columns:", [list(half.shape) for half in halves], "one after the other")
@@ -161,10 +164,11 @@ assert torch.allclose(all_reduce(summands), F.linear(x, up), atol=1e-5)
 # %% [markdown]
 # ### A pair of cuts: the feed-forward
 #
-# The feed-forward of OPT and GPT-2 is `down(relu(up(x)))`. Cut `up` by columns: each rank has some
-# of its outputs. The activation works on each element alone, so each rank applies it to what it
-# has. These are exactly the inputs that `down`, cut by rows, needs on that rank. In the middle, the
-# widest place of the model, nothing is exchanged. At the end there is one all-reduce.
+# The feed-forward of OPT and GPT-2 is `down(relu(up(x)))`. (GPT-2 has a GELU for the ReLU. Both
+# models have biases, which [lab 11](labs/11.md) handles.) Cut `up` by columns: each rank has some
+# of its outputs. The activation works on each element alone, so each rank applies it to its own
+# elements. These are exactly the inputs that `down`, cut by rows, needs on that rank. In the
+# middle, where the model is widest, nothing is exchanged. At the end there is one all-reduce.
 #
 # ```mermaid
 # flowchart LR
@@ -180,18 +184,16 @@ assert torch.allclose(all_reduce(summands), F.linear(x, up), atol=1e-5)
 
 # %%
 def feed_forward(x: Tensor, num_ranks: int) -> Tensor:
-    """The feed-forward of all ranks. Each uses its parts only, up to the sum."""
-    ups, up_biases = cut_columns(up, num_ranks), cut_columns(up_bias, num_ranks)
+    """The feed-forward of all ranks. Until the sum, each uses its own parts only."""
     summands = []
-    for rank, part in enumerate(cut_rows(down, num_ranks)):
-        inner = F.relu(F.linear(x, ups[rank], up_biases[rank]))  # [tokens, 1024 / ranks]
-        bias = down_bias if rank == 0 else None  # the sum has it once
-        summands.append(F.linear(inner, part, bias))
+    for own_up, own_down in zip(cut_columns(up, num_ranks), cut_rows(down, num_ranks), strict=True):
+        inner = F.relu(F.linear(x, own_up))  # [tokens, 1024 / ranks]
+        summands.append(F.linear(inner, own_down))
     return all_reduce(summands)  # [tokens, 256]
 
 
 for num_ranks in (1, 2, 4):
-    at_once = F.linear(F.relu(F.linear(x, up, up_bias)), down, down_bias)
+    at_once = F.linear(F.relu(F.linear(x, up)), down)
     difference = (feed_forward(x, num_ranks) - at_once).abs().max()
     assert difference < 1e-4
     print(f"ranks: {num_ranks}  difference to the whole {difference:.0e}")
@@ -202,31 +204,31 @@ for num_ranks in (1, 2, 4):
 # ### The same pair in attention
 #
 # Heads are groups of outputs, and each head attends alone. So a cut by columns gives each rank some
-# heads, with all that these need: their rows of the matrices for queries, keys and values, and
-# their part of the KV cache. The output matrix is cut by rows, and its all-reduce is the second of
-# the layer. With grouped-query attention a rank needs the KV heads that its query heads read. If
-# there are fewer KV heads than ranks, several ranks compute and store the same one.
+# heads and all that these need: their rows of the matrices for queries, keys and values, and their
+# part of the KV cache. The output matrix is cut by rows, and its all-reduce is the second of the
+# layer. With grouped-query attention, a rank needs the KV heads that its query heads read. If there
+# are fewer KV heads than ranks, several ranks compute and store the same one. For our model, we
+# write down by hand which rank has which heads:
 
 # %%
 from minipaged.attention.reference import causal_attention
 from minipaged.models.rope import rotate
 
-HEADS, KV_HEADS, DIM = 4, 2, 64
+DIM = 64
+HEADS = {  # by number of ranks: the query heads of each rank, and the KV heads that they read
+    1: [([0, 1, 2, 3], [0, 1])],
+    2: [([0, 1], [0]), ([2, 3], [1])],
+    4: [([0], [0]), ([1], [0]), ([2], [1]), ([3], [1])],
+}
 q_weight, k_weight, v_weight = layer.attention.qkv_proj.weight.detach().split(
     layer.attention.qkv_proj.sizes
 )
 o_weight = layer.attention.o_proj.weight.detach()
 
 
-def heads_on(rank: int, num_ranks: int) -> tuple[list[int], list[int]]:
-    """The query heads of a rank, and the KV heads that they read."""
-    heads = [head for head in range(HEADS) if head * num_ranks // HEADS == rank]
-    return heads, sorted({head * KV_HEADS // HEADS for head in heads})
-
-
 def attention_on(rank: int, num_ranks: int) -> Tensor:
-    """What a rank gives to the sum of this layer's attention: [tokens, hidden]."""
-    heads, kv_heads = heads_on(rank, num_ranks)
+    """A rank's summand of this layer's attention: [tokens, hidden]."""
+    heads, kv_heads = HEADS[num_ranks][rank]
 
     def project(weight: Tensor, which: list[int]) -> Tensor:
         mine = weight.view(-1, DIM, 256)[which].flatten(0, 1)  # [heads * dim, hidden]
@@ -241,29 +243,34 @@ for num_ranks in (1, 2, 4):
     parts = [attention_on(rank, num_ranks) for rank in range(num_ranks)]
     difference = (all_reduce(parts) - whole).abs().max()
     assert difference < 1e-4
-    who = "; ".join("q {} kv {}".format(*heads_on(rank, num_ranks)) for rank in range(num_ranks))
-    print(f"ranks: {num_ranks}  difference to the whole {difference:.0e}  {who}")
+    heads = "; ".join("q {} kv {}".format(*each) for each in HEADS[num_ranks])
+    print(f"ranks: {num_ranks}  difference to the whole {difference:.0e}  {heads}")
 
 # %% [markdown]
-# `whole` is what the library's own layer returned, reading from its paged cache. With four ranks,
-# ranks 0 and 1 both have KV head 0.
+# `whole` is the output of the library's own layer, which reads from its paged cache. With four
+# ranks, ranks 0 and 1 both have KV head 0.
 #
-# What is left is at the two ends of the model. The embedding is cut by tokens of the vocabulary:
-# each rank has some rows. A rank looks up the tokens that it has and puts zeros for all others, and
-# the all-reduce leaves each row as it is on the one rank that has it:
+# The two ends of the model remain. The embedding is cut by tokens of the vocabulary: each rank has
+# some rows. A rank looks up the tokens that it has and puts zeros for all others. In the
+# all-reduce, each row comes from the one rank that has it.
+#
+# <details markdown="1"><summary>The library's code. Spoiler: a part of lab 11, task 3</summary>
 #
 # @@ minipaged.models.parallel.VocabularyEmbedding.forward
 #
-# The output matrix is cut in the same way, so each rank computes the logits of its own tokens.
-# Only rank 0 samples, so only rank 0 needs all of them: it *gathers* them. The norms are small, and
-# every rank has them whole, as it has the hidden state `x` between the layers. The library keeps
-# all cuts in one table, by the last part of a module's name. It serves LLaMA, GPT-2 and OPT alike:
+# </details>
+#
+# The output matrix is cut in the same way, so each rank computes the logits of its own tokens. Only
+# rank 0 samples, so only rank 0 needs all of them: it *gathers* them. The norms are small, and
+# every rank has all of them, as well as the hidden state `x` between the layers. The library keeps
+# all cuts in one table, by the last part of a module's name. The same table serves LLaMA, GPT-2 and
+# OPT:
 #
 # @@ minipaged.models.parallel.CUTS
 #
 # ### One scheduler, one message per step
 #
-# Now the real thing: one argument, and the library starts a second process.
+# Now for the whole model: with one argument, the library starts a second process.
 
 # %%
 from minipaged.evaluation.stories import prompt, tell
@@ -283,17 +290,16 @@ for in_one, in_two in zip(answers["one"], answers["two"], strict=True):
     print(f"{in_two.outputs[0].text.strip():24} {'the same' if same else 'NOT the same'}")
 
 # %% [markdown]
-# This process is rank 0. It has the scheduler and the block manager, and half of each matrix. The
-# other process has half of each matrix too, and neither scheduler nor tokenizer. Each allocates a
-# pool of 256 blocks with one KV head in it. **Block 17 means block 17 on both**, with the keys and
+# This process is rank 0. It has the scheduler, the block manager, and half of each matrix. The
+# other process has the other half of each matrix, but no scheduler and no tokenizer. Each allocates
+# a pool of 256 blocks with one KV head. **Block 17 means block 17 on both**, with the keys and
 # values of the same tokens, but of different heads. That is why nothing in `memory/` and
-# `scheduler/` had to change: they deal in block numbers, and a number is right on every rank. The
-# tables of the scheduler are not even copied as a whole. Each step begins with one broadcast of
-# plain numbers, the paper's *control message*:
+# `scheduler/` had to change: they work with block numbers, which mean the same on every rank. Each
+# step begins with one broadcast of plain numbers, the paper's *control message*:
 #
 # @@ minipaged.worker.executor.MultiExecutor.run
 #
-# A worker waits for it, and then runs what rank 0 runs:
+# A worker waits for it, and then runs the same step as rank 0:
 #
 # @@ minipaged.worker.process.work
 #
@@ -314,15 +320,15 @@ for number in (0, 1, 2, 10):
     print(f"step {number + 1:2}: {messages[number]}")
 
 # %% [markdown]
-# First comes 0, for "a step". The next four numbers say how many blocks are swapped out, swapped in
-# and copied, and how many sequences there are. Then for each sequence: its id, how many tokens are
-# in the cache, how many rows of logits are wanted, and three counts, of new tokens, of blocks that
-# the receiver knows, and of new blocks; then the tokens and the blocks. The first message has the
-# prompt and its block. In most others there is one token and no block. Step 11 brings a block,
-# because 16 tokens have filled the first one.
+# The first number is 0, for "a step". The next four count the blocks to swap out, swap in and copy,
+# and the sequences. Then, for each sequence: its id, how many tokens are in the cache, how many
+# rows of logits are wanted, and three counts, of new tokens, of blocks that the receiver has
+# already, and of new blocks; then the tokens and the blocks. The first message has the prompt and
+# its block. Most others have one token and no block. Step 11 adds a block, because 16 tokens have
+# filled the first one.
 #
-# So a block table is sent as a difference. It would be right to send it whole in every step, and
-# simpler. Here is what that would take for four new stories of such lengths:
+# So a block table is sent as a difference. It would be simpler to send all of it in every step.
+# Here is what that would take for four new stories of these lengths:
 
 # %% Numbers in each control message, with block tables as differences and whole
 from minipaged.worker.message import StepDecoder, StepEncoder
@@ -347,15 +353,14 @@ print("decode steps:", differences[2:7], "numbers instead of", whole_sizes[2:7])
 # %% [markdown]
 # The prompts need two steps, since a step computes at most 512 tokens here; these two messages are
 # higher than the picture. After them, each sequence has seven numbers in a message, and one more
-# when it gets a block. A table has one number for every 16
-# tokens, so the table of a sequence of 100,000 tokens would have 6,250. (On the wire each message
-# has at least 4 kB: a receiver must know how much comes, and one broadcast of fixed size is quicker
-# than two.)
+# when it gets a block. A whole table has one number per 16 tokens, so the table of a sequence of
+# 100,000 tokens would have 6,250. (On the wire, each message has at least 4 kB: the receiver must
+# know how much comes, and one broadcast of fixed size is quicker than two.)
 #
 # ### What crosses between the ranks
 #
 # After the message, the scheduler takes no part until the step ends. The ranks wait for each other
-# in the sums only. We count them, and their bytes, in a step that decodes four tokens:
+# only in the sums. We count them, and their bytes, in a step that decodes four tokens:
 
 # %%
 reduced: list[int] = []
@@ -384,13 +389,13 @@ while two.engine.has_unfinished_requests():
     two.engine.step()
 
 # %% [markdown]
-# Two all-reduces per layer and one for the embedding, $2 \cdot 4 + 1 = 9$, each of one row of 256
-# elements per token. No key, no value and no weight ever crosses. That is what makes the cut
+# There are two all-reduces per layer and one for the embedding, $2 \cdot 4 + 1 = 9$. Each has one
+# row of 256 elements per token. No key, value or weight ever crosses. That is what makes the cut
 # affordable: the sums grow with the tokens of the *step*, and not with the length of the sequences.
 #
 # ### Where the time of a step goes
 #
-# Each rank measures its own steps. `report()` collects them:
+# Each rank measures its own steps, and `report()` collects the times:
 
 # %% Milliseconds of a decode step of 16 sequences, on one rank and on each of two
 stats = []
@@ -406,7 +411,7 @@ def decode_steps(llm: LLM, num_steps: int = 24) -> float:
         llm.engine.add_request(str(number), text, request)
     llm.engine.step()  # all prompts
     if llm is two:
-        two.engine.executor.report()  # what was before does not count
+        two.engine.executor.report()  # discard the times of earlier steps
     stats.clear()
     while llm.engine.has_unfinished_requests():
         llm.engine.step()
@@ -439,16 +444,17 @@ for name, each in spent.items():
     print(f"{name:11}", ", ".join(f"{part} {value:.2f} ms" for part, value in each.items()))
 
 # %% [markdown]
-# On most machines two ranks are slower than one here. This model is far too small to cut: half of a
-# matrix is multiplied in little less time than all of it, and each sum takes longer than that,
-# because two processes have to meet. (An all-reduce also contains the wait for the slower rank.)
-# *Waiting* is the time in which rank 1 has nothing to do, because rank 0 samples and schedules.
+# On most machines, two ranks are slower than one here. This model is far too small to cut:
+# multiplying with half of a matrix takes little less time than with all of it, and each sum takes
+# longer than that, because two processes have to meet. (An all-reduce also contains the wait for
+# the slower rank.) *Waiting* is the time in which rank 1 has nothing to do, because rank 0 samples
+# and schedules.
 #
 # With a large model it is the other way around. A decode step of Llama 3 70B reads 141 GB of
-# weights. At an H100's bandwidth that takes 42 ms; if four of them read 35 GB each, it takes 11 ms.
-# The 161 all-reduces of a step cost about 20 microseconds each over NVLink, 3 ms together. These
-# figures are computed from published ones ([several GPUs](../paper.md#several-gpus)). **The library
-# has not run on several GPUs.** The code for NCCL is there, and its speed is unmeasured.
+# weights. At an H100's bandwidth that takes 42 ms; with four ranks that read 35 GB each, it takes
+# 11 ms. The 161 all-reduces of a step cost about 20 microseconds each over NVLink, 3 ms together.
+# These figures are computed from published ones ([several GPUs](../paper.md#several-gpus)). **The
+# library has not run on several GPUs.** It has the code for NCCL, but its speed is unmeasured.
 #
 # ### What is lost with a rank
 #
@@ -472,18 +478,18 @@ except WorkerLost as error:
 print(lost)
 
 # %% [markdown]
-# With the rank, half of every key and value is gone, of all requests, and half of every matrix.
-# Rank 0 still has the block tables, but in each block half of the heads is missing. So there is
-# nothing to repair. This engine runs no further step; you build a new one, and the prompts are
-# computed again. A server answers every open request with an error and ends, so that its supervisor
-# starts it anew. The other way round, a worker ends with rank 0, however that ends: no process is
-# left over.
+# With the rank, half of every key and value of all requests is lost, and half of every matrix. Rank
+# 0 still has the block tables, but in each block half of the heads is missing, and nothing can be
+# repaired. This engine runs no further step. You build a new one, and the prompts are computed
+# again. A server answers every open request with an error and ends, so that its supervisor restarts
+# it. In the other direction, a worker ends whenever rank 0 ends, for any reason: no process is left
+# over.
 #
 # ## Check
 #
-# Rule 1: in a small pool, where requests are preempted and swapped, two ranks and four generate the
-# tokens of one. Rule 2: each of two has half of the pool and of the matrices. Rule 4: what the
-# worker decodes is the step of rank 0, block tables included.
+# Invariant 1: in a small pool, where requests are preempted and swapped, two ranks and four
+# generate the tokens of one. Invariant 2: each of two has half of the pool and of the matrices.
+# Invariant 4: the worker decodes exactly the step of rank 0, including block tables.
 
 
 # %%
@@ -511,10 +517,10 @@ assert served[2][2] == served[4][2] == served[1][2] // 2
 decoder, encoder = StepDecoder(), StepEncoder()
 assert all(decoder.decode(encoder.encode(step)) == step for step in steps)
 assert "SIGKILL" in lost
-print("the same tokens, half of the pool, and the same steps on both sides")
+print("the same tokens, half of the pool, and the same steps on both ranks")
 
 # %% [markdown]
-# Four mistakes, on your own layer. Each one runs without an error, so only the numbers show it.
+# Three mistakes, on your own layer. Each one runs without an error, so only the numbers show it.
 
 
 # %%
@@ -523,22 +529,16 @@ def error_of(answer: Tensor, right: Tensor) -> float:
 
 
 right = feed_forward(x, 1)
-inner = [F.linear(x, *each) for each in zip(up.chunk(2), up_bias.chunk(2), strict=True)]
+inner = [F.linear(x, part) for part in cut_columns(up, 2)]
 downs = cut_rows(down, 2)
-bias_twice = all_reduce(
-    [F.linear(h.relu(), d, down_bias) for h, d in zip(inner, downs, strict=True)]
-)
-no_sum = F.linear(inner[0].relu(), downs[0], down_bias)
+no_sum = F.linear(inner[0].relu(), downs[0])
 shares = zip(x.chunk(2, dim=1), cut_rows(up, 2), strict=True)
 rows_first = all_reduce([F.linear(share, part).relu() for share, part in shares])
-swapped = (
-    all_reduce([F.linear(h.relu(), d) for h, d in zip(inner, downs[::-1], strict=True)]) + down_bias
-)
+swapped = all_reduce([F.linear(h.relu(), d) for h, d in zip(inner, downs[::-1], strict=True)])
 mistakes = {
-    "the bias on both ranks": error_of(bias_twice, right),
     "no all-reduce": error_of(no_sum, right),
     "relu before the sum": error_of(rows_first, F.linear(x, up).relu()),
-    "parts of two ranks exchanged": error_of(swapped, right),
+    "parts of two ranks swapped": error_of(swapped, right),
 }
 for name, error in mistakes.items():
     print(f"{name:28} off by {error:.0%}")
@@ -547,10 +547,10 @@ for name, error in mistakes.items():
 # %% [markdown]
 # ### Exercise: a merged matrix
 #
-# LLaMA and Qwen have a *gated* feed-forward: `down(silu(gate(x)) * up(x))`. The library keeps
-# `gate` and `up` as one matrix, `gate_up_proj`, with `gate` above `up`: one product instead of two.
-# Here it is cut like `up` before, and the answer is wrong. Which rows does each rank need? Change
-# the body of `cut_gate_up`, and run this cell and the next one again.
+# LLaMA and Qwen have a *gated* feed-forward: `down(silu(gate(x)) * up(x))`. The library merges
+# `gate` and `up` into one matrix, `gate_up_proj`, with `gate` above `up`, so that one product
+# computes both. Here it is cut like `up` before, and the result is wrong. Which rows does each rank
+# need? Change the body of `cut_gate_up`, and run this cell and the next one again.
 
 
 # %%
@@ -591,10 +591,17 @@ def check_exercise(cut) -> bool:
 print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 
 # %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# Element $i$ of `silu(gate(x))` is multiplied by element $i$ of `up(x)`. Both must be on the same
+# rank. What does rank 0 have if you simply take the upper half?
+#
+# </details>
+#
 # <details markdown="1"><summary>Solution</summary>
 #
-# Cut in two, rank 0 would have all of `gate` and rank 1 all of `up`. Each rank needs its share of
-# both, the same units of each:
+# Simply cut in two, rank 0 would have all of `gate` and rank 1 all of `up`. Each rank needs its
+# share of both, the same rows of each:
 #
 # ```python
 # def cut_gate_up(weight: Tensor, num_ranks: int) -> list[Tensor]:
@@ -625,8 +632,8 @@ print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# 900. The scheduler hands out block numbers, and each number must exist on every rank. Before the
-# first step the ranks agree on the least; the rest of the larger memory stays empty.
+# 900. The scheduler allocates block numbers, and each number must exist on every rank. Before the
+#      first step, the ranks agree on the minimum; the rest of the larger memory stays empty.
 #
 # </details>
 #
@@ -636,9 +643,9 @@ print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # All ranks would need the same random numbers, the same stop conditions and the same logits to the
-# last bit. If one of them drew another token once, its keys and values would belong to another
-# text, and nothing would report it. The tokens are a few bytes, and rank 0 must have them anyway.
-# It also decides which sequences end and whose blocks are free.
+# last bit. If one of them sampled another token once, its keys and values would belong to another
+# text, and nothing would report it. The tokens are a few bytes, and rank 0 must have them anyway,
+# to decide which sequences end and whose blocks are free.
 #
 # </details>
 #
@@ -648,28 +655,28 @@ print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # The all-reduces are 512 times as large, since each has a row for every token. The message has 511
-# more tokens, and the prompt's blocks. The gather is the same: only the last row has logits. So for
-# prompts the bandwidth between the ranks matters, and in decode steps the latency.
+# more tokens, and the prompt's blocks. The gather is the same: only the last row has logits. So the
+# bandwidth between the ranks matters for prompts, and the latency for decode steps.
 #
 # </details>
 #
-# **A worker sends nothing back to the scheduler, not even "done". How does rank 0 know that it may
-# give a block to another sequence?**
+# **A worker sends nothing back to the scheduler, not even "done". When can rank 0 safely give a
+# block to another sequence?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# All ranks compute the steps in the same order. What is written into the block by the next step is
-# written on each rank after that rank has finished the step before. The gather of the logits also
-# makes rank 0 wait until every rank has come to the end of the step.
+# At once, because all ranks compute the steps in the same order. On each rank, the next step writes
+# into the block only after that rank has finished the previous step. The gather of the logits also
+# makes rank 0 wait until every rank has reached the end of the step.
 #
 # </details>
 #
-# **Why is preemption by swapping no problem, although each rank has its own swap pool?**
+# **Why does preemption by swapping work, although each rank has its own swap pool?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# The message says which pairs of blocks move, and each rank moves its own part of them. Swap blocks
-# are numbers that mean the same on every rank, too.
+# The message lists the pairs of blocks to copy, and each rank copies its own part of them. Numbers
+# of swap blocks also mean the same on every rank.
 #
 # </details>
 #
@@ -684,8 +691,8 @@ part = spent["rank 0 of 2"]["all-reduce"] / sum(spent["rank 0 of 2"].values())
 print(f"time in all-reduces, two processes on this machine: {part:.0%} of a step")
 
 # %% [markdown]
-# To write the cuts and the loop of a worker yourself, with two processes that add up for real, take
-# [lab 11](labs/11.md). To use several ranks:
-# [Run one model on several GPUs or machines](../guides/several_ranks.md). From here:
+# To write the cuts and the loop of a worker yourself, with two real processes, take
+# [lab 11](labs/11.md). To use several ranks, see
+# [Run one model on several GPUs or machines](../guides/several_ranks.md). From here,
 # [run your own model](../guides/run_your_model.md), or go on to vLLM itself:
 # [From here to vLLM](../from_here_to_vllm.md).
