@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 9. When memory runs out: recompute or swap
 #
-# A running request has to give up its blocks in the middle of an answer, and its output must not
+# A running request has to release its blocks in the middle of an answer, and its output must not
 # change.
 #
 # **Needs** [chapter 6](06_continuous_batching.md), [chapter 7](07_sharing.md) · **Time** 40 minutes
