@@ -33,7 +33,7 @@
 # ## Build it: a choice of victims
 #
 # Eight prompts fit easily. Then every sequence grows, and every four steps each needs one more
-# block. At some point a request needs a block and none is free.
+# block. At some point none is free.
 #
 # An engine that reserves memory never has this problem: it admits few requests, and keeps most of
 # the pool empty for their possible growth. Paging admits many, and accepts that now and then these
@@ -53,8 +53,7 @@
 # </details>
 #
 # Write two others. One takes the group that is cheapest to recompute. The other takes the group
-# with the most blocks, hoping that no further victim is needed soon. A sequence does not have its
-# block table, but it has its tokens.
+# with the most blocks, hoping that no further victim is needed soon.
 
 # %%
 from collections.abc import Sequence as Many
@@ -126,8 +125,7 @@ for mode, events in traces.items():
     print(f"{mode:10} {len(steps_of(events))} steps, preemptions of each request {num_preemptions}")
 
 # %% [markdown]
-# A user sees preemption only in `RequestOutput.metrics` and in the time it takes. Here is what
-# happened, step by step. The events list the requests in each queue.
+# A user sees preemption only in `RequestOutput.metrics` and in the time it takes. Step by step:
 
 # %% Each row is a request, oldest on top; outlined while it waits
 import drawing
@@ -180,9 +178,9 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 
 # %% [markdown]
 # In both cases the pool stays nearly full as long as there are requests to fill it. That is the
-# aim: a pool that is too small should at least be fully used.
+# aim.
 #
-# Watch both runs, first swapping with its second pool, then recomputation.
+# Watch both runs:
 
 # %%
 from minipaged.tracing.replay import Replay
@@ -304,10 +302,10 @@ for size in (1, 8, 16, 256):
 # size, and swapping small blocks is slow. By the formula, swapping wins from blocks of 16; in the
 # paper's end-to-end runs, the two are comparable from 16 to 64. The paper also states that the
 # overhead of recomputing is never above 20 % of swapping's latency, which must mean: never more
-# than 20 % slower. The formula gives 52 % for blocks of 256, because its bus is never busy with
-# anything else. (`docs/paper.md` lists this as a miss.) Where the dashed line is flat, a step reads
-# all weights for a few tokens. If other sequences decode in the same step, the weights are read
-# anyway, and recomputing so few tokens costs almost nothing.
+# than 20 % slower. The formula gives 52 % for blocks of 256, because its bus is never busy
+# otherwise. (`docs/paper.md` lists this as a miss.) Where the dashed line is flat, a step reads all
+# weights for a few tokens. If other sequences decode in the same step, the weights are read anyway,
+# and recomputing so few tokens costs almost nothing.
 #
 # ### Larger than the pool
 #

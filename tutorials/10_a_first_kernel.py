@@ -172,7 +172,7 @@ axes.axis("off")
 # The block number comes from the table as 32 bits, and the kernel converts it to 64 bits before it
 # multiplies. The reason: Llama 3 8B has 8 KV heads of 128 elements, so a block of 16 slots has
 # 16,384 elements of one layer's keys. In 32 bits the product overflows at block 131,072, where the
-# layer's keys fill 4 GiB in half precision. That is not much for a large GPU:
+# layer's keys fill 4 GiB in half precision. A large GPU has more than that:
 
 # %%
 block = torch.tensor(131_072, dtype=torch.int32)
@@ -180,7 +180,7 @@ print("in 32 bits:", (block * 16_384).item())
 print("in 64 bits:", (block.long() * 16_384).item())
 
 # %% [markdown]
-# A negative offset reads memory before the tensor. With a small pool, no test would ever notice.
+# A negative offset reads memory before the tensor. With a small pool, no test notices.
 #
 # Here is the kernel. Type it, and check the shape in each comment:
 
@@ -367,8 +367,8 @@ print(calls)
 # 64 elements of 4 bytes takes 256 KiB, as much as all registers of a GPU's multiprocessor. The
 # library's plain kernel walks the block table instead. It has a tile per block, and keeps three
 # results from block to block, as in chapter 4. You write that one in [lab 8](labs/08.md). It also
-# handles prompts, 8-bit pools and heads of any size, and gets no strides of the pool, whose layout
-# is always the same. Compare its launcher with yours:
+# handles prompts, 8-bit pools and heads of any size, and needs no strides of the pool. Compare its
+# launcher with yours:
 #
 # @@ minipaged.attention.triton.naive_decode.naive_paged_attention
 #

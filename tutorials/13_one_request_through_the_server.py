@@ -291,7 +291,7 @@ axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=4, fontsize=8)
 # %% [markdown]
 # The time to first token (TTFT) is everything before the decode: sending and reading HTTP, encoding
 # the prompt, waiting, and computing the prompt. On an idle server there is no waiting, and a longer
-# prompt means more prefill. The decode takes the number of tokens times the time of a step.
+# prompt means more prefill.
 #
 # ### More clients
 #

@@ -167,8 +167,8 @@ assert torch.allclose(all_reduce(summands), F.linear(x, up), atol=1e-5)
 # The feed-forward of OPT and GPT-2 is `down(relu(up(x)))`. (GPT-2 has a GELU for the ReLU. Both
 # models have biases, which [lab 11](labs/11.md) handles.) Cut `up` by columns: each rank has some
 # of its outputs. The activation works on each element alone, so each rank applies it to its own
-# elements. These are exactly the inputs that `down`, cut by rows, needs on that rank. In the
-# middle, where the model is widest, nothing is exchanged. At the end there is one all-reduce.
+# elements. These are exactly the inputs that `down`, cut by rows, needs on that rank. Nothing is
+# exchanged in the middle, where the model is widest. At the end there is one all-reduce.
 #
 # ```mermaid
 # flowchart LR
@@ -480,10 +480,9 @@ print(lost)
 # %% [markdown]
 # With the rank, half of every key and value of all requests is lost, and half of every matrix. Rank
 # 0 still has the block tables, but in each block half of the heads is missing, and nothing can be
-# repaired. This engine runs no further step. You build a new one, and the prompts are computed
-# again. A server answers every open request with an error and ends, so that its supervisor restarts
-# it. In the other direction, a worker ends whenever rank 0 ends, for any reason: no process is left
-# over.
+# repaired. You build a new engine, and the prompts are computed again. A server answers every open
+# request with an error and ends, so that its supervisor restarts it. In the other direction, a
+# worker ends whenever rank 0 ends, for any reason: no process is left over.
 #
 # ## Check
 #
@@ -632,8 +631,8 @@ print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# It has 900 blocks. The scheduler allocates block numbers, and each number must exist on every rank.
-# Before the first step, the ranks agree on the minimum; the rest of the larger memory stays empty.
+# 900 blocks. The scheduler allocates block numbers, and each number must exist on every rank. Before
+# the first step, the ranks agree on the minimum; the rest of the larger memory stays empty.
 #
 # </details>
 #
