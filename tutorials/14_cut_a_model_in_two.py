@@ -631,8 +631,8 @@ print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# 900 blocks. The scheduler allocates block numbers, and each number must exist on every rank. Before
-# the first step, the ranks agree on the minimum; the rest of the larger memory stays empty.
+# 900 blocks. The scheduler allocates block numbers, and each number must exist on every rank.
+# Before the first step, the ranks agree on the minimum; the rest of the larger memory stays empty.
 #
 # </details>
 #
