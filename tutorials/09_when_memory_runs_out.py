@@ -52,8 +52,8 @@
 #
 # </details>
 #
-# Write two others. One takes the group that is cheapest to recompute. The other takes the group
-# with the most blocks, hoping that no further victim is needed soon.
+# Write two other choices. One takes the group that is cheapest to recompute. The other takes the
+# group with the most blocks, hoping that no further victim is needed soon.
 
 # %%
 from collections.abc import Sequence as Many
