@@ -441,6 +441,88 @@ else:
     raise RuntimeError("the mistake was not noticed")
 
 # %% [markdown]
+# ### Exercise: a cache for two layers
+#
+# Here is the small model with two layers: the second attends to the results of the first.
+# `next_row` computes only the newest token. As it is, it overwrites the cache, so the token attends
+# to nothing but itself. Keep the keys and values of the earlier tokens in `cache[layer]`, and use
+# them. Then run this cell and the next one again.
+
+# %%
+layers = [torch.randn(3, d, d, dtype=torch.float64) / math.sqrt(d) for _ in range(2)]
+Cache = list[tuple[Tensor, Tensor]]  # for each layer keys and values: [tokens, d]
+
+
+def empty_cache() -> Cache:
+    return [(torch.empty(0, d, dtype=torch.float64),) * 2 for _ in layers]
+
+
+def next_row(token: int, cache: Cache) -> Tensor:
+    """Compute one new token, and add its keys and values to the cache: [1, d]."""
+    x = table[[token]]
+    for layer, (to_q, to_k, to_v) in enumerate(layers):
+        k, v = x @ to_k, x @ to_v  # your turn
+        cache[layer] = k, v
+        x = x + attention(x @ to_q, k, v)[0]
+    return x
+
+
+# %%
+def without_cache(tokens: list[int]) -> Tensor:
+    """All tokens through both layers; the last row: [1, d]."""
+    x = table[tokens]
+    for to_q, to_k, to_v in layers:
+        x = x + attention(x @ to_q, x @ to_k, x @ to_v)[0]
+    return x[-1:]
+
+
+def check_exercise(next_row) -> bool:
+    """Compare with the model without a cache, for two texts that take turns."""
+    texts = [[3, 1, 4, 1, 5, 9, 2, 6], [27, 18, 28, 18, 28, 45, 90, 45]]
+    caches = [empty_cache() for _ in texts]
+    errors = []
+    for length in range(1, 9):
+        for text, cache in zip(texts, caches, strict=True):
+            yours, expected = next_row(text[length - 1], cache), without_cache(text[:length])
+            errors.append(math.inf if yours is None else float((yours - expected).abs().max()))
+    first_wrong = next((i // 2 for i, each in enumerate(errors) if not each < 1e-9), None)
+    print(f"largest error, yours: {max(errors):.0e}; expected: below 1e-09")
+    if first_wrong is not None:
+        print(f"the first wrong token is number {first_wrong + 1} of 8")
+    shapes = [[tuple(part.shape) for part in pair] for pair in caches[0]]
+    print(f"cache after 8 tokens, yours:    {shapes}")
+    print(f"                      expected: {[[(8, d), (8, d)]] * 2}")
+    return first_wrong is None and shapes == [[(8, d), (8, d)]] * 2
+
+
+print("solved" if check_exercise(next_row) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# `WithCache` does the same for one layer: append first, then attend. The keys of layer 1 are made
+# from `x` as layer 0 has left it, so each layer needs its own cache.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# def next_row(token: int, cache: Cache) -> Tensor:
+#     """Compute one new token, and add its keys and values to the cache: [1, d]."""
+#     x = table[[token]]
+#     for layer, (to_q, to_k, to_v) in enumerate(layers):
+#         old_k, old_v = cache[layer]
+#         k, v = torch.cat([old_k, x @ to_k]), torch.cat([old_v, x @ to_v])
+#         cache[layer] = k, v
+#         x = x + attention(x @ to_q, k, v)[0]
+#     return x
+# ```
+#
+# One cache for both layers would mix the keys of two different vectors of the same token.
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # Without a cache the model reads 344 tokens, then 345, and so on to 375: 11,504 in all. With a
