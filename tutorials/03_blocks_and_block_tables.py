@@ -260,6 +260,86 @@ else:
     raise AssertionError("the mistake was not noticed")
 
 # %% [markdown]
+# ### Exercise: from a slot back to the token
+#
+# A debugger shows a wrong value in slot 17 of the pool. Whose token is it? The body below would be
+# right if every sequence were contiguous, as in chapter 2. Rewrite it for block tables, and run
+# this cell and the next one again.
+
+# %%
+from minipaged.memory import BlockTable
+
+
+def token_in(slot: int, tables: dict[str, BlockTable]) -> tuple[str, int] | None:
+    """Name of the sequence and position of the token in this slot; None if the slot is empty."""
+    for name, table in tables.items():
+        position = slot - table.blocks[0] * table.block_size  # your turn
+        if 0 <= position < table.num_tokens:
+            return name, position
+    return None
+
+
+# %%
+from random import Random
+
+
+def random_tables(block_size: int, lengths: tuple[int, ...]) -> dict[str, BlockTable]:
+    blocks = list(range(16))
+    Random(block_size).shuffle(blocks)
+    owned = [[blocks.pop() for _ in range(0, length, block_size)] for length in lengths]
+    parts = zip("ABCD", owned, lengths, strict=False)
+    return {name: BlockTable(block_size, mine, length) for name, mine, length in parts}
+
+
+def check_exercise(token_in) -> bool:
+    """Compare all slots with the library's way from positions to slots."""
+    pools = {
+        "A and C above": {name: memory.tables[seq.seq_id] for name, seq in sequences.items()},
+        "blocks of 4": random_tables(4, (16, 7, 1, 9)),
+        "blocks of 16": random_tables(16, (40, 32, 5)),
+        "blocks of 1": random_tables(1, (3, 5)),
+    }
+    solved = True
+    for pool, tables in pools.items():
+        size = tables["A"].block_size
+        places = [(name, p) for name, table in tables.items() for p in range(table.num_tokens)]
+        expected = {tables[name].slot(p): (name, p) for name, p in places}
+        wrong = [slot for slot in range(16 * size) if token_in(slot, tables) != expected.get(slot)]
+        print(f"{pool:14} wrong slots: {len(wrong)}")
+        for slot in wrong[:2]:
+            yours = token_in(slot, tables)
+            print(f"    slot {slot}, yours: {yours}, expected: {expected.get(slot)}")
+        solved = solved and not wrong
+    return solved
+
+
+print("solved" if check_exercise(token_in) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# A slot number has two parts: a physical block and an offset in it. A table lists physical blocks;
+# the index of a block in that list is its logical block. And the last block may have empty slots.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# def token_in(slot: int, tables: dict[str, BlockTable]) -> tuple[str, int] | None:
+#     """Name of the sequence and position of the token in this slot; None if the slot is empty."""
+#     for name, table in tables.items():
+#         physical, offset = divmod(slot, table.block_size)
+#         if physical in table.blocks:
+#             position = table.blocks.index(physical) * table.block_size + offset
+#             return (name, position) if position < table.num_tokens else None
+#     return None
+# ```
+#
+# This searches every table. An engine never needs to: it goes from positions to slots only.
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # A has 3 blocks for its 10 tokens, and C has 3 for its 9. Of their 24 slots 5 are empty, all at the
