@@ -437,6 +437,79 @@ for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlo
 # compared with a specification, element by element.
 
 # %% [markdown]
+# ### Exercise: merge finished results
+#
+# Kernels often return the divided output $o$ instead of `total` and `output`, together with the
+# logarithm of the denominator: $\text{lse} = \log \sum_t \exp(\text{score}_t)$. That is enough to
+# merge the results over two sets of keys. vLLM's `merge_attn_states` does this, for example when
+# one kernel attends to the earlier tokens of a prompt and another to the new ones. The mean below
+# is wrong. Replace the body, and run this cell and the next one again.
+
+# %%
+Finished = tuple[Tensor, Tensor]  # output: [queries, head_dim], lse: [queries, 1]
+
+
+def merge_finished(one: Finished, two: Finished) -> Finished:
+    """The result over the keys of both, from the results over the keys of each."""
+    return (one[0] + two[0]) / 2, torch.maximum(one[1], two[1])  # your turn
+
+
+# %%
+def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Finished:
+    scores = queries @ keys.T
+    return scores.softmax(-1) @ values, scores.logsumexp(-1, keepdim=True)
+
+
+def check_exercise(merge_finished) -> bool:
+    """Compare with attention over all keys at once."""
+    random, solved = torch.Generator().manual_seed(0), True
+    queries, keys, values = torch.randn(3, 24, 8, generator=random, dtype=torch.float64)
+    empty = torch.zeros(24, 8, dtype=torch.float64), torch.full((24, 1), -inf, dtype=torch.float64)
+    cases = {
+        "12 keys and 12": (1, [12, 12]),
+        "1 key and 23": (1, [1, 23]),
+        "six parts": (1, [1, 2, 3, 4, 5, 9]),
+        "scores up to 5,000": (500, [5, 8, 11]),
+        "no keys and 24": (1, [0, 24]),
+    }
+    for name, (factor, sizes) in cases.items():
+        splits = zip(keys.split(sizes), values.split(sizes), strict=True)
+        parts = [attend(factor * queries, *part) if len(part[0]) else empty for part in splits]
+        expected, merged = attend(factor * queries, keys, values), parts[0]
+        for part in parts[1:]:
+            merged = merge_finished(merged, part) or (torch.full_like(expected[0], torch.nan),) * 2
+        errors = [float((a - b).abs().max()) for a, b in zip(merged, expected, strict=True)]
+        print(f"{name:19} error of output and lse, yours: {errors[0]:.0e} and {errors[1]:.0e}")
+        solved = solved and all(each < 1e-9 for each in errors)
+    print("expected: below 1e-09")
+    return solved
+
+
+print("solved" if check_exercise(merge_finished) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# The denominator of a part is $\exp(\text{lse})$, so its numerator is $\exp(\text{lse})\, o$. Add
+# the numerators, add the denominators, and divide. As in `merge`, subtract something first, or
+# large scores overflow. PyTorch has `torch.logaddexp`.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# def merge_finished(one: Finished, two: Finished) -> Finished:
+#     """The result over the keys of both, from the results over the keys of each."""
+#     lse = torch.logaddexp(one[1], two[1])
+#     return (one[1] - lse).exp() * one[0] + (two[1] - lse).exp() * two[0], lse
+# ```
+#
+# Each factor is a part's share of the common denominator. The two add up to one, and neither
+# overflows.
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # C's tenth token sees 10 keys in 3 blocks, and leaves out 2 slots of the last. The step has 3
