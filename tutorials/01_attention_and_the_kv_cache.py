@@ -4,7 +4,7 @@
 # Each new token attends to all tokens before it, and their keys and values never change, so the
 # engine keeps them.
 #
-# **Needs** [chapter 0](00_first_run.md) · **Time** 35 minutes
+# **Needs** [chapter 0](00_first_run.md) · **Time** 40 minutes
 #
 # ## Goals
 #

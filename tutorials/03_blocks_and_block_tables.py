@@ -3,8 +3,8 @@
 #
 # Memory is cut into blocks of equal size, and a table lists the blocks of each sequence.
 #
-# **Needs** [chapter 2](02_the_memory_problem.md) · **Time** 30 minutes · **Lab** [1, an
-# allocator](labs/01.md) and [2, block tables](labs/02.md)
+# **Needs** [chapter 2](02_the_memory_problem.md) · **Time** 30 minutes ·
+# **Lab** [1, an allocator](labs/01.md) and [2, block tables](labs/02.md)
 #
 # ## Goals
 #

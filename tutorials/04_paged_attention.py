@@ -4,8 +4,9 @@
 # A query reads its keys and values through the block table: first by gathering a contiguous copy,
 # then block by block in place.
 #
-# **Needs** [chapter 1](01_attention_and_the_kv_cache.md) and [chapter
-# 3](03_blocks_and_block_tables.md) · **Time** 40 minutes · **Lab** [3, paged attention](labs/03.md)
+# **Needs** [chapter 1](01_attention_and_the_kv_cache.md) and
+# [chapter 3](03_blocks_and_block_tables.md) · **Time** 35 minutes ·
+# **Lab** [3, paged attention](labs/03.md)
 #
 # ## Goals
 #

@@ -124,6 +124,19 @@ def test_a_chapter_has_its_form(chapter: Path):
         assert f"({NAMES[number + 1]}.md)" in text.rsplit("Next:", 1)[-1]
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS[:5], ids=lambda path: path.stem)
+def test_a_chapter_says_on_its_first_screen_what_it_takes(chapter: Path):
+    paragraphs = markdown(chapter).split("\n\n")
+    facts = re.fullmatch(
+        r"(?:\*\*Needs\*\* (?P<needs>.+) · )?\*\*Time\*\* \d+ minutes(?: · \*\*Lab\*\* \[.+)?",
+        " ".join(paragraphs[2].split()),
+    )
+    assert facts, "after the title and the subject: needs, time in minutes, lab"
+    needed = re.findall(r"\((\w+)\.md\)", facts["needs"] or "")
+    assert all(name in NAMES[: int(chapter.stem[:2])] for name in needed)
+    assert "### Exercise: " in markdown(chapter)
+
+
 @each_chapter
 def test_what_a_chapter_quotes_exists(chapter: Path):
     for name in re.findall(r"^@@ (\S+)$", markdown(chapter), flags=re.MULTILINE):
