@@ -267,7 +267,7 @@ print(prompt(story, question) + answer.outputs[0].text)
 # that gives most weight to the sentence with the answer, and draw what its last query attends to in
 # each step.
 
-# %% What one head of layer 1 looks at while the model answers; the sentence with the fact is framed
+# %% What one head of layer 1 attends to while the model answers; the fact's sentence is framed
 tokenizer = yours.get_tokenizer()
 ids = list(answer.prompt_token_ids)
 names = [tokenizer.decode([t]).strip() for t in ids]

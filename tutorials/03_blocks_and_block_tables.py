@@ -10,7 +10,7 @@
 #
 # - How a *block table* lets a sequence be stored in scattered blocks (section 4.2 of the paper).
 # - What an allocator must do, and why it may hand out blocks in any order.
-# - What a block size costs that is too large, and one that is too small.
+# - What blocks cost that are too large or too small.
 #
 # ## Invariants
 #

@@ -28,7 +28,7 @@
 # - C has 9 tokens in blocks of 4 slots, and computes a tenth. How many blocks does its query read,
 #   and how many slots of the last one must it leave out?
 # - A prompt of 7 tokens has its first 4 in the pool already. How many queries does the next step
-#   have, and how many (query, key) pairs does it compute?
+#   have, and how many (query, key) pairs are visible?
 # - The largest score so far is 2, and the next block contains a 5. By what factor must the sum so
 #   far be multiplied?
 #
