@@ -137,8 +137,7 @@ for axis, (contents, owners), title in zip(axes, (first, second, third), titles,
 # %% [markdown]
 # A's third block is number 4, because B owned 2 and 3 at that time. C took 2 and 3, which B had
 # freed, and 5 as its third. Nothing had to be moved, and no gap was too small: **any free block
-# serves any sequence**. Regions of different lengths leave gaps that fit no request, and chapter 2
-# measured how much memory they waste.
+# serves any sequence**. The regions of chapter 2 left gaps that fit no request.
 #
 # To read position $p$, look it up in the sequence's block table: logical block $\lfloor p / B
 # \rfloor$, offset $p \bmod B$. The *slot* is the physical block times $B$ plus the offset.
@@ -163,8 +162,7 @@ for position in (0, 3, 4, 8):
 #
 # @@ minipaged.memory.block_manager.BlockManager.append
 #
-# The library's allocator keeps its free blocks on a stack. It hands out the block that was freed
-# last, which is likely to be in the processor's cache still:
+# The library's allocator keeps its free blocks on a stack:
 #
 # @@ minipaged.memory.allocator.BlockAllocator.allocate
 #
@@ -193,8 +191,7 @@ for story, output in zip(stories, served, strict=True):
     print(f"{story.questions[0].text:42}{output.outputs[0].text}")
 
 # %% [markdown]
-# Here is the pool with your allocator at work. Point at a block to see its owner, and find it in
-# the block table next to it.
+# Here is the pool at work. Point at a block to see its owner and its place in the block table.
 
 # %%
 Replay(events, title="Your allocator serves a model")

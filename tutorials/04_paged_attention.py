@@ -195,12 +195,11 @@ axes[0].set_ylabel("query")
 # \qquad o_i = \sum_{j=1}^{\lceil i/B \rceil} V_j A_{ij}^\top .
 # $$
 #
-# ($\mathbf{1}$ is a vector of ones; multiplying by it adds up a row.) In words: the scores of all
-# blocks become weights, and the values are summed by these weights. The denominator runs over all
-# blocks. It is not the problem: sum numerator and denominator separately, and divide at the end.
-# The exponential is. $\exp(89)$ is too large for a 32-bit number, so softmax first subtracts the
-# largest score. That changes no ratio, but the largest score is known only after all blocks were
-# read. They must be read twice, it seems.
+# ($\mathbf{1}$ is a vector of ones; multiplying by it adds up a row.) The denominator runs over all
+# blocks, but it is not the problem: sum numerator and denominator separately, and divide at the
+# end. The exponential is. $\exp(89)$ is too large for a 32-bit number, so softmax first subtracts
+# the largest score. That changes no ratio, but the largest score is known only after all blocks
+# were read, so it seems that they must be read twice.
 #
 # One pass is enough if the sums so far can be corrected. Subtract the largest score *so far*. When
 # a block contains a larger one, all earlier terms are too large by the same factor: multiply the
@@ -231,8 +230,8 @@ all_scores, all_values = (
 print(f"all ten at once: {float(all_scores.softmax(0) @ all_values):36.3f}")
 
 # %% [markdown]
-# The second block contains the 5. The sum of the first block shrinks to a twentieth, its weight
-# relative to a 5. The third block contains nothing larger, so its correction is 1.
+# The second block contains the 5, so the sum of the first shrinks to a twentieth. The third
+# contains nothing larger, so its correction is 1.
 #
 # ### Build it block by block
 #
@@ -345,18 +344,16 @@ print(f"{len(states)} blocks; block 19 holds {tray!r}")
 #
 # </details>
 #
-# A Python loop over blocks is not fast. On a CPU the library therefore computes once per step, for
-# all layers, which rows of the pool belong to which sequence. Then it gathers the keys of all
-# decoding sequences in one call. Where a range of the pool is long and mostly in use, it multiplies
-# the whole range in place instead, and discards scores for unowned slots. [Fast on a plain
-# CPU](../speed.md) has the measurements. On a GPU the loop becomes a kernel: chapters 10 and 11.
+# A Python loop over blocks is not fast. On a CPU the library gathers the keys of all decoding
+# sequences in one call. Where a range of the pool is long and mostly in use, it multiplies the
+# whole range in place instead, and discards scores for unowned slots ([Fast on a plain
+# CPU](../speed.md)). On a GPU the loop becomes a kernel: chapters 10 and 11.
 #
 # ## Check
 #
 # First the distance from plain attention in float64, for a step with all three kinds of work. Then
-# the same with poison: every unowned slot is NaN ("not a number", which spreads to every result
-# computed with it), and every unused entry of the block tables is the number of a block that does
-# not exist.
+# the same with poison: every unowned slot is NaN, which spreads to every result computed with it,
+# and every unused table entry is the number of a block that does not exist.
 
 # %%
 from dataclasses import replace
