@@ -89,7 +89,11 @@ def test_a_script_keeps_its_pictures_where_it_is_told(tmp_path: Path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("chapter", [each for each in CHAPTERS if "### Exercise" in markdown(each)])
+@pytest.mark.parametrize(
+    "chapter",
+    [each for each in CHAPTERS if "### Exercise" in markdown(each)],
+    ids=lambda path: path.stem,
+)
 def test_an_exercise_is_open_until_its_solution_is_in_place(chapter: Path, tmp_path: Path):
     _, folded = markdown(chapter).split("<summary>Solution</summary>")
     [solution] = re.findall(
