@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from site_builder.imports import imported_files
 
+from minipaged.labs.catalogue import LABS
+
 ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.py"))
 NAMES = (
@@ -139,6 +141,14 @@ def test_a_chapter_says_on_its_first_screen_what_it_takes(chapter: Path):
     needed = re.findall(r"\((\w+)\.md\)", facts["needs"] or "")
     assert all(name in NAMES[: int(chapter.stem[:2])] for name in needed)
     assert "### Exercise: " in markdown(chapter)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS[:5], ids=lambda path: path.stem)
+def test_a_chapter_folds_what_a_lab_asks_for(chapter: Path):
+    holes = tuple(f".{hole}" for lab in LABS for hole in lab.holes)
+    unfolded = re.sub(r"<details.*?</details>", "", markdown(chapter), flags=re.DOTALL)
+    quoted = re.findall(r"^@@ (\S+)$", unfolded, flags=re.MULTILINE)
+    assert not [name for name in quoted if name.endswith(holes)]
 
 
 @each_chapter
