@@ -3,32 +3,34 @@
 #
 # A language model answers questions on your machine, and you look over its shoulder while it does.
 #
+# **Time** 25 minutes
+#
 # ## Goals
 #
-# - What goes into a serving engine and what comes out of it.
-# - What one *step* is, and why several requests share each of them.
-# - What a *block* is, and how many a run really needs.
+# - What goes into a serving engine and what comes out.
+# - What one *step* is, and why several requests share it.
+# - What a *block* is, and how many blocks a run needs.
 #
 # ## Invariants
 #
-# 1. At temperature 0 the answer depends on the prompt and on nothing else: not on which other
-#    requests run in the same step, and not on how memory is cut into blocks.
+# 1. At temperature 0 the answer depends only on the prompt. It does not depend on which other
+#    requests run in the same step, or on the block size.
 # 2. When the last request has ended, every block is free again.
 #
-# These two sentences are the contract of everything that follows. Each chapter changes a part of
-# the engine, and each ends by checking them again.
+# These two rules hold in every chapter. Each chapter changes a part of the engine, and its checks
+# test them again.
 #
 # ## Predict
 #
-# Write down a number for each, and look at it again at the end.
+# Write down a number for each question, and compare at the end.
 #
-# - The prompt below has about 25 tokens and its answer 5. How many times does the model run?
-# - Six such prompts are asked together. How many times does it run now?
+# - The prompt below has about 25 tokens, and its answer has 5. How many times does the model run?
+# - Six such prompts are served together. How many times does it run now?
 # - The model can take 1,024 tokens. How much of that does a request really use?
 #
 # ## Build it
 #
-# The model is called *storyteller*: two million parameters, a LLaMA in small, shipped with the
+# The model is called *storyteller*: a small LLaMA of two million parameters that comes with the
 # package. It was trained on short stories like the one below, and it can answer questions about
 # them.
 
@@ -44,8 +46,8 @@ question = f"{story}\nQ: Where is the key of Theo?\nA:"
 print(output.outputs[0].text)
 
 # %% [markdown]
-# A prompt goes in, a `RequestOutput` comes out. The engine does not see letters. It sees *tokens*,
-# numbers that stand for pieces of text, and so does everything in this library from here on.
+# A prompt goes in, and a `RequestOutput` comes out. The engine works on *tokens*, numbers that
+# stand for pieces of text, and so does the rest of this library.
 
 # %%
 tokenizer = llm.get_tokenizer()
@@ -55,15 +57,15 @@ print(len(prompt_ids), "tokens in: ", [tokenizer.decode([t]) for t in prompt_ids
 print(len(answer_ids), "tokens out:", [tokenizer.decode([t]) for t in answer_ids])
 
 # %% [markdown]
-# A language model does one thing: it reads tokens and says how likely each token is to come next.
-# So an answer takes one run of the model for each of its tokens. The first run reads the whole
-# prompt (*prefill*), each later one reads only the token that came last (*decode*). Chapter 1
-# explains why the others need not be read again. Where the model's memory of them is stored is the
-# subject of the whole library.
+# A language model does one thing: it reads tokens and computes how likely each token is to come
+# next. An answer therefore takes one run of the model per token. The first run reads the whole
+# prompt (*prefill*). Each later run reads only the newest token (*decode*). Chapter 1 explains why
+# the earlier tokens need not be read again. The whole library is about where the model's memory of
+# them is stored.
 #
-# `LLM.generate` hides these runs. One level below, the engine shows them: each `step()` runs the
-# model once, for all requests being served, and returns the progress of each. `progress.output()`
-# gives the request's output so far.
+# `LLM.generate` hides these runs. One level below, each `step()` of the engine runs the model once
+# for all requests being served, and returns the progress of each. `progress.output()` is the
+# request's output so far.
 
 # %%
 engine = llm.engine
@@ -75,9 +77,9 @@ while engine.has_unfinished_requests():
     print(f"step {num_steps}: {progress.output().outputs[0].text!r}")
 
 # %% [markdown]
-# Now six questions together, about six stories. Some stories are longer than others. While they
-# run, we note how the memory is used: `usage()` counts *slots*, each of which has room for what the
-# model remembers of one token. A *block* is 16 slots.
+# Now we ask six questions at once, about six stories of different lengths. After each step we note
+# how memory is used. `usage()` counts *slots*; a slot holds what the model remembers of one token.
+# A *block* is 16 slots.
 
 # %%
 from minipaged.evaluation.stories import prompt, tell
@@ -101,8 +103,8 @@ print(f"\n{len(usages)} steps for {len(prompts)} requests")
 # %% [markdown]
 # Serving six requests took only as many steps as the longest answer has tokens, not the sum of all
 # six. A step that serves six costs little more than a step that serves one, as chapter 6 will
-# measure: that is why a serving engine batches requests. Memory limits how many it can batch. Here
-# is its use, step by step:
+# measure. That is why a serving engine batches requests, and memory limits how many it can batch.
+# Here is the memory in use, step by step:
 
 # %% Slots of the pool that hold a token, and slots in allocated blocks, step by step
 import drawing
@@ -118,9 +120,9 @@ axes.set(xlabel="step", ylabel="slots", ylim=(0, None))
 axes.legend(loc="upper left", bbox_to_anchor=(0, 0.95))
 
 # %% [markdown]
-# The two lines are close together. A request fills every block it takes, except possibly the last.
-# That looks natural, but before PagedAttention it was not. Engines then reserved contiguous memory
-# for the longest possible output of every request.
+# The two lines are close together: a request fills every block it takes, except possibly the last.
+# Engines before PagedAttention were different. They reserved contiguous memory for the longest
+# possible output of every request.
 #
 # Watch the same run again: press play, or step with the arrow keys. Each square is a block of the
 # pool, and its letter names the request that owns it.
@@ -153,10 +155,73 @@ for each in (llm, watched, small_blocks):
 print("same answers, and every block is free")
 
 # %% [markdown]
+# ### Exercise: blocks per step
+#
+# A request is served alone. How many blocks does it own during each step? Step 1 reads the prompt.
+# Replace the body of `blocks_in_step`, and run this cell and the next one again.
+
+
+# %%
+def blocks_in_step(step: int, prompt_len: int, block_size: int) -> int:
+    """Blocks that a request owns while step 1, 2, 3, ... runs."""
+    return 1  # your turn
+
+
+# %%
+from itertools import product
+
+
+def owned_blocks(text: str, block_size: int) -> tuple[int, list[int]]:
+    """Tokens of the prompt, and the blocks in use during each of ten steps."""
+    llm = LLM("storyteller", num_blocks=64, block_size=block_size)
+    memory, owned = llm.engine.memory, []
+    llm.engine.listeners.append(lambda *_: owned.append(memory.num_blocks - memory.num_free))
+    ten_tokens = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    [output] = llm.generate(text, ten_tokens, use_tqdm=False)
+    return len(output.prompt_token_ids), owned
+
+
+def check_exercise(blocks_in_step) -> bool:
+    """Compare with the blocks that the engine uses."""
+    solved = True
+    for text, block_size in product(("Once upon a time", story), (4, 16)):
+        prompt_len, expected = owned_blocks(text, block_size)
+        yours = [blocks_in_step(step, prompt_len, block_size) for step in range(1, 11)]
+        print(f"prompt of {prompt_len} tokens, blocks of {block_size}")
+        print(f"    yours:    {yours}\n    expected: {expected}")
+        solved = solved and yours == expected
+    return solved
+
+
+print("solved" if check_exercise(blocks_in_step) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# Which tokens has the model read when the step ends? The token that the step generates is not one
+# of them: the next step reads it. A block that is only partly full counts too.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# Step 1 reads the prompt, and each later step reads one more token. Each token read takes a slot.
+# `-(-a // b)` rounds up to whole blocks:
+#
+# ```python
+# def blocks_in_step(step: int, prompt_len: int, block_size: int) -> int:
+#     """Blocks that a request owns while step 1, 2, 3, ... runs."""
+#     num_tokens = prompt_len + step - 1
+#     return -(-num_tokens // block_size)
+# ```
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# One question took 5 runs, one for each token of its answer. Six took 12, as many as the longest
-# answer has tokens. And the longest of the six used some 130 slots: an eighth of 1,024.
+# One question took 5 runs, one per token of its answer. Six questions took 12, as many as the
+# longest answer has tokens. The longest of the six requests used about 130 slots, an eighth of
+# 1,024.
 #
 # </details>
 #
@@ -167,8 +232,8 @@ print("same answers, and every block is free")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# The step that reads a prompt also says which token comes first after it. So an answer of six
-# tokens takes six runs: one over the prompt, and one over each answer token except the last, which
+# The step that reads a prompt also produces the first token of the answer. An answer of six tokens
+# therefore takes six runs: one for the prompt, and one for each answer token except the last, which
 # need not be read. (A long prompt may be cut into several steps; these are short.)
 #
 # </details>
@@ -178,8 +243,8 @@ print("same answers, and every block is free")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Three blocks, and 0.6 of the third is empty. A sequence can waste at most one block less one slot,
-# however long it is. With blocks of one token nothing would be wasted; chapter 3 says what that
+# It owns three blocks, and 0.6 of the third is empty. A sequence wastes at most one block less one
+# slot, however long it is. Blocks of one token would waste nothing; chapter 3 explains what they
 # would cost.
 #
 # </details>
@@ -188,10 +253,10 @@ print("same answers, and every block is free")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Some of these prompts alone need more than two blocks. Adding such a request raises
-# `PromptTooLong`, with a sentence that says how many blocks it needs. `LLM.generate` then serves
-# none of its prompts. A program that calls `engine.add_request` itself can catch the error for this
-# one prompt, and the engine serves the others. Try it.
+# Some of these prompts need more than two blocks. Adding such a request raises `PromptTooLong`,
+# whose message states how many blocks it needs. `LLM.generate` then serves none of its prompts. A
+# program that calls `engine.add_request` itself can catch the error for one prompt, and the engine
+# serves the others. Try it.
 #
 # </details>
 #
@@ -203,7 +268,7 @@ needed = fullest.used + fullest.internal
 reserved = len(prompts) * llm.engine.config.max_model_len
 print(f"slots that six requests held at most  {needed:6,}")
 print(f"of them with a token                  {fullest.used:6,}  ({fullest.used / needed:.0%})")
-print(f"had each reserved the longest output  {reserved:6,}  ({reserved / needed:.0f}x)")
+print(f"if each reserved the longest output   {reserved:6,}  ({reserved / needed:.0f}x)")
 
 # %% [markdown]
 # Next: [what the model remembers of a token, and why](01_attention_and_the_kv_cache.md).

@@ -1,39 +1,41 @@
 # %% [markdown]
 # # 1. Attention and why a KV cache
 #
-# Each new token looks back at all tokens before it, and what it looks at never changes: so it is
-# kept.
+# Each new token attends to all tokens before it, and their keys and values never change, so the
+# engine keeps them.
+#
+# **Needs** [chapter 0](00_first_run.md) · **Time** 40 minutes
 #
 # ## Goals
 #
-# - What attention computes, in eight lines that you write yourself and that the engine then runs
-#   on.
-# - Why keeping keys and values turns the work for one more token, which grows with the square of
-#   the text so far, into work that grows with its length.
-# - How many bytes a token costs, and why these bytes decide how many requests a GPU can serve.
+# - What attention computes, in eight lines that you write and the engine then runs on.
+# - Why keeping keys and values reduces the work for one more token from quadratic to linear in the
+#   length of the text.
+# - How many bytes a token costs, and why these bytes limit how many requests a GPU can serve.
 #
 # ## Invariants
 #
 # 1. A token attends to itself and to earlier tokens, never to later ones.
-# 2. So its keys and values depend on nothing that comes later. Once computed, they stay right.
-# 3. Generating with a cache gives the tokens of generating without one, every one of them.
+# 2. A token's keys and values therefore do not depend on later tokens. Once computed, they stay
+#    valid.
+# 3. Generation with a cache gives exactly the same tokens as generation without one.
 #
 # ## Predict
 #
-# - A prompt has 344 tokens, and 32 are generated. How many tokens run through the model if
-#   everything is read again for each of them? How many with a cache?
+# - A prompt has 344 tokens, and 32 are generated. How many tokens run through the model if it reads
+#   the whole text for each new token? How many with a cache?
 # - *storyteller* has 4 layers with 2 KV heads of 64 elements of 4 bytes each. How much memory does
-#   one token take? The whole model takes 8.7 MB: how many tokens are as large as the model?
+#   one token take? The whole model takes 8.7 MB: how many tokens take as much?
 # - A GPU has 40 GB, and a model of 13 billion parameters takes 26 of them. How many requests of
 #   2,048 tokens fit into the rest?
 #
 # ## Build it: attention in eight lines
 #
-# Inside a model a token is a row of numbers, a *vector*. From it the model makes three more
-# vectors, each by a multiplication with a matrix that it has learned: a *query* (what the token
-# looks for), a *key* (by what it can be found) and a *value* (what it has to give). Attention
-# compares the query with the key of every token that may be seen, makes the results into weights
-# that add up to one, and mixes the values by these weights (section 2.1 of the paper):
+# Inside a model a token is a *vector*, a row of numbers. The model multiplies it by three learned
+# matrices, which gives three more vectors: a *query* (what the token looks for), a *key* (what it
+# can be found by) and a *value* (what it contributes). Attention compares the query with the key of
+# every visible token, turns the results into weights that add up to one, and sums the values by
+# these weights (section 2.1 of the paper):
 #
 # $$a_{ij} = \frac{\exp(q_i \cdot k_j / \sqrt{d})}{\sum_{t \le i} \exp(q_i \cdot k_t / \sqrt{d})},
 # \qquad o_i = \sum_{j \le i} a_{ij} v_j$$
@@ -52,8 +54,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     positions = torch.arange(len(k))
     of_queries = positions[len(k) - len(q) :]
     scores = q @ k.T / math.sqrt(k.shape[1])  # [queries, keys]
-    behind = positions > of_queries[:, None]
-    scores = scores.masked_fill(behind, -torch.inf)
+    later = positions > of_queries[:, None]
+    scores = scores.masked_fill(later, -torch.inf)
     weights = scores.softmax(dim=1)  # exp(-inf) is 0: later tokens have no weight
     return weights @ v, weights
 
@@ -64,13 +66,13 @@ out, weights = attention(q, k, v)
 print("from", tuple(q.shape), "to", tuple(out.shape), "with weights", tuple(weights.shape))
 
 # %% [markdown]
-# The line with `behind` is the *causal mask*. Every row below is a query, every column a key; what
-# the mask hides is empty.
+# The line with `later` is the *causal mask*. In the picture every row is a query and every column a
+# key; masked fields are empty.
 #
-# And why the division by $\sqrt{d}$? A product of two vectors is a sum of $d$ terms. If their
-# elements have variance 1, the sum has variance $d$, so scores grow with the length of the vectors.
-# Softmax of large scores gives nearly all weight to one key, and a model cannot learn from that.
-# Division by $\sqrt{d}$ takes the growth away:
+# Why divide by $\sqrt{d}$? The product of two vectors is a sum of $d$ terms. If their elements have
+# variance 1, the sum has variance $d$, so scores grow with the length of the vectors. Softmax of
+# large scores gives nearly all weight to one key, and a model cannot learn from that. The division
+# keeps the variance at 1:
 
 # %% The weights of six tokens; and of the same tokens if the scores are not divided
 import drawing
@@ -84,15 +86,14 @@ for axis, matrix, title in zip(axes, (weights, sharp), ("divided", "not divided"
     axis.set(title=title, xlabel="key", ylabel="query")
 
 # %% [markdown]
-# A model has several heads, each with queries, keys and values of its own, and puts their results
-# side by side. With *grouped-query attention* several query heads share one head of keys and
-# values, a *KV head*, so less must be kept. storyteller has 4 query heads and 2 KV heads. Query
-# head `h` then reads KV head `h // group`, with `group = heads // kv_heads`, and that is the whole
-# difference.
+# A model has several heads, each with its own queries, keys and values, and concatenates their
+# results. With *grouped-query attention*, several query heads share one head of keys and values, a
+# *KV head*, so the cache is smaller. storyteller has 4 query heads and 2 KV heads. Query head `h`
+# reads KV head `h // group`, with `group = heads // kv_heads`. Nothing else changes.
 #
-# ### Token by token, twice
+# ### Generate with and without a cache
 #
-# A model generates one token, appends it to the text, and looks at the text again. Here is the
+# A model generates one token, appends it to the text, and reads the text again. Here is the
 # smallest model that does so: a table of vectors, three matrices, one head. It has learned nothing,
 # so it talks nonsense, but it must always talk the same nonsense.
 
@@ -104,7 +105,7 @@ table, to_q, to_k, to_v = (
 
 
 def likeliest(out: Tensor) -> int:
-    """The token whose vector is most like the last one that attention gave."""
+    """The token whose vector is most similar to the last row of attention's output."""
     return int((table @ out[-1]).argmax())
 
 
@@ -127,15 +128,15 @@ class WithCache:
 
 
 # %% [markdown]
-# That is a *KV cache*: one key and one value a token, appended and never changed. We run both
-# beside each other for 128 tokens. PyTorch counts the multiplications meanwhile, so no clock is
+# That is a *KV cache*: one key and one value per token, appended and never changed. We run both
+# versions for 128 tokens and compare them. PyTorch counts the multiplications, so no clock is
 # needed.
 
 # %% Multiplications for one more token, by the length of the text so far
 from torch.utils.flop_counter import FlopCounterMode
 
 cached, tokens = WithCache(), [0]
-work: dict[str, list[int]] = {"everything again": [], "with a cache": []}
+work: dict[str, list[int]] = {"without a cache": [], "with a cache": []}
 for _ in range(128):
     with FlopCounterMode(display=False) as slow_count:
         slow_token, slow_out = everything_again(tokens)
@@ -146,7 +147,7 @@ for _ in range(128):
     assert token == slow_token
     torch.testing.assert_close(out, slow_out, rtol=1e-12, atol=1e-12)
     tokens.append(token)
-print("said:", *tokens[:12], "...")
+print("tokens:", *tokens[:12], "...")
 
 figure, axes = drawing.picture()
 for name, multiplications in work.items():
@@ -155,20 +156,20 @@ axes.set(xscale="log", yscale="log", xlabel="tokens so far", ylabel="multiplicat
 axes.legend()
 
 # %% [markdown]
-# The numbers agree to the twelfth digit and the tokens are the same. The slopes differ: without a
-# cache, one more token behind $n$ others takes $3nd^2 + 2n^2d$ multiplications, the second part of
-# which grows with the *square* of $n$. With a cache it takes $3d^2 + 2nd$. (The comparison of the
-# result with 300 vectors is not counted. It costs the same both ways.)
+# The numbers agree to twelve digits, and the tokens are the same. The slopes differ. Without a
+# cache, one more token takes $3nd^2 + 2n^2d$ multiplications for a text of $n$ tokens, and the
+# second part grows with the *square* of $n$. With a cache it takes $3d^2 + 2nd$. (The comparison of
+# the result with 300 vectors is not counted; it costs the same in both versions.)
 #
-# Could the expensive way not compute the last row only? In a model of one layer, yes. But in a
-# model of several layers, the keys of the second layer are computed from the results of the first,
-# for every token. So all rows are needed, unless they were kept.
+# Could the expensive version compute the last row only? In a model of one layer, yes. In a model of
+# several layers, the keys of the second layer are computed from the results of the first, for every
+# token. All rows are needed, unless they were kept.
 #
-# ### The same in a real model
+# ### Measure a real model
 #
-# The engine's cache is switched off by asking for one token at a time: each call is a new request
-# that reads the whole text. (`enable_prefix_caching=False`, or the engine would find the text of
-# the call before. That is chapter 8.)
+# To switch off the engine's cache, we ask for one token at a time: each call is a new request that
+# reads the whole text. (Without `enable_prefix_caching=False` the engine would reuse the text of
+# the previous call; see chapter 8.)
 
 # %%
 import time
@@ -185,7 +186,7 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
-llm.generate(text, greedy(1), use_tqdm=False)  # whatever comes first is slow: do not time it
+llm.generate(text, greedy(1), use_tqdm=False)  # a warm-up: the first call is slow
 start = time.perf_counter()
 [kept] = llm.generate(text, greedy(32), use_tqdm=False)
 seconds_with = time.perf_counter() - start
@@ -201,19 +202,19 @@ seconds_without = time.perf_counter() - start
 prompt_len = len(kept.prompt_token_ids)
 assert again[prompt_len:] == list(kept.outputs[0].token_ids)
 print(f"the prompt has {prompt_len} tokens; 32 more are generated")
-print(f"tokens that the model reads, without a cache: {read:,}; with one: {prompt_len + 31}")
+print(f"tokens that the model reads: {read:,} without a cache, {prompt_len + 31} with one")
 print(f"measured: {seconds_without / seconds_with:.0f} times as long without a cache")
 
 # %% [markdown]
-# The same tokens, for a small part of the work. From here on, the library never recomputes a token
-# whose keys and values are still cached.
+# The tokens are the same, for a small part of the work. From here on, the library never recomputes
+# a token whose keys and values are still cached.
 #
-# ### Your attention in the engine
+# ### Run the engine on your attention
 #
-# Now your eight lines replace the engine's attention, for a whole model. The keys are stored in
-# blocks, and `gather` fetches those of a sequence in order; how it does that is chapter 4. The rest
-# is a loop over the sequences that are served in a step (`spans`) and over their heads. On the way
-# we note the weights, for we want to see what the model looks at.
+# Now your eight lines replace the attention of the engine, for a whole model. The keys are stored
+# in blocks, and `gather` fetches those of a sequence in order; chapter 4 explains how. The rest
+# loops over the sequences of a step (`spans`) and over their heads. We also record the weights, to
+# see what the model attends to.
 
 # %%
 from collections.abc import Callable
@@ -229,7 +230,7 @@ class InTheEngine:
     """Attention of a whole batch, by a function for one head."""
 
     def __init__(self, head: Head) -> None:
-        self.head = head  # it works out 1 / sqrt(d) itself, so `scale` goes unused
+        self.head = head  # it computes 1 / sqrt(d) itself, so `scale` is unused
         self.seen: list[Tensor] = []  # for each call [heads, queries, keys]
 
     def __call__(
@@ -261,12 +262,12 @@ question = next(q for q in story.questions if q.kind == "person" and q.fact_inde
 print(prompt(story, question) + answer.outputs[0].text)
 
 # %% [markdown]
-# The model was called once for each token of the answer, and each of its 4 layers called your
-# attention once. So `seen` holds 4 entries a step, each with the weights of 4 heads. We look for
-# the head that gives most weight to the sentence with the answer, and draw what its last query saw
-# in each step.
+# The model ran once per token of the answer, and each of its 4 layers called your attention once.
+# `seen` therefore has 4 entries per step, each with the weights of 4 heads. We look for the head
+# that gives most weight to the sentence with the answer, and draw what its last query attends to in
+# each step.
 
-# %% What one head of layer 1 looks at while the model answers; the sentence with the fact is framed
+# %% What one head of layer 1 attends to while the model answers; the fact's sentence is framed
 tokenizer = yours.get_tokenizer()
 ids = list(answer.prompt_token_ids)
 names = [tokenizer.decode([t]).strip() for t in ids]
@@ -282,14 +283,13 @@ layer, head = divmod(int(on_the_fact.argmax()), 4)
 figure, axis = drawing.picture(7.2, 1.9)
 axis.imshow(looks[:, layer, head].tolist(), cmap=shades, vmin=0, vmax=1, aspect="auto")
 axis.set_xticks(range(len(ids)), names, rotation=90, fontsize=6)
-axis.set_yticks(range(len(said)), [f"says {word}" for word in said], fontsize=8)
+axis.set_yticks(range(len(said)), [f"generates {word}" for word in said], fontsize=8)
 axis.axvspan(fact.start - 0.5, fact.stop - 0.5, fill=False, edgecolor=drawing.COLOURS[0], lw=2)
 
 # %% [markdown]
-# The answer looks back, and it looks into the right sentence, over two others that have the same
-# form. But `A:`, the token that has to say *Dora*, does not attend to *Dora*: nearly all its weight
-# is on `coin`. Look one layer lower, at the time when the prompt was read. What did `coin` attend
-# to?
+# The answer attends to the right sentence, although two others have the same form. But `A:`, the
+# token before *Dora*, does not attend to *Dora*: nearly all its weight is on `coin`. Look one layer
+# lower, at the step that read the prompt. What did `coin` attend to?
 
 # %%
 thing = fact.start + 6  # Dora the wren put the black coin
@@ -298,37 +298,38 @@ for below, weights in enumerate(watched.seen[0][:, thing]):  # layer 0, while it
     print(f"head {below}: {names[thing]!r} -> {names[found]!r:6} weight {weights[found]:.2f}")
 
 # %% [markdown]
-# Head 1 of layer 0 fetched *Dora*, so what `coin` hands on to layer 1 is no longer that of a word
-# alone: it carries the name of the owner. This is why a cache must keep keys and values of *every
-# layer*, and why they cannot be recomputed from a single token.
+# Head 1 of layer 0 fetched *Dora*, so the vector that `coin` passes to layer 1 contains the name of
+# the owner. This is why a cache must keep keys and values of *every layer*, and why they cannot be
+# recomputed from a single token.
 #
-# ### What a token costs
+# ### The cost of a token
 #
 # A key and a value, for each layer and each KV head:
 #
 # @@ minipaged.config.ModelConfig.kv_bytes_per_token
 #
-# For storyteller with its 4 bytes per element, and for models that people serve, with 2:
+# For storyteller, with 4 bytes per element, and for models that people serve, with 2:
 
-# %% Gigabytes of keys and values for one request of 2,048 tokens; requests beside the weights
+# %% Gigabytes of keys and values for one request of 2,048 tokens; requests that fit in a GPU
 from minipaged.evaluation.sim.catalogue import GPUS, MODELS
 
 model = yours.engine.executor.runner.model
 weight_bytes = 4 * sum(weight.numel() for weight in model.parameters())
 a_token = model.config.kv_bytes_per_token(bytes_per_number=4)
 print(
-    f"storyteller: {a_token:,} bytes a token, all weights are {weight_bytes / a_token:,.0f} tokens"
+    f"storyteller: {a_token:,} bytes per token; the weights are as large as "
+    f"{weight_bytes / a_token:,.0f} tokens"
 )
 
 served = {name: MODELS[name] for name in ("opt-13b", "llama-2-7b", "llama-3-8b")}
-room = 0.95 * GPUS["a100-40g"].memory_bytes  # the rest is for what a step computes
+room = 0.95 * GPUS["a100-40g"].memory_bytes  # the rest is for activations
 requests: dict[str, float] = {}
 for name, model in served.items():
     request_bytes = 2048 * model.kv_bytes_per_token
     requests[name] = (room - model.weight_bytes) // request_bytes
     print(
-        f"{name:11} {model.kv_bytes_per_token / 1024:4.0f} KB a token, "
-        f"{request_bytes / 1e9:.2f} GB a request, weights {model.weight_bytes / 1e9:.1f} GB: "
+        f"{name:11} {model.kv_bytes_per_token / 1024:4.0f} KB per token, "
+        f"{request_bytes / 1e9:.2f} GB per request, weights {model.weight_bytes / 1e9:.1f} GB: "
         f"{requests[name]:.0f} requests fit"
     )
 
@@ -337,22 +338,22 @@ sizes = [2048 * model.kv_bytes_per_token / 1e9 for model in served.values()]
 left.bar(list(served), sizes)
 left.set(title="one request of 2,048 tokens", ylabel="GB of keys and values")
 right.bar(list(served), list(requests.values()), color=drawing.COLOURS[1])
-right.set(title="on an A100 with 40 GB", ylabel="requests at a time")
+right.set(title="on an A100 with 40 GB", ylabel="requests that fit")
 
 # %% [markdown]
-# OPT-13B is the paper's example: 800 KB a token (section 3), so that seven requests of the longest
-# kind fill what its weights leave. Llama 3 has 8 KV heads for 32 query heads, and so a quarter of
-# the bytes of Llama 2.
+# OPT-13B is the paper's example. A token takes 800 KB (section 3), so seven requests of the maximum
+# length fill the memory that its weights leave. Llama 3 has 8 KV heads for 32 query heads, and
+# therefore takes a quarter of the bytes of Llama 2.
 #
 # Why does it matter how many fit? Because the cache has changed what limits a step. To generate one
 # token of one sequence, a model reads each of its weights once and does two operations with it, a
-# multiplication and an addition: at 2 bytes a weight, one operation for each byte. An A100 computes
-# 312 TFLOP/s (3.12e14 operations per second), but reads only 1.6 TB/s (1.6e12 bytes): 200
-# operations in the time of one byte. So it waits for memory nearly all the time. (Operations for
-# each byte are called *arithmetic intensity*.) If 50 sequences make a step together, the weights
-# are read once for all of them. The keys and values are each sequence's own, and all of them must
-# be read in every step. How much longer does the step take? The library has a cost model of such a
-# server, which counts these bytes and the work of the host:
+# multiplication and an addition. At 2 bytes per weight, that is one operation per byte. An A100
+# computes 312 TFLOP/s (3.12e14 operations per second) but reads only 1.6 TB/s (1.6e12 bytes per
+# second), so it could do 200 operations in the time it takes to read one byte. It waits for memory
+# nearly all the time. (The number of operations per byte is called *arithmetic intensity*.) If 50
+# sequences share a step, the weights are read once for all of them. But every sequence has its own
+# keys and values, and every step must read them all. How much longer does such a step take? The
+# library has a cost model of a server that counts these bytes and the work of the host:
 
 # %%
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
@@ -361,12 +362,11 @@ from minipaged.evaluation.sim.cost_model import CostModel
 costs = CostModel(DEPLOYMENTS["opt-13b"])
 for length in (300, 1000):
     one, fifty = (costs.step(n, n * length, 0, 0) for n in (1, 50))
-    print(f"{length:5} tokens each: 50 sequences take {fifty / one:.1f} times as long as one")
+    print(f"{length:5} tokens each: a step of 50 takes {fifty / one:.1f} times as long as of one")
 
 # %% [markdown]
-# That is why serving engines put requests together, which is
-# [chapter 6](06_continuous_batching.md). The keys and values of all of them have to be in memory at
-# once, and so memory decides how many run together.
+# That is why serving engines batch requests ([chapter 6](06_continuous_batching.md)). The keys and
+# values of all of them must be in memory at once, so memory limits how many run together.
 #
 # ## Check
 #
@@ -389,18 +389,18 @@ print(f"{len(prompts)} answers, the same with your attention")
 
 # %% [markdown]
 # Now two mistakes in the mask. In your own lines each would be a change of a few characters. The
-# first takes the queries for the first tokens instead of the last: that makes no difference while a
-# prompt is read, and all of it once there is a cache. The second is off by one, so that each token
+# first takes the queries for the first tokens instead of the last. This makes no difference while a
+# prompt is read, but breaks everything once there is a cache. The second is off by one: each token
 # sees the next one.
 
 
 # %%
 def masked_by(sees: Callable[[int, int], Tensor]) -> Head:
-    """Attention where queries see as many keys as `sees(queries, keys)` says."""
+    """Attention in which query i sees the first `sees(queries, keys)[i]` keys."""
 
     def head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        behind = torch.arange(len(k)) >= sees(len(q), len(k))[:, None]
-        scores = (q @ k.T / math.sqrt(k.shape[1])).masked_fill(behind, -torch.inf)
+        later = torch.arange(len(k)) >= sees(len(q), len(k))[:, None]
+        scores = (q @ k.T / math.sqrt(k.shape[1])).masked_fill(later, -torch.inf)
         return scores.softmax(dim=1) @ v, scores.softmax(dim=1)
 
     return head
@@ -419,8 +419,8 @@ for name, head_with_mistake in mistakes.items():
 
 # %% [markdown]
 # The first mistake is impossible to miss. The second hardly shows: a model that answers well does
-# not prove that its attention is right. So rule 1 gets a check of its own, which needs no model:
-# change the last token, and nothing may change before it.
+# not prove that its attention is right. So rule 1 gets its own check, which needs no model: if the
+# last token changes, no earlier result may change.
 
 
 # %%
@@ -429,7 +429,7 @@ def check_rule_1(name: str, head: Head) -> None:
     other_k[-1] += 1
     other_v[-1] += 1
     before, after = head(q, k, v)[0][:-1], head(q, other_k, other_v)[0][:-1]
-    assert torch.equal(before, after), f"{name}: a token sees one that comes after it"
+    assert torch.equal(before, after), f"{name}: a token sees a later one"
 
 
 check_rule_1("your attention", attention)
@@ -441,12 +441,95 @@ else:
     raise RuntimeError("the mistake was not noticed")
 
 # %% [markdown]
+# ### Exercise: a cache for two layers
+#
+# Here is the small model with two layers: the second attends to the results of the first.
+# `next_row` computes only the newest token. As it is, it overwrites the cache, so the token attends
+# to nothing but itself. Keep the keys and values of the earlier tokens in `cache[layer]`, and use
+# them. Then run this cell and the next one again.
+
+# %%
+layers = [torch.randn(3, d, d, dtype=torch.float64) / math.sqrt(d) for _ in range(2)]
+Cache = list[tuple[Tensor, Tensor]]  # for each layer keys and values: [tokens, d]
+
+
+def empty_cache() -> Cache:
+    return [(torch.empty(0, d, dtype=torch.float64),) * 2 for _ in layers]
+
+
+def next_row(token: int, cache: Cache) -> Tensor:
+    """Compute one new token, and add its keys and values to the cache: [1, d]."""
+    x = table[[token]]
+    for layer, (to_q, to_k, to_v) in enumerate(layers):
+        k, v = x @ to_k, x @ to_v  # your turn
+        cache[layer] = k, v
+        x = x + attention(x @ to_q, k, v)[0]
+    return x
+
+
+# %%
+def without_cache(tokens: list[int]) -> Tensor:
+    """All tokens through both layers; the last row: [1, d]."""
+    x = table[tokens]
+    for to_q, to_k, to_v in layers:
+        x = x + attention(x @ to_q, x @ to_k, x @ to_v)[0]
+    return x[-1:]
+
+
+def check_exercise(next_row) -> bool:
+    """Compare with the model without a cache, for two texts that take turns."""
+    texts = [[3, 1, 4, 1, 5, 9, 2, 6], [27, 18, 28, 18, 28, 45, 90, 45]]
+    caches = [empty_cache() for _ in texts]
+    errors = []
+    for length in range(1, 9):
+        for text, cache in zip(texts, caches, strict=True):
+            yours, expected = next_row(text[length - 1], cache), without_cache(text[:length])
+            errors.append(math.inf if yours is None else float((yours - expected).abs().max()))
+    first_wrong = next((i // 2 for i, each in enumerate(errors) if not each < 1e-9), None)
+    print(f"largest error, yours: {max(errors):.0e}; expected: below 1e-09")
+    if first_wrong is not None:
+        print(f"the first wrong token is number {first_wrong + 1} of 8")
+    shapes = [[tuple(part.shape) for part in pair] for pair in caches[0]]
+    print(f"cache after 8 tokens, yours:    {shapes}")
+    print(f"                      expected: {[[(8, d), (8, d)]] * 2}")
+    return first_wrong is None and shapes == [[(8, d), (8, d)]] * 2
+
+
+print("solved" if check_exercise(next_row) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# `WithCache` does the same for one layer: append first, then attend. The keys of layer 1 are made
+# from `x` as layer 0 has left it, so each layer needs its own cache.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# def next_row(token: int, cache: Cache) -> Tensor:
+#     """Compute one new token, and add its keys and values to the cache: [1, d]."""
+#     x = table[[token]]
+#     for layer, (to_q, to_k, to_v) in enumerate(layers):
+#         old_k, old_v = cache[layer]
+#         k, v = torch.cat([old_k, x @ to_k]), torch.cat([old_v, x @ to_v])
+#         cache[layer] = k, v
+#         x = x + attention(x @ to_q, k, v)[0]
+#     return x
+# ```
+#
+# One cache for both layers would mix the keys of two different vectors of the same token.
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# Without a cache the model reads 344 tokens, then 345, and so on to 375: 11,504 in all. With one it
-# reads 375: the prompt, and each generated token but the last. A token of storyteller takes 2 x 4 x
-# 2 x 64 x 4 = 4,096 bytes, so 2,114 tokens are as large as the whole model: two texts of its full
-# length. And 7 requests fit, with 5 % left for what a step computes.
+# Without a cache the model reads 344 tokens, then 345, and so on to 375: 11,504 in all. With a
+# cache it reads 375: the prompt, and each generated token but the last. A token of storyteller
+# takes 2 x 4 x 2 x 64 x 4 = 4,096 bytes, so 2,114 tokens take as much memory as the whole model:
+# two texts of its maximum length. On the GPU 7 requests fit, with 5 % left for what a step
+# computes.
 #
 # </details>
 #
@@ -457,7 +540,7 @@ else:
 # <details markdown="1"><summary>Answer</summary>
 #
 # A query is used once, by its own token, in the step that computes it. Keys and values are used by
-# every token that comes later.
+# every later token.
 #
 # </details>
 #
@@ -465,9 +548,9 @@ else:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No: $2nd$ multiplications a head and layer, and all $n$ keys and values must be read. So a token
-# after a long text costs more than one after a short text, even with a cache. The work for a whole
-# text still grows with the square of its length; without a cache it would grow with the cube.
+# No. It takes $2nd$ multiplications per head and layer, and reads all $n$ keys and values. Even
+# with a cache, a token after a long text costs more than one after a short text. The work for a
+# whole text still grows with the square of its length; without a cache it would grow with the cube.
 #
 # </details>
 #
@@ -475,9 +558,9 @@ else:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. Each new token would then change what all earlier ones have computed, and their keys and
-# values in every layer but the lowest. Everything would have to be computed again, for every token.
-# It is rule 1 that makes rule 2 true.
+# No. Each new token would change the results of all earlier tokens, and their keys and values in
+# every layer but the lowest. Everything would have to be recomputed for every token. Rule 1 makes
+# rule 2 true.
 #
 # </details>
 #
@@ -487,7 +570,7 @@ else:
 print(f"tokens read for 32 new ones: {read:,} without a cache, {prompt_len + 31} with one")
 last = {name: multiplications[-1] for name, multiplications in work.items()}
 print("multiplications for token 128 of one head: {:,} and {:,}".format(*last.values()))
-print(f"kept for it, storyteller: {a_token:,} bytes a token, for as long as the request runs")
+print(f"cache of storyteller: {a_token:,} bytes per token, for as long as the request runs")
 
 # %% [markdown]
-# Next: [what happens if all that is reserved beforehand](02_the_memory_problem.md).
+# Next: [what happens if a server reserves all this memory beforehand](02_the_memory_problem.md).

@@ -3,18 +3,21 @@
 #
 # If every request reserves contiguous memory up front, most of that memory stays empty.
 #
+# **Needs** [chapter 1](01_attention_and_the_kv_cache.md) · **Time** 35 minutes
+#
 # ## Goals
 #
-# - Why serving systems before PagedAttention reserved the longest output for every request.
-# - Three ways to waste memory, by their names: reserved slots, internal fragmentation, external
-#   fragmentation (section 3.1 and Figure 3 of the paper).
+# - Why serving systems before PagedAttention reserved memory for the longest output of every
+#   request.
+# - The three ways to waste memory: reserved slots, internal fragmentation, external fragmentation
+#   (section 3.1 and Figure 3 of the paper).
 # - How much each of them costs, and why that makes a server slow.
 #
 # ## Invariants
 #
-# 1. Pieces that are given out never overlap.
-# 2. Every slot is of exactly one kind: it holds a token, is kept for one that will come, is kept
-#    for nothing, or is free. The kinds add up to the pool.
+# 1. Allocated regions never overlap.
+# 2. Every slot is of exactly one kind: it holds a token, is reserved for a later token, will never
+#    be used, or is free. The kinds add up to the pool.
 # 3. The memory manager changes how many requests run at a time, never their tokens.
 #
 # ## Predict
@@ -23,17 +26,18 @@
 #   many of them will never hold a token?
 # - Requests are as long as those of ChatGPT's users: 161 tokens in and 338 out on average. Each
 #   reserves 2,048 slots. What part of the memory holds a token at a given moment?
-# - And if each reserved exactly what it needs in the end, which no server can know?
+# - What part would it be if each reserved exactly what it needs in the end, which no server can
+#   know?
 #
-# ## Build it: an allocator for pieces
+# ## Build it: a first-fit allocator
 #
-# Chapter 1 kept the keys of a sequence in one tensor, and a tensor is contiguous: its rows are
-# adjacent in memory. So a growing sequence needs free memory after its last row. How much? The
-# model decides when it stops, which is unknown beforehand. The safe answer is the longest output
+# Chapter 1 kept the keys of a sequence in one tensor. A tensor is contiguous: its rows are adjacent
+# in memory. A growing sequence therefore needs free memory after its last row. How much? The model
+# decides when it stops, so the length is unknown beforehand. The safe answer is the longest output
 # allowed.
 #
-# Here is memory as one strip of slots, and an allocator that gives out pieces of it. It takes the
-# first gap that is large enough (*first-fit*), and joins gaps that touch when a piece comes back.
+# Here is memory as one strip of slots, with an allocator that hands out regions of it. It takes the
+# first gap that is large enough (*first-fit*), and joins adjacent gaps when a region is freed.
 
 # %%
 from collections import deque
@@ -42,7 +46,7 @@ from dataclasses import dataclass
 
 
 class FirstFit:
-    """Pieces of one strip of slots."""
+    """Hands out regions of one strip of slots."""
 
     def __init__(self, num_slots: int) -> None:
         self.gaps = [range(num_slots)]  # from left to right
@@ -55,8 +59,8 @@ class FirstFit:
                 return gap[:size]
         return None
 
-    def free(self, piece: range) -> None:
-        self.gaps = sorted([*self.gaps, piece], key=lambda gap: gap.start)
+    def free(self, region: range) -> None:
+        self.gaps = sorted([*self.gaps, region], key=lambda gap: gap.start)
         self.join()
 
     def join(self) -> None:
@@ -69,18 +73,18 @@ class FirstFit:
 
 
 # %% [markdown]
-# First the two requests of the paper's Figure 3, in the middle of their work. A has a prompt of 7
-# tokens, has generated 1 and will generate 2 more; 2,048 slots are reserved for it. B has a prompt
-# of 3, has generated 1, will generate 1 more, and got 512. The request between them has ended, and
-# a waiting one needs 1,024 slots:
+# First the two requests of the paper's Figure 3, halfway through. A has a prompt of 7 tokens, has
+# generated 1 token and will generate 2 more; 2,048 slots are reserved for it. B has a prompt of 3,
+# has generated 1, will generate 1 more, and has 512 slots. The request between them has ended, and
+# a waiting request needs 1,024 slots:
 
 # %% Figure 3 of the paper: what the slots of two requests are used for
 import drawing
 
 KINDS = {
     "token": "holds a token",
-    "later": "reserved: a token will come",
-    "internal": "internal fragmentation: nothing will come",
+    "later": "reserved: will hold a token",
+    "internal": "internal fragmentation: will never be used",
     "external": "external fragmentation: a gap too small",
 }
 
@@ -92,9 +96,9 @@ def uses(prompt: int, generated: int, to_come: int, reserved: int) -> list[str]:
 
 
 strip = FirstFit(3072)
-pieces = [strip.allocate(size) for size in (2048, 512, 512)]
+regions = [strip.allocate(size) for size in (2048, 512, 512)]
 strip.free(range(2048, 2560))  # the second has ended
-print("pieces:", *pieces, " gaps:", strip.gaps, " room for 1,024:", strip.allocate(1024))
+print("regions:", *regions, " gaps:", strip.gaps, " room for 1,024:", strip.allocate(1024))
 
 a, b = uses(7, 1, 2, 2048), uses(3, 1, 1, 512)
 for name, slots in (("A", a), ("B", b)):
@@ -105,29 +109,27 @@ axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=2, fontsize=
 axis.set(xlim=(0, 3072))
 
 # %% [markdown]
-# The tokens are the thin line at the left end of A and B. All the rest is waste, of the three kinds
+# The tokens are the thin line at the left end of A and B. The rest is waste, of the three kinds
 # that the paper names:
 #
-# - *Reserved* slots will hold a token later. They are needed, but not now: until then another
-#   request could use them.
-# - *Internal fragmentation* is the part of a reservation that will never be used. It is known only
-#   when the request has ended.
+# - *Reserved* slots will hold a token later. Until then another request could use them.
+# - *Internal fragmentation* is the part of a reservation that will never be used. Its size is
+#   unknown until the request ends.
 # - *External fragmentation* is between reservations: gaps that are too small for any waiting
 #   request.
 #
-# ### A server that reserves
+# ### Simulate a server that reserves
 #
-# Now a server of the usual size: OPT-13B on a GPU with 40 GB has room for 15,728 tokens beside its
-# weights (Table 1). More requests wait than fit. In each step every running request generates a
-# token. A request that has generated its last token frees its piece, and the longest-waiting
-# request gets one as soon as a gap is large enough. The lengths are drawn like those of ChatGPT's
-# users (the paper's ShareGPT trace, section 6.1; of its lengths only the means are published, so
-# the spread is a guess that was fitted to Figure 2).
+# Now a server of the usual size: OPT-13B on a GPU with 40 GB leaves room for 15,728 tokens (Table
+# 1). More requests wait than fit. In each step every running request generates a token. A finished
+# request frees its region, and the longest-waiting request is admitted as soon as a gap is large
+# enough. The lengths are drawn like those of ChatGPT's users (the paper's ShareGPT trace, section
+# 6.1; only its mean lengths are published, so the spread is a guess fitted to Figure 2).
 #
-# How much a request reserves is the one thing that we vary. Orca, the system that the paper
-# compares with, is taken in three versions, which differ in what they know: *Max* knows nothing and
-# reserves the longest sequence, *Pow2* over-reserves the output by at most 2x, and *Oracle* knows
-# its exact length, which no real system does.
+# We vary only how much a request reserves. The paper compares with three versions of Orca, which
+# differ in what they know about the output. *Max* knows nothing and reserves the longest sequence.
+# *Pow2* over-reserves the output by at most 2x. *Oracle* knows the exact length, which no real
+# system does.
 
 # %%
 from minipaged.evaluation.sim.traces import WORKLOADS
@@ -143,7 +145,7 @@ RESERVE: dict[str, Reserve] = {
 
 @dataclass
 class Running:
-    piece: range
+    region: range
     prompt: int
     output: int
     generated: int = 0
@@ -151,8 +153,8 @@ class Running:
 
 @dataclass
 class Moment:
-    parts: list[tuple[str, range]]  # from left to right: what it is used for
-    wanted: int  # slots that the first who waits would reserve
+    parts: list[tuple[str, range]]  # from left to right, with their use
+    wanted: int  # slots that the first waiting request would reserve
 
     def count(self, use: str) -> int:
         return sum(len(part) for its_use, part in self.parts if its_use == use)
@@ -162,24 +164,24 @@ def look(gaps: list[range], running: list[Running], wanted: int) -> Moment:
     parts = [("external", gap) for gap in gaps]
     for r in running:
         now, end = r.prompt + r.generated, r.prompt + r.output
-        parts += [("token", r.piece[:now]), ("later", r.piece[now:end])]
-        parts += [("internal", r.piece[end:])]
+        parts += [("token", r.region[:now]), ("later", r.region[now:end])]
+        parts += [("internal", r.region[end:])]
     return Moment(sorted(parts, key=lambda part: part[1].start), wanted)
 
 
 def serve(reserve: Reserve) -> list[Moment]:
-    """Serve for 2,500 steps, and look at the memory in every 25th."""
+    """Serve for 2,500 steps, and record the memory in every 25th."""
     waiting = deque(WORKLOADS["sharegpt"].draw(num_requests=1000, seed=0))
     strip, running, moments = FirstFit(NUM_SLOTS), list[Running](), list[Moment]()
     for step in range(2500):
-        while (piece := strip.allocate(reserve(*waiting[0]))) is not None:
-            running.append(Running(piece, *waiting.popleft()))
+        while (region := strip.allocate(reserve(*waiting[0]))) is not None:
+            running.append(Running(region, *waiting.popleft()))
         if step % 25 == 0:
             moments.append(look(strip.gaps, running, reserve(*waiting[0])))
         for r in running:
             r.generated += 1
             if r.generated == r.output:
-                strip.free(r.piece)
+                strip.free(r.region)
         running = [r for r in running if r.generated < r.output]
     return moments
 
@@ -187,9 +189,9 @@ def serve(reserve: Reserve) -> list[Moment]:
 seen = {name: serve(reserve) for name, reserve in RESERVE.items()}
 
 # %% [markdown]
-# Here is the strip at seven moments of each run. One line is all of the memory:
+# Here is the strip at seven moments of each run. Each line is the whole memory:
 
-# %% The strip of 15,728 slots over time, if each request reserves the longest, guesses, or knows
+# %% The strip of 15,728 slots over time, if each request reserves the maximum, guesses, or knows
 figure, axes = drawing.picture(7.2, 6.4, nrows=3)
 for axis, (name, moments) in zip(axes, seen.items(), strict=True):
     rows = {
@@ -203,42 +205,42 @@ for axis, (name, moments) in zip(axes, seen.items(), strict=True):
 axes[-1].legend(loc="upper center", bbox_to_anchor=(0.45, -0.05), ncols=2, fontsize=8)
 
 # %% [markdown]
-# Under *Max* all pieces are equally long, so no gap is left between them, and the last piece of the
-# strip is too short for any request. Most of each piece is green: nothing will come. *Oracle* has
-# no internal fragmentation at all, yet half of its memory holds nothing: a request that will
-# generate 400 tokens keeps 400 slots from its first step to its last. And between its pieces of
-# different length, gaps remain. Averages over the last 2,000 steps, in percent of the pool:
+# Under *Max* all regions are equally long, so there are no gaps between them; only the end of the
+# strip is too short for another region. Most of each region is green: it will never be used.
+# *Oracle* has no internal fragmentation, yet half of its memory is empty. A request that will
+# generate 400 tokens keeps 400 slots from its first step to its last, and gaps remain between
+# regions of different lengths. Averages over the last 2,000 steps, in percent of the pool:
 
 # %%
-print("        " + "".join(f"{kind:>10}" for kind in KINDS) + "   requests at a time")
+print("        " + "".join(f"{kind:>10}" for kind in KINDS) + "   running requests")
 for name, moments in seen.items():
-    late = moments[20:]  # the beginning, when all came together, is left out
+    late = moments[20:]  # without the beginning, when all requests start together
     shares = [sum(m.count(kind) for m in late) / len(late) / NUM_SLOTS for kind in KINDS]
-    pieces = sum(sum(use == "token" for use, _ in m.parts) for m in late) / len(late)
-    print(f"{name:8}" + "".join(f"{v:10.1%}" for v in shares) + f"{pieces:10.1f}")
+    running = sum(sum(use == "token" for use, _ in m.parts) for m in late) / len(late)
+    print(f"{name:8}" + "".join(f"{v:10.1%}" for v in shares) + f"{running:10.1f}")
 
 unlucky = [m for m in seen["Oracle"] if m.count("external") >= m.wanted]
 of_all = f"{len(unlucky)} of {len(seen['Oracle'])} moments"
-print(f"\nOracle: in {of_all} there was room for one more, but not in one piece")
+print(f"\nOracle: in {of_all} one more request would have fit, but not in one gap")
 gaps = [len(part) for use, part in unlucky[0].parts if use == "external"]
 print(f"for example: wanted {unlucky[0].wanted}, free {sum(gaps)}, in gaps of {gaps}")
 
 # %% [markdown]
-# That last line is external fragmentation in one sentence: enough memory is free, and no request
-# can use it. One could compact the pieces, as a garbage collector does; but a piece can be a
-# gigabyte or more, and all requests would wait meanwhile (section 3.1).
+# The last line is external fragmentation in one sentence: enough memory is free, and no request can
+# use it. One could compact the regions, as a garbage collector does. But a region can be a gigabyte
+# or more, and all requests would have to wait (section 3.1).
 #
-# ### The baselines, inside the engine
+# ### Baselines in the engine
 #
-# The library includes these systems. Your allocator takes pieces of any size; theirs is a *buddy
-# allocator*, as in the paper: sizes are powers of two, and a piece is split in halves until it is
-# just large enough. That is quicker and joins gaps more easily, but what is rounded up is lost:
+# The library includes these systems. Your allocator hands out regions of any size. Theirs is a
+# *buddy allocator*, as in the paper: sizes are powers of two, and a region is halved until it is
+# just large enough. That is faster and makes gaps easier to join, but rounding up wastes memory:
 #
 # @@ minipaged.memory.baselines.buddy.BuddyAllocator.allocate
 #
-# They serve real models. Sixteen questions to storyteller, sequences of 256 tokens at most, and a
-# pool of 1,024 slots. `usage()` counts by the same kinds, and is shown where most slots hold a
-# token:
+# They serve real models. We ask storyteller sixteen questions, with sequences of at most 256 tokens
+# and a pool of 1,024 slots. `usage()` counts the same kinds; we print the moment at which most
+# slots hold a token:
 
 # %%
 from minipaged import LLM, SamplingParams
@@ -259,22 +261,22 @@ for kind in ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged"):
         at_a_time.append(len(llm.engine.scheduler.running))
         usages.append(llm.engine.memory.usage())
     assert all(usage.total == 1024 for usage in usages)
-    print(f"{kind}: {len(usages)} steps, up to {max(at_a_time)} requests at a time")
+    print(f"{kind}: {len(usages)} steps, up to {max(at_a_time)} running requests")
     print("   ", max(usages, key=lambda usage: usage.used))
 
 # %% [markdown]
-# *Pow2* reserves 32 output tokens where *Oracle* reserves 24, the `max_tokens` of the request: all
-# that a real server knows of the future. The last line is paging. It needs about a third of the
+# *Pow2* reserves 32 output tokens where *Oracle* reserves 24, the `max_tokens` of the request; a
+# real server knows no more of the future. The last line is paging. It needs about a third of the
 # steps of the first, because four times as many requests run together.
 #
 # ### The paper's Figure 2
 #
-# What would a whole server do? The library can play that without a GPU: the real scheduler and the
-# real memories, with a formula in the place of the model's time. It takes a few seconds for 160
-# seconds of serving, with more requests than any of the systems can sustain. (The paper measured an
-# hour, and `minipaged paper fig2` simulates 15 minutes.)
+# What about a whole server? The library can simulate one without a GPU: the real scheduler and the
+# real memories, with a formula in place of the model's time. The simulation covers 160 seconds of
+# serving in a few seconds, with more requests than any of the systems can sustain. (The paper
+# measured an hour, and `minipaged paper fig2` simulates 15 minutes.)
 
-# %% What each system's memory is used for, simulated; diamonds: the paper's slots with a token
+# %% What each system's memory is used for, simulated; diamonds: slots with a token in the paper
 from minipaged.evaluation.paper.serving import Case, Outcome
 from minipaged.evaluation.paper.serving import serve as simulate
 
@@ -284,7 +286,7 @@ for name, percent in PAPER.items():
     case = Case(name, rate=4.0, seconds=160.0, only_while_they_come=True)
     ours[name] = simulate(case)
     print(f"{name:11} slots with a token: {ours[name].used:5.1%}, paper {percent} %; ", end="")
-    print(f"requests at a time: {ours[name].mean_batch:.1f}")
+    print(f"running requests: {ours[name].mean_batch:.1f}")
 
 figure, axis = drawing.picture()
 bottom = [0.0] * len(ours)
@@ -298,25 +300,25 @@ axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 
 # %% [markdown]
 # With the buddy allocator the pink part is larger than with your first-fit, which wastes less on
-# rounding and needs more time to search. But no allocator that gives out pieces removes the orange
-# part, and none that does not know the future removes the green one. (Free slots count as external
+# rounding but takes longer to search. No allocator of contiguous regions removes the orange part,
+# and none that cannot see the future removes the green one. (Free slots count as external
 # fragmentation here, as in the paper, since a request is always waiting.)
 #
-# ### What it costs: Figure 1
+# ### The cost: Figure 1
 #
-# Memory is what a request needs, and requests are what a step needs to be worth its while (chapter
-# 1). So the paper's first figure says two things: of a GPU's memory, the weights take two thirds
-# and the keys and values nearly all the rest; and tokens a second grow with the requests that fit
-# into this rest.
+# A step is worth its while when many requests share it (chapter 1), and each request needs memory.
+# The paper's first figure shows both sides. The weights take two thirds of a GPU's memory, and the
+# keys and values nearly all the rest. The number of tokens per second grows with the number of
+# requests that fit into this rest.
 
-# %% Memory of a GPU that serves OPT-13B; and tokens a second by requests at a time, from a formula
+# %% Memory of a GPU that serves OPT-13B; and tokens per second by running requests, from a formula
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
 from minipaged.evaluation.sim.cost_model import CostModel
 
 server = DEPLOYMENTS["opt-13b"]
 weights_gb = server.model.weight_bytes / 1e9
 kv_gb = server.num_slots * server.model.kv_bytes_per_token / 1e9
-costs, half_way = CostModel(server), 161 + 338 // 2  # tokens of a request half way
+costs, half_way = CostModel(server), 161 + 338 // 2  # tokens of a request halfway
 
 
 def tokens_per_second(batch: float) -> float:
@@ -331,27 +333,27 @@ batches = [1, 2, 4, 8, 16, 24, 32, 40]
 right.plot(batches, [tokens_per_second(batch) for batch in batches], color=drawing.GREY)
 for name, outcome in ours.items():
     right.scatter(outcome.mean_batch, tokens_per_second(outcome.mean_batch), label=name, zorder=3)
-right.set(xlabel="requests at a time", ylabel="tokens a second", ylim=(0, None))
+right.set(xlabel="running requests", ylabel="tokens per second", ylim=(0, None))
 right.legend(fontsize=8)
 
 # %% [markdown]
-# ### What paging promises
+# ### The promise of paging
 #
 # Cut the memory into blocks of 16 slots, and give a sequence a block when its last one is full.
-# Nothing is reserved for later but the rest of that block, so a sequence wastes at most a block
-# less one slot. All blocks are equally long, so no gap is too small. This requires a table that
-# maps logical blocks to physical blocks, and an attention kernel that reads through that table:
-# chapters 3 and 4.
+# Nothing is reserved for later except the rest of that block, so a sequence wastes less than one
+# block. All blocks are equally long, so no gap is too small. This requires a table that maps
+# logical blocks to physical blocks, and an attention kernel that reads through that table: chapters
+# 3 and 4.
 #
-# There is another answer: keep each sequence in one piece of *virtual* memory, and let the system
-# map physical pages to it when they are needed. That is vAttention
-# ([arXiv 2405.04437](https://arxiv.org/abs/2405.04437)), and `LLM(memory="virtual")` does it, on
-# Linux and a CPU.
+# There is another answer: keep each sequence contiguous in *virtual* memory, and let the system map
+# physical pages to it when they are needed. That is vAttention ([arXiv
+# 2405.04437](https://arxiv.org/abs/2405.04437)), and `LLM(memory="virtual")` does it, on Linux and
+# a CPU.
 #
 # ## Check
 #
-# Rule 3: the same tokens from all four memories. Rule 2: the kinds add up, in your strip as in the
-# library's pools (whose sum was checked in each step above).
+# Rule 3: all four memories give the same tokens. Rule 2: the kinds add up, in your strip as in the
+# library's pools (checked in each step above).
 
 # %%
 assert all(tokens == answers["paged"] for tokens in answers.values())
@@ -363,8 +365,8 @@ assert all(
 print("same tokens from", ", ".join(answers))
 
 # %% [markdown]
-# Rule 1, and that nothing is lost: pieces come and go at random, and two allocators with a mistake
-# do the same.
+# Rule 1, and no memory is lost: regions come and go at random. Two allocators with a mistake get
+# the same test.
 
 # %%
 from random import Random
@@ -385,13 +387,13 @@ def check(kind: type[FirstFit]) -> None:
     for _ in range(500):
         if random.random() < 0.5 and owned:
             strip.free(owned.pop(random.randrange(len(owned))))
-        elif (piece := strip.allocate(random.randint(1, 30))) is not None:
+        elif (region := strip.allocate(random.randint(1, 30))) is not None:
             for other in owned:
-                apart = piece.stop <= other.start or other.stop <= piece.start
-                assert apart, f"{kind.__name__}: {piece} overlaps {other}, which has an owner"
-            owned.append(piece)
-    for piece in owned:
-        strip.free(piece)
+                apart = region.stop <= other.start or other.stop <= region.start
+                assert apart, f"{kind.__name__}: {region} overlaps {other}, which is in use"
+            owned.append(region)
+    for region in owned:
+        strip.free(region)
     whole = strip.gaps == [range(100)]
     assert whole, f"{kind.__name__}: all is free, but in {len(strip.gaps)} gaps instead of one"
 
@@ -406,43 +408,110 @@ for mistake in (NeverJoins, ForgetsToCut):
         raise RuntimeError("the mistake was not noticed")
 
 # %% [markdown]
+# ### Exercise: utilisation without a simulation
+#
+# Add up the reserved slots over all steps. What share of them holds a token? It follows from the
+# lengths of the requests and the policy. A request runs for `output` steps. In its first step it
+# holds its prompt, and in each later step one token more. The body below is far too optimistic: it
+# returns 100 % for *Oracle*, of whose memory 49.1 % held tokens above and 34.3 % was reserved.
+# Replace it, and run this cell and the next one again.
+
+# %%
+Requests = list[tuple[int, int]]  # (prompt, output)
+
+
+def share_with_token(requests: Requests, reserve: Reserve) -> float:
+    """Slots with a token by reserved slots, both summed over all steps of all requests."""
+    shares = [(prompt + output) / reserve(prompt, output) for prompt, output in requests]
+    return sum(shares) / len(shares)  # your turn
+
+
+# %%
+def check_exercise(share_with_token) -> bool:
+    """Compare with a count, step by step."""
+    workloads = {
+        "Figure 3": [(7, 3), (3, 2)],
+        "1 short, 1 long": [(10, 2), (100, 1000)],
+        "ShareGPT": WORKLOADS["sharegpt"].draw(num_requests=1000, seed=0),
+    }
+    solved = True
+    for workload, requests in workloads.items():
+        for policy, reserve in RESERVE.items():
+            tokens = reserved = 0
+            for prompt_len, output_len in requests:
+                for generated in range(output_len):
+                    tokens += prompt_len + generated
+                    reserved += reserve(prompt_len, output_len)
+            yours, expected = share_with_token(requests, reserve), tokens / reserved
+            shown = "nothing" if yours is None else f"{yours:.2%}"
+            print(f"{workload:16} {policy:7} yours: {shown:8} expected: {expected:.2%}")
+            solved = solved and yours is not None and abs(yours - expected) < 1e-9
+    return solved
+
+
+print("solved" if check_exercise(share_with_token) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# Two things are wrong. The share at the end of a request is not its average share. And the mean of
+# the requests' shares is not the share of all slots: a long request keeps its slots for more steps,
+# so it counts more. Sum first, and divide once.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# def share_with_token(requests: Requests, reserve: Reserve) -> float:
+#     """Slots with a token by reserved slots, both summed over all steps of all requests."""
+#     tokens = sum(sum(range(prompt, prompt + output)) for prompt, output in requests)
+#     reserved = sum(output * reserve(prompt, output) for prompt, output in requests)
+#     return tokens / reserved
+# ```
+#
+# In the simulation above, 18.7 % of the slots held tokens under *Max* and 91.1 % were reserved: a
+# share of 20.5 %. External fragmentation is not included, since it depends on the order of regions.
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # 2,038 of 2,048 slots will never hold a token. If each of these requests reserves 2,048 slots,
 # about a fifth of the memory holds tokens (yours 18.7 %, the paper 20.4 %). If each reserves
-# exactly what it needs, it is about a half with first-fit, and 38.2 % in the paper, where a buddy
+# exactly what it needs, it is about a half with first-fit, and 38.2 % in the paper, whose buddy
 # allocator rounds sizes up.
 #
 # </details>
 #
 # ## Questions
 #
-# **Oracle knows everything. Why is half of its memory without a token?**
+# **Oracle knows every length. Why is half of its memory empty?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# It knows how much a request needs in the end, and must keep all of it from the start: the piece
-# cannot grow, since the next one begins right after it. On average a request is half way through
-# its output.
+# It knows how much a request needs in the end, and must keep all of it from the start: the region
+# cannot grow, since the next one begins right after it. On average a request is halfway through its
+# output.
 #
 # </details>
 #
-# **Under Max no gap lies between pieces. Is a pool without external fragmentation a good one?**
+# **Max leaves no gaps between regions. Is a pool without external fragmentation a good one?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. Equal pieces fit everywhere, and waste inside instead of outside. Paging has equal pieces,
-# too, and they are small: that is what makes the waste inside small.
+# No. Equal regions fit everywhere, but they waste memory inside instead of outside. The blocks of
+# paging are equal too, but small, so little is wasted inside them.
 #
 # </details>
 #
-# **Could a request begin with a small piece and be moved to a larger one when it grows?**
+# **Could a request begin with a small region and move to a larger one when it grows?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Yes, and with each move all its keys and values are copied: for OPT-13B 800 KB a token, hundreds
-# of megabytes for one sequence. While it is moved it needs both pieces. And the new piece has the
-# same three kinds of waste.
+# Yes, but each move copies all its keys and values: for OPT-13B 800 KB per token, hundreds of
+# megabytes for one sequence. During the move it needs both regions. And the new region has the same
+# three kinds of waste.
 #
 # </details>
 #
@@ -451,11 +520,11 @@ for mistake in (NeverJoins, ForgetsToCut):
 # %%
 before, after = ours["orca-max"], ours["vllm"]
 print(
-    f"slots that hold a token: {before.used:.1%} if the longest is reserved, {after.used:.1%} paged"
+    f"slots that hold a token: {before.used:.1%} with the longest reserved, {after.used:.1%} paged"
 )
-print(f"requests at a time:      {before.mean_batch:.1f} and {after.mean_batch:.1f}")
+print(f"running requests:        {before.mean_batch:.1f} and {after.mean_batch:.1f}")
 gain = tokens_per_second(after.mean_batch) / tokens_per_second(before.mean_batch)
-print(f"tokens a second:         {gain:.1f} times as many")
+print(f"tokens per second:       {gain:.1f} times as many")
 
 # %% [markdown]
 # Next: [blocks, and the tables that find them](03_blocks_and_block_tables.md).

@@ -3,85 +3,80 @@
 #
 # Memory is cut into blocks of equal size, and a table lists the blocks of each sequence.
 #
+# **Needs** [chapter 2](02_the_memory_problem.md) · **Time** 30 minutes ·
+# **Lab** [1, an allocator](labs/01.md) and [2, block tables](labs/02.md)
+#
 # ## Goals
 #
-# - How a *block table* lets a sequence be stored in pieces and still be one sequence (section 4.2
-#   of the paper).
-# - What an allocator must do, and why it may give out blocks in any order it likes.
-# - What the size of a block costs when it is too large, and when it is too small.
+# - How a *block table* lets a sequence be stored in scattered blocks (section 4.2 of the paper).
+# - What an allocator must do, and why it may hand out blocks in any order.
+# - What blocks cost that are too large or too small.
 #
 # ## Invariants
 #
-# 1. Every block is free or has owners. Its *reference count* is their number, and the block is free
-#    again only when the last owner frees it.
+# 1. Every block is free or has owners. Its *reference count* is the number of its owners, and the
+#    block is free again only when the last owner frees it.
 # 2. A sequence of $n$ tokens has $\lceil n / B \rceil$ blocks of $B$ slots. All but the last are
 #    full.
-# 3. A token is stored where the table says, and stays there as long as the sequence runs.
+# 3. A token is stored in the slot that the table gives, and stays there as long as the sequence
+#    runs.
 #
 # ## Predict
 #
 # A pool has 8 blocks of 4 slots. This happens:
 #
-# - A comes with 7 tokens, B with 5.
+# - A arrives with 7 tokens, B with 5.
 # - A grows to 10 tokens.
-# - B ends. C comes with 9 tokens.
+# - B ends. C arrives with 9 tokens.
 #
 # How many blocks does each have at the end? How many slots are empty but unusable for other
 # sequences? Does it matter that C's blocks are not adjacent?
 #
-# ## Build it: an allocator of your own
+# ## Build it: an allocator
 #
-# A physical block is just a number. The allocator tracks which numbers are free, and counts the
-# owners of the others. It has four methods and two attributes, and never looks at a tensor. Write
-# one that always allocates the lowest free number, which the library's does not:
+# A physical block is just a number. The allocator records which numbers are free; it never looks at
+# a tensor. So far each block has one owner, so one bit per block is enough, and the search for a
+# free block may be slow. (The library's allocator counts several owners and takes the same time for
+# any pool. You write it in [lab 1](labs/01.md).)
 
 # %%
-import heapq
-
 from minipaged.errors import DoubleFree, OutOfBlocks
 
 
-class LowestFirst:
-    """Hands out the free block with the lowest number."""
+class OneOwner:
+    """Hands out the free block with the lowest number. A block has at most one owner."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.free_blocks = list(range(num_blocks))  # a heap: the smallest comes first
-        self.owners = [0] * num_blocks
+        self.is_taken = [False] * num_blocks
 
     @property
     def num_free(self) -> int:
-        return len(self.free_blocks)
+        return self.is_taken.count(False)
 
     def allocate(self) -> int:
-        if not self.free_blocks:
-            raise OutOfBlocks(
-                f"no free block is left in a pool of {self.num_blocks}: free one first."
-            )
-        block = heapq.heappop(self.free_blocks)
-        self.owners[block] = 1
+        if all(self.is_taken):
+            raise OutOfBlocks(f"all {self.num_blocks} blocks of the pool are taken: free one.")
+        block = self.is_taken.index(False)
+        self.is_taken[block] = True
         return block
 
-    def share(self, block: int) -> None:
-        if self.owners[block] == 0:
-            raise DoubleFree(f"block {block} has no owner, so it cannot be shared.")
-        self.owners[block] += 1
-
     def free(self, block: int) -> None:
-        if self.owners[block] == 0:
-            raise DoubleFree(f"block {block} has no owner, so it cannot be freed again.")
-        self.owners[block] -= 1
-        if self.owners[block] == 0:
-            heapq.heappush(self.free_blocks, block)
+        if not self.is_taken[block]:
+            raise DoubleFree(f"block {block} is free already.")
+        self.is_taken[block] = False
 
     def ref_count(self, block: int) -> int:
-        return self.owners[block]
+        return int(self.is_taken[block])
+
+    def share(self, block: int) -> None:
+        raise NotImplementedError(f"block {block} cannot have a second owner: see lab 1.")
 
 
 # %% [markdown]
-# The *block manager* uses the allocator. It keeps one block table for each sequence: logical block
-# 0, 1, 2, ... of the sequence is physical block `blocks[0]`, `blocks[1]`, `blocks[2]`, ... We give
-# it your allocator and run the example from above. (A sequence is a list of tokens; here the tokens
+# The *block manager* uses the allocator. It keeps one block table per sequence: logical block 0, 1,
+# 2, ... of the sequence is physical block `blocks[0]`, `blocks[1]`, `blocks[2]`, ... We give it
+# your allocator and run the example from above. (A sequence is a list of tokens; here the tokens
 # are words, and nothing is computed.)
 
 # %%
@@ -93,7 +88,7 @@ words = {
     "B": "it was the best of".split(),
     "C": "once upon a time there was a small frog".split(),
 }
-memory = BlockManager(num_blocks=8, block_size=4, allocator=LowestFirst)
+memory = BlockManager(num_blocks=8, block_size=4, allocator=OneOwner)
 sequences = {}
 
 
@@ -117,7 +112,7 @@ admit("A", 7)
 admit("B", 5)
 first = where_the_words_are()
 
-for token in (7, 8, 9):  # a step computes what is there; then one more token is sampled
+for token in (7, 8, 9):  # a step computes the tokens so far, then samples one more
     sequences["A"].mark_computed(sequences["A"].num_uncomputed_tokens)
     sequences["A"].append(token)
     memory.append(sequences["A"])
@@ -130,11 +125,11 @@ third = where_the_words_are()
 for name, seq in sequences.items():
     print(name, memory.tables[seq.seq_id])
 
-# %% The pool after A and B came; after A grew; after B ended and C came
+# %% The pool after A and B arrived; after A grew; after B ended and C arrived
 import drawing
 
 figure, axes = drawing.picture(7.2, 4.6, ncols=3)
-titles = ("A and B have come", "A has grown", "B has ended, C has come")
+titles = ("A and B have arrived", "A has grown", "B has ended, C has arrived")
 for axis, (contents, owners), title in zip(axes, (first, second, third), titles, strict=True):
     drawing.blocks(axis, contents, owners, num_blocks=8, block_size=4)
     axis.set_title(title)
@@ -142,11 +137,10 @@ for axis, (contents, owners), title in zip(axes, (first, second, third), titles,
 # %% [markdown]
 # A's third block is number 4, because B owned 2 and 3 at that time. C took 2 and 3, which B had
 # freed, and 5 as its third. Nothing had to be moved, and no gap was too small: **any free block
-# serves any sequence**. That is the whole point. With pieces of different lengths, gaps remain that
-# fit no request, and chapter 2 measured how much is lost to them.
+# serves any sequence**. The regions of chapter 2 left gaps that fit no request.
 #
 # To read position $p$, look it up in the sequence's block table: logical block $\lfloor p / B
-# \rfloor$, offset $p \bmod B$. The physical block times $B$ plus the offset is the *slot*.
+# \rfloor$, offset $p \bmod B$. The *slot* is the physical block times $B$ plus the offset.
 
 # %%
 table = memory.tables[sequences["C"].seq_id]
@@ -154,25 +148,31 @@ for position in (0, 3, 4, 8):
     print(f"C's word {position}, {words['C'][position]!r}, is in slot {table.slot(position)}")
 
 # %% [markdown]
-# This is the library's, in full:
+# A sequence gets a new block when its last one is full, and not before. (Chapter 7 explains what
+# happens with a block that has other owners.) Here is the library's code. Do [lab 1](labs/01.md)
+# and [lab 2](labs/02.md) before you open it:
+#
+# <details markdown="1"><summary>Spoiler for labs 1 and 2: the library's versions</summary>
+#
+# The slot of a token:
 #
 # @@ minipaged.memory.block_table.BlockTable.slot
 #
-# and this is how a sequence gets new blocks: one when the last is full, and not before. (Chapter 7
-# explains what happens with a block that has other owners.)
+# How a sequence gets its blocks:
 #
 # @@ minipaged.memory.block_manager.BlockManager.append
 #
-# The library's own allocator keeps its free blocks on a stack instead. It allocates the block that
-# was freed last, which is likely to be in the processor's cache still, and takes the same time
-# however large the pool is:
+# The library's allocator keeps its free blocks on a stack:
 #
 # @@ minipaged.memory.allocator.BlockAllocator.allocate
 #
-# ### The model runs on it
+# </details>
 #
-# Roles are wired in one place, `Parts`. Your class takes the role `allocator`, and nothing else
-# changes. `checked()` wraps every part in a checker that recounts the owners after each call.
+# ### Run the model on it
+#
+# All parts of the engine are chosen in one place, `Parts`. Your class takes the role `allocator`,
+# and nothing else changes. `checked()` wraps every part in a checker that recounts the owners after
+# each call.
 
 # %%
 from minipaged import LLM, Event, EventLog, Parts, SamplingParams
@@ -184,27 +184,26 @@ stories = [tell(num_facts=size, seed=size) for size in (1, 2, 3, 4, 6, 8)]
 prompts = [prompt(story, story.questions[0]) for story in stories]
 
 events: list[Event] = []
-mine = Parts(allocator=LowestFirst).checked()
+mine = Parts(allocator=OneOwner).checked()
 yours = LLM(num_blocks=40, parts=mine.traced(EventLog(events.append)), enable_prefix_caching=False)
 served = yours.generate(prompts, greedy, use_tqdm=False)
 for story, output in zip(stories, served, strict=True):
     print(f"{story.questions[0].text:42}{output.outputs[0].text}")
 
 # %% [markdown]
-# The pool with your allocator at work. Point at a block to see its owner, and find it in the block
-# table next to it.
+# Here is the pool at work. Point at a block to see its owner and its place in the block table.
 
 # %%
 Replay(events, title="Your allocator serves a model")
 
 # %% [markdown]
-# ### How large should a block be?
+# ### Choose a block size
 #
-# A sequence wastes the empty part of its last block: half a block on average, so small blocks waste
-# less. But each block costs an entry in a table, a step of the allocator, and, most of all, one
-# more place where the attention must look. The paper measures this in Figure 18 and settles on 16.
-# Let us measure the part that needs no clock, with requests as long as those of ChatGPT's users
-# (the paper's ShareGPT trace, of which only the mean lengths are published).
+# A sequence wastes the empty part of its last block, half a block on average, so small blocks waste
+# less. But each block costs a table entry, a call of the allocator and, most of all, one more
+# lookup in attention. The paper measures this in Figure 18 and settles on 16. We measure the part
+# that needs no clock, with requests as long as those of ChatGPT's users (the paper's ShareGPT
+# trace, of which only the mean lengths are published).
 
 # %% What blocks of each size waste, and how many entries the block tables have
 from minipaged.evaluation.sim.traces import WORKLOADS
@@ -225,14 +224,14 @@ left.set(xscale="log", xticks=sizes, xticklabels=sizes)
 left.set(xlabel="block size", ylabel="slots empty, %")
 right.plot(sizes, entries, marker="o", color=drawing.COLOURS[1])
 right.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)
-right.set(xlabel="block size", ylabel="table entries a sequence")
+right.set(xlabel="block size", ylabel="table entries per sequence")
 
 # %% [markdown]
 # ## Check
 #
-# Your allocator gives the same answers as the library's, every block is free again, and the checker
-# names the mistake of a wrong allocator. The classic mistake is to forget that a block can have
-# several owners:
+# Your allocator gives the same answers as the library's, and every block is free again. The checker
+# also names the mistake of a wrong allocator. The classic mistake is to forget that a block can
+# have several owners:
 
 # %%
 from minipaged.errors import CheckFailed
@@ -243,9 +242,9 @@ assert [o.outputs[0].token_ids for o in served] == [o.outputs[0].token_ids for o
 assert yours.engine.scheduler.memory.num_free == 40
 
 
-class ForgetsToCount(LowestFirst):
+class ForgetsToCount(OneOwner):
     def share(self, block: int) -> None:
-        pass  # "it has an owner already"
+        pass  # "it is taken already"
 
 
 allocator = CheckedAllocator(ForgetsToCount(4))
@@ -258,9 +257,89 @@ else:
     raise AssertionError("the mistake was not noticed")
 
 # %% [markdown]
+# ### Exercise: from a slot back to the token
+#
+# A debugger shows a wrong value in slot 17 of the pool. Whose token is it? The body below would be
+# right if every sequence were contiguous, as in chapter 2. Rewrite it for block tables, and run
+# this cell and the next one again.
+
+# %%
+from minipaged.memory import BlockTable
+
+
+def token_in(slot: int, tables: dict[str, BlockTable]) -> tuple[str, int] | None:
+    """Name of the sequence and position of the token in this slot; None if the slot is empty."""
+    for name, table in tables.items():
+        position = slot - table.blocks[0] * table.block_size  # your turn
+        if 0 <= position < table.num_tokens:
+            return name, position
+    return None
+
+
+# %%
+from random import Random
+
+
+def random_tables(block_size: int, lengths: tuple[int, ...]) -> dict[str, BlockTable]:
+    blocks = list(range(16))
+    Random(block_size).shuffle(blocks)
+    owned = [[blocks.pop() for _ in range(0, length, block_size)] for length in lengths]
+    parts = zip("ABCD", owned, lengths, strict=False)
+    return {name: BlockTable(block_size, mine, length) for name, mine, length in parts}
+
+
+def check_exercise(token_in) -> bool:
+    """Compare all slots with the library's way from positions to slots."""
+    pools = {
+        "A and C above": {name: memory.tables[seq.seq_id] for name, seq in sequences.items()},
+        "blocks of 4": random_tables(4, (16, 7, 1, 9)),
+        "blocks of 16": random_tables(16, (40, 32, 5)),
+        "blocks of 1": random_tables(1, (3, 5)),
+    }
+    solved = True
+    for pool, tables in pools.items():
+        size = tables["A"].block_size
+        places = [(name, p) for name, table in tables.items() for p in range(table.num_tokens)]
+        expected = {tables[name].slot(p): (name, p) for name, p in places}
+        wrong = [slot for slot in range(16 * size) if token_in(slot, tables) != expected.get(slot)]
+        print(f"{pool:14} wrong slots: {len(wrong)}")
+        for slot in wrong[:2]:
+            yours = token_in(slot, tables)
+            print(f"    slot {slot}, yours: {yours}, expected: {expected.get(slot)}")
+        solved = solved and not wrong
+    return solved
+
+
+print("solved" if check_exercise(token_in) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# A slot number has two parts: a physical block and an offset in it. A table lists physical blocks;
+# the index of a block in that list is its logical block. And the last block may have empty slots.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# def token_in(slot: int, tables: dict[str, BlockTable]) -> tuple[str, int] | None:
+#     """Name of the sequence and position of the token in this slot; None if the slot is empty."""
+#     for name, table in tables.items():
+#         physical, offset = divmod(slot, table.block_size)
+#         if physical in table.blocks:
+#             position = table.blocks.index(physical) * table.block_size + offset
+#             return (name, position) if position < table.num_tokens else None
+#     return None
+# ```
+#
+# This searches every table. An engine never needs to: it goes from positions to slots only.
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# A has 3 blocks for its 10 tokens, C has 3 for its 9. Of their 24 slots 5 are empty, all at the
+# A has 3 blocks for its 10 tokens, and C has 3 for its 9. Of their 24 slots 5 are empty, all at the
 # ends of last blocks. It does not matter that C's blocks are 2, 3 and 5: the table records it.
 #
 # </details>
@@ -271,40 +350,38 @@ else:
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. The table is the only way to a token, and it names the block whatever its number. The order
-# can change the speed a little: neighbours in memory are read faster, and recently used ones are in
-# the cache.
+# No. Every token is found through the table, whatever the number of its block. The order can change
+# the speed a little: adjacent memory is read faster, and recently used memory is still in the
+# cache.
 #
 # </details>
 #
-# **Can it happen that 100 slots are free and a prompt of 100 tokens does not fit?**
+# **Can a prompt of 100 tokens be too long for a pool with 100 empty slots?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Free *blocks* can all be used, so a prompt fits if $\lceil 100 / B \rceil$ of them are free. The
-# empty slots at the end of other sequences' last blocks are not free: they are kept for the tokens
-# that come next. There is no external fragmentation, and internal fragmentation below one block a
-# sequence.
+# Yes. A prompt fits if $\lceil 100 / B \rceil$ *blocks* are free. The empty slots in other
+# sequences' last blocks are not free: they are kept for the tokens that come next. There is no
+# external fragmentation, and internal fragmentation is less than one block per sequence.
 #
 # </details>
 #
-# **Why does the allocator count owners, when so far each block has one?**
+# **Your allocator allows one owner per block. Why does the library's count owners?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Because soon it has several: samples of one prompt share its blocks (chapter 7), and so do
-# requests that share a prefix (chapter 8). With counts, "free my blocks" is right in every case,
-# and no sequence needs to know the other owners.
+# Because samples of one prompt share its blocks (chapter 7), and so do requests that share a prefix
+# (chapter 8). With counts, a sequence can free its blocks without knowing the other owners.
 #
 # </details>
 #
-# **Your `allocate` takes time that grows with the logarithm of the free blocks, the library's does
-# not. When would you prefer yours?**
+# **Your `allocate` searches for the lowest free block, which takes longer in a larger pool. When
+# would you prefer it to the library's stack?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# If the upper part of the pool should stay empty, say to return it to another program. A stack
-# scatters the blocks in use over time.
+# If the upper part of the pool should stay empty, for example to return it to another program. A
+# stack scatters the blocks in use over time.
 #
 # </details>
 #
@@ -314,8 +391,9 @@ else:
 at_16 = sizes.index(16)
 mean = sum(lengths) / len(lengths)
 print(f"waste with blocks of 16, ShareGPT lengths: {waste[at_16]:.1f} % of the slots")
-print(f"waste had each request reserved 2,048:     {100 - 100 * mean / 2048:.1f} %")
-print(f"table entries a sequence:                  {entries[at_16]:.0f}")
+print(f"waste if each request reserved 2,048:      {100 - 100 * mean / 2048:.1f} %")
+print(f"table entries per sequence:                {entries[at_16]:.0f}")
 
 # %% [markdown]
+# Write the library's allocator in [lab 1](labs/01.md) and its block tables in [lab 2](labs/02.md).
 # Next: [attention that reads keys and values through such a table](04_paged_attention.md).

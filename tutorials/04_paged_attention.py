@@ -1,38 +1,43 @@
 # %% [markdown]
 # # 4. Paged attention
 #
-# A query reads its keys and values through the block table: first gathered into one piece, then
-# block by block in place.
+# A query reads its keys and values through the block table: first by gathering a contiguous copy,
+# then block by block in place.
+#
+# **Needs** [chapter 1](01_attention_and_the_kv_cache.md) and
+# [chapter 3](03_blocks_and_block_tables.md) · **Time** 35 minutes ·
+# **Lab** [3, paged attention](labs/03.md)
 #
 # ## Goals
 #
-# - How attention finds the keys of a sequence that is stored in pieces (section 4.1 of the paper).
+# - How attention finds the keys of a sequence that is stored in scattered blocks (section 4.1 of
+#   the paper).
 # - How softmax over many blocks is computed in one pass, though it seems to need two (Equation 4).
-# - Why one function serves whole prompts, pieces of prompts and single tokens.
+# - Why one function serves whole prompts, chunks of prompts and single tokens.
 #
 # ## Invariants
 #
-# 1. The result is that of plain attention over the same keys in one piece.
+# 1. The result is that of plain attention over the same keys in one tensor.
 # 2. The query at position $p$ sees positions $0$ to $p$, and nothing else.
-# 3. Only a sequence's own keys and values affect its result. Other blocks and the unused end of a
-#    row of the block tables are never read. An empty slot of the last block is not read, or has the
-#    weight zero: it holds finite numbers.
+# 3. Only a sequence's own keys and values affect its result. Other blocks and unused entries of the
+#    block tables are never read. An empty slot of the last block is not read, or has weight zero
+#    and holds finite numbers.
 #
 # ## Predict
 #
 # - C has 9 tokens in blocks of 4 slots, and computes a tenth. How many blocks does its query read,
 #   and how many slots of the last one must it leave out?
 # - A prompt of 7 tokens has its first 4 in the pool already. How many queries does the next step
-#   have, and for how many pairs does a query see a key?
-# - The largest score so far is 2, and the next block brings a 5. By what factor must the sum so far
-#   be multiplied?
+#   have, and how many (query, key) pairs are visible?
+# - The largest score so far is 2, and the next block contains a 5. By what factor must the sum so
+#   far be multiplied?
 #
 # ## Build it
 #
-# ### Through the table
+# ### Read through the block table
 #
-# Here is the pool of chapter 3 as it stood at the end: A in blocks 0, 1 and 4, C in blocks 2, 3 and
-# 5. Attention for C needs C's keys, in order. The table says where they are.
+# Here is the pool at the end of chapter 3: A in blocks 0, 1 and 4, C in blocks 2, 3 and 5.
+# Attention for C needs C's keys in order, and C's table gives their blocks.
 
 # %% Left: the pool. Right: C's logical blocks, by its block table
 import drawing
@@ -65,7 +70,7 @@ for logical, physical in enumerate(tables["C"]):
     figure.add_artist(arrow)
 
 # %% [markdown]
-# To *gather* is to follow these arrows and to copy what is found, side by side. Position $p$ is in
+# To *gather* means to follow these arrows and copy what they point to, in order. Position $p$ is in
 # block `table[p // 4]` at offset `p % 4`. With tensors that is two lines for all positions at once:
 
 # %%
@@ -76,22 +81,22 @@ print([contents[int(block)][offset] for block, offset in zip(blocks, offsets, st
 # %% [markdown]
 # ### Gather, then attend
 #
-# In the real pool each slot holds vectors instead of a word, one for each *head*. The keys of a
-# layer are a tensor `[num_blocks, kv_heads, block_size, head_dim]`, the values another. (Chapter 5
-# shows where the layers are.)
+# In the real pool each slot holds vectors instead of a word, one per *head*. The keys of a layer
+# are one tensor `[num_blocks, kv_heads, block_size, head_dim]`, the values another. (Chapter 5
+# shows the layers.)
 #
 # A step computes tokens of several sequences. Their queries are in one tensor, sequence after
-# sequence, and `batch` says which rows belong to which sequence. For each sequence it has a row of
-# the block tables and a *span*, three plain numbers: `start`, the row of its first query;
-# `query_len`, how many queries it has; and `context_len`, how many of its tokens are in the pool
-# already. The keys of the new tokens were written to the pool just before, so there are
-# `seq_len = context_len + query_len` of them.
+# sequence, and `batch` maps its rows to sequences. For each sequence it has a row of the block
+# tables and a *span* of three numbers: `start`, the row of its first query; `query_len`, the number
+# of its queries; and `context_len`, the number of its tokens already in the pool. The keys of the
+# new tokens were written to the pool just before, so it holds `seq_len = context_len + query_len`
+# of them.
 #
 # There may be more query heads than KV heads: *grouped-query attention*. The embedded model has
-# four and two. Query heads 0 and 1 read KV head 0, query heads 2 and 3 read KV head 1, and keys and
-# values take half the memory. Below, `unflatten` splits the query heads into `[kv_heads, group]`,
-# and `einsum` names the dimensions: `q`ueries, `h` for a KV head, `g` for a place in its group,
-# `k`eys, `d` for the elements of a vector.
+# four and two. Query heads 0 and 1 read KV head 0, and query heads 2 and 3 read KV head 1, so keys
+# and values take half the memory. Below, `unflatten` splits the query heads into `[kv_heads,
+# group]`, and `einsum` names the dimensions: `q`ueries, `h` for a KV head, `g` for the index in its
+# group, `k`eys, `d` for the elements of a vector.
 
 # %%
 from torch import Tensor
@@ -100,7 +105,7 @@ from minipaged.attention.batch import Batch
 
 
 def by_gathering(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
-    """Attention of every sequence of a batch, over keys that are first laid side by side."""
+    """Attention of every sequence of a batch, over a contiguous copy of its keys."""
     block_size, out = k_cache.shape[2], []
     for span, table in zip(batch.spans, batch.block_tables, strict=True):
         positions = torch.arange(span.seq_len)
@@ -117,8 +122,8 @@ def by_gathering(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scal
 
 
 # %% [markdown]
-# Let it serve. `Parts` has a role for it, as for the allocator. A step computes 40 tokens at the
-# most here, so longer prompts are cut into pieces: *chunked prefill*.
+# Let it serve. `Parts` has a role for it, as for the allocator. A step computes at most 40 tokens
+# here, so longer prompts are cut into chunks: *chunked prefill*.
 
 # %%
 from minipaged import LLM, Parts, SamplingParams
@@ -138,13 +143,17 @@ def tokens_with(parts: Parts) -> list[list[int]]:
 
 expected = tokens_with(Parts())
 assert tokens_with(Parts(paged_attention=by_gathering)) == expected
-print(sum(len(tokens) for tokens in expected), "tokens for 6 requests, the same as ever")
+print(sum(len(tokens) for tokens in expected), "tokens for 6 requests, the same as the library's")
 
 # %% [markdown]
-# The tokens are the library's. Its specification, the backend `reference`, gathers whole blocks
-# instead of positions:
+# The tokens are the library's. The library's specification, the backend `reference`, gathers whole
+# blocks instead of positions. To write that version, do [lab 3](labs/03.md) before you look:
+#
+# <details markdown="1"><summary>Spoiler for lab 3: the library's gather</summary>
 #
 # @@ minipaged.attention.reference.gather
+#
+# </details>
 #
 # ### One function for three kinds of work
 #
@@ -170,9 +179,9 @@ for axis, (kind, (context_len, query_len)) in zip(axes, spans.items(), strict=Tr
 axes[0].set_ylabel("query")
 
 # %% [markdown]
-# The second picture is the lower part of the first, the third its last row. So a prompt may be cut
-# anywhere: with the keys before it in the pool, each query sees what it would have seen in one
-# piece.
+# The second picture is the lower part of the first, and the third is its last row. A prompt may
+# therefore be cut anywhere: as long as the earlier keys are in the pool, each query sees what it
+# would have seen in a whole prompt.
 #
 # ### One block at a time
 #
@@ -186,18 +195,17 @@ axes[0].set_ylabel("query")
 # \qquad o_i = \sum_{j=1}^{\lceil i/B \rceil} V_j A_{ij}^\top .
 # $$
 #
-# ($\mathbf{1}$ is a vector of ones, which adds a row up.) In words: weights out of the scores of
-# all blocks, then a sum of values by these weights. The denominator runs over all blocks. The
-# denominator is not the problem: sum numerator and denominator separately, and divide at the end.
-# The exponential is. $\exp(89)$ is too large for a 32-bit number, so a softmax first subtracts the
-# largest score. That changes no ratio, but which score is the largest is known only when all blocks
-# were read. So they must be read twice, it seems.
+# ($\mathbf{1}$ is a vector of ones; multiplying by it adds up a row.) The denominator runs over all
+# blocks, but it is not the problem: sum numerator and denominator separately, and divide at the
+# end. The exponential is. $\exp(89)$ is too large for a 32-bit number, so softmax first subtracts
+# the largest score. That changes no ratio, but the largest score is known only after all blocks
+# were read, so it seems that they must be read twice.
 #
-# They need not be, if what was summed can be corrected. Subtract the largest score *so far*. When a
-# block brings a larger one, everything before is too large by the same factor: multiply it by
-# $\exp(\text{old maximum} - \text{new maximum})$. This is *online softmax*. Three things are kept:
-# `maximum`, `total` (the denominator so far) and `output` (the numerator so far). One query, ten
-# keys in three blocks, and for every value a single number:
+# One pass is enough if the sums so far can be corrected. Subtract the largest score *so far*. When
+# a block contains a larger one, all earlier terms are too large by the same factor: multiply the
+# sums by $\exp(\text{old maximum} - \text{new maximum})$. This is *online softmax*. It keeps three
+# things: `maximum`, `total` (the denominator so far) and `output` (the numerator so far). Here it
+# is for one query and ten keys in three blocks, with one number per value:
 
 # %%
 from math import exp, inf
@@ -222,15 +230,15 @@ all_scores, all_values = (
 print(f"all ten at once: {float(all_scores.softmax(0) @ all_values):36.3f}")
 
 # %% [markdown]
-# The second block brings the 5. The sum of the first shrinks to a twentieth, its weight relative to
-# a 5. The third brings nothing larger, so its correction is 1.
+# The second block contains the 5, so the sum of the first shrinks to a twentieth. The third
+# contains nothing larger, so its correction is 1.
 #
-# ### Block by block, yours
+# ### Build it block by block
 #
-# Now for tensors. Here each block is computed alone, and `merge` combines two results: the
-# correction, on both sides. So the order does not matter, and blocks could be computed in parallel,
-# which chapter 11 makes use of. (`reduce` merges the first two, the result with the third, and so
-# on.)
+# Now for tensors. Here each block is computed alone, and `merge` combines two results by applying
+# the correction to both. The order therefore does not matter, and blocks could be computed in
+# parallel, as chapter 11 does. (`reduce` merges the first two, then the result with the third, and
+# so on.)
 
 # %%
 from collections.abc import Iterator
@@ -265,14 +273,14 @@ class BlockByBlock:
             scores = torch.einsum("qhgd,hkd->qhgk", queries, keys)
             hidden = self.hidden(first + torch.arange(filled), span)
             scores = scores.masked_fill(hidden[:, None, None], -inf)
-            # A query may see nothing of a block. Then -inf - -inf would be no number at all.
+            # If a query sees nothing of a block, -inf - -inf would be NaN.
             maximum = scores.amax(-1, keepdim=True).clamp(min=-1e30)
             weights = (scores - maximum).exp()
             output = torch.einsum("qhgk,hkd->qhgd", weights, values)
             yield maximum, weights.sum(-1, keepdim=True), output
 
     def filled(self, first: int, block_size: int, span: Span) -> int:
-        return min(block_size, span.seq_len - first)  # of the last block, a part
+        return min(block_size, span.seq_len - first)  # the last block may be partly full
 
     def hidden(self, positions: Tensor, span: Span) -> Tensor:
         return positions > span.context_len + torch.arange(span.query_len)[:, None]
@@ -285,10 +293,10 @@ class BlockByBlock:
 
 # %% [markdown]
 # Let us watch one real query in it: the last token of a prompt with eight sentences, in layer 1,
-# head 0. It is to say who put the brown tray behind the wall. (`accumulate` is `reduce` that shows
-# every result on the way.)
+# head 0. The model has to answer who put the brown tray behind the wall. (`accumulate` is `reduce`
+# with all intermediate results.)
 
-# %% Maximum and total so far, and how far the output so far is from the final one, block by block
+# %% Maximum and total so far, and distance of the output so far from the final one, block by block
 from itertools import accumulate
 
 story = tell(num_facts=8, seed=5)
@@ -307,7 +315,7 @@ print(question.text, answer.outputs[0].text)
 
 q, k_cache, v_cache, batch, scale = calls[1]  # the first step, which reads the prompt, in layer 1
 queries, online = scale * q[-1:].unflatten(1, (2, -1)), BlockByBlock()
-span = Span(start=0, query_len=1, context_len=len(q) - 1)  # its last query is a span, too
+span = Span(start=0, query_len=1, context_len=len(q) - 1)  # its last query as a span
 partials = online.partials(queries, k_cache, v_cache, span, batch.block_tables[0])
 states = [[x[0, 0, 0] for x in state] for state in accumulate(partials, online.merge)]
 maxima, totals, outputs = (torch.stack(each) for each in zip(*states, strict=True))
@@ -318,31 +326,34 @@ left.plot(totals, label="total")
 left.set(xlabel="block", ylabel="after this block")
 left.legend()
 right.plot((outputs / totals - outputs[-1] / totals[-1]).norm(dim=1), color=drawing.COLOURS[2])
-right.set(xlabel="block", ylabel="output: still to go")
+right.set(xlabel="block", ylabel="distance to the final output")
 tray = watched.get_tokenizer().decode(answer.prompt_token_ids[4 * 19 : 4 * 20])
 print(f"{len(states)} blocks; block 19 holds {tray!r}")
 
 # %% [markdown]
-# The first nineteen blocks contribute almost nothing to this head. Then comes block 19, which has
-# the tray. The maximum leaps up, the correction wipes out the sums so far, and after it the output
-# barely changes.
+# The first nineteen blocks contribute almost nothing to this head. Then comes block 19, which
+# contains the tray. The maximum jumps up, the correction wipes out the sums so far, and after it
+# the output barely changes.
 #
-# The library's version goes from block to block instead of merging, in the paper's notation:
+# The library's version keeps one running result instead of merging, in the paper's notation. It is
+# task 3 of [lab 3](labs/03.md):
+#
+# <details markdown="1"><summary>Spoiler for lab 3: the library's loop over blocks</summary>
 #
 # @@ minipaged.attention.blockwise._attend_to_blocks
 #
-# A Python loop over blocks is not fast. On a CPU the library therefore computes once per step, for
-# all layers, which rows of the pool belong to which sequence. Then it gathers the keys of all
-# decoding sequences in one call; or, where a range of the pool is long and mostly in use, it
-# multiplies the whole range in place and discards scores for unowned slots.
-# [Fast on a plain CPU](../speed.md) has the measurements. On a GPU the loop becomes a kernel:
-# chapters 10 and 11.
+# </details>
+#
+# A Python loop over blocks is not fast. On a CPU the library gathers the keys of all decoding
+# sequences in one call. Where a range of the pool is long and mostly in use, it multiplies the
+# whole range in place instead, and discards scores for unowned slots ([Fast on a plain
+# CPU](../speed.md)). On a GPU the loop becomes a kernel: chapters 10 and 11.
 #
 # ## Check
 #
-# First the distance from plain attention in float64, over a step with all three kinds of work. Then
-# the same with poison: every unowned slot is NaN ("not a number", and so is whatever is computed
-# with it), and every unused entry of the block tables is the number of a block that does not exist.
+# First the distance from plain attention in float64, for a step with all three kinds of work. Then
+# the same with poison: every unowned slot is NaN, which spreads to every result computed with it,
+# and every unused table entry is the number of a block that does not exist.
 
 # %%
 from dataclasses import replace
@@ -378,15 +389,15 @@ for attention in (by_gathering, online):
     with_poison = attention(q, *poisoned, replace(batch, block_tables=tables), 8**-0.5)
     assert torch.equal(with_poison, attention(q, *cache, batch, 8**-0.5))
     assert error(attention) < 1e-5
-    print(f"off by {error(attention):.0e}, with poison exactly the same")
+    print(f"off by {error(attention):.0e}, and exactly the same with poison")
 
 # %% [markdown]
 # (Yours cuts off the end of the last block, so even NaN is harmless there. Fast attention
-# multiplies whole blocks and gives empty slots a weight of zero. Zero times NaN is NaN, and an
-# earlier owner of the block may have left one. So the engine clears a block before a sequence
-# writes its first slot, and empty slots hold zeros.)
+# multiplies whole blocks and gives empty slots weight zero. But zero times NaN is NaN, and an
+# earlier owner of the block may have left one. The engine therefore clears a block before a
+# sequence writes its first slot, so empty slots hold zeros.)
 #
-# And three mistakes, each of which looks like a good idea:
+# Now three mistakes, each of which looks like a good idea:
 
 
 # %%
@@ -419,9 +430,83 @@ for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlo
 
 # %% [markdown]
 # With two of the three bugs the model still answered every question correctly. The empty slots of
-# that pool held zeros, which happened to have little weight; and seeing one token ahead
-# in its prompt did this model no harm. Models are robust, and so they hide faults. That is why
-# attention is compared with a specification, element by element.
+# that pool held zeros, which happened to get little weight, and seeing one token ahead in its
+# prompt did this model no harm. Models are robust, and so they hide bugs. That is why attention is
+# compared with a specification, element by element.
+
+# %% [markdown]
+# ### Exercise: merge finished results
+#
+# Kernels often return the divided output $o$ instead of `total` and `output`, together with the
+# logarithm of the denominator: $\text{lse} = \log \sum_t \exp(\text{score}_t)$. That is enough to
+# merge the results over two sets of keys. vLLM's `merge_attn_states` does this, for example when
+# one kernel attends to the earlier tokens of a prompt and another to the new ones. The mean below
+# is wrong. Replace the body, and run this cell and the next one again.
+
+# %%
+Finished = tuple[Tensor, Tensor]  # output: [queries, head_dim], lse: [queries, 1]
+
+
+def merge_finished(one: Finished, two: Finished) -> Finished:
+    """The result over the keys of both, from the results over the keys of each."""
+    return (one[0] + two[0]) / 2, torch.maximum(one[1], two[1])  # your turn
+
+
+# %%
+def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Finished:
+    scores = queries @ keys.T
+    return scores.softmax(-1) @ values, scores.logsumexp(-1, keepdim=True)
+
+
+def check_exercise(merge_finished) -> bool:
+    """Compare with attention over all keys at once."""
+    random, solved = torch.Generator().manual_seed(0), True
+    queries, keys, values = torch.randn(3, 24, 8, generator=random, dtype=torch.float64)
+    empty = torch.zeros(24, 8, dtype=torch.float64), torch.full((24, 1), -inf, dtype=torch.float64)
+    cases = {
+        "12 keys and 12": (1, [12, 12]),
+        "1 key and 23": (1, [1, 23]),
+        "six parts": (1, [1, 2, 3, 4, 5, 9]),
+        "scores up to 5,000": (500, [5, 8, 11]),
+        "no keys and 24": (1, [0, 24]),
+    }
+    for name, (factor, sizes) in cases.items():
+        splits = zip(keys.split(sizes), values.split(sizes), strict=True)
+        parts = [attend(factor * queries, *part) if len(part[0]) else empty for part in splits]
+        expected, merged = attend(factor * queries, keys, values), parts[0]
+        for part in parts[1:]:
+            merged = merge_finished(merged, part) or (torch.full_like(expected[0], torch.nan),) * 2
+        errors = [float((a - b).abs().max()) for a, b in zip(merged, expected, strict=True)]
+        print(f"{name:19} error of output and lse, yours: {errors[0]:.0e} and {errors[1]:.0e}")
+        solved = solved and all(each < 1e-9 for each in errors)
+    print("expected: below 1e-09")
+    return solved
+
+
+print("solved" if check_exercise(merge_finished) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# The denominator of a part is $\exp(\text{lse})$, so its numerator is $\exp(\text{lse})\, o$. Add
+# the numerators, add the denominators, and divide. As in `merge`, subtract something first, or
+# large scores overflow. PyTorch has `torch.logaddexp`.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# def merge_finished(one: Finished, two: Finished) -> Finished:
+#     """The result over the keys of both, from the results over the keys of each."""
+#     lse = torch.logaddexp(one[1], two[1])
+#     return (one[1] - lse).exp() * one[0] + (two[1] - lse).exp() * two[0], lse
+# ```
+#
+# Each factor is a part's share of the common denominator. The two add up to one, and neither
+# overflows.
+#
+# </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
@@ -439,27 +524,27 @@ for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlo
 # <details markdown="1"><summary>Answer</summary>
 #
 # A token attends to itself and, in a prompt, to others of the same step. If all keys are in the
-# pool already, there is one place to read them from, and old and new need no telling apart.
+# pool already, they can all be read in the same way, old and new.
 #
 # </details>
 #
-# **`merge` does not depend on the order of blocks. Could a block table be sorted, then?**
+# **`merge` does not depend on the order of blocks. May a block table be sorted, then?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No: the place of an entry says which positions the block holds, and the mask needs them. But the
-# blocks may be *visited* in any order, or by several workers at once.
+# No: the index of an entry determines which positions the block holds, and the mask needs them. But
+# the blocks may be *visited* in any order, or by several workers at once.
 #
 # </details>
 #
-# **In a prefill of 1,000 tokens, how much of the work of `BlockByBlock` is for nothing, and how
-# would you save it?**
+# **In a prefill of 1,000 tokens, how much of the work of `BlockByBlock` is wasted, and how would
+# you save it?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Almost half: all queries meet all blocks, and later keys are masked afterwards. Cut the queries
-# into pieces too, and let each piece stop at the block of its last query. The kernel of chapter 11
-# does so.
+# Almost half: all queries are multiplied with all blocks, and later keys are masked afterwards. Cut
+# the queries into tiles too, and let each tile stop at the block of its last query, as the kernel
+# of chapter 11 does.
 #
 # </details>
 #
@@ -475,4 +560,5 @@ print(f"blocks of 16: {16 * per_token / 2**20:4.1f} MiB at a time, read once")
 print(f"off by:       {error(by_gathering):.0e} and {error(online):.0e}")
 
 # %% [markdown]
-# Next: [whole models on pages](05_models_on_pages.md).
+# Write the library's two versions in [lab 3](labs/03.md). Next: [whole models on
+# pages](05_models_on_pages.md).

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from site_builder.imports import imported_files
 
+from minipaged.labs.catalogue import LABS
+
 ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.py"))
 NAMES = (
@@ -126,6 +128,27 @@ def test_a_chapter_has_its_form(chapter: Path):
     assert text.count("<details") == text.count("</details>") >= 4, "questions have folded answers"
     if number + 1 < len(NAMES):
         assert f"({NAMES[number + 1]}.md)" in text.rsplit("Next:", 1)[-1]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS[:5], ids=lambda path: path.stem)
+def test_a_chapter_says_on_its_first_screen_what_it_takes(chapter: Path):
+    paragraphs = markdown(chapter).split("\n\n")
+    facts = re.fullmatch(
+        r"(?:\*\*Needs\*\* (?P<needs>.+) · )?\*\*Time\*\* \d+ minutes(?: · \*\*Lab\*\* \[.+)?",
+        " ".join(paragraphs[2].split()),
+    )
+    assert facts, "after the title and the subject: needs, time in minutes, lab"
+    needed = re.findall(r"\((\w+)\.md\)", facts["needs"] or "")
+    assert all(name in NAMES[: int(chapter.stem[:2])] for name in needed)
+    assert "### Exercise: " in markdown(chapter)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS[:5], ids=lambda path: path.stem)
+def test_a_chapter_folds_what_a_lab_asks_for(chapter: Path):
+    holes = tuple(f".{hole}" for lab in LABS for hole in lab.holes)
+    unfolded = re.sub(r"<details.*?</details>", "", markdown(chapter), flags=re.DOTALL)
+    quoted = re.findall(r"^@@ (\S+)$", unfolded, flags=re.MULTILINE)
+    assert not [name for name in quoted if name.endswith(holes)]
 
 
 @each_chapter
