@@ -41,107 +41,108 @@ class EngineArgs:
     # ---- the model, and where it runs
     model: str | Path = option(
         "storyteller",
-        "storyteller, which ships with the library; the folder of a Hugging Face "
-        "checkpoint; or a name on the hub, owner/name, once `minipaged fetch` has fetched it.",
+        "storyteller, the embedded model; the folder of a Hugging Face checkpoint; or owner/name "
+        "on the hub, after `minipaged fetch owner/name`.",
         kw_only=False,
     )
     device: str = option(
-        "auto", "auto (a CUDA GPU if there is one), cpu, cuda, or cuda:1 and so on."
+        "auto", "auto (a CUDA GPU if available), cpu, cuda, or one GPU such as cuda:1."
     )
     dtype: DType = option(
-        "auto", "Data type of weights and activations. auto: float32 on a CPU, as saved on a GPU."
+        "auto",
+        "Data type of weights and activations. auto: float32 on a CPU, the checkpoint's type on a "
+        "GPU.",
     )
     attention_backend: Backend = option(
-        "auto", "Implementation of attention. auto: triton on a GPU, torch elsewhere."
+        "auto", "Attention implementation. auto: triton on a GPU, torch otherwise."
     )
     enforce_eager: bool = option(
-        False, "Launch every kernel of a decode step instead of replaying a CUDA graph."
+        False, "Launch the kernels of a decode step one by one, without CUDA graphs."
     )
     seed: int = option(0, "Random seed.", at_least=0)
 
     # ---- several ranks
     tensor_parallel_size: int = option(
         1,
-        "Ranks that share the model: processes on this machine, each with a GPU of its own if the "
-        "device is cuda. Under torchrun, its processes.",
+        "Number of ranks that the model is split over. Each rank is a process on this machine, "
+        "with its own GPU if the device is cuda. Under torchrun, its processes are the ranks.",
         at_least=1,
         at_most=1024,
     )
     start_timeout: float = option(
-        600.0, "Seconds for all ranks to start and load the model.", at_least=0.1, at_most=10**6
+        600.0, "Maximum seconds to start all ranks and load the model.", at_least=0.1, at_most=10**6
     )
     step_timeout: float = option(
-        300.0, "Seconds that a rank waits for others in a step.", at_least=0.1, at_most=10**6
+        300.0, "Maximum seconds that a rank waits in a step.", at_least=0.1, at_most=10**6
     )
 
     # ---- memory for keys and values
     memory: MemoryKind = option(
         "paged",
-        "How memory for keys and values is managed: paged, or a baseline to compare with. The "
-        "contiguous ones reserve what a request may need in advance, as Orca does; static also "
-        "waits until a whole batch has ended, as FasterTransformer does; the virtual ones map "
-        "pages as a sequence grows, as vAttention does.",
+        "Memory manager for keys and values: paged, or a baseline. contiguous reserves memory for "
+        "the whole request in advance, as Orca does. static also runs each batch to its end, as "
+        "FasterTransformer does. virtual maps pages as a sequence grows, as vAttention does.",
     )
     kv_cache_dtype: KVCacheDType = option(
-        "auto", "Data type of keys and values. auto: as the model computes. int8 and fp8 hold more."
+        "auto", "Data type of keys and values. auto: the model's. int8 and fp8 fit more tokens."
     )
     block_size: int = option(16, "Token slots per block.", at_least=1)
     num_blocks: int | None = option(
         None,
-        "Blocks in the pool. Default: enough for max_num_seqs of the longest sequences, or as many "
-        "as fit in memory.",
+        "Blocks in the pool. Default: enough for max_num_seqs sequences of maximum length, or as "
+        "many as fit in memory.",
         at_least=1,
     )
     num_swap_blocks: int | None = option(
         None,
-        "Blocks in the swap pool in host memory. Default: as many as in the pool, up to 2 GiB.",
+        "Blocks in the swap pool, in host memory. Default: as many as in the pool, up to 2 GiB.",
         at_least=0,
     )
     gpu_memory_utilization: float = option(
         0.9,
-        "Fraction of a GPU's memory for weights and blocks. No effect on a CPU, or if num_blocks "
-        "is given.",
+        "Fraction of the GPU's memory to use for weights and blocks. Has no effect on a CPU or if "
+        "num_blocks is given.",
         at_least=0.01,
         at_most=1.0,
     )
     enable_prefix_caching: bool | None = option(
         None,
-        "Find full blocks again by their content, so that a prefix shared by several prompts is "
-        "computed and stored once. Default: on, where the memory is paged.",
+        "Reuse full blocks with the same content, so that a prefix that several prompts share is "
+        "computed and stored once. Default: on if the memory is paged.",
     )
 
     # ---- scheduling
     max_model_len: int | None = option(
         None,
-        "Maximum tokens in a sequence, prompt and output together. Default: what the model "
+        "Maximum tokens per sequence, prompt and output together. Default: what the model "
         "supports.",
         at_least=2,
     )
     max_logprobs: int = option(
         20,
-        "Maximum logprobs or prompt_logprobs that a request may ask for; -1: no limit, the whole "
-        "vocabulary.",
+        "Maximum logprobs or prompt_logprobs per request; -1 allows the whole vocabulary.",
         at_least=-1,
     )
     max_num_seqs: int = option(64, "Maximum sequences per step.", at_least=1, at_most=65_536)
     max_num_batched_tokens: int | None = option(
         None,
-        "Maximum tokens per step. Default: 512 on a CPU and 2048 on a GPU, or more if a whole "
-        "prompt must fit in a step.",
+        "Maximum tokens per step. Default: 512 on a CPU, 2048 on a GPU, or more if a whole prompt "
+        "must fit into one step.",
         at_least=1,
     )
     enable_chunked_prefill: bool = option(
-        True, "Compute a long prompt over several steps. Off: a prompt runs whole, as in the paper."
+        True, "Split long prompts over several steps. Off: one step per prompt, as in the paper."
     )
     preemption: PreemptionMode = option(
         "auto",
-        "What happens to a preempted request: recompute or swap. auto, as the first vLLM: swap "
-        "requests with several sequences, recompute others. Requests with several sequences are "
-        "swapped in any case while the swap pool has room.",
+        "How preempted requests are resumed: recompute their tokens, or swap their blocks out and "
+        "in. auto, as in the first vLLM: swap requests with several sequences, recompute others. "
+        "Even with recompute, requests with several sequences are swapped while the swap pool has "
+        "room.",
     )
     watermark: float = option(
         0.01,
-        "Fraction of the pool that admission leaves free, so that running requests can grow.",
+        "Fraction of the pool that admission keeps free, so that running requests can grow.",
         at_least=0.0,
         at_most=0.99,
     )

@@ -1,4 +1,4 @@
-"""`minipaged bench ...`: the commands. torch is imported only once one of them runs."""
+"""`minipaged bench ...`: the benchmarks. torch is imported only when one of them runs."""
 
 import os
 from importlib.util import find_spec
@@ -34,7 +34,7 @@ def kernel(
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Attention, stores and copies, compared with bandwidth and SDPA."""
+    """Measure attention, stores and copies."""
     from minipaged.evaluation.bench import kernel as kernels
     from minipaged.evaluation.bench.cases import BLOCK_SIZE, has_room
     from minipaged.evaluation.bench.writes import measure_writes
@@ -46,14 +46,15 @@ def kernel(
     rows = list(kernels.measure(cases, backends, where, chosen))
     rows += measure_writes(heads, 32 if on_gpu else 4, backends[0], where, chosen)
     note = (
-        f"{chosen}, blocks of {BLOCK_SIZE}; all candidates of a case in turn, round after "
-        'round, and the median of each. "of bandwidth": bytes that must be moved, over those that '
-        "a large copy moves in that time. store, copy: beside PyTorch's indexing."
+        f"{chosen}, blocks of {BLOCK_SIZE}. The candidates of a case run in turn, round after "
+        'round; each figure is a median. "of bandwidth": bytes that must be moved, as a share of '
+        "what a large copy moves in that time. Stores and copies are compared with PyTorch's "
+        "indexing."
     )
     if not on_gpu:
-        note += " No GPU: without the Triton kernels."
+        note += " There is no GPU, so the Triton kernels are left out."
     if left_out := [case for case in cases if not has_room(case, where, chosen)]:
-        note += f"; left out for want of memory: {left_out}"
+        note += f" Skipped, because memory is too small: {left_out}."
     report(rows, kernels.as_table(rows), note, where, save, as_json)
 
 
@@ -63,13 +64,14 @@ def formats(
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Data types of the KV cache: capacity and error."""
+    """Compare data types of the KV cache: capacity and error."""
     from minipaged.evaluation.bench import formats as kv_formats
 
     rows = list(kv_formats.measure(num_questions))
     note = (
-        'LLM(kv_cache_dtype=...). "tokens": that the same memory holds, beside float16; "right": '
-        'answers about the first sentence of a story; "changed": with another token than in float32'
+        'LLM(kv_cache_dtype=...). "tokens": how many fit in the same memory, relative to float16; '
+        '"right": correct answers about the first sentence of a story; "changed": answers whose '
+        "tokens differ from those in float32."
     )
     report(rows, kv_formats.as_table(rows), note, None, save, as_json)
 
@@ -82,13 +84,13 @@ def load(
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Peak memory and time to load a checkpoint."""
+    """Measure the time and peak memory of loading a checkpoint."""
     from minipaged.evaluation.bench import load as loading
 
     rows = list(loading.measure(model))
     note = (
-        "every load in a process of its own, which then reads each weight once; peak: resident "
-        "memory at its highest, less what it was before"
+        "Each load runs in its own process, which then reads every weight once. Peak: the highest "
+        "resident memory, minus what it was before."
     )
     report(rows, loading.as_table(rows), note, None, save, as_json)
 
@@ -96,13 +98,13 @@ def load(
 @app.command()
 def engine(
     against: Annotated[
-        str | None, typer.Option(help="Compare with this library: transformers.")
+        str | None, typer.Option(help="Library to compare with: transformers.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="One of float32, bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Use a tiny model, to try the command.")
+        bool, typer.Option("--quick", help="Use a tiny model, to try out the command.")
     ] = False,
-    rounds: Annotated[int, typer.Option(help="Runs of each, alternating.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="Runs per candidate, in turn.", min=1)] = 3,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads. Default: torch's choice.", min=1)
     ] = None,
@@ -110,7 +112,7 @@ def engine(
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """The whole engine on a CPU. Takes minutes."""
+    """Measure the whole engine on a CPU. Takes minutes."""
     from minipaged.evaluation.bench import engine as engines
     from minipaged.evaluation.bench import engine_report as results
     from minipaged.evaluation.bench import engine_workload as workloads
@@ -127,40 +129,40 @@ def engine(
 @app.command()
 def host(
     against: Annotated[
-        Path | None, typer.Option(help="Compare with the checkout in this folder.")
+        Path | None, typer.Option(help="Compare with another checkout, in this folder.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Runs of each, alternating.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Runs per candidate, in turn.", min=1)] = 5,
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a decode step costs the host, with a stub for the model."""
+    """Measure the host's part of a decode step, without a model."""
     from minipaged.evaluation.bench import host as hosts
 
     rows = hosts.measure(against, rounds)
     note = (
-        f"processor time of a decode step, {hosts.NUM_SEQS} sequences of {hosts.NUM_TOKENS} "
-        "tokens; each run in a process of its own, in turns, median of rounds"
+        f"CPU time of a decode step of {hosts.NUM_SEQS} sequences of {hosts.NUM_TOKENS} tokens. "
+        "Candidates run in turn, each run in its own process; median of the rounds."
     )
     report(rows, hosts.as_table(rows), note, None, save, as_json)
 
 
 @app.command()
 def bookkeeping(save: Save = None, as_json: AsJson = False) -> None:
-    """The allocator and the scheduling of a step, without a model."""
+    """Measure the allocator and the scheduler, without a model."""
     from minipaged.evaluation.bench import bookkeeping as books
 
     rows = list(books.measure())
-    note = f"plain Python; sequences of {books.NUM_TOKENS:,} tokens, all decoding"
+    note = f"Plain Python; all sequences decode and have {books.NUM_TOKENS:,} tokens."
     report(rows, books.as_table(rows), note, None, save, as_json)
 
 
 @app.command()
 def linear(
-    dtype: Annotated[str, typer.Option(help="One of float32, bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Packed weights on a CPU, compared with PyTorch's own layout."""
+    """Compare packed weights with PyTorch's layout, on a CPU."""
     from minipaged.evaluation.bench import linear as matrices
 
     _, chosen, _ = choose("cpu", dtype)
@@ -170,11 +172,11 @@ def linear(
 
 @app.command()
 def decode(
-    dtype: Annotated[str, typer.Option(help="One of float32, bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decode attention on a CPU: gathered, in place, and SDPA."""
+    """Compare decode attention on a CPU: gathered, in place, SDPA."""
     from minipaged.evaluation.bench import decode as decoding
 
     _, chosen, _ = choose("cpu", dtype)
@@ -192,12 +194,14 @@ def tune(
     """Sweep tiles, warps and stages of the kernels on a GPU."""
     where, chosen, on_gpu = choose(device, dtype)
     if not on_gpu:
-        raise InvalidOption("tuning measures a GPU, and none is found: run it where one is.")
+        raise InvalidOption(
+            "bench tune needs a GPU, and none was found: run it on a machine with one."
+        )
     _require_triton()
     from minipaged.evaluation.bench import tune as tuning
 
     rows = list(tuning.sweep(tuning.CASES, where, chosen))
-    note = f"{chosen}; the fastest choices of each case, beside the shipped one"
+    note = f"{chosen}. The fastest choices for each case, next to the default."
     report(rows, tuning.as_table(rows), note, where, save, as_json)
 
 
@@ -214,7 +218,7 @@ def compile_kernels(
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compile every kernel, without needing a GPU."""
+    """Compile every kernel; needs no GPU."""
     _require_triton()
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is defined
     from minipaged.attention.triton.decode import TileShape
@@ -225,13 +229,13 @@ def compile_kernels(
     tile = TileShape(*decode_tile) if decode_tile else None
     tiles = TileShapes(*prefill_tiles) if prefill_tiles else None
     rows = list(compiling.compile_all(settings, tile=tile, tiles=tiles))
-    note = "a thread has 255 registers at most; what spills lies on its stack"
+    note = "A thread has at most 255 registers. Spilled values are stored on its stack."
     report(rows, compiling.as_table(rows), note, None, save, as_json)
 
 
 def _require_triton() -> None:
     if find_spec("triton") is None:
-        raise InvalidOption('the package "triton" is not installed; it exists for Linux only.')
+        raise InvalidOption('the package "triton" is not installed; it is available on Linux only.')
 
 
 @app.command()
@@ -242,7 +246,7 @@ def sharing(
     seed: Seed = EngineArgs.seed,
     as_json: AsJson = False,
 ) -> None:
-    """Blocks saved by sharing, compared with the paper's Figure 15."""
+    """Measure the blocks that sharing saves (the paper's Figure 15)."""
     from minipaged.evaluation.bench import sharing as figure_15
     from minipaged.llm import LLM
 
@@ -259,8 +263,8 @@ def sharing(
     mean_in, mean_out = (sum(each) / num_requests for each in zip(*lengths, strict=True))
     note = (
         f"{num_requests} requests of {mean_in:.1f} prompt and {mean_out:.1f} output tokens on "
-        f"average, blocks of {block_size} (the paper's had 16), no prefix cache: the part of the "
-        "blocks that sharing saved"
+        f"average, blocks of {block_size} (16 in the paper), no prefix cache. Figures: the share "
+        "of blocks that sharing saved."
     )
     device_used = llm.engine.executor.runner.kv_cache.device
     report(rows, figure_15.as_table(rows), note, device_used, None, as_json)

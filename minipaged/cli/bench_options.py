@@ -1,4 +1,4 @@
-"""What the commands of `minipaged bench` share: options, reports, and the machine they ran on."""
+"""Shared by the commands of `minipaged bench`: options, reports, the line about the machine."""
 
 import json
 import os
@@ -27,7 +27,7 @@ Save = Annotated[Path | None, typer.Option(help="Also write the JSON to this fil
 
 
 def choose(device: str, dtype: str) -> tuple["torch.device", "torch.dtype", bool]:
-    """Where, in which type, and whether that is a GPU."""
+    """The device, the data type, and whether the device is a GPU."""
     import torch
 
     from minipaged.models.loader import choose_dtype
@@ -38,7 +38,7 @@ def choose(device: str, dtype: str) -> tuple["torch.device", "torch.dtype", bool
 
 
 def choose_context(asked: int | None, longest: int, default: int) -> int:
-    """Context tokens per sequence. Raises InvalidOption for more than a model has room for."""
+    """Context tokens per sequence. Raises InvalidOption if the model supports fewer."""
     if asked is not None and asked > longest:
         raise InvalidOption(f"context_len is {asked}, above this model's {longest}: lower it.")
     return asked or min(longest, default)

@@ -14,25 +14,30 @@ from minipaged.utils.progress import progress_bar
 def ranks(
     *,
     tensor_parallel_size: Annotated[
-        int, typer.Option(help="Ranks, each with a share of the threads.", min=2)
+        int, typer.Option(help="Number of ranks, which share the threads.", min=2)
     ] = 2,
-    rounds: Annotated[int, typer.Option(help="Runs of each side, alternating.", min=1)] = 5,
-    quick: Annotated[bool, typer.Option(help="Use a tiny model, to try the command.")] = False,
+    rounds: Annotated[int, typer.Option(help="Runs per candidate, in turn.", min=1)] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use a tiny model, to try out the command.")
+    ] = False,
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Several ranks against one process on CPUs. Takes minutes; Linux only."""
+    """Compare several ranks with one process on CPUs. Takes minutes.
+
+    Runs on Linux only.
+    """
     from minipaged.cli.bench_serve import report_tables
     from minipaged.errors import InvalidOption
     from minipaged.evaluation.bench import ranks as ours
 
     if sys.platform != "linux":
-        raise InvalidOption("memory is read from /proc: run this on Linux.")
+        raise InvalidOption("bench ranks reads memory use from /proc: run it on Linux.")
     with progress_bar(desc="runs") as bar:
         found = ours.measure(tensor_parallel_size, rounds, quick, bar.update)
     note = (
         "Decoding with random weights: tokens per second of one process with all threads and of "
-        f"{tensor_parallel_size} ranks that share them. Both sides generated the same tokens."
+        f"{tensor_parallel_size} ranks that share the threads. Both generated the same tokens."
     )
     report_tables(
         {"rows": [asdict(row) for row in found.rows], "memory": [asdict(m) for m in found.memory]},

@@ -1,4 +1,4 @@
-"""`minipaged bench serve`: a server under load. torch is imported only to name the machine."""
+"""`minipaged bench serve`: load on a server. torch is imported only to describe the machine."""
 
 import asyncio
 import json
@@ -30,36 +30,36 @@ if TYPE_CHECKING:
 def serve(
     *,
     context: typer.Context,
-    url: Annotated[str | None, typer.Option(help="Server. Default: one is started.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Address of a server. Default: start one.")
+    ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(
-            help="Key that --url asks for. Default: MINIPAGED_API_KEY in the environment."
-        ),
+        typer.Option(help="API key of --url. Default: the environment variable MINIPAGED_API_KEY."),
     ] = None,
     request_rate: Annotated[
         float | None, typer.Option(help="Mean requests per second. Default: all at once.")
     ] = None,
     request_rates: Annotated[
-        str | None, typer.Option(help="Several rates, a run each: 1,2,4,8.")
+        str | None, typer.Option(help="Several rates, one run each: 1,2,4,8.")
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(help="Instead: so many requests at any time.", min=1)
+        int | None, typer.Option(help="Keep this many requests in flight instead.", min=1)
     ] = None,
     num_requests: Annotated[
-        int | None, typer.Option(help="Requests per run. Default: 100; with a trace, all.", min=1)
+        int | None, typer.Option(help="Requests per run. Default: 100, or all of --trace.", min=1)
     ] = None,
-    input_len: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 64,
-    output_len: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 128,
+    input_len: Annotated[int, typer.Option(help="Tokens per prompt.", min=1)] = 64,
+    output_len: Annotated[int, typer.Option(help="Tokens per output.", min=1)] = 128,
     spread: Annotated[
         float,
-        typer.Option(help="Lengths vary: standard deviation over mean.", min=0, max=5),
+        typer.Option(help="Standard deviation of lengths, divided by their mean.", min=0, max=5),
     ] = 0.0,
     shared_prefix: Annotated[
-        str | None, typer.Option(help="8x100: 8 groups, each with its prefix of 100 tokens.")
+        str | None, typer.Option(help="8x100: 8 groups, each sharing a prefix of 100 tokens.")
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Arrivals and lengths are those of this CSV.")
+        Path | None, typer.Option(help="Take arrival times and lengths from this CSV.")
     ] = None,
     speed_up: Annotated[
         float, typer.Option(help="Divide the arrival times of --trace.", min=1e-9, max=1e9)
@@ -67,36 +67,38 @@ def serve(
     vocab_size: Annotated[
         int, typer.Option(help="Prompts are random token ids below this.", min=11)
     ] = 500,
-    seed: Annotated[int, typer.Option(help="Random seed of the load.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for the load.", min=0)] = 0,
     slo_ttft_ms: Annotated[
-        float | None, typer.Option(help="Goodput: maximum time to first token.", min=0.001)
+        float | None, typer.Option(help="Goodput: maximum TTFT in milliseconds.", min=0.001)
     ] = None,
     slo_tpot_ms: Annotated[
-        float | None, typer.Option(help="Goodput: maximum time per output token.", min=0.001)
+        float | None, typer.Option(help="Goodput: maximum TPOT in milliseconds.", min=0.001)
     ] = None,
     keep_alive: Annotated[bool, typer.Option("--keep-alive", help="Reuse connections.")] = False,
     give_up: Annotated[
         float | None,
-        typer.Option(help="Abort what is unfinished after the last arrival and this.", min=0.001),
+        typer.Option(help="Abort the rest this many seconds after the last arrival.", min=0.001),
     ] = None,
     against_offline: Annotated[
         bool, typer.Option("--against-offline", help="Compare with LLM.generate.")
     ] = False,
     rounds: Annotated[int, typer.Option(help="Rounds of --against-offline.", min=1)] = 5,
     figure_12: Annotated[
-        bool, typer.Option("--figure-12", help="Compare kinds of memory, as the paper does.")
+        bool, typer.Option("--figure-12", help="Compare memory managers, as Figure 12 does.")
     ] = False,
     seconds: Annotated[
-        float, typer.Option(help="Duration of arrivals at each rate of --figure-12.", min=1)
+        float, typer.Option(help="Seconds of arrivals per rate of --figure-12.", min=1)
     ] = 4.0,
-    plot: Annotated[Path | None, typer.Option(help="Plot latency against rate to this.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot latency against rate to this file.")
+    ] = None,
     save: Save = None,
     as_json: AsJson = False,
     options: dict[str, Any],
 ) -> None:
-    """A server under load: latency, throughput, goodput.
+    """Measure latency, throughput and goodput of a server.
 
-    The exit code is 1 if a request failed or a response was wrong; 429 is only counted.
+    Exits with code 1 if a request fails or a response is wrong. A response of 429 is only counted.
     """
     refuse_what_cannot_be(context)
     rates = read_rates(request_rate, request_rates)
@@ -119,15 +121,13 @@ def serve(
 @takes_engine_options()
 def health(
     *,
-    num_streams: Annotated[
-        int, typer.Option(help="Streams that run at the same time.", min=0)
-    ] = 32,
-    num_bodies: Annotated[int, typer.Option(help="Large bodies of each kind.", min=1)] = 8,
+    num_streams: Annotated[int, typer.Option(help="Concurrent streams.", min=0)] = 32,
+    num_bodies: Annotated[int, typer.Option(help="Large request bodies of each kind.", min=1)] = 8,
     save: Save = None,
     as_json: AsJson = False,
     options: dict[str, Any],
 ) -> None:
-    """How long /health takes while a server handles bodies of 1 MB."""
+    """Measure /health while a server handles bodies of 1 MB."""
     from minipaged.evaluation.bench import serve_health
     from minipaged.evaluation.bench.serve_process import running_server
 
@@ -135,13 +135,13 @@ def health(
         rows = serve_health.measure(target, num_streams, num_bodies)
     found = {"rows": [asdict(row) for row in rows]}
     note = (
-        f"{num_streams} streams at the same time. The slowest percent should take less than "
+        f"{num_streams} concurrent streams. The 99th percentile should be below "
         f"{serve_health.BOUND_MS:.0f} ms."
     )
     report_tables(found, [serve_health.as_table(rows)], note, _machine(options), save, as_json)
 
 
-# ---- what is run ---------------------------------------------------------------------------------
+# ---- the runs ------------------------------------------------------------------------------------
 
 
 def _load(
@@ -220,10 +220,10 @@ def _against_offline(
     with offline_process as offline, running_server(options) as server:
         found = asyncio.run(compare())
     note = (
-        f"{workload.num_requests} streams at once over HTTP and by LLM.generate, each side in a "
-        f"process of its own, in turn; the client's time is in neither. {workload.describe()}. "
-        f"The tokens of {found.num_requests} requests are equal"
-        f"{f', but for rounding in {found.num_close}' if found.num_close else ''}."
+        f"{workload.num_requests} requests at once, over HTTP and with LLM.generate. Each side has "
+        f"its own process, and the two take turns; the client's time is not included. "
+        f"{workload.describe()}. The tokens of {found.num_requests} requests are equal"
+        f"{f', except for rounding in {found.num_close}' if found.num_close else ''}."
     )
     described = {"comparison": {**asdict(found), "within_bounds": found.is_within_bounds}}
     report_tables(described, [found.as_table()], note, _machine(options), save, as_json)

@@ -1,4 +1,4 @@
-"""`minipaged bench step`: a decode step by its parts, of one process or of several ranks."""
+"""`minipaged bench step`: the parts of a decode step, on one process or several ranks."""
 
 from typing import Annotated
 
@@ -24,18 +24,21 @@ def step(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Use a tiny model, to try the command.")
+        bool, typer.Option("--quick", help="Use a tiny model, to try out the command.")
     ] = False,
     tensor_parallel_size: Annotated[
         int, engine_flag("tensor_parallel_size")
     ] = EngineArgs.tensor_parallel_size,
     model: Annotated[
-        str | None, typer.Option(help="With several ranks: this model, not one of random weights.")
+        str | None, typer.Option(help="Model for several ranks. Default: random weights.")
     ] = None,
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """A decode step: the time of its parts, and the bytes it reads or, on several ranks, sends."""
+    """Measure the parts of a decode step.
+
+    Prints the time of each part and the bytes that the step reads or, with several ranks, sends.
+    """
     from minipaged.evaluation.bench import decode_step, rank_step
 
     where, chosen, on_gpu = choose(device, dtype)
@@ -51,8 +54,8 @@ def step(
         return
     if model is not None:
         raise InvalidOption(
-            "model is given, but one process decodes with random weights: leave out --model, or "
-            "raise --tensor-parallel-size."
+            "--model needs several ranks, because one process decodes with random weights: leave "
+            "out --model, or raise --tensor-parallel-size."
         )
     config = decode_step.ONE_BILLION if on_gpu else decode_step.SMALL
     config = decode_step.TINY if quick else config
@@ -68,8 +71,8 @@ def step(
 def _refuse_what_ranks_lack(size: int, on_gpu: bool, model: str | None, quick: bool) -> None:
     if on_gpu:
         raise InvalidOption(
-            f"tensor_parallel_size is {size} and the device a GPU, but the ranks are timed on "
-            "their hosts, which do not wait for a GPU: give --device cpu."
+            f"tensor_parallel_size is {size} and the device is a GPU, but ranks are timed on the "
+            "host, which does not wait for the GPU: give --device cpu."
         )
     if model is not None and quick:
         raise InvalidOption("--model and --quick both choose the model: leave out one of them.")

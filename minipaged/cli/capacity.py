@@ -1,4 +1,4 @@
-"""`minipaged capacity`: the request rate that a server sustains, before you rent it."""
+"""`minipaged capacity`: estimates the request rate that a server sustains, before you rent it."""
 
 import json
 from dataclasses import asdict
@@ -44,12 +44,14 @@ def capacity(
     link_bandwidth: LinkBandwidth = None,
     link_latency: LinkLatency = None,
     rate: Annotated[float, typer.Option(help="Requests per second.")] = 4.0,
-    input_len: Annotated[float, typer.Option("--input", help="Mean prompt length.")] = 1000.0,
-    output_len: Annotated[float, typer.Option("--output", help="Mean output length.")] = 300.0,
+    input_len: Annotated[float, typer.Option("--input", help="Mean tokens per prompt.")] = 1000.0,
+    output_len: Annotated[float, typer.Option("--output", help="Mean tokens per output.")] = 300.0,
     spread: Annotated[
         float, typer.Option(help="Standard deviation of lengths, divided by their mean.")
     ] = 0.8,
-    longest: Annotated[int, typer.Option(help="Maximum tokens of prompt and output.")] = 8192,
+    longest: Annotated[
+        int, typer.Option(help="Maximum tokens per request, prompt and output.")
+    ] = 8192,
     trace: Annotated[Path | None, typer.Option(help="Take mean lengths from this CSV.")] = None,
     block_size: BlockSize = EngineArgs.block_size,
     max_num_seqs: MaxNumSeqs = Setting.max_num_seqs,
@@ -58,15 +60,15 @@ def capacity(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate how many requests a server sustains, by simulation.
+    """Estimate by simulation how many requests a server sustains.
 
-    Prints the size of the pool, the load at the given rate, the highest rate at which a token still
-    arrives in good time, and what limits it. The default takes seconds: its highest rate is about
-    10 % above that of --full, more if outputs are long.
+    Prints the size of the pool, the load at the given rate, the highest rate with acceptable
+    latency (the knee), and the bottleneck there. The default takes seconds, and its highest rate
+    is about 10 % above that of --full, or more if outputs are long.
     """
     if trace is not None:
         means = ("input_len", "output_len")
-        refuse_beside(context, "--trace", "has mean lengths of its own", means)
+        refuse_beside(context, "--trace", "sets the mean lengths", means)
     least = {"num_gpus": num_gpus, "block_size": block_size, "max_num_seqs": max_num_seqs}
     for name, value in {**least, "longest": longest}.items():
         require_whole(name, value, 1)
@@ -79,8 +81,8 @@ def capacity(
         input_len, output_len = mean_lengths(read_trace(trace, longest))
     if input_len + output_len > longest / 2:
         raise InvalidOption(
-            f"requests have {input_len + output_len:.0f} tokens on average and may have {longest}: "
-            "raise --longest to at least twice the mean, or let requests be shorter."
+            f"requests have {input_len + output_len:.0f} tokens on average and at most {longest}: "
+            "raise --longest to at least twice the mean, or shorten the requests."
         )
     server = deploy(find_model(model), find_gpu(gpu), num_gpus)
     server = with_link(server, link_bandwidth, link_latency)
@@ -102,7 +104,7 @@ def capacity(
 
 
 def _without_infinity(value: Any) -> Any:
-    """JSON has no word for it: None stands for "too long to tell"."""
+    """Replace infinity by None, because JSON cannot express it."""
     if isinstance(value, dict):
         fields = cast(dict[str, Any], value)
         return {name: _without_infinity(field) for name, field in fields.items()}
@@ -114,51 +116,51 @@ def _show(report: CapacityReport, lengths: Lengths) -> None:
     console = Console(width=max(100, Console().width))
     console.print(
         f"{model.name} on {server.num_gpus} x {server.gpu.name}, 16 bits: weights "
-        f"{model.weight_bytes / GB:.1f} GB, keys and values {model.kv_bytes_per_token:,} bytes a "
-        f"token.\nPool: {report.num_blocks:,} blocks of {report.block_size}, "
-        f"{server.num_slots:,} tokens, or {server.num_slots / _held(lengths):,.0f} requests.",
+        f"{model.weight_bytes / GB:.1f} GB, keys and values {model.kv_bytes_per_token:,} bytes per "
+        f"token.\nPool: {report.num_blocks:,} blocks of {report.block_size} tokens, room for "
+        f"{server.num_slots:,} tokens or about {server.num_slots / _held(lengths):,.0f} requests.",
         highlight=False,
     )
     if server.num_gpus > 1:
         link = server.gpu.link
         console.print(
-            f"Link: each GPU sends {link.bandwidth / GB:g} GB a second; a collective takes "
-            f"{1e6 * link.latency:g} us besides, and the message of a step "
+            f"Link: {link.bandwidth / GB:g} GB per second and GPU, latency of a collective "
+            f"{1e6 * link.latency:g} us; the message of a step takes "
             f"{1e3 * server.sync_seconds:g} ms.",
             highlight=False,
         )
     table = Table(box=None, padding=(0, 2))
-    for title in ("", "asked for", "knee"):
+    for title in ("", "requested", "knee"):
         table.add_column(title, justify="right" if title else "left")
     for what, values in _rows(report.load, report.knee).items():
         table.add_row(what, *values)
     console.print(table)
     console.print(
-        f"At the knee a token takes {KNEE:g} times as long as on an idle server. What bounds it "
+        f"At the knee, a token takes {KNEE:g} times as long as on an idle server. The bottleneck "
         f"there: {report.bound}.",
         highlight=False,
     )
     if not isfinite(report.load.latency):
-        console.print("It cannot keep up with what is asked for: requests pile up.")
+        console.print("The server cannot sustain the requested rate: its queue keeps growing.")
 
 
 def _held(lengths: Lengths) -> float:
-    """Slots of a request, half way through its output."""
+    """Slots of a request that has generated half of its output."""
     return lengths.input_mean + lengths.output_mean / 2
 
 
 def _rows(*loads: Load) -> dict[str, list[str]]:
     return {
-        "requests a second": [f"{load.rate:.2f}" for load in loads],
-        "requests at a time": [f"{load.batch:.1f}" for load in loads],
-        "of the pool in use": [f"{load.utilisation:.0%}" for load in loads],
+        "requests per second": [f"{load.rate:.2f}" for load in loads],
+        "concurrent requests": [f"{load.batch:.1f}" for load in loads],
+        "share of the pool in use": [f"{load.utilisation:.0%}" for load in loads],
         "preemptions": [f"{load.num_preemptions}" for load in loads],
-        "milliseconds a token": [
+        "milliseconds per token": [
             f"{1e3 * load.latency:.1f}" if isfinite(load.latency) else "too many" for load in loads
         ],
-        "seconds to the first token": [f"{load.first_token:.2f}" for load in loads],
+        "seconds to first token": [f"{load.first_token:.2f}" for load in loads],
     } | {
-        f"of a step, {part}": [
+        f"share of a step, {part}": [
             f"{load.parts[part] / sum(load.parts.values()):.0%}" for load in loads
         ]
         for part in loads[0].parts

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def chat(
     *,
     system: Annotated[
-        str | None, typer.Option(help="System message, which precedes the conversation.")
+        str | None, typer.Option(help="System message, sent before the conversation.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
@@ -38,7 +38,7 @@ def chat(
     """Chat with a model, one line per turn.
 
     An empty line ends the chat. The embedded model answers questions about a story. Without
-    --system it gets a story, which is printed; another --seed gives another story.
+    --system, it prints a story first; another --seed gives another story.
     """
     with Session(show_blocks, trace, live=show_blocks and not as_json) as session:
         from minipaged.sampling import SamplingParams
@@ -50,7 +50,7 @@ def chat(
         if system is None and options["model"] == "storyteller":
             story = tell(num_facts=6, seed=options["seed"])
             system, deed, animal = story.text, story.questions[0], story.questions[-2]
-            hint = f'Ask as it was taught: "{deed.text}", "{animal.text}" and the like.'
+            hint = f'Ask questions like "{deed.text}" and "{animal.text}".'
         if system is not None and not as_json:
             session.console.print(Text(f"{system}\n{hint}".rstrip(), style="dim"))
         converse(llm, session, system, params, as_json)
@@ -61,7 +61,7 @@ def converse(
 ) -> None:
     """Read questions and print answers until an empty line or the end of the input.
 
-    Raises CheckpointError before the first question if the model was not taught to chat.
+    Raises CheckpointError before the first question if the model has no chat template.
     """
     read_template(llm.folder)
     told: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -84,7 +84,7 @@ def _ask() -> str:
 
 
 class _Answer:
-    """The answer so far, drawn below the block map or printed piece by piece."""
+    """The answer so far, drawn below the block map or printed as it grows."""
 
     def __init__(self, printed: bool) -> None:
         self.text = ""
@@ -107,9 +107,9 @@ def _answer(
     params: "SamplingParams",
     aloud: bool,
 ) -> str:
-    """The answer, shown as it comes if `aloud`.
+    """The answer, shown as it is generated if `aloud`.
 
-    A chat that outgrows the model's context forgets its oldest turns.
+    If the chat outgrows the model's context, its oldest turns are dropped.
     """
     answer = _Answer(printed=aloud and not session.is_live)
     num_tokens, cached, start = 0, "", time.perf_counter() - session.seconds_watched

@@ -1,4 +1,4 @@
-"""What is around every command: streams, threads, and mistakes told in one sentence."""
+"""Runs a command: sets up streams and threads, and reports user errors in one sentence."""
 
 import io
 import os
@@ -14,14 +14,14 @@ from minipaged.errors import MinipagedError
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Run the command that was asked for, and turn mistakes into one sentence and exit code 2."""
-    # Before torch is imported: threads that wait shall sleep. Spinning, they hold up each other
-    # whenever the machine does something else too, and a step takes ten times as long.
+    """Run the requested command. A user error prints one sentence and exits with code 2."""
+    # Must be set before torch is imported: idle threads sleep instead of spinning. On a busy
+    # machine, spinning threads delay each other, and a step takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = lambda message, *_: f"minipaged: {message}\n"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a letter shows "?"
+            stream.reconfigure(errors="replace")  # print "?" for what a terminal cannot encode
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except MinipagedError as error:
@@ -31,14 +31,14 @@ def run(app: typer.Typer) -> NoReturn:
     except NotImplementedError as error:
         if not str(error).startswith("your turn"):
             raise
-        _fail(f"a body in your file is still to be written ({error}).")
+        _fail(f"a function in your file is not implemented yet ({error}).")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         format_message: Callable[[], str] | None = getattr(error, "format_message", None)
-        if format_message is None:  # a fault of ours: show where
+        if format_message is None:  # a bug in the library: show the traceback
             raise
-        _fail(format_message())  # typer's own: an unknown option, a missing argument
+        _fail(format_message())  # from typer: an unknown option, a missing argument
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -47,7 +47,7 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def _names_of_flags(command: Any) -> set[str]:
-    """The names of all options of a command and the commands below it, as Python has them."""
+    """The Python names of all options of a command and its subcommands."""
     names = {option.name for option in command.params if option.param_type_name == "option"}
     for below in getattr(command, "commands", {}).values():
         names |= _names_of_flags(below)

@@ -1,4 +1,4 @@
-"""`minipaged fetch` and `minipaged convert`: the commands, and what they print."""
+"""`minipaged fetch` and `minipaged convert`."""
 
 import json
 import shlex
@@ -30,7 +30,7 @@ def fetch(
     name: Annotated[
         str | None, typer.Argument(help="owner/name[@revision] on the hub, or a name from --list.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, a tag or a commit.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Download to this folder instead of the cache.")
     ] = None,
@@ -43,27 +43,25 @@ def fetch(
 ) -> None:
     """Download a model from the Hugging Face hub.
 
-    Run the same command again to resume an interrupted download. HF_ENDPOINT, HF_TOKEN and
-    MINIPAGED_HOME are honoured.
+    To resume an interrupted download, run the same command again. The environment variables
+    HF_ENDPOINT, HF_TOKEN and MINIPAGED_HOME apply.
     """
     if list_models:
         fetched = ("name", "revision", "directory")
         refuse_beside(context, "--list", "fetches nothing", fetched)
         print_known_models(as_json)
     elif name is None:
-        raise InvalidOption("no model is named: give owner/name, or --list to see some.")
+        raise InvalidOption("no model was given: give owner/name, or --list to see some.")
     else:
         fetch_and_report(name, revision, directory, as_json)
 
 
 def convert(
-    folder: Annotated[
-        Path, typer.Argument(help="The folder with pytorch_model.bin or its shards.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="Folder with pytorch_model.bin or its shards.")],
 ) -> None:
-    """Rewrite pickled weights as safetensors.
+    """Convert pickled weights to safetensors.
 
-    Loading safetensors cannot run code. The pickled files are kept.
+    Loading safetensors files cannot run code. The pickled files are kept.
     """
     from minipaged.models.hub.convert import convert_to_safetensors, find_pickled
 
@@ -76,10 +74,11 @@ def convert(
 def fetch_and_report(
     name: str, revision: str | None = None, directory: Path | None = None, as_json: bool = False
 ) -> None:
-    """Fetch a model unless it is here, and print where it lies and how to use it.
+    """Fetch a model unless it is on this machine, and print its folder and how to use it.
 
     Raises:
-        FetchError: it cannot be had. CheckpointError: it cannot be loaded here.
+        FetchError: the download failed.
+        CheckpointError: this library cannot load the model.
     """
     model = ModelName.parse(name, revision)
     folder = find_here(model, directory)
@@ -102,7 +101,8 @@ def fetch_and_report(
         print(json.dumps(report))
         return
     use = str(folder if directory else model)
-    print(f"{model} {'was here already' if found else 'is here'}: {folder} ({in_words(num_bytes)})")
+    state = "is already on this machine" if found else "was fetched"
+    print(f"{model} {state}: {folder} ({in_words(num_bytes)})")
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         print(f'  minipaged generate "Once upon a time" --model {shlex.quote(use)}')
     else:
@@ -111,9 +111,9 @@ def fetch_and_report(
 
 
 def offer_to_fetch(model: str) -> None:
-    """On a terminal, ask whether a model that is not here yet shall be fetched, and say its size.
+    """On a terminal, offer to fetch a model that is not on this machine, with its size.
 
-    Elsewhere, or if the answer is no, `LLM` refuses it with a sentence. Raises what `fetch` does.
+    Otherwise, or if the answer is no, `LLM` raises an error later. Raises what `fetch` raises.
     """
     try:
         find_model(model)
@@ -121,12 +121,12 @@ def offer_to_fetch(model: str) -> None:
         if sys.stdin.isatty() and sys.stderr.isatty() and is_model_name(model):
             offer = ask_hub(model)
             size = in_words(offer.num_bytes)
-            if typer.confirm(f"{offer.model} is not on this machine: fetch {size}?", err=True):
+            if typer.confirm(f"{offer.model} is not on this machine. Fetch it ({size})?", err=True):
                 download(offer)
 
 
 def print_known_models(as_json: bool = False) -> None:
-    """Small models with sizes and licences, and which of them are on this machine."""
+    """Print small models with sizes and licences, and which of them are on this machine."""
     here = {model.name: find_local(model.name) for model in KNOWN_MODELS}
     if as_json:
         for model in KNOWN_MODELS:
@@ -142,9 +142,9 @@ def print_known_models(as_json: bool = False) -> None:
         table.add_row(model.name, parameters, in_words(model.num_bytes), model.licence)
     owners = {model.note: model.name.split("/")[0] for model in KNOWN_MODELS if model.note}
     notes = [f"{owner}: {note}." for note, owner in owners.items()]
-    notes.append("Sizes are about. Any other owner/name on the hub can be fetched too.")
+    notes.append("Sizes are approximate. Any other owner/name on the hub can be fetched as well.")
     notes.append(f"On this machine: {', '.join(n for n in here if here[n]) or 'none of them yet'}.")
-    # A pipe has no width: there each model gets one line.
+    # A pipe has no width: print one line per model.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 100)
     console.print(table)
     console.print("", *notes, sep="\n", style="dim", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`minipaged generate`: text after one or more prompts."""
+"""`minipaged generate`: completes one or more prompts."""
 
 import json
 import sys
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 def generate(
     *,
     prompts: Annotated[
-        list[str], typer.Argument(help='One or more prompts; "-" reads lines from standard input.')
+        list[str], typer.Argument(help='Prompts; "-" reads one per line from standard input.')
     ],
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens to generate per prompt.")] = 64,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 1.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens with this total probability.")
+        float, typer.Option(help="Sample from the top tokens with this total probability.")
     ] = 1.0,
     top_k: Annotated[
-        int, typer.Option(help="Sample from this many of the likeliest tokens; 0: from all.")
+        int, typer.Option(help="Sample from the K most likely tokens; 0 means all.")
     ] = 0,
     n: Annotated[int, typer.Option(help="Samples per prompt.")] = 1,
     best_of: Annotated[
-        int | None, typer.Option(help="Generate this many samples, and keep the n likeliest.")
+        int | None, typer.Option(help="Generate this many samples and keep the n most likely.")
     ] = None,
     beam_width: Annotated[
         int | None, typer.Option(help="Use beam search with this many beams.")
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text. May be repeated.")
+        list[str] | None, typer.Option(help="Stop when this text is generated. Repeatable.")
     ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Continue after the end of the text.")
+        bool, typer.Option("--ignore-eos", help="Continue past the end-of-text token.")
     ] = False,
     options: dict[str, Any],
     part: Part = None,
@@ -53,7 +53,7 @@ def generate(
     as_json: AsJson = False,
     trace: Trace = None,
 ) -> None:
-    """Generate text after one or more prompts, in one batch."""
+    """Complete one or more prompts in one batch."""
     with Session(show_blocks, trace, live=not as_json) as session:
         from minipaged.evaluation.bench.sharing import SharingMeter
         from minipaged.sampling import SamplingParams
@@ -73,7 +73,7 @@ def generate(
         llm = session.load(options, part)
         texts = [line for text in prompts for line in read_lines(text)]
         if not texts:
-            raise InvalidRequest("there is no prompt on standard input: give a line or more.")
+            raise InvalidRequest("standard input contains no prompt: give at least one line.")
         with session.watch(None), SharingMeter(llm.engine) as meter:
             outputs = llm.generate(list(texts), params, use_tqdm=not (as_json or show_blocks))
         for output in outputs:
@@ -85,23 +85,23 @@ def generate(
 
 
 def _beams_instead_of(params: "SamplingParams", beam_width: int) -> "BeamSearchParams":
-    """Beam search as long as these samples. Raises InvalidOption if they ask for what it lacks."""
+    """Beam search with the same limits. Raises InvalidOption for what it does not support."""
     from minipaged.sampling import BeamSearchParams, SamplingParams
 
     max_tokens, ignore_eos = params.max_tokens, params.ignore_eos
     if params != SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos):
         raise InvalidOption(
-            "beam search samples nothing and stops at no text: with beam_width, leave out --n, "
+            "beam search does not sample and has no stop texts: with beam_width, leave out --n, "
             "best_of, --temperature, top_p, top_k and --stop."
         )
     return BeamSearchParams(beam_width, max_tokens, ignore_eos=ignore_eos)
 
 
 def print_completions(console: Console, output: RequestOutput, blocks_saved: float) -> None:
-    """The prompt and what follows it, once for each sample or beam.
+    """Print the prompt with each of its samples or beams.
 
     Args:
-        blocks_saved: the part of its blocks that sharing saved, 0 to 1.
+        blocks_saved: the fraction of its blocks that sharing saved, 0 to 1.
     """
     for number, completion in enumerate(output.outputs, start=1):
         several = f"[{number} of {len(output.outputs)}] " if len(output.outputs) > 1 else ""
@@ -114,7 +114,7 @@ def print_completions(console: Console, output: RequestOutput, blocks_saved: flo
 
 
 def warn_of_an_early_end(output: RequestOutput, max_tokens: int) -> None:
-    """Say on standard error that a completion is shorter than it was meant to be."""
+    """Warn on standard error about a completion that is shorter than requested."""
     completion = output.outputs[0]
     if completion.finish_reason == "length" and len(completion.token_ids) < max_tokens:
         print(
@@ -125,7 +125,7 @@ def warn_of_an_early_end(output: RequestOutput, max_tokens: int) -> None:
 
 
 def read_lines(prompt: str) -> Iterator[str]:
-    """ "-" stands for the lines of standard input."""
+    """The prompt itself or, for "-", the lines of standard input."""
     if prompt != "-":
         yield prompt
         return

@@ -29,13 +29,13 @@ from minipaged.utils.files import write_atomically
 app = typer.Typer(help="Teaching labs: write a part of the engine.", rich_markup_mode=None)
 console = Console(highlight=False, soft_wrap=True)
 
-_POLL_SECONDS = 0.1  # between two looks at a watched file
+_POLL_SECONDS = 0.1  # between two checks of a watched file
 
 app.command()(challenge_command.challenge)
 app.command()(route)
 app.command()(ranks)
 
-Number = Annotated[int, typer.Argument(help="The lab's number.")]
+Number = Annotated[int, typer.Argument(help="Number of the lab.")]
 File = Annotated[
     Path | None, typer.Option(help="Your file. Default: the lab's file in this folder.")
 ]
@@ -70,22 +70,22 @@ def list_labs() -> None:
 
 @app.command()
 def start(number: Number) -> None:
-    """Write a lab's starter file, unless the file exists already."""
+    """Write a lab's starter file to this folder, unless it exists."""
     file, text = _beginning(number)
     if file.exists():
         raise InvalidOption(
-            f"{file} is there already and was left as it is. To begin anew: "
+            f"{file} exists already and was not changed. To start over, run "
             f"`minipaged lab reset {number}`, which keeps a copy."
         )
     write_atomically(file, text)
     if number == NUMBER:
-        console.print(f"{file}: change what you like. Then: minipaged lab challenge")
+        console.print(f"{file}: change what you like, then run minipaged lab challenge")
         return
     chosen = find_lab(number)
-    console.print(f'{file}: write what says "your turn".')
+    console.print(f'{file}: implement each function marked "your turn".')
     for task in chosen.tasks:
         console.print(f"  task {task.number}  {task.points:>4g} points  {task.title}")
-    console.print(f"Then: minipaged lab check {number}")
+    console.print(f"Then run: minipaged lab check {number}")
 
 
 @app.command()
@@ -101,8 +101,8 @@ def watch(number: Number, file: File = None, task: OneTask = None) -> None:
     chosen = find_lab(number)
     mine = _file(chosen, file)
     if not mine.is_file():
-        raise InvalidOption(f"there is no {mine}: begin with `minipaged lab start {number}`.")
-    console.print(f"Watching {mine}; Ctrl-C ends it.")
+        raise InvalidOption(f"there is no {mine}: start with `minipaged lab start {number}`.")
+    console.print(f"Watching {mine}. Press Ctrl-C to stop.")
     last = 0.0
     while True:
         last = _wait_for_save(mine, last)
@@ -114,10 +114,13 @@ def watch(number: Number, file: File = None, task: OneTask = None) -> None:
 def hint(
     number: Number,
     task: Annotated[
-        int | None, typer.Option(help="The task. Default: the first that is not finished.")
+        int | None, typer.Option(help="Number of the task. Default: the first unfinished one.")
     ] = None,
 ) -> None:
-    """Print the next hint for a task; after the last one, all of them again."""
+    """Print the next hint for a task.
+
+    After the last hint, it prints all of them again.
+    """
     chosen, progress = find_lab(number), _progress()
     asked = _task(chosen, task) if task is not None else _first_open(chosen, progress)
     given = progress.next_hint(chosen, asked.number)
@@ -139,8 +142,8 @@ def diff(number: Number, file: File = None) -> None:
     if not progress.is_full(chosen):
         raise InvalidOption(
             f"the library's solution is shown once lab {number} has all its "
-            f"{counted(progress.most(chosen), 'point')}: `minipaged lab check {number}` tells "
-            "what is missing."
+            f"{counted(progress.most(chosen), 'point')}: run `minipaged lab check {number}` to "
+            "see what is missing."
         )
     lines = difflib.unified_diff(
         mine.read_text(encoding="utf-8").splitlines(),
@@ -156,14 +159,14 @@ def diff(number: Number, file: File = None) -> None:
 
 @app.command()
 def reset(number: Number) -> None:
-    """Start a lab again. Your file is kept under another name."""
+    """Start a lab over. Your file is kept under another name."""
     file, text = _beginning(number)
     if file.exists():
         backup = next_free(file, ".")
         file.rename(backup)
-        console.print(f"{file} is kept as {backup}.")
+        console.print(f"Your {file} was renamed to {backup}.")
     write_atomically(file, text)
-    console.print(f"{file} is as at the beginning.")
+    console.print(f"{file} is the lab's starter file again.")
 
 
 @app.command("grade")
@@ -173,17 +176,17 @@ def grade_one(
     gradescope: Annotated[
         Path | None, typer.Option(help="Write results.json for Gradescope to this file.")
     ] = None,
-    hidden: Annotated[Path | None, typer.Option(help="A folder with additional tests.")] = None,
+    hidden: Annotated[Path | None, typer.Option(help="Folder with additional tests.")] = None,
 ) -> None:
     """Grade a submission. Exit code 1 unless it gets all points."""
     chosen = find_lab(number)
     try:
         results = _print(grade(chosen, file, hidden_tests=hidden))
-    except InvalidOption as error:  # the file is not there: no points, and the reason
+    except InvalidOption as error:  # the file is missing: no points, and the reason
         if gradescope is None:
             raise
         results = _print(Result(task, 0, 0, str(error)) for task in chosen.tasks)
-    if gradescope is not None:  # last, when nothing of the student's runs any more
+    if gradescope is not None:  # last, after all of the student's code has run
         write_results(gradescope, chosen, results)
     raise typer.Exit(0 if all_full(results) else 1)
 
@@ -191,18 +194,18 @@ def grade_one(
 @app.command()
 def autograder(
     number: Number,
-    folder: Annotated[Path, typer.Argument(help="The folder to write the two scripts to.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write the two scripts to.")],
 ) -> None:
     """Write setup.sh and run_autograder for Gradescope."""
     write_autograder(folder, find_lab(number))
-    console.print(f"{folder}: zip setup.sh and run_autograder with a wheel of this library.")
+    console.print(f"{folder}: zip both scripts together with a wheel of this library.")
 
 
-# ---- what several of them need -------------------------------------------------------------------
+# ---- shared helpers ------------------------------------------------------------------------------
 
 
 def _beginning(number: int) -> tuple[Path, str]:
-    """The file that a lab begins with, and what stands in it."""
+    """The name and the text of a lab's starter file."""
     if number == NUMBER:
         return Path(FILE_NAME), STARTER
     chosen = find_lab(number)
@@ -221,7 +224,7 @@ def _file(chosen: Lab, file: Path | None) -> Path:
 
 
 def _wait_for_save(file: Path, last: float) -> float:
-    """Return the file's new time of change, once it has one."""
+    """Wait until the file is saved again, and return its new modification time."""
     changed = last
     while changed == last:
         time.sleep(_POLL_SECONDS)
@@ -238,7 +241,7 @@ def _task(chosen: Lab, number: int) -> Task:
 
 
 def _first_open(chosen: Lab, progress: Progress) -> Task:
-    """The first task that has not all its points, the last one if all have."""
+    """The first task without full points, or the last task if all have them."""
     for task in chosen.tasks:
         if progress.points.get(f"{chosen.number}.{task.number}") != task.points:
             return task
@@ -246,19 +249,19 @@ def _first_open(chosen: Lab, progress: Progress) -> Task:
 
 
 def _check(chosen: Lab, file: Path, task: int | None) -> list[Result]:
-    """Run, print and note what a file gives."""
+    """Grade a file, print the results and save the progress."""
     progress = _progress()
     results = _print(grade(chosen, file, only=task, traces=Path()))
     for result in results:
         progress.keep(chosen, result)
     progress.save()
     if progress.is_full(chosen):
-        console.print(f"All of it. The library's own: minipaged lab diff {chosen.number}")
+        console.print(f"All tests pass. Compare with ours: minipaged lab diff {chosen.number}")
     return results
 
 
 def _print(results: Iterable[Result]) -> list[Result]:
-    """One line per task as it comes, the points at the end. Returns what counts."""
+    """Print one line per task as results arrive, then the points. Returns the final results."""
     done: list[Result] = []
     for result in results:
         done.append(result)
@@ -277,7 +280,7 @@ def _print(results: Iterable[Result]) -> list[Result]:
         for line in result.told.splitlines():
             console.print(f"     {line}", markup=False)
         if result.trace:
-            console.print(f"     watch it: minipaged trace view {result.trace}", markup=False)
+            console.print(f"     replay it: minipaged trace view {result.trace}", markup=False)
     settled = settle(done)
     total, most = sum(r.points for r in settled), sum(r.most for r in settled)
     console.print(f"{total:g} of {counted(most, 'point')}")

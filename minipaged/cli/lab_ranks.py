@@ -13,12 +13,12 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def ranks(
-    prompt: Annotated[str, typer.Argument(help="The beginning of a story.")] = "Once upon a time",
+    prompt: Annotated[str, typer.Argument(help="First words of the story.")] = "Once upon a time",
     file: Annotated[Path, typer.Option(help="Your file.")] = Path(LAB.file_name),
     num_ranks: Annotated[int, typer.Option(help="Number of processes: 1, 2 or 4.")] = 2,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 24,
 ) -> None:
-    """Lab 11: let your ranks tell a story, each in a process of its own."""
+    """Lab 11: generate a story with your ranks, one process each."""
     require_whole("num_ranks", num_ranks, 1)
     require_whole("max_tokens", max_tokens, 1)
     import minipaged

@@ -1,7 +1,7 @@
-"""The command line: one module per command does the work.
+"""The command line. Each command has its own module.
 
-A mistake ends with one sentence on standard error and exit code 2. torch is imported only when a
-command runs, so that `--help` answers at once.
+A user error prints one sentence to standard error and exits with code 2. torch is imported only
+when a command needs it, so `--help` is fast.
 """
 
 import typer
@@ -22,9 +22,14 @@ from minipaged.cli.simulate import simulate
 from minipaged.cli.soak import app as soak
 from minipaged.cli.trace import app as trace
 
+ABOUT = """PagedAttention, the system behind vLLM, from scratch.
+
+New here? Start with `minipaged demo`.
+"""
+
 app = typer.Typer(
-    help="PagedAttention, the system behind vLLM, from scratch.",
-    rich_markup_mode=None,  # plain help: scripts read it as well
+    help=ABOUT,
+    rich_markup_mode=None,  # plain help, which scripts can read
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -1,7 +1,7 @@
 """The flags that several commands share.
 
-A flag for an engine option is made from the option's declaration in `EngineArgs`: its type, default
-and help text are not repeated here.
+The flag for an engine option is derived from the option's declaration in `EngineArgs`, which holds
+its type, default and help text.
 """
 
 import inspect
@@ -37,11 +37,11 @@ def engine_flag(name: str) -> Any:
 def takes_engine_options(
     leave_out: tuple[str, ...] = (), **defaults: Any
 ) -> Callable[[Command], Command]:
-    """Give a command one flag per engine option, and pass them on as its argument `options`.
+    """Add one flag per engine option to a command, which gets the values as its `options`.
 
     Args:
         leave_out: options that this command sets itself.
-        defaults: what this command has as a default instead of the declared one.
+        defaults: defaults of this command that replace the declared ones.
     """
     taken = {name: each for name, each in OPTIONS.items() if name not in leave_out}
     return takes_flags("options", taken, **defaults)
@@ -50,7 +50,7 @@ def takes_engine_options(
 def takes_flags(
     argument: str, taken: Mapping[str, Option], **defaults: Any
 ) -> Callable[[Command], Command]:
-    """Give a command one flag per declared option, and pass them on as one argument, a dict."""
+    """Add one flag per declared option to a command, which gets the values as one dict."""
 
     def decorate(command: Command) -> Command:
         parameters = dict(inspect.signature(command).parameters)
@@ -85,16 +85,16 @@ def _flag(declared: Option) -> Any:
 
 
 def _shell_type(declared: Option) -> Any:
-    """The type to which the command line converts an option; its value is checked later."""
+    """The type that the command line converts a value to. The value is checked later."""
     is_text = get_origin(declared.type) is Literal or not isinstance(declared.type, type)
     kind: Any = str if is_text else declared.type
     return kind | NoneType if declared.may_be_none else kind
 
 
 def in_words_of_the_shell(sentence: str, names: Iterable[str]) -> str:
-    """Options by the names of their flags: num_blocks is --num-blocks.
+    """Replace option names by their flags: num_blocks becomes --num-blocks.
 
-    Names of one word stay: they may be words of the sentence. `name=value` is a flag in any case.
+    Names of one word stay, because they may be ordinary words. `name=value` always becomes a flag.
     """
 
     def flag(name: str) -> str:
@@ -110,44 +110,65 @@ def in_words_of_the_shell(sentence: str, names: Iterable[str]) -> str:
 
 
 def refuse_beside(context: typer.Context, flag: str, does: str, ignored: Iterable[str]) -> None:
-    """Refuse flags that another one makes pointless, whatever their values.
+    """Refuse flags that would have no effect because another flag was given.
 
     Args:
         context: of the command that is running.
-        flag: the other one, as it is typed; call this only if it was given.
-        does: what it does, with the flag as subject.
-        ignored: names of parameters of the command.
+        flag: the other flag, as typed. Call this function only if it was given.
+        does: what that flag does, as the rest of a sentence that starts with it.
+        ignored: the Python names of the flags that it makes pointless.
 
     Raises:
         InvalidOption: one of them was given on the command line.
     """
-    flags = {each.name: each.opts[0] for each in context.command.params}
-    sources = {name: context.get_parameter_source(name) for name in ignored}
-    given = [flags[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if given:
-        names = " and ".join([", ".join(given[:-1])] * (len(given) > 1) + given[-1:])
+    if given := _given(context, ignored):
         them = "it" if len(given) == 1 else "them"
         raise InvalidOption(
-            f"{flag} {does}, so {names} would be ignored: leave {them} out, or leave out {flag}."
+            f"{flag} {does}, so {_joined(given)} would be ignored: leave {them} out, or leave out "
+            f"{flag}."
         )
+
+
+def refuse_without(context: typer.Context, flag: str, of_it: Iterable[str]) -> None:
+    """Refuse flags that have an effect only together with another flag, which was not given.
+
+    Raises:
+        InvalidOption: one of them was given on the command line.
+    """
+    if given := _given(context, of_it):
+        have, them = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise InvalidOption(
+            f"{_joined(given)} {have} no effect without {flag}: leave {them} out, or add {flag}."
+        )
+
+
+def _given(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of the flags that were typed, as they were typed."""
+    flags = {each.name: each.opts[0] for each in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [flags[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
+def _joined(flags: list[str]) -> str:
+    return " and ".join([", ".join(flags[:-1])] * (len(flags) > 1) + flags[-1:])
 
 
 # ---- flags for simulated hardware ----------------------------------------------------------------
 
 LinkBandwidth = Annotated[
     float | None,
-    typer.Option(help="GB per second that each GPU sends to the others. Default: its own link's."),
+    typer.Option(help="Link bandwidth in GB per second and GPU. Default: that of the GPU's link."),
 ]
 LinkLatency = Annotated[
     float | None,
-    typer.Option(help="Microseconds per all-reduce or gather, besides. Default: its own link's."),
+    typer.Option(help="Link latency in microseconds per collective. Default: the GPU's link."),
 ]
 
 
 def with_link(
     server: "Deployment", link_bandwidth: float | None, link_latency: float | None
 ) -> "Deployment":
-    """The server with the link of the two flags, where they were given.
+    """The server with the link that the two flags describe, where they were given.
 
     Raises:
         InvalidOption: a value is impossible, or the server has a single GPU.
@@ -155,7 +176,7 @@ def with_link(
     if link_bandwidth is not None and not (link_bandwidth > 0 and isfinite(link_bandwidth)):
         raise InvalidOption(f"--link-bandwidth is {link_bandwidth:g}: give a number above 0.")
     if link_latency is not None and not (link_latency >= 0 and isfinite(link_latency)):
-        raise InvalidOption(f"--link-latency is {link_latency:g}: give a number from 0 up.")
+        raise InvalidOption(f"--link-latency is {link_latency:g}: give 0 or a number above.")
     link = server.gpu.link
     if link_bandwidth is not None:
         link = replace(link, bandwidth=link_bandwidth * 1e9)
@@ -163,7 +184,7 @@ def with_link(
         link = replace(link, latency=link_latency * 1e-6)
     if (link_bandwidth, link_latency) != (None, None) and server.num_gpus == 1:
         raise InvalidOption(
-            "--link-bandwidth and --link-latency connect several GPUs, and this server has one: "
+            "--link-bandwidth and --link-latency describe links between GPUs, and there is one: "
             "leave them out, or choose a server with more GPUs."
         )
     return server.with_link(link)
@@ -177,7 +198,9 @@ Seed = Annotated[int, engine_flag("seed")]
 MaxNumSeqs = Annotated[int, engine_flag("max_num_seqs")]
 ShowBlocks = Annotated[bool, typer.Option("--show-blocks", help="Draw the block pool live.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
-Trace = Annotated[Path | None, typer.Option(help="Write every event to this file as JSON lines.")]
+Trace = Annotated[
+    Path | None, typer.Option(help="Record all events to this file, for `minipaged trace view`.")
+]
 Part = Annotated[
     list[str] | None,
     typer.Option(help="Use a custom part, for example allocator=mine.py:MyAllocator."),

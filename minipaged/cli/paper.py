@@ -1,4 +1,4 @@
-"""`minipaged paper fig2`: runs figures, prints paper against ours, writes JSON and pictures."""
+"""`minipaged paper fig2`: runs figures, prints the paper's numbers next to ours, saves both."""
 
 import io
 import json
@@ -68,12 +68,16 @@ def paper(
             highlight=False,
         )
         if not draws:
-            console.print("No pictures: they need matplotlib, pip install 'minipaged[plot]'.")
+            console.print(
+                "No pictures, because matplotlib is missing: pip install 'minipaged[plot]'."
+            )
 
 
 def _find(name: str) -> Figure:
     if name not in NAMES:
-        raise InvalidOption(f"there is no figure {name!r}: choose all, or of {', '.join(NAMES)}.")
+        raise InvalidOption(
+            f"there is no figure {name!r}: choose all, or some of {', '.join(NAMES)}."
+        )
     figure: Figure = import_module(f"minipaged.evaluation.paper.{name}").FIGURE
     return figure
 

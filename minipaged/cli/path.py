@@ -1,4 +1,4 @@
-"""`minipaged path`: what to read, in which order; and the way of one token through it."""
+"""`minipaged path`: the files to read, in order, and the path of one decode token through them."""
 
 from typing import Annotated
 
@@ -12,15 +12,15 @@ from minipaged.evaluation.reading_path import READING_PATH, as_markdown, lines_o
 
 def path(
     trace: Annotated[
-        bool, typer.Option("--trace", help="Trace one decode token: each function it calls.")
+        bool, typer.Option("--trace", help="Print the functions that run for one decode token.")
     ] = False,
     markdown: Annotated[
-        str | None, typer.Option(help="Print the path as Markdown; links begin with this.")
+        str | None, typer.Option(help="Print a Markdown table; links begin with this.")
     ] = None,
 ) -> None:
-    """Print the reading path through the library, in the order a token travels."""
+    """List the files to read, in the order a token visits them."""
     if trace and markdown is not None:
-        raise InvalidOption("--trace prints no Markdown: leave out --trace or --markdown.")
+        raise InvalidOption("--trace cannot print Markdown: leave out --trace or --markdown.")
     if trace:
         _print_trace()
     elif markdown is not None:

@@ -17,9 +17,10 @@ from minipaged.serving.settings import SERVER_OPTIONS, ServerArgs
 def serve(
     *, server: dict[str, Any], options: dict[str, Any], part: Part = None, trace: Trace = None
 ) -> None:
-    """Serve a model to clients of OpenAI's API, until Ctrl-C or SIGTERM.
+    """Serve a model through an OpenAI-compatible API.
 
-    On SIGTERM, new requests are refused (503) and running ones end within --grace.
+    Runs until Ctrl-C or SIGTERM. On SIGTERM, it refuses new requests (503) and gives running ones
+    --grace seconds to finish.
     """
     server["api_key"] = server["api_key"] or os.environ.get("MINIPAGED_API_KEY")
     args = ServerArgs(**server)

@@ -1,4 +1,4 @@
-"""One run of a command: the model, and what is drawn and recorded while it runs."""
+"""One run of a command: loads the model, draws the block map and records the trace."""
 
 import time
 from collections.abc import Generator
@@ -20,11 +20,10 @@ FRAME_SECONDS = 0.1  # a step takes a few milliseconds: too fast to watch
 
 
 class Session:
-    """Loads the model of a command, and attaches what observes it: block map and trace file.
+    """Loads a command's model and attaches its observers: the block map and the trace file.
 
-    For other observers there are two places. `log.listeners` receive events; append to them before
-    `load`, because a model that nothing observes is not traced. The listeners of the model's engine
-    receive each step's decision and statistics.
+    To receive events, append to `log.listeners` before `load`: a model without observers is not
+    traced. To receive each step's `SchedulerOutput` and statistics, use the engine's listeners.
 
     Args:
         show_blocks: draw the block map.
@@ -35,7 +34,7 @@ class Session:
     def __init__(self, show_blocks: bool, trace: Path | None, live: bool) -> None:
         self.console = Console()
         self.is_live = live and self.console.is_terminal
-        self.seconds_watched = 0.0  # spent on drawing, and so to be left out of any speed
+        self.seconds_watched = 0.0  # time spent on drawing: subtract it before computing a speed
         self.log = EventLog()
         self.block_map: BlockMap | None = None
         self._show_blocks = show_blocks
@@ -56,9 +55,9 @@ class Session:
         """Build the model with a command's engine options and parts. Raises what `LLM` raises.
 
         Args:
-            options: of the engine.
-            part: custom parts.
-            is_traced: trace it in any case, for listeners of the log that come later.
+            options: the engine options.
+            part: the custom parts.
+            is_traced: trace it even without observers, for listeners that are added later.
         """
         from minipaged.engine.custom_parts import parts_with, read_custom_parts
         from minipaged.llm import LLM
@@ -86,7 +85,7 @@ class Session:
             if board is not None:
                 self.console.print(board)
         if self.block_map is not None:
-            # Without a board, standard output is the command's text or JSON.
+            # Without a board, standard output is reserved for the command's text or JSON.
             console = self.console if board is not None else Console(stderr=True)
             console.print("\nThe pool at its fullest:", self.block_map.fullest(console.width))
             console.print(self.block_map.totals(), highlight=False)

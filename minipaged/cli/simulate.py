@@ -1,4 +1,4 @@
-"""`minipaged simulate`: several systems on one trace, synthetic or real."""
+"""`minipaged simulate`: compares systems on one trace, synthetic or real."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -41,20 +41,20 @@ from minipaged.evaluation.sim.traces import (
 from minipaged.utils.options import require_one_of, require_whole
 from minipaged.utils.progress import progress_bar
 
-MOST_REQUESTS = 1_000_000  # that are worth waiting for
+MOST_REQUESTS = 1_000_000  # more would take too long
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one system made of the trace."""
+    """The results of one system."""
 
     system: str
-    seconds: float  # until the last request had its last token
-    seconds_a_token: float  # normalised latency, a mean over requests
+    seconds: float  # until the last token of the last request
+    seconds_a_token: float  # normalised latency, mean over requests
     seconds_to_first_token: float
     requests_at_a_time: float
-    used: float  # part of all slots that held a token, as the next
-    reserved: float
+    used: float  # share of all slots that held a token
+    reserved: float  # share of all slots that were reserved
     num_preemptions: int
 
 
@@ -73,13 +73,13 @@ def simulate(
     link_bandwidth: LinkBandwidth = None,
     link_latency: LinkLatency = None,
     block_size: BlockSize = EngineArgs.block_size,
-    seed: Annotated[int, typer.Option(help="Random seed of arrival times and lengths.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for arrival times and lengths.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a trace with paging and with the baselines, in simulated time."""
+    """Compare paging with the baselines on a trace, simulated."""
     if trace is not None:
         drawn = ("workload", "rate", "seconds", "seed")
-        refuse_beside(context, "--trace", "brings requests of its own", drawn)
+        refuse_beside(context, "--trace", "sets the requests", drawn)
     require_one_of("server", server, tuple(DEPLOYMENTS))
     require_one_of("workload", workload, (*WORKLOADS, "chat"))
     require_whole("block_size", block_size, 1)
@@ -95,8 +95,8 @@ def simulate(
         return
     inputs, outputs = mean_lengths(requests)
     Console(width=max(120, Console().width)).print(
-        f"{len(requests)} requests in {requests[-1].arrival:.0f} s, {inputs:.0f} tokens in and "
-        f"{outputs:.0f} out on average; {server}, {deployed.num_slots:,} token slots.",
+        f"{len(requests)} requests in {requests[-1].arrival:.0f} s, on average {inputs:.0f} prompt "
+        f"and {outputs:.0f} output tokens; {server}, {deployed.num_slots:,} token slots.",
         _as_table(rows),
         sep="\n",
         highlight=False,
@@ -106,8 +106,8 @@ def simulate(
 def _make(workload: str, rate: float, seconds: float, seed: int) -> list[TraceRequest]:
     if not (rate > 0 and seconds > 0 and rate * seconds <= MOST_REQUESTS):
         raise InvalidOption(
-            f"--rate is {rate:g} and --seconds {seconds:g}: give numbers above 0, that make no "
-            f"more than {MOST_REQUESTS:,} requests."
+            f"--rate is {rate:g} and --seconds is {seconds:g}: give numbers above 0 that result in "
+            f"at most {MOST_REQUESTS:,} requests."
         )
     if workload == "chat":
         requests = chat_trace(rate, seconds, seed)
@@ -115,7 +115,7 @@ def _make(workload: str, rate: float, seconds: float, seed: int) -> list[TraceRe
         requests = poisson_trace(WORKLOADS[workload], rate, seconds, seed)
     if not requests:
         raise InvalidOption(
-            f"no request comes in {seconds:g} s at a rate of {rate:g}: raise --rate or --seconds."
+            f"no request arrives in {seconds:g} s at a rate of {rate:g}: raise --rate or --seconds."
         )
     return requests
 
@@ -141,7 +141,7 @@ def _serve(system: System, setting: Setting, costs: CostModel, trace: list[Trace
 def _as_table(rows: list[Row]) -> Table:
     table = Table(box=None, padding=(0, 2))
     table.add_column("")
-    titles = "s a token|s to the first|requests at a time|used|reserved|preemptions|s in all"
+    titles = "s/token|s to first|concurrent requests|used|reserved|preemptions|total s"
     for title in titles.split("|"):
         table.add_column(title, justify="right")
     known = SYSTEMS | VATTENTION

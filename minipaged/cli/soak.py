@@ -1,4 +1,4 @@
-"""`minipaged soak ...`: long random runs. torch is imported only once a command needs it."""
+"""`minipaged soak ...`: long random runs. torch is imported only when a command needs it."""
 
 import json
 from functools import partial
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from minipaged.evaluation.soak.run import Soak
 
 app = typer.Typer(
-    help="Look for mismatches in long random runs.",
+    help="Search for mismatches in long random runs.",
     rich_markup_mode=None,
 )
 PARTS_OF_MEMORY = ("allocator", "block_table", "prefix_cache", "memory")
 
-Count = Annotated[int, typer.Option(help="How many to run.", min=1)]
+Count = Annotated[int, typer.Option(help="Number of random cases.", min=1)]
 
 
 @app.callback(invoke_without_command=True)
 def soak(context: typer.Context) -> None:
-    """Look for mismatches in long random runs.
+    """Search for mismatches in long random runs.
 
-    The last line is the count and the number of mismatches. The exit code is 1 if there was one,
-    and Ctrl-C reports what was done so far.
+    The last line gives the number of cases and of mismatches. Exits with code 1 if there was a
+    mismatch. Ctrl-C stops the run and reports what was done.
     """
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -39,7 +39,7 @@ def soak(context: typer.Context) -> None:
 def memory(
     count: Count = 100_000, seed: Seed = 0, part: Part = None, as_json: AsJson = False
 ) -> None:
-    """Random operations on block managers, next to a model of the tensors."""
+    """Compare block managers with a simple model, at random."""
     from minipaged.evaluation.soak.memory import MemorySoak
 
     run_and_report(
@@ -49,7 +49,7 @@ def memory(
 
 @app.command()
 def engines(count: Count = 100, seed: Seed = 0, part: Part = None, as_json: AsJson = False) -> None:
-    """Random requests to random engines, compared with each request alone."""
+    """Compare random batches with each request run alone."""
     from minipaged.evaluation.soak.engines import EnginesSoak
 
     run_and_report(
@@ -59,7 +59,10 @@ def engines(count: Count = 100, seed: Seed = 0, part: Part = None, as_json: AsJs
 
 @app.command()
 def faults(count: Count = 100, seed: Seed = 0, as_json: AsJson = False) -> None:
-    """Exceptions and Ctrl-C wherever a function begins or returns: no other request may change."""
+    """Inject exceptions and Ctrl-C; other requests must not change.
+
+    A fault is injected where a function begins or returns.
+    """
     from minipaged.evaluation.soak.fault_runs import FaultsSoak
 
     run_and_report(FaultsSoak(count, seed), None, as_json)
@@ -67,19 +70,19 @@ def faults(count: Count = 100, seed: Seed = 0, as_json: AsJson = False) -> None:
 
 @app.command()
 def vllm(
-    python: Annotated[Path, typer.Option(help="The Python of an environment with vLLM.")],
+    python: Annotated[Path, typer.Option(help="Python of an environment with vLLM.")],
     count: Count = 32,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Random prompts to a small Llama, compared with vLLM in another environment."""
+    """Compare a small Llama with vLLM in another environment."""
     from minipaged.evaluation.soak.against_vllm import VLLMSoak
 
     run_and_report(VLLMSoak(count, seed, python), None, as_json)
 
 
 def run_and_report(soak: "Soak", part: list[str] | None, as_json: bool) -> None:
-    """Run a soak and print what it found; ends with exit code 1 if there was a mismatch."""
+    """Run a soak and print its results. Exits with code 1 if there was a mismatch."""
     soak.run()
     if as_json:
         print(json.dumps(soak.as_dict()))
@@ -87,8 +90,8 @@ def run_and_report(soak: "Soak", part: list[str] | None, as_json: bool) -> None:
         for line in soak.details():
             print(line)
         if soak.first_mismatch is not None:
-            print(f"the first mismatch: {soak.first_mismatch}")
-            print("to reproduce it:", soak.reproduce, *(f"--part {each}" for each in part or ()))
+            print(f"first mismatch: {soak.first_mismatch}")
+            print("to reproduce:", soak.reproduce, *(f"--part {each}" for each in part or ()))
         print(soak.last_line())
     if soak.num_mismatches:
         raise typer.Exit(1)
@@ -102,7 +105,7 @@ def _memory_with(custom_parts: dict[str, Any]) -> "BuildMemory":
         if name not in PARTS_OF_MEMORY:
             raise InvalidOption(
                 f"--part names {name!r}, which is no part of the memory: choose one of "
-                f"{', '.join(PARTS_OF_MEMORY)}, or soak engines.",
+                f"{', '.join(PARTS_OF_MEMORY)}, or run `minipaged soak engines`.",
                 "part",
             )
     allocator, block_table, prefix_cache, build = (

@@ -1,4 +1,4 @@
-"""`minipaged trace view`: a recorded trace as a page."""
+"""`minipaged trace view`: shows a recorded trace in the browser."""
 
 import tempfile
 import webbrowser
@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="View traces that --trace has recorded.", rich_markup_mode=None)
+app = typer.Typer(help="View a trace recorded with --trace.", rich_markup_mode=None)
 
 
 @app.callback()
 def trace() -> None:
-    """View traces that --trace has recorded."""
+    """View a trace recorded with --trace."""
 
 
 @app.command()
 def view(
-    file: Annotated[Path, typer.Argument(help="A file that --trace has written.")],
+    file: Annotated[Path, typer.Argument(help="A file recorded with --trace.")],
     output: Annotated[
         Path | None, typer.Option(help="Write the page to this file. Default: a temporary file.")
     ] = None,
@@ -27,7 +27,7 @@ def view(
 ) -> None:
     """Replay a trace in the browser: blocks, block tables and queues, step by step.
 
-    The page is one file that needs no network.
+    The page is a single file and works offline.
     """
     from minipaged.tracing.replay import Replay
 

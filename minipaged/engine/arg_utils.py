@@ -40,47 +40,45 @@ class LLMArgs(EngineOptions):
         InvalidOption: a value that cannot work, or that asks for what is not built.
     """
 
-    parts: Parts | None = option(None, "Custom parts in place of the library's. See `Parts`.")
+    parts: Parts | None = option(None, "Custom parts that replace the library's. See `Parts`.")
 
     # ---- which files ---------------------------------------------------------------------------
     tokenizer: str | Path | None = option(
-        None, "Folder or name of the model whose tokenizer and chat template are used."
+        None, "Model to take the tokenizer and chat template from, if not from `model`."
     )
     skip_tokenizer_init: bool = option(
-        False, "Load no tokenizer: prompts and results are token ids only."
+        False, "Do not load a tokenizer: prompts and outputs are token ids only."
     )
-    revision: str | None = option(
-        None, "Branch, tag or commit of a model that was fetched by its name."
-    )
-    tokenizer_revision: str | None = option(None, "The same for the tokenizer.")
+    revision: str | None = option(None, "Branch, tag or commit of a fetched model.")
+    tokenizer_revision: str | None = option(None, "Branch, tag or commit of the tokenizer.")
     download_dir: str | Path | None = option(
-        None, "A folder in the form of Hugging Face's cache in which models are looked for first."
+        None, "Folder to search for models first, with the layout of Hugging Face's cache."
     )
     load_format: LoadFormat = option(
         "auto",
-        "auto and safetensors read the checkpoint's weights. dummy makes random ones and needs "
-        "config.json only.",
+        "auto and safetensors load the checkpoint's weights. dummy uses random weights and needs "
+        "only config.json.",
     )
-    hf_overrides: dict[str, Any] | None = option(None, "Values that replace those of config.json.")
+    hf_overrides: dict[str, Any] | None = option(None, "Values that override config.json.")
     chat_template: str | Path | None = option(
-        None, "A file with a chat template, or its text, in place of the checkpoint's own."
+        None, "Chat template that replaces the checkpoint's: a file, or the template itself."
     )
     generation_config: str | Path = option(
         "auto",
-        "Where the default sampling parameters come from: auto, the checkpoint's "
-        "generation_config.json; vllm, nowhere; or the folder of such a file.",
+        "Source of the default sampling parameters: auto (the checkpoint's "
+        "generation_config.json), vllm (none), or a folder with such a file.",
     )
     override_generation_config: dict[str, Any] | None = option(
-        None, "Default sampling parameters that replace those of generation_config.json."
+        None, "Default sampling parameters that override generation_config.json."
     )
 
     # ---- pools in bytes ------------------------------------------------------------------------
     kv_cache_memory_bytes: int | None = option(
-        None, "Size of the pool in bytes, in place of num_blocks.", at_least=1
+        None, "Size of the pool in bytes, instead of num_blocks.", at_least=1
     )
     swap_space: float | None = option(
         None,
-        "Size of the swap pool in GiB, in place of num_swap_blocks.",
+        "Size of the swap pool in GiB, instead of num_swap_blocks.",
         at_least=0,
         at_most=2**20,
     )

@@ -10,35 +10,35 @@ from minipaged.utils.options import check_options, option, options_of
 class ServerArgs:
     """Who may ask how much of the server. Raises InvalidOption for a value that cannot work."""
 
-    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
-    port: int = option(8000, "Port; 0 chooses a free one.", at_least=0, at_most=65535)
+    host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on all networks.")
+    port: int = option(8000, "Port to listen on. 0 chooses a free one.", at_least=0, at_most=65535)
     api_key: str | None = option(
         None,
-        "Clients must send this key; /health and /metrics need none. The environment variable "
-        "MINIPAGED_API_KEY does the same, and is not shown in the list of processes.",
+        "Key that clients must send, except to /health and /metrics. The environment variable "
+        "MINIPAGED_API_KEY sets it too, and does not show in the list of processes.",
     )
-    served_model_name: str | None = option(None, "The model's name for clients.")
+    served_model_name: str | None = option(None, "Model name that clients see.")
     max_queued: int = option(
-        1024, "Requests that may wait, each sample counted; more are refused (429).", at_least=1
+        1024, "Maximum waiting requests, counting each sample; more get 429.", at_least=1
     )
     max_queued_tokens: int | None = option(
-        None, "Prompt tokens that may wait; more are refused (429).", at_least=1
+        None, "Maximum prompt tokens of waiting requests; more get 429.", at_least=1
     )
     max_body_bytes: int = option(
-        4 * 2**20, "Largest body of a request; larger ones are refused (413).", at_least=1
+        4 * 2**20, "Maximum size of a request body in bytes; larger ones get 413.", at_least=1
     )
-    cors_origin: str | None = option(None, "Website whose pages may use the server; * is any.")
+    cors_origin: str | None = option(None, "Website whose pages may call the server; * allows any.")
     request_timeout: float | None = option(
-        None, "Seconds after which a request is aborted.", at_least=0.001, at_most=10**6
+        None, "Abort requests after this many seconds.", at_least=0.001, at_most=10**6
     )
     grace: float = option(
-        30.0, "Seconds that running requests may take after SIGTERM.", at_least=0, at_most=10**6
+        30.0, "Seconds that running requests get after SIGTERM.", at_least=0, at_most=10**6
     )
-    trust_request_chat_template: bool = option(False, "Run chat templates that come with requests.")
+    trust_request_chat_template: bool = option(False, "Run chat templates that clients send.")
     stream_interval: float = option(
         0.1,
-        "Seconds between two chunks of a stream: tokens that come faster share one. The first is "
-        "never delayed; 0 sends every token by itself.",
+        "Minimum seconds between two chunks of a stream. Tokens that arrive sooner share a chunk. "
+        "The first chunk is never delayed. 0 sends each token in its own chunk.",
         at_least=0,
         at_most=60,
     )
