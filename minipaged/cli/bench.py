@@ -246,7 +246,7 @@ def sharing(
     seed: Seed = EngineArgs.seed,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the blocks that sharing saves (the paper's Figure 15)."""
+    """Measure the blocks that sharing saves, as in Figure 15."""
     from minipaged.evaluation.bench import sharing as figure_15
     from minipaged.llm import LLM
 

@@ -1,8 +1,7 @@
-"""`minipaged demo`: eight stories of very different length, asked about together.
+"""`minipaged demo`: answers questions about eight stories of very different length in one batch.
 
-Each prompt is a story with a question about one of its first sentences, so the answer stands far
-back: a model gets it right only if every block of keys and values in between is where its block
-table says.
+Each prompt is a story with a question about one of its first sentences. The model answers correctly
+only if its block table leads to the right keys and values, hundreds of tokens back.
 """
 
 import json
@@ -18,21 +17,30 @@ from rich.text import Text
 
 from minipaged.cli.options import AsJson, Part, ShowBlocks, Trace, takes_engine_options
 from minipaged.cli.session import Session
+from minipaged.config import EngineArgs
 from minipaged.engine.outputs import RequestOutput
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.stories import KINDS, Question, prompt, tell
 from minipaged.scheduler.interface import Scheduler
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tracing.block_map import letter
+from minipaged.utils.counts import counted
 
 STORY_SIZES = (1, 2, 4, 8, 12, 16, 24, 48)  # facts
 MAX_ANSWER = 32  # tokens
+LEGEND = '\nColumn "back": tokens between the answer in the story and its question.\n'
+NEXT = """
+Where to go next:
+  learn  python tutorials/00_first_run.py  # needs pip install -e ".[plot]"
+  labs   minipaged lab list                # write a part of the engine yourself
+  serve  minipaged serve                   # needs pip install -e ".[serve]"
+"""
 
 
 @takes_engine_options(
-    leave_out=("model",),  # the stories are in the words of the embedded model
+    leave_out=("model",),  # only the embedded model has the vocabulary of the stories
     num_blocks=128,
-    max_num_batched_tokens=256,  # prompts are computed over several steps, which can be watched
+    max_num_batched_tokens=256,  # spreads the prompts over several steps, to be watched
 )
 def demo(
     *,
@@ -46,8 +54,11 @@ def demo(
 
     The embedded model answers, and all stories share one pool of blocks.
     """
-    num_blocks, block_size = options["num_blocks"], options["block_size"]
+    args = EngineArgs(**options)  # refuses a bad value before anything is printed
+    num_blocks, block_size = options["num_blocks"], args.block_size
     with Session(show_blocks, trace, live=not as_json) as session:
+        if not as_json:  # before torch is imported, which takes seconds
+            session.console.print(introduction(args), highlight=False)
         from minipaged.sampling import SamplingParams
 
         llm = session.load(options, part)
@@ -57,8 +68,8 @@ def demo(
         board = Scoreboard(cases, llm.engine.scheduler)
         refuse_too_small_a_pool(cases, num_blocks, block_size)
         if not as_json:
-            about, example = introduction(cases, num_blocks, block_size)
-            session.console.print(about, "", Text(example, style="dim"), "", sep="\n")
+            session.console.print("Story B, for example:\n", Text(cases[1].prompt, "dim"), sep="\n")
+            session.console.print(LEGEND)
         start = time.perf_counter()
         with session.watch(None if as_json else board):
             greedy = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER)
@@ -73,11 +84,12 @@ def demo(
         slots, longest = num_blocks * block_size, llm.engine.config.max_model_len
         summary = board.summary(seconds - session.seconds_watched, slots // longest, longest)
         session.console.print(f"\n{summary}", highlight=False)
+        session.console.print(NEXT, highlight=False, markup=False, soft_wrap=True, end="")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt, its question, and how many tokens lie between the fact and the answer."""
+    """One prompt, its question, and the tokens from the fact to the answer."""
 
     num_facts: int
     question: Question
@@ -110,7 +122,7 @@ def make_cases(tokenizer: Tokenizer, seed: int) -> list[Case]:
 
 
 def refuse_too_small_a_pool(cases: list[Case], num_blocks: int, block_size: int) -> None:
-    """Raise InvalidOption if the longest story and its answer could never be in the pool."""
+    """Raise InvalidOption if the pool cannot hold the longest story and its answer."""
     needed = -(-(max(case.num_tokens for case in cases) + MAX_ANSWER) // block_size)
     if num_blocks < needed:
         raise InvalidOption(
@@ -119,14 +131,15 @@ def refuse_too_small_a_pool(cases: list[Case], num_blocks: int, block_size: int)
         )
 
 
-def introduction(cases: list[Case], num_blocks: int, block_size: int) -> tuple[str, str]:
-    """What there is to see, and one of the prompts as an example."""
-    about = (
-        f"Eight stories, of 1 to {cases[-1].num_facts} facts, share a pool of {num_blocks} blocks. "
-        f"A block holds the keys and values of {block_size} tokens, and a story takes one only "
-        'when it needs it. "Back" is how many tokens back the answer stands. Story B, for one:'
+def introduction(args: EngineArgs) -> str:
+    """What the demo is about to do."""
+    growth = "A story takes a new block only when its last one is full. "
+    return (
+        f"Eight stories of 1 to {STORY_SIZES[-1]} sentences share a pool of {args.num_blocks} "
+        f"blocks. A block holds the keys and values of {counted(args.block_size, 'token')}. "
+        f"{growth if args.memory == 'paged' else ''}"
+        "The embedded model answers one question about each story, all in one batch.\n"
     )
-    return about, cases[1].prompt
 
 
 class Scoreboard:
@@ -138,16 +151,16 @@ class Scoreboard:
         self._scheduler = scheduler
 
     def update(self, index: int, output: RequestOutput) -> None:
-        """Note what a case has so far."""
+        """Store the latest output of a case."""
         self.outputs[index] = output
 
     def answer(self, index: int) -> str:
-        """What has been generated for a case."""
+        """The text generated for a case so far."""
         output = self.outputs[index]
         return "" if output is None else output.outputs[0].text.strip()
 
     def is_right(self, index: int) -> bool:
-        """Whether the answer is the only right one, word for word."""
+        """Whether the answer is the expected one, word for word."""
         return self.cases[index].question.is_answered_by(self.answer(index))
 
     @property
@@ -159,7 +172,7 @@ class Scoreboard:
         return sum(len(o.outputs[0].token_ids) for o in self.outputs if o is not None)
 
     def as_dict(self) -> list[dict[str, object]]:
-        """What `--json` prints of each case."""
+        """What `--json` prints for each case."""
         return [
             {
                 "num_facts": case.num_facts,
@@ -174,14 +187,14 @@ class Scoreboard:
         ]
 
     def summary(self, seconds: float, fitted_before: int, max_model_len: int) -> str:
-        """What has been seen, and what the same memory could have held before paging."""
+        """The results, and what the same pool could hold before paging."""
         read = sum(case.num_tokens for case in self.cases)
         return (
-            f"{self.num_right} of {len(self.cases)} right; {read} prompt tokens read and "
-            f"{self.num_generated} generated in {seconds:.1f} s of computing "
-            f"({(read + self.num_generated) / seconds:.0f} tokens/s). Had each story reserved room "
-            f"for {max_model_len} tokens beforehand, as was usual before paging, the same memory "
-            f"would have held {fitted_before} of them at a time."
+            f"{self.num_right} of {len(self.cases)} answers are right. The model read {read} "
+            f"prompt tokens and generated {self.num_generated} in {seconds:.1f} s of computing "
+            f"({(read + self.num_generated) / seconds:.0f} tokens/s). Before paging, servers "
+            f"reserved room for the longest possible sequence, here {max_model_len} tokens: this "
+            f"pool would have held only {counted(fitted_before, 'sequence')} at a time."
         )
 
     def __rich__(self) -> Group:
@@ -190,37 +203,39 @@ class Scoreboard:
         return Group(self._table(), "", bar, f" {answered} of {len(self.cases)} answered")
 
     def _table(self) -> Table:
-        # One line a case and fixed widths: a table that grows would push what is above it away.
+        # One line per case and fixed widths: a table that grows would scroll the map above it away.
         table = Table(box=None, padding=(0, 1), expand=True)
         table.add_column("")
-        for title in ("facts", "tokens", "back"):
+        for title in ("tokens", "back"):
             table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("question", ratio=5, no_wrap=True, overflow="ellipsis")
-        table.add_column("answer", ratio=4, no_wrap=True, overflow="ellipsis")
-        table.add_column("", ratio=3, no_wrap=True, overflow="ellipsis")
+        table.add_column("question", ratio=3, no_wrap=True, overflow="ellipsis")
+        table.add_column("answer", ratio=2, no_wrap=True, overflow="ellipsis")
+        table.add_column("", min_width=5, no_wrap=True)
         for index, case in enumerate(self.cases):
             table.add_row(
                 letter(index),
-                str(case.num_facts),
                 str(case.num_tokens),
                 str(case.looks_back),
                 case.question.text,
-                self.answer(index),
-                self._state(index),
+                *self._answer_and_verdict(index),
             )
         return table
 
-    def _state(self, index: int) -> Text:
+    def _answer_and_verdict(self, index: int) -> tuple[Text, Text]:
         output, case = self.outputs[index], self.cases[index]
         if output is not None and output.finished:
+            answer = Text(self.answer(index))
             if self.is_right(index):
-                return Text("right", style="green")
-            return Text(f"wrong: {case.question.answer}", style="red")
-        # The cases arrive in their order, and no other requests do.
+                return answer, Text("right", "green")
+            return answer.append(f" (expected: {case.question.answer})", "dim"), Text(
+                "wrong", "red"
+            )
+        return Text(self.answer(index)) or Text(self._progress(index), "dim"), Text("")
+
+    def _progress(self, index: int) -> str:
+        # The cases arrive in their order, and there are no other requests.
         running = {group.arrival: group for group in self._scheduler.running}
         if index not in running:
-            return Text("waiting", style="dim")
+            return "waiting"
         num_computed = running[index].sequences[0].num_computed_tokens
-        if num_computed < case.num_tokens:
-            return Text(f"{num_computed} of {case.num_tokens}", style="dim")  # fits 80 columns
-        return Text("answering", style="dim")
+        return f"read {num_computed} of {self.cases[index].num_tokens}"

@@ -101,7 +101,7 @@ def watch(number: Number, file: File = None, task: OneTask = None) -> None:
     chosen = find_lab(number)
     mine = _file(chosen, file)
     if not mine.is_file():
-        raise InvalidOption(f"there is no {mine}: start with `minipaged lab start {number}`.")
+        raise InvalidOption(f"there is no {mine}: begin with `minipaged lab start {number}`.")
     console.print(f"Watching {mine}. Press Ctrl-C to stop.")
     last = 0.0
     while True:

@@ -43,7 +43,7 @@ def challenge(
             "--name appears only in a leaderboard: add --leaderboard, or leave out --name."
         )
     if not file.is_file():
-        raise InvalidOption(f"there is no {file}: start with `minipaged lab start {NUMBER}`.")
+        raise InvalidOption(f"there is no {file}: begin with `minipaged lab start {NUMBER}`.")
     parts = parts_of(file)
     if leaderboard is not None:
         read_leaderboard(leaderboard)  # report a damaged file before the long run

@@ -44,7 +44,7 @@ def route(
     if not round_robin:
         if not file.is_file():
             raise InvalidOption(
-                f"there is no {file}: start with `minipaged lab start {LAB.number}`."
+                f"there is no {file}: begin with `minipaged lab start {LAB.number}`."
             )
         router = find_in_file(file, "PrefixRouter")(len(server), capacity=capacity, slack=slack)
     try:

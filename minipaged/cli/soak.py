@@ -90,8 +90,8 @@ def run_and_report(soak: "Soak", part: list[str] | None, as_json: bool) -> None:
         for line in soak.details():
             print(line)
         if soak.first_mismatch is not None:
-            print(f"first mismatch: {soak.first_mismatch}")
-            print("to reproduce:", soak.reproduce, *(f"--part {each}" for each in part or ()))
+            print(f"the first mismatch: {soak.first_mismatch}")
+            print("to reproduce it:", soak.reproduce, *(f"--part {each}" for each in part or ()))
         print(soak.last_line())
     if soak.num_mismatches:
         raise typer.Exit(1)

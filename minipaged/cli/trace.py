@@ -25,9 +25,9 @@ def view(
         bool, typer.Option("--no-open", help="Write the page without opening it.")
     ] = False,
 ) -> None:
-    """Replay a trace in the browser: blocks, block tables and queues, step by step.
+    """Replay a trace in the browser, step by step.
 
-    The page is a single file and works offline.
+    Shows blocks, block tables and queues. The page is a single file and works offline.
     """
     from minipaged.tracing.replay import Replay
 

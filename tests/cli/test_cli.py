@@ -34,10 +34,34 @@ def test_a_starved_demo_gives_the_same_answers(capsys, monkeypatch):
 def test_demo_shows_the_questions_and_the_pool(capsys, monkeypatch):
     code, out, _ = minipaged(capsys, monkeypatch, "demo", "--show-blocks")
     assert code == 0
-    assert out.count(" right ") + out.count(" wrong: ") >= 8
+    assert out.count(" right") + out.count(" wrong") >= 8
     picture = out[out.index("The pool at its fullest") :]
     assert re.search(r"^ +0 [A-Ha-h2-9+·]{64}$", picture, re.MULTILINE)
     assert "128 blocks of 16 in use" in " ".join(picture.split())
+
+
+def test_demo_prints_what_it_does_before_it_loads_torch():
+    without_torch = "import sys; sys.modules['torch'] = None; sys.argv = ['minipaged', 'demo']"
+    command = f"{without_torch}; from minipaged.cli.main import main; main()"
+    ran = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert ran.stdout.startswith("Eight stories of 1 to 48 sentences share a pool of 128 blocks.")
+    assert "import of torch halted" in ran.stderr
+
+
+def test_demo_ends_with_where_to_go_next(capsys, monkeypatch):
+    _, out, _ = minipaged(capsys, monkeypatch, "demo")
+    *_, heading, learn, labs, serve = out.splitlines()
+    assert heading == "Where to go next:"
+    assert "tutorials/00_first_run.py" in learn
+    assert "minipaged lab list" in labs
+    assert "minipaged serve" in serve
+
+
+@pytest.mark.parametrize("group", ["", "bench", "lab", "soak", "trace"])
+def test_a_list_of_commands_cuts_no_description_at_80_columns(group, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = minipaged(capsys, monkeypatch, *group.split(), "--help")
+    assert "..." not in out.partition("Commands:")[2]
 
 
 def test_a_trace_is_a_file_of_versioned_events_and_ends_with_an_empty_pool(
@@ -187,7 +211,7 @@ def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
         (["demo", "--block-size", "0"], "--block-size is 0"),
         (["demo", "--num-blocks", "9"], "--num-blocks is 9, and the longest story"),
         (["demo", "--num-blocks", "10000000"], "the machine has"),
-        (["generate", "-"], "no prompt on standard input"),
+        (["generate", "-"], "standard input contains no prompt"),
         (["generate", "once upon a time", "--num-blocks", "0"], "--num-blocks is 0"),
         (["demo", "--trace", "."], "trace is '.', a folder"),
         (
@@ -296,7 +320,7 @@ def test_the_script_in_the_root_is_the_fetch_command(tmp_path):
     [
         (["fetch", "someone/a-model"], "could not be reached"),
         (["fetch", "no name"], "is no model's name"),
-        (["fetch"], "no model is named"),
+        (["fetch"], "no model was given"),
         (["convert", "nowhere"], "there is no folder nowhere"),
     ],
 )
@@ -318,8 +342,8 @@ def test_a_fetch_that_cannot_be_is_one_sentence_and_exit_code_2(
     [
         ("fetch --list someone/model", "--list fetches nothing, so name would be ignored"),
         ("fetch --list --revision a --dir b", "so --revision and --dir would be ignored: leave th"),
-        ("path --trace --markdown x", "--trace prints no Markdown: leave out --trace or"),
-        ("lab challenge --name Ada", "--name is shown in a leaderboard only"),
+        ("path --trace --markdown x", "--trace cannot print Markdown: leave out --trace or"),
+        ("lab challenge --name Ada", "--name appears only in a leaderboard"),
         ("bench step --quick --context-len 9999", "--context-len is 9999, above this model's 8128"),
     ],
 )

@@ -1,5 +1,6 @@
-"""What README promises is run, not believed."""
+"""What README promises is run."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import minipaged
+
+from minipaged.evaluation.reading_path import READING_PATH, lines_of_code
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,15 +29,36 @@ def test_the_python_example_answers_the_question(capsys):
     assert capsys.readouterr().out.startswith(" In the meadow.\n")
 
 
+def test_the_demo_prints_what_readme_shows(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = minipaged(capsys, monkeypatch, "demo")
+    printed = [line.rstrip() for line in out.splitlines()]
+    [shown] = blocks("text")
+    assert [line for line in shown.splitlines() if line not in ("...", *printed)] == []
+
+
 def test_the_example_of_preemption_preempts(tmp_path):
     [command] = [block for block in blocks("sh") if "--preemption" in block]
-    trace = tmp_path / "trace.jsonl"
-    program = command.replace("minipaged", f"{shlex.quote(sys.executable)} -m minipaged", 1)
-    shell = f"{program.strip()} --trace {shlex.quote(str(trace))}"
-    subprocess.run(["bash", "-c", shell], cwd=ROOT, check=True, capture_output=True)
-    events = trace.read_text()
+    program = command.replace("minipaged ", f"{shlex.quote(sys.executable)} -m minipaged ")
+    shell = f"{program.strip()} --no-open --output run.html"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, env=environment, check=True, capture_output=True
+    )
+    events = (tmp_path / "run.jsonl").read_text()
     assert '"event": "swap_out"' in events
     assert '"event": "swap_in"' in events
+    assert (tmp_path / "run.html").is_file()
+
+
+def test_the_size_of_the_core_is_the_reading_path():
+    assert f"{len(READING_PATH)} files with at most 4,000 lines of code" in README
+    assert sum(lines_of_code(file) for file, _ in READING_PATH) <= 4000
+
+
+def test_readme_has_two_commands_that_install_and_at_most_700_words():
+    assert len(re.findall("^pip install ", README, re.MULTILINE)) == 2
+    assert len(README.split()) <= 700
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -179,7 +179,7 @@ def test_capacity_prints_the_link_of_several_gpus(monkeypatch, capsys):
     flags = ["--num-gpus", "2", "--link-bandwidth", "450", "--link-latency", "12"]
     app([*SMALL[:-1], *flags], standalone_mode=False)
     printed = capsys.readouterr().out
-    assert "each GPU sends 450 GB a second" in printed
+    assert "450 GB per second and GPU" in printed
     assert "12 us" in printed
     assert "communication between GPUs" in printed
 
@@ -203,12 +203,15 @@ def test_simulate_takes_the_link_from_its_flags(tmp_path, capsys):
     [
         ("capacity --num-gpus 3", "32 query heads .* 3 GPUs: choose one of 1, 2, 4, 8"),
         ("capacity --model llama-3-70b --gpu l4-24g", "take at least 8"),
-        ("capacity --link-latency 5", "several GPUs, and this server has one"),
+        ("capacity --link-latency 5", "links between GPUs, and there is one: leave"),
         ("capacity --num-gpus 2 --link-bandwidth 0", "--link-bandwidth is 0: give a number above"),
         ("capacity --num-gpus 2 --link-bandwidth inf", "--link-bandwidth is inf"),
-        ("capacity --num-gpus 2 --link-latency -1", "--link-latency is -1: give a number from 0"),
+        (
+            "capacity --num-gpus 2 --link-latency -1",
+            "--link-latency is -1: give 0 or a number above",
+        ),
         ("capacity --num-gpus 2 --link-latency nan", "--link-latency is nan"),
-        ("simulate --link-bandwidth 32", "several GPUs, and this server has one"),
+        ("simulate --link-bandwidth 32", "links between GPUs, and there is one: leave"),
         ("simulate --server opt-66b --link-latency -1", "--link-latency is -1"),
     ],
 )

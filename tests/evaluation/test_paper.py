@@ -177,7 +177,7 @@ def test_the_command_speaks_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fig4"], "choose all, or of table1, fig1"),
+        (["fig4"], "choose all, or some of table1, fig1"),
         (["fig3", "--quick", "--full"], "exclude each other"),
     ],
 )
@@ -201,7 +201,7 @@ def test_a_capacity_report_is_printed_for_people_and_for_machines(capsys):
     small += ["--longest", "512", "--max-num-seqs", "16"]
     app(small, standalone_mode=False)
     printed = capsys.readouterr().out
-    for word in ("blocks of 16", "requests at a time", "knee", "What bounds it"):
+    for word in ("blocks of 16", "concurrent requests", "knee", "The bottleneck"):
         assert word in printed
     app([*small, "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["num_blocks"] > 100

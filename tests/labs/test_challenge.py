@@ -251,13 +251,13 @@ def lab(tmp_path, monkeypatch):
 
 
 def test_a_run_adds_a_line_to_the_leaderboard_and_shows_it_sorted(lab, tmp_path):
-    assert "Then: minipaged lab challenge" in lab("start", "9")
+    assert "then run minipaged lab challenge" in lab("start", "9")
     board = tmp_path / "board.jsonl"
     best = {"name": "best", "date": "2026-01-01", "seed": 0, "score": 0.5, "served": []}
     worst = {"name": "worst", "date": "2026-01-01", "seed": 0, "score": 1.5, "served": []}
     board.write_text(f"{json.dumps(worst)}\n{json.dumps(best)}")
     printed = lab("challenge", "--leaderboard", str(board), "--name", "me")
-    assert "score 1.000: mean latency over the library's; less is better." in printed
+    assert "score 1.000: your mean latency / the library's; lower is better." in printed
     assert [entry.name for entry in read_leaderboard(board)] == ["best", "me", "worst"]
     shown = [line.split()[1] for line in printed.splitlines()[-3:]]
     assert shown == ["best", "me", "worst"]
@@ -315,7 +315,7 @@ def test_it_can_be_begun_anew_and_what_was_there_is_kept(lab, tmp_path):
     lab("start", "9")
     file = tmp_path / challenge.FILE_NAME
     file.write_text("mine")
-    with pytest.raises(InvalidOption, match="there already"):
+    with pytest.raises(InvalidOption, match="exists already"):
         lab("start", "9")
     lab("reset", "9")
     assert file.read_text() == challenge.STARTER

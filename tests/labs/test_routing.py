@@ -138,7 +138,7 @@ def test_an_address_that_is_none_is_refused(url):
 
 
 def test_what_is_missing_for_a_router_is_named(tmp_path):
-    with pytest.raises(InvalidOption, match="there are no servers: start some with"):
+    with pytest.raises(InvalidOption, match="no server was given: start some"):
         route_command(tmp_path / "lab10_router.py")
     with pytest.raises(InvalidOption, match="begin with `minipaged lab start 10`"):
         route_command(tmp_path / "lab10_router.py", ["http://127.0.0.1:8001"])

@@ -951,7 +951,7 @@ def test_the_command_says_what_comes_and_how_to_use_it(
     fetch_and_report(NAME)
     out, err = capsys.readouterr()
     assert err == f"fetching {NAME} from {hub.url}: 3 files, {size_of(hub)}, licence: mit\n"
-    assert out.startswith(f"{NAME} is here: {folder_of(NAME)} (")
+    assert out.startswith(f"{NAME} was fetched: {folder_of(NAME)} (")
     assert f'LLM("{NAME}")' in out
     fetch_and_report(NAME, as_json=True)
     report = json.loads(capsys.readouterr().out)
@@ -1042,7 +1042,7 @@ def test_a_person_is_asked_before_anything_is_downloaded(
     monkeypatch.setattr(sys, "stdin", Terminal(answer))
     monkeypatch.setattr(sys, "stderr", shown)
     offer_to_fetch(NAME)
-    assert f"{NAME} is not on this machine: fetch {size_of(hub)}? [y/N]" in shown.getvalue()
+    assert f"{NAME} is not on this machine. Fetch it ({size_of(hub)})? [y/N]" in shown.getvalue()
     assert (find_local(NAME) is not None) == fetched
     assert any(request.file == WEIGHTS for request in hub.requests) == fetched
 
