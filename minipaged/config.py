@@ -49,9 +49,7 @@ class EngineArgs:
         "auto", "auto (a CUDA GPU if available), cpu, cuda, or one GPU such as cuda:1."
     )
     dtype: DType = option(
-        "auto",
-        "Data type of weights and activations. auto: float32 on a CPU, the checkpoint's type on a "
-        "GPU.",
+        "auto", "Data type of weights and activations. auto: float32 on a CPU, the file's on a GPU."
     )
     attention_backend: Backend = option(
         "auto", "Attention implementation. auto: triton on a GPU, torch otherwise."
@@ -135,10 +133,9 @@ class EngineArgs:
     )
     preemption: PreemptionMode = option(
         "auto",
-        "How preempted requests are resumed: recompute their tokens, or swap their blocks out and "
-        "in. auto, as in the first vLLM: swap requests with several sequences, recompute others. "
-        "Even with recompute, requests with several sequences are swapped while the swap pool has "
-        "room.",
+        "How preempted requests resume: recompute their tokens or swap their blocks. auto, as in "
+        "the first vLLM: swap requests with several sequences, recompute others. Even recompute "
+        "swaps requests with several sequences while the swap pool has room.",
     )
     watermark: float = option(
         0.01,

@@ -1,7 +1,7 @@
 """The marked path through the library: what to read, in the order a token travels.
 
-`minipaged path` prints it, with lines of code per file. The reading order in README and in
-docs/architecture.md is made from it, by `minipaged path --markdown`; a test compares them.
+`minipaged path` prints it, with lines of code per file. The reading order in docs/architecture.md
+is made from it, by `minipaged path --markdown`; a test compares them.
 """
 
 import ast
@@ -12,41 +12,41 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 
 READING_PATH: tuple[tuple[str, str], ...] = (
-    ("llm.py", "the front door: prompts in, outputs out"),
+    ("llm.py", "the user's entry point: prompts in, outputs out"),
     ("config.py", "the options, each declared once"),
-    ("sequence.py", "the nouns: which tokens of a sequence are computed, and which are not"),
+    ("sequence.py", "a sequence: its tokens, and how many of them are computed"),
     ("engine/llm_engine.py", "one step: schedule, run, sample, commit"),
-    ("tokenizer/prompts.py", "from a prompt to token ids"),
-    ("tokenizer/base.py", "what every tokenizer can do"),
-    ("scheduler/interface.py", "the role `scheduler`"),
-    ("scheduler/fcfs.py", "who runs next, and who is preempted"),
-    ("scheduler/admission.py", "what is rejected, and when a prompt waits"),
-    ("scheduler/output.py", "the decision of a step, and the message made from it"),
+    ("tokenizer/prompts.py", "converts a prompt to token ids"),
+    ("tokenizer/base.py", "the tokenizer interface"),
+    ("scheduler/interface.py", "the scheduler interface"),
+    ("scheduler/fcfs.py", "which requests run next, and which are preempted"),
+    ("scheduler/admission.py", "which requests are rejected, and which have to wait"),
+    ("scheduler/output.py", "the scheduler's decision, and the message made from it"),
     ("memory/allocator.py", "physical blocks and their reference counts"),
-    ("memory/block_table.py", "from logical blocks to physical ones"),
-    ("memory/prefix_cache.py", "full blocks, found again by their content"),
-    ("memory/interface.py", "the role `memory`"),
-    ("memory/block_manager.py", "which sequence owns which blocks: copy-on-write, swapping"),
+    ("memory/block_table.py", "maps logical blocks to physical blocks"),
+    ("memory/prefix_cache.py", "finds full blocks by their content"),
+    ("memory/interface.py", "the memory interface"),
+    ("memory/block_manager.py", "the blocks of each sequence: copy-on-write, swapping"),
     ("worker/model_runner.py", "the device side of a step"),
-    ("attention/batch.py", "from plain numbers to tensors: all index arithmetic"),
-    ("attention/kv_cache.py", "the tensors that block numbers refer to"),
-    ("models/base.py", "what every model promises"),
+    ("attention/batch.py", "builds a step's tensors: all index arithmetic"),
+    ("attention/kv_cache.py", "the tensors that hold the blocks"),
+    ("models/base.py", "the model interface"),
     ("models/llama.py", "a model, from top to bottom"),
     ("models/rope.py", "rotary positions"),
     ("models/linear.py", "merged and packed matrices"),
-    ("attention/backend.py", "the contract of paged attention"),
+    ("attention/backend.py", "the interface of paged attention"),
     ("attention/reference.py", "paged attention as plainly as possible: the specification"),
-    ("attention/torch_paged.py", "the fast one in PyTorch: what a step prepares, prefill"),
-    ("attention/torch_decode.py", "... and decode"),
-    ("sampling/params.py", "what a request asks for"),
+    ("attention/torch_paged.py", "fast attention in PyTorch: metadata of a step, prefill"),
+    ("attention/torch_decode.py", "fast attention in PyTorch: decode"),
+    ("sampling/params.py", "the sampling parameters of a request"),
     ("sampling/sampler.py", "from logits to tokens"),
-    ("engine/request.py", "what every request has"),
+    ("engine/request.py", "state and methods of every request"),
     ("engine/sampling_request.py", "samples of a prompt, and when each of them ends"),
-    ("engine/beam_request.py", "beams, which fork and end in every step"),
-    ("tokenizer/detokenizer.py", "from tokens to text that can be shown already"),
-    ("engine/outputs.py", "what comes out of a step"),
-    ("engine/parts.py", "to replace a part, to check it, to watch it"),
-    ("engine/build.py", "how all of it is put together"),
+    ("engine/beam_request.py", "beams, which may fork or end in every step"),
+    ("tokenizer/detokenizer.py", "converts tokens to text as they arrive"),
+    ("engine/outputs.py", "the results of a step"),
+    ("engine/parts.py", "replaces, checks and traces parts"),
+    ("engine/build.py", "assembles the engine"),
 )
 
 
