@@ -49,7 +49,7 @@ class EngineArgs:
         "auto", "auto (a CUDA GPU if available), cpu, cuda, or one GPU such as cuda:1."
     )
     dtype: DType = option(
-        "auto", "Data type of weights and activations. auto: float32 on a CPU, the file's on a GPU."
+        "auto", "Data type of weights and activations. auto: float32 on a CPU, as saved on a GPU."
     )
     attention_backend: Backend = option(
         "auto", "Attention implementation. auto: triton on a GPU, torch otherwise."

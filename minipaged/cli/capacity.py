@@ -124,7 +124,7 @@ def _show(report: CapacityReport, lengths: Lengths) -> None:
     if server.num_gpus > 1:
         link = server.gpu.link
         console.print(
-            f"Link: {link.bandwidth / GB:g} GB per second and GPU, latency of a collective "
+            f"Link: {link.bandwidth / GB:g} GB/s per GPU, latency of a collective "
             f"{1e6 * link.latency:g} us; the message of a step takes "
             f"{1e3 * server.sync_seconds:g} ms.",
             highlight=False,

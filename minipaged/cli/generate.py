@@ -29,7 +29,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens to generate per prompt.")] = 64,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 1.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the top tokens with this total probability.")
+        float, typer.Option(help="Sample from the most likely tokens up to this total probability.")
     ] = 1.0,
     top_k: Annotated[
         int, typer.Option(help="Sample from the K most likely tokens; 0 means all.")

@@ -157,11 +157,11 @@ def _joined(flags: list[str]) -> str:
 
 LinkBandwidth = Annotated[
     float | None,
-    typer.Option(help="Link bandwidth in GB per second and GPU. Default: that of the GPU's link."),
+    typer.Option(help="Link bandwidth per GPU, in GB per second. Default: the GPU's own link."),
 ]
 LinkLatency = Annotated[
     float | None,
-    typer.Option(help="Link latency in microseconds per collective. Default: the GPU's link."),
+    typer.Option(help="Latency of a collective, in microseconds. Default: the GPU's own link."),
 ]
 
 

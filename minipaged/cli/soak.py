@@ -39,7 +39,7 @@ def soak(context: typer.Context) -> None:
 def memory(
     count: Count = 100_000, seed: Seed = 0, part: Part = None, as_json: AsJson = False
 ) -> None:
-    """Compare block managers with a simple model, at random."""
+    """Check block managers with random operations."""
     from minipaged.evaluation.soak.memory import MemorySoak
 
     run_and_report(

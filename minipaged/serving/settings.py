@@ -10,7 +10,7 @@ from minipaged.utils.options import check_options, option, options_of
 class ServerArgs:
     """Who may ask how much of the server. Raises InvalidOption for a value that cannot work."""
 
-    host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on all networks.")
+    host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on all interfaces.")
     port: int = option(8000, "Port to listen on. 0 chooses a free one.", at_least=0, at_most=65535)
     api_key: str | None = option(
         None,
@@ -19,13 +19,13 @@ class ServerArgs:
     )
     served_model_name: str | None = option(None, "Model name that clients see.")
     max_queued: int = option(
-        1024, "Maximum waiting requests, counting each sample; more get 429.", at_least=1
+        1024, "Maximum waiting requests, counting each sample. Further ones get 429.", at_least=1
     )
     max_queued_tokens: int | None = option(
-        None, "Maximum prompt tokens of waiting requests; more get 429.", at_least=1
+        None, "Maximum prompt tokens of waiting requests. Further ones get 429.", at_least=1
     )
     max_body_bytes: int = option(
-        4 * 2**20, "Maximum size of a request body in bytes; larger ones get 413.", at_least=1
+        4 * 2**20, "Maximum bytes of a request's body. Larger ones get 413.", at_least=1
     )
     cors_origin: str | None = option(None, "Website whose pages may call the server; * allows any.")
     request_timeout: float | None = option(

@@ -179,7 +179,7 @@ def test_capacity_prints_the_link_of_several_gpus(monkeypatch, capsys):
     flags = ["--num-gpus", "2", "--link-bandwidth", "450", "--link-latency", "12"]
     app([*SMALL[:-1], *flags], standalone_mode=False)
     printed = capsys.readouterr().out
-    assert "450 GB per second and GPU" in printed
+    assert "450 GB/s per GPU" in printed
     assert "12 us" in printed
     assert "communication between GPUs" in printed
 
