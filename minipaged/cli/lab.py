@@ -31,10 +31,6 @@ console = Console(highlight=False, soft_wrap=True)
 
 _POLL_SECONDS = 0.1  # between two checks of a watched file
 
-app.command()(challenge_command.challenge)
-app.command()(route)
-app.command()(ranks)
-
 Number = Annotated[int, typer.Argument(help="Number of the lab.")]
 File = Annotated[
     Path | None, typer.Option(help="Your file. Default: the lab's file in this folder.")
@@ -199,6 +195,11 @@ def autograder(
     """Write setup.sh and run_autograder for Gradescope."""
     write_autograder(folder, find_lab(number))
     console.print(f"{folder}: zip both scripts together with a wheel of this library.")
+
+
+app.command()(challenge_command.challenge)
+app.command()(route)
+app.command()(ranks)
 
 
 # ---- shared helpers ------------------------------------------------------------------------------
