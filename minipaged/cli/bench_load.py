@@ -93,7 +93,7 @@ def read_rates(one: float | None, several: str | None) -> list[float]:
     if any(isnan(rate) or rate <= 0 for rate in rates):
         raise InvalidOption("a request rate must be above 0 requests per second, or inf.")
     if several is not None and inf in rates:
-        raise InvalidOption("--request-rates has inf: leave it out to send all requests at once.")
+        raise InvalidOption("--request-rates cannot contain inf: leave it out to send all at once.")
     return rates
 
 
