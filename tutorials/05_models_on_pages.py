@@ -102,9 +102,9 @@ above.axis("off")
 # linear layers treat each row separately. Only attention uses other tokens, and it reads those from
 # the pool.
 #
-# B samples nothing in this step, because its prompt is not complete. The scores of all words of the
-# vocabulary, the *logits*, are computed only for the two rows that sample. The function that runs a
-# step begins with copies of blocks (chapters 7 and 9). Then it is short:
+# B samples nothing in this step, because its prompt is not complete. The scores of all tokens of
+# the vocabulary, the *logits*, are computed only for the two rows that sample. The function that
+# runs a step begins with copies of blocks (chapters 7 and 9). Then it is short:
 #
 # @@ minipaged.worker.model_runner.ModelRunner.run
 #
@@ -136,7 +136,6 @@ axes.set_xticks([])
 # matrix of `block_size` rows, which attention multiplies in place. In return, a new token's key is
 # split into its heads, which are stored in different places. That is the better trade: a token is
 # written once and read in every later step.
-#
 #
 # ### A LLaMA of your own
 #
@@ -435,9 +434,9 @@ print("solved" if check_exercise(positions_and_slots) else "not solved yet")
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# The model computes 7 rows, not the 15 of three padded sequences, and logits for 2 of them. C's
-# tenth token has position 9: logical block 2, offset 1. Its physical block is 5, so the slot is 21.
-# A token takes $2 \cdot 4 \cdot 2 \cdot 64 \cdot 4 = 4096$ bytes.
+# The model computes 7 rows instead of 15 with padding, and logits for 2 of them. C's tenth token
+# has position 9: logical block 2, offset 1. Its physical block is 5, so the slot is 21. A token
+# takes $2 \cdot 4 \cdot 2 \cdot 64 \cdot 4 = 4096$ bytes.
 #
 # </details>
 #

@@ -9,7 +9,7 @@
 #
 # ## Goals
 #
-# - Why requests are batched, and what a step costs that serves many of them.
+# - Why requests are batched, and what a step for many of them costs.
 # - What a *scheduler* does, and why it decides for one step at a time (*iteration-level
 #   scheduling*, introduced by the system Orca; section 2.3 of the paper).
 # - Why prefill, chunked prefill and decode are the same operation at three lengths.
@@ -23,8 +23,8 @@
 #
 # ## Predict
 #
-# 24 requests arrive together, each with a short prompt. They generate these numbers of tokens, 384
-# in all:
+# 24 requests arrive together, each with a short prompt. Their outputs have these lengths, 384
+# tokens in all:
 #
 #     10  9  5  2 19 12  4 20    45 23 24  5 14 48  3 37    21  3 13 12 35  2  7 11
 #
@@ -32,8 +32,9 @@
 # each gets one token.
 #
 # - The first 8 start together, the next 8 when all of them have finished, and so on. How many steps
-#   are that?
-# - A waiting request takes a batch slot as soon as one is free. How many steps are it at least?
+#   does that take?
+# - A waiting request takes a batch slot as soon as one is free. How many steps does it take at
+#   least?
 # - How much longer does a step for 8 sequences take than a step for one?
 #
 # ## Build it: a scheduler
@@ -256,8 +257,8 @@ axes[1].legend(loc="upper right", fontsize=8)
 #
 # It reserves blocks before it schedules work, and preempts a request if none are free
 # (`_reserve_for_running`, chapter 9). It re-forks the samples of a prompt (`_refork`, chapter 7).
-# It ends with an assertion, which the checks below need. And it distributes *tokens*, not only
-# batch slots.
+# It ends with an assertion, which one of the checks below triggers. And it distributes *tokens*,
+# not only batch slots.
 #
 # ### One range, two lengths
 #
@@ -439,11 +440,11 @@ for mistaken in (Twice, NoneJoins):
 # ### Exercise: share a token budget
 #
 # One long prompt should not take the whole budget, step after step, while shorter prompts wait.
-# vLLM has an option for it (`long_prefill_token_threshold`): no prompt computes more than so many
-# tokens per step. Write that rule. `ranges` has the number of tokens that each running sequence has
-# yet to compute, in order of arrival. Decodes (ranges of 1) come first. Prompts share the remaining
-# tokens in order, each up to `longest_chunk`. Change the body of `share_tokens`, and run this cell
-# and the next one again.
+# vLLM has an option for it, `long_prefill_token_threshold`: the maximum number of tokens of one
+# prompt in a step. Write that rule. `ranges` has the number of tokens that each running sequence
+# has yet to compute, in order of arrival. Decodes (ranges of 1) come first. Prompts share the
+# remaining tokens in order, each up to `longest_chunk`. Change the body of `share_tokens`, and run
+# this cell and the next one again.
 
 
 # %%
@@ -501,7 +502,7 @@ print("solved" if check_exercise(share_tokens) else "not solved yet")
 #     return shares
 # ```
 #
-# In one pass, an old prompt would take the tokens of younger decodes, and their streams would stop.
+# In one pass in order of arrival, an old prompt would take the tokens of younger decodes.
 #
 # </details>
 #

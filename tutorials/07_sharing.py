@@ -332,7 +332,7 @@ Replay(beam_events, title="A beam search of width 4")
 # average 19 tokens of prompt and 58 of output). For samples we have a formula, so we need only
 # lengths with those means. For beams a model must run. The numbers below are those that the README
 # reports for the embedded model. `minipaged bench sharing --num-requests 128` measures them again,
-# in some minutes.
+# in a few minutes.
 
 # %% Blocks saved by sharing, in percent: the paper's OPT-13B, and here
 from minipaged.evaluation.bench.sharing import PAPER, alpaca_lengths
@@ -448,7 +448,7 @@ assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.
 #
 # ### Exercise: count the blocks of a step
 #
-# Before a step the scheduler must know how many blocks its sequences will take. Each sequence in
+# Before a step the scheduler must count the blocks that its sequences will take. Each sequence in
 # `writing` gets one token. It takes a new block if its last block is full, and a copy if it must
 # not write to its last block. But not every owner of a block has to copy it, and not every owner
 # writes in this step. Change the body of `blocks_needed`, and run this cell and the next one again.
@@ -563,8 +563,8 @@ print("solved" if check_exercise(blocks_needed) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # A little. All but at most $B - 1$ tokens of the prompt are in its $\lfloor p / B \rfloor$ full
-# blocks. With $B = 1$ the whole prompt is shared, and nothing is ever copied. But small
-# blocks have their own costs (chapter 3).
+# blocks. With $B = 1$ the whole prompt is shared, and nothing is ever copied. But small blocks
+# have their own costs (chapter 3).
 #
 # </details>
 #

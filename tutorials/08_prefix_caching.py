@@ -454,7 +454,7 @@ def check_exercise(own) -> bool:
         "the same text later": ([90, 91, 92, 93, 4, 5, 6, 7, 8], [twelve]),
         "a longer prompt": (list(range(15)), [ten]),
         "differs inside a block": ([0, 1, 2, 3, 4, 5, 90, 91, 92], [twelve]),
-        "two earlier prompts": (list(range(13)), [[0, 1, 2, 3, 90], [*ten, 90, 91]]),
+        "three earlier prompts": (list(range(13)), [[0, 1, 90], [*ten, 90], [0, 1, 2, 3, 90]]),
         "the same prompt": (ten, [ten]),
         "the same, all blocks full": (twelve, [twelve]),
     }
