@@ -1,31 +1,33 @@
 # %% [markdown]
 # # 5. Models on pages
 #
-# A LLaMA and a GPT over blocks: only two lines of the model know about blocks; everything else
-# works on rows of tokens.
+# A LLaMA and a GPT keep their keys and values in blocks: two lines of the model deal with blocks,
+# and everything else works on rows of tokens.
+#
+# **Needs** [chapter 4](04_paged_attention.md) · **Time** 35 minutes
 #
 # ## Goals
 #
-# - How tokens of several sequences, prompts and single ones, form one row without padding.
+# - How the tokens of several sequences, prompts and decodes, form one batch without padding.
 # - Where their keys and values go, and how the tensor of all blocks is laid out.
-# - What a LLaMA and a GPT-2 do differently, and why paging does not care.
+# - How LLaMA and GPT-2 differ, and why paging treats them alike.
 #
 # ## Invariants
 #
 # 1. A token's logits depend only on its own sequence, not on the others in the step.
-# 2. A key is in the slot of its position before attention reads it, and is not touched again.
-# 3. Two functions know about blocks, `store_kv` and `paged_attention`. Everything else works on
-#    rows, independently.
+# 2. A key is in the slot of its position before attention reads it, and does not change afterwards.
+# 3. Only two functions deal with blocks, `store_kv` and `paged_attention`. Everything else treats
+#    each row independently.
 #
 # ## Predict
 #
 # Blocks have 4 slots. A step computes one more token of A, one more of C, and 5 tokens from the
 # middle of B's prompt.
 #
-# - How many rows does the model compute? How many, if the three were padded to one length? For how
-#   many rows are logits wanted?
-# - C's new token is its tenth, and its blocks are 2, 3 and 5. In which slot do its key and value
-#   go?
+# - How many rows does the model compute? How many, if all three were padded to the same length? For
+#   how many rows are logits computed?
+# - C's new token is its tenth, and its blocks are 2, 3 and 5. In which slot are its key and value
+#   stored?
 # - The embedded model has 4 layers, 2 KV heads and 64 elements per head, of 4 bytes each. How many
 #   bytes does a token take in the pool?
 #
@@ -33,11 +35,11 @@
 #
 # ### One row of tokens
 #
-# A model's `forward` receives four things: `token_ids`, `positions`, the cache and a *batch*. There
-# is no padding in it and no attention mask. The tokens to compute form one row, sequence after
-# sequence. Here is such a step, made by the library's own `BatchBuilder`. A and C are those of
-# chapter 3, each with one more word; B comes with a long prompt, of which three words were computed
-# before.
+# A model's `forward` receives `token_ids`, `positions`, the cache and a *batch*. There is no
+# padding and no attention mask. The tokens of a step form one flat row, sequence after sequence.
+# Here is such a step, built by the library's `BatchBuilder`. A and C are the sequences of
+# chapter 3, each with one more word. B has a long prompt, and its first three words were computed
+# in an earlier step.
 
 # %%
 from minipaged.attention.batch import BatchBuilder
@@ -96,21 +98,21 @@ above.set(xlim=(0, 7), ylim=(-1.3, 0.45))
 above.axis("off")
 
 # %% [markdown]
-# A matrix times seven rows is one multiplication, whichever sequences the rows belong to. Norms,
-# activations and matrices treat each row separately. Only attention looks at other rows' tokens,
-# and it finds them in the pool.
+# A matrix multiplies seven rows at once, whichever sequences they belong to. Norms, activations and
+# linear layers treat each row separately. Only attention uses other tokens, and it reads those from
+# the pool.
 #
-# B samples nothing in this step: its prompt goes on. The scores of all words of the vocabulary, the
-# *logits*, are computed for the two rows that sample and no others. This is how a step is run; its
-# first lines move blocks, which chapters 7 and 9 are about:
+# B samples nothing in this step, because its prompt is not complete. The scores of all tokens of
+# the vocabulary, the *logits*, are computed only for the two rows that sample. The function that
+# runs a step begins with copies of blocks (chapters 7 and 9). Then it is short:
 #
 # @@ minipaged.worker.model_runner.ModelRunner.run
 #
 # ### One tensor for all keys and values
 #
 # The pool is one tensor for all layers: `[layers, 2, num_blocks, kv_heads, block_size, head_dim]`.
-# The 2 is for keys and values. A block number means the same place in every layer, so one table
-# serves all of them, and a block is copied or swapped for all layers at once.
+# The 2 is for keys and values. A block number means the same block in every layer, so one table
+# serves all layers, and a block is copied or swapped for all layers at once.
 
 # %%
 from minipaged import LLM
@@ -121,7 +123,7 @@ cache, config = llm.engine.executor.runner.kv_cache, llm.engine.executor.runner.
 print(len(cache.layers), "layers; keys of one:", list(k.shape))
 assert k.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
 num_bytes = k.untyped_storage().nbytes()
-print(f"{num_bytes:,} bytes in one piece, {num_bytes // (64 * 16):,} a token")
+print(f"{num_bytes:,} bytes in one allocation, {num_bytes // (64 * 16):,} per token")
 
 # %% One block of 8 slots in memory: to which head each vector belongs, in two orders
 figure, axes = drawing.picture(7.2, 1.5)
@@ -130,89 +132,39 @@ drawing.strips(axes, orders, {"0": "keys of head 0", "1": "keys of head 1"})
 axes.set_xticks([])
 
 # %% [markdown]
-# Within a block the heads come before the slots. So the keys of one head in one block are adjacent,
-# a matrix of `block_size` rows, and attention multiplies a query with all of them in place. The
-# price is paid by the writer: a new token's key is cut into its heads, which go to different
-# places. A token is written once and read in every later step.
-#
-# ### Positions as angles
-#
-# In a row that mixes sequences, a token's place in the row says nothing. So each brings its
-# position. GPT-2 has a vector for every position, which it learned, and adds it to the token's.
-# LLaMA *turns* queries and keys (rotary positions, RoPE). It takes the elements of a head in pairs,
-# each a point in a plane, and turns pair $i$ at position $p$ by the angle $p\,\theta^{-2i/d}$. In
-# complex numbers it is one multiplication:
-
-# %%
-import torch
-from torch import Tensor
-
-
-def turn(x: Tensor, positions: Tensor, theta: float = 500_000.0) -> Tensor:
-    """Turn each pair of elements by the angle of its position: [tokens, heads, head_dim]."""
-    half = x.shape[-1] // 2  # element i is paired with element i + half
-    angles = positions[:, None, None] * theta ** (-torch.arange(half) / half)
-    points = torch.complex(x[..., :half], x[..., half:])
-    turned = points * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((turned.real, turned.imag), dim=-1)
-
-
-random = torch.Generator().manual_seed(0)
-q, k = torch.randn(2, 1, 1, 64, generator=random)  # one token, one head each
-
-
-def score(query_position: int, key_position: int) -> float:
-    at = torch.tensor([query_position]), torch.tensor([key_position])
-    return float((turn(q, at[0]) * turn(k, at[1])).sum())
-
-
-for position in (3, 10, 100, 900):
-    print(f"query at {position:3}, key 3 before it: score {score(position, position - 3):.4f}")
-    assert abs(score(position, position - 3) - score(3, 0)) < 1e-2
-
-# %% Left: two pairs at positions 0 to 5; right: the score of a query and a key by their distance
-figure, (left, right) = drawing.picture(7.2, 3.0, ncols=2, width_ratios=(2, 3))
-for pair, radius in ((0, 1.0), (4, 0.6)):
-    angles = torch.arange(6) * 500_000.0 ** (-pair / 32)
-    x, y = radius * angles.cos(), radius * angles.sin()
-    left.plot(x, y, "o", color=drawing.COLOURS[pair // 4], label=f"pair {pair}")
-    for position in range(6) if pair == 0 else (0, 5):
-        left.text(1.17 * x[position], 1.17 * y[position], position, ha="center", va="center")
-left.set(aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
-left.axis("off")
-left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(-0.2, 1.1))
-distances = range(64)
-far, near = ([score(start, start - d) for d in distances] for start in (900, 63))
-right.plot(distances, far, color=drawing.COLOURS[4], lw=4, label="query at 900")
-right.plot(distances, near, color=drawing.COLOURS[5], ls=":", label="query at 63")
-right.set(xlabel="distance", ylabel="score")
-right.legend()
-
-# %% [markdown]
-# Both were turned, so the product of a query and a key depends on their distance, and on nothing
-# else. That is why a key can be turned once, when it is stored: its position is not needed later.
+# Within a block the heads come before the slots. The keys of one head are therefore adjacent: a
+# matrix of `block_size` rows, which attention multiplies in place. In return, a new token's key is
+# split into its heads, which are stored in different places. That is the better trade: a token is
+# written once and read in every later step.
 #
 # ### A LLaMA of your own
 #
-# Now the model, with weights from the embedded one. Their names are those of the library's modules;
-# `qkv_proj` holds the matrices for queries, keys and values one below the other, `gate_up_proj` two
-# of the feed-forward's. (On a CPU the library packs matrices of $2^{18}$ elements and more in a
-# form of its own. Those of the embedded model are smaller.)
+# The weights are those of the embedded model, under the names of the library's modules. `qkv_proj`
+# has the matrices for queries, keys and values, one below the other, and `gate_up_proj` has two of
+# the feed-forward's. (On a CPU the library repacks matrices of $2^{18}$ elements or more. Those of
+# the embedded model are smaller.)
+#
+# In a flat row, a token's index does not tell its position, so the model receives `positions`.
+# LLaMA encodes them as rotations of queries and keys (*rotary position embedding*, RoPE). We use
+# the library's `rotate` here; the [appendix](#appendix-positions-as-angles) builds it.
 
 # %%
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from minipaged.attention.backend import reference_paged_attention
 from minipaged.attention.batch import Batch
 from minipaged.attention.kv_cache import KVCache, KVPair
-from minipaged.models.base import Model
+from minipaged.models.llama import Llama
+from minipaged.models.rope import rotate
 
 
 class OwnLlama:
-    """A LLaMA over paged keys and values: embedding, layers, norm, and logits when wanted."""
+    """A LLaMA over paged keys and values: embedding, layers, norm, and logits on request."""
 
-    def __init__(self, model: Model) -> None:
-        self.config = model.config
+    def __init__(self, model: Llama) -> None:
+        self.config, self.rotary = model.config, model.rotary
         self.weights = dict(model.named_parameters())
 
     def __call__(
@@ -241,7 +193,8 @@ class OwnLlama:
         return self.times(out.flatten(1), here + "o_proj")
 
     def place(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return turn(q, positions), turn(k, positions)
+        cos, sin = self.rotary(positions, q.dtype)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def store(self, new: Tensor, cache: Tensor, slots: Tensor) -> None:
         block_size = cache.shape[2]
@@ -259,9 +212,9 @@ class OwnLlama:
 
 
 # %% [markdown]
-# A model is not a role of `Parts`; the `ModelRunner` gets it. Steps compute at most 40 tokens, so
-# that prompts are cut and share steps with decodes. We record each step's message to the runner, a
-# `StepInput`, and its logits.
+# The library chooses the model from the checkpoint, so we replace it in the `ModelRunner`. Each
+# step computes at most 40 tokens. As a result, prompts are cut and share steps with decodes. We
+# record each step's message to the runner, a `StepInput`, and its logits.
 
 # %%
 from minipaged import SamplingParams
@@ -303,8 +256,8 @@ print(f"{len(steps)} steps, {mixed} of them mixed; same tokens; logits differ by
 assert furthest < 1e-4
 
 # %% [markdown]
-# Yours is a LLaMA, on pages, in a serving engine. The library's attention is this; find your lines
-# in it:
+# Your LLaMA runs on pages in a serving engine. This is the library's attention. Find your lines in
+# it:
 #
 # @@ minipaged.models.llama.Attention.forward
 #
@@ -314,18 +267,18 @@ assert furthest < 1e-4
 #
 # | | GPT-2 | LLaMA |
 # |---|---|---|
-# | norm | LayerNorm: less the mean, by the deviation | RMSNorm: by the root mean square |
-# | position | a learned vector, added at the beginning | RoPE: an angle, in every layer |
+# | norm | LayerNorm: mean and deviation | RMSNorm: root mean square only |
+# | position | a learned vector, added to the embedding | RoPE: a rotation in every layer |
 # | KV heads | as many as query heads | as many (Llama 1), or fewer (grouped-query attention) |
-# | feed-forward | two matrices, GELU between | SwiGLU: three, one the gate of another |
+# | feed-forward | two matrices with GELU between them | SwiGLU: three matrices, one is a gate |
 # | biases | everywhere | none |
 #
-# (GELU and SiLU are smooth variants of ReLU.) Its attention is the same except for the turning:
+# (GELU and SiLU are smooth variants of ReLU.) Its attention is the same without the rotation:
 #
 # @@ minipaged.models.layers.MultiHeadAttention.forward
 #
-# The pool needs three numbers from a model: layers, KV heads, and elements per head. To see that
-# this is all, take a GPT-2 with random weights, and build an engine around it by hand. Random
+# The pool needs three numbers from a model: layers, KV heads, and elements per head. To show that
+# these are enough, we take a GPT-2 with random weights and build an engine around it. Random
 # weights produce gibberish, but they make a stricter test: any bug changes the output.
 
 # %%
@@ -379,8 +332,8 @@ print(in_one_piece["prompt 0"][:12], "...")
 # %% [markdown]
 # ## Check
 #
-# Your LLaMA gave the library's tokens, and its logits within 1e-4. Here are three mistakes that are
-# easily made when a model is moved to pages:
+# Your LLaMA generated the library's tokens, and its logits are within 1e-4. Here are three mistakes
+# that are easily made when a model is moved to pages:
 
 
 # %%
@@ -399,7 +352,7 @@ class SlotsOffByOne(OwnLlama):
 
 class KeysStoredUnturned(OwnLlama):
     def place(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return turn(q, positions), k
+        return super().place(q, k, positions)[0], k
 
 
 for mistake in (PositionsRestart, SlotsOffByOne, KeysStoredUnturned):
@@ -409,23 +362,92 @@ for mistake in (PositionsRestart, SlotsOffByOne, KeysStoredUnturned):
     assert wrong != tokens, f"{mistake.__name__} was not noticed"
 
 # %% [markdown]
+# ### Exercise: the row of a step
+#
+# For each sequence of a step you know how many tokens are computed, how many are new, and its
+# blocks. Compute two numbers for each new token, sequence after sequence: its position, and the
+# slot of its key and value. The two marked lines are right for the first new token of a prompt
+# only. Change them, and run this cell and the next one again.
+
+
+# %%
+Step = list[tuple[int, int, list[int]]]  # of each sequence: computed tokens, new tokens, its blocks
+
+
+def positions_and_slots(step: Step, block_size: int) -> tuple[list[int], list[int]]:
+    positions, slots = [], []
+    for num_computed, num_new, blocks in step:
+        positions += [num_computed] * num_new  # your turn
+        slots += [blocks[0] * block_size] * num_new  # your turn
+    return positions, slots
+
+
+# %%
+def check_exercise(own) -> bool:
+    """Compare the rows of three steps with those that the library builds."""
+    steps: dict[str, tuple[Step, int]] = {
+        "a new prompt": ([(0, 3, [2])], 4),
+        "the step above": ([(10, 1, [0, 1, 4]), (9, 1, [2, 3, 5]), (3, 5, [6, 7, 8])], 4),
+        "blocks of 2": ([(2, 1, [5, 3]), (1, 4, [0, 7, 4])], 2),
+    }
+    solved = True
+    for name, (step, block_size) in steps.items():
+        sequences = [
+            SequenceInput(seq_id, [0] * num_new, num_computed, blocks, num_logits=0)
+            for seq_id, (num_computed, num_new, blocks) in enumerate(step)
+        ]
+        batch = BatchBuilder(4, max_blocks_per_seq=4, block_size=block_size).build(sequences)
+        expected = batch.positions.tolist(), batch.slot_mapping.tolist()
+        answer = own(step, block_size)
+        print(f"{name:14}  yours:    {answer}")
+        print(f"{'':14}  expected: {expected}")
+        solved = solved and answer == expected
+    return solved
+
+
+print("solved" if check_exercise(positions_and_slots) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# The positions of new tokens continue after the computed ones. A position is a logical block and an
+# offset in it; the sequence's table turns the logical block into a physical one.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# def positions_and_slots(step: Step, block_size: int) -> tuple[list[int], list[int]]:
+#     positions, slots = [], []
+#     for num_computed, num_new, blocks in step:
+#         for position in range(num_computed, num_computed + num_new):
+#             positions.append(position)
+#             logical, offset = divmod(position, block_size)
+#             slots.append(blocks[logical] * block_size + offset)
+#     return positions, slots
+# ```
+#
+# `PositionsRestart` above is this exercise without `num_computed`.
+#
+# </details>
+#
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# Seven rows instead of the fifteen of three padded sequences, and logits for two of them. C's tenth
-# token has position 9: logical block 2, offset 1, so physical block 5, slot 21. A token takes
-# $2 \cdot 4 \cdot 2 \cdot 64 \cdot 4 = 4096$ bytes.
+# The model computes 7 rows instead of 15 with padding, and logits for 2 of them. C's tenth token
+# has position 9: logical block 2, offset 1. Its physical block is 5, so the slot is 21. A token
+# takes $2 \cdot 4 \cdot 2 \cdot 64 \cdot 4 = 4096$ bytes.
 #
 # </details>
 #
 # ## Questions
 #
-# **Why does the model get `positions`, when the batch knows every sequence's context already?**
+# **Why does the model get `positions`, although the batch has every sequence's context length?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Because the model works on rows. For each row it needs one number, whether from a prompt or a
-# decode. `BatchBuilder` computes it once per step; that file has all index arithmetic of the
-# library.
+# The model works on rows, and needs one number per row, whether the row is part of a prompt or a
+# decode. `BatchBuilder` computes it once per step. All index arithmetic of a step is in its file.
 #
 # </details>
 #
@@ -434,18 +456,18 @@ for mistake in (PositionsRestart, SlotsOffByOne, KeysStoredUnturned):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# It would spoil them too. The position's vector is added to the token's at the beginning, so it is
-# in everything that the layers compute, keys and values included. They would be stored wrong, and
-# stay so as long as the sequence runs.
+# It would corrupt them too. The position's vector is added to the token's embedding, so everything
+# that the layers compute depends on it, including keys and values. They would be stored wrong, and
+# read wrong until the sequence ends.
 #
 # </details>
 #
-# **Two sequences with a common prefix are to share a block (chapter 7). Does RoPE allow it?**
+# **Two sequences with a common prefix share a block (chapter 7). Does RoPE allow it?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Yes, since the tokens in it have the same positions in both. The same text in the *middle* of two
-# sequences would have been turned by other angles, and cannot be shared.
+# Yes: the tokens in that block have the same positions in both sequences. The same text in the
+# *middle* of two sequences would have been rotated by different angles, and cannot be shared.
 #
 # </details>
 #
@@ -456,10 +478,64 @@ computed_rows = sum(sum(counts) for counts in new_tokens)
 padded = sum(len(counts) * max(counts) for counts in new_tokens)
 with_logits = sum(len(logits) for _, logits in steps)
 print(f"rows computed for 6 requests   {computed_rows:6,}")
-print(f"had each step been padded      {padded:6,}")
-print(f"rows with logits               {with_logits:6,}")
+print(f"rows if each step were padded  {padded:6,}")
 print(f"bytes per token, 2 KV heads    {config.kv_bytes_per_token(4):6,}")
 print(f"bytes per token, 4 KV heads    {2 * config.kv_bytes_per_token(4):6,}")
 
 # %% [markdown]
 # Next: [which sequences run in which step](06_continuous_batching.md).
+#
+# ### Appendix: positions as angles
+#
+# GPT-2 has a learned vector for each position and adds it to the token's embedding. RoPE takes the
+# elements of a head in pairs, each a point in a plane, and rotates pair $i$ at position $p$ by the
+# angle $p\,\theta^{-2i/d}$. In complex numbers that is one multiplication:
+
+
+# %%
+def turn(x: Tensor, positions: Tensor, theta: float = 500_000.0) -> Tensor:
+    """Rotate each pair of elements by the angle of its position: [tokens, heads, head_dim]."""
+    half = x.shape[-1] // 2  # element i is paired with element i + half
+    angles = positions[:, None, None] * theta ** (-torch.arange(half) / half)
+    points = torch.complex(x[..., :half], x[..., half:])
+    turned = points * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+random = torch.Generator().manual_seed(0)
+q, k = torch.randn(2, 1, 1, 64, generator=random)  # one token, one head each
+rotary = llm.engine.executor.runner.model.rotary
+at_900 = torch.tensor([900])
+assert torch.allclose(turn(q, at_900), rotate(q, *rotary(at_900, q.dtype)), atol=1e-3)
+
+
+def score(query_position: int, key_position: int) -> float:
+    at = torch.tensor([query_position]), torch.tensor([key_position])
+    return float((turn(q, at[0]) * turn(k, at[1])).sum())
+
+
+for position in (3, 10, 100, 900):
+    print(f"query at {position:3}, key 3 tokens earlier: score {score(position, position - 3):.4f}")
+    assert abs(score(position, position - 3) - score(3, 0)) < 1e-2
+
+# %% Left: two pairs at positions 0 to 5; right: the score of a query and a key by their distance
+figure, (left, right) = drawing.picture(7.2, 3.0, ncols=2, width_ratios=(2, 3))
+for pair, radius in ((0, 1.0), (4, 0.6)):
+    angles = torch.arange(6) * 500_000.0 ** (-pair / 32)
+    x, y = radius * angles.cos(), radius * angles.sin()
+    left.plot(x, y, "o", color=drawing.COLOURS[pair // 4], label=f"pair {pair}")
+    for position in range(6) if pair == 0 else (0, 5):
+        left.text(1.17 * x[position], 1.17 * y[position], position, ha="center", va="center")
+left.set(aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
+left.axis("off")
+left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(-0.2, 1.1))
+distances = range(64)
+far, near = ([score(start, start - d) for d in distances] for start in (900, 63))
+right.plot(distances, far, color=drawing.COLOURS[4], lw=4, label="query at 900")
+right.plot(distances, near, color=drawing.COLOURS[5], ls=":", label="query at 63")
+right.set(xlabel="distance", ylabel="score")
+right.legend()
+
+# %% [markdown]
+# Query and key are both rotated, so their product depends only on the distance between them. A key
+# can therefore be rotated once, before it is stored.

@@ -1,45 +1,49 @@
 # %% [markdown]
 # # 6. Continuous batching: the scheduler
 #
-# The scheduler decides anew before every step which requests run, so no request waits for the
-# slowest.
+# The scheduler decides before every step which requests run, so no request waits for the slowest of
+# a batch.
+#
+# **Needs** [chapter 5](05_models_on_pages.md) · **Time** 35 minutes ·
+# **Lab** [4, a scheduler](labs/04.md)
 #
 # ## Goals
 #
-# - Why requests are batched at all, and what a step costs that serves many.
+# - Why requests are batched, and what a step for many of them costs.
 # - What a *scheduler* does, and why it decides for one step at a time (*iteration-level
-#   scheduling*, from the system Orca; section 2.3 of the paper).
-# - That reading a prompt, reading a piece of it and generating a token are the same thing in three
-#   lengths.
+#   scheduling*, introduced by the system Orca; section 2.3 of the paper).
+# - Why prefill, chunked prefill and decode are the same operation at three lengths.
 #
 # ## Invariants
 #
 # 1. A request's tokens do not depend on the other requests in its steps, nor on how its prompt is
 #    cut.
 # 2. Every step computes at least one token, and no token twice.
-# 3. Requests are admitted in the order in which they arrive. So no request waits forever.
+# 3. Requests are admitted in order of arrival, so no request waits forever.
 #
 # ## Predict
 #
-# 24 requests are there at once, each with a short prompt. They will generate so many tokens, 384 in
-# all:
+# 24 requests arrive together, each with a short prompt. Their outputs have these lengths, 384
+# tokens in all:
 #
 #     10  9  5  2 19 12  4 20    45 23 24  5 14 48  3 37    21  3 13 12 35  2  7 11
 #
 # The engine has 8 *batch slots* (`max_num_seqs=8`): at most 8 sequences take part in a step, and
 # each gets one token.
 #
-# - The first 8 start together, the next 8 when all of them have ended. How many steps in all?
-# - A waiting request takes a batch slot as soon as one is free. How many steps now, at least?
-# - A step for 8 sequences instead of one: how much longer does it take?
+# - The first 8 start together, the next 8 when all of them have finished, and so on. How many steps
+#   does that take?
+# - A waiting request takes a batch slot as soon as one is free. How many steps does it take at
+#   least?
+# - How much longer does a step for 8 sequences take than a step for one?
 #
-# ## Build it: a scheduler of your own
+# ## Build it: a scheduler
 #
 # ### Why serve many at once
 #
-# To compute one token, the model multiplies with all its *weights*, the numbers that it has
-# learned. They must be read from memory for that, once per step. Every sequence in the step shares
-# that one read. Let us measure it, with 1 to 32 sequences that decode together.
+# To compute one token, the model multiplies with all its *weights*, its learned parameters. They
+# are read from memory once per step, and every sequence in the step shares that one read. We
+# measure the effect with 1 to 32 sequences that decode together.
 
 # %%
 import time
@@ -68,12 +72,12 @@ measured = [max(rates) for rates in zip(*rounds, strict=True)]
 gains = [rate / measured[0] for rate in measured]
 
 # %% [markdown]
-# This model is small, and a good part of its step is the cost of calling functions, which is also
-# paid once per step. On a GPU with a model of 13 billion parameters it is the weights: 26 GB of
-# them. The library has a formula for that machine, from its published speeds, which it uses to
-# simulate the paper's evaluation. We draw both.
+# This model is small. A good part of its step is the overhead of function calls, which is also paid
+# once per step. For a model of 13 billion parameters on a GPU it is the weights, 26 GB of them. The
+# library has a cost formula for that machine, based on published speeds, for its simulation of the
+# paper's evaluation. We draw both.
 
-# %% Tokens per second by sequences in a step, over those of one sequence
+# %% Tokens per second by sequences in a step, relative to one sequence
 import drawing
 
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
@@ -83,25 +87,29 @@ opt_13b = CostModel(DEPLOYMENTS["opt-13b"])
 rates = [n / opt_13b.step(n, num_keys=500 * n, num_prompt_tokens=0, num_pairs=0) for n in crowds]
 
 figure, axes = drawing.picture()
-axes.plot(crowds, crowds, color=drawing.GREY, linestyle=":", label="if others cost nothing")
+axes.plot(
+    crowds, crowds, color=drawing.GREY, linestyle=":", label="if all steps took the same time"
+)
 axes.plot(crowds, [r / rates[0] for r in rates], marker="s", label="OPT-13B on an A100, by formula")
 axes.plot(crowds, gains, marker="o", label="storyteller here, measured")
 axes.set(xscale="log", yscale="log", xticks=crowds, xticklabels=crowds)
-axes.set(yticks=crowds, yticklabels=crowds, xlabel="sequences in a step", ylabel="times the tokens")
+axes.set(
+    yticks=crowds, yticklabels=crowds, xlabel="sequences in a step", ylabel="tokens per second"
+)
 axes.minorticks_off()
 axes.legend(loc="upper left")
 print(f"8 sequences: {gains[3]:.0f} times the tokens of one, {8 / gains[3]:.1f} times the seconds")
 
 # %% [markdown]
-# So an engine wants as many sequences in each step as memory allows. The question is how to keep
-# the batch slots filled.
+# An engine therefore wants as many sequences in each step as memory allows. The question is how to
+# keep the batch slots filled.
 #
 # ### Static batches
 #
-# The old way: fill all batch slots, and refill them when all of their requests have ended. The part
-# of the engine that decides this is the scheduler. It keeps requests in queues, and for each step
-# it returns a `SchedulerOutput`: how many tokens each sequence computes. Here is a whole scheduler.
-# A *group* is one request with its sequences (one each, until chapter 7).
+# The old way is to fill all batch slots, and to refill them when all of their requests have
+# finished. The scheduler decides this. It keeps requests in queues, and for each step it returns a
+# `SchedulerOutput`: how many tokens each sequence computes. Here is a complete scheduler. A *group*
+# is one request with its sequences (one sequence per request, until chapter 7).
 
 # %%
 from minipaged.config import EngineConfig
@@ -166,7 +174,7 @@ class StaticBatches:
 
 # %% [markdown]
 # It assumes that memory never runs out, so give it a large pool. Nothing in it touches a tensor:
-# the engine carries out its decision. Continuous batching is the same without the one condition:
+# the engine carries out its decisions. Continuous batching is the same without the one condition:
 
 
 # %%
@@ -178,8 +186,8 @@ class ContinuousBatches(StaticBatches):
 
 
 # %% [markdown]
-# Both serve the 24 requests, and the library's scheduler as well. `ignore_eos` makes each generate
-# exactly as many tokens as we ask for.
+# Both serve the 24 requests, and so does the library's scheduler. With `ignore_eos`, each request
+# generates exactly as many tokens as we ask for.
 
 # %%
 from minipaged import Event, EventLog, Parts
@@ -239,32 +247,29 @@ for axis, name in zip(axes, ("static batches", "continuous"), strict=True):
 axes[1].legend(loc="upper right", fontsize=8)
 
 # %% [markdown]
-# On the left, everything orange is lost: 440 times a batch slot could compute a token and does not.
-# The longest request of a batch decides when the next batch may begin. Request 17 needs 3 tokens,
-# and waits for the 48 of another request. On the right a batch slot stays empty only at the end,
-# when no request is waiting any more.
+# On the left, orange is waste: 440 times a batch slot computes no token. The next batch starts when
+# the longest request of this one finishes. Request 17 needs 3 tokens, and waits for the 48 of
+# another request. On the right, batch slots stay empty only at the end, when no request is waiting.
 #
 # Your scheduler takes as many steps as the library's. What does the library's do in addition?
 #
 # @@ minipaged.scheduler.fcfs.FCFSScheduler.schedule
 #
-# It reserves blocks before scheduling work, and preempts another request if none are free
-# (`_reserve_for_running`, chapter 9). It re-forks samples of one prompt (`_refork`, for chapter 7).
-# It ends with an assertion, to which we come back below. And it distributes *tokens*, not only
-# batch slots.
+# It reserves blocks before it schedules work, and preempts a request if none are free
+# (`_reserve_for_running`, chapter 9). It re-forks the samples of a prompt (`_refork`, chapter 7).
+# It ends with an assertion, which one of the checks below triggers. And it distributes *tokens*,
+# not only batch slots.
 #
 # ### One range, two lengths
 #
-# The scheduler knows two numbers of each sequence: how many tokens it has, and for how many the
+# The scheduler tracks two numbers per sequence: how many tokens it has, and for how many of them
 # keys and values are computed. The tokens between the two are still to be computed. A new prompt is
-# a long range, a decoding sequence has a range of one, and a sequence that lost all its blocks
-# starts at 0 again. There are no separate phases. So nothing forces a prompt to be computed in one
-# step. A step has a budget, `max_num_batched_tokens`, and a prompt can take what the others leave
-# of it, step after step. That is called *chunked prefill*.
+# a long range. A decoding sequence has a range of one. A sequence that lost all its blocks starts
+# at 0 again. There are no separate phases, so a prompt need not be computed in one step. A step has
+# a budget, `max_num_batched_tokens`. Decodes take their tokens first, and prompts take what is left
+# of the budget, step after step. This is called *chunked prefill*.
 #
-# @@ minipaged.scheduler.fcfs.FCFSScheduler._share_out_tokens
-#
-# Why would one want that? Seven requests are decoding. After ten steps a request with a story of 48
+# What is it good for? Seven requests are decoding. After ten steps a request with a story of 48
 # facts arrives. We compute its prompt whole, as the paper's engine does, and in chunks:
 
 # %%
@@ -297,7 +302,7 @@ def serve_late(**options: Any) -> tuple[str, list[Event], list[float]]:
 
 late = {
     "whole prompts": serve_late(enable_chunked_prefill=False, max_num_batched_tokens=1024),
-    "at most 48 tokens a step": serve_late(max_num_batched_tokens=48),
+    "at most 48 tokens per step": serve_late(max_num_batched_tokens=48),
 }
 
 # %% Tokens computed in each step: the long prompt whole, and in chunks (mind the two scales)
@@ -310,29 +315,30 @@ for axis, (name, (answer, events, seconds)) in zip(axes, late.items(), strict=Tr
     of_prompts = [sum(share) - share.count(1) for share in shares]
     steps = range(len(shares))
     axis.bar(steps, decoded, width=1, label="decoded")
-    axis.bar(steps, of_prompts, width=1, bottom=decoded, label="of prompts")
+    axis.bar(steps, of_prompts, width=1, bottom=decoded, label="prefilled")
     axis.set(title=name, xlabel="step", ylabel="tokens")
     with_late = [s for s, prompt_tokens in zip(seconds, of_prompts, strict=True) if prompt_tokens]
     slower = median(with_late[1:]) / median(seconds)  # without the very first step
-    print(f"{name:25} {answer!r}, its steps take about {slower:.0f} times the usual")
+    print(f"{name:27}{answer!r}, steps with its prompt take {slower:.1f} times as long")
 axes[0].legend()
 
 # %% [markdown]
-# On the left, seven readers see their text stop for the time of one large step. On the right the
-# prompt takes the 41 tokens per step that seven decodes leave, and the readers hardly notice. The
-# new request pays the price: its first token comes 13 steps later. The answer is the same.
+# On the left, seven streams stop for the time of one large step. On the right, the prompt takes the
+# 41 tokens per step that seven decodes leave, and the streams hardly slow down. The new request
+# pays for it: its first token comes 13 steps later. The answer is the same.
 #
-# ### First come, first served, and a margin
+# ### The watermark
 #
-# New requests take blocks, and so do running ones when they grow. If the scheduler admitted up to
-# the last block, the very next step could find none for a running request. It would have to
-# *preempt* one: take all its blocks, and recompute them later (chapter 9). So admission leaves a
-# part of the pool free, the *watermark*. vLLM added it to the paper's rule.
+# New requests take blocks, and so do running requests as they grow. If the scheduler admitted
+# requests up to the last block, the very next step could find no block for a running request. It
+# would have to *preempt* one: free all its blocks and recompute them later (chapter 9). Admission
+# therefore keeps a part of the pool free, the *watermark*. It is vLLM's addition to the paper's
+# rule.
 #
 # @@ minipaged.memory.block_manager.BlockManager.can_admit
 #
-# Here the 24 requests are in a pool of 32 blocks of 4 slots. There is a batch slot for each of
-# them, but not enough memory.
+# Here the 24 requests share a pool of 32 blocks of 4 slots. There is a batch slot for each of them,
+# but not enough memory.
 
 
 # %%
@@ -353,15 +359,16 @@ for watermark in (0.0, 0.1, 0.3):
     )
 
 # %% [markdown]
-# Without a margin a good part of the work is done twice. Too wide a margin keeps memory empty, and
-# takes more steps in the end. The library's default is 1 %, for pools of thousands of blocks.
+# Without a watermark, 40 % more tokens are computed than necessary. A wide watermark leaves memory
+# empty, and takes more steps in the end. The library's default is 1 %, for pools of thousands of
+# blocks.
 #
-# The order is that of arrival. The first request that does not fit holds up the later ones, even if
-# one of them would fit. That costs a few batch slots, and guarantees that no request is overtaken
-# forever.
+# Requests are admitted in order of arrival. The first request that does not fit holds up the later
+# ones, even if one of them would fit. That costs a few batch slots, and guarantees that no request
+# is overtaken forever.
 #
-# Here is a mixed trace to watch: the 24 requests arrive one by one, one in each step, with 8 batch
-# slots and a pool that is slightly too small. See how the queues fill and empty.
+# Here is a trace to watch. The 24 requests arrive one per step, with 8 batch slots and a pool that
+# is slightly too small. See how the queues fill and empty.
 
 # %%
 from minipaged.tracing.replay import Replay
@@ -380,8 +387,9 @@ Replay(mixed, title="24 requests come one by one")
 # %% [markdown]
 # ## Check
 #
-# Rule 1: each alone, in your static batches, in your continuous ones, in the library's and with 12
-# tokens a step, all generate the same. Rule 3: the order of admission is the order of arrival.
+# Rule 1: the requests generate the same tokens one at a time, in your static batches, in your
+# continuous batches, with the library's scheduler, and with 12 tokens per step. Rule 3: the order
+# of admission is the order of arrival.
 
 # %%
 alone, _ = serve(Parts(), max_num_seqs=1)
@@ -396,8 +404,7 @@ for happened in (*(events for _, events in runs.values()), events):
 print("the same tokens five times, all admitted in order")
 
 # %% [markdown]
-# Rule 2, with two mistakes: a scheduler that schedules the same group twice, and one that never
-# admits a request:
+# Rule 2, with two mistakes: one scheduler schedules a group twice, and one never admits a request.
 
 
 # %%
@@ -426,16 +433,85 @@ for mistaken in (Twice, NoneJoins):
         raise RuntimeError(f"{mistaken.__name__} was not noticed")
 
 # %% [markdown]
-# The sequence caught the first, since it knows how many tokens it has; the assertion at the end of
-# the library's `schedule` caught the second. An engine that does nothing, step after step, would
-# look like a slow one.
+# The first mistake raises an error in `Sequence`, which counts its tokens. The second raises the
+# assertion at the end of the library's `schedule`. Without it, an engine that does nothing would
+# look like a slow engine.
+#
+# ### Exercise: share a token budget
+#
+# One long prompt should not take the whole budget, step after step, while shorter prompts wait.
+# vLLM has an option for it, `long_prefill_token_threshold`: the maximum number of tokens of one
+# prompt in a step. Write that rule. `ranges` has the number of tokens that each running sequence
+# has yet to compute, in order of arrival. Decodes (ranges of 1) come first. Prompts share the
+# remaining tokens in order, each up to `longest_chunk`. Change the body of `share_tokens`, and run
+# this cell and the next one again.
+
+
+# %%
+def share_tokens(ranges: list[int], budget: int, longest_chunk: int) -> list[int]:
+    """How many tokens each running sequence computes in the next step."""
+    return [min(num_tokens, longest_chunk, budget) for num_tokens in ranges]  # your turn
+
+
+# %%
+from itertools import product
+
+
+def best_shares(ranges: list[int], budget: int, longest_chunk: int) -> list[int]:
+    """By brute force: of all that is allowed, what gives the oldest sequences most."""
+    allowed = product(*(range(n == 1, min(n, longest_chunk) + 1) for n in ranges))
+    return list(max(shares for shares in allowed if sum(shares) <= budget))
+
+
+def check_exercise(own) -> bool:
+    """Compare with all possible ways to share a budget, in five steps."""
+    steps = {
+        "a late prompt": ([1, 1, 1, 9], 8, 8),
+        "all in one step": ([3, 1, 5], 16, 8),
+        "two long prompts": ([9, 7, 1], 8, 4),
+        "the oldest recomputes": ([9, 1, 1], 6, 8),
+        "nothing is left": ([6, 5, 1, 1], 4, 2),
+    }
+    solved = True
+    for name, (ranges, budget, longest_chunk) in steps.items():
+        answer, expected = own(ranges, budget, longest_chunk), best_shares(*steps[name])
+        print(f"{name:22} of {ranges}, budget {budget}: yours {answer}, expected {expected}")
+        solved = solved and answer == expected
+    return solved
+
+
+print("solved" if check_exercise(share_tokens) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# Give every decode its token before you look at any prompt, however old the prompt is. Then go
+# through the prompts and keep count of what is left.
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# ```python
+# def share_tokens(ranges: list[int], budget: int, longest_chunk: int) -> list[int]:
+#     """How many tokens each running sequence computes in the next step."""
+#     shares = [1 if num_tokens == 1 else 0 for num_tokens in ranges]
+#     for number, num_tokens in enumerate(ranges):
+#         if num_tokens > 1:
+#             shares[number] = min(num_tokens, longest_chunk, budget - sum(shares))
+#     return shares
+# ```
+#
+# In one pass in order of arrival, an old prompt would take the tokens of younger decodes.
+#
+# </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# Static: 20 + 48 + 35 = 103 steps, the longest of each eight. Continuous: 384 tokens in 8 batch
-# slots are at least 48 steps, if no slot were ever empty. It took 62, because a 35-token request
-# joined late and one sequence cannot use two batch slots. A step for 8 takes about 1.3 times as
-# long as one for 1, on our machine. By the formula it is 1.2 times for the large model on its GPU.
+# Static batches: 20 + 48 + 35 = 103 steps, the longest request of each eight. Continuous batches:
+# 384 tokens in 8 batch slots are at least 48 steps. It took 62, because a 35-token request joined
+# late and one sequence cannot use two batch slots. On our machine a step for 8 takes about 1.3
+# times as long as a step for one. For the large model on its GPU, the formula gives 1.2 times.
 #
 # </details>
 #
@@ -445,8 +521,8 @@ for mistaken in (Twice, NoneJoins):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. Its steps are the same and each takes as long as before, or longer if more share it. It waits
-# less before it begins, and the engine serves more in the same time.
+# No. Its steps are the same, and each takes as long as before, or longer if more sequences share
+# it. But it waits less before it starts, and the engine serves more requests in the same time.
 #
 # </details>
 #
@@ -454,8 +530,8 @@ for mistaken in (Twice, NoneJoins):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Every decoding sequence gets a token in each step, before any prompt does. With fewer tokens than
-# batch slots a sequence might never get one. The library refuses such options with a sentence; try
+# Every decoding sequence gets a token in each step. With fewer tokens than batch slots, some
+# sequence might never get one. The library rejects such options with a clear error. Try
 # `LLM(max_num_seqs=64, max_num_batched_tokens=32)`.
 #
 # </details>
@@ -464,8 +540,9 @@ for mistaken in (Twice, NoneJoins):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# The length of an answer is unknown before it is complete. And with a steady stream of short ones a
-# long one would never begin. First come, first served needs no guess and starves no request.
+# The length of an answer is unknown until it is complete. And as long as short requests keep
+# arriving, a long one would never start. First come, first served needs no guess and starves no
+# request.
 #
 # </details>
 #
@@ -474,9 +551,9 @@ for mistaken in (Twice, NoneJoins):
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# More batch slots. Orca can fill a free one at once, but each takes a whole reservation of memory,
-# so there are few. With paging 2 to 4 times as many sequences fit (Figure 13 of the paper: 30
-# against 7 to 14), and the first picture shows what that is worth.
+# More batch slots. Orca fills a free slot at once, but each slot needs a whole reservation of
+# memory, so there are few. With paging 2 to 4 times as many sequences fit (Figure 13 of the paper:
+# 30 instead of 7 to 14), and the first picture shows what that is worth.
 #
 # </details>
 #
@@ -493,4 +570,5 @@ for name, (_, events) in runs.items():
     )
 
 # %% [markdown]
-# Next: [sequences that share their blocks](07_sharing.md).
+# To write the library's scheduler yourself, take [lab 4](labs/04.md) after chapter 9. Next:
+# [sequences that share their blocks](07_sharing.md).

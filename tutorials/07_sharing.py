@@ -4,36 +4,39 @@
 # Sequences with a common prefix store it once. A block is copied only when one of its owners writes
 # to it.
 #
+# **Needs** [chapter 6](06_continuous_batching.md) · **Time** 40 minutes ·
+# **Lab** [5, fork and copy-on-write](labs/05.md)
+#
 # ## Goals
 #
 # - What a *fork* is, and why it costs no memory at first.
 # - How *copy-on-write* works: which sequence copies which block, and when (section 4.4 of the
 #   paper, Figures 8 and 9).
-# - How much *parallel sampling* and *beam search* save by it, and why the second saves more.
+# - How much memory *parallel sampling* and *beam search* save, and why beam search saves more.
 #
 # ## Invariants
 #
 # 1. A block that has several owners is read by all of them and written by none.
 # 2. Its reference count is the number of block tables that list it.
-# 3. Sharing never changes the generated tokens. Sample $i$ of a request is the sample that a
-#    separate request would get.
+# 3. Sharing never changes the generated tokens. Sample $i$ of a request is what a separate request
+#    with its seed would generate.
 #
 # ## Predict
 #
-# A prompt has 17 tokens, a block has 4 slots. Four samples of 24 tokens each are wanted.
+# A prompt has 17 tokens, a block has 4 slots. A request asks for four samples of 24 tokens.
 #
 # - How many blocks of the prompt do the four share while they run? How many blocks are copied?
-# - How many blocks do they hold together at the end? How many, if each had its own?
-# - Instead of four samples, a beam search of four beams: does it save more or less?
+# - How many blocks do they hold together at the end? How many without sharing?
+# - Does a beam search of four beams save more than four samples, or less?
 #
-# ## Build it: who writes makes a copy
+# ## Build it: copy-on-write
 #
-# Often one prompt has several answers. A user wants four suggestions to choose from: that is
-# *parallel sampling*. Up to the end of the prompt the four are one sequence. Then each draws its
-# own next token, and they diverge. In the engine the one sequence *forks*: a second sequence is
-# made that has the same tokens and the same block table.
+# A prompt often has several answers. In *parallel sampling* a user gets, say, four suggestions to
+# choose from. Up to the end of the prompt the four are one sequence. Then each samples its own next
+# token, and they diverge. In the engine the sequence *forks*: the fork starts with the same tokens
+# and the same block table.
 #
-# Let us do it by hand, with the example of the paper's Figure 8. As in chapter 3 the tokens are
+# We do it by hand first, with the example of the paper's Figure 8. As in chapter 3, tokens are
 # words, and nothing is computed.
 
 # %%
@@ -54,44 +57,42 @@ print("A1:", memory.tables[1], " A2:", memory.tables[2])
 print(f"free: {memory.num_free}, owners: {memory.ref_count(0)} and {memory.ref_count(1)}")
 
 # %% [markdown]
-# Two sequences of 7 tokens hold two blocks, not four. The fork took none. All it did was to copy
-# the table, which is a short list of numbers, and to count one more owner for each block in it:
+# Two sequences of 7 tokens hold two blocks, not four. The fork took no block. It copied the table,
+# a short list of numbers, and each block in it has one more owner.
 #
-# @@ minipaged.memory.block_manager.BlockManager.fork
-#
-# Now both go on. A1 says "fathers", A2 says "mothers". Both words belong in the last slot of block
-# 1, and it cannot hold two.
+# Now both continue, A1 with "fathers" and A2 with "mothers". Both words belong in the last slot of
+# block 1, which has room for one.
 
 # %%
-spoken = {1: [*words], 2: [*words]}
+texts = {1: [*words], 2: [*words]}
 
 
 def where_the_words_are() -> tuple[dict[int, list[str]], dict[int, str]]:
     contents: dict[int, list[str]] = {}
     owners: dict[int, str] = {}
-    for seq_id, said in spoken.items():
+    for seq_id, own_words in texts.items():
         table = memory.tables[seq_id]
         for logical, physical in enumerate(table.blocks):
-            contents[physical] = said[4 * logical :][: table.filled(logical)]
+            contents[physical] = own_words[4 * logical :][: table.filled(logical)]
             owners[physical] = (
                 f"{owners[physical]}, A{seq_id}" if physical in owners else f"A{seq_id}"
             )
     return contents, owners
 
 
-def say(seq: Sequence, word: str) -> None:
-    spoken[seq.seq_id].append(word)
+def append_word(seq: Sequence, word: str) -> None:
+    texts[seq.seq_id].append(word)
     seq.append(0)
-    print(f"A{seq.seq_id} says {word!r}: blocks to copy {memory.append(seq)}")
+    print(f"A{seq.seq_id} appends {word!r}: blocks to copy {memory.append(seq)}")
     seq.mark_computed(1)
 
 
 forked = where_the_words_are()
-say(first, "fathers")
+append_word(first, "fathers")
 after_one = where_the_words_are()
-say(second, "mothers")
-say(first, "brought")
-say(second, "gave")
+append_word(second, "mothers")
+append_word(first, "brought")
+append_word(second, "gave")
 after_both = where_the_words_are()
 
 # %% After the fork; after A1 has written one word; after both have written two
@@ -104,32 +105,31 @@ for axis, (contents, owners), title in zip(
     axis.set_title(title)
 
 # %% [markdown]
-# A1 was the first to write. Block 1 had a second owner, so A1 took block 2, requested a copy of
-# block 1 to it, and freed block 1. Then A2 wrote. By now it was the only owner of block 1, so there
+# A1 was the first to write. Block 1 had a second owner. A1 therefore took block 2, requested a copy
+# from block 1 to it, and freed block 1. When A2 wrote, it was the only owner of block 1, so there
 # was nothing to copy. **Of $n$ writers $n - 1$ copy, and the last one keeps the original.** Block 0
-# is full. It is never written again, so it stays shared until the end.
+# is full. It is never written again, and stays shared until the end.
 #
-# An operating system does the same with pages when a process forks, and the paper uses its term,
-# *copy-on-write*. The rule is in `BlockManager.append`, which chapter 3 quotes: it looks only at
-# the blocks that are about to be written. It returns pairs of blocks, and the engine copies keys
-# and values before the step writes anything.
+# Operating systems do the same with memory pages when a process forks, and call it *copy-on-write*,
+# as the paper does. Here it is a part of `BlockManager.append`, which looks only at the blocks that
+# are about to be written. It returns pairs of blocks, and the engine copies their keys and values
+# before the step writes anything.
 #
-# ### A memory of your own, that does not share
+# ### A baseline without sharing
 #
-# How much does it save? To measure that, you need a baseline: a memory that shares nothing. Older
-# systems were like that. Each sample had its own keys and values, including those of the prompt.
+# To measure the saving we need a memory that shares nothing. Older systems were like that: each
+# sample had its own keys and values, including those of the prompt.
 #
-# The place for it is `append` again. Before a sequence gets room for its next token, give it a copy
-# of every block that has another owner, whether it is about to be written or not. (Why not in
-# `fork`? The engine forks at the end of a step, and copies at the beginning of the next, so the
-# pairs must come from `append`. There are no writes in between.)
+# We override `append`. Before a sequence gets a slot for its next token, it gets a copy of every
+# block that has another owner, whether it is about to write to it or not. (`fork` would be too
+# early: the engine forks at the end of a step, and makes copies at the start of the next one.)
 
 # %%
 from minipaged.memory import BlockPair
 
 
 class CopiesAtOnce(BlockManager):
-    """Gives every fork blocks of its own, before it gets its next token."""
+    """Gives each fork its own blocks before its next token."""
 
     def append(self, seq: Sequence) -> list[BlockPair]:
         table = self.tables[seq.seq_id]
@@ -137,7 +137,7 @@ class CopiesAtOnce(BlockManager):
         for logical, block in enumerate(table.blocks):
             if self.ref_count(block) > 1:
                 table.blocks[logical] = self._pool.allocate()
-                self._pool.free(block)  # one owner less; the others keep it
+                self._pool.free(block)  # one owner less
                 pairs.append((block, table.blocks[logical]))
         return pairs + super().append(seq)
 
@@ -145,9 +145,9 @@ class CopiesAtOnce(BlockManager):
 # %% [markdown]
 # ### Four samples of one prompt
 #
-# Both memories serve the same request: `n=4` samples, with a *seed*, the number from which chance
-# begins. We note after each step how many blocks are held. (The prefix cache, of which the next
-# chapter tells, is off: it would share more than the fork does.)
+# Both memories serve the same request: `n=4` samples, with a fixed *seed* for the random numbers.
+# After each step we record how many blocks are held. (Prefix caching, the subject of the next
+# chapter, is off. It would share more than forks do.)
 
 # %%
 from minipaged import LLM, BeamSearchParams, Event, EventLog, Parts, RequestOutput, SamplingParams
@@ -202,16 +202,16 @@ axes.set(xlabel="step", ylabel="blocks held", ylim=(0, None))
 axes.legend(loc="upper left")
 
 # %% [markdown]
-# The gap opens at the second step, when the four diverge, and then keeps its width: three times the
+# The gap opens at the second step, when the samples diverge, and stays the same: three times the
 # four full blocks of the prompt. In general, let the prompt have $p$ tokens, and each of $n$
-# samples $g$ more with a slot. Then without sharing they hold $n \lceil (p + g) / B \rceil$ blocks,
-# and sharing saves
+# samples $g$ generated tokens in the cache. Without sharing they hold
+# $n \lceil (p + g) / B \rceil$ blocks, and sharing saves
 #
 # $$(n - 1) \lfloor p / B \rfloor$$
 #
-# of them. Only the full blocks of the prompt are shared: samples that have diverged never share
-# again. A `SharingMeter` listens to the engine's steps and sums the blocks up. It must agree with
-# the formula:
+# of them. Only full blocks of the prompt are shared, because samples that have diverged never share
+# again. A `SharingMeter` counts blocks after each of the engine's steps. It must agree with the
+# formula:
 
 # %%
 p, n, size = len(samples.prompt_token_ids), 4, 4
@@ -224,7 +224,7 @@ print(f"saved, by formula  {sum(saved) / sum(unshared):.2%}")
 print(f"saved, as measured {meter.saved():.2%}")
 
 # %% [markdown]
-# Watch it. The moment to look for is step 2, with its three copies.
+# Here is the whole run. Look at step 2, with its three copies.
 
 # %%
 Replay(shared_events, title="Four samples of one prompt")
@@ -233,16 +233,15 @@ Replay(shared_events, title="Four samples of one prompt")
 # ### Beam search
 #
 # *Beam search* looks for the likeliest answer as a whole, not for the likeliest next token. It
-# keeps, say, four sequences going, the *beams*. In each step every beam proposes its likeliest next
-# tokens, and of all proposals together the best four go on. A beam with two proposals among them
-# forks. A beam with none is pruned, and its blocks are freed. This is the library's whole
-# implementation:
+# keeps, say, four sequences, the *beams*. In each step every beam proposes its likeliest next
+# tokens, and the best four of all proposals continue. A beam with two of them forks. A beam with
+# none is pruned, and its blocks are freed. This is the library's implementation:
 #
 # @@ minipaged.engine.beam_request.BeamRequest.advance
 #
-# So where samples fork once, beams fork and die in every step. To see it we follow one search:
-# after each step, the living beams, their last tokens and their parents. The forks come from the
-# trace; the owners of each block from the memory.
+# Samples fork once, but beams fork and are pruned in every step. We follow one search and record
+# the running beams after each step, with their last tokens and their parents. The forks come from
+# the trace, and the owners of each block from the memory.
 
 # %%
 from collections import Counter
@@ -252,7 +251,7 @@ searching, beam_events = build(Parts())
 searching.engine.add_request("search", told, BeamSearchParams(beam_width=4, max_tokens=20))
 decode = searching.get_tokenizer().decode
 beams_memory = searching.engine.scheduler.memory
-tree: list[dict[int, str]] = []  # for each step: the living beams, and their last tokens
+tree: list[dict[int, str]] = []  # for each step: the running beams, and their last tokens
 owners_of_blocks: list[Counter[int]] = []  # for each step: how many blocks have 1, 2, ... owners
 
 beam_meter = SharingMeter(searching.engine)
@@ -279,7 +278,7 @@ lineage = [set(tree[-1])]  # the last beams, and their ancestors step by step
 for before in reversed(tree[:-1]):
     lineage.insert(0, {seq if seq in before else parents[seq] for seq in lineage[0]})
 
-rows = {0: 1.5}  # the prompt; then each living beam has one of four rows
+rows = {0: 1.5}  # the prompt; then each running beam has one of four rows
 for step, living in enumerate(tree, start=1):
     stays = {seq: rows[seq] for seq in living if seq in rows and step > 1}
     free = [row for row in range(4) if row not in stays.values()]
@@ -307,33 +306,33 @@ below.set_xticks(range(0, len(tree) + 1, 5))
 below.legend(ncols=4, loc="upper left", fontsize=8)
 
 # %% [markdown]
-# This is Figure 9 of the paper, drawn from a real run. Blue are the beams that live at the end, and
-# their ancestors. At first the beams are four different questions. Three that began with a name
-# were overtaken by more questions in the second and third step, and pruned. Three grey rows end in
-# a full stop. They have not lost: the model ended them there, and they are three of the four
-# results. The fourth question is then the only one left that goes on, so its forks take all four
-# places, and from step 14 on even the question is shared by all.
+# This is Figure 9 of the paper, drawn from a real run. The beams that run to the end are blue, and
+# so are their ancestors. At first the beams are four different questions. Three that began with a
+# name were overtaken by more questions in steps 2 and 3, and pruned. Three grey rows end in a full
+# stop. They were not pruned: the model ended them there, and they are three of the four results.
+# Then only the fourth question continues, so its forks take all four places. From step 14 on, all
+# beams share even the question.
 #
 # The lower picture shows the owners. The six full blocks of the prompt have four owners throughout,
-# as with samples. But beams can share again: where three end and forks of the fourth take their
-# places, all tokens that the fourth has generated become common. Samples cannot do that, and so
-# beams save more. An engine without sharing would have to copy keys and values from beam to beam
-# each time; here a fork costs one block at most.
+# as with samples. But beams can share again: when forks of one beam replace the three others, all
+# tokens which that beam has generated become common. That is why beams save more than samples. An
+# engine without sharing would copy whole sequences from beam to beam. Here a fork costs one block
+# at most.
 #
-# Watch the same search. See how the counts fall and rise between steps 12 and 16.
+# Watch the same search. See how the reference counts change between steps 12 and 16.
 
 # %%
 Replay(beam_events, title="A beam search of width 4")
 
 # %% [markdown]
-# ### Beside the paper
+# ### Compare with the paper
 #
-# Figure 15 of the paper (section 6.3) reports the part of the blocks that sharing saves, for
-# requests as short as instructions to an assistant are (the Alpaca trace: 19 tokens in and 58 out,
-# on average) and blocks of 16. For samples we have a formula, so we need no model, only lengths
-# with those means. For beams a model must be run: the numbers below are those that this
-# repository's README reports for the embedded one. `minipaged bench sharing --num-requests 128`
-# measures them again, in some minutes.
+# Figure 15 of the paper (section 6.3) reports the fraction of blocks that sharing saves. Blocks
+# have 16 slots, and requests are as short as instructions to an assistant (the Alpaca trace: on
+# average 19 tokens of prompt and 58 of output). For samples we have a formula, so we need only
+# lengths with those means. For beams a model must run. The numbers below are those that the README
+# reports for the embedded model. `minipaged bench sharing --num-requests 128` measures them again,
+# in a few minutes.
 
 # %% Blocks saved by sharing, in percent: the paper's OPT-13B, and here
 from minipaged.evaluation.bench.sharing import PAPER, alpaca_lengths
@@ -367,17 +366,16 @@ axes[0].set(ylabel="blocks saved, %")
 axes[0].legend(loc="upper left")
 
 # %% [markdown]
-# The order is the same and the sizes are not. The paper does not publish its lengths, only their
-# means, and the saving of samples depends on how many prompts fill a block. The saving of beams
-# depends on the model: if it is sure of what follows, beams stay apart for long, as the three
-# questions above did; if it is not, they overtake each other in every step, and share more.
+# The order is the same, the sizes are not. The paper publishes only the means of its lengths, and
+# the saving of samples depends on how many prompts fill a block. The saving of beams depends on the
+# model. If it is certain of what follows, beams stay apart for long, as the three questions did
+# above. If not, they overtake each other in every step, and share more.
 #
 # ## Check
 #
-# Rule 3 first. Sample $i$ draws with seed $7 + i$. So it must be, token for token, what a request
-# of its own with that seed gets. And your memory, which copies all and shares nothing, must give
-# the same samples and the same beams. Then rule 2: all blocks are free again. (`checked()` in
-# `build` has recounted all owners after each call.)
+# Rule 3: sample $i$ uses seed $7 + i$, so it must have the tokens of a separate request with that
+# seed. And `CopiesAtOnce` must generate the same samples and the same beams. Rule 2: at the end all
+# blocks are free. (`checked()` in `build` recounts the owners after each call.)
 
 # %%
 for number, sample in enumerate(samples.outputs):
@@ -396,8 +394,8 @@ for llm in (shares, copying, searching):
 print("same samples, same beams, and every block is free")
 
 # %% [markdown]
-# Two mistakes can be made with copy-on-write. The first is to make the copy but not to free the
-# original. The counts are wrong then, and the checker names the block:
+# Two mistakes are easily made in copy-on-write. The first is to make the copy and not to free the
+# original. Then the counts are wrong, and the checker names the block:
 
 # %%
 from minipaged.errors import CheckFailed
@@ -420,9 +418,9 @@ else:
     raise AssertionError("the mistake was not noticed")
 
 # %% [markdown]
-# The second is to make no copy at all. That is worse: the counts are right, each block has the
-# owners that the tables list, and no reference-count check can detect it. Four samples write their
-# first three words to the same slots, and each reads what the last one wrote.
+# The second is to make no copy at all. That is worse: each block has the owners that the tables
+# list, so no reference-count check can detect it. Four samples write their first three words to the
+# same slots, and each reads what the last one wrote.
 
 # %%
 
@@ -445,37 +443,118 @@ for right, wrong in zip(samples.outputs, mixed_up.outputs, strict=True):
 assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.outputs]
 
 # %% [markdown]
-# Three of the four samples got away with it, and so would a test that looks whether the text makes
-# sense. Only the comparison with the right tokens notices.
+# Three of the four samples came out right, so a test that only reads the text would pass. Only the
+# comparison of tokens detects the mistake.
+#
+# ### Exercise: count the blocks of a step
+#
+# Before a step the scheduler must count the blocks that its sequences will take. Each sequence in
+# `writing` gets one token. It takes a new block if its last block is full, and a copy if it must
+# not write to its last block. But not every owner of a block has to copy it, and not every owner
+# writes in this step. Change the body of `blocks_needed`, and run this cell and the next one again.
+
+
+# %%
+def blocks_needed(
+    tables: dict[int, list[int]], num_tokens: dict[int, int], writing: list[int]
+) -> int:
+    """Blocks of 4 slots that a step takes; tables and tokens of all sequences, by id."""
+    return sum(num_tokens[seq_id] % 4 == 0 for seq_id in writing)  # your turn
+
+
+# %%
+def check_exercise(own) -> bool:
+    """Compare with the blocks that the library takes, in six steps."""
+    steps = {  # by name: groups of (tokens, sequences with these tokens, how many of them write)
+        "a sequence alone": [(5, 1, 1)],
+        "full blocks, four write": [(8, 4, 4)],
+        "four share, four write": [(7, 4, 4)],
+        "four share, one writes": [(7, 4, 1)],
+        "four share, three write": [(6, 4, 3)],
+        "three groups": [(6, 2, 2), (9, 3, 2), (12, 2, 1)],
+    }
+    solved = True
+    for name, groups in steps.items():
+        memory, writers = BlockManager(num_blocks=32, block_size=4), []
+        num_tokens: dict[int, int] = {}
+        for start, (length, num_sequences, num_writers) in enumerate(groups):
+            first = Sequence(10 * start, range(length))
+            memory.admit(SequenceGroup(name, [first]))
+            first.mark_computed(length)
+            group = [first, *(first.fork(10 * start + i) for i in range(1, num_sequences))]
+            for fork in group[1:]:
+                memory.fork(first, fork)
+            num_tokens |= {seq.seq_id: length for seq in group}
+            writers += group[:num_writers]
+        tables = {seq_id: list(table.blocks) for seq_id, table in memory.tables.items()}
+        answer = own(tables, num_tokens, [seq.seq_id for seq in writers])
+        num_free = memory.num_free
+        for seq in writers:
+            seq.append(0)
+            memory.append(seq)
+        expected = num_free - memory.num_free
+        print(f"{name:24} yours: {answer}, expected: {expected}")
+        solved = solved and answer == expected
+    return solved
+
+
+print("solved" if check_exercise(blocks_needed) else "not solved yet")
+
+# %% [markdown]
+# <details markdown="1"><summary>Hint</summary>
+#
+# Go block by block, not sequence by sequence. How many sequences write to the block, and how many
+# own it? When may the last writer keep the original?
+#
+# </details>
+#
+# <details markdown="1"><summary>Solution</summary>
+#
+# If all owners write, the last one keeps the original. If some owner does not write, every writer
+# needs a copy:
+#
+# ```python
+# def blocks_needed(
+#     tables: dict[int, list[int]], num_tokens: dict[int, int], writing: list[int]
+# ) -> int:
+#     """Blocks of 4 slots that a step takes; tables and tokens of all sequences, by id."""
+#     needed = sum(num_tokens[seq_id] % 4 == 0 for seq_id in writing)
+#     written = Counter(tables[seq_id][-1] for seq_id in writing if num_tokens[seq_id] % 4)
+#     for block, num_writers in written.items():
+#         num_owners = sum(block in table for table in tables.values())
+#         needed += min(num_writers, num_owners - 1)
+#     return needed
+# ```
+#
+# </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# Four blocks of the prompt are full, and shared by all. The fifth holds one token; three of the
-# four writers copy it. At the end each sample has 40 tokens with a slot (the last one needs none),
-# in 10 blocks. Together they hold 28 blocks instead of 40. The beam search saves more, for its
-# beams share what they have generated, too.
+# Four blocks of the prompt are full, and shared by all samples. The fifth has one token, and three
+# of the four writers copy it. At the end each sample has 40 tokens in the cache (the last token is
+# never stored), in 10 blocks. Together they hold 28 blocks instead of 40. The beam search saves
+# more, because beams also share generated tokens.
 #
 # </details>
 #
 # ## Questions
 #
-# **A prompt has 16 tokens, a block 4 slots. How many blocks are copied for four samples?**
+# **A prompt has 16 tokens, a block has 4 slots. How many blocks are copied for four samples?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# None. All blocks of the prompt are full, so they are not written again. Each sample begins a new
-# block of its own.
+# None. All blocks of the prompt are full and never written again. Each sample starts a new block of
+# its own.
 #
 # </details>
 #
-# **Why does the fork not copy the last block at once? It will be written to in the next step
-# anyway.**
+# **Why does the fork not copy the last block at once? It will be written in the next step anyway.**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Not by all. One owner can keep the original, and which one is known only when the others have
-# gone. In a beam search a fork or its parent can also be pruned before either has written. Above,
-# 13 forks led to 10 copies.
+# One owner can keep the original, and which one is known only when the others have written. In a
+# beam search, a fork or its parent can also be pruned before it writes. Above, 13 forks led to 10
+# copies.
 #
 # </details>
 #
@@ -483,9 +562,9 @@ assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A little. $\lfloor p / B \rfloor$ blocks of $B$ slots hold all of the prompt but at most $B - 1$
-# tokens. With $B = 1$ nothing of it is stored twice, and nothing is ever copied. The costs of small
-# blocks in chapter 3 speak against it.
+# A little. All but at most $B - 1$ tokens of the prompt are in its $\lfloor p / B \rfloor$ full
+# blocks. With $B = 1$ the whole prompt is shared, and nothing is ever copied. But small blocks
+# have their own costs (chapter 3).
 #
 # </details>
 #
@@ -493,10 +572,10 @@ assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Before a step the scheduler asks `can_append`, and `BlockManager` answers for copies of the blocks
-# that are written, not of all that are shared. In a small pool it says yes, and then `append` runs
-# out of blocks in the middle of a step. If you change how many blocks `append` takes, change what
-# `can_append` and `fits` promise.
+# Before a step the scheduler asks `can_append`, and `BlockManager` counts the copies of blocks that
+# are about to be written, not of all shared blocks. In a small pool it returns True, and then
+# `append` runs out of blocks in the middle of the step. If you change how many blocks `append`
+# takes, change `can_append` and `fits` as well.
 #
 # </details>
 #
@@ -512,4 +591,5 @@ print(f"blocks saved by samples  {meter.saved():6.1%}")
 print(f"blocks saved by beams    {beam_meter.saved():6.1%}")
 
 # %% [markdown]
-# Next: [blocks that are found again by what they hold](08_prefix_caching.md).
+# To write `fork`, `free`, copy-on-write and parallel sampling yourself, take [lab 5](labs/05.md).
+# Next: [blocks that later requests find again](08_prefix_caching.md).
