@@ -330,9 +330,9 @@ Replay(beam_events, title="A beam search of width 4")
 # Figure 15 of the paper (section 6.3) reports the fraction of blocks that sharing saves. Blocks
 # have 16 slots, and requests are as short as instructions to an assistant (the Alpaca trace: on
 # average 19 tokens of prompt and 58 of output). For samples we have a formula, so we need only
-# lengths with those means. For beams a model must run. The numbers below are those that the README
-# reports for the embedded model. `minipaged bench sharing --num-requests 128` measures them again,
-# in a few minutes.
+# lengths with those means. For beams a model must run. The numbers below are those that
+# [Benchmarks](../docs/benchmarks.md#sharing) reports for the embedded model. `minipaged bench
+# sharing --num-requests 128` measures them again, in a few minutes.
 
 # %% Blocks saved by sharing, in percent: the paper's OPT-13B, and here
 from minipaged.evaluation.bench.sharing import PAPER, alpaca_lengths
@@ -351,7 +351,7 @@ def saved_by_samples(n: int, size: int = 16) -> float:
 widths = (2, 4, 6)
 here = {
     "parallel sampling": {n: saved_by_samples(n) for n in widths},
-    "beam search": {2: 27.1, 4: 40.2, 6: 44.3},  # README
+    "beam search": {2: 27.1, 4: 40.2, 6: 44.3},  # docs/benchmarks.md
 }
 figure, axes = drawing.picture(ncols=2, sharey=True)
 for axis, (method, paper) in zip(axes, PAPER.items(), strict=True):
