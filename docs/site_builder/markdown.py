@@ -25,7 +25,7 @@ from pathlib import Path
 
 from mkdocs.exceptions import PluginError
 
-from site_builder.names import NameIsGone, Source, find
+from minipaged.labs.chapters.names import NameIsGone, Source, find
 
 SOURCE = "source/"  # the folder of the site with the pages of source files
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")

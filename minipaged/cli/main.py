@@ -14,6 +14,7 @@ from minipaged.cli.entry import run
 from minipaged.cli.fetch import convert, fetch
 from minipaged.cli.generate import generate
 from minipaged.cli.lab import app as lab
+from minipaged.cli.learn import learn
 from minipaged.cli.options import Version
 from minipaged.cli.paper import paper
 from minipaged.cli.path import path
@@ -42,7 +43,9 @@ def common(context: typer.Context, version: Version = False) -> None:
         print(context.get_help())
 
 
-for command in (demo, generate, chat, serve, paper, simulate, capacity, fetch, convert, path):
+for command in (
+    demo, generate, chat, serve, learn, paper, simulate, capacity, fetch, convert, path
+):  # fmt: skip
     app.command()(command)
 app.add_typer(bench, name="bench")
 app.add_typer(lab, name="lab")

@@ -26,10 +26,11 @@ from site_builder.markdown import (
     with_places,
     with_quotes,
 )
-from site_builder.names import find
 from site_builder.navigation import with_folders
 from site_builder.tutorial_pages import page_of
 from site_builder.tutorials import WITHOUT_RUNNING, tutorial_files
+
+from minipaged.labs.chapters.names import find
 
 ROOT = Path(__file__).parents[2]
 

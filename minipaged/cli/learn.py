@@ -1,0 +1,114 @@
+"""`minipaged learn`: lists the chapters, opens one in the browser, writes them as notebooks."""
+
+import sys
+import webbrowser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from minipaged.cli.options import refuse_beside
+from minipaged.errors import InvalidOption
+from minipaged.utils.counts import counted
+from minipaged.utils.progress import progress_bar
+
+if TYPE_CHECKING:
+    from minipaged.labs.chapters.library import Library
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def learn(
+    context: typer.Context,
+    number: Annotated[
+        int | None, typer.Argument(help="The chapter to open. Default: list all chapters.")
+    ] = None,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the path of the page instead of opening it.")
+    ] = False,
+    notebooks: Annotated[
+        Path | None, typer.Option(help="Write the chapters as Jupyter notebooks to this folder.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing notebooks.")] = False,
+) -> None:
+    """List the chapters, or open one in the browser with its outputs."""
+    from minipaged.labs.chapters.library import Library
+
+    if notebooks is None and force:
+        raise InvalidOption("--force overwrites notebooks: give --notebooks as well.")
+    library = Library()
+    if notebooks is not None:
+        does = "writes notebooks and opens no page"
+        refuse_beside(context, "--notebooks", does, ["no_browser"])
+        _write_notebooks(library, number, notebooks, force)
+    elif number is not None:
+        _open(library, number, no_browser)
+    elif no_browser:
+        raise InvalidOption("--no-browser prints the path of one page: give a chapter's number.")
+    else:
+        _list(library)
+
+
+def _list(library: "Library") -> None:
+    columns = [name for name in ("Time", "Lab") if any(name in c.facts for c in library.chapters)]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("", "chapter", *(name.lower() for name in columns)):
+        table.add_column(name, justify="right" if name == "" else "left")
+    for each in library.chapters:
+        facts = [each.facts.get(name, "") for name in columns]
+        subject = f"[bold]{escape(each.title)}[/]\n{escape(each.summary)}"
+        table.add_row(str(each.number), subject, *facts)
+    console.print(table)
+    console.print("\nRead one: minipaged learn 0. As notebooks: minipaged learn --notebooks DIR")
+
+
+def _open(library: "Library", number: int, no_browser: bool) -> None:
+    page = _page(library, number)
+    if no_browser:
+        print(page)
+    elif webbrowser.open(page.as_uri()):
+        print(f"Opened {page}")
+    else:
+        print(f"No browser could be opened. Open this file in one: {page}")
+
+
+def _page(library: "Library", number: int) -> Path:
+    """The chapter's page, with outputs where the chapter can run. Says why if it has none."""
+    chapter = library.chapter(number)
+    if find_spec("matplotlib") is None:
+        _say(
+            "The page has text and code, but no outputs: the chapters draw with matplotlib, which "
+            "is not installed. pip install 'minipaged[plot]'"
+        )
+        return library.page_without_outputs(chapter)
+    bars: list[Any] = []
+
+    def progress(cell: int, num_cells: int) -> None:
+        if not bars:
+            _say(f"Running the code of chapter {number}. Its outputs are kept for the next time.")
+            bars.append(progress_bar(desc=f"chapter {number}", total=num_cells, unit=" cells"))
+        bars[0].update(cell - 1 - bars[0].n)
+
+    page, failed = library.page(chapter, progress)
+    for bar in bars:
+        bar.close()
+    if failed is not None:
+        _say(f"Chapter {number} stopped, and the page has its outputs up to there: {failed.error}")
+    return page
+
+
+def _write_notebooks(library: "Library", number: int | None, folder: Path, force: bool) -> None:
+    from minipaged.labs.chapters.notebooks import write_notebooks
+
+    chapters = library.chapters if number is None else [library.chapter(number)]
+    write_notebooks(chapters, library.folder / "drawing.py", folder, force)
+    print(f"{folder}: {counted(len(chapters), 'notebook')}, and drawing.py, which they import.")
+
+
+def _say(sentence: str) -> None:
+    """On standard error, so that standard output has only the path."""
+    print(sentence, file=sys.stderr)

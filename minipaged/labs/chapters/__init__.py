@@ -1,0 +1,1 @@
+"""The tutorial's chapters: how they are read, run and shown."""

@@ -1,0 +1,112 @@
+"""The built pages of all chapters, in the user's cache folder.
+
+Their folder is named after everything that a page can depend on: the chapters, this library and the
+versions of what runs them. A page is built once. Pages of chapters that have not run yet have their
+text and code, so that every link between chapters leads somewhere.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from filelock import FileLock
+
+from minipaged.errors import InvalidOption
+from minipaged.labs.chapters.pages import chapter_page, file_of, lab_page
+from minipaged.labs.chapters.reading import ROOT, Chapter, chapters_of, folder
+from minipaged.labs.chapters.running import Output, run
+from minipaged.utils.files import write_atomically
+
+_KEPT = 3  # folders of pages: several versions of the library may be in use
+
+
+class Library:
+    """The chapters of this installation, and their pages."""
+
+    def __init__(self, tutorials: Path | None = None) -> None:
+        """`tutorials` is the folder of the chapters. Raises InvalidOption if there is none."""
+        self.folder = tutorials or folder()
+        self.chapters = chapters_of(self.folder)
+
+    def chapter(self, number: int) -> Chapter:
+        """Raises InvalidOption."""
+        for chapter in self.chapters:
+            if chapter.number == number:
+                return chapter
+        first, last = self.chapters[0].number, self.chapters[-1].number
+        raise InvalidOption(f"there is no chapter {number}: choose one from {first} to {last}.")
+
+    @cached_property
+    def pages(self) -> Path:
+        """The folder of the pages, with a page for each chapter and each lab."""
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        pages = caches / "minipaged" / "learn" / self._key()
+        try:
+            pages.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidOption(
+                f"{pages} cannot be created ({error.strerror}): set XDG_CACHE_HOME to a folder "
+                "that you can write to."
+            ) from error
+        for chapter in self.chapters:
+            if not (pages / file_of(chapter.name)).exists():
+                self._write(pages, chapter, [])
+        for brief in sorted((self.folder / "labs").glob("[0-9]*.md")):
+            if not (page := pages / file_of(brief.stem)).exists():
+                write_atomically(page, lab_page(brief, self.chapters))
+        _forget_all_but_the_newest(pages.parent)
+        return pages
+
+    def page_without_outputs(self, chapter: Chapter) -> Path:
+        """The page of a chapter as it is, without running anything."""
+        return self.pages / file_of(chapter.name)
+
+    def page(
+        self, chapter: Chapter, progress: Callable[[int, int], None]
+    ) -> tuple[Path, Output | None]:
+        """The page of a chapter with its outputs, and the output at which the chapter failed.
+
+        Runs the chapter unless its outputs are cached. The outputs of one that failed are on its
+        page, and it runs again the next time.
+        """
+        page = self.pages / file_of(chapter.name)
+        cached = page.with_suffix(".json")
+        with FileLock(page.with_suffix(".lock")):
+            if not cached.exists():
+                outputs = run(chapter, progress)
+                self._write(self.pages, chapter, outputs)
+                if outputs and outputs[-1].error:
+                    return page, outputs[-1]
+                write_atomically(cached, json.dumps([asdict(output) for output in outputs]))
+        return page, None
+
+    def _write(self, pages: Path, chapter: Chapter, outputs: Sequence[Output]) -> None:
+        page = chapter_page(chapter, outputs, self.chapters)
+        write_atomically(pages / file_of(chapter.name), page)
+
+    def _key(self) -> str:
+        """Of everything that a page can depend on."""
+        key = hashlib.sha256(f"{ROOT} {sys.version}".encode())
+        for library in ("torch", "triton", "numpy", "matplotlib", "markdown-it-py", "pygments"):
+            try:
+                key.update(f"{library} {version(library)}".encode())
+            except PackageNotFoundError:
+                key.update(f"no {library}".encode())
+        package = [p for p in (ROOT / "minipaged").rglob("*") if "__pycache__" not in p.parts]
+        for file in sorted([*package, *self.folder.glob("*.py"), *self.folder.glob("labs/*.md")]):
+            if file.is_file():
+                key.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
+        return key.hexdigest()[:12]
+
+
+def _forget_all_but_the_newest(caches: Path) -> None:
+    folders = sorted(caches.iterdir(), key=lambda path: path.stat().st_mtime)
+    for old in folders[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)

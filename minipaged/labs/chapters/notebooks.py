@@ -1,0 +1,61 @@
+"""Chapters as notebooks, in the format of Jupyter (nbformat 4.5), without outputs."""
+
+import json
+import re
+from pathlib import Path
+
+from minipaged.errors import InvalidOption
+from minipaged.labs.chapters.reading import Cell, Chapter, with_links, with_quotes
+from minipaged.utils.files import write_atomically
+
+
+def write_notebooks(
+    chapters: list[Chapter], drawing: Path, folder: Path, force: bool = False
+) -> list[Path]:
+    """Write a notebook for each chapter, and drawing.py, which they import, next to them.
+
+    Raises InvalidOption, before anything is written, if a file exists and `force` is not set.
+    """
+    contents = {folder / f"{each.name}.ipynb": notebook(each) for each in chapters}
+    contents[folder / drawing.name] = drawing.read_text(encoding="utf-8")
+    existing = [path for path in contents if path.exists()]
+    if existing and not force:
+        others = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise InvalidOption(
+            f"{existing[0]}{others} exists already: give another folder, or --force to overwrite."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in contents.items():
+        write_atomically(path, content)
+    return list(contents)
+
+
+def notebook(chapter: Chapter) -> str:
+    """The JSON of a notebook."""
+    content = {
+        "cells": [_cell(number, cell) for number, cell in enumerate(chapter.cells)],
+        "metadata": {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _cell(number: int, cell: Cell) -> dict[str, object]:
+    text = cell.source if cell.is_code else with_quotes(with_links(cell.source, _address))
+    common = {
+        "id": f"cell-{number}",
+        "metadata": {"title": cell.title} if cell.title else {},
+        "source": text.splitlines(keepends=True),
+    }
+    if cell.is_code:
+        return {"cell_type": "code", "execution_count": None, "outputs": [], **common}
+    return {"cell_type": "markdown", **common}
+
+
+def _address(target: str) -> str | None:
+    chapter = re.fullmatch(r"(\d\d_\w+)\.md", target)
+    return f"{chapter[1]}.ipynb" if chapter else None

@@ -1,0 +1,146 @@
+"""A chapter, read from its script: cells of Markdown and of code in the percent format.
+
+# %% [markdown]
+# # 3. Blocks, block tables and the allocator
+
+# %% What the picture of this cell shows
+import drawing
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from minipaged.errors import InvalidOption
+from minipaged.labs.chapters.names import Source, find
+
+ROOT = Path(str(files("minipaged"))).parent  # the folder that contains the package
+_QUOTE = re.compile(r"^@@ +([\w.]+) *$", re.MULTILINE)
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+\.\w+)(?:#[^)\s]*)?\)")
+_FACT = re.compile(r"\*\*(\w+)\*\* *(.+?)(?= *·|\n\s*\n|\s*\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of text or code. `line` is the number of its first line in the script."""
+
+    is_code: bool
+    title: str
+    source: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A script, its cells, and what the list of chapters shows of it.
+
+    `facts` are those of the line `**Needs** ... · **Time** ... · **Lab** ...` of the first cell, by
+    name; a chapter without the line has none.
+    """
+
+    script: Path
+    number: int
+    title: str
+    summary: str
+    cells: tuple[Cell, ...]
+    facts: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def name(self) -> str:
+        return self.script.stem
+
+
+def folder() -> Path:
+    """The folder of the chapters: in the installed package, else in the checkout.
+
+    Raises InvalidOption if neither has one.
+    """
+    for place in (ROOT / "minipaged" / "assets" / "tutorials", ROOT / "tutorials"):
+        if (place / "drawing.py").is_file():
+            return place
+    raise InvalidOption(
+        f"the chapters are missing: neither {ROOT / 'minipaged' / 'assets'} nor {ROOT} contains "
+        "tutorials/. Install minipaged again, or use a checkout of its repository."
+    )
+
+
+def chapters_of(place: Path) -> list[Chapter]:
+    """All scripts of a folder whose name begins with a number, in their order."""
+    return [read(script) for script in sorted(place.glob("[0-9]*_*.py"))]
+
+
+def read(script: Path) -> Chapter:
+    """Raises InvalidOption unless the chapter begins with a heading and a sentence."""
+    cells = cells_of(script.read_text(encoding="utf-8"))
+    first = cells[0].source if cells and not cells[0].is_code else ""
+    heading = re.match(r"# (.+)", first)
+    if heading is None:
+        raise InvalidOption(f"{script}: begin the chapter with a cell of text and a `# title`.")
+    number = int(re.match(r"\d+", script.name)[0])  # pyright: ignore[reportOptionalSubscript]
+    title = re.sub(r"^\d+\. *", "", heading[1].strip())
+    paragraphs = [part for part in re.split(r"\n\s*\n", first)[1:] if part.strip()]
+    facts = {name: " ".join(value.split()) for p in paragraphs for name, value in _facts(p)}
+    texts = [part for part in paragraphs if not _facts(part) and part[0] not in "#-*|"]
+    summary = re.match(r".+?[.!?](?=\s|$)", " ".join(texts[0].split())) if texts else None
+    return Chapter(script, number, title, summary[0] if summary else "", tuple(cells), facts)
+
+
+def cells_of(script: str) -> list[Cell]:
+    """The cells of a script in the percent format."""
+    heads = list(re.finditer(r"^# %%(.*)$", script, flags=re.MULTILINE))
+    ends = [*(head.start() for head in heads[1:]), len(script)]
+    cells: list[Cell] = []
+    for head, end in zip(heads, ends, strict=True):
+        body, title = script[head.end() + 1 : end], head[1].strip()
+        begin = len(body) - len(body.lstrip("\n"))
+        line = script.count("\n", 0, head.end() + 1 + begin) + 1
+        if title == "[markdown]":
+            text = re.sub(r"^# ?", "", body.strip("\n"), flags=re.MULTILINE)
+            cells.append(Cell(False, "", text.strip("\n"), line))
+        elif body.strip():
+            cells.append(Cell(True, title, body.strip("\n"), line))
+    return cells
+
+
+def _facts(paragraph: str) -> list[tuple[str, str]]:
+    return _FACT.findall(paragraph) if paragraph.startswith("**Needs**") else []
+
+
+# ---- what the Markdown of a chapter may contain besides ------------------------------------------
+
+
+def with_quotes(markdown: str) -> str:
+    """Replaces each line `@@ dotted.name` by the source of that name. Raises NameIsGone."""
+
+    def quoted(match: re.Match[str]) -> str:
+        source = find(ROOT, match[1])
+        return f'```python title="{place(source)}"\n{source.text.rstrip()}\n```'
+
+    return _QUOTE.sub(quoted, markdown)
+
+
+def with_links(markdown: str, address: Callable[[str], str | None]) -> str:
+    """Links to other files as `address` leads them; where it gives None, the text names the file.
+
+    Args:
+        address: from a link's target, such as 04_paged_attention.md, to the one to put there.
+    """
+
+    def led(match: re.Match[str]) -> str:
+        label, target = match[1], match[2]
+        to = address(target)
+        path = re.sub(r"^(\.\./)+", "", target)
+        return f"[{label}]({to})" if to else label if path in label else f"{label} (`{path}`)"
+
+    return _LINK.sub(led, markdown)
+
+
+def place(source: Source) -> str:
+    """File and lines of a name, the file alone of a module."""
+    if source.is_module:
+        return source.path
+    one = source.first == source.last
+    lines = f"line {source.first}" if one else f"lines {source.first}-{source.last}"
+    return f"{source.path}, {lines}"
