@@ -67,38 +67,51 @@ def _list(library: "Library") -> None:
 
 
 def _open(library: "Library", number: int, no_browser: bool) -> None:
-    page = _page(library, number)
-    if no_browser:
-        print(page)
-    elif webbrowser.open(page.as_uri()):
-        print(f"Opened {page}")
-    else:
-        print(f"No browser could be opened. Open this file in one: {page}")
-
-
-def _page(library: "Library", number: int) -> Path:
-    """The chapter's page, with outputs where the chapter can run. Says why if it has none."""
+    """Open the page as soon as it has text; the outputs follow when the chapter has run."""
     chapter = library.chapter(number)
+    shown: list[Path] = []
+
+    def show(page: Path) -> None:
+        if page not in shown and not no_browser:
+            shown.append(page)
+            can_open = webbrowser.open(page.as_uri())
+            print("Opened" if can_open else "No browser can be opened here. The page is", page)
+
     if find_spec("matplotlib") is None:
         _say(
             "The page has text and code, but no outputs: the chapters draw with matplotlib, which "
             "is not installed. pip install 'minipaged[plot]'"
         )
-        return library.page_without_outputs(chapter)
-    bars: list[Any] = []
+        page = library.page_without_outputs(chapter)
+    else:
+        with _Progress(number) as progress:
+            page, error = library.page(chapter, progress.update, show)
+        if error:
+            _say(f"Chapter {number} stopped, and its page has the outputs up to there: {error}")
+    show(page)
+    if no_browser:
+        print(page)
 
-    def progress(cell: int, num_cells: int) -> None:
-        if not bars:
-            _say(f"Running the code of chapter {number}. Its outputs are kept for the next time.")
-            bars.append(progress_bar(desc=f"chapter {number}", total=num_cells, unit=" cells"))
-        bars[0].update(cell - 1 - bars[0].n)
 
-    page, failed = library.page(chapter, progress)
-    for bar in bars:
-        bar.close()
-    if failed is not None:
-        _say(f"Chapter {number} stopped, and the page has its outputs up to there: {failed.error}")
-    return page
+class _Progress:
+    """A bar that counts the cells of a chapter, from the first on: a cached one has none."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, cell: int, num_cells: int) -> None:
+        if self.bar is None:
+            _say(f"Running the code of chapter {self.number}. Its outputs are kept for next time.")
+            self.bar = progress_bar(desc=f"chapter {self.number}", total=num_cells, unit=" cells")
+        self.bar.update(cell - 1 - self.bar.n)
 
 
 def _write_notebooks(library: "Library", number: int | None, folder: Path, force: bool) -> None:

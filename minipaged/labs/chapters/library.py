@@ -6,12 +6,10 @@ text and code, so that every link between chapters leads somewhere.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,7 +55,9 @@ class Library:
             ) from error
         for chapter in self.chapters:
             if not (pages / file_of(chapter.name)).exists():
-                self._write(pages, chapter, [])
+                write_atomically(
+                    pages / file_of(chapter.name), chapter_page(chapter, [], self.chapters)
+                )
         for brief in sorted((self.folder / "labs").glob("[0-9]*.md")):
             if not (page := pages / file_of(brief.stem)).exists():
                 write_atomically(page, lab_page(brief, self.chapters))
@@ -69,27 +69,36 @@ class Library:
         return self.pages / file_of(chapter.name)
 
     def page(
-        self, chapter: Chapter, progress: Callable[[int, int], None]
-    ) -> tuple[Path, Output | None]:
-        """The page of a chapter with its outputs, and the output at which the chapter failed.
+        self,
+        chapter: Chapter,
+        progress: Callable[[int, int], None],
+        on_start: Callable[[Path], None] = lambda _: None,
+    ) -> tuple[Path, str]:
+        """The page of a chapter with its outputs, and the error that ended the chapter, or "".
 
         Runs the chapter unless its outputs are cached. The outputs of one that failed are on its
         page, and it runs again the next time.
-        """
-        page = self.pages / file_of(chapter.name)
-        cached = page.with_suffix(".json")
-        with FileLock(page.with_suffix(".lock")):
-            if not cached.exists():
-                outputs = run(chapter, progress)
-                self._write(self.pages, chapter, outputs)
-                if outputs and outputs[-1].error:
-                    return page, outputs[-1]
-                write_atomically(cached, json.dumps([asdict(output) for output in outputs]))
-        return page, None
 
-    def _write(self, pages: Path, chapter: Chapter, outputs: Sequence[Output]) -> None:
-        page = chapter_page(chapter, outputs, self.chapters)
-        write_atomically(pages / file_of(chapter.name), page)
+        Args:
+            progress: called with the number of each cell as it begins, and the number of cells.
+            on_start: called with the page, which has text and code, before the chapter runs.
+        """
+        page = self.page_without_outputs(chapter)
+        done = page.with_suffix(".done")
+        outputs: list[Output] = []
+        with FileLock(page.with_suffix(".lock")):
+            if done.exists():
+                return page, ""
+            write_atomically(page, chapter_page(chapter, [], self.chapters, running=True))
+            on_start(page)
+            try:
+                outputs = run(chapter, progress)
+            finally:  # interrupted, too: a page without outputs must not wait for them
+                write_atomically(page, chapter_page(chapter, outputs, self.chapters))
+            error = outputs[-1].error if outputs else ""
+            if not error:
+                write_atomically(done, "")
+        return page, error
 
     def _key(self) -> str:
         """Of everything that a page can depend on."""

@@ -23,23 +23,32 @@ from pygments.util import ClassNotFound
 from minipaged.labs.chapters.reading import ROOT, Cell, Chapter, with_links, with_quotes
 from minipaged.labs.chapters.running import Output
 
+NOT_RUN = '<p class="note">This page has no outputs yet: run <code>minipaged learn {}</code>.</p>'
+RUNNING = (
+    '<meta http-equiv="refresh" content="4"><p class="note">The code of this chapter is running. '
+    "The page will show its outputs when they are there: begin with your predictions.</p>"
+)
 _ASSETS = files("minipaged") / "assets"
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^\s$](?:[^$]*[^\s$])?)\$", re.DOTALL)
 _FONTS = re.compile(r"KaTeX_(Main-Regular|Main-Bold|Math-Italic|Size\d-Regular|AMS-Regular)\.")
 _NODE = re.compile(r"(\w+)\s*(?:[\[({]+\"?(.+?)\"?[\])}]+)?\s*")
-_ARROW = re.compile(r"\s*(<?)-->(?:\|([^|]*)\|)?\s*")
 
 
-def chapter_page(chapter: Chapter, outputs: Sequence[Output], chapters: Sequence[Chapter]) -> str:
-    """The page of a chapter; with no outputs, a page that explains how to get them."""
+def chapter_page(
+    chapter: Chapter, outputs: Sequence[Output], chapters: Sequence[Chapter], running: bool = False
+) -> str:
+    """The page of a chapter. Without outputs, it says how to get them.
+
+    Args:
+        running: the outputs are being computed: the page loads itself anew until it has them.
+    """
     shown = iter(outputs)
     parts: list[str] = []
     for cell in chapter.cells:
         parts.append(_code(cell) if cell.is_code else as_html(cell.source))
         output = next(shown, None) if cell.is_code else None
         parts += [] if output is None else [_shown(output, cell.title)]
-    note = f"This page has no outputs yet. Run <code>minipaged learn {chapter.number}</code>."
-    note = "" if outputs else f'<p class="note">{note}</p>'
+    note = "" if outputs else RUNNING if running else NOT_RUN.format(chapter.number)
     return _page(chapter.title, note + "\n".join(parts), chapters, chapter.number)
 
 
@@ -121,6 +130,7 @@ def _address(target: str) -> str | None:
 @cache
 def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
+    markdown.validateLink = lambda url: True  # file: as well, for sources of the library
     markdown.inline.ruler.before("escape", "formula", _formula)
     markdown.add_render_rule("formula", _render_formula)
     markdown.add_render_rule("fence", _render_fence)
@@ -168,18 +178,19 @@ def _coloured(code: str, language: str) -> str:
 
 
 def _arrows(diagram: str) -> str:
-    """The arrows of a flowchart in Mermaid's notation, one per line: from, label, to."""
+    """The arrows of a flowchart in Mermaid's notation, as text: a line for each of its lines."""
     names: dict[str, str] = {}
     rows: list[str] = []
     for line in diagram.splitlines()[1:]:
-        nodes = _ARROW.split(line.strip())[::3]
-        for short, name in (found.groups() for found in map(_NODE.match, nodes) if found):
-            names[short] = name or names.get(short, short)
-        ends = [names[found[1]] for found in map(_NODE.match, nodes) if found]
-        for begin, end, arrow in zip(ends, ends[1:], _ARROW.finditer(line.strip()), strict=False):
-            both, label = ("&harr;" if arrow[1] else "&rarr;"), html.escape(arrow[2] or "")
-            how = f' <span class="label">{label}</span> {both} ' if label else f" {both} "
-            rows.append(f"<li>{html.escape(begin)}{how}{html.escape(end)}</li>")
+        row = ""
+        for number, part in enumerate(re.split(r"\s*(<?-->(?:\|[^|]*\|)?)\s*", line.strip())):
+            if number % 2:
+                sign, label = ("&harr;" if part[0] == "<" else "&rarr;"), part.strip("<->|")
+                row += f" {sign} <i>{html.escape(label)}</i> {sign} " if label else f" {sign} "
+            elif node := _NODE.match(part):
+                names[node[1]] = node[2] or names.get(node[1], node[1])
+                row += html.escape(names[node[1]])
+        rows.append(f"<li>{row}</li>")
     return f'<ul class="arrows">{"".join(rows)}</ul>'
 
 
