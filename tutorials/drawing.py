@@ -3,13 +3,15 @@
 Text is a middle grey and the background empty, so that a picture can be read on a white page and on
 a dark one. Colours are those of Okabe and Ito, which people who see few colours can tell apart.
 
-A notebook shows pictures where they are drawn. A script keeps them if it is told where:
+A notebook shows pictures where they are drawn, and so does `minipaged learn`. A script saves them
+if you set a folder:
 
     MINIPAGED_PICTURES=pictures python tutorials/00_first_run.py
 """
 
 import atexit
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from itertools import groupby
@@ -163,14 +165,27 @@ class _Stopped(Exception):
         return [str(self)]
 
 
-def _keep_pictures() -> None:
-    """What a script has drawn, as it ends: 00_first_run-1.png and so on."""
-    folder = Path(os.environ["MINIPAGED_PICTURES"])
-    folder.mkdir(parents=True, exist_ok=True)
+def _end() -> None:
+    """As a script ends: its pictures go where MINIPAGED_PICTURES says, as 00_first_run-1.png and so
+    on. A chapter says where to read it; one that failed does not.
+    """
+    script = Path(sys.argv[0]).resolve()
+    folder = os.environ.get("MINIPAGED_PICTURES")
+    saved = "" if folder is None else f" Its pictures are in {_save_pictures(script.stem, folder)}."
+    chapter = re.match(r"\d\d(?=_)", script.name)
+    is_ours = script.parent == Path(__file__).resolve().parent
+    if chapter and is_ours and not hasattr(sys, "last_value"):
+        where = f"minipaged learn {int(chapter[0])}"
+        print(f"\nRead this chapter with its text and pictures: {where}.{saved}")
+
+
+def _save_pictures(name: str, folder: str) -> str:
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for number in plt.get_fignums():
-        file = folder / f"{Path(sys.argv[0]).stem}-{number}.png"
+        file = Path(folder) / f"{name}-{number}.png"
         plt.figure(number).savefig(file, dpi=150, facecolor="white")
+    return folder
 
 
-if "MINIPAGED_PICTURES" in os.environ:
-    atexit.register(_keep_pictures)
+if "ipykernel" not in sys.modules:
+    atexit.register(_end)

@@ -1,13 +1,14 @@
-"""A chapter: a percent script of tutorials/, read as a notebook."""
+"""A chapter of tutorials/ as a notebook, and what the list of chapters says of it."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import jupytext
 import nbformat
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from minipaged.errors import InvalidOption
+from minipaged.labs.chapters import reading
 from site_builder.markdown import CannotBuild
 
 
@@ -32,30 +33,19 @@ def chapters_of(root: Path) -> list[Chapter]:
 
 def read(script: Path) -> Chapter:
     """Raises CannotBuild unless the chapter begins with a heading and a sentence."""
-    notebook = jupytext.read(script, fmt="py:percent")
-    for index, cell in enumerate(notebook.cells):
-        cell["id"] = f"cell-{index}"  # else random: the notebook would differ in every build
-    notebook.metadata["kernelspec"] = {
-        "display_name": "Python 3",
-        "language": "python",
-        "name": "python3",
-    }
-    first = notebook.cells[0].source if notebook.cells else ""
-    heading = re.match(r"# (.+)", first)
-    if heading is None:
-        raise CannotBuild(f"{script.name}: a chapter begins with a cell of text and its `# title`.")
-    return Chapter(script, notebook, heading[1].strip(), _summary(script, first))
+    try:
+        chapter = reading.read(script)
+    except InvalidOption as error:
+        raise CannotBuild(str(error)) from None
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook = new_notebook(metadata={"kernelspec": kernel})
+    for index, cell in enumerate(chapter.cells):
+        new_cell = new_code_cell if cell.is_code else new_markdown_cell
+        # The id is else random: the notebook would differ in every build.
+        metadata = {"title": cell.title} if cell.title else {}
+        notebook.cells.append(new_cell(cell.source, id=f"cell-{index}", metadata=metadata))
+    return Chapter(script, notebook, chapter.heading, chapter.summary)
 
 
 def notebook_text(notebook: NotebookNode) -> str:
     return nbformat.writes(notebook) + "\n"
-
-
-def _summary(script: Path, markdown: str) -> str:
-    """The first sentence below the heading; of a list, that of its first item."""
-    for paragraph in re.split(r"\n\s*\n|\n(?=[-*] )", markdown)[1:]:
-        text = " ".join(paragraph.split()).removeprefix("- ").removeprefix("* ")
-        if text and not text.startswith("#") and not text.endswith(":"):
-            sentence = re.match(r".+?[.!?](?=\s|$)", text)
-            return sentence[0] if sentence else text
-    raise CannotBuild(f"{script.name}: below its title a chapter says what it is about.")

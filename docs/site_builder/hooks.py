@@ -12,7 +12,8 @@ from mkdocs.livereload import LiveReloadServer
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # MkDocs loads this file by its path
+# MkDocs loads this file by its path. site_builder is in docs/, minipaged in the checkout's root.
+sys.path[:0] = [str(folder) for folder in Path(__file__).parents[1:3]]
 
 from site_builder.cli_page import cli_files
 from site_builder.markdown import SOURCE, expanded

@@ -9,7 +9,7 @@ import drawing
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from minipaged.labs.chapters.names import Source, find
 ROOT = Path(str(files("minipaged"))).parent  # the folder that contains the package
 _QUOTE = re.compile(r"^@@ +([\w.]+) *$", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+\.\w+)(?:#[^)\s]*)?\)")
-_FACT = re.compile(r"\*\*(\w+)\*\* *(.+?)(?= *·|\n\s*\n|\s*\Z)", re.DOTALL)
+_FACT = re.compile(r"\*\*(\w+)\*\* *(.+?)(?= *·| *$)")
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,23 @@ class Chapter:
     """
 
     script: Path
-    number: int
-    title: str
+    heading: str
     summary: str
+    facts: dict[str, str]
     cells: tuple[Cell, ...]
-    facts: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def name(self) -> str:
         return self.script.stem
+
+    @property
+    def number(self) -> int:
+        return int(self.name.partition("_")[0])
+
+    @property
+    def title(self) -> str:
+        """The heading without its number."""
+        return re.sub(r"^\d+\. *", "", self.heading)
 
 
 def folder() -> Path:
@@ -77,35 +85,34 @@ def read(script: Path) -> Chapter:
     first = cells[0].source if cells and not cells[0].is_code else ""
     heading = re.match(r"# (.+)", first)
     if heading is None:
-        raise InvalidOption(f"{script}: begin the chapter with a cell of text and a `# title`.")
-    number = int(re.match(r"\d+", script.name)[0])  # pyright: ignore[reportOptionalSubscript]
-    title = re.sub(r"^\d+\. *", "", heading[1].strip())
-    paragraphs = [part for part in re.split(r"\n\s*\n", first)[1:] if part.strip()]
-    facts = {name: " ".join(value.split()) for p in paragraphs for name, value in _facts(p)}
-    texts = [part for part in paragraphs if not _facts(part) and part[0] not in "#-*|"]
-    summary = re.match(r".+?[.!?](?=\s|$)", " ".join(texts[0].split())) if texts else None
-    return Chapter(script, number, title, summary[0] if summary else "", tuple(cells), facts)
+        raise InvalidOption(f"{script.name}: begin it with a cell of text and its `# title`.")
+    facts, summary = dict[str, str](), ""
+    for paragraph in re.split(r"\n\s*\n|\n(?=[-*] )", first)[1:]:
+        text = " ".join(paragraph.split()).removeprefix("- ").removeprefix("* ")
+        if text.startswith("**Needs**"):
+            facts = dict(_FACT.findall(text))
+        elif text and not summary and not text.startswith("#") and not text.endswith(":"):
+            sentence = re.match(r".+?[.!?](?=\s|$)", text)
+            summary = sentence[0] if sentence else text
+    if not summary:
+        raise InvalidOption(f"{script.name}: say below its title what the chapter is about.")
+    return Chapter(script, heading[1].strip(), summary, facts, tuple(cells))
 
 
 def cells_of(script: str) -> list[Cell]:
     """The cells of a script in the percent format."""
-    heads = list(re.finditer(r"^# %%(.*)$", script, flags=re.MULTILINE))
-    ends = [*(head.start() for head in heads[1:]), len(script)]
+    before, *pieces = re.split(r"^# %%(.*)$", script, flags=re.MULTILINE)
+    line = before.count("\n") + 1
     cells: list[Cell] = []
-    for head, end in zip(heads, ends, strict=True):
-        body, title = script[head.end() + 1 : end], head[1].strip()
-        begin = len(body) - len(body.lstrip("\n"))
-        line = script.count("\n", 0, head.end() + 1 + begin) + 1
+    for title, body in zip(map(str.strip, pieces[::2]), pieces[1::2], strict=True):
+        first = line + len(body) - len(body.lstrip("\n"))
+        line += body.count("\n")
         if title == "[markdown]":
             text = re.sub(r"^# ?", "", body.strip("\n"), flags=re.MULTILINE)
-            cells.append(Cell(False, "", text.strip("\n"), line))
+            cells.append(Cell(False, "", text.strip("\n"), first))
         elif body.strip():
-            cells.append(Cell(True, title, body.strip("\n"), line))
+            cells.append(Cell(True, title, body.strip("\n"), first))
     return cells
-
-
-def _facts(paragraph: str) -> list[tuple[str, str]]:
-    return _FACT.findall(paragraph) if paragraph.startswith("**Needs**") else []
 
 
 # ---- what the Markdown of a chapter may contain besides ------------------------------------------
