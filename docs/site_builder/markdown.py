@@ -25,7 +25,8 @@ from pathlib import Path
 
 from mkdocs.exceptions import PluginError
 
-from minipaged.labs.chapters.names import NameIsGone, Source, find
+from minipaged.labs.chapters.names import NameIsGone, find
+from minipaged.labs.chapters.reading import place
 
 SOURCE = "source/"  # the folder of the site with the pages of source files
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
@@ -65,15 +66,6 @@ def with_places(markdown: str, root: Path, page: str) -> str:
         except NameIsGone as gone:
             raise CannotBuild(f"{page}, line {number}: cannot place {gone}") from gone
     return "\n".join(lines) + "\n" if lines else ""
-
-
-def place(source: Source) -> str:
-    """File and lines of a name, the file alone of a module."""
-    if source.is_module:
-        return source.path
-    one = source.first == source.last
-    lines = f"line {source.first}" if one else f"lines {source.first}-{source.last}"
-    return f"{source.path}, {lines}"
 
 
 # ---- links ---------------------------------------------------------------------------------------

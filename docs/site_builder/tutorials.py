@@ -27,11 +27,13 @@ network.
 Three ways to follow:
 
 - Read here. Chapters 0, 3, 6, 7, 8 and 9 replay what happened in the pool, block by block.
-- Run the script, in a checkout: `pip install -e ".[plot]"`, then
-  `python tutorials/00_first_run.py`. With `MINIPAGED_PICTURES=pictures` before it, it keeps its
+- Read on your own machine, without a network: `minipaged learn 3` opens chapter 3 in the browser,
+  with the outputs that its code gives there (`pip install -e ".[plot]"`). Or run the script in a
+  checkout, `python tutorials/00_first_run.py`; set `MINIPAGED_PICTURES=pictures` to save its
   pictures in that folder.
-- Open the notebook, linked at the top of each chapter, in Jupyter. Or open the script itself in an
-  editor that knows cells (`# %%`), such as VS Code or Spyder.
+- Open the notebook in Jupyter: `minipaged learn --notebooks DIR` writes all of them, and each
+  chapter links to its own at the top. Or open the script in an editor that supports cells
+  (`# %%`), such as VS Code or Spyder.
 
 Each has the same form: what you will know, what must hold, numbers to predict before you run
 anything, the step, a check that would notice if it were wrong, questions with folded answers, and

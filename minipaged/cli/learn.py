@@ -4,7 +4,7 @@ import sys
 import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +14,6 @@ from rich.table import Table
 from minipaged.cli.options import refuse_beside
 from minipaged.errors import InvalidOption
 from minipaged.utils.counts import counted
-from minipaged.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from minipaged.labs.chapters.library import Library
@@ -63,55 +62,35 @@ def _list(library: "Library") -> None:
         subject = f"[bold]{escape(each.title)}[/]\n{escape(each.summary)}"
         table.add_row(str(each.number), subject, *facts)
     console.print(table)
-    console.print("\nRead one: minipaged learn 0. As notebooks: minipaged learn --notebooks DIR")
+    first = library.chapters[0].number
+    console.print(f"\nRead one: minipaged learn {first}. All of them as notebooks: --notebooks DIR")
 
 
 def _open(library: "Library", number: int, no_browser: bool) -> None:
     """Open the page as soon as it has text; the outputs follow when the chapter has run."""
     chapter = library.chapter(number)
-    shown: list[Path] = []
+    opened: list[Path] = []
 
     def show(page: Path) -> None:
-        if page not in shown and not no_browser:
-            shown.append(page)
+        if not no_browser and not opened:
+            opened.append(page)
             can_open = webbrowser.open(page.as_uri())
             print("Opened" if can_open else "No browser can be opened here. The page is", page)
+
+    def start(page: Path) -> None:
+        show(page)
+        _say(f"The code of chapter {number} is running. Its outputs are kept for the next time.")
 
     if find_spec("matplotlib") is None:
         _say(
             "The page has text and code, but no outputs: the chapters draw with matplotlib, which "
-            "is not installed. pip install 'minipaged[plot]'"
+            "is not installed. Install it: pip install 'minipaged[plot]'"
         )
-        page = library.page_without_outputs(chapter)
-    else:
-        with _Progress(number) as progress:
-            page, error = library.page(chapter, progress.update, show)
-        if error:
-            _say(f"Chapter {number} stopped, and its page has the outputs up to there: {error}")
-    show(page)
+    elif error := library.run(chapter, start):
+        _say(f"Chapter {number} stopped, and its page has the outputs up to there: {error}")
+    show(library.page(chapter))
     if no_browser:
-        print(page)
-
-
-class _Progress:
-    """A bar that counts the cells of a chapter, from the first on: a cached one has none."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.bar: Any = None
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def update(self, cell: int, num_cells: int) -> None:
-        if self.bar is None:
-            _say(f"Running the code of chapter {self.number}. Its outputs are kept for next time.")
-            self.bar = progress_bar(desc=f"chapter {self.number}", total=num_cells, unit=" cells")
-        self.bar.update(cell - 1 - self.bar.n)
+        print(library.page(chapter))
 
 
 def _write_notebooks(library: "Library", number: int | None, folder: Path, force: bool) -> None:

@@ -5,6 +5,7 @@ import functools
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_a_chapter_runs_from_top_to_bottom(chapter: Path, tmp_path: Path):
     said = IMPORT.sub("", run.stderr)
     assert run.returncode == 0, f"{run.stdout[-2000:]}\n{said[-4000:]}"
     assert not list(tmp_path.iterdir()), "a chapter leaves nothing behind"
+    assert run.stdout.endswith(f": minipaged learn {int(chapter.stem[:2])}.\n")
     known = {module_name(file) for file in imported_files(chapter, ROOT)[0]}
     imported = {name for name in times if name.split(".")[0] in ("minipaged", "drawing")}
     assert "drawing" in imported
@@ -88,6 +90,34 @@ def test_a_script_keeps_its_pictures_where_it_is_told(tmp_path: Path):
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     assert [file.name for file in tmp_path.glob("pictures/*")] == ["00_first_run-1.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "last"),
+    [
+        (
+            "03_stub.py",
+            "print(1)",
+            "Read this chapter with its text and pictures: minipaged learn 3.",
+        ),
+        ("03_stub.py", "drawing.picture()", "learn 3. Its pictures are in pictures."),
+        ("03_stub.py", "1 / 0", ""),
+        ("stub.py", "print(1)", "1"),
+    ],
+)
+def test_a_script_ends_with_where_to_read_it_unless_it_failed(name, code, last, tmp_path):
+    shutil.copy(ROOT / "tutorials" / "drawing.py", tmp_path)
+    (tmp_path / name).write_text(f"import drawing\n{code}\n")
+    environment = {k: v for k, v in os.environ.items() if k != "MINIPAGED_PICTURES"}
+    if "pictures." in last:
+        environment["MINIPAGED_PICTURES"] = "pictures"
+    run = subprocess.run(
+        [sys.executable, name], cwd=tmp_path, env=environment, check=False, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.stdout.rstrip("\n").endswith(last)
+    assert bool(run.stdout) == bool(last)
+    assert (tmp_path / "pictures").exists() == ("pictures." in last)
 
 
 @pytest.mark.full

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,61 +54,54 @@ class Library:
                 f"{pages} cannot be created ({error.strerror}): set XDG_CACHE_HOME to a folder "
                 "that you can write to."
             ) from error
+        pages.touch()  # the newest, though it may be there for long
         for chapter in self.chapters:
-            if not (pages / file_of(chapter.name)).exists():
-                write_atomically(
-                    pages / file_of(chapter.name), chapter_page(chapter, [], self.chapters)
-                )
+            if not (page := pages / file_of(chapter.name)).exists():
+                write_atomically(page, chapter_page(chapter, [], self.chapters))
         for brief in sorted((self.folder / "labs").glob("[0-9]*.md")):
             if not (page := pages / file_of(brief.stem)).exists():
                 write_atomically(page, lab_page(brief, self.chapters))
         _forget_all_but_the_newest(pages.parent)
         return pages
 
-    def page_without_outputs(self, chapter: Chapter) -> Path:
+    def page(self, chapter: Chapter) -> Path:
         """The page of a chapter as it is, without running anything."""
         return self.pages / file_of(chapter.name)
 
-    def page(
-        self,
-        chapter: Chapter,
-        progress: Callable[[int, int], None],
-        on_start: Callable[[Path], None] = lambda _: None,
-    ) -> tuple[Path, str]:
-        """The page of a chapter with its outputs, and the error that ended the chapter, or "".
+    def run(self, chapter: Chapter, on_start: Callable[[Path], None] = lambda _: None) -> str:
+        """Run a chapter, unless its outputs are on its page already.
 
-        Runs the chapter unless its outputs are cached. The outputs of one that failed are on its
-        page, and it runs again the next time.
+        The outputs of a chapter that fails are on its page, and it runs again the next time.
 
         Args:
-            progress: called with the number of each cell as it begins, and the number of cells.
             on_start: called with the page, which has text and code, before the chapter runs.
+
+        Returns:
+            The error that ended the chapter, or "".
         """
-        page = self.page_without_outputs(chapter)
+        page = self.page(chapter)
         done = page.with_suffix(".done")
         outputs: list[Output] = []
         with FileLock(page.with_suffix(".lock")):
             if done.exists():
-                return page, ""
+                return ""
             write_atomically(page, chapter_page(chapter, [], self.chapters, running=True))
             on_start(page)
             try:
-                outputs = run(chapter, progress)
+                outputs = run(chapter)
             finally:  # interrupted, too: a page without outputs must not wait for them
                 write_atomically(page, chapter_page(chapter, outputs, self.chapters))
             error = outputs[-1].error if outputs else ""
             if not error:
                 write_atomically(done, "")
-        return page, error
+        return error
 
     def _key(self) -> str:
         """Of everything that a page can depend on."""
         key = hashlib.sha256(f"{ROOT} {sys.version}".encode())
         for library in ("torch", "triton", "numpy", "matplotlib", "markdown-it-py", "pygments"):
-            try:
+            with suppress(PackageNotFoundError):
                 key.update(f"{library} {version(library)}".encode())
-            except PackageNotFoundError:
-                key.update(f"no {library}".encode())
         package = [p for p in (ROOT / "minipaged").rglob("*") if "__pycache__" not in p.parts]
         for file in sorted([*package, *self.folder.glob("*.py"), *self.folder.glob("labs/*.md")]):
             if file.is_file():

@@ -4,7 +4,7 @@ A chapter runs in a process of its own, since it may change anything in it:
 
     python -m minipaged.labs.chapters.running tutorials/03_blocks_and_block_tables.py outputs.json
 
-The process prints one line per cell that it begins. `run` starts it and reads these lines.
+The process prints one line per cell that has run. `run` starts it and counts these lines.
 """
 
 import ast
@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minipaged.labs.chapters.reading import ROOT, Cell, Chapter, read
+from minipaged.utils.progress import progress_bar
 
 
 @dataclass
@@ -43,13 +43,12 @@ class Output:
     error: str = ""
 
 
-def run(chapter: Chapter, progress: Callable[[int, int], None]) -> list[Output]:
-    """The outputs of the cells of code, up to the one that ended the chapter.
-
-    Args:
-        progress: called with the number of each cell as it begins, and the number of cells.
-    """
-    with tempfile.TemporaryDirectory() as folder:
+def run(chapter: Chapter) -> list[Output]:
+    """The outputs of the cells of code, up to the one that ended the chapter. Shows a bar."""
+    bar = progress_bar(
+        desc=f"chapter {chapter.number}", total=sum(cell.is_code for cell in chapter.cells)
+    )
+    with tempfile.TemporaryDirectory() as folder, bar:
         file = Path(folder) / "outputs.json"
         command = [sys.executable, "-m", __name__, str(chapter.script.resolve()), str(file)]
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -66,8 +65,8 @@ def run(chapter: Chapter, progress: Callable[[int, int], None]) -> list[Output]:
             ) as process,
         ):  # fmt: skip
             try:
-                for line in process.stdout or ():
-                    progress(*map(int, line.split()))
+                for _ in process.stdout or ():
+                    bar.update()
                 process.wait()
             finally:
                 process.kill()
@@ -88,12 +87,11 @@ def main(script: str, file: str) -> None:
     module = types.ModuleType("__main__")
     module.__file__ = script
     sys.modules["__main__"] = module
-    cells = [cell for cell in chapter.cells if cell.is_code]
     outputs: list[Output] = []
-    for number, cell in enumerate(cells, 1):
-        print(number, len(cells), file=told, flush=True)
+    for cell in (cell for cell in chapter.cells if cell.is_code):
         goes_on, output = run_cell(cell, script, vars(module))
         outputs.append(output)
+        print("ran", file=told, flush=True)
         if not goes_on:
             break
     content = json.dumps([asdict(output) for output in outputs])

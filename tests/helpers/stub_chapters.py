@@ -1,0 +1,79 @@
+"""Two chapters that run in milliseconds, in a folder such as tutorials/."""
+
+from pathlib import Path
+
+FIRST = """\
+# %% [markdown]
+# # 3. Adding & counting
+#
+# **Needs** chapter 2 · **Time** 5 minutes · **Lab** 1
+#
+# It adds numbers. It counts, too.
+#
+# The sum is $a_1 + b_1 * c_1$, `$no$ formula`, and [the next chapter](04_second.md) has more. See
+# [lab 1](labs/01.md), [the code](../minipaged/llm.py#L3) and [a page](../gone.md).
+#
+# @@ minipaged.memory.block_table.BlockTable.slot
+#
+# <details markdown="1"><summary>Answer</summary>
+#
+# *Folded.*
+#
+# </details>
+#
+# ```mermaid
+# flowchart LR
+#   a["text & ids"] -->|tokenizer| b(ids) --> c
+#   c <-->|HTTP| a
+# ```
+
+# %%
+import inspect
+import os
+from pathlib import Path
+
+with Path(os.environ["RUNS"]).open("a") as runs:
+    runs.write("ran\\n")
+
+
+def double(x):
+    return 2 * x
+
+
+print("<b>", inspect.getsource(double))
+double(21)
+
+# %%
+class Shown:
+    def _repr_html_(self):
+        return "<iframe></iframe>"
+
+
+Shown()
+"""
+SECOND = """\
+# %% [markdown]
+# # 4. The second
+#
+# It fails.
+
+# %%
+1 / 0
+
+# %%
+print("never")
+"""
+
+
+def make_chapters(folder: Path) -> Path:
+    """A folder of two chapters, drawing.py and a lab's brief. The first appends to $RUNS."""
+    files = {
+        "03_first.py": FIRST,
+        "04_second.py": SECOND,
+        "drawing.py": "",
+        "labs/01.md": "# Lab 1: count\n\nRead [chapter 3](../03_first.md).\n",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
