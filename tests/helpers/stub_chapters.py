@@ -6,7 +6,8 @@ FIRST = """\
 # %% [markdown]
 # # 3. Adding & counting
 #
-# **Needs** chapter 2 · **Time** 5 minutes · **Lab** 1
+# **Needs** chapter 2 · **Time** 5 minutes
+# · **Lab** [1](labs/01.md)
 #
 # It adds numbers. It counts, too.
 #

@@ -90,7 +90,7 @@ def read(script: Path) -> Chapter:
     for paragraph in re.split(r"\n\s*\n|\n(?=[-*] )", first)[1:]:
         text = " ".join(paragraph.split()).removeprefix("- ").removeprefix("* ")
         if text.startswith("**Needs**"):
-            facts = dict(_FACT.findall(text))
+            facts = dict(_FACT.findall(_LINK.sub(r"\1", text)))
         elif text and not summary and not text.startswith("#") and not text.endswith(":"):
             sentence = re.match(r".+?[.!?](?=\s|$)", text)
             summary = sentence[0] if sentence else text
