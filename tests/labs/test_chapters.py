@@ -116,7 +116,10 @@ def test_links_lead_to_other_pages_and_to_installed_files(tutorials):
 
 
 def test_brackets_in_code_are_no_links():
-    assert as_html("`rows[i](x.md)` and\n\n```python\nf[a](b.py)\n```").count("<a ") == 0
+    page = as_html("`rows[i](x.md)` and\n\n```text\nf[a](03_b.md)\n```\n\n[`c`](03_b.md)")
+    assert "<code>rows[i](x.md)</code>" in page
+    assert "f[a](03_b.md)" in page
+    assert '<a href="03_b.html"><code>c</code></a>' in page
 
 
 def test_a_diagram_becomes_a_list_of_arrows(tutorials):
@@ -230,6 +233,14 @@ def test_pages_of_the_three_newest_versions_are_kept(tutorials, tmp_path):
         newest = Library(tutorials).pages
     assert len(list(newest.parent.iterdir())) == 3
     assert newest.exists()
+
+
+def test_a_version_in_use_again_counts_as_new(tutorials):
+    script, texts = tutorials / "03_first.py", {}
+    for name in "abcad":
+        script.write_text(texts.setdefault(name, script.read_text() + f"# {name}\n"))
+        texts[name, "pages"] = Library(tutorials).pages
+    assert [name for name in "abcd" if texts[name, "pages"].exists()] == ["a", "c", "d"]
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tutorials, tmp_path, monkeypatch):

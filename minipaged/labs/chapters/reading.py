@@ -18,7 +18,9 @@ from minipaged.labs.chapters.names import Source, find
 
 ROOT = Path(str(files("minipaged"))).parent  # the folder that contains the package
 _QUOTE = re.compile(r"^@@ +([\w.]+) *$", re.MULTILINE)
-_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+\.\w+)(?:#[^)\s]*)?\)")
+_LINK = re.compile(  # or code, which is left as it is
+    r"```.*?```|`[^`\n]+`|(?<!!)\[([^\]]+)\]\(([^)#\s:]+\.\w+)(?:#[^)\s]*)?\)", re.DOTALL
+)
 _FACT = re.compile(r"\*\*(\w+)\*\* *(.+?)(?= *·| *$)")
 
 
@@ -90,7 +92,7 @@ def read(script: Path) -> Chapter:
     for paragraph in re.split(r"\n\s*\n|\n(?=[-*] )", first)[1:]:
         text = " ".join(paragraph.split()).removeprefix("- ").removeprefix("* ")
         if text.startswith("**Needs**"):
-            facts = dict(_FACT.findall(_LINK.sub(r"\1", text)))
+            facts = dict(_FACT.findall(_LINK.sub(lambda link: link[1] or link[0], text)))
         elif text and not summary and not text.startswith("#") and not text.endswith(":"):
             sentence = re.match(r".+?[.!?](?=\s|$)", text)
             summary = sentence[0] if sentence else text
@@ -137,6 +139,8 @@ def with_links(markdown: str, address: Callable[[str], str | None]) -> str:
 
     def led(match: re.Match[str]) -> str:
         label, target = match[1], match[2]
+        if label is None:
+            return match[0]
         to = address(target)
         path = re.sub(r"^(\.\./)+", "", target)
         return f"[{label}]({to})" if to else label if path in label else f"{label} (`{path}`)"
