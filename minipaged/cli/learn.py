@@ -18,6 +18,7 @@ from minipaged.utils.counts import counted
 if TYPE_CHECKING:
     from minipaged.labs.chapters.library import Library
 
+SHOWN = ("Time", "Lab")  # of a chapter's facts
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -53,14 +54,14 @@ def learn(
 
 
 def _list(library: "Library") -> None:
-    columns = [name for name in ("Time", "Lab") if any(name in c.facts for c in library.chapters)]
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("", "chapter", *(name.lower() for name in columns)):
-        table.add_column(name, justify="right" if name == "" else "left")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(justify="right")
+    table.add_column()
     for each in library.chapters:
-        facts = [each.facts.get(name, "") for name in columns]
-        subject = f"[bold]{escape(each.title)}[/]\n{escape(each.summary)}"
-        table.add_row(str(each.number), subject, *facts)
+        lines = [f"[bold]{escape(each.title)}[/]", escape(each.summary)]
+        facts = [f"{name.lower()}: {value}" for name, value in each.facts.items() if name in SHOWN]
+        lines += [f"[dim]{escape('; '.join(facts))}[/]"] if facts else []
+        table.add_row(str(each.number), "\n".join(lines))
     console.print(table)
     first = library.chapters[0].number
     console.print(f"\nRead one: minipaged learn {first}. All of them as notebooks: --notebooks DIR")

@@ -40,10 +40,9 @@ def test_the_list_of_chapters_needs_no_torch():
 def test_the_list_has_number_title_subject_time_and_lab(learn):
     code, out, _, opened = learn()
     assert code == 0
-    header, title, subject = out.splitlines()[:3]
-    assert header.split() == ["chapter", "time", "lab"]
-    assert title.split() == ["3", "Adding", "&", "counting", "5", "minutes", "1"]
-    assert subject.strip() == "It adds numbers."
+    lines = [line.strip() for line in out.splitlines()]
+    assert lines[:3] == ["3  Adding & counting", "It adds numbers.", "time: 5 minutes; lab: 1"]
+    assert lines[3:5] == ["4  The second", "It fails."]
     assert "minipaged learn 3" in out
     assert not opened
 
