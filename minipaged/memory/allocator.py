@@ -34,7 +34,7 @@ class BlockAllocator:
     def __init__(self, num_blocks: int) -> None:
         """Raises InvalidOption for a pool of fewer than 0 blocks."""
         if num_blocks < 0:
-            raise InvalidOption(f"num_blocks is {num_blocks}: give a pool 0 blocks or more.")
+            raise InvalidOption(f"a pool of {num_blocks} blocks is impossible: give 0 or more.")
         self.num_blocks = num_blocks
         self._free = list(reversed(range(num_blocks)))
         self._ref_counts = [0] * num_blocks

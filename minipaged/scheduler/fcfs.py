@@ -66,7 +66,7 @@ class FCFSScheduler:
     def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence:
         """Split a sequence in two: one more sample or beam, which shares all its blocks.
 
-        After a step, fork before a sequence gets a token or ends: the child is a copy of its parent.
+        Fork before a sequence of the step gets a token or ends: the child copies its parent.
         """
         child = parent.fork(child_id)
         group.sequences.append(child)

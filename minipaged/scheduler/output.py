@@ -15,7 +15,7 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 
 class ScheduledSequence(NamedTuple):
-    """One sequence's part in a step, which computes its first `num_new_tokens` uncomputed tokens."""
+    """One sequence's part in a step: `num_new_tokens` of its uncomputed tokens, from the first."""
 
     group: SequenceGroup
     seq: Sequence
