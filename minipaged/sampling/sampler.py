@@ -57,7 +57,7 @@ class Sampler:
     def sample(
         self, logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
     ) -> list[SampledToken]:
-        """Choose the next token of each row; `logits[i]` belongs to `rows[i]` and stays unchanged."""
+        """Choose the next token of each row; `logits[i]` belongs to `rows[i]` and is kept."""
         assert len(rows) == logits.shape[0], f"{len(rows)} rows for {logits.shape[0]} of logits"
         raw = adjusted = logits.float()
         faults: dict[int, Exception] = {}
