@@ -133,7 +133,7 @@ def prefill_kernel(
     q_head_stride,
     table_stride,
     HEADS: tl.constexpr,
-    GROUP: tl.constexpr,  # query heads that share a key head
+    GROUP: tl.constexpr,  # query heads that share a KV head
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,  # query tokens in a tile: ROWS // GROUP
     TILE: tl.constexpr,
@@ -145,8 +145,8 @@ def prefill_kernel(
     LARGEST: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """One tile of query tokens, for the query heads of one key head."""
-    # Backwards, for every key head: the last tile of a prompt sees the most keys, and begun last,
+    """One tile of query tokens, for the query heads of one KV head."""
+    # Backwards, for every KV head: the last tile of a prompt sees the most keys, and begun last,
     # it would end long after the others. (Tiles first in the grid: neighbours read the same keys.)
     query_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)

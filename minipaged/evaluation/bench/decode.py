@@ -1,4 +1,4 @@
-"""Decode attention on a CPU, gathered and in place (`attention.torch_decode`), beside SDPA.
+"""Decode attention on a CPU, gathered and in place (`attention.torch_decode`), compared with SDPA.
 
 SDPA is given keys that lie side by side already, all sequences equally long: what paging costs is
 what either way takes beyond that. Lengths differ, as those of requests do. Several layers take

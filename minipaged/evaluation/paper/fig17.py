@@ -18,7 +18,7 @@ from minipaged.evaluation.sim.systems import ORCAS, SYSTEMS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-AT = 0.2  # seconds a token
+AT = 0.2  # seconds per token
 GUESS = {"vllm": 1.0, "orca-oracle": 0.65, "orca-pow2": 0.65, "orca-max": 0.65}
 
 
@@ -49,9 +49,9 @@ def run(effort: Effort) -> Result:
 def draw(result: Result, canvas: "Canvas") -> None:
     """What each system bears."""
     rates = result.data["rates"]
-    axes = panel(canvas, 1, 1, 1, "rate borne at 0.2 s a token")
+    axes = panel(canvas, 1, 1, 1, "rate sustained at 0.2 s per token")
     titles = [SYSTEMS[system].title for system in rates]
-    side_by_side(axes, titles, {"ours": list(rates.values())}, "requests a second")
+    side_by_side(axes, titles, {"ours": list(rates.values())}, "requests per second")
 
 
 FIGURE = Figure("fig17", "Figure 17: a chatbot", run, draw)

@@ -1,7 +1,7 @@
 """Figure 18: what paging costs a kernel, and which block size is best.
 
 Left, measured on this processor: decode attention through block tables, as this library does it,
-beside PyTorch's attention over keys that lie side by side. Right, simulated: larger blocks are read
+compared with PyTorch's attention over contiguous keys. Right, simulated: larger blocks are read
 faster, smaller ones waste less and are shared more. How much faster is assumed, (1 + 8 / size)
 times as long; so the left wall of that curve is an assumption, and the right one is not.
 """
@@ -75,7 +75,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
     axes = panel(canvas, 1, 2, 1, "decode attention, paged over contiguous (this processor)")
     labels = [f"{batch} x {context}" for batch, context in SHAPES]
     side_by_side(axes, labels, {"ours": result.data["over"]}, "x", "{:.2f}")
-    axes = panel(canvas, 1, 2, 2, "seconds a token by block size (simulated)")
+    axes = panel(canvas, 1, 2, 2, "seconds per token by block size (simulated)")
     for workload, seconds in result.data["latency"].items():
         axes.plot(SIZES, seconds, "o-", markersize=3, label=workload)
     axes.set_xscale("log", base=2)

@@ -2,7 +2,7 @@
 
 The parts are those of `MemoryUsage`, as the paper's numbers imply them: internal fragmentation is
 what was reserved beyond prompt and output (so Orca that knows the output has none), and "external
-and others" is what the buddy allocator rounds up, and all that nobody has.
+and others" is what the buddy allocator rounds up, and all free memory.
 """
 
 from typing import TYPE_CHECKING

@@ -84,7 +84,7 @@ SYSTEMS = {
 
 
 class NoPages:
-    """Pages that nobody maps: the memory's own count is all that a simulation needs."""
+    """Pages that are never mapped: the memory's own count is all that a simulation needs."""
 
     def map(self, region: int, groups: range) -> None: ...
     def unmap(self, region: int, groups: range) -> None: ...
