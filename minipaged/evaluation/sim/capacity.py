@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from minipaged.errors import InvalidOption
 
-THRESHOLDS = (0.1, 0.2, 0.5)  # seconds per token; the paper names none, its curves turn up in between
+THRESHOLDS = (0.1, 0.2, 0.5)  # seconds per token; the paper names none, its curves rise in between
 WIDER = 1.3  # by this factor, bounds are looked for
 FARTHEST = 1e4  # times the guess, or that part of it: the limits of the search
 
