@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import readability
 
 ROOT = Path(__file__).parents[2]
 GLOBS = ("README.md", "docs/**/*.md", "tutorials/**/*.md", "tutorials/**/*.py", "minipaged/**/*.py")
@@ -60,9 +61,49 @@ ALLOWED: dict[str, dict[str, str]] = {
     "minipaged/__init__.py": BEHIND_VLLM,
     "minipaged/cli/main.py": BEHIND_VLLM,
     "minipaged/evaluation/stories.py": {'"behind"': "a word of the stories"},
+    "minipaged/evaluation/soak/against_vllm.py": {"{rival}": "the name of a variable"},
+    "minipaged/models/hub/staging.py": {"~nobody": "the home of an unknown user"},
 }
 
-NOT_YET: set[str] = set()
+NOT_YET = {
+    "README.md",
+    "docs/checkpoints.md",
+    "docs/companion.md",
+    "docs/from_here_to_vllm.md",
+    "docs/guides/first_lab.md",
+    "docs/guides/run_your_model.md",
+    "docs/guides/teach_with_the_labs.md",
+    "docs/guides/watch_a_server.md",
+    "docs/index.md",
+    "tutorials/labs/01.md",
+    "tutorials/labs/02.md",
+    "tutorials/labs/03.md",
+    "tutorials/labs/05.md",
+    "tutorials/labs/06.md",
+    "tutorials/labs/08.md",
+    "tutorials/labs/09.md",
+    "tutorials/labs/10.md",
+    "tutorials/01_attention_and_the_kv_cache.py",
+    "tutorials/02_the_memory_problem.py",
+    "tutorials/03_blocks_and_block_tables.py",
+    "tutorials/04_paged_attention.py",
+    "tutorials/06_continuous_batching.py",
+    "tutorials/07_sharing.py",
+    "tutorials/08_prefix_caching.py",
+    "tutorials/11_to_the_speed_of_light.py",
+    "tutorials/12_one_tokens_journey.py",
+    "tutorials/13_one_request_through_the_server.py",
+    "tutorials/train_storyteller/train.py",
+    "minipaged/cli/bench.py",
+    "minipaged/cli/capacity.py",
+    "minipaged/cli/demo.py",
+    "minipaged/cli/fetch.py",
+    "minipaged/config.py",
+    "minipaged/serving/async_engine.py",
+    "minipaged/serving/metrics.py",
+    "minipaged/serving/replies.py",
+    "minipaged/serving/streams.py",
+}
 
 CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`|\]\([^)]*\)|<[^>\n]*>|\{\{.*?\}\}", re.M | re.S)
 WORDS = re.compile(
@@ -165,6 +206,12 @@ def test_a_telltale_sentence_is_found(sentence):
 )
 def test_a_right_sentence_is_not_found(sentence):
     assert not telltales(prose(sentence, is_python=False))
+
+
+@pytest.mark.parametrize("page", readability.PAGES)
+def test_no_page_needs_more_than_ten_years_of_school(page):
+    value, num_words = readability.grade(readability.text_of(page))
+    assert value <= 10 or num_words < 100  # a page of the reference is a list of names
 
 
 def test_code_is_not_read():

@@ -16,7 +16,7 @@ Grid               (tiles, kv_heads). The flattened query tokens are cut into ti
 
                    (At times a sequence owns a tile more than it fills, as tile 3 here: that one
                    ends at once.) A tile's rows are its tokens times the query heads that share
-                   the key head.
+                   the KV head.
 Bytes              A tile of queries reads all keys up to its last position, mostly from the L2
                    cache, where the tiles before left them.
 Operations         4 * head_dim for each query head and key that it sees: half of
