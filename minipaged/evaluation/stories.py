@@ -29,7 +29,7 @@ END = "<|endoftext|>"
 OPENING = "Once upon a time"
 """Every story starts so. It also gives the first name the leading space that all names have."""
 
-# Short words, so that a small byte-level BPE makes one token of each. No word stands in two lists.
+# Short words, so that a small byte-level BPE makes one token of each. No word is in two lists.
 NAMES = tuple(
     """
     Ada Abel Amy Anna Ben Bess Bob Cara Carl Cleo Dan Dora Ed Ella Emma Eric Eva Finn Gus Hal Hans
