@@ -73,9 +73,7 @@ def heads_per_kv_head(q: Tensor, keys: Tensor | KVPool, values: Tensor | KVPool)
     assert q.shape[-1] == keys.shape[-1], (
         f"queries are {q.shape[-1]} numbers long, keys are {keys.shape[-1]}"
     )
-    assert heads % kv_heads == 0, (
-        f"{heads} query heads cannot be divided among {kv_heads} KV heads"
-    )
+    assert heads % kv_heads == 0, f"{heads} query heads cannot be divided among {kv_heads} KV heads"
     return heads // kv_heads
 
 

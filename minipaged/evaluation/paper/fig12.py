@@ -49,10 +49,8 @@ RATIOS = {
     ("opt-13b", "alpaca", "orca-oracle"): ("1.3", 1.2, 1.4),
     ("opt-175b", "alpaca", "orca-oracle"): ("less pronounced", None, 1.1),
 }
-OUTSIDE = "but outside the paper's range, which covers all three models"
-WHY = {
-    ("opt-175b", "sharegpt"): "264 GB of keys are plenty: little is gained, as on the paper's curve"
-}
+OUTSIDE = "but outside the paper's range for all three models"
+WHY = {("opt-175b", "sharegpt"): "264 GB of keys are plenty: little gain, as on the paper's curve"}
 
 
 def run(effort: Effort) -> Result:

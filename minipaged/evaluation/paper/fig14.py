@@ -1,4 +1,4 @@
-"""Figure 14: several sequences a request, OPT-13B on instructions.
+"""Figure 14: several sequences per request, OPT-13B on instructions.
 
 The more sequences share a prompt, or a past, the more is gained by sharing. What is compared is the
 rate that vLLM and Orca (Oracle) sustain at 0.2 s per token.
@@ -24,7 +24,7 @@ NOTE = """\
 The paper's 2.3 x for 6 beams do not come out: this is what the room alone gives. Orca copies whole
 runs whenever beams part; charged at many times what reading and writing them takes, the ratio would
 come near. Nothing says how slow its copies were, so they are charged at full bandwidth."""
-HOST = "so many sequences keep the host busy, and room is no longer the bound"
+HOST = "the host limits so many sequences, not memory"
 GUESS = {"sample": 48.0, "beam": 44.0}  # sequences per second of vLLM, to begin with
 
 
@@ -74,4 +74,4 @@ def draw(result: Result, canvas: "Canvas") -> None:
     axes.set_xlabel("sequences of a request", fontsize=8)
 
 
-FIGURE = Figure("fig14", "Figure 14: several sequences a request", run, draw)
+FIGURE = Figure("fig14", "Figure 14: several sequences per request", run, draw)

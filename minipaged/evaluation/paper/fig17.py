@@ -42,7 +42,7 @@ def run(effort: Effort) -> Result:
     ]
     orcas = [rates[orca] for orca in ORCAS]
     apart = 100 * (max(orcas) / min(orcas) - 1)
-    checks.append(Check("the three Orcas are apart by", "hardly", apart, None, 15, "%"))
+    checks.append(Check("difference between the three Orcas", "hardly", apart, None, 15, "%"))
     return Result("fig17", FIGURE.title, SIMULATED, checks, {"rates": rates})
 
 

@@ -19,7 +19,7 @@ SHAPES = [(batch, context) for batch in (8, 32) for context in (64, 128, 256)]
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATES = {"sharegpt": 1.9, "alpaca": 28.0}  # near what is borne, where the size matters
 BEST = {"sharegpt": (16, 128), "alpaca": (16, 32)}  # the paper's
-ASSUMED = "the price of small blocks is assumed"
+ASSUMED = "the cost of small blocks is assumed"
 TAKES_LONGER = 8.0  # a block of one token is read in 1 + 8 times the time a token
 
 
@@ -84,4 +84,4 @@ def draw(result: Result, canvas: "Canvas") -> None:
     axes.legend(fontsize=7, frameon=False)
 
 
-FIGURE = Figure("fig18", "Figure 18: the kernel's price, and block sizes", run, draw, (11.0, 4.0))
+FIGURE = Figure("fig18", "Figure 18: kernel overhead and block sizes", run, draw, (11.0, 4.0))

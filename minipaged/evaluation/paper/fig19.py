@@ -50,7 +50,7 @@ def run(effort: Effort) -> Result:
     slower = 100 * (by_way["recompute"][1] / by_way["swap"][1] - 1)
     measured = _measure()
     checks = [
-        Check("swapping is the faster from blocks of", "about 8 to 16", crossover, 8, 16),
+        Check("swapping is faster from blocks of", "about 8 to 16", crossover, 8, 16),
         Check("swapping, blocks of 1 over 256", "many times", swap[0] / swap[-1], 2, None, "x"),
         Check(
             "recomputing slower than swapping, blocks of 16 to 256, at most",
@@ -59,7 +59,7 @@ def run(effort: Effort) -> Result:
             None,
             20,
             "%",
-            "by formula, whose bus is never busy with anything else",
+            "by a formula with an idle bus",
         ),
         Check("served, blocks of 16: recomputation slower by", "at most 20", slower, None, 20, "%"),
     ]

@@ -76,4 +76,4 @@ def draw(result: Result, canvas: "Canvas") -> None:
     stacked(axes, labels, parts, colours)
 
 
-FIGURE = Figure("fig2", "Figure 2: what the memory is used for", run, draw, (10.0, 5.0))
+FIGURE = Figure("fig2", "Figure 2: use of the memory", run, draw, (10.0, 5.0))
