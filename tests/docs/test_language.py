@@ -71,12 +71,6 @@ ALLOWED: dict[str, dict[str, str]] = {
 
 NOT_YET = {
     "README.md",
-    "docs/checkpoints.md",
-    "docs/companion.md",
-    "docs/from_here_to_vllm.md",
-    "docs/guides/first_lab.md",
-    "docs/guides/run_your_model.md",
-    "docs/guides/teach_with_the_labs.md",
     "docs/guides/watch_a_server.md",
     "docs/index.md",
     "tutorials/labs/01.md",
