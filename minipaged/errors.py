@@ -1,18 +1,18 @@
-"""What can go wrong for a user. Every message says what, how much, and what to change.
+"""Exceptions. Every message has three parts: what is wrong, by how much, and what to change.
 
-A user's mistake raises one of these; a broken promise between two parts of the library is an
-`assert` instead. Catch `MinipagedError` to catch them all.
+A user's mistake raises one of these; a broken contract between two parts of the library fails an
+`assert` instead. Catch `MinipagedError` to catch all of them.
 """
 
 
 class MinipagedError(Exception):
-    """The root of every error that this library raises on purpose."""
+    """The base class of every error that this library raises on purpose."""
 
 
 class InvalidOption(MinipagedError, ValueError):
     """An option or parameter has a value that cannot work.
 
-    `param` is its name, for programs; None where several options are at odds.
+    `param` is its name, for programs; None if several options conflict.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -21,15 +21,15 @@ class InvalidOption(MinipagedError, ValueError):
 
 
 class InvalidRequest(MinipagedError, ValueError):
-    """One request cannot be served as it was asked; all others go on."""
+    """One request cannot be served; all others continue."""
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt does not fit: into the model's context, into the pool, or into one step."""
+    """The prompt does not fit into the model's context, the pool, or one step."""
 
     @classmethod
     def in_context(cls, length: int, max_model_len: int) -> "PromptTooLong":
-        """A prompt of so many tokens leaves no room for output."""
+        """Build the error for a prompt of `length` tokens, which leaves no room for output."""
         over = length - max_model_len + 1
         return cls(
             f"the prompt has {length} tokens, and prompt and output together may have "
@@ -39,33 +39,33 @@ class PromptTooLong(InvalidRequest):
 
 
 class RequestFailed(MinipagedError):
-    """The code that samples for one request, or writes its text, raised; all others go on.
+    """The code that samples for one request, or decodes its text, raised; all others continue.
 
-    What it raised is the `__cause__`.
+    The original exception is the `__cause__`.
     """
 
 
 class WorkerLost(MinipagedError):
-    """A rank of several has ended or does not answer, and its part of the cache is lost.
+    """One of several ranks has ended or does not respond, and its part of the cache is lost.
 
-    Build a new engine: this one runs nothing more.
+    Build a new engine: this one cannot be used any more.
     """
 
 
 class EngineDead(MinipagedError):
-    """The engine of a server has failed, and serves nothing more."""
+    """The engine of a server has failed and serves no more requests."""
 
 
 class ServerClosing(MinipagedError):
-    """The server is shutting down: it takes no new requests."""
+    """The server is shutting down and accepts no new requests."""
 
 
 class QueueFull(MinipagedError):
-    """So many requests wait that the server takes no more for the moment."""
+    """The queue is full, so the server accepts no more requests for the moment."""
 
 
 class OutOfBlocks(MinipagedError):
-    """The pool has no free block left. The scheduler answers it by preempting someone."""
+    """The pool has no free block left. The scheduler avoids it by preempting a group."""
 
 
 class DoubleFree(MinipagedError):
@@ -73,7 +73,7 @@ class DoubleFree(MinipagedError):
 
 
 class CheckFailed(MinipagedError):
-    """`Checked` counted again and found another number: some part broke the contract."""
+    """A checker found a wrong count: a part broke its contract."""
 
 
 class CheckpointError(MinipagedError):
@@ -81,16 +81,16 @@ class CheckpointError(MinipagedError):
 
 
 class UnsupportedModel(CheckpointError):
-    """The checkpoint is whole, but of an architecture (or option of one) not built here."""
+    """The checkpoint is complete, but its architecture, or an option of it, is not supported."""
 
 
 class MissingTokenizer(MinipagedError):
-    """Text was given or asked for, but the model's folder holds no tokenizer."""
+    """Text was given or requested, but the model's folder has no tokenizer."""
 
 
 class UnsupportedTokenizer(CheckpointError):
-    """A tokenizer that tiktoken cannot be proved to equal; another library may know it."""
+    """tiktoken is not proved to equal this tokenizer; another library may support it."""
 
 
 class FetchError(MinipagedError):
-    """A model cannot be fetched: its name, the network, rights, room or a checksum forbid it."""
+    """A model cannot be fetched: because of its name, the network, rights, space or a checksum."""

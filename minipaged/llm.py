@@ -1,4 +1,4 @@
-"""The front door: prompts in, RequestOutputs out."""
+"""`LLM`, the main interface: prompts in, RequestOutputs out."""
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class LLM(LLMNames):
-    """A model behind a paged KV cache, ready to generate for many prompts at once.
+    """A model with a paged KV cache that generates for many prompts at once.
 
         >>> llm = LLM("storyteller")
         >>> [output] = llm.generate("Theo the frog", SamplingParams(temperature=0, max_tokens=8))
@@ -33,7 +33,7 @@ class LLM(LLMNames):
     Its arguments are those of `LLMArgs`, and those of vLLM's LLM, which are translated or refused
     (see `minipaged/utils/vllm_options.py`). They cannot be changed later.
 
-    The processes of several ranks end with this one, or when the LLM is deleted (`del llm`).
+    The processes of other ranks end with this one, or when the LLM is deleted (`del llm`).
     """
 
     @takes(LLMArgs)
@@ -44,17 +44,17 @@ class LLM(LLMNames):
             InvalidOption: an option cannot work or would be ignored, or the weights do not fit in
                 memory.
             CheckpointError: the model is not on this machine, or cannot be loaded.
-            WorkerLost: one of several ranks could not start. None is left.
+            WorkerLost: one of several ranks could not start. All have been ended.
         """
         self.args, self.folders = args, args.find_folders()
         self.folder = self.folders.model
         self.engine = build_engine(args, self.folders)
         self._numbers = count()
-        # Ids of the requests that `generate` and `stream` have open, and of each the progress that
-        # its stream has not read yet: several streams share every step.
+        # Ids of the open requests of `generate` and `stream`, and the progress of each that its
+        # stream has not read yet: several streams share every step.
         self._open: set[str] = set()
         self._unread: dict[str, list[Progress]] = {}
-        self._abandoned: set[str] = set()  # those that nobody reads any more, still to be aborted
+        self._abandoned: set[str] = set()  # open requests of closed streams, to be aborted
         self._num_steps_read = 0  # the steps whose progress is in `_unread`
         self._lock = Lock()  # threads take turns: each step serves the requests of all of them
 
@@ -66,7 +66,7 @@ class LLM(LLMNames):
         self._lock = Lock()  # a lock cannot be copied to another process
 
     def get_tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer; None if its folder holds none."""
+        """Return the model's tokenizer, or None if its folder has none."""
         return self.engine.tokenizer
 
     def generate(
@@ -77,24 +77,24 @@ class LLM(LLMNames):
         prompt_token_ids: Iterable[int] | Iterable[Iterable[int]] | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
-        """Generate after every prompt, all together, and return the results in the given order.
+        """Generate for all prompts together, and return the outputs in the given order.
 
         Args:
             prompts: text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}; one or many.
-            sampling_params: one for all, or one a prompt; None: `get_default_sampling_params()`.
-                Greedy, sampled and beam search (BeamSearchParams) may stand side by side.
+            sampling_params: one for all, or one per prompt; None: `get_default_sampling_params()`.
+                Greedy decoding, sampling and beam search (BeamSearchParams) may be mixed.
             use_tqdm: show a progress bar with tokens per second, unless TQDM_DISABLE is set in
                 the environment. It may be a callable that makes the bar, such as tqdm itself.
-            prompt_token_ids: token ids in place of prompts, or of the texts in prompts.
-            others: those of vLLM's generate, each with the value that asks for nothing.
+            prompt_token_ids: token ids instead of prompts, or instead of the texts in prompts.
+            others: further arguments of vLLM's generate, accepted only with neutral values.
 
         Raises:
             InvalidRequest, InvalidOption, MissingTokenizer: a prompt can never be served.
             RequestFailed: the code of a request failed. See `LLMEngine.step`.
-            WorkerLost: one of several ranks has ended or does not answer. This LLM runs nothing
-                more.
+            WorkerLost: one of several ranks has ended or does not respond. This LLM cannot be used
+                any more.
 
-        None of this call's prompts is then left in the engine, nor after Ctrl-C; other calls go on.
+        After an error or Ctrl-C, all prompts of this call are aborted; other calls continue.
         Several threads may call at once: every step serves the requests of all of them.
         """
         require_type("use_tqdm", use_tqdm, bool | Callable)
@@ -119,14 +119,14 @@ class LLM(LLMNames):
         prompts: Prompt | Iterable[Prompt],
         sampling_params: Params | Iterable[Params] | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """Like `generate`, token by token: yields (index of the prompt, what it has so far).
+        """Like `generate`, token by token: yields (index of the prompt, output so far).
 
-        Beam search and best_of show nothing before the end: they change their minds. With an
-        `output_kind` of DELTA, an output holds only what is new.
+        Beam search and best_of yield only final outputs, because their best sequence may change.
+        With an `output_kind` of DELTA, an output contains only new tokens.
 
         Several streams may be open at once, in one thread or in several; they share every step. A
-        stream that is closed before the end, or is stopped by an error, aborts what is left.
-        Nothing is checked and nothing computed before the first output is asked for.
+        stream that is closed early, or stopped by an error, aborts its unfinished requests. No
+        prompt is checked or computed before the first output is requested.
 
         Raises RequestFailed if the code of a request fails (see `LLMEngine.step`), and what
         `generate` raises.
@@ -138,7 +138,7 @@ class LLM(LLMNames):
     def _serve(
         self, prompts: list[Prompt], sampling_params: Params | Iterable[Params] | None
     ) -> Generator[tuple[int, Progress]]:
-        """Add the prompts, then step until all have finished; aborts what is left when closed."""
+        """Add the prompts, then step until all have finished; aborts the others when closed."""
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = one_for_each(sampling_params, len(prompts))
@@ -166,7 +166,7 @@ class LLM(LLMNames):
                     yield index, progress
         finally:
             self._abandoned.update(mine)
-            # The lock is taken if another thread runs a step, which will then do this, or if the
+            # The lock is taken if another thread runs a step, which then aborts them, or if the
             # garbage collector closes a stream in the middle of one.
             while self._abandoned and self._lock.acquire(blocking=False):
                 try:
@@ -175,7 +175,7 @@ class LLM(LLMNames):
                     self._lock.release()
 
     def _step(self) -> None:
-        """One step for all open streams, unless Ctrl-C has left the last one unread."""
+        """Run one step for all open streams, unless Ctrl-C has left the last one unread."""
         self._abort_abandoned()
         if self._num_steps_read == self.engine.last_step[0]:
             self.engine.step()
@@ -189,7 +189,7 @@ class LLM(LLMNames):
         for request_id in list(self._abandoned):
             try:
                 self.engine.abort_request(request_id)
-            except Exception:  # the request is gone all the same
+            except Exception:  # the request is aborted nevertheless
                 logger.exception("a part failed while request %r was aborted", request_id)
             self._open.discard(request_id)
             self._unread.pop(request_id, None)
@@ -202,12 +202,12 @@ class LLM(LLMNames):
         use_tqdm: ShowBar = True,
         **others: Any,
     ) -> list[BeamSearchOutput]:
-        """Search for the likeliest sequences after each prompt; the outputs come best first.
+        """Search for the likeliest sequences after each prompt, and return them best first.
 
-        Each result can be read in two ways: `outputs` as of any request, without the prompt, and
-        `sequences` as in vLLM, with it.
+        Each result has `outputs` without the prompt, as for any request, and `sequences` with the
+        prompt, as in vLLM.
 
-        Raises InvalidRequest if params are no BeamSearchParams, and what `generate` raises.
+        Raises InvalidRequest if params are not BeamSearchParams, and what `generate` raises.
         """
         if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidRequest(
@@ -218,16 +218,16 @@ class LLM(LLMNames):
         return [BeamSearchOutput.of(output, self.get_tokenizer()) for output in outputs]
 
     def cache_prefix(self, prefix: Prompt) -> CachedPrefix:
-        """Compute a beginning that many prompts have in common, and keep it until it is released.
+        """Compute a prefix that many prompts share, and keep it until it is released.
 
-        The paper's shared prefix (section 4.4, Figure 10). Only full blocks are kept: the tokens
-        behind the last of them are computed with every prompt. A prompt finds the prefix if its
-        first tokens are the same, whatever the text. If streams are open, the prefix waits its turn
-        as any request does, and they go on meanwhile.
+        This is the paper's shared prefix (section 4.4, Figure 10). Only full blocks are kept: the
+        tokens after the last of them are computed with every prompt. A prompt shares the prefix if
+        its first tokens are the same. Open streams continue, and the prefix is scheduled like any
+        request.
 
         Raises:
             InvalidRequest: prefix caching is off, or the prefix does not fill a block.
-            PromptTooLong: it does not fit.
+            PromptTooLong: the prefix does not fit.
         """
         config = self.engine.config
         read = read_prompt(prefix, self.engine.tokenizer, config.max_model_len)
@@ -253,7 +253,7 @@ class LLM(LLMNames):
         return pinned
 
     def release_prefix(self, prefix: CachedPrefix) -> None:
-        """Let the prefix go once its blocks are needed. Raises InvalidRequest the second time."""
+        """Release a prefix, whose blocks may then be evicted. Raises InvalidRequest if repeated."""
         with self._lock:
             self.engine.release_prefix(prefix)
 
@@ -274,12 +274,12 @@ class LLM(LLMNames):
     ) -> list[RequestOutput]:
         """Generate the next assistant turn of one conversation, or of many.
 
-        One message alone is a conversation of one turn; a list of conversations is many. The
-        messages become a prompt by the checkpoint's own chat template; `options` are those of
-        `minipaged.tokenizer.chat_template.read_chat`, and the others of vLLM's chat with the values
-        that ask for nothing. A special token that a message spells out, such as "<|im_end|>", is
-        encoded as plain letters: only the template writes control tokens. Raises CheckpointError
-        if there is no template, and what `generate` raises.
+        A single message is a conversation of one turn. The checkpoint's chat template turns the
+        messages into a prompt. `options` are those of
+        `minipaged.tokenizer.chat_template.read_chat`; further options of vLLM's chat are accepted
+        only with neutral values. A special token in a message, such as "<|im_end|>", is encoded as
+        ordinary text: only the template writes control tokens. Raises CheckpointError if there is
+        no template, and what `generate` raises.
         """
         tokenizer, longest = self.get_tokenizer(), self.engine.config.max_model_len
         options = self._chat_options(options)

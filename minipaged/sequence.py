@@ -1,16 +1,16 @@
-"""Sequence and SequenceGroup: the nouns that memory, scheduler and engine share.
+"""Sequence and SequenceGroup, which memory, scheduler and engine share.
 
-A sequence is a list of tokens, the first of which have their keys and values in the cache:
+A sequence is a list of tokens. The keys and values of its first tokens are in the cache:
 
     [0, prompt_len)            given by the user
     [prompt_len, num_tokens)   generated
-    [0, num_computed_tokens)   keys and values in the KV cache: written by earlier steps, shared by
-                               the parent of a fork, or found because another wrote the same ones
-    [num_computed_tokens, num_tokens)  still to be computed: a whole prompt at first, one token
-                               while decoding, everything again after a preemption by recomputation
+    [0, num_computed_tokens)   keys and values in the KV cache: written by earlier steps, shared
+                               with the parent of a fork, or found in the prefix cache
+    [num_computed_tokens, num_tokens)  not yet computed: the whole prompt at first, one token while
+                               decoding, everything after a preemption by recomputation
 
-To compute a prompt is called prefill, to go on by one token decode. They are not two states here
-but two lengths of that last range. Once it is empty, the last token's logits are known and the next
+Computing a prompt is called prefill, computing one more token decode. They are not two states but
+two lengths of the last range. Once it is empty, the last token's logits are available and the next
 token is sampled.
 """
 
@@ -20,28 +20,28 @@ from enum import Enum, auto
 
 
 class SequenceStatus(Enum):
-    """In which queue a group is. The scheduler alone writes it."""
+    """The queue of a group. Only the scheduler writes it."""
 
     WAITING = auto()  # holds no blocks
     RUNNING = auto()  # its blocks are in the pool
     SWAPPED = auto()  # its blocks are in the swap pool
-    FINISHED = auto()  # holds no blocks, and never will again
+    FINISHED = auto()  # holds no blocks any more
 
 
 class Sequence:
-    """One prompt and what has been generated after it. Each field has one writer.
+    """One prompt and its generated tokens. Each field has one writer.
 
-    token_ids            the request appends what was sampled
-    num_computed_tokens  the scheduler: what is cached on admission, what each step computes, and
-                         nothing after a preemption by recomputation
+    token_ids            the request, which appends sampled tokens
+    num_computed_tokens  the scheduler: the cached tokens on admission, plus those of each step, 0
+                         after a preemption by recomputation
     num_cached_tokens    the scheduler, on the first admission
-    all others           fixed when the sequence is made
+    all others           fixed at construction
 
     Args:
-        max_output_len: maximum tokens to generate; only memories that reserve ask for it. None: as
-            many as the model's context holds.
-        cache_salt: cached blocks are shared only between sequences of the same salt; None is one.
-        reads_cache: False: the whole prompt is computed, because its logits are wanted.
+        max_output_len: maximum tokens to generate, used only by memories that reserve. None: up to
+            the end of the model's context.
+        cache_salt: only sequences with equal salts share cached blocks; None equals None.
+        reads_cache: False computes the whole prompt, for example for its logits.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Sequence:
         self.prompt_len = len(self.token_ids)
         self.num_computed_tokens = 0
         self.max_output_len = max_output_len
-        self.num_cached_tokens: int | None = None  # found at first admission; None: not admitted
+        self.num_cached_tokens: int | None = None  # None until the first admission
         self.cache_salt = cache_salt
         self.reads_cache = reads_cache
         assert self.prompt_len > 0, "a sequence begins with at least one token"
 
     def fork(self, child_id: int) -> "Sequence":
-        """A second sequence with the same tokens, from which both go on (section 4.4)."""
+        """Return a second sequence with the same tokens (section 4.4)."""
         child = Sequence(
             child_id,
             self.token_ids,
@@ -81,23 +81,23 @@ class Sequence:
         self.token_ids.append(token_id)
 
     def mark_computed(self, num_new_tokens: int) -> None:
-        """Note that keys and values of so many more tokens are written, or shared by a parent."""
+        """Record that `num_new_tokens` more tokens are computed, or shared with a parent."""
         self.num_computed_tokens += num_new_tokens
-        assert self.num_computed_tokens <= len(self.token_ids), "computed a token that is not there"
+        assert self.num_computed_tokens <= len(self.token_ids), "more tokens computed than exist"
 
     def mark_cached(self, num_tokens: int) -> None:
-        """Note on admission that keys and values of so many first tokens need no computing."""
-        assert num_tokens < self.num_tokens, "the last token's logits must still be computed"
+        """Record on admission that the first `num_tokens` tokens are cached."""
+        assert num_tokens < self.num_tokens, "the last token must be computed for its logits"
         self.num_computed_tokens = num_tokens
         if self.num_cached_tokens is None:
             self.num_cached_tokens = num_tokens
 
     def forget_computed(self) -> None:
-        """Note that the cache entries are gone: preempted by recomputation (section 4.5)."""
+        """Reset the computed tokens, after a preemption by recomputation (section 4.5)."""
         self.num_computed_tokens = 0
 
     def num_in_common(self, other: "Sequence") -> int:
-        """How many first tokens are the same in both."""
+        """Return how many first tokens are the same in both."""
         pairs = zip(self.token_ids, other.token_ids, strict=False)
         return next(
             (i for i, (a, b) in enumerate(pairs) if a != b), min(self.num_tokens, other.num_tokens)
@@ -127,30 +127,30 @@ class Sequence:
 class SequenceGroup:
     """The sequences of one request. They run, wait and are swapped together (section 4.5).
 
-    A group begins with one sequence. Once its prompt is computed, it forks into `width` of them, as
-    many as the request asks for in samples or beams; those that have ended leave the list. If it
-    must be recomputed after that, all but the first await their refork. The scheduler alone writes
-    to the fields of a group.
+    A group begins with one sequence. Once its prompt is computed, it forks into `width` of them,
+    the number of samples or beams of the request. Finished sequences leave the list. If the group
+    is recomputed after that, all but the first are awaiting refork. Only the scheduler writes to
+    the fields of a group.
     """
 
     request_id: str
-    sequences: list[Sequence]  # that still generate, in the order they joined
+    sequences: list[Sequence]  # unfinished ones, in the order they joined
     width: int = 1
     awaiting_refork: list[Sequence] = field(default_factory=list[Sequence])
     status: SequenceStatus = SequenceStatus.WAITING
-    arrival: int = 0  # the scheduler's running number, from when it is added
+    arrival: int = 0  # the scheduler's running number, set when the group is added
     num_preemptions: int = 0
 
     @property
     def num_batch_slots(self) -> int:
-        """How many sequences it may have in a step: as many as it has, or will when it forks."""
+        """The maximum number of its sequences in a step: before its fork, `width`."""
         has_yet_to_fork = self.sequences[0].num_output_tokens == 0  # the first token forks it
         return self.width if has_yet_to_fork else len(self.sequences) + len(self.awaiting_refork)
 
     @property
     def is_decoding(self) -> bool:
         """Whether every sequence has one token left to compute, and then samples the next."""
-        for seq in self.sequences:  # all(...) would take twice as long, for every group every step
+        for seq in self.sequences:  # all(...) would take twice as long, per group and step
             if len(seq.token_ids) - seq.num_computed_tokens != 1:
                 return False
         return not self.awaiting_refork

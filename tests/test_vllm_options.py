@@ -364,7 +364,7 @@ def test_a_callable_makes_the_progress_bar(llm):
 
     llm.generate([[5], [6]], GREEDY, use_tqdm=make)
     assert [bar.total for bar in made] == [2]
-    with pytest.raises(InvalidOption, match=r"use_tqdm is .* makes no bar of tqdm"):
+    with pytest.raises(InvalidOption, match=r"use_tqdm is .* makes no tqdm bar"):
         llm.generate([[5]], GREEDY, use_tqdm=lambda *positional, **named: 3)
 
 

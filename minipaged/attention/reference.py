@@ -64,7 +64,7 @@ def causal_attention(
 
 
 def heads_per_kv_head(q: Tensor, keys: Tensor | KVPool, values: Tensor | KVPool) -> int:
-    """How many query heads read each key head. All have their heads in dimension 1."""
+    """Return the query heads per KV head. All tensors have their heads in dimension 1."""
     # Without these checks a single head might be broadcast to all, unnoticed.
     heads, kv_heads = q.shape[1], keys.shape[1]
     assert keys.shape == values.shape, (
@@ -73,9 +73,7 @@ def heads_per_kv_head(q: Tensor, keys: Tensor | KVPool, values: Tensor | KVPool)
     assert q.shape[-1] == keys.shape[-1], (
         f"queries are {q.shape[-1]} numbers long, keys are {keys.shape[-1]}"
     )
-    assert heads % kv_heads == 0, (
-        f"{heads} query heads cannot be shared out among {kv_heads} key heads"
-    )
+    assert heads % kv_heads == 0, f"{heads} query heads cannot be divided among {kv_heads} KV heads"
     return heads // kv_heads
 
 

@@ -1,4 +1,4 @@
-"""Decode in pure PyTorch: one query a sequence, two ways to reach the blocks.
+"""Decode in pure PyTorch: one query per sequence, two ways to read the blocks.
 
     gathered   copy the blocks of some sequences side by side, a piece at a time, and give them to
                PyTorch's attention (SDPA). Each key is read, written, and read again
@@ -8,7 +8,7 @@
 In place takes about as long as SDPA takes over keys that are already contiguous, but more
 operations, and it multiplies all else between the first and the last block in use. So it
 is for large batches whose blocks fill their part of the pool; there it is up to twice as fast.
-`Decodes.prepare` chooses. It runs once a step, for the answer is the same in every layer.
+`Decodes.prepare` chooses. It runs once per step, because the answer is the same in every layer.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""All arguments of `LLM`: the options of `EngineArgs`, and those that are no flags of a command.
+"""All arguments of `LLM`: the options of `EngineArgs`, and those without a command-line flag.
 
 The module has vLLM's path and, as `EngineArgs`, vLLM's name: `EngineArgs(...)` accepts, translates
 or refuses every argument of vLLM's (see `minipaged/utils/vllm_options.py`).
@@ -24,7 +24,7 @@ Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the files of a model are on this machine."""
+    """The local folders of a model's files."""
 
     model: Path  # config.json and the weights
     tokenizer: Path  # the tokenizer and the chat template
@@ -37,7 +37,7 @@ class LLMArgs(EngineOptions):
     """The arguments of `LLM`.
 
     Raises:
-        InvalidOption: a value that cannot work, or that asks for what is not built.
+        InvalidOption: a value is invalid or not supported.
     """
 
     parts: Parts | None = option(None, "Custom parts that replace the library's. See `Parts`.")
@@ -112,7 +112,7 @@ class LLMArgs(EngineOptions):
             )
 
     def find_folders(self) -> Folders:
-        """Where the files are. Raises CheckpointError: some are not on this machine."""
+        """Find the files. Raises CheckpointError if some are not on this machine."""
         model = find_model(self.model, self.revision, self.download_dir)
         tokenizer = model
         if self.tokenizer is not None:
@@ -123,7 +123,7 @@ class LLMArgs(EngineOptions):
         return Folders(model, tokenizer, model if ours else find_model(self.generation_config))
 
     def read_chat_template(self) -> str | None:
-        """The text of the option chat_template. Raises InvalidOption: no file, and no template."""
+        """Return the text of the option chat_template. Raises InvalidOption."""
         given = self.chat_template
         if given is None or (isinstance(given, str) and ("{" in given or "\n" in given)):
             return given
@@ -137,7 +137,7 @@ class LLMArgs(EngineOptions):
             ) from error
 
     def in_blocks(self, block_bytes: int) -> "LLMArgs":
-        """The same with the sizes of the pools in blocks, where they were given in bytes."""
+        """Convert pool sizes in bytes to blocks of `block_bytes` bytes. Raises InvalidOption."""
         blocks: dict[str, Any] = {}
         if self.kv_cache_memory_bytes is not None:
             if self.kv_cache_memory_bytes < block_bytes:
@@ -156,7 +156,7 @@ class LLMArgs(EngineOptions):
         return replace(self, **blocks)
 
     def read_sampling_defaults(self, folders: Folders) -> dict[str, Any]:
-        """What requests without parameters of their own ask for, by the names of `SamplingParams`.
+        """Return the default sampling parameters, by the names of `SamplingParams`.
 
         Raises CheckpointError if generation_config.json cannot be read.
         """
@@ -171,7 +171,7 @@ class LLMArgs(EngineOptions):
 
     @staticmethod
     def add_cli_args(parser: Parser) -> Parser:
-        """Give a parser one flag per option that can be typed; returns the parser."""
+        """Add one flag per option that has a text form to a parser, and return it."""
         group = parser.add_argument_group("EngineArgs")
         for each in OPTIONS_OF_LLM.values():
             kind = each.type if each.type in (int, float) else str
@@ -187,13 +187,13 @@ class LLMArgs(EngineOptions):
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> "LLMArgs":
-        """The options among what a parser has read."""
+        """Build from the options in a parser's result."""
         given = vars(args)
         return cls(**{name: given[name] for name in OPTIONS_OF_LLM if name in given})
 
 
 EngineArgs = LLMArgs
-"""vLLM's name for it."""
+"""vLLM's name of `LLMArgs`."""
 
 OPTIONS_OF_LLM = options_of(LLMArgs)
 """The declarations above and those of `minipaged.config.EngineArgs`, by name."""

@@ -1,4 +1,4 @@
-"""How a request begins: what is refused, its first sequence, and the object that serves it."""
+"""Accepting a request: its checks, its first sequence, and the object that serves it."""
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ from minipaged.utils.options import require_type, shown
 
 
 def own_copy(params: object) -> Params:
-    """The request's own copy of its parameters, which its caller may change; checked once more.
+    """Copy the parameters, which the caller may change later, and check them again.
 
-    Raises InvalidRequest for what are no parameters, InvalidOption for a value that cannot work.
+    Raises InvalidRequest if they are not parameters, InvalidOption for an invalid value.
     """
     if params is None:
         return SamplingParams()
@@ -28,7 +28,7 @@ def own_copy(params: object) -> Params:
 
 
 def refuse_id(request_id: str, taken: Container[str]) -> None:
-    """Raise InvalidOption for what is no name, InvalidRequest for one that is taken."""
+    """Raise InvalidOption if the id is not a string, InvalidRequest if it is in use."""
     require_type("request_id", request_id, str)
     if request_id in taken:
         raise InvalidRequest(f"request {request_id!r} is being served: choose another id.")
@@ -36,7 +36,7 @@ def refuse_id(request_id: str, taken: Container[str]) -> None:
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A request that suits the model: its prompt in tokens, and its own copy of the parameters."""
+    """A request that the model can serve: its tokens and its copy of the parameters."""
 
     prompt: TokenizedPrompt
     params: Params
@@ -48,7 +48,7 @@ class CheckedRequest:
         return params.num_samples if isinstance(params, SamplingParams) else params.beam_width
 
     def first_group(self, request_id: str, seq_id: int) -> SequenceGroup:
-        """A group of one sequence, from which samples or beams will fork."""
+        """Build a group of one sequence, from which samples or beams will fork."""
         prompt, params = self.prompt, self.params
         samples = isinstance(params, SamplingParams)
         wants_prompt = samples and params.prompt_logprobs is not None
@@ -57,7 +57,7 @@ class CheckedRequest:
             prompt.token_ids,
             max_output_len=params.max_tokens,
             cache_salt=prompt.cache_salt,
-            reads_cache=not wants_prompt,  # for the logits of the prompt, all of it is computed
+            reads_cache=not wants_prompt,  # the logits of the prompt need all of it computed
         )
         return SequenceGroup(request_id, [seq], width=self.width)
 
@@ -65,10 +65,10 @@ class CheckedRequest:
 def check_request(
     prompt: Prompt, params: Params | None, model: ModelTraits, max_logprobs: int
 ) -> CheckedRequest:
-    """Encode the prompt, and check it and the parameters. Any thread may do this.
+    """Encode the prompt, and check it and the parameters. Any thread may call this.
 
-    Raises InvalidRequest, PromptTooLong, InvalidOption or MissingTokenizer for what the model
-    cannot serve.
+    Raises InvalidRequest, PromptTooLong, InvalidOption or MissingTokenizer if the model cannot
+    serve the request.
     """
     params = own_copy(params)
     return CheckedRequest(_read_prompt(prompt, params, model, max_logprobs), params)
@@ -77,7 +77,7 @@ def check_request(
 def _read_prompt(
     prompt: Prompt, params: Params, model: ModelTraits, max_logprobs: int
 ) -> TokenizedPrompt:
-    """The prompt in tokens, the last `truncate_prompt_tokens` of them."""
+    """Return the prompt's tokens, or the last `truncate_prompt_tokens` of them."""
     keep = params.truncate_prompt_tokens if isinstance(params, SamplingParams) else None
     most = model.max_model_len if keep is None else None
     read = read_prompt(prompt, model.tokenizer, most)
@@ -113,10 +113,10 @@ def _refuse_text(params: SamplingParams) -> None:
 
 @dataclass(frozen=True)
 class RequestBuilder:
-    """Builds a request with these parameters, and builds the same one each time.
+    """Builds the same request each time it is called.
 
     Args:
-        seed: for parameters that have none of their own.
+        seed: used if the parameters have no seed.
         sampling_request: the part of that name.
     """
 

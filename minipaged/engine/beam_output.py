@@ -8,7 +8,7 @@ from minipaged.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class BeamSearchSequence:
-    """One result of beam search in vLLM's form: prompt and output in one, the best first."""
+    """One result of beam search in vLLM's form: the tokens of prompt and output together."""
 
     tokens: list[int]
     text: str | None  # None: the model has no tokenizer
@@ -19,13 +19,13 @@ class BeamSearchSequence:
 
 @dataclass(frozen=True)
 class BeamSearchOutput(RequestOutput):
-    """What `LLM.beam_search` returns: a `RequestOutput` that is also read as vLLM's."""
+    """The result of `LLM.beam_search`: a `RequestOutput` with vLLM's `sequences` in addition."""
 
     sequences: list[BeamSearchSequence] = field(default_factory=list[BeamSearchSequence])
 
     @classmethod
     def of(cls, output: RequestOutput, tokenizer: Tokenizer | None) -> "BeamSearchOutput":
-        """The same results in both forms."""
+        """Add vLLM's form to a `RequestOutput`."""
         sequences: list[BeamSearchSequence] = []
         for each in output.outputs:
             tokens = output.prompt_token_ids + each.token_ids

@@ -1,4 +1,4 @@
-"""A request that is searched with beams: its beams are the sequences of its group (section 4.4)."""
+"""A request for beam search, whose beams are the sequences of its group (section 4.4)."""
 
 from minipaged.engine.outputs import CompletionOutput, FinishReason, NewTokens, Progress
 from minipaged.engine.request import Arrival, Fork, Request
@@ -10,7 +10,7 @@ from minipaged.tokenizer.detokenizer import Detokenizer
 
 
 class BeamRequest(Request):
-    """One beam search, and what it has found."""
+    """One beam search and its results."""
 
     def __init__(self, arrival: Arrival, params: BeamSearchParams) -> None:
         super().__init__(arrival)
@@ -20,17 +20,18 @@ class BeamRequest(Request):
         self._beams = [Beam(self._first, 0.0)]
         self._end_reason: FinishReason | None = None
         self._error: str | None = None
-        # What a beam needs of the sampler: its likeliest next tokens.
+        # A beam needs only its likeliest next tokens from the sampler.
         self._likeliest = SamplingParams(temperature=0.0, logprobs=self._search.num_candidates)
 
     def rows(self, seq: Sequence) -> list[SamplingRow]:
-        """One row, that asks for the likeliest tokens."""
+        """Return one row, which requests the likeliest tokens."""
         return [SamplingRow(self._likeliest, (), (), seed=0)]
 
     def advance(self, sampled: dict[int, list[SampledToken]], fork: Fork) -> list[Sequence]:
-        """Let the best candidates go on; returns the beams that have none among them.
+        """Continue the best candidates; returns the beams that have none among them.
 
-        A beam with broken logits has no candidates. If none has any, the search ends in error.
+        A beam with broken logits has no candidates. If no beam has any, the search ends with an
+        error.
         """
         tokens = {beam: sampled[beam.seq.seq_id][0] for beam in self._beams}
         healthy = {beam: token for beam, token in tokens.items() if token.error is None}
@@ -39,7 +40,7 @@ class BeamRequest(Request):
             return [beam.seq for beam in self._beams]
         likeliest = [token.top_logprobs or {} for token in healthy.values()]
         chosen = self._search.advance(list(healthy), likeliest)
-        # Every fork comes before any token: a child begins with what its parent had so far.
+        # Fork before appending tokens: a child begins with its parent's present tokens.
         continued: list[Sequence] = []
         for candidate in chosen:
             parent = candidate.beam.seq
@@ -51,7 +52,7 @@ class BeamRequest(Request):
         return given_up
 
     def finish_all(self, reason: FinishReason, error: str | None = None) -> None:
-        """End the search: the beams compete with what has ended."""
+        """End the search; unfinished beams compete with the finished sequences."""
         if self._end_reason is None:
             self._end_reason, self._error = reason, error
 
@@ -61,14 +62,14 @@ class BeamRequest(Request):
         return not self._beams or self._end_reason is not None
 
     def progress(self) -> Progress | None:
-        """All of it at the end: until then beams are pruned and overtaken."""
+        """Return everything at the end, because beams may be pruned until then."""
         if not self.is_finished:
             return None
         new = [NewTokens.of(completion) for completion in self.completions()]
         return Progress(self.group.request_id, new, True, self.output)
 
     def completions(self) -> list[CompletionOutput]:
-        """The best sequences, the best first."""
+        """Return the best sequences, best first."""
         return [
             CompletionOutput(
                 index=index,
@@ -83,7 +84,7 @@ class BeamRequest(Request):
         ]
 
     def _text(self, hypothesis: Hypothesis) -> str:
-        """The text that is shown; the end of sequence is no part of it."""
+        """Return the text without the end of sequence."""
         if self._model.tokenizer is None:
             return ""
         ended = hypothesis.finish_reason == "stop"

@@ -1,9 +1,9 @@
-"""Sequences whose logits are broken: they end with an error, and no other request notices.
+"""Sequences with broken logits end with an error, without effect on other requests.
 
-The last query of a step sees all keys and values of its sequence, those that the step wrote among
-them: if one is NaN, so are its logits. So the engine asks for the logits of every chunk of a
-prompt, sampled from or not, and what is broken ends before the step is committed: no block with
-broken numbers ever enters the prefix cache.
+The last query of a step attends to all keys and values of its sequence, including those that the
+step wrote. If one is NaN, so are its logits. The engine therefore computes logits for every chunk
+of a prompt, even if it does not sample, and ends broken sequences before the step is committed. No
+block with broken numbers ever enters the prefix cache.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import SequenceGroup
 
 CHECK_ONLY = SamplingRow(SamplingParams(temperature=0.0), (), (), seed=0)
-"""A row from which no token is wanted, only whether its logits are broken."""
+"""A row that is only checked for broken logits; its token is not used."""
 
 
 def leave_out_broken(
@@ -26,10 +26,10 @@ def leave_out_broken(
     requests: Mapping[str, OpenRequest],
     scheduler: Scheduler,
 ) -> SchedulerOutput:
-    """The decision without the sequences that are broken; the engine commits the rest.
+    """Return the decision without broken sequences; the engine commits the rest.
 
-    A sequence that samples ends when its request takes the sampled tokens. A chunk of a prompt, or
-    of what is recomputed, ends its whole request: its other sequences have the chunk in common.
+    A sequence that samples ends when its request takes the sampled tokens. A broken chunk of a
+    prompt, or of a recomputation, ends its whole request, whose sequences share the chunk.
 
     Args:
         requests: by request id.

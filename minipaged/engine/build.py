@@ -1,4 +1,4 @@
-"""From options to an engine: attention, weights, cache and scheduler, put together."""
+"""Builds an engine from options: attention, weights, cache and scheduler."""
 
 from dataclasses import fields, replace
 from functools import partial
@@ -35,7 +35,7 @@ from minipaged.worker.spawn import choose_rank_device
 
 
 def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
-    """The engine of `LLM`. Raises InvalidOption, CheckpointError, WorkerLost."""
+    """Build the engine of `LLM`. Raises InvalidOption, CheckpointError, WorkerLost."""
     parts = args.parts or Parts()
     device = choose_rank_device(args)
     refuse_what_is_ignored(args, parts, device.type)
@@ -101,7 +101,7 @@ def _build_storage(
     backend: AttentionBackend,
     executor: Executor,
 ) -> tuple[EngineConfig, Storage]:
-    """The sizes of the pools, and the pools."""
+    """Choose the sizes of the pools, and build the pools."""
     kv_dtype = choose_kv_dtype(args.kv_cache_dtype, model.dtype)
     block_bytes = bytes_per_block(model.config, args.block_size, kv_dtype)
     ranks = num_local_ranks(args.tensor_parallel_size)
@@ -121,7 +121,7 @@ def _build_storage(
 
 
 def _add_end_token(model: Model, token_id: int | None) -> None:
-    """End sequences at the tokenizer's own end token too, as vLLM does: chat models write that."""
+    """Add the tokenizer's end token, which chat models generate, as vLLM does."""
     config = model.config
     if token_id is not None and token_id < config.vocab_size:
         ends = dict.fromkeys((*config.eos_token_ids, token_id))  # each once, in order

@@ -27,7 +27,7 @@ class Storage:
 
 
 def choose_attention(args: EngineArgs, device: torch.device, head_dim: int) -> AttentionBackend:
-    """The backend that was asked for, where the memory leaves a choice. Raises InvalidOption."""
+    """Return the requested backend, if the memory allows a choice. Raises InvalidOption."""
     if args.memory in VIRTUAL:
         return UNPAGED
     return choose_backend(args.attention_backend, device, head_dim, args.kv_cache_dtype)
@@ -42,7 +42,7 @@ def build_storage(
     device: torch.device,
     backend: AttentionBackend,
 ) -> Storage:
-    """Cache and manager of this kind, within the bytes of `config.num_blocks`."""
+    """Build cache and manager of this kind, within the bytes of `config.num_blocks`."""
     if memory in VIRTUAL:
         return _virtual(VIRTUAL[memory], parts, model, config, dtype)
     columns = config.max_blocks_per_seq

@@ -1,4 +1,4 @@
-"""A number for every option that was left open."""
+"""Chooses a value for every option that was not given."""
 
 from collections.abc import Callable
 from math import ceil
@@ -6,8 +6,8 @@ from math import ceil
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
 from minipaged.errors import InvalidOption
 
-# Query tokens in a step: as many as it takes to multiply matrices at full speed. With more,
-# running requests would only wait longer for their next token.
+# Query tokens per step: enough to multiply matrices at full speed. With more, running requests
+# would only wait longer for their next token.
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 
 
@@ -18,11 +18,11 @@ def choose_config(
     room: Callable[[], int],
     swap_room: int,
 ) -> EngineConfig:
-    """A number for every option that was left open.
+    """Choose a value for every option that was not given.
 
     Args:
-        room: how many blocks fit in memory.
-        swap_room: how many blocks a swap pool may have unless more are asked for.
+        room: returns how many blocks fit in memory.
+        swap_room: maximum blocks of a swap pool whose size was not given.
     """
     longest = model.max_position_embeddings
     max_model_len = longest if args.max_model_len is None else args.max_model_len

@@ -32,13 +32,13 @@ LIBRARY_PARTS = {
     "store_kv": "minipaged.attention.reference.store_kv",
     "sampling_request": "minipaged.engine.sampling_request.SamplingRequest",
 }
-"""The library's own part of each name. It is imported only when it is asked for."""
+"""The library's part of each name. It is imported only on use."""
 
 
 def read_custom_parts(
     arguments: Iterable[str], known: Mapping[str, str] = LIBRARY_PARTS
 ) -> dict[str, Any]:
-    """The parts that arguments of the form "part=file.py:name" give. Raises InvalidOption."""
+    """Load the parts of arguments of the form "part=file.py:name". Raises InvalidOption."""
     custom_parts: dict[str, Any] = {}
     for argument in arguments:
         part, equals, place = argument.partition("=")
@@ -51,7 +51,7 @@ def read_custom_parts(
             )
         if part not in known:
             raise InvalidOption(
-                f"--part names {part!r}, which is no part: choose one of {', '.join(known)}.",
+                f"--part names {part!r}, which is not a part: choose one of {', '.join(known)}.",
                 "part",
             )
         custom_parts[part] = find_in_file(Path(file), name)
@@ -61,16 +61,16 @@ def read_custom_parts(
 def find_part(
     part: str, custom_parts: dict[str, Any], known: Mapping[str, str] = LIBRARY_PARTS
 ) -> Any:
-    """The custom part if there is one, or else the library's own."""
+    """Return the custom part if there is one, otherwise the library's."""
     return custom_parts[part] if part in custom_parts else pkgutil.resolve_name(known[part])
 
 
 def find_helper(dotted: str, custom_parts: dict[str, Any]) -> Any:
-    """A class or function that is no part: from the custom parts' file, or else the library's.
+    """Return a class or function that is not a part, from a custom part's file or the library.
 
     Args:
-        dotted: the library's, as "minipaged.attention.reference.gather"; the file calls its own
-            `gather`.
+        dotted: its name in the library, such as "minipaged.attention.reference.gather"; a file
+            defines it as `gather`.
 
     Raises:
         InvalidOption: there are custom parts, and none of their files defines it.
@@ -86,14 +86,14 @@ def find_helper(dotted: str, custom_parts: dict[str, Any]) -> Any:
 
 
 def parts_with(custom_parts: dict[str, Any]) -> "Parts":
-    """All parts, with the custom ones among them; checked if there are any."""
+    """Return all parts, including custom ones; checked if there are any."""
     from minipaged.engine.parts import Parts  # imports torch, which many labs do without
 
     return Parts(**custom_parts).checked() if custom_parts else Parts()
 
 
 def find_in_file(file: Path, name: str) -> Any:
-    """What a Python file defines by this name. Raises InvalidOption, also if it cannot be run."""
+    """Return a name that a Python file defines. Raises InvalidOption, also if it cannot be run."""
     module = _run(file)
     if not hasattr(module, name):
         raise InvalidOption(f"{file} defines no {name!r}: is the name spelt as in the file?")
@@ -101,12 +101,12 @@ def find_in_file(file: Path, name: str) -> Any:
 
 
 def names_in_file(file: Path) -> dict[str, Any]:
-    """All names that a Python file defines. Raises InvalidOption if it cannot be run."""
+    """Return all names that a Python file defines. Raises InvalidOption if it cannot be run."""
     return vars(_run(file))
 
 
 def _run(file: Path) -> Any:
-    """The file as a module, run once for all its parts."""
+    """Return the file as a module, which is run once for all its parts."""
     if not file.is_file():
         raise InvalidOption(f"there is no file {str(file)!r}: give the place of your Python file.")
     known = f"minipaged_custom_{file.resolve()}"
@@ -114,10 +114,10 @@ def _run(file: Path) -> Any:
         return sys.modules[known]
     spec = importlib.util.spec_from_file_location(known, file)
     if spec is None or spec.loader is None:
-        raise InvalidOption(f"{str(file)!r} is no Python file: its name must end in .py.")
+        raise InvalidOption(f"{str(file)!r} is not a Python file: its name must end in .py.")
     linecache.checkcache(str(file))  # it may have been saved since it was last run
     module = importlib.util.module_from_spec(spec)
-    sys.modules[known] = module  # dataclasses look their module up while they are made
+    sys.modules[known] = module  # dataclasses look up their module while they are created
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The engine: every `step()` computes one more token, or a chunk of prompt, of what runs."""
+"""The engine: every `step()` computes one token, or a chunk of prompt, per running sequence."""
 
 import random
 import time
@@ -39,12 +39,12 @@ Listener = Callable[[SchedulerOutput, StepStats], None]
 
 
 class LLMEngine(EngineNames):
-    """Requests go in at any time; each step returns the progress of those that advanced.
+    """Accepts requests at any time; each step returns the progress of those that advanced.
 
     The engine owns the requests and their texts; queues belong to the scheduler, blocks to the
-    memory, tensors to the executor. One thread at a time may call it. Every call is all or nothing:
-    if an exception or Ctrl-C cuts one short, the engine builds a new scheduler and memory, and open
-    requests go on from the tokens they have (see `open_request`).
+    memory, tensors to the executor. Only one thread at a time may call it. Every call is atomic: if
+    an exception or Ctrl-C interrupts one, the engine builds a new scheduler and memory, and open
+    requests continue from their present tokens (see `open_request`).
     """
 
     def __init__(
@@ -67,37 +67,37 @@ class LLMEngine(EngineNames):
         self.listeners: list[Listener] = []
         """Called in each step, before anything is freed. They must not change the engine."""
         self.last_step: tuple[int, list[Progress]] = (0, [])
-        """The number of the last complete step, and what it returned or, but for Ctrl-C, would."""
+        """The number and the result of the last complete step, even if Ctrl-C cut its return."""
         self._build_scheduler = build_scheduler
         self._sampling_request = sampling_request
         self.traits = ModelTraits.of(executor.runner.model.config, config.max_model_len, tokenizer)
         self._open: dict[str, OpenRequest] = {}
         self.prefixes = PinnedPrefixes()
         self._seq_ids = count()
-        self._seeds = random.Random(seed)  # for requests that bring no seed of their own
+        self._seeds = random.Random(seed)  # for requests without a seed
         self._clock = clock
-        self._faults: dict[str, Exception] = {}  # by request id: what its own code has raised
-        self._is_cut_short = False  # a change has begun and has not reached its end
+        self._faults: dict[str, Exception] = {}  # by request id: exceptions of its own code
+        self._is_cut_short = False  # a change has begun and is not complete
 
     @property
     def memory(self) -> MemoryView:
-        """Which sequence holds which blocks, for reading only."""
+        """The read-only view of the memory."""
         return self.scheduler.memory
 
     # ---- one step, in the order a token travels ------------------------------------------------
 
     def step(self) -> list[Progress]:
-        """Compute one step; returns what is new of each request that advanced or ended.
+        """Compute one step; returns the progress of each request that advanced or ended.
 
-        `progress.output()` gives the `RequestOutput` with all that the request has so far.
+        `progress.output()` returns the `RequestOutput` with all tokens of the request so far.
 
         If the code of one request raises (the tokenizer on its tokens, a custom part that samples
-        for it), that request ends: its progress has the `error`, a RequestFailed. The others go on.
+        for it), that request ends, and its progress has the `error`, a RequestFailed. The others
+        continue.
 
-        Any other exception, and Ctrl-C, reaches the caller, and the step has not happened: each
-        request is as it was before, and the next call computes its keys and values again and
-        samples the same tokens. If the model itself raises, no request can be blamed: it may raise
-        again, until the request that makes it raise is aborted.
+        After any other exception, or Ctrl-C, the step is undone: the next call computes the same
+        keys and values again and samples the same tokens. If the model itself raises, the cause is
+        not attributed to a request, and it may raise again until the faulty request is aborted.
         """
         with self._change():
             times = [self._clock()]
@@ -108,14 +108,14 @@ class LLMEngine(EngineNames):
             times.append(self._clock())
             sampled, broken = self._sample(decision, step, logits)  # by request, by sequence
             times.append(self._clock())
-            if broken:  # these end with an error, and the others go on
+            if broken:  # these end with an error, and the others continue
                 decision = leave_out_broken(decision, broken, self._open, self.scheduler)
             self._commit(decision, sampled, times)
         return self.last_step[1]
 
     @contextmanager
     def _change(self, harmless: type[Exception] | tuple[()] = ()) -> Generator[None]:
-        """All or nothing. A `harmless` exception is raised before anything has changed."""
+        """Make a change atomic. A `harmless` exception is raised before any change."""
         if self._is_cut_short:
             self.restart()
         self._is_cut_short = True
@@ -125,13 +125,13 @@ class LLMEngine(EngineNames):
             self._is_cut_short = False
             raise
         except BaseException:
-            with suppress(Exception):  # if this is cut short in turn, the next change restarts
+            with suppress(Exception):  # if this is interrupted as well, the next change restarts
                 self.restart()
             raise
         self._is_cut_short = False
 
     def _step_input(self, decision: SchedulerOutput, now: float) -> StepInput:
-        """The decision in plain numbers: the message to the device side (section 4.6)."""
+        """Convert the decision to plain numbers, the message to the device side (section 4.6)."""
         tables = self.scheduler.memory.tables
         sequences: list[SequenceInput] = []
         for group, seq, num_new_tokens, _ in decision.sequences:
@@ -139,16 +139,16 @@ class LLMEngine(EngineNames):
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
             wants_all = request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq)
-            num_logits = num_new_tokens if wants_all else 1  # of a chunk too: see `broken_logits`
+            num_logits = num_new_tokens if wants_all else 1  # also for a chunk: see `broken_logits`
             new = seq.token_ids[start : start + num_new_tokens]
             blocks = tables[seq.seq_id].blocks.copy()
             sequences.append(SequenceInput(seq.seq_id, new, start, blocks, num_logits))
         return StepInput(tuple(sequences), decision.swap_out, decision.swap_in, decision.copies)
 
     def _sample(self, decision: SchedulerOutput, step: StepInput, logits: Tensor) -> Sampling:
-        """Choose the next token of every sequence of which nothing is left to compute.
+        """Choose the next token of every sequence without uncomputed tokens.
 
-        Several tokens for a prompt with several samples: they are drawn from the same logits.
+        A prompt with several samples gets several tokens, drawn from the same logits.
         """
         rows, row_indices = list[SamplingRow](), list[int]()
         owners, stop = list[tuple[str, int, int, bool]](), 0  # request, sequence, rows, samples
@@ -170,7 +170,7 @@ class LLMEngine(EngineNames):
         tokens, start = self.sampler.sample(logits, rows), 0
         sampled, broken = Sampled(), Broken()
         for request_id, seq_id, num_rows, samples in owners:
-            if isinstance(error := tokens[start].error, str):  # what a processor raised: later
+            if isinstance(error := tokens[start].error, str):  # exceptions: later
                 broken[seq_id] = error
             if samples:
                 sampled.setdefault(request_id, {})[seq_id] = tokens[start : start + num_rows]
@@ -178,7 +178,7 @@ class LLMEngine(EngineNames):
         return sampled, broken
 
     def _commit(self, decision: SchedulerOutput, sampled: Sampled, times: list[float]) -> None:
-        """Note what was computed, fork and go on as each request decides, free what has ended."""
+        """Record what was computed, let each request fork or end, and free finished sequences."""
         number = self.last_step[0] + 1
         progresses: list[Progress] = []
         self.scheduler.commit(decision)
@@ -210,7 +210,7 @@ class LLMEngine(EngineNames):
             if progress.finished:
                 open_request = self._open[progress.request_id]
                 open_request.ended_in, open_request.request.finished_time = number, times[-1]
-        self.last_step = (number, progresses)  # until this assignment, all can be undone
+        self.last_step = (number, progresses)  # before this assignment, all can be undone
         for progress in progresses:
             if progress.finished:
                 del self._open[progress.request_id]
@@ -218,7 +218,7 @@ class LLMEngine(EngineNames):
             self.prefixes.pin_again(self.scheduler.memory)
         queues = (self.scheduler.running, self.scheduler.waiting, self.scheduler.swapped)
         assert any(queues) or not self._open, f"the scheduler has lost {', '.join(self._open)}"
-        if self._faults:  # their forks may be half done
+        if self._faults:  # their forks may be incomplete
             self.restart()
 
     def _fork(self, open_request: OpenRequest, parent: Sequence) -> Sequence:
@@ -227,7 +227,7 @@ class LLMEngine(EngineNames):
         return child
 
     def restart(self) -> None:
-        """Build scheduler and memory anew, and queue every open request to be recomputed."""
+        """Build a new scheduler and memory, and queue every open request to be recomputed."""
         self._faults = {}
         self.scheduler = self._build_scheduler()
         last_step, _ = self.last_step
@@ -240,7 +240,7 @@ class LLMEngine(EngineNames):
         self.prefixes.lose_all()
         self._is_cut_short = False
 
-    # ---- requests come and go ------------------------------------------------------------------
+    # ---- adding and aborting requests ----------------------------------------------------------
 
     def add_request(
         self,
@@ -251,11 +251,11 @@ class LLMEngine(EngineNames):
     ) -> None:
         """Queue a prompt (text or token ids) for sampling or, with BeamSearchParams, beam search.
 
-        It may have been checked before, by another thread. `others` are those of vLLM's
-        add_request, each with the value that asks for nothing.
+        The prompt may already have been checked by another thread. `others` are further arguments
+        of vLLM's add_request, accepted only with neutral values.
 
-        Raises InvalidRequest, PromptTooLong, InvalidOption or MissingTokenizer for what can never
-        be served; other requests go on.
+        Raises InvalidRequest, PromptTooLong, InvalidOption or MissingTokenizer if the request can
+        never be served; other requests continue.
         """
         refuse_call_options(others)
         if not isinstance(prompt, CheckedRequest):
@@ -264,13 +264,13 @@ class LLMEngine(EngineNames):
         group = prompt.first_group(request_id, next(self._seq_ids))
         with self._change(harmless=InvalidRequest):
             self.scheduler.add(group)
-            seed = self._seeds.getrandbits(63)  # in any case: none shifts the seed of another
+            seed = self._seeds.getrandbits(63)  # always, so that requests' seeds are independent
             build = RequestBuilder(prompt.params, seed, self._sampling_request)
             arrival = Arrival(group, prompt.prompt, self.traits, self._clock())
             self._open[request_id] = OpenRequest(arrival, build)
 
     def abort_request(self, request_id: str | Iterable[str]) -> RequestOutput | None:
-        """End a request at once and return what it has; None if there is none, and for several."""
+        """End a request and return its output so far; None if it is unknown, or for several ids."""
         if not isinstance(request_id, str):
             for each in list(request_id):
                 self.abort_request(each)
@@ -284,16 +284,16 @@ class LLMEngine(EngineNames):
         open_request.request.finish_all("abort")
         return open_request.request.output()
 
-    # ---- prefixes that stay (section 4.4, shared prefix) ---------------------------------------
+    # ---- pinned prefixes (section 4.4, shared prefix) ------------------------------------------
 
     def pin_prefix(self, prompt: Prompt) -> CachedPrefix | None:
-        """Keep the blocks of a computed prefix; None if it is not, or no longer, in the cache."""
+        """Pin the blocks of a computed prefix; None if it is not in the cache."""
         read = read_prompt(prompt, self.tokenizer, self.config.max_model_len)
         seq = Sequence(next(self._seq_ids), read.token_ids, cache_salt=read.cache_salt)
         with self._change(harmless=InvalidRequest):
             return self.prefixes.pin(seq, self.scheduler.memory)
 
     def release_prefix(self, prefix: CachedPrefix) -> None:
-        """Let go of a pinned prefix: it stays until its blocks are needed, like any other."""
+        """Release a pinned prefix, whose blocks may then be evicted."""
         with self._change(harmless=InvalidRequest):
             self.prefixes.release(prefix, self.scheduler.memory)

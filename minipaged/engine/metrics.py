@@ -1,4 +1,4 @@
-"""What is measured: the times of a request, and a step in numbers."""
+"""Measurements: the times of a request, and the statistics of a step."""
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from minipaged.scheduler.output import SchedulerOutput
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """When a request came, was scheduled, got its tokens and ended.
+    """When a request arrived, was scheduled, got its tokens and ended.
 
-    In seconds on the engine's clock: since 1970, unless the engine was given another clock. None is
-    what has not happened yet.
+    Times are in seconds on the engine's clock: since 1970, unless the engine was given another
+    clock. A time is None if the event has not happened yet.
     """
 
     arrival_time: float
@@ -28,7 +28,7 @@ class RequestMetrics:
         scheduled = self.first_scheduled_time
         return None if scheduled is None else scheduled - self.arrival_time
 
-    # vLLM's v1 names. There, arrival_time is on another clock than the other times.
+    # vLLM's v1 names. In vLLM, arrival_time uses another clock than the other times.
 
     @property
     def queued_ts(self) -> float:
@@ -61,8 +61,8 @@ class StepStats:
     num_running: int  # groups, as the next two, after the step was scheduled
     num_waiting: int
     num_swapped: int
-    num_sequences: int  # that computed something
-    num_tokens: int  # that they computed
+    num_sequences: int  # that computed tokens
+    num_tokens: int  # computed by them
     num_preempted: int
     num_queried_tokens: int  # of newly admitted prompts: looked up in the prefix cache,
     num_cached_tokens: int  # and found there
@@ -76,7 +76,7 @@ class StepStats:
     def of(
         cls, step: int, scheduler: Scheduler, decision: SchedulerOutput, times: Many[float]
     ) -> "StepStats":
-        """A step that has run; `times` are before and after each of its three parts."""
+        """Describe a step that has run; `times` are before and after each of its three parts."""
         memory = scheduler.memory
         return cls(
             step=step,

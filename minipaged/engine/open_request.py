@@ -1,9 +1,9 @@
-"""A request while it is served, and what it can be rebuilt from.
+"""An open request, and the history from which it can be rebuilt.
 
-A request is determined by how it arrived and by the tokens that were sampled for it. Its text, its
-forks and its log-probabilities follow from these, as its keys and values follow from its tokens
-(section 4.5, recomputation). The engine therefore keeps a history of sampled tokens per request.
-If a step is cut short, every request is rebuilt from its history as it was before that step.
+A request is determined by its arrival and its sampled tokens. Its text, its forks and its
+log-probabilities follow from these, as its keys and values follow from its tokens (section 4.5,
+recomputation). The engine therefore keeps a history of sampled tokens per request. If a step is
+interrupted, every request is rebuilt from its history to its state before that step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,27 +21,27 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 SampledBySeq = dict[int, list[SampledToken]]  # by sequence id
 Sampled = dict[str, SampledBySeq]  # by request id
-Broken = dict[int, str]  # by sequence id: what is wrong with its logits
+Broken = dict[int, str]  # by sequence id: the fault of its logits
 Sampling = tuple[Sampled, Broken]
 
-_ENTRY = 2 + len(SampledToken._fields)  # places that a token takes in a history
+_ENTRY = 2 + len(SampledToken._fields)  # elements per token in a history
 
 
 @dataclass(eq=False)
 class OpenRequest:
-    """A request that has not ended, or ended in the step that is under way."""
+    """A request that has not ended, or that ended in the present step."""
 
     arrival: Arrival
     build: Callable[[Arrival], Request]  # a request of its kind, with its parameters and seed
     request: Request = field(init=False)
     history: list[Any] = field(default_factory=list[Any])
-    """What was sampled for it: of each token the step, the sequence id and the token's own fields.
+    """For each sampled token: the step, the sequence id and the fields of `SampledToken`.
 
-    One flat list: the garbage collector would visit an object per token again and again, for as
-    long as the request is open.
+    The list is flat, because the garbage collector would visit an object per token repeatedly while
+    the request is open.
     """
     forked: list[int] = field(default_factory=list[int])
-    """Ids of the sequences that it forked, in order."""
+    """Ids of its forked sequences, in order."""
     ended_in: float = inf  # the step
 
     def __post_init__(self) -> None:
@@ -49,9 +49,9 @@ class OpenRequest:
         [self._first] = self.arrival.group.sequences  # from which all others are forked
 
     def rebuild(self, last_step: int) -> SequenceGroup:
-        """Undo what came after `last_step`; returns a new group, to be recomputed.
+        """Undo all later steps than `last_step`; returns a new group, to be recomputed.
 
-        The request object stays the same one, because progress records refer to it.
+        The request object stays the same, because progress records refer to it.
         """
         old, first = self.arrival.group, self._first
         seq = Sequence(
@@ -70,7 +70,7 @@ class OpenRequest:
         for sampled in sampled_by_step(history):
             self._replay(request, sampled, child_ids)
         request.take_over(self.request, has_tokens=bool(history))
-        # The first sequence is computed again, and the others fork from it again.
+        # The first sequence is recomputed, and the others fork from it again.
         group.awaiting_refork, group.sequences = group.sequences[1:], group.sequences[:1]
         vars(self.request).update(vars(request))
         self.arrival, self._first, self.history, self.ended_in = arrival, seq, history, inf
@@ -78,7 +78,7 @@ class OpenRequest:
         return group
 
     def _replay(self, request: Request, sampled: SampledBySeq, child_ids: Iterator[int]) -> None:
-        """Let a rebuilt request take the tokens of one step again."""
+        """Give the tokens of one step to a rebuilt request."""
         group = request.group
 
         def fork(parent: Sequence) -> Sequence:
@@ -88,14 +88,15 @@ class OpenRequest:
 
         for seq in request.advance(sampled, fork):
             group.sequences.remove(seq)
-        request.progress()  # this was reported
+        request.progress()  # marks it as reported
 
     def fail(self, cause: Exception) -> Progress:
-        """End the request because of an exception that its own code raised."""
+        """End the request because its own code raised an exception."""
         request_id = self.arrival.group.request_id
         error = RequestFailed(
-            f"request {request_id!r} has ended, because the code that samples for it or writes its "
-            f"text raised {type(cause).__name__}: {cause}. Mend that code; other requests go on."
+            f"request {request_id!r} has ended, because the code that samples for it or decodes "
+            f"its text raised {type(cause).__name__}: {cause}. Fix that code; other requests "
+            "continue."
         )
         error.__cause__ = cause
         with suppress(Exception):  # which may be broken as well
@@ -104,7 +105,7 @@ class OpenRequest:
 
 
 def sampled_by_step(history: Iterable[Any]) -> list[SampledBySeq]:
-    """What each step of an `OpenRequest.history` has sampled."""
+    """Group an `OpenRequest.history` by step."""
     steps: dict[int, SampledBySeq] = {}
     places = iter(history)
     for step in places:
@@ -122,7 +123,7 @@ def end_early(
 
     Args:
         requests: by request id.
-        faults: what was raised, by request id; one that raises now is added.
+        faults: exceptions by request id; requests that raise now are added.
     """
     progresses: list[Progress] = []
     for group in out_of_memory:

@@ -1,4 +1,4 @@
-"""What comes out: a `Progress` per request and step, and the `RequestOutput` a user wants of it."""
+"""Outputs: a `Progress` per request and step, and the `RequestOutput` that a user gets from it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +16,13 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class CompletionOutput:
     """One generated sequence, so far or complete.
 
-    finish_reason is None while it grows; then "stop" (end-of-sequence token, stop token or stop
-    string), "length" (max_tokens, max_model_len, or a pool too small to go on), "abort", or "error"
-    (its logits were broken, as NaN is, and `error` says what to try; or its own code raised).
-    stop_reason is the stop string or stop token that ended it, None for the end-of-sequence token.
-    logprobs holds, for each token, a `Logprob` of it and of the likeliest others, by token id.
-    score is what beam search ranks by: the log-probability under the length penalty.
+    finish_reason is None until it ends; then "stop" (end-of-sequence token, stop token or stop
+    string), "length" (max_tokens, max_model_len, or a pool too small to continue), "abort", or
+    "error" (its logits were broken, for example NaN, and `error` suggests a fix; or its own code
+    raised). stop_reason is the stop string or stop token that ended it, None for the
+    end-of-sequence token. logprobs contains one dict per token, from token ids to the `Logprob` of
+    the token and of the likeliest others. score ranks the results of beam search: the
+    log-probability with the length penalty.
     """
 
     index: int
@@ -41,11 +42,11 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's prompt and what has been generated after it.
+    """A request's prompt and its generated completions.
 
-    prompt_logprobs has one entry per prompt token, fewer if the request was aborted before; the
-    first is None, as nothing precedes it. num_cached_tokens is the number of prompt tokens found in
-    the prefix cache when the request was first admitted, which needed no computing.
+    prompt_logprobs has one entry per prompt token, fewer if the request was aborted early; the
+    first is None, because no token precedes it. num_cached_tokens is the number of prompt tokens
+    found in the prefix cache at the first admission, which were not computed.
     """
 
     request_id: str
@@ -59,24 +60,24 @@ class RequestOutput:
 
 
 class NewTokens(NamedTuple):
-    """What a step has added to one completion."""
+    """The new tokens of one completion in a step."""
 
     completion: int  # its `CompletionOutput.index`
     token_ids: list[int]
-    text: str  # may lag behind the tokens: half a character, or what could begin a stop string
+    text: str  # may omit the last tokens: half a character, or the possible start of a stop string
     logprobs: list[Logprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
     @classmethod
     def of(cls, whole: CompletionOutput) -> "NewTokens":
-        """All of a completion of which nothing was shown before."""
+        """Return all tokens of a completion, as new ones."""
         end = whole.finish_reason, whole.stop_reason
         return cls(whole.index, whole.token_ids, whole.text, whole.logprobs, *end)
 
     @staticmethod
     def joined(parts: "Sequence[NewTokens]") -> "NewTokens":
-        """The tokens of several steps, in order, as those of one."""
+        """Join the tokens of several steps, in order."""
         logprobs = [each for part in parts for each in part.logprobs or ()]
         return parts[-1]._replace(
             token_ids=[token for part in parts for token in part.token_ids],
@@ -86,24 +87,24 @@ class NewTokens(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a step has added to one request: all that a server needs to send on.
+    """The new tokens of one request in a step, as a server streams them.
 
-    Beam search and best_of decide at the end which completions they return: they make no progress
-    before, and then all of it at once. It can be read like a `RequestOutput`, as the results of a
-    step can in vLLM; what it then holds follows from the request's `output_kind`.
+    Beam search and best_of choose their completions at the end, so they report all progress at
+    once. A `Progress` has the attributes of a `RequestOutput`, like the results of a step in vLLM;
+    the request's `output_kind` determines their content.
     """
 
     request_id: str
     new: list[NewTokens]
     finished: bool
     build_output: Callable[[], RequestOutput]
-    error: RequestFailed | None = None  # what its own code raised, which has ended it
+    error: RequestFailed | None = None  # its own code raised, which ended it
     kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def output(self, kind: RequestOutputKind | None = None) -> RequestOutput:
-        """The request as it stands now: all of it, or what is new if the kind is DELTA.
+        """Return the request's output: all tokens so far, or only new ones if the kind is DELTA.
 
-        Without an argument, the kind that the request asked for.
+        The default is the request's own kind.
         """
         whole = self.build_output()
         if (kind or self.kind) is not RequestOutputKind.DELTA:
@@ -122,7 +123,7 @@ class Progress(NamedTuple):
 
     @staticmethod
     def joined(steps: "Sequence[Progress]") -> "Progress":
-        """The progress of several steps, in order, as that of one."""
+        """Join the progress of several steps, in order."""
         by_completion: dict[int, list[NewTokens]] = {}
         for step in steps:
             for new in step.new:

@@ -1,8 +1,8 @@
-"""The parts of an engine. To replace one, give another here; nothing is wired anywhere else.
+"""The parts of an engine. This is the only place where parts are connected, or replaced.
 
     LLM(parts=Parts(allocator=MyAllocator))      # a custom part
     LLM(parts=Parts().checked())                 # every block recounted after every call
-    LLM(parts=Parts().traced(log))               # scheduler, memory, allocators, ranks observed
+    LLM(parts=Parts().traced(log))               # events of scheduler, memory, allocators, ranks
 
 `checked` and `traced` wrap custom parts in the same way as the library's.
 """
@@ -44,7 +44,7 @@ BuildMemory = Callable[..., Memory]
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of an engine that can be replaced, with the library's own as defaults.
+    """The replaceable parts of an engine, with the library's as defaults.
 
     allocator        called with the number of blocks; once for the pool, once for the swap pool
     block_table      a BlockTable: called with its four arguments
@@ -52,14 +52,15 @@ class Parts:
                      the block table's class
     memory           called with the arguments of BlockManager, by keyword
     scheduler        called with the arguments of FCFSScheduler, by position
-    select_victim    whom to preempt, of the running groups younger than the one in need
+    select_victim    chooses the group to preempt, among the running ones younger than the group
+                     that needs blocks
     paged_attention  None: the attention backend's
     store_kv         None: the attention backend's
     sampling_request a SamplingRequest: how the samples of a prompt begin, continue and end
-    adjust_logits    None: only what the requests ask for; see `Sampler`
+    adjust_logits    None: only the requests' options change logits; see `Sampler`
 
-    `memory_wrappers`, `scheduler_wrappers` and `executor_wrappers` are what `checked` and `traced`
-    put around memory, scheduler and executor, the library's or custom ones.
+    `checked` and `traced` add wrappers of memory, scheduler and executor to `memory_wrappers`,
+    `scheduler_wrappers` and `executor_wrappers`.
 
     A part that the chosen memory would never call is refused: see `engine/refusals.py`.
     """
@@ -80,11 +81,11 @@ class Parts:
 
     @property
     def replaced(self) -> set[str]:
-        """The names of the parts that are not the library's own."""
+        """The names of the parts that are not the library's."""
         return {each.name for each in fields(self) if getattr(self, each.name) != each.default}
 
     def build_scheduler(self, config: EngineConfig) -> Scheduler:
-        """The scheduler and, below it, the memory and its allocators."""
+        """Build the scheduler and, below it, the memory and its allocators."""
         build_memory = self.memory
         for wrap in self.memory_wrappers:
             build_memory = wrap(build_memory)
@@ -103,19 +104,19 @@ class Parts:
         return scheduler
 
     def attention(self, backend: AttentionBackend) -> AttentionBackend:
-        """The backend with the functions replaced that these parts replace."""
+        """Return the backend with the functions of custom parts."""
         if self.paged_attention is None and self.store_kv is None:
             return backend
         return replace(
             backend,
             paged_attention=self.paged_attention or backend.paged_attention,
             store_kv=self.store_kv or backend.store_kv,
-            rope_and_store_kv=None,  # theirs is to be called, not passed over
-            cuda_graph_safe=False,  # who knows what theirs read
+            rope_and_store_kv=None,  # it would bypass a custom store_kv
+            cuda_graph_safe=False,  # custom functions may read more than tensors
         )
 
     def checked(self) -> "Parts":
-        """The same parts, recounted after every call; slow, for tests and labs."""
+        """Return the same parts with a recount after every call; slow, for tests and labs."""
 
         def check(build: BuildMemory) -> BuildMemory:
             def memory(**options: Any) -> Memory:
@@ -129,21 +130,21 @@ class Parts:
         return replace(self, memory_wrappers=(*self.memory_wrappers, check))
 
     def traced(self, log: EventLog) -> "Parts":
-        """The same parts, with every change to queues and blocks written to the log.
+        """Return the same parts, with every change to queues and blocks written to the log.
 
-        With several ranks, also what each step took on each of them.
+        With several ranks, the log also gets each rank's times per step.
         """
 
         def trace_scheduler(scheduler: Scheduler) -> Scheduler:
             return cast(Scheduler, TracedScheduler(scheduler, log))
 
         def trace_executor(executor: Executor) -> Executor:
-            is_alone = executor.part is None  # then scheduler and memory tell all
+            is_alone = executor.part is None  # then all events come from scheduler and memory
             return executor if is_alone else cast(Executor, TracedExecutor(executor, log))
 
         def trace(build: BuildMemory) -> BuildMemory:
             def memory(**options: Any) -> Memory:
-                pools = iter(("pool", "swap"))  # the order in which a memory asks for allocators
+                pools = iter(("pool", "swap"))  # the order in which a memory builds its allocators
 
                 def allocator(num_blocks: int) -> Allocator:
                     one = options["allocator"](num_blocks)

@@ -1,4 +1,4 @@
-"""Prefixes that stay in the cache until they are released (section 4.4, shared prefix)."""
+"""Pinned prefixes, which stay in the cache until they are released (section 4.4, shared prefix)."""
 
 from minipaged.engine.outputs import CachedPrefix
 from minipaged.errors import InvalidRequest
@@ -8,21 +8,21 @@ from minipaged.utils.options import shown
 
 
 class PinnedPrefixes:
-    """The prefixes that are pinned, each as a sequence that never runs."""
+    """The pinned prefixes, each as a sequence that never runs."""
 
     def __init__(self) -> None:
         self.lost: list[Sequence] = []
-        """Those whose blocks are gone, because the memory was built anew. They are pinned again
-        once a request has computed them."""
+        """Prefixes that lost their blocks because the memory was rebuilt. They are pinned again
+        after a request has computed them."""
         self._sequences: dict[CachedPrefix, Sequence] = {}
 
     @property
     def pinned(self) -> list[CachedPrefix]:
-        """Also those whose handle an interrupted caller did not get."""
+        """All pinned prefixes, including those whose handle an interrupted call did not return."""
         return list(self._sequences)
 
     def pin(self, seq: Sequence, memory: Memory) -> CachedPrefix | None:
-        """Keep the blocks of a prefix; None unless all of it is in the cache."""
+        """Pin the blocks of a prefix; None unless all of it is in the cache."""
         if not _pin(seq, memory):
             return None
         prefix = CachedPrefix(seq.num_tokens, len(memory.tables[seq.seq_id]))
@@ -30,10 +30,10 @@ class PinnedPrefixes:
         return prefix
 
     def release(self, prefix: CachedPrefix, memory: Memory) -> None:
-        """Let go of a prefix. Raises InvalidRequest if it is not pinned here."""
+        """Release a prefix. Raises InvalidRequest if it is not pinned here."""
         if not isinstance(prefix, CachedPrefix):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidRequest(
-                f"{shown(prefix)} is no cached prefix: give what cache_prefix returned."
+                f"{shown(prefix)} is not a cached prefix: give the result of cache_prefix."
             )
         seq = self._sequences.get(prefix)
         if seq is None:
@@ -45,11 +45,11 @@ class PinnedPrefixes:
         del self._sequences[prefix]
 
     def lose_all(self) -> None:
-        """The memory that kept them is no longer used."""
+        """Mark all prefixes as lost, after the memory was replaced."""
         self.lost = list(self._sequences.values())
 
     def pin_again(self, memory: Memory) -> None:
-        """Pin the lost prefixes that are in the cache by now."""
+        """Pin lost prefixes that are in the cache again."""
         self.lost = [seq for seq in self.lost if not _pin(seq, memory)]
 
 

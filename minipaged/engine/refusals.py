@@ -1,7 +1,7 @@
-"""Options and parts that a memory, backend or device would ignore: refused, each in one sentence.
+"""Refuses options and parts that a memory, backend or device would ignore, in one sentence each.
 
-An option counts as given if it differs from its default, a part if it is not the library's own.
-Whether an option's value is possible at all is checked where it is declared (`config.py`).
+An option counts as given if it differs from its default, a part if it is not the library's.
+Whether an option's value is valid is checked where it is declared (`config.py`).
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from minipaged.scheduler.fcfs import FCFSScheduler
 
 @dataclass(frozen=True)
 class Unused:
-    """An option or a part that some kinds of memory have no use for."""
+    """An option or a part that a kind of memory does not use."""
 
     name: str
-    reason: str  # why, with the memory as subject
-    harmless: tuple[object, ...] = ()  # values of an option that ask for nothing else
+    reason: str  # a clause with the memory as subject
+    harmless: tuple[object, ...] = ()  # values of an option that have the same effect
 
 
 _BASELINE_PARTS = (

@@ -1,9 +1,8 @@
-"""One request on its way from sampled tokens to text: what the engine remembers of it.
+"""The state of one request, from sampled tokens to text.
 
-A request knows how its sequences go on. Sampling (`sampling_request`) forks its first sequence
-once, when the prompt is computed, and each sample then goes its own way. Beam search
-(`beam_request`) forks and prunes sequences in every step. In the engine, both are rows of the same
-batch.
+A request decides how its sequences continue. Sampling (`sampling_request`) forks its first sequence
+once, when the prompt is computed, and the samples then diverge. Beam search (`beam_request`) forks
+and prunes sequences in every step. In the engine, both are rows of the same batch.
 """
 
 import logging
@@ -35,7 +34,7 @@ Fork = Callable[[Sequence], Sequence]
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """What every request must know of the model that serves it."""
+    """The properties of a model that requests depend on."""
 
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...]
@@ -46,22 +45,22 @@ class ModelTraits:
     def of(
         cls, model: ModelConfig, max_model_len: int, tokenizer: Tokenizer | None
     ) -> "ModelTraits":
-        """Those of a model as an engine runs it."""
+        """Return the traits of a model in an engine."""
         return cls(tokenizer, model.eos_token_ids, max_model_len, model.vocab_size)
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request as it came in, whatever it asks for."""
+    """A new request, of sampling or beam search."""
 
-    group: SequenceGroup  # of one sequence still
+    group: SequenceGroup  # of one sequence
     prompt: TokenizedPrompt
     model: ModelTraits
     time: float
 
 
 class Request(ABC):
-    """What sampling and beam search have in common: a prompt, a group, and its times."""
+    """The base of sampling and beam search: a prompt, a group, and its times."""
 
     def __init__(
         self, arrival: Arrival, num_prompt_logprobs: int | None = None, *, shows_text: bool = True
@@ -71,24 +70,24 @@ class Request(ABC):
         self.first_token_time: float | None = None
         self.last_token_time: float | None = None
         self.finished_time: float | None = None
-        self.num_prompt_logprobs = num_prompt_logprobs  # None: the prompt's are not asked for
+        self.num_prompt_logprobs = num_prompt_logprobs  # None: not requested
         self._first = arrival.group.sequences[0]
         self._prompt = arrival.prompt
         self._model = arrival.model
-        self._tokenizer = arrival.model.tokenizer if shows_text else None  # for what is shown
+        self._tokenizer = arrival.model.tokenizer if shows_text else None  # for the output
         self._arrival_time = arrival.time
         self._has_logged_error = False
-        self._prompt_logprobs: list[Logprobs | None] = [None]  # nothing precedes the first
+        self._prompt_logprobs: list[Logprobs | None] = [None]  # no token precedes the first
 
-    # ---- what each kind of request does in its own way -------------------------------------------
+    # ---- different for each kind of request ------------------------------------------------------
 
     @abstractmethod
     def rows(self, seq: Sequence) -> list[SamplingRow]:
-        """What to sample from the logits of a sequence: one row per token that is wanted."""
+        """Return what to sample from the logits of a sequence: one row per token."""
 
     @abstractmethod
     def advance(self, sampled: dict[int, list[SampledToken]], fork: Fork) -> list[Sequence]:
-        """Take the tokens of all sequences, by sequence id; returns those that have ended."""
+        """Take the tokens of all sequences, by sequence id; returns sequences that have ended."""
 
     @abstractmethod
     def finish_all(self, reason: FinishReason, error: str | None = None) -> None:
@@ -101,26 +100,26 @@ class Request(ABC):
 
     @abstractmethod
     def progress(self) -> Progress | None:
-        """What is new since the last call; None if nothing can be shown yet."""
+        """Return the new tokens since the last call; None if there is no output yet."""
 
     @abstractmethod
     def completions(self) -> list[CompletionOutput]:
-        """What has been generated so far."""
+        """Return the completions so far."""
 
-    # ---- what is the same for all ----------------------------------------------------------------
+    # ---- the same for all ------------------------------------------------------------------------
 
     def wants_prompt_logits(self, seq: Sequence) -> bool:
-        """Whether the prompt's logits are asked for and some of them are still to come."""
+        """Return whether prompt logprobs are requested and incomplete."""
         asked = self.num_prompt_logprobs is not None
         return asked and len(self._prompt_logprobs) < seq.prompt_len
 
     def note_prompt_logits(self, seq: Sequence, logits: Tensor) -> None:
         """Take the logits of the tokens from `num_computed_tokens` on, [rows, vocab].
 
-        Those at position i judge the token at position i + 1. After a preemption some positions
-        come a second time: they are skipped, as is whatever follows the prompt.
+        The logits at position i score the token at position i + 1. After a preemption some
+        positions are computed again: these are skipped, and so are positions after the prompt.
         """
-        first = len(self._prompt_logprobs) - 1  # its logits judge the first token not judged yet
+        first = len(self._prompt_logprobs) - 1  # its logits score the first token without a score
         start = seq.num_computed_tokens
         stop = min(start + logits.shape[0], seq.prompt_len - 1)
         if start <= first < stop:
@@ -129,7 +128,7 @@ class Request(ABC):
             self._prompt_logprobs += [logprobs_of(s, count or 0, self._tokenizer) for s in scores]
 
     def take_over(self, old: "Request", has_tokens: bool) -> None:
-        """Take what does not follow from the tokens of the request that this one replaces."""
+        """Copy the state of the replaced request that does not follow from its tokens."""
         self._prompt_logprobs = old._prompt_logprobs
         self._has_logged_error = old._has_logged_error
         self.first_scheduled_time = old.first_scheduled_time
@@ -137,19 +136,19 @@ class Request(ABC):
             self.first_token_time, self.last_token_time = old.first_token_time, old.last_token_time
 
     def log_error(self, error: str, position: int) -> None:
-        """Log the first error of a request: later ones mostly follow from the same cause."""
+        """Log the first error of a request; later ones usually have the same cause."""
         if not self._has_logged_error:
             request_id = self.group.request_id
             logger.error("request %s, token at position %d: %s", request_id, position, error)
         self._has_logged_error = True
 
     def output(self) -> RequestOutput:
-        """The request as a user sees it now."""
+        """Return the request's output so far."""
         asked = self.num_prompt_logprobs is not None
         return RequestOutput(
             request_id=self.group.request_id,
             prompt=self._prompt.text,
-            prompt_token_ids=self._prompt.token_ids.copy(),  # the user's own, to change at will
+            prompt_token_ids=self._prompt.token_ids.copy(),  # a copy that the user may change
             outputs=self.completions(),
             finished=self.is_finished,
             metrics=RequestMetrics(

@@ -1,4 +1,4 @@
-"""Sampling: one or several completions of a prompt, each a sequence with a seed of its own."""
+"""Sampling: one or several completions of a prompt, each a sequence with its own seed."""
 
 from collections.abc import Mapping
 
@@ -13,14 +13,14 @@ from minipaged.tokenizer.detokenizer import Detokenizer
 
 
 class SamplingRequest(Request):
-    """One or several samples of a prompt, a `Completion` each."""
+    """One or several samples of a prompt, each a `Completion`."""
 
     def __init__(self, arrival: Arrival, params: SamplingParams, seed: int) -> None:
         super().__init__(arrival, params.prompt_logprobs, shows_text=params.detokenize)
         self._params = params
         self._seed = seed
         self._stop_reasons = find_stop_reasons(params, self._model)
-        # What min_tokens keeps away: with ignore_eos the end of sequence too, as in vLLM.
+        # Tokens that min_tokens forbids: the end of sequence even with ignore_eos, as in vLLM.
         self._end_token_ids = tuple({*self._stop_reasons, *self._model.eos_token_ids})
         tokenizer, self._bad_words = self._model.tokenizer, list[list[int]]()
         if params.bad_words and tokenizer is not None:
@@ -34,7 +34,7 @@ class SamplingRequest(Request):
     # ---- from logits to tokens -----------------------------------------------------------------
 
     def rows(self, seq: Sequence) -> list[SamplingRow]:
-        """One row; for the prompt, one for each sample, all from the same logits."""
+        """Return one row; for the prompt, one per sample, all from the same logits."""
         row = self._completions[seq.seq_id].row
         if row.output_token_ids or self._params.num_samples == 1:
             return [row]
@@ -43,7 +43,7 @@ class SamplingRequest(Request):
     # ---- from tokens to text -------------------------------------------------------------------
 
     def advance(self, sampled: dict[int, list[SampledToken]], fork: Fork) -> list[Sequence]:
-        """Give each sequence its token, and each token beyond the first a fork of its own."""
+        """Give each sequence its token, and fork it for each further token."""
         ended: list[Sequence] = []
         for seq_id, tokens in sampled.items():
             samples = [completion := self._completions[seq_id]]
@@ -83,7 +83,7 @@ class SamplingRequest(Request):
             if completion.finish_reason is None:
                 completion.finish(reason, error=error)
 
-    # ---- what is shown of it -------------------------------------------------------------------
+    # ---- output --------------------------------------------------------------------------------
 
     @property
     def is_finished(self) -> bool:
@@ -94,7 +94,7 @@ class SamplingRequest(Request):
         return True
 
     def progress(self) -> Progress | None:
-        """What is new since the last call; with best_of, nothing before the end."""
+        """Return the new tokens since the last call; with best_of, only at the end."""
         finished = self.is_finished
         if self._shows_only_the_end and not finished:
             return None
@@ -108,11 +108,11 @@ class SamplingRequest(Request):
         return Progress(self.group.request_id, new, finished, self.output, None, kind)
 
     def completions(self) -> list[CompletionOutput]:
-        """The n samples, in their order; of best_of, the likeliest ones, the best first."""
+        """Return the n samples in order; with best_of, the likeliest ones, best first."""
         samples = list(self._completions.values())
         samples += samples[:1] * (self._params.n - len(samples))  # ended before it forked: n empty
         if self._chooses_at_the_end:
-            # What ended with an error is short, and so might pass for likely.
+            # A sample that ended with an error is short, so it could count as likely.
             samples.sort(key=lambda s: (s.finish_reason == "error", -s.cumulative_logprob))
         return [sample.output(index) for index, sample in enumerate(samples[: self._params.n])]
 
@@ -121,10 +121,10 @@ StopReasons = Mapping[int, int | str | None]
 
 
 def find_stop_reasons(params: SamplingParams, model: ModelTraits) -> StopReasons:
-    """The tokens that end a sample, and the `stop_reason` of each.
+    """Map the tokens that end a sample to their `stop_reason`.
 
     They are the end of sequence (whose reason is None), `stop_token_ids`, and the special tokens
-    among the stop strings: no text shows a special token, so it is found by its id.
+    among the stop strings: special tokens are not part of the text, so they are matched by id.
     """
     specials = {} if model.tokenizer is None else model.tokenizer.special_tokens
     reasons: dict[int, int | str | None] = {}
@@ -134,7 +134,7 @@ def find_stop_reasons(params: SamplingParams, model: ModelTraits) -> StopReasons
 
 
 class Completion:
-    """One sample of a request as it grows: its text, its log-probabilities, why it ended."""
+    """One sample of a request: its text, its log-probabilities, why it ended."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Completion:
     ) -> None:
         params = row.params
         self.seq = seq
-        self._token_ids = seq.output_token_ids  # a list of its own, so that no step copies it
+        self._token_ids = seq.output_token_ids  # a separate list, so that no step copies it
         self.row = row._replace(output_token_ids=self._token_ids)
         self.cumulative_logprob = 0.0
         self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
@@ -164,10 +164,10 @@ class Completion:
         self._end_is_taken = False
 
     def add(self, sampled: SampledToken) -> None:
-        """Take the next token, and decide whether it was the last."""
+        """Append the next token, and decide whether it was the last."""
         if (error := sampled.error) is not None:
             if isinstance(error, Exception):
-                raise error  # of a logits processor, the request's own code
+                raise error  # from a logits processor, the request's own code
             self.finish("error", error=error)
             return
         token, detokenizer = sampled.token_id, self._detokenizer
@@ -179,7 +179,7 @@ class Completion:
             self.logprobs.append(logprobs_of(sampled, self._num_logprobs, tokenizer))
         length = len(self._token_ids)
         may_stop = length >= self._min_tokens
-        is_end = may_stop and token in self._stop_reasons  # whose own text is mostly not shown
+        is_end = may_stop and token in self._stop_reasons  # its text is usually not shown
         if detokenizer is not None and (not is_end or self._shows_end_token):
             detokenizer.add(token)
         if is_end:
@@ -197,13 +197,13 @@ class Completion:
         *,
         error: str | None = None,
     ) -> None:
-        """No more tokens will come: show the text that was held back."""
+        """End the sample, and release text that was held back."""
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
         if self._detokenizer is not None:
             self._detokenizer.finish()
 
     def take_new(self, index: int, new: list[NewTokens]) -> None:
-        """Append what came since the last call to `new`, unless nothing did."""
+        """Append the new tokens since the last call to `new`, if there are any."""
         start, reason = self._num_tokens_taken, self.finish_reason
         token_ids = self._token_ids[start:]
         if self._end_is_taken or (not token_ids and reason is None):

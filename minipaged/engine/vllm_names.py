@@ -1,8 +1,8 @@
-"""What vLLM's LLMEngine and LLM offer besides: other names for what is here already.
+"""Further names of vLLM's LLMEngine and LLM, for features that exist here already.
 
 EngineNames  the base of `LLMEngine`
 LLMNames     the base of `LLM`
-prompts_of   the prompts of a call of `generate`, whatever arguments they came in
+prompts_of   the prompts of a call of `generate`, from all of its arguments
 """
 
 from collections.abc import Mapping
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 
 class EngineNames:
-    """The base of `LLMEngine`: how vLLM's scripts build it and ask it."""
+    """The base of `LLMEngine`, with the names that vLLM's scripts use."""
 
     tokenizer: Tokenizer | None
     _open: dict[str, OpenRequest]
 
     @staticmethod
     def from_engine_args(engine_args: LLMArgs) -> "LLMEngine":
-        """The engine that `LLM` would build. Raises InvalidOption, CheckpointError."""
+        """Build the engine that `LLM` would build. Raises InvalidOption, CheckpointError."""
         from minipaged.engine.build import build_engine  # which imports the engine
 
         require_type("engine_args", engine_args, LLMArgs)
         return build_engine(engine_args, engine_args.find_folders())
 
     def get_tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer; None if its folder holds none."""
+        """Return the model's tokenizer, or None if its folder has none."""
         return self.tokenizer
 
     @property
@@ -48,16 +48,16 @@ class EngineNames:
         return set(self._open)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether any request is open."""
+        """Return whether any request is open."""
         return bool(self._open)
 
     def get_num_unfinished_requests(self) -> int:
-        """How many requests are open."""
+        """Return how many requests are open."""
         return len(self._open)
 
 
 class LLMNames:
-    """The base of `LLM`: what vLLM's scripts ask it besides outputs."""
+    """The base of `LLM`, with further names that vLLM's scripts use."""
 
     args: LLMArgs
     folders: Folders
@@ -66,7 +66,7 @@ class LLMNames:
 
     @classmethod
     def from_engine_args(cls, engine_args: LLMArgs) -> Any:
-        """An LLM with these options."""
+        """Build an LLM with these options."""
         require_type("engine_args", engine_args, LLMArgs)
         return cls(**{each.name: getattr(engine_args, each.name) for each in fields(engine_args)})
 
@@ -76,12 +76,12 @@ class LLMNames:
         return self.engine
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a prompt without parameters of its own is sampled with; a new object each time.
+        """Return the parameters of prompts without sampling parameters, as a new object.
 
-        They come from the checkpoint's generation_config.json, unless the options
-        generation_config and override_generation_config say otherwise.
+        They come from the checkpoint's generation_config.json, or from the options
+        generation_config and override_generation_config.
 
-        Raises CheckpointError if that file holds what cannot be.
+        Raises CheckpointError if that file contains invalid values.
         """
         given = self.args.read_sampling_defaults(self.folders)
         try:
@@ -93,7 +93,7 @@ class LLMNames:
             ) from error
 
     def _chat_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of `chat` for `render_chat`; the others are checked."""
+        """Return the options of `chat` for `render_chat`, and check the others."""
         others = {name: value for name, value in options.items() if name in CALL_NAMES}
         refuse_call_options(others)
         ours = {name: value for name, value in options.items() if name not in CALL_NAMES}
@@ -102,9 +102,9 @@ class LLMNames:
         return ours
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks. False, and nothing happens, while a request or prefix has some.
+        """Clear the prefix cache. False, without effect, if a request is open or a prefix pinned.
 
-        A prefix that `cache_prefix` keeps has to be released first.
+        A prefix of `cache_prefix` must be released first.
         """
         with self._lock:
             if self.engine.unfinished_request_ids or self.engine.prefixes.pinned:
@@ -114,11 +114,11 @@ class LLMNames:
 
 
 def prompts_of(prompts: Any, prompt_token_ids: Any, others: Mapping[str, Any]) -> list[Prompt]:
-    """The prompts that `generate` was given, as text, as token ids, or as both.
+    """Return the prompts of a call of `generate`, given as text, as token ids, or as both.
 
     Raises:
-        InvalidOption: an argument asks for what is not built.
-        InvalidRequest: there are no prompts, or not as many texts as lists of token ids.
+        InvalidOption: an argument is not supported.
+        InvalidRequest: there are no prompts, or the numbers of texts and token lists differ.
     """
     refuse_call_options(others)
     if prompt_token_ids is None:

@@ -5,7 +5,7 @@ A story is a row of facts, and each fact is one sentence of the same shape:
     Once upon a time Theo the frog put the white key in the meadow. Mia the cat put ...
 
 No two facts of a story share a name or a thing, so every question below has exactly one answer,
-and that answer stands nowhere but in the story. A model can only find it by attending back to the
+and that answer is only in the story. A model can only find it by attending back to the
 one sentence that holds it. That makes a story a test of a cache: if a block of keys and values is
 lost or mixed up, some answer is visibly wrong, and `Question.fact_index` says which sentence went
 missing.
@@ -29,7 +29,7 @@ END = "<|endoftext|>"
 OPENING = "Once upon a time"
 """Every story starts so. It also gives the first name the leading space that all names have."""
 
-# Short words, so that a small byte-level BPE makes one token of each. No word stands in two lists.
+# Short words, so that a small byte-level BPE makes one token of each. No word is in two lists.
 NAMES = tuple(
     """
     Ada Abel Amy Anna Ben Bess Bob Cara Carl Cleo Dan Dora Ed Ella Emma Eric Eva Finn Gus Hal Hans
@@ -174,7 +174,7 @@ def prompt(story: Story, question: Question) -> str:
 def transcript(story: Story, questions: Iterable[Question]) -> str:
     """The story with questions already answered; what the model is trained on.
 
-    It begins exactly as `prompt` does, so a first answer here stands where it stands in use.
+    It begins exactly as `prompt` does, so a first answer here has its position in use.
     """
     answered = (f"\nQ: {q.text}\nA: {q.answer}{END}" for q in questions)
     return story.text + "".join(answered)

@@ -28,7 +28,7 @@ def main() -> None:
     """A process that was started for one job, given on its standard input."""
     job = Job(**json.loads(sys.stdin.buffer.readline()))
     report = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # only the report goes to the file behind standard output
+    os.dup2(2, 1)  # only the report goes to the file that was standard output
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     run_job(job, report)
 

@@ -1,7 +1,7 @@
 """What Gradescope wants: results.json, and the two scripts of an autograder.
 
 An autograder is a zip of `setup.sh`, run once when it is built, and `run_autograder`, run for each
-submission. Submissions lie in /autograder/submission, and results.json must appear in
+submission. Submissions are in /autograder/submission, and results.json must appear in
 /autograder/results.
 """
 

@@ -49,7 +49,7 @@ LAB = Lab(
             hints=(
                 "The table is in `self._tables`, the blocks come from `self._pool.allocate()`. "
                 + "Compare how many logical blocks the tokens need with how many the table has.",
-                "Try it on paper with blocks of 4: from 4 to 5 tokens a block is taken, from 3 to "
+                "Try it on paper with blocks of 4: from 4 to 5 tokens, a block is taken, from 3 to "
                 + "4 and from 5 to 6 none. On admission there is no block yet, and several are "
                 + "needed at once.",
                 "Append to `table.blocks` until it has what `_blocks_for(seq.num_tokens)` says, "

@@ -75,7 +75,7 @@ LAB = Lab(
                 "If the other tasks pass and this one does not, watch the trace that the failing "
                 + "test has left: minipaged trace view <file>.",
                 "The engine cuts prompts into pieces here, and its pool holds what earlier "
-                + "sequences have left behind. Which of your lines believe that a slot is empty, "
+                + "sequences have left there. Which of your lines believe that a slot is empty, "
                 + "or that a prompt begins at position 0?",
             ),
             seconds=120.0,

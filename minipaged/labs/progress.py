@@ -1,6 +1,6 @@
 """What a student has so far: the best points of each task, and the hints that were given.
 
-Kept in one small file beside the student's own, to be read by them as well. A file that holds
+Kept in one small file next to the student's own, to be read by them as well. A file that holds
 anything else is kept under another name, and a new one is begun.
 """
 
@@ -88,7 +88,7 @@ class Progress:
 
 
 def next_free(file: Path, ending: str) -> Path:
-    """A name beside a file's that is not taken yet: `file.py.1`, `file.py.2` and so on."""
+    """Return an unused name next to a file's: `file.py.1`, `file.py.2` and so on."""
     names = (file.with_name(f"{file.name}{ending}{number}") for number in range(1, 10_000))
     return next(name for name in names if not name.exists())
 

@@ -2,8 +2,8 @@
 
 Points are for tests that were listed beforehand, each reported once, as passed, in lines that begin
 with the run's nonce, by a run that came to its end. A test that was skipped, that was expected to
-fail, or of which there is no report has failed. Beside a task's tests run *canaries*, which must
-fail: if one passes, the code that runs the tests was changed, and the whole grade is void.
+fail, or that has no report has failed. *Canaries* run along with a task's tests, and must fail: if
+one passes, the code that runs the tests was changed, and the whole grade is void.
 """
 
 import json
@@ -111,7 +111,7 @@ def settle(results: Iterable[Result]) -> list[Result]:
 
 
 def write_canary(tests: Path, lab: int, task: int) -> Path:
-    """A test that fails, under a name that nobody knows beforehand."""
+    """A test that fails, under a name that is secret until then."""
     word = secrets.token_hex(8)
     yours, expected = secrets.randbelow(10**9), 10**9 + secrets.randbelow(10**9)
     file = tests / f"test_{word}.py"

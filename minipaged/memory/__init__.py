@@ -1,9 +1,9 @@
-"""Which sequence owns which block: pure Python, without torch.
+"""Maps sequences to blocks: pure Python, without torch.
 
-Read it in this order: allocator (physical blocks), block_table (one sequence), prefix_cache (blocks
-found by their content), interface (what a memory must do), block_manager (all sequences), checked
-(a checker around the others). Then the baselines: contiguous, on buddy; and virtual, on regions and
-pages. What both lack is in plain.
+Reading order: allocator (physical blocks), block_table (one sequence), prefix_cache (blocks by
+content), interface (the role `memory`), block_manager (all sequences), checked (a checker around
+the others). Then the baselines: contiguous, on buddy; and virtual, on regions and pages. `plain`
+has the features that both lack.
 """
 
 from minipaged.memory.allocator import Allocator, BlockAllocator

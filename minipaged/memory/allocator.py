@@ -1,8 +1,8 @@
 """Physical blocks and their reference counts (sections 4.2 and 4.4).
 
-A physical block is a number from 0 up to num_blocks; what is stored there is not known here. Its
-reference count is the number of its owners, and it returns to the free list only when the last of
-them frees it.
+A physical block is a number from 0 to num_blocks - 1; its contents are stored elsewhere. Its
+reference count is the number of its owners. It returns to the free list only when the last owner
+frees it.
 """
 
 from typing import Protocol
@@ -11,7 +11,7 @@ from minipaged.errors import DoubleFree, InvalidOption, OutOfBlocks
 
 
 class Allocator(Protocol):
-    """The role `allocator`: hands out physical blocks and counts their owners. All O(1)."""
+    """The role `allocator`: hands out physical blocks and counts their owners, all in O(1)."""
 
     @property
     def num_blocks(self) -> int: ...
@@ -24,17 +24,17 @@ class Allocator(Protocol):
 
 
 class BlockAllocator:
-    """A stack of free blocks and one reference count a block.
+    """A stack of free blocks, with one reference count per block.
 
-    The stack hands out low numbers first and the most recently freed block before older ones: the
-    part of the pool in use stays small and warm in the processor's cache (as long as no prefix
-    cache keeps blocks that were used).
+    The stack hands out low numbers first, and the most recently freed block before older ones. The
+    part of the pool in use therefore stays small and in the processor's cache, unless a prefix
+    cache keeps used blocks.
     """
 
     def __init__(self, num_blocks: int) -> None:
         """Raises InvalidOption for a pool of fewer than 0 blocks."""
         if num_blocks < 0:
-            raise InvalidOption(f"a pool of {num_blocks} blocks cannot be: give 0 or more.")
+            raise InvalidOption(f"a pool of {num_blocks} blocks is impossible: give 0 or more.")
         self.num_blocks = num_blocks
         self._free = list(reversed(range(num_blocks)))
         self._ref_counts = [0] * num_blocks
@@ -54,13 +54,13 @@ class BlockAllocator:
         return block
 
     def share(self, block: int) -> None:
-        """Add an owner. Raises DoubleFree if the block is free and so cannot be shared."""
+        """Add an owner. Raises DoubleFree if the block has no owner."""
         if not self._is_owned(block):
             raise DoubleFree(f"block {block} has no owner, so it cannot be shared.")
         self._ref_counts[block] += 1
 
     def free(self, block: int) -> None:
-        """Drop one owner; the last one returns the block. Raises DoubleFree if it has none."""
+        """Remove one owner; the block is free without owners. Raises DoubleFree if it has none."""
         if not self._is_owned(block):
             raise DoubleFree(f"block {block} has no owner, so it cannot be freed again.")
         self._ref_counts[block] -= 1
@@ -68,7 +68,7 @@ class BlockAllocator:
             self._free.append(block)
 
     def ref_count(self, block: int) -> int:
-        """How many owners the block has; 0 means free."""
+        """Return the number of owners of a block; 0 means free."""
         return self._ref_counts[block]
 
     def _is_owned(self, block: int) -> bool:

@@ -1,8 +1,8 @@
-"""Which sequence owns which blocks: admit, append, fork, copy-on-write, swap, free.
+"""Manages the blocks of all sequences: admit, append, fork, copy-on-write, swap, free.
 
-The block manager plans and never touches a tensor. Where keys and values must move (copy-on-write,
-swapping) it returns (source, destination) pairs of blocks, and the runner copies them before the
-step's attention reads anything. Section numbers are the paper's.
+The block manager never touches a tensor. If keys and values must move (copy-on-write, swapping), it
+returns (source, destination) pairs of blocks, and the runner copies them before the step's
+attention reads anything. Section numbers are the paper's.
 """
 
 from collections import Counter
@@ -36,14 +36,14 @@ class BlockManager:
         self._pool = prefix_cache(allocator(num_blocks), block_size, enable_prefix_caching)
         self._swap_pool = allocator(num_swap_blocks)
         self._tables: dict[int, BlockTable] = {}  # by sequence id
-        self.tables: Mapping[int, BlockTable] = self._tables  # for others, to be read only
-        self._swapped: set[int] = set()  # the sequences whose table speaks of the swap pool
-        self._pinned: set[int] = set()  # the prefixes that stay, by sequence id
+        self.tables: Mapping[int, BlockTable] = self._tables  # the public, read-only view
+        self._swapped: set[int] = set()  # sequences whose table refers to the swap pool
+        self._pinned: set[int] = set()  # pinned prefixes, by sequence id
 
     # ---- admission -----------------------------------------------------------------------------
 
     def fits(self, group: SequenceGroup) -> bool:
-        """Whether the pool would hold the group's next step if only pinned prefixes stayed."""
+        """Return whether the group's next step fits if only pinned prefixes stay in the pool."""
         staying = Counter(b for seq_id in self._pinned for b in self._tables[seq_id].blocks)
         claimed, new = self._claim(group, lambda block: staying[block])
         return len(claimed | staying.keys()) + new <= self.num_blocks
@@ -51,10 +51,10 @@ class BlockManager:
     explain_rejection = explain_lack_of_pages
 
     def can_admit(self, group: SequenceGroup, alone: bool) -> bool:
-        """Whether a waiting or swapped group's blocks are free, and the watermark unless alone.
+        """Return whether enough blocks are free for a waiting or swapped group.
 
-        The watermark, vLLM's addition to the paper, keeps newcomers from taking the blocks that
-        running groups will soon need. A group that has the pool to itself takes none from others.
+        Unless it is alone, the watermark must stay free as well. The watermark, vLLM's addition to
+        the paper, reserves blocks that running groups will soon need.
         """
         shared, new = self._claim(group, self._pool.ref_count)
         idle = sum(self._pool.ref_count(block) == 0 for block in shared)  # counted as free so far
@@ -62,14 +62,14 @@ class BlockManager:
         return self.num_free - new - idle >= watermark
 
     def admit(self, group: SequenceGroup) -> Admission:
-        """Give every sequence of a waiting group the blocks of the tokens it has, and no more.
+        """Give every sequence of a waiting group the blocks for its present tokens.
 
-        Cached blocks are shared, the others are new. None are reserved for tokens that may come
-        later: reserving by `max_tokens` is the very waste that the paper removes (section 3.1).
+        Cached blocks are shared, the others are new. None are reserved for later tokens: reserving
+        by `max_tokens` is the waste that the paper removes (section 3.1).
         """
         num_cached: list[int] = []
         for seq in group.sequences:
-            assert seq.seq_id not in self._tables, f"sequence {seq.seq_id} is admitted already"
+            assert seq.seq_id not in self._tables, f"sequence {seq.seq_id} was already admitted"
             table = self._tables[seq.seq_id] = self._pool.share_cached(seq)
             table.num_tokens = self._num_cached_of(seq, table.blocks)
             num_cached.append(table.num_tokens)
@@ -79,20 +79,20 @@ class BlockManager:
     # ---- growing -------------------------------------------------------------------------------
 
     def can_append(self, group: SequenceGroup) -> bool:
-        """Whether enough blocks are free for the tokens of the next step."""
+        """Return whether enough blocks are free for the tokens of the next step."""
         for seq in group.sequences:
             blocks = self._tables[seq.seq_id].blocks
             is_full = len(seq.token_ids) > len(blocks) * self.block_size
             if is_full or self._pool.ref_count(blocks[-1]) > 1:
                 return self._growth(group, self._pool.ref_count) <= self._pool.num_free
-        return True  # mostly each sequence writes to a last block that it owns alone
+        return True  # the usual case: each sequence writes to a last block that it owns alone
 
     def append(self, seq: Sequence) -> list[BlockPair]:
-        """Give the tokens that have no slot yet one each, in blocks that the sequence owns alone.
+        """Give each token without a slot a slot, in blocks that the sequence owns alone.
 
-        Returns the copies to make first: a block that is about to be written and has other owners
-        is copied, and the sequence then owns the copy (section 4.4, copy-on-write). Raises
-        OutOfBlocks if the pool runs out; `can_append` tells beforehand.
+        Returns the copies to make first: if a block to be written has other owners, it is copied,
+        and the sequence then owns the copy (section 4.4, copy-on-write). Raises OutOfBlocks if the
+        pool runs out; call `can_append` first.
         """
         table = self._tables[seq.seq_id]
         pairs: list[BlockPair] = []
@@ -103,7 +103,7 @@ class BlockManager:
             elif self._pool.ref_count(old := table.blocks[logical]) > 1:
                 table.blocks[logical] = self._pool.allocate()
                 self._pool.free(old)
-                # The copy cannot be found, and so nothing after it can.
+                # The copy is not cached, so no block after it is.
                 table.num_cached_blocks = min(table.num_cached_blocks, logical)
                 pairs.append((old, table.blocks[logical]))
         table.num_tokens = len(seq.token_ids)
@@ -112,7 +112,7 @@ class BlockManager:
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let a child share its parent's blocks (section 4.4). Takes no free block.
 
-        Those in which the child's computed tokens lie: all of them, if it begins as a copy.
+        The child shares the blocks of its computed tokens: all of them, if it begins as a copy.
         """
         table = self._tables[parent.seq_id].beginning(child.num_computed_tokens)
         for block in table.blocks:
@@ -122,7 +122,7 @@ class BlockManager:
             self._swapped.add(child.seq_id)
 
     def free(self, seq: Sequence) -> None:
-        """Let go of a sequence's blocks; those without another owner become free."""
+        """Free a sequence's blocks; those with other owners stay."""
         pool = self._pool_of(seq)
         for block in reversed(self._tables.pop(seq.seq_id).blocks):  # children before parents
             pool.free(block)
@@ -132,10 +132,10 @@ class BlockManager:
     # ---- prefixes (section 4.4, shared prefix) ---------------------------------------------------
 
     def num_cached_tokens(self, seq: Sequence) -> int:
-        """How many first tokens of a waiting sequence need no computing.
+        """Return how many first tokens of a waiting sequence need not be computed.
 
-        Never the last one: its logits are needed. If all are cached, the last token's keys are
-        written again, as they were; and if others own the block, to a copy of it.
+        The last one is never counted: its logits are needed. If all are cached, the last token's
+        keys are written again, with the same values; if others own the block, to a copy of it.
         """
         return self._num_cached_of(seq, self._pool.find(seq))
 
@@ -143,17 +143,17 @@ class BlockManager:
         return min(len(cached) * self.block_size, seq.num_tokens - 1)
 
     def cache_blocks(self, seq: Sequence) -> list[int]:
-        """Let the sequence's full blocks be found; returns those that could not be found before.
+        """Cache the sequence's full blocks; returns the newly cached ones.
 
-        Called after a step, when keys and values of `num_computed_tokens` are really written.
+        Call it after a step, when keys and values of `num_computed_tokens` are written.
         """
         table = self._tables[seq.seq_id]
         has_new = seq.num_computed_tokens // self.block_size > table.num_cached_blocks
         return self._pool.cache_blocks(seq, table) if has_new and self._is_caching else []
 
     def pin(self, seq: Sequence) -> int:
-        """Keep all cached blocks of a prefix until it is freed, as one more owner of them (the
-        paper's predefined prefix); returns how many tokens they hold."""
+        """Own all cached blocks of a prefix until it is freed (the paper's predefined prefix);
+        returns how many tokens they hold."""
         table = self._tables[seq.seq_id] = self._pool.share_cached(seq)
         self._pinned.add(seq.seq_id)
         return table.num_tokens
@@ -161,7 +161,7 @@ class BlockManager:
     # ---- swapping (section 4.5) ----------------------------------------------------------------
 
     def can_swap_out(self, group: SequenceGroup) -> bool:
-        """Whether the swap pool has room for all blocks of the group."""
+        """Return whether the swap pool has room for all blocks of the group."""
         return self._swap_pool.num_free >= self.num_distinct_blocks(group)
 
     def swap_out(self, group: SequenceGroup) -> list[BlockPair]:
@@ -172,11 +172,11 @@ class BlockManager:
     def swap_in(self, group: SequenceGroup) -> list[BlockPair]:
         """Move the group back to the pool; returns (swap block, pool block) pairs to copy.
 
-        Blocks that are still cached are shared again, and need no copy.
+        Blocks that are still cached are shared again and need no copy.
         """
         cached = self._still_cached(group)
         for block in cached.values():
-            self._pool.share(block)  # held, lest another block's allocation evict it
+            self._pool.share(block)  # so that an allocation below does not evict it
         pairs = self._move(group, self._swap_pool, self._pool, cached)
         for block in cached.values():
             self._pool.free(block)
@@ -186,8 +186,8 @@ class BlockManager:
     def _move(
         self, group: SequenceGroup, source: Allocator, target: Allocator, cached: dict[int, int]
     ) -> list[BlockPair]:
-        """Each block moves once, however many sequences share it; a `cached` one does not move."""
-        moved = cached.copy()  # by old block the new one: it keeps the sharing
+        """Move each block once, even if several sequences share it; `cached` ones stay."""
+        moved = cached.copy()  # from old to new block, which preserves sharing
         pairs: list[BlockPair] = []
         for seq in group.sequences:
             table = self._tables[seq.seq_id]
@@ -205,7 +205,7 @@ class BlockManager:
         return pairs
 
     def _still_cached(self, group: SequenceGroup) -> dict[int, int]:
-        """By swap block: the cached block of the pool that still holds the same content."""
+        """Map each swap block to the cached block of the pool with the same content."""
         cached: dict[int, int] = {}
         for seq in group.sequences:
             num_full = seq.num_computed_tokens // self.block_size
@@ -221,7 +221,7 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that no sequence owns, the ones that only the prefix cache keeps among them."""
+        """The number of blocks that no sequence owns, including those in the prefix cache."""
         return self._pool.num_free
 
     @property
@@ -234,27 +234,27 @@ class BlockManager:
 
     @property
     def cached(self) -> Mapping[int, CacheKey]:
-        """What each cached block of the pool is found by; read-only."""
+        """The key of each cached block of the pool; read-only."""
         return self._pool.cached
 
     def is_swapped(self, seq_id: int) -> bool:
-        """Whether this sequence's block table speaks of the swap pool."""
+        """Return whether this sequence's block table refers to the swap pool."""
         return seq_id in self._swapped
 
     def ref_count(self, block: int) -> int:
-        """How many sequences own this block of the pool."""
+        """Return how many sequences own this block of the pool."""
         return self._pool.ref_count(block)
 
     def swap_ref_count(self, block: int) -> int:
-        """How many sequences own this block of the swap pool."""
+        """Return how many sequences own this block of the swap pool."""
         return self._swap_pool.ref_count(block)
 
     def num_distinct_blocks(self, group: SequenceGroup) -> int:
-        """How many blocks the group holds, a shared one counted once."""
+        """Return how many blocks the group holds, counting a shared one once."""
         return len({b for s in group.sequences for b in self._tables[s.seq_id].blocks})
 
     def usage(self) -> MemoryUsage:
-        """How the slots of the pool are used, by the categories of the paper's Figure 2."""
+        """Count the pool's slots by the categories of the paper's Figure 2."""
         return MemoryUsage.of_pages(self)
 
     # ---- arithmetic ----------------------------------------------------------------------------
@@ -266,17 +266,17 @@ class BlockManager:
         return self._swap_pool if seq.seq_id in self._swapped else self._pool
 
     def _blocks_of(self, seq: Sequence) -> list[int]:
-        """The blocks that a sequence holds; of a waiting one, those that it would find."""
+        """Return the blocks of a sequence; for a waiting one, its cached blocks."""
         table = self._tables.get(seq.seq_id)
         return self._pool.find(seq) if table is None else table.blocks
 
     def _growth(self, group: SequenceGroup, num_owners: Callable[[int], int]) -> int:
-        """Blocks that `append` will take for all sequences of the group together, exactly.
+        """Return the exact number of blocks that `append` will take for the whole group.
 
-        Of two forks that write to a block they share, the first gets a copy, the second keeps it.
+        If two forks write to a shared block, the first gets a copy and the second keeps it.
         """
         growth = 0
-        written: dict[int, int] = {}  # by block: how many of the group write to it
+        written: dict[int, int] = {}  # by block: how many of the group's sequences write to it
         for seq in group.sequences:
             table, blocks = self._tables.get(seq.seq_id), self._blocks_of(seq)
             filled = self._num_cached_of(seq, blocks) if table is None else table.num_tokens
@@ -288,9 +288,9 @@ class BlockManager:
         return growth
 
     def _claim(self, group: SequenceGroup, others: Callable[[int], int]) -> tuple[set[int], int]:
-        """Blocks of the pool that a group holds or will share, and how many its step takes besides.
+        """Return the pool blocks that a group holds or will share, and how many more it will take.
 
-        `others` tells how many owners a block of the pool has outside the group.
+        `others` returns how many owners outside the group a block of the pool has.
         """
         own = Counter(block for seq in group.sequences for block in self._blocks_of(seq))
         if group.sequences[0].seq_id not in self._swapped:

@@ -2,9 +2,9 @@
 
 
 class BlockTable:
-    """Logical to physical blocks, and how many token slots of them are filled.
+    """Maps logical to physical blocks, and records how many token slots are filled.
 
-    Every logical block but the last is full:
+    Every logical block except the last is full:
 
         blocks  = [7, 1, 3], block_size = 4, num_tokens = 10
         logical block 0 -> physical 7: tokens 0 1 2 3
@@ -18,24 +18,24 @@ class BlockTable:
         self.block_size = block_size
         self.blocks = blocks
         self.num_tokens = num_tokens
-        self.num_cached_blocks = num_cached_blocks  # first blocks, that the prefix cache knows
+        self.num_cached_blocks = num_cached_blocks  # leading blocks in the prefix cache
 
     def __len__(self) -> int:
-        """The number of logical blocks."""
+        """Return the number of logical blocks."""
         return len(self.blocks)
 
     def slot(self, position: int) -> int:
-        """The slot of the token at this position: physical block * block size + offset."""
+        """Return the slot of the token at a position: physical block * block size + offset."""
         assert 0 <= position < self.num_tokens, f"position {position} has no slot yet"
         logical, offset = divmod(position, self.block_size)
         return self.blocks[logical] * self.block_size + offset
 
     def filled(self, logical: int) -> int:
-        """How many slots of this logical block hold a token."""
+        """Return how many slots of this logical block hold a token."""
         return min(self.block_size, self.num_tokens - logical * self.block_size)
 
     def beginning(self, num_tokens: int) -> "BlockTable":
-        """The mapping of the first tokens, in a list of its own: what a fork starts from."""
+        """Return a new table of the blocks of the first tokens, from which a fork starts."""
         blocks = self.blocks[: -(-num_tokens // self.block_size)]
         num_cached_blocks = min(self.num_cached_blocks, num_tokens // self.block_size)
         return type(self)(self.block_size, blocks, num_tokens, num_cached_blocks)

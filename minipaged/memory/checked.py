@@ -1,6 +1,6 @@
-"""A second opinion: wrappers that count again after every call and name the guilty one.
+"""Checkers: wrappers that recount after every call and name the call that broke a count.
 
-They wrap the library's parts and a student's alike:
+They wrap the library's parts or a student's:
 
     LLM(parts=Parts(allocator=lambda n: CheckedAllocator(MyAllocator(n))))
     CheckedMemory(BlockManager(num_blocks=8, block_size=16))
@@ -16,7 +16,7 @@ from minipaged.utils.counts import counted
 
 
 class CheckedAllocator:
-    """Counts an allocator's owners itself and compares after every call."""
+    """Counts an allocator's owners separately and compares after every call."""
 
     def __init__(self, allocator: Allocator) -> None:
         self._allocator = allocator
@@ -70,7 +70,7 @@ class CheckedAllocator:
 
 
 class CheckedMemory:
-    """Recounts the owners of every block after every call that may move one. See `recount`."""
+    """Recounts the owners of every block after every call that may change one. See `recount`."""
 
     _MOVERS = frozenset(
         {"admit", "append", "fork", "cache_blocks", "pin", "free", "swap_out", "swap_in"}
@@ -95,10 +95,9 @@ class CheckedMemory:
 def recount(memory: MemoryView, call: str) -> None:
     """Count the owners of every block in the block tables. Raises CheckFailed.
 
-    What must always be true: a block has as many owners as tables list it; blocks that no table
-    lists are free; no table lists a block twice; a table has exactly the blocks that its tokens
-    need (a memory that reserves may keep more than that); and a block that can be found has a
-    parent that can be found.
+    Invariants: a block has as many owners as tables contain it; blocks in no table are free; no
+    table contains a block twice; a table has exactly the blocks that its tokens need (a memory that
+    reserves may have more); the parent of a cached block is cached.
 
     Args:
         call: the last call to the memory, which the error names.
@@ -121,7 +120,7 @@ def recount(memory: MemoryView, call: str) -> None:
     for block, (parent, _) in memory.cached.items():
         if isinstance(parent, int) and parent not in memory.cached:
             raise CheckFailed(
-                f"block {block} can be found, but not block {parent} before it (last call: {call})."
+                f"block {block} is cached, but its parent {parent} is not (last call: {call})."
             )
     free_to_swap = memory.num_swap_blocks - len(+swap_owners)
     _expect(memory.num_free_swap_blocks, free_to_swap, "num_free_swap_blocks", call)

@@ -1,4 +1,4 @@
-"""The role `memory`: what a scheduler may ask of it and do, and what everybody else may look at."""
+"""The role `memory`: the calls of a scheduler, and the read-only view for all other parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ BlockPair = tuple[int, int]  # copy the first block into the second
 
 
 class Admission(NamedTuple):
-    """What a group got on admission. Its sequences are as they were: the scheduler marks them."""
+    """The result of an admission. The scheduler updates the sequences afterwards."""
 
-    num_cached_tokens: list[int]  # per sequence: first tokens that need no computing
-    copies: list[BlockPair]  # to carry out first, as `append` returns them
+    num_cached_tokens: list[int]  # per sequence: first tokens that need not be computed
+    copies: list[BlockPair]  # to make before the step, as from `append`
 
 
 @dataclass(frozen=True)
 class MemoryUsage:
-    """Token slots of the pool by the categories of the paper's Figure 2; they add up to `total`.
+    """Token slots of the pool by the categories of the paper's Figure 2; the sum is `total`.
 
-    used      hold a token of some sequence (a slot that several sequences share counts once)
-    reserved  kept for tokens that a sequence will still generate; always 0 with paging
-    internal  kept for a sequence that will never need them; with paging, the tail of a last block
-    external  lost by rounding up to sizes that the allocator has; always 0 with paging
+    used      hold a token of a sequence (a slot that several sequences share counts once)
+    reserved  reserved for tokens that a sequence will still generate; always 0 with paging
+    internal  reserved but never needed; with paging, the empty slots of a last block
+    external  lost by rounding up to the allocator's sizes; always 0 with paging
     free      not allocated (the figure counts these in "external & others": where pieces differ in
-              size, some are too small for the requests that wait)
+              size, some are too small for the waiting requests)
     """
 
     used: int
@@ -43,7 +43,7 @@ class MemoryUsage:
 
     @classmethod
     def of_pages(cls, memory: "MemoryView") -> "MemoryUsage":
-        """The usage of a memory that takes blocks one by one, as paging does."""
+        """Return the usage of a memory that takes blocks one by one, as paging does."""
         filled: dict[int, int] = {}  # by physical block, so that a shared one counts once
         for seq_id, table in memory.tables.items():
             if not memory.is_swapped(seq_id):
@@ -60,12 +60,12 @@ class MemoryUsage:
 
 
 def ceil_div(number: int, by: int) -> int:
-    """Rounded up, where `//` rounds down."""
+    """Divide and round up."""
     return -(-number // by)
 
 
 def explain_lack_of_pages(memory: "MemoryView", group: SequenceGroup) -> str:
-    """What to change for a waiting group that fits no pool of pages."""
+    """Return what to change if a waiting group does not fit a pool of pages."""
     length, size, has = group.sequences[0].num_tokens, memory.block_size, memory.num_blocks
     needed = ceil_div(length, size)
     if needed > has:
@@ -81,7 +81,7 @@ def explain_lack_of_pages(memory: "MemoryView", group: SequenceGroup) -> str:
 
 
 class MemoryView(Protocol):
-    """What everything else may read of a memory; nothing can be changed through it."""
+    """The read-only view of a memory."""
 
     @property
     def block_size(self) -> int: ...
@@ -107,7 +107,7 @@ class MemoryView(Protocol):
 
 
 class Memory(MemoryView, Protocol):
-    """What a scheduler needs besides: each call that changes something. See `BlockManager`."""
+    """The view and the calls of a scheduler that change a memory. See `BlockManager`."""
 
     def fits(self, group: SequenceGroup) -> bool: ...
     def explain_rejection(self, group: SequenceGroup) -> str: ...

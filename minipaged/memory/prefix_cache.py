@@ -1,8 +1,8 @@
 """Full blocks, found again by their content: automatic prefix caching.
 
 Keys and values of a token depend on all tokens before it, so a block can serve another request only
-if everything up to its end is the same. Cached blocks therefore form trees. The key of a block is
-the block before it and its own tokens:
+if everything up to its end is the same. Cached blocks therefore form trees. The key of a block
+consists of the preceding block and its own tokens:
 
     (salt, "Once upon a") -> 7      the first block of a prompt; the salt keeps users apart
     (7, "time there ")    -> 2      two prompts that diverge after the first block
@@ -31,14 +31,14 @@ from minipaged.memory.block_table import BlockTable
 from minipaged.sequence import Sequence
 
 CacheKey = tuple[int | str | None, tuple[int, ...]]
-"""The block before it (for a first block: the salt), and its tokens."""
+"""The preceding block (for a first block: the salt), and the block's tokens."""
 
 
 class PrefixCache:
-    """An allocator that remembers: any allocator, with an index over its full blocks.
+    """Adds an index of full blocks to an allocator.
 
-    Its users see an ordinary allocator: an idle block is free and has no owners. Every operation is
-    O(1) per block. If not enabled, no block is ever cached, so none is found.
+    To its users it is an ordinary allocator: an idle block is free and has no owners. Every
+    operation is O(1) per block. If it is not enabled, no block is ever cached.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PrefixCache:
         self._idle.pop(block, None)
 
     def free(self, block: int) -> None:
-        """Drop one owner. Without owners, a cached block becomes idle, any other one empty."""
+        """Remove one owner. Without owners, a cached block becomes idle, any other one empty."""
         if block in self._idle:
             raise DoubleFree(f"block {block} has no owner, so it cannot be freed again.")
         self._allocator.free(block)
@@ -87,18 +87,18 @@ class PrefixCache:
             self._idle[block] = None
 
     def ref_count(self, block: int) -> int:
-        """How many owners the block has besides the cache."""
+        """Return how many owners the block has besides the cache."""
         return self._allocator.ref_count(block) - (block in self._keys)
 
     # ---- the index -------------------------------------------------------------------------------
 
     @property
     def cached(self) -> Mapping[int, CacheKey]:
-        """The key of each cached block; to be read only."""
+        """The key of each cached block; read-only."""
         return MappingProxyType(self._keys)
 
     def find(self, seq: Sequence) -> list[int]:
-        """The cached blocks of the longest cached prefix of a sequence."""
+        """Return the blocks of the longest cached prefix of a sequence."""
         found: list[int] = []
         if self._enabled and seq.reads_cache:
             for logical in range(seq.num_tokens // self._block_size):
@@ -109,7 +109,7 @@ class PrefixCache:
         return found
 
     def share_cached(self, seq: Sequence) -> BlockTable:
-        """A block table that shares all cached blocks of a sequence."""
+        """Return a block table that shares all cached blocks of a sequence."""
         found = self.find(seq)
         for block in found:
             self.share(block)
@@ -119,21 +119,21 @@ class PrefixCache:
     def cache_blocks(self, seq: Sequence, table: BlockTable) -> list[int]:
         """Cache all full blocks of a sequence whose keys and values have been written.
 
-        Returns the newly cached ones. If another block with the same content is cached already, the
-        sequence shares that one from now on, and frees its own.
+        Returns the newly cached ones. If another block with the same content is already cached, the
+        sequence shares that one from now on and frees its own.
         """
         newly_cached: list[int] = []
         num_written = seq.num_computed_tokens // self._block_size if self._enabled else 0
         for logical in range(table.num_cached_blocks, num_written):
             block, key = table.blocks[logical], self._key(seq, table.blocks, logical)
             if key not in self._blocks:
-                self._allocator.share(block)  # the cache is an owner, too
+                self._allocator.share(block)  # the cache is one more owner
                 self._blocks[key] = block
                 self._keys[block] = key
                 self._num_children[key[0]] += 1
                 newly_cached.append(block)
             elif self._blocks[key] != block:
-                # Another sequence has computed the same in the meantime. One of the two is enough.
+                # Another sequence computed the same block in the meantime; one of them is enough.
                 table.blocks[logical] = self._blocks[key]
                 self.share(table.blocks[logical])
                 self.free(block)
@@ -149,25 +149,25 @@ class PrefixCache:
 
     @property
     def idle(self) -> Collection[int]:
-        """The cached blocks without owners, least recently used first; to be read only."""
+        """The cached blocks without owners, least recently used first; read-only."""
         return self._idle.keys()
 
     def is_leaf(self, block: int) -> bool:
-        """Whether no cached block has this one as its parent, so that it may be evicted."""
+        """Return whether no cached block has this one as its parent, so that it may be evicted."""
         return self._num_children[block] == 0
 
     def evict_candidate(self) -> int:
-        """Which of the idle blocks to evict: the policy. It must be a leaf."""
+        """Return the idle block to evict, which must be a leaf: the policy."""
         return next(iter(self._idle))
 
     def _evict(self) -> None:
         block = self.evict_candidate()
-        assert block in self._idle, f"block {block} cannot be evicted, for it is not idle"
+        assert block in self._idle, f"block {block} cannot be evicted, because it is not idle"
         assert self.is_leaf(block), f"block {block} cannot be evicted before its children"
         del self._idle[block]
         key = self._keys.pop(block)
         del self._blocks[key]
         self._num_children[key[0]] -= 1
         if not self._num_children[key[0]]:
-            del self._num_children[key[0]]  # salts would pile up
+            del self._num_children[key[0]]  # or salts would accumulate
         self._allocator.free(block)

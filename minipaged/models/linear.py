@@ -3,7 +3,7 @@
 A decode step reads every weight to multiply it with a few vectors. Rows of a matrix, as a file
 holds them, are the wrong form for that: the processor wants the numbers side by side that it needs
 at the same time. `F.linear` either makes do or lays them out anew in every call. oneDNN, which
-comes with PyTorch, can lay them out once and keep them so. That is what `pack_weights` does.
+comes with PyTorch, can pack them once and keep them so. That is what `pack_weights` does.
 
 The two operators are those that `torch.compile` itself uses, but no public interface. So they are
 tried out first, and where they are absent or do not give what `F.linear` gives, nothing is packed.

@@ -3,7 +3,7 @@
 "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971), "The Llama 3 Herd of
 Models" (2407.21783), "Mistral 7B" (2310.06825), "Qwen2" (2407.10671), "Qwen3" (2505.09388). What
 one of them adds is an option of `LlamaConfig`: Qwen2 biases for q, k and v, Qwen3 a norm on every
-query and key head. Mistral's sliding window is no option: the context ends with it (see
+query and KV head. Mistral's sliding window is no option: the context ends with it (see
 `_read_context`). Numbers agree with Hugging Face's `transformers`.
 
 Read on in the order a token travels: the whole way in `Llama.forward`, then each station.
@@ -107,7 +107,7 @@ class Llama(Model):
     ) -> Float[Tensor, "tokens hidden"]:
         """One step; see `Model.forward`."""
         x = self.embedding(token_ids)  # [tokens, hidden]
-        # Once a step, not once a layer: all layers turn by the same angles.
+        # Once per step, not per layer: all layers turn by the same angles.
         cos, sin = self.rotary(positions, x.dtype)  # [tokens, 1, half]
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
             x = layer(x, cos, sin, kv, batch)

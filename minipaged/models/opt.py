@@ -118,7 +118,7 @@ class OPT(Model):
 class Layer(nn.Module):
     """Attention, then the feed-forward, each added to its input, with a norm before or after.
 
-    Before: each works on a normed copy, and what is added to is never normed itself. Behind, as in
+    Before: each works on a normed copy, and what is added to is never normed itself. After, as in
     "Attention Is All You Need": the sum is normed.
     """
 

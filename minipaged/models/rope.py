@@ -99,7 +99,7 @@ def _read_parameters(hf: HFConfig) -> dict[str, Any]:
     """All that config.json has on RoPE in objects of their own. Raises CheckpointError."""
     rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        value = hf.get(name) or {}  # many files say null for "not scaled"
+        value = hf.get(name) or {}  # many files have null for "not scaled"
         if not isinstance(value, dict):
             raise CheckpointError(
                 f"config.json gives {name} as {value!r}: correct it to an object such as "
@@ -184,7 +184,7 @@ class Rotary(nn.Module):
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Tensor, " half"]:
     """Radians that each pair of numbers turns from one position to the next.
 
-    "linear" slows all of them, as if positions lay closer. "dynamic" slows the slow pairs most, by
+    "linear" slows all of them, as if positions were closer. "dynamic" slows the slow pairs most, by
     a larger theta. "llama3" and "yarn" slow only those that turned too seldom within the old
     context to have been seen all round, and blend in between. All agree with Hugging Face's
     `modeling_rope_utils`, except for one choice:

@@ -1,7 +1,7 @@
-"""How the next token is chosen: from what was asked for and a row of logits, by sampling or beams.
+"""Choosing the next token from a row of logits, by sampling or beam search.
 
-Read it in this order: params (what was asked for), sampler (from logits to tokens), adjust (what
-changes logits before that), beam (from candidates to sequences).
+Reading order: params (a request's parameters), sampler (from logits to tokens), adjust (changes to
+logits before that), beam (from candidates to sequences).
 """
 
 from minipaged.sampling.beam import Beam, BeamSearch

@@ -1,7 +1,7 @@
-"""What changes logits before a token is chosen, for the rows of a step that ask for it.
+"""Changes to logits before a token is chosen.
 
-In this order, as in vLLM: tokens that are not allowed, the biases, a request's own functions, the
-penalties. A row that asks for none of them keeps its logits, bit by bit.
+The order is vLLM's: tokens that are not allowed, biases, a request's own functions, penalties. The
+logits of a row without any of them stay bit-identical.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,15 +19,15 @@ from minipaged.utils.device import to_device
 from minipaged.utils.shapes import Float
 
 Faults = dict[int, Exception]
-"""By number of the row: what its logits processor raised."""
+"""From row index to the exception that its logits processor raised."""
 
 
 def adjust(
     logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
 ) -> tuple[Float[Tensor, "rows vocab"], Faults]:
-    """Changed logits, and what went wrong; the given ones stay as they are."""
+    """Return changed logits [rows, vocab] and the faults; the given logits stay unchanged."""
     logits = logits.clone()
-    # By index_put_: a number that is assigned comes from the host, and that is a wait.
+    # index_put_, because assigning a number copies it from the host, which waits for the GPU.
     if limited := asking(rows, lambda p: p.allowed_token_ids is not None):
         allowed = places([rows[i].params.allowed_token_ids or () for i in limited], logits.device)
         mask = torch.ones(len(limited), logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -53,7 +53,7 @@ def adjust(
 
 
 def bad_word_ends(row: SamplingRow) -> list[int]:
-    """The tokens that would complete a bad word."""
+    """Return the tokens that would complete a bad word."""
     output = row.output_token_ids
     return [
         last
@@ -63,7 +63,7 @@ def bad_word_ends(row: SamplingRow) -> list[int]:
 
 
 def bad_words_in_tokens(words: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Each word as it is encoded at the beginning of a text, and after a space."""
+    """Encode each word as at the beginning of a text, and as after a space."""
     found: list[list[int]] = []
     for word in words:
         for text in (word.lstrip(), f" {word.lstrip()}"):
@@ -77,7 +77,7 @@ def bad_words_in_tokens(words: Iterable[str], tokenizer: Tokenizer) -> list[list
 
 
 def run_processors(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> Faults:
-    """Replace each row by what its logits processors return; a row whose processor raises stays."""
+    """Replace each row by the result of its logits processors, unless one of them raises."""
     faults: Faults = {}
     for i, row in enumerate(rows):
         for process in row.params.logits_processors or ():
@@ -117,9 +117,9 @@ def _checked(result: Any, logits: Tensor) -> Tensor:
 def penalise(
     logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
 ) -> Float[Tensor, "rows vocab"]:
-    """Make tokens less likely that were there before.
+    """Make repeated tokens less likely.
 
-    `repetition_penalty` looks at prompt and output, the other two at the output alone.
+    `repetition_penalty` counts prompt and output, the other two count only the output.
     """
     device, params = logits.device, [row.params for row in rows]
     times_generated = torch.zeros_like(logits)  # [rows, vocab]
@@ -129,7 +129,7 @@ def penalise(
     where = places([row.prompt_token_ids for row in rows], device)
     was_there.index_put_(where, was_there.new_ones(()))
 
-    # A logit has no natural zero, so "less" is a division above zero, a multiplication below.
+    # A logit has either sign, so lowering it divides above zero and multiplies below.
     repetition = column([p.repetition_penalty for p in params], device)
     lowered = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(was_there, lowered, logits)

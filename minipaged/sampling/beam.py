@@ -1,17 +1,17 @@
-"""Beam search: not the likeliest next token, but the likeliest sequences (section 4.4).
+"""Beam search: finds the likeliest sequences instead of the likeliest next token (section 4.4).
 
-The search itself, without tensors or blocks. It keeps `beam_width` sequences going, its beams. In a
-step every beam proposes its likeliest next tokens; of all proposals together the best go on. With
-two beams:
+This module has no tensors or blocks. It keeps `beam_width` sequences, its beams. In each step,
+every beam proposes its likeliest next tokens, and the best of all proposals continue. With two
+beams:
 
-    beams              candidates, best first             what becomes of them
-    A "a frog" -1.2    A "a frog."   -1.5   ends          first of all, so kept as a hypothesis
-    B "the cat" -1.4   A "a frog in" -2.0   goes on       A itself
+    beams              candidates, best first             result
+    A "a frog" -1.2    A "a frog."   -1.5   ends          the best, so kept as a hypothesis
+    B "the cat" -1.4   A "a frog in" -2.0   continues     A itself
                        B "the cat."  -2.1   ends          third, beyond the two best: dropped
-                       A "a frog on" -2.6   goes on       a fork of A; B is given up
+                       A "a frog on" -2.6   continues     a fork of A; B is pruned
 
-A beam with two successors forks and one with none ends, so beams share most of their blocks. All
-results equal those of `generate(num_beams=...)` in transformers, which the tests hold.
+A beam with two successors forks and one with none ends, so beams share most of their blocks. The
+tests check that all results equal those of `generate(num_beams=...)` in transformers.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from minipaged.sequence import Sequence
 
 @dataclass(frozen=True)
 class Beam:
-    """One of the sequences that go on, and its log-probability so far."""
+    """One of the sequences that continue, and its log-probability so far."""
 
     seq: Sequence
     logprob: float
@@ -33,40 +33,40 @@ class Beam:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way in which a beam could go on."""
+    """One possible continuation of a beam."""
 
     beam: Beam
     token_id: int
-    logprob: float  # of all that was generated, this token included
+    logprob: float  # of all generated tokens, including this one
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A result: what was generated, and how it scores."""
+    """A result: the generated tokens and their score."""
 
     token_ids: list[int]
     logprob: float
     score: float
-    finish_reason: Literal["stop", "length"] | None  # None: it was still going on
+    finish_reason: Literal["stop", "length"] | None  # None: unfinished
 
 
 class BeamSearch:
-    """One search. Remembers the hypotheses; the beams are handed in and out."""
+    """One search. It stores the hypotheses; the caller stores the beams."""
 
     def __init__(
         self, params: BeamSearchParams, end_token_ids: tuple[int, ...], max_tokens: int
     ) -> None:
         self.hypotheses: list[Hypothesis] = []
-        """The best that have ended, best first; at most `beam_width`."""
+        """The best finished sequences, best first; at most `beam_width`."""
         self._params = params
         self._end_token_ids = () if params.ignore_eos else end_token_ids
         self._max_tokens = max_tokens
         self.num_candidates = params.num_candidates(len(self._end_token_ids))
 
     def advance(self, beams: list[Beam], likeliest: Many[Mapping[int, float]]) -> list[Candidate]:
-        """The candidates that go on, best first; none if the search is over.
+        """Return the candidates that continue, best first; none if the search is over.
 
-        `likeliest[i]` holds the `num_candidates` likeliest next tokens of `beams[i]`, with their
+        `likeliest[i]` maps the `num_candidates` likeliest next tokens of `beams[i]` to their
         log-probabilities.
         """
         candidates = [
@@ -87,7 +87,7 @@ class BeamSearch:
         return [] if self._is_over(going_on, length) else going_on
 
     def ranked(self, beams: list[Beam]) -> list[Hypothesis]:
-        """The best results if the search ended now: beams that still go on compete as they are."""
+        """Return the best results if the search ended now, including unfinished beams."""
         going_on = (self._hypothesis(b.seq.output_token_ids, b.logprob, None) for b in beams)
         return self._best([*self.hypotheses, *going_on])
 
@@ -104,7 +104,7 @@ class BeamSearch:
             return False
         if params.early_stopping is True:
             return True
-        # The score of the best beam at the length at which it is hoped to score best.
+        # The best beam's score at the length that gives the highest score.
         if params.early_stopping == "never" and params.length_penalty > 0:
             length = self._max_tokens
         return self._score(going_on[0].logprob, length) <= self.hypotheses[-1].score

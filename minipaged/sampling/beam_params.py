@@ -1,4 +1,4 @@
-"""What a request asks of beam search, in vLLM's names and meanings."""
+"""BeamSearchParams: the parameters of a beam search, with vLLM's names and meanings."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,12 +14,12 @@ Number = float | int
 @refuses_what_is_not_built
 @dataclass
 class BeamSearchParams:
-    """What a request asks of beam search. Raises `InvalidOption` for a value that cannot work.
+    """The parameters of a beam search. Raises `InvalidOption` for an invalid value.
 
-    A finished sequence scores its log-probability, divided by length ** length_penalty: above 0,
-    long sequences win more easily, below 0 short ones. early_stopping says when the search ends:
-    True, once `beam_width` sequences have ended; False, once none of the beams would score better
-    if it ended now; "never", once none could at any length.
+    The score of a finished sequence is its log-probability divided by length ** length_penalty:
+    values above 0 favour long sequences, values below 0 short ones. early_stopping sets when the
+    search ends: True, once `beam_width` sequences have ended; False, once no beam would score
+    better if it ended now; "never", once no beam could score better at any length.
     """
 
     beam_width: int
@@ -27,7 +27,7 @@ class BeamSearchParams:
     length_penalty: Number = 1.0
     early_stopping: bool | Literal["never"] = False
     ignore_eos: bool = False
-    temperature: Number = 0.0  # nothing is drawn: only 0 is accepted, for scripts written for vLLM
+    temperature: Number = 0.0  # beam search is deterministic, so only 0 is accepted
 
     def __post_init__(self) -> None:
         if not is_number(self.temperature, float) or self.temperature != 0:
@@ -47,13 +47,13 @@ class BeamSearchParams:
         check_flag("ignore_eos", self.ignore_eos)
 
     def clone(self) -> "BeamSearchParams":
-        """A copy, checked once more: the caller may have changed this one."""
+        """Return a copy, and check it again: the caller may have changed this one."""
         return replace(self)
 
     def num_candidates(self, num_ends: int) -> int:
-        """How many candidates a step compares, if so many tokens can end a sequence.
+        """Return how many candidates a step compares, if `num_ends` tokens can end a sequence.
 
-        Enough for `beam_width` to go on even if all of the best end there.
+        They suffice for `beam_width` beams to continue even if all of the best candidates end.
         """
         return max(2, 1 + (0 if self.ignore_eos else num_ends)) * self.beam_width
 

@@ -1,7 +1,7 @@
-"""What a sampling option may be: the check of each value of `params` by itself.
+"""Checks of single sampling options.
 
-Limits are set where a number would leave the range of float32 inside the sampler, and so turn into
-a NaN, an infinity or another token than the one that was meant.
+The limits keep numbers within the range of float32 inside the sampler. Beyond it, they would become
+NaN or infinity, or select another token.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ microseconds for each, when the parameters are made."""
 
 @dataclass(frozen=True)
 class Rule:
-    """What one numeric option may be, and the advice to who gave something else."""
+    """The valid values of a numeric option, and the advice in the error for other values."""
 
     kind: type[int] | type[float]
     fits: Callable[[Any], bool]
@@ -27,7 +27,7 @@ class Rule:
     optional: bool = False
 
     def check(self, name: str, value: object) -> int | float | None:
-        """The value as a plain Python number. Raises `InvalidOption`."""
+        """Return the value as a plain Python number. Raises `InvalidOption`."""
         if value is None and self.optional:
             return None
         if not is_number(value, self.kind) or not self.fits(value):
@@ -63,22 +63,22 @@ RULES = {
     "beam_width": Rule(int, lambda v: v >= 1, "a whole number from 1 up"),
     "length_penalty": Rule(float, lambda v: -10 <= v <= 10, "a number from -10 to 10, 0 for none"),
 }
-"""By name of the option, of sampling and of beam search."""
+"""By name, the options of sampling and of beam search."""
 
 
 def is_number(value: object, kind: type[int] | type[float]) -> TypeGuard[int | float]:
-    """Whether it is a number of that kind, numpy's included; True and False are no numbers here."""
+    """Return whether a value is a number of that kind, including numpy's but not True or False."""
     return not isinstance(value, bool) and isinstance(value, Integral if kind is int else Real)
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise `InvalidOption` for anything but True and False."""
+    """Raise `InvalidOption` unless the value is True or False."""
     if not isinstance(value, bool):
         raise InvalidOption(f"{name} is {shown(value)}: choose True or False.", name)
 
 
 def check_strings(name: str, given: Any) -> tuple[str, ...]:
-    """`stop` or `bad_words`, of one string or many. Raises `InvalidOption`."""
+    """Check `stop` or `bad_words`, given as one string or many. Raises `InvalidOption`."""
     strings = (given,) if isinstance(given, str) else several(name, given)
     for string in strings:
         if not isinstance(string, str) or not string:
@@ -96,7 +96,7 @@ def check_strings(name: str, given: Any) -> tuple[str, ...]:
 
 
 def check_token_ids(name: str, ids: Any) -> tuple[int, ...]:
-    """The tokens, of one or many. Raises `InvalidOption`."""
+    """Check token ids, given as one or many. Raises `InvalidOption`."""
     given = several(name, ids)
     for token_id in given:
         if not is_number(token_id, int) or token_id < 0:
@@ -105,7 +105,7 @@ def check_token_ids(name: str, ids: Any) -> tuple[int, ...]:
 
 
 def check_allowed(ids: Any) -> list[int]:
-    """At least one allowed token, each once. Raises `InvalidOption`."""
+    """Check for at least one allowed token, and remove duplicates. Raises `InvalidOption`."""
     allowed = list(dict.fromkeys(check_token_ids("allowed_token_ids", ids)))
     if not allowed:
         raise InvalidOption(
@@ -116,7 +116,7 @@ def check_allowed(ids: Any) -> list[int]:
 
 
 def check_processors(given: Any) -> list[Any]:
-    """Functions of a row of logits, one or many. Raises `InvalidOption`."""
+    """Check functions of a row of logits, given as one or many. Raises `InvalidOption`."""
     processors = [given] if callable(given) else list(several("logits_processors", given))
     for one in processors:
         if not callable(one):
@@ -129,7 +129,7 @@ def check_processors(given: Any) -> list[Any]:
 
 
 def check_logit_bias(bias: Any) -> dict[int, float] | None:
-    """A copy with plain numbers; ids may be strings, as JSON has them. OpenAI's limit is 100."""
+    """Copy a bias with plain numbers; ids may be strings, as in JSON. OpenAI's limit is 100."""
     if bias is None:
         return None
     if not isinstance(bias, Mapping):
@@ -155,7 +155,7 @@ def check_logit_bias(bias: Any) -> dict[int, float] | None:
 
 
 def clamped(bias: Mapping[Any, Any]) -> dict[Any, Any]:
-    """With 100 for what is larger and -100 for what is smaller, as in vLLM."""
+    """Limit the values to the range from -100 to 100, as in vLLM."""
     return {
         key: max(-100.0, min(100.0, value)) if is_number(value, float) else value
         for key, value in bias.items()
@@ -163,9 +163,9 @@ def clamped(bias: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def several(name: str, given: Any) -> tuple[Any, ...]:
-    """One value or many, as a tuple; none for None, and a dict is neither.
+    """Return one value or many as a tuple; None gives an empty one.
 
-    Raises `InvalidOption`.
+    Raises `InvalidOption` for a dict.
     """
     if given is None:
         return ()

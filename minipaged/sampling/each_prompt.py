@@ -14,9 +14,9 @@ Params = SamplingParams | BeamSearchParams
 
 
 def one_for_each(params: Any, num_prompts: int) -> list[Params]:
-    """Parameters for each of so many prompts: the same for all, or a list of as many.
+    """Return parameters for each of `num_prompts` prompts, given one for all or a list.
 
-    Raises InvalidRequest if they are neither.
+    Raises InvalidRequest if they are neither, or if the list has another length.
     """
     if params is None:
         params = SamplingParams()

@@ -1,4 +1,4 @@
-"""Why a row of logits has no token to choose: what a user reads in `CompletionOutput.error`."""
+"""The text of `CompletionOutput.error`: why no token could be chosen from a row of logits."""
 
 from torch import Tensor
 
@@ -6,11 +6,11 @@ from minipaged.utils.shapes import Float
 
 
 def explain_error(logits: Float[Tensor, " vocab"], adjusted: Float[Tensor, " vocab"]) -> str:
-    """What is wrong with a row, and what to try.
+    """Explain what is wrong with a row, and what to try.
 
     Args:
-        logits: the model's own.
-        adjusted: the same after the request's options.
+        logits: the model's logits.
+        adjusted: the logits after the request's options.
     """
     num_nan, num_infinite = int(logits.isnan().sum()), int(logits.isposinf().sum())
     if not num_nan and not num_infinite and logits.amax().isfinite():

@@ -1,4 +1,4 @@
-"""`Logprob`: how a user sees one token that could have come, in vLLM's form."""
+"""`Logprob`: the log-probability of one possible token, in vLLM's form."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from minipaged.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class Logprob:
-    """How likely the model found one token at one place, before any option changed its logits."""
+    """The log-probability of one token at one position, before any option changed its logits."""
 
     logprob: float
     rank: int | None = None  # 1 is the likeliest token of the vocabulary
-    decoded_token: str | None = None  # by itself: half a character is U+FFFD; None: no text wanted
+    decoded_token: str | None = None  # decoded alone: half a character is U+FFFD; None: no text
 
 
 Logprobs = dict[int, Logprob]  # by token id
@@ -21,7 +21,7 @@ Logprobs = dict[int, Logprob]  # by token id
 def logprobs_of(
     sampled: SampledToken, num_top: int | None, tokenizer: Tokenizer | None
 ) -> Logprobs:
-    """The token itself first, then the `num_top` likeliest, the likeliest first, as in vLLM."""
+    """Return the token itself, then the `num_top` likeliest, likeliest first, as in vLLM."""
     assert sampled.top_logprobs is not None, "the sampler was not asked for logprobs"
     num_top = len(sampled.top_logprobs) if num_top in (None, -1) else num_top
     found: Logprobs = {sampled.token_id: Logprob(sampled.logprob)}  # in its place already

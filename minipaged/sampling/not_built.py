@@ -15,7 +15,7 @@ NOT_BUILT = by_name({
     },
     "a limit on a model's reasoning is not built": {"thinking_token_budget": None},
     "only the penalties act against repetition": {"repetition_detection": None},
-    "marks in the choice of tokens are not built": {"watermarking": None},
+    "watermarking is not built": {"watermarking": None},
     "log-probabilities are given for all tokens (logprobs=-1) or for the likeliest": {
         "logprob_token_ids": None, "prompt_logprob_token_ids": None,
     },
@@ -35,11 +35,11 @@ NOT_BUILT = by_name({
 })  # fmt: skip
 
 WITHOUT_EFFECT = {"skip_clone": "a request always copies its parameters"}
-"""Accepted with any value, by name, and why nothing changes."""
+"""Names that are accepted with any value, and why they have no effect."""
 
 
 def refuses_what_is_not_built(cls: T) -> T:
-    """Let a dataclass refuse every unknown argument with a sentence, not with a TypeError."""
+    """Make a dataclass refuse every unknown argument with a sentence instead of a TypeError."""
     make: Callable[..., None] = cls.__init__
 
     @wraps(make)

@@ -1,7 +1,7 @@
-"""What a request asks of sampling: SamplingParams, in vLLM's names and meanings.
+"""SamplingParams: the sampling parameters of a request, with vLLM's names and meanings.
 
-Every value is checked when the object is made, long before a batch depends on it, and every refusal
-says what was given and what to choose instead. It is checked again when a request takes its copy.
+Every value is checked when the object is made, long before a batch depends on it, and again when a
+request takes its copy. Every error names the value and a valid choice.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,24 +25,23 @@ from minipaged.sampling.not_built import refuses_what_is_not_built
 from minipaged.tokenizer.stop_strings import StopStrings
 from minipaged.utils.options import require_type, shown
 
-Number = float | int  # the checker under test takes a number without a point for no float
+Number = float | int  # the type checker of the tests does not accept an int as a float
 GREEDY_BELOW = 1e-5
-"""A smaller temperature means 0: dividing by it would leave the range of float32."""
+"""Smaller temperatures mean 0: dividing by them would leave the range of float32."""
 
 
 class RequestOutputKind(Enum):
-    """How much of a request a `RequestOutput` holds; vLLM's names."""
+    """How much of a request a `RequestOutput` contains, by vLLM's names."""
 
-    CUMULATIVE = 0  # all that was generated so far
-    DELTA = 1  # what is new since the last output
-    FINAL_ONLY = 2  # everything, and nothing before the request has finished
+    CUMULATIVE = 0  # all tokens so far
+    DELTA = 1  # new tokens since the last output
+    FINAL_ONLY = 2  # all tokens, and no output before the request has finished
 
 
 LogitsProcessor = Callable[..., Any]
-"""Called with the tokens so far and a row of logits, a tensor [vocab]; returns another such row.
+"""Called with the output tokens and a row of logits, a tensor [vocab]; returns another such row.
 
-The tokens so far are one argument, the output's; or two, the prompt's and the output's, if it takes
-three arguments.
+A function of three arguments is called with the prompt tokens first.
 """
 
 
@@ -52,39 +51,39 @@ class SamplingParams:
     """How the tokens of one request are chosen, and when they end.
 
     A token that ends the output (the end of sequence, or one of `stop_token_ids`) is the last of
-    `token_ids`, and its own text is no part of `text`; with `ignore_eos`, an end of sequence is
-    text like any other. A string of `stop` is cut off `text`, with whatever followed it in its last
-    token. `include_stop_str_in_output` keeps both in the text. Special tokens are not part of the
-    text unless `skip_special_tokens` is False. In any case a stop string that is the name of one
-    works as its id in `stop_token_ids` would.
+    `token_ids`, and its text is not part of `text`; with `ignore_eos`, the end of sequence is an
+    ordinary token. A string of `stop` is cut off `text`, together with the rest of its last token.
+    `include_stop_str_in_output` keeps both in the text. Special tokens are not part of the text
+    unless `skip_special_tokens` is False. A stop string that is the name of a special token always
+    has the effect of its id in `stop_token_ids`.
 
-    Raises `InvalidOption` for a value that cannot work. A request takes a copy, which is checked
-    again, so parameters may be changed between two requests.
+    Raises `InvalidOption` for an invalid value. A request takes a copy, which is checked again, so
+    parameters may be changed between two requests.
     """
 
     n: int = 1  # samples to return
     best_of: int | None = None  # samples to generate, of which the n likeliest are returned
     temperature: Number = 1.0  # 0 is greedy: always the likeliest token
-    top_k: int = 0  # draw from the k likeliest tokens; 0 or -1 from all
-    top_p: Number = 1.0  # draw from the fewest tokens that hold this much probability
-    min_p: Number = 0.0  # draw from tokens at least this likely, the likeliest being 1
-    presence_penalty: Number = 0.0  # taken from the logit of a token that was generated before
-    frequency_penalty: Number = 0.0  # ... as often as it was generated
+    top_k: int = 0  # draw from the k likeliest tokens; 0 or -1: from all
+    top_p: Number = 1.0  # draw from the fewest tokens with this total probability
+    min_p: Number = 0.0  # draw from tokens at least this likely, relative to the likeliest
+    presence_penalty: Number = 0.0  # subtracted from the logit of a token already generated
+    frequency_penalty: Number = 0.0  # ... once for each time it was generated
     repetition_penalty: Number = 1.0  # divides positive logits, multiplies negative ones
     logit_bias: Mapping[int, Number] | Mapping[str, Number] | None = None  # by token id
     allowed_token_ids: Iterable[int] | None = None  # no other token is chosen
-    bad_words: str | Iterable[str] | None = None  # never completed, with or without a space before
+    bad_words: str | Iterable[str] | None = None  # never completed, with or without a leading space
     logits_processors: Iterable[LogitsProcessor] | None = None
-    seed: int | None = None  # sample i draws with seed + i; None or -1: the engine chooses one
+    seed: int | None = None  # sample i uses seed + i; None or -1: the engine chooses one
     stop: str | Iterable[str] | None = None
     stop_token_ids: Iterable[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: int = 0  # no end (even with ignore_eos) and no stop before so many tokens
-    max_tokens: int | None = 16  # None: as many as the model's context holds
-    logprobs: int | None = None  # also report so many of the likeliest tokens; -1: all
-    prompt_logprobs: int | None = None  # ... and at each place of the prompt
-    truncate_prompt_tokens: int | None = None  # keep so many, the last; -1: what the model holds
+    min_tokens: int = 0  # no end (even with ignore_eos) and no stop before this many tokens
+    max_tokens: int | None = 16  # None: as many as the model's context allows
+    logprobs: int | None = None  # also report this many of the likeliest tokens; -1: all
+    prompt_logprobs: int | None = None  # ... and at each position of the prompt
+    truncate_prompt_tokens: int | None = None  # keep the last ones; -1: as many as the context
     detokenize: bool = True  # False: token ids only
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -96,9 +95,9 @@ class SamplingParams:
 
     @classmethod
     def from_optional(cls, **given: Any) -> "SamplingParams":
-        """As a server gets them: None means the default, and a larger bias than 100 means 100."""
+        """Build from a server's values: None means the default, and biases are clamped to 100."""
         chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        if "max_tokens" in given:  # whose None means something else: no limit
+        if "max_tokens" in given:  # its None means no limit
             chosen["max_tokens"] = given["max_tokens"]
         if isinstance(bias := given.get("logit_bias"), Mapping):
             chosen["logit_bias"] = clamped(cast(Mapping[Any, Any], bias))
@@ -121,7 +120,7 @@ class SamplingParams:
         self.logits_processors = check_processors(self.logits_processors)
         require_type("output_kind", self.output_kind, RequestOutputKind)
         self._check_together()
-        # Worked out once: the sampler asks in every step, for every row.
+        # Computed once, because the sampler reads it in every step for every row.
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         masks = self.allowed_token_ids is not None or self.bad_words or self.min_tokens
         own = self.logit_bias or self.logits_processors
@@ -129,7 +128,7 @@ class SamplingParams:
         self.stop_automaton = stop_automaton(self.stop_strings)
 
     def clone(self) -> "SamplingParams":
-        """A copy, checked once more: the caller may have changed this one."""
+        """Return a copy, and check it again: the caller may have changed this one."""
         return replace(self)
 
     def _check_together(self) -> None:
@@ -160,11 +159,10 @@ class SamplingParams:
             )
 
     def check_model(self, vocab_size: int, max_logprobs: int) -> None:
-        """Raise `InvalidOption` for a token that the vocabulary lacks, or too many logprobs.
+        """Raise `InvalidOption` for a token outside the vocabulary, or too many logprobs.
 
-        Only the engine knows both numbers, so it asks once, when the request comes in: found any
-        later, a wrong id would break a step that other requests share. `max_logprobs` is -1 for no
-        limit.
+        The engine calls it once, when the request arrives: later, a wrong id would break a step
+        that other requests share. `max_logprobs` is -1 for no limit.
         """
         for name, count in ("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs):
             if count is not None and max_logprobs >= 0 and not 0 <= count <= max_logprobs:
@@ -185,28 +183,28 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each token is simply the likeliest, without any chance."""
+        """Whether each token is the likeliest, without randomness."""
         return self.temperature < GREEDY_BELOW
 
     @property
     def num_samples(self) -> int:
-        """How many sequences the request generates, of which `n` are returned."""
+        """The number of sequences to generate, of which `n` are returned."""
         return self.n if self.best_of is None else self.best_of
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as it is kept, whatever form it was given in."""
+        """`stop` as a tuple."""
         assert isinstance(self.stop, list), "__post_init__ makes stop a list"
         return tuple(self.stop)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """`stop_token_ids` as it is kept, whatever form it was given in."""
+        """`stop_token_ids` as a tuple."""
         assert isinstance(self.stop_token_ids, list), "__post_init__ makes stop_token_ids a list"
         return tuple(self.stop_token_ids)
 
 
 @lru_cache(maxsize=16)
 def stop_automaton(strings: tuple[str, ...]) -> StopStrings:
-    """Built once for requests that have the same stop strings."""
+    """Build the automaton once for requests with the same stop strings."""
     return StopStrings(strings)

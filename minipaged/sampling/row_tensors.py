@@ -1,4 +1,4 @@
-"""How the numbers of all rows of a step become tensors."""
+"""Tensors from the parameters of all rows of a step."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,21 +12,21 @@ from minipaged.utils.shapes import Float, Int
 
 
 def asking(rows: Sequence[SamplingRow], wants: Callable[[SamplingParams], bool]) -> list[int]:
-    """The numbers of the rows that ask for something."""
+    """Return the indices of the rows whose parameters satisfy `wants`."""
     return [i for i, row in enumerate(rows) if wants(row.params)]
 
 
 def column(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "rows 1"]:
-    """One number of each row."""
+    """Return a column with one number per row."""
     return to_device(values, device, dtype)[:, None]
 
 
 def places(
     token_ids: Sequence[Iterable[int]], device: torch.device
 ) -> tuple[Int[Tensor, " places"], Int[Tensor, " places"]]:
-    """Where the tokens of each row stand in the logits: as many row numbers, as many columns."""
+    """Return row and column indices of each row's tokens in the logits."""
     pairs = [(row, token_id) for row, ids in enumerate(token_ids) for token_id in ids]
     both = to_device(pairs, device, torch.long).view(-1, 2)
     return both[:, 0], both[:, 1]

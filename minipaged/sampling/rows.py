@@ -1,4 +1,4 @@
-"""One row of logits: what the sampler must know of it, and what it answers."""
+"""The sampler's input for one row of logits, and its result."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from minipaged.sampling.params import SamplingParams
 
 
 class SamplingRow(NamedTuple):
-    """What the sampler needs to know of the sequence that one row of logits belongs to.
+    """The sampler's input for the sequence of one row of logits.
 
     `output_token_ids` grows after the step: copy it to keep it.
     """
@@ -15,21 +15,21 @@ class SamplingRow(NamedTuple):
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
-    seed: int  # the request's own, or the one that the engine chose for it
-    end_token_ids: Sequence[int] = ()  # end of sequence and stops: not before min_tokens
+    seed: int  # the request's, or one that the engine chose
+    end_token_ids: Sequence[int] = ()  # end of sequence and stops, forbidden before min_tokens
     bad_words: Sequence[Sequence[int]] = ()  # in token ids
 
 
 class SampledToken(NamedTuple):
-    """One token and how likely the model itself found it, before any option changed its logits.
+    """One token and its log-probability before any option changed its logits.
 
-    `top_logprobs` holds what the request asked for, likeliest first, and always the token itself,
-    whose place among all tokens is its `rank`, 1 for the likeliest. `error` says why there was no
-    token to choose, or is what a logits processor raised; the other fields mean nothing then.
+    `top_logprobs` contains the requested number of tokens, likeliest first, and always the token
+    itself. `rank` is its rank among all tokens, 1 for the likeliest. `error` explains why no token
+    could be chosen, or is an exception of a logits processor; the other fields are then undefined.
     """
 
     token_id: int
     logprob: float
     top_logprobs: dict[int, float] | None = None
     error: str | Exception | None = None
-    rank: int | None = None  # as top_logprobs, only if logprobs were asked for
+    rank: int | None = None  # as top_logprobs, only if logprobs were requested

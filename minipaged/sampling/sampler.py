@@ -1,25 +1,24 @@
 """From a row of logits to one token, for all rows of a step at once.
 
-A request's row passes these stages, in this order, as in vLLM and in transformers:
+A row passes these stages, in this order, as in vLLM and in transformers:
 
-    what `adjust` changes, a custom part  change which token is likeliest
+    `adjust`, a custom part               change which token is likeliest
     argmax                                a greedy row ends here
-    temperature, min_p, top_k, top_p      shape and cut what is drawn from
+    temperature, min_p, top_k, top_p      change and cut the distribution
     draw                                  one token, by one random number
 
-A stage works on those rows alone that ask for it and is not entered if none does: a batch of plain
-greedy requests costs one argmax, and no row can notice how its neighbours are sampled.
+A stage runs only for the rows that need it: a batch of plain greedy requests costs one argmax, and
+no row depends on how the other rows are sampled.
 
-Same seed, same tokens. A draw needs one random number, and that is a hash of the row's seed and of
-how many tokens the sequence has generated (`uniform`). There is no generator whose state could
-depend on the batch, or would have to be saved when a sequence is preempted.
+The same seed gives the same tokens. A draw needs one random number, which is a hash of the row's
+seed and the number of generated tokens (`uniform`). There is no generator whose state could depend
+on the batch, or would have to be saved when a sequence is preempted.
 
-The draw itself counts in whole numbers. Weights are rounded to integers once, element by element;
-from there on sums are exact, whatever order the device adds in. So the same row of logits yields
-the same token alone or in any company, a token of weight zero is never drawn, and no rounding can
-push the draw past the last token.
+The draw uses integers. Weights are rounded once, element by element, so their sums are exact in any
+order. The same row of logits therefore gives the same token in any batch, a token of weight zero is
+never drawn, and no rounding can move the draw past the last token.
 
-On a GPU nothing here waits for it but the very end, where all results come to the host at once.
+The host waits for a GPU only at the end, where one transfer returns all results.
 """
 
 import math
@@ -42,11 +41,11 @@ less than 2^63."""
 
 
 AdjustLogits = Callable[[Tensor, Sequence[SamplingRow]], Tensor]
-"""A custom part: the logits of all rows, [rows, vocab], to others of the same shape."""
+"""A custom part: maps the logits of all rows, [rows, vocab], to new ones of the same shape."""
 
 
 class Sampler:
-    """Chooses the next token of every row. Holds nothing between steps.
+    """Chooses the next token of every row. It has no state between steps.
 
     Args:
         adjust_logits: a custom part, called after `adjust` with the logits of all rows.
@@ -58,7 +57,7 @@ class Sampler:
     def sample(
         self, logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
     ) -> list[SampledToken]:
-        """The next token of each row; row i of the logits belongs to `rows[i]`. Keeps `logits`."""
+        """Choose the next token of each row; `logits[i]` belongs to `rows[i]` and is kept."""
         assert len(rows) == logits.shape[0], f"{len(rows)} rows for {logits.shape[0]} of logits"
         raw = adjusted = logits.float()
         faults: dict[int, Exception] = {}
@@ -93,10 +92,9 @@ def score(
 ) -> list[SampledToken]:
     """How likely the model found one token in each row, and which others it found likeliest.
 
-    Serves prompts too: with the logits of prompt positions and the tokens that came next there, it
-    gives `prompt_logprobs`. `num_top[i]` is how many of the likeliest are wanted; -1: all, None:
-    none, nor the rank.
-    The logprob is NaN where `has_choice` is False, and in rows with NaN, +inf or nothing but -inf.
+    With the logits of prompt positions and the prompt's next tokens, it returns `prompt_logprobs`.
+    `num_top[i]` is the number of likeliest tokens to return; -1: all, None: none and no rank.
+    The logprob is NaN where `has_choice` is False, and in rows with NaN, +inf or only -inf.
     """
     logprobs = logits.float().log_softmax(-1)
     chosen = to_device(token_ids, logits.device, torch.long)[:, None]  # [rows, 1]
@@ -109,9 +107,9 @@ def score(
     if asked:
         results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
     if most > 0:
-        values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], of rows that do not ask too
+        values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], for all rows
         results += [top_ids, values]
-    # All in one table, for each transfer waits for the GPU. Doubles hold any id exactly.
+    # One table, because each transfer waits for the GPU. Doubles represent any id exactly.
     table = torch.cat([result.double() for result in results], dim=-1).tolist()
     if not asked:
         return [SampledToken(int(token_id), logprob) for token_id, logprob in table]
@@ -123,18 +121,18 @@ def score(
             continue
         num_found = most if count == -1 else min(count, most)
         found = {int(top[k]): top[most + k] for k in range(num_found)}
-        found.setdefault(token, logprob)  # if it is new, then it is the least likely
+        found.setdefault(token, logprob)  # if it is not among them, it is the least likely
         sampled.append(SampledToken(token, logprob, found, rank=int(rank)))
     return sampled
 
 
-# -- Stages of chance -------------------------------------------------------------------------
+# -- Random stages ----------------------------------------------------------------------------
 
 
 def draw(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> Int[Tensor, " rows"]:
-    """Draw a token a row: where a random number falls among the tokens' weights laid end to end.
+    """Draw one token per row, by a random number's place in the cumulative sum of weights.
 
-    A row of broken logits gets some token of the vocabulary, so that the other rows go on.
+    A row of broken logits gets an arbitrary token, so that the other rows continue.
     """
     random = [uniform(row.seed, len(row.output_token_ids)) for row in rows]
     ends = draw_weights(logits, rows).cumsum(-1)  # [rows, vocab]
@@ -148,7 +146,7 @@ def draw(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> In
 def draw_weights(
     logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
 ) -> Int[Tensor, "rows vocab"]:
-    """The distribution that is drawn from, as whole numbers in proportion to the probabilities."""
+    """Return integers in proportion to the probabilities of the tokens."""
     device, params = logits.device, [row.params for row in rows]
     logits = logits / column([p.temperature for p in params], device)
     if some := asking(rows, lambda p: p.min_p > 0):
@@ -170,14 +168,14 @@ def draw_weights(
 def keep_min_p(
     logits: Float[Tensor, "rows vocab"], min_p: Float[Tensor, "rows 1"]
 ) -> Float[Tensor, "rows vocab"]:
-    """Cut tokens less likely than `min_p` times the likeliest: a fixed distance between logits."""
+    """Cut tokens less likely than `min_p` times the likeliest."""
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + min_p.log(), -torch.inf)
 
 
 def keep_top_k(
     logits: Float[Tensor, "rows vocab"], top_k: Sequence[int]
 ) -> Float[Tensor, "rows vocab"]:
-    """Cut all tokens after the k-th likeliest. Equals of that one stay, as in vLLM."""
+    """Cut all tokens less likely than the k-th likeliest; ties stay, as in vLLM."""
     ranks = [min(k, logits.shape[-1]) - 1 for k in top_k]
     likeliest = logits.topk(max(ranks) + 1, dim=-1).values  # [rows, largest k]
     kth = likeliest.gather(-1, to_device(ranks, logits.device)[:, None])
@@ -187,9 +185,9 @@ def keep_top_k(
 def keep_top_p(
     weights: Int[Tensor, "rows vocab"], top_p: Float[Tensor, "rows 1"]
 ) -> Int[Tensor, "rows vocab"]:
-    """Cut each token before which, likeliest first, `top_p` of all weight is reached already.
+    """Keep the likeliest tokens until their weights sum to `top_p` of the total; cut the others.
 
-    The likeliest has nothing before it and always stays; of equals the lower id comes first.
+    The likeliest always stays; of equal ones, the lower id comes first.
     """
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     ends = ordered.cumsum(-1)
@@ -203,16 +201,16 @@ _64_BITS = 2**64 - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) of the token at this position of the output.
+    """Return the random number in [0, 1) of the token at this position of the output.
 
-    The seed is mixed before the position is added, else the numbers of seed 1 would be those of
-    seed 0, one place later.
+    The seed is mixed before the position is added. Otherwise the numbers of seed 1 would be those
+    of seed 0, shifted by one position.
     """
-    return (_mix(_mix(seed) + position) >> 11) * 2.0**-53  # 53 bits: all that a float holds
+    return (_mix(_mix(seed) + position) >> 11) * 2.0**-53  # 53 bits, the precision of a float
 
 
 def _mix(x: int) -> int:
-    """splitmix64 (Steele et al. 2014): one to one on 64 bits, any bit of x stirs all of them."""
+    """splitmix64 (Steele et al. 2014): a bijection of 64 bits in which each bit affects all."""
     x = (x + 0x9E3779B97F4A7C15) & _64_BITS
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64_BITS

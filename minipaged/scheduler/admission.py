@@ -1,4 +1,4 @@
-"""Before a group joins: what can never run is rejected, and a prompt may gain by waiting a step."""
+"""Admission: groups that can never run are rejected, and a prompt may wait for a shared block."""
 
 from collections.abc import Iterable
 
@@ -9,11 +9,11 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 
 def reject_what_can_never_run(group: SequenceGroup, memory: Memory, config: EngineConfig) -> None:
-    """Raise PromptTooLong or InvalidRequest for a group that could not run however long it waits.
+    """Raise PromptTooLong or InvalidRequest for a group that could never run.
 
-    `FCFSScheduler.add` calls it before it queues a group. A group that has output is never
-    rejected: it ran in a scheduler that was replaced (`LLMEngine.restart`). If the pool can no
-    longer hold it, it ends with what it has.
+    `FCFSScheduler.add` calls it before it queues a group. A group with output is never rejected: it
+    ran in a scheduler that was replaced (`LLMEngine.restart`). If the pool can no longer hold it,
+    it ends with its present output.
     """
     if group.sequences[0].num_output_tokens > 0:
         return
@@ -33,17 +33,17 @@ def reject_what_can_never_run(group: SequenceGroup, memory: Memory, config: Engi
 def should_wait(
     seq: Sequence, cached: int, running: Iterable[SequenceGroup], block_size: int
 ) -> bool:
-    """Whether a running group is just computing the block that this prompt would look for next.
+    """Return whether a running group is computing the next block that this prompt needs.
 
-    A block is found only once it is written, so of two equal prompts that arrive together the
-    second lets the first go ahead and shares its blocks. The wait is short: the block is written in
-    this step, or as soon as the prompts before it have left tokens for it.
+    A block can be found only after it is written. If two equal prompts arrive together, the second
+    therefore waits for the first and shares its blocks. The wait is short: the block is written in
+    this step, or as soon as earlier prompts leave tokens for it.
 
     Args:
-        cached: how many first tokens of `seq` the prefix cache holds already.
+        cached: number of first tokens of `seq` that are cached.
     """
     stop = (cached // block_size + 1) * block_size
-    if cached % block_size or stop > seq.num_tokens:  # all of it is cached already
+    if cached % block_size or stop > seq.num_tokens:  # all full blocks are cached
         return False
     return any(
         cached <= other.num_computed_tokens < stop <= other.num_tokens

@@ -1,21 +1,21 @@
-"""Who runs next: iteration-level scheduling, first come first served (sections 2.3 and 4.5).
+"""Iteration-level scheduling, first come, first served (sections 2.3 and 4.5).
 
-Iteration-level means that every step decides anew: `schedule()` looks at the running, swapped and
-waiting groups and says how many tokens of which sequence the model computes now. A prompt, a chunk
+Iteration-level means that every step decides anew. `schedule()` takes the running, swapped and
+waiting groups and decides how many tokens of each sequence the model computes. A prompt, a chunk
 of one, a decode step and a recomputation differ only in that number. The order is the first vLLM's:
 
     1. running groups, oldest first, get blocks for their next tokens; when the pool runs out, the
        youngest group is preempted, by swapping or by recomputation
-    2. if no group was preempted, others join, oldest first: swapped groups come back, waiting
-       groups are admitted. A swapped group has run before, so it is older than every waiting one:
-       nothing new is admitted while any group is swapped
+    2. if no group was preempted, others join, oldest first: swapped groups return, waiting groups
+       are admitted. A swapped group has run before, so it is older than every waiting one: no
+       group is admitted while another is swapped
 
-A group of several sequences that was preempted by recomputation comes back with one sequence, from
-which the others fork again. A group that joins shares what the prefix cache holds of it; and if a
-running group is just computing the block it would look for next, it joins a step later.
+A group of several sequences that was preempted by recomputation returns with one sequence, from
+which the others fork again. A group that joins shares its cached blocks. If a running group is
+computing the next block that it needs, it joins a step later.
 
-The oldest running group can take blocks from all others, so it advances in every step and finishes;
-and no group overtakes the oldest of those that do not run. So no group starves.
+The oldest running group can take blocks from all others, so it advances in every step and finishes.
+No group overtakes the oldest of those that do not run. Therefore no group starves.
 """
 
 from bisect import insort
@@ -33,14 +33,14 @@ SelectVictim = Callable[[Many[SequenceGroup]], SequenceGroup]
 
 
 def youngest(candidates: Many[SequenceGroup]) -> SequenceGroup:
-    """The role `select_victim`, as the paper plays it: last come, first preempted (section 4.5)."""
+    """The role `select_victim`: choose the latest arrival, as in the paper (section 4.5)."""
     return max(candidates, key=lambda group: group.arrival)
 
 
 class FCFSScheduler:
-    """First come, first served.
+    """Schedules requests first come, first served.
 
-    Owns the three queues and the status of every group. Holds no tokens and no blocks itself.
+    It owns the three queues and the status of every group. Blocks belong to the memory.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FCFSScheduler:
         self._select_victim = select_victim
         self._arrivals = 0
 
-    # ---- requests come and go ------------------------------------------------------------------
+    # ---- adding and ending requests ------------------------------------------------------------
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a new group. Raises PromptTooLong or InvalidRequest if it could never run."""
@@ -64,9 +64,9 @@ class FCFSScheduler:
         self.waiting.append(group)
 
     def fork(self, group: SequenceGroup, parent: Sequence, child_id: int) -> Sequence:
-        """Let a sequence go on in two ways: a sample or a beam more, which shares all its blocks.
+        """Split a sequence in two: one more sample or beam, which shares all its blocks.
 
-        After a step, fork before anyone is given a token or ends: a child begins as its parent was.
+        Fork before a sequence of the step gets a token or ends: the child copies its parent.
         """
         child = parent.fork(child_id)
         group.sequences.append(child)
@@ -74,7 +74,7 @@ class FCFSScheduler:
         return child
 
     def finish(self, group: SequenceGroup, seq: Sequence) -> None:
-        """A sequence has generated its last token: its blocks return at once."""
+        """Remove a sequence that has generated its last token, and free its blocks."""
         (group.awaiting_refork if seq in group.awaiting_refork else group.sequences).remove(seq)
         if seq.seq_id in self.memory.tables:  # a waiting sequence holds no blocks
             self.memory.free(seq)
@@ -82,7 +82,7 @@ class FCFSScheduler:
             self._move(group, SequenceStatus.FINISHED)
 
     def abort(self, group: SequenceGroup) -> None:
-        """End a group, in whatever queue it is; its blocks return at once."""
+        """End a group in any queue, and free its blocks."""
         for seq in [*group.sequences, *group.awaiting_refork]:
             self.finish(group, seq)
 
@@ -92,7 +92,7 @@ class FCFSScheduler:
     # ---- one step ------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
-        """Decide one step and reserve its blocks; nothing is computed yet."""
+        """Decide one step and reserve its blocks, without computing it."""
         draft = Draft(tokens_left=self.config.max_num_batched_tokens)
         self._refork()
         self._reserve_for_running(draft)
@@ -103,7 +103,7 @@ class FCFSScheduler:
         progress = (
             draft.sequences
             or draft.ended
-            or any(group.awaiting_refork for group in self.running)  # one of them forks next time
+            or any(group.awaiting_refork for group in self.running)  # one forks in the next step
             or not self.has_unfinished()
         )
         assert progress, "a step must compute a token or end a group, or the engine would hang"
@@ -119,14 +119,14 @@ class FCFSScheduler:
         )
 
     def commit(self, output: SchedulerOutput) -> None:
-        """The step has run: its keys and values are written, and full blocks can be found."""
+        """Record that a step has run: its keys and values are written, its full blocks cached."""
         for _, seq, num_new_tokens, _ in output.sequences:
             seq.mark_computed(num_new_tokens)
             self.memory.cache_blocks(seq)
 
     def _reserve_for_running(self, draft: Draft) -> None:
-        """Blocks for the next token of all who run, the oldest first (section 4.5)."""
-        served = 0  # running[:served] have what they need; victims come from the rest
+        """Reserve blocks for the next tokens of all running groups, oldest first (section 4.5)."""
+        served = 0  # running[:served] have their blocks; victims are chosen from the rest
         while served < len(self.running):
             group = self.running[served]
             has_room = self.memory.can_append(group)
@@ -136,7 +136,7 @@ class FCFSScheduler:
                 served += 1
 
     def _make_room(self, group: SequenceGroup, younger: list[SequenceGroup], draft: Draft) -> bool:
-        """Preempt younger groups until this one can go on; False if it had to yield or end."""
+        """Preempt younger groups until this one fits; False if it was preempted or ended itself."""
         while not self.memory.can_append(group):
             if not self.memory.fits(group):
                 self._end(group, draft)
@@ -147,19 +147,19 @@ class FCFSScheduler:
             victim = self._select_victim(younger)
             if victim not in younger:
                 raise InvalidOption(
-                    f"the part `select_victim` chose {victim!r}, which is none of the groups that "
-                    "it was given: let it return one of them."
+                    f"the part `select_victim` chose {victim!r}, which is not one of the groups "
+                    "passed to it: let it return one of them."
                 )
             younger.remove(victim)
             self._preempt(victim, draft)
         return True
 
     def _share_out_tokens(self, draft: Draft) -> None:
-        """Decodes first, one token each, so that no prompt makes them wait; then prompt chunks.
+        """Give each decode one token, so that no prompt delays it, and the rest to prompt chunks.
 
-        There is a token for every decode, because max_num_batched_tokens >= max_num_seqs. So a
-        group's sequences advance together. Prompts share the remaining tokens in order, and at
-        least one of them advances: decodes cannot have taken every batch slot then.
+        There is a token for every decode, because max_num_batched_tokens >= max_num_seqs, so a
+        group's sequences advance together. Prompts share the remaining tokens in order. At least
+        one of them advances, because it has a batch slot that no decode uses.
         """
         prompts: list[SequenceGroup] = []
         for group in self.running:
@@ -173,11 +173,11 @@ class FCFSScheduler:
             self._take_tokens(group, draft)
 
     def _take_tokens(self, group: SequenceGroup, draft: Draft) -> None:
-        """Give each sequence of a group as many of the tokens that are left as it can use.
+        """Give each sequence of a group as many of the remaining tokens as it can use.
 
         The sequences of a group sample in the same step, because the next beams are chosen among
-        the candidates of all. So while one of them is behind or awaiting its refork, because the
-        group is recomputed, the others wait with their last token.
+        the candidates of all. While a recomputed group has a sequence that is incomplete or
+        awaiting refork, the others therefore wait with their last token.
         """
         several = len(group.sequences) + len(group.awaiting_refork) > 1
         last_token_waits = several and not group.is_decoding
@@ -190,7 +190,7 @@ class FCFSScheduler:
                 draft.tokens_left -= num_new_tokens
 
     def _let_others_join(self, draft: Draft) -> None:
-        """The swapped and the waiting, by age; the first that does not fit holds up the others."""
+        """Let swapped and waiting groups join, oldest first, up to the first that does not fit."""
         taken = sum(group.num_batch_slots for group in self.running)
         batch_slots_left = self.config.max_num_seqs - taken
         while oldest := self.swapped[:1] + self.waiting[:1]:
@@ -211,7 +211,7 @@ class FCFSScheduler:
             batch_slots_left -= group.num_batch_slots
 
     def _admit(self, group: SequenceGroup, draft: Draft) -> None:
-        """Blocks for a waiting group; what the prefix cache holds of it counts as computed."""
+        """Admit a waiting group; its cached tokens count as computed."""
         num_cached, copies = self.memory.admit(group)
         draft.copies += copies
         for seq, cached in zip(group.sequences, num_cached, strict=True):
@@ -220,7 +220,7 @@ class FCFSScheduler:
             draft.num_cached_tokens += cached
 
     def _can_join(self, group: SequenceGroup, draft: Draft) -> bool:
-        """Whether tokens and blocks are left for the whole group."""
+        """Return whether enough tokens and blocks are left for the whole group."""
         if group.status is SequenceStatus.WAITING:
             [seq] = group.sequences  # no blocks, no forks
             cached = self.memory.num_cached_tokens(seq)
@@ -237,9 +237,9 @@ class FCFSScheduler:
     def _preempt(self, group: SequenceGroup, draft: Draft) -> None:
         """Take all blocks of a group: "auto" swaps groups of several and recomputes the others.
 
-        The paper describes both and compares them (section 7.3); the rule is the first vLLM's.
-        A group of several sequences is swapped whatever the option says, unless the swap pool is
-        full: to recompute it may take a step for every sequence. See `_refork`.
+        The paper describes and compares both (section 7.3); the rule is the first vLLM's. A group
+        of several sequences is swapped in every mode, unless the swap pool is full: recomputing it
+        may take one step per sequence. See `_refork`.
         """
         mode, several = self.config.preemption, len(group.sequences) > 1
         swap = several or mode == "swap" or (mode == "auto" and group.num_batch_slots > 1)
@@ -257,17 +257,17 @@ class FCFSScheduler:
         draft.preempted.append(group)
 
     def _refork(self) -> None:
-        """Bring back the sequences of groups that were recomputed after they had forked.
+        """Fork the sequences of recomputed groups again.
 
-        Computed each for itself, they would share nothing any more, and might not even fit. So such
-        a group comes back as it came, with one sequence, and forks again before the tokens part:
+        If each were computed separately, they would share no blocks and might not fit. The group
+        therefore returns with one sequence, and forks again before the tokens diverge:
 
-            A  "once a frog sat"  is computed, all but its last token, and waits with that one
+            A  "once a frog sat"  computes all but its last token, and waits
             B  "once a frog ran"  forks from A after "once a frog", and waits as well
             C  "once a cat ran"   forks from A after "once a", and computes "cat"
-            then all three compute their last tokens, and sample together
+            then all three compute their last tokens and sample together
 
-        They share full blocks only: a fork inside a block would write to one that may be cached.
+        They share only full blocks: a fork inside a block would write to one that may be cached.
         """
         size = self.memory.block_size
         for group in self.running:
@@ -283,12 +283,12 @@ class FCFSScheduler:
                 group.sequences.append(child)
 
     def _end(self, group: SequenceGroup, draft: Draft) -> None:
-        """Out of memory for good: the group ends with what it has, and the others go on."""
+        """End a group that the pool can never hold, with its present output."""
         self.abort(group)
         draft.ended.append(group)
 
     def _move(self, group: SequenceGroup, status: SequenceStatus) -> None:
-        """From the queue of its status to the queue of the new one, in order of arrival."""
+        """Move a group from the queue of its status to that of a new one, in order of arrival."""
         queues = {
             SequenceStatus.WAITING: self.waiting,
             SequenceStatus.RUNNING: self.running,

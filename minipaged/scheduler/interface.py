@@ -1,4 +1,4 @@
-"""The role `scheduler`: what the engine may ask and do."""
+"""The role `scheduler`: the calls of the engine."""
 
 from typing import Protocol
 
@@ -8,7 +8,7 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 
 class Scheduler(Protocol):
-    """See `FCFSScheduler` for what each call promises."""
+    """See `FCFSScheduler` for the contract of each call."""
 
     @property
     def memory(self) -> Memory: ...

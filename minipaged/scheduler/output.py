@@ -1,8 +1,8 @@
 """What one step does: the scheduler's decision, and the message to the device side made from it.
 
-A `SchedulerOutput` speaks of live sequences and groups; the engine and everything above it read
-it. A `StepInput` holds plain numbers only, so that it can be pickled and sent to another process:
-nothing below the scheduler sees a live sequence. In the paper's words (section 4.6), the scheduler
+A `SchedulerOutput` refers to live sequences and groups; the engine and the layers above it read it.
+A `StepInput` holds only plain numbers, so that it can be pickled and sent to another process: no
+layer below the scheduler sees a live sequence. In the paper's words (section 4.6), the scheduler
 "first prepares the message with input token IDs for each request in the batch, as well as the
 block table for each request", and sends it to the workers.
 """
@@ -15,32 +15,32 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 
 class ScheduledSequence(NamedTuple):
-    """One sequence's part in a step: its first `num_new_tokens` uncomputed tokens are computed."""
+    """One sequence's part in a step: `num_new_tokens` of its uncomputed tokens, from the first."""
 
     group: SequenceGroup
     seq: Sequence
     num_new_tokens: int
-    samples: bool  # nothing is left uncomputed after it, so the next token can be sampled
+    samples: bool  # all tokens are then computed, so the next one can be sampled
 
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """What one step does. The block operations come first, in this order, then the model."""
+    """The decision for one step. Block operations run first, in this order, then the model."""
 
     swap_out: tuple[BlockPair, ...] = ()  # (pool block, swap block)
     swap_in: tuple[BlockPair, ...] = ()  # (swap block, pool block)
     copies: tuple[BlockPair, ...] = ()  # copy-on-write: (source, destination)
     sequences: tuple[ScheduledSequence, ...] = ()
     preempted: tuple[SequenceGroup, ...] = ()
-    ended: tuple[SequenceGroup, ...] = ()  # for lack of memory, or with broken logits
-    # Of the groups admitted in this step: prompt tokens looked up in the prefix cache, and found.
+    ended: tuple[SequenceGroup, ...] = ()  # out of memory, or with broken logits
+    # Prompt tokens of the admitted groups that were looked up in the prefix cache, and found.
     num_queried_tokens: int = 0
     num_cached_tokens: int = 0
 
 
 @dataclass
 class Draft:
-    """A `SchedulerOutput` in the making: only `schedule()` and its helpers see it."""
+    """An unfinished `SchedulerOutput`, used only by `schedule()` and its helpers."""
 
     tokens_left: int  # of max_num_batched_tokens
     swap_out: list[BlockPair] = field(default_factory=list[BlockPair])
@@ -60,7 +60,7 @@ class SequenceInput(NamedTuple):
     token_ids: list[int]  # the tokens to compute, at positions context_len and up
     context_len: int  # tokens of the sequence whose keys and values are in the cache
     block_table: list[int]  # physical blocks, in logical order
-    num_logits: int = 1  # how many of its last tokens' logits are wanted
+    num_logits: int = 1  # return the logits of this many of its last tokens
 
 
 @dataclass(frozen=True)

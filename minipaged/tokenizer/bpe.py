@@ -89,7 +89,7 @@ class BytePairTokenizer(Tokenizer):
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            # The pattern's engine gives up after turning back a million times.
+            # The pattern's engine fails after a million steps of backtracking.
             raise InvalidRequest(
                 f"a text of {len(text)} characters cannot be cut into tokens, since it has a "
                 "million or more spaces or line ends in a row: shorten them."

@@ -190,7 +190,7 @@ def _not_empty(messages: Any) -> list[Any]:
 def _read_message(turn: Any) -> dict[str, Any]:
     """The turn as plain data, with the parts of its content joined.
 
-    A template could call methods of whatever else stood there. Raises InvalidRequest for no turn.
+    A template could call methods of any other object there. Raises InvalidRequest for no turn.
     """
     if isinstance(turn, dict) and isinstance(turn.get("role"), str):
         content = turn.get("content")

@@ -1,7 +1,7 @@
 """A tokenizer as Hugging Face publishes it -> tiktoken, or the reason why that is not possible.
 
 Most checkpoints have a `tokenizer.json`, which says what is done in which order. The oldest, OPT
-among them, have `vocab.json` and `merges.txt` instead, which leave unsaid what everybody knew.
+among them, have `vocab.json` and `merges.txt` instead, without these settings.
 Whatever is not understood here is refused rather than guessed at.
 """
 

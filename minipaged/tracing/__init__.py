@@ -1,1 +1,1 @@
-"""What can be observed of scheduler and memory: one stream of events, its file, its pictures."""
+"""Observing scheduler and memory: a stream of events, its file, and its pictures."""

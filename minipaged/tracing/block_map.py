@@ -18,14 +18,14 @@ MAX_ROWS = 12
 
 
 def letter(number: int) -> Text:
-    """The letter and colour of a request, by the order of arrival."""
+    """Return the letter and colour of a request, by order of arrival."""
     return Text(chr(ord("A") + number % 26), style=COLOURS[number % len(COLOURS)])
 
 
 class _Block(NamedTuple):
-    """A block in use: a request that owns it, the number of its owners, and of its filled slots."""
+    """A block in use."""
 
-    request: int | None  # its number in the order of arrival; None: only pinned prefixes own it
+    request: int | None  # an owner, by order of arrival; None: only pinned prefixes own it
     num_owners: int
     num_filled: int
 
@@ -40,10 +40,10 @@ class _Snapshot:
 
 
 class BlockMap:
-    """The pool as a picture, one sign per block; see LEGEND.
+    """Draws the pool with one sign per block; see LEGEND.
 
-    What it draws it asks of the scheduler and its memory. As a listener it counts what the two do
-    not remember, and after each schedule it keeps the picture of the pool at its fullest.
+    It reads the scheduler and its memory. As a listener, it counts preemptions, copies and
+    evictions, and keeps the picture of the pool at its fullest.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -58,7 +58,7 @@ class BlockMap:
         self._num_preempted = 0
 
     def __call__(self, event: Event) -> None:
-        """Listen to one event."""
+        """Receive one event."""
         if event.event == "schedule":
             self._step = event.step
             if self._memory.num_free < self._fewest_free:
@@ -79,7 +79,7 @@ class BlockMap:
         return _Snapshot(self._headline(in_use), in_use, cached)
 
     def _blocks_in_use(self) -> dict[int, _Block]:
-        """The blocks of the pool that sequences and pinned prefixes own."""
+        """Return the blocks of the pool that sequences and pinned prefixes own."""
         running = self._scheduler.running
         request_of = {seq.seq_id: group.arrival for group in running for seq in group.sequences}
         in_use: dict[int, _Block] = {}
@@ -94,7 +94,7 @@ class BlockMap:
         return in_use
 
     def _headline(self, in_use: dict[int, _Block]) -> str:
-        """Two lines: the queues, and the pool in numbers."""
+        """Write two lines: the queues, and the pool in numbers."""
         scheduler, memory = self._scheduler, self._memory
         num_swapped = memory.num_swap_blocks - memory.num_free_swap_blocks
         filled = sum(block.num_filled for block in in_use.values())
@@ -114,15 +114,15 @@ class BlockMap:
     # ---- drawing ---------------------------------------------------------------------------------
 
     def picture(self, width: int = MAX_COLUMNS + 8) -> Text:
-        """The pool now, below a line about the queues and one about the pool."""
+        """Draw the pool now, below a line about the queues and one about the pool."""
         return self._draw(self._snapshot(), width)
 
     def fullest(self, width: int = MAX_COLUMNS + 8) -> Text:
-        """The pool when most of its blocks were in use."""
+        """Draw the pool when most of its blocks were in use."""
         return self._draw(self._fullest, width)
 
     def totals(self) -> str:
-        """What has happened to requests and blocks since the beginning."""
+        """Write the totals of preemptions, copies and evictions."""
         return (
             f"In total: {_count(self._num_preempted, 'preemption')}, "
             f"{_count(self._num_copied, 'block')} copied on write, {self._num_evicted} evicted."

@@ -1,7 +1,7 @@
-"""What the fields of each event must be, for traces that come from a file.
+"""Checks the fields of events in traces from files.
 
-assets/replay/state.js has the same two tables, FORMS and FIELDS, and refuses the same events: a
-page may be opened long after its trace was read.
+assets/replay/state.js has the same two tables, FORMS and FIELDS, and refuses the same events,
+because a page may be opened long after its trace was read.
 """
 
 import json
@@ -14,7 +14,7 @@ MOST = 2**31 - 1
 
 
 def find_fault(event: dict[str, Any]) -> str | None:
-    """Why this event cannot be replayed, in a clause; None if it can, or if its kind is unknown.
+    """Return a clause on why this event cannot be replayed, or None if it can or is unknown.
 
     Args:
         event: a parsed line of a trace.
@@ -38,7 +38,7 @@ def find_fault(event: dict[str, Any]) -> str | None:
     return None
 
 
-# A number without a fraction is one also where it is written as 1.0: JavaScript cannot tell.
+# 1.0 counts as a whole number, because JavaScript does not distinguish it from 1.
 def _is_whole(value: Any, least: int, most: int) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and least <= value <= most and value == int(value)
@@ -65,7 +65,7 @@ def _by_number(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _are_spans(value: Any) -> bool:
-    """What a step took on one rank: see the event `ranks`."""
+    """Return whether these are a rank's times of one step; see the event `ranks`."""
     names = {"message", "compute", "all_reduce", "gather"}
     if not isinstance(value, dict) or not value.keys() >= names:
         return False
@@ -124,7 +124,7 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "pool": _one_of("pool", "swap"),
     "mode": _one_of("swap", "recompute"),
 }
-"""What a field may be, in words and as a check."""
+"""The valid values of a field, in words and as a check."""
 
 _MOVED = {"request_id": "request", "block_tables": "tables", "pairs": "pairs"}
 _REPLACED = {"seq_id": "count", "pairs": "pairs"}
@@ -169,10 +169,10 @@ FIELDS: dict[str, dict[str, str]] = {
     "share": _OWNERS,
     "release": _OWNERS,
 }
-"""The fields of each event beside step and time, by their form; see `minipaged.tracing.events`."""
+"""The fields of each event except step and time, by form; see `minipaged.tracing.events`."""
 
 OF_EACH_SEQUENCE = {
     "admit": [("block_tables", "num_tokens"), ("block_tables", "num_cached_tokens")],
     "snapshot": [("block_tables", "num_tokens"), ("swap_block_tables", "num_tokens")],
 }
-"""By event: fields with block tables, and what must have an entry for each of their sequences."""
+"""By event: fields with block tables, and fields that need an entry for each of their sequences."""

@@ -40,8 +40,8 @@ An event is one line of JSON:
     swap_in        its blocks moved back; blocks that are still cached need no copy:
                    request_id, block_tables, pairs [[swap block, pool block], ...]
     out_of_memory  a request ended early, because the pool can never hold its next token: request_id
-    free           a sequence or a pinned prefix gave its blocks back: seq_id
-    snapshot       all that a reader must know to go on from here, whatever came before:
+    free           the blocks of a sequence or a pinned prefix were freed: seq_id
+    snapshot       the complete state, from which a reader can continue without earlier events:
                    num_blocks, num_swap_blocks, block_size, running, waiting, swapped,
                    request_ids {sequence id: its request}; a pinned prefix has none,
                    block_tables, swap_block_tables (of sequences that are swapped out), num_tokens,
@@ -74,7 +74,7 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened: its step, its time in seconds since the log began, its fields."""
+    """One event: its step, its time in seconds since the log began, its fields."""
 
     event: str
     step: int
@@ -111,12 +111,12 @@ class EventLog:
             listener(stamped)
 
     def stamp(self, event: str, fields: dict[str, Any]) -> Event:
-        """An event of now that no listener gets."""
+        """Return an event with the present step and time, without calling listeners."""
         return Event(event, self.step, self._clock() - self._start, fields)
 
 
 class _Wrapper:
-    """Passes on everything that a subclass does not override."""
+    """Forwards everything that a subclass does not override."""
 
     def __init__(self, inner: Any, log: EventLog) -> None:
         self._inner = inner
@@ -127,7 +127,7 @@ class _Wrapper:
 
 
 class TracedAllocator(_Wrapper):
-    """Any allocator, observed."""
+    """Emits the events of an allocator."""
 
     def __init__(self, inner: Any, log: EventLog, pool: str) -> None:
         super().__init__(inner, log)
@@ -153,7 +153,7 @@ class TracedAllocator(_Wrapper):
 
 
 class TracedMemory(_Wrapper):
-    """Any memory, observed."""
+    """Emits the events of a memory."""
 
     def __init__(self, inner: Any, log: EventLog) -> None:
         super().__init__(inner, log)
@@ -234,7 +234,7 @@ class TracedMemory(_Wrapper):
         return {s.seq_id: list(self._inner.tables[s.seq_id].blocks) for s in group.sequences}
 
     def _emit_evictions(self, allocated: Iterable[int]) -> None:
-        # A block is evicted only to be allocated at once, so these are all that can be missing.
+        # A block is evicted only to be allocated at once, so only these can be missing.
         for block in self._cached.intersection(allocated):
             if block not in self._inner.cached:
                 self._cached.remove(block)
@@ -242,7 +242,7 @@ class TracedMemory(_Wrapper):
 
 
 class TracedScheduler(_Wrapper):
-    """Any scheduler, observed. Its steps number the events."""
+    """Emits the events of a scheduler, and counts its steps."""
 
     def schedule(self) -> Any:
         self._log.step += 1
@@ -263,7 +263,7 @@ class TracedScheduler(_Wrapper):
 
 
 class TracedExecutor(_Wrapper):
-    """A `MultiExecutor`, observed. Without a listener, the ranks are not asked for times."""
+    """Emits the events of a `MultiExecutor`. Without a listener, ranks send no times."""
 
     def run(self, step: Any) -> Any:
         self._inner.is_traced = bool(self._log.listeners)

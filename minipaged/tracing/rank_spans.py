@@ -1,22 +1,22 @@
-"""What a step took on each of several ranks, as the fields of one event.
+"""The times of one step on each of several ranks, as the fields of one event.
 
 A model with many layers has hundreds of all-reduces per step, and a trace has thousands of steps.
-An event has room for a few hundred times: beyond that, neighbours are added up.
+An event has at most a few hundred times; if there are more, adjacent ones are added up.
 """
 
 from math import ceil
 from typing import Any
 
 MOST_TIMES = 360  # in one event: about 2 kB
-OTHER_TIMES = 14  # per rank: four of no all-reduce, and names as long as ten
+OTHER_TIMES = 14  # per rank: four that are not of all-reduces, and names as long as ten times
 
 
 def rank_spans(ranks: list[list[float]]) -> dict[str, Any]:
-    """The fields of a `ranks` event.
+    """Return the fields of a `ranks` event.
 
     Args:
-        ranks: of each rank, the seconds in the message, then computing and in a collective by
-            turns, and at last computing. The last collective is the gather of the logits.
+        ranks: for each rank, the seconds in the message, then alternately computing and in a
+            collective, and finally computing. The last collective is the gather of the logits.
     """
     num_all_reduces = max(0, len(ranks[0]) // 2 - 2)
     room = max(1, (MOST_TIMES // len(ranks) - OTHER_TIMES) // 2)  # per rank, for all-reduces

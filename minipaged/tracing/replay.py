@@ -1,12 +1,12 @@
-"""A trace as one page that replays it: blocks, block tables and queues, step by step.
+"""One page that replays a trace: blocks, block tables and queues, step by step.
 
     events: list[Event] = []
     llm = LLM(parts=Parts().traced(EventLog(events.append)))
     llm.generate(...)
     Replay(events, title="Four samples of one prompt").save("samples.html")
 
-The page is one file that contains its style sheet, its program and the trace, and loads nothing
-else. The program is in assets/replay: state.js turns events into the state of the pools (read it
+The page is one file that contains its style sheet, its program and the trace, and loads no other
+files. The program is in assets/replay: state.js turns events into the state of the pools (read it
 together with events.py); blocks.js, view.js, lanes.js and replay.js draw that state.
 """
 
@@ -54,7 +54,7 @@ class Replay:
         return cls(events, path.name if title is None else title)
 
     def html(self) -> str:
-        """The complete page."""
+        """Return the complete page."""
         return fill_page("replay.html", title=html.escape(self.title), trace=self._trace())
 
     def save(self, path: str | Path) -> None:
@@ -62,7 +62,7 @@ class Replay:
         write_atomically(Path(path), self.html())
 
     def _repr_html_(self) -> str:
-        """The page in a frame, for notebooks."""
+        """Return the page in a frame, for notebooks."""
         title, page = html.escape(self.title), html.escape(self.html())
         return (
             f'<iframe class="replay" title="{title}" srcdoc="{page}" loading="lazy" '
@@ -70,13 +70,13 @@ class Replay:
         )
 
     def _trace(self) -> str:
-        """The events as JSON in which nothing can end the script element that contains it."""
+        """Return the events as JSON that cannot end the script element that contains it."""
         events = ",\n".join(event.to_json() for event in self.events)
         return f"[{events}]".replace("<", "\\u003c")
 
 
 def fill_page(name: str, **texts: str) -> str:
-    """A page of assets/replay: {{title}} is replaced by a text, {{state.js}} by a file there."""
+    """Fill a page of assets/replay: {{title}} becomes a text, {{state.js}} the file's content."""
     folder = files("minipaged") / "assets" / "replay"
 
     def fill(place: re.Match[str]) -> str:
@@ -88,7 +88,7 @@ def fill_page(name: str, **texts: str) -> str:
 
 
 def _parse(path: Path, number: int, line: str) -> Event:
-    """One line of a trace. Raises InvalidOption with the number of the line."""
+    """Parse one line of a trace. Raises InvalidOption with the line number."""
     try:
         fields: Any = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Queues, block tables and blocks at one moment, as one event: a view may begin in mid-run."""
+"""The state of queues, block tables and blocks as one event, to begin a view during a run."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from minipaged.scheduler.interface import Scheduler
 
 
 def snapshot(scheduler: Scheduler) -> dict[str, Any]:
-    """The fields of a `snapshot` event, for use between two steps.
+    """Return the fields of a `snapshot` event. Call it between two steps.
 
     A trace of the rest of a run begins with one:
 

@@ -8,7 +8,7 @@ from minipaged.tracing.events import Event
 
 
 class TraceFile:
-    """Writes events as JSON lines, atomically: the file appears when it is complete.
+    """Writes events as JSON lines, atomically: the file appears only when it is complete.
 
     A regular file is written under a temporary name and renamed at the end. A pipe or a terminal
     cannot be renamed, so events are written to it directly. Raises InvalidOption if the path cannot
@@ -30,11 +30,11 @@ class TraceFile:
             ) from error
 
     def write(self, event: Event) -> None:
-        """Add one line."""
+        """Write one line."""
         print(event.to_json(), file=self._file)
 
     def close(self, keep: bool) -> None:
-        """Give the file its name, or delete it."""
+        """Rename the file to its final name, or delete it."""
         self._file.close()
         if self._part == self._path:
             return

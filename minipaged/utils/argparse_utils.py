@@ -7,12 +7,12 @@ from typing import Any
 
 
 class FlexibleArgumentParser(argparse.ArgumentParser):
-    """An ArgumentParser that takes underscores for the dashes of a flag."""
+    """An ArgumentParser that accepts underscores for the dashes of a flag."""
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As in argparse, which calls it from `parse_args`, with the flags in dashes."""
+        """Parse as argparse does, after replacing underscores in flags by dashes."""
         given = sys.argv[1:] if args is None else args
         return super().parse_known_args([_dashed(each) for each in given], namespace)
 

@@ -2,11 +2,11 @@
 
 
 def counted(number: float, one: str, many: str = "") -> str:
-    """A number and its noun, which agree.
+    """Format a number with its noun in the right form.
 
     Args:
-        one: the noun, or noun and verb, of a single thing, as "block" or "block has".
-        many: the same of several; without it, `one` and an "s".
+        one: the singular, with or without a verb, such as "block" or "block has".
+        many: the plural; by default `one` with an "s".
     """
     noun = one if number == 1 else many or f"{one}s"
     return f"{number:,g} {noun}" if isinstance(number, float) else f"{number:,} {noun}"

@@ -1,4 +1,4 @@
-"""The device: which one, how much memory it has, and how data gets there without a wait."""
+"""Choosing the device, measuring its memory, and copying data to it without waiting."""
 
 import os
 from array import array
@@ -16,7 +16,7 @@ _ARRAY_CODES = {torch.int32: "i", torch.long: "q"}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name; "auto" is a CUDA GPU if there is one. Raises InvalidOption."""
+    """Return the device of a name; "auto" is a CUDA GPU if there is one. Raises InvalidOption."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -42,12 +42,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def physical_memory() -> int:
-    """Bytes of memory that the machine has."""
+    """Return the machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_gpu_memory(gpu: torch.device) -> int:
-    """Bytes that nobody uses, and those that torch keeps after they were used."""
+    """Return the GPU's free memory in bytes, including memory that torch caches."""
     kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
     return torch.cuda.mem_get_info(gpu)[0] + kept
 
@@ -55,16 +55,16 @@ def free_gpu_memory(gpu: torch.device) -> int:
 def to_device(
     values: Sequence[Any] | Tensor, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """A tensor of these values on the device.
+    """Return a tensor of these values on the device.
 
-    To a GPU it goes by way of pinned memory, which the GPU fetches by itself when its turn comes.
-    From ordinary memory the copy would first wait until the GPU has done all it was told before.
+    A copy to a GPU goes through pinned memory, so it is asynchronous. A copy from ordinary memory
+    would first wait until the GPU has finished all earlier work.
     """
     if dtype in _ARRAY_CODES and isinstance(values, list) and values and type(values[0]) is int:
-        # By way of an array, a list of integers takes a third of the time.
+        # Through an array, converting a list of integers takes a third of the time.
         tensor = torch.frombuffer(array(_ARRAY_CODES[dtype], values), dtype=dtype)
     else:
         tensor = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)  # not to a GPU, or there already
+        return tensor.to(device)  # not to a GPU, or already there
     return tensor.pin_memory().to(device, non_blocking=True)

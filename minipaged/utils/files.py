@@ -1,4 +1,4 @@
-"""Files: atomic writes, and JSON that is read with a sentence for what is wrong with it."""
+"""Atomic writes, and reading JSON with clear errors."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from minipaged.errors import CheckpointError, InvalidOption
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside the place, then rename. Raises InvalidOption if nothing can be written there."""
+    """Write to a temporary file and rename it. Raises InvalidOption if the write fails."""
     if path.is_dir() or not path.name:
         raise InvalidOption(f"{str(path)!r} is a folder: give the name of a file.")
     part = path.with_name(path.name + ".part")
@@ -25,7 +25,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object that a file holds. Raises CheckpointError."""
+    """Read the JSON object in a file. Raises CheckpointError."""
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

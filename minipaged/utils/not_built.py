@@ -1,11 +1,11 @@
-"""Parameters of vLLM and Hugging Face that are known here, but not built.
+"""Parameters of vLLM and Hugging Face that are recognised but not supported.
 
-A script may pass one with the value that asks for nothing. Any other value is refused in one
-sentence. A table of them has a reason for each group, and the harmless value of each name:
+A script may pass one with its neutral value. Any other value is refused in one sentence. A table
+has a reason for each group, and the neutral value of each name:
 
     {"LoRA adapters are not built": {"enable_lora": False, "default_mm_loras": None}}
 
-None, and whatever is empty, asks for nothing in any case. A tuple lists several harmless values.
+None and empty values are always neutral. A tuple lists several neutral values.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,19 +14,19 @@ from minipaged.errors import InvalidOption
 from minipaged.utils.options import refuse_unknown, shown
 
 Table = Mapping[str, Mapping[str, object]]
-ByName = Mapping[str, tuple[str, object]]  # the reason, and the harmless value
+ByName = Mapping[str, tuple[str, object]]  # the reason, and the neutral value
 
 
 def by_name(table: Table) -> ByName:
-    """The reason and the harmless value of each name in a table."""
+    """Return the reason and the neutral value of each name in a table."""
     return {name: (why, value) for why, names in table.items() for name, value in names.items()}
 
 
 def refuse_not_built(name: str, value: object, table: ByName, known: Iterable[str]) -> None:
-    """Refuse a name that is not in the table, and a value that asks for what is not built.
+    """Refuse a name that is not in the table, and a value that is not neutral.
 
     Args:
-        known: the names that are built, which a refusal of an unknown name lists.
+        known: the supported names, which the error for an unknown name lists.
 
     Raises InvalidOption.
     """
@@ -38,7 +38,7 @@ def refuse_not_built(name: str, value: object, table: ByName, known: Iterable[st
 
 
 def named(harmless: object) -> str:
-    """The harmless value or values as text."""
+    """Return the neutral value or values as text."""
     return " or ".join(map(repr, harmless)) if isinstance(harmless, tuple) else repr(harmless)
 
 
@@ -47,6 +47,6 @@ def _asks_for_nothing(value: object, harmless: object) -> bool:
         return True
     if isinstance(harmless, tuple):
         return any(_asks_for_nothing(value, each) for each in harmless)
-    # Types first: an array compares to an array, and True is no number.
+    # Types first: comparing an array returns an array, and True is not a number.
     same_kind = isinstance(value, bool) == isinstance(harmless, bool)
     return isinstance(value, bool | int | float | str) and same_kind and value == harmless

@@ -4,8 +4,8 @@ An option is a dataclass field with a default, a help text and limits:
 
     block_size: int = option(16, "Token slots per block.", at_least=1)
 
-Everything else is derived from this line: the check (`check_options`), a function's signature and
-documentation (`takes`), and the flag of the command line (`minipaged/cli/options.py`).
+This line is the source of the check (`check_options`), of a function's signature and documentation
+(`takes`), and of the command-line flag (`minipaged/cli/options.py`).
 """
 
 import difflib
@@ -52,7 +52,7 @@ class Option:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values of a Literal or a bool; empty where any value may be given."""
+        """The values of a Literal or a bool; empty for other types."""
         if self.type is bool:
             return (True, False)
         return get_args(self.type) if get_origin(self.type) is Literal else ()
@@ -64,7 +64,7 @@ class Option:
         return self.help if self.type is bool or not names else f"{self.help} One of {names}."
 
     def check(self, value: object) -> None:
-        """Raise InvalidOption for a value that cannot work, whatever the other options are."""
+        """Raise InvalidOption for a value that cannot work with any other options."""
         if value is None and self.may_be_none:
             return
         if self.choices:
@@ -79,7 +79,7 @@ class Option:
 
 
 def options_of(args: type) -> dict[str, Option]:
-    """The options that a dataclass declares, by name."""
+    """Return the options that a dataclass declares, by name."""
     found: dict[str, Option] = {}
     for each in fields(args):
         parts = get_args(each.type) if get_origin(each.type) is not Literal else ()
@@ -93,7 +93,7 @@ def options_of(args: type) -> dict[str, Option]:
 
 
 def check_options(args: Any) -> None:
-    """Check each option by itself. Raises InvalidOption."""
+    """Check each option separately. Raises InvalidOption."""
     for each in options_of(type(args)).values():
         each.check(getattr(args, each.name))
 
@@ -104,7 +104,7 @@ def check_options(args: Any) -> None:
 def takes(
     args: Callable[P, Args],
 ) -> Callable[[Callable[[Self, Args], None]], Callable[Concatenate[Self, P], None]]:
-    """Make a method that takes one `args` callable with the arguments of `args` themselves.
+    """Make a method with one parameter `args` callable with the fields of `args` as arguments.
 
         @takes(EngineArgs)
         def __init__(self, args: EngineArgs) -> None: ...
@@ -135,7 +135,7 @@ def takes(
 def translated(
     translate: Callable[[dict[str, Any], dict[str, Option]], dict[str, Any]],
 ) -> Callable[[type[Args]], type[Args]]:
-    """Make a dataclass whose keyword arguments go through `translate` first, with its options."""
+    """Make a dataclass that passes its keyword arguments through `translate` first."""
 
     def decorate(args: type[Args]) -> type[Args]:
         known, init = options_of(args), args.__init__
@@ -151,7 +151,7 @@ def translated(
 
 
 def _describe(options: dict[str, Option]) -> str:
-    """The `Args:` section of a docstring."""
+    """Write the `Args:` section of a docstring."""
     return "\n".join(
         textwrap.fill(
             f"{each.name}: {each.description}",
@@ -166,11 +166,11 @@ def _describe(options: dict[str, Option]) -> str:
 # ---- checks --------------------------------------------------------------------------------------
 
 LARGEST_INT = 2**63 - 1
-"""Tensors and seeds hold no larger whole number."""
+"""The largest whole number in tensors and seeds."""
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: short, and without fail, whatever the value is."""
+    """Format a value for a message: short, and without raising for any value."""
     try:
         return _SHORT.repr(value)
     except Exception:  # a `__repr__` that raises, or a number of more digits than Python converts
@@ -182,9 +182,9 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 def refuse_unknown(given: Iterable[str], known: list[str], also: Iterable[str] = ()) -> None:
-    """Refuse a name that is none of the known ones, nor of `also`, which are not listed.
+    """Refuse a name that is neither in `known` nor in `also`, whose names are not listed.
 
-    Raises InvalidOption, with the closest name.
+    Raises InvalidOption with the closest name.
     """
     every = [*known, *also]
     for name in given:
@@ -231,8 +231,8 @@ def require_share(name: str, value: Any, least: float | None, most: float | None
 
 
 def require_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuse a value that is none of the choices. Raises InvalidOption."""
-    # Types first: an array compares to an array, and 1 is no True.
+    """Refuse a value that is not one of the choices. Raises InvalidOption."""
+    # Types first: comparing an array returns an array, and 1 is not True.
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         names = ", ".join(map(str, choices))
         raise InvalidOption(f"{name} is {shown(value)}: choose one of {names}.", name)

@@ -1,18 +1,19 @@
 """Shapes in words, inside the signatures: `q: Float[Tensor, "tokens heads head_dim"]`.
 
-`jaxtyping` checks them while the tests run. A user needs no such package: without it a shape is
-read by people only and costs nothing.
+`jaxtyping` checks them while the tests run. Users do not need the package: without it, shapes are
+documentation only and cost nothing.
 
-The key to the words, the same everywhere:
+The names, with the same meaning everywhere:
 
-    tokens      all query tokens of one step, sequence behind sequence
+    tokens      all query tokens of one step, one sequence after the other
     seqs        sequences in the step   seqs_and_one  one more: where each begins and the last ends
-    rows        rows of logits that are read
+    rows        rows of logits to sample from
     heads       query heads             kv_heads    key/value heads
-    head_dim    numbers in one head     hidden      width of the residual stream
-    vocab       tokens known            layers      transformer blocks
+    head_dim    elements per head       hidden      width of the residual stream
+    vocab       tokens in the vocabulary
+    layers      transformer blocks
     num_blocks  physical blocks in the pool
-    block_size  token slots in a block
+    block_size  token slots per block
     max_blocks  columns of the padded block-table tensor
 """
 

@@ -1,7 +1,7 @@
 """vLLM's module paths: `from minipaged.sampling_params import SamplingParams` works as with vLLM.
 
-Scripts import from vLLM's modules, which are cut differently from ours. Each path below is a module
-whose names are those of one of ours. Python asks `VLLMModules` for it when it finds no file.
+Scripts import from vLLM's modules, which are organised differently from ours. Each path below is a
+module with the names of one of ours. Python calls `VLLMModules` if there is no file for it.
 """
 
 import sys
@@ -20,11 +20,11 @@ VLLM_MODULES = {
     "minipaged.entrypoints": "minipaged",
     "minipaged.entrypoints.llm": "minipaged.llm",
 }
-"""From vLLM's path to the module here that has the names."""
+"""From vLLM's path to the module with its names."""
 
 
 class VLLMModules(MetaPathFinder, Loader):
-    """Finds the modules above. What they contain is looked up in ours when it is asked for."""
+    """Finds the modules above. Their names are looked up in ours on access."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -35,11 +35,11 @@ class VLLMModules(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self, is_package=is_package)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Let the module look every name up in ours."""
+        """Make the module look up every name in ours."""
         ours = VLLM_MODULES[module.__name__]
 
         def look_up(name: str) -> Any:
-            if name.startswith("__"):  # what Python asks about a module itself
+            if name.startswith("__"):  # a module attribute that Python looks up
                 raise AttributeError(name)
             return getattr(import_module(ours), name)
 
@@ -48,6 +48,6 @@ class VLLMModules(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let Python find the modules; once, when `minipaged` is imported."""
+    """Register the finder. Called once, when `minipaged` is imported."""
     if not any(isinstance(finder, VLLMModules) for finder in sys.meta_path):
         sys.meta_path.append(VLLMModules())

@@ -1,12 +1,11 @@
-"""What vLLM's arguments mean here: the keyword arguments of its LLM, EngineArgs, generate and chat.
+"""The keyword arguments of vLLM's LLM, EngineArgs, generate and chat, and their meaning here.
 
-A script for vLLM may pass any of them. Those that have the same name and meaning here are declared
-in `EngineArgs` and `LLMArgs`. Every other one is in exactly one of the tables below:
+A script for vLLM may pass any of them. Those with the same name and meaning are declared in
+`EngineArgs` and `LLMArgs`. Every other one is in exactly one of the tables below:
 
     OTHER_NAMES     honoured under another name
-    WITHOUT_EFFECT  accepted with any value, and why the value changes nothing
-    NOT_BUILT       accepted with the value that asks for nothing, otherwise refused, and why
-                    (see `not_built`)
+    WITHOUT_EFFECT  accepted with any value, with the reason why it has no effect
+    NOT_BUILT       refused except for its neutral value, with the reason (see `not_built`)
 
 The names are those of vLLM 0.32.0, and of older versions that published scripts were written for.
 `as_markdown` prints the tables for docs/guides/vllm_options.md.
@@ -34,23 +33,23 @@ NONE_MEANS_DEFAULT = (
     "attention_backend", "block_size", "enable_chunked_prefill", "generation_config",
     "load_format", "max_num_seqs", "preemption", "seed",
 )  # fmt: skip
-"""Options for which vLLM takes None, and None is no value here."""
+"""Options that accept None in vLLM but not here."""
 
 WITHOUT_EFFECT: dict[str, str] = {
     "no code that comes with a checkpoint is ever run":
         "trust_remote_code code_revision",
     "nothing is downloaded while a model is loaded: `minipaged fetch` does that":
         "hf_token ignore_patterns",
-    "safetensors are read straight into place by one thread":
+    "one thread reads safetensors directly into the parameters":
         "max_parallel_loading_workers safetensors_load_strategy safetensors_prefetch_num_threads "
         "safetensors_prefetch_block_size use_tqdm_on_load pt_load_map_location "
         "model_loader_extra_config",
-    "it tunes how kernels are compiled and recorded, and changes no token":
+    "it tunes how kernels are compiled and captured, and changes no token":
         "compilation_config optimization_level performance_mode cudagraph_capture_sizes "
         "max_cudagraph_capture_size max_seq_len_to_capture max_context_len_to_capture "
         "kernel_config ir_op_priority linear_backend enable_flashinfer_autotune "
         "jit_monitor_mode jit_monitor_verbose use_v2_block_manager",
-    "the ranks find each other by themselves, and the engine is one process's":
+    "the ranks find each other automatically, and the engine runs in one process":
         "disable_custom_all_reduce master_addr master_port "
         "distributed_timeout_seconds cpu_distributed_timeout_seconds enable_shm_tensor_arena "
         "disable_nccl_for_dp_synchronization data_parallel_backend dcp_comm_backend "
@@ -180,22 +179,22 @@ CALLS_NOT_BUILT: dict[str, dict[str, object]] = {
     "requests are served in the order of their arrival (the paper's FCFS)": {"priority": 0},
     "guided decoding and structured outputs are not built": {"guided_options_request": None},
     "`max_num_seqs` limits how many sequences run": {"concurrency_limit": None},
-    "the engine notes itself when a request comes": {"arrival_time": None},
+    "the engine records when a request arrives": {"arrival_time": None},
     "requests are not traced over a network": {"trace_headers": None},
     "text and token ids go into one prompt, as a dict": {"prompt_text": None},
     "the models read text only": {"mm_processor_kwargs": None},
-    "prompts are encoded as the checkpoint's tokenizer says": {"tokenization_kwargs": None},
+    "prompts are encoded by the checkpoint's tokenizer": {"tokenization_kwargs": None},
     "a message's content is given to the chat template as text": {
         "chat_template_content_format": ("auto", "string"),
     },
 }  # fmt: skip
-"""The same for arguments of `LLM.generate`, `LLM.chat` and `LLMEngine.add_request`."""
+"""`NOT_BUILT` for arguments of `LLM.generate`, `LLM.chat` and `LLMEngine.add_request`."""
 
 
 def translate(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
-    """Options as they are called here: vLLM's other names and values replaced, the rest checked.
+    """Replace vLLM's names and values of options by ours, and check the others.
 
-    Raises InvalidOption for an option that is not built, and for a name that vLLM lacks too.
+    Raises InvalidOption for an option that is not supported, and for a name unknown to vLLM.
     """
     ours: dict[str, Any] = {}
     for name, value in given.items():
@@ -214,7 +213,7 @@ def translate(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str
 
 
 def refuse_call_options(given: Mapping[str, Any]) -> None:
-    """Refuse what `generate` and `chat` of vLLM can do and ours cannot. Raises InvalidOption."""
+    """Refuse unsupported arguments of vLLM's `generate` and `chat`. Raises InvalidOption."""
     for name, value in given.items():
         each = [value]
         if name == "priority" and isinstance(value, list | tuple):
@@ -228,7 +227,7 @@ def _our_value(name: str, value: Any) -> Any:
         return OTHER_VALUES.get(name, {}).get(value, value)
     kind = type(value)
     if name == "dtype" and (kind.__module__, kind.__name__) == ("torch", "dtype"):
-        return str(value).removeprefix("torch.")  # torch.float16; nothing here imports torch
+        return str(value).removeprefix("torch.")  # torch.float16; this module imports no torch
     return value
 
 
@@ -242,7 +241,7 @@ CALL_NAMES = tuple(_CALLS_NOT_BUILT)
 
 
 def as_markdown() -> str:
-    """All tables, as the page docs/guides/vllm_options.md shows them."""
+    """Return all tables as Markdown, for docs/guides/vllm_options.md."""
     lines = ["| vLLM's name | name here |", "|---|---|"]
     lines += [f"| `{theirs}` | `{ours}` |" for theirs, ours in OTHER_NAMES.items()]
     lines += [

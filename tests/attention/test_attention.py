@@ -207,7 +207,7 @@ def test_queries_and_pool_are_left_as_they_were(attention: PagedAttention) -> No
 def test_wrong_head_counts_are_refused(attention: PagedAttention) -> None:
     setup = paged_setup(MIXED, heads=4, kv_heads=2)
     single, triple = setup.k_cache[:, :1], setup.k_cache[:, [0, 1, 1]]
-    with pytest.raises(REFUSALS):  # 3 key heads for 4 query heads
+    with pytest.raises(REFUSALS):  # 3 KV heads for 4 query heads
         attention(setup.q, triple, triple, setup.batch, setup.scale)
     with pytest.raises(REFUSALS):  # one value head would be broadcast
         attention(setup.q[:, :2], setup.k_cache, single, setup.batch, setup.scale)
@@ -317,7 +317,7 @@ MUTANTS = {
     "a query does not see its own key": (
         blockwise, "> positions[:, None]", ">= positions[:, None].clamp(min=1)"
     ),
-    "key heads go to the wrong query heads": (
+    "KV heads go to the wrong query heads": (
         reference, "repeat_interleave(group_size, dim=1)", "repeat(1, group_size, 1)"
     ),
     "query heads are grouped the wrong way": (

@@ -322,7 +322,7 @@ def test_wrong_head_counts_are_refused(attention: PagedAttention) -> None:
     setup = on_device(paged_setup(FEW, heads=4, kv_heads=2))
     single, triple = setup.k_cache[:, :1].contiguous(), setup.k_cache[:, [0, 1, 1]]
     for q, k_cache, v_cache in (
-        (setup.q, triple, triple),  # 3 key heads for 4 query heads
+        (setup.q, triple, triple),  # 3 KV heads for 4 query heads
         (setup.q[:, :2], setup.k_cache, single),
         (setup.q[..., :1], setup.k_cache, setup.v_cache),
     ):

@@ -5,7 +5,7 @@ Read them in this order:
     naive_decode   a program a query and head, a block at a time: the paper's Figure 5
     launch         what every launcher tells its kernel about the pool
     tile           the step that both fast kernels repeat: queries meet one tile of keys
-    decode         one query a sequence: memory-bound, split over the GPU
+    decode         one query per sequence: memory-bound, split over the GPU
     splits         into how many pieces, and how their results become one
     prefill        many queries a sequence: compute-bound, one tile of queries a program
     store_kv       new keys and values into their slots; a variant turns them by RoPE first

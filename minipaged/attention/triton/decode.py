@@ -1,6 +1,6 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""Decode: one query a sequence against all its keys, at the speed of the memory.
+"""Decode: one query per sequence against all its keys, at the speed of the memory.
 
 What it computes   for every sequence with one query token, attention over its keys in the pool
                    (section 4.1, Equation 4). Sequences with more queries are left to `prefill`.
@@ -11,15 +11,15 @@ Grid               (kv_heads, seqs, splits): the keys of a sequence are cut into
                        sequence 1,   900 keys    [ 256 ][ 256 ][ 256 ][ 132 ]
                        sequence 2,   400 keys    [ 256 ][ 144 ]   -      -     - ends at once
 
-                   With one split a program writes its result. With more, it leaves a partial
+                   With only one split, it writes the result. With more, it leaves a partial
                    result, and a second kernel merges those of a sequence and head. Heads come
                    first in the grid: those of one block are contiguous, and are read together.
 Bytes              2 * seq_len * kv_heads * head_dim numbers a sequence, each read once: a program
-                   serves all query heads of its key head. (Queries and results are less than a
+                   serves all query heads of its KV head. (Queries and results are less than a
                    hundredth of that from 100 keys for each query head of a group on.) This is
                    the floor: bytes / bandwidth. A split adds 8 * heads * head_dim bytes.
 Operations         4 * seq_len * heads * head_dim: in half precision as many a byte as query heads
-                   share a key head, 1 to 8, where a GPU could do some 200. So the arithmetic is
+                   share a KV head, 1 to 8, where a GPU could do some 200. So the arithmetic is
                    free, even though a matrix of 16 rows is multiplied for those 1 to 8 heads.
 
 Of the paper's kernels (section 5.1) it is "fused block read and attention".
@@ -144,7 +144,7 @@ def decode_kernel(
     q_head_stride,
     table_stride,
     HEADS: tl.constexpr,
-    GROUP: tl.constexpr,  # query heads that share a key head
+    GROUP: tl.constexpr,  # query heads that share a KV head
     ROWS: tl.constexpr,  # GROUP, padded to what tl.dot takes
     SPLIT: tl.constexpr,  # whether there is anything to merge
     TILE: tl.constexpr,
@@ -159,7 +159,7 @@ def decode_kernel(
     LARGEST: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """One split of one sequence, for the query heads of one key head."""
+    """One split of one sequence, for the query heads of one KV head."""
     kv_head = tl.program_id(0)
     seq = tl.program_id(1)
     split = tl.program_id(2)

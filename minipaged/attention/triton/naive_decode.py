@@ -3,7 +3,7 @@
 """The simplest kernel: paged attention as in the paper's Figure 5, and no more.
 
 What it computes   one query of one head against all keys of its sequence, a block at a time,
-                   wherever the block table says that the block is (section 4.1, Equation 4).
+                   at the place that the block table contains (section 4.1, Equation 4).
 Grid               (tokens, heads): a program a query token and head, so prefill works too.
 
                        token 0   token 1   token 2
@@ -11,7 +11,7 @@ Grid               (tokens, heads): a program a query token and head, so prefill
                head 1     []        []        []      table[0], table[1], ... up to its position
 
 Bytes              all keys and values of a sequence once for *every query token and head*: with 32
-                   heads over 8 key heads, at decode four times as many as needed.
+                   heads over 8 KV heads, at decode four times as many as needed.
 Operations         4 * head_dim a key and query head, as everywhere; but as sums of products, not on
                    the tensor cores: those take 16 rows at least, and here is one.
 
@@ -75,7 +75,7 @@ def naive_kernel(
     q_head_stride,
     table_stride,
     HEADS: tl.constexpr,
-    GROUP: tl.constexpr,  # query heads that share a key head
+    GROUP: tl.constexpr,  # query heads that share a KV head
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,  # HEAD_DIM, or the next power of two: a tile has no other sizes

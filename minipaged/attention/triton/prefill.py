@@ -16,7 +16,7 @@ Grid               (tiles, kv_heads). The flattened query tokens are cut into ti
 
                    (At times a sequence owns a tile more than it fills, as tile 3 here: that one
                    ends at once.) A tile's rows are its tokens times the query heads that share
-                   the key head.
+                   the KV head.
 Bytes              A tile of queries reads all keys up to its last position, mostly from the L2
                    cache, where the tiles before left them.
 Operations         4 * head_dim for each query head and key that it sees: half of
@@ -133,7 +133,7 @@ def prefill_kernel(
     q_head_stride,
     table_stride,
     HEADS: tl.constexpr,
-    GROUP: tl.constexpr,  # query heads that share a key head
+    GROUP: tl.constexpr,  # query heads that share a KV head
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,  # query tokens in a tile: ROWS // GROUP
     TILE: tl.constexpr,
@@ -145,8 +145,8 @@ def prefill_kernel(
     LARGEST: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """One tile of query tokens, for the query heads of one key head."""
-    # Backwards, for every key head: the last tile of a prompt sees the most keys, and begun last,
+    """One tile of query tokens, for the query heads of one KV head."""
+    # Backwards, for every KV head: the last tile of a prompt sees the most keys, and begun last,
     # it would end long after the others. (Tiles first in the grid: neighbours read the same keys.)
     query_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)

@@ -7,7 +7,7 @@ What it computes   each split has answered as if its keys were all. Its answer i
                    average of the answers, each weighted by 2^log_sum.
 Grid               (seqs, heads): a program merges the splits of one sequence and head.
 Bytes              4 * head_dim a split and head, written by `decode` and read here: with splits of
-                   256 keys and 4 query heads a key head, some 3 % of what decode reads.
+                   256 keys and 4 query heads per KV head, some 3 % of what decode reads.
 Operations         2 * head_dim a split and head.
 
 The paper has no such kernel: its attention gave a sequence and head to one thread block.

@@ -7,7 +7,7 @@ It is Equation 4 of the paper (section 4.1) as in `attention/blockwise.py`, with
     tile, not block      a tile of 32 to 128 positions is what the hardware likes to multiply, a
                          block of 16 is what wastes little memory. A tile gathers its positions
                          through the block table, so that either has the size that suits it.
-    rows, not a query    all query heads that share a key head (and in prefill several tokens) are
+    rows, not a query    all query heads that share a KV head (and in prefill several tokens) are
                          rows of one matrix: keys are read once for all of them, and the tensor
                          cores, which multiply 16 rows at least, have something to do.
     exp2, not exp        scores come multiplied by log2(e): a GPU has an instruction for 2^x.

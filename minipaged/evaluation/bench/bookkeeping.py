@@ -1,7 +1,7 @@
 """What the bookkeeping costs: the allocator, a step's scheduling, a simulated step.
 
-All are plain Python without tensors, and stand still while the model waits. So a step's scheduling
-is counted beside what it decides about: how many sequences run, and how long they are.
+All are plain Python without tensors, and the model waits meanwhile. A step's scheduling is
+therefore given with the number of running sequences and their length.
 """
 
 import statistics

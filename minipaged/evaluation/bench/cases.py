@@ -133,7 +133,7 @@ def contiguous_attention(inputs: Inputs, case: Case) -> dict[str, Callable[[], T
     if queries == case.length:
         ask = partial(attend, q, inputs.keys, inputs.values, is_causal=True, enable_gqa=True)
         return _also_with_flash("SDPA", lambda: ask().transpose(1, 2).flatten(0, 1), q)
-    if queries > 1:  # a chunk behind a context
+    if queries > 1:  # a chunk after a context
         positions = torch.arange(case.length, device=q.device)
         visible = positions <= positions[-queries:, None]  # [queries, length]
         ask = partial(attend, q, inputs.keys, inputs.values, visible, enable_gqa=True)

@@ -96,7 +96,7 @@ class Compiled:
     def programs(self) -> int:
         """How many share a multiprocessor: while one waits for the memory, another computes."""
         shared_per_sm, most_warps = _PER_SM[self.sm]
-        # Registers are handed out to a thread in eights; the driver keeps 1 KiB a program.
+        # Registers are handed out to a thread in eights; the driver keeps 1 KiB per program.
         registers = 32 * self.num_warps * -(-self.registers // 8) * 8
         shared = self.shared_bytes + 1024
         by_registers, by_shared = 65536 // registers, shared_per_sm * 1024 // shared
@@ -197,7 +197,7 @@ def _pool(kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> KVPool:
 
 
 def _batch(tokens_each: int) -> Batch:
-    """Sequences with so many query tokens each, behind a context."""
+    """Sequences with so many query tokens each, after a context."""
     num_seqs = _TOKENS // tokens_each
     return Batch(
         token_ids=_empty(_TOKENS, dtype=torch.int64),

@@ -1,6 +1,6 @@
-"""Decode attention on a CPU, gathered and in place (`attention.torch_decode`), beside SDPA.
+"""Decode attention on a CPU, gathered and in place (`attention.torch_decode`), compared with SDPA.
 
-SDPA is given keys that lie side by side already, all sequences equally long: what paging costs is
+SDPA gets contiguous keys, all sequences equally long: what paging costs is
 what either way takes beyond that. Lengths differ, as those of requests do. Several layers take
 turns, so that keys come from memory.
 """
@@ -117,8 +117,8 @@ def describe(dtype: torch.dtype) -> str:
     """What the table shows."""
     return (
         f"{dtype}, {HEADS} heads over {KV_HEADS} KV heads of {HEAD_DIM}, blocks of {BLOCK_SIZE}. "
-        "In use: the part of the blocks from the first to the last. SDPA: over keys that lie side "
-        "by side already. Several layers in turn, median of rounds"
+        "In use: the part of the blocks from the first to the last. SDPA: over keys that are "
+        "contiguous. Several layers in turn, median of rounds"
     )
 
 

@@ -2,7 +2,7 @@
 
 Both run the same checkpoint in this process, in turn, round after round: A B C A B C ... Only
 ratios within a round are compared, since a machine's speed changes from minute to minute. Time on
-the processor is reported beside it: a busy neighbour takes none of that.
+the processor is reported as well: a busy neighbour does not change it.
 
 A run that generated something else is worth nothing, so the tokens of each are checked. Float32
 must agree with transformers. Two likeliest tokens may be so close that rounding chooses: there, and
@@ -35,7 +35,7 @@ from minipaged.evaluation.bench.engine_workload import Request, Workload, make_m
 from minipaged.models.loader import DTYPES
 from minipaged.utils.progress import progress_bar
 
-# How far below the likeliest a token's logit may lie: what rounding does to logits of this model.
+# How far below the likeliest a token's logit may be: what rounding does to logits of this model.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 

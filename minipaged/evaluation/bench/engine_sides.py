@@ -75,7 +75,7 @@ class Minipaged:
             dtype=cast(DType, dtype),
             attention_backend=backend,
             block_size=block_size,
-            num_blocks=most + most // 10 + 64,  # with a tenth more, nobody is ever preempted
+            num_blocks=most + most // 10 + 64,  # with a tenth more, no request is ever preempted
             enable_prefix_caching=False,  # the second round shall be as much work as the first
         )
 
@@ -226,7 +226,7 @@ class Transformers:
     def shortfalls(self, prompt: list[int], tokens: list[int]) -> list[float]:
         """How far below the likeliest each token is, in its own context, by its logit."""
         ids = torch.tensor([prompt + tokens])
-        # Row i belongs to the token behind it, so the last row is of no use.
+        # Row i belongs to the next token, so the last row is not used.
         logits: Tensor = self._model(ids, logits_to_keep=len(tokens) + 1).logits[0, :-1].float()
         given = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         return (logits.amax(-1) - given).tolist()

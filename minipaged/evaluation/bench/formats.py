@@ -107,7 +107,7 @@ def _answers(kv_dtype: str, num_questions: int) -> tuple[int, list[list[int]]]:
 
 
 def _question(index: int) -> tuple[str, Question]:
-    """A prompt about the first fact of a story, so that the answer stands far back."""
+    """A prompt about the first fact of a story, so that the answer is far back."""
     story = tell(1 + index % MOST_FACTS, seed=index)
     about_the_first = [q for q in story.questions if q.fact_index == 0]
     question = about_the_first[index % len(about_the_first)]

@@ -1,7 +1,7 @@
 """The matrices of a small model, multiplied as PyTorch stores them and packed (`models.linear`).
 
-A model reads each matrix once a step, from memory and not from a cache. So there are many copies of
-each matrix here, which take turns.
+A model reads each matrix once per step, from memory and not from a cache. The benchmark therefore
+alternates between many copies of each matrix.
 """
 
 from collections.abc import Iterator

@@ -3,10 +3,10 @@
 Every load runs in a process of its own, which notes its resident memory just before and the most
 that it had by the end. So the interpreter and torch are not counted; the weights are, buffers, and
 pages of a file that is mapped into memory. Every weight is read once before the end, since a file
-that is mapped only has not been loaded yet. The files have just been written, and lie in the
-system's page cache, which belongs to nobody: the time is that of copying, not of a disk.
+that is mapped only has not been loaded yet. The files have just been written, and are in the
+system's page cache. The time is that of copying, not of a disk.
 
-`transformers` does the same beside it, where it is installed.
+`transformers` does the same for comparison, if it is installed.
 """
 
 import json

@@ -110,7 +110,7 @@ async def measure(
 
 
 def is_out_of_the_picture(row: Row) -> bool:
-    """Whether a server at this rate is so far behind that higher rates tell nothing."""
+    """Whether a server at this rate is so overloaded that higher rates add no information."""
     return row.seconds_per_token is None or row.seconds_per_token > TOP
 
 

@@ -1,4 +1,4 @@
-"""How long something takes beside something else: rounds in turn, and the median of each.
+"""Compares how long several things take: alternating rounds, and the median of each.
 
 A figure alone says little on a machine whose speed changes from minute to minute. So whatever is
 compared runs interleaved, A B C A B C ..., and only ratios within one run are reported.

@@ -1,4 +1,4 @@
-"""Which tiles, warps and stages are fastest on this GPU: the sweep behind the shipped choices.
+"""Which tiles, warps and stages are fastest on this GPU: the sweep for the shipped choices.
 
 An autotuner would do the same at run time, but not inside a CUDA graph, and every process anew. So
 the sweep is run once, and what it finds is written down in `decode.choose_tile` and

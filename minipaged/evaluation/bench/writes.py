@@ -83,7 +83,7 @@ def _measure_store(
 
 
 def _check_stores(inputs: Inputs, works: dict[str, Work]) -> None:
-    """All of the one kind leave the same pool behind, and all of the other."""
+    """All of the one kind leave the same pool, and all of the other."""
     found: dict[bool, tuple[str, Tensor]] = {}
     for name, work in works.items():
         assert isinstance(inputs.k_cache, Tensor)

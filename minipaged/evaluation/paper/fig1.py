@@ -36,7 +36,7 @@ def run(effort: Effort) -> Result:
     weights = 100 * SERVER.model.weight_bytes / memory
     kv = 100 * SERVER.num_slots * SERVER.model.kv_bytes_per_token / memory
     costs = CostModel(SERVER)
-    # Tokens a second of a batch, if it lasts; and how many requests each system really holds.
+    # Tokens per second of a batch, if it lasts; and how many requests each system really holds.
     speed = [b / costs.step(b, b * CONTEXT, 0, 0) for b in BATCHES]
     cases = [
         Case(name, rate=3.0, seconds=effort.seconds, only_while_they_come=True)
@@ -51,7 +51,7 @@ def run(effort: Effort) -> Result:
         Check("keys and values, of the memory", "over 30", kv, 30, 35, "%"),
         Check("requests at a time, Orca (Max)", "8", batch["orca-max"], 6.9, 8),
         Check("requests at a time, vLLM", "about 40", batch["vllm"], 28, 44),
-        Check("tokens a second, vLLM over Orca (Max)", "about 3", more * gain, 2, None, "x"),
+        Check("tokens per second, vLLM over Orca (Max)", "about 3", more * gain, 2, None, "x"),
     ]
     data = {"weights": weights, "kv": kv, "batches": BATCHES, "speed": speed, "held": batch}
     return Result("fig1", FIGURE.title, f"{EXACT}, {SIMULATED}", checks, data)
@@ -64,7 +64,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
     axes = panel(canvas, 1, 2, 1, "memory of an A100 with OPT-13B")
     labels = [f"weights\n{data['weights']:.0f} %", f"keys, values\n{data['kv']:.0f} %", "others"]
     axes.pie([data["weights"], data["kv"], rest], labels=labels, textprops={"fontsize": 8})
-    axes = panel(canvas, 1, 2, 2, "tokens a second by requests at a time")
+    axes = panel(canvas, 1, 2, 2, "tokens per second by requests at a time")
     axes.plot(data["batches"], data["speed"], color="black", linewidth=1)
     for name, batch in data["held"].items():
         axes.axvline(batch, color=COLOURS[name], linestyle="--", label=SYSTEMS[name].title)

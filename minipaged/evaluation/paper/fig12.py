@@ -20,8 +20,8 @@ from minipaged.evaluation.sim.systems import SYSTEMS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-AT = 0.2  # seconds a token, at which systems are compared
-# The right ends of the paper's axes, in requests a second; what vLLM bears is near them.
+AT = 0.2  # seconds per token, at which systems are compared
+# The right ends of the paper's axes, in requests per second; what vLLM sustains is near them.
 AXES = {
     ("opt-13b", "sharegpt"): 2.0,
     ("opt-66b", "sharegpt"): 1.0,
@@ -37,7 +37,7 @@ SLOWER = {  # a first guess, for the search
     "orca-max": 0.35,
     "fastertransformer": 0.12,
 }
-# Ratios of rates, vLLM over another: what the paper says, and the bar for ours at 0.2 s a token.
+# Ratios of rates, vLLM over another: what the paper says, and the bar for ours at 0.2 s per token.
 RATIOS = {
     ("opt-13b", "sharegpt", "orca-oracle"): ("1.7 to 2.7", 1.4, 2.1),
     ("opt-13b", "sharegpt", "orca-max"): ("2.7 to 8", 2.4, 3.7),
@@ -49,10 +49,8 @@ RATIOS = {
     ("opt-13b", "alpaca", "orca-oracle"): ("1.3", 1.2, 1.4),
     ("opt-175b", "alpaca", "orca-oracle"): ("less pronounced", None, 1.1),
 }
-OUTSIDE = "but outside the paper's range, which covers all three models"
-WHY = {
-    ("opt-175b", "sharegpt"): "264 GB of keys are plenty: little is gained, as on the paper's curve"
-}
+OUTSIDE = "but outside the paper's range for all three models"
+WHY = {("opt-175b", "sharegpt"): "264 GB of keys are plenty: little gain, as on the paper's curve"}
 
 
 def run(effort: Effort) -> Result:
@@ -105,8 +103,8 @@ def _check_order(rates: dict[str, dict[float, float]]) -> list[Check]:
         for threshold in THRESHOLDS:
             bears = [rates[_key("opt-13b", workload, system)][threshold] for system in SYSTEMS]
             in_order = 1 + sum(a > b for a, b in pairwise(bears))
-            what = f"opt-13b, {workload}, at {threshold:g} s a token: systems in the paper's order"
-            checks.append(Check(what, "5", in_order, 5, 5))
+            at = f"opt-13b, {workload}, at {threshold:g} s per token"
+            checks.append(Check(f"{at}: systems in the paper's order", "5", in_order, 5, 5))
     return checks
 
 
@@ -121,8 +119,8 @@ def draw(result: Result, canvas: "Canvas") -> None:
             colour = COLOURS[system]
             axes.plot(rates, latencies, "o-", markersize=3, color=colour, label=about.title)
         axes.set_ylim(0, 1)
-        axes.set_xlabel("requests a second", fontsize=8)
-        axes.set_ylabel("s a token", fontsize=8)
+        axes.set_xlabel("requests per second", fontsize=8)
+        axes.set_ylabel("s per token", fontsize=8)
     canvas.axes[0].legend(fontsize=6, frameon=False)
 
 

@@ -1,6 +1,6 @@
 """Figure 13: how many requests run at a time, with OPT-13B.
 
-At 2 conversations or 30 instructions a second, all but paging are overloaded, so that they are as
+At 2 conversations or 30 instructions per second, all but paging are overloaded, so that they are as
 full as they can be. What paging holds depends on how fast it finishes requests: two constants of
 the host were fitted to its two bars, and they prove nothing.
 """
@@ -49,7 +49,7 @@ def run(effort: Effort) -> Result:
             fitted = system == "vllm" or (workload == "alpaca" and system != "orca-max")
             checks.append(
                 near(
-                    f"{workload}, {rate:g} a second: {SYSTEMS[system].title}",
+                    f"{workload}, {rate:g} per second: {SYSTEMS[system].title}",
                     paper,
                     found[workload, system],
                     percent=percent,
@@ -67,7 +67,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
             "paper": list(bars.values()),
             "ours": [result.data[f"{workload}/{system}"] for system in bars],
         }
-        axes = panel(canvas, 1, 2, number, f"{workload}, {rate:g} requests a second")
+        axes = panel(canvas, 1, 2, number, f"{workload}, {rate:g} requests per second")
         side_by_side(axes, [s.replace("-", "\n") for s in bars], heights, "requests at a time")
 
 

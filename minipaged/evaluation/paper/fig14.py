@@ -1,7 +1,7 @@
-"""Figure 14: several sequences a request, OPT-13B on instructions.
+"""Figure 14: several sequences per request, OPT-13B on instructions.
 
 The more sequences share a prompt, or a past, the more is gained by sharing. What is compared is the
-rate that vLLM and Orca (Oracle) bear at 0.2 s a token.
+rate that vLLM and Orca (Oracle) sustain at 0.2 s per token.
 
 Beams come out below the paper here: see the note.
 """
@@ -18,14 +18,14 @@ from minipaged.evaluation.sim.requests import Decoding
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-AT = 0.2  # seconds a token
+AT = 0.2  # seconds per token
 METHODS = {"sample": "parallel sampling", "beam": "beam search"}
 NOTE = """\
 The paper's 2.3 x for 6 beams do not come out: this is what the room alone gives. Orca copies whole
 runs whenever beams part; charged at many times what reading and writing them takes, the ratio would
 come near. Nothing says how slow its copies were, so they are charged at full bandwidth."""
-HOST = "so many sequences keep the host busy, and room is no longer the bound"
-GUESS = {"sample": 48.0, "beam": 44.0}  # sequences a second of vLLM, to begin with
+HOST = "the host limits so many sequences, not memory"
+GUESS = {"sample": 48.0, "beam": 44.0}  # sequences per second of vLLM, to begin with
 
 
 def run(effort: Effort) -> Result:
@@ -42,7 +42,7 @@ def run(effort: Effort) -> Result:
                 system,
                 workload="alpaca",
                 rate=guess * slower,
-                seconds=effort.short_seconds * 2,  # fewer come a second
+                seconds=effort.short_seconds * 2,  # fewer arrive per second
                 decoding=decoding,
                 max_num_seqs=1024,  # memory shall be the limit
             )
@@ -69,9 +69,9 @@ def run(effort: Effort) -> Result:
 def draw(result: Result, canvas: "Canvas") -> None:
     """Ratios by width."""
     heights = {METHODS[m]: result.data[m] for m in ("sample", "beam")}
-    axes = panel(canvas, 1, 1, 1, "rate borne at 0.2 s a token: vLLM over Orca (Oracle)")
+    axes = panel(canvas, 1, 1, 1, "rate sustained at 0.2 s per token: vLLM over Orca (Oracle)")
     side_by_side(axes, [str(width) for width in result.data["widths"]], heights, "x")
     axes.set_xlabel("sequences of a request", fontsize=8)
 
 
-FIGURE = Figure("fig14", "Figure 14: several sequences a request", run, draw)
+FIGURE = Figure("fig14", "Figure 14: several sequences per request", run, draw)

@@ -3,7 +3,7 @@
 For parallel sampling it is arithmetic: n samples save the full blocks of their prompt n - 1 times,
 in every step. For beam search it depends on how beams descend from each other, which is the
 model's: one constant for each trace was fitted to the paper's three bars here, and the embedded
-model is measured beside it (`minipaged bench sharing`).
+model is measured as well (`minipaged bench sharing`).
 """
 
 from dataclasses import replace
@@ -35,8 +35,8 @@ PAPER: dict[tuple[str, Method], tuple[float | None, ...]] = {  # percent of bloc
 }
 POINTS = {("alpaca", "sample"): 1.5, ("sharegpt", "sample"): 4.0}
 BEAM_POINTS = 6.0
-WHY = "it hangs on how prompts are spread, of which the paper gives the mean"
-RATE = {"alpaca": 4.0, "sharegpt": 0.3}  # requests a second: no one waits for long
+WHY = "depends on the spread of prompt lengths; the paper gives only the mean"
+RATE = {"alpaca": 4.0, "sharegpt": 0.3}  # requests per second: no request waits for long
 METHODS = {"sample": "parallel sampling", "beam": "beam search"}
 
 

@@ -1,6 +1,6 @@
 """Figure 16: translation with examples that all prompts begin with, LLaMA-13B.
 
-The prefix is computed once and its blocks are shared; behind it comes a sentence. Lengths of the
+The prefix is computed once and its blocks are shared; a sentence follows it. Lengths of the
 WMT16 sentences are guesses: the paper prints those of the prefixes only, 80 tokens with one example
 and 341 with five.
 """
@@ -15,7 +15,7 @@ from minipaged.evaluation.sim.traces import Lengths
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-AT = 0.2  # seconds a token
+AT = 0.2  # seconds per token
 SENTENCES = Lengths(35.0, 45.0, 0.6, 0.6)
 PAPER = {80: (1.67, 15), 341: (3.58, 30)}  # by prefix: the ratio, and how many percent are near
 GUESS = {80: 35.0, 341: 30.0}
@@ -61,7 +61,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
         "ours": [result.data[str(p)][0] for p in PAPER],
         "ours, nothing shared": [result.data[str(p)][1] for p in PAPER],
     }
-    axes = panel(canvas, 1, 1, 1, "rate borne at 0.2 s a token: vLLM over Orca (Oracle)")
+    axes = panel(canvas, 1, 1, 1, "rate sustained at 0.2 s per token: vLLM over Orca (Oracle)")
     side_by_side(axes, [f"prefix of {p} tokens" for p in PAPER], heights, "x")
 
 

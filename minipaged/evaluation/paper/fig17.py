@@ -18,7 +18,7 @@ from minipaged.evaluation.sim.systems import ORCAS, SYSTEMS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-AT = 0.2  # seconds a token
+AT = 0.2  # seconds per token
 GUESS = {"vllm": 1.0, "orca-oracle": 0.65, "orca-pow2": 0.65, "orca-max": 0.65}
 
 
@@ -42,16 +42,16 @@ def run(effort: Effort) -> Result:
     ]
     orcas = [rates[orca] for orca in ORCAS]
     apart = 100 * (max(orcas) / min(orcas) - 1)
-    checks.append(Check("the three Orcas are apart by", "hardly", apart, None, 15, "%"))
+    checks.append(Check("difference between the three Orcas", "hardly", apart, None, 15, "%"))
     return Result("fig17", FIGURE.title, SIMULATED, checks, {"rates": rates})
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
     """What each system bears."""
     rates = result.data["rates"]
-    axes = panel(canvas, 1, 1, 1, "rate borne at 0.2 s a token")
+    axes = panel(canvas, 1, 1, 1, "rate sustained at 0.2 s per token")
     titles = [SYSTEMS[system].title for system in rates]
-    side_by_side(axes, titles, {"ours": list(rates.values())}, "requests a second")
+    side_by_side(axes, titles, {"ours": list(rates.values())}, "requests per second")
 
 
 FIGURE = Figure("fig17", "Figure 17: a chatbot", run, draw)

@@ -1,7 +1,7 @@
 """Figure 18: what paging costs a kernel, and which block size is best.
 
 Left, measured on this processor: decode attention through block tables, as this library does it,
-beside PyTorch's attention over keys that lie side by side. Right, simulated: larger blocks are read
+compared with PyTorch's attention over contiguous keys. Right, simulated: larger blocks are read
 faster, smaller ones waste less and are shared more. How much faster is assumed, (1 + 8 / size)
 times as long; so the left wall of that curve is an assumption, and the right one is not.
 """
@@ -19,7 +19,7 @@ SHAPES = [(batch, context) for batch in (8, 32) for context in (64, 128, 256)]
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATES = {"sharegpt": 1.9, "alpaca": 28.0}  # near what is borne, where the size matters
 BEST = {"sharegpt": (16, 128), "alpaca": (16, 32)}  # the paper's
-ASSUMED = "the price of small blocks is assumed"
+ASSUMED = "the cost of small blocks is assumed"
 TAKES_LONGER = 8.0  # a block of one token is read in 1 + 8 times the time a token
 
 
@@ -75,7 +75,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
     axes = panel(canvas, 1, 2, 1, "decode attention, paged over contiguous (this processor)")
     labels = [f"{batch} x {context}" for batch, context in SHAPES]
     side_by_side(axes, labels, {"ours": result.data["over"]}, "x", "{:.2f}")
-    axes = panel(canvas, 1, 2, 2, "seconds a token by block size (simulated)")
+    axes = panel(canvas, 1, 2, 2, "seconds per token by block size (simulated)")
     for workload, seconds in result.data["latency"].items():
         axes.plot(SIZES, seconds, "o-", markersize=3, label=workload)
     axes.set_xscale("log", base=2)
@@ -84,4 +84,4 @@ def draw(result: Result, canvas: "Canvas") -> None:
     axes.legend(fontsize=7, frameon=False)
 
 
-FIGURE = Figure("fig18", "Figure 18: the kernel's price, and block sizes", run, draw, (11.0, 4.0))
+FIGURE = Figure("fig18", "Figure 18: kernel overhead and block sizes", run, draw, (11.0, 4.0))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NUM_TOKENS = 256
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SERVED_SIZES = (4, 16, 64)
-RATE = 2.2  # conversations a second: the pool overflows now and then
+RATE = 2.2  # conversations per second: the pool overflows now and then
 WAYS: tuple[PreemptionMode, PreemptionMode] = ("recompute", "swap")
 
 
@@ -50,7 +50,7 @@ def run(effort: Effort) -> Result:
     slower = 100 * (by_way["recompute"][1] / by_way["swap"][1] - 1)
     measured = _measure()
     checks = [
-        Check("swapping is the faster from blocks of", "about 8 to 16", crossover, 8, 16),
+        Check("swapping is faster from blocks of", "about 8 to 16", crossover, 8, 16),
         Check("swapping, blocks of 1 over 256", "many times", swap[0] / swap[-1], 2, None, "x"),
         Check(
             "recomputing slower than swapping, blocks of 16 to 256, at most",
@@ -59,7 +59,7 @@ def run(effort: Effort) -> Result:
             None,
             20,
             "%",
-            "by formula, whose bus is never busy with anything else",
+            "by a formula with an idle bus",
         ),
         Check("served, blocks of 16: recomputation slower by", "at most 20", slower, None, 20, "%"),
     ]
@@ -130,7 +130,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
         seconds = data["measured"][way]
         axes.plot(SIZES, [1e3 * s for s in seconds], "o-", markersize=3, label=way)
     _by_size(axes)
-    axes = panel(canvas, 1, 3, 3, "seconds a token by block size (simulated)")
+    axes = panel(canvas, 1, 3, 3, "seconds per token by block size (simulated)")
     for way in WAYS:
         axes.plot(SERVED_SIZES, data["served"][way], "o-", markersize=3, label=way)
     axes.set_xscale("log", base=2)

@@ -2,7 +2,7 @@
 
 The parts are those of `MemoryUsage`, as the paper's numbers imply them: internal fragmentation is
 what was reserved beyond prompt and output (so Orca that knows the output has none), and "external
-and others" is what the buddy allocator rounds up, and all that nobody has.
+and others" is what the buddy allocator rounds up, and all free memory.
 """
 
 from typing import TYPE_CHECKING
@@ -76,4 +76,4 @@ def draw(result: Result, canvas: "Canvas") -> None:
     stacked(axes, labels, parts, colours)
 
 
-FIGURE = Figure("fig2", "Figure 2: what the memory is used for", run, draw, (10.0, 5.0))
+FIGURE = Figure("fig2", "Figure 2: use of the memory", run, draw, (10.0, 5.0))

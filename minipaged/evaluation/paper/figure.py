@@ -15,7 +15,7 @@ EXACT, SIMULATED, MEASURED = "arithmetic", "simulated", "measured"
 
 @dataclass(frozen=True)
 class Check:
-    """A published number, ours, and between which bounds ours must lie.
+    """A published number, ours, and the bounds for ours.
 
     Without bounds it is shown for comparison only, because the paper says too little to hold it to
     anything, or because it was used for fitting.

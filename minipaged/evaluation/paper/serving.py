@@ -35,7 +35,7 @@ class Case:
     system: str = "vllm"
     server: str = "opt-13b"
     workload: str | Lengths = "sharegpt"
-    rate: float = 1.0  # requests a second
+    rate: float = 1.0  # requests per second
     seconds: float = 400.0  # in which requests come
     seed: int = 0
     decoding: Decoding = GREEDY
@@ -94,7 +94,7 @@ class Outcome:
     """What is kept of a simulation."""
 
     case: Case
-    normalized_latency: float  # seconds a token; infinite: it gave up
+    normalized_latency: float  # seconds per token; infinite: it was stopped
     mean_batch: float
     used: float  # of all slots, as the others
     reserved: float
@@ -131,13 +131,13 @@ class Search:
     """Which rates a case bears; its own rate is where to begin to look."""
 
     case: Case
-    thresholds: tuple[float, ...] = (0.2,)  # seconds a token
+    thresholds: tuple[float, ...] = (0.2,)  # seconds per token
     near: float = 1.03  # to half of this factor
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Requests a second that a case bears, and every point of the curve that was looked at."""
+    """Requests per second that a case sustains, and every point of the curve that was looked at."""
 
     search: Search
     rates: dict[float, float]  # by threshold

@@ -31,7 +31,7 @@ def run(effort: Effort) -> Result:
         else:  # to the hundred, as it is printed
             checks.append(near(what, paper, slots[name], points=50))
     a100 = MODELS["opt-13b"].kv_bytes_per_token
-    checks.append(Check("bytes of a token, opt-13b", "800 KB", a100, 819_200, 819_200))
+    checks.append(Check("bytes per token, opt-13b", "800 KB", a100, 819_200, 819_200))
     return Result("table1", FIGURE.title, EXACT, checks, {"slots": slots, "paper": PAPER})
 
 
@@ -45,4 +45,4 @@ def draw(result: Result, canvas: "Canvas") -> None:
     side_by_side(panel(canvas, 1, 1, 1, "Table 1"), names, heights, "token slots", "{:,.0f}")
 
 
-FIGURE = Figure("table1", "Table 1: room for keys and values", run, draw)
+FIGURE = Figure("table1", "Table 1: space for keys and values", run, draw)

@@ -1,4 +1,4 @@
-"""No figure of the paper: paging beside vAttention (arXiv 2405.04437), at the same bytes.
+"""Not in the paper: paging compared with vAttention (arXiv 2405.04437), at the same bytes.
 
 vAttention leaves paging to the hardware: attention reads ordinary tensors, but memory comes in the
 system's pages, one for every buffer at a time. On a GPU the smallest page is 2 MiB: a group of them
@@ -6,9 +6,9 @@ over all layers holds hundreds of tokens, and the last group of every request is
 puts all layers of a token side by side, so that a group is two pages and not eighty.
 
 Simulated: how many requests fit, in an overloaded server. Measured on this machine: what it takes
-to map a page group, beside a block of paging; and the embedded model served from both. What a
-kernel would save by reading no block tables is shown by `minipaged paper fig18`; what cannot be had
-is sharing, but for whole pages.
+to map a page group, compared with a block of paging; and the embedded model served from both.
+`minipaged paper fig18` shows what a kernel would save by reading no block tables. Only whole pages
+can be shared.
 """
 
 import time
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from minipaged.tokenizer.prompts import Prompt
 
-RATES = {"sharegpt": 2.8, "alpaca": 50.0}  # requests a second: more than can be served
+RATES = {"sharegpt": 2.8, "alpaca": 50.0}  # requests per second: more than can be served
 SECONDS = {"sharegpt": 240.0, "alpaca": 40.0}
 PAGED = {"paged, blocks of 16": 16, "paged, blocks of 256": 256}
 MIB = 1024**2

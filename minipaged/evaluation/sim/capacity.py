@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from minipaged.errors import InvalidOption
 
-THRESHOLDS = (0.1, 0.2, 0.5)  # seconds a token; the paper names none, its curves turn up in between
+THRESHOLDS = (0.1, 0.2, 0.5)  # seconds per token; the paper names none, its curves rise in between
 WIDER = 1.3  # by this factor, bounds are looked for
-FARTHEST = 1e4  # times the guess, or that part of it: nobody looks beyond
+FARTHEST = 1e4  # times the guess, or that part of it: the limits of the search
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Curve:
     It rises with the rate: slowly, and beyond what the system can bear without end.
 
     Args:
-        latency: seconds a token at a rate in requests a second; infinite if it is too long to tell.
+        latency: seconds per token at a rate in requests per second; infinite if too long to tell.
         guess: a rate to begin with.
         near: bounds are near enough if they are no more than this factor apart.
     """
@@ -46,7 +46,7 @@ class Curve:
             if not 1 / FARTHEST < rate / self.guess < FARTHEST:
                 raise InvalidOption(
                     f"a token takes {'less' if low else 'more'} than {threshold:.3g} s at "
-                    f"{rate:.2g} requests a second still: there is no rate to be found."
+                    f"{rate:.2g} requests per second still: there is no rate to be found."
                 )
             if self.at(rate) <= threshold:
                 low = rate

@@ -15,8 +15,8 @@ class GPU:
 
     name: str
     memory_bytes: float
-    bandwidth: float  # bytes a second
-    flops: float  # 16-bit operations a second, dense
+    bandwidth: float  # bytes per second
+    flops: float  # 16-bit operations per second, dense
     link: Link  # to the other GPUs of a server
 
 
@@ -100,7 +100,7 @@ MODELS = {
 }
 
 # Table 1 of the paper: the servers of its evaluation. The slots are its own numbers, a thousand of
-# them written "15.7K", as exactly as the memory beside them allows.
+# them written "15.7K", as exactly as their memory allows.
 DEPLOYMENTS = {
     "opt-13b": Deployment(MODELS["opt-13b"], GPUS["a100-40g"], 1, 15_728),
     "opt-66b": Deployment(MODELS["opt-66b"], GPUS["a100-40g"], 4, 9_700, SYNC_SECONDS["opt-66b"]),

@@ -1,4 +1,4 @@
-"""How long a step takes: a roofline, and the host beside it.
+"""How long a step takes: a roofline, plus the host.
 
     host       STEP_SECONDS + SEQUENCE_SECONDS for each sequence that decodes     fitted
     weights    read once, or multiplied with every token, whichever takes longer
@@ -20,7 +20,7 @@ OF_BANDWIDTH_FOR_WEIGHTS = 0.8
 OF_BANDWIDTH_FOR_KEYS = 0.7
 OF_FLOPS = 0.55
 OF_FLOPS_IN_ATTENTION = 0.275
-HOST_LINK = 16e9  # bytes a second between GPU and host: PCIe 4, as in reality
+HOST_LINK = 16e9  # bytes per second between GPU and host: PCIe 4, as in reality
 COPY_LAUNCH = 3e-6  # seconds to begin one copy of one block in one layer, keys or values
 
 

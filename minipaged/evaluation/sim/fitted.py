@@ -11,7 +11,7 @@ assumption. A figure that was used for fitting proves nothing; the paper command
 SHAREGPT_OUTPUT_CV = 1.05  # fitted to Figure 2: reserved and used slots of Orca (Max)
 ALPACA_OUTPUT_CV = 1.02  # fitted to Figure 13b: batched requests of Orca (Pow2) and Orca (Oracle)
 
-# What the host needs for a step beside the GPU: the first vLLM's scheduler and sampler in Python.
+# The host's time per step besides the GPU's: the first vLLM's scheduler and sampler in Python.
 STEP_SECONDS = 2e-3  # fitted to Figure 13: batched requests of vLLM, both traces ...
 SEQUENCE_SECONDS = 0.30e-3  # ... together with this, for each sequence that decodes
 

@@ -37,8 +37,8 @@ STEP_SECONDS, SEQUENCE_SECONDS = 2e-3, 0.02e-3
 class Load:
     """What a server does at one rate."""
 
-    rate: float  # requests a second
-    latency: float  # seconds a token, as a mean over requests; infinite: it cannot keep up
+    rate: float  # requests per second
+    latency: float  # seconds per token, as a mean over requests; infinite: it cannot keep up
     first_token: float  # seconds from arrival
     batch: float  # requests that run at a time
     utilisation: float  # of the pool's slots that hold a token
@@ -107,7 +107,7 @@ def estimate_capacity(
     Args:
         server: where the requests are served.
         lengths: of the requests.
-        rate: requests a second.
+        rate: requests per second.
         block_size: token slots in a block.
         max_num_seqs: requests that may run at a time.
         seconds: of arrivals in a simulation, or less if they generate more than MOST_TOKENS.

@@ -45,7 +45,7 @@ class SimRequest:
         self.first_token: float | None = None  # seconds, as all times
         self.finish: float | None = None
         own = range(1 + number * 2**20, 1 + number * 2**20 + trace.input_len - trace.prefix_len)
-        prompt = [*range(-trace.prefix_len, 0), *own]  # tokens nobody else has, after the prefix
+        prompt = [*range(-trace.prefix_len, 0), *own]  # unique tokens after the prefix
         seq = Sequence(next(seq_ids), prompt, max_output_len=trace.output_len)
         self.group = SequenceGroup(str(number), [seq], width=decoding.width)
         self._seq_ids = seq_ids

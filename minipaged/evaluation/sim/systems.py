@@ -43,7 +43,7 @@ class System:
     name: str
     title: str
     build_memory: Callable[[Setting], Memory]
-    has_token_limit: bool = False  # and preempts, for it admits more than will surely fit
+    has_token_limit: bool = False  # and preempts, because it may admit too much
     forms_batches: bool = False  # a batch runs padded, until the longest of it has ended
     scheduler: Callable[[EngineConfig, Memory], Scheduler] = FCFSScheduler
 
@@ -84,7 +84,7 @@ SYSTEMS = {
 
 
 class NoPages:
-    """Pages that nobody maps: the memory's own count is all that a simulation needs."""
+    """Pages that are never mapped: the memory's own count is all that a simulation needs."""
 
     def map(self, region: int, groups: range) -> None: ...
     def unmap(self, region: int, groups: range) -> None: ...

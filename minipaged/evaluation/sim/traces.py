@@ -56,7 +56,7 @@ class Lengths:
     def draw_some(self, random: np.random.Generator, num_requests: int) -> list[tuple[int, int]]:
         """The same, from a stream of random numbers.
 
-        Drawn by strata: of every 256 lengths one lies in each 256th part of the distribution, in
+        Drawn by strata: of every 256 lengths one is in each 256th part of the distribution, in
         random order. A few very long requests decide much, and so even a short trace has its share
         of them. The first lengths are the same however many are drawn.
         """
@@ -105,7 +105,7 @@ def _sigma(cv: float) -> float:
 def poisson_trace(
     lengths: Lengths, rate: float, duration: float, seed: int = 0
 ) -> list[TraceRequest]:
-    """Requests that come independently of each other, `rate` a second, for `duration` seconds."""
+    """Requests that come independently of each other, `rate` per second, for `duration` seconds."""
     random = np.random.default_rng(seed + 1000)
     gaps = random.exponential(1 / rate, int(rate * duration * 1.5) + 100)
     times = gaps.cumsum()

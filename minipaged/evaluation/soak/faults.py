@@ -2,8 +2,8 @@
 
 A scenario is a list of calls to an engine: requests are added, steps are run, requests are aborted,
 prefixes pinned. It runs once undisturbed, which counts its boundaries: the entries and returns of
-the library's functions. Then it runs with a fault at one of them, and goes on after the fault. What
-must hold:
+the library's functions. Then it runs with a fault at one of them, and continues after the fault.
+Invariants:
 
     every request ends with the tokens, texts and log-probabilities of the undisturbed run; a
     request whose own code raised ends with RequestFailed instead, which names the fault

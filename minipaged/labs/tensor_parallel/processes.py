@@ -135,7 +135,7 @@ def _watch(readers: list[Connection], reports: list[Report], seconds: float) -> 
 
 
 def _take_up(reader: Connection, report: Report) -> None:
-    """One thing that a rank tells."""
+    """Process one message of a rank."""
     kind, value = _told(reader)
     if kind == "call":
         report.calls.append(value)

@@ -147,7 +147,7 @@ def test_a_request_is_open_until_it_is_finished(build):
 
 
 @task(3)
-@essential("a server that has far more to do than the others must attract nobody (rule 3).")
+@essential("a server that has far more to do than the others must attract no request (rule 3).")
 @pytest.mark.parametrize("slack", [0, 1, 4])
 def test_a_popular_beginning_does_not_overload_its_server(build, slack):
     router = build(slack=slack)
@@ -166,7 +166,7 @@ def test_up_to_the_slack_a_server_attracts(build):
 
 
 @task(3)
-@essential("what nearly all prompts begin with must attract nobody (rule 2).")
+@essential("what nearly all prompts begin with must attract no request (rule 2).")
 def test_a_short_common_beginning_attracts_nobody(build):
     """One piece of four is equal, as when a template opens every chat."""
     router = build(slack=100)

@@ -222,7 +222,7 @@ def test_one_token_decodes_over_several_blocks(by_blocks, length):
 @pytest.mark.parametrize("larger", [0, 1, 2])
 def test_the_largest_score_may_be_in_any_block(by_blocks, larger):
     setup = paged_setup([(1, 11)], heads=1, kv_heads=1)
-    setup.keys[0][4 * larger] = 2.0 * setup.q[0]  # stands out
+    setup.keys[0][4 * larger] = 2.0 * setup.q[0]  # the largest score
     setup.k_cache[setup.tables[0].blocks[larger], :, 0] = 2.0 * setup.q[0]
     agrees(by_blocks, setup)
 

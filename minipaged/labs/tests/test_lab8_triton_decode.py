@@ -183,7 +183,7 @@ def test_a_sequence_of_several_blocks(agrees, length):
 @pytest.mark.parametrize("larger", [0, 1, 2])
 def test_the_largest_score_may_be_in_any_block(agrees, larger):
     setup = one_sequence(11)
-    setup.keys[0][4 * larger] = 2.0 * setup.q[0]  # stands out
+    setup.keys[0][4 * larger] = 2.0 * setup.q[0]  # the largest score
     setup.k_cache[setup.tables[0].blocks[larger], :, 0] = 2.0 * setup.q[0]
     agrees(setup)
 

@@ -46,7 +46,7 @@ def fetch(
 
         >>> LLM(fetch("HuggingFaceTB/SmolLM2-135M-Instruct"))
 
-    Whoever wants to ask first calls `find_here`, then `ask_hub` for the size, then `download`.
+    To ask first, call `find_here`, then `ask_hub` for the size, then `download`.
 
     Args:
         name: "owner/name", "owner/name@revision", or a listed model's name without its owner.

@@ -201,7 +201,7 @@ def find_local(name: str | ModelName, cache: str | Path | None = None) -> Path |
 
 def _find_in_hub_cache(model: ModelName, cache: Path) -> Path | None:
     known = find_known(model.repo)
-    repos = [model.repo, known.short_name] if known else [model.repo]  # older caches say "gpt2"
+    repos = [model.repo, known.short_name] if known else [model.repo]  # older caches use "gpt2"
     for repo in repos:
         folder = cache / f"models--{repo.replace('/', '--')}"
         revision = model.revision or "main"

@@ -1,0 +1,206 @@
+"""No page, docstring, comment or message has the telltale words of a translation.
+
+Each pattern comes from a sentence that readers had to read twice. A right use of one is listed in
+ALLOWED, with its reason. A file that has yet to be edited is listed in NOT_YET.
+
+    python tests/docs/test_language.py              the hits per file
+    python tests/docs/test_language.py README.md    those of one file, with their lines
+"""
+
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import readability
+
+ROOT = Path(__file__).parents[2]
+GLOBS = ("README.md", "docs/**/*.md", "tutorials/**/*.md", "tutorials/**/*.py", "minipaged/**/*.py")
+FILES = {str(file.relative_to(ROOT)): file for glob in GLOBS for file in sorted(ROOT.glob(glob))}
+
+UNIT = "(?:second|minute|step|token|block|sequence|request|layer|thread|program|prompt|row|rank)"
+THING = "(?:table|block|request|cache|pool|kernel|engine|scheduler|file|option|checkpoint)"
+VERB = "(?:gets|is|of|in|for|from|to|on|as|that)"
+TELLTALES = {  # pattern: what to write instead
+    # persons for requests, blocks and code
+    "nobody|somebody|everybody|whoever|whomever": "name the request, the block, the part",
+    f"{THING}s? (?:knows?|says?|wants?|believes?|speaks?)": "contains, records, needs",
+    # homemade terms
+    "second opinion": "checker",
+    "key heads?": "KV head",
+    "begin alike|beginning alike": "share a prefix",
+    "give up|gives up|gave up|given up|giving up": "evict, prune, abort or free",
+    "rungs?": "baseline, version or step",
+    "seats?": "batch slot",
+    "rivals?": "baselines",
+    # calques
+    "so many more": "as a result, many more",
+    "belong into|belongs into": "belong in",
+    "rely on it that|relies on it that": "assume that",
+    "straight into place": "directly into",
+    "lest": "so that it does not",
+    r"(?<=,\s)for (?:it|they)": "because",
+    r"\d (?:x|times) more": "N times as many",
+    "what must hold": "Invariants",
+    # places in memory
+    "lies|lie|lay|lying": "is, is stored",
+    "stands?(?! for| in for|-)|stood": "is, has",
+    "beside": "next to, compared with, besides",
+    r"(?<!falls\s)behind": "after, under",
+    # rates
+    rf"\d,?(?: (?:\w*s|\w?i?b|x))? an? {UNIT}": "per",
+    "(?:tokens|requests|sequences|operations|instructions|bytes|steps) a second": "per second",
+    rf"one (?:(?!{VERB}\b)\w+ ){{0,2}}an? {UNIT}|once an? {UNIT}": "per",
+}
+PATTERNS = [
+    (re.compile(rf"(?:{words})(?![\w-])".replace(" ", r"\s+")), better)
+    for words, better in TELLTALES.items()
+]
+
+BEHIND_VLLM = {"system behind vllm": "the idea on which vLLM rests, not a place in memory"}
+ALLOWED: dict[str, dict[str, str]] = {
+    "README.md": BEHIND_VLLM,
+    "docs/index.md": BEHIND_VLLM,
+    "minipaged/__init__.py": BEHIND_VLLM,
+    "minipaged/cli/main.py": BEHIND_VLLM,
+    "minipaged/evaluation/stories.py": {'"behind"': "a word of the stories"},
+    "minipaged/evaluation/soak/against_vllm.py": {"{rival}": "the name of a variable"},
+    "minipaged/models/hub/staging.py": {"~nobody": "the home of an unknown user"},
+}
+
+NOT_YET = {
+    "tutorials/labs/02.md",
+    "tutorials/labs/06.md",
+    "tutorials/02_the_memory_problem.py",
+    "tutorials/04_paged_attention.py",
+    "tutorials/06_continuous_batching.py",
+    "tutorials/08_prefix_caching.py",
+    "tutorials/12_one_tokens_journey.py",
+    "tutorials/train_storyteller/train.py",
+    "minipaged/config.py",
+    "minipaged/serving/async_engine.py",
+    "minipaged/serving/metrics.py",
+    "minipaged/serving/replies.py",
+    "minipaged/serving/streams.py",
+}
+
+CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`|\]\([^)]*\)|<[^>\n]*>|\{\{.*?\}\}", re.M | re.S)
+WORDS = re.compile(
+    r"""\"{3}.*?\"{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*""",
+    re.S,
+)
+
+
+def blank(text: str) -> str:
+    """As many spaces, in as many lines, so that what follows keeps its line number."""
+    return "\n".join(" " * len(line) for line in text.split("\n"))
+
+
+def prose(text: str, is_python: bool) -> str:
+    """A file without its code: Markdown without fences and spans, Python's strings and comments."""
+    if is_python:
+        kept, end = list[str](), 0
+        for match in WORDS.finditer(text):
+            kept += [blank(text[end : match.start()]), match[0].replace("#", " ")]
+            end = match.end()
+        text = "".join(kept)
+    return CODE.sub(lambda code: blank(code[0]), text).lower()
+
+
+def telltales(text: str) -> list[tuple[int, str, str]]:
+    """The line and the words of each telltale in a lower-case text, and what to write instead."""
+    found = [
+        (text.count("\n", 0, hit.start()) + 1, " ".join(hit[0].split()), better)
+        for pattern, better in PATTERNS
+        for hit in pattern.finditer(text)
+        if not re.match(r"[\w-]", text[hit.start() - 1 : hit.start()] or " ")
+    ]
+    return sorted(found)
+
+
+@cache
+def hits(name: str) -> list[str]:
+    """The telltales of a file, but for those that are allowed there."""
+    text = prose(FILES[name].read_text(encoding="utf-8"), name.endswith(".py"))
+    for phrase in ALLOWED.get(name, ()):
+        text = text.replace(phrase, blank(phrase))
+    return [f"{name}:{line}: {words!r}; write: {better}" for line, words, better in telltales(text)]
+
+
+def test_no_page_comment_or_message_has_a_telltale_word():
+    found = [hit for name in FILES if name not in NOT_YET for hit in hits(name)]
+    assert not found, "\n".join(found)
+
+
+def test_a_file_that_has_yet_to_be_edited_has_telltale_words():
+    done = sorted(name for name in NOT_YET if name not in FILES or not hits(name))
+    assert not done, f"take these out of NOT_YET: {', '.join(done)}"
+
+
+def test_every_allowed_use_exists():
+    for name, phrases in ALLOWED.items():
+        text = prose(FILES[name].read_text(encoding="utf-8"), name.endswith(".py"))
+        for phrase, reason in phrases.items():
+            assert phrase in text, f"{name} has no {phrase!r} any more: take it out of ALLOWED"
+            assert telltales(f" {phrase} "), f"{phrase!r} needs no permission"
+            assert reason
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "No block is taken from nobody.",
+        "Whoever comes later waits.",
+        "The block table says where it is.",
+        "A second opinion for each part.",
+        "Two prompts that begin alike.",
+        "A block is given up.",
+        "They rely on it that no two hashes are equal.",
+        "It joins early, for it was there first.",
+        "The keys lie in the pool.",
+        "Token 3 stands in slot 9.",
+        "The module is beside its test.",
+        "The tokens behind the last block.",
+        "It serves 12 requests a second.",
+        "One reference count a block.",
+        "It runs once a step.",
+    ],
+)
+def test_a_telltale_sentence_is_found(sentence):
+    assert telltales(prose(sentence, is_python=False))
+    assert telltales(prose(f"x = 1  # {sentence}", is_python=True))
+    assert telltales(prose(f'raise ValueError("{sentence}")', is_python=True))
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "OOM stands for out of memory. A slow viewer falls behind.",
+        "Read `nobody` and `rung.py` first.",
+        "See [the page](behind.md).",
+        "It lists a token or an id twice, and understands both.",
+        "In a second terminal, run the client. It takes half a second.",
+    ],
+)
+def test_a_right_sentence_is_not_found(sentence):
+    assert not telltales(prose(sentence, is_python=False))
+
+
+@pytest.mark.parametrize("page", readability.PAGES)
+def test_no_page_needs_more_than_ten_years_of_school(page):
+    value, num_words = readability.grade(readability.text_of(page))
+    assert value <= 10 or num_words < 100  # a page of the reference is a list of names
+
+
+def test_code_is_not_read():
+    assert not telltales(prose("nobody = lies(behind)\n", is_python=True))
+    assert not telltales(prose("```python\nnobody = 1\n```\n", is_python=False))
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:] or FILES:
+        if sys.argv[1:]:
+            print("\n".join(hits(each)))
+        elif hits(each):
+            print(f"{len(hits(each)):4} {each}")
