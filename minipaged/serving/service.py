@@ -3,28 +3,27 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Iterator
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from minipaged.engine.arrivals import CheckedRequest, check_request
 from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.llm import LLM
-from minipaged.sampling import Params
 from minipaged.serving import errors
 from minipaged.serving.async_engine import AsyncEngine
-from minipaged.serving.chat_reply import ChatReply
-from minipaged.serving.completion_reply import CompletionReply
 from minipaged.serving.protocol import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from minipaged.serving.replies import Reply
+from minipaged.serving.reply_forms import ChatReply, CompletionReply
 from minipaged.serving.settings import ServerArgs
 from minipaged.serving.streams import ClientLeft, Stream
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_prompt import chat_prompt
-from minipaged.tokenizer.prompts import Prompt
 from minipaged.utils.options import shown
+
+EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Service:
@@ -61,38 +60,33 @@ class Service:
                 )
         return self.tokenizer.decode(token_ids)
 
-    # ---- from a body to checked requests, in a thread for texts --------------------------------
+    def encode(self, body: TokenizeBody) -> list[int]:
+        """The tokens of a text or of a chat. Raises InvalidRequest if there is neither."""
+        if body.messages is not None:
+            return self.chat_prompt(body)["prompt_token_ids"]
+        if body.prompt is None:
+            raise InvalidRequest("there is no text: give prompt or messages.")
+        adds = body.add_special_tokens is not False
+        return self.tokenizer.encode(body.prompt, add_special_tokens=adds)
 
-    async def complete(self, http: Request, body: CompletionBody) -> Response:
+    # ---- from a body to its prompts ------------------------------------------------------------
+
+    async def completions(self, body: CompletionBody) -> Response:
         """Continue one prompt or several."""
+        prompts = (self._completion_prompt(body, each) for each in body.prompts)
+        return await self._answer(body, CompletionReply, prompts, len(body.prompts))
 
-        def check() -> list[CheckedRequest]:
-            params = body.params(self._sampling_defaults)
-            prompts = (self._completion_prompt(body, each) for each in body.prompts)
-            return [self._check(prompt, params) for prompt in prompts]
-
-        return await self._answer(http, body, CompletionReply, check, len(body.prompts))
-
-    async def chat(self, http: Request, body: ChatBody) -> Response:
+    async def chat_completions(self, body: ChatBody) -> Response:
         """Write the next turn of a conversation."""
+        return await self._answer(body, ChatReply, map(self.chat_prompt, [body]), 1)
 
-        def check() -> list[CheckedRequest]:
-            params = body.params(self._sampling_defaults)
-            return [self._check({**self.chat_prompt(body), "cache_salt": body.cache_salt}, params)]
-
-        return await self._answer(http, body, ChatReply, check, 1)
-
-    def _check(self, prompt: Prompt, params: Params) -> CheckedRequest:
-        engine = self.llm.engine
-        return check_request(prompt, params, engine.traits, engine.config.max_logprobs)
-
-    def _completion_prompt(self, body: CompletionBody, prompt: Prompt) -> Prompt:
-        form: dict[str, Any] = {"cache_salt": body.cache_salt}
+    def _completion_prompt(self, body: CompletionBody, prompt: Any) -> dict[str, Any]:
         if not isinstance(prompt, str):
-            return {"prompt_token_ids": prompt, **form}
-        if body.add_special_tokens is False:
-            form["prompt_token_ids"] = self.tokenizer.encode(prompt, add_special_tokens=False)
-        return {"prompt": prompt, **form}
+            return {"prompt_token_ids": prompt}
+        if body.add_special_tokens is not False:
+            return {"prompt": prompt}
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        return {"prompt": prompt, "prompt_token_ids": ids}
 
     def chat_prompt(self, body: ChatBody | TokenizeBody) -> dict[str, Any]:
         """The messages as a prompt. Raises what `tokenizer.chat_prompt` raises."""
@@ -120,65 +114,59 @@ class Service:
             )
         return self.llm.args.read_chat_template() if given is None else given
 
-    # ---- from checked requests to a response ---------------------------------------------------
+    # ---- from prompts to a response ------------------------------------------------------------
 
     async def _answer(
         self,
-        http: Request,
         body: GenerationBody,
-        kind: Callable[..., Reply[Any]],
-        check: Callable[[], list[CheckedRequest]],
+        kind: type[Reply[Any]],
+        prompts: Iterator[dict[str, Any]],
         num_prompts: int,
     ) -> Response:
-        """Serve the prompts of a body until they have finished, or until the client has left."""
+        """Serve the prompts of a body; they are read, one by one, in a thread for texts."""
+
+        def check() -> list[CheckedRequest]:
+            params, engine = body.params(self._sampling_defaults), self.llm.engine
+            limits = engine.traits, engine.config.max_logprobs
+            salt = {"cache_salt": body.cache_salt}
+            return [check_request({**prompt, **salt}, params, *limits) for prompt in prompts]
+
         self.refuse_other_model(body.model)
-        reply = kind(
-            body.request_id or uuid.uuid4().hex, self.name, body, self.llm.engine.tokenizer
-        )
+        request_id = body.request_id or uuid.uuid4().hex
+        reply = kind(request_id, self.name, body, self.llm.engine.tokenizer)
         arrival = time.monotonic()
         stream = await self.engine.serve(check, body.width * num_prompts)
         if self.args.request_timeout is not None:
             stream.fail_after(self.args.request_timeout, time.monotonic() - arrival)
-        watcher = asyncio.create_task(_watch(http, stream))
-        is_handed_over = False
-        try:
-            if body.stream:
-                await stream.accepted()
-                is_handed_over = True
-                return EventStream(reply.events(stream), stream, watcher)
-            return JSONResponse(await reply.whole(stream))
-        except ClientLeft:
-            return Response(status_code=499)  # nginx's code, for its log: the client has left
-        finally:
-            if not is_handed_over:
-                watcher.cancel()
-                stream.close()
+        return Answer(reply, stream)
 
 
-async def _watch(http: Request, stream: Stream) -> None:
-    """Fail the stream when the client leaves: Starlette does not cancel a handler for it."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-    stream.fail(ClientLeft())
+class Answer(Response):
+    """A reply, whole or as server-sent events; its stream is closed in any case."""
 
-
-class EventStream(StreamingResponse):
-    """Server-sent events of a stream, which is closed in any case."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, events: AsyncIterator[bytes], stream: Stream, watcher: "asyncio.Task[None]"
-    ) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._stream, self._watcher = stream, watcher
+    def __init__(self, reply: Reply[Any], stream: Stream) -> None:
+        super().__init__()
+        self._reply, self._stream = reply, stream
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send all events; what is not sent because the client has left is aborted."""
+        """Send all of it, unless the client leaves; what has not finished then is aborted."""
+        watcher = asyncio.create_task(self._watch(receive))
         try:
-            await self.stream_response(send)
-        except OSError:
-            pass  # the client has left
+            if self._reply.body.stream:
+                await self._stream.accepted()
+                events = self._reply.events(self._stream)
+                response = StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
+                await response.stream_response(send)
+            else:
+                await JSONResponse(await self._reply.whole(self._stream))(scope, receive, send)
+        except ClientLeft:
+            pass
         finally:
-            self._watcher.cancel()
+            watcher.cancel()
             self._stream.close()
+
+    async def _watch(self, receive: Any) -> None:
+        """Fail the stream when the client leaves: Starlette does not cancel a handler for it."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._stream.fail(ClientLeft())
