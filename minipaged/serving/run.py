@@ -107,7 +107,7 @@ async def _serve(
             app, allow_origins=[args.cors_origin], allow_methods=["*"], allow_headers=["*"]
         )
     if view is not None:  # outside of CORS: no other website reads it
-        app = LivePages(app, view, engine, name, args.api_key)
+        app = LivePages(app, view, engine, name, args.key)
     server = Server(app, ready=f"minipaged serves {name}")
     serving = asyncio.create_task(server.serve(sockets))
     died = asyncio.create_task(engine.died.wait())
