@@ -53,7 +53,7 @@ class Connection(H11Protocol):
         refusal = errors.response(400, f"{msg} Send a valid HTTP/1.1 request.")
         refusal.headers["Connection"] = "close"
         head = h11.Response(status_code=400, headers=refusal.raw_headers)
-        for event in (head, h11.Data(data=refusal.body), h11.EndOfMessage()):
+        for event in (head, h11.Data(data=bytes(refusal.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         return self.transport.close()
 
