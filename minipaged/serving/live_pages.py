@@ -10,7 +10,6 @@ import html
 import secrets
 from collections.abc import AsyncGenerator, MutableMapping
 from contextlib import aclosing
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -23,6 +22,7 @@ from minipaged.serving.async_engine import AsyncEngine
 from minipaged.serving.gate import sent_key
 from minipaged.serving.live_view import LiveView
 from minipaged.tracing.replay import fill_page
+from minipaged.utils.sockets import is_loopback
 
 PATHS = ("/viz", "/viz/events")
 MOST_VIEWERS = 32
@@ -110,15 +110,3 @@ def refuse_viewer(scope: MutableMapping[str, Any], key: bytes | None) -> Respons
         "without an API key, only this machine may watch, at http://localhost: start the server "
         "with api_key, and open /viz?key=<key>.",
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's loopback interface."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
