@@ -11,7 +11,7 @@ nothing is listened to and nothing is kept.
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -36,7 +36,7 @@ class Step:
 
     events: list[Event]
     numbers: dict[str, int]  # empty: it is no step
-    done: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    done: list[dict[str, Any]]  # the requests that have ended
 
     @cached_property
     def message(self) -> bytes:

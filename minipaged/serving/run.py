@@ -93,17 +93,10 @@ class Server(uvicorn.Server):
     """uvicorn, told to stop only when the engine has: until then it answers 503."""
 
     def __init__(self, app: Any, ready: str) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=Connection,
-                ws="none",
-                log_level="warning",
-                access_log=False,
-                backlog=2048,
-                lifespan="off",
-            )
+        config = uvicorn.Config(
+            app, http=Connection, ws="none", log_level="warning", access_log=False, lifespan="off"
         )
+        super().__init__(config)
         self.stopping = asyncio.Event()
         self._ready = ready
 
