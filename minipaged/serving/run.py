@@ -68,7 +68,7 @@ async def _serve(
         interval=args.stream_interval,
         observe=observe,
     )
-    app: Any = Gate(build_app(Service(llm, engine, args), metrics), args)
+    app: Any = Gate(build_app(Service(llm, engine, args, metrics)), args)
     if args.cors_origin is not None:
         app = CORSMiddleware(
             app, allow_origins=[args.cors_origin], allow_methods=["*"], allow_headers=["*"]

@@ -1,4 +1,4 @@
-"""One HTTP request, from its checked body to its response."""
+"""What the endpoints do: from the checked body of a request to its response."""
 
 import asyncio
 import time
@@ -9,12 +9,20 @@ from typing import Any
 from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from minipaged import __version__
 from minipaged.engine.arrivals import CheckedRequest, check_request
-from minipaged.errors import InvalidRequest, MissingTokenizer
+from minipaged.errors import InvalidRequest, MinipagedError, MissingTokenizer
 from minipaged.llm import LLM
 from minipaged.serving import errors
 from minipaged.serving.async_engine import AsyncEngine
-from minipaged.serving.protocol import ChatBody, CompletionBody, GenerationBody, TokenizeBody
+from minipaged.serving.metrics import Metrics
+from minipaged.serving.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    TokenizeBody,
+)
 from minipaged.serving.replies import Reply
 from minipaged.serving.reply_forms import ChatReply, CompletionReply
 from minipaged.serving.settings import ServerArgs
@@ -27,47 +35,89 @@ EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Service:
-    """The model, the engine that serves it, and the server's options."""
+    """One method per endpoint, over the model and the engine that serves it."""
 
-    def __init__(self, llm: LLM, engine: AsyncEngine, args: ServerArgs) -> None:
-        self.llm, self.engine, self.args = llm, engine, args
-        self.name = args.served_model_name or str(llm.args.model)
-        self.max_model_len = llm.engine.config.max_model_len
-        self.started = int(time.time())
+    def __init__(self, llm: LLM, engine: AsyncEngine, args: ServerArgs, metrics: Metrics) -> None:
+        self._llm, self._engine, self._args, self._metrics = llm, engine, args, metrics
+        self._name = args.served_model_name or str(llm.args.model)
+        self._max_model_len = llm.engine.config.max_model_len
+        self._started = int(time.time())
         self._sampling_defaults = llm.args.read_sampling_defaults(llm.folders)
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Raises MissingTokenizer."""
-        if self.llm.engine.tokenizer is None:
-            raise MissingTokenizer("the model has no tokenizer, so it reads token ids only.")
-        return self.llm.engine.tokenizer
+    async def models(self) -> dict[str, Any]:
+        """The model that is served."""
+        return {"object": "list", "data": [await self.model(self._name)]}
 
-    def refuse_other_model(self, name: str | None) -> None:
-        """Raises UnknownModel."""
-        if name is not None and name != self.name:
-            raise errors.UnknownModel(
-                f"the model {name[:100]!r} is not served here: the name is {self.name!r}."
-            )
+    async def model(self, name: str) -> dict[str, Any]:
+        """The same by its name."""
+        self._refuse_other_model(name)
+        return {
+            "id": self._name, "object": "model", "created": self._started,
+            "owned_by": "minipaged", "root": str(self._llm.folder), "parent": None,
+            "max_model_len": self._max_model_len,
+        }  # fmt: skip
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of tokens. Raises InvalidRequest for an id that no token has."""
-        known = self.tokenizer.vocabulary
-        for token_id in token_ids:
-            if token_id not in known:
+    async def health(self) -> Response:
+        """200 while requests are accepted, else 503."""
+        try:
+            self._engine.refuse_if_closed()
+        except MinipagedError:
+            return Response(status_code=503)
+        return Response(status_code=200)
+
+    async def version(self) -> dict[str, str]:
+        """The library's version."""
+        return {"version": __version__}
+
+    def metrics(self) -> Response:
+        """What was counted, in Prometheus's text format."""
+        return Response(self._metrics.render(), media_type=self._metrics.content_type)
+
+    # ---- text and tokens -----------------------------------------------------------------------
+
+    async def tokenize(self, body: TokenizeBody) -> Response:
+        """The tokens of a text, or of the prompt of a chat."""
+        self._refuse_other_model(body.model)
+
+        def encode() -> Response:
+            if body.messages is not None:
+                tokens = self._chat_prompt(body)["prompt_token_ids"]
+            elif body.prompt is None:
+                raise InvalidRequest("there is no text: give prompt or messages.")
+            else:
+                adds = body.add_special_tokens is not False
+                tokens = self._tokenizer.encode(body.prompt, add_special_tokens=adds)
+            most = self._max_model_len
+            return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": tokens})
+
+        return await self._engine.in_a_text_thread(encode)
+
+    async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+        """The text of tokens."""
+        self._refuse_other_model(body.model)
+
+        def decode() -> str:
+            known = self._tokenizer.vocabulary
+            unknown = next((each for each in body.tokens if each not in known), None)
+            if unknown is not None:
                 raise InvalidRequest(
-                    f"tokens has {shown(token_id)}, which no token of the model has."
+                    f"tokens has {shown(unknown)}, which no token of the model has."
                 )
-        return self.tokenizer.decode(token_ids)
+            return self._tokenizer.decode(body.tokens)
 
-    def encode(self, body: TokenizeBody) -> list[int]:
-        """The tokens of a text or of a chat. Raises InvalidRequest if there is neither."""
-        if body.messages is not None:
-            return self.chat_prompt(body)["prompt_token_ids"]
-        if body.prompt is None:
-            raise InvalidRequest("there is no text: give prompt or messages.")
-        adds = body.add_special_tokens is not False
-        return self.tokenizer.encode(body.prompt, add_special_tokens=adds)
+        return {"prompt": await self._engine.in_a_text_thread(decode)}
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self._llm.engine.tokenizer is None:
+            raise MissingTokenizer("the model has no tokenizer, so it reads token ids only.")
+        return self._llm.engine.tokenizer
+
+    def _refuse_other_model(self, name: str | None) -> None:
+        if name is not None and name != self._name:
+            raise errors.UnknownModel(
+                f"the model {name[:100]!r} is not served here: the name is {self._name!r}."
+            )
 
     # ---- from a body to its prompts ------------------------------------------------------------
 
@@ -78,25 +128,25 @@ class Service:
 
     async def chat_completions(self, body: ChatBody) -> Response:
         """Write the next turn of a conversation."""
-        return await self._answer(body, ChatReply, map(self.chat_prompt, [body]), 1)
+        return await self._answer(body, ChatReply, map(self._chat_prompt, [body]), 1)
 
     def _completion_prompt(self, body: CompletionBody, prompt: Any) -> dict[str, Any]:
         if not isinstance(prompt, str):
             return {"prompt_token_ids": prompt}
         if body.add_special_tokens is not False:
             return {"prompt": prompt}
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
         return {"prompt": prompt, "prompt_token_ids": ids}
 
-    def chat_prompt(self, body: ChatBody | TokenizeBody) -> dict[str, Any]:
+    def _chat_prompt(self, body: ChatBody | TokenizeBody) -> dict[str, Any]:
         """The messages as a prompt. Raises what `tokenizer.chat_prompt` raises."""
         continues, opens = bool(body.continue_final_message), body.add_generation_prompt
         messages: Any = body.messages  # `read_chat` checks each of them
         prompt: Any = chat_prompt(
-            self.llm.folders.tokenizer,
-            self.tokenizer,
+            self._llm.folders.tokenizer,
+            self._tokenizer,
             messages,
-            self.max_model_len,
+            self._max_model_len,
             chat_template=self._template(body),
             add_generation_prompt=not continues if opens is None else opens,
             continue_final_message=continues,
@@ -107,12 +157,12 @@ class Service:
 
     def _template(self, body: ChatBody | TokenizeBody) -> str | None:
         given = body.chat_template if isinstance(body, ChatBody) else None
-        if given is not None and not self.args.trust_request_chat_template:
+        if given is not None and not self._args.trust_request_chat_template:
             raise InvalidRequest(
                 "chat_template is a program, and this server runs none from strangers: leave it "
                 "out, or start the server with trust_request_chat_template."
             )
-        return self.llm.args.read_chat_template() if given is None else given
+        return self._llm.args.read_chat_template() if given is None else given
 
     # ---- from prompts to a response ------------------------------------------------------------
 
@@ -126,18 +176,18 @@ class Service:
         """Serve the prompts of a body; they are read, one by one, in a thread for texts."""
 
         def check() -> list[CheckedRequest]:
-            params, engine = body.params(self._sampling_defaults), self.llm.engine
+            params, engine = body.params(self._sampling_defaults), self._llm.engine
             limits = engine.traits, engine.config.max_logprobs
             salt = {"cache_salt": body.cache_salt}
             return [check_request({**prompt, **salt}, params, *limits) for prompt in prompts]
 
-        self.refuse_other_model(body.model)
+        self._refuse_other_model(body.model)
         request_id = body.request_id or uuid.uuid4().hex
-        reply = kind(request_id, self.name, body, self.llm.engine.tokenizer)
+        reply = kind(request_id, self._name, body, self._llm.engine.tokenizer)
         arrival = time.monotonic()
-        stream = await self.engine.serve(check, body.width * num_prompts)
-        if self.args.request_timeout is not None:
-            stream.fail_after(self.args.request_timeout, time.monotonic() - arrival)
+        stream = await self._engine.serve(check, body.width * num_prompts)
+        if self._args.request_timeout is not None:
+            stream.fail_after(self._args.request_timeout, time.monotonic() - arrival)
         return Answer(reply, stream)
 
 
