@@ -112,12 +112,15 @@ class Reply(Generic[B]):
         prompt_tokens = sum(len(each.prompt.token_ids) for each in stream.requests)
         num_generated, finals = 0, list[RequestOutput]()
 
-        def chunk(choices: list[dict[str, Any]], counts: dict[str, Any] | None) -> bytes:
-            fields = {"choices": choices, **({"usage": counts} if options.include_usage else {})}
-            return f"data: {head}, {json.dumps(fields)[1:]}\n\n".encode()
-
-        def so_far() -> dict[str, Any] | None:
-            return usage(prompt_tokens, num_generated) if each_usage else None
+        def chunk(choice: dict[str, Any] | None) -> bytes:
+            numbers = "null"
+            if choice is None:
+                numbers = json.dumps(self._usage(finals))
+            elif each_usage:
+                numbers = json.dumps(usage(prompt_tokens, num_generated))
+            tail = f', "usage": {numbers}' if options.include_usage else ""
+            shown = "" if choice is None else json.dumps(choice)
+            return f'data: {head}, "choices": [{shown}]{tail}}}\n\n'.encode()
 
         ready: list[bytes] = []
         try:
@@ -125,7 +128,7 @@ class Reply(Generic[B]):
                 opening = self.opening(stream, index // self.num_samples)
                 if opening is not None:
                     choice = {"index": index, **opening, "logprobs": None, "finish_reason": None}
-                    ready.append(chunk([choice], so_far()))
+                    ready.append(chunk(choice))
             async for news in stream:
                 for prompt, progress in news:
                     for new in progress.new:
@@ -133,14 +136,14 @@ class Reply(Generic[B]):
                         num_generated += len(new.token_ids)
                         # A step may show nothing: the text of its tokens may lag behind.
                         if new.text or new.logprobs or new.finish_reason or shows_all:
-                            ready.append(chunk([self._chunk_choice(prompt, new)], so_far()))
+                            ready.append(chunk(self._chunk_choice(prompt, new)))
                     if progress.finished:
                         finals.append(progress.build_output())
                 if ready and len(finals) < len(stream.requests):
                     yield b"".join(ready)
                     ready.clear()
             if options.include_usage:
-                ready.append(chunk([], self._usage(finals)))
+                ready.append(chunk(None))
         except ClientLeft:
             return
         except Exception as error:  # the status line was sent long ago

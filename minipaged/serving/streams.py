@@ -83,7 +83,8 @@ class Stream:
         """Take a result of the engine."""
         if isinstance(result, Exception):
             return self.fail(result)
-        self._not_accepted.discard(index)
+        if self._not_accepted:
+            self._not_accepted.discard(index)
         if self._not_scheduled and result is not Stage.ACCEPTED:
             self._leave_queue(index)
         if isinstance(result, Progress):
