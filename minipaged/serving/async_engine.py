@@ -169,8 +169,7 @@ class AsyncEngine:
         deadline = self._loop.time() + grace
         while self._streams and self.error is None and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
-        for stream, _ in list(self._streams.values()):
-            stream.fail(ServerClosing("the server is shutting down, so the request was aborted."))
+        self._fail_all(ServerClosing, "the server is shutting down, so the request was aborted.")
         self._inbox.put(self._stop)
         await self._loop.run_in_executor(None, self._thread.join, SECONDS_TO_STOP)
         self._texts.shutdown(wait=False)  # what waits there is refused when its turn comes
@@ -194,13 +193,10 @@ class AsyncEngine:
         self._look = None
         self._deliver()
 
-    def _tell_all(self) -> None:
-        """The engine is dead: so are all streams."""
-        assert self.error is not None
+    def _fail_all(self, kind: type[EngineDead | ServerClosing], message: str) -> None:
+        """End all streams with an error."""
         for stream, _ in list(self._streams.values()):
-            stream.fail(EngineDead(_death(self.error)))
-        self._streams.clear()
-        self.died.set()
+            stream.fail(kind(message))
 
     # ---- in the engine thread ------------------------------------------------------------------
 
@@ -223,7 +219,8 @@ class AsyncEngine:
         except BaseException as error:
             logger.critical("the engine is dead", exc_info=error)
             self.error = error
-            self._loop.call_soon_threadsafe(self._tell_all)
+            self._loop.call_soon_threadsafe(self._fail_all, EngineDead, _death(error))
+            self._loop.call_soon_threadsafe(self.died.set)
 
     def _next_message(self) -> Callable[[], None]:
         """Waits for one. Raises WorkerLost if a rank is lost meanwhile."""

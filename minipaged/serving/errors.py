@@ -5,24 +5,15 @@ import logging
 from typing import Any
 
 from fastapi import Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 
-from minipaged.errors import (
-    CheckpointError,
-    EngineDead,
-    InvalidOption,
-    InvalidRequest,
-    MinipagedError,
-    MissingTokenizer,
-    PromptTooLong,
-    QueueFull,
-    RequestFailed,
-    ServerClosing,
-)
+from minipaged import errors
 
 logger = logging.getLogger(__name__)
 
 
-class UnknownModel(MinipagedError):
+class UnknownModel(errors.MinipagedError):
     """A model that this server does not serve."""
 
     param = "model"
@@ -42,20 +33,20 @@ TYPES = {
 }
 
 STATUS: dict[type[Exception], int] = {
-    InvalidOption: 400,
-    InvalidRequest: 400,
-    MissingTokenizer: 400,
-    CheckpointError: 400,  # of a chat without a template
+    errors.InvalidOption: 400,
+    errors.InvalidRequest: 400,
+    errors.MissingTokenizer: 400,
+    errors.CheckpointError: 400,  # of a chat without a template
     UnknownModel: 404,
-    QueueFull: 429,
+    errors.QueueFull: 429,
     TimeoutError: 504,
-    EngineDead: 503,
-    ServerClosing: 503,
-    RequestFailed: 500,
+    errors.EngineDead: 503,
+    errors.ServerClosing: 503,
+    errors.RequestFailed: 500,
 }
 
 
-CODES = {PromptTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
+CODES = {errors.PromptTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
 """What OpenAI's clients look for; other errors have their status as a code."""
 
 
@@ -78,6 +69,13 @@ def response(status: int, message: str, param: str | None = None, code: Any = No
 
 def describe(error: Exception) -> tuple[int, str, str | None, Any]:
     """Status, message, parameter and code; what is a fault of the server's is logged."""
+    if isinstance(error, HTTPException):
+        return error.status_code, str(error.detail), None, None
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        place = [str(each) for each in first["loc"] if each != "body"]
+        message = f"{'.'.join(place) or 'the body'}: {first['msg']}."
+        return 400, message, place[0] if place else None, None
     for kind, status in STATUS.items():
         if isinstance(error, kind):
             code = next((code for k, code in CODES.items() if isinstance(error, k)), None)

@@ -1,7 +1,6 @@
 """What is between a socket and the application: deadlines, keys, and the sizes of bodies."""
 
 import asyncio
-import json
 import secrets
 from collections.abc import MutableMapping
 from typing import Any
@@ -51,16 +50,18 @@ class Connection(H11Protocol):
         """Refuse what is no HTTP."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return self.transport.abort()  # the response has begun
-        body = json.dumps(errors.body(400, f"{msg} Send a valid HTTP/1.1 request.")).encode()
-        headers = {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            "Connection": "close",
-        }
-        answer = h11.Response(status_code=400, headers=list(headers.items()))
-        for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+        refusal = errors.response(400, f"{msg} Send a valid HTTP/1.1 request.")
+        refusal.headers["Connection"] = "close"
+        head = h11.Response(status_code=400, headers=refusal.raw_headers)
+        for event in (head, h11.Data(data=bytes(refusal.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         return self.transport.close()
+
+
+def sent_key(scope: MutableMapping[str, Any]) -> bytes | None:
+    """The key in the Authorization header of a request."""
+    scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else None
 
 
 class Gate:
@@ -68,7 +69,7 @@ class Gate:
 
     def __init__(self, app: Any, args: ServerArgs) -> None:
         self._app = app
-        self._key = None if args.api_key is None else args.api_key.strip().encode()
+        self._key = args.key
         self._max_bytes = args.max_body_bytes
         self._num_bytes = 0  # of all bodies in memory
 
@@ -99,9 +100,7 @@ class Gate:
     def _wrong_key(self, scope: MutableMapping[str, Any]) -> Response | None:
         if self._key is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
-        headers = dict(scope["headers"])
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and secrets.compare_digest(key.strip(), self._key):
+        if secrets.compare_digest(sent_key(scope) or b"", self._key):
             return None
         return errors.response(
             401, "the API key is missing or wrong: send it as `Authorization: Bearer <key>`."
@@ -144,11 +143,8 @@ class Gate:
         async def send_but_go_on(message: Any) -> None:
             await send({**message, "more_body": True} if "body" in message else message)
 
-        async def discard() -> None:
-            while (await receive()).get("more_body"):
-                pass
-
         await refusal(scope, receive, send_but_go_on)
         with move_on_after(LINGER_SECONDS):
-            await discard()
+            while (await receive()).get("more_body"):
+                pass
         await send({"type": "http.response.body"})

@@ -10,7 +10,6 @@ import html
 import secrets
 from collections.abc import AsyncGenerator, MutableMapping
 from contextlib import aclosing
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -20,8 +19,10 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from minipaged.errors import MinipagedError
 from minipaged.serving import errors
 from minipaged.serving.async_engine import AsyncEngine
+from minipaged.serving.gate import sent_key
 from minipaged.serving.live_view import LiveView
 from minipaged.tracing.replay import fill_page
+from minipaged.utils.sockets import is_loopback
 
 PATHS = ("/viz", "/viz/events")
 MOST_VIEWERS = 32
@@ -46,15 +47,15 @@ class LivePages:
         view: what has been collected of the engine.
         engine: the same engine.
         model: its name, for the title.
-        api_key: None: only clients on this machine may watch.
+        key: None: only clients on this machine may watch.
     """
 
     def __init__(
-        self, app: Any, view: LiveView, engine: AsyncEngine, model: str, api_key: str | None
+        self, app: Any, view: LiveView, engine: AsyncEngine, model: str, key: bytes | None
     ) -> None:
         self._app, self._view, self._engine = app, view, engine
         self._title = html.escape(model)
-        self._key = None if api_key is None else api_key.strip().encode()
+        self._key = key
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         """Answer, refuse or pass on."""
@@ -92,16 +93,15 @@ class EventStream(StreamingResponse):
 
 def refuse_viewer(scope: MutableMapping[str, Any], key: bytes | None) -> Response | None:
     """The response to a client that may not watch; None if it may."""
-    headers = dict(scope["headers"])
     if key is not None:
-        scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
+        sent = sent_key(scope)
+        if sent is None:
             [given, *_] = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])
-            sent = given.encode()
-        if secrets.compare_digest(sent.strip(), key):
+            sent = given.encode().strip()
+        if secrets.compare_digest(sent, key):
             return None
         return errors.response(401, "the API key is missing or wrong: open /viz?key=<key>.")
-    host = headers.get(b"host", b"").decode("latin-1")
+    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if is_loopback((scope["client"] or [""])[0]) and is_loopback(name):
         return None
@@ -110,15 +110,3 @@ def refuse_viewer(scope: MutableMapping[str, Any], key: bytes | None) -> Respons
         "without an API key, only this machine may watch, at http://localhost: start the server "
         "with api_key, and open /viz?key=<key>.",
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's loopback interface."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback

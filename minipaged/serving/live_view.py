@@ -10,12 +10,9 @@ nothing is listened to and nothing is kept.
 
 import asyncio
 import json
-import threading
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 from minipaged.engine.llm_engine import LLMEngine
@@ -25,6 +22,7 @@ from minipaged.errors import EngineDead, ServerClosing
 from minipaged.scheduler.output import SchedulerOutput
 from minipaged.serving.async_engine import AsyncEngine
 from minipaged.tracing.events import Event, EventLog
+from minipaged.tracing.ring import Ring
 from minipaged.tracing.snapshot import snapshot
 
 MOST_EVENTS = 20_000  # in the ring: about 10 MB
@@ -38,7 +36,7 @@ class Step:
 
     events: list[Event]
     numbers: dict[str, int]  # empty: it is no step
-    done: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    done: list[dict[str, Any]]  # the requests that have ended
 
     @cached_property
     def message(self) -> bytes:
@@ -62,10 +60,7 @@ class LiveView:
         self._log = log
         self._events: list[Event] = []  # of this step; this and the next: engine thread only
         self._numbers: dict[str, int] = {}
-        self._lock = threading.Lock()  # for the next three
-        self._ring: deque[Step] = deque()
-        self._first = 0  # number of the ring's first step
-        self._num_events = 0  # in the ring
+        self.ring = Ring[Step](MOST_EVENTS)
         engine.listeners.append(self.note_step)
 
     # ---- in the engine thread ------------------------------------------------------------------
@@ -78,7 +73,7 @@ class LiveView:
         if self._take not in self._log.listeners:
             self._log.listeners.append(self._take)
         now = self._log.stamp("snapshot", snapshot(self._engine.scheduler))
-        return now, self._first + len(self._ring)
+        return now, self.ring.next
 
     def note_step(self, decision: SchedulerOutput, stats: StepStats) -> None:
         """A listener of the engine."""
@@ -92,33 +87,16 @@ class LiveView:
         """The end of a step or of an abort, with the requests that have advanced or ended."""
         if self.num_viewers > 0:
             done = [_ending(progress) for progress in progresses if progress.finished]
-            self._keep(Step(self._events, self._numbers, done))
+            self.ring.add(Step(self._events, self._numbers, done), len(self._events) + 1)
         elif self._take in self._log.listeners:
             self._log.listeners.remove(self._take)
-            self._keep(None)
+            self.ring.clear()
         self._events, self._numbers = [], {}
 
     def _take(self, event: Event) -> None:
         self._events.append(event)
 
-    def _keep(self, step: Step | None) -> None:
-        """Add a step to the ring, which then loses its oldest ones; None: it loses all."""
-        with self._lock:
-            if step is not None:
-                self._ring.append(step)
-                self._num_events += len(step.events) + 1
-            while self._ring and (step is None or self._num_events > MOST_EVENTS):
-                self._num_events -= len(self._ring.popleft().events) + 1
-                self._first += 1
-
     # ---- in the event loop ---------------------------------------------------------------------
-
-    def since(self, number: int) -> list[Step] | None:
-        """The steps from this number on; None if some of them are lost."""
-        with self._lock:
-            if number < self._first:
-                return None
-            return list(islice(self._ring, number - self._first, None))
 
     async def messages(self, engine: AsyncEngine) -> AsyncGenerator[bytes]:
         """Server-sent events for one viewer, until the engine ends."""
@@ -128,7 +106,7 @@ class LiveView:
                 now, place = await engine.between_steps(self.begin)
                 yield f"retry: 1000\nevent: snapshot\ndata: {now.to_json()}\n\n".encode()
                 num_looks = 0
-                while not engine.has_ended and (steps := self.since(place)) is not None:
+                while not engine.has_ended and (steps := self.ring.since(place)) is not None:
                     num_looks = 0 if steps else num_looks + 1
                     place += len(steps)
                     if steps:

@@ -5,19 +5,9 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    ProcessCollector,
-    generate_latest,
-)
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, ProcessCollector, core, generate_latest
 from prometheus_client.registry import Collector
 
 from minipaged.engine.llm_engine import LLMEngine
@@ -73,7 +63,7 @@ class Tally:
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += times * value
 
-    def cumulative(self) -> tuple[list[tuple[str, float]], float]:
+    def totals(self) -> tuple[list[tuple[str, float]], float]:
         """How many values are at most each bound, as Prometheus counts them, and their sum."""
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
         return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
@@ -96,7 +86,7 @@ class Metrics(Collector):
         self._ends = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         self._last_token: dict[str, float] = {}  # by request id: when it got its last one
         self._num_counted: dict[str, int] = {}  # by request id: tokens
-        self._registry = CollectorRegistry()
+        self._registry = core.CollectorRegistry()
         ProcessCollector(registry=self._registry)  # CPU seconds and memory of this process
         self._registry.register(self)
 
@@ -156,40 +146,33 @@ class Metrics(Collector):
 
     # ---- in any thread -------------------------------------------------------------------------
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[core.Metric]:
         """All metrics, for the registry."""
-        labels, name = ["model_name"], self._model_name
         for key, (help, value) in GAUGES.items():
-            gauge = GaugeMetricFamily(f"vllm:{key}", help, labels=labels)
-            gauge.add_metric([name], value(self._engine))
-            yield gauge
+            yield self._family(core.GaugeMetricFamily, key, help, value(self._engine))
         for key, help in COUNTERS.items():
-            counter = CounterMetricFamily(f"vllm:{key}", help, labels=labels)
-            counter.add_metric([name], self._counts[key])
-            yield counter
+            yield self._family(core.CounterMetricFamily, key, help, self._counts[key])
         for key, (help, _) in HISTOGRAMS.items():
-            histogram = HistogramMetricFamily(f"vllm:{key}", help, labels=labels)
-            histogram.add_metric([name], *self._tallies[key].cumulative())
-            yield histogram
-        ends = CounterMetricFamily(
-            "vllm:request_success",
-            "Requests that have ended.",
-            labels=[*labels, "finished_reason"],
-        )
+            yield self._family(core.HistogramMetricFamily, key, help, *self._tallies[key].totals())
+        labels, help = ["model_name", "finished_reason"], "Requests that have ended."
+        ends = core.CounterMetricFamily("vllm:request_success", help, labels=labels)
         for reason, number in self._ends.items():
-            ends.add_metric([name, reason], number)
+            ends.add_metric([self._model_name, reason], number)
         yield ends
         config = self._engine.config
         facts = {
-            "model_name": name,
+            "model_name": self._model_name,
             "block_size": str(config.block_size),
             "num_gpu_blocks": str(config.num_blocks),
             "num_cpu_blocks": str(config.num_swap_blocks),
             "enable_prefix_caching": str(config.enable_prefix_caching),
         }
-        info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=list(facts))
-        info.add_metric(list(facts.values()), 1)
-        yield info
+        yield core.InfoMetricFamily("vllm:cache_config", "The KV cache.", facts)
+
+    def _family(self, kind: type[Any], key: str, help: str, *values: Any) -> core.Metric:
+        family = kind(f"vllm:{key}", help, labels=["model_name"])
+        family.add_metric([self._model_name], *values)
+        return family
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""

@@ -6,10 +6,11 @@ field is ignored, with one warning in the log.
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from minipaged.errors import InvalidOption
 from minipaged.sampling import BeamSearchParams, Params, RequestOutputKind, SamplingParams
@@ -44,23 +45,25 @@ KNOWN_AND_IGNORED = {
 }  # fmt: skip
 """Fields of OpenAI's, and of routers, that change nothing here."""
 
-SAMPLING = (
-    *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "bad_words"),
-    *("allowed_token_ids", "min_tokens", "ignore_eos", "include_stop_str_in_output"),
-    *("skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens"),
-)
-"""Fields that `SamplingParams` has by the same name."""
+BEAM_SEARCH = {"n", "max_tokens", "temperature", "ignore_eos"}
+"""Sampling fields that beam search honours."""
 
 
 def _field(help: str) -> Any:
     return Field(default=None, description=help)
 
 
-class Body(BaseModel):
+class StreamOptions(BaseModel, extra="allow", strict=True):
+    """What a stream reports besides the output."""
+
+    include_usage: bool | None = _field("Send a last chunk with the usage.")
+    continuous_usage_stats: bool | None = _field("Send the usage so far with each chunk.")
+
+
+class Body(BaseModel, extra="allow", strict=True):
     """The body of a request. Types are not converted: "1" is no number."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model: str | None = _field("The name of the model that the server runs.")
 
     def refuse_what_is_not_built(self) -> None:
         """Raises InvalidOption; warns of an unknown field."""
@@ -77,17 +80,9 @@ def _warn_of(name: str) -> None:
     logger.warning("a request has the unknown field %s, which is ignored", shown(name))
 
 
-class StreamOptions(Body):
-    """What a stream reports besides the output."""
-
-    include_usage: bool | None = _field("Send a last chunk with the usage.")
-    continuous_usage_stats: bool | None = _field("Send the usage so far with each chunk.")
-
-
 class GenerationBody(Body):
     """What completions and chats have in common."""
 
-    model: str | None = _field("The name of the model that the server runs.")
     n: int | None = _field("Samples per prompt; with beam search, beams.")
     best_of: int | None = _field("Generate this many samples, and return the n likeliest.")
     max_tokens: int | None = _field("Maximum tokens to generate per sample.")
@@ -164,29 +159,26 @@ class GenerationBody(Body):
                 "stream_options are for streams: leave them out, or set stream.", "stream_options"
             )
         if self.use_beam_search:
-            return self._beams(logprobs, prompt_logprobs)
+            return self._beams(logprobs)
         given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
-        return SamplingParams.from_optional(
-            **{**defaults, **given},
-            max_tokens=self.length(),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
-        )
+        read = {
+            "max_tokens": self.length(),
+            "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
+            "output_kind": RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
+        }
+        return SamplingParams.from_optional(**{**defaults, **given, **read})
 
-    def _beams(self, logprobs: int | None, prompt_logprobs: int | None) -> BeamSearchParams:
-        honoured = {"n", "temperature", "ignore_eos"}
+    def _beams(self, logprobs: int | None) -> BeamSearchParams:
         usual = SamplingParams()
-        given = [(name, getattr(self, name)) for name in SAMPLING if name not in honoured]
-        asked = [n for n, value in given if value is not None and value != getattr(usual, n)]
-        asked += ["logprobs"] * (logprobs is not None)
-        asked += ["prompt_logprobs"] * (prompt_logprobs is not None)
-        if asked:
-            raise InvalidOption(
-                f"{asked[0]} cannot be honoured by beam search: leave it out, or leave out "
-                "use_beam_search.",
-                asked[0],
-            )
+        asked = {name: getattr(self, name) for name in SAMPLING if name not in BEAM_SEARCH}
+        for name, value in {**asked, "logprobs": logprobs}.items():
+            if value is not None and value != getattr(usual, name):
+                raise InvalidOption(
+                    f"{name} cannot be honoured by beam search: leave it out, or leave out "
+                    "use_beam_search.",
+                    name,
+                )
         return BeamSearchParams(
             beam_width=1 if self.n is None else self.n,
             max_tokens=self.length(),
@@ -194,6 +186,12 @@ class GenerationBody(Body):
             length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
             ignore_eos=bool(self.ignore_eos),
         )
+
+
+SAMPLING = [
+    each.name for each in fields(SamplingParams) if each.name in GenerationBody.model_fields
+]
+"""Fields that `SamplingParams` has by the same name."""
 
 
 class CompletionBody(GenerationBody):
@@ -240,18 +238,23 @@ class CompletionBody(GenerationBody):
         return max(self.logprobs, self.prompt_logprobs or 0)
 
 
-class ChatBody(GenerationBody):
+class TemplateFields(Body):
+    """How the messages of a chat become a prompt."""
+
+    tools: Items[dict[str, Any]] | None = _field("Given to the chat template.")
+    add_generation_prompt: bool | None = _field("Open the assistant's turn; true by default.")
+    continue_final_message: bool | None = _field("Continue the last message instead.")
+    chat_template_kwargs: dict[str, Any] | None = _field("More for the chat template to read.")
+
+
+class ChatBody(GenerationBody, TemplateFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[Items[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = _field("Has precedence over max_tokens.")
     logprobs: bool | None = _field("Report log-probabilities.")
     top_logprobs: int | None = _field("... of this many of the likeliest tokens.")
-    tools: Items[dict[str, Any]] | None = _field("Given to the chat template.")
-    add_generation_prompt: bool | None = _field("Open the assistant's turn; true by default.")
-    continue_final_message: bool | None = _field("Continue the last message instead.")
     chat_template: str | None = _field("A template for this request; refused unless trusted.")
-    chat_template_kwargs: dict[str, Any] | None = _field("More for the chat template to read.")
 
     def length(self) -> int | None:
         """Of the two fields, the newer one."""
@@ -273,21 +276,15 @@ class ChatBody(GenerationBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class TokenizeBody(Body):
+class TokenizeBody(TemplateFields):
     """POST /tokenize: a prompt, or the messages of a chat."""
 
-    model: str | None = _field("The name of the model that the server runs.")
     prompt: str | None = _field("A text.")
     messages: Items[dict[str, Any]] | None = _field("A chat.")
     add_special_tokens: bool | None = _field("Whether the tokenizer adds its own tokens.")
-    add_generation_prompt: bool | None = _field("Open the assistant's turn; true by default.")
-    continue_final_message: bool | None = _field("Continue the last message instead.")
-    chat_template_kwargs: dict[str, Any] | None = _field("More for the chat template to read.")
-    tools: Items[dict[str, Any]] | None = _field("Given to the chat template.")
 
 
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    model: str | None = _field("The name of the model that the server runs.")
     tokens: Items[int] = Field(description="Token ids.")

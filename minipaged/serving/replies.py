@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from minipaged.engine.outputs import CompletionOutput, NewTokens, RequestOutput
 from minipaged.errors import RequestFailed
 from minipaged.serving.errors import as_event
-from minipaged.serving.protocol import GenerationBody
+from minipaged.serving.protocol import GenerationBody, StreamOptions
 from minipaged.serving.streams import ClientLeft, Stream
 from minipaged.tokenizer.base import Tokenizer
 
@@ -84,12 +84,8 @@ class Reply(Generic[B]):
         return {**self._head(self.object), "choices": choices, "usage": self._usage(outputs)}
 
     def _head(self, name: str) -> dict[str, Any]:
-        return {
-            "id": f"{self.prefix}-{self.request_id}",
-            "object": name,
-            "created": self.created,
-            "model": self.model,
-        }
+        reply_id = f"{self.prefix}-{self.request_id}"
+        return {"id": reply_id, "object": name, "created": self.created, "model": self.model}
 
     def _usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         return usage(
@@ -109,9 +105,9 @@ class Reply(Generic[B]):
 
         Events that are ready together are yielded together: a write to a socket is expensive.
         """
-        options = self.body.stream_options
-        wants_usage = options is not None and bool(options.include_usage)
-        each_usage = wants_usage and options is not None and bool(options.continuous_usage_stats)
+        options = self.body.stream_options or StreamOptions()
+        each_usage = options.include_usage and options.continuous_usage_stats
+        shows_all = each_usage or self.body.return_token_ids
         head = json.dumps(self._head(self.chunk_object))[:-1]
         prompt_tokens = sum(len(each.prompt.token_ids) for each in stream.requests)
         num_generated, finals = 0, list[RequestOutput]()
@@ -121,8 +117,8 @@ class Reply(Generic[B]):
             if choice is None:
                 numbers = json.dumps(self._usage(finals))
             elif each_usage:
-                numbers = json.dumps(usage(prompt_tokens, num_generated, None))
-            tail = f', "usage": {numbers}' if wants_usage else ""
+                numbers = json.dumps(usage(prompt_tokens, num_generated))
+            tail = f', "usage": {numbers}' if options.include_usage else ""
             shown = "" if choice is None else json.dumps(choice)
             return f'data: {head}, "choices": [{shown}]{tail}}}\n\n'.encode()
 
@@ -131,32 +127,28 @@ class Reply(Generic[B]):
             for index in range(len(stream.requests) * self.num_samples):
                 opening = self.opening(stream, index // self.num_samples)
                 if opening is not None:
-                    empty = {"logprobs": None, "finish_reason": None}
-                    ready.append(chunk({"index": index, **opening, **empty}))
+                    choice = {"index": index, **opening, "logprobs": None, "finish_reason": None}
+                    ready.append(chunk(choice))
             async for news in stream:
                 for prompt, progress in news:
                     for new in progress.new:
                         refuse_broken(new.finish_reason, None)
                         num_generated += len(new.token_ids)
-                        if self._shows(new) or each_usage:
+                        # A step may show nothing: the text of its tokens may lag behind.
+                        if new.text or new.logprobs or new.finish_reason or shows_all:
                             ready.append(chunk(self._chunk_choice(prompt, new)))
                     if progress.finished:
                         finals.append(progress.build_output())
                 if ready and len(finals) < len(stream.requests):
                     yield b"".join(ready)
                     ready.clear()
-            if wants_usage:
+            if options.include_usage:
                 ready.append(chunk(None))
         except ClientLeft:
             return
         except Exception as error:  # the status line was sent long ago
             ready.append(as_event(error))
         yield b"".join([*ready, DONE])
-
-    def _shows(self, new: NewTokens) -> bool:
-        """Whether a step's tokens show at all: their text may lag behind."""
-        shown = new.text or new.logprobs or new.finish_reason
-        return bool(shown or self.body.return_token_ids)
 
     def _chunk_choice(self, prompt: int, new: NewTokens) -> dict[str, Any]:
         index = prompt * self.num_samples + new.completion
@@ -168,7 +160,7 @@ class Reply(Generic[B]):
         return choice
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached: int | None) -> dict[str, Any]:
+def usage(prompt_tokens: int, completion_tokens: int, cached: int | None = None) -> dict[str, Any]:
     """OpenAI's count of tokens; `cached` is how many were found in the prefix cache."""
     counts: dict[str, Any] = {"prompt_tokens": prompt_tokens}
     counts["completion_tokens"] = completion_tokens

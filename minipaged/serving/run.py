@@ -25,9 +25,9 @@ from minipaged.serving.metrics import Metrics
 from minipaged.serving.service import Service
 from minipaged.serving.settings import ServerArgs
 from minipaged.tracing.events import EventLog
+from minipaged.utils.sockets import allow_open_files, listen
 
 LAST_WORDS = 2.0  # seconds: a dead engine still answers 503, and slow clients may still read
-OPEN_FILES = 2**16  # each connection is one
 
 
 def serve(llm: LLM, args: ServerArgs, log: EventLog | None = None) -> int:
@@ -41,44 +41,11 @@ def serve(llm: LLM, args: ServerArgs, log: EventLog | None = None) -> int:
     if args.viz and log is None:
         raise InvalidOption("viz needs the EventLog that the engine is traced with.", "viz")
     sockets = listen(args.host, args.port)
-    _allow_open_files()
+    allow_open_files()
     gc.collect()
     gc.freeze()  # what is there stays: each full collection would stop all threads for its sake
     gc.set_threshold(50_000, 20, 20)  # a body of a million lists needs no 1,400 collections
     return asyncio.run(_serve(llm, args, log if args.viz else None, sockets))
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """One socket for each address that the host has. Raises InvalidOption."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        addresses = dict.fromkeys((family, address[:2]) for family, _, _, _, address in found)
-        chosen = list(addresses) if port else list(addresses)[:1]  # a free port is free on one
-        sockets = [
-            socket.create_server(address, family=family, backlog=2048) for family, address in chosen
-        ]
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidOption(
-            f"the server cannot listen on port {port} of {host} ({reason}): choose another port, "
-            "or host.",
-            "port",
-        ) from error
-    # Without it, the second write of a response waits up to 40 ms, until the client acknowledges
-    # the first. asyncio does not set it on the connections of a socket that was made like these.
-    for each in sockets:
-        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sockets
-
-
-def _allow_open_files() -> None:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
 
 
 async def _serve(
@@ -101,13 +68,13 @@ async def _serve(
         interval=args.stream_interval,
         observe=observe,
     )
-    app: Any = Gate(build_app(Service(llm, engine, args), metrics), args)
+    app: Any = Gate(build_app(Service(llm, engine, args, metrics)), args)
     if args.cors_origin is not None:
         app = CORSMiddleware(
             app, allow_origins=[args.cors_origin], allow_methods=["*"], allow_headers=["*"]
         )
     if view is not None:  # outside of CORS: no other website reads it
-        app = LivePages(app, view, engine, name, args.api_key)
+        app = LivePages(app, view, engine, name, args.key)
     server = Server(app, ready=f"minipaged serves {name}")
     serving = asyncio.create_task(server.serve(sockets))
     died = asyncio.create_task(engine.died.wait())
@@ -126,17 +93,10 @@ class Server(uvicorn.Server):
     """uvicorn, told to stop only when the engine has: until then it answers 503."""
 
     def __init__(self, app: Any, ready: str) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=Connection,
-                ws="none",
-                log_level="warning",
-                access_log=False,
-                backlog=2048,
-                lifespan="off",
-            )
+        config = uvicorn.Config(
+            app, http=Connection, ws="none", log_level="warning", access_log=False, lifespan="off"
         )
+        super().__init__(config)
         self.stopping = asyncio.Event()
         self._ready = ready
 

@@ -1,108 +1,152 @@
-"""One HTTP request, from its checked body to its response."""
+"""What the endpoints do: from the checked body of a request to its response."""
 
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Iterator
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from minipaged import __version__
 from minipaged.engine.arrivals import CheckedRequest, check_request
-from minipaged.errors import InvalidRequest, MissingTokenizer
+from minipaged.errors import InvalidRequest, MinipagedError, MissingTokenizer
 from minipaged.llm import LLM
-from minipaged.sampling import Params
 from minipaged.serving import errors
 from minipaged.serving.async_engine import AsyncEngine
-from minipaged.serving.chat_reply import ChatReply
-from minipaged.serving.completion_reply import CompletionReply
-from minipaged.serving.protocol import ChatBody, CompletionBody, GenerationBody, TokenizeBody
+from minipaged.serving.metrics import Metrics
+from minipaged.serving.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    TokenizeBody,
+)
 from minipaged.serving.replies import Reply
+from minipaged.serving.reply_forms import ChatReply, CompletionReply
 from minipaged.serving.settings import ServerArgs
 from minipaged.serving.streams import ClientLeft, Stream
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_prompt import chat_prompt
-from minipaged.tokenizer.prompts import Prompt
 from minipaged.utils.options import shown
+
+EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Service:
-    """The model, the engine that serves it, and the server's options."""
+    """One method per endpoint, over the model and the engine that serves it."""
 
-    def __init__(self, llm: LLM, engine: AsyncEngine, args: ServerArgs) -> None:
-        self.llm, self.engine, self.args = llm, engine, args
-        self.name = args.served_model_name or str(llm.args.model)
-        self.max_model_len = llm.engine.config.max_model_len
-        self.started = int(time.time())
+    def __init__(self, llm: LLM, engine: AsyncEngine, args: ServerArgs, metrics: Metrics) -> None:
+        self._llm, self._engine, self._args, self._metrics = llm, engine, args, metrics
+        self._name = args.served_model_name or str(llm.args.model)
+        self._max_model_len = llm.engine.config.max_model_len
+        self._started = int(time.time())
         self._sampling_defaults = llm.args.read_sampling_defaults(llm.folders)
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Raises MissingTokenizer."""
-        if self.llm.engine.tokenizer is None:
-            raise MissingTokenizer("the model has no tokenizer, so it reads token ids only.")
-        return self.llm.engine.tokenizer
+    async def models(self) -> dict[str, Any]:
+        """The model that is served."""
+        return {"object": "list", "data": [await self.model(self._name)]}
 
-    def refuse_other_model(self, name: str | None) -> None:
-        """Raises UnknownModel."""
-        if name is not None and name != self.name:
+    async def model(self, name: str) -> dict[str, Any]:
+        """The same by its name."""
+        self._refuse_other_model(name)
+        return {
+            "id": self._name, "object": "model", "created": self._started,
+            "owned_by": "minipaged", "root": str(self._llm.folder), "parent": None,
+            "max_model_len": self._max_model_len,
+        }  # fmt: skip
+
+    async def health(self) -> Response:
+        """200 while requests are accepted, else 503."""
+        try:
+            self._engine.refuse_if_closed()
+        except MinipagedError:
+            return Response(status_code=503)
+        return Response(status_code=200)
+
+    async def version(self) -> dict[str, str]:
+        """The library's version."""
+        return {"version": __version__}
+
+    def metrics(self) -> Response:
+        """What was counted, in Prometheus's text format."""
+        return Response(self._metrics.render(), media_type=self._metrics.content_type)
+
+    # ---- text and tokens -----------------------------------------------------------------------
+
+    async def tokenize(self, body: TokenizeBody) -> Response:
+        """The tokens of a text, or of the prompt of a chat."""
+        self._refuse_other_model(body.model)
+
+        def encode() -> Response:
+            if body.messages is not None:
+                tokens = self._chat_prompt(body)["prompt_token_ids"]
+            elif body.prompt is None:
+                raise InvalidRequest("there is no text: give prompt or messages.")
+            else:
+                adds = body.add_special_tokens is not False
+                tokens = self._tokenizer.encode(body.prompt, add_special_tokens=adds)
+            most = self._max_model_len
+            return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": tokens})
+
+        return await self._engine.in_a_text_thread(encode)
+
+    async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+        """The text of tokens."""
+        self._refuse_other_model(body.model)
+
+        def decode() -> str:
+            known = self._tokenizer.vocabulary
+            unknown = next((each for each in body.tokens if each not in known), None)
+            if unknown is not None:
+                raise InvalidRequest(
+                    f"tokens has {shown(unknown)}, which no token of the model has."
+                )
+            return self._tokenizer.decode(body.tokens)
+
+        return {"prompt": await self._engine.in_a_text_thread(decode)}
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self._llm.engine.tokenizer is None:
+            raise MissingTokenizer("the model has no tokenizer, so it reads token ids only.")
+        return self._llm.engine.tokenizer
+
+    def _refuse_other_model(self, name: str | None) -> None:
+        if name is not None and name != self._name:
             raise errors.UnknownModel(
-                f"the model {name[:100]!r} is not served here: the name is {self.name!r}."
+                f"the model {name[:100]!r} is not served here: the name is {self._name!r}."
             )
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of tokens. Raises InvalidRequest for an id that no token has."""
-        known = self.tokenizer.vocabulary
-        for token_id in token_ids:
-            if token_id not in known:
-                raise InvalidRequest(
-                    f"tokens has {shown(token_id)}, which no token of the model has."
-                )
-        return self.tokenizer.decode(token_ids)
+    # ---- from a body to its prompts ------------------------------------------------------------
 
-    # ---- from a body to checked requests, in a thread for texts --------------------------------
-
-    async def complete(self, http: Request, body: CompletionBody) -> Response:
+    async def completions(self, body: CompletionBody) -> Response:
         """Continue one prompt or several."""
+        prompts = (self._completion_prompt(body, each) for each in body.prompts)
+        return await self._answer(body, CompletionReply, prompts, len(body.prompts))
 
-        def check() -> list[CheckedRequest]:
-            params = body.params(self._sampling_defaults)
-            prompts = (self._completion_prompt(body, each) for each in body.prompts)
-            return [self._check(prompt, params) for prompt in prompts]
-
-        return await self._answer(http, body, CompletionReply, check, len(body.prompts))
-
-    async def chat(self, http: Request, body: ChatBody) -> Response:
+    async def chat_completions(self, body: ChatBody) -> Response:
         """Write the next turn of a conversation."""
+        return await self._answer(body, ChatReply, map(self._chat_prompt, [body]), 1)
 
-        def check() -> list[CheckedRequest]:
-            params = body.params(self._sampling_defaults)
-            return [self._check({**self.chat_prompt(body), "cache_salt": body.cache_salt}, params)]
-
-        return await self._answer(http, body, ChatReply, check, 1)
-
-    def _check(self, prompt: Prompt, params: Params) -> CheckedRequest:
-        engine = self.llm.engine
-        return check_request(prompt, params, engine.traits, engine.config.max_logprobs)
-
-    def _completion_prompt(self, body: CompletionBody, prompt: Prompt) -> Prompt:
-        form: dict[str, Any] = {"cache_salt": body.cache_salt}
+    def _completion_prompt(self, body: CompletionBody, prompt: Any) -> dict[str, Any]:
         if not isinstance(prompt, str):
-            return {"prompt_token_ids": prompt, **form}
-        if body.add_special_tokens is False:
-            form["prompt_token_ids"] = self.tokenizer.encode(prompt, add_special_tokens=False)
-        return {"prompt": prompt, **form}
+            return {"prompt_token_ids": prompt}
+        if body.add_special_tokens is not False:
+            return {"prompt": prompt}
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        return {"prompt": prompt, "prompt_token_ids": ids}
 
-    def chat_prompt(self, body: ChatBody | TokenizeBody) -> dict[str, Any]:
+    def _chat_prompt(self, body: ChatBody | TokenizeBody) -> dict[str, Any]:
         """The messages as a prompt. Raises what `tokenizer.chat_prompt` raises."""
         continues, opens = bool(body.continue_final_message), body.add_generation_prompt
         messages: Any = body.messages  # `read_chat` checks each of them
         prompt: Any = chat_prompt(
-            self.llm.folders.tokenizer,
-            self.tokenizer,
+            self._llm.folders.tokenizer,
+            self._tokenizer,
             messages,
-            self.max_model_len,
+            self._max_model_len,
             chat_template=self._template(body),
             add_generation_prompt=not continues if opens is None else opens,
             continue_final_message=continues,
@@ -113,72 +157,66 @@ class Service:
 
     def _template(self, body: ChatBody | TokenizeBody) -> str | None:
         given = body.chat_template if isinstance(body, ChatBody) else None
-        if given is not None and not self.args.trust_request_chat_template:
+        if given is not None and not self._args.trust_request_chat_template:
             raise InvalidRequest(
                 "chat_template is a program, and this server runs none from strangers: leave it "
                 "out, or start the server with trust_request_chat_template."
             )
-        return self.llm.args.read_chat_template() if given is None else given
+        return self._llm.args.read_chat_template() if given is None else given
 
-    # ---- from checked requests to a response ---------------------------------------------------
+    # ---- from prompts to a response ------------------------------------------------------------
 
     async def _answer(
         self,
-        http: Request,
         body: GenerationBody,
-        kind: Callable[..., Reply[Any]],
-        check: Callable[[], list[CheckedRequest]],
+        kind: type[Reply[Any]],
+        prompts: Iterator[dict[str, Any]],
         num_prompts: int,
     ) -> Response:
-        """Serve the prompts of a body until they have finished, or until the client has left."""
-        self.refuse_other_model(body.model)
-        reply = kind(
-            body.request_id or uuid.uuid4().hex, self.name, body, self.llm.engine.tokenizer
-        )
+        """Serve the prompts of a body; they are read, one by one, in a thread for texts."""
+
+        def check() -> list[CheckedRequest]:
+            params, engine = body.params(self._sampling_defaults), self._llm.engine
+            limits = engine.traits, engine.config.max_logprobs
+            salt = {"cache_salt": body.cache_salt}
+            return [check_request({**prompt, **salt}, params, *limits) for prompt in prompts]
+
+        self._refuse_other_model(body.model)
+        request_id = body.request_id or uuid.uuid4().hex
+        reply = kind(request_id, self._name, body, self._llm.engine.tokenizer)
         arrival = time.monotonic()
-        stream = await self.engine.serve(check, body.width * num_prompts)
-        if self.args.request_timeout is not None:
-            stream.fail_after(self.args.request_timeout, time.monotonic() - arrival)
-        watcher = asyncio.create_task(_watch(http, stream))
-        is_handed_over = False
-        try:
-            if body.stream:
-                await stream.accepted()
-                is_handed_over = True
-                return EventStream(reply.events(stream), stream, watcher)
-            return JSONResponse(await reply.whole(stream))
-        except ClientLeft:
-            return Response(status_code=499)  # nginx's code, for its log: the client has left
-        finally:
-            if not is_handed_over:
-                watcher.cancel()
-                stream.close()
+        stream = await self._engine.serve(check, body.width * num_prompts)
+        if self._args.request_timeout is not None:
+            stream.fail_after(self._args.request_timeout, time.monotonic() - arrival)
+        return Answer(reply, stream)
 
 
-async def _watch(http: Request, stream: Stream) -> None:
-    """Fail the stream when the client leaves: Starlette does not cancel a handler for it."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-    stream.fail(ClientLeft())
+class Answer(Response):
+    """A reply, whole or as server-sent events; its stream is closed in any case."""
 
-
-class EventStream(StreamingResponse):
-    """Server-sent events of a stream, which is closed in any case."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, events: AsyncIterator[bytes], stream: Stream, watcher: "asyncio.Task[None]"
-    ) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._stream, self._watcher = stream, watcher
+    def __init__(self, reply: Reply[Any], stream: Stream) -> None:
+        super().__init__()
+        self._reply, self._stream = reply, stream
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send all events; what is not sent because the client has left is aborted."""
+        """Send all of it, unless the client leaves; what has not finished then is aborted."""
+        watcher = asyncio.create_task(self._watch(receive))
         try:
-            await self.stream_response(send)
-        except OSError:
-            pass  # the client has left
+            if self._reply.body.stream:
+                await self._stream.accepted()
+                events = self._reply.events(self._stream)
+                response = StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
+                await response.stream_response(send)
+            else:
+                await JSONResponse(await self._reply.whole(self._stream))(scope, receive, send)
+        except ClientLeft:
+            pass
         finally:
-            self._watcher.cancel()
+            watcher.cancel()
             self._stream.close()
+
+    async def _watch(self, receive: Any) -> None:
+        """Fail the stream when the client leaves: Starlette does not cancel a handler for it."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._stream.fail(ClientLeft())

@@ -49,5 +49,10 @@ class ServerArgs:
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise InvalidOption("api_key must be ASCII text that is not empty.", "api_key")
 
+    @property
+    def key(self) -> bytes | None:
+        """The key as it is compared."""
+        return None if self.api_key is None else self.api_key.strip().encode()
+
 
 SERVER_OPTIONS = options_of(ServerArgs)

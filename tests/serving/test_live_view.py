@@ -189,7 +189,7 @@ class Watched:
 
     def _observe(self, progresses) -> None:
         self.view.note_progress(progresses)
-        kept = self.view.since(self.view._first)
+        kept = self.view.ring.since(self.view.ring.first)
         self.most_kept = max(self.most_kept, sum(len(step.events) for step in kept))
 
     async def generate(self, num_tokens: int) -> None:
@@ -244,7 +244,7 @@ def test_viewers_who_have_left_cost_nothing():
         assert watched.view.num_viewers == 0
         await watched.generate(3)
         assert watched.log.listeners == []
-        assert watched.view.since(watched.view._first) == []
+        assert watched.view.ring.since(watched.view.ring.first) == []
         await watched.engine.close(0)
 
     asyncio.run(run())

@@ -5,8 +5,9 @@ import socket
 
 from minipaged.labs.routing.app import RouterApp
 from minipaged.labs.routing.load import Router
-from minipaged.serving.run import Server, listen
+from minipaged.serving.run import Server
 from minipaged.serving.settings import ServerArgs
+from minipaged.utils.sockets import listen
 
 
 def run(router: Router, urls: list[str], port: int) -> None:

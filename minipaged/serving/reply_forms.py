@@ -1,12 +1,12 @@
-"""The reply to /v1/completions: text, and OpenAI's older form of log-probabilities."""
+"""The two forms of a reply: OpenAI's older one of /v1/completions, and that of chats."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minipaged.engine.outputs import CompletionOutput, NewTokens, RequestOutput
-from minipaged.sampling.logprobs import Logprobs
-from minipaged.serving.protocol import CompletionBody
+from minipaged.sampling.logprobs import Logprob, Logprobs
+from minipaged.serving.protocol import ChatBody, CompletionBody
 from minipaged.serving.replies import Reply, finite
 from minipaged.serving.streams import Stream
 
@@ -37,7 +37,7 @@ class CompletionReply(Reply[CompletionBody]):
             text = self._prompt(output.prompt, output.prompt_token_ids) + text
             ids = [*output.prompt_token_ids, *ids]
             logprobs = None if logprobs is None else [*(output.prompt_logprobs or ()), *logprobs]
-        return {"text": text, "logprobs": self._logprobs(ids, logprobs, 0)}
+        return {"text": text, "logprobs": self._logprobs(ids, logprobs)}
 
     def opening(self, stream: Stream, prompt: int) -> dict[str, Any] | None:
         read = stream.requests[prompt].prompt
@@ -59,20 +59,51 @@ class CompletionReply(Reply[CompletionBody]):
         return self.tokenizer.decode(token_ids)
 
     def _logprobs(
-        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None] | None, offset: int
+        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None] | None, offset: int = 0
     ) -> dict[str, Any] | None:
         """OpenAI's four lists; the first token of a prompt has no log-probability."""
         if logprobs is None:
             return None
-        lists: dict[str, list[Any]] = {
-            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
-        }  # fmt: skip
+        lists = "tokens", "token_logprobs", "top_logprobs", "text_offset"
+        shown: dict[str, list[Any]] = {name: [] for name in lists}
         for token_id, found in zip(ids, logprobs, strict=True):
             text, chosen, top = self.token_text(token_id), None, None
             if found is not None:
                 chosen = finite(found[token_id].logprob)
                 top = {self.token_text(i): finite(each.logprob) for i, each in found.items()}
-            for values, value in zip(lists.values(), (text, chosen, top, offset), strict=True):
-                values.append(value)
+            for name, value in zip(lists, (text, chosen, top, offset), strict=True):
+                shown[name].append(value)
             offset += len(text)
-        return lists
+        return shown
+
+
+class ChatReply(Reply[ChatBody]):
+    """The reply to /v1/chat/completions: a message, and log-probabilities with exact bytes."""
+
+    prefix = "chatcmpl"
+    object, chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+        message = {"role": "assistant", "content": completion.text}
+        return {"message": message, "logprobs": self._logprobs(completion)}
+
+    def opening(self, stream: Stream, prompt: int) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
+        return {"delta": {"content": new.text}, "logprobs": self._logprobs(new)}
+
+    def _logprobs(self, tokens: CompletionOutput | NewTokens) -> dict[str, Any] | None:
+        if tokens.logprobs is None:
+            return None
+        content: list[dict[str, Any]] = []
+        for token_id, found in zip(tokens.token_ids, tokens.logprobs, strict=True):
+            ranked = sorted(found.items(), key=lambda item: item[1].rank or 0)
+            top = [self._token(i, each) for i, each in ranked[: self.body.top_logprobs or 0]]
+            content.append({**self._token(token_id, found[token_id]), "top_logprobs": top})
+        return {"content": content}
+
+    def _token(self, token_id: int, found: Logprob) -> dict[str, Any]:
+        """A token with its exact bytes, from which a client can put characters together."""
+        text, exact = self.token_text(token_id), list(self.token_bytes(token_id))
+        return {"token": text, "logprob": finite(found.logprob), "bytes": exact}
