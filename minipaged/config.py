@@ -2,7 +2,7 @@
 
     EngineArgs    what a user asks for; None means "choose for me"
     EngineConfig  what it comes to: a number for every None, for scheduler, memory and engine
-    ModelConfig   what the engine must know of a model; its family adds more beside its code
+    ModelConfig   what the engine needs of a model; its family adds more in its own file
 
 All are frozen and checked when they are made. `EngineArgs` declares each option once, with its
 default, limits and help text. The arguments of `LLM` and the flags of the command line are derived
@@ -194,7 +194,7 @@ class EngineConfig:
             raise InvalidOption(
                 'preemption="swap" needs a swap pool, and num_swap_blocks is 0: raise it.'
             )
-        # Each running sequence needs one token a step; a prompt being computed needs at least one.
+        # Each running sequence needs one token per step; a prompt being computed needs at least one.
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidOption(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "

@@ -306,7 +306,7 @@ axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 #
 # ### The cost: Figure 1
 #
-# A step is worth its while when many requests share it (chapter 1), and each request needs memory.
+# Many requests should share each step (chapter 1), and each request needs memory.
 # The paper's first figure shows both sides. The weights take two thirds of a GPU's memory, and the
 # keys and values nearly all the rest. The number of tokens per second grows with the number of
 # requests that fit into this rest.

@@ -454,7 +454,7 @@ for crowd in (1, 64):
 #   tests yours in its place. Begin with [lab 1](labs/01.md), or lower the latency of a server in
 #   [lab 9](labs/09.md).
 # - **Read vLLM.** [From here to vLLM](../from_here_to_vllm.md) names the counterpart of each class.
-# - **Go beyond one process.** Chapter 13 puts the engine behind a server, and
+# - **Go beyond one process.** Chapter 13 serves clients with the engine, and
 #   [chapter 14](14_cut_a_model_in_two.md) divides a model among several ranks.
 # - **Read on.** [Sarathi-Serve](https://arxiv.org/abs/2403.02310) mixes chunks of prompts with
 #   decodes in one step, [SGLang](https://arxiv.org/abs/2312.07104) keeps shared prefixes in a radix
@@ -462,6 +462,6 @@ for crowd in (1, 64):
 #   different GPUs.
 # - **Use it.** [Run your own model](../guides/run_your_model.md),
 #   [write a backend](../guides/write_a_backend.md), or read
-#   [the paper beside the code](../companion.md).
+#   [the paper and the code](../companion.md).
 #
 # Next: [one request through the server](13_one_request_through_the_server.md).

@@ -1,4 +1,4 @@
-"""The engine behind an event loop: one thread owns it, and everyone else sends it messages.
+"""The engine of a server: one thread owns it, and the event loop sends it messages.
 
     event loop     serve() --> inbox --.         _deliver() --> Stream --> response
                                        v            ^

@@ -51,7 +51,7 @@ HISTOGRAMS = {
 
 
 class Tally:
-    """A histogram: how many values lie between two bounds, and their sum."""
+    """A histogram: how many values are between two bounds, and their sum."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds

@@ -134,7 +134,7 @@ class Reply(Generic[B]):
                     for new in progress.new:
                         refuse_broken(new.finish_reason, None)
                         num_generated += len(new.token_ids)
-                        # A step may show nothing: the text of its tokens may lag behind.
+                        # A step may show nothing: the text of its tokens may come later.
                         if new.text or new.logprobs or new.finish_reason or shows_all:
                             ready.append(chunk(self._chunk_choice(prompt, new)))
                     if progress.finished:

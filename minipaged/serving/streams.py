@@ -33,7 +33,7 @@ class Stream:
     Closing it aborts what has not finished.
 
     Args:
-        requests: by the ids that the engine knows them by.
+        requests: by their ids in the engine.
         queue: where they wait until they are scheduled.
         abort: ends a request by its id, unless it has ended.
     """

@@ -1,4 +1,4 @@
-"""The last of a stream of items, for readers in other threads that come late or fall behind."""
+"""The last items of a stream, for readers in other threads that come late or are slow."""
 
 import threading
 from collections import deque

@@ -1,7 +1,7 @@
 """No page, docstring, comment or message has the telltale words of a translation.
 
 Each pattern comes from a sentence that readers had to read twice. A right use of one is listed in
-ALLOWED, with its reason. A file that has yet to be edited is listed in NOT_YET.
+ALLOWED, with its reason.
 
     python tests/docs/test_language.py              the hits per file
     python tests/docs/test_language.py README.md    those of one file, with their lines
@@ -66,23 +66,11 @@ ALLOWED: dict[str, dict[str, str]] = {
     "minipaged/cli/main.py": BEHIND_VLLM,
     "minipaged/evaluation/stories.py": {'"behind"': "a word of the stories"},
     "minipaged/evaluation/soak/against_vllm.py": {"{rival}": "the name of a variable"},
+    "tutorials/labs/06.md": {"the red map behind the church": "a story"},
+    "tutorials/04_paged_attention.py": {"behind the wall": "a story"},
+    "tutorials/08_prefix_caching.py": {"behind the church": "a story"},
+    "tutorials/train_storyteller/train.py": {"next rung": "of the ladder in the sentence above"},
     "minipaged/models/hub/staging.py": {"~nobody": "the home of an unknown user"},
-}
-
-NOT_YET = {
-    "tutorials/labs/02.md",
-    "tutorials/labs/06.md",
-    "tutorials/02_the_memory_problem.py",
-    "tutorials/04_paged_attention.py",
-    "tutorials/06_continuous_batching.py",
-    "tutorials/08_prefix_caching.py",
-    "tutorials/12_one_tokens_journey.py",
-    "tutorials/train_storyteller/train.py",
-    "minipaged/config.py",
-    "minipaged/serving/async_engine.py",
-    "minipaged/serving/metrics.py",
-    "minipaged/serving/replies.py",
-    "minipaged/serving/streams.py",
 }
 
 CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`|\]\([^)]*\)|<[^>\n]*>|\{\{.*?\}\}", re.M | re.S)
@@ -129,13 +117,8 @@ def hits(name: str) -> list[str]:
 
 
 def test_no_page_comment_or_message_has_a_telltale_word():
-    found = [hit for name in FILES if name not in NOT_YET for hit in hits(name)]
+    found = [hit for name in FILES for hit in hits(name)]
     assert not found, "\n".join(found)
-
-
-def test_a_file_that_has_yet_to_be_edited_has_telltale_words():
-    done = sorted(name for name in NOT_YET if name not in FILES or not hits(name))
-    assert not done, f"take these out of NOT_YET: {', '.join(done)}"
 
 
 def test_every_allowed_use_exists():

@@ -8,7 +8,7 @@ three stages:
 
 1. copy     random tokens, twice over: predict the second copy. This grows the attention heads that
             find an earlier occurrence of a token and read on from there.
-2. ladder   stories with many questions behind each, and drills (random key-value pairs, then keys
+2. ladder   stories, each followed by many questions, and drills (random key-value pairs, then keys
             to look up). One fact at first; more whenever nine answers in ten are right, even of
             the kind that is answered worst. That kind is also asked for most.
 3. settle   stories of every length, while the learning rate falls to nothing.
@@ -44,7 +44,7 @@ DRILL_SHARE = 0.15  # of the batches on the ladder
 
 @dataclass
 class Progress:
-    """Where a run stands: a line of the log, and saved with the weights."""
+    """The state of a run: a line of the log, and saved with the weights."""
 
     stage: str = "copy"
     rung: int = 0

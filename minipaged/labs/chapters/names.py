@@ -70,7 +70,7 @@ def _child(node: ast.AST, name: str) -> ast.AST | None:
 
 
 def _statements(node: ast.AST) -> list[ast.stmt]:
-    """The body of a node, with what stands inside `if`, `try` and `with`."""
+    """The body of a node, with the statements inside `if`, `try` and `with`."""
     statements: list[ast.stmt] = []
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If | ast.Try | ast.With):
