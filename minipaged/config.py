@@ -194,7 +194,7 @@ class EngineConfig:
             raise InvalidOption(
                 'preemption="swap" needs a swap pool, and num_swap_blocks is 0: raise it.'
             )
-        # Each running sequence needs one token per step; a prompt being computed needs at least one.
+        # A running sequence needs one token per step; a prompt being computed needs at least one.
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidOption(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "

@@ -404,7 +404,7 @@ for happened in (*(events for _, events in runs.values()), events):
 print("the same tokens five times, all admitted in order")
 
 # %% [markdown]
-# Rule 2, with two mistakes: one scheduler schedules a group twice, and another admits no request at all.
+# Rule 2, with two mistakes: one scheduler schedules a group twice, and another admits no request.
 
 
 # %%

@@ -195,8 +195,8 @@ axes[0].legend(loc="upper left", ncols=2)
 # 80 of its 92 tokens, and compute the rest. In the chat the cached part grows with the
 # conversation, because the model's own answers are cached as well.
 #
-# The requests may also arrive together. The scheduler then starts the first request a step before the others, and
-# the other five find the blocks that it has written.
+# The requests may also arrive together. The scheduler then starts the first request a step before
+# the others, and these five find the blocks that it has written.
 #
 # ### The tree of blocks
 #
