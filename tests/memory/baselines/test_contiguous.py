@@ -398,5 +398,5 @@ def test_the_block_map_shows_what_is_reserved_and_empty(capsys):
     shown = ["demo", "--memory", "contiguous-max", "--show-blocks"]
     app(shown, standalone_mode=False)
     printed = capsys.readouterr().out
-    assert "8 of 8 right" in printed
+    assert "8 of 8 answers are right" in printed
     assert "BBb____" in printed
