@@ -35,6 +35,6 @@ def chat_prompt(
     chat = read_chat(folder, messages, **options)
     text = chat.render()
     if tokenizer is None:
-        raise MissingTokenizer("a chat is text, but the model's folder holds no tokenizer.")
+        raise MissingTokenizer("a chat is text, but the model's folder contains no tokenizer.")
     refuse_too_long(text, tokenizer, max_model_len)
     return {"prompt": text, "prompt_token_ids": tokenizer.encode_chat(chat, text)}

@@ -173,9 +173,9 @@ def read_template(folder: Path | None, with_tools: bool = False) -> str:
         template = (named.get("tool_use") if with_tools else None) or named.get("default")
     if not isinstance(template, str):
         raise CheckpointError(
-            f"{folder} holds no chat template ({TEMPLATE_FILE}, or one in tokenizer_config.json), "
-            "so it is not known how the model was taught to chat, or whether it was: use "
-            "generate() with a prompt of your own."
+            f"{folder} contains no chat template ({TEMPLATE_FILE}, or one in "
+            "tokenizer_config.json), so it is not known how the model was taught to chat, or "
+            "whether it was: use generate() with a prompt of your own."
         )
     return template
 
@@ -202,7 +202,7 @@ def _read_message(turn: Any) -> dict[str, Any]:
             with suppress(Exception):  # keys and values of others, which may fail as they like
                 return json.loads(json.dumps({**turn, "content": content}, default=str))
     raise InvalidRequest(
-        f"{shown(turn)} is no message of a chat: give a list of "
+        f"{shown(turn)} is not a chat message: give a list of "
         '{"role": "user", "content": "some text"}.'
     )
 

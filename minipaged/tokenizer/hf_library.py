@@ -38,7 +38,7 @@ class LibraryTokenizer(Tokenizer):
             self._library = Library.from_file(str(path))
         except Exception as error:  # it raises nothing more specific
             raise CheckpointError(
-                f"{path} is no tokenizer ({error}): download it again."
+                f"{path} is not a tokenizer ({error}): download it again."
             ) from error
         self._alone = Lock()  # encode_special_tokens belongs to the library's object
         self._library.no_truncation()
@@ -143,8 +143,8 @@ def refuse_without_the_library(path: Path, reason: str) -> None:
     """Raise UnsupportedTokenizer unless `tokenizers` is installed."""
     if find_spec("tokenizers") is None:
         raise UnsupportedTokenizer(
-            f"{path} is no tokenizer for tiktoken, since {reason}: install the library that reads "
-            f"it by {EXTRA}."
+            f"{path} is not a tokenizer for tiktoken, since {reason}: install the library that "
+            f"reads it by {EXTRA}."
         )
 
 

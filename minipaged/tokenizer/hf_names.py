@@ -83,7 +83,7 @@ class HuggingFaceNames(ABC):
         texts: list[Any] = list(text) if isinstance(text, list | tuple) else [text]
         for each in texts:
             if not isinstance(each, str):
-                raise InvalidRequest(f"{shown(each)} is no text: give a string or a list of them.")
+                raise InvalidRequest(f"{shown(each)} is not text: give a string or a list of them.")
         return _encoding([self.encode(t, add_special_tokens=add_special_tokens) for t in texts])
 
     def batch_decode(

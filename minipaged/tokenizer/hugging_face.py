@@ -60,7 +60,7 @@ def read_tokenizer_json(path: Path) -> BytePairTokenizer:
         )
     except _BROKEN as error:
         raise CheckpointError(
-            f"{path} is no whole tokenizer ({error!r}): download it again."
+            f"{path} is not a complete tokenizer ({error!r}): download it again."
         ) from error
 
 
@@ -94,8 +94,8 @@ def read_vocab_and_merges(folder: Path) -> BytePairTokenizer:
         )
     except (OSError, *_BROKEN) as error:
         raise CheckpointError(
-            f"{folder} holds no whole tokenizer in vocab.json and merges.txt ({error!r}): download "
-            "them again."
+            f"{folder} contains no complete tokenizer in vocab.json and merges.txt ({error!r}): "
+            "download them again."
         ) from error
 
 
@@ -196,7 +196,7 @@ def _read_added_token(token: dict[str, Any]) -> AddedToken:
 def _check_ids(ids: list[Any]) -> None:
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < 2**31:
-            raise ValueError(f"{token_id!r} is no token id")
+            raise ValueError(f"{token_id!r} is not a token id")
 
 
 def _check_added_tokens(added: list[AddedToken], vocab: dict[str, int], normal_form: bool) -> None:

@@ -41,17 +41,17 @@ def _read_files(folder: Path) -> Tokenizer:
             return read_vocab_and_merges(folder)
         except UnsupportedTokenizer as reason:
             raise UnsupportedTokenizer(
-                f"{folder} holds a tokenizer in vocab.json and merges.txt that is not read here, "
-                f"since {reason}: save it as tokenizer.json with transformers."
+                f"{folder} contains a tokenizer in vocab.json and merges.txt that is not read "
+                f"here, since {reason}: save it as tokenizer.json with transformers."
             ) from reason
     if (folder / "tokenizer.model").is_file():
         raise UnsupportedTokenizer(
-            f"{folder} holds its tokenizer as tokenizer.model only, which is not read here: "
+            f"{folder} contains its tokenizer as tokenizer.model only, which is not read here: "
             "download tokenizer.json too."
         )
     raise MissingTokenizer(
-        f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): download it, "
-        "or give prompts as token ids."
+        f"{folder} contains no tokenizer (tokenizer.json, or vocab.json and merges.txt): download "
+        "it, or give prompts as token ids."
     )
 
 

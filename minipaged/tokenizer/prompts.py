@@ -74,7 +74,7 @@ def read_prompt(
         return TokenizedPrompt(None, _read_token_ids(prompt, max_model_len), salt)
     if tokenizer is None:
         raise MissingTokenizer(
-            "the prompt is text, but the model's folder holds no tokenizer, or it was left out "
+            "the prompt is text, but the model's folder contains no tokenizer, or it was left out "
             "(skip_tokenizer_init): give the prompt as a list of token ids."
         )
     if max_model_len is not None:
@@ -108,8 +108,8 @@ def _read_token_ids(prompt: Any, max_model_len: int | None) -> list[int]:
     for token_id in token_ids:
         if not _is_token_id(token_id):
             raise InvalidRequest(
-                f"a prompt holds {shown(token_id)}, which is no token id: {_FORMS}; ids are whole "
-                "numbers."
+                f"a prompt holds {shown(token_id)}, which is not a token id: {_FORMS}; ids are "
+                "whole numbers."
             )
     return _not_empty([int(token_id) for token_id in token_ids])
 
@@ -124,7 +124,7 @@ def _as_list(value: Any) -> list[Any]:
     if hasattr(value, "tolist"):  # an array or tensor
         value = value.tolist()
     if isinstance(value, bytes) or not isinstance(value, Iterable):
-        raise InvalidRequest(f"{shown(value)} is no prompt: {_FORMS}.")
+        raise InvalidRequest(f"{shown(value)} is not a prompt: {_FORMS}.")
     return list(value)
 
 

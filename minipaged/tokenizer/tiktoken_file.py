@@ -32,7 +32,7 @@ def read_ranked_tokenizer(folder: Path) -> BytePairTokenizer:
         return BytePairTokenizer(pattern, ranks, tokens, config["special_tokens"])
     except ValueError as error:  # the only thing left unchecked
         raise CheckpointError(
-            f'{path}: "pattern" is no regular expression that tiktoken can use ({error}): '
+            f'{path}: "pattern" is not a regular expression that tiktoken can use ({error}): '
             "correct it."
         ) from error
 
@@ -81,7 +81,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no readable JSON ({error}): correct it.") from error
+        raise CheckpointError(f"{path} is not readable JSON ({error}): correct it.") from error
     kinds = {"ranks": str, "pattern": str, "special_tokens": dict}
     for key, kind in kinds.items():
         value = config.get(key) if isinstance(config, dict) else None

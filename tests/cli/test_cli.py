@@ -319,8 +319,8 @@ def test_the_script_in_the_root_is_the_fetch_command(tmp_path):
     ("arguments", "sentence"),
     [
         (["fetch", "someone/a-model"], "could not be reached"),
-        (["fetch", "no name"], "is no model's name"),
-        (["fetch"], "no model was given"),
+        (["fetch", "no name"], "is not a model name"),
+        (["fetch"], "no model is named"),
         (["convert", "nowhere"], "there is no folder nowhere"),
     ],
 )

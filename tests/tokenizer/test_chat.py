@@ -75,7 +75,7 @@ def test_a_template_may_refuse_messages_with_a_reason(tmp_path):
     ],
 )
 def test_what_is_no_chat_is_refused(tmp_path, messages):
-    with pytest.raises(InvalidRequest, match="is no message of a chat"):
+    with pytest.raises(InvalidRequest, match="is not a chat message"):
         render_chat(write(tmp_path, ""), messages)
 
 
@@ -121,7 +121,7 @@ def test_a_message_a_conversation_and_many_are_told_apart(messages, num_chats):
 )
 def test_a_list_that_is_no_chat_is_refused(messages):
     llm = LLM("storyteller", num_blocks=8)
-    with pytest.raises(InvalidRequest, match="is no message of a chat"):
+    with pytest.raises(InvalidRequest, match="is not a chat message"):
         llm.chat(messages, use_tqdm=False)
 
 

@@ -348,7 +348,7 @@ def test_half_a_surrogate_pair_is_a_replacement_character_everywhere(sentencepie
         ("{", "is not JSON"),
         ("[]", "is JSON but no object"),
         ("{}", 'has no "model"'),
-        ('{"model": {"type": "BPE", "vocab": {}}}', "is no whole tokenizer|cuts text"),
+        ('{"model": {"type": "BPE", "vocab": {}}}', "is not a complete tokenizer|cuts text"),
     ],
 )
 def test_a_broken_file_is_named(text, sentence, tmp_path, monkeypatch):
