@@ -273,11 +273,7 @@ def _attend_in_place(
     way: InPlace,
     scale: float,
 ) -> Float[Tensor, "seqs heads head_dim"]:
-    """Compute attention without gathering.
-
-    The range may include free blocks and blocks of prefills. They are multiplied too, but their
-    results, which may be NaN, are never used.
-    """
+    """Free blocks and blocks of prefills are multiplied too; their results are never used."""
     seqs, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
     num_blocks = way.stop - way.first

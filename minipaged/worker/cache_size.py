@@ -56,8 +56,8 @@ def refuse_more_than_memory(
     if in_host * block_bytes > has:
         raise InvalidOption(
             f"num_blocks is {num_blocks} and num_swap_blocks {num_swap_blocks}: at {block_bytes} "
-            f"bytes a block, {in_host} of them need {in_host * block_bytes / GIB:.1f} GiB, and the "
-            f"machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all, "
+            f"bytes per block, {in_host} of them need {in_host * block_bytes / GIB:.1f} GiB, and "
+            f"the machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all, "
             "or lower block_size.",
             "num_blocks",
         )
