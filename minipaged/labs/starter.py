@@ -68,7 +68,7 @@ def _heading(lab: Lab) -> str:
 
 {tasks}
 
-Write the bodies marked "your turn", and check them with `minipaged lab check {lab.number}`.
+Implement each function marked "your turn". Then run: minipaged lab check {lab.number}
 """'''
 
 
@@ -78,9 +78,7 @@ def _with_holes(source: _Source, holes: set[str]) -> str:
     functions = [node] if isinstance(node, ast.FunctionDef) else _methods(node)
     lines = source.lines.copy()
     last = node.end_lineno or node.lineno
-    for function in sorted(
-        functions, key=lambda f: -f.lineno
-    ):  # bottom up: line numbers stay valid
+    for function in sorted(functions, key=lambda f: -f.lineno):  # bottom up: numbers stay valid
         name = function.name if function is node else f"{node.name}.{function.name}"
         if name not in holes:
             continue

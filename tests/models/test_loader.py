@@ -367,12 +367,12 @@ def test_any_token_that_either_file_names_ends_a_sequence(
 UNSUPPORTED = {
     "another architecture": (
         llama_config(architectures=["MambaForCausalLM"]),
-        "MambaForCausalLM, and only LlamaForCausalLM, Mistral.*OPTForCausalLM are built",
+        "MambaForCausalLM, and only LlamaForCausalLM, Mistral.*OPTForCausalLM are supported",
     ),
     "quantised": (llama_config(quantization_config={"quant_method": "gptq"}), "quantised weights"),
     "rope longrope": (
         llama_config(rope_scaling={"type": "longrope", "factor": 2.0}),
-        "RoPE as 'longrope', and only default, linear, dynamic, yarn, llama3 are built",
+        "RoPE as 'longrope', and only default, linear, dynamic, yarn, llama3 are supported",
     ),
     "partial rope": (llama_config(partial_rotary_factor=0.5), "rotates 0.5 of each head"),
     "activation": (llama_config(hidden_act="relu6"), "the activation 'relu6', and only relu, silu"),
@@ -383,7 +383,7 @@ UNSUPPORTED = {
     "gpt2, unscaled": (gpt2_config(scale_attn_weights=False), "sets scale_attn_weights to False"),
     "gpt2, scaled by layer": (
         gpt2_config(scale_attn_by_inverse_layer_idx=True),
-        "sets scale_attn_by_inverse_layer_idx to True, and only False is built",
+        "sets scale_attn_by_inverse_layer_idx to True, and only False is supported",
     ),
     "gpt2, upcast": (gpt2_config(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
     "gpt2, cross attention": (gpt2_config(add_cross_attention=True), "add_cross_attention"),
@@ -453,7 +453,7 @@ BROKEN_CONFIGS = {
     "no hidden size": (llama_config(hidden_size=None), "has no hidden_size"),
     "text for a number": (llama_config(vocab_size="many"), "vocab_size as 'many'"),
     "no layers": (llama_config(num_hidden_layers=0), "num_hidden_layers as 0"),
-    "uneven heads": (llama_config(num_attention_heads=5), "48 among 5 heads"),
+    "uneven heads": (llama_config(num_attention_heads=5), "hidden size of 48 and 5 heads"),
     "uneven groups": (llama_config(num_key_value_heads=3), "4 query heads and 3 KV heads"),
     "a window without its width": (
         llama_config(layer_types=["sliding_attention"] * 2),
@@ -724,7 +724,7 @@ def test_an_untied_model_without_its_head_is_refused(llama: Path) -> None:
 def test_a_tensor_without_a_place_is_named(name: str, llama: Path) -> None:
     edit_tensors(llama, {name: torch.zeros(48)})
     message = refusal(llama)
-    assert "holds 1 tensor for which" in message
+    assert "contains 1 tensor that" in message
     assert name.removeprefix("model.") in message
 
 
@@ -802,7 +802,8 @@ def test_weights_that_no_memory_can_hold_are_refused_before_it_is_taken(
     with pytest.raises(InvalidOption) as refused:
         load_model(llama, BACKENDS["reference"], dtype)
     assert str(refused.value) == (
-        f"the weights take {takes} GiB in {dtype}, and the machine has {memory}.0 GiB: {advice}"
+        f"the weights take {takes} GiB in {dtype}, and the memory of this machine is {memory}.0 "
+        f"GiB: {advice}"
     )
 
 

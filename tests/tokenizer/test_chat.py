@@ -34,7 +34,7 @@ def test_messages_become_one_prompt_that_asks_for_the_next_turn(tmp_path):
 
 
 def test_a_folder_without_a_template_says_what_to_do_instead(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no chat template.*use generate\(\)"):
+    with pytest.raises(CheckpointError, match=r"contains no chat template.*use generate\(\)"):
         render_chat(tmp_path, MESSAGES)
 
 
@@ -349,7 +349,7 @@ def test_a_refused_message_is_not_quoted_at_full_length(tmp_path):
 def test_a_chat_needs_a_tokenizer(tmp_path):
     make_checkpoint("llama", tmp_path)
     write(tmp_path, CHATML)
-    with pytest.raises(MissingTokenizer, match="holds no tokenizer"):
+    with pytest.raises(MissingTokenizer, match="contains no tokenizer"):
         LLM(tmp_path, num_blocks=8).chat(MESSAGES)
 
 

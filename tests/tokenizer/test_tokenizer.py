@@ -83,7 +83,7 @@ def test_bytes_that_are_no_text_become_the_replacement_character(tokenizer):
 
 def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
     with pytest.raises(
-        MissingTokenizer, match=r"holds no tokenizer \(tokenizer\.json.*as token ids\.$"
+        MissingTokenizer, match=r"contains no tokenizer \(tokenizer\.json.*as token ids\.$"
     ):
         read_tokenizer(tmp_path)
 

@@ -399,7 +399,7 @@ def test_vocab_and_merges_of_an_unknown_class_are_refused(folders, judges, tmp_p
         read_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version\na b c\n")
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match="no whole tokenizer"):
+    with pytest.raises(CheckpointError, match="no complete tokenizer"):
         read_tokenizer(tmp_path)
 
 

@@ -848,7 +848,7 @@ def test_a_repository_without_weights_that_can_be_read_is_refused(hub: Hub) -> N
     files["small.Q4_K_M.gguf"] = b"x"
     assert "(small.Q4_K_M.gguf is not read here)" in refusal()
     del files["config.json"]
-    assert "holds no config.json" in refusal()
+    assert "contains no config.json" in refusal()
 
 
 @pytest.mark.parametrize(
