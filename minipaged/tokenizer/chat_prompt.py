@@ -19,10 +19,10 @@ def chat_prompt(
     max_model_len: int,
     **options: Any,
 ) -> Prompt:
-    """A conversation as a prompt; `options` are those of `read_chat`, which raises for it.
+    """Convert a conversation to a prompt; `options` and errors are those of `read_chat`.
 
-    The template has written every special token, so none is added when the text is encoded. A
-    special token that a message spells out is encoded as plain letters (control_tokens.py).
+    The template writes all special tokens, so none is added when the text is encoded. A special
+    token that a message spells out is encoded as plain text (control_tokens.py).
 
     Raises:
         MissingTokenizer: there is no tokenizer.

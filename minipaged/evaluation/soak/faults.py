@@ -65,7 +65,7 @@ class Injector:
         if event not in ("call", "return") or not _is_ours(code.co_filename):
             return
         if code.co_flags & CO_GENERATOR and (event == "return" or code.co_name == "<genexpr>"):
-            return  # no signal arrives between a yield and its caller, and a closing generator must not raise
+            return  # no signal arrives there, and a closing generator must not raise
         self.num_passed += 1
         if self.places is not None:
             self.places.setdefault(_place(frame, event), []).append(self.num_passed)

@@ -70,9 +70,7 @@ class MemorySoak(Soak):
 
     def time_per_operation(self) -> tuple[float, float]:
         """Median microseconds in the first and in the last tenth of the run."""
-        tenth = (
-            max(1, len(self.medians) // 10 // NUM_POOLS) * NUM_POOLS
-        )  # equally often for each pool
+        tenth = max(1, len(self.medians) // 10 // NUM_POOLS) * NUM_POOLS  # each pool as often
         return median(self.medians[:tenth]) / 1e3, median(self.medians[-tenth:]) / 1e3
 
     def details(self) -> list[str]:

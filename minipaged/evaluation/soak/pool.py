@@ -15,9 +15,7 @@ from minipaged.sequence import Sequence, SequenceGroup
 BuildMemory = Callable[..., Memory]
 SALTS = (None, None, None, "one", "another")
 LONGEST_PROMPT = 96
-TRY_A_REFUSAL = (
-    1 / 32
-)  # fraction of refused calls that are checked, since a check copies the manager
+TRY_A_REFUSAL = 1 / 32  # of refused calls are checked: a check copies the manager
 WEIGHTS = {
     "admit": 12, "decode": 40, "compute": 8, "fork": 8, "free": 8, "recompute": 4, "refork": 3,
     "swap_out": 5, "swap_in": 7, "pin": 1, "unpin": 1,
