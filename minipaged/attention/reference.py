@@ -71,7 +71,7 @@ def heads_per_kv_head(q: Tensor, keys: Tensor | KVPool, values: Tensor | KVPool)
         f"keys are {tuple(keys.shape)}, but values are {tuple(values.shape)}"
     )
     assert q.shape[-1] == keys.shape[-1], (
-        f"query heads have {q.shape[-1]} elements, key heads have {keys.shape[-1]}"
+        f"query heads have {q.shape[-1]} elements, KV heads have {keys.shape[-1]}"
     )
     assert heads % kv_heads == 0, (
         f"{heads} query heads cannot be divided evenly among {kv_heads} KV heads"

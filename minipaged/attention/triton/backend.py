@@ -1,4 +1,4 @@
-"""The kernels behind the common attention interface, `AttentionBackend`."""
+"""Implements the common attention interface, `AttentionBackend`, with the kernels."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Finds the fastest tiles, warps and stages on this GPU: the sweep behind the shipped choices.
+"""Finds the fastest tiles, warps and stages on this GPU: the source of the shipped choices.
 
 An autotuner would do the same at run time, but in every process again, and not inside a CUDA graph.
 The sweep is therefore run once, and its results are in `decode.choose_tile` and

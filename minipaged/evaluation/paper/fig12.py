@@ -49,10 +49,8 @@ RATIOS = {
     ("opt-13b", "alpaca", "orca-oracle"): ("1.3", 1.2, 1.4),
     ("opt-175b", "alpaca", "orca-oracle"): ("less pronounced", None, 1.1),
 }
-OUTSIDE = "but outside the paper's range, which covers all three models"
-WHY = {
-    ("opt-175b", "sharegpt"): "264 GB of keys is ample: the gain is small, as on the paper's curve"
-}
+OUTSIDE = "but outside the paper's range for all three models"
+WHY = {("opt-175b", "sharegpt"): "264 GB of keys are plenty: little gain, as on the paper's curve"}
 
 
 def run(effort: Effort) -> Result:
@@ -105,8 +103,8 @@ def _check_order(rates: dict[str, dict[float, float]]) -> list[Check]:
         for threshold in THRESHOLDS:
             bears = [rates[_key("opt-13b", workload, system)][threshold] for system in SYSTEMS]
             in_order = 1 + sum(a > b for a, b in pairwise(bears))
-            what = f"opt-13b, {workload}, at {threshold:g} s/token: systems in the paper's order"
-            checks.append(Check(what, "5", in_order, 5, 5))
+            at = f"opt-13b, {workload}, at {threshold:g} s per token"
+            checks.append(Check(f"{at}: systems in the paper's order", "5", in_order, 5, 5))
     return checks
 
 
@@ -122,7 +120,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
             axes.plot(rates, latencies, "o-", markersize=3, color=colour, label=about.title)
         axes.set_ylim(0, 1)
         axes.set_xlabel("requests per second", fontsize=8)
-        axes.set_ylabel("s a token", fontsize=8)
+        axes.set_ylabel("s per token", fontsize=8)
     canvas.axes[0].legend(fontsize=6, frameon=False)
 
 

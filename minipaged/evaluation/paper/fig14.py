@@ -25,7 +25,7 @@ The paper's 2.3 x for 6 beams is not reproduced: memory alone gives only this ra
 whole sequences whenever beams diverge. If copies took many times as long as reading and writing
 their bytes, the ratio would be close. The paper does not state their speed, so here they take full
 bandwidth."""
-HOST = "so many sequences keep the host busy, so memory is no longer the bound"
+HOST = "the host limits so many sequences, not memory"
 GUESS = {"sample": 48.0, "beam": 44.0}  # sequences per second of vLLM, to begin with
 
 

@@ -35,7 +35,7 @@ PAPER: dict[tuple[str, Method], tuple[float | None, ...]] = {  # percent of bloc
 }
 POINTS = {("alpaca", "sample"): 1.5, ("sharegpt", "sample"): 4.0}
 BEAM_POINTS = 6.0
-WHY = "it depends on the distribution of prompts, of which the paper gives only the mean"
+WHY = "depends on the spread of prompt lengths; the paper gives only the mean"
 RATE = {"alpaca": 4.0, "sharegpt": 0.3}  # requests per second: low enough for short queues
 METHODS = {"sample": "parallel sampling", "beam": "beam search"}
 

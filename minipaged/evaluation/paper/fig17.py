@@ -37,7 +37,7 @@ def run(effort: Effort) -> Result:
             1.3,
             None,
             "x",
-            "the bound is 1.3: see the page" if orca == ORCAS[0] else "",
+            "the bar is 1.3: see the page" if orca == ORCAS[0] else "",
         )
         for orca in ORCAS
     ]

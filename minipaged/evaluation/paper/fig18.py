@@ -19,7 +19,7 @@ SHAPES = [(batch, context) for batch in (8, 32) for context in (64, 128, 256)]
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATES = {"sharegpt": 1.9, "alpaca": 28.0}  # near the limit, where the block size matters
 BEST = {"sharegpt": (16, 128), "alpaca": (16, 32)}  # the paper's
-ASSUMED = "the price of small blocks is assumed"
+ASSUMED = "the cost of small blocks is assumed"
 TAKES_LONGER = 8.0  # reading blocks of one token takes 1 + 8 times as long per token
 
 

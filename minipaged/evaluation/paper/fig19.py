@@ -58,7 +58,7 @@ def run(effort: Effort) -> Result:
             None,
             20,
             "%",
-            "by a formula in which the bus is otherwise idle",
+            "by a formula with an idle bus",
         ),
         Check("served, blocks of 16: recomputation slower by", "at most 20", slower, None, 20, "%"),
     ]

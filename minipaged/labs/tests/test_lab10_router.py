@@ -166,7 +166,7 @@ def test_up_to_the_slack_a_server_attracts(build):
 
 
 @task(3)
-@essential("what nearly all prompts begin with must attract nobody (rule 2).")
+@essential("a prefix of nearly all prompts must not attract requests (rule 2).")
 def test_a_short_common_prefix_attracts_no_server(build):
     """One piece of four is equal, as when a template opens every chat."""
     router = build(slack=100)

@@ -32,7 +32,7 @@ def target_of(model: ModelName, directory: str | Path | None) -> Path:
     try:
         chosen = folder_of(model) if directory is None else Path(directory).expanduser()
         return chosen.resolve()
-    except (RuntimeError, ValueError) as error:  # an unknown user, a link to itself, a null byte
+    except (RuntimeError, ValueError) as error:  # ~nobody, a link to itself, a null byte
         reason = str(error).strip(".")
         given = "MINIPAGED_HOME" if directory is None else directory
         raise FetchError(
