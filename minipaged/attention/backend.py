@@ -1,11 +1,11 @@
-"""Paged attention, several times over: one contract, chosen by name.
+"""The implementations of paged attention: one contract, chosen by name.
 
     reference     gather, then plain attention: the specification
     blockwise     the paper's Equation 4, block by block, never gathering
-    torch         the fast one in pure PyTorch: the default on a CPU
-    triton        the kernels for a GPU: the default there
-    triton-naive  their simplest form: one block at a time, as in the paper's figure 5
-    unpaged       no paged attention: for sequences in one piece, with memory="virtual" only
+    torch         fast, in pure PyTorch: the default on a CPU
+    triton        Triton kernels: the default on a GPU
+    triton-naive  the simplest kernel: one block at a time, as in the paper's Figure 5
+    unpaged       attention over contiguous sequences, only with memory="virtual"
 
 Every implementation has the signature of `PagedAttention`. Query i of a sequence is at position
 `context_len + i` and sees the keys of positions 0 up to and including its own. Query heads are
@@ -50,7 +50,7 @@ RopeAndStoreKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, KVPool, KVPoo
 
 
 def no_preparation(batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dtype) -> Batch:
-    """For attention whose layers share nothing but the batch."""
+    """The `prepare` of a backend whose layers share only the batch itself."""
     return batch
 
 
@@ -60,9 +60,9 @@ class AttentionBackend:
 
     prepare(batch, k_cache, num_heads, dtype) -> batch
         called once per step, before the first layer: the batch with whatever all layers share
-        (block numbers turned into rows, masks), as an instance of a class derived from `Batch`.
-        `k_cache` is any layer's, to see its form; queries have `num_heads` heads and that dtype.
-        The functions below are given what it returns
+        (block numbers converted to rows, masks), as an instance of a class derived from `Batch`.
+        `k_cache` is any layer's, for its shape; queries have `num_heads` heads and that dtype.
+        The functions below receive its result
     paged_attention(q, k_cache, v_cache, batch, scale) -> out
         q and out [tokens, heads, head_dim];
         k_cache and v_cache [num_blocks, kv_heads, block_size, head_dim]
@@ -71,8 +71,8 @@ class AttentionBackend:
     copy_blocks(source, target, pairs)
         source and target [layers, 2, num_blocks, ...], pairs [pairs, 2] from and to
     rope_and_store_kv(q, k, v, cos, sin, k_cache, v_cache, batch) -> q
-        where a backend can do it in one: queries and keys turned (see `models/rope.py`), then
-        keys and values stored
+        optional, for a backend that can fuse them: rotate queries and keys (see
+        `models/rope.py`), then store keys and values
     """
 
     name: str
@@ -81,7 +81,7 @@ class AttentionBackend:
     copy_blocks: CopyBlocks = copy_blocks
     rope_and_store_kv: RopeAndStoreKV | None = None
     prepare: Prepare = no_preparation
-    # A CUDA graph can record it: of the batch's Python numbers it needs no more than bounds, and
+    # A CUDA graph can record it: it uses the batch's Python numbers only as bounds, and
     # it prepares nothing.
     cuda_graph_safe: bool = False
 
@@ -94,7 +94,7 @@ BACKENDS: dict[str, AttentionBackend] = {
     ),
 }
 TRITON_BACKENDS = ("triton", "triton-naive")
-# Not among them: it understands block tables of one entry only, and they read what is not mapped.
+# Kept apart: it supports only block tables with one entry, and the others read unmapped memory.
 UNPAGED = AttentionBackend("unpaged", unpaged_attention, unpaged_store_kv, prepare=prepare_unpaged)
 
 
@@ -104,15 +104,15 @@ def choose_backend(
     head_dim: int = 64,
     kv_cache_dtype: str = "auto",
 ) -> AttentionBackend:
-    """The backend of this name; "auto" is the fastest that this device can run.
+    """Return the backend with this name; "auto" is the fastest that this device can run.
 
     Args:
         device: where the model runs.
-        head_dim: numbers in one of its heads.
-        kv_cache_dtype: in what its keys and values are kept, as `LLM` takes it.
+        head_dim: elements per head.
+        kv_cache_dtype: storage type of keys and values, with the names that `LLM` accepts.
 
     Raises:
-        InvalidOption: there is no such backend, or it cannot run there.
+        InvalidOption: there is no such backend, or it cannot run on this device.
     """
     device = torch.device(device)
     if name == "auto":
@@ -133,7 +133,7 @@ def choose_backend(
 
 
 def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
-    # Imported only now: Triton takes a second, and need not be installed.
+    # A late import: Triton takes a second to import, and may not be installed.
     from minipaged.attention.triton.backend import triton_paged_attention
     from minipaged.attention.triton.copy_blocks import copy_blocks
     from minipaged.attention.triton.naive_decode import naive_paged_attention

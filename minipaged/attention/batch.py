@@ -1,8 +1,8 @@
-"""From a step's plain numbers to tensors: all index arithmetic of a step is in this file.
+"""Builds a step's tensors from plain numbers: all index arithmetic of a step is in this file.
 
 The tokens that a step computes, its query tokens, are laid out flat, one sequence after another.
-With blocks of 4 slots and two sequences, the first decoding one token after 5 others, the second
-beginning a prompt of 3:
+An example with blocks of 4 slots and two sequences: the first decodes one token after 5 others,
+the second starts a prompt of 3:
 
     token_ids     [ t5 | p0 p1 p2 ]
     positions     [  5 |  0  1  2 ]      position of each token in its sequence
@@ -10,7 +10,7 @@ beginning a prompt of 3:
     cu_seqlens_q  [  0    1       4 ]    sequence s owns tokens cu_seqlens_q[s] to cu_seqlens_q[s+1]
     context_lens  [  5    0 ]            tokens of the sequence that are in the cache already
     block_tables  [[3 7], [2 .]]         only the first ceil(length / block_size) entries of a row
-                                         mean anything; never read the others as blocks
+                                         are valid; never use the others as block numbers
 """
 
 from collections.abc import Sequence as Many
@@ -27,7 +27,7 @@ from minipaged.utils.shapes import Int
 
 
 class Span(NamedTuple):
-    """One sequence of a batch, in plain numbers, for code that loops on the CPU."""
+    """One sequence of a batch, as plain numbers, for code that loops on the CPU."""
 
     start: int  # its query tokens are rows [start, start + query_len) of the batch
     query_len: int
@@ -39,16 +39,15 @@ class Span(NamedTuple):
 
     @property
     def seq_len(self) -> int:
-        """Keys that its last query sees: the context and the queries themselves."""
+        """Number of keys visible to its last query: the context and the queries themselves."""
         return self.context_len + self.query_len
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything that a model and its attention need to know of one step.
+    """The input of a model and its attention for one step.
 
-    A backend whose layers share more than that derives a class of its own: see
-    `AttentionBackend.prepare`.
+    A backend whose layers share more derives its own class: see `AttentionBackend.prepare`.
     """
 
     token_ids: Int[Tensor, " tokens"]
@@ -66,7 +65,7 @@ class Batch:
 
     @cached_property
     def longest(self) -> int:
-        """Keys of the longest sequence."""
+        """Number of keys of the longest sequence."""
         return max((span.seq_len for span in self.spans), default=0)
 
     @cached_property
@@ -81,9 +80,9 @@ class Batch:
 
 
 def begun_blocks(sequences: Many[SequenceInput], block_size: int) -> list[int]:
-    """The blocks whose first slot this step writes and whose last slot it does not.
+    """The blocks whose first slot this step writes and whose last slot it does not write.
 
-    Only such a block can hold numbers of an earlier owner after the end of its sequence.
+    Only such a block can contain data of an earlier owner after the end of its sequence.
     """
     begun: list[int] = []
     for _, new_token_ids, context_len, block_table, _ in sequences:
@@ -116,7 +115,7 @@ class BatchBuilder:
         self._free_rows = list(reversed(range(max_num_seqs)))
 
     def build(self, sequences: Many[SequenceInput]) -> Batch:
-        """One batch of these sequences, in this order; at most `max_num_seqs` of them."""
+        """Build the batch of these sequences, in this order; at most `max_num_seqs` of them."""
         spans: list[Span] = []
         token_ids: list[int] = []
         positions: list[int] = []
@@ -153,7 +152,7 @@ class BatchBuilder:
         )
 
     def _slots(self, block_table: list[int], start: int, stop: int) -> list[int]:
-        """The slots of the positions from `start` up to `stop`, block by block."""
+        """Return the slots of positions [start, stop), block by block."""
         size = self._block_size
         slots: list[int] = []
         for position in range(start - start % size, stop, size):  # where a block begins
@@ -177,12 +176,12 @@ class BatchBuilder:
         return self._tables[to_device(rows, "cpu", torch.long), :columns]  # [seqs, max_blocks]
 
     def _release_rows_except(self, seq_ids: set[int]) -> None:
-        # A sequence that sits a step out writes its row anew afterwards; so rows never run out.
+        # A sequence that skips a step loses its row and rewrites one later, so rows never run out.
         for seq_id in self._rows.keys() - seq_ids:
             self._free_rows.append(self._rows.pop(seq_id))
 
     def _write(self, row: int, blocks: list[int]) -> None:
-        """Write the end of a table that has grown; all of one that has changed elsewhere."""
+        """Write a block table: only its new end if it has grown, all of it if it has changed."""
         written = self._written[row]
         same = len(written) if blocks[: len(written)] == written else 0
         self._tables[row, same : len(blocks)] = torch.tensor(blocks[same:], dtype=torch.int32)

@@ -5,15 +5,15 @@ The paper cuts a sequence's keys and values into blocks K_j and V_j and writes, 
     A_ij = exp(q_i K_j / sqrt(d)) / sum over all blocks t of exp(q_i K_t / sqrt(d)) 1
     o_i  = sum over all blocks j of  V_j A_ij
 
-The denominator runs over all blocks, so it seems that they must be read twice. They need not be:
-keep what is known after the blocks so far, and correct it when the next one brings a larger score.
+The denominator runs over all blocks, so they seem to need two passes. One pass is enough: keep
+three running values, and rescale them when a later block contains a larger score.
 
     maximum  the largest score so far; subtracted, so that exp never overflows
     total    the denominator so far: the sum of exp(score - maximum)
     output   the numerator so far: the sum of exp(score - maximum) * value
 
-Subtracting a maximum changes no ratio, and output / total at the end is the paper's o_i. This is
-known as online softmax.
+Subtracting the maximum changes no ratio, and output / total at the end is the paper's o_i. This
+method is known as online softmax.
 """
 
 import torch
@@ -52,7 +52,7 @@ def _attend_to_blocks(
     context_len: int,
     scale: float,
 ) -> Float[Tensor, "queries heads head_dim"]:
-    """The queries of one sequence over the physical blocks of its table, in order."""
+    """Attention of one sequence's queries over the physical blocks of its table, in order."""
     num_queries, heads, head_dim = q.shape
     block_size = k_cache.shape[2]
     group_size = heads_per_kv_head(q, k_cache, v_cache)
@@ -74,8 +74,8 @@ def _attend_to_blocks(
         hidden = first + torch.arange(filled, device=q.device) > positions[:, None]
         scores = scores.masked_fill(hidden, float("-inf"))
 
-        # Position 0 is in the first block and every query sees it: from there on the maximum is
-        # a number, and -inf minus -inf (which is no number) cannot happen.
+        # Position 0 is in the first block and visible to every query. After that block the
+        # maximum is finite, so -inf minus -inf (NaN) cannot occur.
         new_maximum = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
         correction = torch.exp(maximum - new_maximum)  # 0 at the first block
         weights = torch.exp(scores - new_maximum)  # [heads, queries, filled]

@@ -6,8 +6,8 @@
 Head-major: the slots of one block and one head are adjacent, so that attention multiplies a whole
 block at a time in place. A slot is `physical block * block_size + offset`.
 
-The block manager plans copies and swaps as pairs of blocks; they are carried out here. In one
-tensor, a pair is copied for all layers at once.
+The block manager decides copies and swaps as pairs of blocks; this module carries them out. Since
+the pool is one tensor, a pair is copied for all layers at once.
 """
 
 import mmap
@@ -36,7 +36,7 @@ KV_DTYPES = {
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }
-_BYTES_SET_ASIDE = 256 * 1024**2  # of GPU memory, for blocks on their way to the swap pool
+_BYTES_SET_ASIDE = 256 * 1024**2  # bytes of GPU memory for staging swap-outs
 
 
 def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
@@ -47,14 +47,14 @@ def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
         target: the same.
         pairs: [pairs, 2] block numbers, from and to, on the device of the pool.
     """
-    # The gather on the right is complete before the first write on the left.
+    # The right side is gathered completely before the left side is written.
     copied = source[:, :, pairs[:, 0].to(source.device)]
     target[:, :, pairs[:, 1].to(target.device)] = copied.to(target.device)
 
 
-@runtime_checkable  # shapes are checked at run time in tests, and types with them
+@runtime_checkable  # tests check shapes and types at run time
 class Cache(Protocol):
-    """What a model and its runner need of keys and values, however these are stored."""
+    """The interface that a model and its runner use, however keys and values are stored."""
 
     @property
     def block_size(self) -> int: ...
@@ -86,7 +86,7 @@ class KVCache:
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self._pool = _new_pool(config, num_blocks, block_size, dtype, self.device)
-        # Pinned: the GPU reads and writes it by itself.
+        # Pinned, so that the GPU can read and write it directly.
         host = torch.device("cpu")
         self._swap_pool = _new_pool(config, num_swap_blocks, block_size, dtype, host, pin=on_gpu)
         self.layers = _by_layer(self._pool)
@@ -102,7 +102,7 @@ class KVCache:
         device: torch.device | str,
         copy_blocks: CopyBlocks = copy_blocks,
     ) -> "KVCache":
-        """The cache that this model needs under these options."""
+        """Allocate the cache for this model with these options."""
         return cls(
             model,
             engine.num_blocks,
@@ -114,9 +114,9 @@ class KVCache:
         )
 
     def clear(self, blocks: Many[int]) -> None:
-        """Write zeros over blocks that a sequence begins, before it writes its own numbers.
+        """Zero the blocks whose first slot a sequence is about to write.
 
-        A block comes back from the pool with its last owner's keys and values. Attention may give
+        A block from the pool still contains its last owner's keys and values. Attention may give
         the slots after a sequence's end a weight of zero, but zero times NaN or infinity is NaN.
         """
         for tensor in self._pool:
@@ -125,16 +125,16 @@ class KVCache:
 
     def copy(self, pairs: Many[BlockPair]) -> None:
         """Copy blocks inside the pool: copy-on-write (section 4.4)."""
-        # A GPU copies all pairs at once and in no order.
+        # A GPU copies all pairs concurrently, in no defined order.
         assert not {s for s, _ in pairs} & {t for _, t in pairs}, f"a copy of a copy in {pairs}"
         self._copy(self._pool, self._pool, pairs)
 
     def swap_out(self, pairs: Many[BlockPair]) -> None:
         """Copy blocks from the pool to the swap pool (section 4.5).
 
-        The blocks may be given to others in this very step, and the bus to the host is slow. So a
-        GPU first copies them aside, and from there to the host on a stream of its own, while the
-        step computes.
+        The blocks may be reused in the same step, and the bus to the host is slow. Therefore a GPU
+        first copies them to a staging buffer, and from there to the host on a separate stream,
+        while the step computes.
         """
         if self._swap_stream is None:
             self._copy(self._pool, self._swap_pool, pairs)
@@ -142,14 +142,14 @@ class KVCache:
         main = torch.cuda.current_stream(self.device)
         for number, some in enumerate(_portions(pairs, self._blocks_aside)):
             if number > 0:
-                main.wait_stream(self._swap_stream)  # so that one portion is set aside at a time
+                main.wait_stream(self._swap_stream)  # so that one portion is staged at a time
             blocks = to_device([source for source, _ in some], self.device)
             aside = [tensor[:, :, blocks] for tensor in self._pool]
             self._swap_stream.wait_stream(main)
             with torch.cuda.stream(self._swap_stream):
                 self._copy(aside, self._swap_pool, [(i, t) for i, (_, t) in enumerate(some)])
             for tensor in aside:
-                tensor.record_stream(self._swap_stream)  # not to be given away before it is read
+                tensor.record_stream(self._swap_stream)  # do not reuse it before it is read
 
     def swap_in(self, pairs: Many[BlockPair]) -> None:
         """Copy blocks from the swap pool back to the pool (section 4.5), before the step reads."""
@@ -170,7 +170,7 @@ class KVCache:
 
 
 def choose_kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
-    """In what keys and values are kept; "auto" is the model's own type. Raises InvalidOption."""
+    """The storage type of keys and values; "auto" is the model's own type. Raises InvalidOption."""
     if name == "auto":
         return model_dtype
     if name not in KV_DTYPES:
@@ -194,9 +194,9 @@ def _new_pool(
     device: torch.device,
     pin: bool = False,
 ) -> list[Tensor]:
-    """Numbers and, in 8 bits, their scales."""
-    # Zeros, not empty: attention multiplies unwritten slots by a weight of zero, and zero times an
-    # accidental NaN would be NaN.
+    """Allocate the elements and, for 8-bit types, their scales."""
+    # torch.zeros, not torch.empty: attention multiplies unwritten slots by a weight of zero, and
+    # zero times an accidental NaN would be NaN.
     shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size)
     pool = [_zeros((*shape, config.head_dim), dtype, device, pin)]
     if dtype in LARGEST:
@@ -208,15 +208,15 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin
     num_bytes = prod(shape) * dtype.itemsize
     if device.type != "cpu" or pin or num_bytes == 0:
         return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
-    # torch.zeros writes every zero, which takes a second for each GiB. A page that comes from the
-    # operating system is zero, and takes no memory before it is written to. Private: a
-    # process that forks shall not share its cache with the other.
+    # torch.zeros writes every zero, which takes a second per GiB. A new page from the operating
+    # system is already zero, and uses no memory until it is written. The mapping is private, so
+    # that a forked process does not share its parent's cache.
     try:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise InvalidOption(
-            f"the system refuses {num_bytes / GIB:.1f} GiB for keys and values ({error}): lower "
-            "num_blocks or num_swap_blocks."
+            f"the system cannot allocate {num_bytes / GIB:.1f} GiB for keys and values ({error}): "
+            "lower num_blocks or num_swap_blocks."
         ) from error
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 

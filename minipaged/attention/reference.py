@@ -1,4 +1,4 @@
-"""Paged attention as plainly as it can be said: gather, then attend. This is the specification.
+"""Paged attention in its plainest form: gather, then attend. This is the specification.
 
 Every faster implementation is tested against this one, so it is never optimised. Softmax and sums
 are in float32, or in float64 when the inputs are.
@@ -35,7 +35,7 @@ def gather(
     seq_len: int,
 ) -> Float[Tensor, "length kv_heads head_dim"]:
     """One sequence's keys (or values) in the order of their positions (section 4.2)."""
-    # Only so many entries of the table mean anything: the rest may hold any number.
+    # Only the first num_blocks entries of the table are valid; the rest may hold any number.
     num_blocks = -(-seq_len // cache.shape[2])
     blocks = cache[table[:num_blocks].long()]  # [blocks, kv_heads, block_size, head_dim]
     in_order = blocks.transpose(1, 2).flatten(0, 1)  # [blocks * block_size, kv_heads, head_dim]
@@ -64,16 +64,18 @@ def causal_attention(
 
 
 def heads_per_kv_head(q: Tensor, keys: Tensor | KVPool, values: Tensor | KVPool) -> int:
-    """Return the query heads per KV head. All tensors have their heads in dimension 1."""
+    """The number of query heads per KV head. All three tensors have their heads in dimension 1."""
     # Without these checks a single head might be broadcast to all, unnoticed.
     heads, kv_heads = q.shape[1], keys.shape[1]
     assert keys.shape == values.shape, (
         f"keys are {tuple(keys.shape)}, but values are {tuple(values.shape)}"
     )
     assert q.shape[-1] == keys.shape[-1], (
-        f"queries are {q.shape[-1]} numbers long, keys are {keys.shape[-1]}"
+        f"query heads have {q.shape[-1]} elements, KV heads have {keys.shape[-1]}"
     )
-    assert heads % kv_heads == 0, f"{heads} query heads cannot be divided among {kv_heads} KV heads"
+    assert heads % kv_heads == 0, (
+        f"{heads} query heads cannot be divided evenly among {kv_heads} KV heads"
+    )
     return heads // kv_heads
 
 
@@ -88,9 +90,9 @@ def store_kv(
     _, kv_heads, block_size, head_dim = k_cache.shape
     expected = (len(batch.slot_mapping), kv_heads, head_dim)
     for name, new in (("keys", k), ("values", v)):
-        # An assignment broadcasts: a single head would be written to all heads of the cache.
+        # Assignment broadcasts: without this check, one head could be written to all heads.
         assert new.shape == expected, (
-            f"the new {name} are {tuple(new.shape)}, the cache takes {expected}"
+            f"the new {name} have shape {tuple(new.shape)}, the cache expects {expected}"
         )
     blocks, offsets = (
         batch.slot_mapping // block_size,

@@ -1,14 +1,14 @@
-"""Decode in pure PyTorch: one query per sequence, two ways to read the blocks.
+"""Decode in pure PyTorch: one query per sequence, and two ways to read the blocks.
 
-    gathered   copy the blocks of some sequences side by side, a piece at a time, and give them to
-               PyTorch's attention (SDPA). Each key is read, written, and read again
-    in place   multiply every block, where it is, by the query of its owner, and put only the
-               scores in order, which are 1 / head_dim as many numbers. Each key is read once
+    gathered   copy the blocks of a few sequences at a time into a contiguous buffer, and call
+               PyTorch's attention (SDPA) on it. Each key is read, written, and read again
+    in place   multiply every block in place by the query of its owner, and reorder only the
+               scores, which have 1 / head_dim as many elements. Each key is read once
 
-In place takes about as long as SDPA takes over keys that are already contiguous, but more
-operations, and it multiplies all else between the first and the last block in use. So it
-is for large batches whose blocks fill their part of the pool; there it is up to twice as fast.
-`Decodes.prepare` chooses. It runs once per step, because the answer is the same in every layer.
+In place takes about as long as SDPA over contiguous keys, but it launches more operations, and it
+multiplies every block between the first and the last one in use. It therefore suits large batches
+that use most of that range; there it is up to twice as fast. `Decodes.prepare` chooses, once per
+step, because the choice is the same in every layer.
 """
 
 from dataclasses import dataclass
@@ -26,25 +26,25 @@ from minipaged.utils.shapes import Float, Int
 
 Way = Literal["gathered", "in place"]
 
-# Gather at most so many elements at a time. A copy of this size is still in the processor's cache
-# when attention reads it.
+# Elements to gather at a time, at most. A copy of this size is still in the processor's cache when
+# attention reads it.
 NUMBERS_AT_ONCE = 2**20
-# In place, from so many elements on: below, what counts is operations, and threads to be woken.
+# Fewest elements for in place: below, launching operations and waking threads dominates.
 FEWEST_IN_PLACE = 2**17
 FEWEST_FOR_SEVERAL_THREADS = 2**19
-# In place, if at least this part of the range of blocks is in use: the rest is read in vain.
+# Smallest part of the range of blocks that must be in use for in place: the rest is wasted work.
 LEAST_IN_USE = 2 / 3
-# In place, if a table of all sequences, padded to the longest, has at most so many entries a block.
+# Most entries per block for in place, in a table of all sequences padded to the longest.
 MOST_ENTRIES = 4
-# In place, if no more query heads share a KV head: SDPA is faster where it has much to multiply.
+# Most query heads per KV head for in place: with larger groups, SDPA is faster.
 LARGEST_GROUP = 3
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Some sequences of similar length, side by side."""
+    """Some sequences of similar length, gathered into one batch."""
 
-    start: int  # they are sequences [start, stop) of those that decode
+    start: int  # sequences [start, stop) of those that decode
     stop: int
     rows: Int[Tensor, " rows"]  # of the pool, where the block of one head is a row
     mask: Float[Tensor, "seqs 1 1 positions"]
@@ -52,18 +52,18 @@ class Gathered:
 
 @dataclass(frozen=True)
 class InPlace:
-    """All sequences at once, in the blocks [first, stop) of the pool.
+    """All decoding sequences at once, in the blocks [first, stop) of the pool.
 
     A table entry is one column of one sequence in a table of all, padded to the longest.
     """
 
     first: int
     stop: int
-    owner: Int[Tensor, " blocks"]  # the sequence with whose query a block is multiplied
+    owner: Int[Tensor, " blocks"]  # the sequence whose query each block is multiplied by
     block_of_entry: Int[Tensor, " entries"]
     entry_of_block: Int[Tensor, " blocks"]
     blocks: Int[Tensor, " used"]  # those of each sequence, one sequence after another
-    starts: Int[Tensor, " seqs"]  # where in `blocks` a sequence's begin
+    starts: Int[Tensor, " seqs"]  # index in `blocks` of each sequence's first block
     mask: Float[Tensor, "seqs 1 positions"]
 
 
@@ -71,7 +71,7 @@ class InPlace:
 class Decodes:
     """The sequences of a batch with one query, and how to attend to them."""
 
-    tokens: Int[Tensor, " seqs"] | None  # of the batch: their queries; None: all, in their order
+    tokens: Int[Tensor, " seqs"] | None  # rows of the batch; None: all rows, in order
     way: InPlace | list[Gathered]
     scratch: Tensor | None  # [2, rows, block_size, head_dim], for gathered keys and values
 
@@ -82,9 +82,9 @@ class Decodes:
         k_cache: KVPool,
         num_heads: int,
         dtype: torch.dtype,
-        way: Way | None = None,  # None: the one that should be faster
+        way: Way | None = None,  # None: the way that should be faster
     ) -> "Decodes | None":
-        """What all layers of this step share; None if no sequence decodes.
+        """Prepare what all layers of this step share; None if no sequence decodes.
 
         Shared blocks are gathered even if `way` is "in place".
         """
@@ -96,14 +96,14 @@ class Decodes:
         device = batch.block_tables.device
         lengths = [spans[seq].seq_len for seq in seqs]
         numbers_if_padded = len(seqs) * max(lengths) * kv_heads * head_dim
-        if numbers_if_padded > NUMBERS_AT_ONCE:  # in groups of similar length, little is padding
+        if numbers_if_padded > NUMBERS_AT_ONCE:  # sorted by length, groups need little padding
             seqs.sort(key=lambda seq: spans[seq].seq_len, reverse=True)
             lengths.sort(reverse=True)
         columns = [-(-length // block_size) for length in lengths]
         widest = max(columns)
 
-        # Table entries after a sequence's end are no blocks. Its own first block replaces them: it
-        # gets weight zero, and never holds NaN, as the block of another sequence might.
+        # Table entries after a sequence's end are not block numbers. Its own first block replaces
+        # them: its weight there is zero, and unlike another sequence's block it never contains NaN.
         tables = batch.block_tables[to_device(seqs, device)].long()[:, :widest]
         used = torch.arange(widest, device=device) < to_device(columns, device)[:, None]
         tables = torch.where(used, tables, tables[:, :1])  # [seqs, columns]
@@ -132,7 +132,7 @@ class Decodes:
         v_cache: KVPool,
         scale: float,
     ) -> Float[Tensor, "seqs heads head_dim"]:
-        """The last query of each sequence sees all its keys."""
+        """Compute the attention of each sequence's one query over all its keys."""
         if isinstance(self.way, InPlace):
             k_blocks, v_blocks = cast(Tensor, k_cache), cast(Tensor, v_cache)  # as prepared
             return _attend_in_place(q, k_blocks, v_blocks, self.way, scale)
@@ -153,7 +153,7 @@ def _prepare_gathered(
     mask: Float[Tensor, "seqs positions"],
     k_cache: KVPool,
 ) -> list[Gathered]:
-    """As many sequences at a time as are allowed, each group padded to its longest."""
+    """Split the sequences into groups of the allowed size, each padded to its longest."""
     _, kv_heads, block_size, head_dim = k_cache.shape
     blocks_at_once = NUMBERS_AT_ONCE // (kv_heads * block_size * head_dim)
     groups: list[Gathered] = []
@@ -180,8 +180,8 @@ def _attend_gathered(
     seqs, kv_heads = q.shape[0], k_cache.shape[1]
     keys = gather(k_cache, group.rows, q.dtype, key_room)
     values = gather(v_cache, group.rows, q.dtype, value_room)
-    # The query heads of a KV head take the place of several queries of one head, as SDPA sees it:
-    # the keys are read once for all of them.
+    # The query heads of a KV head are passed to SDPA as several queries of one head, so the keys
+    # are read once for all of them.
     out = F.scaled_dot_product_attention(
         q.unflatten(1, (kv_heads, -1)),  # [seqs, kv_heads, group, head_dim]
         keys.view(seqs, kv_heads, -1, q.shape[2]),  # [seqs, kv_heads, positions, head_dim]
@@ -195,7 +195,7 @@ def _attend_gathered(
 def rows_of_blocks(
     tables: Int[Tensor, "seqs columns"], kv_heads: int
 ) -> Int[Tensor, " rows_of_all"]:
-    """Which rows of the pool to gather, so that each head's keys are contiguous.
+    """Return the rows of the pool to gather, such that each head's keys are contiguous.
 
     A row is the block of one head: block b of head h is row b * kv_heads + h.
     """
@@ -206,13 +206,13 @@ def rows_of_blocks(
 def gather(
     cache: KVPool, rows: Int[Tensor, " rows"], dtype: torch.dtype, scratch: Tensor | None = None
 ) -> Float[Tensor, "rows block_size head_dim"]:
-    """These rows, in this type; in `scratch`, if there is one and they need no conversion."""
+    """Gather these rows in this dtype; into `scratch`, if given, unless they need conversion."""
     if isinstance(cache, QuantizedPool):
-        # float8 has no index_select, and needs none: to copy, any 8 bits will do.
+        # index_select does not support float8, so the bits are copied as int8.
         numbers = cache.numbers.view(torch.int8).flatten(0, 1).index_select(0, rows)
         scales = cache.scales.flatten(0, 1).index_select(0, rows)
         return (numbers.view(cache.numbers.dtype).float() * scales[..., None]).to(dtype)
-    # index_select copies whole rows, and so is faster than indexing.
+    # index_select copies whole rows, so it is faster than indexing.
     if scratch is None or cache.dtype != dtype:
         return cache.flatten(0, 1).index_select(0, rows).to(dtype)
     return torch.index_select(cache.flatten(0, 1), 0, rows, out=scratch[: len(rows)])
@@ -240,7 +240,7 @@ def _prepare_in_place(
     mask: Float[Tensor, "seqs positions"],
     forced: bool,
 ) -> InPlace | None:
-    """None if sequences share blocks or, unless forced, if it would be slow: see above."""
+    """Return None if sequences share blocks or, unless forced, if in place would be slow."""
     blocks = tables[used]  # [used]
     first, stop = int(blocks.min()), int(blocks.max()) + 1
     is_dense = len(blocks) >= LEAST_IN_USE * (stop - first)
@@ -273,9 +273,7 @@ def _attend_in_place(
     way: InPlace,
     scale: float,
 ) -> Float[Tensor, "seqs heads head_dim"]:
-    """The range may include free blocks and blocks of prefills. They are multiplied too, and what
-    comes out of that, be it NaN, is never looked at.
-    """
+    """Free blocks and blocks of prefills are multiplied too; their results are never used."""
     seqs, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
     num_blocks = way.stop - way.first
@@ -285,7 +283,7 @@ def _attend_in_place(
     queries = queries.view(num_blocks * kv_heads, -1, head_dim)  # [.., group, head_dim]
     scores = torch.bmm(queries, keys.transpose(1, 2))  # [blocks * kv_heads, group, block_size]
 
-    # From the order of blocks to that of positions, where softmax wants them, and back.
+    # Reorder scores from blocks to positions, as softmax needs them, and weights back.
     scores = scores.view(num_blocks, -1).index_select(0, way.block_of_entry)
     scores = scores.view(seqs, -1, heads, block_size).transpose(1, 2)
     scores = scores.reshape(seqs, heads, -1)  # [seqs, heads, positions]
@@ -296,5 +294,5 @@ def _attend_in_place(
 
     parts = torch.bmm(weights.view(num_blocks * kv_heads, -1, block_size), values)
     parts = parts.view(num_blocks, -1)  # [blocks, heads * head_dim]
-    # The sum over the blocks of each sequence: what embedding_bag was made for.
+    # embedding_bag sums over the blocks of each sequence.
     return F.embedding_bag(way.blocks, parts, way.starts, mode="sum").view_as(q)

@@ -1,9 +1,9 @@
-"""Paged attention at speed in pure PyTorch: the default where no Triton kernel can run.
+"""Fast paged attention in pure PyTorch: the default where no Triton kernel can run.
 
-On a CPU every operation has a price of its own, whatever its size: a few microseconds, and some
-fifty where several threads are woken for it. So what is the same in all layers of a step, namely
-which rows of the pool belong to which sequence, is worked out once, by `prepare_torch`. Each layer
-is left with a few large operations:
+On a CPU every operation has a fixed cost, whatever its size: a few microseconds, or about fifty if
+it wakes several threads. Work that is the same in all layers of a step, namely finding the rows of
+the pool that belong to each sequence, is therefore done once, by `prepare_torch`. Each layer then
+needs only a few large operations:
 
     store      one copy each for keys and values
     prefill    many queries per sequence: one call of PyTorch's attention (SDPA) for each sequence
@@ -33,20 +33,20 @@ class Prefill:
     stop: int
     seq_len: int
     rows: Int[Tensor, " rows"]  # of the pool, where the block of one head is a row
-    mask: Float[Tensor, "queries length"] | None  # None: all of it is new, and is_causal says it
+    mask: Float[Tensor, "queries length"] | None  # None: no context, so is_causal is enough
 
 
 @dataclass(frozen=True)
 class TorchBatch(Batch):
-    """A batch, and which rows of a layer's cache it writes and reads: the same in every layer."""
+    """A batch with the rows of the cache that it writes and reads, the same in every layer."""
 
-    slot_rows: Int[Tensor, " slot_rows"]  # where keys go, if the slot of one head is a row
+    slot_rows: Int[Tensor, " slot_rows"]  # where keys are written, with one row per slot and head
     prefills: list[Prefill]
     decodes: Decodes | None
 
 
 def prepare_torch(batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dtype) -> TorchBatch:
-    """Once per step; see `AttentionBackend.prepare`."""
+    """Prepare a step; see `AttentionBackend.prepare`."""
     _, kv_heads, block_size, _ = k_cache.shape
     assert num_heads % kv_heads == 0, f"{num_heads} heads cannot share {kv_heads} KV heads evenly"
     slots = batch.slot_mapping
@@ -65,7 +65,7 @@ _FIELDS = tuple(field.name for field in fields(Batch))
 
 
 def batch_fields(batch: Batch) -> dict[str, Any]:
-    """The fields of a batch, to derive another from it."""
+    """The fields of a batch, to construct a derived class from them."""
     return dict(zip(_FIELDS, attrgetter(*_FIELDS)(batch), strict=True))
 
 
@@ -92,7 +92,7 @@ def torch_paged_attention(
     batch: TorchBatch,
     scale: float,
 ) -> Float[Tensor, "tokens heads head_dim"]:
-    """The whole batch, whatever mixture of prefill and decode it is."""
+    """Compute the attention of the whole batch, with any mixture of prefill and decode."""
     decodes = batch.decodes
     if decodes is not None and decodes.tokens is None:
         return decodes.attend(q, k_cache, v_cache, scale)
@@ -127,7 +127,7 @@ def _attend_many_queries(
     prefill: Prefill,
     scale: float,
 ) -> Float[Tensor, "queries heads head_dim"]:
-    """Prefill, whole or in chunks: the queries of one sequence, each up to its own position."""
+    """Prefill, whole or in chunks: each query of one sequence attends up to its own position."""
     _, kv_heads, _, head_dim = k_cache.shape
 
     def gathered(cache: KVPool) -> Float[Tensor, "kv_heads length head_dim"]:
@@ -140,9 +140,9 @@ def _attend_many_queries(
 def causal_mask(
     span: Span, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "queries length"] | None:
-    """What to add to the scores of one sequence's queries; None: `is_causal` says it."""
+    """The mask to add to the scores of one sequence's queries; None: `is_causal` is enough."""
     if span.context_len == 0:
-        return None  # for a sequence from its beginning it means the same, and computes half
+        return None  # without context, is_causal has the same effect with half the work
     positions = torch.arange(span.seq_len, device=device)
     hidden = positions > positions[span.context_len :, None]  # [queries, length]
     zeros = torch.zeros(hidden.shape, dtype=dtype, device=device)
@@ -159,7 +159,7 @@ def attend(
     """PyTorch's own attention over the keys of one sequence, with a mask of `causal_mask`."""
     # [kv_heads, group, queries, head_dim]
     grouped = q.transpose(0, 1).unflatten(0, (keys.shape[0], -1))
-    # Each head is seen by its whole group, by a stride of zero: nothing is copied for it.
+    # Each KV head is repeated for its group with a stride of zero, so nothing is copied.
     seen = (-1, grouped.shape[1], -1, -1)
     out = F.scaled_dot_product_attention(
         grouped,

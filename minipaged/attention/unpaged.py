@@ -1,8 +1,8 @@
-"""Attention over contiguous sequences: nothing is gathered, no block table is followed.
+"""Attention over contiguous sequences, without gathering and without block tables.
 
-This is what virtual memory buys (see `VirtualMemory`): the keys of a sequence are a slice of the
-cache, and any attention kernel that takes strides can read them in place; here PyTorch's own. What
-follows a sequence's last token may not be mapped, so it is never read.
+This is the benefit of virtual memory (see `VirtualMemory`): the keys of a sequence are a slice of
+the cache, so any attention kernel that supports strides, here PyTorch's own, can read them in
+place. Memory after a sequence's last token may not be mapped, so it is never read.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from minipaged.utils.shapes import Float
 
 @dataclass(frozen=True)
 class UnpagedBatch(Batch):
-    """A batch, and what all layers share: the region of each sequence, and masks for prefills."""
+    """A batch with what all layers share: the region of each sequence, and masks for prefills."""
 
     regions: list[int]
     masks: list[Tensor | None]
@@ -29,7 +29,7 @@ class UnpagedBatch(Batch):
 def prepare_unpaged(
     batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dtype
 ) -> UnpagedBatch:
-    """Once per step; see `AttentionBackend.prepare`."""
+    """Prepare a step; see `AttentionBackend.prepare`."""
     return UnpagedBatch(
         **batch_fields(batch),
         regions=batch.block_tables[:, 0].tolist(),  # a table's only entry
@@ -44,7 +44,7 @@ def unpaged_attention(
     batch: UnpagedBatch,
     scale: float,
 ) -> Float[Tensor, "tokens heads head_dim"]:
-    """Attention of every sequence over its own region."""
+    """Compute the attention of every sequence over its own region."""
     heads_per_kv_head(q, k_cache, v_cache)  # checks the shapes
     grouped = q.unflatten(1, (k_cache.shape[1], -1))  # [tokens, kv_heads, group, head_dim]
     out: list[Tensor] = []
@@ -72,9 +72,9 @@ def unpaged_store_kv(
 ) -> None:
     """Write the step's new keys and values into their slots, in place."""
     for new, cache in ((k, k_cache), (v, v_cache)):
-        assert not isinstance(cache, QuantizedPool), "scales would need pages of their own"
-        # The pool as one list of token slots, in which a slot number is an index. `view` raises
-        # where this would take a copy.
+        assert not isinstance(cache, QuantizedPool), "scales would need their own pages"
+        # The pool as one list of token slots, indexed by slot number. `view` raises an error
+        # where this would need a copy.
         _, kv_heads, _, head_dim = cache.shape
         rows = cache.transpose(1, 2).view(-1, kv_heads, head_dim)  # [regions * length, ...]
         rows.index_copy_(0, batch.slot_mapping, new.to(cache.dtype))

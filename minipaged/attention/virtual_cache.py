@@ -21,7 +21,7 @@ from minipaged.memory.baselines.regions import RegionLayout
 
 
 class VirtualKVCache:
-    """The interface of `KVCache`, over regions in the virtual memory of this process.
+    """Implements the interface of `KVCache` with regions in the virtual memory of this process.
 
     Raises:
         InvalidOption: the system does not have such pages, or refuses the addresses.
@@ -32,7 +32,7 @@ class VirtualKVCache:
         self.device = torch.device("cpu")
         self.layout = layout
         self.pages = MappedPages(layout)
-        # By way of NumPy: its array keeps the mapping alive, which torch.frombuffer does not.
+        # Via NumPy, because its array keeps the mapping alive; torch.frombuffer does not.
         memory = torch.from_numpy(np.frombuffer(self.pages.view(), dtype=np.uint8))
         # One of `outer` and `inner` is the number of layers, and the other one is 1.
         outer = layout.num_buffers // 2
@@ -47,7 +47,7 @@ class VirtualKVCache:
         ]
 
     def clear(self, blocks: Many[int]) -> None:
-        """Does nothing: what follows a sequence's end is never read, and may not be mapped."""
+        """Does nothing: memory after a sequence's end is never read, and may not be mapped."""
 
     def copy(self, pairs: Many[BlockPair]) -> None:
         """Copy the mapped tokens of regions to other regions, before a fork's first write."""

@@ -87,7 +87,7 @@ def _read_prompt(
     outside = [t for t in read.token_ids if not 0 <= t < model.vocab_size]
     if outside:
         raise InvalidRequest(
-            f"the prompt holds token id {shown(outside[0])}, and the model knows ids from 0 to "
+            f"the prompt contains token id {shown(outside[0])}, but the model has ids from 0 to "
             f"{model.vocab_size - 1}: was it encoded for another model?"
         )
     if isinstance(params, BeamSearchParams):

@@ -1,1 +1,1 @@
-"""The paper's figures, the simulator that they use, and the benchmarks of the documentation."""
+"""The paper's figures, their simulator, and the benchmarks of the documentation."""

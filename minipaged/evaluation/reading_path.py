@@ -1,7 +1,7 @@
-"""The marked path through the library: what to read, in the order a token travels.
+"""The reading path through the library, in the order in which a token passes through it.
 
-`minipaged path` prints it, with lines of code per file. The reading order in docs/architecture.md
-is made from it, by `minipaged path --markdown`; a test compares them.
+`minipaged path` prints it, with lines of code per file. The reading order in README and in
+docs/architecture.md is generated from it, by `minipaged path --markdown`; a test compares them.
 """
 
 import ast
@@ -51,7 +51,7 @@ READING_PATH: tuple[tuple[str, str], ...] = (
 
 
 def lines_of_code(file: str) -> int:
-    """Lines of a file of the package that hold code: no blank lines, comments or docstrings."""
+    """Lines of code in a file of the package: no blank lines, comments or docstrings."""
     text = (PACKAGE / file).read_text(encoding="utf-8")
     lines: set[int] = set()
     passive = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
@@ -68,6 +68,6 @@ def lines_of_code(file: str) -> int:
 
 
 def as_markdown(package: str) -> str:
-    """The path as a table; its links begin with `package`, the place of the package."""
+    """The path as a table; links start with `package`, the path of the package."""
     rows = [f"| [`{file}`]({package}/{file}) | {purpose} |" for file, purpose in READING_PATH]
     return "\n".join(["| file | what it decides |", "|---|---|", *rows]) + "\n"

@@ -1,14 +1,13 @@
-"""Short village stories whose every fact can be asked for: the world of the embedded model.
+"""Short village stories with questions about every fact: the training data of the embedded model.
 
-A story is a row of facts, and each fact is one sentence of the same shape:
+A story is a list of facts, and each fact is one sentence of the same form:
 
     Once upon a time Theo the frog put the white key in the meadow. Mia the cat put ...
 
 No two facts of a story share a name or a thing, so every question below has exactly one answer,
-and that answer is only in the story. A model can only find it by attending back to the
-one sentence that holds it. That makes a story a test of a cache: if a block of keys and values is
-lost or mixed up, some answer is visibly wrong, and `Question.fact_index` says which sentence went
-missing.
+which occurs only in the story. A model can find it only by attending to the one sentence that
+contains it. A story therefore tests a cache: if a block of keys and values is lost or mixed up,
+some answer is visibly wrong, and `Question.fact_index` identifies the missing sentence.
 
     >>> story = tell(num_facts=2, seed=0)
     >>> print(prompt(story, story.questions[1]))    # doctest: +SKIP
@@ -27,9 +26,9 @@ END = "<|endoftext|>"
 """The special token that closes every answer."""
 
 OPENING = "Once upon a time"
-"""Every story starts so. It also gives the first name the leading space that all names have."""
+"""The start of every story. It also gives the first name a leading space, like all other names."""
 
-# Short words, so that a small byte-level BPE makes one token of each. No word is in two lists.
+# Short words, so that a small byte-level BPE makes each one token. No word is in two lists.
 NAMES = tuple(
     """
     Ada Abel Amy Anna Ben Bess Bob Cara Carl Cleo Dan Dora Ed Ella Emma Eric Eva Finn Gus Hal Hans
@@ -69,7 +68,7 @@ MAX_FACTS = min(len(NAMES), len(THINGS))
 
 @dataclass(frozen=True)
 class Fact:
-    """Who, which animal, and which thing of which colour was put where."""
+    """One fact: a name, an animal, and a thing of some colour that was put somewhere."""
 
     name: str
     animal: str
@@ -83,7 +82,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one fact of a story, with the only right answer to it."""
+    """One question about one fact of a story, with its only right answer."""
 
     text: str
     answer: str
@@ -91,13 +90,13 @@ class Question:
     kind: str
 
     def is_answered_by(self, output: str) -> bool:
-        """Whether a model's output is the right answer, word for word (space around it is free)."""
+        """Whether a model's output is exactly the right answer (surrounding space is ignored)."""
         return output.removesuffix(END).strip() == self.answer
 
 
 @dataclass(frozen=True)
 class Story:
-    """The facts, the same facts as text, and every question they can answer, fact by fact."""
+    """The facts, their text, and every question about them, fact by fact."""
 
     facts: tuple[Fact, ...]
     text: str
@@ -136,15 +135,15 @@ def ask(fact: Fact, fact_index: int = 0) -> tuple[Question, ...]:
 
 
 KINDS = ("deed", "place", "colour", "animal", "person")
-"""What a question asks for: the whole fact again, or one part of it."""
+"""What a question asks for: the whole fact, or one part of it."""
 
 
 def tell(num_facts: int, seed: int) -> Story:
     """Tell a story of `num_facts` facts; the same seed tells the same story."""
     if not 1 <= num_facts <= MAX_FACTS:
         raise ValueError(
-            f"a story of {num_facts} facts cannot be told: each fact needs a name and a thing of "
-            f"its own, and there are {MAX_FACTS}. Ask for 1 to {MAX_FACTS} facts."
+            f"a story of {num_facts} facts cannot be told: each fact needs a unique name and a "
+            f"unique thing, and there are {MAX_FACTS}. Give 1 to {MAX_FACTS} facts."
         )
     rng = Random(seed)
     facts = tuple(
@@ -157,7 +156,7 @@ def tell(num_facts: int, seed: int) -> Story:
 
 
 def retell(facts: Iterable[Fact]) -> Story:
-    """The story of facts of your own choice; give each its own name and its own thing."""
+    """Build a story from your own facts; each needs a unique name and a unique thing."""
     facts = tuple(facts)
     return Story(
         facts=facts,
@@ -167,14 +166,14 @@ def retell(facts: Iterable[Fact]) -> Story:
 
 
 def prompt(story: Story, question: Question) -> str:
-    """The text after which the model answers: the story, then the question."""
+    """The prompt for the model: the story, then the question."""
     return f"{story.text}\nQ: {question.text}\nA:"
 
 
 def transcript(story: Story, questions: Iterable[Question]) -> str:
-    """The story with questions already answered; what the model is trained on.
+    """The story with answered questions: the text that the model is trained on.
 
-    It begins exactly as `prompt` does, so a first answer here has its position in use.
+    It begins exactly as `prompt` does, so the first answer has the same position as in use.
     """
     answered = (f"\nQ: {q.text}\nA: {q.answer}{END}" for q in questions)
     return story.text + "".join(answered)

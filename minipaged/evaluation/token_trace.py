@@ -1,8 +1,8 @@
-"""The way of one decode token through `LLM.generate`: every function of this package that it calls.
+"""The path of one decode token through `LLM.generate`: all functions of this package on it.
 
-Recorded by `sys.setprofile`, from one call of `LLMEngine.step` to the next, so it includes what
-`LLM` does with the step's progress. How easy the library is to read shows in three numbers: files,
-functions, and jumps back to a file that was left before.
+It is recorded by `sys.setprofile`, from one call of `LLMEngine.step` to the next, so it includes
+what `LLM` does with the step's progress. Three numbers measure how easy the library is to read:
+files, functions, and jumps back to a file that was left before.
 """
 
 import sys
@@ -12,7 +12,7 @@ from types import FrameType
 
 PACKAGE = Path(__file__).parents[1]
 STEP = "LLMEngine.step"
-STEP_TO_SHOW = 5  # the prompt is computed, and no block is filled in this one
+STEP_TO_SHOW = 5  # in this step the prompt is computed already, and no block becomes full
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TokenTrace:
 
     @property
     def num_jumps_back(self) -> int:
-        """Moves to a file that was seen before."""
+        """Moves back to a file that was visited before."""
         return len(self.visits) - self.num_files
 
 
@@ -48,7 +48,7 @@ def trace_token() -> TokenTrace:
 
     llm = LLM("storyteller")
     params = SamplingParams(temperature=0, max_tokens=STEP_TO_SHOW + 3, ignore_eos=True)
-    llm.generate("Once upon a time", params, use_tqdm=False)  # so that nothing is done a first time
+    llm.generate("Once upon a time", params, use_tqdm=False)  # warm up
     calls: list[tuple[str, str]] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:

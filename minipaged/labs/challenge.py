@@ -1,8 +1,8 @@
 """Lab 9, the open challenge: any policy that lowers latency, measured by the simulator.
 
-It has no holes, no tests and no points. A student's file defines parts by agreed names, the
-simulator serves two traces with them and with the library's own, and what comes out is a line on a
-leaderboard.
+It has no holes, no tests and no points. A student's file defines parts by fixed names, the
+simulator serves two traces with these parts and with the library's own, and the result is a line
+on a leaderboard.
 """
 
 import json
@@ -38,17 +38,17 @@ NAMES = {
     "prefix_cache": "MyPrefixCache",
     "allocator": "MyAllocator",
 }
-"""The names in a student's file, by part. For parts that it leaves out, the library's are used."""
+"""The names in a student's file, by part. Missing parts are the library's."""
 
 SERVER = "opt-13b"
 LONGEST_LEADERBOARD = 10 * 2**20  # bytes
-SECONDS = 90.0  # for how long requests come
+SECONDS = 90.0  # duration of arrivals
 PREFIX = 341  # tokens of the paper's longer shared prefix (section 6.4)
 
 STARTER = '''\
 """Lab 9: the open challenge. Lower the latency that `minipaged lab challenge` prints.
 
-An object with one of these names replaces the library's part; leave out the others:
+An object with one of these names replaces the library's part; all are optional:
 
     MyScheduler    a class, called with (config, memory, select_victim)
     my_victim      a function: of the running groups that may be preempted, the one to preempt
@@ -56,8 +56,8 @@ An object with one of these names replaces the library's part; leave out the oth
     MyPrefixCache  a class derived from PrefixCache
     MyAllocator    a class, called with the number of blocks
 
-How the library's parts look: minipaged/scheduler/fcfs.py, minipaged/memory/. The rules and some
-ideas: tutorials/labs/09.md.
+The library's parts are in minipaged/scheduler/fcfs.py and minipaged/memory/. The rules and some
+ideas are in tutorials/labs/09.md.
 """
 
 from collections.abc import Sequence as Many
@@ -68,7 +68,7 @@ from minipaged.sequence import SequenceGroup
 
 
 def urgency(group: SequenceGroup) -> float:
-    """Waiting groups join by this number, the smallest first: here in the order of arrival."""
+    """Waiting groups join in ascending order of this number: here in order of arrival."""
     return group.arrival
 
 
@@ -88,7 +88,7 @@ def my_victim(candidates: Many[SequenceGroup]) -> SequenceGroup:
 
 @dataclass(frozen=True)
 class Served:
-    """What one policy made of one trace: seconds a token, over all requests."""
+    """The result of one policy on one trace: seconds per token, over all requests."""
 
     workload: str
     mean: float
@@ -102,7 +102,7 @@ class Entry:
     """A line of the leaderboard.
 
     Args:
-        score: mean latency over the baseline's, the mean of both workloads. Less is better.
+        score: mean latency over the baseline's, averaged over both workloads. Lower is better.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Entry:
 
 
 def traces(seed: int) -> dict[str, list[TraceRequest]]:
-    """By workload, arrivals and lengths, slightly above the rate that the library sustains well."""
+    """Arrivals and lengths by workload, slightly above the rate that the library sustains well."""
     return {
         "assistant": [
             TraceRequest(r.arrival, r.input_len + PREFIX, r.output_len, PREFIX)
@@ -133,14 +133,15 @@ def parts_of(file: Path) -> dict[str, Any]:
     parts = {part: names[name] for part, name in NAMES.items() if name in names}
     if not parts:
         raise InvalidOption(
-            f"{file} defines none of {', '.join(NAMES.values())}: call your part so, or begin with "
-            f"`minipaged lab start {NUMBER}`."
+            f"{file} defines none of {', '.join(NAMES.values())}: use one of these names, or begin "
+            f"with `minipaged lab start {NUMBER}`."
         )
     return parts
 
 
 def serve(workload: str, trace: list[TraceRequest], parts: dict[str, Any]) -> Served:
-    """Serve a trace with these parts and the library's others. Raises CheckFailed for a foul."""
+    """Serve a trace with these parts; missing ones are the library's. Raises CheckFailed for a "
+    "foul."""
     deployed = DEPLOYMENTS[SERVER]
     setting = Setting(deployed.num_slots, model=deployed.model, prefix_caching=True)
     referees: list[Referee] = []
@@ -182,21 +183,22 @@ def _memory(parts: dict[str, Any], setting: Setting) -> Memory:
 
 
 def entry(name: str, seed: int, baseline: list[Served], yours: list[Served]) -> Entry:
-    """What a run has shown, as a line."""
+    """The leaderboard entry of a run."""
     ratios = [mine.mean / theirs.mean for mine, theirs in zip(yours, baseline, strict=True)]
     score = round(sum(ratios) / len(ratios), 4)
     return Entry(name, time.strftime("%Y-%m-%d"), seed, score, [asdict(each) for each in yours])
 
 
 def read_leaderboard(file: Path) -> list[Entry]:
-    """All lines, the best first. Raises InvalidOption for a file or a line that is none."""
+    """All lines, the best first. Raises InvalidOption for an invalid file or line."""
     entries: list[Entry] = []
     for number, line in enumerate(_text(file).splitlines(), start=1):
         try:
             entries.append(_entry(json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidOption(
-                f"{file}, line {number}, is not an entry of a leaderboard: mend or remove the line."
+                f"{file}, line {number}, is not an entry of a leaderboard: correct or remove the "
+                "line."
             ) from error
     return sorted(entries, key=lambda one: one.score)
 
@@ -208,7 +210,7 @@ def _text(file: Path) -> str:
             return ""
         if file.stat().st_size > LONGEST_LEADERBOARD:
             raise InvalidOption(
-                f"{file} has {file.stat().st_size:,} bytes, and a leaderboard has at most "
+                f"{file} has {file.stat().st_size:,} bytes, but a leaderboard has at most "
                 f"{LONGEST_LEADERBOARD:,}: give another file."
             )
         return file.read_text(encoding="utf-8")
@@ -231,8 +233,8 @@ def _entry(known: Any) -> Entry:
 
 
 def add_to_leaderboard(file: Path, one: Entry) -> list[Entry]:
-    """All lines with this one among them, the best first; written atomically."""
-    read_leaderboard(file)  # a damaged one is not written over
+    """Add a line and return all lines, the best first; the file is written atomically."""
+    read_leaderboard(file)  # do not overwrite a damaged file
     before = _text(file)
     line = json.dumps(asdict(one)) + "\n"
     write_atomically(file, before + ("\n" if before and not before.endswith("\n") else "") + line)

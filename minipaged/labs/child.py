@@ -1,8 +1,8 @@
-"""The inside of a run: the process that loads student code, and runs one task's tests on it.
+"""The inside of a run: the process that loads student code and runs one task's tests on it.
 
-It reports each test, what the student's file holds in place of the bodies to write, and whether
-the tests' own tools are still what they were. Whether that is enough for points is decided outside,
-in `verdict.py`: whatever runs here can be changed by student code.
+It reports each test, the origin of the student's bodies, and whether the tests' own tools are
+unchanged. `verdict.py` decides on points outside this process, because student code can change
+anything that runs here.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from minipaged.labs.own_work import not_their_own
 from minipaged.labs.runs import Job
 from minipaged.labs.seal import Seal
 
-LONGEST_FILE = 64 * 2**20  # bytes: of what is printed as well
-MEMORY = 8 * 2**30  # bytes, besides what the process begins with
-NUM_PROCESSES = 256  # that a run may add, threads among them
+LONGEST_FILE = 64 * 2**20  # bytes, printed output included
+MEMORY = 8 * 2**30  # bytes, beyond the initial memory of the process
+NUM_PROCESSES = 256  # that a run may add, including threads
 
 
 def main() -> None:
-    """A process that was started for one job, given on its standard input."""
+    """The program of a process for one job, which it reads from standard input."""
     job = Job(**json.loads(sys.stdin.buffer.readline()))
     report = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # only the report goes to the file that was standard output
+    os.dup2(2, 1)  # only the report is written to the original standard output
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     run_job(job, report)
 
@@ -47,7 +47,7 @@ def run_job(job: Job, report: BinaryIO) -> NoReturn:
 
 
 def _limit_resources() -> None:
-    """As far as the system lets us: a superuser may start any number of processes."""
+    """Limit the resources of this process, as far as the system allows it (not for a superuser)."""
     import resource
 
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: LONGEST_FILE}
@@ -65,7 +65,7 @@ def _limit_resources() -> None:
 
 
 def _writer(job: Job, report: BinaryIO) -> Callable[[dict[str, Any]], None]:
-    """What appends a record to the report."""
+    """Return a function that appends a record to the report."""
     nonce = job.nonce
 
     def write(record: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def _writer(job: Job, report: BinaryIO) -> Callable[[dict[str, Any]], None]:
 
 
 class Collector:
-    """Reports which tests there are, and which of them cannot run on this machine."""
+    """Reports the collected tests, and which of them cannot run on this machine."""
 
     def __init__(self, job: Job, report: BinaryIO) -> None:
         self._write = _writer(job, report)
@@ -97,7 +97,7 @@ class Collector:
 
 
 def _why_skipped(item: pytest.Item) -> str:
-    """Why a test's own marks skip it; empty if they do not."""
+    """The reason why a test's own marks skip it; empty if they do not."""
     for mark in item.iter_markers("skip"):
         return str(mark.kwargs.get("reason") or (mark.args or ("skipped",))[0])
     for mark in item.iter_markers("skipif"):
@@ -107,7 +107,7 @@ def _why_skipped(item: pytest.Item) -> str:
 
 
 class Reporter:
-    """Reports what became of every test."""
+    """Reports the result of every test."""
 
     def __init__(self, job: Job, report: BinaryIO) -> None:
         self._write = _writer(job, report)
@@ -117,7 +117,7 @@ class Reporter:
         self._complaint = ""
 
     def pytest_collection_finish(self) -> None:
-        """All tests are loaded, and no student code is."""
+        """Called when all tests are loaded, but no student code is."""
         self._seal = Seal()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -139,13 +139,13 @@ class Reporter:
         return done
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep what a phase of the present test gave."""
+        """Record the result of a phase of the current test."""
         self._phases[report.when or ""] = report
         if not _is_passed(report) and not self._complaint:
             self._complaint = str(getattr(report, "complaint", "")) or "it did not pass"
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Report the end, and whose the bodies are that were tested."""
+        """Report the end, and the origin of the tested bodies."""
         self._write({"not_own": not_their_own(self._holes)})
         self._write({"end": session.testscollected})
 

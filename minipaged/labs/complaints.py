@@ -1,4 +1,4 @@
-"""Why a lab's test failed, in one line: yours, expected, and after which calls of your part."""
+"""Explains a failed lab test in one line: yours, expected, and the calls of your part before it."""
 
 import ast
 import functools
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-_NUM_CALLS = 6  # that are told
-_MOST_CALLS = 5_000  # of a test: a test that counts calls by the million is not slowed down
+_NUM_CALLS = 6  # calls that are shown
+_MOST_CALLS = 5_000  # calls recorded per test, so that tests with millions of calls are not slow
 _EXPECTED = {
     "==": "expected {}", "is": "expected {}", "!=": "expected anything but {}",
     "is not": "expected anything but {}", "in": "expected one of {}",
@@ -25,7 +25,7 @@ _short.maxstring = _short.maxother = 120
 
 
 class CallLog:
-    """The last calls from outside into a student's file, and the last comparison that failed."""
+    """Records the last calls into a student's file, and the last failed comparison."""
 
     def __init__(self) -> None:
         self.comparison: tuple[str, str, str] | None = None  # operator, yours, expected
@@ -36,13 +36,13 @@ class CallLog:
         self._is_inside = False
 
     def begin(self) -> None:
-        """A test begins."""
+        """Called when a test begins."""
         self.comparison = None
         self._calls.clear()
         self._num_calls = 0
 
     def watch(self, module: ModuleType) -> None:
-        """Note the calls of all public methods of the classes that a module defines."""
+        """Record calls of all public methods of the classes that a module defines."""
         for cls in [v for v in vars(module).values() if inspect.isclass(v)]:
             if cls.__module__ == module.__name__:
                 for name, value in list(vars(cls).items()):
@@ -52,7 +52,7 @@ class CallLog:
                         setattr(cls, name, self.noting(value, cls.__name__))
 
     def noting(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The same function, whose calls are noted."""
+        """Wrap a function so that its calls are recorded."""
         is_method = "." in function.__qualname__.rpartition("<locals>.")[2]
 
         @functools.wraps(function)
@@ -99,20 +99,20 @@ def _value(value: Any) -> str:
 
 
 def compared(op: str, yours: object, expected: object) -> tuple[str, str, str]:
-    """The two sides of a comparison that failed, in words that are still true later."""
+    """The two sides of a failed comparison as text, since the objects may change later."""
     return op, _short.repr(yours), _short.repr(expected)
 
 
 def complaint(excinfo: "pytest.ExceptionInfo[BaseException]", file: str, log: CallLog) -> str:
-    """Why a test failed.
+    """Explain why a test failed.
 
     Args:
-        file: the student's.
-        log: what was called before, and compared.
+        file: the student's file.
+        log: the recorded calls and comparisons.
     """
     error, last = excinfo.value, excinfo.traceback[-1]
     message = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, NotImplementedError):  # "your turn" says it all
+    if isinstance(error, NotImplementedError):  # "your turn" is enough
         return f"NotImplementedError: {message}"
     mine = [entry for entry in excinfo.traceback if str(entry.path) == file]
     if mine or not isinstance(error, (AssertionError, pytest.fail.Exception)):

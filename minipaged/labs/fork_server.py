@@ -1,10 +1,10 @@
-"""Runs a lab's tests in copies of one process that has imported torch already.
+"""Runs a lab's tests in copies of one process that has already imported torch.
 
-Starting Python and importing torch takes seconds, and a lab has five tasks. So a server imports
-what the tests need, and copies itself (fork) for every run. It computes nothing itself: whatever a
-copy inherits is unused. A copy is as much on its own as a process that was started for it. After
-each run the server stops whatever the copy has started, also what has left its session: Linux
-makes the server the parent of all processes whose own parent has ended.
+Starting Python and importing torch takes seconds, and a lab has five tasks. A server therefore
+imports what the tests need, and forks a copy of itself for every run. It computes nothing itself,
+so a copy inherits no state and is as isolated as a new process. After each run the server stops
+all processes that the copy has started, including those that left its session: Linux makes the
+server the parent of all processes whose own parent has ended.
 
 Only on Linux: macOS's system libraries do not survive a fork, and Windows has none.
 """
@@ -38,12 +38,12 @@ _IMPORTED_BEFOREHAND = (
 _PROGRAM = "import sys; del sys.path[0]; from minipaged.labs.fork_server import serve; serve()"
 _POLL_SECONDS = 0.01
 _START_SECONDS = 120.0  # for importing torch on a slow machine
-_PATIENCE = 10.0  # seconds for the server to stop a run and to answer
+_PATIENCE = 10.0  # seconds for the server to stop a run and to reply
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
 class ForkServer:
-    """The server as `grade` needs it: started by the first run, ended with this process."""
+    """The server, as `grade` uses it: started by the first run, ended with this process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,7 +70,7 @@ class ForkServer:
         return Run(base64.b64decode(report), printed, ended)
 
     def _answer(self, nonce: str, seconds: float) -> bytes | None:
-        """A line of the server without the nonce it begins with. None: it is not the server's."""
+        """A line of the server without its leading nonce. None: it is not from the server."""
         assert self._process is not None
         assert self._process.stdout is not None
         line, deadline = b"", time.monotonic() + seconds
@@ -101,12 +101,13 @@ class ForkServer:
 
 
 def serve() -> None:
-    """The server itself: a line of JSON for each job, answered by the copy's id and its `Run`."""
+    """The server itself: it reads one line of JSON per job, and replies with the copy's id and "
+    "`Run`."""
     for name in _IMPORTED_BEFOREHAND:
         importlib.import_module(name)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     gc.collect()
-    gc.freeze()  # the garbage collectors of the copies leave all of this alone
+    gc.freeze()  # the copies' garbage collectors skip all of this
     while line := sys.stdin.buffer.readline():
         job = Job(**json.loads(line))
         run = _run_in_copy(job)
@@ -134,18 +135,19 @@ def _run_in_copy(job: Job) -> Run:
 
 
 def _wait(copy: int, seconds: float) -> bool:
-    """Wait for a copy; whether it has ended in time. It is not reaped: its id stays its own."""
+    """Wait for a copy; return whether it ended in time. It is not reaped, so its id stays "
+    "reserved."""
     deadline = time.monotonic() + seconds
     ending = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while not (ended := os.waitid(os.P_PID, copy, ending)) and time.monotonic() < deadline:
-        # Nothing arrives before the answer, unless the process that asked is gone.
+        # Nothing arrives before the reply, unless the client process is gone.
         if select.select([0], [], [], _POLL_SECONDS)[0]:
             break
     return ended is not None
 
 
 def _stop(copy: int) -> None:
-    """End a copy and whatever it has started."""
+    """End a copy and all processes that it has started."""
     end_session(copy)
     deadline = time.monotonic() + _PATIENCE / 2
     with contextlib.suppress(ChildProcessError):  # none is left

@@ -1,7 +1,7 @@
-"""What Gradescope wants: results.json, and the two scripts of an autograder.
+"""Files for Gradescope: results.json, and the two scripts of an autograder.
 
 An autograder is a zip of `setup.sh`, run once when it is built, and `run_autograder`, run for each
-submission. Submissions are in /autograder/submission, and results.json must appear in
+submission. Submissions are in /autograder/submission, and results.json must be written to
 /autograder/results.
 """
 
@@ -17,7 +17,7 @@ from minipaged.utils.files import write_atomically
 
 SETUP = """\
 #!/usr/bin/env bash
-# Built once: Python, a PyTorch for CPUs, and the library with what its labs need.
+# Run once: installs Python, PyTorch for CPUs, and the library with the dependencies of its labs.
 set -euo pipefail
 apt-get update && apt-get install -y python3 python3-venv
 python3 -m venv /autograder/venv
@@ -28,7 +28,7 @@ wheel=$(echo /autograder/source/minipaged-*.whl)  # a pattern with [labs] matche
 
 RUN = """\
 #!/usr/bin/env bash
-# Run for each submission. Whatever happens in it, results.json is the grader's.
+# Run for each submission. Whatever the submission does, the grader writes results.json.
 set -uo pipefail
 results=/autograder/results/results.json
 /autograder/venv/bin/minipaged lab grade {number} "/autograder/submission/{file}" \\
@@ -36,7 +36,7 @@ results=/autograder/results/results.json
 status=$?
 if [ "$status" -gt 1 ]; then  # the grader itself was ended, or could not write
     rm -rf "$results"
-    told="The grader did not end (status $status): no points."
+    told="The grader failed (status $status): no points."
     echo "{{\\"score\\": 0, \\"output\\": \\"$told\\"}}" > "$results"
 fi
 exit 0
@@ -44,7 +44,7 @@ exit 0
 
 
 def results(lab: Lab, graded: Iterable[Result]) -> dict[str, object]:
-    """What results.json holds: an entry for each task, whatever became of it."""
+    """The content of results.json, with one entry per task."""
     settled = settle(graded)
     tests = [
         {
@@ -76,7 +76,7 @@ def write_results(path: Path, lab: Lab, graded: Iterable[Result]) -> None:
 
 
 def write_autograder(folder: Path, lab: Lab) -> None:
-    """`setup.sh` and `run_autograder`, to be zipped with a wheel of this library."""
+    """Return `setup.sh` and `run_autograder`, to zip with a wheel of this library."""
     folder.mkdir(parents=True, exist_ok=True)
     scripts = {
         "setup.sh": SETUP,

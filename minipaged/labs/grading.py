@@ -1,10 +1,9 @@
-"""Grades a solution: each task's tests in a process of its own, and the points they give.
+"""Grades a solution: runs each task's tests in a separate process, and counts points.
 
-For every task, the student's file and the tests are written into a new folder, so what is tested is
-what was handed in, and by the tests that came with the library. A task that does not end is
-stopped, has no points, and the other tasks still count. A task of which every test is skipped by
-its own marks, as where a GPU is needed and there is none, cannot be tested: it does not count, and
-the others are all there is.
+For every task, the student's file and the tests are copied to a new folder, so the grader tests the
+submitted file with the library's own tests. A task that does not end is stopped and has no points;
+the other tasks still count. A task whose tests are all skipped by their own marks, for example
+because they need a GPU, cannot be tested and does not count.
 """
 
 import shutil
@@ -38,15 +37,15 @@ def grade(
 ) -> Iterator[Result]:
     """The results of a lab's tasks, one after another. Raises InvalidOption.
 
-    What the solution takes from the library is noted in the first result. If a result is void, all
-    are: see `settle`.
+    Code that the solution takes from the library is noted in the first result. If a result is void,
+    all are: see `settle`.
 
     Args:
-        file: the student's.
+        file: the student's file.
         only: the number of the one task to run.
         hidden_tests: a folder with more tests, marked `lab(number=..., task=...)` like ours.
-        traces: where to leave the traces of engine tests that fail; None: nowhere.
-        run: how to run a job. None: in a copy of a prepared process, or else in a new one.
+        traces: the folder for traces of failed engine tests; None: they are not kept.
+        run: how to run a job. None: in a fork of a prepared process if possible, or in a new one.
     """
     if not file.is_file():
         raise InvalidOption(
@@ -68,7 +67,7 @@ def grade(
 
 
 def _read_tests(hidden_tests: Path | None) -> dict[str, bytes]:
-    """By path, all files with tests. They are read once: a run may change files, and not these."""
+    """All test files, by path. They are read once, because a run may change files on disk."""
     folders = {"tests": TESTS}
     if hidden_tests is not None:
         if not hidden_tests.is_dir():
@@ -93,7 +92,7 @@ def _fork_server() -> ForkServer:
 
 @dataclass(frozen=True)
 class _Grader:
-    """What is graded, by which tests; both in memory."""
+    """The solution and its tests, both in memory."""
 
     lab: Lab
     file_name: str
@@ -159,7 +158,7 @@ def _folder() -> "_PathOfTemporaryFolder":
 
 
 class _PathOfTemporaryFolder(tempfile.TemporaryDirectory[str]):
-    """Gives a `Path`. What is left in it may resist removal."""
+    """A temporary folder, as a `Path`. Failures to remove it are ignored."""
 
     def __enter__(self) -> Path:  # type: ignore[override]
         return Path(super().__enter__()).resolve()

@@ -1,17 +1,17 @@
-"""What a lab is: parts of the library, with some bodies for the student to write."""
+"""The structure of a lab: parts of the library, with some bodies for the student to write."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Task:
-    """A part of a lab, with its own tests and points.
+    """A task of a lab, with its own tests and points.
 
     Args:
         holes: the bodies to write, as "BlockAllocator.free" or, for a function, "gather". None: the
-            task puts together what the others have brought.
-        hints: from a nudge to nearly the answer; given one at a time.
-        seconds: after so long its tests are stopped, and the task has no points.
+            task tests the work of the other tasks together.
+        hints: from a nudge to nearly the answer; shown one at a time.
+        seconds: the time limit of its tests; beyond it, the task has no points.
     """
 
     number: int
@@ -28,8 +28,8 @@ class Lab:
 
     Args:
         name: the student's file is `lab<number>_<name>.py`.
-        sources: dotted names of the classes and functions that the file begins with.
-        parts: by part of `Parts`, the name of the student's class or function.
+        sources: dotted names of the classes and functions in the starter file.
+        parts: maps each part of `Parts` to the name of the student's class or function.
     """
 
     number: int
@@ -52,10 +52,10 @@ class Lab:
         return [hole for task in self.tasks for hole in task.holes]
 
     def part_options(self, file: str) -> list[str]:
-        """What to pass to pytest, so that this file's parts are tested."""
+        """The pytest options that test this file's parts."""
         return [f"--part={part}={file}:{name}" for part, name in self.parts.items()]
 
 
 def no_such_task(lab: Lab, number: int | None) -> str:
-    """What to say when a task is asked for that the lab does not have."""
+    """The error message for a task number that the lab does not have."""
     return f"lab {lab.number} has no task {number}: its tasks are 1 to {len(lab.tasks)}."

@@ -15,11 +15,11 @@ LAB = Lab(
             20,
             holes=("PrefixRouter.keys",),
             hints=(
-                "Cut the prompt into pieces of `piece_size` characters, and leave the rest. What "
+                "Cut the prompt into pieces of `piece_size` characters, and drop the rest. What "
                 + "must the key of the third piece depend on, besides its own text?",
-                "As in the prefix cache: the key of a piece is made of the key before it and its "
-                + "own text. `hash((before, piece))` is small, and made in the same time however "
-                + "long the prompt is.",
+                "As in the prefix cache, the key of a piece consists of the key before it and its "
+                + "own text. `hash((before, piece))` is small, and takes the same time for every "
+                + "piece, however long the prompt is.",
             ),
         ),
         Task(
@@ -28,8 +28,8 @@ LAB = Lab(
             25,
             holes=("PrefixRouter.remember", "PrefixRouter.num_known"),
             hints=(
-                "`known[server]` is a dictionary that is used as an ordered set: its values mean "
-                + "nothing, its keys are what the server was sent. Leave the capacity for task 4.",
+                "`known[server]` is a dictionary used as an ordered set: its keys are those that "
+                + "the server was sent, its values are unused. Leave the capacity for task 4.",
                 "`num_known` counts from the first key and stops at the first that is not there.",
             ),
         ),
@@ -41,12 +41,12 @@ LAB = Lab(
             hints=(
                 "First find the servers that attract the request: those that know more than "
                 + "`threshold` of its pieces, and have at most `slack` more open requests than "
-                + "the least loaded one. Only servers in `among` count, for the load as well.",
-                "Of the attracting servers, take the one that knows most pieces; of equals, the "
-                + "least loaded one. If none attracts, take the least loaded one of all; of "
-                + "equals, the one that knows the fewest pieces.",
+                + "the least loaded one. Consider only servers in `among`, for the load as well.",
+                "Of these servers, choose the one that knows most pieces; if several do, the "
+                + "least loaded of them. If no server attracts the request, choose the least "
+                + "loaded one of all; if several are, the one that knows the fewest pieces.",
                 "The request is open on the chosen server from now on: count it in `loads`, and "
-                + "`remember` its keys there. `finish` counts it out again.",
+                + "`remember` its keys there. `finish` decreases the count.",
             ),
         ),
         Task(
@@ -55,13 +55,14 @@ LAB = Lab(
             15,
             holes=("PrefixRouter.forget",),
             hints=(
-                "A server evicts what was not used for long. A router that remembers everything "
-                + "sends requests to servers that have forgotten them. So `remember` must forget "
-                + "as well, beyond `capacity`: the least recently used keys, of that server only.",
+                "A server evicts blocks that were not used for long. A router that remembers "
+                + "everything sends requests to servers that have evicted their prefix. Therefore "
+                + "`remember` must also forget, beyond `capacity`: the least recently used keys, "
+                + "of that server only.",
                 "A dictionary keeps the order in which keys were inserted. To make a key the "
                 + "newest one, remove and insert it again.",
-                "Without its beginning, the rest of a prompt is never found. Insert the keys of a "
-                + "prompt in an order in which the beginning is forgotten last.",
+                "Without its first pieces, the rest of a prompt is never found. Insert the keys "
+                + "of a prompt in an order in which the first pieces are forgotten last.",
             ),
         ),
         Task(
@@ -70,10 +71,10 @@ LAB = Lab(
             10,
             hints=(
                 "Each simulated server has room for five of the eight system prompts. In the end, "
-                + "which server should have which? Print `router.loads` and the lengths of "
-                + "`router.known` while the load runs.",
-                "Few hits although each request goes where its system prompt was: compare what "
-                + "the router remembers with what a pool of 112 blocks holds.",
+                + "which server should cache which? Print `router.loads` and the lengths of "
+                + "`router.known` during the load.",
+                "If there are few hits although each request goes where its system prompt was: "
+                + "compare what the router remembers with what a pool of 112 blocks can store.",
             ),
         ),
     ),

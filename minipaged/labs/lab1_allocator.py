@@ -15,12 +15,12 @@ LAB = Lab(
             30,
             holes=("BlockAllocator.__init__", "BlockAllocator.num_free", "BlockAllocator.allocate"),
             hints=(
-                "A block is nothing but a number from 0 up to num_blocks. What must you know to "
-                + "hand one out, and to tell later who owns it?",
-                "Two lists will do: the numbers that are free, and a count of owners for each "
-                + "block. `num_blocks` itself is read by others: keep it too.",
-                "Take a number off the end of the free list (that is O(1)), set its count to 1 "
-                + "and return it. With no number left, raise OutOfBlocks with a sentence.",
+                "A block is just a number from 0 to num_blocks - 1. What must you record to hand "
+                + "one out, and to tell later how many owners it has?",
+                "Two lists are enough: the free block numbers, and the number of owners of each "
+                + "block. Other code reads `num_blocks`, so keep it too.",
+                "Pop a number off the end of the free list (that is O(1)), set its count to 1 and "
+                + "return it. If the list is empty, raise OutOfBlocks with a sentence.",
             ),
         ),
         Task(
@@ -29,9 +29,10 @@ LAB = Lab(
             30,
             holes=("BlockAllocator.share", "BlockAllocator.ref_count", "BlockAllocator._is_owned"),
             hints=(
-                "To share is to add an owner. Which block cannot be shared?",
-                "A free block has no owner, and a number outside the pool is no block: both are "
-                + "DoubleFree. Remember that Python takes -1 for the last of a list.",
+                "Sharing adds an owner. Which blocks cannot be shared?",
+                "A free block has no owner, and a number outside the pool is not a block: both "
+                + "raise DoubleFree. Remember that in Python, index -1 is the last element of a "
+                + "list.",
             ),
         ),
         Task(
@@ -41,8 +42,9 @@ LAB = Lab(
             holes=("BlockAllocator.free",),
             hints=(
                 "A block has two owners, and one frees it: is it free now?",
-                "Count down first. Only at zero does the number return to the free list. Freeing a "
-                + "block without owners raises DoubleFree and changes nothing.",
+                "Decrement the count first. Only when it reaches zero does the number return to "
+                + "the free list. Freeing a block without owners raises DoubleFree and changes "
+                + "nothing.",
             ),
         ),
         Task(
@@ -50,8 +52,8 @@ LAB = Lab(
             "serve a language model",
             10,
             hints=(
-                "If the other tasks pass and this one does not, watch the trace that the failing "
-                + "test has left: minipaged trace view <file>.",
+                "If the other tasks pass and this one does not, open the trace that the failing "
+                + "test has written: minipaged trace view <file>.",
             ),
             seconds=120.0,
         ),

@@ -18,13 +18,13 @@ LAB = Lab(
             25,
             holes=("BlockTable.slot", "BlockTable.filled"),
             hints=(
-                "A position has two halves: which logical block, and how far into it. `divmod` "
-                + "gives both. Which physical block is that logical block?",
-                "The slot is counted through the whole pool, so it starts at the physical block "
-                + "times the block size. Refuse a position that has no token with an assert, a "
-                + "negative one too.",
-                "For `filled`: how many tokens are left from the beginning of this logical block "
-                + "on? That many, and never more than a block holds. Try 8 tokens in blocks of 4.",
+                "A position has two parts: the logical block, and the offset in it. `divmod` "
+                + "gives both. Which physical block stores that logical block?",
+                "Slots are numbered through the whole pool, so the physical block starts at its "
+                + "number times the block size. Use an assert to refuse a position without a "
+                + "token, including a negative one.",
+                "For `filled`: how many tokens are there from the start of this logical block on? "
+                + "That many, but never more than the block size. Try 8 tokens in blocks of 4.",
             ),
         ),
         Task(
@@ -33,12 +33,12 @@ LAB = Lab(
             15,
             holes=("BlockTable.beginning",),
             hints=(
-                "How many blocks do n tokens need, if the last may be half empty? `//` rounds "
+                "How many blocks do n tokens need, if the last may be partly empty? `//` rounds "
                 + "down; `-(-n // size)` rounds up.",
-                "The new table must have a list of its own, even if it takes all blocks: what one "
-                + "of the two appends later is not the other's. A slice of a list is a new list.",
-                "`num_cached_blocks` counts full blocks in the prefix cache. In a beginning that "
-                + "ends inside a block, that block is not full any more.",
+                "The new table needs its own list, even if it contains all blocks: what one table "
+                + "appends later must not appear in the other. A slice of a list is a new list.",
+                "`num_cached_blocks` counts full blocks in the prefix cache. If the first tokens "
+                + "end inside a block, that block is no longer full.",
             ),
         ),
         Task(
@@ -47,14 +47,15 @@ LAB = Lab(
             30,
             holes=("BlockManager.append", "BlockManager._blocks_for"),
             hints=(
-                "The table is in `self._tables`, the blocks come from `self._pool.allocate()`. "
-                + "Compare how many logical blocks the tokens need with how many the table has.",
-                "Try it on paper with blocks of 4: from 4 to 5 tokens, a block is taken, from 3 to "
-                + "4 and from 5 to 6 none. On admission there is no block yet, and several are "
-                + "needed at once.",
-                "Append to `table.blocks` until it has what `_blocks_for(seq.num_tokens)` says, "
-                + "then tell the table how many tokens it has now. As long as each block has one "
-                + "owner there is nothing to copy: return an empty list.",
+                "The table is in `self._tables`, and `self._pool.allocate()` returns new blocks. "
+                + "Compare the number of logical blocks that the tokens need with the number in "
+                + "the table.",
+                "Try it on paper with blocks of 4: going from 4 to 5 tokens takes a block, from 3 "
+                + "to 4 and from 5 to 6 does not. On admission the table is empty, and several "
+                + "blocks are needed at once.",
+                "Append to `table.blocks` until it has `_blocks_for(seq.num_tokens)` blocks, then "
+                + "set the table's number of tokens. As long as each block has one owner, there "
+                + "is nothing to copy: return an empty list.",
             ),
         ),
         Task(
@@ -63,12 +64,13 @@ LAB = Lab(
             20,
             holes=("BlockManager.can_append", "BlockManager.free"),
             hints=(
-                "Asking takes no blocks. `_growth` counts the blocks that a group's next step "
-                + "takes, given the function that counts owners: `self._pool.ref_count`.",
-                "Exactly enough is enough. The sequences of a group take theirs together.",
-                "To free: take the table out of `self._tables`, and free its blocks in the pool "
-                + "that it refers to (`_pool_of`), the last one first. Then look at `__init__` for "
-                + "what else is recorded by the sequence's id; a set has `discard`.",
+                "A check takes no blocks. `_growth` counts the blocks that a group's next step "
+                + "needs; pass it the function that counts owners, `self._pool.ref_count`.",
+                "Exactly enough is enough. Count the blocks of all sequences of the group "
+                + "together.",
+                "To free: remove the table from `self._tables`, and free its blocks in its pool "
+                + "(`_pool_of`), the last one first. Then check in `__init__` what else is "
+                + "recorded by the sequence's id; a set has `discard`.",
             ),
         ),
         Task(
@@ -76,10 +78,10 @@ LAB = Lab(
             "serve a language model",
             10,
             hints=(
-                "If the other tasks pass and this one does not, watch the trace that the failing "
-                + "test has left: minipaged trace view <file>.",
-                "If the tokens differ from the library's, a token is stored in a slot where it is "
-                + "not looked for. Compare the block table with the number of tokens at that step.",
+                "If the other tasks pass and this one does not, open the trace that the failing "
+                + "test has written: minipaged trace view <file>.",
+                "If the tokens differ from the library's, a token is written to one slot and read "
+                + "from another. Compare the block table with the number of tokens at that step.",
             ),
             seconds=120.0,
         ),

@@ -23,12 +23,12 @@ LAB = Lab(
             hints=(
                 "Which entries of the table belong to a sequence of seq_len tokens, and which "
                 + "slots of the last block?",
-                "Indexing the pool with a tensor of block numbers copies those blocks out, in "
-                + "that order: [blocks, kv_heads, block_size, head_dim]. Round the number of "
-                + "blocks up.",
-                "Positions run over blocks and slots, and the heads are between these two "
-                + "dimensions. Make block and slot adjacent before you make one dimension of "
-                + "them, then cut off everything after the end.",
+                "Indexing the pool with a tensor of block numbers copies those blocks, in that "
+                + "order: [blocks, kv_heads, block_size, head_dim]. Round the number of blocks "
+                + "up.",
+                "Positions run over blocks and slots, but the head dimension is between these "
+                + "two. Make block and slot adjacent before you flatten them into one dimension, "
+                + "then cut off everything after the end.",
             ),
         ),
         Task(
@@ -39,12 +39,12 @@ LAB = Lab(
             hints=(
                 "Chapter 1: scores, a softmax over the keys, a sum of values by these weights. "
                 + "Which keys does query head 3 read, when there are four heads and two KV heads?",
-                "Query heads of a group are neighbours: repeat each KV head for its group, head "
-                + "by head, so that keys have as many heads as queries. heads_per_kv_head tells "
-                + "how often.",
-                "Query i is at position context_len + i and sees keys up to and including its "
-                + "own. Compare a column of query positions with a row of key positions, and give "
-                + "what is hidden the score minus infinity before the softmax.",
+                "Query heads of a group are adjacent: repeat each KV head for its group, head by "
+                + "head, so that keys have as many heads as queries. heads_per_kv_head returns "
+                + "the group size.",
+                "Query i is at position context_len + i and attends to keys up to and including "
+                + "its own position. Compare a column of query positions with a row of key "
+                + "positions, and set hidden scores to minus infinity before the softmax.",
             ),
         ),
         Task(
@@ -53,18 +53,18 @@ LAB = Lab(
             35,
             holes=("_attend_to_blocks",),
             hints=(
-                "What must you keep of the blocks so far, for each query and head, so that you "
-                + "never look at them again? Chapter 4 keeps three things.",
+                "What must you keep from the blocks so far, for each query and head, so that you "
+                + "never read them again? Chapter 4 keeps three values.",
                 "The largest score so far, the sum of the weights, and the sum of the weighted "
-                + "values, both weighted with exp(score - maximum). They begin with minus "
-                + "infinity, zero and zero.",
-                "When a block brings a larger maximum, all that was summed before is too large by "
-                + "the same factor, exp(old - new): multiply both sums by it before you add the "
-                + "block's part. Divide once, at the end.",
-                "The last block may be filled in part: the sequence has context_len plus "
-                + "num_queries tokens. And a query of a prompt may see only some of a block, or "
-                + "nothing of it: the mask is that of task 2, at positions that begin at logical "
-                + "* block_size.",
+                + "values, both weighted by exp(score - maximum). They start at minus infinity, "
+                + "zero and zero.",
+                "When a block contains a larger maximum, both sums so far are too large by the "
+                + "same factor: multiply them by exp(old - new) before you add the block's part. "
+                + "Divide once, at the end.",
+                "The last block may be partly filled: the sequence has context_len plus "
+                + "num_queries tokens. A query of a prompt may attend to only part of a block, or "
+                + "to none of it: use the mask of task 2, at positions that start at logical * "
+                + "block_size.",
             ),
         ),
         Task(
@@ -72,11 +72,11 @@ LAB = Lab(
             "serve a language model with both",
             20,
             hints=(
-                "If the other tasks pass and this one does not, watch the trace that the failing "
-                + "test has left: minipaged trace view <file>.",
-                "The engine cuts prompts into pieces here, and its pool holds what earlier "
-                + "sequences have left there. Which of your lines believe that a slot is empty, "
-                + "or that a prompt begins at position 0?",
+                "If the other tasks pass and this one does not, open the trace that the failing "
+                + "test has written: minipaged trace view <file>.",
+                "The engine splits prompts into chunks here, and its pool contains data of "
+                + "earlier sequences. Which of your lines assume that a slot is empty, or that a "
+                + "prompt starts at position 0?",
             ),
             seconds=120.0,
         ),

@@ -18,14 +18,14 @@ LAB = Lab(
             20,
             holes=("BlockManager.fork",),
             hints=(
-                "A fork takes no free block. What does the child get then, and which counts "
+                "A fork takes no free block. What does the child get instead, and which counts "
                 + "change?",
-                "The child gets a table of its own with the same numbers, and every block in it "
-                + "gets one more owner. `BlockTable.beginning` makes such a table, for the first "
-                + "so many tokens: which number says how many of them are the child's?",
-                "`child.num_computed_tokens` says it. Share each block of that table in the pool "
-                + "that the parent's table refers to (`_pool_of`), keep the table under the "
-                + "child's id, and if the parent is in `_swapped`, so is the child.",
+                "The child gets its own table with the same block numbers, and every block in it "
+                + "gets one more owner. `BlockTable.beginning` makes such a table for the first "
+                + "tokens: which attribute of the child says how many?",
+                "It is `child.num_computed_tokens`. Share each block of that table in the pool "
+                + "that the parent's table refers to (`_pool_of`), store the table under the "
+                + "child's id, and if the parent is in `_swapped`, add the child.",
             ),
         ),
         Task(
@@ -34,13 +34,13 @@ LAB = Lab(
             15,
             holes=("BlockManager.free",),
             hints=(
-                "How many owners does a sequence take off each of its blocks? Look what the "
-                + "allocator does when it is not the last.",
-                "Take the table out of `_tables` and free each block once, in the pool that the "
-                + "table refers to. A sequence can also be in `_swapped` and in `_pinned`: it "
-                + "leaves both.",
-                "The prefix cache evicts the blocks that were freed first, and must never evict a "
-                + "block before its children. So the last block goes first.",
+                "How many owners does each block lose when a sequence ends? Read what the "
+                + "allocator does when the owner is not the last.",
+                "Remove the table from `_tables` and free each block once, in the pool that the "
+                + "table refers to. A sequence can also be in `_swapped` and in `_pinned`: remove "
+                + "it from both.",
+                "The prefix cache evicts the blocks that were freed first, but must never evict a "
+                + "block before its children. Therefore free the last block first.",
             ),
         ),
         Task(
@@ -49,15 +49,17 @@ LAB = Lab(
             35,
             holes=("BlockManager.append",),
             hints=(
-                "Two questions for each block that is about to be written: is it there yet, and "
-                + "am I its only owner? Which blocks are about to be written?",
-                "From the block of the first token without a slot to the block of the last token. "
-                + "`table.num_tokens` have a slot, cached ones among them. A block "
-                + "that is not there is allocated. One with other owners is exchanged in the table "
-                + "for a new one, and the pair is (from, to).",
-                "After the exchange you own the copy and not the original: free it, and the last "
-                + "of several writers is its only owner and copies nothing. At the end, "
-                + "`table.num_tokens` is the sequence's.",
+                "Ask two questions about each block that is about to be written: does it exist "
+                + "yet, and is this sequence its only owner? Which blocks are about to be "
+                + "written?",
+                "They run from the block of the first token without a slot to the block of the "
+                + "last token. `table.num_tokens` tokens already have a slot, including cached "
+                + "ones. Allocate a block that does not exist yet. Replace a block with other "
+                + "owners by a new one in the table; the pair is (from, to).",
+                "After the replacement, the sequence owns the copy and no longer the original: "
+                + "free the original. The last of several writers is then its only owner and "
+                + "copies nothing. At the end, set `table.num_tokens` to the sequence's number of "
+                + "tokens.",
                 "The original is in the prefix cache, the copy is not. `table.num_cached_blocks` "
                 + "is the number of leading blocks that are cached: after a copy, none from there "
                 + "on.",
@@ -69,13 +71,13 @@ LAB = Lab(
             20,
             holes=("SamplingRequest.rows", "SamplingRequest.advance"),
             hints=(
-                "The prompt of a request is computed once, and its last logits are sampled as "
-                + "often as samples are wanted. How do you know that a sequence is still there?",
-                "Sample i draws with the request's seed plus i, before and after the fork. Each "
-                + "`Completion` has a `row` with its seed; of the prompt, there is only the first "
-                + "one.",
-                "In `advance` fork first, and add the tokens afterwards: a fork has all tokens of "
-                + "its parent, also the one that it should not have. `_add_completion` takes the "
+                "The prompt of a request is computed once, and its last logits are sampled once "
+                + "per sample. How do you find out whether a sequence still exists?",
+                "Sample i uses the request's seed plus i, before and after the fork. Each "
+                + "`Completion` has a `row` with its seed; for the prompt, there is only the "
+                + "first one.",
+                "In `advance`, fork first and add the tokens afterwards: a fork has all tokens of "
+                + "its parent, including one that it should not have. `_add_completion` takes the "
                 + "new sequence; `Completion.add` the token; `finish_reason` says if it was the "
                 + "last.",
             ),
@@ -85,8 +87,9 @@ LAB = Lab(
             "serve a language model",
             10,
             hints=(
-                "If the other tasks pass and this one does not, watch the trace that the failing "
-                + "test has left: minipaged trace view <file>. Look at the step after the fork.",
+                "If the other tasks pass and this one does not, open the trace that the failing "
+                + "test has written: minipaged trace view <file>. Look at the step after the "
+                + "fork.",
             ),
             seconds=120.0,
         ),

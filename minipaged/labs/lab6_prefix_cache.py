@@ -15,15 +15,15 @@ LAB = Lab(
             25,
             holes=("PrefixCache._key", "PrefixCache.cache_blocks"),
             hints=(
-                "Which blocks of the table are full, and written, and not cached yet? Count with "
+                "Which blocks of the table are full and written, but not yet cached? Count with "
                 + "`seq.num_computed_tokens` and `table.num_cached_blocks`.",
-                "The key of a block is the block before it in `blocks`, and its own tokens. The "
-                + "first block has the salt in that place. A cache that is not enabled caches "
-                + "nothing.",
+                "The key of a block consists of the block before it in `blocks` and its own "
+                + "tokens. For the first block, the salt takes the place of the block before. A "
+                + "cache that is not enabled caches nothing.",
                 "To cache a block: the cache becomes one more owner (`self._allocator.share`), "
                 + "records block and key in both dictionaries, counts a child for the first half "
-                + "of the key, and advances `table.num_cached_blocks`. Leave a key that is cached "
-                + "already for task 3.",
+                + "of the key, and advances `table.num_cached_blocks`. Leave a key that is "
+                + "already cached for task 3.",
             ),
         ),
         Task(
@@ -34,8 +34,8 @@ LAB = Lab(
             hints=(
                 "Start at the first block and stop at the first one that is not cached. A block "
                 + "after a gap was computed with another prefix.",
-                "`_key` needs the blocks before: those are the ones found so far. Only "
-                + "full blocks can be found, of the whole sequence, whatever is computed of it. "
+                "`_key` needs the blocks before: those are the ones found so far. Only full "
+                + "blocks can be found, but among all tokens of the sequence, computed or not. "
                 + "Respect `_enabled` and `seq.reads_cache`.",
             ),
         ),
@@ -51,14 +51,15 @@ LAB = Lab(
             ),
             hints=(
                 "The allocator below counts the cache as an owner of every block in `_keys`. "
-                + "`ref_count` must report the others only.",
+                + "`ref_count` must report only the others.",
                 "A cached block becomes idle when its last other owner frees it: it goes to the "
                 + "end of `_idle`, and the cache remains its owner in the allocator. With a new "
-                + "owner it is no longer idle. Freeing an ownerless block is DoubleFree.",
-                "`share_cached`: find, become an owner of each, and put them into a table that "
-                + "`_new_table` makes. All of its blocks are full, and all are cached.",
-                "Now finish `cache_blocks`: if another block with the same key is cached, the "
-                + "table takes that one, shares it, and frees its own. Do not return it.",
+                + "owner it is no longer idle. Freeing a block without owners is DoubleFree.",
+                "`share_cached`: find the blocks, become an owner of each, and put them into a "
+                + "table made by `_new_table`. All of its blocks are full and cached.",
+                "Now finish `cache_blocks`: if another block with the same key is cached, put "
+                + "that block into the table instead, share it, and free the table's own block. "
+                + "Do not return it.",
             ),
         ),
         Task(
@@ -72,8 +73,8 @@ LAB = Lab(
                 "To evict a block, undo everything that `cache_blocks` has recorded, and free the "
                 + "block in the allocator. If an entry remains in one of the two dictionaries, a "
                 + "block with other content will be found.",
-                "Do not forget that its parent has one child less. Remove a count that is 0, or "
-                + "the salts pile up.",
+                "Its parent has one child fewer now. Remove a count that is 0, or the salts "
+                + "accumulate.",
             ),
         ),
         Task(
@@ -81,9 +82,9 @@ LAB = Lab(
             "serve a language model",
             10,
             hints=(
-                "If the other tasks pass and this one does not, watch the trace that the failing "
-                + "test has left: minipaged trace view <file>.",
-                "Other tokens the second time mean that a block with other content was found: "
+                "If the other tasks pass and this one does not, open the trace that the failing "
+                + "test has written: minipaged trace view <file>.",
+                "Different tokens the second time mean that a block with other content was found: "
                 + "compare the cached blocks with the evicted ones.",
             ),
             seconds=120.0,

@@ -1,7 +1,7 @@
-"""Whether a solution is the student's own: what it imports, and whose code its bodies are.
+"""Checks whether a solution is the student's own: its imports, and the origin of its code.
 
-What is found is reported to student and teacher and costs no points: a subclass of the library's
-class may be an honest experiment.
+Findings are reported to student and teacher and cost no points: a subclass of the library's class
+may be an honest experiment.
 """
 
 import ast
@@ -14,8 +14,8 @@ from typing import Any
 from minipaged.labs.lab import Lab
 from minipaged.labs.starter import library_text
 
-LONGEST_FILE = 2**20  # bytes of a solution
-ALIKE = 10  # statements: in fewer, two people write the same by chance
+LONGEST_FILE = 2**20  # bytes, the largest solution
+ALIKE = 10  # statements; shorter bodies may be equal by chance
 _LOOKS_UP = {"import_module", "__import__", "getsource", "resolve_name", "exec", "eval"}
 
 
@@ -23,13 +23,13 @@ _LOOKS_UP = {"import_module", "__import__", "getsource", "resolve_name", "exec",
 
 
 def read_notes(lab: Lab, text: str) -> list[str]:
-    """What a solution takes from the library instead of writing it, as sentences."""
+    """What a solution imports from the library instead of implementing it, as sentences."""
     try:
         tree = ast.parse(text)
         library = ast.parse(library_text(lab))
         return [*_imported(lab, tree), *_looked_up(tree), *_copied(lab, tree, library)]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []  # the tests will say what is wrong with it
+        return []  # the tests will report the error
 
 
 def _imported(lab: Lab, tree: ast.Module) -> list[str]:
@@ -50,7 +50,7 @@ def _imported(lab: Lab, tree: ast.Module) -> list[str]:
             if dotted.startswith("minipaged."):
                 found[dotted] = node.lineno
     return [
-        f"line {line} takes {name} from the library, which this lab asks the student to write."
+        f"line {line} imports {name} from the library, which the student should write in this lab."
         for name, line in found.items()
     ]
 
@@ -79,7 +79,7 @@ def _copied(lab: Lab, tree: ast.Module, library: ast.Module) -> list[str]:
 
 
 def _bodies(tree: ast.Module) -> dict[str, tuple[str, int]]:
-    """By "Class.method" or "function": its statements without the docstring, and how many."""
+    """Map "Class.method" or "function" to its statements without docstring, and their number."""
     found: dict[str, tuple[str, int]] = {}
     for node in tree.body:
         members = node.body if isinstance(node, ast.ClassDef) else [node]
@@ -96,7 +96,7 @@ def _bodies(tree: ast.Module) -> dict[str, tuple[str, int]]:
 
 
 def not_their_own(holes: list[str]) -> list[str]:
-    """The bodies to write whose code is not in the student's file, as sentences."""
+    """The required bodies whose code is not in the student's file, as sentences."""
     notes: list[str] = []
     for name, module in list(sys.modules.items()):
         if name.startswith("minipaged_custom_"):

@@ -1,4 +1,4 @@
-"""What the tests of all labs share, as a plugin of pytest.
+"""A pytest plugin with the fixtures and options that all lab tests share.
 
     pytest -m "lab(number=1, task=2)" --part allocator=my_lab1.py:BlockAllocator
 
@@ -31,8 +31,8 @@ PARTS = {
     "router": "minipaged.labs.routing.router.PrefixRouter",
     "rank": "minipaged.labs.tensor_parallel.rank.Rank",
 }
-"""The last two are no parts of an engine: a router distributes requests among several engines, and
-a rank is a process of a small model of its own."""
+"""The last two are not parts of an engine: a router distributes requests among several engines, and
+a rank is a process of a separate small model."""
 CALLS = pytest.StashKey[CallLog]()
 
 
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Add the marks by which a task's tests are chosen."""
+    """Add the marks that select a task's tests."""
     config.addinivalue_line("markers", "lab(number, task): the tests of a task of a teaching lab")
     config.addinivalue_line("markers", "essential(why): without it, a lab's task has no points")
     helpers = "newcomers", "pools_of_words", "schedulers", "serving", "two_ranks"
@@ -56,14 +56,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test begins."""
+    """Called when a test begins."""
     item.config.stash[CALLS].begin()
 
 
 def pytest_assertrepr_compare(
     config: pytest.Config, op: str, left: object, right: object
 ) -> list[str] | None:
-    """Keep the sides of a comparison that failed: the left one is the student's."""
+    """Record both sides of a failed comparison: the left one is the student's."""
     config.stash[CALLS].comparison = compared(op, left, right)
     return None
 
@@ -93,7 +93,7 @@ def custom_parts(request: pytest.FixtureRequest) -> dict[str, Any]:
         parts = read_custom_parts(arguments, PARTS)
     except (pytest.skip.Exception, pytest.exit.Exception, SystemExit) as error:
         raise InvalidOption(
-            f"the file cannot be loaded: it ends the run ({type(error).__name__})."
+            f"the file cannot be loaded: it ends the process ({type(error).__name__})."
         ) from None
     for name in {part.__module__ for part in parts.values()}:
         if name.startswith("minipaged_custom_"):
@@ -103,9 +103,9 @@ def custom_parts(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def part(request: pytest.FixtureRequest, custom_parts: dict[str, Any]) -> Callable[[str], Any]:
-    """`part("allocator")`: the student's part, or else the library's.
+    """`part("allocator")`: the student's part, or the library's if the file has none.
 
-    A helper that is no part is asked for by its full name in the library, and is looked for in the
+    A helper that is not a part is requested by its full name in the library, and looked up in the
     student's file: `part("minipaged.attention.reference.gather")`.
     """
 
@@ -128,7 +128,7 @@ def observed(
     """`with observed(num_blocks=24) as llm:` a model on the student's parts, checked and traced.
 
     `also={"paged_attention": attend}` adds parts, which take precedence over the student's. If the
-    test fails, its trace is kept, to be watched.
+    test fails, its trace is kept for viewing.
     """
 
     @contextmanager
@@ -154,4 +154,4 @@ def _leave_trace(request: pytest.FixtureRequest, events: list[Event]) -> None:
         trace.write(event)
     trace.close(keep=True)
     request.node.user_properties.append(("trace", str(place)))
-    print(f"What happened before can be watched: minipaged trace view {place}")
+    print(f"To see what happened before, run: minipaged trace view {place}")

@@ -1,7 +1,7 @@
-"""What a student has so far: the best points of each task, and the hints that were given.
+"""A student's progress: the best points of each task, and the hints that were shown.
 
-Kept in one small file next to the student's own, to be read by them as well. A file that holds
-anything else is kept under another name, and a new one is begun.
+It is stored in one small readable file in the student's folder. If that file has other content, it
+is renamed, and a new one is started.
 """
 
 import json
@@ -24,23 +24,23 @@ class Progress:
     """The progress file of a folder.
 
     Args:
-        note: what happened to a damaged file, for the student.
+        note: a message for the student about a damaged file.
     """
 
     folder: Path
-    # By "lab.task"; None: it could not be tested on this machine, so it does not count.
+    # By "lab.task"; None: not testable on this machine, so it does not count.
     points: dict[str, float | None] = field(default_factory=dict[str, float | None])
-    hints: dict[str, int] = field(default_factory=dict[str, int])  # given so far
+    hints: dict[str, int] = field(default_factory=dict[str, int])  # shown so far
     note: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "Progress":
-        """What the folder's file holds. Raises InvalidOption if it is no file."""
+        """Read the folder's file. Raises InvalidOption if it is not a file."""
         file = folder / FILE
         if not file.exists() and not file.is_symlink():
             return cls(folder)
         if not file.is_file():
-            raise InvalidOption(f"{file} is no file: move it away.")
+            raise InvalidOption(f"{file} is not a file: move it away.")
         try:
             if file.stat().st_size > _LONGEST_FILE:
                 raise ValueError("too large")
@@ -51,10 +51,10 @@ class Progress:
         except (ValueError, KeyError, TypeError, RecursionError):
             backup = next_free(file, ".damaged.")
             shutil.move(file, backup)
-            return cls(folder, note=f"{FILE} was damaged: it is kept as {backup.name}.")
+            return cls(folder, note=f"{FILE} was damaged: it was renamed to {backup.name}.")
 
     def keep(self, lab: Lab, result: Result) -> None:
-        """Keep the points of a task, as they are now; as they were, if it could not be tested."""
+        """Store the points of a task; keep the old ones if it could not be tested."""
         key = f"{lab.number}.{result.task.number}"
         if result.counts:
             self.points[key] = result.points
@@ -62,12 +62,12 @@ class Progress:
             self.points.setdefault(key, None)
 
     def points_of(self, lab: Lab) -> float | None:
-        """What a lab has given so far; None if it was never checked."""
+        """The points of a lab so far; None if it was never checked."""
         known = [self.points.get(f"{lab.number}.{task.number}") for task in lab.tasks]
         return None if set(known) == {None} else sum(points or 0.0 for points in known)
 
     def most(self, lab: Lab) -> float:
-        """The points that there are to win, without the tasks that could not be tested."""
+        """The maximum points, without the tasks that could not be tested."""
         untested = {task for task, points in self.points.items() if points is None}
         counting = [t for t in lab.tasks if f"{lab.number}.{t.number}" not in untested]
         return sum(task.points for task in counting)
@@ -76,7 +76,7 @@ class Progress:
         return self.points_of(lab) == self.most(lab)
 
     def next_hint(self, lab: Lab, task: int) -> int:
-        """The number of the next hint of a task, from 0; and note that it is given."""
+        """Return the number of a task's next hint, from 0, and record that it was shown."""
         key = f"{lab.number}.{task}"
         number = self.hints.get(key, 0)
         self.hints[key] = number + 1
@@ -88,13 +88,13 @@ class Progress:
 
 
 def next_free(file: Path, ending: str) -> Path:
-    """Return an unused name next to a file's: `file.py.1`, `file.py.2` and so on."""
+    """A free name for a backup: `file.py.1`, `file.py.2` and so on."""
     names = (file.with_name(f"{file.name}{ending}{number}") for number in range(1, 10_000))
     return next(name for name in names if not name.exists())
 
 
 def _numbers(known: Any, is_points: bool) -> dict[str, Any]:
-    """The same, if it maps tasks to finite numbers. Raises ValueError, TypeError."""
+    """Check that it maps tasks to finite numbers. Raises ValueError, TypeError."""
     for task, number in dict(known).items():
         lab, _, rest = str(task).partition(".")
         if not (lab.isdecimal() and rest.isdecimal()) or isinstance(number, bool):

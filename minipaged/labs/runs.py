@@ -1,9 +1,9 @@
-"""One run of a lab's tests in a process of its own, seen from outside.
+"""One run of a lab's tests in a separate process, from the outside.
 
-A run reports through a file without a name, by lines that begin with the run's nonce. Both are
-made for the run, so student code cannot know them beforehand. What a run prints goes to another
-such file, in bytes: nothing that it prints can harm the grader. Neither is read before the process
-and whatever it has started are stopped.
+A run reports through an unnamed file, in lines that begin with the run's nonce. Both are created
+for the run, so student code cannot predict them. Printed output goes to another unnamed file, as
+bytes, so it cannot harm the grader. Neither is read before the process and all processes that it
+has started are stopped.
 """
 
 import contextlib
@@ -20,27 +20,27 @@ from typing import BinaryIO
 QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTEST_ADDOPTS": "",  # whatever else is set or installed has no say here
+    "PYTEST_ADDOPTS": "",  # other settings and plugins have no effect
     "PYTEST_PLUGINS": "",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
 }
 LONGEST_REPORT = 4 * 2**20  # bytes; a report is some kilobytes
-LONGEST_PRINTED = 64 * 2**10  # bytes, of the end
-# The first entry of sys.path would be the current folder, which is a student's own.
+LONGEST_PRINTED = 64 * 2**10  # bytes of the end of the output
+# The first entry of sys.path would be the current folder, which contains the student's files.
 _PROGRAM = "import sys; del sys.path[0]; from minipaged.labs.child import main; main()"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to run.
+    """Describes a run.
 
     Args:
         arguments: for pytest.
         folder: the current folder of the run.
-        seconds: after so long it is stopped.
+        seconds: the time limit.
         holes: the bodies that the student writes, as "BlockAllocator.free".
         collect: only list the tests. No student code is loaded.
-        nonce: begins each line of the report.
+        nonce: the start of each line of the report.
     """
 
     arguments: list[str]
@@ -57,11 +57,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """What became of a job.
+    """The result of a job.
 
     Args:
-        report: the lines it reported; at most LONGEST_REPORT + 1 bytes.
-        printed: the end of what it printed.
+        report: the reported lines; at most LONGEST_REPORT + 1 bytes.
+        printed: the end of its printed output.
         ended: whether it ended in time.
     """
 
@@ -71,7 +71,7 @@ class Run:
 
 
 def run_in_new_process(job: Job) -> Run:
-    """Run a job in a process that is started for it."""
+    """Run a job in a new process."""
     with tempfile.TemporaryFile() as report, tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM], cwd=job.folder, env=os.environ | QUIET,
@@ -97,7 +97,7 @@ def end_session(pid: int) -> None:
 
 
 def outcome(report: BinaryIO, printed: BinaryIO, ended: bool) -> Run:
-    """Read what a run has left, which may be anything of any length."""
+    """Read the files of a run, which may have any content and length."""
     report.seek(0)
     printed.seek(max(0, os.fstat(printed.fileno()).st_size - LONGEST_PRINTED))
     last_words = printed.read(LONGEST_PRINTED).decode("utf-8", errors="replace")

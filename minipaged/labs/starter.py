@@ -1,8 +1,8 @@
-"""A student's file, generated: the library's own text, with the bodies to write taken out.
+"""Generates a student's file: the library's own source, without the bodies to write.
 
 Signatures, docstrings, comments and all other methods are the library's lines, so a starter cannot
-drift from it. What its classes use besides is imported, never copied: a copied OutOfBlocks would be
-another exception than the one that the tests expect.
+drift from it. Other names are imported, never copied: a copied OutOfBlocks would be a different
+exception from the one that the tests expect.
 """
 
 import ast
@@ -18,7 +18,7 @@ Definition = ast.ClassDef | ast.FunctionDef
 
 @dataclass(frozen=True)
 class _Source:
-    """One class or function of the library that a starter takes over."""
+    """One class or function of the library that a starter contains."""
 
     module: str  # its name
     lines: list[str]  # of the whole module
@@ -33,7 +33,7 @@ class _Source:
 
 
 def starter(lab: Lab) -> str:
-    """The text of the file that a student begins with."""
+    """The text of the starter file."""
     sources = [_find(dotted) for dotted in lab.sources]
     holes = set(lab.holes)
     bodies = [_with_holes(source, holes) for source in sources]
@@ -42,7 +42,7 @@ def starter(lab: Lab) -> str:
 
 
 def library_text(lab: Lab) -> str:
-    """The same file with the library's own bodies in it."""
+    """The same file with the library's own bodies."""
     sources = [_find(dotted) for dotted in lab.sources]
     bodies = [_with_holes(source, set()) for source in sources]
     return "\n\n\n".join([f"{_heading(lab)}\n\n{_imports(sources)}", *bodies]) + "\n"
@@ -50,7 +50,7 @@ def library_text(lab: Lab) -> str:
 
 def _find(dotted: str) -> _Source:
     module_name, _, name = dotted.rpartition(".")
-    spec = find_spec(module_name)  # it is read and never run: it may need what is not installed
+    spec = find_spec(module_name)  # it is read, not imported: a dependency may be missing
     assert spec is not None, f"there is no {module_name}"
     text = Path(spec.origin or "").read_text(encoding="utf-8")
     tree = ast.parse(text)
@@ -68,24 +68,24 @@ def _heading(lab: Lab) -> str:
 
 {tasks}
 
-Write what says "your turn", and look how far you are with `minipaged lab check {lab.number}`.
+Implement each function marked "your turn". Then run: minipaged lab check {lab.number}
 """'''
 
 
 def _with_holes(source: _Source, holes: set[str]) -> str:
-    """The source's own lines, without the bodies to be written, which are taken off `holes`."""
+    """The source's own lines without the bodies to write, whose names are removed from `holes`."""
     node = source.node
     functions = [node] if isinstance(node, ast.FunctionDef) else _methods(node)
     lines = source.lines.copy()
     last = node.end_lineno or node.lineno
-    for function in sorted(functions, key=lambda f: -f.lineno):  # bottom up: numbers stay true
+    for function in sorted(functions, key=lambda f: -f.lineno):  # bottom up: numbers stay valid
         name = function.name if function is node else f"{node.name}.{function.name}"
         if name not in holes:
             continue
         holes.remove(name)
         has_docstring = ast.get_docstring(function) is not None
         first = function.body[1 if has_docstring else 0].lineno
-        if has_docstring:  # comments in front of the first statement say how it is done
+        if has_docstring:  # comments before the first statement may describe the solution
             first = (function.body[0].end_lineno or 0) + 1
         end = function.end_lineno or first
         todo = " " * function.body[0].col_offset + f'raise NotImplementedError("your turn: {name}")'
@@ -100,7 +100,7 @@ def _methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
 
 
 def _imports(sources: list[_Source]) -> str:
-    """What the classes use: the imports of their modules, and their modules' other names."""
+    """The imports for the classes: those of their modules, and other names of these modules."""
     ours = {source.node.name for source in sources}
     whole: set[str] = set()
     members: dict[str, set[str]] = {}  # of each module
@@ -120,12 +120,12 @@ def _imports(sources: list[_Source]) -> str:
 
 
 def _import_order(line: str) -> tuple[bool, bool, str]:
-    """Ours last; among the others, whole modules first."""
+    """The sort key: minipaged's imports last; among the others, whole modules first."""
     return "minipaged" in line, line.startswith("from "), line
 
 
 def _defined_in(tree: ast.Module) -> set[str]:
-    """What a module itself gives names to, at its top."""
+    """The names that a module defines at its top level."""
     names: set[str] = set()
     for node in tree.body:
         if isinstance(node, Definition):

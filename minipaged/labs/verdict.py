@@ -1,9 +1,9 @@
-"""What a run's report is worth: decided outside the process that student code runs in.
+"""Converts a run's report to points, outside the process that runs student code.
 
-Points are for tests that were listed beforehand, each reported once, as passed, in lines that begin
-with the run's nonce, by a run that came to its end. A test that was skipped, that was expected to
-fail, or that has no report has failed. *Canaries* run along with a task's tests, and must fail: if
-one passes, the code that runs the tests was changed, and the whole grade is void.
+A test counts as passed if it was listed beforehand and reported exactly once, as passed, in a line
+with the run's nonce, by a run that completed. A test that was skipped, expected to fail or not
+reported has failed. A task's tests run together with *canaries*, which must fail: if one passes,
+the code that runs the tests was changed, and the whole grade is void.
 """
 
 import json
@@ -29,7 +29,7 @@ def test_{word}(custom_parts):
 
 @dataclass(frozen=True)
 class Expected:
-    """A test that a task must pass, as it was listed without any student code.
+    """A test of a task, as listed without student code.
 
     Args:
         test: its id.
@@ -45,15 +45,15 @@ class Expected:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one task.
+    """The result of one task.
 
     Args:
         complaint: about the first test that failed, or why there is no result.
-        trace: the name of the trace that a failing test has left.
-        num_skipped: tests that cannot run on this machine.
-        essential: the essential property that the solution does not have: the task has no points.
-        void: why the whole grade is void: the grader was interfered with.
-        notes: what the solution takes from the library. It costs no points.
+        trace: the file name of the trace that a failing test has written.
+        num_skipped: number of tests that cannot run on this machine.
+        essential: the essential property that the solution lacks, so the task has no points.
+        void: why the whole grade is void: student code interfered with the grader.
+        notes: code that the solution takes from the library. It costs no points.
     """
 
     task: Task
@@ -68,17 +68,17 @@ class Result:
 
     @property
     def counts(self) -> bool:
-        """Whether the task has points to win here: not if each of its tests was skipped."""
+        """Whether the task counts here: not if all of its tests were skipped."""
         return self.num_tests > 0 or self.num_skipped == 0
 
     @property
     def most(self) -> float:
-        """The points that there are to win."""
+        """The maximum points."""
         return self.task.points if self.counts else 0.0
 
     @property
     def points(self) -> float:
-        """The task's points, in the part that passed; none if something essential is missing."""
+        """The task's points times the fraction passed; none if something essential is missing."""
         if self.num_tests == 0 or self.essential or self.void:
             return 0.0
         return round(self.task.points * self.num_passed / self.num_tests, 2)
@@ -89,7 +89,7 @@ class Result:
 
     @property
     def told(self) -> str:
-        """Why it is not all of the points, in a sentence or two."""
+        """Why the task has less than all points, in a sentence or two."""
         if self.void:
             return f"the grade is void: {self.void}"
         if self.essential:
@@ -98,20 +98,20 @@ class Result:
 
 
 def all_full(results: Iterable[Result]) -> bool:
-    """Whether all is done that could be tested, and something could."""
+    """Whether at least one test could run, and all that could have passed."""
     counting = [result for result in results if result.counts]
     return bool(counting) and all(result.is_full for result in counting)
 
 
 def settle(results: Iterable[Result]) -> list[Result]:
-    """All results of a lab: if one of them is void, none of them gives points."""
+    """All results of a lab: if one is void, all are."""
     done = list(results)
     void = next((result.void for result in done if result.void), "")
     return [replace(result, void=void) for result in done] if void else done
 
 
 def write_canary(tests: Path, lab: int, task: int) -> Path:
-    """A test that fails, under a name that is secret until then."""
+    """A test that fails, with an unpredictable name."""
     word = secrets.token_hex(8)
     yours, expected = secrets.randbelow(10**9), 10**9 + secrets.randbelow(10**9)
     file = tests / f"test_{word}.py"
@@ -123,7 +123,7 @@ def write_canary(tests: Path, lab: int, task: int) -> Path:
 
 
 def read_records(run: Run, nonce: str) -> list[dict[str, Any]] | None:
-    """What a run has reported; None if anybody else has written there."""
+    """The report of a run; None if student code has written to it."""
     if len(run.report) > LONGEST_REPORT:
         return None
     records: list[dict[str, Any]] = []
@@ -145,7 +145,7 @@ def judge(
     """The result of a task.
 
     Args:
-        expected: the task's tests, as they were listed without student code.
+        expected: the task's tests, as listed without student code.
         canaries: the ids of the tests that must fail.
     """
     nothing = Result(task, 0, 0)
@@ -155,7 +155,7 @@ def judge(
         )
     records = read_records(run, nonce)
     if records is None:
-        return replace(nothing, void="something else than the grader wrote to its report.")
+        return replace(nothing, void="something other than the grader wrote to its report.")
     if tampered := next((r["tampered"] for r in records if "tampered" in r), ""):
         return replace(
             nothing,
@@ -168,7 +168,7 @@ def judge(
     if not any("end" in record for record in records) or len(seen) < num_all:
         return replace(nothing, complaint=_early_end(expected, seen, run.printed))
     if len(seen) > num_all or set(known) != {*canaries, *(each.test for each in expected)}:
-        return replace(nothing, void="other tests were reported than those of the task.")
+        return replace(nothing, void="the reported tests are not those of the task.")
     if any(known[canary]["passed"] or not known[canary]["complaint"] for canary in canaries):
         return replace(
             nothing,
@@ -179,7 +179,7 @@ def judge(
 
 
 def _count(task: Task, expected: list[Expected], known: dict[str, dict[str, Any]]) -> Result:
-    """Passed and failed among the tests that this machine can run."""
+    """Count passed and failed tests among those that this machine can run."""
     counting = [each for each in expected if not each.skip]
     failed = [each for each in counting if not known[each.test]["passed"]]
     result = Result(
@@ -190,7 +190,7 @@ def _count(task: Task, expected: list[Expected], known: dict[str, dict[str, Any]
     )
     if not failed:
         return result
-    # A missing essential property takes away the points of other tests, so it comes first.
+    # A missing essential property cancels the points of other tests, so it comes first.
     missing = [each for each in failed if each.essential and result.num_passed]
     first = (missing or failed)[0]
     return replace(
@@ -209,7 +209,8 @@ def in_words(test: str) -> str:
 
 
 def _early_end(expected: list[Expected], seen: list[dict[str, Any]], printed: str) -> str:
-    """Of a run that ended before all its tests did, as where a kernel reads what is no memory."""
+    """The complaint for a run that ended early, for example because a kernel read invalid "
+    "memory."""
     done = {record["test"] for record in seen}
     present = next((each.test for each in expected if each.test not in done), "")
     _, fatal, what = printed.partition("Fatal Python error: ")

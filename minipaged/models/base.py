@@ -1,16 +1,16 @@
-"""Three families of models, each in a file that can be read alone, from top to bottom.
+"""Three model families, each in one self-contained file.
 
     llama   RMSNorm, rotary positions, grouped-query attention: LLaMA 1 to 3, Mistral, Qwen2, Qwen3
     gpt2    LayerNorm, learned positions, one output matrix with the embedding
-    opt     GPT-2's plan with ReLU and separate query, key and value projections
+    opt     GPT-2's architecture with ReLU and separate query, key and value projections
     rope    the rotary positions of llama
-    linear  linear layers, joined, and packed for a CPU
-    layers  the little that two of them share
-    loader  a folder with config.json and safetensors -> a model with every parameter filled
-    safetensors_reader  what a safetensors file holds, and how it gets into a model's memory
+    linear  linear layers, merged, and packed for a CPU
+    layers  the code shared by gpt2 and opt
+    loader  a folder with config.json and safetensors -> a model with every parameter loaded
+    safetensors_reader  reads safetensors files into a model's memory
 
-Here is what they have in common: the contract `Model`, the form of a weight map, and how numbers
-are read out of a Hugging Face config.json.
+This module contains what they have in common: the contract `Model`, the weight map, and functions
+that read values from a Hugging Face config.json.
 """
 
 import re
@@ -35,17 +35,17 @@ HFConfig = Mapping[str, Any]  # a parsed config.json
 class Model(nn.Module, ABC):
     """A stack of transformer layers over a paged cache.
 
-    It is told everything by its arguments: nothing about a step is kept in the module, and what
-    attention does is decided by the `AttentionBackend` that the constructor was given.
+    All input of a step comes through the arguments: the module keeps no state of a step. The
+    `AttentionBackend` passed to the constructor implements attention.
     """
 
     config: ModelConfig
     embedding: nn.Embedding
-    head: nn.Linear | None  # None: tied, the embedding is the output matrix too
+    head: nn.Linear | None  # None: tied, the embedding is also the output matrix
 
     @property
     def dtype(self) -> torch.dtype:
-        """In what it computes."""
+        """The dtype in which it computes."""
         return self.embedding.weight.dtype
 
     @abstractmethod
@@ -56,49 +56,49 @@ class Model(nn.Module, ABC):
         kv_cache: Cache,
         batch: Batch,
     ) -> Float[Tensor, "tokens hidden"]:
-        """One step: writes the tokens' keys and values, returns what `logits` takes.
+        """Run one step: write the tokens' keys and values, return the input of `logits`.
 
-        That is the hidden states after the last layer and, where there is one, the last norm.
-        Positions are below `config.max_position_embeddings`: the engine has checked.
+        The result is the hidden states after the last layer and the last norm, if there is one.
+        Positions are below `config.max_position_embeddings`, which the engine checks.
         """
 
     @abstractmethod
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
-        """Scores of all tokens, for the rows that will be sampled or reported only."""
+        """Scores of all tokens, only for the rows that are sampled or reported."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A tensor of a checkpoint, and where it belongs: rows [start, stop) of a parameter."""
+    """A tensor of a checkpoint and its place: rows [start, stop) of a parameter."""
 
-    tensor: str  # its name, less the prefix
+    tensor: str  # its name without the prefix
     parameter: str
     start: int
     stop: int
     transposed: bool
 
     def place_in(self, model: Model) -> Tensor:
-        """That part of the parameter, in the tensor's own form."""
+        """This part of the parameter, in the tensor's own shape."""
         rows = model.get_parameter(self.parameter)[self.start : self.stop]
         return rows.t() if self.transposed else rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightMap:
-    """The names of each module's parameters in a Hugging Face checkpoint.
+    """Maps each module to its name in a Hugging Face checkpoint.
 
     Names are of modules; `.weight` and `.bias` follow them on both sides. `{i}` is a layer's
-    number. Several names are those of layers that are one `MergedLinear` here, in its order. The
-    map may name more than a given model has (a norm for each head, a head of its own): the model's
-    options decide which parameters exist, and a checkpoint must fill exactly those.
+    number. A list of names belongs to one `MergedLinear` here, in its order. The map may contain
+    more than a given model has (such as per-head norms or a separate head): the model's options
+    decide which parameters exist, and a checkpoint must contain exactly those.
     """
 
-    prefix: str  # before the checkpoint's names; files of the bare body leave it out
-    modules: Mapping[str, str | tuple[str, ...]]  # ours -> the checkpoint's, less the prefix
-    transposed: frozenset[str] = frozenset()  # ours, whose matrices are stored [in, out]
+    prefix: str  # before the checkpoint's names; checkpoints without a head omit it
+    modules: Mapping[str, str | tuple[str, ...]]  # our name -> the checkpoint's, without the prefix
+    transposed: frozenset[str] = frozenset()  # our names of matrices stored as [in, out]
 
     def placements(self, model: Model) -> list[Placement]:
-        """The tensors that fill this model, parameter by parameter."""
+        """Yield the tensors that fill this model, parameter by parameter."""
         names = [name for name, _ in model.named_parameters()]
         return [placement for name in names for placement in self._placements_in(model, name)]
 
@@ -120,7 +120,7 @@ class WeightMap:
 
 
 def read_architecture(hf: HFConfig) -> str:
-    """The class that Hugging Face would load: "LlamaForCausalLM". Raises CheckpointError."""
+    """The class that Hugging Face would load, as "LlamaForCausalLM". Raises CheckpointError."""
     names = hf.get("architectures")
     if not isinstance(names, list) or not names:
         raise CheckpointError(
@@ -131,7 +131,7 @@ def read_architecture(hf: HFConfig) -> str:
 
 
 def read_int(hf: HFConfig, name: str, default: int | None = None) -> int:
-    """A whole number above 0 from config.json; null counts as absent. Raises CheckpointError."""
+    """Read a whole number above 0; null counts as absent. Raises CheckpointError."""
     value = hf.get(name)
     if value is None:
         value = default
@@ -148,7 +148,7 @@ def read_int(hf: HFConfig, name: str, default: int | None = None) -> int:
 
 
 def read_float(hf: HFConfig, name: str, default: float) -> float:
-    """A number above 0 from config.json; null counts as absent. Raises CheckpointError."""
+    """Read a number above 0 from config.json; null counts as absent. Raises CheckpointError."""
     value = hf.get(name)
     if value is None:
         return default
@@ -160,7 +160,7 @@ def read_float(hf: HFConfig, name: str, default: float) -> float:
 
 
 def read_eos_token_ids(hf: HFConfig) -> tuple[int, ...]:
-    """`eos_token_id` may be absent, null, one number or a list of them. Raises CheckpointError."""
+    """Read `eos_token_id`: absent, null, one number or a list. Raises CheckpointError."""
     value = hf.get("eos_token_id")
     if value is None:
         return ()
@@ -174,24 +174,24 @@ def read_eos_token_ids(hf: HFConfig) -> tuple[int, ...]:
 
 
 def divide_heads(hidden_size: int, num_heads: int) -> int:
-    """Numbers in one head when the heads share the hidden size evenly. Raises CheckpointError."""
+    """Elements per head if the heads divide the hidden size evenly. Raises CheckpointError."""
     if hidden_size % num_heads:
         raise CheckpointError(
-            f"config.json divides a hidden size of {hidden_size} among {num_heads} heads, which "
-            "leaves a remainder: correct one of them."
+            f"config.json has a hidden size of {hidden_size} and {num_heads} heads, which do not "
+            "divide evenly: correct one of them."
         )
     return hidden_size // num_heads
 
 
 def require_option(hf: HFConfig, name: str, built: object) -> None:
-    """Refuse a checkpoint that sets an option to anything but what is built here.
+    """Refuse a checkpoint that sets an option to an unsupported value.
 
     Raises:
-        UnsupportedModel: config.json has the option, with another value than null.
+        UnsupportedModel: config.json sets the option to a value other than `built` and null.
     """
     value = hf.get(name)
     if value is not None and value != built:
         raise UnsupportedModel(
-            f"config.json sets {name} to {value!r}, and only {built!r} is built here: choose "
+            f"config.json sets {name} to {value!r}, and only {built!r} is supported: choose "
             "another checkpoint."
         )

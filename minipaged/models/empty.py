@@ -10,9 +10,9 @@ from minipaged.models.base import Model
 
 
 class Unset(TorchFunctionMode):
-    """Leaves new parameters as they are, for which torch.nn would draw random numbers.
+    """Skips the random initialisation of new parameters by torch.nn.
 
-    On "meta" that draws nothing, but imports torch's compiler first: a second and 150 MB.
+    On "meta" it has no effect, but it would import torch's compiler: a second and 150 MB.
     """
 
     def __torch_function__(
@@ -24,7 +24,7 @@ class Unset(TorchFunctionMode):
 
 
 def allocate(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Give the parameters memory, which holds no numbers yet."""
+    """Allocate uninitialised memory for the parameters."""
     for name, unfilled in list(model.named_parameters()):
         memory = torch.empty(unfilled.shape, dtype=dtype, device=device)
         module, _, leaf = name.rpartition(".")

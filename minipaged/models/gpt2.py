@@ -1,9 +1,9 @@
 """GPT-2: learned positions, LayerNorm before each half of a layer, GELU, a tied output matrix.
 
-"Language Models are Unsupervised Multitask Learners" (Radford et al. 2019). Numbers agree with
+"Language Models are Unsupervised Multitask Learners" (Radford et al. 2019). Logits agree with
 Hugging Face's `transformers`.
 
-Read on in the order a token travels: the whole way in `GPT2.forward`, then each station.
+Read the file in the order in which a token passes through it, starting with `GPT2.forward`.
 """
 
 from dataclasses import dataclass
@@ -33,20 +33,20 @@ from minipaged.utils.shapes import Float, Int
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config(ModelConfig):
-    """The numbers and options of one GPT-2."""
+    """The sizes and options of one GPT-2 model."""
 
     inner_size: int
     layer_norm_eps: float = 1e-5
     activation: str = "gelu_new"
-    tied: bool = True  # the embedding is the output matrix too
+    tied: bool = True  # the embedding is also the output matrix
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> "GPT2Config":
         """Read a parsed config.json of GPT-2.
 
         Raises:
-            CheckpointError: a number is missing or cannot be.
-            UnsupportedModel: an option that is not built here.
+            CheckpointError: a value is missing or invalid.
+            UnsupportedModel: an option is not supported.
         """
         require_option(hf, "scale_attn_weights", True)
         require_option(hf, "scale_attn_by_inverse_layer_idx", False)
@@ -104,7 +104,7 @@ class GPT2(Model):
 
 
 class Layer(nn.Module):
-    """Attention, then the feed-forward, each on a normed copy and added to what came in."""
+    """Attention, then the feed-forward; each reads its input normalised, and is added to it."""
 
     def __init__(self, config: GPT2Config, attention: AttentionBackend) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ GPT2_WEIGHTS = WeightMap(
         "norm": "ln_f",
         "head": "lm_head",
     },
-    # OpenAI wrote these four as convolutions of width 1, whose matrices are transposed.
+    # OpenAI implemented these four as convolutions of width 1, which store transposed matrices.
     transposed=frozenset(
         {
             "layers.{i}.attention.qkv_proj",

@@ -1,4 +1,4 @@
-"""What several models share: activations by name, a feed-forward, and multi-head attention."""
+"""Shared by several models: activations by name, a feed-forward, and multi-head attention."""
 
 from collections.abc import Callable
 
@@ -19,8 +19,8 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-# By the names that Hugging Face's config.json uses. "gelu_new" and "gelu_pytorch_tanh" are one
-# function: the approximation by a tanh that GPT-2 was trained with.
+# Keys are the names in Hugging Face's config.json. "gelu_new" and "gelu_pytorch_tanh" are the same
+# function: the tanh approximation that GPT-2 was trained with.
 ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "silu": F.silu,
@@ -31,17 +31,17 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def choose_activation(name: str) -> Activation:
-    """The activation of this name. Raises UnsupportedModel."""
+    """Return the activation with this name. Raises UnsupportedModel."""
     if name not in ACTIVATIONS:
         raise UnsupportedModel(
-            f"config.json asks for the activation {name!r}, and only {', '.join(ACTIVATIONS)} are "
-            "built here: choose another checkpoint."
+            f"config.json names the activation {name!r}, and only {', '.join(ACTIVATIONS)} are "
+            "supported: choose another checkpoint."
         )
     return ACTIVATIONS[name]
 
 
 class MLP(nn.Module):
-    """Widen, bend, narrow: the feed-forward of GPT-2 and OPT ("Attention Is All You Need", 3.3)."""
+    """The feed-forward of GPT-2 and OPT: linear, activation, linear (arXiv 1706.03762, 3.3)."""
 
     def __init__(self, hidden_size: int, inner_size: int, activation: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class MLP(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention of GPT-2 and OPT over the paged cache; one matrix makes all of q, k and v."""
+    """Attention of GPT-2 and OPT over the paged cache; one matrix computes q, k and v."""
 
     def __init__(self, hidden_size: int, head_dim: int, attention: AttentionBackend) -> None:
         super().__init__()
@@ -67,11 +67,11 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "tokens hidden"], kv: KVPair, batch: Batch
     ) -> Float[Tensor, "tokens hidden"]:
-        # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
+        # -1, not the number of heads: with tensor parallelism, a rank has only its share of them.
         split = (x.shape[0], -1, self.head_dim)
         q, k, v = (part.view(split) for part in self.qkv_proj(x))  # [tokens, heads, head_dim]
         k_cache, v_cache = kv
-        # Stored first: a token attends to itself too, and finds itself in the cache.
+        # Stored first, because a token also attends to itself, through the cache.
         self.backend.store_kv(k, v, k_cache, v_cache, batch)
         scale = self.head_dim**-0.5
         out = self.backend.paged_attention(q, k_cache, v_cache, batch, scale)

@@ -1,12 +1,12 @@
-"""Linear layers, several of one input as one, and their weights laid out as a CPU multiplies best.
+"""Linear layers: several merged into one, and weights packed for fast multiplication on a CPU.
 
-A decode step reads every weight to multiply it with a few vectors. Rows of a matrix, as a file
-holds them, are the wrong form for that: the processor wants the numbers side by side that it needs
-at the same time. `F.linear` either makes do or lays them out anew in every call. oneDNN, which
-comes with PyTorch, can pack them once and keep them so. That is what `pack_weights` does.
+A decode step reads every weight to multiply it by a few vectors. Row-major matrices, as in a file,
+are the wrong layout for that: the processor needs the elements that it uses at the same time to be
+adjacent. `F.linear` either works with the wrong layout or converts it in every call. oneDNN, which
+comes with PyTorch, can convert it once and keep it. `pack_weights` does this.
 
-The two operators are those that `torch.compile` itself uses, but no public interface. So they are
-tried out first, and where they are absent or do not give what `F.linear` gives, nothing is packed.
+The two operators are used by `torch.compile` itself, but they are not a public interface. They are
+therefore tested first; if they are missing or differ from `F.linear`, nothing is packed.
 """
 
 from functools import lru_cache
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from minipaged.models.base import Model
 from minipaged.utils.shapes import Float
 
-# A matrix of fewer numbers stays in the processor's cache, in whatever form: not worth packing.
+# Elements. A smaller matrix stays in the processor's cache in any layout: not worth packing.
 SMALLEST_TO_PACK = 2**18
 
 
 class Linear(nn.Linear):
-    """x W^T + b, with W as it was trained, or packed."""
+    """Computes x W^T + b, with W in row-major layout or packed."""
 
-    packed_weight: Tensor | None = None  # once there is one, `weight` is gone
+    packed_weight: Tensor | None = None  # if set, `weight` is deleted
 
     def forward(self, input: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         if self.packed_weight is None:
@@ -33,39 +33,39 @@ class Linear(nn.Linear):
         return _packed_linear(input, self.packed_weight, self.bias)
 
     def pack(self) -> None:
-        """Replace the weight by its packed form, if this processor has one for it."""
+        """Pack the weight, if the matrix is large enough and the processor supports it."""
         if self.packed_weight is not None:
             return
         if self.weight.numel() >= SMALLEST_TO_PACK and can_pack(self.weight.dtype):
             self.packed_weight = _pack(self.weight)
-            del self.weight  # there shall be no second copy
+            del self.weight  # do not keep a second copy
 
 
 class MergedLinear(Linear):
-    """Several linear layers of one input, with their matrices stacked into one.
+    """Several linear layers with the same input, whose matrices are stacked into one.
 
     Reading one large matrix takes less time than reading several small ones.
     """
 
     def __init__(self, in_features: int, sizes: tuple[int, ...], bias: bool = True) -> None:
         super().__init__(in_features, sum(sizes), bias)
-        self.sizes = sizes  # how many outputs each of them has
+        self.sizes = sizes  # number of outputs of each
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Float[Tensor, "rows in"]
     ) -> tuple[Tensor, ...]:
-        """The outputs of each, [rows, size]."""
+        """Return the outputs of each layer, [rows, size]."""
         return super().forward(input).split(self.sizes, dim=-1)
 
 
 def pack_weights(model: Model) -> None:
-    """Pack the large matrices of a model that only generates from now on, on a CPU."""
+    """Pack the large matrices of a model for inference on a CPU."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack()
     if model.head is None:
-        # An embedding is looked up by rows, an output matrix is multiplied with: where they are
-        # one, packing makes them two.
+        # The embedding is looked up by rows, so it stays unpacked. If the output matrix is tied to
+        # it, packing makes a separate copy.
         vocab_size, hidden_size = model.embedding.weight.shape
         head = Linear(hidden_size, vocab_size, bias=False, device="meta")
         head.weight = model.embedding.weight
@@ -75,7 +75,7 @@ def pack_weights(model: Model) -> None:
 
 @lru_cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether packed weights of this type work here, and give what `F.linear` gives."""
+    """Whether packed weights of this dtype work here and agree with `F.linear`."""
     random = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(48, 80, generator=random), torch.randn(48, generator=random)
     weight, bias = weight.to(dtype), bias.to(dtype)

@@ -1,12 +1,12 @@
-"""LLaMA, and with other options of the same class Mistral, Qwen2 and Qwen3.
+"""LLaMA; with other options, the same class is Mistral, Qwen2 or Qwen3.
 
 "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971), "The Llama 3 Herd of
-Models" (2407.21783), "Mistral 7B" (2310.06825), "Qwen2" (2407.10671), "Qwen3" (2505.09388). What
-one of them adds is an option of `LlamaConfig`: Qwen2 biases for q, k and v, Qwen3 a norm on every
-query and KV head. Mistral's sliding window is no option: the context ends with it (see
-`_read_context`). Numbers agree with Hugging Face's `transformers`.
+Models" (2407.21783), "Mistral 7B" (2310.06825), "Qwen2" (2407.10671), "Qwen3" (2505.09388). Their
+additions are options of `LlamaConfig`: Qwen2 has biases for q, k and v, Qwen3 a norm on each head
+of q and k. Mistral's sliding window is not supported: the context is limited to the window (see
+`_read_context`). Logits agree with Hugging Face's `transformers`.
 
-Read on in the order a token travels: the whole way in `Llama.forward`, then each station.
+Read the file in the order in which a token passes through it, starting with `Llama.forward`.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ from minipaged.utils.shapes import Float, Int
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
-    """The numbers and options of one LLaMA-like model."""
+    """The sizes and options of one LLaMA-like model."""
 
     intermediate_size: int
     rms_norm_eps: float = 1e-6
@@ -48,15 +48,15 @@ class LlamaConfig(ModelConfig):
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm on each head of q and k
-    tied: bool = False  # the embedding is the output matrix too
+    tied: bool = False  # the embedding is also the output matrix
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> "LlamaConfig":
         """Read a parsed config.json of LLaMA, Mistral, Qwen2 or Qwen3.
 
         Raises:
-            CheckpointError: a number is missing or cannot be.
-            UnsupportedModel: an option that is not built here.
+            CheckpointError: a value is missing or invalid.
+            UnsupportedModel: an option is not supported.
         """
         architecture = read_architecture(hf)
         num_heads, num_kv_heads, head_dim = _read_heads(hf)
@@ -107,7 +107,7 @@ class Llama(Model):
     ) -> Float[Tensor, "tokens hidden"]:
         """One step; see `Model.forward`."""
         x = self.embedding(token_ids)  # [tokens, hidden]
-        # Once per step, not per layer: all layers turn by the same angles.
+        # Once per step, not once per layer: all layers rotate by the same angles.
         cos, sin = self.rotary(positions, x.dtype)  # [tokens, 1, half]
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
             x = layer(x, cos, sin, kv, batch)
@@ -121,7 +121,7 @@ class Llama(Model):
 
 
 class Layer(nn.Module):
-    """Attention, then the feed-forward, each on a normed copy and added to what came in."""
+    """Attention, then the feed-forward; each reads its input normalised, and is added to it."""
 
     def __init__(self, config: LlamaConfig, attention: AttentionBackend) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(*head_norm) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(*head_norm) if config.qk_norm else nn.Identity()
         self.head_dim = config.head_dim
-        # YaRN's factor is of queries and of keys, so their product has its square.
+        # YaRN's factor scales queries and keys, so their product is scaled by its square.
         self.scale = config.head_dim**-0.5 * config.rope.attention_factor**2
         self.backend = attention
 
@@ -180,24 +180,24 @@ class Attention(nn.Module):
         kv: KVPair,
         batch: Batch,
     ) -> Float[Tensor, "tokens hidden"]:
-        # -1, not the number of heads: a rank of tensor parallelism has its share of them only.
+        # -1, not the number of heads: with tensor parallelism, a rank has only its share of them.
         split = (x.shape[0], -1, self.head_dim)
         q, k, v = self.qkv_proj(x)  # [tokens, any_heads * head_dim]
         q, k, v = q.view(split), k.view(split), v.view(split)  # [tokens, any_heads, head_dim]
         q, k = self.q_norm(q), self.k_norm(k)
         k_cache, v_cache = kv
-        # Stored first: a token attends to itself too, and finds itself in the cache.
+        # Stored first, because a token also attends to itself, through the cache.
         if self.backend.rope_and_store_kv is None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             self.backend.store_kv(k, v, k_cache, v_cache, batch)
-        else:  # the same two lines as one kernel
+        else:  # the two lines above, fused into one kernel
             q = self.backend.rope_and_store_kv(q, k, v, cos, sin, k_cache, v_cache, batch)
         out = self.backend.paged_attention(q, k_cache, v_cache, batch, self.scale)
         return self.o_proj(out.flatten(1))  # [tokens, hidden]
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): one widening is the gate of the other."""
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -234,13 +234,13 @@ LLAMA_WEIGHTS = WeightMap(
 
 
 def _read_heads(hf: HFConfig) -> tuple[int, int, int]:
-    """Query heads, key/value heads, and numbers in a head."""
+    """Return the number of query heads, of KV heads, and of elements per head."""
     num_heads = read_int(hf, "num_attention_heads")
     num_kv_heads = read_int(hf, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise CheckpointError(
-            f"config.json shares {num_kv_heads} kv heads among {num_heads} heads, which leaves a "
-            "remainder: correct num_key_value_heads."
+            f"config.json has {num_heads} query heads and {num_kv_heads} KV heads, which do not "
+            "divide evenly: correct num_key_value_heads."
         )
     if hf.get("head_dim") is not None:
         return num_heads, num_kv_heads, read_int(hf, "head_dim")
@@ -248,10 +248,11 @@ def _read_heads(hf: HFConfig) -> tuple[int, int, int]:
 
 
 def _read_context(hf: HFConfig, architecture: str, rope: RopeConfig) -> int:
-    """The longest context in which every token sees all before it.
+    """The longest context in which attention is full.
 
-    In a layer with a sliding window a token sees itself and the `window - 1` before it. Up to
-    `window` tokens that is full attention, which is what is built here, so the context ends there.
+    In a layer with a sliding window, a token attends to itself and the `window - 1` tokens before
+    it. Up to `window` tokens this is full attention, the only kind supported, so the context is
+    limited to that.
     """
     context = rope.context(read_int(hf, "max_position_embeddings"))
     slides = _any_layer_slides(hf, architecture)
@@ -259,18 +260,18 @@ def _read_context(hf: HFConfig, architecture: str, rope: RopeConfig) -> int:
 
 
 def _any_layer_slides(hf: HFConfig, architecture: str) -> bool:
-    """Raises UnsupportedModel if a layer's attention is neither full nor through a window."""
-    kinds: list[str] = hf.get("layer_types") or []  # newer files have one for each layer
+    """Raise UnsupportedModel if a layer's attention is neither full nor a sliding window."""
+    kinds: list[str] = hf.get("layer_types") or []  # newer files have one entry per layer
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModel(
                 f"config.json has a layer with {kind!r}, and only full_attention, and "
-                "sliding_attention up to its window, are built here: choose another checkpoint."
+                "sliding_attention up to its window, are supported: choose another checkpoint."
             )
     if "sliding_attention" in kinds:
         return True
     if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        # They name a window even where none is used. Where it is, the first layers stay full.
+        # Qwen files name a window even if none is used. If one is used, the first layers stay full.
         num_full = hf.get("max_window_layers")
         num_full = 28 if num_full is None else num_full  # 28 as in transformers
         uses = not kinds and bool(hf.get("use_sliding_window"))

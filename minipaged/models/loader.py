@@ -1,8 +1,8 @@
-"""A folder with `config.json` and safetensors -> a model, every parameter of which is filled.
+"""Loads a folder with `config.json` and safetensors into a model.
 
-The model is first built on torch's "meta" device, where parameters have a shape and no memory. All
-names and shapes are compared with the files' headers before the first number is read. Then the
-parameters get their memory, and `weight_files` reads every tensor straight into its place.
+The model is first built on torch's "meta" device, where parameters have a shape but no memory. All
+names and shapes are compared with the files' headers before any weight is read. Then the
+parameters get memory, and `weight_files` reads every tensor directly into its parameter.
 """
 
 import re
@@ -52,7 +52,7 @@ from minipaged.utils.files import read_json_object
 
 @dataclass(frozen=True)
 class Family:
-    """How models of one file are configured, built and filled."""
+    """How the models of one file are configured, built and loaded."""
 
     read_config: Callable[[HFConfig], Any]
     build: Callable[[Any, AttentionBackend], Model]
@@ -77,8 +77,8 @@ DTYPES = {
     "float": torch.float32,
     "half": torch.float16,
 }
-# Buffers that old files hold as if they were weights: rotary angles, which follow from config.json,
-# and GPT-2's causal mask with the value of masked scores.
+# Buffers that old files store like weights: rotary angles, which follow from config.json, and
+# GPT-2's causal mask with the value of masked scores.
 COMPUTED = re.compile(r"inv_freq|cos_cached|sin_cached|(^|\.)attn\.(masked_)?bias$")
 _FROM_ONE_PLACE = "download config.json and the weights from one place"
 
@@ -86,18 +86,18 @@ _FROM_ONE_PLACE = "download config.json and the weights from one place"
 def read_model_config(
     folder: Path, hf_overrides: HFConfig | None = None, generation: Path | None = None
 ) -> ModelConfig:
-    """The model's numbers, without its weights.
+    """Read the model's config, without its weights.
 
     Args:
-        hf_overrides: values in place of those of config.json.
+        hf_overrides: values that replace those of config.json.
         generation: the folder of another generation_config.json.
 
-    Tokens that end a sequence are taken from `generation_config.json` too: chat models often name
+    Tokens that end a sequence are also read from `generation_config.json`: chat models often list
     more of them there than in `config.json`.
 
     Raises:
         CheckpointError: the folder or its config.json is missing or broken.
-        UnsupportedModel: an architecture, or an option of one, that is not built here.
+        UnsupportedModel: the architecture or one of its options is not supported.
         InvalidOption: hf_overrides has a name that this architecture does not read.
     """
     hf = Overridden(_read_hf_config(folder), hf_overrides or {})
@@ -106,7 +106,7 @@ def read_model_config(
         config: ModelConfig = family.read_config(hf)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} holds what no config.json can ({error}): copy the one that "
+            f"{folder / 'config.json'} is not a valid config.json ({error}): copy the one that "
             "the weights were published with."
         ) from error
     hf.refuse_unread()
@@ -119,18 +119,16 @@ def read_model_config(
 
 
 def check_checkpoint(folder: Path) -> ModelConfig:
-    """Check all that can be checked before the first number is read; returns the model's numbers.
+    """Check all that can be checked before weights are read; return the model's config.
 
-    That is: config.json, the architecture and its options, that every file is there and whole by
-    its header, and that the names, shapes and dtypes of all tensors fit the model.
+    The checks are: config.json, the architecture and its options; every file is present and
+    complete by its header; the names, shapes and dtypes of all tensors match the model.
 
     Raises:
-        CheckpointError: something is missing, broken, unexpected or misshapen.
-        UnsupportedModel: an architecture, or an option of one, that is not built here.
+        CheckpointError: something is missing, broken, unexpected or has the wrong shape.
+        UnsupportedModel: the architecture or one of its options is not supported.
     """
-    model = build_empty(
-        read_model_config(folder), BACKENDS["reference"]
-    )  # any backend will do here
+    model = build_empty(read_model_config(folder), BACKENDS["reference"])  # any backend works here
     _plan(model, folder)
     return model.config
 
@@ -145,23 +143,24 @@ def load_model(
     random_weights: bool = False,
     part: Part | None = None,
 ) -> Model:
-    """Build the model that `folder` describes and fill it.
+    """Build the model that `folder` describes and load its weights.
 
     Args:
-        folder: holds config.json and model.safetensors, or shards with their index.
-        attention: the functions through which the model will use the cache.
-        dtype: of the parameters. "auto" is the one the checkpoint was saved in; but on a CPU it is
-            always float32: half precision costs exactness, and is faster only on processors that
-            multiply it natively.
+        folder: contains config.json and model.safetensors, or shards with their index.
+        attention: the functions through which the model uses the cache.
+        dtype: of the parameters. "auto" is the dtype of the checkpoint, but on a CPU always
+            float32: half precision is less exact, and is faster only on processors that multiply
+            it natively.
         device: where the parameters are placed.
-        config: the model's numbers, if they are not as `read_model_config(folder)` finds them.
-        random_weights: make weights instead of reading them; "auto" is then bfloat16 on a GPU.
+        config: the model's config; None: the result of `read_model_config(folder)`.
+        random_weights: generate weights instead of reading them; "auto" is then bfloat16 on a GPU.
         part: of the model, for one rank of several; None: all of it.
 
     Raises:
-        CheckpointError: something is missing, broken, unexpected or misshapen.
-        UnsupportedModel: an architecture, or an option of one, that is not built here.
-        InvalidOption: there is no such dtype, no room for the weights, or no equal parts.
+        CheckpointError: something is missing, broken, unexpected or has the wrong shape.
+        UnsupportedModel: the architecture or one of its options is not supported.
+        InvalidOption: the dtype is unknown, the weights do not fit in memory, or the model cannot
+            be divided evenly.
     """
     model = build_empty(config or read_model_config(folder), attention)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -175,13 +174,13 @@ def load_model(
         fill_with_random_weights(model, shapes, shares)
     copy_tensors(pair for each, stored in plan for pair in part_of(stored, each, model, shares))
     clear_padding(model, shares)
-    return model.to(device).eval()  # the parameters are there already: this moves the buffers
+    return model.to(device).eval()  # moves the buffers; parameters are there already
 
 
 def choose_dtype(
     asked: torch.dtype | str, saved: torch.dtype, device: torch.device | str
 ) -> torch.dtype:
-    """The dtype to run in: the one asked for, or what "auto" means. Raises InvalidOption."""
+    """The dtype to run in: the requested one, or what "auto" means. Raises InvalidOption."""
     if asked == "auto":
         return torch.float32 if torch.device(device).type == "cpu" else saved
     dtype = DTYPES.get(asked) if isinstance(asked, str) else asked
@@ -196,11 +195,12 @@ def choose_dtype(
 def _read_hf_config(folder: Path) -> HFConfig:
     if not folder.is_dir():
         raise CheckpointError(
-            f"there is no folder {folder}: give one that holds config.json and model.safetensors."
+            f"there is no folder {folder}: give one that contains config.json and "
+            "model.safetensors."
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} holds no config.json: copy the one that the weights were published with."
+            f"{folder} contains no config.json: copy the one that the weights were published with."
         )
     return read_json_object(folder / "config.json")
 
@@ -210,11 +210,11 @@ def _choose_family(hf: HFConfig) -> Family:
     if architecture not in FAMILIES:
         raise UnsupportedModel(
             f"config.json names the architecture {architecture}, and only {', '.join(FAMILIES)} "
-            "are built here: choose another checkpoint."
+            "are supported: choose another checkpoint."
         )
     if hf.get("quantization_config") is not None:
         raise UnsupportedModel(
-            "config.json has a quantization_config, and quantised weights are not read here: "
+            "config.json has a quantization_config, and quantised weights are not supported: "
             "choose the model's checkpoint in float16 or bfloat16."
         )
     return FAMILIES[architecture]
@@ -227,13 +227,13 @@ Plan = list[tuple[Placement, StoredTensor]]
 
 
 def build_empty(config: ModelConfig, attention: AttentionBackend) -> Model:
-    """The model, whose parameters have no memory yet."""
+    """Build the model; its parameters have no memory yet."""
     with torch.device("meta"), Unset():
         return FAMILIES[config.architecture].build(config, attention)
 
 
 def _plan(model: Model, folder: Path) -> Plan:
-    """Pair every parameter with its tensor. Raises CheckpointError unless both sides come out."""
+    """Pair every parameter with its tensor. Raises CheckpointError if one has no counterpart."""
     weights = FAMILIES[model.config.architecture].weights
     found = read_headers(find_weight_files(folder), weights.prefix)
     wanted = weights.placements(model)
@@ -247,13 +247,13 @@ def _plan(model: Model, folder: Path) -> Plan:
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of the {counted(len(wanted), 'tensor')} that "
-            f"config.json asks for in a {architecture}, first {missing[0]!r}: {_FROM_ONE_PLACE}."
+            f"config.json requires for a {architecture}, first {missing[0]!r}: {_FROM_ONE_PLACE}."
         )
     unexpected = found.keys() - {each.tensor for each in wanted} - ignored
     if unexpected:
         raise CheckpointError(
-            f"the checkpoint holds {counted(len(unexpected), 'tensor')} for which a {architecture} "
-            f"with this config.json has no place, first {min(unexpected)!r}: {_FROM_ONE_PLACE}."
+            f"the checkpoint contains {counted(len(unexpected), 'tensor')} that a {architecture} "
+            f"with this config.json does not have, first {min(unexpected)!r}: {_FROM_ONE_PLACE}."
         )
     for each in wanted:
         _check_form(found[each.tensor], each.place_in(model).shape)
@@ -261,35 +261,36 @@ def _plan(model: Model, folder: Path) -> Plan:
 
 
 def _refuse_another_head(head: StoredTensor, embedding: StoredTensor | None) -> None:
-    """Some files hold a tied matrix a second time; some another one, which was trained apart."""
+    """Some files contain a tied matrix a second time, others a different, separately trained "
+    "one."""
     if embedding is not None and not same_numbers(head, embedding):
         raise CheckpointError(
             "config.json ties the output matrix to the embedding, but the tensor "
-            f"{head.name!r} is another one: set tie_word_embeddings to false to use it."
+            f"{head.name!r} differs from it: set tie_word_embeddings to false to use it."
         )
 
 
 def _check_form(source: StoredTensor, shape: torch.Size) -> None:
     if source.shape != shape:
         raise CheckpointError(
-            f"the tensor {source.name!r} is {list(source.shape)}, and config.json asks for "
+            f"the tensor {source.name!r} has shape {list(source.shape)}, and config.json requires "
             f"{list(shape)}: {_FROM_ONE_PLACE}."
         )
     if source.dtype not in DTYPES_IN_FILES:
         raise UnsupportedModel(
             f"the tensor {source.name!r} is stored as {source.dtype}, and only "
-            f"{', '.join(DTYPES_IN_FILES)} are read here: choose a checkpoint in one of them."
+            f"{', '.join(DTYPES_IN_FILES)} are supported: choose a checkpoint in one of them."
         )
 
 
 def _refuse_more_than_memory(model: Model, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Raise InvalidOption for weights that do not fit in the machine's or the GPU's free memory."""
+    """Raise InvalidOption if the weights do not fit in the machine's or the GPU's free memory."""
     where = torch.device(device)
     needs = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if where.type == "cuda":
-        has, owner = free_gpu_memory(where), f"{where} has no more free than"
+        has, owner = free_gpu_memory(where), f"the free memory of {where} is"
     else:
-        has, owner = physical_memory(), "the machine has"
+        has, owner = physical_memory(), "the memory of this machine is"
     if needs > has:
         half_fits = dtype == torch.float32 and needs // 2 <= has
         less = 'dtype="bfloat16", which takes half of that, or ' if half_fits else ""

@@ -1,11 +1,11 @@
-"""OPT: GPT-2's plan with ReLU, three projections for query, key and value, and odd positions.
+"""OPT: GPT-2's architecture with ReLU, separate q, k and v projections, and shifted positions.
 
 "OPT: Open Pre-trained Transformer Language Models" (arXiv 2205.01068), the model of most
-experiments in the PagedAttention paper. Numbers agree with Hugging Face's `transformers`. OPT-350m
-alone differs, with two options: its norms come after each half of a layer
-instead of before it, and its token embedding is narrower than the layers.
+experiments in the PagedAttention paper. Logits agree with Hugging Face's `transformers`. Only
+OPT-350m differs, in two options: its norms come after each half of a layer instead of before it,
+and its token embedding is narrower than the layers.
 
-Read on in the order a token travels: the whole way in `OPT.forward`, then each station.
+Read the file in the order in which a token passes through it, starting with `OPT.forward`.
 """
 
 from dataclasses import dataclass
@@ -31,27 +31,27 @@ from minipaged.models.layers import MLP, MultiHeadAttention
 from minipaged.models.linear import Linear
 from minipaged.utils.shapes import Float, Int
 
-# Position 0 is row 2 of the table: in training, row 1 belonged to padding and row 0 to nothing.
+# Position 0 is row 2 of the table: in training, row 1 was for padding and row 0 was unused.
 POSITION_OFFSET = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class OPTConfig(ModelConfig):
-    """The numbers and options of one OPT."""
+    """The sizes and options of one OPT model."""
 
     inner_size: int
-    embedding_size: int  # of a token: 512 in OPT-350m, elsewhere the hidden size
-    norm_first: bool = True  # False, OPT-350m: the norms of a layer come after its halves
+    embedding_size: int  # embedding size: 512 in OPT-350m, otherwise the hidden size
+    norm_first: bool = True  # False (OPT-350m): norms come after each half of a layer
     activation: str = "relu"
-    tied: bool = True  # the embedding is the output matrix too
+    tied: bool = True  # the embedding is also the output matrix
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> "OPTConfig":
         """Read a parsed config.json of OPT.
 
         Raises:
-            CheckpointError: a number is missing or cannot be.
-            UnsupportedModel: an option that is not built here.
+            CheckpointError: a value is missing or invalid.
+            UnsupportedModel: an option is not supported.
         """
         hidden_size, num_heads = read_int(hf, "hidden_size"), read_int(hf, "num_attention_heads")
         require_option(hf, "_remove_final_layer_norm", False)
@@ -88,7 +88,7 @@ class OPT(Model):
         num_rows = config.max_position_embeddings + POSITION_OFFSET
         self.position_embedding = nn.Embedding(num_rows, hidden)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
-        # If the norms come after, the last layer has ended with one.
+        # With norms after each half, the last layer already ends with one.
         self.norm = nn.LayerNorm(hidden) if config.norm_first else nn.Identity()
         self.project_out = Linear(hidden, narrow, bias=False) if projects else nn.Identity()
         self.head = None if config.tied else Linear(narrow, config.vocab_size, bias=False)
@@ -118,8 +118,8 @@ class OPT(Model):
 class Layer(nn.Module):
     """Attention, then the feed-forward, each added to its input, with a norm before or after.
 
-    Before: each works on a normed copy, and what is added to is never normed itself. After, as in
-    "Attention Is All You Need": the sum is normed.
+    Before: each half reads a normalised copy of its input, and the residual itself is never
+    normalised. After, as in "Attention Is All You Need": the sum is normalised.
     """
 
     def __init__(self, config: OPTConfig, attention: AttentionBackend) -> None:
@@ -153,7 +153,7 @@ OPT_WEIGHTS = WeightMap(
             "decoder.layers.{i}.self_attn.v_proj",
         ),
         "layers.{i}.attention.o_proj": "decoder.layers.{i}.self_attn.out_proj",
-        # A layer's own "final" norm: that of its feed-forward.
+        # This "final" norm belongs to the layer: it is the norm of the feed-forward.
         "layers.{i}.mlp_norm": "decoder.layers.{i}.final_layer_norm",
         "layers.{i}.mlp.up_proj": "decoder.layers.{i}.fc1",
         "layers.{i}.mlp.down_proj": "decoder.layers.{i}.fc2",

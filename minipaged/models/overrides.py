@@ -1,4 +1,4 @@
-"""Values that replace those of config.json: the option hf_overrides."""
+"""The option hf_overrides: values that replace those of config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from minipaged.utils.options import shown
 
 
 class Overridden(dict[str, Any]):
-    """A parsed config.json with some values replaced. It remembers which names were read."""
+    """A parsed config.json with some values replaced, which records the names that were read."""
 
     def __init__(self, hf: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
         super().__init__({**hf, **overrides})
@@ -24,8 +24,9 @@ class Overridden(dict[str, Any]):
         for name in self._overrides:
             if name not in self._read:
                 raise InvalidOption(
-                    f"hf_overrides sets {shown(name)}, which is not read of the config.json of "
-                    f"this architecture ({self['architectures'][0]}): correct the name, or leave "
-                    "it out.",
+                    f"hf_overrides sets {shown(name)}, which this architecture "
+                    f"({self['architectures'][0]}) does not read from config.json: correct the "
+                    "name, "
+                    "or leave it out.",
                     "hf_overrides",
                 )

@@ -3,7 +3,7 @@
 Three cuts serve all families. The name of a module decides which one applies; modules that are not
 named here are whole on every rank.
 
-    cut         a rank has                            what joins the ranks
+    cut         a rank has                            how the ranks' results are combined
     column      its share of a matrix's outputs       nothing: the next matrix is cut by rows
     row         its share of a matrix's inputs        all-reduce: the partial sums are added
     vocabulary  its share of the tokens               all-reduce of embeddings; logits are gathered
@@ -38,17 +38,16 @@ AllReduce = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """Which of how many parts, and how the sums of all ranks are formed."""
+    """One part of a model: its rank, the number of ranks, and the all-reduce that joins them."""
 
     rank: int
     size: int
     all_reduce: AllReduce
 
     def of(self, count: int) -> Range:
-        """This rank's share of so many heads, columns or rows.
+        """Return this rank's share of `count` heads, columns or rows, as [start, stop).
 
-        With fewer of them than ranks, neighbouring ranks have the same one: KV heads are replicated
-        then.
+        With fewer than one per rank, neighbouring ranks share one: KV heads are then replicated.
         """
         if count < self.size:
             first = self.rank * count // self.size
@@ -57,7 +56,7 @@ class Part:
 
 
 class Share(NamedTuple):
-    """What a rank has of a parameter: these indices of one dimension, then rows of zeros."""
+    """A rank's share of a parameter: these indices of one dimension, then rows of zeros."""
 
     dim: int
     ranges: tuple[Range, ...]
@@ -68,7 +67,8 @@ class Share(NamedTuple):
         return sum(stop - start for start, stop in self.ranges) + self.padding
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[Range, Range]]:
-        """For each range within [start, stop): its place in the whole, and in this rank's part."""
+        """Yield, per range within [start, stop), its indices in the whole and in this rank's "
+        "part."""
         begin = 0
         for first, last in self.ranges:
             lowest, highest = max(first, start), min(last, stop)
@@ -77,14 +77,14 @@ class Share(NamedTuple):
             begin += last - first
 
 
-Shares = dict[str, Share]  # by parameter; one that is not named is whole
+Shares = dict[str, Share]  # by parameter; parameters not listed are whole
 
 
 # ---- the modules of a rank -----------------------------------------------------------------------
 
 
 class RowParallelLinear(Linear):
-    """A linear layer of which each rank has some inputs; only rank 0 has the bias."""
+    """A linear layer in which each rank has some of the inputs; only rank 0 has the bias."""
 
     all_reduce: AllReduce
 
@@ -93,10 +93,9 @@ class RowParallelLinear(Linear):
 
 
 class VocabularyEmbedding(nn.Embedding):
-    """An embedding of which each rank has some rows: a token's row comes from the one that has it.
+    """An embedding in which each rank has some of the rows; an all-reduce combines them.
 
-    It is the output matrix as well where the two are tied: its logits are those of this rank's
-    tokens.
+    If it is tied to the output matrix, a rank computes the logits of its own tokens.
     """
 
     first: int  # the token of row 0
@@ -117,7 +116,7 @@ Cut = Callable[[Any, ModelConfig, Part], tuple[nn.Module, dict[str, Share]]]
 def _cut_columns(
     module: Linear, sections: list[tuple[int, int]], part: Part
 ) -> tuple[nn.Module, dict[str, Share]]:
-    """A rank's outputs of each section, which has so many units of so many outputs."""
+    """A rank's outputs of each section, given as (number of units, outputs per unit)."""
     ranges, sizes, start = list[Range](), list[int](), 0
     for count, width in sections:
         first, last = part.of(count)
@@ -150,7 +149,7 @@ def _cut_inputs(
     module: Linear, config: ModelConfig, part: Part
 ) -> tuple[nn.Module, dict[str, Share]]:
     share = Share(1, (part.of(module.in_features),))
-    has_bias = _has_bias(module) and part.rank == 0  # the sum of all ranks has it once
+    has_bias = _has_bias(module) and part.rank == 0  # so that the sum over ranks contains it once
     new = RowParallelLinear(share.length, module.out_features, bias=has_bias)
     new.all_reduce = part.all_reduce
     shares = {"weight": share}
@@ -161,7 +160,7 @@ def _cut_vocabulary(
     module: nn.Embedding | Linear, config: ModelConfig, part: Part
 ) -> tuple[nn.Module, dict[str, Share]]:
     vocab_size, hidden_size = module.weight.shape
-    num_rows = -(-vocab_size // part.size)  # the last rank's may be fewer: it is padded
+    num_rows = -(-vocab_size // part.size)  # the last rank may have fewer, and is padded
     first, last = (min(vocab_size, (part.rank + i) * num_rows) for i in (0, 1))
     share = Share(0, ((first, last),), padding=num_rows - (last - first))
     if isinstance(module, Linear):
@@ -187,7 +186,7 @@ CUTS: dict[str, Cut] = {  # by the last part of a module's name
 
 
 def cut_model(model: Model, part: Part) -> Shares:
-    """Replace what is cut by this rank's part of it, in a model without memory ("meta" device).
+    """Replace the modules that are cut by this rank's parts, in a model on the "meta" device.
 
     Afterwards `model.config` has the heads of this rank.
 
@@ -210,7 +209,7 @@ def cut_model(model: Model, part: Part) -> Shares:
 
 
 def refuse_uneven_parts(model: Model, size: int) -> None:
-    """Raises InvalidOption unless so many ranks get equal parts of a model."""
+    """Raise InvalidOption unless a model can be divided evenly among the ranks."""
     config = model.config
     counts = {config.num_heads: "query head"}
     for name, module in model.named_modules():
@@ -239,23 +238,23 @@ def refuse_uneven_parts(model: Model, size: int) -> None:
 def part_of(
     stored: StoredTensor, placement: Placement, model: Model, shares: Shares
 ) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """What a rank reads of a stored tensor, and where it goes: no more than its share."""
+    """Yield the pieces of a stored tensor that a rank reads, and where they go."""
     share = shares.get(placement.parameter)
     if share is None:
         yield stored, placement.place_in(model)
         return
-    # Tensors that are merged into one parameter follow each other in dimension 0.
+    # Tensors merged into one parameter are concatenated in dimension 0.
     start, stop = (placement.start, placement.stop) if share.dim == 0 else (0, sys.maxsize)
     for (first, last), (begin, end) in share.pieces(start, stop):
         place = model.get_parameter(placement.parameter).narrow(share.dim, begin, end - begin)
-        if placement.transposed:  # the file has the other dimension first
+        if placement.transposed:  # the file stores the transposed matrix
             yield stored.part(1 - share.dim, first - start, last - start), place.t()
         else:
             yield stored.part(share.dim, first - start, last - start), place
 
 
 def clear_padding(model: Model, shares: Shares) -> None:
-    """Write zeros to the rows that fill up a vocabulary which the ranks do not divide evenly."""
+    """Zero the rows that pad a vocabulary that the ranks do not divide evenly."""
     for name, share in shares.items():
         if share.padding:
             model.get_parameter(name)[-share.padding :] = 0
@@ -264,13 +263,13 @@ def clear_padding(model: Model, shares: Shares) -> None:
 def fill_with_random_weights(
     model: Model, shapes: Mapping[str, torch.Size], shares: Shares
 ) -> None:
-    """Give the parameters random numbers, the same ones each time on one kind of device.
+    """Fill the parameters with random values, always the same ones on one kind of device.
 
-    Small ones around 0, as before training; the weights of norms, which multiply, are 1.
+    Values are small and around 0, as before training; the weights of norms are 1.
 
     Args:
-        shapes: of the whole parameters, by name: numbers are drawn for these, so that the parts of
-            all ranks are parts of one model.
+        shapes: of the whole parameters, by name. Values are drawn for whole parameters, so that
+            the parts of all ranks belong to the same model.
     """
     own = dict(model.named_parameters())
     generator = torch.Generator(model.embedding.weight.device).manual_seed(0)

@@ -1,9 +1,8 @@
-"""Rotary position embedding, RoPE (arXiv 2104.09864): a position is an angle, or rather many.
+"""Rotary position embedding, RoPE (arXiv 2104.09864): positions as rotation angles.
 
-Each head of a query or key is cut into pairs of numbers, points in a plane, and each point is
-turned by its token's position times the pair's own frequency. The product of a query and a key then
-depends on their distance. Keys are turned before they are cached, so a cached key never
-has to be touched again.
+Each head of a query or key is split into pairs of elements, points in a plane, and each point is
+rotated by its token's position times the pair's own frequency. The product of a query and a key
+then depends on their distance. Keys are rotated before they are cached, so a cached key is final.
 """
 
 from dataclasses import dataclass
@@ -18,21 +17,21 @@ from minipaged.models.base import HFConfig, read_float, read_int
 from minipaged.utils.shapes import Float, Int
 
 Kind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
-MOST_GROWTH = 10_000  # no published context grew by more than a few hundred
+MOST_GROWTH = 10_000  # published contexts were extended by at most a few hundred times
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """How fast the rotary embedding turns, and how it was stretched to a longer context."""
+    """The frequencies of the rotary embedding, and its scaling to a longer context."""
 
     theta: float = 10_000.0
     kind: Kind = "default"
-    factor: float = 1.0  # all but default: the context grew by this factor
-    old_context: int = 8192  # all but default: the context, in tokens, before it grew
-    low_freq_factor: float = 1.0  # llama3: fewer turns than this within the old context: stretch
+    factor: float = 1.0  # all but default: the context was extended by this factor
+    old_context: int = 8192  # all but default: the original context, in tokens
+    low_freq_factor: float = 1.0  # llama3: fewer turns within the original context: stretch
     high_freq_factor: float = 4.0  # llama3: more turns than this: leave alone
-    beta_slow: float = 1.0  # yarn: what low_freq_factor is to llama3
-    beta_fast: float = 32.0  # yarn: what high_freq_factor is to llama3
+    beta_slow: float = 1.0  # yarn: its counterpart of low_freq_factor
+    beta_fast: float = 32.0  # yarn: its counterpart of high_freq_factor
     truncate: bool = True  # yarn: the range between the two is widened to whole pairs
     attention_factor: float = 1.0  # yarn: multiplies queries and keys
 
@@ -41,8 +40,8 @@ class RopeConfig:
         """Read `rope_parameters`, or `rope_theta` and `rope_scaling` of older checkpoints.
 
         Raises:
-            CheckpointError: the scaling lacks one of its numbers, or has one that cannot be.
-            UnsupportedModel: a scaling, or rotating a part of each head, that is not built here.
+            CheckpointError: a value of the scaling is missing or invalid.
+            UnsupportedModel: the scaling, or rotating only a part of each head, is not supported.
         """
         rope = _read_parameters(hf)
         theta = read_float(rope if rope.get("rope_theta") else hf, "rope_theta", 10_000.0)
@@ -53,7 +52,7 @@ class RopeConfig:
         part = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
         if part != 1.0:
             raise UnsupportedModel(
-                f"config.json rotates {part} of each head, and only whole heads are rotated here: "
+                f"config.json rotates {part} of each head, but only whole heads are supported: "
                 "choose a checkpoint with partial_rotary_factor 1."
             )
         kind = _read_kind(rope)
@@ -66,10 +65,10 @@ class RopeConfig:
                 f"to {MOST_GROWTH:,}."
             )
         old, now = "original_max_position_embeddings", "max_position_embeddings"
-        if kind in ("linear", "dynamic"):  # max_position_embeddings is what they multiply
+        if kind in ("linear", "dynamic"):  # the factor multiplies max_position_embeddings
             return cls(theta=theta, kind=kind, factor=factor, old_context=read_int(hf, now))
-        # As in transformers: the number outside the scaling counts first, and without any the
-        # context was not extended in writing.
+        # As in transformers: the value outside the scaling takes precedence; without either, the
+        # files do not state an extension.
         source = hf if hf.get(old) else rope
         old_context = read_int(source, old) if source.get(old) else read_int(hf, now)
         if kind == "yarn":
@@ -84,11 +83,11 @@ class RopeConfig:
         )
 
     def context(self, max_position_embeddings: int) -> int:
-        """Tokens in the longest sequence, when config.json gives this many positions.
+        """Tokens in the longest sequence, where config.json gives this many positions.
 
-        As in vLLM, factor and old context decide: files differ in whether their
-        max_position_embeddings is the old context or the extended one. For "llama3" and without a
-        scaling it is the extended one.
+        As in vLLM, it is factor times original context: files differ in whether their
+        max_position_embeddings is the original context or the extended one. With "llama3" and
+        without a scaling it is the extended one.
         """
         if self.kind in ("default", "llama3"):
             return max_position_embeddings
@@ -96,7 +95,7 @@ class RopeConfig:
 
 
 def _read_parameters(hf: HFConfig) -> dict[str, Any]:
-    """All that config.json has on RoPE in objects of their own. Raises CheckpointError."""
+    """Read the RoPE objects of config.json. Raises CheckpointError."""
     rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         value = hf.get(name) or {}  # many files have null for "not scaled"
@@ -109,7 +108,7 @@ def _read_parameters(hf: HFConfig) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in rope.values()):
         raise UnsupportedModel(
             "config.json has several sets of RoPE parameters, one per kind of layer, and only one "
-            "for all layers is built here: choose another checkpoint."
+            "for all layers is supported: choose another checkpoint."
         )
     return rope
 
@@ -124,8 +123,9 @@ def _read_kind(rope: HFConfig) -> Kind:
     if kind is None or kind in get_args(Kind):
         return kind or "default"
     raise UnsupportedModel(
-        f"config.json scales RoPE as {kind!r}, and only {', '.join(get_args(Kind))} are built "
-        "here: choose another checkpoint, or remove the scaling and keep to the old context."
+        f"config.json scales RoPE as {kind!r}, and only {', '.join(get_args(Kind))} are "
+        "supported: choose another checkpoint, or remove the scaling and keep to the original "
+        "context."
     )
 
 
@@ -136,7 +136,7 @@ def _read_scaling(rope: HFConfig, kind: str, name: str) -> float:
 
 
 def _read_yarn(rope: HFConfig) -> dict[str, Any]:
-    """The options of YaRN other than factor and old context. Raises CheckpointError."""
+    """Read the options of YaRN other than factor and original context. Raises CheckpointError."""
     slow, fast = read_float(rope, "beta_slow", 1.0), read_float(rope, "beta_fast", 32.0)
     if fast < slow:
         raise CheckpointError(
@@ -149,7 +149,7 @@ def _read_yarn(rope: HFConfig) -> dict[str, Any]:
             f"config.json gives truncate as {truncate!r}: correct it to true or false."
         )
     growth = log(_read_scaling(rope, "yarn", "factor"))
-    attention_factor = 0.1 * growth + 1.0  # what the paper recommends
+    attention_factor = 0.1 * growth + 1.0  # the paper's recommendation
     if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
         whole, part = (read_float(rope, name, 1.0) for name in ("mscale", "mscale_all_dim"))
         attention_factor = (0.1 * whole * growth + 1.0) / (0.1 * part * growth + 1.0)
@@ -163,7 +163,7 @@ def _read_yarn(rope: HFConfig) -> dict[str, Any]:
 
 
 class Rotary(nn.Module):
-    """The angles by which a token is turned: its position times a frequency for each pair."""
+    """Computes the rotation angles of tokens: position times the frequency of each pair."""
 
     frequencies: Float[Tensor, " half"]
 
@@ -175,55 +175,55 @@ class Rotary(nn.Module):
     def forward(
         self, positions: Int[Tensor, " tokens"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "tokens 1 half"], Float[Tensor, "tokens 1 half"]]:
-        """Cosines and sines, with a dimension to be repeated over the heads."""
-        # In float32 whatever the model's own: bfloat16 cannot tell position 257 from 258.
+        """Cosines and sines, with a dimension that broadcasts over the heads."""
+        # In float32 for every model: bfloat16 cannot represent both position 257 and 258.
         angles = positions.float()[:, None, None] * self.frequencies.float()  # [tokens, 1, half]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Tensor, " half"]:
-    """Radians that each pair of numbers turns from one position to the next.
+    """Radians by which each pair of elements rotates from one position to the next.
 
-    "linear" slows all of them, as if positions were closer. "dynamic" slows the slow pairs most, by
-    a larger theta. "llama3" and "yarn" slow only those that turned too seldom within the old
-    context to have been seen all round, and blend in between. All agree with Hugging Face's
-    `modeling_rope_utils`, except for one choice:
+    "linear" slows all pairs, as if positions were closer together. "dynamic" slows the slow pairs
+    most, by a larger theta. "llama3" and "yarn" slow only the pairs that did not complete enough
+    turns within the original context, with a blend in between. All agree with Hugging Face's
+    `modeling_rope_utils`, with one exception:
 
-    Hugging Face lets the theta of "dynamic" grow with the sequence. Keys in the cache were turned
-    with the theta of their time, and would no longer fit. So theta is, as in vLLM, the one that
-    Hugging Face uses for a sequence as long as the extended context; at shorter lengths the logits
-    differ from Hugging Face's, also below the old context, where it does not scale at all.
+    In Hugging Face, the theta of "dynamic" grows with the sequence. Cached keys were rotated with
+    an earlier theta and would no longer match. Therefore theta is, as in vLLM, the one that Hugging
+    Face uses for a sequence as long as the extended context. At shorter lengths the logits differ
+    from Hugging Face's, even within the original context, where Hugging Face does not scale.
     """
     theta = rope.theta
     if rope.kind == "dynamic":
         growth = rope.context(rope.old_context) / rope.old_context
-        # Of two numbers in a head the only pair turns by 1 radian, whatever theta is.
+        # With a head_dim of 2, the only pair rotates by 1 radian for any theta.
         theta *= (rope.factor * growth - rope.factor + 1) ** (head_dim / max(1, head_dim - 2))
-    # The device is named since a model may be built under `torch.device("meta")`.
+    # An explicit device, because a model may be built under `torch.device("meta")`.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequencies = 1.0 / theta**exponents  # [half]
     if rope.kind == "linear":
         return frequencies / rope.factor
     if rope.kind in ("llama3", "yarn"):
         blend = _kept_by_llama3 if rope.kind == "llama3" else _kept_by_yarn
-        kept = blend(rope, frequencies)  # [half] 1: as it was, 0: stretched
+        kept = blend(rope, frequencies)  # [half] 1: unchanged, 0: stretched
         return frequencies * (kept + (1.0 - kept) / rope.factor)
     return frequencies
 
 
 def _kept_by_llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
-    """The blend is linear in turns within the old context."""
+    """The blend is linear in the number of turns within the original context."""
     turns = rope.old_context * frequencies / (2 * pi)  # [half]
     span = rope.high_freq_factor - rope.low_freq_factor
     return ((turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
 
 
 def _kept_by_yarn(rope: RopeConfig, frequencies: Tensor) -> Tensor:
-    """The blend is linear in the pair's number (arXiv 2309.00071; the numbers follow its code)."""
+    """The blend is linear in the pair's index (arXiv 2309.00071; the values follow its code)."""
     half = len(frequencies)
 
     def pair_with(turns: float) -> float:
-        """The number of the pair that turns so often in the old context, rarely a whole one."""
+        """The fractional index of the pair with this many turns in the original context."""
         return half * log(rope.old_context / (2 * pi * turns)) / log(rope.theta)
 
     first, last = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
@@ -239,9 +239,9 @@ def rotate(
     cos: Float[Tensor, "tokens 1 half"],
     sin: Float[Tensor, "tokens 1 half"],
 ) -> Float[Tensor, "tokens any_heads head_dim"]:
-    """Turn each pair of numbers by its angle; i is paired with i + head_dim / 2, as HF stores it.
+    """Rotate each pair by its angle; element i is paired with i + head_dim / 2, as in Hugging Face.
 
-    The paper pairs neighbours; Hugging Face's converted weights have their rows reordered for this.
+    The paper pairs neighbours; Hugging Face's converted weights have their rows reordered.
     """
     first, second = x.chunk(2, dim=-1)  # [tokens, any_heads, half]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,16 +1,16 @@
-"""Numbers out of safetensors files, straight into the memory of a model.
+"""Reads weights from safetensors files directly into the memory of a model.
 
-A safetensors file (https://github.com/huggingface/safetensors) is three things in a row:
+A safetensors file (https://github.com/huggingface/safetensors) has three parts:
 
-    [0, 8)          how long the header is: a whole number, lowest byte first
+    [0, 8)          the length of the header, as a little-endian integer
     [8, begin)      the header, JSON: {"norm.weight": {"dtype": "F32", "shape": [4],
-                    "data_offsets": [0, 16]}, ...}, offsets counted from `begin`
-    [begin, end)    the tensors, each of them row after row
+                    "data_offsets": [0, 16]}, ...}, offsets relative to `begin`
+    [begin, end)    the tensors, in row-major order
 
-It is read piece by piece through one small buffer, and each piece is copied to its place: of the
-file nothing else is ever in memory, so that loading takes little more than the weights themselves.
-Mapping the file into memory would be a line shorter, but its pages stay there with the model they
-were copied to. And what the model holds is its own: the file may be replaced while it runs.
+The file is read piece by piece through one small buffer, and each piece is copied to its parameter.
+Loading therefore needs little more memory than the weights themselves. Mapping the file into memory
+would be a line shorter, but its pages stay in memory next to the model. Also, the model owns its
+weights: the file may be replaced while it runs.
 """
 
 import json
@@ -27,27 +27,27 @@ from torch import Tensor
 from minipaged.errors import CheckpointError
 from minipaged.utils.files import read_json_object
 
-# As the files name the types that weights may be stored in; all others are quantised formats.
+# The supported dtypes, by their names in the files; all others are quantised formats.
 DTYPES_IN_FILES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-LONGEST_HEADER = 100_000_000  # bytes, as the format has it; more means another kind of file
-PIECE_BYTES = 4 * 2**20  # read at a time: enough for full speed, and little compared with a model
+LONGEST_HEADER = 100_000_000  # bytes, the format's limit; a longer one means another kind of file
+PIECE_BYTES = 4 * 2**20  # bytes per read: enough for full speed, and small compared with a model
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The place of a tensor in its file, and its type and shape from the header."""
+    """A tensor's position in its file, with its dtype and shape from the header."""
 
     path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
-    begin: int  # of its bytes, counted from the beginning of the file
+    begin: int  # of its first byte, from the beginning of the file
     end: int
-    stride: int | None = None  # bytes from one row to the next, if there are others between them
+    stride: int | None = None  # bytes from one row to the next, if they are not adjacent
 
     def part(self, dim: int, start: int, stop: int) -> "StoredTensor":
-        """Rows or, of a matrix, columns [start, stop): dimension 0 or 1."""
+        """Rows (dim 0) or, of a matrix, columns (dim 1) [start, stop)."""
         assert self.stride is None, "a part of a part"
         itemsize = DTYPES_IN_FILES[self.dtype].itemsize
         row_bytes = prod(self.shape[1:]) * itemsize
@@ -62,7 +62,7 @@ class StoredTensor:
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that the index names. Raises CheckpointError."""
+    """Return model.safetensors, or the shards in the index. Raises CheckpointError."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -72,15 +72,15 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 
 def find_shards(index: Path) -> list[Path]:
-    """The files that an index names, in its folder. Raises CheckpointError unless all are there."""
+    """Return the files that an index lists. Raises CheckpointError unless all exist."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: download it again.")
     shards = sorted({index.parent / Path(str(name)).name for name in weight_map.values()})
     try:
         missing = [shard.name for shard in shards if not shard.is_file()]
-    except (OSError, ValueError) as error:  # longer than any file's name, or not one at all
-        raise CheckpointError(f"{index} names files that cannot be: download it again.") from error
+    except (OSError, ValueError) as error:  # a name that is too long or invalid
+        raise CheckpointError(f"{index} has invalid file names: download it again.") from error
     if missing:
         raise CheckpointError(
             f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} "
@@ -93,20 +93,20 @@ def _nothing_to_load(folder: Path) -> str:
     pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickled:
         return (
-            f"{folder} holds its weights as {pickled[0]} only, which is not read since it can run "
-            f"code: convert it to safetensors by `minipaged convert {folder}`."
+            f"{folder} contains its weights as {pickled[0]} only, which is not read because it can "
+            f"run code: convert it to safetensors by `minipaged convert {folder}`."
         )
     return (
-        f"{folder} holds neither model.safetensors nor model.safetensors.index.json: download the "
-        "weights into it."
+        f"{folder} contains neither model.safetensors nor model.safetensors.index.json: download "
+        "the weights into it."
     )
 
 
 def read_headers(paths: list[Path], prefix: str) -> dict[str, StoredTensor]:
-    """Every tensor in these files, by its name without the prefix, which some files leave out.
+    """Return the tensors in these files, by name without the prefix, which some files omit.
 
     Raises:
-        CheckpointError: a file is not a complete safetensors file, or a tensor is there twice.
+        CheckpointError: a file is not a complete safetensors file, or a tensor occurs twice.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
@@ -114,14 +114,14 @@ def read_headers(paths: list[Path], prefix: str) -> dict[str, StoredTensor]:
             first = tensors.setdefault(tensor.name.removeprefix(prefix), tensor)
             if first is not tensor:
                 raise CheckpointError(
-                    f"{path} holds {tensor.name!r}, which {first.path} holds as {first.name!r}: "
-                    "download the weights again."
+                    f"{path} contains {tensor.name!r}, which {first.path} contains as "
+                    f"{first.name!r}: download the weights again."
                 )
     return tensors
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
-    """Every tensor in one file. Raises CheckpointError unless all of them are there."""
+    """Yield every tensor in one file. Raises CheckpointError if it is incomplete."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -147,10 +147,10 @@ def _read_header(path: Path) -> list[StoredTensor]:
 
 
 def _describe(path: Path, begin: int, name: str, entry: Any) -> StoredTensor:
-    """One entry of the header. Raises ValueError if its bytes are not as many as its numbers."""
+    """Parse an entry of the header. Raises ValueError if its bytes do not match its shape."""
     shape = tuple(map(int, entry["shape"]))
     first, last = map(int, entry["data_offsets"])
-    dtype = DTYPES_IN_FILES.get(entry["dtype"])  # a tensor of another is refused if it is needed
+    dtype = DTYPES_IN_FILES.get(entry["dtype"])  # others are refused if needed
     wrong_size = dtype is not None and last - first != prod(shape) * dtype.itemsize
     if first < 0 or wrong_size:
         raise ValueError(f"{name} of shape {list(shape)} has bytes {first} to {last}")
@@ -160,12 +160,13 @@ def _describe(path: Path, begin: int, name: str, entry: Any) -> StoredTensor:
 def _broken(path: Path, reason: object) -> CheckpointError:
     size = path.stat().st_size if path.exists() else 0
     return CheckpointError(
-        f"{path} of {size} bytes is cut short or no safetensors file ({reason}): download it again."
+        f"{path} of {size} bytes is cut short or not a safetensors file ({reason}): download it "
+        "again."
     )
 
 
 def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors are the same to the last bit. Raises CheckpointError."""
+    """Whether two tensors are bitwise equal. Raises CheckpointError."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     try:
@@ -182,9 +183,10 @@ def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def copy_tensors(pairs: Iterable[tuple[StoredTensor, Tensor]]) -> None:
-    """Fill each tensor of ours from its file, whatever our dtype, strides and device.
+    """Fill each target tensor, of any dtype, strides and device, from its file.
 
-    Both sides have one shape, of at least one dimension; the file's dtype is in DTYPES_IN_FILES.
+    Both sides have the same shape, of at least one dimension; the file's dtype is in
+    DTYPES_IN_FILES.
 
     Raises:
         CheckpointError: a file ends early, or cannot be read.
@@ -204,7 +206,7 @@ def _copy_tensor(stored: StoredTensor, ours: Tensor) -> None:
     raw = memoryview(bytearray(rows_at_once * row_bytes))
     numbers = torch.frombuffer(raw, dtype=dtype)  # the same bytes
     piece = numbers.view(rows_at_once, *stored.shape[1:])
-    with stored.path.open("rb", buffering=0) as file:  # it reads what it is asked for
+    with stored.path.open("rb", buffering=0) as file:  # reads no more than needed
         for first in range(0, num_rows, rows_at_once):
             num = min(rows_at_once, num_rows - first)
             if stored.stride is None:

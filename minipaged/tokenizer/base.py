@@ -1,17 +1,17 @@
 """Text to tokens and back.
 
     bpe             byte-level byte-pair encoding, by tiktoken
-    patterns        how text is cut into words before pairs of tokens are merged
-    tiktoken_file   tiktoken.json and a file of ranks -> such an encoding
-    hugging_face    tokenizer.json, or vocab.json and merges.txt -> such an encoding
-    merges          a list of pairs -> ranks, and the proof that both cut every text alike
+    patterns        the patterns that cut text into words before pairs are merged
+    tiktoken_file   reads tiktoken.json and a file of ranks
+    hugging_face    reads tokenizer.json, or vocab.json and merges.txt
+    merges          converts merges to ranks, and proves that both give the same tokens
     hf_library      all other tokenizers, through Hugging Face's own library
-    text_bound      the fewest tokens that a text can have, known before it is encoded
-    special_tokens  which token plays which role: "bos_token" is "<s>" in one checkpoint
-    hf_names        the names that scripts for Hugging Face's tokenizers use
-    load            which of them a checkpoint's folder holds
+    text_bound      a lower bound of a text's tokens, known before it is encoded
+    special_tokens  the role of each special token: "bos_token" is "<s>" in one checkpoint
+    hf_names        the names of Hugging Face's tokenizers
+    load            chooses the tokenizer for a checkpoint's folder
 
-Here is what they have in common: a token is some bytes, and not some characters.
+This module contains what they have in common: a token is a sequence of bytes, not of characters.
 """
 
 import warnings
@@ -23,9 +23,9 @@ from minipaged.tokenizer.hf_names import HuggingFaceNames, refuse_others, to_lis
 
 
 class Tokenizer(HuggingFaceNames):
-    """A vocabulary, and how text is encoded in it.
+    """A vocabulary, and the encoding of text in it.
 
-    A model may know more ids than its tokenizer, since vocabularies are padded to round sizes. Such
+    A model may have more ids than its tokenizer, since vocabularies are padded to round sizes. Such
     an id has no bytes, so it decodes to "".
     """
 
@@ -38,21 +38,21 @@ class Tokenizer(HuggingFaceNames):
         chars_per_token: int | None = None,
     ) -> None:
         self.vocabulary = vocabulary
-        """The bytes of every token, by id. Some ids may never have been given out."""
+        """The bytes of every token, by id. Some ids may be unused."""
         self.special_tokens = dict(special_tokens)
-        """Marks such as the end of a text, which are not part of what is said; by their name."""
+        """Marks such as the end of a text, which are not part of the text; by name."""
         self.special_ids = frozenset(self.special_tokens.values())
         self.added_tokens = dict(self.special_tokens)
-        """Tokens that are cut out of a text whole, whatever they spell; special or not."""
+        """Tokens that are cut out of a text as a whole, special or not."""
         self.first_ids = list(first_ids)
-        """What the model was taught to find before every text, mostly nothing or one mark."""
+        """The tokens that the model expects before every text: usually none or one mark."""
         self.chars_per_token = chars_per_token
-        """The most characters of text that one token can encode; None where no limit is known."""
+        """The maximum characters of text per token; None if no limit is known."""
         self._warned = False
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id. Ids below it that were never given out decode to ""."""
+        """One more than the highest id. Unused ids below it decode to ""."""
         return max(self.vocabulary, default=-1) + 1
 
     def encode(
@@ -66,13 +66,13 @@ class Tokenizer(HuggingFaceNames):
         """The tokens of a text.
 
         Args:
-            text: what is to be encoded.
-            add_special_tokens: begin with `first_ids`. A chat template has written them already.
+            text: the text to encode.
+            add_special_tokens: begin with `first_ids`. A chat template already writes them.
             allow_special: a special token that is spelt out in the text becomes that token, as in
-                Hugging Face's tokenizers; text from strangers is better encoded without, so that
-                it is taken for mere letters.
-            other: parameters of Hugging Face's that ask for nothing, such as `padding=False`; what
-                is not built here raises InvalidOption.
+                Hugging Face's tokenizers. Use False for untrusted text, so that it is encoded as
+                plain text.
+            other: parameters of Hugging Face's without effect, such as `padding=False`; others
+                raise InvalidOption.
         """
         refuse_others(other)
         token_ids = self._encode(text, allow_special)
@@ -83,7 +83,7 @@ class Tokenizer(HuggingFaceNames):
         return self.first_ids + token_ids
 
     def fewest_tokens(self, text: str) -> int:
-        """A number of tokens that the text certainly has, without encoding it; 0 if unknown."""
+        """A lower bound of the text's tokens, without encoding it; 0 if unknown."""
         return -(-len(text) // self.chars_per_token) if self.chars_per_token else 0
 
     def _warn_of_a_second_beginning(self) -> None:
@@ -99,15 +99,15 @@ class Tokenizer(HuggingFaceNames):
 
     @abstractmethod
     def _encode(self, text: str, allow_special: bool) -> list[int]:
-        """The tokens of a text, and nothing before them."""
+        """The tokens of a text, without `first_ids`."""
 
     def decode(
         self, token_ids: int | Iterable[int], skip_special_tokens: bool = False, **other: Any
     ) -> str:
-        """The text of some tokens, or of one. Bytes that are no UTF-8 become U+FFFD.
+        """The text of one or several tokens. Bytes that are not UTF-8 become U+FFFD.
 
-        Like Hugging Face's tokenizers, it takes the tokens for a whole text, from its beginning:
-        a SentencePiece tokenizer then leaves out the first space.
+        Like Hugging Face's tokenizers, it treats the tokens as a whole text from its beginning: a
+        SentencePiece tokenizer then omits the first space.
         """
         refuse_others(other)
         skipped = self.special_ids if skip_special_tokens else frozenset[int]()
@@ -117,9 +117,9 @@ class Tokenizer(HuggingFaceNames):
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, which need not be whole characters; none for an unknown id."""
+        """The bytes of one token, possibly incomplete characters; empty for an unknown id."""
         return self.vocabulary.get(token_id, b"")
 
     def first_token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a token that is the first of a text."""
+        """The bytes of a token at the start of a text."""
         return self.token_bytes(token_id)

@@ -1,8 +1,8 @@
 """Byte-level byte-pair encoding, by tiktoken: GPT-2's, and that of most models since.
 
-A text goes through four stations:
+A text goes through four steps:
 
-    added tokens   "<|user|>" and the like are cut out first: each is one token, whatever it spells
+    added tokens   "<|user|>" and similar tokens are cut out first, each as one token
     normal form    some models compose letters first (NFC): an "e" and a combining accent are an "é"
     words          what is left is cut into words by a pattern; no token spans two of them
     pairs          a word begins as single bytes; the pair with the lowest rank is merged, until
@@ -22,22 +22,22 @@ from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.special_tokens import any_of
 
 NFC_SHRINKS = 4
-"""Characters that NFC makes one of, at most: none decomposes into more, and decomposing a text
-never makes it shorter."""
+"""The maximum number of characters that NFC composes to one: none decomposes into more, and
+decomposing never makes a text shorter."""
 
 
 class BytePairTokenizer(Tokenizer):
     """tiktoken merges by rank; a token's id is looked up afterwards, since it need not be its rank.
 
     Args:
-        pattern: cuts text into words, and leaves out no character.
+        pattern: cuts text into words, and matches every character.
         ranks: from a token's bytes to its rank, for tokens that pairs are merged into. All bytes
             that occur in UTF-8 must be there.
         tokens: from id to bytes, for all tokens but the added ones.
         special_tokens: added tokens that are marks.
         other_added_tokens: added tokens that are text, but never made of pairs: "<think>".
-        first_ids: begin every text.
-        normal_form: whether text is put into Unicode's normal form C first.
+        first_ids: the tokens before every text.
+        normal_form: whether text is first converted to Unicode's normal form C.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class BytePairTokenizer(Tokenizer):
         token_ids: list[int] = []
         pieces = (self._any_added if allow_special else self._any_other).split(text)
         for number, piece in enumerate(pieces):
-            if number % 2 == 0:  # matches are at odd places, the text between them at even ones
+            if number % 2 == 0:  # matches have odd indices, the text between them even ones
                 token_ids += self._encode_words(piece)
             else:
                 token_ids.append(self.added_tokens[piece])
@@ -89,7 +89,7 @@ class BytePairTokenizer(Tokenizer):
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            # The pattern's engine fails after a million steps of backtracking.
+            # The regex engine fails after backtracking a million times.
             raise InvalidRequest(
                 f"a text of {len(text)} characters cannot be cut into tokens, since it has a "
                 "million or more spaces or line ends in a row: shorten them."

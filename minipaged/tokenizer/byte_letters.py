@@ -1,4 +1,4 @@
-"""GPT-2's letters for bytes, which let a JSON file hold tokens that are not valid text.
+"""GPT-2's letters for bytes, so that a JSON file can contain tokens that are not valid text.
 
 A byte that is a visible character in Latin-1 is that character; all others, in order, are the
 characters from U+0100 on. So a space is "\u0120".

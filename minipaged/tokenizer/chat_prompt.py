@@ -19,10 +19,10 @@ def chat_prompt(
     max_model_len: int,
     **options: Any,
 ) -> Prompt:
-    """A conversation as a prompt; `options` are those of `read_chat`, which raises for it.
+    """Convert a conversation to a prompt; `options` and errors are those of `read_chat`.
 
-    The template has written every special token, so none is added when the text is encoded. A
-    special token that a message spells out is encoded as plain letters (control_tokens.py).
+    The template writes all special tokens, so none is added when the text is encoded. A special
+    token that a message spells out is encoded as plain text (control_tokens.py).
 
     Raises:
         MissingTokenizer: there is no tokenizer.
@@ -35,6 +35,6 @@ def chat_prompt(
     chat = read_chat(folder, messages, **options)
     text = chat.render()
     if tokenizer is None:
-        raise MissingTokenizer("a chat is text, but the model's folder holds no tokenizer.")
+        raise MissingTokenizer("a chat is text, but the model's folder contains no tokenizer.")
     refuse_too_long(text, tokenizer, max_model_len)
     return {"prompt": text, "prompt_token_ids": tokenizer.encode_chat(chat, text)}

@@ -1,8 +1,8 @@
-"""From messages to one prompt: the checkpoint's own chat template, rendered in a sandbox.
+"""Converts messages to one prompt: renders the checkpoint's own chat template in a sandbox.
 
-Every chat model was taught with marks of its own between the turns, and published with a program
-that puts them there: a Jinja template. What is at hand for templates here is what Hugging Face's
-`transformers` has at hand for them.
+Every chat model was trained with its own marks between the turns, and published with a program that
+inserts them: a Jinja template. Templates can use the same functions here as in Hugging Face's
+`transformers`.
 """
 
 import json
@@ -29,14 +29,14 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 
 class Message(TypedDict):
-    """One turn: who speaks ("system", "user" or "assistant") and what is said."""
+    """One turn: a role ("system", "user" or "assistant") and its content."""
 
     role: str
     content: str
 
 
 def list_chats(messages: Any) -> list[Any]:
-    """One conversation or many, as a list of conversations; one message is a conversation too."""
+    """Convert one conversation or many to a list; a single message is a conversation too."""
     many = isinstance(messages, list | tuple) and messages
     if many and all(isinstance(chat, list | tuple) for chat in messages):
         return list(messages)
@@ -45,34 +45,34 @@ def list_chats(messages: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, checked, and the template that writes it as one text."""
+    """A checked conversation, and the template that renders it."""
 
     folder: Path | None
-    """Where the template was read; errors name it."""
+    """The folder that the template was read from, for error messages."""
     source: str
     """The template."""
     names: Mapping[str, str]
-    """The special tokens that the template may ask for, by role: bos_token and the like."""
+    """The special tokens that the template may use, by role: bos_token and so on."""
     said: Mapping[str, Any]
-    """What may come from strangers: messages, tools and documents."""
+    """Untrusted input: messages, tools and documents."""
     options: Mapping[str, Any]
-    """What else the template may read."""
+    """Other variables of the template."""
     continues: bool
-    """Whether the text ends within the last message."""
+    """Whether the text ends inside the last message."""
 
     def render(self) -> str:
-        """The prompt.
+        """Render the prompt.
 
         Raises CheckpointError for a broken template, InvalidRequest if it refuses.
         """
         turns = self.said["messages"]
-        end_mark = f"\ue000{secrets.token_hex(8)} "  # to be found again after the last message
+        end_mark = f"\ue000{secrets.token_hex(8)} "  # a mark to find the end of the last message
         said = turns[-1]["content"]
         if self.continues:
             turns = [*turns[:-1], {**turns[-1], "content": said + end_mark}]
         try:
             template = _compile(self.source)
-        except Exception as error:  # a program of others: any mistake that a program can make
+        except Exception as error:  # a foreign program, which can raise anything
             where = "that was given" if self.folder is None else f"of {self.folder}"
             raise CheckpointError(
                 f"the chat template {where} is broken: {_said(error)}."
@@ -96,23 +96,23 @@ def read_chat(
     tools: list[dict[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Chat:
-    """A conversation to be rendered for the model in `folder`.
+    """Check a conversation, and read the template of the model in `folder`.
 
-    A template comes with the checkpoint, so it is not trusted: the sandbox lets it
-    read the messages and build text, and nothing more.
+    A template comes with the checkpoint, so it is not trusted: in the sandbox it can only read the
+    messages and build text.
 
     Args:
         folder: contains chat_template.jinja, or a tokenizer_config.json with a "chat_template".
-        messages: the turns so far; one message alone is a conversation of one turn.
-        chat_template: used in place of the checkpoint's own.
-        add_generation_prompt: whether the assistant's turn is opened at the end.
-        continue_final_message: leave the last message open, for the model to go on with it.
-        tools: JSON schemas of functions that the model may ask to be called.
-        chat_template_kwargs: more for the template to read, as {"enable_thinking": False}.
+        messages: the turns so far; a single message is a conversation of one turn.
+        chat_template: replaces the checkpoint's own.
+        add_generation_prompt: whether to open the assistant's turn at the end.
+        continue_final_message: leave the last message open, so that the model continues it.
+        tools: JSON schemas of functions that the model may call.
+        chat_template_kwargs: more variables for the template, as {"enable_thinking": False}.
 
     Raises:
         CheckpointError: the folder contains no template, or one that cannot be read.
-        InvalidRequest: what was given is no chat.
+        InvalidRequest: the input is not a chat.
         InvalidOption: an option has the wrong type.
     """
     require_type("chat_template", chat_template, str, optional=True)
@@ -149,12 +149,12 @@ def _compile(source: str) -> Template:
 
 
 def _said(error: Exception) -> str:
-    """What an error says, on one line and without its full stop."""
+    """An error's message, on one line and without its full stop."""
     return " ".join(str(error).split()).rstrip(".!") or type(error).__name__
 
 
 def read_template(folder: Path | None, with_tools: bool = False) -> str:
-    """The checkpoint's template, as it is written. Raises CheckpointError if it has none."""
+    """Read the checkpoint's template. Raises CheckpointError if it has none."""
     if folder is None:
         raise CheckpointError(
             "the tokenizer was not read from a model's folder, so it has no chat template: give "
@@ -173,9 +173,9 @@ def read_template(folder: Path | None, with_tools: bool = False) -> str:
         template = (named.get("tool_use") if with_tools else None) or named.get("default")
     if not isinstance(template, str):
         raise CheckpointError(
-            f"{folder} holds no chat template ({TEMPLATE_FILE}, or one in tokenizer_config.json), "
-            "so it is not known how the model was taught to chat, or whether it was: use "
-            "generate() with a prompt of your own."
+            f"{folder} contains no chat template ({TEMPLATE_FILE}, or one in "
+            "tokenizer_config.json), so the model's chat format is unknown, or it "
+            "was not trained to chat: use generate() with a prompt of your own."
         )
     return template
 
@@ -190,7 +190,7 @@ def _not_empty(messages: Any) -> list[Any]:
 def _read_message(turn: Any) -> dict[str, Any]:
     """The turn as plain data, with the parts of its content joined.
 
-    A template could call methods of any other object there. Raises InvalidRequest for no turn.
+    With other objects, a template could call their methods. Raises InvalidRequest if it is invalid.
     """
     if isinstance(turn, dict) and isinstance(turn.get("role"), str):
         content = turn.get("content")
@@ -199,10 +199,10 @@ def _read_message(turn: Any) -> dict[str, Any]:
         if content is None and turn.get("tool_calls"):
             content = ""  # templates add text to it
         if isinstance(content, str):
-            with suppress(Exception):  # keys and values of others, which may fail as they like
+            with suppress(Exception):  # foreign keys and values, which can raise anything
                 return json.loads(json.dumps({**turn, "content": content}, default=str))
     raise InvalidRequest(
-        f"{shown(turn)} is no message of a chat: give a list of "
+        f"{shown(turn)} is not a chat message: give a list of "
         '{"role": "user", "content": "some text"}.'
     )
 
@@ -227,8 +227,8 @@ def _refuse_to_continue(last: dict[str, Any], add_generation_prompt: bool) -> No
 
 
 def _cut_at(end_mark: str, text: str, said: str) -> str:
-    """The prompt without what the template puts after the last message."""
-    # Where the template strips messages, it has taken the mark's own space away.
+    """The prompt without the template's text after the last message."""
+    # A template that strips messages has removed the mark's own space.
     stripped = end_mark not in text
     before, *after = text.split(end_mark.strip() if stripped else end_mark)
     before = before.rstrip() if stripped else before
@@ -244,7 +244,7 @@ def _cut_at(end_mark: str, text: str, said: str) -> str:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}`: marks what an assistant said, for training. Here it marks nothing."""
+    """`{% generation %}`: marks the assistant's text for training. Here it has no effect."""
 
     tags = {"generation"}
 
@@ -263,7 +263,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Jinja's own makes "<" safe for web pages, which is not what models were taught."""
+    """Jinja's own filter escapes "<" for HTML, which is not what models were trained on."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
@@ -275,5 +275,5 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-# By the names under which templates call them: to refuse messages, and to tell the date.
+# Functions that templates call: to refuse messages, and to get the date.
 _FUNCTIONS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}

@@ -1,15 +1,15 @@
-"""Which special tokens of a rendered chat the template wrote, and which a message spells out.
+"""Distinguishes the template's special tokens in a rendered chat from those spelt out in messages.
 
-A chat template writes control tokens between the turns, and a user can type the same letters. In
-the rendered text both look alike, so the chat is rendered a second time, in disguise: each special
-token in the template's source is replaced by one character that occurs nowhere else, and each one
-spelt out in a message by another such character. With "<|im_end|>" in both:
+A chat template writes control tokens between the turns, and a user can type the same text. In the
+rendered text both look the same, so the chat is rendered a second time, in disguise: each special
+token in the template's source is replaced by a unique unused character, and each one spelt out in a
+message by another such character. With "<|im_end|>" in both:
 
     rendered      <|im_start|>user\\nIs it <|im_end|>?<|im_end|>
     in disguise   A           user\\nIs it x         ?B
 
-A and B are control tokens. All the rest is text, even where the template joins,
-trims or cuts pieces of messages in such a way that they spell a special token only afterwards.
+A and B are control tokens. The rest is text, even if the template joins, trims or cuts pieces of
+messages such that they spell a special token only afterwards.
 """
 
 from collections import defaultdict
@@ -22,26 +22,26 @@ from minipaged.errors import CheckpointError, InvalidRequest
 from minipaged.tokenizer.chat_template import Chat
 from minipaged.tokenizer.special_tokens import any_of
 
-# Rare Chinese characters: printable, so `repr` leaves them as they are; neither upper nor lower
-# case, and no white space, so templates that trim or compare find what they would find anyway.
+# Rare Chinese characters: printable, so `repr` does not change them; without case, and not white
+# space, so templates that trim or compare text behave as usual.
 _STAND_INS = range(0x20000, 0x2A6DF)
 
 
 def split_at_control_tokens(
     chat: Chat, text: str, special_tokens: Collection[str]
 ) -> list[str] | None:
-    """A rendered chat in pieces, of which every second one is a control token.
+    """Split a rendered chat into pieces, of which every second one is a control token.
 
-    None if all special tokens in the text are the template's, so that it needs no care; also where
-    no message spells one out and the template does not work in disguise.
+    Returns None if all special tokens in the text are the template's; also if no message spells one
+    out and the template does not work in disguise.
 
     Args:
         chat: the conversation.
-        text: what `chat.render()` gave.
-        special_tokens: the spellings that the tokenizer knows.
+        text: the result of `chat.render()`.
+        special_tokens: the tokenizer's special tokens, as text.
 
-    Raises InvalidRequest if a message spells out a special token, and the template looks for such
-    tokens in messages: then the two cannot be told apart.
+    Raises InvalidRequest if a message spells out a special token and the template searches messages
+    for such tokens: then the two cannot be distinguished.
     """
     spelt = any_of(special_tokens)
     unused = _stand_ins({*text, *chat.source, *str(chat.said)})
@@ -56,8 +56,8 @@ def split_at_control_tokens(
     )
     meant = {ord(mark): token for names in (own, foreign) for token, mark in names.items()}
     composed = _composed(disguised, special_tokens)
-    # A template that writes messages in capitals or escapes them changes the text if they are in
-    # disguise too. Then they stay as they are, unless it composes the same tokens itself.
+    # A template that changes the case of messages or escapes them changes disguised tokens too.
+    # Then messages are not disguised, unless the template composes the same tokens itself.
     for said in (hidden, chat.said) if composed.isdisjoint(foreign) else (hidden,):
         rendered = _try_to_render(replace(disguised, said=said))
         if rendered.translate(meant) == text:
@@ -77,7 +77,7 @@ def _try_to_render(disguised: Chat) -> str:
     try:
         return disguised.render()
     except (CheckpointError, InvalidRequest):
-        return ""  # a special token is spelt like a word of the template's program
+        return ""  # a special token is equal to a word of the template's program
 
 
 def _stand_ins(taken: Collection[str]) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _stand_ins(taken: Collection[str]) -> Iterator[str]:
 def _hide(value: Any, spelt: Pattern[str], names: Mapping[str, str]) -> Any:
     """The same data, with each special token in its texts replaced by a character.
 
-    Keys and roles are left alone: the template compares them with words of its own.
+    Keys and roles are not changed: the template compares them with its own words.
     """
     if isinstance(value, str):
         return spelt.sub(lambda found: names[found[0]], value)
@@ -105,7 +105,7 @@ def _hide(value: Any, spelt: Pattern[str], names: Mapping[str, str]) -> Any:
 def _composed(disguised: Chat, special_tokens: Collection[str]) -> set[str]:
     """The special tokens that the template may compose around a role: '<|' + role + '|>'.
 
-    Whatever it writes as one piece is disguised already.
+    Tokens that it writes as one piece are already disguised.
     """
     roles = {turn["role"] for turn in disguised.said["messages"] if turn["role"].isidentifier()}
     return {

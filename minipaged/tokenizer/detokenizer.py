@@ -1,14 +1,14 @@
-"""Tokens of one sequence to text that can be shown while the sequence still grows.
+"""Converts the tokens of one sequence to text that can be shown while the sequence grows.
 
-A token is some bytes, not some characters, and text once shown cannot be taken back. So everything
-that later tokens could still change is held back:
+A token is a sequence of bytes, not of characters, and shown text cannot be taken back. Everything
+that later tokens could still change is therefore held back:
 
     shown    | held             | undecoded
     "so far" | "#"              | b"\\xf0\\x9f"      "##" is a stop string; half an emoji
 
     shown      final; each piece of it was returned by `add` or `finish` exactly once
-    held       characters that could be the beginning of a stop string
-    undecoded  bytes that could be the beginning of a character
+    held       characters that could be the start of a stop string
+    undecoded  bytes that could be the start of a character
 """
 
 import codecs
@@ -21,15 +21,14 @@ from minipaged.tokenizer.stop_strings import StopStrings
 class Detokenizer:
     """One sequence's text, token by token.
 
-    The sequence ends where the first stop string is complete, and its text just before that stop
-    string, however the characters were spread over tokens. If several become complete at the same
-    character, the longest of them counts. Stop strings are not looked for in the text of the first
-    `min_tokens` tokens.
+    The sequence ends where the first stop string is complete; its text ends just before that stop
+    string, even if a token spans both. If several become complete at the same character, the
+    longest one counts. Stop strings are not searched in the text of the first `min_tokens` tokens.
 
     Args:
-        after: the tokens before this text, such as its prompt. Where they show nothing, the text
-            begins here, and some tokenizers then leave out its first space.
-        skip_special_tokens: leave special tokens out of the text.
+        after: the tokens before this text, such as its prompt. If they have no text, this is the
+            start of the text, where some tokenizers omit the first space.
+        skip_special_tokens: omit special tokens from the text.
         keeps_stop: end the text after the stop string instead of before it.
     """
 
@@ -44,7 +43,7 @@ class Detokenizer:
         keeps_stop: bool = False,
     ) -> None:
         self.text = ""
-        """What was shown so far; once finished, all of it."""
+        """The text shown so far; once finished, all of it."""
         self.stopped: str | None = None
         """The stop string that ended the sequence."""
         self.tokenizer = tokenizer
@@ -58,11 +57,11 @@ class Detokenizer:
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._held = ""
-        # It keeps the undecoded bytes, and replaces wrong ones as decoding all at once would.
+        # It keeps undecoded bytes, and replaces invalid ones as in decoding all at once.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token_id: int) -> str:
-        """Take one more token and return what it lets be shown. After a stop, that is nothing."""
+        """Add a token and return the text that can now be shown; nothing after a stop."""
         self._num_tokens += 1
         if self.stopped is not None or token_id in self._skipped_ids:
             return ""
@@ -73,7 +72,7 @@ class Detokenizer:
         return self._take(self._decoder.decode(token))
 
     def finish(self) -> str:
-        """No token will follow: return what was held back. A character cut short is U+FFFD."""
+        """End the text and return what was held back. An incomplete character becomes U+FFFD."""
         if self.stopped is not None:
             return ""
         piece = self._take(self._decoder.decode(b"", final=True))
@@ -82,8 +81,8 @@ class Detokenizer:
         return piece + held
 
     def _take(self, new: str) -> str:
-        """Decide over newly decoded characters: which to show, which to hold back."""
-        if not self._may_stop or self._num_tokens <= self._min_tokens:  # nothing to look for
+        """Decide which newly decoded characters to show and which to hold back."""
+        if not self._may_stop or self._num_tokens <= self._min_tokens:  # no stop strings
             self.text += new
             return new
         self._state, num_read = self._stops.read(self._state, new)

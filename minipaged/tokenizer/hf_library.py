@@ -1,7 +1,7 @@
 """All other tokenizers, above all SentencePiece's (Llama 1 and 2, Mistral, TinyLlama).
 
-These are encoded by Hugging Face's `tokenizers`, an extra. What it is not asked for is the way
-back: its `decode` gives text, and a token is some bytes. Those are read out of the vocabulary.
+Hugging Face's `tokenizers`, an extra, encodes these. It is not used for decoding: its `decode`
+returns text, but a token is a sequence of bytes. Those are read from the vocabulary.
 """
 
 import re
@@ -22,13 +22,13 @@ from minipaged.utils.files import read_json_object
 _PROBE = "Is this a text? 1 2 3"  # any that has tokens
 LOW_LINE = "\u2581"
 STRIP_ONE = [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-"""Llama's: one space is taken away at the beginning of a whole text."""
+"""Llama's decoder step: one space is removed at the beginning of a whole text."""
 Spelling = Callable[[str], bytes]
 EXTRA = "pip install 'minipaged[tokenizers]'"
 
 
 class LibraryTokenizer(Tokenizer):
-    """What a `tokenizer.json` describes, encoded by the library that such files were made for."""
+    """The tokenizer of a `tokenizer.json`, encoded by the library that such files were made for."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for a file that the library cannot read."""
@@ -38,7 +38,7 @@ class LibraryTokenizer(Tokenizer):
             self._library = Library.from_file(str(path))
         except Exception as error:  # it raises nothing more specific
             raise CheckpointError(
-                f"{path} is no tokenizer ({error}): download it again."
+                f"{path} is not a tokenizer ({error}): download it again."
             ) from error
         self._alone = Lock()  # encode_special_tokens belongs to the library's object
         self._library.no_truncation()
@@ -63,7 +63,7 @@ class LibraryTokenizer(Tokenizer):
         self._letters = self._find_letters(described["model"])
 
     def _find_first_ids(self) -> list[int]:
-        """The ids before every text. Those after it are left out: they mark its end."""
+        """The ids before every text. Those after it are omitted: they mark its end."""
         bare = self._library.encode(_PROBE, add_special_tokens=False).ids
         framed = self._library.encode(_PROBE).ids
         begins = [i for i in range(len(framed)) if framed[i : i + len(bare)] == bare]
@@ -79,7 +79,7 @@ class LibraryTokenizer(Tokenizer):
         return [i for token_id in token_ids for i in self._letters.get(token_id, [token_id])]
 
     def _find_letters(self, model: dict[str, Any]) -> dict[int, list[int]]:
-        """The letters of each special token, should merges lead to it: "</" and "s>" are tokens.
+        """The text of each special token, if merges lead to it: "</" and "s>" are tokens.
 
         Without the id of the unknown token.
         """
@@ -96,7 +96,7 @@ class LibraryTokenizer(Tokenizer):
         return found
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
-        """As one text: what a piece begins with may depend on where in the text it is."""
+        """Encode as one text, because the tokens of a piece may depend on its position."""
         joined = "".join(
             self._second_spellings[piece] if number % 2 else piece
             for number, piece in enumerate(pieces)
@@ -111,8 +111,8 @@ class LibraryTokenizer(Tokenizer):
     def _second_spellings(self) -> dict[str, str]:
         """For each special token, a spelling that cannot be guessed.
 
-        For the library these are added tokens that are not special, so it finds them even where it
-        takes special tokens for letters.
+        The library treats these as added tokens that are not special, so it finds them even where
+        it encodes special tokens as text.
         """
         from tokenizers import AddedToken
 
@@ -134,7 +134,7 @@ class LibraryTokenizer(Tokenizer):
         return self._library.id_to_token(token_id) or ""
 
     def first_token_bytes(self, token_id: int) -> bytes:
-        """Of a SentencePiece token, the bytes without the space that every text begins with."""
+        """The bytes of a SentencePiece token without the space that every text begins with."""
         token = self._library.id_to_token(token_id)
         return b"" if token is None else self._spell_first(token)
 
@@ -143,15 +143,15 @@ def refuse_without_the_library(path: Path, reason: str) -> None:
     """Raise UnsupportedTokenizer unless `tokenizers` is installed."""
     if find_spec("tokenizers") is None:
         raise UnsupportedTokenizer(
-            f"{path} is no tokenizer for tiktoken, since {reason}: install the library that reads "
-            f"it by {EXTRA}."
+            f"{path} is not a tokenizer for tiktoken, since {reason}: install the library that "
+            f"reads it by {EXTRA}."
         )
 
 
 def _choose_spelling(path: Path, decoder: Any) -> tuple[Spelling, Spelling]:
-    """How the bytes of a token are spelt, and how those of a token that begins a text are.
+    """Return functions that read the bytes of a token, and of a token at the start of a text.
 
-    Raises UnsupportedTokenizer for a decoder that is not known here.
+    Raises UnsupportedTokenizer for an unknown decoder.
     """
     steps = _list_steps(decoder)
     kinds = [step.get("type") for step in steps]
@@ -183,13 +183,13 @@ def _list_steps(decoder: Any) -> list[dict[str, Any]]:
 
 
 def _spell_sentence_piece(token: str) -> bytes:
-    """As `_spell_low_lines`, and "<0x0A>" is a byte of text that has no token of its own."""
+    """As `_spell_low_lines`; in addition, "<0x0A>" is a byte of text without its own token."""
     byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
     return bytes.fromhex(byte[1]) if byte else _spell_low_lines(token)
 
 
 def _spell_low_lines(token: str) -> bytes:
-    """A low line is a space."""
+    """A low line represents a space."""
     return token.replace(LOW_LINE, " ").encode()
 
 

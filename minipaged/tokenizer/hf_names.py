@@ -1,6 +1,6 @@
-"""The names that scripts for Hugging Face's tokenizers use, for what ours can do.
+"""The names of Hugging Face's tokenizers for the features that exist here.
 
-What is not built (padding, truncation, tensors) is refused by its name.
+Unsupported features (padding, truncation, tensors) are refused by name.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ NOT_BUILT = by_name({
 
 
 class BatchEncoding(dict[str, Any]):
-    """What a text was encoded to: `encoding["input_ids"]` and `encoding.input_ids` are the same."""
+    """An encoded text: `encoding["input_ids"]` and `encoding.input_ids` are the same."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -40,7 +40,7 @@ class BatchEncoding(dict[str, Any]):
 
 
 class HuggingFaceNames(ABC):
-    """The part of a tokenizer that only repeats the rest of it, by other names."""
+    """The part of a tokenizer that provides the rest under Hugging Face's names."""
 
     vocabulary: Mapping[int, bytes]
     special_tokens: dict[str, int]
@@ -48,7 +48,7 @@ class HuggingFaceNames(ABC):
     folder: Path | None = None
     """The checkpoint that it was read from, with the chat template."""
     roles: Mapping[str, str] = {}
-    """The text of each token that plays a role, as in {"eos_token": "</s>"}."""
+    """The text of each token with a role, as in {"eos_token": "</s>"}."""
 
     @abstractmethod
     def encode(
@@ -75,7 +75,7 @@ class HuggingFaceNames(ABC):
         """Encode one text, or each of several.
 
         Returns {"input_ids": ids, "attention_mask": ones}; for several texts, lists of these.
-        Raises InvalidRequest for what is no text, InvalidOption for a parameter that is not built.
+        Raises InvalidRequest if it is not text, InvalidOption for an unsupported parameter.
         """
         refuse_others({"text_pair": text_pair, **not_built})
         if isinstance(text, str):
@@ -83,7 +83,7 @@ class HuggingFaceNames(ABC):
         texts: list[Any] = list(text) if isinstance(text, list | tuple) else [text]
         for each in texts:
             if not isinstance(each, str):
-                raise InvalidRequest(f"{shown(each)} is no text: give a string or a list of them.")
+                raise InvalidRequest(f"{shown(each)} is not text: give a string or a list of them.")
         return _encoding([self.encode(t, add_special_tokens=add_special_tokens) for t in texts])
 
     def batch_decode(
@@ -110,9 +110,10 @@ class HuggingFaceNames(ABC):
     ) -> str | list[str] | list[int] | list[list[int]] | BatchEncoding:
         """One conversation or several as text (`tokenize=False`), token ids or an encoding of them.
 
-        The options are those of `read_chat`, with Hugging Face's defaults; `more` is for the
-        template. Unlike there, special tokens that messages spell out are encoded as letters
-        unless `sanitize_control_tokens` is False. Raises what `read_chat` and `Chat.render` raise.
+        The options are those of `read_chat`, with Hugging Face's defaults; `more` is passed to the
+        template. Unlike in Hugging Face, special tokens that messages spell out are encoded as
+        text unless `sanitize_control_tokens` is False. Raises what `read_chat` and `Chat.render`
+        raise.
         """
         refuse_others({name: more.pop(name) for name in NOT_BUILT if name in more})
         if documents is not None:
@@ -139,9 +140,9 @@ class HuggingFaceNames(ABC):
         return _encoding(answer) if tokenize and return_dict else answer
 
     def encode_chat(self, chat: Chat, text: str) -> list[int]:
-        """The tokens of a rendered chat, of which only the template's own are control tokens.
+        """The tokens of a rendered chat, where only the template's own are control tokens.
 
-        Raises InvalidRequest where the two cannot be told apart; see control_tokens.py.
+        Raises InvalidRequest if the two cannot be distinguished; see control_tokens.py.
         """
         pieces = split_at_control_tokens(chat, text, self.special_tokens)
         if pieces is None:
@@ -149,7 +150,8 @@ class HuggingFaceNames(ABC):
         return self.encode_pieces(pieces)
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
-        """The tokens of a text in pieces: every second one is a special token, the rest letters."""
+        """The tokens of a text in pieces: every second piece is a special token, the rest is "
+        "text."""
         token_ids: list[int] = []
         for number, piece in enumerate(pieces):
             if number % 2:
@@ -161,7 +163,7 @@ class HuggingFaceNames(ABC):
     # ---- the vocabulary ----
 
     def get_vocab(self) -> dict[str, int]:
-        """From a token, as `tokenizer.json` spells it, to its id."""
+        """Maps tokens, as spelt in `tokenizer.json`, to ids."""
         return dict(self._ids)
 
     @cached_property
@@ -197,7 +199,7 @@ class HuggingFaceNames(ABC):
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """All tokens that `skip_special_tokens` leaves out of a text."""
+        """All tokens that `skip_special_tokens` omits from a text."""
         return list(self.special_tokens)
 
     @property
@@ -205,7 +207,7 @@ class HuggingFaceNames(ABC):
         """Their ids."""
         return list(self.special_tokens.values())
 
-    # ---- tokens by their roles; None where the checkpoint names none ----
+    # ---- tokens by role; None if the checkpoint names none ----
 
     def _id_of(self, token: str | None) -> int | None:
         if token is None or token in self.added_tokens:
@@ -234,7 +236,7 @@ class HuggingFaceNames(ABC):
 
     @property
     def pad_token(self) -> str | None:
-        """The token that fills the shorter texts of a batch elsewhere; never needed here."""
+        """The token that pads a batch in other libraries; not used here."""
         return self.roles.get("pad_token")
 
     @property
@@ -244,7 +246,7 @@ class HuggingFaceNames(ABC):
 
     @property
     def unk_token(self) -> str | None:
-        """The token for what has no token."""
+        """The token for unknown text."""
         return self.roles.get("unk_token")
 
     @property
@@ -254,7 +256,7 @@ class HuggingFaceNames(ABC):
 
 
 def refuse_others(given: Mapping[str, Any]) -> None:
-    """Refuse Hugging Face's parameters that would ask for something. Raises InvalidOption."""
+    """Refuse Hugging Face's parameters that would have an effect. Raises InvalidOption."""
     for name, value in given.items():
         refuse_not_built(name, value, NOT_BUILT, ())
 

@@ -1,8 +1,8 @@
-"""A tokenizer as Hugging Face publishes it -> tiktoken, or the reason why that is not possible.
+"""Converts a Hugging Face tokenizer to tiktoken, or gives the reason why that is not possible.
 
-Most checkpoints have a `tokenizer.json`, which says what is done in which order. The oldest, OPT
-among them, have `vocab.json` and `merges.txt` instead, without these settings.
-Whatever is not understood here is refused rather than guessed at.
+Most checkpoints have a `tokenizer.json`, which describes all steps in order. The oldest, such as
+OPT, have `vocab.json` and `merges.txt` instead, which omit what was then common knowledge. Unknown
+features are refused, not guessed.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from minipaged.tokenizer.patterns import GPT2, QWEN, choose_pattern
 from minipaged.tokenizer.special_tokens import read_special_names
 from minipaged.utils.files import read_json_object
 
-LONGEST_TOKEN = 1000  # bytes; the proof takes the square of a token's length
+LONGEST_TOKEN = 1000  # bytes; the proof takes time quadratic in a token's length
 
-# What a broken file leads to, wherever it is broken.
+# The exceptions that a broken file can cause.
 _BROKEN = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before anything else happens to it."""
+    """A token that is cut out of the text before all other steps."""
 
     text: str
     token_id: int
     is_special: bool
-    in_normal_form: bool = False  # looked for in the text's normal form
+    in_normal_form: bool = False  # searched in the text's normal form
 
 
 def read_tokenizer_json(path: Path) -> BytePairTokenizer:
@@ -38,7 +38,7 @@ def read_tokenizer_json(path: Path) -> BytePairTokenizer:
 
     Raises:
         CheckpointError: the file is broken.
-        UnsupportedTokenizer: tiktoken cannot do what it describes, or cannot be proved to.
+        UnsupportedTokenizer: tiktoken cannot do what it describes, or it cannot be proved.
     """
     described = read_json_object(path)
     model = described.get("model")
@@ -60,15 +60,15 @@ def read_tokenizer_json(path: Path) -> BytePairTokenizer:
         )
     except _BROKEN as error:
         raise CheckpointError(
-            f"{path} is no whole tokenizer ({error!r}): download it again."
+            f"{path} is not a complete tokenizer ({error!r}): download it again."
         ) from error
 
 
 def read_vocab_and_merges(folder: Path) -> BytePairTokenizer:
     """The tokenizer of a folder with `vocab.json` and `merges.txt`.
 
-    How text is cut follows from the tokenizer's class, which `tokenizer_config.json` may name, and
-    so do its special tokens. Raises what `read_tokenizer_json` raises.
+    The tokenizer's class, which `tokenizer_config.json` may name, determines how text is cut, and
+    the special tokens. Raises what `read_tokenizer_json` raises.
     """
     config_path = folder / "tokenizer_config.json"
     config = read_json_object(config_path) if config_path.is_file() else {}
@@ -94,20 +94,20 @@ def read_vocab_and_merges(folder: Path) -> BytePairTokenizer:
         )
     except (OSError, *_BROKEN) as error:
         raise CheckpointError(
-            f"{folder} holds no whole tokenizer in vocab.json and merges.txt ({error!r}): download "
-            "them again."
+            f"{folder} contains no complete tokenizer in vocab.json and merges.txt ({error!r}): "
+            "download them again."
         ) from error
 
 
 def _list_added_tokens(
     folder: Path, config: dict[str, Any], vocab: dict[str, int], names: dict[str, str]
 ) -> list[AddedToken]:
-    """Those that are described with their ids, then those that only play a role."""
+    """The added tokens with ids, then those that only have a role."""
     listed = config.get("added_tokens_decoder") or {}  # from id, which JSON has as text
     added = {t["content"]: _read_added_token({**t, "id": int(i)}) for i, t in listed.items()}
     ids = folder / "added_tokens.json"
     if ids.is_file() and read_json_object(ids).keys() - added.keys():
-        raise UnsupportedTokenizer("its added_tokens.json does not say how tokens are found")
+        raise UnsupportedTokenizer("its added_tokens.json does not define how tokens are found")
     roles = [config.get(role) or text for role, text in names.items()]
     for role in ("additional_special_tokens", "extra_special_tokens"):
         roles += config.get(role) or []
@@ -149,7 +149,7 @@ def _build(
 
 
 def _spell(token: str) -> bytes:
-    """The bytes of a token of the file."""
+    """The bytes of a token in the file."""
     try:
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
     except KeyError:
@@ -160,16 +160,16 @@ def _spell(token: str) -> bytes:
 
 
 def _refuse_other_models(model: dict[str, Any]) -> None:
-    kind = model.get("type") or ("BPE" if "merges" in model else "none")  # old files do not say
+    kind = model.get("type") or ("BPE" if "merges" in model else "none")  # old files have no type
     if kind != "BPE":
-        raise UnsupportedTokenizer(f"its model is {kind}, and not byte-pair encoding")
+        raise UnsupportedTokenizer(f"its model is {kind}, not byte-pair encoding")
     for option in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise UnsupportedTokenizer(f"its byte-pair encoding has {option}")
 
 
 def _read_normalizer(normalizer: dict[str, Any] | None) -> bool:
-    """Whether text is put into normal form C first."""
+    """Whether text is first converted to normal form C."""
     if normalizer is None:
         return False
     kind = normalizer["type"]
@@ -187,7 +187,7 @@ def _read_added_token(token: dict[str, Any]) -> AddedToken:
     if not isinstance(text, str) or not 0 < len(text) <= LONGEST_TOKEN:
         raise ValueError(f"an added token of {len(text)} characters")
     if any(token.get(option) for option in ("single_word", "lstrip", "rstrip")):
-        raise UnsupportedTokenizer(f"its token {text!r} takes in what is around it")
+        raise UnsupportedTokenizer(f"its token {text!r} includes surrounding characters")
     return AddedToken(
         text, token["id"], token.get("special") is True, bool(token.get("normalized"))
     )
@@ -196,11 +196,12 @@ def _read_added_token(token: dict[str, Any]) -> AddedToken:
 def _check_ids(ids: list[Any]) -> None:
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < 2**31:
-            raise ValueError(f"{token_id!r} is no token id")
+            raise ValueError(f"{token_id!r} is not a token id")
 
 
 def _check_added_tokens(added: list[AddedToken], vocab: dict[str, int], normal_form: bool) -> None:
-    """Raises UnsupportedTokenizer for what the other library would number or find otherwise."""
+    """Raise UnsupportedTokenizer if the other library would number or find added tokens "
+    "differently."""
     texts, ids = {token.text for token in added}, {token.token_id for token in added}
     text_of = {token_id: text for text, token_id in vocab.items()}
     if len(texts) < len(added) or len(ids) < len(added) or len(text_of) < len(vocab):
@@ -211,16 +212,16 @@ def _check_added_tokens(added: list[AddedToken], vocab: dict[str, int], normal_f
         ):
             raise UnsupportedTokenizer(f"its token {token.text!r} has two ids")
         if normal_form and token.in_normal_form:
-            raise UnsupportedTokenizer(f"its token {token.text!r} is looked for in normal form")
-    # Those that are not looked for in normal form are found first, whatever precedes them.
+            raise UnsupportedTokenizer(f"its token {token.text!r} is searched in normal form")
+    # Tokens that are not searched in normal form are found first, at any position.
     first = [token.text for token in added if not token.in_normal_form]
     second = [token.text for token in added if token.in_normal_form]
     if any(_overlap(one, other) for one in first for other in second):
-        raise UnsupportedTokenizer("its added tokens overlap, and are looked for in two passes")
+        raise UnsupportedTokenizer("its added tokens overlap, and are searched in two passes")
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether some text could hold both in such a way that they share a character."""
+    """Whether the two can overlap in some text."""
     if one in other or other in one:
         return True
     ends = range(1, min(len(one), len(other)))
@@ -237,7 +238,7 @@ def _read_first_ids(processor: dict[str, Any] | None) -> list[int]:
         if len(first) > 1:
             raise UnsupportedTokenizer("it adds tokens twice")
         return first[0] if first else []
-    if kind == "ByteLevel":  # which looks after offsets, not tokens
+    if kind == "ByteLevel":  # affects offsets, not tokens
         return []
     if kind != "TemplateProcessing":
         raise UnsupportedTokenizer(f"it adds tokens in a way of its own ({kind})")

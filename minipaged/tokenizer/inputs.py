@@ -1,4 +1,4 @@
-"""The forms of a prompt by vLLM's names, for annotations; see `prompts.py` for what they become."""
+"""The types of prompts with vLLM's names, for annotations; `prompts.py` converts them."""
 
 from typing import TypedDict
 

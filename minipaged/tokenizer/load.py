@@ -1,4 +1,4 @@
-"""Which tokenizer a checkpoint's folder holds."""
+"""Chooses and loads the tokenizer of a checkpoint's folder."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from minipaged.tokenizer.tiktoken_file import RANKS_CONFIG, read_ranked_tokenize
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint; tiktoken does the work wherever it can.
+    """Load the tokenizer of a checkpoint, with tiktoken if possible.
 
     Raises:
-        MissingTokenizer: the folder holds none.
-        CheckpointError: it holds one that is broken.
-        UnsupportedTokenizer: it holds one that needs the extra "tokenizers".
+        MissingTokenizer: the folder contains none.
+        CheckpointError: it is broken.
+        UnsupportedTokenizer: it needs the extra "tokenizers".
     """
     tokenizer = _read_files(folder)
     tokenizer.folder = folder
@@ -25,8 +25,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_files(folder: Path) -> Tokenizer:
-    # First the embedded model's own form. Its folder holds the same as tokenizer.json, for other
-    # programs: that one cuts words in a way of its own, so reading it would take the extra.
+    # First the embedded model's own format. Its folder also contains tokenizer.json for other
+    # programs, but that one cuts words differently, so reading it would need the extra.
     if (folder / RANKS_CONFIG).is_file():
         return read_ranked_tokenizer(folder)
     described = folder / "tokenizer.json"
@@ -41,23 +41,24 @@ def _read_files(folder: Path) -> Tokenizer:
             return read_vocab_and_merges(folder)
         except UnsupportedTokenizer as reason:
             raise UnsupportedTokenizer(
-                f"{folder} holds a tokenizer in vocab.json and merges.txt that is not read here, "
-                f"since {reason}: save it as tokenizer.json with transformers."
+                f"{folder} contains a tokenizer in vocab.json and merges.txt that is not read "
+                f"here, since {reason}: save it as tokenizer.json with transformers."
             ) from reason
     if (folder / "tokenizer.model").is_file():
         raise UnsupportedTokenizer(
-            f"{folder} holds its tokenizer as tokenizer.model only, which is not read here: "
+            f"{folder} has its tokenizer only as tokenizer.model, which is not supported: "
             "download tokenizer.json too."
         )
     raise MissingTokenizer(
-        f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): download it, "
-        "or give prompts as token ids."
+        f"{folder} contains no tokenizer (tokenizer.json, or vocab.json and merges.txt): download "
+        "it, or give prompts as token ids."
     )
 
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in this folder; None if it holds none. Raises CheckpointError for a bad one."""
+    """The tokenizer in this folder; None if there is none. Raises CheckpointError if it is "
+    "broken."""
     try:
         return read_tokenizer(folder)
     except MissingTokenizer:
-        return None  # token ids still work; text is refused with a sentence
+        return None  # token ids still work; text is refused

@@ -1,4 +1,4 @@
-"""A list of merges -> ranks for tiktoken, and the proof that both cut every text alike.
+"""Converts a list of merges to ranks for tiktoken, and proves that both give the same tokens.
 
 Hugging Face's byte-pair encoding merges *pairs of tokens*: the neighbours whose pair is highest
 in a list of merges. tiktoken merges *bytes*: the neighbours that together spell the token of the
@@ -8,10 +8,10 @@ neighbours that spell a token but are in no list. It never does if this holds:
     Spell a token in single bytes and merge them by rank until two pieces are left. Those two are
     its *last pair*, and the list must hold it.
 
-For a pair can only meet in a text if no merge went across its two ends before; then all merges
-between them were those of the token by itself, and the pair that met is its last pair. With last
-pairs in the same order as ranks, both ways see the same candidates in every step, and take the same
-one. A token whose bytes get stuck in more than two pieces is never merged at all, in any text.
+The proof: a pair becomes adjacent in a text only if no earlier merge crossed its two ends. Then all
+merges between the ends were those of the token by itself, and the pair is its last pair. If last
+pairs have the same order as ranks, both methods have the same candidates in every step and choose
+the same one. A token whose bytes get stuck in more than two pieces is never merged in any text.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,21 +21,21 @@ from minipaged.errors import UnsupportedTokenizer
 
 Pair = tuple[bytes, bytes]
 
-# Bytes that no character has in UTF-8. A vocabulary may do without them, and tiktoken may not.
+# Bytes that never occur in UTF-8. A vocabulary may lack them, but tiktoken needs them.
 _NOT_IN_UTF8 = frozenset(bytes([byte]) for byte in (0xC0, 0xC1, *range(0xF5, 0x100)))
 
 
 def rank_tokens(tokens: Iterable[bytes], merges: list[Pair], whole_words: bool) -> dict[bytes, int]:
-    """The ranks with which tiktoken encodes as the list of merges does.
+    """Return the ranks with which tiktoken encodes like the list of merges.
 
     Args:
         tokens: the vocabulary, without added tokens.
         merges: pairs, best first.
-        whole_words: a word that is a token is that token, though merges may not lead there
-            ("ignore_merges"). tiktoken does so always; so without it, a token that no merge leads
-            to gets no rank.
+        whole_words: a word that is a token becomes that token, even if no merges lead to it
+            ("ignore_merges"). tiktoken always does this, so without the option a token that no
+            merge leads to gets no rank.
 
-    Raises UnsupportedTokenizer if tiktoken could cut some text in another way.
+    Raises UnsupportedTokenizer if tiktoken could encode some text differently.
     """
     vocabulary = set(tokens)
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -57,7 +57,7 @@ def rank_tokens(tokens: Iterable[bytes], merges: list[Pair], whole_words: bool) 
 
 
 def _prove_equal(ranks: Mapping[bytes, int], merges: list[Pair]) -> set[bytes]:
-    """Raises UnsupportedTokenizer, or returns the tokens that no merge ever leads to."""
+    """Return the tokens that no merge leads to, or raise UnsupportedTokenizer."""
     places = {pair: place for place, pair in enumerate(merges)}
     unreachable: set[bytes] = set()
     latest = -1
@@ -78,7 +78,7 @@ def _prove_equal(ranks: Mapping[bytes, int], merges: list[Pair]) -> set[bytes]:
 
 
 def last_pair(token: bytes, ranks: Mapping[bytes, int]) -> Pair:
-    """The pair that becomes this token. Raises ValueError for one that no merge leads to."""
+    """The pair that merges to this token. Raises ValueError if no merge leads to it."""
     left, right = _before_last_merge(token, ranks)
     return left, right
 

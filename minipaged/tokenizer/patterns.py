@@ -1,12 +1,12 @@
-r"""How text is cut into words before pairs are merged: four patterns, and whom they belong to.
+r"""The patterns that cut text into words before pairs are merged, and their models.
 
-Each is written here as tiktoken's own engine likes it, and finds what the published one finds:
+Each is rewritten for tiktoken's regex engine, and matches the same words as the published one:
 
-- Runs are possessive (`\p{L}++`): once taken, no letter is given back. Nothing that follows in the
-  pattern could use it, and a text of a million letters needs no million ways to turn back to.
-- `\s++$` takes the white space at the end of a text at once, as `\s+(?!\S)` would.
-- `\s+(?!\S)` leaves the last space of a run to the word after it. Where it finds nothing, there is
-  one space only: so a single `\s` comes last, where the published patterns have `\s+`.
+- Runs are possessive (`\p{L}++`), without backtracking. The rest of the pattern could not match the
+  characters anyway, and a text of a million letters would need a million backtracking positions.
+- `\s++$` matches the white space at the end of a text at once, like `\s+(?!\S)`.
+- `\s+(?!\S)` leaves the last space of a run to the next word. If it does not match, there is only
+  one space, so the last alternative is a single `\s`, where the published patterns have `\s+`.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ SMOLLM = (
     r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++"
     r"|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
 )
-"""SmolLM: as GPT-2, but every digit was cut out first. So no space goes with a digit, and the white
-space before one is at the end of a text, as it were."""
+"""SmolLM: as GPT-2, but every digit is cut out first. A space therefore never joins a digit, and
+white space before a digit counts as the end of a text."""
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|[^\S\r\n]++$|\s*[\r\n]+|\s+(?!\S)|\s"
 )
-"""Llama 3: numbers by three digits, line ends by themselves; any sign may lead a word."""
+"""Llama 3: numbers in groups of three digits, separate line ends; any sign may start a word."""
 
 QWEN = LLAMA3.replace(r"\p{N}{1,3}+", r"\p{N}")
 """Qwen2 and Qwen3: as Llama 3, but digit by digit."""
@@ -44,7 +44,7 @@ _EACH_DIGIT = {"type": "Digits", "individual_digits": True}
 
 
 def choose_pattern(pre_tokenizer: Any) -> str | None:
-    """The pattern for a `pre_tokenizer` of tokenizer.json; None for one that is not known here."""
+    """The pattern for a `pre_tokenizer` of tokenizer.json; None for an unknown one."""
     stages = _list_stages(pre_tokenizer)
     if stages == [_WITH_PATTERN]:
         return GPT2
@@ -59,7 +59,7 @@ def choose_pattern(pre_tokenizer: Any) -> str | None:
 
 
 def _list_stages(pre_tokenizer: Any) -> list[dict[str, Any]]:
-    """One after the other, with defaults filled in and what changes no token left out."""
+    """Its steps in order, with defaults, and without those that do not affect tokens."""
     if not isinstance(pre_tokenizer, Mapping):
         return []
     if pre_tokenizer.get("type") == "Sequence":

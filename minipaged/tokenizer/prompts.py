@@ -1,4 +1,4 @@
-"""What may be given as a prompt, and how it becomes token ids."""
+"""The accepted forms of a prompt, and their conversion to token ids."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from minipaged.utils.options import shown
 Prompt = str | Iterable[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
 
-The dicts may also hold a "cache_salt": only prompts with the same one share cached blocks.
+The dicts may also have a "cache_salt": only prompts with equal salts share cached blocks.
 """
 
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
@@ -24,7 +24,7 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt as the engine takes it: its text, if it came as text, and its token ids."""
+    """A prompt for the engine: its token ids, and its text if it was given as text."""
 
     text: str | None
     token_ids: list[int]
@@ -32,7 +32,7 @@ class TokenizedPrompt:
 
 
 def list_prompts(prompts: Any) -> list[Prompt]:
-    """One prompt or many, as a list of prompts. Raises InvalidRequest for what is neither."""
+    """Convert one prompt or many to a list of prompts. Raises InvalidRequest for other input."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
     many = _as_list(prompts)
@@ -44,12 +44,12 @@ def list_prompts(prompts: Any) -> list[Prompt]:
 def read_prompt(
     prompt: Any, tokenizer: Tokenizer | None, max_model_len: int | None
 ) -> TokenizedPrompt:
-    """A prompt, whatever its form.
+    """Convert a prompt of any form.
 
     Raises:
-        InvalidRequest: it is no prompt, or an empty one.
-        PromptTooLong: it has `max_model_len` tokens or more, for text however it is encoded; not
-            if this is None.
+        InvalidRequest: it is not a prompt, or it is empty.
+        PromptTooLong: it has, or its text must have, `max_model_len` tokens or more; never if
+            that is None.
         MissingTokenizer: it is text, and the model has no tokenizer.
     """
     salt = None
@@ -74,7 +74,7 @@ def read_prompt(
         return TokenizedPrompt(None, _read_token_ids(prompt, max_model_len), salt)
     if tokenizer is None:
         raise MissingTokenizer(
-            "the prompt is text, but the model's folder holds no tokenizer, or it was left out "
+            "the prompt is text, but the model's folder contains no tokenizer, or it was left out "
             "(skip_tokenizer_init): give the prompt as a list of token ids."
         )
     if max_model_len is not None:
@@ -83,7 +83,7 @@ def read_prompt(
 
 
 def refuse_too_long(text: str, tokenizer: Tokenizer, max_model_len: int) -> None:
-    """Raise PromptTooLong for text that cannot fit, before any time is spent on encoding it."""
+    """Raise PromptTooLong for text that cannot fit, before encoding it."""
     fewest = tokenizer.fewest_tokens(text)
     if fewest >= max_model_len:
         raise PromptTooLong(
@@ -104,12 +104,12 @@ def _read_salt(salt: Any) -> str | None:
 def _read_token_ids(prompt: Any, max_model_len: int | None) -> list[int]:
     token_ids = _as_list(prompt)
     if max_model_len is not None and len(token_ids) >= max_model_len:
-        raise PromptTooLong.in_context(len(token_ids), max_model_len)  # before a look at each
+        raise PromptTooLong.in_context(len(token_ids), max_model_len)  # before each is checked
     for token_id in token_ids:
         if not _is_token_id(token_id):
             raise InvalidRequest(
-                f"a prompt holds {shown(token_id)}, which is no token id: {_FORMS}; ids are whole "
-                "numbers."
+                f"a prompt holds {shown(token_id)}, which is not a token id: {_FORMS}; ids are "
+                "whole numbers."
             )
     return _not_empty([int(token_id) for token_id in token_ids])
 
@@ -124,7 +124,7 @@ def _as_list(value: Any) -> list[Any]:
     if hasattr(value, "tolist"):  # an array or tensor
         value = value.tolist()
     if isinstance(value, bytes) or not isinstance(value, Iterable):
-        raise InvalidRequest(f"{shown(value)} is no prompt: {_FORMS}.")
+        raise InvalidRequest(f"{shown(value)} is not a prompt: {_FORMS}.")
     return list(value)
 
 

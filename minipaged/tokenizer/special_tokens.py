@@ -1,4 +1,4 @@
-"""Which token plays which role: "bos_token" is "<s>" in one checkpoint, "<|begin|>" in another."""
+"""The roles of special tokens: "bos_token" is "<s>" in one checkpoint, "<|begin|>" in another."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -7,13 +7,13 @@ from typing import Any
 
 from minipaged.utils.files import read_json_object
 
-_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later one counts
+_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the later file takes precedence
 
 
 def read_special_names(folder: Path) -> dict[str, str]:
-    """From role to text, for the roles that the folder's files name: bos_token, eos_token ...
+    """Map roles to texts, for the roles in the folder's files: bos_token, eos_token ...
 
-    Raises CheckpointError if a file is there and cannot be read.
+    Raises CheckpointError if a file exists but cannot be read.
     """
     names: dict[str, str] = {}
     for file_name in _FILES:
@@ -50,6 +50,6 @@ def token_text(token: Any) -> str | None:
 
 
 def any_of(tokens: Collection[str]) -> re.Pattern[str]:
-    """Finds the leftmost of the tokens, and of those that begin there the longest."""
+    """A regex that finds the leftmost token, and the longest one at that position."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if tokens else "(?!)")

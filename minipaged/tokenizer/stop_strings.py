@@ -1,7 +1,7 @@
 """All stop strings of a request as one automaton (Aho and Corasick 1975).
 
-A state is the longest end of the text that some stop string begins with. Each character leads from
-one state to the next, so a character costs the same however many stop strings there are:
+A state is the longest suffix of the text that is a prefix of some stop string. Each character leads
+from one state to the next, so its cost does not depend on the number of stop strings:
 
     stop strings "he", "she"            after "s", "h"    the state is "sh"
     states       "", h, he, s, sh, she  then "e"          "she", which is complete
@@ -12,17 +12,17 @@ from collections.abc import Iterable
 
 
 class StopStrings:
-    """The automaton. It does not change once built, so any number of sequences can share it.
+    """The automaton. It is immutable, so any number of sequences can share it.
 
-    State 0 is the empty text. Building takes time and memory in proportion to all characters of
+    State 0 is the empty text. Building takes time and memory in proportion to the total length of
     the strings.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
         self._next: dict[tuple[int, str], int] = {}
-        self._depth = [0]  # how many characters a state stands for
+        self._depth = [0]  # number of characters of each state
         self._complete: list[str | None] = [None]  # the longest stop string at the state's end
-        reached_by = [(0, "")]  # from which state, with which character
+        reached_by = [(0, "")]  # previous state and character of each state
         for string in strings:
             state = 0
             for step in string:
@@ -34,8 +34,8 @@ class StopStrings:
                     self._complete.append(None)
                 state = self._next[edge]
             self._complete[state] = string
-        # Where to look on if a character leads nowhere: the state of the longest shorter end.
-        # Shorter states come first, since longer ones are found by way of them.
+        # The state to continue from if a character has no edge: the longest shorter suffix. Shorter
+        # states are computed first, because longer ones depend on them.
         self._fallback = [0] * len(reached_by)
         for state in sorted(range(1, len(reached_by)), key=self._depth.__getitem__):
             parent, step = reached_by[state]
@@ -45,13 +45,13 @@ class StopStrings:
                 self._complete[state] = self._complete[self._fallback[state]]
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether there are any stop strings."""
         return bool(self._next)
 
     def read(self, state: int, text: str) -> tuple[int, int]:
-        """Read on in `state` until a stop string is complete, or all of `text` is read.
+        """Continue from `state` until a stop string is complete, or all of `text` is read.
 
-        Returns the new state, and how many characters of `text` were read.
+        Returns the new state, and the number of characters read.
         """
         for num_read, character in enumerate(text, start=1):
             state = self._advance(state, character)
@@ -64,7 +64,7 @@ class StopStrings:
         return self._complete[state]
 
     def num_undecided(self, state: int) -> int:
-        """How many of the last characters are the beginning of a stop string."""
+        """The number of last characters that are a prefix of a stop string."""
         return self._depth[state]
 
     def _advance(self, state: int, character: str) -> int:

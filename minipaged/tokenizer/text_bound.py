@@ -1,19 +1,19 @@
-"""The fewest tokens that a text can have, known before it is encoded.
+"""A lower bound of the number of tokens of a text, known before it is encoded.
 
 Encoding takes time in proportion to the text, and a text of a gigabyte is too long for any model.
-Where no token can encode more than some number of characters, a text of N characters has at
-least N / that number of tokens, which costs nothing to know. The argument for a tokenizer.json:
+If no token can encode more than M characters, a text of N characters has at least N / M tokens,
+which costs nothing to compute. The argument for a tokenizer.json:
 
-    normalizer      makes at most one character of four (NFC), or of one
-    pre-tokenizer   cuts the text into words, and drops no character
+    normalizer      composes at most four characters to one (NFC), or keeps each
+    pre-tokenizer   cuts the text into words without dropping a character
     model           has a token for every byte, so no character vanishes, and an unknown word
                     of any length does not become one token
     tokens          none has more characters than the longest in the vocabulary
 
-Wherever one of these is not known to hold, there is no bound, and text is encoded however long it
-is. That is so for normalizers that strip white space, remove accents or replace by a table (Strip,
-StripAccents, Nmt, Precompiled), for pre-tokenizers that drop white space, and for added tokens that
-take in the white space around them.
+If one of these is not known to hold, there is no bound, and text of any length is encoded. This is
+the case for normalizers that strip white space, remove accents or use a table (Strip, StripAccents,
+Nmt, Precompiled), for pre-tokenizers that drop white space, and for added tokens that include the
+white space around them.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,14 +24,14 @@ from minipaged.tokenizer.bpe import NFC_SHRINKS
 from minipaged.tokenizer.byte_letters import BYTE_OF_CHARACTER
 
 PAIRS_SHRINK = 2
-"""A str may hold a character as two surrogates, which become one character before anything else."""
+"""A str may represent a character as two surrogates, which are first joined to one character."""
 
 _GROWING = ("NFD", "NFKD", "Prepend", "Lowercase")  # at least one character for each
 _KEEPING = ("ByteLevel", "Digits", "Metaspace", "Punctuation", "Split")  # unless "Removed"
 
 
 def chars_per_token(described: Mapping[str, Any], normalize: Callable[[str], str]) -> int | None:
-    """The most characters of text that one token can encode; None where no bound is known.
+    """The maximum characters of text that one token can encode; None if no bound is known.
 
     Args:
         described: the content of a tokenizer.json that the library has read.
@@ -53,7 +53,7 @@ def chars_per_token(described: Mapping[str, Any], normalize: Callable[[str], str
 
 
 def _shrinks(normalizer: Mapping[str, Any] | None) -> int | None:
-    """How many characters a normalizer makes one of, at most; None where that is not known."""
+    """The maximum number of characters that a normalizer composes to one; None if unknown."""
     if normalizer is None:
         return 1
     kind = normalizer["type"]
@@ -69,7 +69,7 @@ def _shrinks(normalizer: Mapping[str, Any] | None) -> int | None:
 
 
 def _keeps_words(pre_tokenizer: Mapping[str, Any] | None) -> bool:
-    """Whether every character goes into some word."""
+    """Whether every character becomes part of some word."""
     if pre_tokenizer is None:
         return True
     if pre_tokenizer["type"] == "Sequence":
@@ -78,7 +78,7 @@ def _keeps_words(pre_tokenizer: Mapping[str, Any] | None) -> bool:
 
 
 def _has_every_byte(described: Mapping[str, Any]) -> bool:
-    """Whether a character that is no token becomes several: one for each of its bytes."""
+    """Whether a character without a token becomes several tokens, one per byte."""
     model = described["model"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return False

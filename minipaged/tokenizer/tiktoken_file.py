@@ -1,9 +1,9 @@
-"""`tiktoken.json` and a file of ranks: the form in which the embedded model's tokenizer is kept.
+"""`tiktoken.json` and a file of ranks: the format of the embedded model's tokenizer.
 
     {"ranks": "small.tiktoken", "pattern": " ?\\\\p{L}+|...", "special_tokens": {"<|end|>": 300}}
 
-The ranks are in tiktoken's own format: one token a line, its bytes in base64 and its id. The id is
-also its rank: of two pairs that could be merged, the one with the lower id is.
+The ranks are in tiktoken's own format: one token per line, its bytes in base64 and its id. The id
+is also its rank: of two pairs that could be merged, the one with the lower id is.
 """
 
 import base64
@@ -27,18 +27,18 @@ def read_ranked_tokenizer(folder: Path) -> BytePairTokenizer:
     ranks = read_ranks(folder / config["ranks"])
     _check_special_tokens(path, config["special_tokens"], ranks)
     tokens = {rank: token for token, rank in ranks.items()}
-    pattern = f"{config['pattern']}|(?s:.)"  # what a pattern leaves out would be lost in silence
+    pattern = f"{config['pattern']}|(?s:.)"  # unmatched text would be lost silently
     try:
         return BytePairTokenizer(pattern, ranks, tokens, config["special_tokens"])
     except ValueError as error:  # the only thing left unchecked
         raise CheckpointError(
-            f'{path}: "pattern" is no regular expression that tiktoken can use ({error}): '
+            f'{path}: "pattern" is not a regular expression that tiktoken can use ({error}): '
             "correct it."
         ) from error
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read a `.tiktoken` file: from a token's bytes to its id. Raises `CheckpointError`."""
+    """Read a `.tiktoken` file, a map from token bytes to ids. Raises `CheckpointError`."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -63,7 +63,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _check_ranks(path: Path, ranks: dict[bytes, int], num_lines: int) -> None:
-    """tiktoken would panic on these only later, in the middle of a request, or not start at all."""
+    """Refuse ranks on which tiktoken would panic, at the start or during a request."""
     if not len(set(ranks.values())) == len(ranks) == num_lines:
         raise CheckpointError(f"{path} lists a token or an id twice: fetch or write it again.")
     if ranks and not 0 <= min(ranks.values()) <= max(ranks.values()) < 2**32:
@@ -81,7 +81,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no readable JSON ({error}): correct it.") from error
+        raise CheckpointError(f"{path} is not readable JSON ({error}): correct it.") from error
     kinds = {"ranks": str, "pattern": str, "special_tokens": dict}
     for key, kind in kinds.items():
         value = config.get(key) if isinstance(config, dict) else None

@@ -1,4 +1,4 @@
-"""How many blocks of keys and values the memory has room for."""
+"""The number of blocks of keys and values that fit in memory."""
 
 import torch
 
@@ -11,12 +11,12 @@ SWAP_BYTES = 2 * GIB  # a swap pool takes no more host memory than this unless a
 def blocks_that_fit(
     block_bytes: int, device: torch.device, gpu_memory_utilization: float, num_ranks: int = 1
 ) -> int:
-    """How many blocks of keys and values the memory has room for, weights already loaded.
+    """The number of blocks of keys and values that fit in memory, after weights are loaded.
 
-    On a GPU: what `gpu_memory_utilization` of its memory leaves after all that is in use. On a
-    CPU: an eighth of the machine's memory, 2 GiB at the most, for the swap pool takes as much
-    again, and others need some too; the ranks on this machine share it. Raises InvalidOption if not
-    even one block fits.
+    On a GPU: `gpu_memory_utilization` of its memory, minus the memory in use. On a CPU: an eighth
+    of the machine's memory, at most 2 GiB, because the swap pool takes as much again and other
+    programs need memory too; the ranks on this machine share it. Raises InvalidOption if not even
+    one block fits.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -33,11 +33,11 @@ def blocks_that_fit(
 
 
 def refuse_large_tables(max_num_seqs: int, max_blocks_per_seq: int) -> None:
-    """Raise InvalidOption if the block tables of a step alone would not fit in memory."""
+    """Raise InvalidOption if the block tables of a step alone do not fit in memory."""
     table_bytes, has = 4 * max_num_seqs * max_blocks_per_seq, physical_memory()
     if table_bytes > has:
         raise InvalidOption(
-            f"max_num_seqs is {max_num_seqs}: block tables of {max_blocks_per_seq} blocks for so "
+            f"max_num_seqs is {max_num_seqs}: block tables of {max_blocks_per_seq} blocks for that "
             f"many sequences need {table_bytes / GIB:.1f} GiB, and the machine has "
             f"{has / GIB:.1f} GiB. Lower max_num_seqs or max_model_len, or raise block_size.",
             "max_num_seqs",
@@ -47,17 +47,17 @@ def refuse_large_tables(max_num_seqs: int, max_blocks_per_seq: int) -> None:
 def refuse_more_than_memory(
     num_blocks: int, num_swap_blocks: int, block_bytes: int, device: torch.device
 ) -> None:
-    """Raise InvalidOption for pools that the machine could never hold.
+    """Raise InvalidOption for pools that are larger than the machine's memory.
 
-    Without this, it would run out of memory in the middle of a run, when the blocks are first used.
+    Without this check, memory would run out during a run, when the blocks are first used.
     """
     in_host = num_swap_blocks if device.type == "cuda" else num_blocks + num_swap_blocks
     has = physical_memory()
     if in_host * block_bytes > has:
         raise InvalidOption(
             f"num_blocks is {num_blocks} and num_swap_blocks {num_swap_blocks}: at {block_bytes} "
-            f"bytes a block, {in_host} of them need {in_host * block_bytes / GIB:.1f} GiB, and the "
-            f"machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all, "
+            f"bytes per block, {in_host} of them need {in_host * block_bytes / GIB:.1f} GiB, and "
+            f"the machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all, "
             "or lower block_size.",
             "num_blocks",
         )

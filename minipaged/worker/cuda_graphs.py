@@ -1,18 +1,18 @@
-"""CUDA graphs: a decode step recorded once and replayed ever after.
+"""CUDA graphs: a decode step is recorded once and then replayed.
 
-A decode step is hundreds of small kernels, and to launch one takes the host longer than many of
-them run. A graph holds all launches of a step, and replaying it is a single one. What it recorded
-is fixed, though: every address, every shape, every number that Python had in hand. So
+A decode step has hundreds of small kernels, and launching a kernel takes the host longer than many
+of them run. A graph contains all launches of a step, and one launch replays it. Everything that it
+recorded is fixed, however: addresses, shapes, and Python numbers. Therefore
 
-    inputs   are copied into tensors that stay where they are
-    sizes    are rounded up to one of a few, each recorded when it is first met. The rows too many
-             belong to sequences without tokens: attention and store pass over them, and whatever
-             the other layers compute from them stays in these rows
-    numbers  that kernels need of a batch are on the GPU; of the longest length, which decides how
-             far attention is split, a graph knows a bound, and there is one for each of a few
+    inputs   are copied to tensors with fixed addresses
+    sizes    are rounded up to one of a few, each recorded when it first occurs. The padding rows
+             belong to sequences without tokens: attention and store skip them, and the results of
+             other layers stay in these rows
+    numbers  of the batch that kernels need are on the GPU. The longest length, which determines
+             the number of splits, is replaced by a bound, with one graph for each of a few bounds
 
-Prefills differ in size from step to step, and have enough work in each kernel: they are not worth
-recording. The results of a step stay in the graph's own memory until the next replay.
+Prefills differ in size from step to step and have enough work per kernel, so they are not recorded.
+The results of a step stay in the graph's own memory until the next replay.
 """
 
 from collections.abc import Callable
@@ -29,19 +29,19 @@ from minipaged.models.base import Model
 from minipaged.utils.shapes import Float
 
 Step = Callable[[], Tensor]
-# Returns a step that does the same again, with whatever its inputs then hold.
+# Returns a function that repeats the step with the current contents of its inputs.
 Record = Callable[[Step], Step]
 
 
 def record_cuda_graphs(device: torch.device) -> Record:
-    """A recorder whose graphs share one pool of memory: only one of them runs at a time."""
+    """A recorder whose graphs share one memory pool, because only one of them runs at a time."""
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream(device)
 
     def record(step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        # Not in inference mode: what PyTorch keeps for all graphs of a process could then not be
-        # written by other graphs.
+        # Not in inference mode: other graphs could then not write to PyTorch's process-wide
+        # state of graphs.
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -59,14 +59,14 @@ def record_cuda_graphs(device: torch.device) -> Record:
 
 
 class DecodeGraphs:
-    """Decode steps of one model, recorded for some sizes of a batch.
+    """Decode steps of one model, recorded for several batch sizes.
 
     Args:
-        model: its are the kernels. Its attention must read nothing but tensors
+        model: its kernels are recorded. Its attention must read only tensors
             (`AttentionBackend.cuda_graph_safe`).
-        kv_cache: its are most of the addresses.
-        max_num_seqs: sequences of the largest batch there can be.
-        max_blocks_per_seq: columns of its block table.
+        kv_cache: its addresses are recorded.
+        max_num_seqs: the maximum number of sequences in a batch.
+        max_blocks_per_seq: the number of columns of the block table.
         record: how a step is recorded.
     """
 
@@ -101,19 +101,19 @@ class DecodeGraphs:
         )
 
     def can_run(self, batch: Batch) -> bool:
-        """Whether every sequence has one query and wants its logits."""
+        """Whether every sequence has one query and needs its logits."""
         return not batch.has_prefills and len(batch.logit_rows) == batch.num_seqs
 
     def run(self, batch: Batch) -> Float[Tensor, "seqs vocab"]:
-        """The logits of this step, valid until the next one."""
+        """Run a step and return its logits, which are valid until the next step."""
         size = next(size for size in self._sizes if size >= batch.num_seqs)
         longest = next(length for length in self._lengths if length >= batch.longest)
         self._copy_in(batch, size)
         if (size, longest) in self._replays:
             logits = self._replays[size, longest]()
         else:
-            # The first time it runs as ever: kernels are compiled, libraries set up their memory,
-            # and neither may happen while a graph is recorded (which computes nothing).
+            # The first run is a normal one: kernels are compiled and libraries allocate memory,
+            # which must not happen during recording (recording computes nothing).
             padded = self._padded(size, longest)
             logits = self._step(padded)
             self._replays[size, longest] = self._record(lambda: self._step(padded))
@@ -124,7 +124,7 @@ class DecodeGraphs:
         return self._model.logits(hidden)
 
     def _copy_in(self, batch: Batch, size: int) -> None:
-        """Put this step's numbers where the graph of this size will look for them."""
+        """Copy this step's input to the tensors that the graph of this size reads."""
         inputs, count = self._inputs, batch.num_seqs
         inputs.token_ids[:count] = batch.token_ids
         inputs.positions[:count] = batch.positions
@@ -132,7 +132,7 @@ class DecodeGraphs:
         inputs.context_lens[:count] = batch.context_lens
         inputs.block_tables[:count, : batch.block_tables.shape[1]] = batch.block_tables
         inputs.cu_seqlens_q[: count + 1] = batch.cu_seqlens_q
-        inputs.cu_seqlens_q[count + 1 : size + 1] = count  # the others begin where they end
+        inputs.cu_seqlens_q[count + 1 : size + 1] = count  # padding sequences start at the end
 
     def _padded(self, size: int, longest: int) -> Batch:
         inputs = self._inputs
@@ -150,13 +150,13 @@ class DecodeGraphs:
 
 
 def sizes_to_record(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, then every eighth: padding stays below 8 rows, which cost next to nothing."""
+    """1, 2, 4, then multiples of 8: padding is below 8 rows, at almost no cost."""
     sizes = [1, 2, 4, *range(8, max_num_seqs, 8)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 def lengths_to_record(longest: int) -> list[int]:
-    """4,096 tokens, four times as many, and so on: bounds for the longest sequence of a batch."""
+    """Bounds for the longest sequence of a batch: 4,096 tokens, four times as many, and so on."""
     lengths = [4096 * 4**power for power in range(10)]
     return [length for length in lengths if length < longest] + [longest]
 
@@ -168,7 +168,7 @@ def choose_graphs(
     config: EngineConfig,
     enforce_eager: bool,
 ) -> DecodeGraphs | None:
-    """Graphs where a device, a backend and the options allow them."""
+    """Create graphs if the device, the backend and the options allow them."""
     device = kv_cache.device
     if device.type != "cuda" or not backend.cuda_graph_safe or enforce_eager:
         return None

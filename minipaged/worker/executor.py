@@ -1,9 +1,9 @@
-"""Who computes a step: this process, or it and others that have parts of the same model.
+"""Computes a step in this process, or in several that share one model.
 
 The engine gives each `StepInput` to an executor and gets logits. `UniExecutor` runs it here.
 `MultiExecutor` is section 4.6 of the paper: it broadcasts the step as one control message, and
-every rank carries it out on its own part of the model and of the cache. Only rank 0 has the
-scheduler, and only rank 0 gets the logits; the workers send back only times, if asked.
+every rank executes it on its own part of the model and of the cache. Only rank 0 has the
+scheduler, and only rank 0 gets the logits; the workers send back only times, on request.
 """
 
 import os
@@ -32,32 +32,32 @@ Run = Callable[[StepInput], Tensor]
 
 
 class Executor(ABC):
-    """Computes steps, once it has been started."""
+    """Computes steps after it was started."""
 
     runner: ModelRunner  # this process's part of it
     run: Run  # the logits of a step, [rows, vocab]; raises WorkerLost
-    part: Part | None = None  # of the model, that this process has to load; None: all of it
+    part: Part | None = None  # part of the model that this process loads; None: all of it
     gather: Callable[[Tensor], Tensor] | None = None  # of the logits of all parts
 
     @contextmanager
     def starting(self) -> Generator[None]:
-        """Around all that happens between the constructor and `start`. Raises WorkerLost."""
+        """A context for all work between the constructor and `start`. Raises WorkerLost."""
         yield
 
     def agree_on_least(self, number: int) -> int:
-        """The least number of all ranks."""
+        """The minimum over all ranks."""
         return number
 
     @abstractmethod
     def start(self, config: EngineConfig, runner: ModelRunner) -> None:
-        """From now on, steps can be run."""
+        """Make the executor ready to run steps."""
 
     def check(self) -> None:  # noqa: B027 - one process has nothing to check
-        """Between two steps: raises WorkerLost if another process has ended."""
+        """Check between steps: raise WorkerLost if another process has ended."""
 
     @abstractmethod
     def close(self) -> None:
-        """End all other processes. Nothing can be run afterwards."""
+        """End all other processes. No step can run afterwards."""
 
 
 class UniExecutor(Executor):
@@ -74,7 +74,7 @@ class UniExecutor(Executor):
 
 
 class MultiExecutor(Executor):
-    """Rank 0 of several, which share one model: see `minipaged/models/parallel.py`.
+    """Rank 0 of several ranks that share one model: see `minipaged/models/parallel.py`.
 
     If a rank is lost, so are its keys and values: this and every later step raises WorkerLost.
 
@@ -85,7 +85,7 @@ class MultiExecutor(Executor):
         self.ranks, self._workers = find_ranks(args, device)
         self.part = Part(0, self.ranks.size, self.ranks.all_reduce)
         self.gather = self.ranks.gather
-        self.is_traced = False  # whether each step asks all ranks for their `spans`
+        self.is_traced = False  # whether each step collects the `spans` of all ranks
         self.spans: list[list[float]] = []  # of the last traced step: see `Ranks.gather_spans`
         self._encoder = StepEncoder()
         self._lost: WorkerLost | None = None
@@ -128,14 +128,14 @@ class MultiExecutor(Executor):
 
     @contextmanager
     def _together(self) -> Generator[None]:
-        """All ranks do what is inside, or the engine is lost: what is half done fits no more."""
+        """All ranks complete the block, or the engine is lost: its state would be inconsistent."""
         if os.getpid() != self._process_id:
             raise WorkerLost(
                 "this process is a fork of the one that built the engine, and shares its "
                 "connections to the other ranks: build another engine here."
             )
         if self._lost is not None:
-            raise WorkerLost(f"this engine runs nothing more, build a new one: {self._lost}")
+            raise WorkerLost(f"this engine has stopped, build a new one: {self._lost}")
         try:
             yield
         except RankLost as error:
@@ -153,11 +153,11 @@ class MultiExecutor(Executor):
 
     @property
     def worker_pids(self) -> list[int]:
-        """Ids of the processes that this one has started."""
+        """Ids of the processes started by this one."""
         return self._workers.pids
 
     def report(self) -> list[dict[str, float]]:
-        """By rank, the seconds since the last report in messages, collectives and whole steps."""
+        """By rank, the seconds in messages, collectives and whole steps since the last report."""
         with self._together():
             self.ranks.send([REPORT])
             return self.ranks.report()
@@ -180,10 +180,10 @@ def _end(ranks: Ranks, workers: Workers, process_id: int) -> None:
 
 @contextmanager
 def uninterrupted() -> Generator[None]:
-    """Ctrl-C takes effect at the end."""
+    """Defer Ctrl-C to the end of the block."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
-        yield  # signals reach the main thread only; None: not Python's to change
+        yield  # only the main thread receives signals; None: not set by Python
         return
     has_arrived = False
 

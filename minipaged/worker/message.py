@@ -1,12 +1,12 @@
-"""A `StepInput` as the numbers of one message, and back: the control message of section 4.6.
+"""Converts a `StepInput` to the integers of one message and back (section 4.6's control message).
 
     number of swap-outs, swap-ins, copies, sequences
     the pairs of blocks: from, to, from, to, ...
-    for each sequence: its id, context length, logits wanted, and three counts, of new tokens, of
-        blocks that the receiver knows, and of new blocks; then the new tokens and the new blocks
+    for each sequence: its id, context length, number of logits, and three counts: new tokens,
+        blocks that the receiver already has, new blocks; then the new tokens and the new blocks
 
-A block table is sent as a difference: of a sequence that was in the last step as well, the receiver
-knows the table, which has usually grown by no block or one.
+A block table is sent as a difference: for a sequence of the last step, the receiver already has the
+table, which has usually grown by 0 or 1 blocks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from minipaged.scheduler.output import SequenceInput, StepInput
 
 
 class StepEncoder:
-    """The sender's side. It remembers the block tables of the last step."""
+    """The sender's side. It stores the block tables of the last step."""
 
     def __init__(self) -> None:
         self._tables: dict[int, list[int]] = {}
 
     def encode(self, step: StepInput) -> list[int]:
-        """The numbers of one message."""
+        """Encode a step as the integers of one message."""
         pairs = (step.swap_out, step.swap_in, step.copies)
         numbers = [*map(len, pairs), len(step.sequences)]
         numbers += chain.from_iterable(chain.from_iterable(pairs))
@@ -46,7 +46,7 @@ class StepDecoder:
         self._tables: dict[int, list[int]] = {}
 
     def decode(self, message: Sequence[int]) -> StepInput:
-        """The step that `StepEncoder.encode` was given."""
+        """Decode the step that `StepEncoder.encode` encoded."""
         numbers = iter(message)
         *num_pairs, num_sequences = islice(numbers, 4)
         swap_out, swap_in, copies = (_read_pairs(numbers, count) for count in num_pairs)

@@ -1,4 +1,4 @@
-"""The device side of a step: its block operations, then the model, from plain numbers."""
+"""The device side of a step: carries out its block operations, then runs the model."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,15 +17,15 @@ from minipaged.worker.cuda_graphs import DecodeGraphs
 
 
 class ModelRunner:
-    """One model and its cache. It knows of a step what the `StepInput` says, and no more.
+    """One model and its cache. Its only input for a step is the `StepInput`.
 
     Args:
         model: its layers call `backend`.
-        backend: prepares, once per step, what the attention of all layers needs.
+        backend: prepares, once per step, the data that the attention of all layers shares.
         kv_cache: the tensors that block numbers refer to.
         batches: builds the tensors of a step.
-        graphs: where there are any, decode steps are replayed from them.
-        gather: joins the logits of several ranks, on rank 0.
+        graphs: if given, decode steps are replayed from them.
+        gather: concatenates the logits of several ranks, on rank 0.
     """
 
     def __init__(
@@ -47,11 +47,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
-        """Move the blocks that the step moves, then compute the logits that it asks for.
+        """Carry out the step's block operations, then compute the logits that it requests.
 
-        The order matters: a block that is swapped out may be given to another sequence in the same
-        step (and cleared), and a block that was just swapped in may be the source of a
-        copy-on-write.
+        The order matters: a block that is swapped out may be reused (and cleared) in the same step,
+        and a block that was just swapped in may be the source of a copy-on-write.
         """
         with _as_current(self.kv_cache.device):
             if step.swap_out:
@@ -75,9 +74,9 @@ class ModelRunner:
                 logits = self.model.logits(hidden[batch.logit_rows])  # [rows, vocab]
             if self._gather is None:
                 return logits
-            return self._gather(logits)[:, : self.model.config.vocab_size]  # less the padding
+            return self._gather(logits)[:, : self.model.config.vocab_size]  # without the padding
 
 
 def _as_current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current GPU, whichever its arguments are on."""
+    """Make the model's GPU current: Triton launches there, not on its arguments' GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,7 +1,7 @@
-"""A worker: the process of one rank above 0, which computes what rank 0 tells it to.
+"""A worker: the process of one rank above 0, which executes rank 0's messages.
 
-It has its part of the model and of the cache, and neither scheduler nor tokenizer. It ends with
-rank 0: when that says so, closes the pipe to this process's standard input, or is gone.
+It has its part of the model and of the cache, but no scheduler and no tokenizer. It ends when rank
+0 sends the stop message, closes the pipe to this process's standard input, or ends itself.
 """
 
 import os
@@ -36,18 +36,18 @@ STEP, STOP, REPORT, TRACED_STEP = range(4)  # the first number of a message
 
 @dataclass(frozen=True)
 class WorkerArgs:
-    """What a worker must know before it meets the others."""
+    """The settings that a worker needs before it connects to the others."""
 
     options: EngineArgs
     model_folder: Path
     model_config: ModelConfig
     random_weights: bool
-    chooses_num_blocks: bool  # as many as fit in memory on every rank
+    chooses_num_blocks: bool  # the number that fits in memory on every rank
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank of how many, on which device, and the file by which they find each other."""
+    """The rank, the number of ranks, the device, and the file through which they connect."""
 
     rank: int
     size: int
@@ -56,12 +56,12 @@ class Place:
 
 
 def here(rank: int) -> str:
-    """The key under which a rank says that it is ready to connect."""
+    """The key with which a rank announces that it is ready to connect."""
     return f"rank {rank} is here"
 
 
 def work(args: WorkerArgs, ranks: Ranks, device: torch.device) -> None:
-    """Load this rank's part, then compute the steps of rank 0 until it stops. Raises RankLost."""
+    """Load this rank's part, then execute rank 0's steps until it stops. Raises RankLost."""
     runner = _build_runner(args, ranks, device)
     ranks.start_steps()
     decoder = StepDecoder()
@@ -110,9 +110,9 @@ def _build_runner(args: WorkerArgs, ranks: Ranks, device: torch.device) -> Model
 
 
 def _end_with(rank_0: int, pipe: BinaryIO) -> None:
-    """End this process as soon as rank 0 has closed the pipe, or is gone, however it ended.
+    """End this process as soon as rank 0 closes the pipe or ends for any reason.
 
-    A fork of rank 0 that outlives it keeps the pipe open, but is no parent of this process.
+    A fork of rank 0 that outlives it keeps the pipe open, but is not the parent of this process.
     """
     while os.getppid() == rank_0:
         if select([pipe], [], [], 1.0)[0]:  # nothing more is sent: this is the end
@@ -121,7 +121,7 @@ def _end_with(rank_0: int, pipe: BinaryIO) -> None:
 
 
 def main() -> None:
-    """The program of a worker that `spawn.py` starts; its standard input says what to do."""
+    """The program of a worker started by `spawn.py`; it reads its settings from standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which ends this process
     place, args = pickle.load(sys.stdin.buffer)
     assert isinstance(place, Place)

@@ -1,10 +1,10 @@
-"""The processes that run one model together, and what they send each other.
+"""The processes that run one model together, and their communication.
 
-    control  step messages, and what is agreed on at the start: over gloo, between CPUs
+    control  step messages, and agreements at the start: over gloo, between CPUs
     tensors  all-reduce of partial sums, gather of logits: over NCCL between GPUs, else over gloo
 
-Every operation has a time limit of its own. The groups are objects of this engine, not
-torch.distributed's default group, of which a process has only one: two engines never meet.
+Every operation has its own time limit. The groups are objects of this engine, not
+torch.distributed's default group, of which a process has only one, so engines never interfere.
 """
 
 import os
@@ -27,8 +27,8 @@ from minipaged.worker.process_groups import connect_cpus, connect_gpus
 
 LOST_ANOTHER = "ends, because it has lost another rank"  # a worker's last words
 FOREVER = timedelta(days=365)  # a worker waits for a message as long as rank 0 lives
-HEAD = 1024  # numbers in the first part of a message: 4 kB
-MOST_EXCHANGED = 2**17  # bytes of a sum that more than two ranks send to each other directly
+HEAD = 1024  # integers in the first part of a message: 4 kB
+MOST_EXCHANGED = 2**17  # maximum bytes of a sum that more than two ranks exchange directly
 
 
 class RankLost(Exception):
@@ -36,7 +36,7 @@ class RankLost(Exception):
 
     @property
     def is_timeout(self) -> bool:
-        """Whether there was no answer in time. Then no other rank can have ended before."""
+        """Whether the time limit expired. Then no other rank can have ended before."""
         return "Timed out" in str(self)
 
 
@@ -44,14 +44,14 @@ class Ranks:
     """One process among several.
 
     Args:
-        store: where all of them find each other.
-        rank: 0 has the scheduler.
-        size: how many there are.
-        device: where tensors are.
-        start_timeout: seconds for what happens before the first step, such as loading weights.
+        store: the store through which they connect.
+        rank: rank 0 has the scheduler.
+        size: the number of ranks.
+        device: the device of the tensors.
+        start_timeout: seconds for work before the first step, such as loading weights.
         step_timeout: seconds for each operation of a step.
-        host: the address that others reach this process by; None: that of the host's name, or of
-            the interface in GLOO_SOCKET_IFNAME.
+        host: this process's address for the others; None: that of the host's name, or of the
+            interface in GLOO_SOCKET_IFNAME.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Ranks:
             connect = connect_gpus if on_gpu else connect_cpus
             tensors = PrefixStore("tensors", store)
             self._tensors = connect(tensors, rank, size, self._limit, host)
-        self.agree_on_least(0)  # all are connected: the store is needed no more
+        self.agree_on_least(0)  # all are connected: the store is no longer needed
 
     @classmethod
     def of(
@@ -92,27 +92,27 @@ class Ranks:
         device: torch.device,
         host: str | None,
     ) -> "Ranks":
-        """With the time limits of these options. Raises RankLost."""
+        """Connect with the time limits of these options. Raises RankLost."""
         start, step = options.start_timeout, options.step_timeout
         return cls(store, rank, size, device, start_timeout=start, step_timeout=step, host=host)
 
     def start_steps(self) -> None:
-        """From now on, the time limit is that of a step."""
+        """Switch to the time limit of a step."""
         self.agree_on_least(0)
         self._limit = self._step_timeout
 
     def disconnect(self) -> None:
-        """Close the connections now, not in whatever order the interpreter ends its objects."""
+        """Close the connections now, not in the interpreter's arbitrary order at exit."""
         del self._control, self._tensors
 
     def limit_to(self, seconds: float) -> None:
-        """From now on, wait no longer than this for another rank."""
+        """Set the time limit for waiting for another rank."""
         self._limit = timedelta(seconds=seconds)
 
     # ---- between the layers of a model ---------------------------------------------------------
 
     def all_reduce(self, summand: Tensor) -> Tensor:
-        """The sum of what all ranks give, the same to the last bit on each of them."""
+        """Return the sum over all ranks, bitwise equal on each of them."""
         with self.noted("all-reduce"), _as_lost_rank():
             is_large = self.size > 2 and summand.nbytes > MOST_EXCHANGED
             if is_large or summand.is_cuda:
@@ -123,10 +123,10 @@ class Ranks:
             return self._exchange_and_add(summand)
 
     def _exchange_and_add(self, own: Tensor) -> Tensor:
-        """Every rank sends its summand to every other, and adds all of them in their order.
+        """Every rank sends its summand to every other, and adds all of them in rank order.
 
-        For the few numbers of a decode step, this takes less time than gloo's all-reduce, which has
-        two rounds of messages, and hands each over to another thread.
+        For the few elements of a decode step, this is faster than gloo's all-reduce, which has two
+        rounds of messages and passes each to another thread.
         """
         size = own.nbytes
         arriving = self._arriving.pop(size, None) or self._expect(size)
@@ -140,15 +140,15 @@ class Ranks:
         for summand in more:
             total += summand
         if size <= MOST_EXCHANGED:
-            # gloo sends at once only what the other side already waits for, so expect the next sum,
-            # which is most likely as large. If it is not, this stays for one that is.
+            # gloo sends immediately only if the receiver already waits, so post the receive of the
+            # next sum, which most likely has the same size. Otherwise it waits for one that does.
             self._arriving[size] = self._expect(size)
         for work in sent:
             work.wait(self._limit)
         return total
 
     def _expect(self, size: int) -> dict[int, tuple[Tensor, Work]]:
-        """Get ready to receive so many bytes from each other rank, with their number as the tag."""
+        """Post receives of this many bytes from each other rank, with the size as the tag."""
         arriving: dict[int, tuple[Tensor, Work]] = {}
         for rank in range(self.size):
             if rank != self.rank:
@@ -157,10 +157,10 @@ class Ranks:
         return arriving
 
     def gather(self, part: Tensor) -> Tensor:
-        """On rank 0, the parts of all ranks side by side: [rows, all columns]; elsewhere its own.
+        """On rank 0, return the concatenated parts of all ranks: [rows, all columns]; else its own.
 
         Args:
-            part: [rows, columns], on every rank the same shape.
+            part: [rows, columns], the same shape on every rank.
         """
         with self.noted("gather"), _as_lost_rank():
             if self.rank > 0:
@@ -175,7 +175,7 @@ class Ranks:
     # ---- messages ------------------------------------------------------------------------------
 
     def send(self, numbers: list[int]) -> None:
-        """Rank 0: send a message of 32-bit numbers to all ranks, at best in one piece."""
+        """Rank 0: send a message of 32-bit integers to all ranks, in one piece if it is short."""
         message = torch.tensor([len(numbers), *numbers], dtype=torch.int32)
         head = torch.zeros(HEAD, dtype=torch.int32)
         head[: len(message)] = message[:HEAD]
@@ -202,7 +202,7 @@ class Ranks:
         self._broadcast(data, self._limit)
 
     def receive_object(self) -> Any:
-        """The other ranks: what `send_object` sends."""
+        """The other ranks: receive the object of `send_object`."""
         length = torch.empty(1, dtype=torch.long)
         self._broadcast(length, self._limit)
         data = torch.empty(int(length), dtype=torch.uint8)
@@ -210,7 +210,7 @@ class Ranks:
         return pickle.loads(data.numpy().tobytes())
 
     def agree_on_least(self, number: int) -> int:
-        """The smallest number of all ranks'."""
+        """The minimum over all ranks."""
         least = torch.tensor([number])
         options: Any = dist.AllreduceOptions()
         options.reduceOp, options.timeout = dist.ReduceOp.MIN, self._limit
@@ -226,10 +226,10 @@ class Ranks:
         return [dict(zip(names, each, strict=True)) for each in all_ranks]
 
     def gather_spans(self) -> list[list[float]]:
-        """On rank 0, what the step took on each rank, in order; all of them must call it.
+        """On rank 0, the times of the step on each rank, in order; all of them must call it.
 
-        Seconds in the message, then computing and in a collective by turns, and at last computing
-        again, each by the rank's own clock. They follow each other without a gap.
+        Seconds in the message, then alternately computing and in a collective, and finally
+        computing, each by the rank's own clock, without gaps.
         """
         (_, begin, now), *collectives, (_, _, step_end) = self._operations
         spans = [now - begin]
@@ -239,7 +239,7 @@ class Ranks:
         return self._gather_numbers([*spans, step_end - now])
 
     def _gather_numbers(self, own: list[float]) -> list[list[float]]:
-        """On rank 0, those of all ranks, which give as many."""
+        """On rank 0, gather the values of all ranks, which send equally many."""
         part = torch.tensor(own, dtype=torch.float64)
         parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else []
         options: Any = dist.GatherOptions()
@@ -258,7 +258,7 @@ class Ranks:
 
     @contextmanager
     def noted(self, name: str) -> Generator[None]:
-        """Count what is done inside, and for how long."""
+        """Count the operation inside and its time."""
         begin = time.perf_counter()
         yield
         end = time.perf_counter()
@@ -270,16 +270,17 @@ class Ranks:
 
 
 def num_local_ranks(size: int) -> int:
-    """How many of all ranks are on this machine."""
+    """The number of ranks on this machine."""
     is_alone = size == 1 or not dist.is_torchelastic_launched()
     return size if is_alone else int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 @contextmanager
 def _as_lost_rank() -> Generator[None]:
-    """torch.distributed raises RuntimeError for all that can happen to a connection."""
+    """Convert torch.distributed's RuntimeError, which stands for all connection errors, to "
+    "RankLost."""
     try:
         yield
     except RuntimeError as error:
-        # gloo begins with a line of its own code, in brackets.
+        # gloo's message begins with a file and line of its own code, in brackets.
         raise RankLost(str(error).splitlines()[0].rpartition("] ")[2]) from error

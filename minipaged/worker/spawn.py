@@ -1,8 +1,8 @@
-"""Rank 0's side of the other ranks: how they are started and found, and how they end.
+"""Rank 0's control of the other ranks: how they start, connect and end.
 
 Either this process starts them, as programs on this machine (`minipaged/worker/process.py`), or
 torchrun has started one process per rank, on one machine or several (`--nnodes`), all with the same
-program: there, those above rank 0 become workers where they build the engine.
+program: there, ranks above 0 become workers when they build the engine.
 """
 
 import os
@@ -30,28 +30,28 @@ from minipaged.utils.device import choose_device
 from minipaged.worker.process import LOOPBACK, Place, WorkerArgs, here, work
 from minipaged.worker.ranks import LOST_ANOTHER, RankLost, Ranks, num_local_ranks
 
-SECONDS_TO_END = 5.0  # for a worker that was told to
+SECONDS_TO_END = 5.0  # for a worker to end when told to
 SECONDS_TO_NOTICE = 2.0  # until the system reports how a process has ended
 PROGRAM = "from minipaged.worker.process import main; main()"
-LOG_BYTES = 2000  # of the end of a worker's log that an error shows
+LOG_BYTES = 2000  # bytes of a worker's log that an error shows
 
 
 @dataclass
 class Worker:
-    """One process that this one has started, and what it has printed."""
+    """One process started by this one, and its log."""
 
     rank: int
     process: "subprocess.Popen[bytes]"
     log: IO[bytes]
 
     def end_of_log(self) -> str:
-        """The last lines that it has printed."""
+        """The last lines of its log."""
         self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, self.log.tell() - LOG_BYTES))
         return self.log.read().decode(errors="replace").strip()
 
     def describe_end(self) -> str:
-        """How it has ended, and the last that it has printed."""
+        """How it ended, and the end of its log."""
         code = self.process.returncode
         name = signal.Signals(-code).name if -code in set(signal.Signals) else ""
         how = f"exit code {code}{name and ', '}{name}"
@@ -61,7 +61,7 @@ class Worker:
 
 
 class Workers:
-    """The processes of the other ranks that this process has started."""
+    """The processes of the other ranks, started by this process."""
 
     def __init__(self) -> None:
         self._started: list[Worker] = []
@@ -74,7 +74,7 @@ class Workers:
 
     def start(self, args: WorkerArgs, size: int, device_type: str, file: Path) -> None:
         """Start ranks 1 and up on this machine."""
-        threads = max(1, self._threads // size)  # all ranks together have as many as one process
+        threads = max(1, self._threads // size)  # all ranks together use as many as one process
         torch.set_num_threads(threads)
         environment = {
             **os.environ,
@@ -112,11 +112,11 @@ class Workers:
             raise RankLost("its process has ended")
 
     def explain(self, error: RankLost, option: str) -> WorkerLost:
-        """Which rank is lost, and how; `option` is the time limit that may have been too short."""
+        """The error for a lost rank; `option` is the time limit that may have been too short."""
         deadline = time.monotonic() + (0 if error.is_timeout else SECONDS_TO_NOTICE)
         while self._started:
             ended = [each for each in self._started if each.process.poll() is not None]
-            # Others may end because they have lost the one that is the cause.
+            # Other ranks may have ended because of the one that is the cause.
             if causes := [each for each in ended if LOST_ANOTHER not in each.end_of_log()]:
                 return WorkerLost(causes[0].describe_end())
             if time.monotonic() > deadline:
@@ -124,12 +124,10 @@ class Workers:
             time.sleep(0.02)
         silent = [str(each.rank) for each in self._started if each.process.poll() is None]
         who = f"rank {' or '.join(silent)}" if silent else "another rank"
-        return WorkerLost(
-            f"{who} does not answer ({error}). If it only takes long, raise {option}."
-        )
+        return WorkerLost(f"{who} does not answer ({error}). If it is only slow, raise {option}.")
 
     def end(self, seconds: float = SECONDS_TO_END) -> None:
-        """Close the pipes, which tells the processes to end; after this time, kill them."""
+        """Close the pipes, which ends the processes; kill them after the time limit."""
         deadline = time.monotonic() + seconds
         for each in self._started:
             if each.process.stdin is not None:
@@ -139,7 +137,7 @@ class Workers:
             with suppress(subprocess.TimeoutExpired):
                 each.process.wait(max(0.0, deadline - time.monotonic()))
             each.process.kill()
-            with suppress(subprocess.TimeoutExpired):  # it waits for a device, and ends with that
+            with suppress(subprocess.TimeoutExpired):  # it waits for a device, and ends after that
                 each.process.wait(SECONDS_TO_END)
             each.log.close()
         if self._started:
@@ -148,12 +146,12 @@ class Workers:
 
 
 def find_ranks(args: WorkerArgs, device: torch.device) -> tuple[Ranks, Workers]:
-    """Connect with the other ranks. Without torchrun, start them first. Under torchrun, ranks above
-    0 do not return: they work until rank 0 stops, and end their process.
+    """Connect to the other ranks. Without torchrun, start them first. Under torchrun, ranks above 0
+    do not return: they work until rank 0 stops, and then exit.
 
     Raises:
         WorkerLost: a rank has ended or was not ready in time.
-        InvalidOption: torchrun has started another number of processes.
+        InvalidOption: torchrun has started a different number of processes.
     """
     options, workers = args.options, Workers()
     try:
@@ -211,7 +209,8 @@ def _join_torchrun(args: WorkerArgs, device: torch.device) -> Ranks:
     store, rank, _ = next(rendezvous("env://", timeout=limit))
     if rank == 0 and store.add("engines", 1) > 1:
         raise InvalidOption(
-            "torchrun's processes work for one engine, which this script has built before: keep "
+            "torchrun's processes can work for only one engine, which this script has already "
+            "built: keep "
             "that one, or build the second in another script.",
             "tensor_parallel_size",
         )

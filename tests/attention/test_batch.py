@@ -191,7 +191,7 @@ def test_memory_that_the_system_refuses_is_a_sentence(monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr("minipaged.attention.kv_cache.mmap.mmap", refuse)
-    with pytest.raises(InvalidOption, match=r"refuses 0.0 GiB .*: lower num_blocks"):
+    with pytest.raises(InvalidOption, match=r"cannot allocate 0.0 GiB .*: lower num_blocks"):
         KVCache(CONFIG, 4, 2)
 
 

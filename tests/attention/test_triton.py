@@ -658,9 +658,9 @@ def test_what_does_not_fit_the_cache_is_refused() -> None:
     apart = v.transpose(1, 2).contiguous().transpose(1, 2)
     cos = sin = torch.ones(len(k), 1, 16)
     for new in (*wrong, (k, apart)):
-        with pytest.raises(AssertionError, match=r"the cache takes|not contiguous"):
+        with pytest.raises(AssertionError, match=r"the cache expects|not contiguous"):
             triton_store_kv(*new, *inputs)
-        with pytest.raises(AssertionError, match=r"the cache takes|not contiguous"):
+        with pytest.raises(AssertionError, match=r"the cache expects|not contiguous"):
             rope_and_store_kv(setup.q, *new, cos, sin, *inputs)
 
 
@@ -1059,8 +1059,8 @@ def test_an_ampere_gpu_is_taken_but_not_for_fp8(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_head_too_large_is_refused() -> None:
-    assert_refused("heads of up to 256 numbers, and this model's have 512", CPU, 512)
-    assert_refused("heads of up to 256 numbers, and this model's have 512", GPU, 512)
+    assert_refused("heads of up to 256 elements, and this model's have 512", CPU, 512)
+    assert_refused("heads of up to 256 elements, and this model's have 512", GPU, 512)
 
 
 def test_a_process_that_compiles_cannot_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

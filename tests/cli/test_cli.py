@@ -188,7 +188,7 @@ def test_a_model_that_was_not_taught_to_chat_says_so_before_the_first_question(
     make_checkpoint("llama", tmp_path)
     code, out, err = minipaged(capsys, monkeypatch, "chat", "--model", str(tmp_path))
     assert (code, out) == (2, "")
-    assert "holds no chat template" in err.splitlines()[-1]
+    assert "contains no chat template" in err.splitlines()[-1]
 
 
 def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
@@ -284,7 +284,7 @@ def test_a_model_without_a_tokenizer_says_so(capsys, monkeypatch, tmp_path):
     folder = make_checkpoint("gpt2", tmp_path)
     code, _, err = minipaged(capsys, monkeypatch, "generate", "hi", "--model", str(folder))
     assert code == 2
-    assert "holds no tokenizer" in err
+    assert "contains no tokenizer" in err
 
 
 def test_the_version_is_printed(capsys, monkeypatch):
@@ -319,8 +319,8 @@ def test_the_script_in_the_root_is_the_fetch_command(tmp_path):
     ("arguments", "sentence"),
     [
         (["fetch", "someone/a-model"], "could not be reached"),
-        (["fetch", "no name"], "is no model's name"),
-        (["fetch"], "no model was given"),
+        (["fetch", "no name"], "is not a model name"),
+        (["fetch"], "no model is named"),
         (["convert", "nowhere"], "there is no folder nowhere"),
     ],
 )

@@ -331,7 +331,7 @@ def check_logprobs(folder, llm: LLM, prompts):
         ([3, VOCAB_SIZE], InvalidRequest, f"token id {VOCAB_SIZE}.*0 to {VOCAB_SIZE - 1}"),
         ([3] * 128, PromptTooLong, "128 tokens.*Shorten the prompt by 1 token"),
         ([3] * 60, PromptTooLong, "needs 4 blocks of 16 tokens, the pool has 3"),
-        ("some text", MissingTokenizer, "holds no tokenizer"),
+        ("some text", MissingTokenizer, "contains no tokenizer"),
     ],
 )
 def test_a_prompt_that_cannot_be_served_is_refused_and_leaves_nothing_behind(

@@ -297,7 +297,7 @@ def test_weights_that_cannot_be_packed_are_not_timed(capsys, monkeypatch):
     monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
     code, _, err = minipaged(capsys, monkeypatch, "bench", "linear")
     assert code == 2
-    assert "packs no weights of torch.float32" in err
+    assert "cannot pack weights of torch.float32" in err
 
 
 def test_both_ways_of_decoding_are_timed_beside_sdpa(monkeypatch):

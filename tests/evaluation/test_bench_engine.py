@@ -78,7 +78,7 @@ def test_the_table_names_what_was_measured(capsys, monkeypatch, without_memory):
     assert code == 0
     for part in ("decode, batch 1", "decode, batch 3", "mixed trace", "a read of all weights"):
         assert part in out
-    for part in ("tokens/s", "a CPU second", "random weights", "float32", "torch"):
+    for part in ("tokens/s", "per CPU second", "random weights", "float32", "torch"):
         assert part in out
     assert "transformers" not in out
 

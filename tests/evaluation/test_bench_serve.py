@@ -259,8 +259,8 @@ def test_a_whole_response_is_good(body: bytes):
         (token(1, 2, ends="length") + usage(4, 2) + DONE, "a prompt of 3 tokens"),
         (token(1, 2, ends="stop") + usage(3, 2) + DONE, "finish reasons are ['stop']"),
         (token(1, 2) + usage(3, 2) + DONE, "finish reasons are []"),
-        (b"data: nonsense\n\n" + WHOLE, "not of the protocol"),
-        (chunk(other=1) + WHOLE, "not of the protocol"),
+        (b"data: nonsense\n\n" + WHOLE, "an invalid chunk"),
+        (chunk(other=1) + WHOLE, "an invalid chunk"),
     ],
 )
 def test_a_wrong_response_is_found_out(body: bytes, fault: str):
@@ -299,7 +299,7 @@ def test_a_server_that_is_not_there_is_told_in_one_sentence(capsys, monkeypatch)
     ("answer", "sentence"),
     [
         (response(b"no", "404 No", chunked=False), "answers 404: no"),
-        (response(b"[]", chunked=False), "is no list of models"),
+        (response(b"[]", chunked=False), "is not a list of models"),
         (response(b'{"data": [{"id": "other"}]}', chunked=False), "serves 'other', not 'm'"),
     ],
 )

@@ -153,7 +153,7 @@ def test_a_trace_that_cannot_be_read_says_why(tmp_path, text, words):
 def test_a_file_that_is_no_text_says_so(tmp_path):
     file = tmp_path / "trace.csv"
     file.write_bytes(b"arrival,input,output\n\xff\xfe,1,2\n")
-    with pytest.raises(InvalidOption, match="no CSV in UTF-8"):
+    with pytest.raises(InvalidOption, match="is not CSV in UTF-8"):
         read_trace(file)
 
 
@@ -373,7 +373,7 @@ def test_a_crossing_is_found_from_wherever_one_looks(true, guess):
 
 @pytest.mark.parametrize("latency", [0.0, math.inf])
 def test_a_crossing_that_is_nowhere_is_not_looked_for_for_ever(latency):
-    with pytest.raises(InvalidOption, match="no rate to be found"):
+    with pytest.raises(InvalidOption, match="no rate can be found"):
         Curve(lambda rate: latency, 1.0).crossing(0.2)
 
 

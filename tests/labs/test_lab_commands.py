@@ -71,7 +71,7 @@ DAMAGED = {
 def test_a_damaged_progress_file_is_kept_and_a_new_one_begun(lab, tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
     printed = lab("hint", "1", "--task", "1")
-    assert f"{FILE} was damaged: it is kept as {FILE}.damaged.1." in printed
+    assert f"{FILE} was damaged: it was renamed to {FILE}.damaged.1." in printed
     assert (tmp_path / f"{FILE}.damaged.1").read_bytes() == content
     assert json.loads((tmp_path / FILE).read_text()) == {"points": {}, "hints": {"1.1": 1}}
 
@@ -86,5 +86,5 @@ def test_a_second_damaged_progress_file_does_not_replace_the_first(lab, tmp_path
 
 def test_a_folder_in_place_of_the_progress_file_is_refused(lab, tmp_path):
     (tmp_path / FILE).mkdir()
-    with pytest.raises(InvalidOption, match="is no file: move it away"):
+    with pytest.raises(InvalidOption, match="is not a file: move it away"):
         Progress.read(tmp_path)

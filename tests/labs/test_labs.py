@@ -129,7 +129,7 @@ def test_gradescope_has_the_graders_results_even_if_the_grader_is_killed(tmp_pat
     subprocess.run(["bash", "-c", script], capture_output=True, check=True)
     known = json.loads(results.read_text())
     assert known["score"] == 0
-    assert "The grader did not end (status 137)" in known["output"]
+    assert "The grader failed (status 137)" in known["output"]
 
 
 # ---- tasks that cannot be tested everywhere ------------------------------------------------------

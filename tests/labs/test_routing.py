@@ -133,7 +133,7 @@ def test_the_prompt_of_any_body_can_be_read(body, prompt):
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8001", "https://a:1", "http://a:port", "http://a/v1"])
 def test_an_address_that_is_none_is_refused(url):
-    with pytest.raises(InvalidOption, match="is no address of a server"):
+    with pytest.raises(InvalidOption, match="is not a server address"):
         RouterApp(RoundRobin(1), [url])
 
 

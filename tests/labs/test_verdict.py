@@ -74,7 +74,7 @@ def test_where_nothing_passes_the_first_test_is_told_and_not_the_essential_one()
     ids=["words", "another_nonce", "bytes", "not_json", "too_deep", "no_record", "too_long"],
 )
 def test_a_report_that_anybody_else_has_written_to_is_void(raw):
-    assert "something else than the grader" in judged(report(), raw=raw).void
+    assert "something other than the grader" in judged(report(), raw=raw).void
 
 
 def test_a_report_whose_lines_have_another_nonce_is_void():
@@ -89,7 +89,7 @@ def test_a_canary_that_passes_voids_the_grade(canary):
 
 def test_a_test_that_is_reported_twice_or_that_nobody_expects_voids_the_grade():
     for test in ("t::test_a", "t::test_d"):
-        assert "other tests" in judged(report(more=[outcome(test, passed=True)])).void
+        assert "not those of the task" in judged(report(more=[outcome(test, passed=True)])).void
 
 
 def test_a_run_that_ends_early_has_no_points_and_names_its_last_test():

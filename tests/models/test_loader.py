@@ -367,12 +367,12 @@ def test_any_token_that_either_file_names_ends_a_sequence(
 UNSUPPORTED = {
     "another architecture": (
         llama_config(architectures=["MambaForCausalLM"]),
-        "MambaForCausalLM, and only LlamaForCausalLM, Mistral.*OPTForCausalLM are built",
+        "MambaForCausalLM, and only LlamaForCausalLM, Mistral.*OPTForCausalLM are supported",
     ),
     "quantised": (llama_config(quantization_config={"quant_method": "gptq"}), "quantised weights"),
     "rope longrope": (
         llama_config(rope_scaling={"type": "longrope", "factor": 2.0}),
-        "RoPE as 'longrope', and only default, linear, dynamic, yarn, llama3 are built",
+        "RoPE as 'longrope', and only default, linear, dynamic, yarn, llama3 are supported",
     ),
     "partial rope": (llama_config(partial_rotary_factor=0.5), "rotates 0.5 of each head"),
     "activation": (llama_config(hidden_act="relu6"), "the activation 'relu6', and only relu, silu"),
@@ -383,7 +383,7 @@ UNSUPPORTED = {
     "gpt2, unscaled": (gpt2_config(scale_attn_weights=False), "sets scale_attn_weights to False"),
     "gpt2, scaled by layer": (
         gpt2_config(scale_attn_by_inverse_layer_idx=True),
-        "sets scale_attn_by_inverse_layer_idx to True, and only False is built",
+        "sets scale_attn_by_inverse_layer_idx to True, and only False is supported",
     ),
     "gpt2, upcast": (gpt2_config(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
     "gpt2, cross attention": (gpt2_config(add_cross_attention=True), "add_cross_attention"),
@@ -453,8 +453,8 @@ BROKEN_CONFIGS = {
     "no hidden size": (llama_config(hidden_size=None), "has no hidden_size"),
     "text for a number": (llama_config(vocab_size="many"), "vocab_size as 'many'"),
     "no layers": (llama_config(num_hidden_layers=0), "num_hidden_layers as 0"),
-    "uneven heads": (llama_config(num_attention_heads=5), "48 among 5 heads"),
-    "uneven groups": (llama_config(num_key_value_heads=3), "3 kv heads among 4 heads"),
+    "uneven heads": (llama_config(num_attention_heads=5), "hidden size of 48 and 5 heads"),
+    "uneven groups": (llama_config(num_key_value_heads=3), "4 query heads and 3 KV heads"),
     "a window without its width": (
         llama_config(layer_types=["sliding_attention"] * 2),
         "has no sliding_window",
@@ -471,7 +471,7 @@ BROKEN_CONFIGS = {
         "RoPE as 'llama3' but gives no 'factor'",
     ),
     "rope as text": (llama_config(rope_parameters="x"), "gives rope_parameters as 'x'"),
-    "layers of no kind": (llama_config(layer_types=5), "what no config.json can"),
+    "layers of no kind": (llama_config(layer_types=5), "is not a valid config.json"),
     "an end that is text": (llama_config(eos_token_id="x"), "eos_token_id as 'x'"),
     "ends in a list in a list": (llama_config(eos_token_id=[[1]]), r"eos_token_id as \[\[1\]\]"),
     "an end that is an object": (llama_config(eos_token_id={}), "eos_token_id as {}"),
@@ -608,7 +608,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_config_is_named(llama: Path) -> None:
     (llama / "config.json").unlink()
-    assert f"{llama} holds no config.json" in refusal(llama)
+    assert f"{llama} contains no config.json" in refusal(llama)
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x80\x04", "[1]"])
@@ -619,7 +619,7 @@ def test_a_config_that_is_not_json_is_named(text: str, llama: Path) -> None:
 
 def test_missing_weights_are_named(llama: Path) -> None:
     (llama / "model.safetensors").unlink()
-    assert "holds neither model.safetensors nor model.safetensors.index.json" in refusal(llama)
+    assert "contains neither model.safetensors nor model.safetensors.index.json" in refusal(llama)
 
 
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(llama: Path) -> None:
@@ -647,7 +647,7 @@ def test_an_index_without_its_map_is_named(llama: Path) -> None:
 def test_a_file_cut_short_is_named_with_its_size(kept_bytes: int, llama: Path) -> None:
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept_bytes])
-    assert f"{file} of {kept_bytes} bytes is cut short or no safetensors file" in refusal(llama)
+    assert f"{file} of {kept_bytes} bytes is cut short or not a safetensors file" in refusal(llama)
 
 
 HEADERS = {
@@ -669,7 +669,7 @@ def test_a_header_that_cannot_be_is_refused(case: str, llama: Path) -> None:
     header = HEADERS[case]
     file = llama / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    assert "is cut short or no safetensors file" in refusal(llama)
+    assert "is cut short or not a safetensors file" in refusal(llama)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(llama: Path) -> None:
@@ -724,19 +724,20 @@ def test_an_untied_model_without_its_head_is_refused(llama: Path) -> None:
 def test_a_tensor_without_a_place_is_named(name: str, llama: Path) -> None:
     edit_tensors(llama, {name: torch.zeros(48)})
     message = refusal(llama)
-    assert "holds 1 tensor for which" in message
+    assert "contains 1 tensor that" in message
     assert name.removeprefix("model.") in message
 
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(llama: Path) -> None:
     edit_tensors(llama, {"model.layers.0.self_attn.k_proj.weight": torch.zeros(48, 48)})
-    assert "k_proj.weight' is [48, 48], and config.json asks for [24, 48]" in refusal(llama)
+    assert "k_proj.weight' has shape [48, 48], and config.json requires [24, 48]" in refusal(llama)
 
 
 def test_a_misshapen_transposed_tensor_is_described_as_the_file_has_it(tmp_path: Path) -> None:
     folder = make_checkpoint("gpt2", tmp_path)
     edit_tensors(folder, {"transformer.h.0.attn.c_attn.weight": torch.zeros(144, 48)})
-    assert "c_attn.weight' is [144, 48], and config.json asks for [48, 144]" in refusal(folder)
+    expected = "c_attn.weight' has shape [144, 48], and config.json requires [48, 144]"
+    assert expected in refusal(folder)
 
 
 def test_a_tensor_stored_as_integers_is_refused(llama: Path) -> None:
@@ -801,7 +802,8 @@ def test_weights_that_no_memory_can_hold_are_refused_before_it_is_taken(
     with pytest.raises(InvalidOption) as refused:
         load_model(llama, BACKENDS["reference"], dtype)
     assert str(refused.value) == (
-        f"the weights take {takes} GiB in {dtype}, and the machine has {memory}.0 GiB: {advice}"
+        f"the weights take {takes} GiB in {dtype}, and the memory of this machine is {memory}.0 "
+        f"GiB: {advice}"
     )
 
 
@@ -815,7 +817,7 @@ def test_on_a_gpu_its_free_memory_decides_and_what_torch_keeps_is_free(
     with pytest.raises(InvalidOption) as refused:
         load_model(llama, BACKENDS["reference"], device="cuda:1")
     assert str(refused.value) == (
-        "the weights take 164.8 GiB in float32, and cuda:1 has no more free than 90.0 GiB: choose "
+        "the weights take 164.8 GiB in float32, and the free memory of cuda:1 is 90.0 GiB: choose "
         'dtype="bfloat16", which takes half of that, or a smaller model.'
     )
 
@@ -834,7 +836,7 @@ def test_a_second_copy_of_the_embedding_is_ignored_and_another_head_is_refused(
         another = tensors[name].clone()
         another[-1, -1] += 1.0
         save_file({**tensors, "lm_head.weight": another}, file, {"format": "pt"})
-        assert "is another one: set tie_word_embeddings to false" in refusal(folder)
+        assert "differs from it: set tie_word_embeddings to false" in refusal(folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
         assert torch.equal(weights(folder)["head.weight"], another)

@@ -34,7 +34,7 @@ def test_messages_become_one_prompt_that_asks_for_the_next_turn(tmp_path):
 
 
 def test_a_folder_without_a_template_says_what_to_do_instead(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no chat template.*use generate\(\)"):
+    with pytest.raises(CheckpointError, match=r"contains no chat template.*use generate\(\)"):
         render_chat(tmp_path, MESSAGES)
 
 
@@ -75,7 +75,7 @@ def test_a_template_may_refuse_messages_with_a_reason(tmp_path):
     ],
 )
 def test_what_is_no_chat_is_refused(tmp_path, messages):
-    with pytest.raises(InvalidRequest, match="is no message of a chat"):
+    with pytest.raises(InvalidRequest, match="is not a chat message"):
         render_chat(write(tmp_path, ""), messages)
 
 
@@ -121,7 +121,7 @@ def test_a_message_a_conversation_and_many_are_told_apart(messages, num_chats):
 )
 def test_a_list_that_is_no_chat_is_refused(messages):
     llm = LLM("storyteller", num_blocks=8)
-    with pytest.raises(InvalidRequest, match="is no message of a chat"):
+    with pytest.raises(InvalidRequest, match="is not a chat message"):
         llm.chat(messages, use_tqdm=False)
 
 
@@ -349,7 +349,7 @@ def test_a_refused_message_is_not_quoted_at_full_length(tmp_path):
 def test_a_chat_needs_a_tokenizer(tmp_path):
     make_checkpoint("llama", tmp_path)
     write(tmp_path, CHATML)
-    with pytest.raises(MissingTokenizer, match="holds no tokenizer"):
+    with pytest.raises(MissingTokenizer, match="contains no tokenizer"):
         LLM(tmp_path, num_blocks=8).chat(MESSAGES)
 
 

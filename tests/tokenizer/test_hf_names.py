@@ -155,7 +155,7 @@ def test_other_wrong_calls_are_sentences_too(pair):
     with pytest.raises(InvalidOption, match="clean_up_tokenization_spaces is True"):
         ours.decode([300], clean_up_tokenization_spaces=True)
     for wrong in (5, None, ["a", 5]):
-        with pytest.raises(InvalidRequest, match="is no text: give a string or a list"):
+        with pytest.raises(InvalidRequest, match="is not text: give a string or a list"):
             ours(wrong)
     with pytest.raises(AttributeError, match="input_ids, attention_mask, and no 'offsets'"):
         _ = ours("a").offsets

@@ -83,17 +83,17 @@ def test_bytes_that_are_no_text_become_the_replacement_character(tokenizer):
 
 def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
     with pytest.raises(
-        MissingTokenizer, match=r"holds no tokenizer \(tokenizer\.json.*as token ids\.$"
+        MissingTokenizer, match=r"contains no tokenizer \(tokenizer\.json.*as token ids\.$"
     ):
         read_tokenizer(tmp_path)
 
 
 BROKEN = {
-    "no JSON": ({"config": "{"}, "is no readable JSON"),
+    "no JSON": ({"config": "{"}, "is not readable JSON"),
     "a list": ({"config": []}, 'needs "ranks", a string, and has None'),
     "no pattern": ({"config": {**CONFIG, "pattern": 5}}, 'needs "pattern", a string, and has 5'),
     "no specials": ({"config": {**CONFIG, "special_tokens": []}}, "an object from text to id"),
-    "bad pattern": ({"config": {**CONFIG, "pattern": "("}}, '"pattern" is no regular expression'),
+    "bad pattern": ({"config": {**CONFIG, "pattern": "("}}, "is not a regular expression"),
     "taken id": ({"config": {**CONFIG, "special_tokens": {"x": 97}}}, "that no other token has"),
     "shared id": ({"config": {**CONFIG, "special_tokens": {"x": 300, "y": 300}}}, "'y' the id 300"),
     "text id": ({"config": {**CONFIG, "special_tokens": {"x": "300"}}}, "'x' the id '300'"),

@@ -348,7 +348,7 @@ def test_half_a_surrogate_pair_is_a_replacement_character_everywhere(sentencepie
         ("{", "is not JSON"),
         ("[]", "is JSON but no object"),
         ("{}", 'has no "model"'),
-        ('{"model": {"type": "BPE", "vocab": {}}}', "is no whole tokenizer|cuts text"),
+        ('{"model": {"type": "BPE", "vocab": {}}}', "is not a complete tokenizer|cuts text"),
     ],
 )
 def test_a_broken_file_is_named(text, sentence, tmp_path, monkeypatch):
@@ -399,7 +399,7 @@ def test_vocab_and_merges_of_an_unknown_class_are_refused(folders, judges, tmp_p
         read_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version\na b c\n")
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match="no whole tokenizer"):
+    with pytest.raises(CheckpointError, match="no complete tokenizer"):
         read_tokenizer(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The kernels with the interface of every other attention: `AttentionBackend`."""
+"""Implements the common attention interface, `AttentionBackend`, with the kernels."""
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from minipaged.attention.triton.prefill import prefill
 def triton_paged_attention(
     q: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch, scale: float
 ) -> Tensor:
-    """The whole batch, whatever mixture it is: [tokens, heads, head_dim], like q.
+    """Attention of the whole batch, with any mixture: [tokens, heads, head_dim], like q.
 
-    Two kernels, not one with two branches: the compiler lays out registers and overlaps loads for
-    the worse of the two, and IBM measured such a kernel at half the speed (arXiv 2511.11581). Each
-    is launched over all sequences and passes over those of the other.
+    There are two kernels, not one with two branches: the compiler allocates registers and overlaps
+    loads for the worse branch, and IBM measured such a kernel at half the speed (arXiv 2511.11581).
+    Each kernel is launched over all sequences and skips those of the other.
     """
     check_rows(q=q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -1,18 +1,18 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""Copy: whole blocks, from anywhere to anywhere, all layers in one launch.
+"""Copy: whole blocks within or between pools, all layers in one launch.
 
 What it computes   target[layer, k or v, t] = source[layer, k or v, s] for every pair (s, t).
                    Inside the pool that is copy-on-write (section 4.4); between the pool and pinned
-                   host memory, which a GPU can read and write itself, it is swapping (section 4.5).
-Grid               (programs,): a piece of work is a chunk of a block of one layer's keys or values,
-                   and each program takes every programs-th piece. Inside the GPU there are as many
-                   programs as pieces. To and from the host there are few: the bus is slow, and many
-                   would only keep the step that runs meanwhile from the multiprocessors.
-                   (In an 8-bit pool the scales are a tensor of their own, and a second launch.)
-Bytes              2 * block_bytes a pair, over all layers: each number is read and written once. On
-                   the way to the host the slower side is the bus; copies of a block and layer each
-                   would have to be started one by one (the paper's Figure 19a shows what it costs).
+                   host memory, which a GPU can access directly, it is swapping (section 4.5).
+Grid               (programs,): a work item is a chunk of a block of one layer's keys or values, and
+                   each program takes every programs-th item. Inside the GPU there are as many
+                   programs as items. To and from the host there are few: the bus is slow, and more
+                   programs would only take multiprocessors from the step that runs meanwhile.
+                   (An 8-bit pool has its scales in a separate tensor, copied by a second launch.)
+Bytes              2 * block_bytes per pair, over all layers: each element is read and written once.
+                   To and from the host, the bus is the bottleneck; separate copies per block and
+                   layer would each need a launch (the paper's Figure 19a shows the cost).
 Operations         None.
 
 Of the paper's kernels (section 5.1) it is "fused block copy".
@@ -24,8 +24,8 @@ from torch import Tensor
 
 import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
 
-CHUNK = 4096  # numbers in a piece of work
-PROGRAMS_ON_THE_BUS = 16  # some 100 KiB on the way at a time: what a bus carries in microseconds
+CHUNK = 4096  # elements per work item
+PROGRAMS_ON_THE_BUS = 16  # about 100 KiB in flight, which a bus transfers in microseconds
 
 
 def copy_blocks(
@@ -35,10 +35,10 @@ def copy_blocks(
 
     Args:
         source: [layers, 2, num_blocks, ...], contiguous, on the GPU or in pinned memory.
-        target: the same; as many blocks as you like in each, the rest alike.
-        pairs: [pairs, 2] block numbers, from and to. No block is both a source and a target, if
-            the tensors are the same: programs run in no order.
-        num_programs: among which the work is divided; None: few over the bus, else many.
+        target: the same; only num_blocks may differ.
+        pairs: [pairs, 2] block numbers, from and to. If the tensors are the same, no block may be
+            both a source and a target, because programs run in no defined order.
+        num_programs: programs that share the work; None: few over the bus, otherwise many.
     """
     assert source.shape[:2] + source.shape[3:] == target.shape[:2] + target.shape[3:]
     assert source.dtype == target.dtype
@@ -74,12 +74,12 @@ def copy_kernel(
     num_pieces,
     num_source_blocks,
     num_target_blocks,
-    BLOCK_NUMBERS: tl.constexpr,  # numbers in a block of one layer's keys
+    BLOCK_NUMBERS: tl.constexpr,  # elements in a block of one layer's keys
     PARTS: tl.constexpr,  # of a block: the keys of each layer, and the values
     CHUNKS: tl.constexpr,  # of a part
     CHUNK: tl.constexpr,
 ):
-    """Every so many pieces: a chunk of one block of one layer's keys or values."""
+    """Copy every programs-th work item: a chunk of one block of one layer's keys or values."""
     for piece in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
         chunk = piece % CHUNKS
         part = piece // CHUNKS % PARTS

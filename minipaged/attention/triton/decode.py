@@ -1,26 +1,28 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""Decode: one query per sequence against all its keys, at the speed of the memory.
+"""Decode: one query per sequence against all its keys, at memory speed.
 
 What it computes   for every sequence with one query token, attention over its keys in the pool
-                   (section 4.1, Equation 4). Sequences with more queries are left to `prefill`.
-Grid               (kv_heads, seqs, splits): the keys of a sequence are cut into splits, a program
-                   each, so that few long sequences fill the GPU as well as many short ones.
+                   (section 4.1, Equation 4). `prefill` computes sequences with more queries.
+Grid               (kv_heads, seqs, splits): the keys of a sequence are cut into splits, one program
+                   each, so that a few long sequences fill the GPU as well as many short ones.
 
                        sequence 0, 2,000 keys    [ 512 ][ 512 ][ 512 ][ 464 ]
                        sequence 1,   900 keys    [ 256 ][ 256 ][ 256 ][ 132 ]
                        sequence 2,   400 keys    [ 256 ][ 144 ]   -      -     - ends at once
 
-                   With only one split, it writes the result. With more, it leaves a partial
-                   result, and a second kernel merges those of a sequence and head. Heads come
-                   first in the grid: those of one block are contiguous, and are read together.
-Bytes              2 * seq_len * kv_heads * head_dim numbers a sequence, each read once: a program
-                   serves all query heads of its KV head. (Queries and results are less than a
-                   hundredth of that from 100 keys for each query head of a group on.) This is
-                   the floor: bytes / bandwidth. A split adds 8 * heads * head_dim bytes.
-Operations         4 * seq_len * heads * head_dim: in half precision as many a byte as query heads
-                   share a KV head, 1 to 8, where a GPU could do some 200. So the arithmetic is
-                   free, even though a matrix of 16 rows is multiplied for those 1 to 8 heads.
+                   With one split, a program writes the final result. With more, it writes a
+                   partial result, and a second kernel merges those of each sequence and head.
+                   Heads come first in the grid, because the heads of one block are contiguous and
+                   are read together.
+Bytes              2 * seq_len * kv_heads * head_dim elements per sequence, each read once: a
+                   program serves all query heads of its KV head. (Queries and results add less
+                   than 1 % from 100 keys per query head of a group.) This is the floor: bytes /
+                   bandwidth. A split adds 8 * heads * head_dim bytes.
+Operations         4 * seq_len * heads * head_dim: in half precision, the operations per byte equal
+                   the query heads per KV head, 1 to 8, and a GPU could do about 200. The
+                   arithmetic is therefore free, although the tensor cores multiply 16 rows for
+                   those 1 to 8 heads.
 
 Of the paper's kernels (section 5.1) it is "fused block read and attention".
 """
@@ -48,7 +50,7 @@ from minipaged.attention.triton.tile import attend_to_tile, load_query
 
 
 class TileShape(NamedTuple):
-    """How a program of `decode` works; `minipaged bench tune` measures others."""
+    """The tile shape of a `decode` program; `minipaged bench tune` measures alternatives."""
 
     tile: int  # positions
     num_warps: int
@@ -56,7 +58,7 @@ class TileShape(NamedTuple):
 
 
 def choose_tile(width: int, query_bytes: int, cache_bytes: int) -> TileShape:
-    """The shape for tiles with rows of so many numbers, and so many bytes a number."""
+    """Return the tile shape for rows of `width` elements of this many bytes."""
     if query_bytes == 4 and width >= 128:  # float32 takes many registers; see `prefill`
         return TileShape(16, 8, 2)
     return TileShape(64 if width * cache_bytes <= 256 else 32, 4, 3)
@@ -76,8 +78,8 @@ def decode(
 
     Args:
         q: [tokens, heads, head_dim].
-        out: the same; the rows of other sequences are left alone.
-        to_fill: splits of a sequence of middling length; None: `splits_to_fill`.
+        out: the same; rows of other sequences are not written.
+        to_fill: splits per sequence that fill the GPU; None: `splits_to_fill`.
         shape: None: `choose_tile`.
     """
     _, heads, head_dim = q.shape
@@ -90,7 +92,7 @@ def decode(
         to_fill = splits_to_fill(batch.num_seqs, kv_heads, num_sms(q.device))
     num_splits = most_splits(batch.longest, to_fill)
 
-    partial, log_sums = out, out  # one split leaves nothing to merge: these are not written then
+    partial, log_sums = out, out  # not written if there is one split: there is nothing to merge
     if num_splits > 1:
         pieces = (batch.num_seqs, heads, num_splits)
         partial = torch.empty((*pieces, head_dim), dtype=torch.float32, device=q.device)
@@ -124,11 +126,11 @@ def decode(
         merge(out, partial, log_sums, batch, to_fill, shape.tile)
 
 
-# What changes from step to step is not built into the kernel, or it would be compiled again.
+# Values that change from step to step are not specialized, or each would compile a new kernel.
 @triton.jit(do_not_specialize=["to_fill", "table_stride"])
 def decode_kernel(
     out,  # [tokens, heads, head_dim]
-    partial,  # [seqs, heads, splits, head_dim] float32: what each split alone would answer
+    partial,  # [seqs, heads, splits, head_dim] float32: the result of each split alone
     log_sums,  # [seqs, heads, splits] float32: log2 of the sum of its weights
     q,  # [tokens, heads, head_dim]
     k_cache,
@@ -145,8 +147,8 @@ def decode_kernel(
     table_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads that share a KV head
-    ROWS: tl.constexpr,  # GROUP, padded to what tl.dot takes
-    SPLIT: tl.constexpr,  # whether there is anything to merge
+    ROWS: tl.constexpr,  # GROUP, padded to the minimum of tl.dot
+    SPLIT: tl.constexpr,  # whether there are partial results to merge
     TILE: tl.constexpr,
     SHORTEST: tl.constexpr,
     LONGEST: tl.constexpr,
@@ -159,7 +161,7 @@ def decode_kernel(
     LARGEST: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """One split of one sequence, for the query heads of one KV head."""
+    """Attention of one split of one sequence, for the query heads of one KV head."""
     kv_head = tl.program_id(0)
     seq = tl.program_id(1)
     split = tl.program_id(2)
@@ -188,7 +190,7 @@ def decode_kernel(
     total = tl.full([ROWS], 0.0, tl.float32)
     output = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     whole_tiles_end = start + (end - start) // TILE * TILE
-    for tile_start in range(start, whole_tiles_end, TILE):  # without masks: most of the time
+    for tile_start in range(start, whole_tiles_end, TILE):  # without masks: most tiles
         maximum, total, output = attend_to_tile(
             maximum, total, output, query, last_position, tile_start, end,
             k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,

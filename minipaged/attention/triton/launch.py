@@ -1,4 +1,4 @@
-"""What every launcher needs: pointers into a pool of any format, and the pool's constants."""
+"""Shared by all launchers: pointers into a pool of any format, and the pool's constants."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 
 def pointers(k_cache: KVPool, v_cache: KVPool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Numbers of keys and values, then their scales; of a pool of floats, anything for scales."""
+    """Pointers to keys, values and their scales; a pool of floats passes unused scales."""
     if isinstance(k_cache, QuantizedPool):
         assert isinstance(v_cache, QuantizedPool), "keys are quantized, and values are not"
         tensors = (k_cache.numbers, v_cache.numbers, k_cache.scales, v_cache.scales)
     else:
         assert isinstance(v_cache, Tensor), "values are quantized, and keys are not"
         tensors = (k_cache, v_cache, k_cache, v_cache)
-    # A kernel takes pointers: it would read and write past the end of what is too small.
+    # A kernel gets only pointers: past the end of a small tensor it would access other memory.
     assert k_cache.shape == v_cache.shape, f"{k_cache.shape} of keys, {v_cache.shape} of values"
     for tensor in tensors:
         assert tensor.is_contiguous(), "the kernels number the cells of a pool without gaps"
@@ -39,27 +39,27 @@ def check_rows(**tensors: Tensor) -> None:
 
 
 def pool_constants(k_cache: KVPool) -> dict[str, Any]:
-    """What a kernel must know of the pool when it is compiled."""
+    """The compile-time constants of a kernel that depend on the pool."""
     _, kv_heads, block_size, head_dim = k_cache.shape
     return {
         "KV_HEADS": kv_heads,
         "BLOCK_SIZE": block_size,
         "HEAD_DIM": head_dim,
-        "WIDTH": max(16, triton.next_power_of_2(head_dim)),  # tl.dot multiplies 16 at least
+        "WIDTH": max(16, triton.next_power_of_2(head_dim)),  # tl.dot needs at least 16
         "QUANTIZED": isinstance(k_cache, QuantizedPool),
         "LARGEST": largest(k_cache),
     }
 
 
 def largest(k_cache: KVPool) -> float:
-    """The largest number that an 8-bit pool can store; for a pool of floats 1.0, which is idle."""
+    """The largest value that an 8-bit pool can store; 1.0 (no effect) for a pool of floats."""
     return LARGEST[k_cache.numbers.dtype] if isinstance(k_cache, QuantizedPool) else 1.0
 
 
 def math_type(dtype: torch.dtype) -> Any:
-    """The type in which a kernel multiplies tiles: that of the queries.
+    """The type in which a kernel multiplies tiles: the type of the queries.
 
-    Interpreted, it is float32, for Triton's interpreter multiplies the bit patterns of bfloat16 as
-    if they were whole numbers (seen with Triton 3.6 to 3.9).
+    In the interpreter it is float32, because Triton's interpreter multiplies the bit patterns of
+    bfloat16 as if they were integers (seen with Triton 3.6 to 3.9).
     """
     return tl.float32 if is_interpreted() else _TYPES[dtype]

@@ -1,4 +1,4 @@
-"""Where the kernels can run: compiled on a GPU, interpreted on a CPU, and why not elsewhere."""
+"""Where the kernels can run (compiled on a GPU, interpreted on a CPU), and why not elsewhere."""
 
 import os
 from functools import cache
@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-LARGEST_HEAD = 256  # elements in a head; with a larger one, the tiles would not fit together
+LARGEST_HEAD = 256  # elements per head; with more, the tiles would not fit
 OLDEST_GPU = (8, 0)  # Ampere: the first whose tensor cores take bfloat16
 OLDEST_GPU_FOR_FP8 = (8, 9)  # Ada and Hopper
 
 _INTERPRET = "TRITON_INTERPRET"
-_INTERPRETED_SMS = 4  # an interpreted launch takes its GPU for so small, and still splits a little
+_INTERPRETED_SMS = 4  # assumed when interpreted: few, but enough for some splits
 
 
 @cache
 def prepare_triton() -> None:
-    """Decide, once a process and before any kernel is defined, how kernels run.
+    """Decide how kernels run: once per process, before any kernel is defined.
 
     Interpreted if there is no GPU, or if TRITON_INTERPRET=1 asks for it; TRITON_INTERPRET=0
     compiles even without a GPU (`minipaged bench compile` does).
@@ -30,8 +30,7 @@ def prepare_triton() -> None:
         knobs.runtime.interpret = not torch.cuda.is_available()
     if knobs.runtime.interpret:
         _interpret_functions_of_triton()
-    # Fusing a multiplication and an addition is what both were written for; newer versions of
-    # Triton want it said.
+    # Both kernels were written for fused multiply-add; newer versions of Triton need this option.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
@@ -56,17 +55,17 @@ def is_interpreted() -> bool:
 
 
 def why_no_triton(device: torch.device, head_dim: int, kv_dtype: str = "auto") -> str | None:
-    """Why the kernels cannot serve such a model on this device, in one sentence; None if they can.
+    """Return one sentence on why the kernels cannot serve such a model here; None if they can.
 
     Args:
-        head_dim: numbers in one head.
-        kv_dtype: in what keys and values are kept, as `LLM(kv_cache_dtype=...)` names it.
+        head_dim: elements per head.
+        kv_dtype: storage type of keys and values, as `LLM(kv_cache_dtype=...)` names it.
     """
     if find_spec("triton") is None:
         return 'the package "triton" is not installed (it exists for Linux only)'
     if head_dim > LARGEST_HEAD:
         return (
-            f"the kernels take heads of up to {LARGEST_HEAD} numbers, and this model's have "
+            f"the kernels support heads of up to {LARGEST_HEAD} elements, and this model's have "
             f"{head_dim}"
         )
     if device.type == "cuda" and (reason := _why_not_on_gpu(device, kv_dtype)):
@@ -75,7 +74,7 @@ def why_no_triton(device: torch.device, head_dim: int, kv_dtype: str = "auto") -
         return _why_not_interpreted(kv_dtype)
     if device.type != "cuda":
         return (
-            "the kernels of this process are compiled for the GPU, and the model shall run on the "
+            "the kernels of this process are compiled for the GPU, but the model is to run on the "
             f'CPU (set {_INTERPRET}=1 to interpret them, or device="cuda")'
         )
     return None
@@ -105,7 +104,7 @@ def _why_not_interpreted(kv_dtype: str) -> str | None:
 
     if version(triton) < (3, 9) and version(numpy) >= (2, 4):
         return (
-            f"the interpreter of Triton {triton.__version__} does not suit NumPy "
+            f"the interpreter of Triton {triton.__version__} does not support NumPy "
             f"{numpy.__version__} (install triton 3.9, or numpy below 2.4)"
         )
     return None
@@ -113,7 +112,7 @@ def _why_not_interpreted(kv_dtype: str) -> str | None:
 
 @cache
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of the GPU: how many programs run at the same time, at the least."""
+    """Multiprocessors of the GPU: at least this many programs run at the same time."""
     if device.type != "cuda":
         return _INTERPRETED_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count

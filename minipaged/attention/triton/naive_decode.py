@@ -1,23 +1,23 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""The simplest kernel: paged attention as in the paper's Figure 5, and no more.
+"""The simplest kernel: paged attention as in the paper's Figure 5.
 
-What it computes   one query of one head against all keys of its sequence, a block at a time,
-                   at the place that the block table contains (section 4.1, Equation 4).
-Grid               (tokens, heads): a program a query token and head, so prefill works too.
+What it computes   one query of one head against all keys of its sequence, one block at a time,
+                   found through the block table (section 4.1, Equation 4).
+Grid               (tokens, heads): one program per query token and head, so prefill works too.
 
                        token 0   token 1   token 2
                head 0     []        []        []      each [] walks the blocks of its sequence,
                head 1     []        []        []      table[0], table[1], ... up to its position
 
 Bytes              all keys and values of a sequence once for *every query token and head*: with 32
-                   heads over 8 KV heads, at decode four times as many as needed.
-Operations         4 * head_dim a key and query head, as everywhere; but as sums of products, not on
-                   the tensor cores: those take 16 rows at least, and here is one.
+                   heads over 8 KV heads, a decode reads four times as many as needed.
+Operations         4 * head_dim per key and query head, as in all kernels, but as sums of products,
+                   not on the tensor cores: those need at least 16 rows, and here there is one.
 
 Of the paper's kernels (section 5.1) it is "fused block read and attention". `decode` reads the same
-table and adds: KV heads that are read once for all their query heads, long sequences cut into
-splits, tensor cores, and loads that are under way before they are needed.
+table and adds four things: it reads each KV head once for all its query heads, cuts long sequences
+into splits, uses tensor cores, and starts loads before their data is needed.
 """
 
 import torch
@@ -70,7 +70,7 @@ def naive_kernel(
     context_lens,
     block_tables,
     num_seqs,
-    scale,  # of scores, times log2(e), for a GPU has an instruction for 2^x
+    scale,  # of scores, times log2(e), because a GPU has an instruction for 2^x
     q_token_stride,
     q_head_stride,
     table_stride,
@@ -78,13 +78,13 @@ def naive_kernel(
     GROUP: tl.constexpr,  # query heads that share a KV head
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,  # HEAD_DIM, or the next power of two: a tile has no other sizes
+    WIDTH: tl.constexpr,  # HEAD_DIM, or the next power of two, as tile sizes must be
     BLOCK_SIZE: tl.constexpr,
     SLOTS: tl.constexpr,  # BLOCK_SIZE, or the next power of two
     QUANTIZED: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """One query token and one head of it, over all keys that it sees."""
+    """Attention of one query token and head over all keys visible to it."""
     token = tl.program_id(0)
     head = tl.program_id(1)
     kv_head = head // GROUP

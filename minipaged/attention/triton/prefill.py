@@ -2,29 +2,29 @@
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 """Prefill: many queries per sequence, whole prompts or chunks, after any context.
 
-What it computes   for every sequence with two query tokens or more, causal attention of each over
-                   all keys up to its own, in the pool already: whether they come from this step,
-                   from an earlier chunk or from a cached prefix makes no difference. Sequences
-                   with a single query are left to `decode`.
+What it computes   for every sequence with two or more query tokens, causal attention of each over
+                   all keys up to its own. All keys are already in the pool, whether from this
+                   step, an earlier chunk or a cached prefix. `decode` computes the sequences with
+                   a single query.
 Grid               (tiles, kv_heads). The flattened query tokens are cut into tiles of QUERIES, each
-                   within one sequence. How many each sequence has, only the GPU knows. So the grid
-                   has as many as there can be, and a program finds its own:
+                   within one sequence. The number of tiles per sequence is known only on the GPU,
+                   so the grid has the maximum number, and each program looks up its tile:
 
                        tokens   0 1 2 3 4 5 6 | 7 8 9 | 10 11 ...      QUERIES = 4
                        tiles    [  0  ][  1 ]   [ 2 ]   [ 4 ...
                        first tile of sequence s = cu_seqlens_q[s] // QUERIES + s
 
-                   (At times a sequence owns a tile more than it fills, as tile 3 here: that one
-                   ends at once.) A tile's rows are its tokens times the query heads that share
-                   the KV head.
+                   (A sequence may have one tile too many, like tile 3 here; that program ends at
+                   once.) A tile's rows are its tokens times the query heads that share the KV
+                   head.
 Bytes              A tile of queries reads all keys up to its last position, mostly from the L2
-                   cache, where the tiles before left them.
-Operations         4 * head_dim for each query head and key that it sees: half of
+                   cache, because earlier tiles have read them.
+Operations         4 * head_dim per query head and visible key: half of
                    4 * queries * seq_len * heads * head_dim for a whole prompt. This is the floor:
-                   operations / what the tensor cores do a second.
+                   operations / operations per second of the tensor cores.
 
-The paper has no such kernel: its prompts were computed whole, by an attention without blocks, and
-only then written to them (section 4.3). Tiles below the diagonal are computed without masks.
+The paper has no such kernel: it computed whole prompts with an attention kernel without blocks, and
+wrote the result to blocks (section 4.3). Tiles below the diagonal are computed without masks.
 """
 
 from typing import NamedTuple
@@ -41,28 +41,28 @@ from minipaged.attention.triton.tile import attend_to_tile, load_query
 
 
 class TileShapes(NamedTuple):
-    """How a program of `prefill` works; `minipaged bench tune` measures others."""
+    """The tile shapes of a `prefill` program; `minipaged bench tune` measures alternatives."""
 
-    rows: int  # of queries: tokens times heads of a group
+    rows: int  # rows of queries: tokens times heads of a group
     tile: int  # positions in a tile of keys
     num_warps: int
     num_stages: int  # of the loop over tiles of keys, as in `decode`
 
 
 def choose_tiles(width: int, query_bytes: int, cache_bytes: int) -> TileShapes:
-    """The largest shapes that keep to their registers (`minipaged bench compile` shows it).
+    """Return the largest shapes that do not spill registers (see `minipaged bench compile`).
 
     Args:
-        width: numbers in a row of either tile.
-        query_bytes: of a query's number.
-        cache_bytes: of a cached one.
+        width: elements in a row of either tile.
+        query_bytes: bytes per element of a query.
+        cache_bytes: bytes per element in the cache.
     """
-    if query_bytes == 4:  # three multiplications of parts of each number: many registers
+    if query_bytes == 4:  # three partial products per element: many registers
         rows, tile = {64: (64, 16), 128: (32, 32), 256: (16, 16)}[max(64, width)]
         return TileShapes(rows, tile, 4, 2)
     if width > 128:
         return TileShapes(64, 32, 8, 2)
-    if cache_bytes == 1:  # keys that wait to be widened take registers, too
+    if cache_bytes == 1:  # keys that wait for conversion take registers too
         return TileShapes(64, 64, 8, 2)
     return TileShapes(128, 64, 8, 2)
 
@@ -80,7 +80,7 @@ def prefill(
 
     Args:
         q: [tokens, heads, head_dim].
-        out: the same; the rows of other sequences are left alone.
+        out: the same; rows of other sequences are not written.
         shapes: None: `choose_tiles`.
     """
     num_tokens, heads, _ = q.shape
@@ -145,9 +145,9 @@ def prefill_kernel(
     LARGEST: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """One tile of query tokens, for the query heads of one KV head."""
-    # Backwards, for every KV head: the last tile of a prompt sees the most keys, and begun last,
-    # it would end long after the others. (Tiles first in the grid: neighbours read the same keys.)
+    """Attention of one tile of query tokens, for the query heads of one KV head."""
+    # In reverse: the last tile of a prompt reads the most keys, so if it started last, it would
+    # end long after the others. (Tiles come first in the grid, so neighbours read the same keys.)
     query_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
 
@@ -156,7 +156,7 @@ def prefill_kernel(
     query_len = tl.load(cu_seqlens_q + seq + 1) - first_token
     first_query = (query_tile - (first_token // QUERIES + seq)) * QUERIES
     if (query_len == 1) | (first_query >= query_len):
-        return  # decode's, or a tile too many
+        return  # a sequence for `decode`, or a tile too many
     context_len = tl.load(context_lens + seq)
 
     rows = tl.arange(0, ROWS)
@@ -174,7 +174,7 @@ def prefill_kernel(
     total = tl.full([ROWS], 0.0, tl.float32)
     output = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     end = context_len + tl.minimum(first_query + QUERIES, query_len)
-    # Every row sees what the first query sees: so far no mask is needed.
+    # Keys visible to the first query are visible to every row, so these tiles need no mask.
     whole_tiles_end = (context_len + first_query + 1) // TILE * TILE
     for tile_start in range(0, whole_tiles_end, TILE):
         maximum, total, output = attend_to_tile(

@@ -1,16 +1,16 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""Splits: into how many pieces decode cuts a sequence, and how their results become one.
+"""Splits: how many pieces decode cuts a sequence into, and how their results are merged.
 
-What it computes   each split has answered as if its keys were all. Its answer is an average, and
-                   log_sums has the logarithm of what it was divided by; so the true answer is the
-                   average of the answers, each weighted by 2^log_sum.
-Grid               (seqs, heads): a program merges the splits of one sequence and head.
-Bytes              4 * head_dim a split and head, written by `decode` and read here: with splits of
-                   256 keys and 4 query heads per KV head, some 3 % of what decode reads.
-Operations         2 * head_dim a split and head.
+What it computes   each split has a result for its own keys alone: a weighted average, and in
+                   log_sums the logarithm of the sum of its weights. The result for all keys is the
+                   average of the splits' results, each weighted by 2^log_sum.
+Grid               (seqs, heads): each program merges the splits of one sequence and head.
+Bytes              4 * head_dim per split and head, written by `decode` and read here: with splits
+                   of 256 keys and 4 query heads per KV head, about 3 % of what decode reads.
+Operations         2 * head_dim per split and head.
 
-The paper has no such kernel: its attention gave a sequence and head to one thread block.
+The paper has no such kernel: its attention used one thread block per sequence and head.
 """
 
 from math import ceil
@@ -22,17 +22,17 @@ from torch import Tensor
 import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
 from minipaged.attention.batch import Batch
 
-SHORTEST_SPLIT = 256  # positions; a program that does less is mostly beginning and end
-LONGEST_SPLIT = 4096  # positions; else one long sequence keeps a few programs busy after all others
-MOST_SPLITS = 128  # more, and merging them costs more than it saves
-PROGRAMS_PER_SM = 4  # that find registers there at a time, with heads of 128 in 16 bits
+SHORTEST_SPLIT = 256  # positions; with fewer, start-up and end dominate a program
+LONGEST_SPLIT = 4096  # positions; with more, a few programs of one long sequence outlast all others
+MOST_SPLITS = 128  # with more, merging costs more than splitting saves
+PROGRAMS_PER_SM = 4  # resident at the same time, limited by registers, with heads of 128 in 16 bits
 SPLIT_RULE = {"SHORTEST": SHORTEST_SPLIT, "LONGEST": LONGEST_SPLIT, "MOST": MOST_SPLITS}
 
 
 def splits_to_fill(num_seqs: int, kv_heads: int, num_sms: int) -> int:
-    """How many splits of every sequence make as many programs as the GPU can hold at a time.
+    """The number of splits per sequence that fills the GPU with concurrent programs.
 
-    Any more, and some would wait for others to end.
+    With more, some programs would wait for others to end.
 
     Args:
         num_sms: multiprocessors of the GPU.
@@ -42,12 +42,12 @@ def splits_to_fill(num_seqs: int, kv_heads: int, num_sms: int) -> int:
 
 
 def most_splits(longest: int, to_fill: int) -> int:
-    """Into how many splits the longest sequence is cut, `to_fill` being what fills the GPU.
+    """The number of splits of the longest sequence; `to_fill` is the number that fills the GPU.
 
-    To fill the GPU is not all: one sequence of 32,000 keys among a hundred short ones is read by
-    kv_heads programs, long after all others have ended, unless it is cut up. The kernel cuts every
-    sequence by this rule, on the GPU. The host needs it for the grid only, and any bound of the
-    longest length will do: to look it up on the GPU would be to wait for it.
+    Filling the GPU is not enough: without more splits, one sequence of 32,000 keys among a hundred
+    short ones keeps kv_heads programs busy long after all others have ended. The kernel applies
+    this rule to every sequence, on the GPU. The host needs it only for the grid, where any upper
+    bound of the longest length is enough: reading the exact length would wait for the GPU.
     """
     not_too_long = ceil(longest / LONGEST_SPLIT)
     no_slivers = ceil(longest / SHORTEST_SPLIT)
@@ -65,7 +65,7 @@ def split_length(
 ):
     """Positions in each split of a sequence of this length; see `most_splits`.
 
-    Whole tiles, so that only the last split ends inside one: there the sequence ends, too.
+    Always whole tiles, so that only the last split, where the sequence ends, can end inside a tile.
     """
     splits = tl.minimum(tl.maximum(to_fill, (seq_len + LONGEST - 1) // LONGEST), MOST)
     tiles = (seq_len + splits * TILE - 1) // (splits * TILE)
@@ -111,7 +111,7 @@ def merge_kernel(
     cu_seqlens_q,
     context_lens,
     to_fill,
-    num_splits,  # for which there is room; a sequence may have left some out
+    num_splits,  # allocated; a sequence may have fewer
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -121,7 +121,7 @@ def merge_kernel(
     LONGEST: tl.constexpr,
     MOST: tl.constexpr,
 ):
-    """The splits of one sequence and head, each weighted by its share of all weights."""
+    """Merge the splits of one sequence and head, each weighted by its share of all weights."""
     seq = tl.program_id(0)
     head = tl.program_id(1)
     token = tl.load(cu_seqlens_q + seq)

@@ -1,19 +1,19 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""Store: the step's new keys and values into their slots, in one launch.
+"""Store: writes the step's new keys and values to their slots, in one launch.
 
 What it computes   k_cache[block, :, offset] = k[token] and the same for v, where
                    `slot_mapping[token]` is block * block_size + offset; in an 8-bit pool, the
                    scales too.
-Grid               (tokens,): a program a token, for its keys and its values of all heads.
-Bytes              4 * kv_heads * head_dim numbers a token: each is read once and written once. At
-                   decode that is 2 / seq_len of what attention reads, so what counts is that it
-                   is one launch and not six.
-Operations         None; in an 8-bit pool a maximum over each key, and a division a number.
+Grid               (tokens,): one program per token, for its keys and values of all heads.
+Bytes              4 * kv_heads * head_dim elements per token: each is read once and written once.
+                   In a decode step that is 2 / seq_len of what attention reads, so the saving is
+                   in launches: one instead of six.
+Operations         None; in an 8-bit pool one maximum per key and one division per element.
 
 Of the paper's kernels (section 5.1) it is "fused reshape and block write". The second kernel of
-this file turns queries and keys by RoPE on the way: what takes fourteen small operations in PyTorch
-and as many passes over q and k, in one.
+this file also applies RoPE to queries and keys, in one pass; PyTorch needs fourteen small
+operations and as many passes over q and k.
 """
 
 import torch
@@ -54,19 +54,19 @@ def rope_and_store_kv(
     v_cache: KVPool,
     batch: Batch,
 ) -> Tensor:
-    """Turn queries and keys (see `models/rope.py`), store keys and values; returns the queries.
+    """Apply RoPE to queries and keys (see `models/rope.py`), store keys and values, return queries.
 
     Args:
         q: [tokens, heads, head_dim].
         k: [tokens, kv_heads, head_dim].
         v: the same.
-        cos: [tokens, 1, head_dim / 2], of the angle by which each pair of numbers is turned.
-        sin: the same.
+        cos: [tokens, 1, head_dim / 2], the cosine of each pair's rotation angle.
+        sin: the same for the sine.
     """
     _check_new(k, v, k_cache, batch)
     check_rows(queries=q)
     num_tokens, _, head_dim = k.shape
-    assert head_dim % 2 == 0, f"{head_dim} numbers of a head are no pairs"
+    assert head_dim % 2 == 0, f"head_dim is {head_dim}, which cannot be split into pairs"
     assert q.shape[::2] == k.shape[::2], f"{q.shape} of queries, {k.shape} of keys"
     assert cos.shape == sin.shape == (num_tokens, 1, head_dim // 2), f"angles are {cos.shape}"
     turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -101,7 +101,7 @@ def _check_new(k: Tensor, v: Tensor, k_cache: KVPool, batch: Batch) -> None:
     check_rows(keys=k, values=v)
     for name, new in (("keys", k), ("values", v)):
         assert new.shape == expected, (
-            f"the new {name} are {tuple(new.shape)}, the cache takes {expected}"
+            f"the new {name} have shape {tuple(new.shape)}, the cache expects {expected}"
         )
 
 
@@ -129,7 +129,7 @@ def store_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):
-    """The keys and values of one token."""
+    """Store the keys and values of one token."""
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(cu_seqlens_q + num_seqs):
         return  # padding after the last sequence has no slot
@@ -178,7 +178,7 @@ def rope_and_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):
-    """The queries, keys and values of one token."""
+    """Rotate the queries and keys of one token, and store its keys and values."""
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(cu_seqlens_q + num_seqs):
         return
@@ -248,13 +248,13 @@ def _store_rows(
 
 @triton.jit
 def _cells_of(slot, heads, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The place of each head's key of the token in this slot: [heads], 64 bits like the slot."""
+    """The cell of each head's key for the token in this slot: [heads], 64 bits like the slot."""
     return (slot // BLOCK_SIZE * KV_HEADS + heads) * BLOCK_SIZE + slot % BLOCK_SIZE
 
 
 @triton.jit
 def _turn(rows, half, mask, cos, sin, HALF: tl.constexpr):
-    """Both halves of these heads after the rotation; number i is paired with i + HALF."""
+    """Both halves of these heads after the rotation; element i is paired with i + HALF."""
     first = tl.load(rows + half, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(rows + half + HALF, mask=mask, other=0.0).to(tl.float32)
     return first * cos - second * sin, second * cos + first * sin
@@ -262,14 +262,14 @@ def _turn(rows, half, mask, cos, sin, HALF: tl.constexpr):
 
 @triton.jit
 def _choose_scale(magnitudes, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """What a step of each row's numbers is worth; see `minipaged/attention/quantized_cache.py`."""
+    """The scale of each row; see `minipaged/attention/quantized_cache.py`."""
     return tl.maximum(tl.div_rn(tl.max(magnitudes, axis=1), LARGEST), SMALLEST)
 
 
 @triton.jit
 def _to_steps(numbers, scale, LARGEST: tl.constexpr):
-    """Rows of numbers in steps of their scale."""
+    """Divide each row by its scale."""
     steps = tl.div_rn(numbers, scale[:, None])
-    if LARGEST == 127:  # int8 counts whole steps; float8 rounds when it is stored
+    if LARGEST == 127:  # int8 rounds to whole steps here; float8 rounds when it is stored
         steps = tl.floor(steps + 0.5)
     return tl.minimum(tl.maximum(steps, -LARGEST), LARGEST)

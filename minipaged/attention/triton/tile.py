@@ -1,26 +1,26 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
-"""The step that both fast kernels repeat: some rows of queries meet one tile of keys and values.
+"""The step that both fast kernels repeat: rows of queries attend to one tile of keys and values.
 
 It is Equation 4 of the paper (section 4.1) as in `attention/blockwise.py`, with three differences:
 
-    tile, not block      a tile of 32 to 128 positions is what the hardware likes to multiply, a
-                         block of 16 is what wastes little memory. A tile gathers its positions
-                         through the block table, so that either has the size that suits it.
+    tile, not block      hardware multiplies tiles of 32 to 128 positions efficiently, while blocks
+                         of 16 waste little memory. A tile gathers its positions through the block
+                         table, so the two sizes are independent.
     rows, not a query    all query heads that share a KV head (and in prefill several tokens) are
                          rows of one matrix: keys are read once for all of them, and the tensor
-                         cores, which multiply 16 rows at least, have something to do.
-    exp2, not exp        scores come multiplied by log2(e): a GPU has an instruction for 2^x.
+                         cores, which need at least 16 rows, are better used.
+    exp2, not exp        scores are multiplied by log2(e), because a GPU has an instruction for 2^x.
 
-8-bit numbers are converted to the type of the queries, for the tensor cores, but not multiplied by
-their scale. It is the same for all numbers of a key, so it can be applied to the score instead, and
-a value's to its weight, once instead of head_dim times:
+8-bit elements are converted to the type of the queries, for the tensor cores, but not multiplied
+by their scale. A key's scale is the same for all its elements, so it is applied to the score
+instead, and a value's scale to its weight: once instead of head_dim times:
 
     q . (scale * k) = scale * (q . k)        sum of w * (scale * v) = sum of (w * scale) * v
 
-A value's scale may be too small for a weight in half precision. So weights are multiplied by the
-scale times the largest stored number, which is the size of the value itself, and the end result is
-divided by that number.
+A weight times a value's scale may be too small for half precision. Weights are therefore multiplied
+by the scale times the largest storable number, which has the magnitude of the value itself, and the
+final result is divided by that number.
 """
 
 import triton
@@ -31,14 +31,14 @@ import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
 
 @triton.jit
 def attend_to_tile(
-    # what is known of the rows so far, and returned anew; see attention/blockwise.py
+    # running values of the rows, returned updated; see attention/blockwise.py
     maximum,  # [ROWS] float32, in base 2
     total,  # [ROWS] float32
     output,  # [ROWS, WIDTH] float32
     query,  # [ROWS, WIDTH]
-    row_positions,  # [ROWS]: a row sees the keys up to and including its own position
+    row_positions,  # [ROWS]: keys up to and including a row's position are visible to it
     start,  # the tile holds positions [start, start + TILE)
-    end,  # no position from here on may be read; where it cuts off a tile, the sequence ends
+    end,  # positions from here on must not be read; it cuts off a tile only where the sequence ends
     k_cache,
     v_cache,
     k_scales,
@@ -51,12 +51,12 @@ def attend_to_tile(
     WIDTH: tl.constexpr,  # HEAD_DIM, or the next power of two
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    MASKED: tl.constexpr,  # False promises: every row sees every position of the tile
+    MASKED: tl.constexpr,  # False if every position of the tile is visible to every row
     QUANTIZED: tl.constexpr,
-    LARGEST: tl.constexpr,  # number that the pool can store; 1 for a pool of floats
+    LARGEST: tl.constexpr,  # largest number that the pool can store; 1 for a pool of floats
     MATH: tl.constexpr,  # the type in which tiles are multiplied
 ):
-    """Maximum, total and output of the rows, with this tile's keys and values taken in."""
+    """Update maximum, total and output of the rows with this tile's keys and values."""
     positions = start + tl.arange(0, TILE)
     readable = positions < end
     if MASKED:
@@ -66,7 +66,7 @@ def attend_to_tile(
     cells = (blocks.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
 
     keys = _load_rows(k_cache, cells, readable, HEAD_DIM, WIDTH, MASKED)  # [TILE, WIDTH]
-    # tf32x3 matters to float32 alone: three products of shorter numbers, for its full precision.
+    # tf32x3 affects only float32: three products of shorter numbers give full precision.
     scores = tl.dot(query, tl.trans(keys.to(MATH)), input_precision="tf32x3")  # [ROWS, TILE]
     scores *= scale
     if QUANTIZED:
@@ -74,8 +74,8 @@ def attend_to_tile(
     if MASKED:
         scores = tl.where(positions[None, :] <= row_positions[:, None], scores, float("-inf"))
 
-    # Every row sees some position of the first tile that it meets, so from there on the maximum is
-    # a number, and -inf minus -inf cannot happen.
+    # At least one position of a row's first tile is visible to it. After that tile the maximum is
+    # finite, so -inf minus -inf cannot occur.
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
     correction = tl.exp2(maximum - new_maximum)  # 0 at the first tile
     weights = tl.exp2(scores - new_maximum[:, None])  # [ROWS, TILE]
@@ -99,7 +99,7 @@ def _load_rows(
     WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The keys (or values) in these cells. What must not be read is zero: 0 x NaN would be NaN."""
+    """Load the keys (or values) of these cells; masked cells are zero, since 0 x NaN is NaN."""
     dims = tl.arange(0, WIDTH)
     pointers = cache + cells[:, None] * HEAD_DIM + dims[None, :]
     if MASKED:
@@ -111,7 +111,7 @@ def _load_rows(
 
 @triton.jit
 def _load_scales(scales, cells, readable, MASKED: tl.constexpr):
-    """What the numbers of each of these cells are to be multiplied by: [TILE] float32."""
+    """Load the scale of each of these cells: [TILE] float32."""
     if MASKED:
         return tl.load(scales + cells, mask=readable, other=0.0)
     return tl.load(scales + cells)
@@ -129,7 +129,7 @@ def load_query(
     WIDTH: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """Queries as the rows of a matrix, zeros where there are none: [ROWS, WIDTH]."""
+    """Load queries as the rows of a matrix, with zeros for padding: [ROWS, WIDTH]."""
     dims = tl.arange(0, WIDTH)
     offsets = tokens.to(tl.int64) * token_stride + heads * head_stride
     mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]

@@ -1,1 +1,1 @@
-"""The benchmarks: `minipaged bench ...` prints the measurements that the documentation quotes."""
+"""The benchmarks: `minipaged bench ...` prints the measurements in the documentation."""

@@ -1,7 +1,7 @@
-"""A process that answers questions, one line of JSON each: one side of a comparison.
+"""A process that answers requests, one line of JSON each: one side of a comparison.
 
-What is compared runs in processes of their own, which stay loaded and take turns. Each is a module
-run as a program (`python -m MODULE OPTIONS`), which calls `answer`.
+The two sides of a comparison run in separate processes, which stay loaded and take turns. Each is a
+module run as a program (`python -m MODULE OPTIONS`), which calls `answer`.
 """
 
 import json
@@ -34,14 +34,14 @@ class AskedProcess:
     def __exit__(self, *_: object) -> None:
         with self._process:  # closes the pipes, and waits
             assert self._process.stdin is not None
-            self._process.stdin.close()  # it has answered its last question
+            self._process.stdin.close()  # it has answered its last request
             try:
                 self._process.wait(SECONDS_TO_END)
             except subprocess.TimeoutExpired:
                 self._process.kill()
 
     def ask(self, do: str, **given: Any) -> Any:
-        """What the process answers. Raises MinipagedError if it has ended."""
+        """Send a request and return the answer. Raises MinipagedError if the process has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
@@ -52,7 +52,7 @@ class AskedProcess:
 
 
 def answer(ways: Mapping[str, Callable[..., Any]]) -> None:
-    """In the process: answer every question by the function of its name, until the pipe closes."""
+    """In the process: answer every request by the function of its name, until the pipe closes."""
     for line in sys.stdin:
         given: dict[str, Any] = json.loads(line)
         print(json.dumps(ways[given.pop("do")](**given)), flush=True)

@@ -1,7 +1,7 @@
-"""What the bookkeeping costs: the allocator, a step's scheduling, a simulated step.
+"""The cost of bookkeeping: the allocator, a step's scheduling, a simulated step.
 
-All are plain Python without tensors, and the model waits meanwhile. A step's scheduling is
-therefore given with the number of running sequences and their length.
+All are plain Python without tensors, and the model waits for them. A step's scheduling is therefore
+reported with the number of running sequences and their lengths.
 """
 
 import statistics
@@ -31,15 +31,15 @@ SIMULATED_SECONDS = 100.0
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that is done over and over."""
+    """One operation that is repeated."""
 
     what: str
-    size: int  # of the pool in blocks, or of the batch in sequences
-    seconds: float  # once, in the middle of all rounds
+    size: int  # size of the pool in blocks, or of the batch in sequences
+    seconds: float  # per operation, median of all rounds
 
 
 def measure() -> Iterator[Row]:
-    """All, at all sizes."""
+    """Measure all operations at all sizes."""
     for num_blocks in POOLS:
         yield Row("allocate and free", num_blocks, _time_allocator(num_blocks))
     for num_seqs in RUNNING:
@@ -49,7 +49,7 @@ def measure() -> Iterator[Row]:
 
 
 def _time_allocator(num_blocks: int) -> float:
-    """A block is taken and let go again, while half of the pool is in use."""
+    """A block is allocated and freed, while half of the pool is in use."""
     allocator = BlockAllocator(num_blocks)
     for _ in range(num_blocks // 2):
         allocator.allocate()
@@ -74,7 +74,7 @@ def _time_scheduler(num_seqs: int, num_tokens: int) -> float:
         block_size=BLOCK_SIZE,
         max_num_seqs=num_seqs,
         max_num_batched_tokens=num_seqs * (num_tokens + BLOCK_SIZE),  # all prompts in one step
-        enable_prefix_caching=False,  # they share nothing, and would only be looked up in vain
+        enable_prefix_caching=False,  # they share nothing, so lookups would be useless
     )
     scheduler = Parts().build_scheduler(config)
     for number in range(num_seqs):
@@ -108,14 +108,14 @@ def _time_simulation(system: str, simulated_seconds: float) -> Row:
         return (time.perf_counter() - begin) / report.num_steps, report
 
     runs = [run() for _ in range(3)]
-    report = runs[0][1]  # all three are alike
+    report = runs[0][1]  # all three are equal
     mean_batch = report.num_sequence_steps / report.num_steps
     seconds = statistics.median(seconds for seconds, _ in runs)
     return Row(f"simulate a step, {system}", round(mean_batch), seconds)
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     for title in ("what", "blocks", "sequences", "time", "each sequence"):
         table.add_column(title, justify="left" if title == "what" else "right")

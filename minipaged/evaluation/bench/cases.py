@@ -1,6 +1,7 @@
-"""What the kernels are measured on: random keys and values, in a pool and side by side.
+"""Input for kernel benchmarks: random keys and values, in a pool and contiguous.
 
-The baseline is PyTorch's attention (SDPA) over the same keys side by side: what paging costs.
+The baseline is PyTorch's attention (SDPA) over the same contiguous keys; the ratio is the cost of
+paging.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention of a model."""
+    """The attention heads of a model."""
 
     name: str
     heads: int
@@ -32,14 +33,14 @@ class Heads:
 
 @dataclass(frozen=True)
 class Case:
-    """So many sequences of this length, with so many new tokens each."""
+    """A batch of sequences of one length, with the same number of new tokens each."""
 
     heads: Heads
     num_seqs: int
     length: int  # of each sequence, new tokens included
     queries: int = 1
     kv_dtype: str = "auto"
-    short: int | None = None  # if given, all sequences but the first are so short (decode only)
+    short: int | None = None  # if given, the length of all sequences but the first (decode only)
 
     @property
     def name(self) -> str:
@@ -47,7 +48,7 @@ class Case:
 
     @property
     def lengths(self) -> str:
-        """For a person: tokens of the sequences, and how many of them are new."""
+        """A description: tokens of the sequences, and how many of them are new."""
         if self.short is not None:
             return f"{self.length:,} and {self.short:,}"
         new = f"{self.queries:,} of " if 1 < self.queries < self.length else ""
@@ -56,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The same keys and values twice: side by side, and scattered over a pool."""
+    """The same keys and values twice: contiguous, and scattered over a pool."""
 
     q: Tensor  # [tokens, heads, head_dim]
     keys: Tensor  # [seqs, kv_heads, length, head_dim]
@@ -71,7 +72,7 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
     """Random numbers, and the blocks of all sequences in one random order."""
     generator = torch.Generator(device).manual_seed(seed)
     heads, num_seqs, length, queries = case.heads, case.num_seqs, case.length, case.queries
-    assert length % BLOCK_SIZE == 0, f"{length} tokens are not whole blocks of {BLOCK_SIZE}"
+    assert length % BLOCK_SIZE == 0, f"{length} tokens do not fill whole blocks of {BLOCK_SIZE}"
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype, device=device)
@@ -109,7 +110,7 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
 
 
 def _scatter(keys: Tensor, order: Tensor, kv_dtype: torch.dtype) -> KVPool:
-    """A pool with these keys in it: block i of all sequences, end to end, is in `order[i]`."""
+    """Make a pool with these keys: block i of all sequences, concatenated, is in `order[i]`."""
     seqs, kv_heads, length, head_dim = keys.shape
     in_blocks = keys.view(seqs, kv_heads, length // BLOCK_SIZE, BLOCK_SIZE, head_dim)
     # [blocks, kv_heads, slots, head_dim]
@@ -126,7 +127,7 @@ def _scatter(keys: Tensor, order: Tensor, kv_dtype: torch.dtype) -> KVPool:
 
 
 def contiguous_attention(inputs: Inputs, case: Case) -> dict[str, Callable[[], Tensor]]:
-    """SDPA over keys side by side, in the ways that it can be asked: [tokens, heads, head_dim]."""
+    """SDPA over contiguous keys, called in all possible ways: [tokens, heads, head_dim]."""
     num_seqs, queries = case.num_seqs, case.queries
     q = inputs.q.view(num_seqs, queries, case.heads.heads, case.heads.head_dim).transpose(1, 2)
     attend = partial(F.scaled_dot_product_attention, scale=inputs.scale)
@@ -138,13 +139,13 @@ def contiguous_attention(inputs: Inputs, case: Case) -> dict[str, Callable[[], T
         visible = positions <= positions[-queries:, None]  # [queries, length]
         ask = partial(attend, q, inputs.keys, inputs.values, visible, enable_gqa=True)
         return {"SDPA": lambda: ask().transpose(1, 2).flatten(0, 1)}
-    if case.short is not None:  # padded to the longest, which is what there was before blocks
+    if case.short is not None:  # padded to the longest, as before paging
         lengths = inputs.batch.context_lens[:, None] + 1  # [seqs, 1]
         visible = torch.arange(case.length, device=q.device) < lengths  # [seqs, length]
         visible = visible[:, None, None]  # [seqs, 1, 1, length]
         ask = partial(attend, q, inputs.keys, inputs.values, visible, enable_gqa=True)
         return {"SDPA, padded": lambda: ask()[:, :, 0]}
-    # Query heads that share a KV head may take the place of several queries of one head.
+    # Query heads that share a KV head can be passed as several queries of one head.
     grouped = inputs.q.unflatten(1, (case.heads.kv_heads, -1))  # [seqs, kv_heads, group, head_dim]
     by_group = partial(attend, grouped, inputs.keys, inputs.values)
     ask = partial(attend, q, inputs.keys, inputs.values, enable_gqa=True)
@@ -155,7 +156,7 @@ def contiguous_attention(inputs: Inputs, case: Case) -> dict[str, Callable[[], T
 def _also_with_flash(
     name: str, ask: Callable[[], Tensor], q: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
-    """PyTorch chooses among several kernels; on a GPU FlashAttention is asked for by name, too."""
+    """PyTorch chooses among several kernels; on a GPU, also force FlashAttention."""
     if q.device.type != "cuda" or q.dtype is torch.float32:
         return {name: ask}
 
@@ -167,7 +168,7 @@ def _also_with_flash(
 
 
 def has_room(case: Case, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device's memory holds the case: side by side, in the pool, and in between."""
+    """Whether the case fits in the device's memory: contiguous, in the pool, and temporaries."""
     if device.type != "cuda":
         return True
     heads = case.heads

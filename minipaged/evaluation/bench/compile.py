@@ -1,12 +1,12 @@
-"""`minipaged bench compile`: every kernel, compiled ahead of time for GPUs that need not be there.
+"""`minipaged bench compile`: compiles every kernel ahead of time, for GPUs that may be absent.
 
-A kernel can be right and still be slow because it does not fit: it keeps more numbers than a thread
-has registers and spills them to memory, or takes so much shared memory that a multiprocessor runs
-one program at a time. Or it misses the instructions that it was written for. All that is decided
-when it is compiled, and the compiler needs no GPU.
+A correct kernel can be slow because it does not fit: it needs more values than a thread has
+registers and spills them to memory, or needs so much shared memory that a multiprocessor runs only
+one program at a time. Or the compiler does not choose the intended instructions. The compiled code
+shows all this, and the compiler needs no GPU.
 
-No list of types and constants is kept here, which could go out of step with the launchers. They run
-as they are, on tensors that hold nothing, and what they would launch is caught.
+This module has no list of types and constants, which could diverge from the launchers. It runs the
+launchers themselves on tensors without memory, and intercepts the launches.
 """
 
 import os
@@ -44,7 +44,7 @@ from minipaged.errors import InvalidOption
 
 @dataclass(frozen=True)
 class Setting:
-    """What a kernel is compiled for, besides the GPU."""
+    """The parameters of a compilation, besides the GPU."""
 
     heads: int
     kv_heads: int
@@ -54,7 +54,7 @@ class Setting:
 
 
 LLAMA_3_8B, OPT_13B, GPT_2 = (32, 8, 128), (40, 40, 128), (12, 12, 64)
-PADDED = (8, 8, 80)  # a head whose width is no power of two
+PADDED = (8, 8, 80)  # a head whose width is not a power of two
 SETTINGS = (
     *(Setting(*LLAMA_3_8B, torch.float16, kv_dtype) for kv_dtype in ("auto", "int8")),
     *(Setting(*LLAMA_3_8B, torch.bfloat16, kv_dtype) for kv_dtype in ("auto", "int8", "fp8")),
@@ -69,8 +69,8 @@ SMS = (80, 90)  # Ampere (A100) and Hopper (H100)
 
 # Of a multiprocessor, KiB of shared memory and warps (CUDA C++ Programming Guide).
 _PER_SM = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64)}
-# Only shapes and types are looked at, so any numbers do that lead to the usual case: the width of
-# the block tables is no multiple of 16, as in a real step.
+# Only shapes and types matter, so any values of the usual case will do: the width of the block
+# tables is not a multiple of 16, as in a real step.
 _BLOCK_SIZE, _NUM_BLOCKS, _TABLE_WIDTH, _TOKENS, _NUM_SPLITS = 16, 64, 101, 64, 8
 
 
@@ -88,15 +88,15 @@ class Compiled:
     shared_bytes: int  # of a program
     num_warps: int  # of a program, 32 threads each
     instructions: str  # that multiply matrices: "HGMMA", "HMMA" or "-"
-    # And how these kernels read keys and values: "LDGSTS.128" copies 128 bits, the most there are,
-    # to shared memory while the program goes on; "LDG" brings them to registers.
+    # The instructions that read keys and values: "LDGSTS.128" copies 128 bits, the maximum, to
+    # shared memory asynchronously; "LDG" loads them to registers.
     reads: str
 
     @property
     def programs(self) -> int:
-        """How many share a multiprocessor: while one waits for the memory, another computes."""
+        """Programs per multiprocessor: while one waits for memory, another computes."""
         shared_per_sm, most_warps = _PER_SM[self.sm]
-        # Registers are handed out to a thread in eights; the driver keeps 1 KiB per program.
+        # Registers are allocated to a thread in units of 8; the driver reserves 1 KiB per program.
         registers = 32 * self.num_warps * -(-self.registers // 8) * 8
         shared = self.shared_bytes + 1024
         by_registers, by_shared = 65536 // registers, shared_per_sm * 1024 // shared
@@ -105,7 +105,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher would have launched."""
+    """An intercepted launch."""
 
     kernel: Any
     args: tuple[Any, ...]
@@ -118,10 +118,10 @@ def compile_all(
     tile: TileShape | None = None,
     tiles: TileShapes | None = None,
 ) -> Iterator[Compiled]:
-    """Every kernel in every setting, for every GPU that can run it; what two have in common, once.
+    """Compile every kernel in every setting for every GPU that can run it, without duplicates.
 
     Args:
-        tile, tiles: those of decode and of prefill, to be tried instead of the shipped ones.
+        tile, tiles: for decode and prefill, to try instead of the shipped ones.
 
     Raises:
         InvalidOption: the kernels of this process are interpreted.
@@ -129,7 +129,7 @@ def compile_all(
     kernel: Any = naive_kernel
     if not isinstance(kernel, JITFunction):
         raise InvalidOption(
-            "the kernels of this process are interpreted, and cannot be compiled: set "
+            "the kernels of this process are interpreted, so they cannot be compiled: set "
             "TRITON_INTERPRET=0 before it starts."
         )
     jobs: dict[str, tuple[Launch, Setting, int]] = {}
@@ -146,7 +146,7 @@ def compile_all(
 
 @contextmanager
 def catch_launches() -> Generator[list[Launch], None, None]:
-    """Inside, a launch is written down and does not happen."""
+    """Inside, launches are recorded instead of executed."""
     caught: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -163,7 +163,7 @@ def catch_launches() -> Generator[list[Launch], None, None]:
 def launch_everything(
     setting: Setting, tile: TileShape | None = None, tiles: TileShapes | None = None
 ) -> None:
-    """Call every launcher, on tensors of PyTorch's "meta" device: they hold nothing."""
+    """Call every launcher, on tensors of PyTorch's "meta" device, which have no memory."""
     heads, kv_heads, head_dim = setting.heads, setting.kv_heads, setting.head_dim
     kv_dtype = choose_kv_dtype(setting.kv_dtype, setting.dtype)
     k_cache, v_cache = (_pool(kv_heads, head_dim, kv_dtype) for _ in range(2))
@@ -197,7 +197,7 @@ def _pool(kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> KVPool:
 
 
 def _batch(tokens_each: int) -> Batch:
-    """Sequences with so many query tokens each, after a context."""
+    """Make sequences with `query_len` query tokens each, after a context."""
     num_seqs = _TOKENS // tokens_each
     return Batch(
         token_ids=_empty(_TOKENS, dtype=torch.int64),
@@ -212,10 +212,10 @@ def _batch(tokens_each: int) -> Batch:
 
 
 def _specialize(launch: Launch, sm: int) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
-    """Of each argument the type and what else the compiler may know of it, and the options.
+    """Return the type and known properties of each argument, and the options.
 
-    Triton's own function, which a real launch calls too: a stride of 1 becomes a constant, and
-    that a pointer is a multiple of 16 is noted.
+    This is Triton's own function, as in a real launch: a stride of 1 becomes a constant, and
+    pointers that are multiples of 16 are marked.
     """
     kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", sm, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -228,7 +228,7 @@ def _identity(launch: Launch, sm: int) -> str:
 
 
 def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
-    """One launch, of this setting, compiled for this GPU."""
+    """Compile one launch of this setting for this GPU."""
     target = GPUTarget("cuda", sm, 32)
     backend = make_backend(target)
     specialization, options = _specialize(launch, sm)
@@ -262,10 +262,11 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
 
 
 def _examine(asm: dict[str, Any]) -> tuple[dict[str, int], str]:
-    """What the kernel takes of a multiprocessor, and its instructions if it multiplies matrices."""
+    """The kernel's resources on a multiprocessor, and its instructions if it multiplies "
+    "matrices."""
     command = [knobs.nvidia.cuobjdump.path, "-res-usage"]
     if "mma.sync" in asm["ptx"] or "wgmma." in asm["ptx"]:
-        command.append("-sass")  # takes as long as all else: only where there is something to find
+        command.append("-sass")  # slow: only if there is something to find
     with TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(asm["cubin"])
@@ -275,7 +276,7 @@ def _examine(asm: dict[str, Any]) -> tuple[dict[str, int], str]:
 
 
 def _wide_reads(code: str) -> str:
-    """The reads of keys and values: what is narrower are table entries and scales."""
+    """The reads of keys and values; narrower reads are table entries and scales."""
     for name in ("LDGSTS", "LDG"):
         reads = re.findall(rf" {name}\.([\w.]+)", code)
         widths = {w for read in reads for w in read.split(".") if w in ("64", "128")}
@@ -285,7 +286,7 @@ def _wide_reads(code: str) -> str:
 
 
 def as_table(rows: Iterable[Compiled]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     for title in ("kernel", "heads", "queries", "pool", "GPU"):
         table.add_column(title)

@@ -1,8 +1,8 @@
 """Decode attention on a CPU, gathered and in place (`attention.torch_decode`), compared with SDPA.
 
-SDPA gets contiguous keys, all sequences equally long: what paging costs is
-what either way takes beyond that. Lengths differ, as those of requests do. Several layers take
-turns, so that keys come from memory.
+SDPA gets contiguous keys and sequences of equal length, so the difference is the cost of paging.
+The lengths of the paged sequences differ, as in real requests. Several layers are used in turn, so
+that keys are read from memory.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from minipaged.evaluation.bench.timing import Work, median_seconds
 from minipaged.scheduler.output import SequenceInput
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
-CASES = [  # sequences, their mean length, the part of the blocks between first and last in use
+CASES = [  # sequences, their mean length, the fraction in use of the blocks between first and last
     (batch, context, in_use) for batch in (1, 8, 32) for context in (128, 1024) for in_use in (1, 2)
 ]
 BYTES_IN_TURN = 64 * 1024**2
@@ -42,7 +42,7 @@ class Row:
 
 @torch.inference_mode()
 def measure(dtype: torch.dtype, cases: list[tuple[int, int, int]] = CASES) -> Iterator[Row]:
-    """All cases; every result is checked against the reference."""
+    """Measure all cases; every result is checked against the reference."""
     for num_seqs, context_len, stride in cases:
         yield _measure_case(dtype, num_seqs, context_len, stride)
 
@@ -101,7 +101,8 @@ def _all_layers(decodes: Decodes, q: Tensor, pool: Tensor, scale: float) -> Work
 
 
 def _make_batch(num_seqs: int, context_len: int, stride: int) -> tuple[Batch, int]:
-    """Lengths from half to one and a half of the mean; shuffled blocks, `stride` apart."""
+    """Make a batch with lengths from 0.5 to 1.5 times the mean, in shuffled blocks `stride` "
+    "apart."""
     lengths = (context_len * (0.5 + torch.rand(num_seqs))).int().tolist()
     counts = [ceil(length / BLOCK_SIZE) for length in lengths]
     ids: list[int] = (stride * torch.randperm(sum(counts))).tolist()
@@ -114,16 +115,16 @@ def _make_batch(num_seqs: int, context_len: int, stride: int) -> tuple[Batch, in
 
 
 def describe(dtype: torch.dtype) -> str:
-    """What the table shows."""
+    """The caption of the table."""
     return (
         f"{dtype}, {HEADS} heads over {KV_HEADS} KV heads of {HEAD_DIM}, blocks of {BLOCK_SIZE}. "
-        "In use: the part of the blocks from the first to the last. SDPA: over keys that are "
-        "contiguous. Several layers in turn, median of rounds"
+        "In use: the part of the blocks from the first to the last. SDPA: over contiguous "
+        "keys. Several layers in turn, median of rounds"
     )
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     for title in ("sequences", "context", "in use", "SDPA", "gathered", "in place"):
         table.add_column(title, justify="right")

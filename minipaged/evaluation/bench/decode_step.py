@@ -1,11 +1,11 @@
-"""A decode step of the whole engine: what its parts take, and the bytes that it must read.
+"""A decode step of the whole engine: the time of its parts, and the bytes that it must read.
 
-Each step reads every weight once, whatever the batch, and the keys and values of every sequence:
-those bytes over the bandwidth of a large copy are the floor. The model has random weights, since
-what it says costs the same.
+Each step reads every weight once, whatever the batch, and the keys and values of every sequence.
+These bytes divided by the bandwidth of a large copy are the floor. The model has random weights,
+because the cost of a token does not depend on its value.
 
 The parts are those of `LLMEngine.step`, each timed from outside on the host. On a GPU the model's
-part is over when all is launched, and the wait for its results falls to sampling.
+part ends when all kernels are launched, and waiting for its results counts as sampling.
 """
 
 import statistics
@@ -69,16 +69,16 @@ PARTS = ("schedule", "batch", "model", "sample", "commit", "rest")
 
 @dataclass(frozen=True)
 class Row:
-    """Decode steps, one way."""
+    """Decode steps with one backend."""
 
     backend: str
     graphs: bool
     num_seqs: int
     context_len: int
-    seconds: float  # of a whole step, in the middle of all
+    seconds: float  # of a whole step, the median
     model_seconds: float  # of the model alone, on its device
     floor_seconds: float
-    parts: dict[str, float]  # seconds of each of PARTS, in the middle of all
+    parts: dict[str, float]  # seconds of each of PARTS, medians
 
 
 def measure(
@@ -89,7 +89,7 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[Row]:
-    """Each backend, with CUDA graphs and without where there is a GPU."""
+    """Measure each backend, with and without CUDA graphs if there is a GPU."""
     copy, copy_bytes = copy_work(device)
     bandwidth = copy_bytes / median_seconds({"copy": copy}, device)["copy"]
     expected: list[list[int]] | None = None
@@ -114,10 +114,10 @@ def measure(
                 num_bytes / bandwidth,
                 parts,
             )
-            # In half precision two kernels may round apart, and a random model's tokens with them.
+            # In half precision, kernels may round differently, which changes the tokens.
             if dtype is torch.float32:
                 expected = expected or tokens
-                assert tokens == expected, f"{backend} generates other tokens than {backends[0]}"
+                assert tokens == expected, f"{backend} and {backends[0]} generate different tokens"
 
 
 def _num_weights(config: LlamaConfig) -> int:
@@ -135,14 +135,14 @@ def build_engine(
     dtype: torch.dtype,
     with_graphs: bool,
 ) -> LLMEngine:
-    """An engine around a random model, with room for so many sequences."""
+    """Build an engine with a random model and room for `num_seqs` sequences."""
     backend = choose_backend(backend_name, device, config.head_dim)
     torch.manual_seed(0)
     with torch.device(device):
         model = Llama(config, backend).to(device, dtype).eval().requires_grad_(False)
     if device.type == "cpu":
         pack_weights(model)
-    # Made on the CPU, and not to be rounded with the weights.
+    # Made on the CPU, and not rounded with the weights.
     model.rotary.frequencies = rope_frequencies(config.rope, config.head_dim).to(device)
     longest = context_len + STEPS + 8
     engine = EngineConfig(
@@ -171,7 +171,7 @@ def build_engine(
 def _time_steps(
     engine: LLMEngine, num_seqs: int, context_len: int
 ) -> tuple[float, float, dict[str, float], list[list[int]]]:
-    """Of a step in which all decode: its seconds, the model's, each part's; and all tokens."""
+    """Measure steps in which all sequences decode: seconds of step, model and parts; all tokens."""
     params = SamplingParams(temperature=0.0, max_tokens=STEPS + 4, ignore_eos=True)
     vocab_size = engine.executor.runner.model.config.vocab_size
     for i in range(num_seqs):
@@ -186,7 +186,7 @@ def _time_steps(
     while engine.has_unfinished_requests():
         stopwatch.seconds.clear()
         begin = time.perf_counter()
-        progresses = engine.step()  # ends with the tokens on the host
+        progresses = engine.step()  # ends when the tokens are on the host
         if len(progresses) == num_seqs:
             seconds.append(time.perf_counter() - begin)
             model_seconds.append(clock.seconds_of_last_run())
@@ -202,7 +202,7 @@ def _time_steps(
 
 
 class _Stopwatch:
-    """Seconds of each part of a step, taken from outside: it wraps what `LLMEngine.step` calls."""
+    """Times each part of a step from outside, by wrapping the calls of `LLMEngine.step`."""
 
     def __init__(self, engine: LLMEngine) -> None:
         self.seconds: dict[str, float] = {}
@@ -266,7 +266,7 @@ class _ModelClock:
 
 
 def describe(config: LlamaConfig, dtype: torch.dtype) -> str:
-    """What the table shows."""
+    """The caption of the table."""
     return (
         f"{config.num_layers} layers, hidden size {config.hidden_size}, {dtype}; floor: bytes of "
         "weights, keys and values over the bandwidth of a large copy. schedule to rest: shares of "
@@ -275,7 +275,7 @@ def describe(config: LlamaConfig, dtype: torch.dtype) -> str:
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 1))
     table.add_column("by", no_wrap=True)
     for title in ("batch", "context", "floor", "model", "/ floor", "step", "/ floor", *PARTS):

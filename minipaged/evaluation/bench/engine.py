@@ -1,13 +1,13 @@
-"""The whole engine against transformers: tokens per second, memory, and the same tokens.
+"""The whole engine compared with transformers: tokens per second, memory, and equal tokens.
 
 Both run the same checkpoint in this process, in turn, round after round: A B C A B C ... Only
-ratios within a round are compared, since a machine's speed changes from minute to minute. Time on
-the processor is reported as well: a busy neighbour does not change it.
+ratios within a round are compared, since a machine's speed changes from minute to minute. CPU time
+is reported as well, because other processes do not affect it.
 
-A run that generated something else is worth nothing, so the tokens of each are checked. Float32
-must agree with transformers. Two likeliest tokens may be so close that rounding chooses: there, and
-after it, every token must be within a hair of the likeliest in its own context. In bfloat16
-rounding chooses often; so each token is held against this library's specification of attention.
+The tokens of each run are checked, because a run with wrong tokens is worthless. Float32 must agree
+with transformers. The two likeliest tokens may be so close that rounding decides: from there on,
+every token must be very close to the likeliest in its own context. In bfloat16 rounding decides
+often, so each token is compared with this library's specification of attention.
 """
 
 import statistics
@@ -35,17 +35,17 @@ from minipaged.evaluation.bench.engine_workload import Request, Workload, make_m
 from minipaged.models.loader import DTYPES
 from minipaged.utils.progress import progress_bar
 
-# How far below the likeliest a token's logit may be: what rounding does to logits of this model.
+# Tolerated distance of a token's logit from the largest: the rounding error of this model's logits.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 class WrongTokens(MinipagedError):
-    """A timed run generated what the model does not say: its time would mean nothing."""
+    """A timed run generated wrong tokens, so its time is meaningless."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is done in turn, on the same requests."""
+    """The runs that are made in turn, on the same requests."""
 
     name: str
     requests: list[Request]
@@ -55,7 +55,7 @@ class Case:
 def measure(
     workload: Workload, dtype: str, rounds: int, against: str | None, threads: int | None
 ) -> Iterator[Row]:
-    """All cases. Raises WrongTokens: a run of this library does not say what the model says."""
+    """Measure all cases. Raises WrongTokens if this library generated wrong tokens."""
     if threads is not None:
         torch.set_num_threads(threads)
     with TemporaryDirectory() as name:
@@ -94,7 +94,7 @@ def _decode_case(
 
 
 def _read_work(num_bytes: int) -> Work:
-    """Reads so many bytes and does next to nothing with them, as one token does at the least."""
+    """Reads this many bytes with minimal computation: the lower bound of a token's time."""
     weights = torch.ones(num_bytes // 4)
     repeats = 5
 
@@ -161,7 +161,7 @@ def _summarize(case: Case, name: str, runs: list[Run]) -> Row:
 
 
 def _ratios(theirs: list[Run], ours: list[Run]) -> dict[str, float]:
-    """Round by round, and the median of these."""
+    """Divide round by round, and return the median."""
     pairs = list(zip(theirs, ours, strict=True))
     return {
         "times_seconds": statistics.median(a.seconds / b.seconds for a, b in pairs),
@@ -180,9 +180,9 @@ def _num_alike(run: Run, expected: list[list[int]]) -> int:
 
 @dataclass(frozen=True)
 class Referee:
-    """Holds the tokens of this library against a model that computes them another way.
+    """Compares the tokens of this library with a model that computes them in another way.
 
-    Where `trusts` is true, tokens that the baseline generated too need no further look.
+    Where `trusts` is true, tokens that the baseline also generated need no further check.
     """
 
     name: str
@@ -192,7 +192,8 @@ class Referee:
     seen: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
 
     def check(self, case: Case, run: Run, expected: list[list[int]] | None) -> int:
-        """In how many requests rounding chose. Raises WrongTokens where something else did."""
+        """Count the requests in which rounding decided. Raises WrongTokens for other "
+        "differences."""
         num_close = 0
         for number, ((prompt, output), tokens) in enumerate(
             zip(case.requests, run.tokens, strict=True)
@@ -209,7 +210,7 @@ class Referee:
                 self.seen[whole] = self.shortfalls(prompt, tokens)
             short = self.seen[whole]
             for place, below in enumerate(short):
-                if not below <= self.tolerance:  # in these words, NaN is wrong too
+                if not below <= self.tolerance:  # written so that NaN is wrong too
                     raise WrongTokens(
                         f"{case.name}, request {number}: minipaged's token {place} is "
                         f"{tokens[place]}, which has a logit {below:.2g} below the likeliest by "

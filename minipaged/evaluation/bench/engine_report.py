@@ -1,4 +1,4 @@
-"""What `minipaged bench engine` found: rows, a table, a sentence about it, a picture."""
+"""The results of `minipaged bench engine`: rows, a table, a caption, a picture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True)
 class Row:
-    """One case, one way. Times are those in the middle of all rounds."""
+    """One case on one side. Times are medians of all rounds."""
 
     case: str
     by: str
@@ -33,8 +33,8 @@ class Row:
     times_cpu_seconds: float | None = None
     num_requests: int = 0
     num_alike: int | None = None  # requests with the same tokens as transformers' first run
-    num_close: int = 0  # requests in which rounding chose
-    percent_of_read: float | None = None  # of the speed at which the weights can be read at all
+    num_close: int = 0  # requests in which rounding decided
+    percent_of_read: float | None = None  # percent of the speed at which the weights can be read
     peak_bytes: int | None = None
     failure: str | None = None  # why it could not run
     rounds: list[tuple[float, float]] = field(default_factory=list)  # seconds, CPU seconds
@@ -43,7 +43,7 @@ class Row:
 def refuse_what_cannot_be(
     against: str | None, dtype: str, save: Path | None, plot: Path | None
 ) -> None:
-    """Raise InvalidOption before the first minute is spent, not after the last."""
+    """Raise InvalidOption before the run starts, not at its end."""
     if dtype not in ("float32", "bfloat16"):
         raise InvalidOption(f"dtype is {dtype!r}: choose float32 or bfloat16.")
     if against not in (None, "transformers"):
@@ -62,7 +62,7 @@ def refuse_what_cannot_be(
 
 
 def describe(workload: Workload, dtype: str, rounds: int, against: str | None) -> str:
-    """What the table shows, in a few sentences."""
+    """The caption of the table."""
     hf, requests = workload.hf, workload.mixed_requests()
     note = (
         f"A LLaMA with random weights ({hf['num_hidden_layers']} layers, hidden size "
@@ -86,11 +86,11 @@ def describe(workload: Workload, dtype: str, rounds: int, against: str | None) -
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     for title in ("", "by"):
         table.add_column(title, no_wrap=True)
-    titles = ("tokens/s", "a CPU second", "minipaged is", "by CPU time", "of the read", "peak")
+    titles = ("tokens/s", "per CPU second", "minipaged is", "by CPU time", "of the read", "peak")
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("same tokens")
@@ -126,8 +126,8 @@ def _same_tokens(row: Row) -> str:
 
 
 def plot_rows(rows: list[Row], path: Path) -> None:
-    """Bars of tokens per second, a panel a case, to an image file."""
-    import_module("matplotlib").use("Agg")  # draws to files; needs no screen
+    """Draw tokens per second as bars, one panel per case, to an image file."""
+    import_module("matplotlib").use("Agg")  # draws to files without a screen
     pyplot: Any = import_module("matplotlib.pyplot")
     cases = list(dict.fromkeys(row.case for row in rows))
     figure, panels = pyplot.subplots(

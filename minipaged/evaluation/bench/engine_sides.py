@@ -1,4 +1,4 @@
-"""Who is measured by `minipaged bench engine`: this library and transformers, on one checkpoint."""
+"""The two sides of `minipaged bench engine`: this library and transformers, on one checkpoint."""
 
 import json
 import logging
@@ -26,16 +26,16 @@ OURS = "minipaged"
 
 
 class CannotRun(Exception):
-    """A baseline that does not work here: noted in its row, while all others go on."""
+    """A baseline does not work here. Its row records the error, and the others continue."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its time, and every token after every prompt."""
+    """One run: its time, and the generated tokens of every prompt."""
 
-    num_tokens: int  # that were generated in this time, and wanted
+    num_tokens: int  # number of requested tokens generated in this time
     seconds: float
-    cpu_seconds: float  # of all threads together
+    cpu_seconds: float  # CPU seconds of all threads
     tokens: list[list[int]]
 
 
@@ -44,19 +44,19 @@ Work = Callable[[], Run]
 
 @dataclass(frozen=True)
 class Clock:
-    """Started when it is made."""
+    """A stopwatch, started by its constructor."""
 
     begin: float = field(default_factory=time.perf_counter)
     cpu_begin: float = field(default_factory=time.process_time)
 
     def stop(self, num_tokens: int, tokens: list[list[int]]) -> Run:
-        """What was done since."""
+        """The run since the start."""
         seconds = time.perf_counter() - self.begin
         return Run(num_tokens, seconds, time.process_time() - self.cpu_begin, tokens)
 
 
 class Minipaged:
-    """This library, with the defaults of a CPU and a pool that holds all requests."""
+    """This library, with its defaults for a CPU and a pool for all requests."""
 
     def __init__(
         self, folder: Path, dtype: str, workload: Workload, backend: Backend = "auto"
@@ -75,12 +75,12 @@ class Minipaged:
             dtype=cast(DType, dtype),
             attention_backend=backend,
             block_size=block_size,
-            num_blocks=most + most // 10 + 64,  # with a tenth more, no request is ever preempted
-            enable_prefix_caching=False,  # the second round shall be as much work as the first
+            num_blocks=most + most // 10 + 64,  # a tenth more, so that no request is preempted
+            enable_prefix_caching=False,  # so that later rounds are as much work as the first
         )
 
     def decode(self, requests: list[Request]) -> Run:
-        """Time from the moment when every sequence has its first token; some have more by then."""
+        """Time from when every sequence has its first token; some have more by then."""
         prompts, params = _as_ours(requests)
         tokens: list[list[int]] = [[] for _ in requests]
         clock, untimed = None, 0
@@ -92,7 +92,7 @@ class Minipaged:
         return clock.stop(sum(map(len, tokens)) - untimed, tokens)
 
     def mixed(self, workload: Workload) -> dict[str, Work]:
-        """Ways to serve the mixed trace: there is one."""
+        """Methods to serve the mixed trace: one."""
         return {OURS: lambda: self.serve(workload.mixed_requests())}
 
     def serve(self, requests: list[Request]) -> Run:
@@ -104,7 +104,7 @@ class Minipaged:
         return clock.stop(sum(map(len, tokens)), tokens)
 
     def shortfalls(self, prompt: list[int], tokens: list[int]) -> list[float]:
-        """How far below the likeliest each token is, in its own context, by its logit."""
+        """The distance of each token's logit from the largest one, in the token's own context."""
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, ignore_eos=True)
         whole: Prompt = {"prompt_token_ids": prompt + tokens}
         [output] = self._llm.generate(whole, params, use_tqdm=False)
@@ -133,7 +133,7 @@ class Transformers:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        # It complains of what is set by hand below.
+        # It warns about options that are set below.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], attn_implementation="sdpa"
@@ -141,14 +141,14 @@ class Transformers:
         self._model: Any = loaded.eval()
 
     def decode(self, requests: list[Request]) -> Run:
-        """Time from the moment when every sequence has its first token: `generate` tells it."""
+        """Time from when every sequence has its first token, by a stopping criterion."""
         after_first = _AfterFirst()
         tokens = self._generate(requests, stopping_criteria=[after_first])
         assert after_first.clock is not None
         return after_first.clock.stop(sum(output - 1 for _, output in requests), tokens)
 
     def mixed(self, workload: Workload) -> dict[str, Work]:
-        """Ways to serve the mixed trace: batches formed beforehand, and a batch that changes."""
+        """Methods to serve the mixed trace: static batches, and continuous batching."""
         requests = workload.mixed_requests()
         few, many = workload.static_batches
         return {
@@ -158,7 +158,7 @@ class Transformers:
         }
 
     def serve_in_batches(self, requests: list[Request], size: int) -> Run:
-        """So many requests at a time, in their order; each waits for the longest of its batch."""
+        """Static batches in order of arrival; each request waits for the longest of its batch."""
         clock = Clock()
         tokens: list[list[int]] = []
         for first in range(0, len(requests), size):
@@ -181,8 +181,8 @@ class Transformers:
     def serve_continuously(self, requests: list[Request]) -> Run:
         """Its own continuous batching over a paged cache. Raises CannotRun.
 
-        What `generate_batch` does, which takes only one length for all. The manager is set up, and
-        its cache allocated, before the clock starts.
+        This does the work of `generate_batch`, which takes only one length for all. The manager is
+        set up, and its cache allocated, before the clock starts.
         """
         try:
             with self._manager(requests) as manager:
@@ -201,7 +201,7 @@ class Transformers:
                 return clock.stop(sum(map(len, in_order)), in_order)
         except CannotRun:
             raise
-        except Exception as error:  # whatever it is: a baseline's error ends no other run
+        except Exception as error:  # any error of a baseline must not end the other runs
             raise CannotRun(f"{type(error).__name__}: {error}") from error
 
     def _manager(self, requests: list[Request]) -> Any:
@@ -211,7 +211,7 @@ class Transformers:
         page = ContinuousBatchingConfig().page_size
         settings = ContinuousBatchingConfig(
             num_blocks=sum(1 + (len(prompt) + output) // page for prompt, output in requests),
-            max_batch_tokens=2048,  # as many as `generate` takes at once, or more
+            max_batch_tokens=2048,  # at least as many as `generate` runs at once
             allow_block_sharing=False,  # no prefix cache, as here
             auto_switch_to_flash=False,
         )
@@ -224,16 +224,16 @@ class Transformers:
 
     @torch.inference_mode()
     def shortfalls(self, prompt: list[int], tokens: list[int]) -> list[float]:
-        """How far below the likeliest each token is, in its own context, by its logit."""
+        """The distance of each token's logit from the largest one, in the token's own context."""
         ids = torch.tensor([prompt + tokens])
-        # Row i belongs to the next token, so the last row is not used.
+        # Row i predicts the next token, so the last row is not needed.
         logits: Tensor = self._model(ids, logits_to_keep=len(tokens) + 1).logits[0, :-1].float()
         given = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         return (logits.amax(-1) - given).tolist()
 
 
 class _AfterFirst:
-    """A stopping criterion that stops nothing: it is asked after each token, and starts a clock."""
+    """A stopping criterion that never stops: it is called after each token, and starts a clock."""
 
     def __init__(self) -> None:
         self.clock: Clock | None = None
@@ -247,9 +247,9 @@ class _AfterFirst:
 
 
 def peak_bytes(by: str, folder: Path, dtype: str, workload: Workload) -> int | None:
-    """Memory at its peak on the mixed trace; None where it cannot be known (it is Linux's /proc).
+    """Peak memory on the mixed trace; None without Linux's /proc.
 
-    That is resident memory at its highest, less what it was once all is imported.
+    It is the highest resident memory minus the resident memory after the imports.
     """
     if not Path("/proc/self/status").exists():
         return None

@@ -1,7 +1,7 @@
-"""What `minipaged bench engine` runs: a model with random weights, and requests to it.
+"""The workload of `minipaged bench engine`: a model with random weights, and requests.
 
-What a model says costs the same whatever it is. Nothing ever ends by itself, so that every run
-generates as many tokens as was asked for.
+The cost of a token does not depend on its value. No sequence ends early, so every run generates
+exactly the requested number of tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minipaged.evaluation.bench.load import make_checkpoint
 
-Request = tuple[list[int], int]  # a prompt, and how many tokens shall follow it
+Request = tuple[list[int], int]  # a prompt, and the number of tokens to generate
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Lengths:
     longest: int
 
     def draw(self, random: np.random.Generator) -> list[int]:
-        """64 lengths: always as many, so that more requests begin with the same ones."""
+        """Draw 64 lengths: always 64, so that longer traces start with the same ones."""
         mu = np.log(self.mean) - self.sigma**2 / 2
         drawn = random.lognormal(mu, self.sigma, 64).astype(int)
         return np.clip(drawn, self.shortest, self.longest).tolist()
@@ -35,26 +35,26 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, what it decodes in one rhythm, and a mixed trace of requests."""
+    """A model, a batch of equal sequences to decode, and a mixed trace of requests."""
 
-    hf: dict[str, Any]  # what config.json holds
+    hf: dict[str, Any]  # the content of config.json
     batches: tuple[int, ...]  # that decode: all sequences equally long
     prompt_len: int
     new_tokens: int  # of each, after the first
     num_requests: int  # of the mixed trace
     prompts: Lengths
     outputs: Lengths
-    static_batches: tuple[int, int]  # sizes, for a library that forms its batches beforehand
+    static_batches: tuple[int, int]  # batch sizes, for a library that forms batches in advance
 
     def decode_requests(self, batch: int) -> list[Request]:
-        """So many prompts of the same length, and one token more than is timed."""
+        """Make `count` prompts of equal length, with one token more than is timed."""
         prompts = np.random.default_rng(1).integers(
             0, self.hf["vocab_size"], (batch, self.prompt_len)
         )
         return [(prompt, self.new_tokens + 1) for prompt in prompts.tolist()]
 
     def mixed_requests(self) -> list[Request]:
-        """Requests of very different lengths, as users send them; always the same ones."""
+        """Make requests of very different lengths, as users send them; always the same ones."""
         random = np.random.default_rng(0)
         lengths = list(zip(self.prompts.draw(random), self.outputs.draw(random), strict=True))
         chosen = lengths[: self.num_requests]
@@ -89,7 +89,7 @@ FULL = Workload(
     outputs=Lengths(100, 0.8, 4, 256),
     static_batches=(8, 16),
 )
-# The same matrices with 12 query heads of 48 in place of 9 of 64: several ranks divide the heads.
+# The same matrices with 12 query heads of 48, not 9 of 64, so that ranks can divide the heads.
 DIVISIBLE = replace(
     FULL, hf={**FULL.hf, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 48}
 )
@@ -114,10 +114,10 @@ QUICK = Workload(
 
 
 def make_model(workload: Workload, folder: Path) -> int:
-    """Write the checkpoint; returns how many numbers a decode step reads of it.
+    """Write the checkpoint; return the number of weights that a decode step reads.
 
-    Matrices keep the size of what they multiply. So attention looks at many tokens, activations
-    stay finite, and greedy tokens differ from each other. The last norm spreads the logits.
+    Matrices preserve the magnitude of their input, so attention is spread over many tokens,
+    activations stay finite, and greedy tokens differ. The last norm spreads the logits.
     """
     torch.manual_seed(0)
     make_checkpoint(workload.hf, folder, torch.float32)

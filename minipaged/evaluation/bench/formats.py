@@ -1,8 +1,8 @@
-"""What a smaller KV cache costs and gains: its error, and how many tokens the same memory holds.
+"""The cost and gain of a smaller KV cache: its error, and the number of tokens in the same memory.
 
-The error is that of attention over random keys and values of 1,024 tokens, against float64, as
-‖out - exact‖ / ‖exact‖; and what comes of it in the end: the answers of the embedded model to
-questions that it answers from far back in its context, and how many of its tokens change.
+The error is measured for attention over random keys and values of 1,024 tokens, relative to
+float64, as ‖out - exact‖ / ‖exact‖. Its effect is measured with the embedded model: right answers
+to questions about facts far back in its context, and the number of tokens that change.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from minipaged.models.llama import LlamaConfig
 from minipaged.sampling import SamplingParams
 
 HEADS = Heads("8/2 x 128", 8, 2, 128)
-MOST_FACTS = 32  # of a story: some 500 tokens
+MOST_FACTS = 32  # facts per story: about 500 tokens
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,17 @@ class Row:
     """One format of keys and values."""
 
     kv_dtype: str
-    bytes_per_key: float  # of 128 numbers, scale included
-    times_tokens: float  # that the memory of float16 holds
+    bytes_per_key: float  # bytes of 128 elements, scale included
+    times_tokens: float  # number of tokens in the memory of one token in float16
     attention_error: float
     num_right: int
     num_questions: int
-    num_changed: int  # answers with another token than in float32
+    num_changed: int  # answers with a different token from float32
 
 
 def measure(num_questions: int) -> Iterator[Row]:
-    """All formats, the error over random keys and the answers to so many questions."""
+    """Measure all formats: the error over random keys, and the answers to `num_questions` "
+    "questions."""
     expected: list[list[int]] = []
     for kv_dtype in KV_DTYPES:
         key_bytes = _bytes_per_key(kv_dtype)
@@ -94,7 +95,7 @@ def _bytes_per_key(kv_dtype: str) -> float:
 
 
 def _answers(kv_dtype: str, num_questions: int) -> tuple[int, list[list[int]]]:
-    """How many are right, and the tokens of all."""
+    """Return the number of right answers, and the tokens of all."""
     llm = LLM("storyteller", device="cpu", kv_cache_dtype=cast(KVCacheDType, kv_dtype))
     cases = [_question(index) for index in range(num_questions)]
     greedy = SamplingParams(temperature=0.0, max_tokens=32)
@@ -115,10 +116,10 @@ def _question(index: int) -> tuple[str, Question]:
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     table.add_column("kept as")
-    for title in ("bytes a key of 128", "tokens", "error of attention", "right", "changed"):
+    for title in ("bytes per key of 128", "tokens", "error of attention", "right", "changed"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(

@@ -1,9 +1,9 @@
-"""`minipaged bench host`: what a decode step costs the host, without a model.
+"""`minipaged bench host`: the host time of a decode step, without a model.
 
-A stub stands in for the model, so what is left is schedule, message, tensors, sampling and text. To
-compare with another version, name a checkout of it: both are timed in turns, each run in a process
-of its own, and only the ratio within one call means something. The timed program uses names that
-both versions have (`LLM`, `engine.add_request`, `engine.step`, `runner.model`).
+A stub replaces the model, which leaves scheduling, message, tensors, sampling and text. To compare
+with another version, give a checkout of it: both are timed in turn, each run in a separate process,
+and only the ratio within one call is meaningful. The timed program uses names that both versions
+have (`LLM`, `engine.add_request`, `engine.step`, `runner.model`).
 """
 
 import json
@@ -75,18 +75,19 @@ print(json.dumps([minipaged.__file__, statistics.median(seconds)]))
 
 @dataclass(frozen=True)
 class Row:
-    """One version of the library."""
+    """The time of one version of the library."""
 
     version: str
     seconds: float  # of processor time per step: the median over rounds
-    ratio: float  # to the other version's
+    ratio: float  # ratio to the other version
 
 
 def measure(against: Path | None, rounds: int) -> list[Row]:
-    """This version and another, in turns. Raises InvalidOption if the other is no checkout."""
+    """Measure this version and another in turn. Raises InvalidOption if the other is no "
+    "checkout."""
     if against is not None and not (against / "minipaged" / "__init__.py").is_file():
         raise InvalidOption(
-            f"{str(against)!r} is no checkout of this library: make one with git worktree, and "
+            f"{str(against)!r} is not a checkout of this library: make one with git worktree, and "
             "name its folder."
         )
     versions = {"this version": HERE}
@@ -105,7 +106,7 @@ def _run(checkout: Path) -> float:
     sizes = [str(size) for size in (NUM_SEQS, NUM_TOKENS, STEPS)]
     finished = subprocess.run(
         [sys.executable, "-c", _PROGRAM, *sizes],
-        cwd=checkout,  # which comes first on the path of a program given by -c
+        cwd=checkout,  # which is first on the path of a program given by -c
         env={**os.environ, "PYTHONPATH": str(checkout)},
         capture_output=True,
         text=True,
@@ -118,7 +119,7 @@ def _run(checkout: Path) -> float:
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     table.add_column("")
     for title in ("per step", "ratio"):

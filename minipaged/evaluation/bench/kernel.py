@@ -1,12 +1,12 @@
-"""The attention kernels against what bounds them, and against attention without blocks.
+"""The attention kernels, compared with their lower bounds and with attention without blocks.
 
     decode    must read the keys and values once: the floor is their bytes over the bandwidth of a
               large copy, measured in the same rounds. The baseline is PyTorch's attention (SDPA)
               over the same keys, contiguous: the cost of paging. The paper's kernel lost 20 to
               26 % (section 7.1, Figure 18a).
-    prefill   must multiply: the baseline is SDPA over keys side by side.
+    prefill   must multiply: the baseline is SDPA over contiguous keys.
 
-What is timed is checked first: paged attention must give what SDPA gives.
+Results are checked before they are timed: paged attention must agree with SDPA.
 """
 
 from collections.abc import Iterator
@@ -68,14 +68,14 @@ class Row:
     kv_dtype: str
     backend: str
     seconds: float
-    percent_of_floor: float | None  # what bytes over bandwidth would take, over what it took
-    times_baseline: float | None  # over the time of the baseline, below 1 is faster
+    percent_of_floor: float | None  # the floor (bytes over bandwidth) over the measured time
+    times_baseline: float | None  # time over the baseline's; below 1 is faster
 
 
 def measure(
     cases: list[Case], backends: list[str], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Row]:
-    """All backends in all cases; cases that the memory has no room for are left out."""
+    """Measure all backends in all cases; cases that do not fit in memory are left out."""
     for case in cases:
         if has_room(case, device, dtype):
             yield from _measure_attention(case, backends, device, dtype)
@@ -121,7 +121,7 @@ def _attend(backend: AttentionBackend, inputs: Inputs, batch: Batch) -> Tensor:
 
 
 def _bytes_read(inputs: Inputs) -> int:
-    """Of the keys and values that are attended to, scales included."""
+    """Bytes of the attended keys and values, scales included."""
     bytes_per_cell = 0
     for pool in (inputs.k_cache, inputs.v_cache):
         tensors = (pool.numbers, pool.scales) if isinstance(pool, QuantizedPool) else (pool,)
@@ -131,7 +131,7 @@ def _bytes_read(inputs: Inputs) -> int:
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     for title in ("", "heads", "batch", "tokens", "kv", "by"):
         table.add_column(title)

@@ -1,7 +1,7 @@
-"""The matrices of a small model, multiplied as PyTorch stores them and packed (`models.linear`).
+"""The matrices of a small model, multiplied unpacked and packed (`models.linear`).
 
-A model reads each matrix once per step, from memory and not from a cache. The benchmark therefore
-alternates between many copies of each matrix.
+A model reads each matrix once per step, from memory and not from a cache. Many copies of each
+matrix are therefore used in turn.
 """
 
 from collections.abc import Iterator
@@ -23,15 +23,15 @@ MATRICES = {  # outputs, inputs: those of SmolLM2 135M
     "head": (49152, 576),
 }
 NUM_ROWS = (1, 2, 8, 32, 256)
-BYTES_IN_TURN = 128 * 1024**2  # of all copies of a matrix: more than caches hold
+BYTES_IN_TURN = 128 * 1024**2  # bytes of all copies of a matrix: more than fits in caches
 
 
 @dataclass(frozen=True)
 class Row:
-    """One product."""
+    """One matrix product."""
 
     matrix: str
-    num_rows: int  # of the input: sequences that decode, or tokens of a prompt
+    num_rows: int  # of the input: decoding sequences, or tokens of a prompt
     plain_seconds: float
     packed_seconds: float
     packed_bytes_per_second: float
@@ -39,10 +39,11 @@ class Row:
 
 
 def measure(dtype: torch.dtype, matrices: dict[str, tuple[int, int]] = MATRICES) -> Iterator[Row]:
-    """Each matrix with each number of rows. Raises InvalidOption where nothing can be packed."""
+    """Measure each matrix with each number of rows. Raises InvalidOption if packing is "
+    "impossible."""
     if not can_pack(dtype):
         raise InvalidOption(
-            f"this processor, or this torch, packs no weights of {dtype}: choose another dtype."
+            f"this processor, or this torch, cannot pack weights of {dtype}: choose another dtype."
         )
     for name, (num_out, num_in) in matrices.items():
         copies = max(2, ceil(BYTES_IN_TURN / (num_out * num_in * dtype.itemsize)))
@@ -82,7 +83,7 @@ def _all_in_turn(layers: list[Linear], x: torch.Tensor) -> Work:
 
 
 def describe(dtype: torch.dtype) -> str:
-    """What the table shows."""
+    """The caption of the table."""
     return (
         f"{dtype}; copies of each matrix in turn, so that they are read from memory. Plain: "
         "F.linear; packed: by oneDNN, once. Median of rounds in turn"
@@ -90,7 +91,7 @@ def describe(dtype: torch.dtype) -> str:
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     table.add_column("matrix")
     for title in ("rows", "plain", "packed", "faster", "packed reads", "packed computes"):

@@ -1,10 +1,10 @@
-"""What it takes to load a checkpoint: memory at its peak over the weights' bytes, and time.
+"""The cost of loading a checkpoint: peak memory over the weights' bytes, and time.
 
-Every load runs in a process of its own, which notes its resident memory just before and the most
-that it had by the end. So the interpreter and torch are not counted; the weights are, buffers, and
-pages of a file that is mapped into memory. Every weight is read once before the end, since a file
-that is mapped only has not been loaded yet. The files have just been written, and are in the
-system's page cache. The time is that of copying, not of a disk.
+Every load runs in a separate process, which records its resident memory before the load and its
+peak at the end. The interpreter and torch are therefore not counted; weights, buffers and pages of
+mapped files are. Every weight is read once before the end, because a mapped file is not loaded
+until it is read. The files have just been written and are in the system's page cache, so the time
+is that of copying, not of a disk.
 
 `transformers` does the same for comparison, if it is installed.
 """
@@ -29,7 +29,7 @@ from minipaged.attention.backend import BACKENDS
 from minipaged.errors import InvalidOption
 from minipaged.models.loader import DTYPES, FAMILIES, Unset, load_model
 
-# An embedding that is 31 % of all weights, as in GPT-2 small (which this is); one that is 73 %.
+# GPT-2 small, whose embedding is 31 % of all weights, and a model whose embedding is 73 %.
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "gpt2, small": {
         "architectures": ["GPT2LMHeadModel"],
@@ -72,15 +72,15 @@ class Row:
     dtype: str
     loader: str
     weight_bytes: int
-    peak_bytes: int  # resident memory at its highest, less that before loading
+    peak_bytes: int  # highest resident memory, minus that before loading
     seconds: float
 
 
 def measure(model: Path | None = None) -> Iterator[Row]:
-    """All loads: of the checkpoint in this folder, or of those that are made for it.
+    """Measure all loads, of the checkpoint in this folder or of generated ones.
 
     Raises:
-        InvalidOption: the system does not tell a process how much memory it has had.
+        InvalidOption: the system does not report the peak memory of a process.
     """
     if not Path("/proc/self/status").exists():
         raise InvalidOption(
@@ -173,20 +173,20 @@ def _prepare_transformers(folder: Path, dtype: str) -> Callable[[], nn.Module]:
 
 
 def forget_the_peak() -> int:
-    """Let the peak start again from what is resident now, and return that."""
+    """Reset the peak to the current resident memory, and return it."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return resident_bytes("VmRSS")
 
 
 def resident_bytes(which: str, pid: int | str = "self") -> int:
-    """Of a process. VmRSS: now. VmHWM: the most there has been."""
+    """Memory of this process. VmRSS: now. VmHWM: the peak."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     [kib] = [line.split()[1] for line in lines if line.startswith(which)]
     return 1024 * int(kib)
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     for title in ("checkpoint", "files", "saved in", "run in", "loader"):
         table.add_column(title)

@@ -1,8 +1,8 @@
-"""A decode step on several ranks: the time of each in the message, computing, in collectives.
+"""A decode step on several ranks: each rank's time in the message, computing and collectives.
 
-Every rank adds up its own seconds while steps run as always, and reports them after a round, so
-that measuring adds nothing to a step. The round in the middle is shown, not the median of each
-figure: the figures of a row are of the same steps, and add up.
+Every rank sums its own times during normal steps, and reports them after a round, so measuring adds
+nothing to a step. The median round is shown, not the median of each figure, so the figures of a row
+belong to the same steps and add up.
 """
 
 import json
@@ -24,7 +24,7 @@ from minipaged.worker.executor import MultiExecutor
 from minipaged.worker.ranks import HEAD
 
 ROUNDS, STEPS = 5, 8  # steps in each round
-LONGER = ROUNDS * STEPS + 8  # tokens of each sequence after its context, and some to spare
+LONGER = ROUNDS * STEPS + 8  # tokens of each sequence after its context, with a margin
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Row:
     rank: int
     num_seqs: int
     context_len: int
-    message_seconds: float  # sending it, or waiting for it
-    compute_seconds: float  # the model's part of the step, less the collectives
+    message_seconds: float  # sending the message, or waiting for it
+    compute_seconds: float  # the model's part of the step, without the collectives
     all_reduce_seconds: float
     gather_seconds: float
-    sum_seconds: float  # of these four
+    sum_seconds: float  # the sum of these four
     step_seconds: float  # of the whole step, on rank 0
     num_all_reduces: int  # per step
     num_gathers: int
@@ -48,17 +48,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is to be measured."""
+    """A model to measure."""
 
     name: str
     folder: Path | None  # None: random weights
-    hf: dict[str, Any]  # what config.json holds, if the weights are random
+    hf: dict[str, Any]  # the content of config.json, if the weights are random
     longest: int  # context tokens that leave room for the steps
     vocab_size: int
 
     @classmethod
     def of(cls, model: str | None, quick: bool) -> "Subject":
-        """A checkpoint, or else a LLaMA with random weights. Raises CheckpointError."""
+        """Use a checkpoint, or a LLaMA with random weights. Raises CheckpointError."""
         if model is None:
             hf = (QUICK if quick else DIVISIBLE).hf
             longest = hf["max_position_embeddings"] - LONGER
@@ -69,7 +69,7 @@ class Subject:
         return cls(model, folder, {}, longest, config.vocab_size)
 
     def load(self, num_ranks: int, num_seqs: int, context_len: int, dtype: str) -> LLM:
-        """It on several ranks of this machine. Raises what `LLM` raises."""
+        """Start the model on several ranks of this machine. Raises what `LLM` raises."""
         longest = context_len + LONGER
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.folder or Path(temporary)
@@ -95,7 +95,7 @@ class Subject:
 def measure(
     subject: Subject, num_ranks: int, num_seqs: int, context_len: int, dtype: str
 ) -> list[Row]:
-    """A row per rank. Raises what `LLM` raises."""
+    """Measure one row per rank. Raises what `LLM` raises."""
     llm = subject.load(num_ranks, num_seqs, context_len, dtype)
     try:
         params = SamplingParams(temperature=0.0, max_tokens=LONGER - 4, ignore_eos=True)
@@ -114,7 +114,7 @@ def _measure_round(llm: LLM, context_len: int) -> list[Row]:
     executor = llm.engine.executor
     assert isinstance(executor, MultiExecutor)
     ranks, sizes, num_seqs = executor.ranks, list[int](), 0
-    executor.report()  # of what came before
+    executor.report()  # discard earlier times
     send, counts = ranks.send, dict(ranks.counts)
 
     def noted_send(numbers: list[int]) -> None:
@@ -130,7 +130,7 @@ def _measure_round(llm: LLM, context_len: int) -> list[Row]:
     num_all_reduces, num_gathers = (
         (ranks.counts[name] - counts[name]) // STEPS for name in ("all-reduce", "gather")
     )
-    own = dict(ranks.seconds)  # without the message that asks for the report
+    own = dict(ranks.seconds)  # without the message that requests the report
     rows: list[Row] = []
     for rank, spent in enumerate([own, *executor.report()[1:]]):
         message, all_reduce, gather, model = (
@@ -157,13 +157,13 @@ def _measure_round(llm: LLM, context_len: int) -> list[Row]:
 
 
 def describe(subject: Subject, dtype: str, rows: list[Row]) -> str:
-    """What the table shows, and what is sent."""
+    """The caption of the table, and the sizes of messages."""
     row = rows[0]
     return (
         f"{subject.name}, {dtype}, {len(rows)} ranks; {row.num_seqs} sequences of "
         f"{row.context_len:,} tokens decode. Milliseconds per step, the average of {STEPS} steps: "
-        f"of {ROUNDS} such rounds, the one in the middle. message: rank 0 sends it, the others "
-        "wait for it, also while rank 0 schedules and samples. compute: the model, less the "
+        f"the median of {ROUNDS} such rounds. message: rank 0 sends it, the others "
+        "wait for it, also while rank 0 schedules and samples. compute: the model, without the "
         "collectives. all-reduce, gather: includes the wait for the slowest rank. step: the whole "
         "step, on the clock.\n"
         f"A step is 1 message of {row.message_bytes:,.0f} bytes (largest: "
@@ -173,7 +173,7 @@ def describe(subject: Subject, dtype: str, rows: list[Row]) -> str:
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     for title in ("rank", "message", "compute", "all-reduce", "gather", "sum", "step"):
         table.add_column(title, justify="right")

@@ -1,8 +1,8 @@
-"""One model on several ranks against one process with all threads: speed and memory.
+"""One model on several ranks, compared with one process with all threads: speed and memory.
 
 `minipaged bench ranks`. Rounds alternate, and only ratios within a round are compared. Both sides
-must generate the same tokens. This module, run as a program, is one side. Where the time of a step
-goes: `minipaged bench step --tensor-parallel-size 2`.
+must generate the same tokens. Run as a program, this module is one side. For the parts of a step,
+run `minipaged bench step --tensor-parallel-size 2`.
 """
 
 import json
@@ -24,7 +24,7 @@ from minipaged.evaluation.bench.asked_process import AskedProcess, answer
 
 
 class WrongTokens(MinipagedError):
-    """The ranks generated other tokens than one process does: their time would mean nothing."""
+    """The ranks and one process generated different tokens, so times cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Memory:
 
     @property
     def rest(self) -> int:
-        """What is not cut into shares: PyTorch's code and buffers, activations."""
+        """Memory that is not divided: PyTorch's code and buffers, activations."""
         return self.peak - self.share
 
     @property
@@ -58,14 +58,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Found:
-    """All that was measured."""
+    """All measurements."""
 
     rows: list[Row]
     memory: list[Memory]
 
 
 def measure(size: int, rounds: int, quick: bool, note_run: Callable[[], object]) -> Found:
-    """Both sides in turn. Raises WrongTokens."""
+    """Measure both sides in turn. Raises WrongTokens."""
     from minipaged.evaluation.bench.engine_workload import DIVISIBLE, QUICK, make_model
 
     workload = QUICK if quick else DIVISIBLE
@@ -101,12 +101,14 @@ def _compare(
     note_run: Callable[[], object],
 ) -> Row:
     speeds: list[tuple[float, float]] = []
-    for number in range(rounds + 1):  # round 0 warms both
+    for number in range(rounds + 1):  # round 0 warms up both
         order = (one, several) if number % 2 else (several, one)
         answers = {id(side): side.ask("decode", requests=requests) for side in order}
         a, b = answers[id(one)], answers[id(several)]
         if a["tokens"] != b["tokens"]:
-            raise WrongTokens(f"of {len(requests)} sequences, some got other tokens than alone.")
+            raise WrongTokens(
+                f"some of {len(requests)} sequences got different tokens from those of one process."
+            )
         if number:
             speeds.append((a["num_tokens"] / a["seconds"], b["num_tokens"] / b["seconds"]))
         note_run()
@@ -119,7 +121,7 @@ def _compare(
 
 
 def as_tables(found: Found) -> list[Table]:
-    """Speed and memory, for a person."""
+    """Speed and memory as tables."""
     speed = Table(box=None, padding=(0, 1), pad_edge=False)
     for title in ("sequences", "one process, tokens/s", "ranks, tokens/s", "ratio"):
         speed.add_column(title, justify="right")
@@ -146,7 +148,7 @@ class _Engine:
         self._llm = LLM(**options)
 
     def decode(self, requests: list[tuple[list[int], int]]) -> dict[str, Any]:
-        """Time from the moment when every sequence has its first token."""
+        """Time from when every sequence has its first token."""
         from minipaged.sampling import SamplingParams
 
         prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt, _ in requests]

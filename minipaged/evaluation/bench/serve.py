@@ -1,7 +1,7 @@
 """A server under load: `minipaged bench serve`, one run per request rate.
 
-The server runs in a process of its own, so that neither waits for the other's interpreter, and its
-processor time can be told from the client's.
+The server runs in a separate process, so that neither waits for the other's interpreter, and its
+CPU time is separate from the client's.
 """
 
 import time
@@ -14,12 +14,12 @@ from minipaged.evaluation.bench.serve_http import Target, cpu_seconds
 from minipaged.evaluation.bench.serve_load import LoadRequest
 from minipaged.evaluation.bench.serve_report import Row, Slo, summarize
 
-WARMING = 4  # requests that are not measured: the first ones of a server compile and allocate
+WARMING = 4  # unmeasured requests: the first ones of a server compile and allocate
 
 
 @dataclass(frozen=True)
 class How:
-    """How requests are sent, and what is asked of their responses."""
+    """How requests are sent, and the objective for their responses."""
 
     concurrency: int | None = None  # None: an open load, at its arrivals
     keep_alive: bool = False
@@ -36,7 +36,7 @@ async def run_once(
     rate: float | None = None,
     memory: str | None = None,
 ) -> tuple[Row, list[Served]]:
-    """Send these requests; the figures of the run, and each response."""
+    """Send these requests; return the figures of the run, and each response."""
     client = Client(target, how.keep_alive)
     server_before, before = await cpu_seconds(target), time.process_time()
     results = await run_load(client, requests, how.concurrency, how.give_up, note_end)
@@ -63,10 +63,10 @@ async def measure(
     how: How,
     note_end: Callable[[], object] = lambda: None,
 ) -> AsyncIterator[Row]:
-    """A run per rate; None: arrivals are those of a trace, or do not matter.
+    """Measure one run per rate; None: arrivals are those of a trace, or do not matter.
 
     Args:
-        requests: those of a rate and the number of a run; run 0 warms the server.
+        requests: returns the requests for a rate and a run number; run 0 warms up the server.
     """
     await run_load(Client(target), requests(inf, 0)[:WARMING], concurrency=1)
     for run, rate in enumerate(rates, 1):

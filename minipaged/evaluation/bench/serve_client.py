@@ -1,9 +1,9 @@
 """Load on a server: streaming completions, each timed and checked as its tokens arrive.
 
-Two kinds of load. Open: each request is sent when it is due, however many are under way, as users
-do. Closed: so many requests are under way at any time, and the next is sent when one has ended. In
-an open load, latency counts from the moment when a request was due, so that a client that is late
-cannot hide a slow server.
+There are two kinds of load. Open: each request is sent when it is due, as by users. Closed: a fixed
+number of requests is open at any time, and the next is sent when one has ended. In an open load,
+latency is measured from the moment when a request was due, so a late client cannot hide a slow
+server.
 """
 
 import asyncio
@@ -26,22 +26,22 @@ UNFINISHED = "not finished when the run was ended"
 
 @dataclass
 class Served:
-    """What the client has seen of one request. Times are of `time.perf_counter`."""
+    """The client's record of one request. Times are of `time.perf_counter`."""
 
     request: LoadRequest
     due: float  # when it should be sent
     sent: float | None = None
-    chunk_times: list[float] = field(default_factory=list[float])  # of those that hold tokens
+    chunk_times: list[float] = field(default_factory=list[float])  # of chunks with tokens
     token_ids: list[int] = field(default_factory=list[int])  # empty where they are not reported
     finished: float | None = None  # the last token's time, if the response was complete
     status: int | None = None
     error: str | None = None  # why it was not served
-    fault: str | None = None  # what is wrong with a response that looked complete
+    fault: str | None = None  # the fault of a response that looked complete
     usage: dict[str, Any] | None = None
 
     @property
     def is_good(self) -> bool:
-        """Served, with as many tokens as asked for."""
+        """Whether it was served with the requested number of tokens."""
         return self.error is None and self.fault is None
 
     @property
@@ -63,7 +63,7 @@ class Served:
 
     @property
     def itl(self) -> list[float]:
-        """Inter-token latencies, in seconds: the gaps between chunks that hold tokens."""
+        """Inter-token latencies, in seconds: the gaps between chunks with tokens."""
         times = self.chunk_times
         return [later - earlier for earlier, later in pairwise(times)]
 
@@ -71,17 +71,16 @@ class Served:
         """Seconds from arrival to the end, per output token (section 6.1).
 
         Args:
-            now: taken as the end of a request that has not ended, so that its latency is at least
-                this.
+            now: the assumed end of an unfinished request, which gives a lower bound.
         """
         return ((self.finished or now) - self.due) / self.request.output_len
 
 
 def find_fault(served: Served, ends: list[str]) -> str | None:
-    """What is wrong with a response whose stream has ended.
+    """The fault of a response whose stream has ended.
 
     Args:
-        ends: the finish reasons, [DONE], and whatever follows it, in the order of their arrival.
+        ends: the finish reasons, [DONE], and anything after it, in order of arrival.
     """
     asked, received = served.request.output_len, len(served.token_ids)
     if ends[-1:] != ["[DONE]"] or ends.count("[DONE]") != 1:
@@ -104,7 +103,7 @@ class Client:
     """Sends requests to one server.
 
     Args:
-        keep_alive: use connections again; otherwise, one connection per request.
+        keep_alive: reuse connections; otherwise, one connection per request.
     """
 
     def __init__(self, target: Target, keep_alive: bool = False) -> None:
@@ -115,7 +114,7 @@ class Client:
         self._headers = [*target.headers(), ("Content-Type", "application/json"), *end]
 
     async def serve(self, served: Served) -> None:
-        """Send a request and read its response, noting in `served` what happens, errors too."""
+        """Send a request and read its response; record the result in `served`, including errors."""
         body = self._body(served.request)
         connection = None
         try:
@@ -141,7 +140,7 @@ class Client:
                 connection.close()
 
     def _take_idle(self) -> Connection | None:
-        """A kept connection, unless the server has closed all of them."""
+        """A kept connection that the server has not closed, if any."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed_by_peer():
@@ -175,7 +174,7 @@ class Client:
                 chunk: dict[str, Any] = json.loads(data)
                 _note_chunk(served, chunk, ends, now)
             except (ValueError, TypeError, AttributeError, KeyError):
-                served.fault = f"a chunk that is not of the protocol: {data[:100]!r}"
+                served.fault = f"an invalid chunk: {data[:100]!r}"
                 return
         if served.error is None:
             served.fault = find_fault(served, ends)
@@ -209,11 +208,12 @@ async def run_load(
     give_up: float | None = None,
     note_end: Callable[[], object] = lambda: None,
 ) -> list[Served]:
-    """Send all requests and wait for their responses; what has happened to each, in order.
+    """Send all requests, wait for their responses, and return their records in order.
 
     Args:
-        concurrency: a closed load of so many at a time, without regard to arrivals; None: open.
-        give_up: abort what is unfinished so many seconds after the last arrival.
+        concurrency: the number of open requests in a closed load, which ignores arrivals; None: an
+            open load.
+        give_up: abort unfinished requests this many seconds after the last arrival.
         note_end: called as each request ends.
     """
     start = time.perf_counter()
@@ -253,7 +253,7 @@ async def run_load(
 
 
 class _Tasks:
-    """Waits for the tasks that were started in it, and cancels them if it is left early."""
+    """Waits for its tasks, and cancels them if it is left early."""
 
     def __init__(self) -> None:
         self._tasks: list[asyncio.Task[None]] = []

@@ -1,10 +1,10 @@
-"""Figure 12 by really serving the embedded model: paged memory and its baselines.
+"""Figure 12 with real servers of the embedded model: paged memory and its baselines.
 
-Five servers of this library, which differ in nothing but how they manage the same pool (section
-6.1). The workload is ShareGPT's at a quarter of its length, because the context is 512 tokens here
-and was 2,048 there. Rates go up, and at each the servers take turns; one whose latency has left the
-picture rests. The pool holds 3 requests of the longest length, and that of the paper's OPT-13B held
-7: batches above 16 gain little on a processor, where on a GPU they gain until memory ends them.
+Five servers of this library differ only in how they manage the same pool (section 6.1). The
+workload is ShareGPT's at a quarter of its length, since the context is 512 tokens here, not 2,048.
+Rates increase, and at each rate the servers take turns; a server whose latency exceeds the picture
+is skipped. The pool fits 3 requests of maximum length; that of the paper's OPT-13B fit 7. On a CPU,
+batches above 16 gain little, whereas on a GPU they gain until memory is full.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,33 +37,32 @@ SHRUNK = CONTEXT / 2048
 ENGINE: dict[str, Any] = {
     "model": "storyteller",
     "max_model_len": CONTEXT,
-    "num_blocks": 3
-    * CONTEXT
-    // 16,  # with the paper's 7, the processor and not memory is the limit
+    "num_blocks": 3 * CONTEXT // 16,  # with the paper's 7, the CPU would be the limit, not memory
     "block_size": 16,
     "max_num_seqs": 64,
     "enable_prefix_caching": False,  # the paper had none
 }
 RATES = (4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 28.0)
-TOP = 0.1  # s per token: the picture's upper end; a server above it rests
+TOP = 0.1  # s per token: the picture's upper end; a server above it is skipped
 AT = 0.05  # s per token, at which request rates are compared
-PATIENCE = 2.0  # a run ends after its arrivals and as many times their duration
+PATIENCE = 2.0  # a run ends this many times the arrivals' duration after them
 
 
 def describe(seconds: float) -> str:
-    """What the table shows, in a few sentences."""
+    """The caption of the table."""
     return (
         "Normalised latency (mean seconds per output token) by request rate and memory. "
-        f"storyteller in servers of its own, {ENGINE['num_blocks']} blocks of "
+        f"storyteller in separate servers, {ENGINE['num_blocks']} blocks of "
         f"{ENGINE['block_size']} tokens each, context {CONTEXT}; lengths as ShareGPT's, times "
-        f"{SHRUNK:g}; arrivals during {seconds:g} s at each rate. A server above {TOP:g} rests at "
+        f"{SHRUNK:g}; arrivals during {seconds:g} s at each rate. A server above {TOP:g} is "
+        "skipped at "
         f'higher rates ("-"). ">": a lower bound, since some requests had not finished '
         f"{PATIENCE * seconds:g} s after the last arrival."
     )
 
 
 def workload(rate: float, seconds: float, seed: int) -> Workload:
-    """The requests that arrive in so many seconds."""
+    """The requests that arrive in `seconds`."""
     return Workload(
         num_requests=max(2, round(rate * seconds)),
         input_len=161.31 * SHRUNK,
@@ -81,11 +80,11 @@ async def measure(
     note: Callable[[str], object] = lambda _: None,
     systems: Sequence[str] = tuple(MEMORY),
 ) -> dict[str, list[Row]]:
-    """Rows by system, in ascending order of rates.
+    """Measure rows by system, in ascending order of rates.
 
     Args:
-        seconds: in which requests arrive, at each rate.
-        note: told what runs next.
+        seconds: duration of arrivals at each rate.
+        note: called with a description of the next run.
     """
     rows: dict[str, list[Row]] = {system: [] for system in systems}
     with ExitStack() as stack:
@@ -110,14 +109,14 @@ async def measure(
 
 
 def is_out_of_the_picture(row: Row) -> bool:
-    """Whether a server at this rate is so overloaded that higher rates add no information."""
+    """Whether a server is so overloaded at this rate that higher rates are not informative."""
     return row.seconds_per_token is None or row.seconds_per_token > TOP
 
 
 def sustained(rows: Sequence[Row], at: float = AT) -> float | None:
-    """The request rate at which the latency crosses so many seconds per token.
+    """The request rate at which the latency crosses this many seconds per token.
 
-    On the straight line between two measured rates; None where it is not crossed.
+    It is interpolated linearly between two measured rates; None if it is not crossed.
     """
     points = [(r.rate, r.seconds_per_token) for r in rows if r.rate and r.seconds_per_token]
     for (rate, low), (next_rate, high) in pairwise([(0.0, 0.0), *points]):
@@ -127,7 +126,7 @@ def sustained(rows: Sequence[Row], at: float = AT) -> float | None:
 
 
 def as_table(rows: dict[str, list[Row]]) -> Table:
-    """Seconds per token by rate and memory, and the rates that are sustained."""
+    """Seconds per token by rate and memory, and the sustained rates."""
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("rate /s", no_wrap=True)
     for system in rows:
@@ -157,7 +156,7 @@ def _cell(row: Row | None) -> str:
 
 
 def lines(rows: dict[str, list[Row]]) -> list[Line]:
-    """For the picture: the paper's titles and colours."""
+    """The curves of the picture, with the paper's titles and colours."""
     return [
         Line(f"{SYSTEMS[system].title}: {MEMORY[system]}", COLOURS[system], each)
         for system, each in rows.items()

@@ -1,7 +1,7 @@
-"""How long /health takes while a server works on something large.
+"""The latency of /health while a server works on something large.
 
-The event loop answers /health. Whatever keeps the loop waiting (a huge body that is parsed, a long
-text that is tokenized, outputs of many streams) shows in the slowest of many answers.
+The event loop answers /health. Anything that blocks the loop (parsing a huge body, tokenizing a
+long text, outputs of many streams) shows in the slowest of many responses.
 """
 
 import json
@@ -19,13 +19,13 @@ from rich.table import Table
 from minipaged.evaluation.bench.serve_http import Target
 
 BODY_BYTES = 2**20
-PAUSE_SECONDS = 0.005  # between two questions
+PAUSE_SECONDS = 0.005  # seconds between two requests
 BOUND_MS = 100.0
 TEXT = "Once upon a time there was a frog who lived by the river. "
 
 
 def large_bodies() -> dict[str, tuple[str, dict[str, Any]] | None]:
-    """By description, the endpoint and a body of about 1 MB; None: nothing but the streams."""
+    """Maps descriptions to an endpoint and a body of about 1 MB; None: only the streams."""
     text = (TEXT * (BODY_BYTES // len(TEXT) + 1))[:BODY_BYTES]
     turns = [{"role": "user", "content": TEXT}] * (BODY_BYTES // 90)
     return {
@@ -59,7 +59,7 @@ class Row:
 
 
 def measure(target: Target, num_streams: int, num_bodies: int) -> list[Row]:
-    """Request /health again and again, while streams run and large bodies arrive."""
+    """Request /health repeatedly, while streams run and large bodies arrive."""
     stop = threading.Event()
     streams = [
         threading.Thread(target=_stream, args=[target, stop], daemon=True)

@@ -1,7 +1,7 @@
 """HTTP/1.1 for the load client: h11 over asyncio streams, and server-sent events.
 
-h11 is the parser that uvicorn brings. A general client library spends several times the processor
-time per chunk, which on a small machine is taken from the server that is measured.
+h11 is the parser that uvicorn uses. A general client library needs several times the CPU time per
+chunk, which on a small machine is taken from the measured server.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ READ_BYTES = 2**16
 
 
 class ServerUnusable(MinipagedError):
-    """A server cannot be measured: it does not answer, or not as the protocol says."""
+    """A server cannot be measured: it does not answer, or violates the protocol."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server of OpenAI's protocol, and the model to ask for."""
+    """A server with OpenAI's protocol, and the requested model."""
 
     host: str
     port: int
@@ -36,7 +36,7 @@ class Target:
 
     @classmethod
     def of_url(cls, url: str, api_key: str | None = None) -> "Target":
-        """The server at http://host:port, with or without /v1. Raises InvalidOption."""
+        """Parse http://host:port, with or without /v1. Raises InvalidOption."""
         try:
             parts = urlsplit(url)
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -55,13 +55,13 @@ class Target:
         return f"http{'s' if self.is_tls else ''}://{host}:{self.port}{self.path}"
 
     def headers(self) -> list[tuple[str, str]]:
-        """What every request sends."""
+        """The headers of every request."""
         key = [("Authorization", f"Bearer {self.api_key}")] if self.api_key else []
         return [("Host", f"{self.host}:{self.port}"), *key]
 
 
 class Connection:
-    """One connection. It can be used again once a response has been read to its end."""
+    """One connection. It can be reused after a response was read completely."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -96,12 +96,12 @@ class Connection:
         return event
 
     async def body(self) -> AsyncIterator[bytes]:
-        """The response's body, as it arrives."""
+        """Yield the response's body as it arrives."""
         while isinstance(event := await self._next(), h11.Data):
             yield bytes(event.data)
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The data of server-sent events, of one line each."""
+        """Yield the data of server-sent events of one line each."""
         rest = b""
         async for data in self.body():
             *lines, rest = (rest + data).split(b"\n")
@@ -121,7 +121,7 @@ class Connection:
         return self._reader.at_eof()
 
     def close(self) -> None:
-        """Close it at once, whatever is still under way."""
+        """Close it at once, even during a response."""
         with suppress(RuntimeError):  # the loop has ended
             self._writer.close()
 
@@ -138,7 +138,7 @@ async def get(target: Target, path: str) -> tuple[int, bytes]:
 
 
 async def cpu_seconds(target: Target) -> float | None:
-    """Processor time of the server's process so far; None where /metrics does not report it."""
+    """CPU time of the server's process so far; None if /metrics does not report it."""
     with suppress(OSError, h11.RemoteProtocolError):
         _, text = await get(target, "/metrics")
         for line in text.splitlines():
@@ -149,14 +149,14 @@ async def cpu_seconds(target: Target) -> float | None:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What /v1/models says."""
+    """A model in the response of /v1/models."""
 
     name: str
     max_model_len: int | None  # vLLM's extension
 
 
 async def ask_for_model(target: Target, name: str | None) -> ModelFacts:
-    """The model of this name, or the first. Raises ServerUnusable."""
+    """Return the model with this name, or the first one. Raises ServerUnusable."""
     try:
         status, text = await get(target, "/v1/models")
     except (OSError, h11.RemoteProtocolError) as error:
@@ -167,7 +167,7 @@ async def ask_for_model(target: Target, name: str | None) -> ModelFacts:
         models: list[dict[str, Any]] = json.loads(text)["data"]
         facts: dict[str, int | None] = {e["id"]: e.get("max_model_len") for e in models}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ServerUnusable(f"{target.url}/v1/models is no list of models.") from error
+        raise ServerUnusable(f"{target.url}/v1/models is not a list of models.") from error
     if not facts or (name is not None and name not in facts):
         names = ", ".join(map(repr, facts)) or "no model"
         raise ServerUnusable(f"{target.url} serves {names}, not {name!r}: give --model.")

@@ -1,4 +1,4 @@
-"""Requests for a server, and when they arrive: what `minipaged bench serve` sends.
+"""The load of `minipaged bench serve`: requests and their arrivals.
 
 Arrivals are a Poisson process, as in the paper (section 6.1). Prompts are random token ids, so that
 their lengths are exact and no prompt is found in the prefix cache by accident.
@@ -15,8 +15,8 @@ from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.traces import Lengths, read_trace
 from minipaged.utils.counts import counted
 
-FIRST_TOKEN = 10  # the ids below are control tokens in many vocabularies
-SHORTEST = 8  # tokens on average, below which lengths cannot vary much
+FIRST_TOKEN = 10  # ids below this are control tokens in many vocabularies
+SHORTEST = 8  # average tokens; shorter lengths cannot vary much
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class Workload:
-    """How long prompts and outputs are, and what they share. Raises InvalidOption."""
+    """The lengths of prompts and outputs, and their shared prefixes. Raises InvalidOption."""
 
     num_requests: int = 100
-    input_len: float = 64  # tokens, without the shared prefix; the mean if they vary
+    input_len: float = 64  # tokens without the shared prefix; the mean if lengths vary
     output_len: float = 64
     spread: float = 0.0  # standard deviation over mean; 0: all are equally long
-    prefix_groups: int = 0  # requests of a group share a prefix ...
-    prefix_len: int = 0  # ... of so many tokens
+    prefix_groups: int = 0  # number of groups; requests of a group share a prefix ...
+    prefix_len: int = 0  # ... of this many tokens
     vocab_size: int = 500
     max_model_len: int | None = None
     seed: int = 0
@@ -61,7 +61,7 @@ class Workload:
             )
 
     def describe(self) -> str:
-        """One phrase."""
+        """A phrase that describes the workload."""
         mean = " on average" if self.spread else ""
         phrase = f"{self.input_len:g} prompt tokens and {self.output_len:g} output tokens{mean}"
         if self.prefix_groups:
@@ -70,11 +70,12 @@ class Workload:
         return phrase
 
     def requests(self, rate: float, run: int = 0) -> list[LoadRequest]:
-        """Requests that arrive at this mean rate per second; inf: all at once.
+        """Make requests that arrive at this mean rate per second; inf: all at once.
 
         Args:
-            run: each has prompts of its own, so that none is in the prefix cache from another run.
-                Lengths are those of every run, and gaps between arrivals as well but for the rate.
+            run: number of the run. Each has its own prompts, so that none is in the prefix cache
+                from another run. Lengths are the same in all runs, and so are the gaps between
+                arrivals, scaled by the rate.
         """
         random = np.random.default_rng((self.seed, 0))
         gaps = random.exponential(1.0, self.num_requests)
@@ -92,10 +93,10 @@ class Workload:
 def requests_of_trace(
     file: Path, workload: Workload, num_requests: int | None, speed_up: float, run: int = 0
 ) -> list[LoadRequest]:
-    """The arrivals and lengths of a CSV file; see `read_trace`, whose errors it raises.
+    """Make requests from the arrivals and lengths of a CSV file; see `read_trace` for errors.
 
     Args:
-        workload: what its prompts are made of. Requests that are too long for it are left out.
+        workload: generates the prompts. Requests that are too long for it are left out.
         num_requests: only the first ones; None: all.
         speed_up: divides the times of arrival.
     """

@@ -1,8 +1,8 @@
-"""What a server costs: the same requests over HTTP and by `LLM.generate`, in turn.
+"""The cost of a server: the same requests over HTTP and by `LLM.generate`, in turn.
 
-`minipaged bench serve --against-offline`. Each side is a process of its own with the same options;
-the client is a third. Rounds alternate, and only ratios within a round are compared. This module,
-run as a program, is the offline process.
+`minipaged bench serve --against-offline`. Each side is a separate process with the same options;
+the client is a third. Rounds alternate, and only ratios within a round are compared. Run as a
+program, this module is the offline process.
 """
 
 import json
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from minipaged.llm import LLM
 
 MOST_CPU_RATIO = 1.10  # server over offline
-MOST_ADDED_MS = 3.0  # to the time to first token, at idle
+MOST_ADDED_MS = 3.0  # ms added to the time to first token, at idle
 IDLE_REQUESTS = 30
-IDLE_TOKENS = 2  # of each: only the first is timed
-CLOSE = 1e-3  # log-probability: two tokens nearer than this are chosen between by rounding
+IDLE_TOKENS = 2  # tokens of each request; only the first is timed
+CLOSE = 1e-3  # log-probability; between tokens closer than this, rounding decides
 
 
 class WrongTokens(MinipagedError):
-    """A server generated other tokens than the library does: its time would mean nothing."""
+    """A server and the library generated different tokens, so times cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Round:
 
     @property
     def cpu_ratio(self) -> float:
-        """Server over offline."""
+        """The ratio of server to offline."""
         return self.server_cpu / max(self.offline_cpu, 1e-9)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What serving over HTTP adds."""
+    """The cost that serving over HTTP adds."""
 
     rounds: list[Round]
     cpu_ratio: float  # median of the rounds
@@ -62,16 +62,16 @@ class Comparison:
     idle_server_ms: float  # time to first token of one request alone, median
     idle_offline_ms: float
     idle_added_ms: float  # median of the differences, pair by pair
-    num_requests: int  # whose tokens were compared
-    num_close: int  # of these, in which rounding chose between two tokens
+    num_requests: int  # number of compared requests
+    num_close: int  # of these, those in which rounding decided between two tokens
 
     @property
     def is_within_bounds(self) -> bool:
-        """Whether both bounds are kept."""
+        """Whether both bounds are met."""
         return self.cpu_ratio <= MOST_CPU_RATIO and self.idle_added_ms <= MOST_ADDED_MS
 
     def as_table(self) -> Table:
-        """The figures for a person."""
+        """The figures as a table."""
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         for title in ("", "server", "offline", "ratio", "bound"):
             table.add_column(title, justify="right" if title else "left", no_wrap=True)
@@ -106,10 +106,10 @@ async def compare(
     rounds: int,
     note_end: Callable[[], object] = lambda: None,
 ) -> Comparison:
-    """Both sides in turn. Raises WrongTokens."""
+    """Measure both sides in turn. Raises WrongTokens."""
     measured: list[Round] = []
     num_close = 0
-    for number in range(rounds + 1):  # round 0 warms both
+    for number in range(rounds + 1):  # round 0 warms up both
         requests = workload.requests(float("inf"), number)
         asked = [(each.prompt, each.output_len) for each in requests]
         first = offline.ask("generate", requests=asked) if number % 2 else None
@@ -151,7 +151,7 @@ async def _compare_at_idle(
 
 
 def check_tokens(offline: AskedProcess, results: list[Served], expected: list[list[int]]) -> int:
-    """In how many requests rounding chose between two tokens. Raises WrongTokens."""
+    """Count the requests in which rounding decided between two tokens. Raises WrongTokens."""
     num_close = 0
     for number, (served, tokens) in enumerate(zip(results, expected, strict=True)):
         if not served.is_good:
@@ -196,7 +196,7 @@ def _first(llm: "LLM", requests: list[tuple[list[int], int]]) -> dict[str, Any]:
 
 
 def _gap(llm: "LLM", prompt: list[int], tokens: list[int]) -> dict[str, Any]:
-    """How far apart the log-probabilities of two next tokens are."""
+    """The difference between the log-probabilities of two next tokens."""
     from minipaged.sampling import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20)

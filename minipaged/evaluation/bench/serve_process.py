@@ -1,4 +1,4 @@
-"""`minipaged serve` in a process of its own, for the time of a measurement."""
+"""Runs `minipaged serve` in a separate process during a measurement."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ from typing import Any
 from minipaged.config import OPTIONS
 from minipaged.evaluation.bench.serve_http import ServerUnusable, Target
 
-SECONDS_TO_START = 600.0  # a large model is read from a slow disk
-OPEN_FILES = 8192  # a connection is one on each side
+SECONDS_TO_START = 600.0  # enough for a large model on a slow disk
+OPEN_FILES = 8192  # a connection needs one file on each side
 
 
 def allow_many_files() -> None:
-    """Raise this process's limit of open files, and with it that of processes it starts."""
+    """Raise the limit of open files of this process and of those that it starts."""
     with suppress(ImportError, OSError, ValueError):  # Windows has none
         import resource
 
@@ -29,7 +29,7 @@ def allow_many_files() -> None:
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
-    """Engine options as flags of `minipaged serve`, without those that have their default."""
+    """Engine options as flags of `minipaged serve`, without defaults."""
     flags: list[str] = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -44,9 +44,9 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def running_server(options: Mapping[str, Any]) -> Generator[Target]:
-    """A server on a free port of this machine, with these engine options; ends with the block.
+    """A server on a free local port, with these engine options; it ends with the `with` block.
 
-    Raises ServerUnusable with what it wrote if it does not start.
+    Raises ServerUnusable with its output if it does not start.
     """
     command = [sys.executable, "-m", "minipaged", "serve", "--port", "0", *as_flags(options)]
     environment = {name: text for name, text in os.environ.items() if name != "MINIPAGED_API_KEY"}

@@ -1,4 +1,4 @@
-"""What `minipaged bench serve` found: figures of a run, tables for 80 columns, a picture."""
+"""The results of `minipaged bench serve`: figures of a run, tables for 80 columns, a picture."""
 
 import io
 import statistics
@@ -17,7 +17,7 @@ from minipaged.utils.files import write_atomically
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of times, in milliseconds."""
+    """A distribution of times, in milliseconds."""
 
     mean: float
     median: float
@@ -36,27 +36,27 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Slo:
-    """A service level objective: the most that a good request may take, in milliseconds."""
+    """A service level objective: the maximum times of a good request, in milliseconds."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
 
     def is_met_by(self, served: Served) -> bool:
-        """Whether a request that was served took no longer."""
+        """Whether a served request met the objective."""
         ttft, tpot = 1000 * served.ttft, 1000 * (served.tpot or 0.0)
         return ttft <= (self.ttft_ms or inf) and tpot <= (self.tpot_ms or inf)
 
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of one run. Times are as the client saw them."""
+    """The figures of one run. Times are measured by the client."""
 
-    rate: float | None  # requests per second that were offered; None: all at once, or a trace's
+    rate: float | None  # offered requests per second; None: all at once, or a trace
     concurrency: int | None  # of a closed load
     num_requests: int
     num_served: int
     num_rejected: int  # answered with 429
-    num_unfinished: int  # when the run was ended
+    num_unfinished: int  # aborted at the end of the run
     num_errors: int  # any other
     num_faulty: int  # served, but not with the tokens that were asked for
     first_error: str | None  # or fault
@@ -70,13 +70,13 @@ class Row:
     ttft: Distribution | None
     tpot: Distribution | None
     itl: Distribution | None
-    lateness_ms: float  # by which the client sent its latest request after it was due
+    lateness_ms: float  # largest delay of the client in sending a request
     prompt_tokens: int
     cached_tokens: int  # of these, found in the prefix cache
-    max_concurrency: int  # requests under way at once
+    max_concurrency: int  # concurrent requests
     client_cpu_seconds: float
     server_cpu_seconds: float | None  # None where the server does not report it
-    memory: str | None = None  # the kind that served, where several are compared
+    memory: str | None = None  # the memory system, if several are compared
 
 
 def summarize(
@@ -89,10 +89,10 @@ def summarize(
     server_cpu_seconds: float | None = None,
     memory: str | None = None,
 ) -> Row:
-    """The figures of a run.
+    """Compute the figures of a run.
 
-    Requests that were aborted when the run was ended count in the normalised latency, with what
-    they had taken until then: to leave them out would leave out the slowest.
+    Requests aborted at the end of the run count in the normalised latency with their time until
+    then: leaving them out would leave out the slowest.
     """
     good = [each for each in results if each.is_good]
     unfinished = [each for each in results if each.error == UNFINISHED]
@@ -153,7 +153,7 @@ def _most_at_once(results: Sequence[Served]) -> int:
 
 
 def as_tables(rows: Sequence[Row]) -> list[Table]:
-    """The figures for a person: of one run, or of several rates side by side."""
+    """The figures as tables: of one run, or of several rates."""
     if len(rows) > 1:
         return [rates_table(rows)]
     [row] = rows
@@ -200,7 +200,7 @@ def _facts(row: Row) -> list[tuple[str, str]]:
 
 
 def rates_table(rows: Sequence[Row]) -> Table:
-    """A line per rate."""
+    """One row per rate."""
     has_goodput = any(row.goodput is not None for row in rows)
     titles = ("req/s", "tok/s", "TTFT ms", "p99", "TPOT ms", "s/token", "failed")
     table = _table("rate /s", *titles, *(("goodput",) if has_goodput else ()))
@@ -254,7 +254,7 @@ def plot_lines(lines: Sequence[Line], file: Path, title: str, top: float | None 
     """
     from matplotlib.figure import Figure as Canvas
 
-    # White is part of the picture, so that it reads the same on a dark page.
+    # A white background, so that the picture is readable on a dark page.
     canvas: Any = Canvas(figsize=(7.0, 4.0), layout="constrained", facecolor="white")
     axes = canvas.add_subplot()
     for line in lines:

@@ -1,14 +1,13 @@
-"""`minipaged bench sharing`: how much memory the samples or beams of a request save by sharing.
+"""`minipaged bench sharing`: the memory that the samples or beams of a request save by sharing.
 
-The question of the paper's Figure 15, asked of a real model: of the blocks that all sequences of a
-request would hold if each had its own, what part is saved, over all steps of all requests? As
-there, a request has the lengths of an Alpaca instruction and its answer, blocks have 16 slots, and
-no sequence ends early. The paper measured it on OPT-13B.
+This measures the paper's Figure 15 on a real model: the fraction of blocks saved, compared with
+sequences that share nothing, over all steps of all requests. As in the paper, a request has the
+lengths of an Alpaca instruction and its answer, blocks have 16 slots, and no sequence ends early.
+The paper measured it on OPT-13B.
 
-For parallel sampling the answer is arithmetic: the full blocks of the prompt are shared, and
-nothing else. For beam search it depends on how the beams descend from each other, and so on the
-model. The prefix cache is off, as the paper had none: it would also let samples share what they
-happen to write alike.
+For parallel sampling the result is arithmetic: only the full blocks of the prompt are shared. For
+beam search it depends on the ancestry of the beams, and so on the model. The prefix cache is off,
+as in the paper: with it, samples would also share blocks that happen to be equal.
 """
 
 import math
@@ -32,15 +31,15 @@ PAPER = {  # section 6.3, Figure 15, Alpaca: percent of blocks saved
     "parallel sampling": {2: 6.09, 4: 8.53, 6: 9.79},
     "beam search": {2: 37.56, 4: 53.13, 6: 55.16},
 }
-# The traces themselves are not in the paper, but their means are: 19.31 tokens in, 58.45 out. A
-# lognormal with these parameters has those means; its spread reproduces the paper's Figure 13.
+# The paper states only the means of the traces: 19.31 tokens in, 58.45 out. A lognormal with these
+# parameters has those means; its spread reproduces the paper's Figure 13.
 LOG_PROMPT, LOG_OUTPUT = (2.81, 0.55), (3.71, 0.84)
 SHORTEST = 4  # tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: what was saved here, what arithmetic says if it can, and the paper's figure."""
+    """One setting: the saving measured here, the one by arithmetic if possible, and the paper's."""
 
     method: str
     width: int
@@ -50,7 +49,7 @@ class Row:
 
 
 class SharingMeter:
-    """Listens to an engine's steps, and counts the blocks of requests with several sequences.
+    """Counts, in an engine's steps, the blocks of requests with several sequences.
 
     with SharingMeter(llm.engine) as meter:
         llm.generate(prompts, SamplingParams(n=4))
@@ -59,7 +58,7 @@ class SharingMeter:
 
     def __init__(self, engine: LLMEngine) -> None:
         self.num_held = Counter[str]()  # by request, summed over steps: blocks of its sequences,
-        self.num_unshared = Counter[str]()  # and those they would hold had nothing been shared
+        self.num_unshared = Counter[str]()  # and the blocks without sharing
         self._engine = engine
 
     def __call__(self, decision: SchedulerOutput, stats: StepStats) -> None:
@@ -71,7 +70,8 @@ class SharingMeter:
             self.num_held[group.request_id] += memory.num_distinct_blocks(group)
 
     def saved(self, request_id: str | None = None) -> float:
-        """The part of its blocks that sharing saved (Figure 15), 0 to 1; None: of all requests."""
+        """The fraction of a request's blocks saved by sharing (Figure 15); None: of all "
+        "requests."""
         if request_id is not None:
             held, unshared = self.num_held[request_id], self.num_unshared[request_id]
         else:
@@ -87,11 +87,11 @@ class SharingMeter:
 
 
 def alpaca_lengths(num_requests: int, longest: int, seed: int) -> list[tuple[int, int]]:
-    """(prompt tokens, output tokens) of so many requests, none longer than `longest` in all.
+    """Return (prompt tokens, output tokens) of `count` requests of at most `longest` tokens in all.
 
-    Not drawn, but the middles of as many equal slices of the distribution: so a few requests have
-    the spread of many. Which prompt meets which output is left to chance, for in the traces the two
-    do not depend on each other.
+    Lengths are the midpoints of `count` equal slices of the distribution, so a few requests have
+    the spread of many. Prompts and outputs are paired at random, because they are independent in
+    the traces.
     """
 
     def slices(mu: float, sigma: float) -> list[int]:
@@ -107,7 +107,7 @@ def alpaca_lengths(num_requests: int, longest: int, seed: int) -> list[tuple[int
 def measure(
     llm: LLM, lengths: list[tuple[int, int]], seed: int, use_tqdm: bool = True
 ) -> Iterator[Row]:
-    """Both methods at every width, on prompts of these lengths."""
+    """Measure both methods at every width, on prompts of these lengths."""
     prompts = make_prompts(llm, lengths, seed)
     for method, paper in PAPER.items():
         for width in WIDTHS:
@@ -116,7 +116,7 @@ def measure(
                 outputs = llm.generate(list(prompts), params, use_tqdm)
             for (_, asked), request in zip(lengths, outputs, strict=True):
                 found = {len(o.token_ids) for o in request.outputs}
-                assert found == {asked}, f"a request of {asked} tokens ended after {found}"
+                assert found == {asked}, f"a request for {asked} tokens ended after {found}"
             formula = None
             if method == "parallel sampling":
                 block_size = llm.engine.config.block_size
@@ -125,12 +125,12 @@ def measure(
 
 
 def make_prompts(llm: LLM, lengths: list[tuple[int, int]], seed: int) -> list[list[int]]:
-    """Beginnings of different stories, of the lengths asked for."""
+    """Make prompts of the given lengths, each from a different story."""
     tokenizer = llm.get_tokenizer()
     assert tokenizer is not None, "the embedded model has a tokenizer"
     prompts: list[list[int]] = []
     for index, (num_tokens, _) in enumerate(lengths):
-        # A fact takes some 15 tokens: the story is surely longer than the prompt.
+        # A fact has about 15 tokens, so the story is longer than the prompt.
         story = tell(1 + num_tokens // 8, seed=Random(f"{seed}/{index}").getrandbits(32)).text
         prompts.append(tokenizer.encode(story)[:num_tokens])
         assert len(prompts[-1]) == num_tokens, "the story is too short for the prompt"
@@ -144,10 +144,10 @@ def _params(method: str, width: int, num_tokens: int) -> Params:
 
 
 def _by_formula(lengths: list[tuple[int, int]], n: int, block_size: int) -> float:
-    """What n samples save: (n - 1) * floor(p / B) of n * ceil((p + g) / B) blocks a step.
+    """The saving of n samples: (n - 1) * floor(p / B) of n * ceil((p + g) / B) blocks per step.
 
-    In the step that computes the prompt there is one sequence still, and in the last one it has
-    reserved room for all tokens but the one that is sampled then.
+    In the step that computes the prompt there is still only one sequence. In the last step, blocks
+    are allocated for all tokens but the last sampled one.
     """
     saved = total = 0
     for prompt, output in lengths:
@@ -159,7 +159,7 @@ def _by_formula(lengths: list[tuple[int, int]], n: int, block_size: int) -> floa
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows for a person to read."""
+    """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     for title in ("", "sequences"):
         table.add_column(title)

@@ -1,7 +1,7 @@
-"""Compares how long several things take: alternating rounds, and the median of each.
+"""Comparative timing: alternating rounds, and the median of each.
 
-A figure alone says little on a machine whose speed changes from minute to minute. So whatever is
-compared runs interleaved, A B C A B C ..., and only ratios within one run are reported.
+On a machine whose speed changes from minute to minute, absolute figures are not reliable. Compared
+code therefore runs interleaved, A B C A B C ..., and only ratios within one run are reported.
 """
 
 import statistics
@@ -11,16 +11,15 @@ from collections.abc import Callable, Mapping
 import torch
 
 Work = Callable[[], object]
-_SHORTEST = 2e-3  # seconds that a measurement lasts at the least: the work is repeated until then
+_SHORTEST = 2e-3  # minimum seconds of a measurement: the work is repeated until then
 
 
 def median_seconds(
     works: Mapping[str, Work], device: torch.device, rounds: int = 11
 ) -> dict[str, float]:
-    """Seconds that each takes once, in the middle of all rounds.
+    """Return the seconds per call of each, as the median of all rounds.
 
-    On a GPU each is recorded as a CUDA graph first: what is measured is the GPU's work, without the
-    time that the host takes to launch it.
+    On a GPU each is first recorded as a CUDA graph, so the time excludes launches by the host.
     """
     once = _on_gpu if device.type == "cuda" else _on_cpu
     prepared = {name: _prepare(work, device) for name, work in works.items()}
@@ -35,7 +34,7 @@ def median_seconds(
 
 
 def _prepare(work: Work, device: torch.device) -> Work:
-    work()  # kernels are compiled, caches warmed
+    work()  # compile kernels, warm up caches
     if device.type != "cuda":
         return work
     torch.cuda.synchronize(device)
@@ -64,7 +63,7 @@ def _on_gpu(work: Work, repeats: int) -> float:
 
 
 def copy_work(device: torch.device) -> tuple[Work, int]:
-    """A large copy within the device's memory, and how many bytes it reads and writes."""
+    """Return a large copy within the device's memory, and the bytes that it reads and writes."""
     numbers = 2**28 if device.type == "cuda" else 2**25  # 1 GiB, 128 MiB
     source = torch.ones(numbers, dtype=torch.float32, device=device)
     target = torch.empty_like(source)

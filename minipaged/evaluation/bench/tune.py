@@ -1,7 +1,7 @@
-"""Which tiles, warps and stages are fastest on this GPU: the sweep for the shipped choices.
+"""Finds the fastest tiles, warps and stages on this GPU: the source of the shipped choices.
 
-An autotuner would do the same at run time, but not inside a CUDA graph, and every process anew. So
-the sweep is run once, and what it finds is written down in `decode.choose_tile` and
+An autotuner would do the same at run time, but in every process again, and not inside a CUDA graph.
+The sweep is therefore run once, and its results are in `decode.choose_tile` and
 `prefill.choose_tiles`.
 """
 
@@ -52,7 +52,7 @@ class Row:
 def sweep(
     cases: list[Case], device: torch.device, dtype: torch.dtype, rounds: int = 5
 ) -> Iterator[Row]:
-    """For every case its choices, the fastest first."""
+    """Measure the choices of every case, the fastest first."""
     for case in cases:
         inputs = make_inputs(case, device, dtype)
         shipped, works = _decodes(inputs) if case.queries == 1 else _prefills(inputs)
@@ -114,7 +114,7 @@ def _name(shape: TileShape | TileShapes, to_fill: int | None = None) -> str:
 
 
 def _fits(work: Work) -> bool:
-    """Whether a program's tiles find room on a multiprocessor."""
+    """Whether a program's tiles fit on a multiprocessor."""
     from triton.runtime.errors import OutOfResources
 
     try:
@@ -125,7 +125,7 @@ def _fits(work: Work) -> bool:
 
 
 def as_table(rows: list[Row], best: int = 5) -> Table:
-    """The best few of each case, and the shipped choice."""
+    """The best choices of each case, and the shipped one."""
     table = Table(box=None, padding=(0, 2))
     for title in ("", "batch", "length", "kv", "choice"):
         table.add_column(title)

@@ -1,7 +1,7 @@
-"""Everything that writes into the pool: storing new keys and values, and copying blocks.
+"""All writes to the pool: storing new keys and values, and copying blocks.
 
-Storing is a trifle of bytes, so it is measured against what PyTorch needs for the same: several
-launches instead of one. Copying is measured against a large copy of as many bytes.
+Storing moves few bytes, so it is compared with the same work in PyTorch: several launches instead
+of one. Copying is compared with a large copy of as many bytes.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def measure_writes(
     step_sizes: tuple[int, ...] = (64, 1024),
     num_pairs: int = 64,
 ) -> Iterator[Row]:
-    """Storing steps of so many tokens; copying so many blocks over all layers."""
+    """Measure storing for steps of `tokens` tokens, and copying of blocks over all layers."""
     for num_tokens in step_sizes:
         yield from _measure_store(Case(heads, num_tokens, BLOCK_SIZE), backend, device, dtype)
     yield from _measure_copy(heads, num_layers, num_pairs, backend, device, dtype)
@@ -83,7 +83,7 @@ def _measure_store(
 
 
 def _check_stores(inputs: Inputs, works: dict[str, Work]) -> None:
-    """All of the one kind leave the same pool, and all of the other."""
+    """Check that all store variants write the same pool, with and without fused RoPE."""
     found: dict[bool, tuple[str, Tensor]] = {}
     for name, work in works.items():
         assert isinstance(inputs.k_cache, Tensor)
@@ -91,7 +91,7 @@ def _check_stores(inputs: Inputs, works: dict[str, Work]) -> None:
         work()
         with_rope = "RoPE" in name or "rotate" in name
         first, expected = found.setdefault(with_rope, (name, inputs.k_cache.clone()))
-        # Fused, a turned key is rounded once, at the end, and not after every operation.
+        # When fused, a rotated key is rounded only once, at the end.
         torch.testing.assert_close(
             inputs.k_cache, expected, rtol=0.02, atol=0.05, msg=f"{name} differs from {first}"
         )

@@ -1,4 +1,4 @@
-"""Bars and lines as the figures need them; matplotlib comes with the canvas, from outside."""
+"""Bars and lines for the figures. Callers pass the canvas, so matplotlib is not imported here."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ COLOURS = {
 
 
 def panel(canvas: "Canvas", rows: int, columns: int, number: int, title: str) -> Any:
-    """One of several drawings on a canvas, counted from 1."""
+    """Add one of several panels to a canvas, numbered from 1."""
     axes: Any = canvas.add_subplot(rows, columns, number)
     axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -33,7 +33,7 @@ def side_by_side(
     unit: str,
     form: str = "{:.3g}",
 ) -> None:
-    """Groups of bars: for each label one bar of each kind, with its number; None: no bar."""
+    """Draw groups of bars: per label one bar of each kind, with its value; None: no bar."""
     width = 0.8 / len(heights)
     for number, (kind, values) in enumerate(heights.items()):
         places = [i + (number - (len(heights) - 1) / 2) * width for i in range(len(labels))]
@@ -50,7 +50,7 @@ def side_by_side(
 def stacked(
     axes: Any, labels: Sequence[str], parts: Mapping[str, Sequence[float]], colours: Sequence[str]
 ) -> None:
-    """Bars made of parts, each part with its number if there is room."""
+    """Draw stacked bars, each part with its value if there is room."""
     bottom = [0.0] * len(labels)
     for (part, values), colour in zip(parts.items(), colours, strict=True):
         bars = axes.bar(range(len(labels)), values, 0.7, bottom=bottom, label=part, color=colour)

@@ -1,8 +1,8 @@
-"""Figure 1: where the memory of a GPU goes, and what a larger batch is worth.
+"""Figure 1: the memory of a GPU by use, and throughput by batch size.
 
-Left: OPT-13B on an A100 with 40 GB. Right: requests that wait together are decoded together, and a
-step takes hardly longer, so throughput grows with the batch, until the memory for keys and values
-is full. Paging lets more requests into the same memory.
+Left: OPT-13B on an A100 with 40 GB. Right: a step over more sequences takes only slightly longer,
+so throughput grows with the batch until the memory for keys and values is full. With paging, more
+requests fit in the same memory.
 """
 
 from typing import TYPE_CHECKING
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 40, 48)
 SERVER = DEPLOYMENTS["opt-13b"]
-CONTEXT = 161 + 338 // 2  # tokens of a ShareGPT conversation, half way through its answer
+CONTEXT = 161 + 338 // 2  # tokens of a ShareGPT conversation, halfway through its answer
 
 
 def run(effort: Effort) -> Result:
-    """Both halves."""
+    """Compute both halves."""
     memory = SERVER.gpu.memory_bytes
     weights = 100 * SERVER.model.weight_bytes / memory
     kv = 100 * SERVER.num_slots * SERVER.model.kv_bytes_per_token / memory
     costs = CostModel(SERVER)
-    # Tokens per second of a batch, if it lasts; and how many requests each system really holds.
+    # Tokens per second by batch size, and the number of requests that each system really fits.
     speed = [b / costs.step(b, b * CONTEXT, 0, 0) for b in BATCHES]
     cases = [
         Case(name, rate=3.0, seconds=effort.seconds, only_while_they_come=True)
@@ -58,7 +58,7 @@ def run(effort: Effort) -> Result:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """A pie, and throughput by batch with the place of each system."""
+    """Draw a pie, and throughput by batch size with each system marked."""
     data = result.data
     rest = 100 - data["weights"] - data["kv"]
     axes = panel(canvas, 1, 2, 1, "memory of an A100 with OPT-13B")

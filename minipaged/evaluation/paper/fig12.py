@@ -1,10 +1,10 @@
-"""Figure 12: how long a token takes as requests come faster, three models on two traces.
+"""Figure 12: latency by request rate, for three models on two traces.
 
-Normalised latency is the mean over requests of the seconds from arrival to the last token, for each
-token of the output. It rises slowly until a system can no longer keep up, and then without end. The
-text of the paper compares the rates at which that happens; it names no threshold, so ratios are
-given for three. The upper ends of the paper's ranges, "8x against Orca (Max)" and 22 times
-FasterTransformer (section 6.2), were not found in its curves by those who digitised them.
+Normalised latency is the mean over requests of the seconds from arrival to the last token, divided
+by the number of output tokens. It rises slowly until a system can no longer keep up, and then
+without bound. The text of the paper compares the rates at which that happens, but names no
+threshold, so ratios are given for three. Studies that digitised its curves did not find the upper
+ends of its ranges, "8x against Orca (Max)" and 22 times FasterTransformer (section 6.2).
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 AT = 0.2  # seconds per token, at which systems are compared
-# The right ends of the paper's axes, in requests per second; what vLLM sustains is near them.
+# The right ends of the paper's axes, in requests per second, which are close to vLLM's limits.
 AXES = {
     ("opt-13b", "sharegpt"): 2.0,
     ("opt-66b", "sharegpt"): 1.0,
@@ -37,7 +37,7 @@ SLOWER = {  # a first guess, for the search
     "orca-max": 0.35,
     "fastertransformer": 0.12,
 }
-# Ratios of rates, vLLM over another: what the paper says, and the bar for ours at 0.2 s per token.
+# Ratios of rates, vLLM over another: the paper's, and the bounds for ours at 0.2 s per token.
 RATIOS = {
     ("opt-13b", "sharegpt", "orca-oracle"): ("1.7 to 2.7", 1.4, 2.1),
     ("opt-13b", "sharegpt", "orca-max"): ("2.7 to 8", 2.4, 3.7),
@@ -54,7 +54,7 @@ WHY = {("opt-175b", "sharegpt"): "264 GB of keys are plenty: little gain, as on 
 
 
 def run(effort: Effort) -> Result:
-    """What five systems bear, in all six panels."""
+    """Find the rates that five systems sustain, in all six panels."""
     searches = [_search(*axis, system, effort) for axis in AXES for system in SYSTEMS]
     rates: dict[str, dict[float, float]] = {}
     curves: dict[str, list[tuple[float, float | None]]] = {}
@@ -73,7 +73,7 @@ def run(effort: Effort) -> Result:
 
 
 def _remarked(check: Check, server: str, workload: str) -> Check:
-    """The check, with what is to be said about it."""
+    """The check, with its remark."""
     if not check.is_met:
         return replace(check, remark=WHY.get((server, workload), ""))
     least, is_range, _ = check.paper.partition(" to ")
@@ -109,7 +109,7 @@ def _check_order(rates: dict[str, dict[float, float]]) -> list[Check]:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Six panels."""
+    """Draw six panels."""
     curves: dict[str, Any] = result.data["curves"]
     for number, (server, workload) in enumerate(AXES, 1):
         axes = panel(canvas, 2, 3, number, f"{server}, {workload}")
@@ -127,7 +127,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
 def _up_to_the_first_that_fails(
     points: list[tuple[float, float | None]],
 ) -> list[tuple[float, float]]:
-    """From there on latency is beyond the drawing."""
+    """The rate from which latency is beyond the drawing."""
     drawn: list[tuple[float, float]] = []
     for rate, latency in points:
         drawn.append((rate, 2.0 if latency is None else latency))

@@ -1,8 +1,8 @@
-"""Figure 13: how many requests run at a time, with OPT-13B.
+"""Figure 13: the number of concurrent requests, with OPT-13B.
 
-At 2 conversations or 30 instructions per second, all but paging are overloaded, so that they are as
-full as they can be. What paging holds depends on how fast it finishes requests: two constants of
-the host were fitted to its two bars, and they prove nothing.
+At 2 conversations or 30 instructions per second, all systems but paging are overloaded and run as
+many requests as fit. With paging, the number depends on how fast requests finish: two constants of
+the host were fitted to its two bars, so these bars prove nothing.
 """
 
 from typing import TYPE_CHECKING
@@ -19,13 +19,13 @@ PAPER = {
     ("sharegpt", 2.0): {"orca-max": 7.00, "orca-pow2": 9.81, "orca-oracle": 13.62, "vllm": 30.42},
     ("alpaca", 30.0): {"orca-max": 7.00, "orca-pow2": 43.24, "orca-oracle": 72.75, "vllm": 132.44},
 }
-PERCENT = {"orca-max": 0, "orca-pow2": 6, "orca-oracle": 5, "vllm": 10}  # how near is near
-KNIFE_EDGE = 20  # percent; vLLM on Alpaca: 7 % more host time a sequence make 20 % more requests
+PERCENT = {"orca-max": 0, "orca-pow2": 6, "orca-oracle": 5, "vllm": 10}  # percent, the tolerance
+KNIFE_EDGE = 20  # percent; vLLM on Alpaca: 7 % more host time per sequence makes 20 % more requests
 FITTED = "used for fitting"
 
 
 def run(effort: Effort) -> Result:
-    """Both traces on all four systems."""
+    """Simulate both traces on all four systems."""
     cases = [
         Case(
             system,
@@ -61,7 +61,7 @@ def run(effort: Effort) -> Result:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Paper and ours side by side."""
+    """Draw the paper's numbers and ours next to each other."""
     for number, ((workload, rate), bars) in enumerate(PAPER.items(), 1):
         heights = {
             "paper": list(bars.values()),

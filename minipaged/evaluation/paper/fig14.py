@@ -1,9 +1,9 @@
 """Figure 14: several sequences per request, OPT-13B on instructions.
 
-The more sequences share a prompt, or a past, the more is gained by sharing. What is compared is the
-rate that vLLM and Orca (Oracle) sustain at 0.2 s per token.
+The more sequences share a prompt or a history, the larger is the gain of sharing. The figure
+compares the rates that vLLM and Orca (Oracle) sustain at 0.2 s per token.
 
-Beams come out below the paper here: see the note.
+The results for beams are below the paper's: see the note.
 """
 
 from dataclasses import replace
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 AT = 0.2  # seconds per token
 METHODS = {"sample": "parallel sampling", "beam": "beam search"}
 NOTE = """\
-The paper's 2.3 x for 6 beams do not come out: this is what the room alone gives. Orca copies whole
-runs whenever beams part; charged at many times what reading and writing them takes, the ratio would
-come near. Nothing says how slow its copies were, so they are charged at full bandwidth."""
+The paper's 2.3 x for 6 beams is not reproduced: memory alone gives only this ratio. Orca copies
+whole sequences whenever beams diverge. If copies took many times as long as reading and writing
+their bytes, the ratio would be close. The paper does not state their speed, so here they take full
+bandwidth."""
 HOST = "the host limits so many sequences, not memory"
 GUESS = {"sample": 48.0, "beam": 44.0}  # sequences per second of vLLM, to begin with
 
 
 def run(effort: Effort) -> Result:
-    """Ratios of both methods at all widths."""
+    """Compute the ratios of both methods at all widths."""
     peakedness = PEAKEDNESS["alpaca"]
     decodings = [Decoding()]
     decodings += [Decoding("sample", width) for width in effort.widths]
@@ -42,11 +43,11 @@ def run(effort: Effort) -> Result:
                 system,
                 workload="alpaca",
                 rate=guess * slower,
-                seconds=effort.short_seconds * 2,  # fewer arrive per second
+                seconds=effort.short_seconds * 2,  # a lower request rate
                 decoding=decoding,
-                max_num_seqs=1024,  # memory shall be the limit
+                max_num_seqs=1024,  # so that memory is the limit
             )
-            searches.append(Search(case, (AT,), near=1.015))  # the ratios are near each other
+            searches.append(Search(case, (AT,), near=1.015))  # the ratios are close to each other
     rates = [found.rates[AT] for found in in_parallel(find_capacity, searches, "fig14")]
     ratios = [ours / other for ours, other in zip(rates[::2], rates[1::2], strict=True)]
     checks = [Check("one sequence: vLLM over Orca (Oracle)", "1.3", ratios[0], 1.2, 1.4, "x")]
@@ -67,7 +68,7 @@ def run(effort: Effort) -> Result:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Ratios by width."""
+    """Draw the ratios by width."""
     heights = {METHODS[m]: result.data[m] for m in ("sample", "beam")}
     axes = panel(canvas, 1, 1, 1, "rate sustained at 0.2 s per token: vLLM over Orca (Oracle)")
     side_by_side(axes, [str(width) for width in result.data["widths"]], heights, "x")

@@ -1,9 +1,9 @@
-"""Figure 15: what part of their blocks the sequences of a request save by sharing, OPT-13B.
+"""Figure 15: the fraction of blocks that the sequences of a request save by sharing, OPT-13B.
 
 For parallel sampling it is arithmetic: n samples save the full blocks of their prompt n - 1 times,
-in every step. For beam search it depends on how beams descend from each other, which is the
-model's: one constant for each trace was fitted to the paper's three bars here, and the embedded
-model is measured as well (`minipaged bench sharing`).
+in every step. For beam search it depends on the ancestry of the beams, and so on the model: one
+constant per trace was fitted to the paper's three bars here, and the embedded model is measured for
+comparison (`minipaged bench sharing`).
 """
 
 from dataclasses import replace
@@ -36,12 +36,12 @@ PAPER: dict[tuple[str, Method], tuple[float | None, ...]] = {  # percent of bloc
 POINTS = {("alpaca", "sample"): 1.5, ("sharegpt", "sample"): 4.0}
 BEAM_POINTS = 6.0
 WHY = "depends on the spread of prompt lengths; the paper gives only the mean"
-RATE = {"alpaca": 4.0, "sharegpt": 0.3}  # requests per second: no request waits for long
+RATE = {"alpaca": 4.0, "sharegpt": 0.3}  # requests per second: low enough for short queues
 METHODS = {"sample": "parallel sampling", "beam": "beam search"}
 
 
 def run(effort: Effort) -> Result:
-    """Simulated for both traces, and beams measured with the embedded model."""
+    """Simulate both traces, and measure beams with the embedded model."""
     cases = [
         Case(
             workload=workload,
@@ -89,7 +89,7 @@ def _measure(effort: Effort) -> list[float]:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Paper and ours, a panel for each trace and method."""
+    """Draw the paper's numbers and ours, one panel per trace and method."""
     for number, ((workload, method), paper) in enumerate(PAPER.items(), 1):
         axes = panel(canvas, 2, 2, number, f"{workload}, {METHODS[method]}")
         heights = {"paper": paper, "ours": result.data[f"{workload}/{method}"]}

@@ -1,7 +1,7 @@
-"""Figure 16: translation with examples that all prompts begin with, LLaMA-13B.
+"""Figure 16: translation with a prefix of examples that all prompts share, LLaMA-13B.
 
-The prefix is computed once and its blocks are shared; a sentence follows it. Lengths of the
-WMT16 sentences are guesses: the paper prints those of the prefixes only, 80 tokens with one example
+The prefix is computed once and its blocks are shared; a sentence follows it. The lengths of the
+WMT16 sentences are guesses: the paper states only those of the prefixes, 80 tokens with one example
 and 341 with five.
 """
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 AT = 0.2  # seconds per token
 SENTENCES = Lengths(35.0, 45.0, 0.6, 0.6)
-PAPER = {80: (1.67, 15), 341: (3.58, 30)}  # by prefix: the ratio, and how many percent are near
+PAPER = {80: (1.67, 15), 341: (3.58, 30)}  # by prefix: the ratio, and the tolerance in percent
 GUESS = {80: 35.0, 341: 30.0}
 
 
 def run(effort: Effort) -> Result:
-    """vLLM with and without sharing the prefix, against Orca (Oracle)."""
+    """Compare vLLM, with and without sharing the prefix, with Orca (Oracle)."""
     searches: list[Search] = []
     for prefix_len in PAPER:
         for system, shares, slower in (
@@ -55,7 +55,7 @@ def run(effort: Effort) -> Result:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Ratios by prefix."""
+    """Draw the ratios by prefix."""
     heights = {
         "paper": [paper for paper, _ in PAPER.values()],
         "ours": [result.data[str(p)][0] for p in PAPER],

@@ -1,10 +1,11 @@
 """Figure 17: a chatbot, OPT-13B.
 
-Every request brings the conversation so far, its last 1,024 tokens, and gets an answer of at most
-1,024; nothing is kept between requests. Most conversations are long, so most prompts are 1,024
-tokens, and a buddy allocator rounds 1,024 and any answer up to 2,048: the three Orcas are alike.
+A request's prompt is the last 1,024 tokens of the conversation so far, its answer has at most 1,024
+tokens, and nothing is kept between requests. Most conversations are long, so most prompts have
+1,024 tokens, and a buddy allocator rounds 1,024 plus any answer up to 2,048: the three Orcas are
+equal.
 
-The paper's 2 times does not come out here, nor was it found in its curve by those who digitised it.
+The paper's factor of 2 is not reproduced here; studies that digitised its curve did not find it.
 """
 
 from dataclasses import replace
@@ -23,7 +24,7 @@ GUESS = {"vllm": 1.0, "orca-oracle": 0.65, "orca-pow2": 0.65, "orca-max": 0.65}
 
 
 def run(effort: Effort) -> Result:
-    """All systems but FasterTransformer."""
+    """Simulate all systems but FasterTransformer."""
     case = Case(workload="chat", seconds=max(800.0, effort.seconds))
     searches = [Search(replace(case, system=s, rate=r), (AT,)) for s, r in GUESS.items()]
     found = in_parallel(find_capacity, searches, "fig17")
@@ -47,7 +48,7 @@ def run(effort: Effort) -> Result:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """What each system bears."""
+    """Draw the rate that each system sustains."""
     rates = result.data["rates"]
     axes = panel(canvas, 1, 1, 1, "rate sustained at 0.2 s per token")
     titles = [SYSTEMS[system].title for system in rates]

@@ -1,9 +1,9 @@
-"""Figure 18: what paging costs a kernel, and which block size is best.
+"""Figure 18: the cost of paging in a kernel, and the best block size.
 
-Left, measured on this processor: decode attention through block tables, as this library does it,
-compared with PyTorch's attention over contiguous keys. Right, simulated: larger blocks are read
-faster, smaller ones waste less and are shared more. How much faster is assumed, (1 + 8 / size)
-times as long; so the left wall of that curve is an assumption, and the right one is not.
+Left, measured on this processor: this library's decode attention through block tables, compared
+with PyTorch's attention over contiguous keys. Right, simulated: larger blocks are read faster,
+smaller ones waste less and are shared more. The cost of small blocks is assumed to be a factor of
+1 + 8 / size, so the left slope of that curve is an assumption; the right one is not.
 """
 
 from typing import TYPE_CHECKING
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 SHAPES = [(batch, context) for batch in (8, 32) for context in (64, 128, 256)]
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-RATES = {"sharegpt": 1.9, "alpaca": 28.0}  # near what is borne, where the size matters
+RATES = {"sharegpt": 1.9, "alpaca": 28.0}  # near the limit, where the block size matters
 BEST = {"sharegpt": (16, 128), "alpaca": (16, 32)}  # the paper's
 ASSUMED = "the cost of small blocks is assumed"
-TAKES_LONGER = 8.0  # a block of one token is read in 1 + 8 times the time a token
+TAKES_LONGER = 8.0  # reading blocks of one token takes 1 + 8 times as long per token
 
 
 def run(effort: Effort) -> Result:
-    """Both halves."""
+    """Measure and simulate both halves."""
     cases = [
         Case(
             workload=workload,
@@ -57,7 +57,7 @@ def run(effort: Effort) -> Result:
 
 
 def _measure() -> list[float]:
-    """Seconds of decode attention through block tables, over those of SDPA."""
+    """The time of decode attention through block tables, divided by that of SDPA."""
     import torch  # only here
 
     from minipaged.evaluation.bench.decode import measure
@@ -71,7 +71,7 @@ def _measure() -> list[float]:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Ratios by shape; latencies by block size."""
+    """Draw ratios by shape, and latencies by block size."""
     axes = panel(canvas, 1, 2, 1, "decode attention, paged over contiguous (this processor)")
     labels = [f"{batch} x {context}" for batch, context in SHAPES]
     side_by_side(axes, labels, {"ours": result.data["over"]}, "x", "{:.2f}")

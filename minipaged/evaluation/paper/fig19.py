@@ -1,12 +1,11 @@
-"""Figure 19: recomputation against swapping.
+"""Figure 19: recomputation compared with swapping.
 
-Left: 256 tokens of OPT-13B out of the way and back. Swapping moves blocks over the bus, small ones
-with as many small copies; recomputation computes them like a prompt, whatever the size of blocks.
-Right: both in a pool that is too small. Besides, the embedded model is measured on this processor,
-where there is no bus, and swapping is a copy in memory.
+Left: preempting and restoring 256 tokens of OPT-13B. Swapping moves blocks over the bus, with many
+small copies for small blocks; recomputation computes the tokens like a prompt, whatever the block
+size. Right: both in a pool that is too small. In addition, the embedded model is measured on this
+processor, where there is no bus and swapping is a copy in memory.
 
-"Never higher than 20 % of swapping's latency" (section 7.3) can only mean "never more than 20 %
-slower".
+"Never higher than 20 % of swapping's latency" (section 7.3) can only mean "at most 20 % slower".
 """
 
 from collections.abc import Callable
@@ -28,12 +27,12 @@ if TYPE_CHECKING:
 NUM_TOKENS = 256
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SERVED_SIZES = (4, 16, 64)
-RATE = 2.2  # conversations per second: the pool overflows now and then
+RATE = 2.2  # conversations per second: the pool overflows occasionally
 WAYS: tuple[PreemptionMode, PreemptionMode] = ("recompute", "swap")
 
 
 def run(effort: Effort) -> Result:
-    """Formula, simulation, measurement."""
+    """Compute the formula, the simulation and the measurement."""
     costs = CostModel(DEPLOYMENTS["opt-13b"])
     pairs = NUM_TOKENS**2 / 2
     recompute = costs.step(0, 0, NUM_TOKENS, pairs)
@@ -72,8 +71,8 @@ def run(effort: Effort) -> Result:
 
 
 def _measure() -> dict[str, list[float]]:
-    """Seconds out and back by block size, both ways, with the embedded model on this processor."""
-    import torch  # only here: the other figures do without
+    """Seconds to preempt and restore by block size, both ways, with the embedded model."""
+    import torch  # imported late: the other figures do not need it
 
     from minipaged.evaluation.bench.timing import median_seconds
 
@@ -110,7 +109,7 @@ def _both_ways(block_size: int) -> dict[str, Callable[[], object]]:
         kv_cache.swap_in(pairs)
 
     def recompute() -> None:
-        """The whole prompt, and one token sampled, like a preempted sequence."""
+        """The whole prompt and one sampled token, like a preempted sequence."""
         prompt: Prompt = {"prompt_token_ids": [1 + i % 100 for i in range(NUM_TOKENS)]}
         once = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         llm.generate(prompt, once, use_tqdm=False)
@@ -119,7 +118,7 @@ def _both_ways(block_size: int) -> dict[str, Callable[[], object]]:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Three panels."""
+    """Draw three panels."""
     data = result.data
     axes = panel(canvas, 1, 3, 1, f"{NUM_TOKENS} tokens out and back, ms (OPT-13B, formula)")
     axes.plot(SIZES, [1e3 * s for s in data["swap"]], "o-", markersize=3, label="swap")

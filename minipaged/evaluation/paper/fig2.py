@@ -1,8 +1,8 @@
-"""Figure 2: what the memory for keys and values is used for, while every system is overloaded.
+"""Figure 2: the use of the memory for keys and values, while every system is overloaded.
 
-The parts are those of `MemoryUsage`, as the paper's numbers imply them: internal fragmentation is
-what was reserved beyond prompt and output (so Orca that knows the output has none), and "external
-and others" is what the buddy allocator rounds up, and all free memory.
+The parts are those of `MemoryUsage`, as the paper's numbers imply them. Internal fragmentation is
+memory reserved beyond prompt and output, so Orca (Oracle) has none. "External and others" is the
+buddy allocator's rounding and all unallocated memory.
 """
 
 from typing import TYPE_CHECKING
@@ -20,18 +20,18 @@ PAPER = {  # percent of the slots
     "orca-max": (20.4, 13.3, 57.3, 8.9),
     "orca-pow2": (26.8, 17.9, 13.6, 41.6),
     "orca-oracle": (38.2, 25.2, 0.0, 36.6),
-    "vllm": (96.3, 0.0, None, None),  # the rest is not broken down
+    "vllm": (96.3, 0.0, None, None),  # no breakdown of the rest
 }
 SLACK = {"orca-max": 2, "orca-oracle": 2, "orca-pow2": 5}  # points
 FITTED = "used for fitting"
 NOTE = """\
-The paper's 96.3 % for vLLM and its 30.42 requests at a time (Figure 13) cannot be the same moment:
-0.963 x 15,728 / 30.42 are 498 tokens a request, and the bars of Orca (Max) give 458. Here the pool
-is that full only when overloaded, as in this figure."""
+The paper's 96.3 % for vLLM and its 30.42 concurrent requests (Figure 13) cannot be from the same
+moment: 0.963 x 15,728 / 30.42 is 498 tokens per request, and the bars of Orca (Max) imply 458. Here
+the pool is that full only when overloaded, as in this figure."""
 
 
 def run(effort: Effort) -> Result:
-    """All four systems, with more requests than they can serve."""
+    """Simulate all four systems, with more requests than they can serve."""
     seconds = max(900.0, effort.seconds)
     cases = [Case(n, rate=2.8, seconds=seconds, only_while_they_come=True) for n in PAPER]
     checks: list[Check] = []
@@ -61,7 +61,7 @@ def run(effort: Effort) -> Result:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Two bars a system: the paper's, ours."""
+    """Draw two bars per system: the paper's and ours."""
     bars = result.data["bars"]
     labels: list[str] = []
     columns: list[list[float]] = []

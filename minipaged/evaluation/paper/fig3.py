@@ -1,7 +1,7 @@
 """Figure 3: the waste of two reservations, counted in the baseline's own memory manager.
 
-Request A has 7 tokens of prompt, has generated 1, and will generate 2 more; the longest sequence
-allowed has 2,048. Request B has 3, has generated 1, will generate 1 more; at most 512.
+Request A has a prompt of 7 tokens, has generated 1, and will generate 2 more; its maximum length is
+2,048. Request B has a prompt of 3, has generated 1, and will generate 1 more; its maximum is 512.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ PAPER_UNUSED = {"A": 2038, "B": 507}
 
 
 def run(effort: Effort) -> Result:
-    """Both requests, each in a pool of its own with blocks of one token."""
+    """Count both requests, each in a separate pool with blocks of one token."""
     usage = {name: _reserve(*numbers) for name, numbers in REQUESTS.items()}
     checks: list[Check] = []
     for name, paper in PAPER_UNUSED.items():
@@ -44,7 +44,7 @@ def _reserve(prompt: int, generated: int, to_come: int, longest: int) -> MemoryU
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """What each reservation is used for."""
+    """Draw the use of each reservation."""
     names = list(REQUESTS)
     parts = ("tokens", "kept for later", "never used")
     heights = {part: [result.data[name][i] for name in names] for i, part in enumerate(parts)}

@@ -1,4 +1,4 @@
-"""What every figure has: published numbers, ours, the bar between them, data and a drawing."""
+"""Shared by all figures: published numbers, ours, tolerances, data and a drawing."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -9,29 +9,29 @@ from rich.table import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-# Where the number comes from.
+# The origin of the number.
 EXACT, SIMULATED, MEASURED = "arithmetic", "simulated", "measured"
 
 
 @dataclass(frozen=True)
 class Check:
-    """A published number, ours, and the bounds for ours.
+    """A published number, ours, and bounds for ours.
 
-    Without bounds it is shown for comparison only, because the paper says too little to hold it to
-    anything, or because it was used for fitting.
+    Without bounds it is shown only for comparison, because the paper gives too little information
+    for a bound, or because the number was used for fitting.
     """
 
     what: str
-    paper: str  # as the paper prints it
+    paper: str  # as printed in the paper
     ours: float
     low: float | None = None
     high: float | None = None
     unit: str = ""
-    remark: str = ""  # for a miss: why; for a fitted number: that it is
+    remark: str = ""  # the reason for a miss, or the note that the number is fitted
 
     @property
     def is_met(self) -> bool | None:
-        """None: there is no bar."""
+        """Whether ours is within the bounds; None: there are none."""
         if self.low is None and self.high is None:
             return None
         above = self.low is None or self.ours >= self.low
@@ -48,22 +48,22 @@ def near(
     unit: str = "",
     remark: str = "",
 ) -> Check:
-    """A check that ours is the paper's number, give or take so many percent of it, or points."""
+    """A check that ours equals the paper's number within a tolerance in percent or in points."""
     slack = points if points is not None else paper * (percent or 0.0) / 100
-    # A bar counts in the digits that are printed: 7.0004 is 7.00.
+    # Bounds are compared in the printed digits: 7.0004 is 7.00.
     low, high = paper - slack - 0.005, paper + slack + 0.005
     return Check(what, f"{paper:g}", ours, low, high, unit, remark)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A figure that was run."""
+    """The result of a figure."""
 
     name: str
     title: str
     how: str  # EXACT, SIMULATED, MEASURED, or several of them
     checks: list[Check]
-    data: dict[str, Any]  # all that the drawing needs
+    data: dict[str, Any]  # the data for the drawing
     notes: list[str] = field(default_factory=list[str])
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Result:
         return {**asdict(self), "checks": checks}
 
     def as_table(self) -> Table:
-        """The checks for a person to read."""
+        """The checks as a table."""
         table = Table(box=None, padding=(0, 2))
         for title in ("", "paper", "ours", "bar", ""):
             table.add_column(title, justify="left" if not title else "right")
@@ -103,12 +103,12 @@ def _figure(number: float) -> str:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to simulate: `--quick` for a look, `--full` for what the paper did."""
+    """How long to simulate: `--quick` for a first look, `--full` as in the paper."""
 
     name: str
     seconds: float  # of a trace of conversations
-    short_seconds: float  # of one of instructions, of which ten times as many come
-    num_requests: int  # for what is measured with a real model
+    short_seconds: float  # of a trace of instructions, whose request rate is ten times as high
+    num_requests: int  # for measurements with a real model
     widths: tuple[int, ...]  # sequences of a request, where each width takes long
 
 
@@ -118,7 +118,7 @@ FULL = Effort("full", 3600.0, 900.0, 128, (2, 4, 6))
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of the paper: how to run it, and how to draw what came out."""
+    """One figure of the paper: functions to run it and to draw the result."""
 
     name: str
     title: str

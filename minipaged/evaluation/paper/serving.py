@@ -1,4 +1,4 @@
-"""What the simulated figures have in common: a case, its outcome, and many of them at a time."""
+"""Shared by the simulated figures: a case, its outcome, and parallel simulation of many cases."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -30,27 +30,27 @@ Output = TypeVar("Output")
 
 @dataclass(frozen=True)
 class Case:
-    """One simulation, in plain values, so that it can be sent to another process."""
+    """The parameters of one simulation, as plain values that can be sent to another process."""
 
     system: str = "vllm"
     server: str = "opt-13b"
     workload: str | Lengths = "sharegpt"
     rate: float = 1.0  # requests per second
-    seconds: float = 400.0  # in which requests come
+    seconds: float = 400.0  # duration of arrivals
     seed: int = 0
     decoding: Decoding = GREEDY
     block_size: int = EngineArgs.block_size
     max_num_seqs: int = 256
     kv_factor: float = 1.0
-    prefix_len: int = 0  # that all prompts begin with
+    prefix_len: int = 0  # tokens of a prefix that all prompts share
     prefix_caching: bool = False
     preemption: PreemptionMode = EngineArgs.preemption
     limit: float | None = None  # stop above this normalised latency
-    only_while_they_come: bool = False  # look from a quarter on, and only until requests stop
+    only_while_they_come: bool = False  # measure from a quarter of the duration until arrivals end
     watch_memory: bool = False
 
     def trace(self) -> list[TraceRequest]:
-        """Who comes when."""
+        """The arrivals and lengths of the requests."""
         name = self.workload
         if name == "chat":
             return chat_trace(self.rate, self.seconds, self.seed)
@@ -59,7 +59,7 @@ class Case:
         return [_with_prefix(request, self.prefix_len) for request in trace]
 
     def simulate(self) -> Report:
-        """All of it, with every request."""
+        """Run the simulation; the result has every request."""
         server = DEPLOYMENTS[self.server]
         setting = Setting(
             server.num_slots,
@@ -91,7 +91,7 @@ def _with_prefix(request: TraceRequest, prefix_len: int) -> TraceRequest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is kept of a simulation."""
+    """The results of a simulation that are kept."""
 
     case: Case
     normalized_latency: float  # seconds per token; infinite: it was stopped
@@ -99,14 +99,14 @@ class Outcome:
     used: float  # of all slots, as the others
     reserved: float
     internal: float
-    external: float  # and all that is free, as in Figure 2
+    external: float  # and all free memory, as in Figure 2
     blocks_saved: float
     num_preemptions: int
     num_sequence_steps: int
 
 
 def serve(case: Case) -> Outcome:
-    """One simulation."""
+    """Run one simulation."""
     report = case.simulate()
 
     def outside(usage: MemoryUsage) -> int:
@@ -128,16 +128,16 @@ def serve(case: Case) -> Outcome:
 
 @dataclass(frozen=True)
 class Search:
-    """Which rates a case bears; its own rate is where to begin to look."""
+    """A search for the rates that a case sustains; the case's own rate is the first guess."""
 
     case: Case
     thresholds: tuple[float, ...] = (0.2,)  # seconds per token
-    near: float = 1.03  # to half of this factor
+    near: float = 1.03  # precision: half of this factor
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Requests per second that a case sustains, and every point of the curve that was looked at."""
+    """The requests per second that a case sustains, and all simulated points of the curve."""
 
     search: Search
     rates: dict[float, float]  # by threshold
@@ -145,14 +145,14 @@ class Capacity:
 
 
 def find_capacity(search: Search) -> Capacity:
-    """Simulates until the rates are known."""
+    """Simulate until the rates are known."""
     limit = max(search.thresholds)
 
     def latency(rate: float) -> float:
         return replace(search.case, rate=rate, limit=limit).simulate().normalized_latency
 
     curve = Curve(latency, search.case.rate, search.near)
-    curve.at(search.case.rate / 2)  # for the flat part of the drawing
+    curve.at(search.case.rate / 2)  # for the flat part of the curve
     rates = curve.crossings(search.thresholds)
     points = [(r, None if s == float("inf") else s) for r, s in sorted(curve.points.items())]
     return Capacity(search, rates, points)
@@ -161,11 +161,11 @@ def find_capacity(search: Search) -> Capacity:
 def in_parallel(
     function: Callable[[Input], Output], inputs: Iterable[Input], label: str
 ) -> list[Output]:
-    """`function` of every input, on all cores, with a progress bar in a terminal."""
+    """Call `function` on every input, on all cores, with a progress bar in a terminal."""
     todo = list(inputs)
     num_workers = min(len(todo), os.cpu_count() or 1)
     if num_workers <= 1:
         return [function(each) for each in progress_bar(todo, desc=label)]
-    # A fresh process for each: a fork of one that holds threads may hang.
+    # New processes, not forks: a fork of a process with threads may hang.
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         return list(progress_bar(pool.map(function, todo), desc=label, total=len(todo)))

@@ -1,7 +1,7 @@
-"""Table 1: how many tokens have room for their keys and values, on the servers of the evaluation.
+"""Table 1: the number of tokens whose keys and values fit on the servers of the evaluation.
 
-Arithmetic: memory left for keys and values, over the bytes of a token's keys and values in all
-layers (section 3: for OPT-13B 2 x 40 layers x 5,120 x 2 bytes = 800 KB).
+It is arithmetic: memory left for keys and values, divided by the bytes of a token's keys and values
+in all layers (section 3: for OPT-13B 2 x 40 layers x 5,120 x 2 bytes = 800 KB).
 """
 
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ PAPER = {"opt-13b": (12, 15_700), "opt-66b": (21, 9_700), "opt-175b": (264, 60_1
 
 
 def run(effort: Effort) -> Result:
-    """Slots of the three servers."""
+    """Compute the slots of the three servers."""
     checks: list[Check] = []
     slots: dict[str, int] = {}
     for name, (gib, paper) in PAPER.items():
@@ -36,7 +36,7 @@ def run(effort: Effort) -> Result:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Slots as bars."""
+    """Draw the slots as bars."""
     slots, names = result.data["slots"], list(PAPER)
     heights = {
         "paper": [PAPER[name][1] for name in names],

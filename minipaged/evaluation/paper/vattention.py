@@ -1,14 +1,14 @@
-"""Not in the paper: paging compared with vAttention (arXiv 2405.04437), at the same bytes.
+"""Not a figure of the paper: paging compared with vAttention (arXiv 2405.04437) at equal memory.
 
-vAttention leaves paging to the hardware: attention reads ordinary tensors, but memory comes in the
-system's pages, one for every buffer at a time. On a GPU the smallest page is 2 MiB: a group of them
-over all layers holds hundreds of tokens, and the last group of every request is half empty. Slicing
-puts all layers of a token side by side, so that a group is two pages and not eighty.
+vAttention leaves paging to the hardware: attention reads ordinary tensors, but memory is allocated
+in system pages, one per buffer at a time. On a GPU the smallest page is 2 MiB: a group of pages
+over all layers stores hundreds of tokens, and the last group of every request is half empty on
+average. Slicing makes all layers of a token adjacent, so a group has two pages instead of eighty.
 
-Simulated: how many requests fit, in an overloaded server. Measured on this machine: what it takes
-to map a page group, compared with a block of paging; and the embedded model served from both.
-`minipaged paper fig18` shows what a kernel would save by reading no block tables. Only whole pages
-can be shared.
+Simulated: the number of requests that fit in an overloaded server. Measured on this machine: the
+time to map a page group, compared with a block, and the embedded model served from both.
+`minipaged paper fig18` shows what a kernel would save without block tables. Virtual memory can
+share only whole pages.
 """
 
 import time
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from minipaged.tokenizer.prompts import Prompt
 
-RATES = {"sharegpt": 2.8, "alpaca": 50.0}  # requests per second: more than can be served
+RATES = {"sharegpt": 2.8, "alpaca": 50.0}  # requests per second: an overload
 SECONDS = {"sharegpt": 240.0, "alpaca": 40.0}
 PAGED = {"paged, blocks of 16": 16, "paged, blocks of 256": 256}
 MIB = 1024**2
@@ -38,7 +38,7 @@ NUM_REQUESTS, NUM_TOKENS, ROUNDS = 16, 48, 3  # of the embedded model
 
 
 def run(effort: Effort) -> Result:
-    """Live tokens and requests of six memories, then the time to get memory."""
+    """Measure live tokens and requests with six memories, then the time to allocate memory."""
     used: dict[str, list[float]] = {}
     batch: dict[str, list[float]] = {}
     memories = [("vllm", size) for size in PAGED.values()] + [(name, 16) for name in VATTENTION]
@@ -79,13 +79,13 @@ def run(effort: Effort) -> Result:
 
 
 def _half_a_group() -> list[Check]:
-    """What the last page group of a request wastes on average; fewer KV heads, more tokens."""
+    """The average waste of a request's last page group; with fewer KV heads it has more tokens."""
     checks: list[Check] = []
     for name in ("opt-13b", "llama-3-8b"):
         setting = Setting(1, model=MODELS[name])
         for sliced in (False, True):
             layout = virtual_layout(setting, HUGE_PAGE, sliced)
-            what = f"{name}: wasted by a request, 2 MiB{', sliced' if sliced else ''}"
+            what = f"{name}: wasted per request, 2 MiB{', sliced' if sliced else ''}"
             checks.append(Check(what, "-", layout.group_bytes / 2 / MIB, unit="MiB"))
         block = 16 * MODELS[name].kv_bytes_per_token
         checks.append(Check(f"{name}: the same, blocks of 16", "-", block / 2 / MIB, unit="MiB"))
@@ -93,7 +93,7 @@ def _half_a_group() -> list[Check]:
 
 
 def _measure() -> list[Check]:
-    """Microseconds to get memory for the next tokens of a sequence, here."""
+    """Microseconds to allocate memory for the next tokens of a sequence, on this machine."""
     checks = [Check("a block of paging, allocated", "-", 1e6 * _seconds_of_a_block(), unit="us")]
     for title, page_bytes in {"4 KiB": SMALL_PAGE, "2 MiB": HUGE_PAGE}.items():
         if why_no_pages_of(page_bytes) is None:
@@ -103,7 +103,8 @@ def _measure() -> list[Check]:
 
 
 def _serve() -> list[Check]:
-    """The embedded model on this processor, from paged and from virtual memory of 4 KiB pages."""
+    """Run the embedded model on this processor, in paged memory and in virtual memory of 4 KiB "
+    "pages."""
     if why_no_pages_of(SMALL_PAGE) is not None:
         return []
     from minipaged.llm import LLM  # torch, only here
@@ -151,7 +152,7 @@ def _seconds_of_a_group(page_bytes: int) -> float:
 
 
 def draw(result: Result, canvas: "Canvas") -> None:
-    """Live tokens of all memories, a panel for each trace."""
+    """Draw the live tokens of all memories, one panel per trace."""
     used: dict[str, Any] = result.data["used"]
     labels = [name.replace(", ", "\n") for name in used]
     for number, workload in enumerate(RATES):

@@ -1,4 +1,4 @@
-"""Models and GPUs that can be simulated: what a step must read and multiply, and how fast."""
+"""Models and GPUs for simulation: their sizes, bandwidths and speeds."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class GPU:
-    """What limits a step; published numbers."""
+    """The published numbers of a GPU that limit a step."""
 
     name: str
     memory_bytes: float
@@ -22,7 +22,7 @@ class GPU:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What limits a step, of the model: 16-bit weights and keys."""
+    """The sizes of a model that limit a step, with 16-bit weights and keys."""
 
     name: str
     num_params: float
@@ -42,19 +42,19 @@ class ServedModel:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token over all layers (section 3)."""
+        """Bytes of one token's keys and values over all layers (section 3)."""
         return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model split over so many GPUs, and how many token slots are left for keys and values."""
+    """A model on a number of GPUs, with the token slots left for keys and values."""
 
     model: ServedModel
     gpu: GPU
     num_gpus: int
     num_slots: int
-    sync_seconds: float = 0.0  # of a step, for workers that wait for a message and each other
+    sync_seconds: float = 0.0  # per step, waiting for messages and other workers
 
     @property
     def bandwidth(self) -> float:
@@ -65,7 +65,7 @@ class Deployment:
         return self.gpu.flops * self.num_gpus
 
     def with_link(self, link: Link) -> "Deployment":
-        """The same server with its GPUs connected by another link."""
+        """Return the same server with another link between its GPUs."""
         return replace(self, gpu=replace(self.gpu, link=link))
 
 
@@ -99,8 +99,8 @@ MODELS = {
     )
 }
 
-# Table 1 of the paper: the servers of its evaluation. The slots are its own numbers, a thousand of
-# them written "15.7K", as exactly as their memory allows.
+# Table 1 of the paper: the servers of its evaluation. The slots are its own numbers (such as
+# "15.7K"), made as exact as its memory sizes allow.
 DEPLOYMENTS = {
     "opt-13b": Deployment(MODELS["opt-13b"], GPUS["a100-40g"], 1, 15_728),
     "opt-66b": Deployment(MODELS["opt-66b"], GPUS["a100-40g"], 4, 9_700, SYNC_SECONDS["opt-66b"]),
@@ -112,14 +112,14 @@ DEPLOYMENTS = {
 
 
 def find_model(name: str) -> ServedModel:
-    """The model of this name. Raises InvalidOption with the names there are."""
+    """Return the model with this name. Raises InvalidOption with the valid names."""
     if name not in MODELS:
         raise InvalidOption(f"there is no model {name!r} here: choose one of {', '.join(MODELS)}.")
     return MODELS[name]
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU of this name. Raises InvalidOption with the names there are."""
+    """Return the GPU with this name. Raises InvalidOption with the valid names."""
     if name not in GPUS:
         raise InvalidOption(f"there is no GPU {name!r} here: choose one of {', '.join(GPUS)}.")
     return GPUS[name]

@@ -1,13 +1,13 @@
-"""How long a step takes: a roofline, plus the host.
+"""The duration of a step: a roofline, plus host time.
 
     host       STEP_SECONDS + SEQUENCE_SECONDS for each sequence that decodes     fitted
-    weights    read once, or multiplied with every token, whichever takes longer
-    keys       of every sequence that decodes, read once
-    prompts    attention of their tokens among each other
+    weights    read once or multiplied by every token, whichever takes longer
+    keys       of every decoding sequence, read once
+    prompts    attention among their tokens
     links      all-reduces and a gather, if several GPUs share the model (`interconnect`)
 
-No operation reaches what a GPU can do at its best. The shares below are assumed, not fitted. Links
-have none: messages are small, and most of what they lose is in the latency of a collective.
+No operation reaches a GPU's peak. The fractions below are assumed, not fitted. Links have none:
+messages are small, so latency dominates a collective.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ OF_BANDWIDTH_FOR_WEIGHTS = 0.8
 OF_BANDWIDTH_FOR_KEYS = 0.7
 OF_FLOPS = 0.55
 OF_FLOPS_IN_ATTENTION = 0.275
-HOST_LINK = 16e9  # bytes per second between GPU and host: PCIe 4, as in reality
-COPY_LAUNCH = 3e-6  # seconds to begin one copy of one block in one layer, keys or values
+HOST_LINK = 16e9  # bytes per second between GPU and host: PCIe 4, in practice
+COPY_LAUNCH = 3e-6  # seconds to start one copy of one block in one layer, keys or values
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of a step on a server, and the parts of them.
+    """Seconds of a step on a server, in total and by part.
 
     Args:
-        server: the model and where it runs.
-        step_seconds: what the host needs for a step.
-        sequence_seconds: what it needs besides for each sequence that decodes.
-        kv_factor: how much longer it takes to read keys; the paged kernel's price, for instance.
+        server: the model and its GPUs.
+        step_seconds: host time per step.
+        sequence_seconds: additional host time per decoding sequence.
+        kv_factor: factor on the time to read keys, for example the cost of the paged kernel.
     """
 
     server: Deployment
@@ -41,33 +41,33 @@ class CostModel:
     kv_factor: float = 1.0
 
     def host(self, num_decodes: int) -> float:
-        """Of the processor, and of workers that wait for its message and for each other."""
+        """Host time, and the time that workers wait for its message and for each other."""
         seconds = self.step_seconds + self.server.sync_seconds
         return seconds + self.sequence_seconds * num_decodes
 
     def weights(self, num_tokens: int) -> float:
-        """To read all weights, or to multiply them with so many tokens."""
+        """Seconds to read all weights, or to multiply them by the tokens, whichever is longer."""
         model, server = self.server.model, self.server
         reading = model.weight_bytes / (server.bandwidth * OF_BANDWIDTH_FOR_WEIGHTS)
         return max(reading, 2 * model.num_params * num_tokens / (server.flops * OF_FLOPS))
 
     def keys(self, num_tokens: int) -> float:
-        """To read keys and values of so many tokens."""
+        """Seconds to read the keys and values of these tokens."""
         num_bytes = num_tokens * self.server.model.kv_bytes_per_token
         return self.kv_factor * num_bytes / (self.server.bandwidth * OF_BANDWIDTH_FOR_KEYS)
 
     def prompts(self, num_pairs: float) -> float:
-        """Attention of prompts: for so many pairs of a query and a key that it sees."""
+        """Seconds for the attention of prompts, by the number of (query, visible key) pairs."""
         model = self.server.model
         operations = 4 * model.num_heads * model.head_dim * model.num_layers * num_pairs
         return operations / (self.server.flops * OF_FLOPS_IN_ATTENTION)
 
     def communication(self, num_tokens: int, num_rows: int) -> float:
-        """To add up results and gather logits over all GPUs; 0 for a single one (section 4.6).
+        """Seconds to sum results and gather logits over all GPUs; 0 for one GPU (section 4.6).
 
         Args:
-            num_tokens: whose hidden states are added up, all of the step.
-            num_rows: of logits that the step computes.
+            num_tokens: all tokens of the step, whose hidden states are summed.
+            num_rows: rows of logits in the step.
         """
         model, link, num_gpus = self.server.model, self.server.gpu.link, self.server.num_gpus
         if num_gpus == 1:
@@ -77,14 +77,14 @@ class CostModel:
         return all_reduces + link.gather(2 * num_rows * model.vocab_size, num_gpus)
 
     def swap(self, num_blocks: int, block_size: int) -> float:
-        """To move blocks between GPU and host; small blocks are many small copies (section 7.3)."""
+        """Seconds to swap blocks; small blocks need many small copies (section 7.3)."""
         model = self.server.model
         num_bytes = num_blocks * block_size * model.kv_bytes_per_token
         launches = num_blocks * 2 * model.num_layers
         return num_bytes / (HOST_LINK * self.server.num_gpus) + launches * COPY_LAUNCH
 
     def copies(self, num_blocks: int, block_size: int) -> float:
-        """To copy blocks on the GPU: each is read and written."""
+        """Seconds to copy blocks on the GPU: each is read and written."""
         num_bytes = 2 * num_blocks * block_size * self.server.model.kv_bytes_per_token
         return num_bytes / self.server.bandwidth
 
@@ -96,7 +96,7 @@ class CostModel:
         num_pairs: float,
         num_prompts: int = 0,
     ) -> float:
-        """A whole step, without moved blocks; `num_prompts` of its prompts end in it."""
+        """Seconds of a step without swapped or copied blocks; `num_prompts` prompts end in it."""
         num_tokens = num_decodes + num_prompt_tokens
         return (
             self.host(num_decodes)
@@ -107,7 +107,7 @@ class CostModel:
         )
 
     def of_step(self, decision: SchedulerOutput, block_size: int) -> float:
-        """The step that a scheduler planned, with the blocks that it moves."""
+        """Seconds of a scheduler's step, including the blocks that it moves."""
         num_decodes = num_keys = num_prompt_tokens = num_prompts = 0
         num_pairs = 0.0
         for _, seq, num_new, samples in decision.sequences:

@@ -1,12 +1,12 @@
-"""Capacity planning: what a server sustains, on the library's scheduler, memory and cost model.
+"""Capacity planning: the load that a server sustains, with the library's scheduler and memory.
 
-The pool is what the weights leave of the GPUs' memory. Requests are simulated at the rate that is
-asked for, and at others, to find the knee: the rate at which a token takes several times as long as
-on an idle server. What bounds it there is either the pool, or the largest part of a step.
+The pool is the GPU memory that the weights leave free. Requests are simulated at the given rate and
+at others, to find the knee: the rate at which a token takes several times as long as on an idle
+server. There, the bound is either the pool or the largest part of a step.
 
-A simulation is short by default, so that the answer takes seconds. It begins with an empty server,
-and the shorter it is, the more this counts: the knee came out 4 to 10 % above that of `full`
-simulations for the workloads that were tried, and more for outputs of thousands of tokens.
+Simulations are short by default, so that a plan takes seconds. They start with an empty server,
+which matters more in a short simulation: the knee was 4 to 10 % above that of `full` simulations
+for the workloads that were tried, and more for outputs of thousands of tokens.
 """
 
 from collections.abc import Callable
@@ -24,32 +24,32 @@ from minipaged.evaluation.sim.systems import SYSTEMS, Setting
 from minipaged.evaluation.sim.traces import Lengths, poisson_trace
 
 USABLE = EngineArgs.gpu_memory_utilization  # fraction of a GPU's memory
-ACTIVATIONS = 1 * GB  # a GPU, for what is neither weights nor keys: assumed
-FULL = 0.9  # a pool of which more is taken is the bound
+ACTIVATIONS = 1 * GB  # per GPU, neither weights nor keys: assumed
+FULL = 0.9  # above this fraction in use, the pool is the bound
 LEAST_REQUESTS = 100  # in a simulation
-MOST_TOKENS = 120_000  # that are generated in a quick simulation, half a second of work
+MOST_TOKENS = 120_000  # generated tokens in a quick simulation, half a second of work
 KNEE = 3.0  # times the latency of an idle server
-# A present-day host, assumed: the first vLLM's, as in `fitted`, took 15 times as long a sequence.
+# A present-day host, assumed; the first vLLM's (`fitted`) took 15 times as long per sequence.
 STEP_SECONDS, SEQUENCE_SECONDS = 2e-3, 0.02e-3
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a server does at one rate."""
+    """The behaviour of a server at one rate."""
 
     rate: float  # requests per second
-    latency: float  # seconds per token, as a mean over requests; infinite: it cannot keep up
+    latency: float  # seconds per token, mean over requests; infinite: it cannot keep up
     first_token: float  # seconds from arrival
     batch: float  # requests that run at a time
-    utilisation: float  # of the pool's slots that hold a token
-    taken: float  # of the pool's slots, in allocated blocks
+    utilisation: float  # fraction of the pool's slots that store a token
+    taken: float  # fraction of the pool's slots in allocated blocks
     num_preemptions: int
     parts: dict[str, float]  # of a step, in seconds
 
 
 @dataclass(frozen=True)
 class CapacityReport:
-    """What a server sustains of a workload, and what limits it."""
+    """The rate of a workload that a server sustains, and its bound."""
 
     server: Deployment
     num_blocks: int
@@ -60,10 +60,10 @@ class CapacityReport:
 
 
 def deploy(model: ServedModel, gpu: GPU, num_gpus: int) -> Deployment:
-    """The model on these GPUs, with the slots that are left.
+    """Return the model on these GPUs, with the remaining token slots.
 
-    With more GPUs than KV heads, each GPU has one KV head, which others have as well: the model
-    takes as much memory as one with a KV head per GPU.
+    With more GPUs than KV heads, KV heads are replicated, one per GPU: the model takes as much
+    memory as one with a KV head per GPU.
 
     Raises:
         InvalidOption: no slots are left, or the heads cannot be split evenly.
@@ -102,17 +102,17 @@ def estimate_capacity(
     full: bool = False,
     on_simulation: Callable[[], object] = lambda: None,
 ) -> CapacityReport:
-    """Simulate the rate, look for the knee, and say what bounds it.
+    """Simulate the rate, find the knee, and name its bound.
 
     Args:
-        server: where the requests are served.
+        server: the server.
         lengths: of the requests.
         rate: requests per second.
-        block_size: token slots in a block.
-        max_num_seqs: requests that may run at a time.
-        seconds: of arrivals in a simulation, or less if they generate more than MOST_TOKENS.
-        full: simulate all these seconds, whatever they generate. Takes minutes.
-        on_simulation: called after each.
+        block_size: token slots per block.
+        max_num_seqs: maximum number of running requests.
+        seconds: duration of arrivals, shortened if requests generate more than MOST_TOKENS.
+        full: simulate the full duration, which takes minutes.
+        on_simulation: called after each simulation.
 
     Raises:
         InvalidOption: not even one request fits into the pool.
@@ -139,7 +139,7 @@ def estimate_capacity(
         return report
 
     def duration(at: float) -> float:
-        """Several times what a request takes, and long enough for many of them."""
+        """Choose a duration of several request latencies that has many requests."""
         alone = idle * lengths.output_mean
         wanted = max(seconds, 10 * alone)
         affordable = wanted if full else MOST_TOKENS / (at * lengths.output_mean)
@@ -148,12 +148,12 @@ def estimate_capacity(
     def load(at: float) -> Load:
         until = duration(at)
         latency = simulate(at, limit=4 * KNEE * idle, watch_memory=False).normalized_latency
-        busy = simulate(at, until=until, look_from=until / 4)  # neither filling nor emptying
+        busy = simulate(at, until=until, look_from=until / 4)  # neither start-up nor drain
         return _load(at, latency, busy, costs, lengths)
 
     threshold = KNEE * idle
     guess = _fluid_rate(costs, lengths, threshold, setting)
-    # Beyond the knee it is enough to know that: those simulations end early.
+    # Simulations beyond the knee end early.
     curve = Curve(
         lambda at: simulate(at, limit=threshold, watch_memory=False).normalized_latency,
         guess,
@@ -165,7 +165,7 @@ def estimate_capacity(
 
 
 def _unloaded(costs: CostModel, lengths: Lengths) -> float:
-    """Seconds a token of requests that have the server to themselves, as a mean over them."""
+    """Mean seconds per token of requests that are alone on the server."""
     ratios: list[float] = []
     for p, o in lengths.draw(512, seed=0):
         prompt = costs.step(0, 0, p, p * p / 2, 1)
@@ -174,14 +174,14 @@ def _unloaded(costs: CostModel, lengths: Lengths) -> float:
 
 
 def _fluid_rate(costs: CostModel, lengths: Lengths, latency: float, setting: Setting) -> float:
-    """The rate at which a step takes so long, if requests came evenly and were all alike."""
+    """The rate at which a step takes this long, for evenly spaced, equal requests."""
     context = lengths.input_mean + lengths.output_mean / 2
     batch = min(setting.max_num_seqs, setting.num_slots / context)
     low, high = 0.0, batch / (lengths.output_mean * latency)
     for _ in range(30):
         rate = (low + high) / 2
         batch = rate * lengths.output_mean * latency  # Little's law
-        prompts = rate * lengths.input_mean * latency  # tokens that come while a step runs
+        prompts = rate * lengths.input_mean * latency  # tokens that arrive while a step runs
         pairs = prompts * lengths.input_mean / 2
         ended = round(rate * latency)
         step = costs.step(round(batch), round(batch * context), round(prompts), pairs, ended)
@@ -194,7 +194,7 @@ def _load(rate: float, latency: float, report: Report, costs: CostModel, lengths
     batch = report.mean_batch
     context = lengths.input_mean + lengths.output_mean / 2
     step = report.busy_seconds / max(1, report.num_busy_steps)
-    prompt_tokens = rate * lengths.input_mean * step  # that come while a step runs
+    prompt_tokens = rate * lengths.input_mean * step  # arrive while a step runs
     parts = {
         "the host": costs.host(round(batch)),
         "reading or multiplying weights": costs.weights(round(batch + prompt_tokens)),

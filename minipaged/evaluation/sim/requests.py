@@ -1,7 +1,7 @@
 """A request that generates without a model: greedily, in several samples, or with beams.
 
-It does to scheduler and memory what a served request does. Which tokens it generates does not
-matter, but for beams it does which of them go on: that is drawn, see `Genealogy`.
+It uses scheduler and memory like a served request. Which tokens it generates does not matter. Which
+beams survive does matter, so that is drawn at random: see `Genealogy`.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from minipaged.evaluation.sim.traces import TraceRequest
 from minipaged.scheduler.interface import Scheduler
 from minipaged.sequence import Sequence, SequenceGroup
 
-NUM_CANDIDATES = 64  # next tokens of a beam that are worth a look
-NUM_GENEALOGIES = 64  # that are drawn at a time; requests take turns
+NUM_CANDIDATES = 64  # candidate tokens per beam
+NUM_GENEALOGIES = 64  # genealogies that are drawn; requests take turns
 
 
 Method = Literal["sample", "beam"]
@@ -24,7 +24,7 @@ Method = Literal["sample", "beam"]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How requests decode: `width` samples, or `width` beams."""
+    """The decoding method: `width` samples, or `width` beams."""
 
     method: Method = "sample"
     width: int = 1
@@ -45,24 +45,24 @@ class SimRequest:
         self.first_token: float | None = None  # seconds, as all times
         self.finish: float | None = None
         own = range(1 + number * 2**20, 1 + number * 2**20 + trace.input_len - trace.prefix_len)
-        prompt = [*range(-trace.prefix_len, 0), *own]  # unique tokens after the prefix
+        prompt = [*range(-trace.prefix_len, 0), *own]  # unshared tokens after the prefix
         seq = Sequence(next(seq_ids), prompt, max_output_len=trace.output_len)
         self.group = SequenceGroup(str(number), [seq], width=decoding.width)
         self._seq_ids = seq_ids
         self._parents = None
         if decoding.method == "beam":
             self._parents = genealogy(decoding.width, decoding.peakedness, number)
-        self._beams = [seq]  # in the order of the genealogy, which is not that of the group
+        self._beams = [seq]  # in the order of the genealogy, not of the group
         self._tokens = count()
 
     @property
     def normalized_latency(self) -> float:
-        """Seconds from arrival to the last token, for each token of the output (section 6.1)."""
+        """Seconds from arrival to the last token, per output token (section 6.1)."""
         assert self.finish is not None, "it has not finished"
         return (self.finish - self.arrival) / self.output_len
 
     def advance(self, scheduler: Scheduler) -> bool:
-        """Give every sequence its next token, forking as the method does; True at the end."""
+        """Append the next token to every sequence, and fork if needed; True at the end."""
         group = self.group
         is_first = group.sequences[0].num_output_tokens == 0
         if self._parents is not None:
@@ -94,12 +94,12 @@ class SimRequest:
 
 
 def genealogy(width: int, peakedness: float, number: int) -> Iterator[tuple[int, ...]]:
-    """Step by step, from which beam each of the next beams descends.
+    """The parent of each beam, step by step.
 
-    A synthetic language model: the logits of a beam's likeliest tokens are Gumbel noise, larger the
-    more it is sure of one, and the search takes the best of all beams' candidates, as it does with
-    a real one. How often beams descend from the same one depends on that scale, and in truth on the
-    model; so what beams share is shown for a real one too, by `minipaged bench sharing`.
+    It is a synthetic language model: the logits of a beam's likeliest tokens are Gumbel noise with
+    a scale that expresses the model's certainty, and the search takes the best candidates of all
+    beams, as with a real model. How often beams have the same parent depends on that scale, and in
+    reality on the model. `minipaged bench sharing` therefore measures sharing with a real model.
     """
     step = 0
     while True:
@@ -112,7 +112,7 @@ _drawn: dict[tuple[int, float], tuple[list[list[tuple[int, ...]]], "np.ndarray"]
 
 
 def _draw_genealogies(width: int, peakedness: float, step: int) -> list[tuple[int, ...]]:
-    """The parents of all genealogies in this step; drawn once, and kept."""
+    """The parents of all genealogies in this step; drawn once and cached."""
     key = (width, peakedness)
     steps, scores = _drawn.get(key, ([], np.zeros((NUM_GENEALOGIES, width))))
     while len(steps) <= step:

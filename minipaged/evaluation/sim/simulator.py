@@ -1,6 +1,6 @@
-"""The loop: requests arrive, the scheduler decides, the clock moves on by what the step costs.
+"""The simulation loop: requests arrive, the scheduler decides, the clock advances by the step.
 
-It is the loop of `LLMEngine.step`, with a formula in the place of the model.
+It is the loop of `LLMEngine.step`, with a formula in place of the model.
 """
 
 from collections.abc import Callable
@@ -17,54 +17,54 @@ from minipaged.memory import MemoryUsage
 from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import SchedulerOutput
 
-LOOK_SECONDS = 1.0  # of simulated time, between two looks at the memory
+LOOK_SECONDS = 1.0  # of simulated time, between two samples of the memory
 
 
 @dataclass
 class Report:
-    """What a simulation saw. Means are over time, while at least one request was there."""
+    """The results of a simulation. Means are over the time with at least one request."""
 
     num_requests: int
     finished: list[SimRequest] = field(default_factory=list[SimRequest])
     seconds: float = 0.0  # simulated
     num_steps: int = 0
-    num_sequence_steps: int = 0  # a step of one sequence
+    num_sequence_steps: int = 0  # counted once per sequence
     num_preemptions: int = 0
     num_blocks_swapped: int = 0  # out and in
-    busy_seconds: float = 0.0  # simulated, in steps that were looked at
+    busy_seconds: float = 0.0  # simulated, in measured steps
     num_busy_steps: int = 0
-    waits: list[float] = field(default_factory=list[float])  # seconds to a first token
-    mean_batch: float = 0.0  # requests that run at a time
+    waits: list[float] = field(default_factory=list[float])  # seconds to the first token
+    mean_batch: float = 0.0  # number of running requests
     looks: list[MemoryUsage] = field(default_factory=list[MemoryUsage])
-    num_blocks_held: int = 0  # at the looks: by groups of several sequences,
+    num_blocks_held: int = 0  # in the samples: blocks of groups with several sequences,
     num_blocks_unshared: int = 0  # and if each sequence had its own
-    gave_up: bool = False  # normalised latency is beyond the limit for sure
+    gave_up: bool = False  # normalised latency certainly exceeds the limit
 
     @property
     def normalized_latency(self) -> float:
-        """The mean over requests of seconds per output token (section 6.1)."""
+        """Mean over requests of the seconds per output token (section 6.1)."""
         if self.gave_up or not self.finished:
             return float("inf")
         return sum(r.normalized_latency for r in self.finished) / len(self.finished)
 
     @property
     def blocks_saved(self) -> float:
-        """The part of their blocks that groups of several sequences saved by sharing."""
+        """The fraction of blocks that groups of several sequences saved by sharing."""
         return 1 - self.num_blocks_held / max(1, self.num_blocks_unshared)
 
     def share(self, part: Callable[[MemoryUsage], int]) -> float:
-        """A part of the memory's slots, on average: `share(lambda usage: usage.used)`."""
+        """The average fraction of the memory's slots: `share(lambda usage: usage.used)`."""
         return sum(part(u) / u.total for u in self.looks) / max(1, len(self.looks))
 
 
 class Simulation:
-    """One system that serves one trace.
+    """Simulates one system that serves one trace.
 
     Args:
         limit: stop once the mean normalised latency is certain to exceed this many seconds.
-        until: simulated seconds after which nothing more is looked at. None: to the last token.
-        look_from: when to begin with looks and means, so that the empty start does not count.
-        watch_memory: whether looks at the memory are wanted: they take time.
+        until: simulated seconds after which measuring ends. None: at the last token.
+        look_from: simulated seconds when measuring begins, so that the empty start does not count.
+        watch_memory: whether to sample memory usage, which takes time.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Simulation:
         seq_ids = count()
         self._to_come = [SimRequest(i, t, decoding, seq_ids) for i, t in enumerate(trace)][::-1]
         self._requests: dict[str, SimRequest] = {}
-        self._kept_back: list[SimRequest] = []  # finished, but not the rest of their batch
+        self._kept_back: list[SimRequest] = []  # finished, but others of their batch are not
         self._limit = limit
         self._until = until
         self._look_from = look_from
@@ -100,7 +100,7 @@ class Simulation:
         self._longest_prompt = 0  # of a padded batch
 
     def run(self) -> Report:
-        """Serve all of the trace, or until a limit is reached."""
+        """Serve the whole trace, or until a limit is reached."""
         while (self._to_come or self._requests or self._kept_back) and not self.report.gave_up:
             if self._until is not None and self.now >= self._until:
                 break
@@ -115,7 +115,7 @@ class Simulation:
         return report
 
     def step(self) -> None:
-        """One step of the scheduler, and what follows from it."""
+        """Run one step of the scheduler, and apply its decision."""
         scheduler = self.scheduler
         decision = scheduler.schedule()
         if decision.ended:
@@ -135,7 +135,7 @@ class Simulation:
         self.report.num_preemptions += len(decision.preempted)
         self.report.num_blocks_swapped += len(decision.swap_out) + len(decision.swap_in)
         if self.now >= self._next_look:
-            self._look()  # while the step is under way
+            self._look()  # while the step runs
         scheduler.commit(decision)
         self._advance(decision)
 
@@ -148,8 +148,8 @@ class Simulation:
     def _seconds(self, decision: SchedulerOutput) -> float:
         if not self._system.forms_batches:
             return self._costs.of_step(decision, self._setting.block_size)
-        # Padded: all prompts are as long as the longest, and who has ended is computed on with the
-        # others.
+        # Padded: all prompts are as long as the longest, and ended sequences are still computed
+        # with the others.
         batch = [*self.scheduler.running, *(request.group for request in self._kept_back)]
         size = sum(group.width for group in batch)
         prompt = self._longest_prompt = max(
@@ -162,7 +162,7 @@ class Simulation:
         return self._costs.step(size, size * (prompt + generated), 0, 0)
 
     def _advance(self, decision: SchedulerOutput) -> None:
-        """A token more for every sequence of which nothing is left to compute."""
+        """Append a token to every sequence that is completely computed."""
         advanced: set[str] = set()
         for group, seq, _, samples in decision.sequences:
             if not samples or group.request_id in advanced:
@@ -188,7 +188,7 @@ class Simulation:
             self._kept_back = []
 
     def _look(self) -> None:
-        """Record how the memory is used, and stop if the limit is certain to be exceeded."""
+        """Record memory usage, and stop if the limit is certain to be exceeded."""
         self._next_look = max(self._next_look + LOOK_SECONDS, self.now)
         self._num_looks += 1
         report, memory = self.report, self.scheduler.memory
@@ -201,7 +201,7 @@ class Simulation:
                     report.num_blocks_held += held
                     report.num_blocks_unshared += unshared
         if self._limit is not None and self._num_looks % 10 == 0:
-            # No unfinished request can come out better than if it ended now.
+            # The latency of an unfinished request is at least what it would be if it ended now.
             least = sum(r.normalized_latency for r in report.finished)
             least += sum((self.now - r.arrival) / r.output_len for r in self._requests.values())
             report.gave_up = least > self._limit * report.num_requests

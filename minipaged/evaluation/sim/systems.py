@@ -1,4 +1,4 @@
-"""Paging and its baselines, as simulated: a memory, and the scheduler's options."""
+"""Paging and its baselines in the simulator: a memory manager and scheduler options for each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ NO_LIMIT = 10**9  # tokens per step: the baselines are limited only by memory
 
 @dataclass(frozen=True)
 class Setting:
-    """What a simulation may vary of memory and scheduler."""
+    """The options of memory and scheduler in a simulation."""
 
     num_slots: int  # token slots for keys and values
     block_size: int = EngineArgs.block_size
     longest: int = LONGEST
-    max_num_seqs: int = 256  # the first vLLM's
+    max_num_seqs: int = 256  # as in the first vLLM
     max_num_batched_tokens: int = 2560  # the same
     watermark: float = EngineArgs.watermark
-    prefix_caching: bool = False  # the paper had none, but for prefixes that were given
+    prefix_caching: bool = False  # the paper had none, except for predefined prefixes
     preemption: PreemptionMode = EngineArgs.preemption
-    model: ServedModel = MODELS["opt-13b"]  # for memory that is counted in bytes
+    model: ServedModel = MODELS["opt-13b"]  # for memory counted in bytes
 
     @property
     def num_blocks(self) -> int:
@@ -43,8 +43,8 @@ class System:
     name: str
     title: str
     build_memory: Callable[[Setting], Memory]
-    has_token_limit: bool = False  # and preempts, because it may admit too much
-    forms_batches: bool = False  # a batch runs padded, until the longest of it has ended
+    has_token_limit: bool = False  # it preempts, because it admits more than is certain to fit
+    forms_batches: bool = False  # a batch is padded and runs until its longest request has ended
     scheduler: Callable[[EngineConfig, Memory], Scheduler] = FCFSScheduler
 
 
@@ -84,7 +84,7 @@ SYSTEMS = {
 
 
 class NoPages:
-    """Pages that are never mapped: the memory's own count is all that a simulation needs."""
+    """Pages that are only counted, not mapped."""
 
     def map(self, region: int, groups: range) -> None: ...
     def unmap(self, region: int, groups: range) -> None: ...
@@ -128,7 +128,7 @@ ORCAS = ("orca-oracle", "orca-pow2", "orca-max")
 
 
 def find_system(name: str) -> System:
-    """The system of this name. Raises InvalidOption with the names there are."""
+    """Return the system with this name. Raises InvalidOption with the valid names."""
     known = SYSTEMS | VATTENTION
     if name not in known:
         raise InvalidOption(f"there is no system {name!r}: choose one of {', '.join(known)}.")
@@ -136,7 +136,7 @@ def find_system(name: str) -> System:
 
 
 def build_scheduler(system: System, setting: Setting) -> Scheduler:
-    """The system's scheduler, mostly the library's own, over its memory.
+    """Build the system's scheduler, usually the library's own, over its memory.
 
     Steps mix prompts and decodes, and prompts are computed whole, as in the paper's vLLM.
     """

@@ -1,9 +1,9 @@
-"""Who comes when, and how long: traces like the paper's (section 6.1), or a real one from a file.
+"""Arrivals and lengths of requests: traces like the paper's (section 6.1), or one from a file.
 
 The paper draws lengths from ShareGPT (conversations with ChatGPT) and Alpaca (short instructions),
-and arrivals from a Poisson process. Of the lengths it gives the means. Here they are lognormal and
-independent of each other, which its Figure 2 implies: see `fitted`. Requests that are longer than
-the context are left out, as there, and the means are those of what is left.
+and arrivals from a Poisson process. It states only the means of the lengths. Here lengths are
+lognormal and independent of each other, which its Figure 2 implies: see `fitted`. As in the paper,
+requests longer than the context are left out; the means are those of the remaining requests.
 """
 
 import csv
@@ -21,44 +21,44 @@ import numpy as np
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.sim.fitted import ALPACA_OUTPUT_CV, SHAREGPT_OUTPUT_CV
 
-CHAT_LIMIT = 1024  # tokens of a prompt, and of an answer
+CHAT_LIMIT = 1024  # tokens of a prompt and of an answer
 CHAT_ROUNDS = 8
 STRATA = 256
-MOST_TOKENS = 10**9  # of a request in a file
-MOST_SECONDS = 1e11  # an arrival in a file: as seconds since 1970, it is in the year 5138
-SHORTEST = 4  # tokens; a normalised latency over a single token would be mostly waiting
+MOST_TOKENS = 10**9  # tokens of a request in a file
+MOST_SECONDS = 1e11  # latest arrival in a file; as seconds since 1970, it is in the year 5138
+SHORTEST = 4  # tokens; the normalised latency of a single token would be mostly waiting
 
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """One request of a trace: it comes, has a prompt, and generates exactly so many tokens."""
+    """One request of a trace: its arrival, prompt length and exact output length."""
 
     arrival: float  # seconds
     input_len: int  # tokens
     output_len: int
-    prefix_len: int = 0  # first tokens of the prompt that all requests of the trace share
+    prefix_len: int = 0  # leading tokens of the prompt that all requests of the trace share
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lognormal prompts and outputs, with these means once the too long ones are left out."""
+    """Lognormal prompt and output lengths; means are those after requests too long are left out."""
 
     input_mean: float
     output_mean: float
     input_cv: float  # standard deviation over mean, before any is left out
     output_cv: float
-    longest: int = 2048  # prompt and output together stay below this
+    longest: int = 2048  # upper bound of prompt and output together
 
     def draw(self, num_requests: int, seed: int) -> list[tuple[int, int]]:
-        """(prompt tokens, output tokens) of so many requests."""
+        """Return (prompt tokens, output tokens) of `count` requests."""
         return self.draw_some(np.random.default_rng(seed), num_requests)
 
     def draw_some(self, random: np.random.Generator, num_requests: int) -> list[tuple[int, int]]:
         """The same, from a stream of random numbers.
 
-        Drawn by strata: of every 256 lengths one is in each 256th part of the distribution, in
-        random order. A few very long requests decide much, and so even a short trace has its share
-        of them. The first lengths are the same however many are drawn.
+        Sampling is stratified: every 256 lengths have one in each 256th part of the distribution,
+        in random order. A few very long requests matter much, and so even a short trace contains
+        its share of them. The first lengths are the same however many are drawn.
         """
         mu_in, mu_out = _calibrated(self)
         lengths: list[tuple[int, int]] = []
@@ -70,7 +70,7 @@ class Lengths:
         return lengths[:num_requests]
 
 
-# The means are the paper's (Figure 11), the spread of inputs is assumed: it moves little.
+# The means are the paper's (Figure 11); the spread of inputs is assumed and has little effect.
 WORKLOADS = {
     "sharegpt": Lengths(161.31, 337.99, 2.0, SHAREGPT_OUTPUT_CV),
     "alpaca": Lengths(19.31, 58.45, 0.6, ALPACA_OUTPUT_CV),
@@ -79,12 +79,12 @@ WORKLOADS = {
 
 @cache
 def _calibrated(lengths: Lengths) -> tuple[float, float]:
-    """The means of the logarithms with which what is not left out has the wanted means."""
+    """Find the means of the logarithms for which the remaining lengths have the wanted means."""
     normal = np.random.default_rng(0).standard_normal((2, 100_000))
     wanted = np.array([lengths.input_mean, lengths.output_mean])
     spread = np.array([_sigma(lengths.input_cv), _sigma(lengths.output_cv)])
     mu = np.log(wanted) - spread**2 / 2
-    for _ in range(30):  # each cut shortens the mean a little: correct for it, and look again
+    for _ in range(30):  # each cut lowers the mean a little: correct it, and repeat
         mu += np.log(wanted / _cut(lengths, mu[0], mu[1], normal).mean(1))
     return float(mu[0]), float(mu[1])
 
@@ -105,7 +105,7 @@ def _sigma(cv: float) -> float:
 def poisson_trace(
     lengths: Lengths, rate: float, duration: float, seed: int = 0
 ) -> list[TraceRequest]:
-    """Requests that come independently of each other, `rate` per second, for `duration` seconds."""
+    """Requests that arrive independently (Poisson), `rate` per second, for `duration` seconds."""
     random = np.random.default_rng(seed + 1000)
     gaps = random.exponential(1 / rate, int(rate * duration * 1.5) + 100)
     times = gaps.cumsum()
@@ -128,11 +128,11 @@ COLUMNS = (
 
 
 def chat_trace(rate: float, duration: float, seed: int = 0) -> list[TraceRequest]:
-    """Rounds of ShareGPT conversations, each with all that was said before (section 6.4).
+    """Rounds of ShareGPT conversations, each prompt with all earlier rounds (section 6.4).
 
-    Prompts are cut to their last 1,024 tokens, answers end after 1,024. A request is the first to
-    the eighth round of its conversation, each as likely: a guess, for the paper says only that most
-    prompts have 1,024 tokens.
+    Prompts are cut to their last 1,024 tokens, answers to their first 1,024. A request is any of
+    the first eight rounds of its conversation with equal probability. That is a guess: the paper
+    states only that most prompts have 1,024 tokens.
     """
     random = np.random.default_rng(seed + 2000)
     requests: list[TraceRequest] = []
@@ -146,21 +146,21 @@ def chat_trace(rate: float, duration: float, seed: int = 0) -> list[TraceRequest
 
 
 def read_trace(file: Path, longest: int | None = None) -> list[TraceRequest]:
-    """The requests in a CSV file, in order of arrival, the first at time 0.
+    """Read the requests in a CSV file, in order of arrival, the first at time 0.
 
     Args:
-        file: its first line names the columns; see COLUMNS, in any case. Times are seconds, or
-            dates; counts of tokens are whole numbers.
-        longest: requests of so many tokens or more are left out, and those that have no prompt or
-            generate nothing.
+        file: its first line names the columns (see COLUMNS, in any case). Times are seconds or
+            dates; token counts are whole numbers.
+        longest: requests with this many tokens or more are left out, as are those without a prompt
+            or output.
 
     Raises:
-        InvalidOption: columns are missing, a row has what cannot be, or no request is left.
+        InvalidOption: columns are missing, a row is invalid, or no request is left.
     """
     try:
         requests = _read_rows(file)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InvalidOption(f"{file} is no CSV in UTF-8: {error}.") from error
+        raise InvalidOption(f"{file} is not CSV in UTF-8: {error}.") from error
     kept = [
         r
         for r in sorted(requests, key=lambda r: r.arrival)
@@ -197,7 +197,7 @@ def _read_rows(file: Path) -> list[TraceRequest]:
 def _read_row(
     file: Path, line: int, row: dict[str | None, Any], columns: list[str]
 ) -> TraceRequest:
-    """One request. Raises InvalidOption with the line and the column of what cannot be."""
+    """Parse one request. Raises InvalidOption with the line and column of an invalid value."""
     here = f"{file}, line {line}"
     if any(row.get(None) or ()):
         raise InvalidOption(f"{here} has more values than the header has columns: correct it.")
@@ -234,7 +234,7 @@ def _read_time(here: str, column: str, text: str) -> float:
 
 
 def _read_date(here: str, column: str, text: str) -> float:
-    """Seconds since 1970 of a date, with or without a zone, and with however many decimals."""
+    """Convert a date to seconds since 1970, with or without a zone, with any number of decimals."""
     found = _DATE.fullmatch(text)
     try:
         if found is None:
@@ -249,6 +249,6 @@ def _read_date(here: str, column: str, text: str) -> float:
 
 
 def mean_lengths(trace: list[TraceRequest]) -> tuple[float, float]:
-    """Mean prompt and output of a trace, in tokens."""
+    """Mean prompt and output lengths of a trace, in tokens."""
     n = max(1, len(trace))
     return sum(r.input_len for r in trace) / n, sum(r.output_len for r in trace) / n

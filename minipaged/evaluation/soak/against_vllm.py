@@ -1,7 +1,8 @@
 """`minipaged soak vllm`: one script, run by vLLM and by this library, with its import changed.
 
-vLLM needs an environment of its own, whose Python is named. The model is a small Llama with random
-weights. Both choose the likeliest token of each step and report the log-probabilities of five.
+vLLM needs a separate environment, whose Python interpreter is an option. The model is a small Llama
+with random weights. Both choose the likeliest token in each step and report the log-probabilities
+of five.
 """
 
 import json
@@ -19,10 +20,10 @@ from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench.engine_workload import QUICK, make_model
 from minipaged.evaluation.soak.run import Soak
 
-NUM_TOKENS = 32  # that follow each prompt
+NUM_TOKENS = 32  # generated after each prompt
 LONGEST_PROMPT = 200
 VOCAB_SIZE = 512
-ROUNDING = 1e-3  # between log-probabilities; closer ones may change places
+ROUNDING = 1e-3  # between log-probabilities; closer tokens may swap
 
 SCRIPT = """
 import json, sys
@@ -47,10 +48,10 @@ if __name__ == "__main__":
 
 
 class Answer(NamedTuple):
-    """What followed one prompt."""
+    """The continuation of one prompt."""
 
     token_ids: list[int]
-    logprobs: list[dict[int, float]]  # of each token and the likeliest others
+    logprobs: list[dict[int, float]]  # of each token and of the likeliest others
 
 
 class VLLMSoak(Soak):
@@ -67,7 +68,7 @@ class VLLMSoak(Soak):
         self.largest_difference = 0.0
 
     def run_some(self) -> None:
-        """All prompts at once: so both libraries batch them as they like."""
+        """Run all prompts at once, so both libraries batch them freely."""
         drawn = np.random.default_rng(self.seed)
         lengths = drawn.integers(1, LONGEST_PROMPT, self.count)
         prompts = [drawn.integers(0, VOCAB_SIZE, length).tolist() for length in lengths]
@@ -87,7 +88,7 @@ class VLLMSoak(Soak):
         while same < NUM_TOKENS and ours.token_ids[same] == theirs.token_ids[same]:
             same += 1
         self.num_equal += same == NUM_TOKENS
-        # The first different token was chosen from the same context, so it can be compared too.
+        # The first different token has the same context, so it can be compared too.
         for place in range(min(same + 1, NUM_TOKENS)):
             mine, other = ours.logprobs[place], theirs.logprobs[place]
             for token_id in mine.keys() & other.keys():
@@ -118,7 +119,7 @@ _SIZES = {
 
 
 def _answers(python: Path, script: str, folder: Path) -> list[Answer]:
-    """Run the script. Raises InvalidOption, with the end of what it printed, if it fails."""
+    """Run the script. Raises InvalidOption with the end of its output if it fails."""
     file = folder.parent / "answers.json"
     arguments = [folder, folder.parent / "prompts.json", file, NUM_TOKENS]
     # vLLM: in one process, with 1 GiB for keys and values.
@@ -129,7 +130,9 @@ def _answers(python: Path, script: str, folder: Path) -> list[Answer]:
             command, env=os.environ | settings, capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise InvalidOption(f"{python} cannot be run ({error.strerror}): name a Python.") from error
+        raise InvalidOption(
+            f"{python} cannot be run ({error.strerror}): give a Python interpreter."
+        ) from error
     if finished.returncode != 0:
         last = finished.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise InvalidOption(

@@ -1,4 +1,4 @@
-"""What a request gives when it is served alone: the reference for random engines."""
+"""The output of a request that is served alone: the reference for random engines."""
 
 import shutil
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from minipaged.sampling.rows import SampledToken, SamplingRow
 from minipaged.sampling.sampler import Sampler
 
 ROUNDING = 1e-3
-"""Log-probabilities may differ by so much: float32 adds in another order in another batch."""
+"""Tolerance of log-probabilities: the order of float32 sums depends on the batch."""
 JITTER = 1e-4
-"""Noise on logits that is larger than rounding, and far smaller than most gaps between tokens."""
+"""Noise on logits, larger than rounding and far smaller than most gaps between tokens."""
 TRIES = 16
 AllLogprobs = list[Logprobs | None] | list[Logprobs] | None
 _TOKENIZER_FILES = ("storyteller.tiktoken", "tiktoken.json")
 
 
 def make_tiny_model(folder: Path) -> None:
-    """A checkpoint of two random layers, with the embedded model's tokenizer."""
+    """Write a checkpoint of two random layers, with the embedded model's tokenizer."""
     sizes = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": LONGEST}
     with torch.random.fork_rng(devices=[]):
         make_model(replace(QUICK, hf=QUICK.hf | sizes | {"eos_token_id": [764, 41, 79]}), folder)
@@ -52,16 +52,17 @@ class Alone:
         self._sampler = self._engine.sampler
 
     def difference(self, served: Served, max_model_len: int) -> str | None:
-        """In what a request differs from the same request served alone; None if in nothing."""
+        """Describe how a request differs from the same request served alone; None if it does "
+        "not."""
         [expected] = self._serve(served, max_model_len, copies=1)
         return _difference(served, expected)
 
     def is_rounding(self, served: Served, max_model_len: int) -> bool:
-        """Whether noise just above float32 rounding gives the output that was served.
+        """Whether noise just above float32 rounding reproduces the served output.
 
-        Two tokens may be so close that rounding chooses, and it differs from batch to batch. The
-        request is then served again under noise, several times at once. The whole output must be
-        the same, to the last token, so an error of another kind is not excused.
+        Two tokens may be so close that rounding decides, which differs from batch to batch. The
+        request is then served again with noise, several times at once. The whole output must be
+        equal, to the last token, so other errors are not excused.
         """
         self._engine.sampler = NoisySampler()
         try:
@@ -71,7 +72,7 @@ class Alone:
         return any(_difference(served, output) is None for output in outputs)
 
     def _serve(self, served: Served, max_model_len: int, copies: int) -> list[RequestOutput]:
-        """The outputs of some copies, cut after as many tokens as the request was."""
+        """The outputs of several copies, cut to the length of the served request."""
         room = max_model_len - len(served.output.prompt_token_ids)
         request = served.request.within(room)
         outputs: dict[str, RequestOutput] = {}
@@ -107,7 +108,7 @@ def _difference(served: Served, expected: RequestOutput) -> str | None:
     if len(output.outputs) != len(expected.outputs):
         return f"{len(output.outputs)} completions instead of {len(expected.outputs)}"
     for got, wanted in zip(output.outputs, expected.outputs, strict=True):
-        if wanted.finish_reason == "abort":  # the reference was cut as the request was
+        if wanted.finish_reason == "abort":  # the reference was cut like the request
             wanted = replace(wanted, finish_reason=served.cut_reason)
         for name in ("token_ids", "text", "finish_reason", "stop_reason"):
             if getattr(got, name) != getattr(wanted, name):
@@ -119,14 +120,14 @@ def _difference(served: Served, expected: RequestOutput) -> str | None:
             )
         if not _are_close(got.logprobs, wanted.logprobs):
             return f"logprobs {got.logprobs} instead of {wanted.logprobs}"
-    # A request that was cut before its first token may have any part of its prompt computed.
+    # A request cut before its first token may have computed any part of its prompt.
     if served.cut_after != 0 and not _are_close(output.prompt_logprobs, expected.prompt_logprobs):
         return f"prompt_logprobs {output.prompt_logprobs} instead of {expected.prompt_logprobs}"
     return None
 
 
 def _are_close(got: AllLogprobs, wanted: AllLogprobs) -> bool:
-    """Whether the numbers agree in their order: of two equals either token may come first."""
+    """Whether the values agree in order: of two equal values, either token may be first."""
     if got is None or wanted is None:
         return got is wanted
     pairs = [(a or {}, b or {}) for a, b in zip(got, wanted, strict=False)]

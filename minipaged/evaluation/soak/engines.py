@@ -1,4 +1,4 @@
-"""`minipaged soak engines`: random engines, whose requests are compared with each served alone."""
+"""`minipaged soak engines`: random engines; each request is compared with itself served alone."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ class EnginesSoak(Soak):
             super().run()
 
     def run_some(self) -> None:
-        """One engine."""
+        """Run one engine."""
         seed = self.seed + self.num_done
         # The baselines refuse most custom parts, because they never call them.
         workload = draw_workload(seed, paged_only=bool(self._parts.replaced))
@@ -104,7 +104,7 @@ class EnginesSoak(Soak):
 
 @contextmanager
 def _one_thread() -> Generator[None]:
-    """The matrices are so small that sharing them out among threads takes longer."""
+    """One thread: the matrices are so small that several threads would be slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

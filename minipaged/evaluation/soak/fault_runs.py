@@ -1,4 +1,4 @@
-"""`minipaged soak faults`: all scenarios by turns, with a fault at one place after another."""
+"""`minipaged soak faults`: all scenarios in turn, with a fault at one place after another."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -11,7 +11,7 @@ from minipaged.llm import LLM
 
 
 class FaultsSoak(Soak):
-    """Injects `count` faults. A round has one at every place of every scenario."""
+    """Injects `count` faults. A round has one fault at every place of every scenario."""
 
     command = "faults"
     unit = "injected faults"
@@ -29,13 +29,13 @@ class FaultsSoak(Soak):
             yield from inject(engine, scenario.calls, Random(f"{self.seed}/{number}"))
 
     def run_some(self) -> None:
-        """One fault in the scenario whose turn it is."""
+        """Inject one fault in the next scenario."""
         turn = self.num_done % len(self._scenarios)
         scenario = self._scenarios[turn]
         self.num_done += 1
         try:
             finding = next(self._rounds[turn])
-        except Exception as error:  # the engine itself has noticed
+        except Exception as error:  # the engine itself detected it
             self.note(f"{scenario.name}: {describe(error)}", self.seed, self.num_done)
             self._rounds[turn] = self._run(scenario)
             return

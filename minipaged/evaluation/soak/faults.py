@@ -1,13 +1,12 @@
-"""Faults at every point: an exception or Ctrl-C wherever a function begins or returns.
+"""Faults at every point: an exception or Ctrl-C at the entry or return of a function.
 
-A scenario is a list of calls to an engine: requests are added, steps are run, requests are aborted,
-prefixes pinned. It runs once undisturbed, which counts its boundaries: the entries and returns of
-the library's functions. Then it runs with a fault at one of them, and continues after the fault.
-Invariants:
+A scenario is a list of calls to an engine: add requests, run steps, abort requests, pin prefixes.
+It runs once without faults, to count its boundaries: the entries and returns of the library's
+functions. Then it runs with a fault at one of them, and continues after the fault. Invariants:
 
-    every request ends with the tokens, texts and log-probabilities of the undisturbed run; a
+    every request ends with the tokens, texts and log-probabilities of the run without faults; a
     request whose own code raised ends with RequestFailed instead, which names the fault
-    what the steps report adds up to the outputs: nothing is lost, and nothing reported twice
+    the reports of the steps add up to the outputs, without losses or duplicates
     in the end all blocks are free
 """
 
@@ -32,11 +31,11 @@ PACKAGE = Path(__file__).parents[2]
 HARNESS = Path(__file__).parent
 Call = Callable[["Run"], object]
 LITTLE_LATER = 3000
-"""Boundaries between two faults, at most: about four steps."""
+"""Maximum number of boundaries between two faults: about four steps."""
 
 
 class InjectedError(Exception):
-    """What an injected fault raises, where it is no KeyboardInterrupt."""
+    """The exception of an injected fault other than KeyboardInterrupt."""
 
 
 @dataclass
@@ -47,13 +46,13 @@ class Injector:
     boundaries: tuple[int, ...] = ()  # counted from 1
     num_passed: int = 0
     where: str | None = None
-    """Where it raised first, as "scheduler.fcfs.FCFSScheduler.schedule, return"."""
+    """The place of the first fault, as "scheduler.fcfs.FCFSScheduler.schedule, return"."""
     places: dict[str, list[int]] | None = None
-    """If given, collects the boundaries by place."""
+    """If given, receives the boundaries by place."""
 
     @contextmanager
     def active(self) -> Generator[None]:
-        """Count the boundaries that are passed in here."""
+        """Count the boundaries inside."""
         before = sys.getprofile()
         sys.setprofile(self._pass)
         try:
@@ -66,7 +65,7 @@ class Injector:
         if event not in ("call", "return") or not _is_ours(code.co_filename):
             return
         if code.co_flags & CO_GENERATOR and (event == "return" or code.co_name == "<genexpr>"):
-            return  # no signal comes between a yield and its caller, nor may a closing one raise
+            return  # no signal arrives there, and a closing generator must not raise
         self.num_passed += 1
         if self.places is not None:
             self.places.setdefault(_place(frame, event), []).append(self.num_passed)
@@ -93,7 +92,7 @@ def _is_ours(file: str) -> bool:
 
 @dataclass
 class Run:
-    """One run of a scenario: what its requests have reported."""
+    """One run of a scenario, with the reports of its requests."""
 
     engine: LLMEngine
     outputs: dict[str, RequestOutput] = field(default_factory=dict[str, RequestOutput])
@@ -101,11 +100,11 @@ class Run:
     pieces: dict[tuple[str, int], tuple[list[int], str]] = field(
         default_factory=dict[tuple[str, int], tuple[list[int], str]]
     )
-    """By request and completion: the tokens and the text that the steps have reported."""
+    """The tokens and text reported by the steps, by request and completion."""
     num_steps_read: int = 0
 
     def read(self) -> None:
-        """Take what the last step has reported, unless it was taken before."""
+        """Collect the report of the last step, unless it was collected before."""
         number, progresses = self.engine.last_step
         if number == self.num_steps_read:
             return
@@ -126,14 +125,14 @@ class Run:
     # ---- calls -----------------------------------------------------------------------------------
 
     def make(self, call: Call, injector: Injector) -> None:
-        """Make a call, and again if it is cut short."""
+        """Make a call, and repeat it if it is interrupted."""
         while True:
             try:
                 with injector.active():
                     call(self)
                 return
             except (InjectedError, KeyboardInterrupt):
-                if injector.where is None:  # it is a real one
+                if injector.where is None:  # a real error
                     raise
             finally:
                 self.read()
@@ -181,10 +180,10 @@ class Finding:
 
 
 def inject(engine: LLMEngine, calls: list[Call], rng: Random) -> Iterator[Finding]:
-    """Perform the calls again and again: with a fault at each place, in a random order.
+    """Run the scenario repeatedly, with a fault at each place, in random order.
 
-    A place is passed many times. One passage is chosen at random, and the fault is by turns an
-    exception and Ctrl-C. Ctrl-C comes a second time a little later, perhaps in the same step.
+    A place is passed many times. One passage is chosen at random, and the fault alternates between
+    an exception and Ctrl-C. A second Ctrl-C follows soon, possibly in the same step.
     """
     counting = Injector(places={})
     undisturbed = perform(engine, calls, counting)
@@ -206,7 +205,7 @@ def inject(engine: LLMEngine, calls: list[Call], rng: Random) -> Iterator[Findin
 
 def perform(engine: LLMEngine, calls: list[Call], injector: Injector) -> Run:
     """Make the calls, then step until every request has ended."""
-    engine.restart()  # without what the last run has left in the prefix cache
+    engine.restart()  # clear the prefix cache of the last run
     run = Run(engine, num_steps_read=engine.last_step[0])
     for call in calls:
         run.make(call, injector)
@@ -216,7 +215,7 @@ def perform(engine: LLMEngine, calls: list[Call], injector: Injector) -> Run:
 
 
 def compare(run: Run, undisturbed: Run, injector: Injector) -> str | None:
-    """What the fault has changed, in words; None if all is as it must be."""
+    """Describe what the fault has changed; None if the invariants hold."""
     for name, expected in undisturbed.outputs.items():
         if name in run.errors:
             if run.errors[name].__cause__ is not injector.fault:
@@ -264,6 +263,6 @@ def _prompt_numbers(output: RequestOutput) -> list[float]:
 
 
 def _are_close(numbers: list[float], others: list[float]) -> bool:
-    """The same up to rounding, which differs where keys and values are recomputed."""
+    """Equal up to rounding, which differs if keys and values are recomputed."""
     pairs = zip(numbers, others, strict=False)
     return len(numbers) == len(others) and all(isclose(a, b, abs_tol=5e-3) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""`minipaged soak memory`: random operations on block managers, next to a model of the tensors."""
+"""`minipaged soak memory`: random operations on block managers, checked against a model."""
 
 from itertools import count as numbers
 from statistics import median
@@ -10,13 +10,13 @@ from minipaged.memory import BlockManager
 
 NUM_POOLS = 16
 TURN = 500
-"""So many operations on one pool, then a recount of all of it; then the next pool's turn."""
+"""Operations per turn of a pool, followed by a full recount; then the next pool has its turn."""
 TURNS_TO_DRAIN = 16
-"""After so many turns a pool is emptied: all blocks must come back."""
+"""Turns after which a pool is emptied: all blocks must come back."""
 
 
 class MemorySoak(Soak):
-    """Operations on pools of many sizes, which live as long as the run.
+    """Operations on pools of many sizes, which last as long as the run.
 
     The time of the manager's calls is measured. It must not grow with the number of operations.
     """
@@ -31,13 +31,13 @@ class MemorySoak(Soak):
         self._pools = [self._new_pool() for _ in range(NUM_POOLS)]
         self._num_turns = 0
         self.medians: list[float] = []
-        """Of each turn the median time per operation, in nanoseconds."""
+        """The median time per operation of each turn, in nanoseconds."""
 
     def _new_pool(self) -> Pool:
         return Pool(f"{self.seed}/{next(self._pool_ids)}", self._build)
 
     def run_some(self) -> None:
-        """One turn of one pool."""
+        """Run one turn of one pool."""
         number = self._num_turns % NUM_POOLS
         pool, times = self._pools[number], list[int]()
         count = min(TURN, self.count - self.num_done)
@@ -57,7 +57,7 @@ class MemorySoak(Soak):
             self.medians.append(median(times))
 
     def finish(self) -> None:
-        """All blocks of all pools come back."""
+        """Check that all blocks of all pools come back."""
         for pool in self._pools:
             try:
                 pool.drain()
@@ -69,7 +69,7 @@ class MemorySoak(Soak):
         self.note(mismatch, self.seed, self.num_done)
 
     def time_per_operation(self) -> tuple[float, float]:
-        """Microseconds in the first and in the last tenth of the run: medians."""
+        """Median microseconds in the first and in the last tenth of the run."""
         tenth = max(1, len(self.medians) // 10 // NUM_POOLS) * NUM_POOLS  # each pool as often
         return median(self.medians[:tenth]) / 1e3, median(self.medians[-tenth:]) / 1e3
 

@@ -1,4 +1,4 @@
-"""One block manager under random operations, each checked against a model of the tensors."""
+"""One block manager with random operations, each checked against a model of the tensors."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -15,7 +15,7 @@ from minipaged.sequence import Sequence, SequenceGroup
 BuildMemory = Callable[..., Memory]
 SALTS = (None, None, None, "one", "another")
 LONGEST_PROMPT = 96
-TRY_A_REFUSAL = 1 / 32  # of the calls that the manager refuses; each copies the manager
+TRY_A_REFUSAL = 1 / 32  # of refused calls are checked: a check copies the manager
 WEIGHTS = {
     "admit": 12, "decode": 40, "compute": 8, "fork": 8, "free": 8, "recompute": 4, "refork": 3,
     "swap_out": 5, "swap_in": 7, "pin": 1, "unpin": 1,
@@ -42,9 +42,9 @@ class Pool:
         self.running: list[SequenceGroup] = []
         self.swapped: list[SequenceGroup] = []
         self.pinned: list[Sequence] = []
-        self.nanoseconds = 0  # spent in the manager
+        self.nanoseconds = 0  # time spent in the manager
         self._next_id = 0
-        # Some pools are crowded, others mostly empty: each has habits of its own.
+        # Some pools are crowded, others mostly empty: each has its own probabilities.
         self._weights = [w * self.random.uniform(0.4, 2) for w in WEIGHTS.values()]
         self._operations = [getattr(self, f"_{name}") for name in WEIGHTS]
 
@@ -56,7 +56,7 @@ class Pool:
         )
 
     def operate(self, count: int) -> Iterator[int]:
-        """Do so many random operations; yields after each the nanoseconds the manager took.
+        """Do `count` random operations; yield the manager's nanoseconds after each.
 
         Raises Mismatch, or whatever the manager raises.
         """
@@ -74,7 +74,7 @@ class Pool:
             self._release(self.pinned.pop())
         self.recount()
         if self.memory.num_free != self.memory.num_blocks or self.memory.tables:
-            raise Mismatch(f"{self.memory.num_free} blocks came back of {self.memory.num_blocks}")
+            raise Mismatch(f"{self.memory.num_free} of {self.memory.num_blocks} blocks came back")
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ class Pool:
         self._join(SequenceGroup(str(seq.seq_id), [seq]))
 
     def _prompt(self) -> list[int]:
-        """Random tokens, or a prefix of what another sequence has and random tokens after it."""
+        """Random tokens, or a prefix of another sequence followed by random tokens."""
         longest = min(LONGEST_PROMPT, max(2, len(self._model.pool.slots) // 3))
         tokens: list[int] = []
         groups = self.running or self.swapped
@@ -109,7 +109,7 @@ class Pool:
         return seq
 
     def _join(self, group: SequenceGroup) -> None:
-        """Admit a group if there is room; if not, it is gone."""
+        """Admit a group if there is room; otherwise drop it."""
         memory, sequences = self.memory, group.sequences
         if not self._call(memory.can_admit, group, True):
             self._check_refusal(lambda apart: apart.admit(group))
@@ -119,7 +119,7 @@ class Pool:
         promised = self._call(memory.num_cached_tokens, sequences[0])
         num_cached, copies = self._call(memory.admit, group)
         if num_cached[0] != promised:
-            raise Mismatch(f"{num_cached[0]} tokens were cached, and {promised} were promised")
+            raise Mismatch(f"{num_cached[0]} tokens were cached, but {promised} were promised")
         self._model.pool.copy(copies, self._model.pool)
         for seq, cached in zip(sequences, num_cached, strict=True):
             seq.mark_cached(cached)
@@ -128,7 +128,7 @@ class Pool:
         self._model.settle(sequences)
 
     def _decode(self) -> None:
-        """A step of one group: a token more for each sequence, and its keys and values."""
+        """A step of one group: one more token per sequence, and its keys and values."""
         if not self.running:
             self._admit()
             return
@@ -157,7 +157,7 @@ class Pool:
             self._write(self.random.choice(self.running), self.random.randint(1, 16))
 
     def _write(self, group: SequenceGroup, most: int) -> None:
-        """What the model does in a step: write uncomputed tokens into their slots."""
+        """The model's part of a step: write uncomputed tokens to their slots."""
         for seq in group.sequences:
             stop = min(seq.num_tokens, seq.num_computed_tokens + most)
             self._model.write(seq, stop)
@@ -181,7 +181,7 @@ class Pool:
         self._model.settle([child])
 
     def _refork(self) -> None:
-        """Recompute a sample as the scheduler does: a fork of another one, at a full block."""
+        """Recompute a sample like the scheduler: as a fork of another one, at a full block."""
         group = self.random.choice(self.running) if self.running else None
         if group is None or len(group.sequences) < 2:
             return
@@ -219,7 +219,7 @@ class Pool:
         del self._model.held[seq.seq_id]
 
     def _recompute(self) -> None:
-        """Preempt a group by recomputation, and let it come back if there is room."""
+        """Preempt a group by recomputation, and readmit it if there is room."""
         if self.running:
             group = self.random.choice(self.running)
             sequences = list(group.sequences)
@@ -274,7 +274,7 @@ class Pool:
     # ---- checks ----------------------------------------------------------------------------------
 
     def _check_refusal(self, refused: Callable[[Memory], Any]) -> None:
-        """Now and then: what the manager has refused must really be impossible."""
+        """Check occasionally that a refused call is really impossible."""
         if self.random.random() < TRY_A_REFUSAL:
             try:
                 refused(deepcopy(self.memory))
@@ -295,4 +295,4 @@ class Pool:
                 for seq in other.sequences if other is not group else ():
                     alone.free(seq)
             if alone.can_append(group) != self.memory.fits(group):
-                raise Mismatch(f"fits says {self.memory.fits(group)} of {group}, wrongly")
+                raise Mismatch(f"fits returns {self.memory.fits(group)} for {group}, wrongly")

@@ -1,4 +1,4 @@
-"""What every soak shares: count cases and mismatches, show progress, survive Ctrl-C."""
+"""Shared by all soaks: count cases and mismatches, show progress, handle Ctrl-C."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -7,22 +7,22 @@ from minipaged.utils.progress import progress_bar
 
 
 class Mismatch(Exception):
-    """Something happened that the model of it does not predict."""
+    """A result differs from the model's prediction."""
 
 
 def describe(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Describe an error in one line."""
     return str(error) if isinstance(error, Mismatch) else f"{type(error).__name__}: {error}"
 
 
 class Soak(ABC):
-    """A long run of random cases. Ctrl-C ends it early and keeps what was found so far.
+    """A long run of random cases. Ctrl-C ends it early and keeps the results so far.
 
-    The same seed draws the same cases, whatever the count.
+    The same seed draws the same cases, for any count.
     """
 
-    command: str  # its name below `minipaged soak`
-    unit: str  # what is counted, in the plural
+    command: str  # name of the subcommand of `minipaged soak`
+    unit: str  # the counted unit, in the plural
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
@@ -30,11 +30,11 @@ class Soak(ABC):
         self.num_done = 0
         self.num_mismatches = 0
         self.first_mismatch: str | None = None
-        self.reproduce: str | None = None  # the command that shows the first mismatch again
+        self.reproduce: str | None = None  # the command that reproduces the first mismatch
         self.was_interrupted = False
 
     def run(self) -> None:
-        """Run all cases; afterwards the attributes say what was found."""
+        """Run all cases; the attributes then contain the results."""
         with progress_bar(total=self.count, desc=self.unit) as bar:
             try:
                 while self.num_done < self.count:
@@ -50,10 +50,10 @@ class Soak(ABC):
         """Run one case or a few, at most up to `count`, and add them to `num_done`."""
 
     def finish(self) -> None:  # noqa: B027
-        """Check what can be checked only at the end; not called after Ctrl-C."""
+        """Final checks; not called after Ctrl-C."""
 
     def note(self, mismatch: str, seed: int, count: int) -> None:
-        """Count a mismatch that the first `count` cases of this seed show again."""
+        """Count a mismatch that the first `count` cases of this seed reproduce."""
         self.num_mismatches += 1
         if self.first_mismatch is None:
             self.first_mismatch = mismatch
@@ -64,7 +64,7 @@ class Soak(ABC):
         return []
 
     def counts(self) -> str:
-        """How many cases have run."""
+        """The number of cases so far, as text."""
         return f"{self.num_done:,} {self.unit}"
 
     def last_line(self) -> str:
@@ -73,7 +73,7 @@ class Soak(ABC):
         return f"{self.counts()}, {self.num_mismatches:,} {noun}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for programs."""
+        """The results as data."""
         return {
             "soak": self.command,
             "seed": self.seed,

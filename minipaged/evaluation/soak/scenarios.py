@@ -1,4 +1,4 @@
-"""What is under way when a fault is injected: one scenario per way of keeping memory."""
+"""The work during which a fault is injected: one scenario per kind of memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ class Scenario:
 
 
 def scenarios() -> list[Scenario]:
-    """All of them. Each but the last forks, searches with beams, preempts and aborts."""
+    """All scenarios. Each but the last forks, searches with beams, preempts and aborts."""
     small = {"block_size": 4, "max_num_seqs": 8}
     baseline = {**small, "num_blocks": 96}
     tight = {**small, "num_blocks": 16, "watermark": 0.0}

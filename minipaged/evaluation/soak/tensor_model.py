@@ -1,9 +1,9 @@
 """A model of the tensors that a block manager describes: contents and owners, in plain Python.
 
-Into each slot goes what its keys and values depend on: the salt and all tokens up to that position,
-as one hash. The copies that the manager returns are carried out. A wrong slot, a missing copy, a
-lost block, or a block found under the wrong prefix then shows as a sequence that reads another
-sequence's content.
+Each slot stores a hash of everything that its keys and values depend on: the salt and all tokens up
+to that position. The manager's copies are carried out. A wrong slot, a missing copy, a lost block,
+or a block found under the wrong prefix then shows as a sequence that reads another sequence's
+content.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ EMPTY = 0
 
 
 class Blocks:
-    """What the model knows of the pool or of the swap pool: contents and owners."""
+    """The model of the pool or of the swap pool: contents and owners."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
@@ -27,12 +27,12 @@ class Blocks:
         self.num_free = num_blocks
 
     def own(self, block: int) -> None:
-        """A block table lists the block once more."""
+        """Record one more block table with this block."""
         self.num_free -= self.owners[block] == 0
         self.owners[block] += 1
 
     def disown(self, block: int) -> None:
-        """A block table lists the block no longer."""
+        """Record that a block table no longer has this block."""
         self.owners[block] -= 1
         self.num_free += self.owners[block] == 0
 
@@ -50,18 +50,18 @@ class Blocks:
 
 @dataclass(eq=False)
 class Held:
-    """What the model knows of one sequence."""
+    """The model of one sequence."""
 
-    contents: list[int]  # the salt, then of each token what its slot must hold
+    contents: list[int]  # the salt, then the expected content of each token's slot
     home: Blocks
     blocks: list[int] = field(default_factory=list[int])  # its table after the last operation
-    num_readable: int = 0  # first tokens whose content is written
+    num_readable: int = 0  # number of leading tokens whose content is written
 
 
 class TensorModel:
-    """What pool and swap pool must hold, and which sequence owns which blocks.
+    """The expected content of pool and swap pool, and the owners of blocks.
 
-    `settle` compares what one operation touched, in time that does not grow with the pool.
+    `settle` compares what one operation changed, in time that does not grow with the pool.
     `recount` compares everything.
     """
 
@@ -73,7 +73,7 @@ class TensorModel:
         self._salts: list[str | None] = []
 
     def add(self, seq: Sequence, num_readable: int = 0) -> None:
-        """A sequence that holds no blocks yet."""
+        """Add a sequence without blocks."""
         if seq.cache_salt not in self._salts:
             self._salts.append(seq.cache_salt)
         held = Held([self._salts.index(seq.cache_salt)], self.pool, num_readable=num_readable)
@@ -87,7 +87,8 @@ class TensorModel:
             contents.append(hash((contents[-1], token)))
 
     def write(self, seq: Sequence, stop: int) -> None:
-        """Compute the tokens up to `stop`. Raises Mismatch where that would change another's."""
+        """Compute the tokens up to `stop`. Raises Mismatch if that would change another "
+        "sequence."""
         held, table = self.held[seq.seq_id], self.memory.tables[seq.seq_id]
         for position in range(seq.num_computed_tokens, stop):
             slot, content = table.slot(position), held.contents[position + 1]
@@ -99,7 +100,7 @@ class TensorModel:
         held.num_readable = stop
 
     def settle(self, sequences: Iterable[Sequence], home: Blocks | None = None) -> None:
-        """Compare what the last operation touched with the model. Raises Mismatch."""
+        """Compare what the last operation changed with the model. Raises Mismatch."""
         touched: list[tuple[Blocks, int]] = []
         for seq in sequences:
             held = self.held[seq.seq_id]
@@ -123,12 +124,12 @@ class TensorModel:
             if count != blocks.owners[block]:
                 where = "block" if is_pool else "swap block"
                 raise Mismatch(
-                    f"ref_count of {where} {block} is {count}, and {blocks.owners[block]} own it"
+                    f"ref_count of {where} {block} is {count}, but {blocks.owners[block]} own it"
                 )
         free = self.memory.num_free, self.memory.num_free_swap_blocks
         if free != (self.pool.num_free, self.swap_pool.num_free):
             counted = self.pool.num_free, self.swap_pool.num_free
-            raise Mismatch(f"{free} blocks and swap blocks are free, and counting gives {counted}")
+            raise Mismatch(f"{free} blocks and swap blocks are free, but {counted} were counted")
 
     def _check_content(self, seq_id: int, held: Held, logical: int) -> None:
         start = logical * self.memory.block_size
@@ -136,7 +137,7 @@ class TensorModel:
         wanted = held.contents[start + 1 : stop + 1]
         if held.home.read(held.blocks[logical], len(wanted)) != wanted:
             raise Mismatch(
-                f"sequence {seq_id} reads in block {held.blocks[logical]} what is not its own"
+                f"sequence {seq_id} reads foreign content in block {held.blocks[logical]}"
             )
 
     def recount(self) -> None:

@@ -15,24 +15,24 @@ from minipaged.llm import LLM
 from minipaged.scheduler.output import SchedulerOutput
 from minipaged.tokenizer.prompts import read_prompt
 
-MOST_STEPS = 5000  # far more than any workload needs: an engine that takes them hangs
+MOST_STEPS = 5000  # far more than any workload needs: an engine that reaches it hangs
 
 
 @dataclass(frozen=True)
 class Served:
-    """A request and what the engine made of it."""
+    """A request and its result."""
 
     request: RandomRequest
     output: RequestOutput
-    cut_after: int | None = None  # so many tokens per sequence; None: it came to its own end
+    cut_after: int | None = None  # number of tokens per sequence; None: it was not cut
     cut_reason: FinishReason | None = None  # of the completions that were cut
 
 
 class Trial:
-    """Runs one workload. Raises Mismatch where the engine breaks a promise on the way.
+    """Runs one workload. Raises Mismatch if the engine violates an invariant.
 
-    A request may end before its time because it is aborted, or because the pool is too small for
-    it. A request that the pool cannot hold is refused, and does not count.
+    A request may end early because it is aborted, or because the pool is too small for it. A
+    request that can never fit in the pool is refused, and does not count.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -43,8 +43,8 @@ class Trial:
         self.num_ran_out = 0
         self._workload = workload
         self._open: dict[str, RandomRequest] = {}
-        self._came: dict[str, int] = {}  # the step before which a request came
-        self._num_samples = Counter[str]()  # how many steps have sampled for a request
+        self._came: dict[str, int] = {}  # the step before which a request arrived
+        self._num_samples = Counter[str]()  # number of steps that have sampled for a request
         self._ran_out: set[str] = set()  # requests that have outgrown the pool
         self._streamed: dict[tuple[str, int], tuple[list[int], str]] = {}
         self._pinned: list[CachedPrefix] = []
@@ -86,7 +86,7 @@ class Trial:
             if request.aborted is not None and step >= self._came[request_id] + request.aborted:
                 output = self._engine.abort_request(request_id)
                 if output is None:
-                    raise Mismatch(f"request {request_id} is open and cannot be aborted")
+                    raise Mismatch(f"request {request_id} is open but cannot be aborted")
                 self._close(request_id, output, "abort")
 
     def _watch(self, decision: SchedulerOutput, stats: StepStats) -> None:
@@ -108,7 +108,7 @@ class Trial:
         for completion in output.outputs:
             streamed = self._streamed.get((request_id, completion.index), ([], ""))
             if streamed != (completion.token_ids, completion.text):
-                raise Mismatch(f"request {request_id} streamed {streamed}, and ends as {output}")
+                raise Mismatch(f"request {request_id} streamed {streamed}, but ends as {output}")
         ran_out = request_id in self._ran_out
         if ran_out:
             length = len(output.prompt_token_ids) + self._num_samples[request_id] + 1
@@ -133,7 +133,7 @@ class Trial:
         needed = width * ceil(length / options["block_size"])
         available = options["num_blocks"] - sum(prefix.num_blocks for prefix in self._pinned)
         if options["memory"] == "paged" and needed <= available:
-            raise Mismatch(f"{what}, but {needed} blocks hold it and {available} are available")
+            raise Mismatch(f"{what}, but it needs {needed} blocks and {available} are available")
 
     def _check_that_all_blocks_are_back(self) -> None:
         for prefix in self._pinned:

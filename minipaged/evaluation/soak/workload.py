@@ -13,7 +13,7 @@ LONGEST = 128  # tokens that the model supports
 VOCAB_SIZE = 765
 WIDEST = 4  # sequences of one request
 PAGE_GROUP = 64  # tokens: a pool of virtual memory holds at least one group of pages
-NUM_RESERVED = 5  # tokens of a sequence that are kept for output
+NUM_RESERVED = 5  # minimum tokens of a sequence left for output
 BASELINES = ("contiguous-oracle", "contiguous-pow2", "contiguous-max", "static")
 VIRTUAL = ("virtual", "virtual-sliced") if sys.platform == "linux" else ()
 WORDS = "Theo the frog put a white key in the meadow and Una sat by the old tower".split()
@@ -22,17 +22,17 @@ STOPS = ("o", "e", " the", "ow", " P", "frog", "in", "a", "Blue", "th", "ird", "
 
 @dataclass(frozen=True)
 class RandomRequest:
-    """A request, when it comes, and whether it is aborted."""
+    """A request, its arrival, and whether it is aborted."""
 
     prompt: Prompt
     params: Params
-    arrives: int  # before this step
-    aborted: int | None  # so many steps after it came
-    pins: bool = False  # its prompt is a prefix that is pinned once it has been computed
+    arrives: int  # it arrives before this step
+    aborted: int | None  # number of steps after its arrival
+    pins: bool = False  # its prompt is pinned as a prefix after it was computed
 
     @property
     def width(self) -> int:
-        """How many sequences it has at once."""
+        """The maximum number of its concurrent sequences."""
         return (
             self.params.beam_width
             if isinstance(self.params, BeamSearchParams)
@@ -40,21 +40,21 @@ class RandomRequest:
         )
 
     def within(self, max_tokens: int) -> "RandomRequest":
-        """The same request where the context leaves room for so many tokens."""
+        """The same request, limited to the tokens that the context has room for."""
         most = min(self.params.max_tokens or max_tokens, max_tokens)
         return replace(self, params=replace(self.params, max_tokens=most))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The options of one engine, and its requests by time of arrival."""
+    """The options of one engine, and its requests by arrival."""
 
     options: dict[str, Any]
     requests: list[RandomRequest]
 
 
 def draw_workload(seed: int, paged_only: bool = False) -> Workload:
-    """The same seed draws the same workload."""
+    """Draw a workload; the same seed draws the same one."""
     random = Random(seed)
     options = _draw_options(random, paged_only)
     prompts = _Prompts(random, options["max_model_len"])
@@ -134,7 +134,7 @@ class _Prompts:
         return {"prompt_token_ids": tokens}
 
     def full_blocks(self, block_size: int) -> Prompt | None:
-        """The beginning of a document that fills some blocks; None if none fits."""
+        """A prefix of a document that fills some blocks; None if none fits."""
         most = self._longest // block_size
         if most == 0:
             return None

@@ -1,1 +1,1 @@
-"""What the tests of the library and those of the labs share."""
+"""Helpers that the tests of the library and of the labs share."""

@@ -1,4 +1,4 @@
-"""The rest of an engine around a scheduler, without a model: shows and checks what it decides.
+"""An engine around a scheduler, without a model: it carries out and checks the decisions.
 
 It adds requests, commits each step as if a model had computed it, forks prompts into samples,
 appends a token to each sequence that samples, and finishes the sequences that have enough. The
@@ -15,13 +15,13 @@ from minipaged.utils.counts import counted
 
 
 class EngineWithoutModel:
-    """One scheduler and its requests, which are numbered in the order in which they are added."""
+    """One scheduler and its requests, numbered in the order in which they are added."""
 
     def __init__(self, scheduler: FCFSScheduler) -> None:
         self.scheduler = scheduler
         self.memory = scheduler.memory
         self.groups: list[SequenceGroup] = []
-        self.lengths: list[int] = []  # how many tokens each request generates
+        self.lengths: list[int] = []  # number of tokens that each request generates
         self.samples: list[list[Sequence]] = []  # of each request, including those that have ended
         self.finished: list[int] = []
         self.ended: list[int] = []  # requests that have outgrown the pool
@@ -30,7 +30,7 @@ class EngineWithoutModel:
     def add(
         self, prompt_len: int, num_tokens: int = 5, width: int = 1, *, shared_prefix: bool = False
     ) -> SequenceGroup:
-        """Add a request. All prompts with `shared_prefix` have their first tokens in common."""
+        """Add a request. All prompts with `shared_prefix` share their first tokens."""
         number = len(self.groups)
         first = 0 if shared_prefix else 1000 * (1 + number)
         seq = Sequence(self.new_id(), range(first, first + prompt_len))
@@ -53,7 +53,7 @@ class EngineWithoutModel:
             seq, num_new = scheduled.seq, scheduled.num_new_tokens
             assert seq.num_computed_tokens == computed + num_new, (
                 f"the step has computed {counted(num_new, 'token')} of {seq} after {computed}, "
-                "and commit() has not noted it"
+                "but commit() has not recorded it"
             )
             if scheduled.samples:
                 sampling.setdefault(scheduled.group, []).append(seq)
@@ -77,15 +77,15 @@ class EngineWithoutModel:
             if condition():
                 return
             self.step()
-        raise AssertionError(f"what should happen did not happen in {limit} steps")
+        raise AssertionError(f"the expected event did not happen in {limit} steps")
 
     # ---- what a subclass may replace -------------------------------------------------------------
 
     def compute(self, decision: SchedulerOutput) -> None:
-        """What the model does in a step: here nothing."""
+        """The model's part of a step: here nothing."""
 
     def sample(self, group: SequenceGroup, sequences: Many[Sequence]) -> None:
-        """Append a token to each of these sequences of a group; fork and finish what is due."""
+        """Append a token to each of these sequences of a group; fork and finish them when due."""
         number = int(group.request_id)
         if sequences[0].num_output_tokens == 0:
             while len(group.sequences) < group.width:
@@ -101,7 +101,8 @@ class EngineWithoutModel:
             self.finished.append(number)
 
     def length_of(self, seq: Sequence, number: int) -> int:
-        """How many tokens a sequence generates: the samples of a request end one by one."""
+        """The number of tokens that a sequence generates: the samples of a request end one by "
+        "one."""
         return self.lengths[number] + self.samples[number].index(seq)
 
     def new_id(self) -> int:
@@ -117,22 +118,22 @@ class EngineWithoutModel:
         total = sum(scheduled.num_new_tokens for scheduled in decision.sequences)
         num_seqs = len(decision.sequences)
         assert total <= config.max_num_batched_tokens, (
-            f"{counted(total, 'token')} in a step, and max_num_batched_tokens is "
+            f"{counted(total, 'token')} in a step, but max_num_batched_tokens is "
             f"{config.max_num_batched_tokens}"
         )
         assert num_seqs <= config.max_num_seqs, (
-            f"{counted(num_seqs, 'sequence')} in a step, and max_num_seqs is {config.max_num_seqs}"
+            f"{counted(num_seqs, 'sequence')} in a step, but max_num_seqs is {config.max_num_seqs}"
         )
         assert not (decision.swap_in and decision.swap_out), "swapped in and out in one step"
         scheduled_ids = [scheduled.seq.seq_id for scheduled in decision.sequences]
         assert len(scheduled_ids) == len(set(scheduled_ids)), "a sequence is in the step twice"
         for group, seq, num_new, _ in decision.sequences:
             assert group.status is SequenceStatus.RUNNING, f"{group} is in the step"
-            assert num_new >= 1, f"{seq} is in the step, and computes nothing"
+            assert num_new >= 1, f"{seq} is in the step, but computes nothing"
             slots = self.memory.tables[seq.seq_id].num_tokens
             last = seq.num_computed_tokens + num_new
             assert last <= slots, (
-                f"{seq} computes {counted(last, 'token')}, and has slots for {slots}"
+                f"{seq} computes {counted(last, 'token')}, but has slots for {slots}"
             )
         self._check_queues()
 
@@ -145,13 +146,13 @@ class EngineWithoutModel:
             assert all(swapped), f"only some sequences of {group} are swapped out"
 
     def check_that_all_came_back(self) -> None:
-        """Every request has ended: no block may be left out. Raises AssertionError."""
+        """Check that all blocks are free after every request has ended. Raises AssertionError."""
         memory = self.memory
         lost = memory.num_blocks - memory.num_free
-        assert lost == 0, f"all requests have ended, and {counted(lost, 'block')} did not come back"
+        assert lost == 0, f"all requests have ended, but {counted(lost, 'block')} did not come back"
         lost = memory.num_swap_blocks - memory.num_free_swap_blocks
         assert lost == 0, (
-            f"all requests have ended, and {counted(lost, 'swap block')} did not come back"
+            f"all requests have ended, but {counted(lost, 'swap block')} did not come back"
         )
 
 

@@ -1,8 +1,8 @@
-"""Random keys and values scattered over a pool, for the tests of everything that reads the pool.
+"""Random keys and values scattered over a pool, to test all code that reads the pool.
 
 The pool is as adversarial as the contract allows: blocks in shuffled order, NaN in every free
-block, large finite values in the empty slots of owned blocks, and table entries after a sequence's
-end that are no block at all.
+block, large finite values in the empty slots of owned blocks, and invalid table entries after a
+sequence's end.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from minipaged.attention.batch import Batch, BatchBuilder
 from minipaged.memory import BlockTable
 from minipaged.scheduler.output import SequenceInput
 
-NO_BLOCKS = (2**31 - 1, -(2**31), -1, 10**6)  # what a padded table entry may hold
+NO_BLOCKS = (2**31 - 1, -(2**31), -1, 10**6)  # possible values of padded table entries
 
 
 @dataclass(frozen=True)
 class PagedSetup:
-    """A batch over a filled pool, and the same keys and values unpaged, a tensor a sequence."""
+    """A batch over a filled pool, and the same keys and values unpaged, one tensor per sequence."""
 
     q: Tensor  # [tokens, heads, head_dim]
     k_cache: Tensor  # [num_blocks, kv_heads, block_size, head_dim]
@@ -32,7 +32,7 @@ class PagedSetup:
     tables: list[BlockTable]
 
     def new(self, tensors: list[Tensor]) -> Tensor:
-        """Of the keys or the values those of this step's tokens: [tokens, kv_heads, head_dim]."""
+        """The keys (or values) of this step's tokens: [tokens, kv_heads, head_dim]."""
         spans = self.batch.spans
         return torch.cat([t[s.context_len :] for t, s in zip(tensors, spans, strict=True)])
 
@@ -49,7 +49,7 @@ def paged_setup(
     magnitude: float = 1.0,
     seed: int = 0,
 ) -> PagedSetup:
-    """`shared_blocks` leading blocks are common to all sequences, as far as all have them full."""
+    """The first `shared_blocks` blocks are shared by all sequences, as far as all fill them."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -118,13 +118,13 @@ def _batch(sizes: list[tuple[int, int]], tables: list[BlockTable], block_size: i
 
 
 def dense_attention(setup: PagedSetup) -> Tensor:
-    """What the answer must be, in float64 from the unpaged keys: no pool, no mask, no batch."""
+    """The expected result in float64, from the unpaged keys, without pool, mask or batch."""
     out: list[Tensor] = []
     for span, keys, values in zip(setup.batch.spans, setup.keys, setup.values, strict=True):
         keys, values = keys.double(), values.double()  # [seq_len, kv_heads, head_dim]
         group_size = setup.q.shape[1] // keys.shape[1]
         for i in range(span.query_len):
-            end = span.context_len + i + 1  # a query sees the positions before its own, and its own
+            end = span.context_len + i + 1  # positions up to the query's own are visible
             for head, query in enumerate(setup.q[span.start + i].double()):
                 scores = setup.scale * keys[:end, head // group_size] @ query  # [end]
                 out.append(scores.softmax(dim=0) @ values[:end, head // group_size])

@@ -1,8 +1,9 @@
 """A router as an HTTP server: real requests to real servers, over plain HTTP.
 
-Each request is read whole, sent to the server that the router chooses, and answered piece by piece
-as that server answers. A server that cannot be reached is left out for a while, and its request
-goes to another one. Once a response has begun, it cannot be moved: it breaks off.
+Each request is read completely, sent to the server that the router chooses, and the response is
+streamed back. A server that cannot be reached is skipped for a while, and its request goes to
+another one. A response that has begun cannot move to another server: if its server fails, it is
+aborted.
 """
 
 import asyncio
@@ -26,13 +27,13 @@ Scope = MutableMapping[str, Any]
 
 
 class RouterApp:
-    """An ASGI application before several servers.
+    """An ASGI application in front of several servers.
 
     Args:
-        router: it is told of each request's prompt and end, and of each server that is lost.
-        urls: of the servers, as http://127.0.0.1:8001.
+        router: it receives each request's prompt and end, and each lost server.
+        urls: of the servers, as in http://127.0.0.1:8001.
 
-    Raises InvalidOption for a URL that is none.
+    Raises InvalidOption for an invalid URL.
     """
 
     def __init__(self, router: Router, urls: list[str]) -> None:
@@ -41,7 +42,7 @@ class RouterApp:
         self._left_out_until = [0.0] * len(urls)
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Pass one request on, until it is answered or its client has left."""
+        """Forward one request, until it is answered or its client disconnects."""
         if scope["type"] != "http":
             return
         body = await _read_body(receive)
@@ -56,7 +57,7 @@ class RouterApp:
 
     async def _serve(self, scope: Scope, body: bytes, send: Any) -> None:
         prompt = prompt_in(body)
-        for _ in self._addresses:  # each of them at most once
+        for _ in self._addresses:  # try each at most once
             if not (alive := self._alive()):
                 break
             server = self._router.choose(prompt, alive)
@@ -71,7 +72,7 @@ class RouterApp:
                 self._left_out_until[server] = time.monotonic() + SECONDS_LEFT_OUT
                 self._router.forget(server)
                 if has_begun:
-                    return  # incomplete: uvicorn breaks the client's connection off
+                    return  # incomplete: uvicorn closes the client's connection
             finally:
                 self._router.finish(server)
                 await response.aclose()
@@ -89,18 +90,18 @@ def prompt_in(body: bytes) -> str:
         request = json.loads(body)
         if "messages" in request:
             return "\n".join(f"{each['role']}: {each['content']}" for each in request["messages"])
-        return str(request["prompt"])  # a list of token ids as well: it begins as its text does
+        return str(request["prompt"])  # a list of token ids, too: its text has the same start
     except (ValueError, TypeError, KeyError, RecursionError):
-        return ""  # the server will say what is wrong with it
+        return ""  # the server will report the error
 
 
 def _address(url: str) -> tuple[str, int]:
-    with suppress(ValueError):  # of a port that is no number
+    with suppress(ValueError):  # the port is not a number
         parts = urlsplit(url)
         if parts.scheme == "http" and parts.hostname and parts.path in ("", "/"):
             return parts.hostname, parts.port or 80
     raise InvalidOption(
-        f"{url!r} is no address of a server: give http://host:port, as `minipaged serve` prints it."
+        f"{url!r} is not a server address: give http://host:port, as `minipaged serve` prints it."
     )
 
 
@@ -124,7 +125,7 @@ async def _wait_for_disconnect(receive: Any) -> None:
 async def exchange(
     address: tuple[str, int], scope: Scope, body: bytes
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The messages of ASGI that answer a request.
+    """Yield the ASGI messages of the response.
 
     Raises OSError, EOFError or ValueError if the server is lost before its response is complete.
     """

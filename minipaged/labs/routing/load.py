@@ -1,8 +1,8 @@
-"""The load that judges a router: 8 system prompts, 32 requests each, on simulated servers.
+"""The load that measures a router: 8 system prompts, 32 requests each, on simulated servers.
 
-A simulated server is the library's scheduler over the library's block manager, without a model: it
+A simulated server is the library's scheduler with the library's block manager, without a model: it
 admits, preempts and caches as a real one does. In the simulation a word is a token, and all servers
-step at the same time. Nothing depends on a clock or on chance.
+step at the same time. The result is deterministic.
 """
 
 from collections import deque
@@ -21,13 +21,13 @@ from minipaged.sequence import Sequence as Tokens
 from minipaged.sequence import SequenceGroup
 
 NUM_SYSTEM_PROMPTS, NUM_REQUESTS = 8, 32
-NUM_OPEN = 8  # requests at a time
-NUM_TOKENS = 8  # that each of them generates
-NUM_FACTS = 40  # of a system prompt: 320 words, and 444 tokens of the embedded model
+NUM_OPEN = 8  # concurrent requests
+NUM_TOKENS = 8  # tokens that each generates
+NUM_FACTS = 40  # of a system prompt: 320 words, or 444 tokens of the embedded model
 CAPACITY = 560  # pieces of 16 characters in a pool of 112 blocks of 16 words of 5 characters
 
 SERVER = EngineConfig(
-    num_blocks=112,  # four system prompts, and what four requests need besides
+    num_blocks=112,  # four system prompts, and the other blocks of four requests
     num_swap_blocks=0,
     block_size=16,
     max_model_len=1024,
@@ -38,7 +38,7 @@ SERVER = EngineConfig(
 
 
 class Router(Protocol):
-    """What chooses a server for each request."""
+    """The interface that chooses a server for each request."""
 
     def choose(self, prompt: str, among: Collection[int] | None = None) -> int:
         """The server for a request, which is open there from now on."""
@@ -54,22 +54,22 @@ class Router(Protocol):
 
 
 class RoundRobin:
-    """Each server in turn: what every router is compared with."""
+    """Round robin: the baseline for every router."""
 
     def __init__(self, num_servers: int) -> None:
         self._num_servers = num_servers
         self._turns = cycle(range(num_servers))
 
     def choose(self, prompt: str, among: Collection[int] | None = None) -> int:
-        """The next server that can be chosen."""
+        """Choose the next server."""
         servers = range(self._num_servers) if among is None else among
         return next(server for server in self._turns if server in servers)
 
     def finish(self, server: int) -> None:
-        """Nothing depends on it."""
+        """Does nothing."""
 
     def forget(self, server: int) -> None:
-        """Nothing is remembered."""
+        """Does nothing: round robin has no memory."""
 
 
 # ---- the requests --------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def requests(seed: int = 0) -> list[tuple[str, str]]:
 
 
 def prompt_of(system: str, question: str) -> str:
-    """What a router sees of a request."""
+    """The prompt that a router receives."""
     return f"{system}\nQ: {question}\nA:"
 
 
@@ -98,12 +98,12 @@ def prompt_of(system: str, question: str) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What a router made of a load."""
+    """The result of a load with one router."""
 
     num_queried_tokens: int  # looked up in the prefix caches
     num_cached_tokens: int  # and found there
     num_requests: list[int]  # by server
-    largest_gap: int  # between the open requests of the most and of the least loaded server
+    largest_gap: int  # difference in open requests between the most and the least loaded server
     num_steps: int
 
     @property
@@ -112,7 +112,7 @@ class Report:
 
 
 class SimulatedServer(EngineWithoutModel):
-    """A server without a model, which counts what its prefix cache finds."""
+    """A server without a model, which counts prefix cache hits."""
 
     def __init__(self, config: EngineConfig) -> None:
         memory = BlockManager(
@@ -126,7 +126,7 @@ class SimulatedServer(EngineWithoutModel):
         self.num_queried_tokens = self.num_cached_tokens = 0
 
     def receive(self, token_ids: Sequence[int]) -> None:
-        """A request arrives."""
+        """Add a request."""
         seq = Tokens(self.new_id(), token_ids)
         group = SequenceGroup(f"{len(self.groups)}", [seq])
         self.scheduler.add(group)
@@ -135,7 +135,7 @@ class SimulatedServer(EngineWithoutModel):
         self.samples.append([seq])
 
     def advance(self) -> int:
-        """Run a step; returns how many requests have ended in it."""
+        """Run a step; return how many requests ended in it."""
         before = len(self.finished)
         if self.scheduler.has_unfinished():
             decision = self.step()
@@ -157,7 +157,7 @@ def simulate(
             prompt = waiting.popleft()
             server = router.choose(prompt)
             assert server in range(num_servers), (
-                f"choose() gave {server!r}, and the servers are 0 to {num_servers - 1}"
+                f"choose() returned {server!r}, but the servers are 0 to {num_servers - 1}"
             )
             ids = [words.setdefault(word, len(words)) for word in prompt.split()]
             servers[server].receive(ids)

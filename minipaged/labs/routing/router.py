@@ -1,10 +1,10 @@
-"""Which of several servers gets a request: one that has already computed its beginning.
+"""Routes a request to a server that has already computed the prefix of its prompt.
 
-Each server caches prefixes on its own. A prompt that goes to another server than the last one with
-the same system prompt is computed and stored a second time. vLLM's router and SGLang's keep a tree
-of the texts that each server was sent; here it is a set of keys, as in the prefix cache.
+Each server has its own prefix cache. If prompts with the same system prompt go to different
+servers, it is computed and stored on each. vLLM's router and SGLang's keep a tree of the texts
+that each server was sent; this one keeps a set of keys, as in the prefix cache.
 
-A router only guesses what is cached: a wrong guess costs time and never changes an output.
+A router only guesses what is cached: a wrong guess costs time but never changes an output.
 """
 
 from collections.abc import Collection, Iterable
@@ -12,15 +12,15 @@ from itertools import takewhile
 
 
 class PrefixRouter:
-    """Chooses a server by the beginning of the prompt, as long as that server is not overloaded.
+    """Chooses a server by the prefix of the prompt, as long as that server is not overloaded.
 
     Args:
-        num_servers: they are numbered from 0.
+        num_servers: number of servers; their numbers start at 0.
         piece_size: characters per piece; only whole pieces are compared.
-        capacity: pieces that one server is believed to cache.
-        threshold: the part of a prompt's pieces that a server must know to attract it.
-        slack: how many more requests than the least loaded server a server may have open before
-            it attracts none.
+        capacity: number of pieces that one server is assumed to cache.
+        threshold: fraction of a prompt's pieces that a server must know to attract it.
+        slack: the number of open requests beyond those of the least loaded server up to which a
+            server attracts requests.
     """
 
     def __init__(
@@ -37,13 +37,14 @@ class PrefixRouter:
         self.threshold = threshold
         self.slack = slack
         self.loads = [0] * num_servers  # open requests, by server
-        # By server: the keys of the pieces that it was sent, the least recently used one first.
+        # By server: the keys of the pieces that it was sent, least recently used first.
         self.known: list[dict[int, None]] = [{} for _ in range(num_servers)]
 
     # ---- prompts -------------------------------------------------------------------------------
 
     def keys(self, prompt: str) -> list[int]:
-        """A key for each whole piece: equal for two prompts that are equal up to its end."""
+        """Return one key per whole piece; two prompts have equal keys up to where their texts "
+        "differ."""
         size, before, keys = self.piece_size, 0, list[int]()
         for start in range(0, len(prompt) - size + 1, size):
             before = hash((before, prompt[start : start + size]))
@@ -51,14 +52,14 @@ class PrefixRouter:
         return keys
 
     def num_known(self, server: int, keys: Iterable[int]) -> int:
-        """How many of a prompt's first pieces a server has seen, without a gap."""
+        """Return how many of a prompt's first pieces a server has seen, without a gap."""
         known = self.known[server]
         return sum(1 for _ in takewhile(known.__contains__, keys))
 
     # ---- requests ------------------------------------------------------------------------------
 
     def choose(self, prompt: str, among: Collection[int] | None = None) -> int:
-        """The server for a request, which is open there from now on.
+        """Choose the server for a request, and count the request as open there.
 
         Args:
             among: the servers that can be chosen; None: all.
@@ -82,20 +83,21 @@ class PrefixRouter:
         return server
 
     def finish(self, server: int) -> None:
-        """One of a server's requests has ended."""
+        """Record that one of a server's requests has ended."""
         self.loads[server] -= 1
 
     # ---- memory --------------------------------------------------------------------------------
 
     def remember(self, server: int, keys: list[int]) -> None:
-        """A server will have computed these pieces; beyond the capacity, forget the oldest ones."""
+        """Record that a server computes these pieces; beyond the capacity, forget the oldest "
+        "ones."""
         known = self.known[server]
-        for key in reversed(keys):  # a beginning is used whenever its continuation is: it is newer
+        for key in reversed(keys):  # a prefix is used with each continuation: it is newer
             known.pop(key, None)
             known[key] = None
         while len(known) > self.capacity:
             del known[next(iter(known))]
 
     def forget(self, server: int) -> None:
-        """A server was restarted or lost, and with it all that it had cached."""
+        """Forget all pieces of a server, which was restarted or lost its cache."""
         self.known[server].clear()

@@ -1,4 +1,4 @@
-"""A router's process: it listens on the loopback interface, and says where."""
+"""A router's process: it listens on the loopback interface and prints its address."""
 
 import asyncio
 import socket
@@ -11,7 +11,7 @@ from minipaged.utils.sockets import listen
 
 
 def run(router: Router, urls: list[str], port: int) -> None:
-    """Route requests until Ctrl-C or SIGTERM. Raises InvalidOption for a URL that is none."""
+    """Route requests until Ctrl-C or SIGTERM. Raises InvalidOption for an invalid URL."""
     app = RouterApp(router, urls)
     asyncio.run(_run(app, listen(ServerArgs.host, port)))
 
@@ -21,5 +21,5 @@ async def _run(app: RouterApp, sockets: list[socket.socket]) -> None:
     serving = asyncio.create_task(server.serve(sockets))
     stopping = asyncio.create_task(server.stopping.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-    server.should_exit = True  # what is open may end: uvicorn waits a few seconds
+    server.should_exit = True  # uvicorn gives open requests a few seconds to end
     await serving

@@ -46,7 +46,7 @@ def test_each_whole_piece_has_a_key(build, length, num_keys):
 
 
 @task(1)
-def test_prompts_that_begin_alike_have_equal_keys_as_far_as_that(build):
+def test_prompts_have_equal_keys_for_a_shared_prefix(build):
     router = build()
     one, other = router.keys("Once upon a time Mia"), router.keys("Once upon a tree fell")
     equal = [a == b for a, b in zip(one, other, strict=True)]
@@ -55,7 +55,7 @@ def test_prompts_that_begin_alike_have_equal_keys_as_far_as_that(build):
 
 @task(1)
 @essential("a key must depend on the whole prompt up to its end (rule 1).")
-def test_equal_pieces_after_another_beginning_have_other_keys(build):
+def test_equal_pieces_after_different_prefixes_have_different_keys(build):
     router = build()
     one, other = router.keys("aaaabbbbcccc"), router.keys("xxxxbbbbcccc")
     assert not set(one) & set(other)
@@ -68,7 +68,7 @@ def test_keys_of_two_routers_of_another_piece_size_are_cut_there(build):
 
 
 @task(1)
-def test_a_long_prompt_is_named_in_no_time(build):
+def test_keys_of_a_long_prompt_are_computed_quickly(build):
     """The key of each of 40,000 pieces from the whole text before it would take minutes."""
     assert len(build(piece_size=16).keys("x" * 640_000)) == 40_000
 
@@ -126,7 +126,7 @@ def test_several_prompts_are_known_at_a_time(build):
 
 
 @task(3)
-def test_equal_beginnings_go_to_the_same_server(build):
+def test_equal_prefixes_go_to_the_same_server(build):
     router = build(slack=10)
     first = [router.choose(f"{letter * 12} first") for letter in "abcd"]
     again = [router.choose(f"{letter * 12} again") for letter in "dbca"]
@@ -149,7 +149,7 @@ def test_a_request_is_open_until_it_is_finished(build):
 @task(3)
 @essential("a server that has far more to do than the others must attract no request (rule 3).")
 @pytest.mark.parametrize("slack", [0, 1, 4])
-def test_a_popular_beginning_does_not_overload_its_server(build, slack):
+def test_a_popular_prefix_does_not_overload_its_server(build, slack):
     router = build(slack=slack)
     for _ in range(40):
         router.choose("a" * 12)
@@ -166,8 +166,8 @@ def test_up_to_the_slack_a_server_attracts(build):
 
 
 @task(3)
-@essential("what nearly all prompts begin with must attract no request (rule 2).")
-def test_a_short_common_beginning_attracts_nobody(build):
+@essential("a prefix of nearly all prompts must not attract requests (rule 2).")
+def test_a_short_common_prefix_attracts_no_server(build):
     """One piece of four is equal, as when a template opens every chat."""
     router = build(slack=100)
     servers = [router.choose("sys:" + letter * 12) for letter in "abcdefgh"]

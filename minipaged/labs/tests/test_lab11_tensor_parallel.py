@@ -226,7 +226,7 @@ def test_all_ranks_have_as_many_rows(own, vocab_size, num_ranks):
 
 @task(3)
 @essential("a token that another rank has must add nothing here (rule 5).")
-def test_every_token_is_found_whoever_has_it(ranks):
+def test_every_token_is_found_on_any_rank(ranks):
     table, token_ids = numbers(16, 3), torch.tensor([0, 7, 8, 15, 3, 12, 3])
     for rank, report in enumerate(ranks(embedded, token_ids, table)):
         same(report.value, table[token_ids], f"embeddings on rank {rank}")

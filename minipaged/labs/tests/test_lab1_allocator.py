@@ -41,7 +41,7 @@ def test_every_block_is_handed_out_once(build):
 
 
 @task(1)
-def test_each_block_handed_out_is_one_free_block_less(build):
+def test_each_allocation_lowers_num_free_by_one(build):
     allocator = build(5)
     free = []
     for _ in range(5):
@@ -52,7 +52,7 @@ def test_each_block_handed_out_is_one_free_block_less(build):
 
 @task(1)
 @pytest.mark.parametrize("num_blocks", [0, 1, 3])
-def test_an_empty_pool_says_so(build, num_blocks):
+def test_an_empty_pool_raises_out_of_blocks(build, num_blocks):
     allocator = build(num_blocks)
     for _ in range(num_blocks):
         allocator.allocate()
@@ -62,13 +62,13 @@ def test_an_empty_pool_says_so(build, num_blocks):
 
 
 @task(1)
-def test_a_pool_of_less_than_nothing_is_refused(build):
+def test_a_negative_pool_size_is_refused(build):
     with pytest.raises(InvalidOption):
         build(-1)
 
 
 @task(1)
-def test_two_pools_have_nothing_to_do_with_each_other(build):
+def test_two_pools_are_independent(build):
     one, other = build(3), build(3)
     one.allocate()
     assert other.num_free == 3
@@ -85,7 +85,7 @@ def test_a_new_block_has_one_owner(build):
 
 @task(2)
 @essential("every owner must be counted (rule 2).")
-def test_each_share_is_one_owner_more(build):
+def test_each_share_adds_one_owner(build):
     allocator = build(4)
     block, other = allocator.allocate(), allocator.allocate()
     counts = []
@@ -209,7 +209,7 @@ def test_it_takes_no_longer_in_a_large_pool(build):
 
 
 @task(4)
-def test_the_model_says_what_it_says_on_the_allocator_of_the_library(observed):
+def test_the_model_generates_the_same_with_the_allocator_of_the_library(observed):
     serves_what_the_library_serves(observed, num_blocks=16, preemption="swap")  # not enough for all
 
 

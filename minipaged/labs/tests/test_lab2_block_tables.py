@@ -290,7 +290,7 @@ def test_the_last_block_is_freed_first(build):
 
 
 @task(5)
-def test_the_model_says_what_it_says_with_the_tables_of_the_library(observed):
+def test_the_model_generates_the_same_with_the_tables_of_the_library(observed):
     serves_what_the_library_serves(
         observed, num_blocks=16, preemption="swap", enable_prefix_caching=False
     )

@@ -323,7 +323,7 @@ def served(request):
 
 
 @task(4)
-def test_the_model_says_what_it_says_with_the_attention_of_the_library(observed, served):
+def test_the_model_generates_the_same_with_the_attention_of_the_library(observed, served):
     serves_what_the_library_serves(observed, also=served, num_blocks=64, max_tokens=8)
 
 

@@ -363,7 +363,7 @@ def test_the_oldest_advances_in_every_step_and_all_requests_end(build, mode):
 
 @task(5)
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_the_model_says_what_it_says_with_the_scheduler_of_the_library(observed, preemption):
+def test_the_model_generates_the_same_with_the_scheduler_of_the_library(observed, preemption):
     serves_what_the_library_serves(observed, num_blocks=16, preemption=preemption)
 
 

@@ -291,13 +291,13 @@ def test_in_any_order_a_found_block_has_the_right_content(part, seed):
 
 
 @task(5)
-def test_the_model_says_what_it_says_on_the_cache_of_the_library(observed):
+def test_the_model_generates_the_same_with_the_cache_of_the_library(observed):
     serves_what_the_library_serves(observed, num_blocks=16, preemption="swap")  # not enough for all
 
 
 @task(5)
 @pytest.mark.parametrize("num_blocks", [40, 200], ids=["a_small_pool", "an_ample_pool"])
-def test_the_second_time_it_says_the_same_and_has_less_to_compute(observed, num_blocks):
+def test_the_second_time_the_tokens_are_equal_and_fewer_are_computed(observed, num_blocks):
     from minipaged.sampling import SamplingParams
 
     asked = prompts(), 1, 20  # texts, samples, tokens

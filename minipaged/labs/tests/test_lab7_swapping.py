@@ -340,7 +340,7 @@ def test_all_requests_end_and_all_blocks_are_free_again(engine, preemption):
 
 @task(4)
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_the_model_says_what_it_says_with_the_parts_of_the_library(observed, preemption):
+def test_the_model_generates_the_same_with_the_parts_of_the_library(observed, preemption):
     serves_what_the_library_serves(observed, num_blocks=16, preemption=preemption)
 
 

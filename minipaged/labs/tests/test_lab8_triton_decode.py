@@ -244,7 +244,7 @@ def test_queries_may_have_gaps(agrees):
 
 
 @task(4)
-def test_the_model_says_with_your_kernel_what_it_says_with_the_library(observed, decode):
+def test_the_model_generates_the_same_with_your_kernel_and_the_library(observed, decode):
     serves_what_the_library_serves(
         observed, also={"paged_attention": decode}, num_blocks=8, block_size=4,
         texts=("Once upon a time", "Once"), max_tokens=4,

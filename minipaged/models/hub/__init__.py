@@ -1,12 +1,12 @@
-"""From a name on the Hugging Face hub to a folder that loads.
+"""Downloads models from the Hugging Face hub to folders that can be loaded.
 
-    catalogue     small models that are known by name, with sizes and licences
-    local_models  from a model's name to its folder on this machine
-    hub           what the hub offers under a name, and the bytes of one file
-    failures      what can go wrong on the way, in sentences
-    staging       the folder next to the target where all files go first
+    catalogue     the list of small models, with sizes and licences
+    local_models  finds the folder of a model on this machine
+    hub           lists a model's files on the hub, and downloads one file
+    failures      error messages of a download
+    staging       the temporary folder next to the target
     convert       pickled weights to safetensors
-    fetch         all of it: downloaded, checked, converted, then named
+    fetch         the whole procedure: download, check, convert, rename
 
-Nothing of this runs unless you ask: by `minipaged fetch`, which is in `cli/fetch.py`.
+It runs only when you ask, by `minipaged fetch` (`cli/fetch.py`).
 """

@@ -1,8 +1,7 @@
-"""Small models of architectures that are built here, with licences and about what they take.
+"""A list of small models of supported architectures, with licences and approximate sizes.
 
-Any other model of these architectures can be fetched by its `owner/name`; this is what
-`minipaged fetch --list` shows, with short names. Sizes are those of the files
-that a fetch brings, rounded: before anything is downloaded, the hub is asked for the real ones.
+`minipaged fetch --list` shows this list. Any other model of these architectures can be fetched by
+its `owner/name`. Sizes are rounded; a fetch asks the hub for the exact ones before it downloads.
 """
 
 from collections.abc import Iterator
@@ -11,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KnownModel:
-    """One model: its name on the hub, and what to know before it is fetched."""
+    """One model: its name on the hub, size and licence."""
 
     name: str  # owner/name
-    architecture: str  # as config.json names it
+    architecture: str  # as in config.json
     num_parameters: int  # rounded
     num_bytes: int  # of all files, rounded
     licence: str
-    gated: bool = False  # given only to those who accepted the licence on the hub
+    gated: bool = False  # requires accepting the licence on the hub
     note: str = ""
 
     @property
@@ -28,13 +27,13 @@ class KnownModel:
 
 
 def find_known(name: str) -> KnownModel | None:
-    """The listed model of this name, with its owner or without, in whatever case."""
+    """The listed model with this name, with or without owner, in any case."""
     wanted = name.lower()
     return next((m for m in KNOWN_MODELS if wanted in (m.name.lower(), m.short_name.lower())), None)
 
 
 def in_words(num_bytes: int) -> str:
-    """A size as a person says it: 950 bytes, 272 MB, 2.5 GB."""
+    """A size for people to read: 950 bytes, 272 MB, 2.5 GB."""
     if num_bytes < 1000:
         return f"{num_bytes} bytes"
     amount, unit = num_bytes / 1000, "kB"
@@ -60,7 +59,7 @@ def _family(
 
 _APACHE = "Apache-2.0"
 _OPT_LICENCE = "OPT-175B (non-commercial)"
-_PICKLED = "published as pytorch_model.bin: converted once it is here"
+_PICKLED = "published as pytorch_model.bin: converted after the download"
 
 KNOWN_MODELS: tuple[KnownModel, ...] = (
     *_family("distilbert", "GPT2LMHeadModel", _APACHE, ("distilgpt2", 82, 355)),

@@ -1,7 +1,7 @@
 """`pytorch_model.bin` to safetensors: the same tensors in a format that cannot run code.
 
 A `.bin` file is a pickle, and a pickle may call any function while it is read. torch's restricted
-reader refuses all but tensors; so a file that holds more is refused here, and never run.
+reader refuses everything but tensors, so code in a file is never run.
 """
 
 import errno
@@ -33,25 +33,25 @@ _GET = "get the checkpoint as safetensors"
 
 
 class UnreadablePickle(CheckpointError):
-    """torch can make nothing of this file: it is cut short, or of another kind."""
+    """torch cannot read this file: it is truncated, or has another format."""
 
     def __init__(self, path: Path, reason: str) -> None:
         self.path, self.reason = path, reason
         super().__init__(
-            f"{path} of {path.stat().st_size} bytes is cut short or no file of torch's ({reason}): "
+            f"{path} of {path.stat().st_size} bytes is cut short or not a torch file ({reason}): "
             "download it again."
         )
 
 
 def convert_to_safetensors(folder: Path) -> list[Path]:
-    """Write the pickled weights of this folder as safetensors next to them, and return the files.
+    """Convert the pickled weights of this folder to safetensors in it; return the new files.
 
-    One file becomes `model.safetensors`; shards become as many shards and an index, and only one
-    of them is in memory at a time. The new files get their names together, when all are written.
-    The pickled ones stay.
+    One file becomes `model.safetensors`; shards become as many shards and an index, with only one
+    of them in memory at a time. The new files are renamed together, when all are written. The
+    pickled files are kept.
 
     Raises:
-        CheckpointError: there is nothing to convert, or what there is is broken or would run code.
+        CheckpointError: there are no pickled weights, or they are broken or would run code.
         OSError: the disk is full, or there is too little memory.
     """
     shards = find_pickled(folder)
@@ -67,32 +67,35 @@ def convert_to_safetensors(folder: Path) -> list[Path]:
                 names |= dict.fromkeys(tensors, name)
                 num_bytes += sum(tensor.nbytes for tensor in tensors.values())
                 save_file(tensors, Path(scratch) / name, metadata={"format": "pt"})
-            shutil.copymode(shard, Path(scratch) / name)  # else it is for its owner's eyes only
-            del tensors  # before the next shard is read
+            shutil.copymode(shard, Path(scratch) / name)  # otherwise only its owner could read it
+            del tensors  # free it before the next shard is read
         if len(shards) > 1:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": names}
             path = Path(scratch) / "model.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2), encoding="utf-8")
-        # By name the index comes last, and without it shards are no checkpoint yet.
+        # The index sorts last, and shards without it are not a checkpoint.
         return [file.replace(folder / file.name) for file in sorted(Path(scratch).iterdir())]
 
 
 def find_pickled(folder: Path) -> list[Path]:
-    """The pickled weights in this folder: one file, or the shards that the index names.
+    """The pickled weights in this folder: one file, or the shards that the index lists.
 
     Raises:
         CheckpointError: there are none, some are missing, or there are safetensors already.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}: give one that holds {SINGLE}.")
+        raise CheckpointError(f"there is no folder {folder}: give one that contains {SINGLE}.")
     if any(folder.glob("model*.safetensors")):
         raise CheckpointError(
-            f"{folder} holds safetensors already, and nothing is left to convert: load it as it is."
+            f"{folder} already contains safetensors, and nothing is left to convert: load it as it "
+            "is."
         )
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: give another folder.")
+        raise CheckpointError(
+            f"{folder} contains neither {SINGLE} nor {INDEX}: give another folder."
+        )
     return find_shards(folder / INDEX)
 
 
@@ -100,18 +103,18 @@ def find_pickled(folder: Path) -> list[Path]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor in a pickled file, each with memory of its own, as safetensors demands."""
+    """Every tensor in a pickled file, each with its own memory, as safetensors requires."""
     state = _unpickle(path)
     if not isinstance(state, dict) or not state:
         what = type(state).__name__
-        raise CheckpointError(f"{path} holds a {what} and no tensors by name: {_GET}.")
+        raise CheckpointError(f"{path} contains a {what} and no tensors by name: {_GET}.")
     for name, value in state.items():
         _refuse_all_but_tensors(path, name, value)
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     views: set[tuple[Any, ...]] = set()
-    # The output matrix last: where it is the embedding itself, it is left out, and a model that
-    # ties the two needs it once only. Whatever else shares memory gets a copy.
+    # The output matrix comes last: if it is the embedding itself, it is omitted, since a model that
+    # ties the two needs it only once. Other tensors that share memory are copied.
     for name in sorted(state, key=lambda name: name.endswith("lm_head.weight")):
         tensor: Tensor = state[name]
         view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -121,23 +124,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         storages.add(tensor.untyped_storage().data_ptr())
         views.add(view)
         own = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-        tensors[name] = own.resolve_neg()  # a sign that torch only notes is not in the bytes
+        tensors[name] = own.resolve_neg()  # resolve lazy negation, which is not in the bytes
     return tensors
 
 
 def _unpickle(path: Path) -> Any:
-    # Mapped into memory, the file is read as it is written out again. The format before torch 1.6,
-    # which was no zip file, cannot be.
+    # A mapped file is read while it is written out again. The format before torch 1.6, which is not
+    # a zip file, cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+\.\S+)", str(error))  # the function that it names
+        found = re.search(r"GLOBAL (\S+\.\S+)", str(error))  # the function that the pickle names
         what = f" ({found[1]})" if found else ""
         raise CheckpointError(
             f"{path} asks for more than tensors{what}, and reading it could run code: {_GET}."
         ) from error
-    except Exception as error:  # a broken file makes torch raise almost anything
+    except Exception as error:  # torch raises many types for a broken file
         if _errno_in(error) is not None:
             raise
         raise UnreadablePickle(path, _reason(error)) from error
@@ -147,7 +150,9 @@ def _refuse_all_but_tensors(path: Path, name: object, value: object) -> None:
     if not isinstance(name, str) or not isinstance(value, Tensor):
         what = f"a {type(value).__name__}"
     elif not name.isprintable() or name == "__metadata__":
-        raise CheckpointError(f"{path} holds a tensor under {name!a}, which is no name: {_GET}.")
+        raise CheckpointError(
+            f"{path} contains a tensor under {name!a}, which is not a name: {_GET}."
+        )
     elif value.is_nested or value.layout != torch.strided:
         what = "a sparse or nested tensor"
     elif value.is_quantized:
@@ -158,7 +163,9 @@ def _refuse_all_but_tensors(path: Path, name: object, value: object) -> None:
         what = "a tensor without its numbers"
     else:
         return
-    raise CheckpointError(f"{path} holds {what} under {name!a}, where a tensor should be: {_GET}.")
+    raise CheckpointError(
+        f"{path} contains {what} under {name!a}, where a tensor should be: {_GET}."
+    )
 
 
 # ---------------------------------------------------------------------------------------- failures
@@ -166,7 +173,7 @@ def _refuse_all_but_tensors(path: Path, name: object, value: object) -> None:
 
 @contextmanager
 def _failures_told(path: Path) -> Generator[None, None, None]:
-    """Failures of this machine as OSErrors, whatever torch and safetensors make of them."""
+    """Convert failures of this machine to OSError, whatever torch and safetensors raise."""
     try:
         yield
     except CheckpointError:
@@ -177,7 +184,8 @@ def _failures_told(path: Path) -> Generator[None, None, None]:
             raise
         if number is None:
             raise CheckpointError(
-                f"{path} holds what safetensors cannot ({_reason(error)}): {_GET}."
+                f"{path} contains data that safetensors does not support ({_reason(error)}): "
+                f"{_GET}."
             ) from error
         reason = os.strerror(number)
         if number == errno.ENOMEM:
@@ -187,7 +195,7 @@ def _failures_told(path: Path) -> Generator[None, None, None]:
 
 
 def _errno_in(error: Exception) -> int | None:
-    """The operating system's error number, which may be in the text only; None: there is none."""
+    """The operating system's error number, possibly parsed from the text; None: there is none."""
     if isinstance(error, OSError):
         return error.errno if error.errno in THIS_MACHINE else None
     said = str(error)
@@ -196,7 +204,7 @@ def _errno_in(error: Exception) -> int | None:
     if isinstance(error, SafetensorError):
         number = re.search(r"os error (\d+)", said)
     else:
-        number = re.search(r"unable to \w+ .*\((\d+)\)", said)  # as torch says it
+        number = re.search(r"unable to \w+ .*\((\d+)\)", said)  # torch's wording
     return int(number[1]) if number else None
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong between this machine and the hub, as one sentence each."""
+"""Errors between this machine and the hub, one sentence each."""
 
 import errno
 import os
@@ -11,29 +11,29 @@ from minipaged.errors import FetchError, MinipagedError
 from minipaged.models.hub.local_models import ModelName
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What the operating system says of disks, memory and rights, and not of a network or a bad file.
+# Operating system errors about disks, memory and permissions, not about networks or bad files.
 THIS_MACHINE = (
     *DISK_IS_FULL, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE,
 )  # fmt: skip
-LONGEST_WAIT = 60  # seconds in which nothing is to be seen
+LONGEST_WAIT = 60  # seconds without progress
 
 
 class BrokenOff(FetchError):
-    """No answer, or not the whole of one: another try may bring more."""
+    """No response, or an incomplete one: a retry may help."""
 
     def __init__(self, sentence: str, wait: int = 1) -> None:
         super().__init__(sentence)
-        self.wait = wait  # seconds, before it is tried again
+        self.wait = wait  # seconds before a retry
 
 
 def without_password(url: str) -> str:
-    """The address as it may be printed and written down."""
+    """The address without its password, for printing and logging."""
     return re.sub(r"(^|//)[^/@\s]*@", r"\1", url)
 
 
 @contextmanager
 def failures_explained(model: ModelName, hub: str, no_answer: str) -> Generator[None, None, None]:
-    """Turn whatever the library raises into a FetchError, and keep its own warnings quiet."""
+    """Convert errors of the library to FetchError, and silence its warnings."""
     try:
         from huggingface_hub.utils import logging
     except ImportError as error:
@@ -44,7 +44,7 @@ def failures_explained(model: ModelName, hub: str, no_answer: str) -> Generator[
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise FetchError(f"HF_HUB_OFFLINE is set: unset it to fetch {model}.")
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of every request without a token
+    logging.set_verbosity_error()  # it warns for every request without a token
     try:
         yield
     except MinipagedError:
@@ -65,10 +65,10 @@ def failures_explained(model: ModelName, hub: str, no_answer: str) -> Generator[
 
 
 def _explain(error: Exception, response: Any, model: ModelName, hub: str) -> FetchError:
-    """What the hub's answer means."""
+    """Convert the hub's HTTP error to an exception."""
     from huggingface_hub import errors
 
-    # Gated is a kind of not found, and every answer has a status: from the narrow to the wide.
+    # From specific to general: a gated model is a kind of "not found", and all have a status.
     status: int = response.status_code
     said = str(response.headers.get("X-Error-Message", "")).strip(" .:")[:200]
     says = f" (it says: {said})" if said else ""
@@ -96,7 +96,7 @@ def _explain(error: Exception, response: Any, model: ModelName, hub: str) -> Fet
 
 
 def _about_the_token() -> str:
-    """The public hub says the same of a model that is not there and of a token that expired."""
+    """The public hub answers a missing model and an expired token in the same way."""
     from huggingface_hub import get_token
 
     if not get_token():
@@ -105,7 +105,7 @@ def _about_the_token() -> str:
 
 
 def _try_later(response: Any, model: ModelName, hub: str) -> FetchError:
-    """It is overloaded, or was asked too often; some say for how long to leave them alone."""
+    """The hub is overloaded or limits requests; it may name a time to wait."""
     headers = response.headers
     told = re.search(r"t=(\d+)", headers.get("RateLimit", "")) or re.fullmatch(
         r"\s*(\d+)\s*", headers.get("Retry-After", "")
@@ -118,6 +118,6 @@ def _try_later(response: Any, model: ModelName, hub: str) -> FetchError:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what the error says, or its kind, if it says nothing."""
+    """The first line of the error's message, or its type if it has none."""
     lines = without_password(str(error)).strip().splitlines()
     return (lines[0].strip(" .:")[:200] if lines else "") or type(error).__name__

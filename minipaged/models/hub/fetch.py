@@ -1,6 +1,6 @@
-"""From a name on the hub to a folder that loads: downloaded, checked, converted, then named.
+"""Fetches a model from the hub: download, check, convert, rename.
 
-The target is complete or absent: until the end, everything is in a folder next to it.
+The target is complete or absent: until the end, all files are in a folder next to it.
 """
 
 import hashlib
@@ -42,23 +42,23 @@ def fetch(
     directory: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
-    """The folder of a model, which is downloaded if it is not on this machine yet.
+    """Return the folder of a model, after downloading it if it is not on this machine.
 
         >>> LLM(fetch("HuggingFaceTB/SmolLM2-135M-Instruct"))
 
-    To ask first, call `find_here`, then `ask_hub` for the size, then `download`.
+    To ask for consent first, call `find_here`, then `ask_hub` for the size, then `download`.
 
     Args:
         name: "owner/name", "owner/name@revision", or a listed model's name without its owner.
-        revision: a branch, tag or commit; None: what the hub shows first.
-        directory: the folder to put it into; None: one of its own under `models_folder()`.
-        progress: whether a terminal shows a progress bar on standard error.
+        revision: a branch, tag or commit; None: the default revision.
+        directory: the target folder; None: a folder under `models_folder()`.
+        progress: whether to show a progress bar on standard error, if it is a terminal.
 
     Raises:
-        FetchError: the hub, the network, the disk or a checksum forbids it. What was received is
-            kept, and the next call goes on from there.
-        CheckpointError: what was downloaded cannot be loaded here. It is not kept.
-        OSError: this machine's disk, memory or rights forbid it. What was received is kept.
+        FetchError: the hub, the network, the disk or a checksum failed. Received bytes are kept,
+            and the next call resumes.
+        CheckpointError: the downloaded model cannot be loaded. It is not kept.
+        OSError: disk, memory or permissions of this machine failed. Received bytes are kept.
     """
     model = ModelName.parse(name, revision)
     return find_here(model, directory) or download(ask_hub(model), directory, progress=progress)
@@ -68,7 +68,7 @@ def find_here(model: ModelName, directory: str | Path | None = None) -> Path | N
     """The local folder of this model, found without the network; None: it must be fetched.
 
     Raises:
-        FetchError: `directory` holds something else.
+        FetchError: `directory` contains something else.
     """
     if directory is None:
         return find_local(model)
@@ -82,20 +82,20 @@ def find_here(model: ModelName, directory: str | Path | None = None) -> Path | N
     except (OSError, ValueError, LookupError, TypeError, AttributeError, FetchError):
         same = False
     if not same:
-        raise FetchError(f"{target} is not empty and holds no {model}: give another directory.")
+        raise FetchError(f"{target} is not empty and contains no {model}: give another directory.")
     return target
 
 
 def download(offer: Offer, directory: str | Path | None = None, *, progress: bool = True) -> Path:
-    """Bring what the hub offers into its folder; arguments and errors as for `fetch`."""
+    """Download the model to its folder; arguments and errors as for `fetch`."""
     target = target_of(offer.model, directory)
     with alone(target, offer.model):
-        found = find_here(offer.model, target)  # another process may just have finished
+        found = find_here(offer.model, target)  # another process may have just finished
         if found is not None:
             return found
         staging = staging_of(target)
-        # Had it been killed just before the rename, it would find neither the old nor the new
-        # weights right, if it did not see that all was done.
+        # An earlier attempt may have been killed just before the rename. Without this check,
+        # neither the old nor the new weights would look right.
         finished = _is_finished(offer, staging)
         if not finished:
             staging.mkdir(exist_ok=True)
@@ -113,12 +113,12 @@ def download(offer: Offer, directory: str | Path | None = None, *, progress: boo
 
 @contextmanager
 def _told_what_is_kept(offer: Offer, staging: Path) -> Generator[None, None, None]:
-    """Whatever ends a fetch: keep what can be of use, and say how much it is."""
+    """However a fetch ends, keep the received bytes and report their size."""
     try:
         yield
     except CheckpointError as error:
-        if not isinstance(error.__cause__, OSError):  # which would be a matter of this machine
-            shutil.rmtree(staging)  # more of it would not help
+        if not isinstance(error.__cause__, OSError):  # which would be an error of this machine
+            shutil.rmtree(staging)  # resuming would not help
         raise
     except FetchError as error:
         what = str(error).removesuffix(".")
@@ -159,7 +159,7 @@ def _receive_all(offer: Offer, staging: Path, progress: bool) -> None:
         for file in missing:
             _receive_one(offer, file, staging, bar)
             if file.name == CONFIG:
-                read_model_config(staging)  # an architecture not built here: before gigabytes come
+                read_model_config(staging)  # refuse an unsupported architecture early
 
 
 def _receive_one(offer: Offer, file: RemoteFile, staging: Path, bar: "tqdm[Any]") -> None:
@@ -167,7 +167,7 @@ def _receive_one(offer: Offer, file: RemoteFile, staging: Path, bar: "tqdm[Any]"
     try:
         with beginning.open("ab") as opened:
             receive(offer, file, opened, bar)
-    except OSError as error:  # of this machine: the network's are FetchErrors
+    except OSError as error:  # of this machine: network errors are FetchErrors
         error.filename = error.filename or str(beginning)
         raise
     if not _is_right(beginning, file):
@@ -180,13 +180,13 @@ def _receive_one(offer: Offer, file: RemoteFile, staging: Path, bar: "tqdm[Any]"
 
 
 def _is_right(path: Path, file: RemoteFile) -> bool:
-    """Whether the file is there and has the checksum that the hub named for it."""
+    """Whether the file exists and has the checksum that the hub lists for it."""
     if not path.is_file():
         return False
     kind, _, expected = file.checksum.partition(":")
     if kind == "sha256":
         digest = hashlib.sha256()
-    else:  # small files are in git, which hashes their kind and length as well
+    else:  # git's checksum of small files includes their type and length
         digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as opened:
         while chunk := opened.read(1 << 20):
@@ -198,7 +198,7 @@ def _is_right(path: Path, file: RemoteFile) -> bool:
 
 
 def _refuse_without_room(offer: Offer, staging: Path, to_come: int) -> None:
-    to_convert = sum(file.num_bytes for file in offer.pickled)  # old and new together
+    to_convert = sum(file.num_bytes for file in offer.pickled)  # both formats at once
     free = shutil.disk_usage(staging).free
     if to_come + to_convert > free:
         both = f", of which {in_words(to_convert)} to convert its weights" if to_convert else ""
@@ -221,7 +221,7 @@ def _what_is_kept(offer: Offer, staging: Path) -> str:
 
 
 def _make_loadable(offer: Offer, staging: Path) -> None:
-    """Convert what is pickled, and see that the weights are those that config.json speaks of."""
+    """Convert pickled weights, and check that the weights match config.json."""
     from minipaged.models.hub.convert import UnreadablePickle, convert_to_safetensors
     from minipaged.models.loader import check_checkpoint
 
@@ -237,7 +237,7 @@ def _make_loadable(offer: Offer, staging: Path) -> None:
 
 
 def _is_finished(offer: Offer, staging: Path) -> bool:
-    """Whether an earlier try did everything but the rename."""
+    """Whether an earlier attempt completed everything but the rename."""
     source = staging / SOURCE
     return source.is_file() and source.read_bytes() == _source(offer).encode()
 

@@ -1,6 +1,6 @@
-"""The Hugging Face hub: what it offers under a name, and the bytes of one file.
+"""The Hugging Face hub: lists the files of a model, and downloads one file.
 
-All talk with the network is here. It goes through `huggingface_hub`, which is imported only when a
+All network access is in this module. It uses `huggingface_hub`, which is imported only when a
 function needs it.
 """
 
@@ -27,14 +27,14 @@ BESIDE_THE_WEIGHTS = (
     *"generation_config.json tokenizer_config.json special_tokens_map.json".split(),
     *"added_tokens.json merges.txt chat_template.jinja".split(),
 )
-# In the order of preference. A pickled checkpoint (.bin) is converted once it is here.
+# In order of preference. A pickled checkpoint (.bin) is converted after the download.
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 _PICKLED = (".bin", f"{PICKLED_WEIGHTS}.index.json")
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{,180}\.(safetensors|bin)")
-_CHECKSUM = re.compile(r"[0-9a-f]{40,64}")  # its beginning becomes a part of a file's name
+_CHECKSUM = re.compile(r"[0-9a-f]{40,64}")  # its first characters become part of a file name
 
-PIECE_BYTES = 256 * 1024  # written at a time: what is lost when a connection is cut
-NUM_TRIES = 5  # in a row that bring nothing, and a transfer has broken off
+PIECE_BYTES = 256 * 1024  # bytes per write: at most this is lost when a connection breaks
+NUM_TRIES = 5  # consecutive attempts without data before a transfer fails
 
 
 @dataclass(frozen=True)
@@ -48,43 +48,43 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Offer:
-    """What the hub has under a name: one commit, and those of its files that a checkpoint needs."""
+    """A model on the hub: one commit, and the files of it that a checkpoint needs."""
 
     model: ModelName
-    repo: str  # as the hub writes it now: another than was asked for, when it was renamed
-    commit: str  # every file is asked for by it, so that all are of one time
+    repo: str  # the hub's current name: differs from the requested one if the model was renamed
+    commit: str  # every file is requested by commit, so that all belong together
     files: tuple[RemoteFile, ...]  # config.json first
     licence: str | None
     endpoint: str = field(repr=False)  # may hold a password
 
     @property
     def hub(self) -> str:
-        """The endpoint as it may be printed and written down."""
+        """The endpoint without its password, for printing and logging."""
         return without_password(self.endpoint)
 
     @property
     def num_bytes(self) -> int:
-        """Of all files together."""
+        """Bytes of all files together."""
         return sum(file.num_bytes for file in self.files)
 
     @property
     def pickled(self) -> tuple[RemoteFile, ...]:
-        """Weights that must be converted, with their index; empty if none must."""
+        """Weights that must be converted, with their index; may be empty."""
         return tuple(file for file in self.files if file.name.endswith(_PICKLED))
 
 
 def ask_hub(name: str | ModelName, revision: str | None = None) -> Offer:
-    """Ask what a fetch would bring, and how much it is; no weights are downloaded.
+    """List the files of a fetch and their sizes; no weights are downloaded.
 
     Honours HF_ENDPOINT, HF_TOKEN (or the token that `hf auth login` left) and HF_HUB_OFFLINE.
 
     Raises:
-        FetchError: no such model or revision, no right to it, no weights in it, no network.
+        FetchError: no such model or revision, no access to it, no weights in it, or no network.
     """
     model = ModelName.parse(name, revision) if isinstance(name, str) else name
     endpoint = _endpoint()
     info = _describe(model, endpoint, model.repo)
-    # The redirect of a renamed model may forget that sizes and checksums were asked for.
+    # The redirect of a renamed model may drop the request for sizes and checksums.
     if info.id != model.repo and info.siblings and all(s.size is None for s in info.siblings):
         info = _describe(model, endpoint, info.id)
     licences = [tag for tag in info.tags or [] if tag.startswith("license:")]
@@ -112,7 +112,7 @@ def _describe(model: ModelName, endpoint: str, repo: str) -> Any:
         from huggingface_hub import HfApi
         from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
 
-        # The endpoint is passed on everywhere: the library reads HF_ENDPOINT only when imported.
+        # The endpoint is passed explicitly: the library reads HF_ENDPOINT only when imported.
         return HfApi(endpoint=endpoint).model_info(
             repo, revision=model.revision, files_metadata=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT
         )
@@ -122,13 +122,13 @@ def _describe(model: ModelName, endpoint: str, repo: str) -> Any:
 
 
 def receive(offer: Offer, file: RemoteFile, into: BinaryIO, bar: "tqdm[Any] | None" = None) -> None:
-    """Append to `into` what it still lacks of this file. Nothing is checked but the length.
+    """Append the missing bytes of this file to `into`. Only the length is checked.
 
-    What breaks off is taken up again, as long as more comes.
+    A broken transfer is resumed as long as attempts bring more bytes.
 
     Raises:
-        FetchError: the transfer broke off for good. What came until then is written.
-        OSError: the disk is full, say.
+        FetchError: the transfer failed. The bytes received so far are written.
+        OSError: for example, the disk is full.
     """
     broken = f"the transfer of {file.name} from {offer.hub} broke off"
     tries_left = NUM_TRIES
@@ -147,9 +147,9 @@ def receive(offer: Offer, file: RemoteFile, into: BinaryIO, bar: "tqdm[Any] | No
 def _receive_rest(
     offer: Offer, file: RemoteFile, into: BinaryIO, bar: "tqdm[Any] | None" = None
 ) -> None:
-    """Ask once, and append what comes."""
-    # Not by one of the library's own downloads: they write in pieces of 10 MB, of which a cut loses
-    # one, or throw away all that came, and they wait for hours in silence if the hub asks for it.
+    """Send one request, and append the bytes of the response."""
+    # The library's own downloads write in pieces of 10 MB, so a broken connection loses up to 10 MB
+    # or all bytes, and they wait silently for hours if the hub asks them to.
     from huggingface_hub import hf_hub_url
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -158,7 +158,7 @@ def _receive_rest(
     if start == file.num_bytes:
         return
     url = hf_hub_url(offer.repo, file.name, revision=offer.commit, endpoint=offer.endpoint)
-    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # compressed: not to be resumed
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # compressed: cannot be resumed
     if start > 0:
         headers["Range"] = f"bytes={start}-"
     ask = get_session().stream("GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
@@ -166,7 +166,7 @@ def _receive_rest(
         hf_raise_for_status(response)
         if response.status_code not in (200, 206):
             raise ValueError(f"status {response.status_code} for {file.name}")
-        skip = start if response.status_code == 200 else 0  # it gives the whole, asked or not
+        skip = start if response.status_code == 200 else 0  # the server sends the whole file
         for piece in response.iter_bytes(PIECE_BYTES):
             new = piece[skip:]
             skip = max(0, skip - len(piece))
@@ -174,7 +174,7 @@ def _receive_rest(
             if bar is not None:
                 bar.update(len(new))
             if into.tell() > file.num_bytes:
-                return  # more than there should be: its checksum will be wrong
+                return  # too long: the checksum will be wrong
     if into.tell() < file.num_bytes:
         raise EOFError(f"{into.tell()} of {file.num_bytes} bytes came")
 
@@ -190,7 +190,7 @@ def _list_files(info: Any, model: ModelName, hub: str) -> tuple[RemoteFile, ...]
     ]
     if siblings and not known:
         raise FetchError(
-            f"{hub} tells no sizes and checksums of {model}, so that nothing could be "
+            f"{hub} provides no sizes and checksums of {model}, so nothing could be "
             "checked: set HF_ENDPOINT to another hub, or unset it."
         )
     kinds = [("sha256:" if s.lfs else "git:") + sums[s.rfilename] for s in known]
@@ -198,18 +198,18 @@ def _list_files(info: Any, model: ModelName, hub: str) -> tuple[RemoteFile, ...]
 
 
 def _choose_files(listed: Offer) -> Offer:
-    """Of all files of the repository: config, tokenizer and one form of the weights."""
+    """Select from all files of the repository: config, tokenizer and one format of the weights."""
     by_name = {file.name: file for file in listed.files}
     if CONFIG not in by_name:
         raise FetchError(
-            f"{listed.model} holds no config.json, so it is no checkpoint of a transformer: choose "
-            "another model."
+            f"{listed.model} contains no config.json, so it is no checkpoint of a transformer: "
+            "choose another model."
         )
     weights = _choose_weights(listed, by_name)
     missing = [name for name in weights if name not in by_name]
     if missing:
         raise FetchError(
-            f"{listed.model} lacks {len(missing)} of the files that its index of weights names, "
+            f"{listed.model} lacks {len(missing)} of the files that its index of weights lists, "
             f"first {missing[0]}: choose another revision or model."
         )
     names = [name for name in BESIDE_THE_WEIGHTS if name in by_name] + weights
@@ -217,7 +217,7 @@ def _choose_files(listed: Offer) -> Offer:
 
 
 def _choose_weights(listed: Offer, by_name: dict[str, RemoteFile]) -> list[str]:
-    """The names of the weights: one file, or an index and the shards that it names."""
+    """The names of the weights: one file, or an index and the shards that it lists."""
     for single in (SAFE_WEIGHTS, PICKLED_WEIGHTS):
         if single in by_name:
             return [single]
@@ -227,8 +227,8 @@ def _choose_weights(listed: Offer, by_name: dict[str, RemoteFile]) -> list[str]:
     other = [n for n in by_name if n.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".pth"))]
     seen = f" ({other[0]} is not read here)" if other else ""
     raise FetchError(
-        f"{listed.model} holds neither {SAFE_WEIGHTS} nor {PICKLED_WEIGHTS}{seen}: choose another "
-        "repository of this model."
+        f"{listed.model} contains neither {SAFE_WEIGHTS} nor {PICKLED_WEIGHTS}{seen}: choose "
+        "another repository of this model."
     )
 
 
@@ -239,7 +239,7 @@ def _read_shard_names(listed: Offer, index: RemoteFile) -> list[str]:
         names = sorted(set(json.loads(content.getvalue())["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError):
         names = []
-    # They become paths here, so they must be mere names; and of the kind that the index is of.
+    # They become paths, so they must be plain file names, of the same format as the index.
     suffix = ".safetensors" if index.name.startswith(SAFE_WEIGHTS) else ".bin"
     if not names or not all(
         isinstance(n, str) and SHARD.fullmatch(n) and n.endswith(suffix) for n in names

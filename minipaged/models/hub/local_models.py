@@ -1,7 +1,7 @@
-"""From the name of a model to its folder on this machine. Nothing is ever downloaded from here.
+"""Finds the folder of a model on this machine, without downloading.
 
-A model is embedded in the package, a path, or a name on the hub. Names are looked up in our own
-folder, where `minipaged fetch` puts complete models only, and in the cache that Hugging Face's
+A model is embedded in the package, a path, or a name on the hub. Names are looked up in minipaged's
+own folder, where `minipaged fetch` stores complete models, and in the cache that Hugging Face's
 libraries share.
 """
 
@@ -22,7 +22,7 @@ from minipaged.utils.options import shown
 
 EMBEDDED = ("storyteller",)  # models that ship inside the package
 
-# Fetched along with the weights; a folder needs one of them to read text.
+# Fetched along with the weights; text prompts need one of them.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 _PAGE = re.compile(r"https?://(www\.)?(huggingface\.co|hf\.co)/")
@@ -33,19 +33,19 @@ _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model on the hub: `owner/name`, and which revision of it; None: the one it shows first."""
+    """A model on the hub: `owner/name` and a revision; None: the default revision."""
 
     repo: str
     revision: str | None = None
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> "ModelName":
-        """Read "owner/name", "owner/name@revision", or a listed model's name without its owner.
+        """Parse "owner/name", "owner/name@revision", or a listed model's name without its owner.
 
-        The address of its page is a name as well. "main" is what the hub shows first.
+        The address of its page is also accepted. "main" is the default revision.
 
         Raises:
-            FetchError: it is none of them. A name becomes a part of a path, so nothing else passes.
+            FetchError: it is none of these. A name becomes part of a path, so the check is strict.
         """
         name = _PAGE.sub("", text.strip()).rstrip("/")
         repo, _, in_text = name.partition("@")
@@ -56,19 +56,20 @@ class ModelName:
         known = find_known(repo)
         repo, revision = known.name if known else repo, revision or in_text or None
         if revision == "main":
-            revision = None  # else one model would have two folders
-        # The hub allows neither in a name; "--" is also what "/" becomes in the folder's name.
+            revision = None  # otherwise one model would have two folders
+        # The hub allows neither in a name; "--" also replaces "/" in the folder's name.
         if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
             raise FetchError(_no_name(repo))
         if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
             raise FetchError(
-                f"{revision!r} is no revision: give the name of a branch or tag, or a commit."
+                f"{revision!r} is not a revision: give the name of a branch or tag, or a commit."
             )
         return cls(repo, revision)
 
     @property
     def folder_name(self) -> str:
-        """`owner--name`, or `owner--name@revision`, in letters that any file system takes."""
+        """`owner--name`, or `owner--name@revision`, in characters that every file system "
+        "supports."""
         at = "" if self.revision is None else "@" + quote(self.revision, safe="")
         return self.repo.replace("/", "--") + at
 
@@ -90,22 +91,22 @@ def _no_name(text: str) -> str:
     known = find_known(close[0]) if close else None
     meant = f", perhaps {known.name}" if known else ""
     return (
-        f"{shown(text)} is no model's name: give owner/name as on the hub, or a listed one{meant}."
+        f"{shown(text)} is not a model name: give owner/name as on the hub, or a listed one{meant}."
     )
 
 
 def find_model(
     model: str | Path, revision: str | None = None, cache: str | Path | None = None
 ) -> Path:
-    """The folder of a model: of an embedded one, of a path, or of a name that was fetched before.
+    """Return the folder of an embedded model, of a path, or of a model that was fetched before.
 
     Args:
-        revision: branch, tag or commit of a model by name; None and "main": the hub's first.
-        cache: a folder in the form of Hugging Face's cache that is searched before all others.
+        revision: branch, tag or commit of a model by name; None and "main": the default revision.
+        cache: a folder in the form of Hugging Face's cache, searched before all others.
 
     Raises:
-        CheckpointError: there is no such model here.
-        InvalidOption: a folder was asked for another revision than its own.
+        CheckpointError: this machine has no such model.
+        InvalidOption: a revision was given for a path.
     """
     folder = _find_folder(model)
     if folder is not None:
@@ -133,14 +134,14 @@ def _refuse_revision_of_folder(model: str | Path, revision: str | None) -> None:
 def _find_folder(model: str | Path) -> Path | None:
     if model in EMBEDDED:
         return Path(str(files("minipaged") / "assets" / str(model)))
-    with suppress(OSError, ValueError):  # longer than a path, or with a null byte
+    with suppress(OSError, ValueError):  # too long for a path, or with a null byte
         if model and Path(model).is_dir():
             return Path(model)
     return None
 
 
 def _no_model(model: str, error: FetchError) -> str:
-    if is_model_name(model):  # of which the revision is wrong
+    if is_model_name(model):  # with a wrong revision
         return str(error)
     embedded = " or ".join(EMBEDDED)
     return f"there is no folder {shown(model)}, the embedded model is {embedded}, and {error}"
@@ -162,28 +163,28 @@ def _how_to_get(model: str, name: ModelName) -> str:
 
 
 def models_folder() -> Path:
-    """$MINIPAGED_HOME/models, or minipaged/models in the user's cache."""
+    """Return $MINIPAGED_HOME/models, or minipaged/models in the user's cache folder."""
     home = os.environ.get("MINIPAGED_HOME")
     return Path(home).expanduser() / "models" if home else _user_cache() / "minipaged" / "models"
 
 
 def folder_of(name: str | ModelName) -> Path:
-    """The folder that `minipaged fetch` puts this model into. Raises FetchError: no such name."""
+    """The folder where `minipaged fetch` stores this model. Raises FetchError for a wrong name."""
     model = ModelName.parse(name) if isinstance(name, str) else name
     return models_folder() / model.folder_name
 
 
 def find_local(name: str | ModelName, cache: str | Path | None = None) -> Path | None:
-    """The folder with this complete model; None if there is none, or if it is no model's name.
+    """The folder of this complete model; None if there is none, or if it is not a model name.
 
-    Takes what `ModelName.parse` takes, or its result, and a cache to search before all others.
-    Touches no network.
+    Accepts the input of `ModelName.parse` or its result, and a cache to search first. Uses no
+    network.
     """
     if isinstance(name, str):
         if not is_model_name(name):
             return None
         name = ModelName.parse(name)
-    # Ours is whole if it is there at all: it got its name by one rename, when all was checked.
+    # Our own folder is complete if it exists: a rename gives it its name after all checks.
     try:
         found = _find_in_hub_cache(name, Path(cache)) if cache else None
         if found is not None:
@@ -191,12 +192,12 @@ def find_local(name: str | ModelName, cache: str | Path | None = None) -> Path |
         own = folder_of(name)
         return own if own.is_dir() else _find_in_hub_cache(name, _hub_cache())
     except (OSError, ValueError, RuntimeError):
-        return None  # longer than a file's name, a reference that is no text, no such home folder
+        return None  # name too long, reference not text, no such home folder
 
 
 # ---------------------------------------------------------------------------- Hugging Face's cache
-# models--owner--name/refs/main           the commit that "main" last was
-# models--owner--name/snapshots/<commit>/ the files that someone has asked for, of that commit
+# models--owner--name/refs/main           the last known commit of "main"
+# models--owner--name/snapshots/<commit>/ the files of that commit that were downloaded
 
 
 def _find_in_hub_cache(model: ModelName, cache: Path) -> Path | None:
@@ -214,7 +215,8 @@ def _find_in_hub_cache(model: ModelName, cache: Path) -> Path | None:
 
 
 def _hub_cache() -> Path:
-    """As `huggingface_hub` finds it; asked anew each time, since the environment may change."""
+    """The folder that `huggingface_hub` uses; read each time, because the environment may "
+    "change."""
     cache, home = os.environ.get("HF_HUB_CACHE"), os.environ.get("HF_HOME")
     if cache:
         return Path(cache).expanduser()
@@ -226,7 +228,7 @@ def _user_cache() -> Path:
 
 
 def _is_whole(snapshot: Path) -> bool:
-    """Whether config, a tokenizer and all weights are there: a cache holds what was asked for."""
+    """Whether config, a tokenizer and all weights are there: a cache may have only some files."""
     if not (snapshot / "config.json").is_file():
         return False
     if not any((snapshot / name).is_file() for name in TOKENIZER_FILES):

@@ -1,8 +1,8 @@
-"""Where a fetch puts its files until all are there, and what it may delete: only its own.
+"""The folder where a fetch collects its files until it is complete; it deletes only its own files.
 
-`.<name>.minipaged-partial` is next to the target and becomes it by one rename at the end. What a
-broken transfer left is found there again by its name: a file has its own only once its checksum was
-right, and until then it has its checksum in its name. This is all the state there is.
+`.<name>.minipaged-partial` is next to the target and is renamed to it at the end. A broken transfer
+is resumed by file name: a file gets its final name after its checksum was verified, and until then
+its name contains the checksum. There is no other state.
 """
 
 import re
@@ -17,10 +17,10 @@ from minipaged.errors import FetchError
 from minipaged.models.hub.hub import BESIDE_THE_WEIGHTS, SHARD, Offer, RemoteFile
 from minipaged.models.hub.local_models import ModelName, folder_of
 
-SOURCE = "source.json"  # what was fetched: written last, and then all is there
-SCRATCH = ".minipaged-converting-"  # folders in which a conversion writes begin like this
+SOURCE = "source.json"  # describes the fetch: written last, when all files are there
+SCRATCH = ".minipaged-converting-"  # prefix of the folders that a conversion writes to
 
-# All that a fetch of any model can have left.
+# All file names that a fetch of any model can leave.
 _OURS = re.compile(
     rf"({'|'.join(map(re.escape, (*BESIDE_THE_WEIGHTS, SOURCE)))}|{SHARD.pattern}(\.index\.json)?)"
     r"(\.[0-9a-f]{16}\.part)?"
@@ -28,11 +28,11 @@ _OURS = re.compile(
 
 
 def target_of(model: ModelName, directory: str | Path | None) -> Path:
-    """The folder that the model shall be in, with no link left in its path. Raises FetchError."""
+    """The target folder, with links in its path resolved. Raises FetchError."""
     try:
         chosen = folder_of(model) if directory is None else Path(directory).expanduser()
         return chosen.resolve()
-    except (RuntimeError, ValueError) as error:  # ~nobody, a link to itself, a zero in it
+    except (RuntimeError, ValueError) as error:  # ~nobody, a link to itself, a null byte
         reason = str(error).strip(".")
         given = "MINIPAGED_HOME" if directory is None else directory
         raise FetchError(
@@ -41,7 +41,7 @@ def target_of(model: ModelName, directory: str | Path | None) -> Path:
 
 
 def refuse_to_replace(target: Path, model: ModelName) -> None:
-    """Raise FetchError for what the rename at the end could not or should not replace."""
+    """Raise FetchError if the rename at the end could not or should not replace the target."""
     if target.is_mount():
         what = "a mount point"
     elif target == Path.cwd():
@@ -56,7 +56,7 @@ def refuse_to_replace(target: Path, model: ModelName) -> None:
 
 @contextmanager
 def alone(target: Path, model: ModelName) -> Generator[None, None, None]:
-    """Two downloads at once would write into the same files."""
+    """Prevents two downloads from writing to the same files."""
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f".{target.name}.minipaged-lock"
     if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -75,7 +75,7 @@ def alone(target: Path, model: ModelName) -> Generator[None, None, None]:
 
 
 def staging_of(target: Path) -> Path:
-    """The folder that becomes the target. Raises FetchError: something else has its name."""
+    """The folder that becomes the target. Raises FetchError if something else has its name."""
     staging = target.parent / f".{target.name}.minipaged-partial"
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         raise _in_the_way(staging)
@@ -83,9 +83,9 @@ def staging_of(target: Path) -> Path:
 
 
 def drop_leftovers(offer: Offer, staging: Path) -> None:
-    """Keep of an earlier try what can be of use: files by their own name, and beginnings of them.
+    """Keep the useful files of an earlier attempt: complete ones and partial downloads.
 
-    Raises FetchError, and deletes nothing, if there is what no fetch can have left.
+    Raises FetchError, and deletes nothing, if the folder contains anything that is not a fetch's.
     """
     paths = list(staging.iterdir())
     for path in paths:
@@ -101,24 +101,24 @@ def drop_leftovers(offer: Offer, staging: Path) -> None:
 
 
 def drop_scratch(folder: Path) -> None:
-    """Remove what a conversion in this folder left when it was killed."""
+    """Remove the files of a conversion that was killed in this folder."""
     for path in folder.glob(f"{SCRATCH}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
 
 
 def beginning_of(staging: Path, file: RemoteFile) -> Path:
-    """Where a file grows. Named by its checksum: another version of it has another beginning."""
+    """The path of a partial download, named by its checksum: other versions have other bytes."""
     return staging / f"{file.name}.{file.checksum.partition(':')[2][:16]}.part"
 
 
 def num_bytes_in(folder: Path) -> int:
-    """Of all files directly in it."""
+    """Bytes of all files directly in the folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def remove_if_empty(staging: Path) -> None:
-    """Remove beginnings of no byte, and then the folder, if nothing else is there."""
+    """Remove empty partial downloads, then the folder if it is empty."""
     if not staging.is_dir():
         return
     for path in staging.glob("*.part"):

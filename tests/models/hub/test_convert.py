@@ -184,10 +184,10 @@ def test_a_file_cut_short_is_named_with_its_size(
 @pytest.mark.parametrize(
     ("state", "sentence"),
     [
-        ({"model": {"a": torch.ones(2)}, "step": 3}, "holds a dict under 'model'"),
-        ({"a": torch.ones(2), "step": 3}, "holds a int under 'step', where a tensor should be"),
-        ([torch.ones(2)], "holds a list and no tensors by name"),
-        ({}, "holds a dict and no tensors by name"),
+        ({"model": {"a": torch.ones(2)}, "step": 3}, "contains a dict under 'model'"),
+        ({"a": torch.ones(2), "step": 3}, "contains a int under 'step', where a tensor should be"),
+        ([torch.ones(2)], "contains a list and no tensors by name"),
+        ({}, "contains a dict and no tensors by name"),
     ],
 )
 def test_what_is_no_table_of_tensors_is_refused(state: Any, sentence: str, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_what_is_no_plain_tensor_is_refused(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a\udc80", "a\nb", "__metadata__"])
 def test_a_name_that_no_tensor_can_have_is_refused(name: str, tmp_path: Path) -> None:
     sentence = refusal(save(tmp_path, {name: torch.ones(2)}))
-    assert f"holds a tensor under {name!a}, which is no name" in sentence
+    assert f"contains a tensor under {name!a}, which is not a name" in sentence
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_whatever_torch_makes_of_a_broken_file_is_one_sentence(
         raise kind("some\nlines")
 
     monkeypatch.setattr(torch, "load", broken)
-    assert "is cut short or no file of torch's (" in refusal(save(tmp_path, TENSORS))
+    assert "is cut short or not a torch file (" in refusal(save(tmp_path, TENSORS))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -301,12 +301,12 @@ def test_a_full_disk_is_said_as_such_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_without_pickled_weights_is_refused(tmp_path: Path) -> None:
     assert "there is no folder" in refusal(tmp_path / "gone")
-    assert "holds neither pytorch_model.bin nor" in refusal(tmp_path)
+    assert "contains neither pytorch_model.bin nor" in refusal(tmp_path)
     (tmp_path / f"{SINGLE}.index.json").write_text("{}")
     assert "has no weight_map" in refusal(tmp_path)
     save(tmp_path, TENSORS)
     convert_to_safetensors(tmp_path)
-    assert "holds safetensors already" in refusal(tmp_path)
+    assert "already contains safetensors" in refusal(tmp_path)
 
 
 def test_the_command_prints_what_it_wrote(

@@ -334,7 +334,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(
         fetch("someone/else", directory=tmp_path / "else")
     target = tmp_path if content == "notes" else tmp_path / "else"
     before = left_in(target)
-    assert f"{target} is not empty and holds no {NAME}" in refusal(directory=target)
+    assert f"{target} is not empty and contains no {NAME}" in refusal(directory=target)
     assert left_in(target) == before
 
 
@@ -444,7 +444,7 @@ def test_a_name_that_is_too_long_for_a_file_is_no_model_here(name: str) -> None:
     "gpt-9 ../up a/../b /etc/passwd a/b/c a\\b .. a/.hidden a/b--c a/b@../../up a/ -x/y".split(),
 )
 def test_what_is_no_name_never_becomes_a_path(name: str) -> None:
-    assert "is no model's name" in refusal(name) or "is no revision" in refusal(name)
+    assert "is not a model name" in refusal(name) or "is not a revision" in refusal(name)
     assert find_local(name) is None
 
 
@@ -811,7 +811,7 @@ def test_a_server_that_is_no_hub_is_said(hub: Hub) -> None:
 
 def test_a_hub_without_checksums_is_refused(hub: Hub) -> None:
     hub.tells_checksums = False
-    assert "tells no sizes and checksums" in refusal()
+    assert "provides no sizes and checksums" in refusal()
 
 
 def test_working_offline_is_said_before_anything_is_tried(
@@ -844,11 +844,11 @@ def test_weights_that_do_not_fit_the_config_are_not_kept(hub: Hub, tmp_path: Pat
 def test_a_repository_without_weights_that_can_be_read_is_refused(hub: Hub) -> None:
     files = hub.repos[NAME].files
     del files[WEIGHTS]
-    assert "holds neither model.safetensors nor pytorch_model.bin: choose" in refusal()
+    assert "contains neither model.safetensors nor pytorch_model.bin: choose" in refusal()
     files["small.Q4_K_M.gguf"] = b"x"
     assert "(small.Q4_K_M.gguf is not read here)" in refusal()
     del files["config.json"]
-    assert "holds no config.json" in refusal()
+    assert "contains no config.json" in refusal()
 
 
 @pytest.mark.parametrize(
