@@ -44,7 +44,7 @@ def _downloads(chapter: Chapter) -> str:
     name = chapter.name
     return (
         f"[Notebook]({name}.ipynb){{ download }} or [script]({name}.py){{ download }}; both import "
-        f"[drawing.py](drawing.py){{ download }}, which lies beside them. In a checkout, with "
+        f"[drawing.py](drawing.py){{ download }}, which must be next to them. In a checkout, with "
         f'`pip install -e ".[plot]"`: `python tutorials/{name}.py`\n{{ .downloads }}\n'
     )
 

@@ -19,10 +19,9 @@ WITHOUT_RUNNING = "MINIPAGED_DOCS_WITHOUT_RUNNING"
 INDEX = """\
 # Tutorials
 
-From a first run to a serving engine in your head and, if you type along, in your hands: in most
-chapters you write a part of the engine yourself, and the model runs on it. The code on each page
-was run when the site was built, and what it shows is what it gave. No chapter needs a GPU or a
-network.
+From a first run to a serving engine: in most chapters you write a part of the engine yourself, and
+the model runs on it. The outputs on each page were produced when the site was built. No chapter
+needs a GPU or a network.
 
 Three ways to follow:
 
@@ -35,16 +34,16 @@ Three ways to follow:
   chapter links to its own at the top. Or open the script in an editor that supports cells
   (`# %%`), such as VS Code or Spyder.
 
-Each has the same form: what you will know, what must hold, numbers to predict before you run
-anything, the step, a check that would notice if it were wrong, questions with folded answers, and
-what changed in the numbers.
+Each chapter has the same form: goals, invariants, numbers to predict before you run anything, a
+part to build, a check that fails if it is wrong, an exercise, questions with folded answers, and
+results.
 """
 
 LABS_INDEX = """\
 # Labs
 
-In a lab you write a part of the engine: a file with some bodies taken out, tests that say what is
-missing, and at the end a language model that runs on what you wrote.
+In a lab you write a part of the engine: you fill in the missing bodies of a file, tests tell you
+what is missing, and in the end a language model runs on your code.
 
 ```sh
 pip install -e ".[labs]"
