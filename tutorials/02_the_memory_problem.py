@@ -103,13 +103,17 @@ print("regions:", *regions, " gaps:", strip.gaps, " room for 1,024:", strip.allo
 a, b = uses(7, 1, 2, 2048), uses(3, 1, 1, 512)
 for name, slots in (("A", a), ("B", b)):
     print(f"{name}: {slots.count('internal'):,} slots of {len(slots):,} will never be used")
-figure, axis = drawing.picture(7.2, 1.4)
-drawing.strips(axis, {"memory": [*a, *["external"] * 512, *b]}, KINDS)
-axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=2, fontsize=8)
-axis.set(xlim=(0, 3072))
+figure, (whole, near) = drawing.picture(7.2, 3.4, nrows=2)
+drawing.strips(whole, {"memory": [*a, *["external"] * 512, *b]}, KINDS)
+whole.set(xlim=(0, 3072), title="all 3,072 slots")
+whole.get_legend().remove()  # one for both is enough
+drawing.strips(near, {"A": a[:16], "B": b[:16]}, KINDS)
+near.set(xlim=(0, 16), xticks=range(17), title="the first 16 slots of A and of B")
+near.grid(axis="x", color="white", lw=0.8)
+near.legend(loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=2, fontsize=8)
 
 # %% [markdown]
-# The tokens are the thin line at the left end of A and B. The rest is waste, of the three kinds
+# The tokens are too few to see in the upper strip. The rest is waste, of the three kinds
 # that the paper names:
 #
 # - *Reserved* slots will hold a token later. Until then another request could use them.

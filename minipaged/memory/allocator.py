@@ -72,4 +72,5 @@ class BlockAllocator:
         return self._ref_counts[block]
 
     def _is_owned(self, block: int) -> bool:
+        """Whether this is a block of the pool and has an owner. (-1 would index the last block.)"""
         return 0 <= block < self.num_blocks and self._ref_counts[block] > 0
