@@ -69,8 +69,7 @@ SMS = (80, 90)  # Ampere (A100) and Hopper (H100)
 
 # Of a multiprocessor, KiB of shared memory and warps (CUDA C++ Programming Guide).
 _PER_SM = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64)}
-# Only shapes and types matter, so any values of the usual case will do: the width of the block
-# tables is not a multiple of 16, as in a real step.
+# Only shapes and types matter. As in a real step, a table's width is not a multiple of 16.
 _BLOCK_SIZE, _NUM_BLOCKS, _TABLE_WIDTH, _TOKENS, _NUM_SPLITS = 16, 64, 101, 64, 8
 
 
