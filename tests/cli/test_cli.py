@@ -320,7 +320,7 @@ def test_the_script_in_the_root_is_the_fetch_command(tmp_path):
     [
         (["fetch", "someone/a-model"], "could not be reached"),
         (["fetch", "no name"], "is not a model name"),
-        (["fetch"], "no model is named"),
+        (["fetch"], "no model was given"),
         (["convert", "nowhere"], "there is no folder nowhere"),
     ],
 )
