@@ -50,7 +50,7 @@ def test_content_may_come_in_parts(server):
     )
     image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
     error = refused(server, messages=[{"role": "user", "content": image}])
-    assert "no message of a chat" in error["message"]
+    assert "is not a chat message" in error["message"]
 
 
 def test_a_turn_that_only_called_tools_has_no_content(server):
@@ -117,8 +117,8 @@ def test_the_last_message_may_be_continued(server, llm):
     ("fields", "param", "words"),
     [
         ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": [{"role": "user"}]}, None, "no message of a chat"),
-        ({"messages": [{"content": "Hello"}]}, None, "no message of a chat"),
+        ({"messages": [{"role": "user"}]}, None, "is not a chat message"),
+        ({"messages": [{"content": "Hello"}]}, None, "is not a chat message"),
         ({"tool_choice": "required", "tools": []}, "tool_choice", "cannot be enforced"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "cannot be enforced"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "schema"),
