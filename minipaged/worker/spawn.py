@@ -113,7 +113,10 @@ class Workers:
 
     def explain(self, error: RankLost, option: str) -> WorkerLost:
         """The error for a lost rank; `option` is the time limit that may have been too short."""
-        deadline = time.monotonic() + (0 if error.is_timeout else SECONDS_TO_NOTICE)
+        # If one of two does not answer in time, nothing more can be learned. Of several, the others
+        # end as well, so that the one that is silent remains.
+        is_clear = error.is_timeout and len(self._started) == 1
+        deadline = time.monotonic() + (0 if is_clear else SECONDS_TO_NOTICE)
         while self._started:
             ended = [each for each in self._started if each.process.poll() is not None]
             # Other ranks may have ended because of the one that is the cause.
