@@ -36,7 +36,7 @@ class RankLost(Exception):
 
     @property
     def is_timeout(self) -> bool:
-        """Whether the time limit expired. Then no other rank can have ended before."""
+        """Whether the time limit expired."""
         return "Timed out" in str(self)
 
 
