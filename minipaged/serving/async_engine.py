@@ -198,6 +198,11 @@ class AsyncEngine:
         for stream, _ in list(self._streams.values()):
             stream.fail(kind(message))
 
+    def _tell_of_death(self, message: str) -> None:
+        self._fail_all(EngineDead, message)
+        self._streams.clear()
+        self.died.set()
+
     # ---- in the engine thread ------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -219,8 +224,7 @@ class AsyncEngine:
         except BaseException as error:
             logger.critical("the engine is dead", exc_info=error)
             self.error = error
-            self._loop.call_soon_threadsafe(self._fail_all, EngineDead, _death(error))
-            self._loop.call_soon_threadsafe(self.died.set)
+            self._loop.call_soon_threadsafe(self._tell_of_death, _death(error))
 
     def _next_message(self) -> Callable[[], None]:
         """Waits for one. Raises WorkerLost if a rank is lost meanwhile."""

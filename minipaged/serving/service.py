@@ -128,7 +128,8 @@ class Service:
 
     async def chat_completions(self, body: ChatBody) -> Response:
         """Write the next turn of a conversation."""
-        return await self._answer(body, ChatReply, map(self._chat_prompt, [body]), 1)
+        prompts = (self._chat_prompt(each) for each in [body])  # lazily: see `_answer`
+        return await self._answer(body, ChatReply, prompts, 1)
 
     def _completion_prompt(self, body: CompletionBody, prompt: Any) -> dict[str, Any]:
         if not isinstance(prompt, str):
@@ -159,7 +160,7 @@ class Service:
         given = body.chat_template if isinstance(body, ChatBody) else None
         if given is not None and not self._args.trust_request_chat_template:
             raise InvalidRequest(
-                "chat_template is a program, and this server runs none from strangers: leave it "
+                "chat_template is a program, and this server runs none that clients send: leave it "
                 "out, or start the server with trust_request_chat_template."
             )
         return self._llm.args.read_chat_template() if given is None else given
@@ -210,7 +211,7 @@ class Answer(Response):
             else:
                 await JSONResponse(await self._reply.whole(self._stream))(scope, receive, send)
         except ClientLeft:
-            pass
+            pass  # there is nowhere to send to; closing the stream aborts its requests
         finally:
             watcher.cancel()
             self._stream.close()

@@ -17,10 +17,12 @@ from minipaged.errors import (
     QueueFull,
     RequestFailed,
     ServerClosing,
+    WorkerLost,
 )
 from minipaged.serving import async_engine
 from minipaged.serving.async_engine import AsyncEngine
 from minipaged.tokenizer.prompts import TokenizedPrompt
+from minipaged.worker.executor import UniExecutor
 
 
 class Fault(Exception):
@@ -35,6 +37,7 @@ class OneTokenPerStep:
 
     def __init__(self, **hooks: Callable) -> None:
         self.listeners = []
+        self.executor = UniExecutor()
         self.open: dict[str, tuple[int, int]] = {}  # tokens so far, tokens in the end
         self.aborted: list[str] = []
         self.num_steps = self.num_allowed = 0
@@ -352,6 +355,24 @@ def test_an_engine_that_fails_fails_every_request():
             await engine.in_a_text_thread(lambda: None)
 
     with_engine(test, step=raiser(Fault("in a step"), lambda step: step == 5))
+
+
+def test_an_idle_engine_that_has_lost_a_rank_is_dead(monkeypatch):
+    monkeypatch.setattr(async_engine, "SECONDS_TO_CHECK", 0.01)
+
+    def check() -> None:
+        raise WorkerLost("rank 1 has ended")
+
+    async def test(engine, inner):
+        stream = await engine.serve(lambda: [request(50)], 1)  # which waits: no step is allowed
+        await stream.accepted()
+        inner.executor.check = check
+        with pytest.raises(EngineDead, match="WorkerLost: rank 1 has ended"):
+            await read(stream)
+        await asyncio.wait_for(engine.died.wait(), 5)
+        assert engine.num_open == 0
+
+    with_engine(test)
 
 
 def test_an_observer_that_fails_is_a_failure_of_the_engine():
