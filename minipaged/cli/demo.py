@@ -31,9 +31,9 @@ MAX_ANSWER = 32  # tokens
 LEGEND = '\nColumn "back": tokens between the answer in the story and its question.\n'
 NEXT = """
 Where to go next:
-  learn  python tutorials/00_first_run.py  # needs pip install -e ".[plot]"
-  labs   minipaged lab list                # write a part of the engine yourself
-  serve  minipaged serve                   # needs pip install -e ".[serve]"
+  learn  minipaged learn 0    # needs pip install -e ".[plot]"
+  labs   minipaged lab list   # write a part of the engine yourself
+  serve  minipaged serve      # needs pip install -e ".[serve]"
 """
 
 

@@ -41,9 +41,9 @@ def connect_gpus(
 def _threads_that_wait_for_a_core() -> Generator[None]:
     """Threads started inside wait for a core instead of interrupting a running thread (Linux).
 
-    gloo's thread wakes up when data arrives. If it interrupts the sending thread, it needs a lock
-    which that thread has, and keeps trying until its time slice ends, after 3 ms. On two
-    cores, that made an all-reduce of a decode step take 0.8 ms on average instead of 0.2 ms.
+    gloo's thread wakes up when data arrives. If it interrupts the thread that is sending, it needs
+    a lock which that thread has, and keeps trying until its time slice ends. On two cores, that
+    made two ranks half as fast (docs/benchmarks.md, "Several ranks").
     """
     is_usual = hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER
     if is_usual:  # threads inherit the policy of the thread that starts them

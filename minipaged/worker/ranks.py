@@ -28,7 +28,8 @@ from minipaged.worker.process_groups import connect_cpus, connect_gpus
 LOST_ANOTHER = "ends, because it has lost another rank"  # a worker's last words
 FOREVER = timedelta(days=365)  # a worker waits for a message as long as rank 0 lives
 HEAD = 1024  # integers in the first part of a message: 4 kB
-MOST_EXCHANGED = 2**17  # maximum bytes of a sum that more than two ranks exchange directly
+# Bytes: more than two ranks leave larger sums to gloo, and none of them is expected in advance.
+MOST_EXCHANGED = 2**17
 
 
 class RankLost(Exception):

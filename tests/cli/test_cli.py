@@ -52,7 +52,7 @@ def test_demo_ends_with_where_to_go_next(capsys, monkeypatch):
     _, out, _ = minipaged(capsys, monkeypatch, "demo")
     *_, heading, learn, labs, serve = out.splitlines()
     assert heading == "Where to go next:"
-    assert "tutorials/00_first_run.py" in learn
+    assert "minipaged learn 0" in learn
     assert "minipaged lab list" in labs
     assert "minipaged serve" in serve
 
