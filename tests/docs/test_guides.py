@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 NEEDS_A_SERVER = "serve_a_model.md"  # run by tests/serving/test_clients.py
@@ -57,21 +58,6 @@ def test_what_a_guide_shows_runs_and_prints_what_it_says(guide, tmp_path, monkey
         sys.modules.pop(name.removesuffix(".py"), None)
 
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-
-
 def test_the_errors_that_a_guide_quotes_are_those_that_users_get(tmp_path, monkeypatch):
     from minipaged import LLM, MinipagedError, SamplingParams
     from minipaged.models.hub.fetch import fetch
@@ -82,10 +68,11 @@ def test_the_errors_that_a_guide_quotes_are_those_that_users_get(tmp_path, monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(cache_size, "physical_memory", lambda: 4_114_016 * 6144)
     monkeypatch.chdir(tmp_path)
-    for folder, config in (("moe", {"architectures": ["MixtralForCausalLM"]}), ("my-model", LLAMA)):
+    for folder in ("moe", "my-folder"):
         Path(folder).mkdir()
-        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-    Path("my-folder").mkdir()
+    config = {"architectures": ["MixtralForCausalLM"]}
+    Path("moe", "config.json").write_text(json.dumps(config), encoding="utf-8")
+    make_checkpoint("llama", Path("my-model"))
 
     def my_model(**options: Any) -> LLM:
         return LLM("my-model", load_format="dummy", device="cpu", **options)
