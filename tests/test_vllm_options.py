@@ -219,7 +219,7 @@ def test_values_of_config_json_are_replaced(folder):
 
 
 def test_a_replaced_value_that_nobody_reads_is_refused(folder):
-    with pytest.raises(InvalidOption, match="hf_overrides sets 'max_positions', which is not read"):
+    with pytest.raises(InvalidOption, match="hf_overrides sets 'max_positions', which this architecture .* does not read"):
         LLM(folder, hf_overrides={"max_positions": 64}, **SMALL)
 
 
