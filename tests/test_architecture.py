@@ -150,6 +150,19 @@ def test_help_answers_without_torch():
     assert b"demo" in result.stdout
 
 
+def test_a_start_imports_no_compiler_and_no_computer_algebra():
+    program = (
+        "import sys, torch; from minipaged import LLM, SamplingParams; llm = LLM('storyteller');"
+        "llm.generate('Theo', SamplingParams(max_tokens=2), use_tqdm=False);"
+        "from minipaged.models.linear import can_pack; can_pack(torch.float32);"  # a large model's
+        "sys.exit(str({'sympy', 'torch._dynamo', 'torch._inductor', 'triton'} & {*sys.modules}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert result.stderr.strip() == "set()"
+
+
 def test_every_public_thing_has_a_docstring():
     missing = []
     for path in MODULES:
