@@ -6,20 +6,13 @@ from pathlib import Path
 
 from minipaged.labs.chapters.openings import as_image, with_opening
 from minipaged.labs.chapters.reading import Cell, Chapter, with_links, with_quotes
-from minipaged.utils.files import write_new_files
 
 
-def write_notebooks(
-    chapters: list[Chapter], drawing: Path, folder: Path, force: bool = False
-) -> list[Path]:
-    """Write a notebook for each chapter, and drawing.py, which they import, next to them.
-
-    Raises InvalidOption, before anything is written, if a file exists and `force` is not set.
-    """
+def notebook_files(chapters: list[Chapter], drawing: Path, folder: Path) -> dict[Path, str]:
+    """A notebook for each chapter, and drawing.py, which they import, next to them."""
     contents = {folder / f"{each.name}.ipynb": notebook(each) for each in chapters}
     contents[folder / drawing.name] = drawing.read_text(encoding="utf-8")
-    write_new_files(contents, force)
-    return list(contents)
+    return contents
 
 
 def notebook(chapter: Chapter) -> str:
