@@ -5,6 +5,8 @@
 #
 # **Time** 25 minutes
 #
+# ![Each step of the engine gives every running request its next token.](openings/00.svg)
+#
 # ## Goals
 #
 # - What goes into a serving engine and what comes out.

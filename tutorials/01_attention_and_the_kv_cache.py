@@ -6,6 +6,8 @@
 #
 # **Needs** [chapter 0](00_first_run.md) · **Time** 40 minutes
 #
+# ![A new token attends to all tokens so far. Only its own key and value are new.](openings/01.svg)
+#
 # ## Goals
 #
 # - What attention computes, in eight lines that you write and the engine then runs on.

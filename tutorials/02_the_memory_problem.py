@@ -5,6 +5,8 @@
 #
 # **Needs** [chapter 1](01_attention_and_the_kv_cache.md) · **Time** 35 minutes
 #
+# ![The same memory, reserved for the longest outputs and divided into blocks.](openings/02.svg)
+#
 # ## Goals
 #
 # - Why serving systems before PagedAttention reserved memory for the longest output of every

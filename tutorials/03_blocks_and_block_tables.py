@@ -6,6 +6,8 @@
 # **Needs** [chapter 2](02_the_memory_problem.md) · **Time** 30 minutes ·
 # **Lab** [1, an allocator](labs/01.md) and [2, block tables](labs/02.md)
 #
+# ![The block table maps A's logical blocks to blocks anywhere in the pool.](openings/03.svg)
+#
 # ## Goals
 #
 # - How a *block table* lets a sequence be stored in scattered blocks (section 4.2 of the paper).

@@ -8,6 +8,8 @@
 # [chapter 3](03_blocks_and_block_tables.md) · **Time** 35 minutes ·
 # **Lab** [3, paged attention](labs/03.md)
 #
+# ![The query of C reads C's blocks in table order and updates one result.](openings/04.svg)
+#
 # ## Goals
 #
 # - How attention finds the keys of a sequence that is stored in scattered blocks (section 4.1 of

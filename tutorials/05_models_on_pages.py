@@ -6,6 +6,8 @@
 #
 # **Needs** [chapter 4](04_paged_attention.md) · **Time** 35 minutes
 #
+# ![Only two lines of a layer deal with blocks. The rest works on rows of tokens.](openings/05.svg)
+#
 # ## Goals
 #
 # - How the tokens of several sequences, prompts and decodes, form one batch without padding.

@@ -7,6 +7,8 @@
 # **Needs** [chapter 5](05_models_on_pages.md) · **Time** 35 minutes ·
 # **Lab** [4, a scheduler](labs/04.md)
 #
+# ![Static batches wait for the slowest request. Continuous batching does not.](openings/06.svg)
+#
 # ## Goals
 #
 # - Why requests are batched, and what a step for many of them costs.

@@ -7,6 +7,8 @@
 # **Needs** [chapter 6](06_continuous_batching.md) · **Time** 40 minutes ·
 # **Lab** [5, fork and copy-on-write](labs/05.md)
 #
+# ![A1 and A2 share block 0. Before A1 writes to block 1, the block is copied.](openings/07.svg)
+#
 # ## Goals
 #
 # - What a *fork* is, and why it costs no memory at first.

@@ -7,6 +7,8 @@
 # **Needs** [chapter 7](07_sharing.md) · **Time** 35 minutes ·
 # **Lab** [6, the prefix cache](labs/06.md)
 #
+# ![B begins with the same story as A, so two of its blocks are found.](openings/08.svg)
+#
 # ## Goals
 #
 # - What identifies a block, and why its own tokens are not enough.

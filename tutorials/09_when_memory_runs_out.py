@@ -7,6 +7,8 @@
 # **Needs** [chapter 6](06_continuous_batching.md), [chapter 7](07_sharing.md) · **Time** 40 minutes
 # · **Lab** [7, swapping and recomputation](labs/07.md)
 #
+# ![When the pool is full, the youngest request releases its blocks.](openings/09.svg)
+#
 # ## Goals
 #
 # - Why an engine that wastes no memory can run out of it, and which request it then *preempts*: it

@@ -7,6 +7,8 @@
 # **Needs** [chapter 4](04_paged_attention.md) · **Time** 40 minutes · **Lab**
 # [8, a Triton decode kernel](labs/08.md)
 #
+# ![One program per sequence and head reads its blocks through the block table.](openings/10.svg)
+#
 # ## Goals
 #
 # - How a GPU program finds its data: a program number, a base address, strides and a mask.

@@ -6,6 +6,8 @@
 #
 # **Needs** [chapter 10](10_a_first_kernel.md) · **Time** 40 minutes
 #
+# ![One program serves all heads that share keys; a long sequence gets several.](openings/11.svg)
+#
 # ## Goals
 #
 # - How to compute the least time that a kernel can take, before you write it.

@@ -7,6 +7,8 @@
 # **Needs** [chapter 6](06_continuous_batching.md), [chapter 5](05_models_on_pages.md) · **Time** 30
 # minutes · **Lab** [9, the open challenge](labs/09.md)
 #
+# ![The five calls of a step. The chosen token is an input of the next step.](openings/12.svg)
+#
 # ## Goals
 #
 # - The five calls of a step, and what each passes to the next.

@@ -7,6 +7,8 @@
 # **Needs** [chapter 6](06_continuous_batching.md), [chapter 12](12_one_tokens_journey.md) ·
 # **Time** 35 minutes · **Lab** [10, a prefix-aware router](labs/10.md)
 #
+# ![One thread owns the engine: clients write to its inbox and read from queues.](openings/13.svg)
+#
 # ## Goals
 #
 # - Why one thread owns the engine, and how all other threads talk to it.

@@ -8,6 +8,8 @@
 # **Needs** [chapter 5](05_models_on_pages.md), [chapter 12](12_one_tokens_journey.md) · **Time** 45
 # minutes · **Lab** [11, cut a model in two](labs/11.md)
 #
+# ![Each rank has half of both matrices. One all-reduce adds up the results.](openings/14.svg)
+#
 # ## Goals
 #
 # - What a rank keeps of a layer, and why the pool grows faster than the number of ranks.

@@ -1,4 +1,4 @@
-"""Puts the chapters, and the fonts of their formulas, into the wheel (see pyproject.toml).
+"""Puts the chapters, their openings and the fonts of formulas into the wheel (see pyproject.toml).
 
 An installed `minipaged learn` reads them from `minipaged/assets`. A checkout, also with
 `pip install -e .`, has them where they are.
@@ -13,6 +13,7 @@ THIS_FILE = "tutorials/in_the_wheel.py"  # from the project's folder, in which a
 FONTS = "Main-Regular Main-Bold. Math-Italic Size? AMS".split()  # those of the pages
 FILES = {  # folder of the wheel: files of the checkout
     "minipaged/assets/tutorials": ["tutorials/[0-9]*.py", "tutorials/drawing.py"],
+    "minipaged/assets/tutorials/openings": ["tutorials/openings/*.svg"],
     "minipaged/assets/tutorials/labs": ["tutorials/labs/*.md"],
     "minipaged/assets/katex": ["docs/vendor/katex/katex.min.*", "docs/vendor/katex/LICENSE"],
     "minipaged/assets/katex/fonts": [f"docs/vendor/katex/fonts/KaTeX_{name}*" for name in FONTS],

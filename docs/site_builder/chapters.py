@@ -9,6 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from minipaged.errors import InvalidOption
 from minipaged.labs.chapters import reading
+from minipaged.labs.chapters.openings import Opening
 from site_builder.markdown import CannotBuild
 
 
@@ -20,6 +21,7 @@ class Chapter:
     notebook: NotebookNode
     title: str
     summary: str
+    opening: Opening | None
 
     @property
     def name(self) -> str:
@@ -44,7 +46,7 @@ def read(script: Path) -> Chapter:
         # The id is else random: the notebook would differ in every build.
         metadata = {"title": cell.title} if cell.title else {}
         notebook.cells.append(new_cell(cell.source, id=f"cell-{index}", metadata=metadata))
-    return Chapter(script, notebook, chapter.heading, chapter.summary)
+    return Chapter(script, notebook, chapter.heading, chapter.summary, chapter.opening)
 
 
 def notebook_text(notebook: NotebookNode) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
+from minipaged.labs.chapters.openings import as_figure, with_opening
 from site_builder.chapters import Chapter
 from site_builder.execution import ANSI
 from site_builder.markdown import CannotBuild, expanded, fenced
@@ -31,7 +32,8 @@ def page_of(chapter: Chapter, notebook: NotebookNode, root: Path) -> Page:
     parts: list[str] = []
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
-            parts.append(expanded(cell.source, root, f"tutorials/{chapter.name}.md").rstrip())
+            text = with_opening(cell.source, chapter.opening, as_figure)
+            parts.append(expanded(text, root, f"tutorials/{chapter.name}.md").rstrip())
         elif cell.cell_type == "code" and cell.source.strip():
             parts.append(fenced(cell.source, "python"))
             parts += _outputs(chapter, cell, index, pictures)

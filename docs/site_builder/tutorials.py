@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
+from minipaged.labs.chapters.openings import as_image, as_thumbnail, with_opening
 from site_builder.chapters import Chapter, chapters_of, notebook_text
 from site_builder.execution import executed
 from site_builder.markdown import CannotBuild, expanded, with_quotes
@@ -84,8 +85,13 @@ def _notebooks(chapters: list[Chapter], root: Path) -> list[NotebookNode]:
 
 
 def index_page(chapters: list[Chapter]) -> str:
-    lines = [f"- [{chapter.title}]({chapter.name}.md): {chapter.summary}" for chapter in chapters]
-    return INDEX + "\n" + "\n".join(lines) + "\n"
+    return INDEX + "".join(map(_entry, chapters))
+
+
+def _entry(chapter: Chapter) -> str:
+    """A chapter in the list: its opening, small, and a paragraph."""
+    picture = f"\n{as_thumbnail(chapter.opening)}\n" if chapter.opening else ""
+    return f"{picture}\n[{chapter.title}]({chapter.name}.md): {chapter.summary}\n"
 
 
 def _to_take_home(chapter: Chapter, root: Path) -> NotebookNode:
@@ -93,7 +99,8 @@ def _to_take_home(chapter: Chapter, root: Path) -> NotebookNode:
     notebook = copy.deepcopy(chapter.notebook)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = with_quotes(cell.source, root, chapter.script.name).rstrip()
+            text = with_quotes(cell.source, root, chapter.script.name).rstrip()
+            cell.source = with_opening(text, chapter.opening, as_image)
     return notebook
 
 

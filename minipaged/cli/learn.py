@@ -1,4 +1,4 @@
-"""`minipaged learn`: lists the chapters, opens one in the browser, writes them as notebooks."""
+"""`minipaged learn`: lists the chapters, opens one in the browser, writes notebooks and slides."""
 
 import sys
 import webbrowser
@@ -14,6 +14,7 @@ from rich.table import Table
 from minipaged.cli.options import refuse_beside
 from minipaged.errors import InvalidOption
 from minipaged.utils.counts import counted
+from minipaged.utils.files import write_new_files
 
 if TYPE_CHECKING:
     from minipaged.labs.chapters.library import Library
@@ -33,18 +34,24 @@ def learn(
     notebooks: Annotated[
         Path | None, typer.Option(help="Write the chapters as Jupyter notebooks to this folder.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing notebooks.")] = False,
+    slides: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write slides.html, one slide per chapter, and its pictures to a folder."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
     """List the chapters, or open one in the browser with its outputs."""
     from minipaged.labs.chapters.library import Library
 
-    if notebooks is None and force:
-        raise InvalidOption("--force overwrites notebooks: give --notebooks as well.")
     library = Library()
-    if notebooks is not None:
-        does = "writes notebooks and opens no page"
-        refuse_beside(context, "--notebooks", does, ["no_browser"])
-        _write_notebooks(library, number, notebooks, force)
+    if notebooks is not None or slides is not None:
+        flag = "--slides" if notebooks is None else "--notebooks"
+        refuse_beside(context, flag, "writes files and opens no page", ["no_browser"])
+        _write(library, number, notebooks, slides, force)
+    elif force:
+        raise InvalidOption("--force overwrites files: give --notebooks or --slides as well.")
     elif number is not None:
         _open(library, number, no_browser)
     elif no_browser:
@@ -94,12 +101,24 @@ def _open(library: "Library", number: int, no_browser: bool) -> None:
         print(library.page(chapter))
 
 
-def _write_notebooks(library: "Library", number: int | None, folder: Path, force: bool) -> None:
-    from minipaged.labs.chapters.notebooks import write_notebooks
+def _write(
+    library: "Library", number: int | None, notebooks: Path | None, slides: Path | None, force: bool
+) -> None:
+    from minipaged.labs.chapters.notebooks import notebook_files
+    from minipaged.labs.chapters.slides import slide_files
 
     chapters = library.chapters if number is None else [library.chapter(number)]
-    write_notebooks(chapters, library.folder / "drawing.py", folder, force)
-    print(f"{folder}: {counted(len(chapters), 'notebook')}, and drawing.py, which they import.")
+    count = len(chapters)
+    contents: dict[Path, str] = {}
+    if notebooks is not None:
+        contents |= notebook_files(chapters, library.folder / "drawing.py", notebooks)
+    if slides is not None:
+        contents |= slide_files(chapters, slides)
+    write_new_files(contents, force)
+    if notebooks is not None:
+        print(f"{notebooks}: {counted(count, 'notebook')}, and drawing.py, which they import.")
+    if slides is not None:
+        print(f"{slides / 'slides.html'}: {counted(count, 'slide')}. Open it in a browser.")
 
 
 def _say(sentence: str) -> None:

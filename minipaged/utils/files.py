@@ -1,6 +1,7 @@
 """Atomic writes, and reading JSON with clear errors."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,27 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise InvalidOption(
             f"{path} cannot be written ({error.strerror}): give another place."
         ) from error
+
+
+def write_new_files(contents: Mapping[Path, str], force: bool) -> None:
+    """Write text files, and create their folders. Raises InvalidOption.
+
+    If a file exists already and `force` is not set, nothing is written.
+    """
+    existing = [path for path in contents if path.exists()]
+    if existing and not force:
+        others = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise InvalidOption(
+            f"{existing[0]}{others} exists already: give another folder, or --force to overwrite."
+        )
+    for path, content in contents.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidOption(
+                f"{path.parent} cannot be created ({error.strerror}): give another folder."
+            ) from error
+        write_atomically(path, content)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

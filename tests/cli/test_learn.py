@@ -100,13 +100,49 @@ def test_notebooks_are_written_and_counted(learn, tmp_path):
     assert "1 notebook," in out
 
 
+def test_slides_are_written_and_counted(learn, tmp_path):
+    out = tmp_path / "out"
+    code, printed, _, opened = learn("--slides", str(out))
+    assert (code, opened) == (0, [])
+    assert "slides.html: 2 slides. Open it in a browser." in printed
+    code, _, err, _ = learn("3", "--slides", str(out))
+    assert code == 2
+    assert "slides.html and 1 more exists already" in err
+    code, printed, _, _ = learn("3", "--slides", str(out), "--force")
+    assert code == 0
+    assert "1 slide." in printed
+    assert (out / "slides.html").read_text().count("<section ") == 1
+
+
+def test_notebooks_and_slides_can_be_written_at_once(learn, tmp_path):
+    out = str(tmp_path / "out")
+    code, printed, _, _ = learn("--notebooks", out, "--slides", out)
+    assert code == 0
+    assert "2 notebooks" in printed
+    assert "2 slides" in printed
+    new = tmp_path / "new"
+    code, _, err, _ = learn("--notebooks", str(new), "--slides", out)
+    assert code == 2
+    assert "slides.html and 1 more exists already" in err
+    assert not new.exists()  # all of them, or none
+
+
+@pytest.mark.parametrize("flag", ["--notebooks", "--slides"])
+def test_a_folder_that_cannot_be_made_is_named(learn, tmp_path, flag):
+    (tmp_path / "file").touch()
+    code, _, err, _ = learn(flag, str(tmp_path / "file" / "out"))
+    assert code == 2
+    assert "cannot be created (Not a directory): give another folder." in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["99"], "there is no chapter 99: choose one from 3 to 4."),
-        (["--force"], "give --notebooks as well"),
+        (["--force"], "give --notebooks or --slides as well"),
         (["--no-browser"], "give a chapter's number"),
         (["3", "--notebooks", "out", "--no-browser"], "--no-browser would be ignored"),
+        (["--slides", "out", "--no-browser"], "--slides writes files and opens no page"),
     ],
 )
 def test_what_cannot_be_done_is_refused(learn, arguments, said):

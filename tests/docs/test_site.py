@@ -29,6 +29,7 @@ from site_builder.markdown import (
 from site_builder.navigation import with_folders
 from site_builder.tutorial_pages import page_of
 from site_builder.tutorials import WITHOUT_RUNNING, tutorial_files
+from stub_chapters import make_chapters
 
 from minipaged.labs.chapters.names import find
 
@@ -325,8 +326,23 @@ def test_a_chapter_without_title_or_summary_stops_the_build(project, text):
 @pytest.mark.usefixtures("without_running")
 def test_the_list_of_chapters_has_titles_and_first_sentences(project):
     index = tutorial_files(project)["tutorials/index.md"].decode()
-    assert "- [The first chapter](00_first.md): where $x$ is.\n" in index
-    assert "- [The second chapter](01_second.md): It adds numbers.\n" in index
+    assert "\n[The first chapter](00_first.md): where $x$ is.\n" in index
+    assert "\n[The second chapter](01_second.md): It adds numbers.\n" in index
+
+
+@pytest.mark.usefixtures("without_running")
+def test_a_chapter_opens_with_its_picture_and_so_does_its_place_in_the_list(tmp_path):
+    make_chapters(tmp_path / "tutorials")
+    shutil.copytree(ROOT / "minipaged" / "memory", tmp_path / "minipaged" / "memory")
+    (tmp_path / "docs").mkdir()
+    files = {path: content.decode() for path, content in tutorial_files(tmp_path).items()}
+    label = '<text x="1" y="9">one_label_of_it</text>'
+    page, index = files["tutorials/03_first.md"], files["tutorials/index.md"]
+    assert page.index("It counts, too.") < page.index(label) < page.index("The sum is")
+    assert index.index(label) < index.index("[3. Adding & counting](03_first.md)")
+    assert "<style>" not in page + index
+    assert "openings/03.svg" not in page + index + files["tutorials/03_first.ipynb"]
+    assert "data:image/svg+xml;base64," in files["tutorials/03_first.ipynb"]
 
 
 @pytest.mark.usefixtures("without_running")

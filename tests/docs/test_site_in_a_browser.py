@@ -6,6 +6,7 @@ variable CHROMIUM. Pictures of all pages go into the folder that MINIPAGED_SCREE
 
 import functools
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from minipaged.labs.chapters.reading import chapters_of, folder
+from minipaged.labs.chapters.slides import slide_files
+from minipaged.utils.files import write_new_files
 
 playwright_api = pytest.importorskip(
     "playwright.sync_api", reason="needs the extra `browser`: pip install -e '.[browser]'"
@@ -184,6 +189,28 @@ def shown(frame: Any) -> Any:
     """The state of the memory that a visualiser shows, and the words above it."""
     state = frame.evaluate("frame => frame.contentWindow.replay.state()")
     return state, frame.content_frame.locator("#where").inner_text()
+
+
+def test_slides_follow_the_keys_fit_the_screen_and_print_one_to_a_page(browser, tmp_path):
+    chapters = chapters_of(folder())
+    write_new_files(slide_files(chapters, tmp_path), force=False)
+    for scheme in ("light", "dark"):
+        visit = Visit(browser, f"{tmp_path.as_uri()}/", color_scheme=scheme)
+        visit.tab.goto(visit.address + "slides.html")
+        for size in SIZES.values():
+            visit.tab.set_viewport_size(size)
+            too_large = """[...document.querySelectorAll('.slide')].filter(slide =>
+                slide.scrollHeight > slide.clientHeight || slide.scrollWidth > slide.clientWidth
+            ).map(slide => slide.innerText)"""
+            assert visit.tab.evaluate(too_large) == []
+        place = "Math.round(scrollY / innerHeight)"
+        for key, slide in (("End", 14), ("ArrowLeft", 13), ("Home", 0), ("PageDown", 1), (" ", 2)):
+            visit.tab.keyboard.press(key)
+            assert visit.tab.evaluate(place) == slide, f"{key!r} does not lead to slide {slide}"
+        assert not visit.faults
+        pdf = visit.tab.pdf(prefer_css_page_size=True)
+        assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == len(chapters)
+        visit.tab.close()
 
 
 def test_the_site_works_without_a_server_search_included(browser, built_site):

@@ -11,6 +11,8 @@ FIRST = """\
 #
 # It adds numbers. It counts, too.
 #
+# ![What "3" < 4 shows.](openings/03.svg)
+#
 # The sum is $a_1 + b_1 * c_1$, `$no$ formula`, and [the next chapter](04_second.md) has more. See
 # [lab 1](labs/01.md), [the code](../minipaged/llm.py#L3) and [a page](../gone.md).
 #
@@ -64,6 +66,13 @@ SECOND = """\
 # %%
 print("never")
 """
+OPENING = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 240">
+<title>What it shows.</title>
+<g class="ground"><style>svg{color:#000}</style><rect width="480" height="240"/></g>
+<text x="1" y="9">one_label_of_it</text>
+</svg>
+"""
 
 
 def make_chapters(folder: Path) -> Path:
@@ -72,6 +81,7 @@ def make_chapters(folder: Path) -> Path:
         "03_first.py": FIRST,
         "04_second.py": SECOND,
         "drawing.py": "",
+        "openings/03.svg": OPENING,
         "labs/01.md": "# Lab 1: count\n\nRead [chapter 3](../03_first.md).\n",
     }
     for name, text in files.items():

@@ -1,20 +1,23 @@
 """Chapters as pages and notebooks: read from their scripts, run once, and shown without network."""
 
+import base64
 import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
-from stub_chapters import make_chapters
+from stub_chapters import OPENING, make_chapters
 
 from minipaged.errors import InvalidOption
 from minipaged.labs.chapters import library as library_module
 from minipaged.labs.chapters.library import Library
-from minipaged.labs.chapters.notebooks import write_notebooks
+from minipaged.labs.chapters.notebooks import notebook, notebook_files
 from minipaged.labs.chapters.pages import as_html, chapter_page
 from minipaged.labs.chapters.reading import Cell, chapters_of, folder, read
 from minipaged.labs.chapters.running import run, run_cell
+from minipaged.labs.chapters.slides import slide_files, slides_page
+from minipaged.utils.files import write_new_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -250,30 +253,104 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tutorials, tmp_path, mon
         _ = Library(tutorials).pages
 
 
+# ---- openings ------------------------------------------------------------------------------------
+
+
+def test_a_page_has_the_opening_inline_in_the_colour_of_its_text(tutorials):
+    page = page_of(tutorials)
+    figure = re.search(r'<figure class="opening".*?</figure>', page, re.DOTALL)[0]
+    assert '<text x="1" y="9">one_label_of_it</text>' in figure
+    assert "<style>" not in figure
+    assert "<rect" not in figure
+    assert "<figcaption>What &quot;3&quot; &lt; 4 shows.</figcaption>" in figure
+    assert page.index("It counts, too.") < page.index(figure) < page.index("The sum is")
+
+
+def test_a_notebook_has_the_opening_in_itself(tutorials):
+    [cell, *_] = json.loads(notebook(read(tutorials / "03_first.py")))["cells"]
+    image = re.search(r'<img alt="(.*?)" .*base64,(.+?)">', "".join(cell["source"]))
+    assert image[1] == "What &quot;3&quot; &lt; 4 shows."
+    assert base64.b64decode(image[2]).decode() == OPENING
+    assert "openings/" not in "".join(cell["source"])
+
+
+def test_a_chapter_without_the_file_of_its_opening_names_it(tutorials):
+    (tutorials / "openings" / "03.svg").unlink()
+    with pytest.raises(InvalidOption, match=r"openings/03\.svg cannot be read \(No such file"):
+        read(tutorials / "03_first.py")
+
+
+def test_a_page_is_built_anew_when_its_opening_changes(tutorials):
+    before = Library(tutorials).pages
+    (tutorials / "openings" / "03.svg").write_text(OPENING.replace("label", "word"))
+    library = Library(tutorials)
+    assert library.pages != before
+    assert "one_word_of_it" in library.page(library.chapter(3)).read_text()
+
+
+# ---- slides --------------------------------------------------------------------------------------
+
+
+def test_a_slide_has_number_title_picture_sentence_and_lab(tutorials):
+    first, second = slides_page(chapters_of(tutorials)).split("<section ")[1:]
+    assert "<h1><span>3</span>Adding &amp; counting</h1>" in first
+    assert "one_label_of_it" in first
+    assert "<p>It adds numbers.</p>" in first
+    assert "Lab 1</span>" in first
+    assert "minipaged learn 3" in first
+    assert "The second" in second
+    assert "Lab" not in second
+
+
+def test_slides_load_nothing_and_print_one_to_a_page(tutorials):
+    page = slides_page(chapters_of(tutorials))
+    assert not re.search(r"""(src|href)=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)""", page)
+    assert "@page { size: 16in 9in; margin: 0; }" in page
+    assert "break-after: page" in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_the_slides_of_the_library_have_all_pictures_and_ids_once():
+    chapters = chapters_of(folder())
+    page = slides_page(chapters)
+    assert page.count("<svg ") == page.count("<section ") == len(chapters)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)
+
+
+def test_slides_come_with_each_picture_as_a_file(tutorials, tmp_path):
+    out = tmp_path / "new" / "out"
+    write_new_files(slide_files(chapters_of(tutorials), out), force=False)
+    assert sorted(path.name for path in out.iterdir()) == ["03_first.svg", "slides.html"]
+    assert (out / "03_first.svg").read_text() == OPENING
+
+
 # ---- notebooks -----------------------------------------------------------------------------------
 
 
 def test_notebooks_are_valid_and_import_drawing_from_their_folder(tutorials, tmp_path):
     nbformat = pytest.importorskip("nbformat")
-    write_notebooks(chapters_of(tutorials), tutorials / "drawing.py", tmp_path / "out")
+    drawing, out = tutorials / "drawing.py", tmp_path / "out"
+    write_new_files(notebook_files(chapters_of(tutorials), drawing, out), force=False)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["03_first.ipynb", "04_second.ipynb", "drawing.py"]
-    notebook = nbformat.read(tmp_path / "out" / "03_first.ipynb", as_version=4)
-    nbformat.validate(notebook)
-    text, code, _ = notebook.cells
+    written = nbformat.read(tmp_path / "out" / "03_first.ipynb", as_version=4)
+    nbformat.validate(written)
+    text, code, _ = written.cells
     assert "def slot(self" in text.source
     assert "[the next chapter](04_second.ipynb)" in text.source
     assert code.source == read(tutorials / "03_first.py").cells[1].source
 
 
 def test_existing_notebooks_are_overwritten_only_by_force(tutorials, tmp_path):
-    chapters, out = chapters_of(tutorials), tmp_path / "out"
+    out = tmp_path / "out"
+    files = notebook_files(chapters_of(tutorials), tutorials / "drawing.py", out)
     out.mkdir()
     (out / "04_second.ipynb").write_text("mine")
     with pytest.raises(InvalidOption, match=r"04_second\.ipynb exists already"):
-        write_notebooks(chapters, tutorials / "drawing.py", out)
+        write_new_files(files, force=False)
     assert [path.name for path in out.iterdir()] == ["04_second.ipynb"]
-    write_notebooks(chapters, tutorials / "drawing.py", out, force=True)
+    write_new_files(files, force=True)
     assert json.loads((out / "04_second.ipynb").read_text())["nbformat"] == 4
 
 
@@ -292,14 +369,17 @@ def build_step(**options):
     return step
 
 
-def test_a_wheel_contains_chapters_briefs_and_the_fonts_of_formulas(tmp_path, monkeypatch):
+def test_a_wheel_contains_chapters_openings_briefs_and_fonts(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     step = build_step(build_lib=str(tmp_path))
     step.run()
     assets = tmp_path / "minipaged" / "assets"
     names = {path.name for path in assets.rglob("*") if path.is_file()}
-    expected = [*ROOT.glob("tutorials/[0-9]*.py"), *ROOT.glob("tutorials/labs/*.md")]
+    patterns = ("tutorials/[0-9]*.py", "tutorials/labs/*.md", "tutorials/openings/*.svg")
+    expected = [path for pattern in patterns for path in ROOT.glob(pattern)]
     assert {path.name for path in expected} | {"drawing.py", "katex.min.js"} <= names
+    numbers = [chapter.number for chapter in chapters_of(assets / "tutorials") if chapter.opening]
+    assert numbers == list(range(15))
     monkeypatch.setattr("minipaged.labs.chapters.pages._ASSETS", assets)
     from minipaged.labs.chapters.pages import _maths
 

@@ -103,7 +103,8 @@ class Library:
             with suppress(PackageNotFoundError):
                 key.update(f"{library} {version(library)}".encode())
         package = [p for p in (ROOT / "minipaged").rglob("*") if "__pycache__" not in p.parts]
-        for file in sorted([*package, *self.folder.glob("*.py"), *self.folder.glob("labs/*.md")]):
+        ours = [file for kind in ("*.py", "*/*.md", "*/*.svg") for file in self.folder.glob(kind)]
+        for file in sorted([*package, *ours]):
             if file.is_file():
                 key.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
         return key.hexdigest()[:12]

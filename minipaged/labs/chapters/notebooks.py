@@ -4,36 +4,21 @@ import json
 import re
 from pathlib import Path
 
-from minipaged.errors import InvalidOption
+from minipaged.labs.chapters.openings import as_image, with_opening
 from minipaged.labs.chapters.reading import Cell, Chapter, with_links, with_quotes
-from minipaged.utils.files import write_atomically
 
 
-def write_notebooks(
-    chapters: list[Chapter], drawing: Path, folder: Path, force: bool = False
-) -> list[Path]:
-    """Write a notebook for each chapter, and drawing.py, which they import, next to them.
-
-    Raises InvalidOption, before anything is written, if a file exists and `force` is not set.
-    """
+def notebook_files(chapters: list[Chapter], drawing: Path, folder: Path) -> dict[Path, str]:
+    """A notebook for each chapter, and drawing.py, which they import, next to them."""
     contents = {folder / f"{each.name}.ipynb": notebook(each) for each in chapters}
     contents[folder / drawing.name] = drawing.read_text(encoding="utf-8")
-    existing = [path for path in contents if path.exists()]
-    if existing and not force:
-        others = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-        raise InvalidOption(
-            f"{existing[0]}{others} exists already: give another folder, or --force to overwrite."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, content in contents.items():
-        write_atomically(path, content)
-    return list(contents)
+    return contents
 
 
 def notebook(chapter: Chapter) -> str:
     """The JSON of a notebook."""
     content = {
-        "cells": [_cell(number, cell) for number, cell in enumerate(chapter.cells)],
+        "cells": [_cell(chapter, number, cell) for number, cell in enumerate(chapter.cells)],
         "metadata": {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
@@ -44,8 +29,11 @@ def notebook(chapter: Chapter) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def _cell(number: int, cell: Cell) -> dict[str, object]:
-    text = cell.source if cell.is_code else with_quotes(with_links(cell.source, _address))
+def _cell(chapter: Chapter, number: int, cell: Cell) -> dict[str, object]:
+    text = cell.source
+    if not cell.is_code:
+        text = with_quotes(with_links(text, _address))
+        text = with_opening(text, chapter.opening, as_image)
     common = {
         "id": f"cell-{number}",
         "metadata": {"title": cell.title} if cell.title else {},

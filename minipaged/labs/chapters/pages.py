@@ -7,7 +7,7 @@ they stay in TeX. A diagram in Mermaid's notation becomes a list of its arrows.
 import base64
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,7 @@ from pygments.formatters.html import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
+from minipaged.labs.chapters.openings import as_figure, with_opening
 from minipaged.labs.chapters.reading import ROOT, Cell, Chapter, with_links, with_quotes
 from minipaged.labs.chapters.running import Output
 
@@ -45,7 +46,8 @@ def chapter_page(
     shown = iter(outputs)
     parts: list[str] = []
     for cell in chapter.cells:
-        parts.append(_code(cell) if cell.is_code else as_html(cell.source))
+        text = with_opening(cell.source, chapter.opening, as_figure)
+        parts.append(_code(cell) if cell.is_code else as_html(text))
         output = next(shown, None) if cell.is_code else None
         parts += [] if output is None else [_shown(output, cell.title)]
     note = "" if outputs else RUNNING if running else NOT_RUN.format(chapter.number)
@@ -81,7 +83,12 @@ def _page(title: str, body: str, chapters: Sequence[Chapter], number: int | None
         "after": link(after, f"{html.escape(after.title)} &rarr;") if after else "",
         "body": body,
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: texts[m[1]], _asset("chapters", "page.html"))
+    return filled("page.html", texts)
+
+
+def filled(template: str, texts: Mapping[str, str]) -> str:
+    """An HTML file of assets/chapters with its texts, which it has as {{name}}."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: texts[m[1]], _asset("chapters", template))
 
 
 # ---- cells ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minipaged.errors import InvalidOption
 from minipaged.labs.chapters.names import Source, find
+from minipaged.labs.chapters.openings import Opening, opening_of
 
 ROOT = Path(str(files("minipaged"))).parent  # the folder that contains the package
 _QUOTE = re.compile(r"^@@ +([\w.]+) *$", re.MULTILINE)
@@ -39,7 +40,7 @@ class Chapter:
     """A script, its cells, and what the list of chapters shows of it.
 
     `facts` are those of the line `**Needs** ... · **Time** ... · **Lab** ...` of the first cell, by
-    name; a chapter without the line has none.
+    name; a chapter without the line has none. `opening` is the picture of the first cell.
     """
 
     script: Path
@@ -47,6 +48,7 @@ class Chapter:
     summary: str
     facts: dict[str, str]
     cells: tuple[Cell, ...]
+    opening: Opening | None
 
     @property
     def name(self) -> str:
@@ -82,7 +84,9 @@ def chapters_of(place: Path) -> list[Chapter]:
 
 
 def read(script: Path) -> Chapter:
-    """Raises InvalidOption unless the chapter begins with a heading and a sentence."""
+    """Raises InvalidOption unless the chapter begins with a heading and a sentence, and if the file
+    of its opening is missing.
+    """
     cells = cells_of(script.read_text(encoding="utf-8"))
     first = cells[0].source if cells and not cells[0].is_code else ""
     heading = re.match(r"# (.+)", first)
@@ -98,7 +102,8 @@ def read(script: Path) -> Chapter:
             summary = sentence[0] if sentence else text
     if not summary:
         raise InvalidOption(f"{script.name}: say below its title what the chapter is about.")
-    return Chapter(script, heading[1].strip(), summary, facts, tuple(cells))
+    opening = opening_of(first, script.parent)
+    return Chapter(script, heading[1].strip(), summary, facts, tuple(cells), opening)
 
 
 def cells_of(script: str) -> list[Cell]:
