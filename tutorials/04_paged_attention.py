@@ -89,10 +89,10 @@ print([contents[int(block)][offset] for block, offset in zip(blocks, offsets, st
 # the number of tokens that earlier steps have computed. The new keys are written to the pool first,
 # since a token attends to itself. It then holds `seq_len = context_len + query_len` of them.
 #
-# As in chapter 1, several query heads share a KV head. Below, `unflatten` splits the query heads
-# into `[kv_heads, group]`. `einsum` multiplies two tensors and sums over each dimension that its
-# result lacks. The dimensions are `q`ueries, `h` (KV heads), `g` (query heads of a group), `k`eys
-# and `d` (elements of a vector).
+# Several query heads share a KV head (chapter 1); `unflatten` splits them into `[kv_heads, group]`.
+# `einsum` multiplies two tensors and sums over each dimension that its result lacks. The dimensions
+# are `q`ueries, `h` (KV heads), `g` (query heads of a group), `k`eys and `d` (elements of a
+# vector).
 
 # %%
 from torch import Tensor
@@ -177,9 +177,9 @@ axes[0].set_ylabel("query")
 #
 # ### One block at a time
 #
-# Gathering reads every key, writes it to another place, and reads it there again. The paper's
-# attention reads it in place. Let $K_j$ and $V_j$ be the keys and values of block $j$, and $q_i$
-# one query. Equation 4 is
+# Gathering reads every key, writes it elsewhere, and reads it again. The paper's attention reads it
+# in place. Let $K_j$ and $V_j$ be the keys and values of block $j$, and $q_i$ one query. Equation 4
+# is
 #
 # $$
 # A_{ij} = \frac{\exp(q_i^\top K_j / \sqrt{d})}
@@ -188,16 +188,16 @@ axes[0].set_ylabel("query")
 # $$
 #
 # ($\mathbf{1}$ is a vector of ones; multiplying by it sums a row.) The denominator runs over all
-# blocks. That alone needs no second pass: sum both separately, and divide at the end. The problem
-# is the exponential. $\exp(89)$ is too large for a 32-bit number, so softmax first subtracts the
-# largest score. That changes no ratio, but the largest score is known only after all blocks were
-# read.
+# blocks. That alone needs no second pass: sum numerator and denominator separately, and divide at
+# the end. The problem is the exponential. $\exp(89)$ is too large for a 32-bit number, so softmax
+# first subtracts the largest score. That changes no ratio, but the largest score is known only
+# after all blocks were read.
 #
 # One pass is enough if we subtract the largest score *so far*. When a block contains a larger one,
 # all earlier terms are too large by the same factor: multiply the sums by
 # $\exp(\text{old maximum} - \text{new maximum})$. This is *online softmax*. It keeps `maximum`,
-# `total` (the denominator so far) and `output` (the numerator so far). For one query and ten keys
-# in three blocks, with one number per value:
+# `total` (the denominator so far) and `output` (the numerator so far). Here are one query and ten
+# keys in three blocks, with one number per value:
 
 # %%
 from math import exp, inf
@@ -225,9 +225,9 @@ print(f"all ten at once: {float(all_scores.softmax(0) @ all_values):36.3f}")
 #
 # ### Build it block by block
 #
-# Now with tensors. Each block is computed alone, and `merge` applies the correction to both of two
-# results. The order therefore does not matter, and blocks could be computed in parallel, as chapter
-# 11 does. (`reduce` merges the first two, then the result with the third, and so on.)
+# Now with tensors. Each block is computed alone, and `merge` combines two results, each with its
+# own correction. The order therefore does not matter, and blocks could be computed in parallel, as
+# chapter 11 does. (`reduce` merges the first two, then the result with the third, and so on.)
 
 # %%
 from collections.abc import Iterator
@@ -511,6 +511,8 @@ print("solved" if check_exercise(merge_finished) else "not solved yet")
 # Almost half: all queries are multiplied with all blocks, and later keys are masked. Process the
 # queries in groups, and let each group stop at the block of its last query, as the library's Triton
 # kernel for prompts does.
+#
+# </details>
 #
 # ## Results
 #

@@ -469,8 +469,7 @@ print("solved" if check_exercise(blocks_needed) else "not solved yet")
 #
 # <details markdown="1"><summary>Solution</summary>
 #
-# A writer that takes a copy is no owner of the original any more. When one owner is left, it may
-# write:
+# A writer that takes a copy no longer owns the original. The last owner may write to it:
 #
 # ```python
 # def blocks_needed(

@@ -486,12 +486,12 @@ print("solved" if check_exercise(tokens_to_compute) else "not solved yet")
 #
 # </details>
 #
-# **Do larger blocks raise or lower the hit rate?**
+# **Are more or fewer tokens cached with larger blocks?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# They lower it, because only full blocks are cached. Of a common prefix, up to $B - 1$ tokens are
-# computed again: with blocks of 16, 12 of the 92 tokens above. In return there are fewer lookups.
+# Fewer, because only full blocks are cached. Of a common prefix, up to $B - 1$ tokens are computed
+# again: with blocks of 16, 12 of the 92 tokens above. In return there are fewer lookups.
 #
 # </details>
 #
