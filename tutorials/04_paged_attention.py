@@ -22,24 +22,24 @@
 # 1. The result is that of plain attention over the same keys in one tensor.
 # 2. The query at position $p$ sees positions $0$ to $p$, and nothing else.
 # 3. Only a sequence's own keys and values affect its result. Other blocks and unused entries of the
-#    block tables are never read. An empty slot of the last block is not read, or has weight zero
-#    and holds finite numbers.
+#    block tables are never read. An empty slot is not read, or has weight zero and holds finite
+#    numbers.
 #
 # ## Predict
 #
 # - C has 9 tokens in blocks of 4 slots, and computes a tenth. How many blocks does its query read,
 #   and how many slots of the last one must it leave out?
-# - A prompt of 7 tokens has its first 4 in the pool already. How many queries does the next step
-#   have, and how many (query, key) pairs are visible?
-# - The largest score so far is 2, and the next block contains a 5. By what factor must the sum so
-#   far be multiplied?
+# - The first 4 of a prompt's 7 tokens are in the pool. How many queries does the next step have,
+#   and how many (query, key) pairs are visible?
+# - A sum has the terms $\exp(\text{score} - m)$, where $m$ is the largest score so far. $m$ is 2,
+#   and the next score is 5. By what factor must the sum be multiplied?
 #
 # ## Build it
 #
 # ### Read through the block table
 #
-# Here is the pool at the end of chapter 3: A in blocks 0, 1 and 4, C in blocks 2, 3 and 5.
-# Attention for C needs C's keys in order, and C's table gives their blocks.
+# Here is the pool at the end of chapter 3. Attention for C needs C's keys in order, and C's table
+# lists their blocks.
 
 # %% Left: the pool. Right: C's logical blocks, by its block table
 import drawing
@@ -54,8 +54,7 @@ words = {
 contents, owners = {}, {}
 for name, table in tables.items():
     for logical, physical in enumerate(table):
-        contents[physical] = words[name][4 * logical : 4 * logical + 4]
-        owners[physical] = name
+        contents[physical], owners[physical] = words[name][4 * logical :][:4], name
 
 figure, (pool, piece) = drawing.picture(7.2, 3.6, ncols=2)
 drawing.blocks(pool, contents, owners, num_blocks=8, block_size=4)
@@ -72,8 +71,8 @@ for logical, physical in enumerate(tables["C"]):
     figure.add_artist(arrow)
 
 # %% [markdown]
-# To *gather* means to follow these arrows and copy what they point to, in order. Position $p$ is in
-# block `table[p // 4]` at offset `p % 4`. With tensors that is two lines for all positions at once:
+# To *gather* is to copy the blocks of a sequence in order, along these arrows. Position $p$ is in
+# block `table[p // 4]` at offset `p % 4`. With tensors, one line computes that for all positions:
 
 # %%
 positions = torch.arange(9)
@@ -83,22 +82,19 @@ print([contents[int(block)][offset] for block, offset in zip(blocks, offsets, st
 # %% [markdown]
 # ### Gather, then attend
 #
-# In the real pool each slot holds vectors instead of a word, one per *head*. The keys of a layer
-# are one tensor `[num_blocks, kv_heads, block_size, head_dim]`, the values another. (Chapter 5
-# shows the layers.)
+# In the real pool a slot holds vectors. The keys of a layer are one tensor
+# `[num_blocks, kv_heads, block_size, head_dim]`, and the values another.
 #
 # A step computes tokens of several sequences. Their queries are in one tensor, sequence after
-# sequence, and `batch` maps its rows to sequences. For each sequence it has a row of the block
-# tables and a *span* of three numbers: `start`, the row of its first query; `query_len`, the number
-# of its queries; and `context_len`, the number of its tokens already in the pool. The keys of the
-# new tokens were written to the pool just before, so it holds `seq_len = context_len + query_len`
-# of them.
+# sequence. For each sequence, `batch` has a row of the block tables and a *span* of three numbers:
+# `start`, the row of its first query; `query_len`, the number of its queries; and `context_len`,
+# the number of tokens that earlier steps have computed. The new keys are written to the pool first,
+# since a token attends to itself. It then holds `seq_len = context_len + query_len` of them.
 #
-# There may be more query heads than KV heads: *grouped-query attention*. The embedded model has
-# four and two. Query heads 0 and 1 read KV head 0, and query heads 2 and 3 read KV head 1, so keys
-# and values take half the memory. Below, `unflatten` splits the query heads into `[kv_heads,
-# group]`, and `einsum` names the dimensions: `q`ueries, `h` for a KV head, `g` for the index in its
-# group, `k`eys, `d` for the elements of a vector.
+# Several query heads share a KV head (chapter 1); `unflatten` splits them into `[kv_heads, group]`.
+# `einsum` multiplies two tensors and sums over each dimension that its result lacks. The dimensions
+# are `q`ueries, `h` (KV heads), `g` (query heads of a group), `k`eys and `d` (elements of a
+# vector).
 
 # %%
 from torch import Tensor
@@ -124,8 +120,8 @@ def by_gathering(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scal
 
 
 # %% [markdown]
-# Let it serve. `Parts` has a role for it, as for the allocator. A step computes at most 40 tokens
-# here, so longer prompts are cut into chunks: *chunked prefill*.
+# Let it serve, in the role `paged_attention` of `Parts`. A step computes at most 40 tokens, so
+# longer prompts are cut into chunks: *chunked prefill*.
 
 # %%
 from minipaged import LLM, Parts, SamplingParams
@@ -148,8 +144,8 @@ assert tokens_with(Parts(paged_attention=by_gathering)) == expected
 print(sum(len(tokens) for tokens in expected), "tokens for 6 requests, the same as the library's")
 
 # %% [markdown]
-# The tokens are the library's. The library's specification, the backend `reference`, gathers whole
-# blocks instead of positions. To write that version, do [lab 3](labs/03.md) before you look:
+# The library has several implementations of attention, its *backends*. `reference` is the
+# specification of the others, and gathers whole blocks. Do [lab 3](labs/03.md) before you look:
 #
 # <details markdown="1"><summary>Spoiler for lab 3: the library's gather</summary>
 #
@@ -159,37 +155,33 @@ print(sum(len(tokens) for tokens in expected), "tokens for 6 requests, the same 
 #
 # ### One function for three kinds of work
 #
-# Query $i$ of a span is at position `context_len + i`, and sees the keys up to its own position.
-# That one rule gives three pictures:
+# Query $i$ of a span is at position `context_len + i`, and sees the keys up to its own position:
 
-# %% Which keys each query sees (blue); the orange line is the border between two blocks of 4
+# %% Which keys each query sees (blue)
 from matplotlib.colors import ListedColormap
 
 figure, axes = drawing.picture(7.2, 2.9, ncols=3, sharey=True)
 spans = {"prefill": (0, 7), "chunk": (4, 3), "decode": (6, 1)}
+colours = ListedColormap(["none", drawing.COLOURS[0]])
+grid = {"cmap": colours, "vmin": 0, "vmax": 1, "edgecolor": drawing.GREY, "lw": 0.3}
+edges = torch.arange(8) - 0.5
 for axis, (kind, (context_len, query_len)) in zip(axes, spans.items(), strict=True):
-    keys = torch.arange(context_len + query_len)
-    seen = keys <= keys[context_len:, None]
-    x, y = ([i - 0.5 for i in range(start, 8)] for start in (0, context_len))  # edges
-    colours = ListedColormap(["none", drawing.COLOURS[0]])
-    axis.pcolormesh(
-        x, y, seen.numpy(), cmap=colours, vmin=0, vmax=1, edgecolor=drawing.GREY, lw=0.3
-    )
-    axis.vlines(3.5, context_len - 0.5, 6.5, color=drawing.COLOURS[1], lw=3)
+    seen = torch.ones(query_len, 7).tril(context_len)
+    axis.pcolormesh(edges, edges[context_len:], seen, **grid)
     axis.set(xticks=range(7), yticks=range(7), ylim=(6.6, -0.6), aspect="equal", xlabel="key")
     axis.set_title(f"{kind}, context {context_len}: {int(seen.sum())} pairs", fontsize="small")
 axes[0].set_ylabel("query")
 
 # %% [markdown]
 # The second picture is the lower part of the first, and the third is its last row. A prompt may
-# therefore be cut anywhere: as long as the earlier keys are in the pool, each query sees what it
-# would have seen in a whole prompt.
+# therefore be cut anywhere: with the earlier keys in the pool, each query sees the same as in a
+# whole prompt.
 #
 # ### One block at a time
 #
-# Gathering reads every key, writes it to another place, and reads it there again. The paper's
-# attention reads it in place. With $K_j$ and $V_j$ the keys and values of block $j$ and $q_i$ one
-# query, Equation 4 is
+# Gathering reads every key, writes it elsewhere, and reads it again. The paper's attention reads it
+# in place. Let $K_j$ and $V_j$ be the keys and values of block $j$, and $q_i$ one query. Equation 4
+# is
 #
 # $$
 # A_{ij} = \frac{\exp(q_i^\top K_j / \sqrt{d})}
@@ -197,17 +189,17 @@ axes[0].set_ylabel("query")
 # \qquad o_i = \sum_{j=1}^{\lceil i/B \rceil} V_j A_{ij}^\top .
 # $$
 #
-# ($\mathbf{1}$ is a vector of ones; multiplying by it adds up a row.) The denominator runs over all
-# blocks, but it is not the problem: sum numerator and denominator separately, and divide at the
-# end. The exponential is. $\exp(89)$ is too large for a 32-bit number, so softmax first subtracts
-# the largest score. That changes no ratio, but the largest score is known only after all blocks
-# were read, so it seems that they must be read twice.
+# ($\mathbf{1}$ is a vector of ones; multiplying by it sums a row.) The denominator runs over all
+# blocks. That alone needs no second pass: sum numerator and denominator separately, and divide at
+# the end. The problem is the exponential. $\exp(89)$ is too large for a 32-bit number, so softmax
+# first subtracts the largest score. That changes no ratio, but the largest score is known only
+# after all blocks were read.
 #
-# One pass is enough if the sums so far can be corrected. Subtract the largest score *so far*. When
-# a block contains a larger one, all earlier terms are too large by the same factor: multiply the
-# sums by $\exp(\text{old maximum} - \text{new maximum})$. This is *online softmax*. It keeps three
-# things: `maximum`, `total` (the denominator so far) and `output` (the numerator so far). Here it
-# is for one query and ten keys in three blocks, with one number per value:
+# One pass is enough if we subtract the largest score *so far*. When a block contains a larger one,
+# all earlier terms are too large by the same factor: multiply the sums by
+# $\exp(\text{old maximum} - \text{new maximum})$. This is *online softmax*. It keeps `maximum`,
+# `total` (the denominator so far) and `output` (the numerator so far). Here are one query and ten
+# keys in three blocks, with one number per value:
 
 # %%
 from math import exp, inf
@@ -226,21 +218,18 @@ for some_scores, some_values in zip(scores, values, strict=True):
     maximum = new_maximum
     print(f"{maximum:7}{correction:12.4f}{total:8.3f}{output:9.3f}{output / total:16.3f}")
 
-all_scores, all_values = (
-    torch.tensor([x for block in blocks for x in block]) for blocks in (scores, values)
-)
+all_scores, all_values = (torch.tensor([*x[0], *x[1], *x[2]]) for x in (scores, values))
 print(f"all ten at once: {float(all_scores.softmax(0) @ all_values):36.3f}")
 
 # %% [markdown]
-# The second block contains the 5, so the sum of the first shrinks to a twentieth. The third
+# The second block contains the 5, so the sums of the first shrink to a twentieth. The third
 # contains nothing larger, so its correction is 1.
 #
 # ### Build it block by block
 #
-# Now for tensors. Here each block is computed alone, and `merge` combines two results by applying
-# the correction to both. The order therefore does not matter, and blocks could be computed in
-# parallel, as chapter 11 does. (`reduce` merges the first two, then the result with the third, and
-# so on.)
+# Now with tensors. Each block is computed alone, and `merge` combines two results, each with its
+# own correction. The order therefore does not matter, and blocks could be computed in parallel, as
+# chapter 11 does. (`reduce` merges the first two, then the result with the third, and so on.)
 
 # %%
 from collections.abc import Iterator
@@ -294,11 +283,10 @@ class BlockByBlock:
 
 
 # %% [markdown]
-# Let us watch one real query in it: the last token of a prompt with eight sentences, in layer 1,
-# head 0. The model has to answer who put the brown tray behind the wall. (`accumulate` is `reduce`
-# with all intermediate results.)
+# Watch a real query, that of the last token of a prompt with eight sentences, in layer 1, head 0.
+# The question is who put the brown tray behind the wall.
 
-# %% Maximum and total so far, and distance of the output so far from the final one, block by block
+# %% Maximum so far, and distance of the output so far from the final one, block by block
 from itertools import accumulate
 
 story = tell(num_facts=8, seed=5)
@@ -315,7 +303,7 @@ watched = LLM(num_blocks=64, block_size=4, parts=Parts(paged_attention=noted))
 [answer] = watched.generate(prompt(story, question), greedy, use_tqdm=False)
 print(question.text, answer.outputs[0].text)
 
-q, k_cache, v_cache, batch, scale = calls[1]  # the first step, which reads the prompt, in layer 1
+q, k_cache, v_cache, batch, scale = calls[1]  # layer 1, in the step that reads the prompt
 queries, online = scale * q[-1:].unflatten(1, (2, -1)), BlockByBlock()
 span = Span(start=0, query_len=1, context_len=len(q) - 1)  # its last query as a span
 partials = online.partials(queries, k_cache, v_cache, span, batch.block_tables[0])
@@ -323,22 +311,19 @@ states = [[x[0, 0, 0] for x in state] for state in accumulate(partials, online.m
 maxima, totals, outputs = (torch.stack(each) for each in zip(*states, strict=True))
 
 figure, (left, right) = drawing.picture(ncols=2)
-left.plot(maxima, label="maximum")
-left.plot(totals, label="total")
-left.set(xlabel="block", ylabel="after this block")
-left.legend()
+left.plot(maxima)
+left.set(xlabel="block", ylabel="maximum so far")
 right.plot((outputs / totals - outputs[-1] / totals[-1]).norm(dim=1), color=drawing.COLOURS[2])
 right.set(xlabel="block", ylabel="distance to the final output")
 tray = watched.get_tokenizer().decode(answer.prompt_token_ids[4 * 19 : 4 * 20])
 print(f"{len(states)} blocks; block 19 holds {tray!r}")
 
 # %% [markdown]
-# The first nineteen blocks contribute almost nothing to this head. Then comes block 19, which
-# contains the tray. The maximum jumps up, the correction wipes out the sums so far, and after it
-# the output barely changes.
+# The first nineteen blocks contribute almost nothing to this head. Block 19 contains the tray: the
+# maximum jumps, the correction wipes out the sums so far, and later blocks barely change the
+# output.
 #
-# The library's version keeps one running result instead of merging, in the paper's notation. It is
-# task 3 of [lab 3](labs/03.md):
+# The library's version, task 3 of [lab 3](labs/03.md), keeps one running result instead of merging:
 #
 # <details markdown="1"><summary>Spoiler for lab 3: the library's loop over blocks</summary>
 #
@@ -346,16 +331,15 @@ print(f"{len(states)} blocks; block 19 holds {tray!r}")
 #
 # </details>
 #
-# A Python loop over blocks is not fast. On a CPU the library gathers the keys of all decoding
-# sequences in one call. Where a range of the pool is long and mostly in use, it multiplies the
-# whole range in place instead, and discards scores for unowned slots ([Fast on a plain
-# CPU](../speed.md)). On a GPU the loop becomes a kernel: chapters 10 and 11.
+# A Python loop over blocks is slow. On a CPU the library computes all decoding sequences in one
+# call ([Fast on a plain CPU](../speed.md)); on a GPU the loop becomes a kernel (chapters 10 and
+# 11).
 #
 # ## Check
 #
-# First the distance from plain attention in float64, for a step with all three kinds of work. Then
-# the same with poison: every unowned slot is NaN, which spreads to every result computed with it,
-# and every unused table entry is the number of a block that does not exist.
+# We compare with plain attention in float64, for a step with all three kinds of work. Then we add
+# poison: unowned slots are NaN, which spreads to every result computed with it, and unused table
+# entries are numbers of blocks that do not exist.
 
 # %%
 from dataclasses import replace
@@ -394,12 +378,11 @@ for attention in (by_gathering, online):
     print(f"off by {error(attention):.0e}, and exactly the same with poison")
 
 # %% [markdown]
-# (Yours cuts off the end of the last block, so even NaN is harmless there. Fast attention
-# multiplies whole blocks and gives empty slots weight zero. But zero times NaN is NaN, and an
-# earlier owner of the block may have left one. The engine therefore clears a block before a
-# sequence writes its first slot, so empty slots hold zeros.)
+# (Your functions cut off the end of the last block. Fast attention multiplies whole blocks and
+# gives empty slots weight zero. But zero times NaN is NaN, and an earlier owner may have left one,
+# so the engine clears a block before its first slot is written.)
 #
-# Now three mistakes, each of which looks like a good idea:
+# Now three mistakes that look like good ideas:
 
 
 # %%
@@ -425,25 +408,21 @@ class SeesOneAhead(BlockByBlock):
 for attention in (ForgetsToRescale(), ReadsTheTail(), SeesOneAhead(), BlockByBlock()):
     tokens = tokens_with(Parts(paged_attention=attention))
     same = sum(mine == theirs for mine, theirs in zip(tokens, expected, strict=True))
-    caught = error(attention) > 1e-3 or tokens != expected
-    name, verdict = type(attention).__name__, "caught" if caught else "right"
-    print(f"{name:17}{verdict:7} off by {error(attention):7.0e}, {same} of 6 answers the same")
-    assert caught == (type(attention) is not BlockByBlock)
+    name, off = type(attention).__name__, error(attention)
+    print(f"{name:17} off by {off:5.0e}, {same} of 6 answers the same")
+    assert (off < 1e-5) == (name == "BlockByBlock")
 
 # %% [markdown]
-# With two of the three bugs the model still answered every question correctly. The empty slots of
-# that pool held zeros, which happened to get little weight, and seeing one token ahead in its
-# prompt did this model no harm. Models are robust, and so they hide bugs. That is why attention is
-# compared with a specification, element by element.
-
-# %% [markdown]
+# With two of the three bugs the model still gave the same answers. The empty slots held zeros,
+# which got little weight, and seeing one token ahead did this model no harm. Models are robust, and
+# so they hide bugs. That is why attention is compared with a specification, element by element.
+#
 # ### Exercise: merge finished results
 #
-# Kernels often return the divided output $o$ instead of `total` and `output`, together with the
-# logarithm of the denominator: $\text{lse} = \log \sum_t \exp(\text{score}_t)$. That is enough to
-# merge the results over two sets of keys. vLLM's `merge_attn_states` does this, for example when
-# one kernel attends to the earlier tokens of a prompt and another to the new ones. The mean below
-# is wrong. Replace the body, and run this cell and the next one again.
+# Kernels often return the divided output $o$ and the logarithm of the denominator,
+# $\text{lse} = \log \sum_t \exp(\text{score}_t)$. The two are enough to merge the results over two
+# sets of keys, such as the earlier and the new tokens of a prompt (vLLM's `merge_attn_states`). The
+# mean below is wrong. Replace the body, and run this cell and the next one again.
 
 # %%
 Finished = tuple[Tensor, Tensor]  # output: [queries, head_dim], lse: [queries, 1]
@@ -467,7 +446,6 @@ def check_exercise(merge_finished) -> bool:
     empty = torch.zeros(24, 8, dtype=torch.float64), torch.full((24, 1), -inf, dtype=torch.float64)
     cases = {
         "12 keys and 12": (1, [12, 12]),
-        "1 key and 23": (1, [1, 23]),
         "six parts": (1, [1, 2, 3, 4, 5, 9]),
         "scores up to 5,000": (500, [5, 8, 11]),
         "no keys and 24": (1, [0, 24]),
@@ -491,8 +469,8 @@ print("solved" if check_exercise(merge_finished) else "not solved yet")
 # <details markdown="1"><summary>Hint</summary>
 #
 # The denominator of a part is $\exp(\text{lse})$, so its numerator is $\exp(\text{lse})\, o$. Add
-# the numerators, add the denominators, and divide. As in `merge`, subtract something first, or
-# large scores overflow. PyTorch has `torch.logaddexp`.
+# the numerators, add the denominators, and divide. As in `merge`, subtract a maximum first, or
+# large scores overflow. (`torch.logaddexp` adds two denominators safely.)
 #
 # </details>
 #
@@ -505,37 +483,25 @@ print("solved" if check_exercise(merge_finished) else "not solved yet")
 #     return (one[1] - lse).exp() * one[0] + (two[1] - lse).exp() * two[0], lse
 # ```
 #
-# Each factor is a part's share of the common denominator. The two add up to one, and neither
-# overflows.
+# Each factor is a part's share of the common denominator.
 #
 # </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # C's tenth token sees 10 keys in 3 blocks, and leaves out 2 slots of the last. The step has 3
-# queries and 5 + 6 + 7 = 18 pairs, of the 28 of the whole prompt. The sum so far is multiplied by
-# $\exp(2 - 5)$, about 0.05.
+# queries and 5 + 6 + 7 = 18 pairs. The sum is multiplied by $\exp(2 - 5)$, about 0.05.
 #
 # </details>
 #
 # ## Questions
 #
-# **Why are the keys of a new token written to the pool before the attention of that step, and not
-# after it?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# A token attends to itself and, in a prompt, to others of the same step. If all keys are in the
-# pool already, they can all be read in the same way, old and new.
-#
-# </details>
-#
 # **`merge` does not depend on the order of blocks. May a block table be sorted, then?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No: the index of an entry determines which positions the block holds, and the mask needs them. But
-# the blocks may be *visited* in any order, or by several workers at once.
+# No: an entry's index determines the positions in its block, which the mask needs. But the blocks
+# may be *visited* in any order, even in parallel.
 #
 # </details>
 #
@@ -544,22 +510,21 @@ print("solved" if check_exercise(merge_finished) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Almost half: all queries are multiplied with all blocks, and later keys are masked afterwards. Cut
-# the queries into tiles too, and let each tile stop at the block of its last query, as the kernel
-# of chapter 11 does.
+# Almost half: all queries are multiplied with all blocks, and later keys are masked. Process the
+# queries in groups, and let each group stop at the block of its last query, as the library's Triton
+# kernel for prompts does.
 #
 # </details>
 #
 # ## Results
 #
-# How much the attention of one layer copies in a decode step of one sequence of 2,000 tokens, with
-# heads as in OPT-13B, the paper's model: 40 heads of 128 elements, 2 bytes each.
+# The keys and values that one layer moves in a decode step of a sequence of 2,000 tokens, with the
+# heads of OPT-13B (40 of 128 elements, 2 bytes each):
 
 # %%
 per_token = 2 * 40 * 128 * 2  # keys and values
 print(f"gathered:     {2000 * per_token / 2**20:4.1f} MiB, read, written and read again")
 print(f"blocks of 16: {16 * per_token / 2**20:4.1f} MiB at a time, read once")
-print(f"off by:       {error(by_gathering):.0e} and {error(online):.0e}")
 
 # %% [markdown]
 # Write the library's two versions in [lab 3](labs/03.md). Next: [whole models on

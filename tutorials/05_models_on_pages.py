@@ -16,36 +16,35 @@
 #
 # ## Invariants
 #
-# 1. A token's logits depend only on its own sequence, not on the others in the step.
+# 1. The *logits* of a token, the scores of all possible next tokens, depend only on its own
+#    sequence, not on the others in the step.
 # 2. A key is in the slot of its position before attention reads it, and does not change afterwards.
 # 3. Only two functions deal with blocks, `store_kv` and `paged_attention`. Everything else treats
-#    each row independently.
+#    each token independently.
 #
 # ## Predict
 #
 # Blocks have 4 slots. A step computes one more token of A, one more of C, and 5 tokens from the
 # middle of B's prompt.
 #
-# - How many rows does the model compute? How many, if all three were padded to the same length? For
-#   how many rows are logits computed?
+# - How many tokens does the model compute? How many, if all three were padded to the same length?
+#   For how many does it need logits?
 # - C's new token is its tenth, and its blocks are 2, 3 and 5. In which slot are its key and value
 #   stored?
-# - The embedded model has 4 layers, 2 KV heads and 64 elements per head, of 4 bytes each. How many
-#   bytes does a token take in the pool?
+# - storyteller has 4 layers, 2 KV heads and 64 elements per head, of 4 bytes each. How many bytes
+#   does a token take in the pool?
 #
 # ## Build it
 #
 # ### One row of tokens
 #
-# A model's `forward` receives `token_ids`, `positions`, the cache and a *batch*. There is no
-# padding and no attention mask. The tokens of a step form one flat row, sequence after sequence.
-# Here is such a step, built by the library's `BatchBuilder`. A and C are the sequences of
-# chapter 3, each with one more word. B has a long prompt, and its first three words were computed
-# in an earlier step.
+# A model's `forward` receives `token_ids`, `positions`, the cache and a *batch*. The tokens of a
+# step form one flat row, sequence after sequence, without padding or attention mask. Here is such a
+# step, built by the library's `BatchBuilder`. A and C are the sequences of chapter 3, each with one
+# more word. B has a long prompt, whose first three words were computed in an earlier step.
 
 # %%
 from minipaged.attention.batch import BatchBuilder
-from minipaged.memory import BlockTable
 from minipaged.scheduler.output import SequenceInput
 
 words = {
@@ -54,27 +53,23 @@ words = {
     "B": "it was the best of times it was the worst of times".split(),
 }
 tables = {"A": [0, 1, 4], "C": [2, 3, 5], "B": [6, 7, 8]}
-computed = {"A": 10, "C": 9, "B": 3}
-new = {"A": 1, "C": 1, "B": 5}
-vocabulary = sorted({word for text in words.values() for word in text})
+computed, new = {"A": 10, "C": 9, "B": 3}, {"A": 1, "C": 1, "B": 5}
 
-queries = []
+row, sequences = [], []
 for seq_id, name in enumerate(words):
     start, stop = computed[name], computed[name] + new[name]
-    token_ids = [vocabulary.index(word) for word in words[name][start:stop]]
-    samples = stop == len(words[name])  # B's prompt goes on: no token comes after it yet
-    table = BlockTable(4, tables[name], len(words[name]))
-    queries.append(SequenceInput(seq_id, token_ids, start, table.blocks, num_logits=int(samples)))
-batch = BatchBuilder(max_num_seqs=4, max_blocks_per_seq=4, block_size=4).build(queries)
-
-row = [vocabulary[token] for token in batch.token_ids]
+    row += words[name][start:stop]
+    tokens = [0] * new[name]  # any numbers: nothing is computed
+    samples = stop == len(words[name])  # B's prompt goes on
+    sequences.append(SequenceInput(seq_id, tokens, start, tables[name], num_logits=int(samples)))
+batch = BatchBuilder(max_num_seqs=4, max_blocks_per_seq=4, block_size=4).build(sequences)
 print("words       ", *(f"{word:>6}" for word in row))
 print("positions   ", *(f"{position:6}" for position in batch.positions))
 print("slots       ", *(f"{slot:6}" for slot in batch.slot_mapping))
 print("cu_seqlens_q", batch.cu_seqlens_q.tolist(), "  context_lens", batch.context_lens.tolist())
 print("logit_rows  ", batch.logit_rows.tolist())
 
-# %% Above the row of seven tokens, below the pool; framed: the slots that this step fills
+# %% The pool after this step; framed: the slots that it fills
 import drawing
 
 contents, owners = {}, {}
@@ -83,72 +78,56 @@ for name, blocks in tables.items():
     for logical, physical in enumerate(blocks):
         contents[physical], owners[physical] = so_far[4 * logical : 4 * logical + 4], name
 
-figure, (above, below) = drawing.picture(7.2, 3.3, nrows=2, height_ratios=(1, 2.4))
-drawing.blocks(below, contents, owners, num_blocks=9, block_size=4, columns=3)
-owner_of_row = [name for name in words for _ in range(new[name])]
-for number, slot in enumerate(batch.slot_mapping.tolist()):
-    colour = drawing.COLOURS[ord(owner_of_row[number]) - ord("A")]
-    above.barh(0, 1, left=number, color=colour, edgecolor=drawing.GREY)
-    place = f"position {batch.positions[number]}\nslot {slot}"
-    above.text(number + 0.5, 0, row[number], ha="center", va="center", color=drawing.ink(colour))
-    above.text(number + 0.5, -0.5, place, ha="center", va="top", fontsize=8)
+figure, axes = drawing.picture(7.2, 2.3)
+drawing.blocks(axes, contents, owners, num_blocks=9, block_size=4, columns=3)
+for slot in batch.slot_mapping.tolist():
     line, column = divmod(slot // 4, 3)
     frame = drawing.Rectangle((5.2 * column + slot % 4, -1.25 * line - 1), 1, 1, fill=False)
     frame.set(edgecolor=drawing.COLOURS[5], linewidth=2.5)
-    below.add_patch(frame)
-above.set(xlim=(0, 7), ylim=(-1.3, 0.45))
-above.axis("off")
+    axes.add_patch(frame)
 
 # %% [markdown]
-# A matrix multiplies seven rows at once, whichever sequences they belong to. Norms, activations and
-# linear layers treat each row separately. Only attention uses other tokens, and it reads those from
-# the pool.
+# `slots` has the slot of each token's key and value. `cu_seqlens_q` has the borders between the
+# sequences, and `logit_rows` the rows that need logits: B generates nothing yet, because its prompt
+# is not complete.
 #
-# B samples nothing in this step, because its prompt is not complete. The scores of all tokens of
-# the vocabulary, the *logits*, are computed only for the two rows that sample. The function that
-# runs a step begins with copies of blocks (chapters 7 and 9). Then it is short:
+# A matrix multiplies all seven rows at once. Norms, activations and linear layers treat each row
+# separately. Only attention uses other tokens, and it reads those from the pool. The function that
+# runs a step first moves blocks (chapters 7 and 9):
 #
 # @@ minipaged.worker.model_runner.ModelRunner.run
 #
 # ### One tensor for all keys and values
 #
 # The pool is one tensor for all layers: `[layers, 2, num_blocks, kv_heads, block_size, head_dim]`.
-# The 2 is for keys and values. A block number means the same block in every layer, so one table
-# serves all layers, and a block is copied or swapped for all layers at once.
+# The 2 is for keys and values. A block has the same number in every layer, so one table serves all
+# layers, and a block is copied or swapped for all layers at once.
 
 # %%
 from minipaged import LLM
 
 llm = LLM("storyteller", num_blocks=64, block_size=16)
-cache, config = llm.engine.executor.runner.kv_cache, llm.engine.executor.runner.model.config
-(k, v), last = cache.layers[0], cache.layers[-1][1]
+cache = llm.engine.executor.runner.kv_cache
+k, _ = cache.layers[0]
 print(len(cache.layers), "layers; keys of one:", list(k.shape))
-assert k.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
 num_bytes = k.untyped_storage().nbytes()
 print(f"{num_bytes:,} bytes in one allocation, {num_bytes // (64 * 16):,} per token")
 
-# %% One block of 8 slots in memory: to which head each vector belongs, in two orders
-figure, axes = drawing.picture(7.2, 1.5)
-orders = {"head first (here)": "0" * 8 + "1" * 8, "token first": "01" * 8}
-drawing.strips(axes, orders, {"0": "keys of head 0", "1": "keys of head 1"})
-axes.set_xticks([])
-
 # %% [markdown]
 # Within a block the heads come before the slots. The keys of one head are therefore adjacent: a
-# matrix of `block_size` rows, which attention multiplies in place. In return, a new token's key is
-# split into its heads, which are stored in different places. That is the better trade: a token is
-# written once and read in every later step.
+# matrix of `block_size` rows, which attention multiplies in place. The heads of a new key are
+# stored in different places, but a token is written once and read in every later step.
 #
 # ### A LLaMA of your own
 #
-# The weights are those of the embedded model, under the names of the library's modules. `qkv_proj`
-# has the matrices for queries, keys and values, one below the other, and `gate_up_proj` has two of
-# the feed-forward's. (On a CPU the library repacks matrices of $2^{18}$ elements or more. Those of
-# the embedded model are smaller.)
+# Each layer of the model normalises its input, applies attention, and adds the result to its input.
+# It then does the same with a *feed-forward* part, which works on each token alone. The weights are
+# those of storyteller, under the names of the library's modules. `qkv_proj` stacks the matrices of
+# queries, keys and values, and `gate_up_proj` two of the feed-forward part.
 #
-# In a flat row, a token's index does not tell its position, so the model receives `positions`.
-# LLaMA encodes them as rotations of queries and keys (*rotary position embedding*, RoPE). We use
-# the library's `rotate` here; the [appendix](#appendix-positions-as-angles) builds it.
+# The index of a token in a flat row is not its position, so the model receives `positions`. LLaMA
+# encodes them as rotations of queries and keys (*rotary position embedding*, RoPE). We use the
+# library's `rotate`; the [appendix](#appendix-positions-as-angles) builds it.
 
 # %%
 import torch
@@ -163,7 +142,7 @@ from minipaged.models.rope import rotate
 
 
 class OwnLlama:
-    """A LLaMA over paged keys and values: embedding, layers, norm, and logits on request."""
+    """A LLaMA over paged keys and values."""
 
     def __init__(self, model: Llama) -> None:
         self.config, self.rotary = model.config, model.rotary
@@ -214,9 +193,9 @@ class OwnLlama:
 
 
 # %% [markdown]
-# The library chooses the model from the checkpoint, so we replace it in the `ModelRunner`. Each
-# step computes at most 40 tokens. As a result, prompts are cut and share steps with decodes. We
-# record each step's message to the runner, a `StepInput`, and its logits.
+# The library chooses the model by its checkpoint, so we replace it in the `ModelRunner`. At most 40
+# tokens per step cut prompts into chunks, which share steps with decodes. We record each step's
+# message to the runner, a `StepInput`, and its logits.
 
 # %%
 from minipaged import SamplingParams
@@ -253,13 +232,11 @@ furthest = max(
     if len(theirs)
 )
 new_tokens = [[len(seq.token_ids) for seq in step.sequences] for step, _ in steps]
-mixed = sum(min(counts) == 1 < max(counts) for counts in new_tokens)
-print(f"{len(steps)} steps, {mixed} of them mixed; same tokens; logits differ by {furthest:.0e}")
+print(f"same tokens in {len(steps)} steps; logits differ by {furthest:.0e}")
 assert furthest < 1e-4
 
 # %% [markdown]
-# Your LLaMA runs on pages in a serving engine. This is the library's attention. Find your lines in
-# it:
+# Your LLaMA runs on pages in a serving engine. Find your lines in the library's attention:
 #
 # @@ minipaged.models.llama.Attention.forward
 #
@@ -280,8 +257,8 @@ assert furthest < 1e-4
 # @@ minipaged.models.layers.MultiHeadAttention.forward
 #
 # The pool needs three numbers from a model: layers, KV heads, and elements per head. To show that
-# these are enough, we take a GPT-2 with random weights and build an engine around it. Random
-# weights produce gibberish, but they make a stricter test: any bug changes the output.
+# these are enough, we build an engine around a GPT-2 with random weights. They produce gibberish,
+# but they make a stricter test: any bug changes the output.
 
 # %%
 from minipaged.attention.backend import BACKENDS
@@ -292,18 +269,18 @@ from minipaged.models.gpt2 import GPT2, GPT2Config
 from minipaged.worker.executor import UniExecutor
 from minipaged.worker.model_runner import ModelRunner
 
-numbers = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 12}
-sizes = {"hidden_size": 48, "inner_size": 192, "vocab_size": 101, "max_position_embeddings": 128}
+shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 12, "hidden_size": 48}
+sizes = {"inner_size": 192, "vocab_size": 101, "max_position_embeddings": 128}
 torch.manual_seed(0)
-gpt2 = GPT2(GPT2Config(architecture="GPT2LMHeadModel", **numbers, **sizes), BACKENDS["torch"])
+gpt2 = GPT2(GPT2Config(architecture="GPT2LMHeadModel", **shape, **sizes), BACKENDS["torch"])
 for parameter in gpt2.layers.parameters():
     parameter.data *= 4  # with the default initialisation, layers barely change their input
 some_prompts = [[(7 * i + n) % 101 for i in range(n)] for n in (3, 17, 40)]
 
 
-def gpt2_tokens(block_size: int, num_blocks: int) -> dict[str, list[int]]:
+def gpt2_tokens(block_size: int) -> dict[str, list[int]]:
     config = EngineConfig(
-        num_blocks=num_blocks,
+        num_blocks=150,
         num_swap_blocks=0,
         block_size=block_size,
         max_model_len=128,
@@ -321,28 +298,25 @@ def gpt2_tokens(block_size: int, num_blocks: int) -> dict[str, list[int]]:
     while engine.has_unfinished_requests():
         for progress in engine.step():
             tokens[progress.request_id] = progress.output().outputs[0].token_ids
-    assert engine.memory.num_free == num_blocks
+    assert engine.memory.num_free == config.num_blocks
     return tokens
 
 
-in_one_piece = gpt2_tokens(block_size=128, num_blocks=3)  # one block holds a whole sequence
-for block_size, num_blocks in ((1, 150), (4, 40), (16, 12)):
-    assert gpt2_tokens(block_size, num_blocks) == in_one_piece
-    print(f"blocks of {block_size:2}: the tokens of a GPT-2 whose sequences are contiguous")
-print(in_one_piece["prompt 0"][:12], "...")
+in_one_piece = gpt2_tokens(block_size=128)  # one block holds a whole sequence
+for block_size in (1, 4, 16):
+    assert gpt2_tokens(block_size) == in_one_piece
+print("the same tokens from blocks of 1, 4 and 16, and from contiguous sequences")
 
 # %% [markdown]
 # ## Check
 #
-# Your LLaMA generated the library's tokens, and its logits are within 1e-4. Here are three mistakes
-# that are easily made when a model is moved to pages:
+# Your LLaMA generated the library's tokens, and its logits are within 1e-4. Three mistakes are
+# easily made:
 
 
 # %%
 class PositionsRestart(OwnLlama):
-    def __call__(
-        self, token_ids: Tensor, positions: Tensor, kv_cache: KVCache, batch: Batch
-    ) -> Tensor:
+    def __call__(self, token_ids, positions, kv_cache, batch) -> Tensor:
         positions = torch.cat([torch.arange(span.query_len) for span in batch.spans])
         return super().__call__(token_ids, positions, kv_cache, batch)
 
@@ -352,28 +326,28 @@ class SlotsOffByOne(OwnLlama):
         super().store(new, cache, (slots + 1) % (cache.shape[0] * cache.shape[2]))
 
 
-class KeysStoredUnturned(OwnLlama):
+class KeysNotRotated(OwnLlama):
     def place(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return super().place(q, k, positions)[0], k
 
 
-for mistake in (PositionsRestart, SlotsOffByOne, KeysStoredUnturned):
+for mistake in (PositionsRestart, SlotsOffByOne, KeysNotRotated):
     wrong, _ = serve(mistake)
     same = sum(mine == theirs for mine, theirs in zip(wrong, tokens, strict=True))
-    print(f"{mistake.__name__:19}{same} of 6 answers are right")
-    assert wrong != tokens, f"{mistake.__name__} was not noticed"
+    print(f"{mistake.__name__:17}{same} of 6 answers are right")
+    assert wrong != tokens, "the mistake was not noticed"
 
 # %% [markdown]
 # ### Exercise: the row of a step
 #
 # For each sequence of a step you know how many tokens are computed, how many are new, and its
 # blocks. Compute two numbers for each new token, sequence after sequence: its position, and the
-# slot of its key and value. The two marked lines are right for the first new token of a prompt
-# only. Change them, and run this cell and the next one again.
+# slot of its key and value. The two marked lines are right only for the first token of a prompt.
+# Change them, and run this cell and the next one again.
 
 
 # %%
-Step = list[tuple[int, int, list[int]]]  # of each sequence: computed tokens, new tokens, its blocks
+Step = list[tuple[int, int, list[int]]]  # per sequence: computed tokens, new tokens, blocks
 
 
 def positions_and_slots(step: Step, block_size: int) -> tuple[list[int], list[int]]:
@@ -430,13 +404,11 @@ print("solved" if check_exercise(positions_and_slots) else "not solved yet")
 #     return positions, slots
 # ```
 #
-# `PositionsRestart` above is this exercise without `num_computed`.
-#
 # </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# The model computes 7 rows instead of 15 with padding, and logits for 2 of them. C's tenth token
+# The model computes 7 tokens, instead of 15 with padding, and needs logits for 2. C's tenth token
 # has position 9: logical block 2, offset 1. Its physical block is 5, so the slot is 21. A token
 # takes $2 \cdot 4 \cdot 2 \cdot 64 \cdot 4 = 4096$ bytes.
 #
@@ -444,23 +416,14 @@ print("solved" if check_exercise(positions_and_slots) else "not solved yet")
 #
 # ## Questions
 #
-# **Why does the model get `positions`, although the batch has every sequence's context length?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# The model works on rows, and needs one number per row, whether the row is part of a prompt or a
-# decode. `BatchBuilder` computes it once per step. All index arithmetic of a step is in its file.
-#
-# </details>
-#
 # **With learned positions, what would a mistake like `PositionsRestart` do to the keys in the
 # pool?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# It would corrupt them too. The position's vector is added to the token's embedding, so everything
-# that the layers compute depends on it, including keys and values. They would be stored wrong, and
-# read wrong until the sequence ends.
+# It would corrupt them, and the values. The position's vector is added to the token's embedding, so
+# everything that the layers compute depends on it. The wrong entries would be read until the
+# sequence ends.
 #
 # </details>
 #
@@ -469,7 +432,7 @@ print("solved" if check_exercise(positions_and_slots) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # Yes: the tokens in that block have the same positions in both sequences. The same text in the
-# *middle* of two sequences would have been rotated by different angles, and cannot be shared.
+# *middle* of two sequences would be rotated by different angles, and cannot be shared.
 #
 # </details>
 #
@@ -481,17 +444,15 @@ padded = sum(len(counts) * max(counts) for counts in new_tokens)
 with_logits = sum(len(logits) for _, logits in steps)
 print(f"rows computed for 6 requests   {computed_rows:6,}")
 print(f"rows if each step were padded  {padded:6,}")
-print(f"bytes per token, 2 KV heads    {config.kv_bytes_per_token(4):6,}")
-print(f"bytes per token, 4 KV heads    {2 * config.kv_bytes_per_token(4):6,}")
 
 # %% [markdown]
 # Next: [which sequences run in which step](06_continuous_batching.md).
 #
 # ### Appendix: positions as angles
 #
-# GPT-2 has a learned vector for each position and adds it to the token's embedding. RoPE takes the
-# elements of a head in pairs, each a point in a plane, and rotates pair $i$ at position $p$ by the
-# angle $p\,\theta^{-2i/d}$. In complex numbers that is one multiplication:
+# GPT-2 adds a learned vector for each position to the token's embedding. RoPE takes the elements of
+# a head in pairs, each a point in a plane, and rotates pair $i$ at position $p$ by the angle
+# $p\,\theta^{-2i/d}$. In complex numbers that is one multiplication:
 
 
 # %%
@@ -516,10 +477,6 @@ def score(query_position: int, key_position: int) -> float:
     return float((turn(q, at[0]) * turn(k, at[1])).sum())
 
 
-for position in (3, 10, 100, 900):
-    print(f"query at {position:3}, key 3 tokens earlier: score {score(position, position - 3):.4f}")
-    assert abs(score(position, position - 3) - score(3, 0)) < 1e-2
-
 # %% Left: two pairs at positions 0 to 5; right: the score of a query and a key by their distance
 figure, (left, right) = drawing.picture(7.2, 3.0, ncols=2, width_ratios=(2, 3))
 for pair, radius in ((0, 1.0), (4, 0.6)):
@@ -531,12 +488,12 @@ for pair, radius in ((0, 1.0), (4, 0.6)):
 left.set(aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
 left.axis("off")
 left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(-0.2, 1.1))
-distances = range(64)
-far, near = ([score(start, start - d) for d in distances] for start in (900, 63))
-right.plot(distances, far, color=drawing.COLOURS[4], lw=4, label="query at 900")
-right.plot(distances, near, color=drawing.COLOURS[5], ls=":", label="query at 63")
+far, near = ([score(start, start - d) for d in range(64)] for start in (900, 63))
+right.plot(far, color=drawing.COLOURS[4], lw=4, label="query at 900")
+right.plot(near, color=drawing.COLOURS[5], ls=":", label="query at 63")
 right.set(xlabel="distance", ylabel="score")
 right.legend()
+assert all(abs(a - b) < 1e-2 for a, b in zip(far, near, strict=True))
 
 # %% [markdown]
 # Query and key are both rotated, so their product depends only on the distance between them. A key

@@ -20,7 +20,7 @@
 #
 # 1. A request's tokens do not depend on the other requests in its steps, nor on how its prompt is
 #    cut.
-# 2. Every step computes at least one token, and no token twice.
+# 2. Every step computes at least one token, and none twice.
 # 3. Requests are admitted in order of arrival, so no request waits forever.
 #
 # ## Predict
@@ -43,14 +43,15 @@
 #
 # ### Why serve many at once
 #
-# To compute one token, the model multiplies with all its *weights*, its learned parameters. They
-# are read from memory once per step, and every sequence in the step shares that one read. We
-# measure the effect with 1 to 32 sequences that decode together.
+# The model's weights are read from memory once per step, for all sequences in it (chapter 1). We
+# measure what that gains, with 1 to 32 sequences that decode together.
 
-# %%
+# %% Tokens per second by sequences in a step, relative to one sequence
 import time
 from statistics import median
 from typing import Any
+
+import drawing
 
 from minipaged import LLM, SamplingParams
 
@@ -62,7 +63,7 @@ def tokens_per_second(num_seqs: int, num_steps: int = 8) -> float:
     params = SamplingParams(temperature=0, max_tokens=num_steps + 1, ignore_eos=True)
     for number in range(num_seqs):
         llm.engine.add_request(f"{number}", "Once upon a time", params)
-    llm.engine.step()  # the prompts, which are not what we measure
+    llm.engine.step()  # the prompts, which are not measured
     start = time.perf_counter()
     while llm.engine.has_unfinished_requests():
         llm.engine.step()
@@ -72,46 +73,26 @@ def tokens_per_second(num_seqs: int, num_steps: int = 8) -> float:
 rounds = [[tokens_per_second(crowd) for crowd in crowds] for _ in range(3)]
 measured = [max(rates) for rates in zip(*rounds, strict=True)]
 gains = [rate / measured[0] for rate in measured]
-
-# %% [markdown]
-# This model is small. A good part of its step is the overhead of function calls, which is also paid
-# once per step. For a model of 13 billion parameters on a GPU it is the weights, 26 GB of them. The
-# library has a cost formula for that machine, based on published speeds, for its simulation of the
-# paper's evaluation. We draw both.
-
-# %% Tokens per second by sequences in a step, relative to one sequence
-import drawing
-
-from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
-from minipaged.evaluation.sim.cost_model import CostModel
-
-opt_13b = CostModel(DEPLOYMENTS["opt-13b"])
-rates = [n / opt_13b.step(n, num_keys=500 * n, num_prompt_tokens=0, num_pairs=0) for n in crowds]
-
 figure, axes = drawing.picture()
-axes.plot(
-    crowds, crowds, color=drawing.GREY, linestyle=":", label="if all steps took the same time"
-)
-axes.plot(crowds, [r / rates[0] for r in rates], marker="s", label="OPT-13B on an A100, by formula")
+axes.plot(crowds, crowds, color=drawing.GREY, ls=":", label="if all steps took the same time")
 axes.plot(crowds, gains, marker="o", label="storyteller here, measured")
-axes.set(xscale="log", yscale="log", xticks=crowds, xticklabels=crowds)
-axes.set(
-    yticks=crowds, yticklabels=crowds, xlabel="sequences in a step", ylabel="tokens per second"
-)
+axes.set(xscale="log", yscale="log", xlabel="sequences in a step", ylabel="tokens per second")
+axes.set(xticks=crowds, xticklabels=crowds, yticks=crowds, yticklabels=crowds)
 axes.minorticks_off()
 axes.legend(loc="upper left")
 print(f"8 sequences: {gains[3]:.0f} times the tokens of one, {8 / gains[3]:.1f} times the seconds")
 
 # %% [markdown]
-# An engine therefore wants as many sequences in each step as memory allows. The question is how to
-# keep the batch slots filled.
+# Much of this small model's step is the overhead of function calls, which is also paid once per
+# step. (Chapter 2 has the curve of a large model.) An engine therefore runs as many sequences per
+# step as memory allows. How can it keep its batch slots filled?
 #
 # ### Static batches
 #
 # The old way is to fill all batch slots, and to refill them when all of their requests have
-# finished. The scheduler decides this. It keeps requests in queues, and for each step it returns a
-# `SchedulerOutput`: how many tokens each sequence computes. Here is a complete scheduler. A *group*
-# is one request with its sequences (one sequence per request, until chapter 7).
+# finished. The scheduler decides this. It keeps requests in queues, and returns a `SchedulerOutput`
+# for each step: how many tokens each sequence computes. Here is a complete scheduler. A *group* is
+# one request with its sequences (until chapter 7, one sequence).
 
 # %%
 from minipaged.config import EngineConfig
@@ -176,7 +157,7 @@ class StaticBatches:
 
 # %% [markdown]
 # It assumes that memory never runs out, so give it a large pool. Nothing in it touches a tensor:
-# the engine carries out its decisions. Continuous batching is the same without the one condition:
+# the engine carries out its decisions. Continuous batching drops one condition:
 
 
 # %%
@@ -189,7 +170,7 @@ class ContinuousBatches(StaticBatches):
 
 # %% [markdown]
 # Both serve the 24 requests, and so does the library's scheduler. With `ignore_eos`, each request
-# generates exactly as many tokens as we ask for.
+# generates exactly `max_tokens` tokens.
 
 # %%
 from minipaged import Event, EventLog, Parts
@@ -204,7 +185,7 @@ max_num_seqs = 8  # batch slots
 
 
 def serve(parts: Parts, **options: Any) -> tuple[list[list[int]], list[Event]]:
-    """The tokens of all 24, and everything that happened."""
+    """The tokens of all 24, and what happened."""
     events: list[Event] = []
     defaults = {"num_blocks": 128, "max_num_seqs": max_num_seqs, "enable_prefix_caching": False}
     llm = LLM(parts=parts.traced(EventLog(events.append)), **(defaults | options))
@@ -213,7 +194,6 @@ def serve(parts: Parts, **options: Any) -> tuple[list[list[int]], list[Event]]:
 
 
 def requests_of_steps(events: list[Event]) -> list[list[str]]:
-    """The requests of each step."""
     return [event.fields["running"] for event in events if event.event == "schedule"]
 
 
@@ -249,30 +229,29 @@ for axis, name in zip(axes, ("static batches", "continuous"), strict=True):
 axes[1].legend(loc="upper right", fontsize=8)
 
 # %% [markdown]
-# On the left, orange is waste: 440 times a batch slot computes no token. The next batch starts when
-# the longest request of this one finishes. Request 17 needs 3 tokens, and waits for the 48 of
-# another request. On the right, batch slots stay empty only at the end, when no request is waiting.
+# On the left, orange is waste: 440 times a batch slot computes no token. Request 17 needs 3 tokens,
+# but starts after 68 steps, when the longest requests of two batches have finished. On the right,
+# batch slots stay empty only at the end, when no request is waiting.
 #
-# Your scheduler takes as many steps as the library's. What does the library's do in addition?
+# The library's scheduler takes as many steps. What does it do in addition?
 #
 # @@ minipaged.scheduler.fcfs.FCFSScheduler.schedule
 #
-# It reserves blocks before it schedules work, and preempts a request if none are free
-# (`_reserve_for_running`, chapter 9). It re-forks the samples of a prompt (`_refork`, chapter 7).
-# It ends with an assertion, which one of the checks below triggers. And it distributes *tokens*,
-# not only batch slots.
+# It distributes *tokens*, not only batch slots. It reserves blocks first, and *preempts* a request
+# if none are free (`_reserve_for_running`): it frees all blocks of that request, which are
+# recomputed later (chapter 9). Then a request with several samples forks again (`_refork`). And it
+# asserts that each step makes progress.
 #
 # ### One range, two lengths
 #
-# The scheduler tracks two numbers per sequence: how many tokens it has, and for how many of them
-# keys and values are computed. The tokens between the two are still to be computed. A new prompt is
-# a long range. A decoding sequence has a range of one. A sequence that lost all its blocks starts
-# at 0 again. There are no separate phases, so a prompt need not be computed in one step. A step has
-# a budget, `max_num_batched_tokens`. Decodes take their tokens first, and prompts take what is left
-# of the budget, step after step. This is called *chunked prefill*.
+# A sequence has two lengths: its number of tokens, and the number of tokens whose keys and values
+# are computed. The range between the two is still to be computed. It is long for a new prompt, and
+# one token for a decode. A preempted sequence starts at 0 again. There are no separate phases, so a
+# prompt may take several steps (*chunked prefill*). Each step has a budget,
+# `max_num_batched_tokens`. Decodes take their tokens first, and chunks of prompts share the rest.
 #
-# What is it good for? Seven requests are decoding. After ten steps a request with a story of 48
-# facts arrives. We compute its prompt whole, as the paper's engine does, and in chunks:
+# Seven requests are decoding. After ten steps a request with a story of 48 facts arrives. We
+# compute its prompt whole, as the paper's engine does, and in chunks:
 
 # %%
 from minipaged.evaluation.stories import prompt, tell
@@ -282,7 +261,7 @@ long_prompt = prompt(story, story.questions[1])
 
 
 def serve_late(**options: Any) -> tuple[str, list[Event], list[float]]:
-    """The answer to the late request; the events; the seconds of each step."""
+    """The late request's answer; the events; the seconds of each step."""
     events: list[Event] = []
     parts = Parts().traced(EventLog(events.append))
     options |= {"max_num_seqs": max_num_seqs, "enable_prefix_caching": False}
@@ -325,22 +304,19 @@ for axis, (name, (answer, events, seconds)) in zip(axes, late.items(), strict=Tr
 axes[0].legend()
 
 # %% [markdown]
-# On the left, seven streams stop for the time of one large step. On the right, the prompt takes the
-# 41 tokens per step that seven decodes leave, and the streams hardly slow down. The new request
-# pays for it: its first token comes 13 steps later. The answer is the same.
+# On the left, seven streams wait for one large step. On the right, the prompt takes the 41 tokens
+# per step that seven decodes leave, and the streams slow down much less. In return, the new request
+# gets its first token 13 steps later. The answer is the same.
 #
 # ### The watermark
 #
-# New requests take blocks, and so do running requests as they grow. If the scheduler admitted
-# requests up to the last block, the very next step could find no block for a running request. It
-# would have to *preempt* one: free all its blocks and recompute them later (chapter 9). Admission
-# therefore keeps a part of the pool free, the *watermark*. It is vLLM's addition to the paper's
-# rule.
+# Running requests take blocks as they grow. If new requests were admitted up to the last block, the
+# next step might have to preempt one. Admission therefore keeps a part of the pool free, the
+# *watermark* (vLLM's addition to the paper's rule).
 #
 # @@ minipaged.memory.block_manager.BlockManager.can_admit
 #
-# Here the 24 requests share a pool of 32 blocks of 4 slots. There is a batch slot for each of them,
-# but not enough memory.
+# Here the 24 requests have a batch slot each, but share a pool of 32 blocks of 4 slots:
 
 
 # %%
@@ -365,33 +341,21 @@ for watermark in (0.0, 0.1, 0.3):
 # empty, and takes more steps in the end. The library's default is 1 %, for pools of thousands of
 # blocks.
 #
-# Requests are admitted in order of arrival. The first request that does not fit holds up the later
-# ones, even if one of them would fit. That costs a few batch slots, and guarantees that no request
-# is overtaken forever.
+# The first request that does not fit holds up the later ones, even if one of them would fit. That
+# costs a few batch slots, and guarantees that no request is overtaken forever.
 #
-# Here is a trace to watch. The 24 requests arrive one per step, with 8 batch slots and a pool that
-# is slightly too small. See how the queues fill and empty.
+# Watch the last run: how the queues empty, and how a preempted request returns to its queue.
 
 # %%
 from minipaged.tracing.replay import Replay
 
-mixed: list[Event] = []
-parts = Parts().traced(EventLog(mixed.append))
-options = {"num_blocks": 40, "block_size": 4, "max_num_seqs": max_num_seqs}
-llm = LLM(parts=parts, enable_prefix_caching=False, **options)
-to_come = list(zip(prompts, params, strict=True))
-while to_come or llm.engine.has_unfinished_requests():
-    if to_come:
-        llm.engine.add_request(f"request {25 - len(to_come)}", *to_come.pop(0))
-    llm.engine.step()
-Replay(mixed, title="24 requests come one by one")
+Replay(events, title="24 requests in a small pool")
 
 # %% [markdown]
 # ## Check
 #
-# Rule 1: the requests generate the same tokens one at a time, in your static batches, in your
-# continuous batches, with the library's scheduler, and with 12 tokens per step. Rule 3: the order
-# of admission is the order of arrival.
+# Rule 1: the requests generate the same tokens one at a time, with all three schedulers, and with
+# 12 tokens per step. Rule 3: they are admitted in order of arrival.
 
 # %%
 alone, _ = serve(Parts(), max_num_seqs=1)
@@ -406,7 +370,7 @@ for happened in (*(events for _, events in runs.values()), events):
 print("the same tokens five times, all admitted in order")
 
 # %% [markdown]
-# Rule 2, with two mistakes: one scheduler schedules a group twice, and another admits no request.
+# Rule 2, with two mistakes: one scheduler schedules a group twice, the other admits no request.
 
 
 # %%
@@ -436,8 +400,8 @@ for mistaken in (Twice, NoneJoins):
 
 # %% [markdown]
 # The first mistake raises an error in `Sequence`, which counts its tokens. The second raises the
-# assertion at the end of the library's `schedule`. Without it, an engine that does nothing would
-# look like a slow engine.
+# assertion in the library's `schedule`. Without it, an engine that does nothing would look like a
+# slow engine.
 #
 # ### Exercise: share a token budget
 #
@@ -487,8 +451,8 @@ print("solved" if check_exercise(share_tokens) else "not solved yet")
 # %% [markdown]
 # <details markdown="1"><summary>Hint</summary>
 #
-# Give every decode its token before you look at any prompt, however old the prompt is. Then go
-# through the prompts and keep count of what is left.
+# Give every decode its token before you look at any prompt. Then go through the prompts and keep
+# count of what is left.
 #
 # </details>
 #
@@ -513,7 +477,7 @@ print("solved" if check_exercise(share_tokens) else "not solved yet")
 # Static batches: 20 + 48 + 35 = 103 steps, the longest request of each eight. Continuous batches:
 # 384 tokens in 8 batch slots are at least 48 steps. It took 62, because a 35-token request joined
 # late and one sequence cannot use two batch slots. On our machine a step for 8 takes about 1.3
-# times as long as a step for one. For the large model on its GPU, the formula gives 1.2 times.
+# times as long as for one.
 #
 # </details>
 #
@@ -523,8 +487,8 @@ print("solved" if check_exercise(share_tokens) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. Its steps are the same, and each takes as long as before, or longer if more sequences share
-# it. But it waits less before it starts, and the engine serves more requests in the same time.
+# No. Each of its steps takes as long as before, or longer if more sequences share it. But it waits
+# less before it starts, and the engine serves more requests in the same time.
 #
 # </details>
 #
@@ -533,7 +497,7 @@ print("solved" if check_exercise(share_tokens) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # Every decoding sequence gets a token in each step. With fewer tokens than batch slots, some
-# sequence might never get one. The library rejects such options with a clear error. Try
+# sequence might never get one. The library rejects such options: try
 # `LLM(max_num_seqs=64, max_num_batched_tokens=32)`.
 #
 # </details>
@@ -543,8 +507,7 @@ print("solved" if check_exercise(share_tokens) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # The length of an answer is unknown until it is complete. And as long as short requests keep
-# arriving, a long one would never start. First come, first served needs no guess and starves no
-# request.
+# arriving, a long one would never start.
 #
 # </details>
 #
@@ -565,11 +528,7 @@ print("solved" if check_exercise(share_tokens) else "not solved yet")
 total = sum(lengths)
 for name, (_, events) in runs.items():
     num_steps = len(requests_of_steps(events))
-    taken = sum(len(running) for running in requests_of_steps(events))
-    print(
-        f"{name:15} {num_steps:4} steps, {total / num_steps:.1f} tokens per step, "
-        f"{taken / (max_num_seqs * num_steps):4.0%} of the batch slots used"
-    )
+    print(f"{name:15} {num_steps:4} steps, {total / num_steps:.1f} tokens per step")
 
 # %% [markdown]
 # To write the library's scheduler yourself, take [lab 4](labs/04.md) after chapter 9. Next:

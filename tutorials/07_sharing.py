@@ -33,10 +33,10 @@
 #
 # ## Build it: copy-on-write
 #
-# A prompt often has several answers. In *parallel sampling* a user gets, say, four suggestions to
-# choose from. Up to the end of the prompt the four are one sequence. Then each samples its own next
-# token, and they diverge. In the engine the sequence *forks*: the fork starts with the same tokens
-# and the same block table.
+# A prompt often has several answers. In *parallel sampling* a user gets, say, four suggestions. Up
+# to the end of the prompt the four are one sequence. Then each samples its own next token, and they
+# diverge. In the engine the sequence *forks*: the fork starts with the same tokens and the same
+# block table.
 #
 # We do it by hand first, with the example of the paper's Figure 8. As in chapter 3, tokens are
 # words, and nothing is computed.
@@ -59,8 +59,8 @@ print("A1:", memory.tables[1], " A2:", memory.tables[2])
 print(f"free: {memory.num_free}, owners: {memory.ref_count(0)} and {memory.ref_count(1)}")
 
 # %% [markdown]
-# Two sequences of 7 tokens hold two blocks, not four. The fork took no block. It copied the table,
-# a short list of numbers, and each block in it has one more owner.
+# Two sequences of 7 tokens hold two blocks, not four. The fork only copied the table, a short list
+# of numbers, and each block in it has one more owner.
 #
 # Now both continue, A1 with "fathers" and A2 with "mothers". Both words belong in the last slot of
 # block 1, which has room for one.
@@ -76,9 +76,8 @@ def where_the_words_are() -> tuple[dict[int, list[str]], dict[int, str]]:
         table = memory.tables[seq_id]
         for logical, physical in enumerate(table.blocks):
             contents[physical] = own_words[4 * logical :][: table.filled(logical)]
-            owners[physical] = (
-                f"{owners[physical]}, A{seq_id}" if physical in owners else f"A{seq_id}"
-            )
+            owner = f"A{seq_id}"
+            owners[physical] = f"{owners[physical]}, {owner}" if physical in owners else owner
     return contents, owners
 
 
@@ -107,31 +106,27 @@ for axis, (contents, owners), title in zip(
     axis.set_title(title)
 
 # %% [markdown]
-# A1 was the first to write. Block 1 had a second owner. A1 therefore took block 2, requested a copy
-# from block 1 to it, and freed block 1. When A2 wrote, it was the only owner of block 1, so there
-# was nothing to copy. **Of $n$ writers $n - 1$ copy, and the last one keeps the original.** Block 0
-# is full. It is never written again, and stays shared until the end.
+# When A1 wrote, block 1 had a second owner. A1 therefore took block 2, requested a copy from block
+# 1 to it, and freed block 1. When A2 wrote, it was the only owner of block 1, so there was nothing
+# to copy. **If all $n$ owners write, $n - 1$ of them copy, and the last one keeps the original.**
+# Block 0 is full. It is never written again, and stays shared until the end.
 #
 # Operating systems do the same with memory pages when a process forks, and call it *copy-on-write*,
-# as the paper does. Here it is a part of `BlockManager.append`, which looks only at the blocks that
-# are about to be written. It returns pairs of blocks, and the engine copies their keys and values
-# before the step writes anything.
+# as the paper does. Here it is a part of `BlockManager.append`. It returns pairs of blocks, and the
+# engine copies their keys and values before the step writes anything.
 #
 # ### A baseline without sharing
 #
-# To measure the saving we need a memory that shares nothing. Older systems were like that: each
-# sample had its own keys and values, including those of the prompt.
-#
-# We override `append`. Before a sequence gets a slot for its next token, it gets a copy of every
-# block that has another owner, whether it is about to write to it or not. (`fork` would be too
-# early: the engine forks at the end of a step, and makes copies at the start of the next one.)
+# To measure the saving we need a memory that shares nothing, as in older systems. We override
+# `append`: before a sequence gets a slot for its next token, it gets a copy of every block that has
+# another owner, whether it is about to write to it or not.
 
 # %%
 from minipaged.memory import BlockPair
 
 
 class CopiesAtOnce(BlockManager):
-    """Gives each fork its own blocks before its next token."""
+    """Gives each fork its own blocks before its next token, in a pool that is large enough."""
 
     def append(self, seq: Sequence) -> list[BlockPair]:
         table = self.tables[seq.seq_id]
@@ -149,7 +144,7 @@ class CopiesAtOnce(BlockManager):
 #
 # Both memories serve the same request: `n=4` samples, with a fixed *seed* for the random numbers.
 # After each step we record how many blocks are held. (Prefix caching, the subject of the next
-# chapter, is off. It would share more than forks do.)
+# chapter, is off.)
 
 # %%
 from minipaged import LLM, BeamSearchParams, Event, EventLog, Parts, RequestOutput, SamplingParams
@@ -206,14 +201,13 @@ axes.legend(loc="upper left")
 # %% [markdown]
 # The gap opens at the second step, when the samples diverge, and stays the same: three times the
 # four full blocks of the prompt. In general, let the prompt have $p$ tokens, and each of $n$
-# samples $g$ generated tokens in the cache. Without sharing they hold
-# $n \lceil (p + g) / B \rceil$ blocks, and sharing saves
+# samples $g$ generated tokens in the cache. Without sharing they hold $n \lceil (p + g) / B \rceil$
+# blocks, and sharing saves
 #
 # $$(n - 1) \lfloor p / B \rfloor$$
 #
 # of them. Only full blocks of the prompt are shared, because samples that have diverged never share
-# again. A `SharingMeter` counts blocks after each of the engine's steps. It must agree with the
-# formula:
+# again. A `SharingMeter` counts blocks after each step. It must agree with the formula:
 
 # %%
 p, n, size = len(samples.prompt_token_ids), 4, 4
@@ -226,24 +220,17 @@ print(f"saved, by formula  {sum(saved) / sum(unshared):.2%}")
 print(f"saved, as measured {meter.saved():.2%}")
 
 # %% [markdown]
-# Here is the whole run. Look at step 2, with its three copies.
-
-# %%
-Replay(shared_events, title="Four samples of one prompt")
-
-# %% [markdown]
 # ### Beam search
 #
 # *Beam search* looks for the likeliest answer as a whole, not for the likeliest next token. It
 # keeps, say, four sequences, the *beams*. In each step every beam proposes its likeliest next
 # tokens, and the best four of all proposals continue. A beam with two of them forks. A beam with
-# none is pruned, and its blocks are freed. This is the library's implementation:
+# none is pruned, and its blocks are freed:
 #
 # @@ minipaged.engine.beam_request.BeamRequest.advance
 #
-# Samples fork once, but beams fork and are pruned in every step. We follow one search and record
-# the running beams after each step, with their last tokens and their parents. The forks come from
-# the trace, and the owners of each block from the memory.
+# We follow one search and record the running beams after each step, with their last tokens and
+# their parents. The forks come from the trace, and the owners of each block from the memory.
 
 # %%
 from collections import Counter
@@ -309,19 +296,18 @@ below.legend(ncols=4, loc="upper left", fontsize=8)
 
 # %% [markdown]
 # This is Figure 9 of the paper, drawn from a real run. The beams that run to the end are blue, and
-# so are their ancestors. At first the beams are four different questions. Three that began with a
-# name were overtaken by more questions in steps 2 and 3, and pruned. Three grey rows end in a full
+# so are their ancestors. Step 1 yields the start of a question and three names. In steps 2 and 3
+# forks of the question replace the names, and four questions continue. Three of them end in a full
 # stop. They were not pruned: the model ended them there, and they are three of the four results.
-# Then only the fourth question continues, so its forks take all four places. From step 14 on, all
-# beams share even the question.
+# Then forks of the fourth question take all four places. From step 14 on, all beams share even the
+# question.
 #
 # The lower picture shows the owners. The six full blocks of the prompt have four owners throughout,
-# as with samples. But beams can share again: when forks of one beam replace the three others, all
-# tokens which that beam has generated become common. That is why beams save more than samples. An
-# engine without sharing would copy whole sequences from beam to beam. Here a fork costs one block
-# at most.
+# as with samples. But beams can share again: when forks of one beam replace the others, all tokens
+# that it has generated become common. That is why beams save more than samples. Without sharing, an
+# engine would copy whole sequences from beam to beam. Here a fork costs one block at most.
 #
-# Watch the same search. See how the reference counts change between steps 12 and 16.
+# Watch the same search, and how the reference counts change between steps 12 and 16.
 
 # %%
 Replay(beam_events, title="A beam search of width 4")
@@ -329,55 +315,28 @@ Replay(beam_events, title="A beam search of width 4")
 # %% [markdown]
 # ### Compare with the paper
 #
-# Figure 15 of the paper (section 6.3) reports the fraction of blocks that sharing saves. Blocks
-# have 16 slots, and requests are as short as instructions to an assistant (the Alpaca trace: on
-# average 19 tokens of prompt and 58 of output). For samples we have a formula, so we need only
-# lengths with those means. For beams a model must run. The numbers below are those that
-# [Benchmarks](../docs/benchmarks.md#sharing) reports for the embedded model. `minipaged bench
-# sharing --num-requests 128` measures them again, in a few minutes.
-
-# %% Blocks saved by sharing, in percent: the paper's OPT-13B, and here
-from minipaged.evaluation.bench.sharing import PAPER, alpaca_lengths
-
-
-def saved_by_samples(n: int, size: int = 16) -> float:
-    saved = total = 0
-    for p, num_output in alpaca_lengths(num_requests=128, longest=1024, seed=0):
-        total += -(-p // size)  # the step that reads the prompt; the last token needs no slot
-        for g in range(1, num_output):
-            saved += (n - 1) * (p // size)
-            total += n * -(-(p + g) // size)
-    return 100 * saved / total
-
-
-widths = (2, 4, 6)
-here = {
-    "parallel sampling": {n: saved_by_samples(n) for n in widths},
-    "beam search": {2: 27.1, 4: 40.2, 6: 44.3},  # docs/benchmarks.md
-}
-figure, axes = drawing.picture(ncols=2, sharey=True)
-for axis, (method, paper) in zip(axes, PAPER.items(), strict=True):
-    for offset, (name, percent) in enumerate({"paper": paper, "here": here[method]}.items()):
-        places = [position + 0.4 * offset for position in range(3)]
-        colour = (drawing.GREY, drawing.COLOURS[0])[offset]
-        bars = axis.bar(places, [percent[n] for n in widths], 0.36, color=colour, label=name)
-        axis.bar_label(bars, fmt="%.1f", fontsize=8, color=drawing.GREY)
-    axis.set(title=method, xlabel="sequences", ylim=(0, 66))
-    axis.set_xticks([0.2, 1.2, 2.2], [str(n) for n in widths])
-axes[0].set(ylabel="blocks saved, %")
-axes[0].legend(loc="upper left")
-
-# %% [markdown]
-# The order is the same, the sizes are not. The paper publishes only the means of its lengths, and
-# the saving of samples depends on how many prompts fill a block. The saving of beams depends on the
-# model. If it is certain of what follows, beams stay apart for long, as the three questions did
-# above. If not, they overtake each other in every step, and share more.
+# Figure 15 of the paper (section 6.3) reports the fraction of blocks that sharing saves, in blocks
+# of 16 slots, for requests as short as instructions to an assistant (the Alpaca trace: on average
+# 19 tokens of prompt and 58 of output). `minipaged bench sharing --num-requests 128` measures it
+# here in about a minute ([Benchmarks](../docs/benchmarks.md#sharing)):
+#
+# | blocks saved, % | 2 sequences | 4 | 6 |
+# |---|---|---|---|
+# | parallel sampling, OPT-13B (paper) | 6.1 | 8.5 | 9.8 |
+# | parallel sampling, storyteller | 7.1 | 10.7 | 11.9 |
+# | beam search, OPT-13B (paper) | 37.6 | 53.1 | 55.2 |
+# | beam search, storyteller | 27.1 | 40.2 | 44.3 |
+#
+# The ranking is the same, the values are not. The paper publishes only the means of its lengths,
+# and the saving of samples depends on how many prompts fill a block. The saving of beams depends on
+# the model. If it is certain of what follows, beams stay apart for long, as the four questions did.
+# If not, they replace each other in every step, and share more.
 #
 # ## Check
 #
 # Rule 3: sample $i$ uses seed $7 + i$, so it must have the tokens of a separate request with that
-# seed. And `CopiesAtOnce` must generate the same samples and the same beams. Rule 2: at the end all
-# blocks are free. (`checked()` in `build` recounts the owners after each call.)
+# seed. And `CopiesAtOnce` must generate the same samples and beams. Rule 2: at the end all blocks
+# are free. (`checked()` in `build` recounts the owners after each call.)
 
 # %%
 for number, sample in enumerate(samples.outputs):
@@ -396,8 +355,8 @@ for llm in (shares, copying, searching):
 print("same samples, same beams, and every block is free")
 
 # %% [markdown]
-# Two mistakes are easily made in copy-on-write. The first is to make the copy and not to free the
-# original. Then the counts are wrong, and the checker names the block:
+# Two mistakes are easily made in copy-on-write. The first is to copy, but not to free the original.
+# The checker names the block:
 
 # %%
 from minipaged.errors import CheckFailed
@@ -420,9 +379,9 @@ else:
     raise AssertionError("the mistake was not noticed")
 
 # %% [markdown]
-# The second is to make no copy at all. That is worse: each block has the owners that the tables
-# list, so no reference-count check can detect it. Four samples write their first three words to the
-# same slots, and each reads what the last one wrote.
+# The second is to make no copy. That is worse: each block has the owners that the tables list, so
+# no count can detect it. Four samples write their first three tokens to the same slots, and each
+# reads what the last one wrote.
 
 # %%
 
@@ -445,8 +404,8 @@ for right, wrong in zip(samples.outputs, mixed_up.outputs, strict=True):
 assert [s.token_ids for s in samples.outputs] != [s.token_ids for s in mixed_up.outputs]
 
 # %% [markdown]
-# Three of the four samples came out right, so a test that only reads the text would pass. Only the
-# comparison of tokens detects the mistake.
+# Three of the four samples came out right, and the wrong one reads well. Only the comparison of
+# tokens detects the mistake.
 #
 # ### Exercise: count the blocks of a step
 #
@@ -505,26 +464,29 @@ print("solved" if check_exercise(blocks_needed) else "not solved yet")
 # %% [markdown]
 # <details markdown="1"><summary>Hint</summary>
 #
-# Go block by block, not sequence by sequence. How many sequences write to the block, and how many
-# own it? When may the last writer keep the original?
+# Go through the writers in order, and keep count of the owners of each block. Who owns a block
+# after one of its writers has taken a copy?
 #
 # </details>
 #
 # <details markdown="1"><summary>Solution</summary>
 #
-# If all owners write, the last one keeps the original. If some owner does not write, every writer
-# needs a copy:
+# A writer that takes a copy no longer owns the original. The last owner may write to it:
 #
 # ```python
 # def blocks_needed(
 #     tables: dict[int, list[int]], num_tokens: dict[int, int], writing: list[int]
 # ) -> int:
 #     """Blocks of 4 slots that a step takes; tables and tokens of all sequences, by id."""
-#     needed = sum(num_tokens[seq_id] % 4 == 0 for seq_id in writing)
-#     written = Counter(tables[seq_id][-1] for seq_id in writing if num_tokens[seq_id] % 4)
-#     for block, num_writers in written.items():
-#         num_owners = sum(block in table for table in tables.values())
-#         needed += min(num_writers, num_owners - 1)
+#     num_owners = Counter(block for table in tables.values() for block in table)
+#     needed = 0
+#     for seq_id in writing:
+#         last = tables[seq_id][-1]
+#         if num_tokens[seq_id] % 4 == 0:
+#             needed += 1
+#         elif num_owners[last] > 1:
+#             needed += 1
+#             num_owners[last] -= 1
 #     return needed
 # ```
 #
@@ -534,8 +496,8 @@ print("solved" if check_exercise(blocks_needed) else "not solved yet")
 #
 # Four blocks of the prompt are full, and shared by all samples. The fifth has one token, and three
 # of the four writers copy it. At the end each sample has 40 tokens in the cache (the last token is
-# never stored), in 10 blocks. Together they hold 28 blocks instead of 40. The beam search saves
-# more, because beams also share generated tokens.
+# never stored), in 10 blocks. Together they hold 28 blocks instead of 40. A beam search saves more,
+# because beams also share generated tokens.
 #
 # </details>
 #
@@ -545,8 +507,7 @@ print("solved" if check_exercise(blocks_needed) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# None. All blocks of the prompt are full and never written again. Each sample starts a new block of
-# its own.
+# None. All blocks of the prompt are full. Each sample starts a new block of its own.
 #
 # </details>
 #
@@ -554,9 +515,8 @@ print("solved" if check_exercise(blocks_needed) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# One owner can keep the original, and which one is known only when the others have written. In a
-# beam search, a fork or its parent can also be pruned before it writes. Above, 13 forks led to 10
-# copies.
+# One owner can keep the original, and which one is known only when the others have written. And a
+# full block is never copied: 3 of the 13 forks above led to no copy.
 #
 # </details>
 #
@@ -565,19 +525,8 @@ print("solved" if check_exercise(blocks_needed) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # A little. All but at most $B - 1$ tokens of the prompt are in its $\lfloor p / B \rfloor$ full
-# blocks. With $B = 1$ the whole prompt is shared, and nothing is ever copied. But small blocks
-# have their own costs (chapter 3).
-#
-# </details>
-#
-# **`CopiesAtOnce` has a weakness that a pool of 64 blocks hides. Which?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# Before a step the scheduler asks `can_append`, and `BlockManager` counts the copies of blocks that
-# are about to be written, not of all shared blocks. In a small pool it returns True, and then
-# `append` runs out of blocks in the middle of the step. If you change how many blocks `append`
-# takes, change `can_append` and `fits` as well.
+# blocks. With $B = 1$ the whole prompt is shared, and nothing is ever copied. But small blocks have
+# their own costs (chapter 3).
 #
 # </details>
 #
@@ -585,12 +534,12 @@ print("solved" if check_exercise(blocks_needed) else "not solved yet")
 
 # %%
 beams_at_once = copies(copied_events) - copied_at_once
-print("                         shared   copied at once")
-print(f"blocks held at most      {max(held):6}   {max(held_by_copies):6}   (four samples)")
-print(f"blocks copied            {copied:6}   {copied_at_once:6}   (four samples)")
-print(f"blocks copied            {copies(beam_events):6}   {beams_at_once:6}   (four beams)")
-print(f"blocks saved by samples  {meter.saved():6.1%}")
-print(f"blocks saved by beams    {beam_meter.saved():6.1%}")
+print("                           shared   copied at once")
+print(f"samples: blocks held       {max(held):6}   {max(held_by_copies):6}")
+print(f"samples: blocks copied     {copied:6}   {copied_at_once:6}")
+print(f"beams: blocks copied       {copies(beam_events):6}   {beams_at_once:6}")
+print(f"blocks saved by samples    {meter.saved():6.1%}")
+print(f"blocks saved by beams      {beam_meter.saved():6.1%}")
 
 # %% [markdown]
 # To write `fork`, `free`, copy-on-write and parallel sampling yourself, take [lab 5](labs/05.md).

@@ -36,16 +36,15 @@
 #
 # ## Build it: a block and its prefix
 #
-# Samples of one request share the prompt's blocks, because they are forks. But separate requests
-# often share a prefix as well. An assistant has a *system prompt*, the same instructions before
-# every question. A *few-shot* prompt has the same examples before every task. Each turn of a chat
-# starts with all turns before it. There is no fork, so the blocks must be *found*.
+# Samples share the prompt's blocks, because they are forks. But separate requests often share a
+# prefix as well. An assistant has a *system prompt*, the same instructions before every question. A
+# *few-shot* prompt has the same examples before every task. Each turn of a chat starts with all
+# turns before it. There is no fork, so the blocks must be *found*.
 #
 # What identifies a block? The keys and values of a token depend on all tokens before it (chapter
-# 1), so the block's own tokens are not enough: "in the meadow" after one story is not "in the
-# meadow" after another. Its tokens and *the block before it* are enough. That block is identified
-# in the same way, and so on back to the first. Here is such an index, with words, in blocks of
-# four. It is a `dict`, and a lookup goes block by block until one is missing.
+# 1), so the block's own tokens are not enough. Its tokens and *the block before it* are enough,
+# since that block is identified in the same way, and so on back to the first. Here is such an
+# index, a `dict`, with words in blocks of four. A lookup goes block by block until one is missing.
 
 # %%
 Key = tuple[int | None, tuple[str, ...]]  # the block before it (None for the first), its words
@@ -87,13 +86,13 @@ print(index.find("there was a frog who had a key"))
 
 # %% [markdown]
 # "who had a key" is in both stories, but after different blocks, so it has two entries. The prompt
-# that begins with "there was a frog" finds nothing, since no story begins that way. Two prompts
-# share their common prefix, never more. The entries therefore form a *tree*.
+# that begins with "there was a frog" finds nothing, since no story begins that way. The entries
+# form a *tree*.
 #
 # vLLM looks up a hash of all tokens up to the end of a block. It assumes that no two prefixes hash
-# to the same value. If two did, one user would get the other's keys and values. SGLang compares
-# tokens in a radix tree. This library also compares tokens, block by block, and the number of the
-# block before represents the whole prefix. That is exact.
+# to the same value. If two did, one user would get the other's keys and values. This library
+# compares tokens, as SGLang does, and the number of the block before represents the whole prefix.
+# That is exact.
 #
 # ### When a block can be found
 #
@@ -130,18 +129,19 @@ print("the sequence has ended: cached tokens", num_cached_tokens(prompt_of_10), 
 print("blocks free", memory.num_free)
 
 # %% [markdown]
-# Two details. Of the prompt of 8 tokens only 7 count as cached, although both blocks are. The last
-# token must always be computed, because its logits are not stored. Its keys and values are written
-# again, so if another sequence owns that block, it is copied first (copy-on-write, chapter 7). And
-# when the sequence has finished, all 8 blocks of the pool are free, yet two of them can be found.
+# Of the prompt of 8 tokens only 7 count as cached. The last token must always be computed, because
+# its logits are not stored. Its keys and values are written again, so if another sequence owns that
+# block, it is copied first (copy-on-write, chapter 7).
+#
+# When the sequence has finished, all 8 blocks of the pool are free, yet two of them can be found.
 # The cache is one more owner of each cached block. A block that only the cache owns is *idle*: it
 # stays until another sequence needs the memory.
 #
 # ### Six questions about one story, and a chat
 #
-# Now with the model. It answers six questions about one story, one after another. Then it has a
-# conversation about it: the prompt of each turn is everything said so far, answers included. An
-# output's `num_cached_tokens` is the number of its prompt tokens that were cached.
+# Now the model answers six questions about one story, one after another. Then it has a conversation
+# about it: the prompt of each turn is everything said so far. An output's `num_cached_tokens` is
+# the number of its prompt tokens that were cached.
 
 # %%
 from minipaged import LLM, Event, EventLog, Parts, RequestOutput, SamplingParams
@@ -193,21 +193,15 @@ axes[0].set(ylabel="tokens of the prompt")
 axes[0].legend(loc="upper left", ncols=2)
 
 # %% [markdown]
-# The first request of each kind computes everything. The others find the full blocks of the story,
-# 80 of its 92 tokens, and compute the rest. In the chat the cached part grows with the
-# conversation, because the model's own answers are cached as well.
-#
-# The requests may also arrive together. The scheduler then starts the first request a step before
-# the others, and these five find the blocks that it has written.
+# The first request computes everything. The others find the full blocks of the story, 80 of its 92
+# tokens. In the chat the cached part grows, because the model's own answers are cached as well.
 #
 # ### The tree of blocks
 #
 # `memory.cached` maps each cached block to its key. Here is the whole cache after four short
 # prompts, with blocks of 8:
 
-# %% The cached blocks after four prompts: each box is a block, and its parent is on its left
-from textwrap import fill
-
+# %%
 from minipaged.evaluation.stories import retell
 
 small = LLM("storyteller", num_blocks=64, block_size=8)
@@ -219,52 +213,31 @@ for other in facts[1:]:  # two stories with a common prefix, and two questions a
 cached_blocks = small.engine.scheduler.memory.cached
 decode = small.get_tokenizer().decode
 
-figure, axes = drawing.picture(7.2, 3.4)
-num_leaves = 0
+
+def show_children(parent: int | None, depth: int) -> None:
+    for block, (before, tokens) in cached_blocks.items():
+        if before == parent:
+            print(f"{'    ' * depth}{block}: {decode(tokens)!r}")
+            show_children(block, depth + 1)
 
 
-def draw(block: int, depth: int) -> float:
-    """Draw a block and its descendants; returns its height."""
-    global num_leaves
-    children = [child for child, (before, _) in cached_blocks.items() if before == block]
-    if children:
-        heights = [draw(child, depth + 1) for child in children]
-        height = sum(heights) / len(heights)
-        for child_height in heights:
-            axes.plot([depth, depth + 1], [height, child_height], color=drawing.GREY, zorder=0)
-    else:
-        height, num_leaves = -num_leaves, num_leaves + 1
-    colour = drawing.COLOURS[0] if len(children) > 1 else drawing.GREY
-    text = fill(decode(cached_blocks[block][1]).strip().replace("\n", " "), 14)
-    drawing.label(axes, depth, height, f"{block}\n{text}", colour, fontsize=5.5)
-    return height
-
-
-for root in [block for block, (before, _) in cached_blocks.items() if before is None]:
-    draw(root, 0)
-axes.set(ylim=(0.6 - num_leaves, 0.6))
-axes.margins(x=0.08)
-axes.axis("off")
+show_children(None, 0)
 
 # %% [markdown]
-# A box has the number of the block and its text. Prompts diverge after a blue block. A lookup goes
-# from left to right as far as the text agrees. Blocks 4 and 9 have the beginning of an answer:
-# generated tokens are cached just like prompt tokens.
+# A lookup goes down the tree as far as the text agrees. Blocks 4 and 9 have the beginning of an
+# answer: generated tokens are cached like prompt tokens.
 #
 # ### Eviction
 #
 # When a block is needed and no empty one is left, an idle one is *evicted*: it is removed from the
 # index and allocated. It must be a *leaf*, a block without children. If the number of a parent were
-# reused for other content, its descendants would be found with a wrong prefix. Which leaf to evict
-# is a policy. The library evicts the least recently used one (LRU).
+# reused for other content, its descendants would be found with a wrong prefix. The library evicts
+# the least recently used block (LRU).
 #
-# A few long documents that come once evict everything else under LRU. Counting uses keeps popular
-# prefixes, but cannot forget them when they go out of use.
-# [Write an eviction policy](../guides/write_an_eviction_policy.md) builds that policy and measures
-# both.
-#
-# Here is LRU at work. The pool has 12 blocks. One story is asked about again and again, and between
-# these questions come two longer stories that are asked about once.
+# LRU has a weakness: a few long documents that come once evict everything else. [Write an eviction
+# policy](../guides/write_an_eviction_policy.md) compares it with a policy that counts uses. Here
+# the pool has 12 blocks. Between questions about one story come two longer stories that are asked
+# about once.
 
 # %%
 favourite = tell(num_facts=4, seed=1)
@@ -291,8 +264,7 @@ print("cached tokens of each prompt:", [output.num_cached_tokens for output in i
 
 # %% [markdown]
 # The second prompt finds 48 tokens of the story. Each later question about it comes after two
-# longer stories, and finds little or nothing. Watch the run: idle blocks stay in the pool until
-# another sequence needs the memory.
+# longer stories, and finds little or nothing. Watch the run:
 
 # %%
 Replay(events, title="A small pool: blocks are cached and evicted")
@@ -300,14 +272,13 @@ Replay(events, title="A small pool: blocks are cached and evicted")
 # %% [markdown]
 # ### Salts and pinned prefixes
 #
-# There are two more controls. The first is *which requests may share*. A user who measures the time
-# to the first token can tell whether a prompt was cached, and so guess what others have asked. A
-# prompt with a `cache_salt` shares only with prompts of the same salt: the salt takes the place of
-# the block before the first one.
+# A user who measures the time to the first token can tell whether a prompt was cached, and so guess
+# what others have asked. A prompt with a `cache_salt` therefore shares only with prompts of the
+# same salt: the salt takes the place of the block before the first one.
 #
-# The second is pinning a prefix. The paper's shared prefix is of this kind: the service provider
-# declares it in advance (Figure 10). `cache_prefix` computes it and *pins* its blocks: they have
-# one more owner until `release_prefix`.
+# The paper's shared prefix is declared in advance by the service provider (Figure 10).
+# `cache_prefix` computes such a prefix and *pins* its blocks: they have one more owner until
+# `release_prefix`.
 
 # %%
 salted = {"prompt": prompt(story, asked[0]), "cache_salt": "ann"}
@@ -321,21 +292,17 @@ print(f"\npinned: {pinned.num_blocks} blocks, so {tight_memory.num_free} of 14 a
 for told in one_offs[:3]:
     ask(tight, prompt(told, told.questions[0]))
 print("after three long stories:", ask(tight, mixed[0]).num_cached_tokens, "cached tokens")
-tight.release_prefix(pinned)
-for told in one_offs[:3]:
-    ask(tight, prompt(told, told.questions[0]))
-print("released, three more:    ", ask(tight, mixed[0]).num_cached_tokens, "cached tokens")
 
 # %% [markdown]
 # The paper measures the gain of a shared prefix on a translation task (section 6.4, Figure 16).
 # With one example before each sentence, a prefix of 80 tokens, the engine sustains 1.67 times the
-# request rate of Orca (Oracle). With five examples, 341 tokens, it is 3.58 times. These are the
-# paper's numbers, from a GPU. `minipaged paper fig16` simulates the experiment.
+# request rate of Orca (Oracle). With five examples, 341 tokens, it is 3.58 times.
+# `minipaged paper fig16` simulates the experiment.
 #
 # ## Check
 #
-# Rule 3: the tokens are the same with and without the cache. (In `serve`, all blocks were free at
-# the end, and `checked()` recounted the owners after every call.)
+# Rule 3: the tokens are the same with and without the cache. (`checked()` in `serve` recounts the
+# owners after each call.)
 
 # %%
 uncached = serve(Parts(), enable_prefix_caching=False)
@@ -375,8 +342,8 @@ for name, text in (("Ann", of_ann), ("Ben", of_ben), ("Ben", of_ben)):
 assert good.outputs[0].token_ids != bad.outputs[0].token_ids
 
 # %% [markdown]
-# No count is wrong there, so `checked()` raises nothing. Only the answer shows the mistake: at his
-# second question Ben is told where *Ann's* map is.
+# No count is wrong, so `checked()` raises nothing. Only the answer shows the mistake: at his second
+# question Ben is told where *Ann's* map is.
 #
 # The second mistake evicts a block and leaves it in the index. In a pool of two blocks, 8 tokens
 # come and go, then 8 others. When the first 8 come again, they "find" what the others have written.
@@ -392,7 +359,7 @@ class StaysInTheIndex(PrefixCache):
 
 
 def what_is_found(cache: type[PrefixCache]) -> list[int]:
-    """What is in the blocks that a prompt of the tokens 0 to 7 finds in the end."""
+    """The tokens in the blocks that a prompt of the tokens 0 to 7 finds."""
     memory = BlockManager(2, block_size=4, enable_prefix_caching=True, prefix_cache=cache)
     for number, start in enumerate((0, 100)):
         seq = Sequence(number, range(start, start + 8))
@@ -411,7 +378,7 @@ assert what_is_found(PrefixCache) == []
 assert sorted(what_is_found(StaysInTheIndex)) == list(range(100, 108))
 
 # %% [markdown]
-# The third is a policy that evicts parents before their children. The cache raises an error:
+# The third evicts parents before their children. The cache raises an error:
 
 # %%
 
@@ -431,10 +398,10 @@ else:
 # %% [markdown]
 # ### Exercise: what is left to compute
 #
-# Predict the cache: how many tokens of a prompt must be computed, after some earlier prompts? The
-# pool is large, so nothing is evicted. The function below finds the longest common prefix with an
-# earlier prompt. Two rules of this chapter are still missing in its last line. Change it, and run
-# this cell and the next one again.
+# How many tokens of a prompt must be computed, after some earlier prompts? The pool is large, so
+# nothing is evicted. The function below finds the longest common prefix with an earlier prompt. Two
+# rules of this chapter are still missing in its last line. Change it, and run this cell and the
+# next one again.
 
 
 # %%
@@ -449,10 +416,9 @@ def tokens_to_compute(tokens: list[int], earlier: list[list[int]], block_size: i
 
 # %%
 def check_exercise(own) -> bool:
-    """Compare with the library's cache, for seven prompts."""
+    """Compare with the library's cache, for six prompts."""
     ten, twelve = list(range(10)), list(range(12))
     prompts: dict[str, tuple[list[int], list[list[int]]]] = {
-        "nothing in common": ([90, *ten], [ten, twelve]),
         "the same text later": ([90, 91, 92, 93, 4, 5, 6, 7, 8], [twelve]),
         "a longer prompt": (list(range(15)), [ten]),
         "differs inside a block": ([0, 1, 2, 3, 4, 5, 90, 91, 92], [twelve]),
@@ -522,13 +488,12 @@ print("solved" if check_exercise(tokens_to_compute) else "not solved yet")
 #
 # </details>
 #
-# **Do larger blocks raise or lower the hit rate?**
+# **Are more or fewer tokens cached with larger blocks?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# They lower it, because only full blocks are cached. Of a common prefix, up to $B - 1$ tokens are
-# computed again. With blocks of 16, that was 12 of the 92 tokens above. In return there are fewer
-# lookups.
+# Fewer, because only full blocks are cached. Of a common prefix, up to $B - 1$ tokens are computed
+# again: with blocks of 16, 12 of the 92 tokens above. In return there are fewer lookups.
 #
 # </details>
 #
@@ -536,9 +501,8 @@ print("solved" if check_exercise(tokens_to_compute) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. The second would look for a block that is just being computed, so the scheduler admits it a
-# step later. And if two sequences do write the same block at the same time, `cache_blocks` keeps
-# one of the two.
+# No. The scheduler admits the second a step later, when it finds the blocks of the first. And if
+# two sequences do write the same block at the same time, `cache_blocks` keeps one of the two.
 #
 # </details>
 #
@@ -547,8 +511,8 @@ print("solved" if check_exercise(tokens_to_compute) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. Idle blocks count as free, and are evicted one by one when they are needed. Pinned blocks are
-# different: they have an owner, so no other sequence can use their memory.
+# No. Idle blocks count as free, and are evicted when they are needed. But pinned blocks have an
+# owner, so no other sequence can use their memory.
 #
 # </details>
 #
