@@ -61,7 +61,7 @@ def test_the_journey_passes_every_stage_of_a_step():
     journey = section("A token's journey")
     stages = "schedule build run _commit sample"
     for stage in stages.split():
-        assert re.search(rf"\{{\{{ lines minipaged\.[\w.]+\.{stage} \}}\}}", journey), stage
+        assert re.search(rf"\{{\{{ name minipaged\.[\w.]+\.{stage} \}}\}}", journey), stage
 
 
 def test_every_word_in_the_picture_of_the_layers_is_a_layer():
