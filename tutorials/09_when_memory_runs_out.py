@@ -84,7 +84,7 @@ def largest(candidates: Many[SequenceGroup]) -> SequenceGroup:
 #   its prompt and all tokens generated so far are computed again as one prompt, in one step. Then
 #   the request continues where it stopped.
 # - *Swapping*: its blocks are copied to a second pool, the *swap pool*, in host memory (large, but
-#   slow to reach from a GPU). Later they are copied back.
+#   slow to reach). Later they are copied back.
 
 # %%
 from typing import Any
@@ -206,8 +206,8 @@ print(f"{len(out.fields['pairs'])} blocks were copied")
 # %% [markdown]
 # ### Compare victims
 #
-# Your functions now replace `select_victim`. We count preemptions, steps and lost work: tokens
-# computed again, or blocks copied out and in.
+# Now your functions, with preemptions, steps and lost work: tokens computed again, or blocks copied
+# out and in.
 
 # %%
 for name, victim, caching in (
@@ -239,7 +239,7 @@ for name, events in traces.items():
 # others can hit any request younger than the one in need. Yet no request starves: the oldest is
 # never offered, so it ends, and every request becomes the oldest some day. The last row benefits
 # from the prefix cache (chapter 8): the blocks of a preempted request may still be cached, and need
-# not be recomputed. (All eight prompts also share their first block.)
+# not be recomputed.
 #
 # ### Cost of each way
 #
@@ -447,7 +447,7 @@ for name in ("recompute", "recompute, cheapest", "swap"):
     print(f"tokens recomputed, {name:23} {lost[name] / needed:3.0%}")
 
 # %% [markdown]
-# Write the preemption itself in [lab 7](labs/07.md): swap out, swap in, recompute. To try out
-# policies for latency, take [lab 9](labs/09.md).
+# Write the preemption itself in [lab 7](labs/07.md). To try out policies for latency, take
+# [lab 9](labs/09.md).
 #
 # Next: [a kernel of your own, on a GPU or without one](10_a_first_kernel.md).

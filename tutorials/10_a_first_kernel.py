@@ -30,7 +30,7 @@
 # heads over 2 KV heads.
 #
 # - With one program per sequence and head: how many programs are there, and how many blocks of one
-#   head's keys do they read together?
+#   head's keys do they read in total?
 # - You forget to hide the scores after the end of a sequence. Which of the four outputs are still
 #   right?
 # - You read every position through the first entry of the block table. Which are right then?
@@ -206,8 +206,8 @@ def paged_decode_kernel(
 
 # %% [markdown]
 # Its *launcher* is plain Python, with the signature of every attention in this library. Each
-# sequence has one query, so it has one token more than are in the cache. The tile must be large
-# enough for the longest.
+# sequence has one query, so its length is one more than what is in the cache. The tile must be
+# large enough for the longest.
 
 # %%
 from collections.abc import Callable
@@ -309,7 +309,7 @@ axes.invert_yaxis()
 
 # %% [markdown]
 # Each of the sixteen programs finds its blocks wherever they are. Heads 0 and 1 of a sequence both
-# read KV head 0, so every key is read twice. Chapter 11 begins with that.
+# read KV head 0, so every key is read twice. Chapter 11 changes that.
 #
 # ### Run the model on it
 #
@@ -342,8 +342,9 @@ for output in served:
 print(calls)
 
 # %% [markdown]
-# Attention is called once for each of the four layers. Two steps had a prompt (the second request
-# waits one step, to share the story's block: chapter 8). The three others ran on your kernel.
+# Attention is called once for each of the four layers. Two steps had a prompt and went to the
+# reference (the second request waits one step, to share the story's block: chapter 8). The three
+# others ran on your kernel.
 #
 # One tile for a whole sequence is simple, but limits the length: 1,024 positions with 64 elements
 # of 4 bytes take 256 KiB, which fills all registers of one of a GPU's multiprocessors (chapter 11).

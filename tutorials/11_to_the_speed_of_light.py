@@ -100,12 +100,11 @@ for name, (bandwidth, operations) in GPUS.items():
 #
 # Chapter 10 gave each query head a program, and the heads that share a KV head (*grouped-query
 # attention*, GQA) all read the same keys. The library's `decode` has one program per *KV* head,
-# which serves all query heads of the group.
-#
-# They are the rows of one matrix, a tile of keys is another, and `tl.dot` multiplies them in one
-# operation. A GPU has matrix units for that, the *tensor cores*. They take at least 16 rows, so
-# with four heads per group twelve rows are zeros. The wasted arithmetic is free, the saved reads
-# are not. (A GPU's cache catches some of the repeated reads, depending on the order of execution.)
+# which serves all query heads of the group. They are the rows of one matrix, a tile of keys is
+# another, and `tl.dot` multiplies them in one operation. A GPU has matrix units for that, the
+# *tensor cores*. They take at least 16 rows, so with four heads per group twelve rows are zeros.
+# The wasted arithmetic is free, the saved reads are not. (A GPU's cache catches some of the
+# repeated reads, depending on the order of execution.)
 #
 # Here is the same attention three times, on a pool with four query heads per KV head. The third
 # kernel comes in the next section.
@@ -154,8 +153,8 @@ for name, (programs, kernel) in kernels.items():
     print(f"{name:17} programs: {programs}, largest difference to the reference {error:.0e}")
 
 # %% [markdown]
-# The naive kernel reads every key four times, the other two once, as the
-# [appendix](#appendix-counted-not-measured) counts.
+# The naive kernel, with one program per query head like yours, reads every key four times, the
+# other two once. The [appendix](#appendix-counted-not-measured) counts it.
 #
 # A tile is not a block. Blocks of 16 waste little memory (chapter 3), but the hardware prefers
 # tiles of 64 positions. Each position of a tile is looked up in the block table, so a tile may span
@@ -212,7 +211,8 @@ print(f"merged, difference to the whole: {(merge(outputs, log_sums) - whole).abs
 
 # %% [markdown]
 # The library's kernel does the same in base 2, because a GPU has an instruction for $2^x$. It makes
-# as many splits as fill all places, and no more:
+# as many splits as fill all places, and no more, because each writes a partial output that the
+# merge reads again:
 #
 # @@ minipaged.attention.triton.splits.splits_to_fill
 #
@@ -273,13 +273,13 @@ for kept_as, error in error_of.items():
 # GPU finishes one kernel before the next is launched, it waits. A *CUDA graph* records all launches
 # of a step once, and replays them with a single launch. It needs the same grids and addresses each
 # time. So the splits of each sequence are computed on the GPU, and the grid has room for the
-# largest number.
+# largest possible number.
 #
 # ### Measure
 #
-# **No GPU has run these kernels yet.** The figures are counted, not measured, and a floor is not a
-# speed. On a machine with a GPU, this command measures every kernel against the bandwidth of a
-# large copy, and against PyTorch's attention over contiguous keys:
+# **No GPU has run these kernels yet.** All figures for GPUs are counted or computed, and a floor is
+# not a speed. On a machine with a GPU, this command measures every kernel against the bandwidth of
+# a large copy, and against PyTorch's attention over contiguous keys:
 #
 # ```sh
 # minipaged bench kernel --save kernel.json
@@ -337,8 +337,8 @@ assert error > 0.1
 # ### Exercise: empty pieces
 #
 # In the grid, a short sequence gets as many pieces as a long one, so some have no positions. Their
-# log-sum is $-\infty$. Their programs end without writing an output, so its memory holds anything,
-# even NaN. Change `merge_written` so that an empty piece changes nothing (invariant 3).
+# log-sum is $-\infty$. Their programs end without writing, so the memory of their outputs can hold
+# anything, even NaN. Change `merge_written` so that an empty piece changes nothing (invariant 3).
 
 
 # %%
@@ -407,16 +407,6 @@ print("solved" if check_exercise(merge_written) else "not solved yet")
 #
 # No bytes: a group is one head, so each key is read once anyway. Decode does one operation per
 # byte, even further to the left on the roofline. Wide tiles and splits still help.
-#
-# </details>
-#
-# **Why not cut every sequence into 128 pieces, always?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# Each piece writes a partial output, and the merge reads it again. In a piece of a few positions,
-# starting and ending takes most of the time. And if the batch already fills the GPU, more programs
-# only wait for a place.
 #
 # </details>
 #

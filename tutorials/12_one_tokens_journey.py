@@ -175,6 +175,8 @@ chosen = seq.token_ids[-1]
 print(f"it led to  {chosen}, {tokenizer.decode([chosen])!r}")
 
 # %% [markdown]
+# The whole journey:
+#
 # ```mermaid
 # flowchart LR
 #     text[text] -->|tokenizer| ids[token ids]
@@ -422,7 +424,7 @@ for crowd in (1, 64):
 #   decodes in one step, [SGLang](https://arxiv.org/abs/2312.07104) keeps shared prefixes in a radix
 #   tree, and [DistServe](https://arxiv.org/abs/2401.09670) computes prompts and decodes on
 #   different GPUs.
-# # - **Use it.** [Run your own model](../guides/run_your_model.md), or
+# - **Use it.** [Run your own model](../guides/run_your_model.md), or
 #   [write a backend](../guides/write_a_backend.md).
 #
 # Next: [one request through the server](13_one_request_through_the_server.md). After it,

@@ -37,9 +37,8 @@
 #
 # `LLMEngine` may be called by one thread at a time, and a step takes milliseconds. If every
 # client's thread called it, each would wait for the steps of all others. So one thread owns the
-# engine, and steps as long as there are requests. All other threads put messages into its inbox,
-# which it reads between two steps. The results of a step go into one queue per request, from which
-# the client's thread takes them.
+# engine. All other threads put messages into its inbox, which it reads between two steps. The
+# results of a step go into one queue per request, from which the client's thread takes them.
 #
 # ```mermaid
 # flowchart LR
@@ -179,7 +178,7 @@ print(f"first text after {1000 * client.times[0]:.0f} ms, {len(client.times)} ev
 # %% [markdown]
 # ### A client leaves
 #
-# Now a client asks for 200 tokens, reads one, and closes the connection.
+# A client asks for 200 tokens, reads one, and closes the connection.
 
 
 # %%
@@ -213,10 +212,10 @@ memory = Handler.engine.engine.memory
 print(f"{careful} tokens, and {memory.num_blocks - memory.num_free} blocks are still in use")
 
 # %% [markdown]
-# It is more than one token, because the server finds out only when a write fails, and the network
-# buffers the first ones. A server that computes a long prompt does not write at all, so the
-# library's server also watches for the end of the connection. Its engine thread is like yours, but
-# its clients share one event loop (asyncio):
+# It is more than one token: the network buffers what the client does not read, so the first writes
+# after it has left still succeed. A server that computes a long prompt does not write at all, so
+# the library's server also watches for the end of the connection. Its engine thread is like yours,
+# but its clients share one event loop (asyncio):
 #
 # @@ minipaged.serving.async_engine.AsyncEngine._run
 #
@@ -433,8 +432,7 @@ print("solved" if check_exercise(latencies) else "not solved yet")
 #     return first, (last - first) / after_first if after_first else None
 # ```
 #
-# Including the wait for the first token would make TPOT worse the longer the prompt is. The gaps
-# between chunks are another figure, the *inter-token latency* (ITL).
+# The gaps between chunks are another figure, the *inter-token latency* (ITL).
 #
 # </details>
 #
@@ -454,8 +452,8 @@ print("solved" if check_exercise(latencies) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# It runs in another thread, and the engine may be in the middle of a step whose tables refer to the
-# request's blocks. A lock would also work, but the handler would wait for a whole step.
+# It runs in another thread, and the running step may use the request's blocks. A lock would also
+# work, but the handler would wait for a whole step.
 #
 # </details>
 #

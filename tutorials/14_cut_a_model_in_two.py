@@ -290,9 +290,9 @@ for in_one, in_two in zip(answers["one"], answers["two"], strict=True):
 # This process is rank 0. It has the scheduler, the block manager, and half of each matrix. The
 # other process has the other half of each matrix, but no scheduler and no tokenizer. Each allocates
 # a pool of 256 blocks with one KV head. **Block 17 means block 17 on both**, with the keys and
-# values of the same tokens, but of different heads. So nothing in `memory/` and `scheduler/` had to
-# change: they work with block numbers. Each step begins with one broadcast of plain numbers, the
-# paper's *control message*:
+# values of the same tokens, but of different heads. (The same holds for the swap pools.) Nothing in
+# `memory/` and `scheduler/` had to change, because they work with block numbers. Each step begins
+# with one broadcast of plain numbers, the paper's *control message*:
 #
 # @@ minipaged.worker.executor.MultiExecutor.run
 #
@@ -342,13 +342,12 @@ print("decode steps:", differences[2:7], "numbers instead of", whole_sizes[2:7])
 # %% [markdown]
 # The first two messages have the prompts. After them, each sequence has seven numbers in a message,
 # and one more when it gets a block. A whole table has one number per 16 tokens, 6,250 for a
-# sequence of 100,000 tokens. (On the wire, each message has at least 4 kB, because one broadcast of
-# fixed size is quicker than two, of which the first has the length.)
+# sequence of 100,000 tokens.
 #
 # ### What crosses between the ranks
 #
-# After the message, the ranks wait for each other only in the sums. We count them, and their bytes,
-# in a step that decodes four tokens:
+# After the message, the ranks wait for each other only in the sums, and rank 0 for the logits. We
+# count these exchanges, and their bytes, in a step that decodes four tokens:
 
 # %%
 reduced: list[int] = []
@@ -618,13 +617,12 @@ print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 #
 # </details>
 #
-# **A step computes a prompt of 512 tokens. Which of message, all-reduces and gather are larger than
-# in a decode step, and by how much?**
+# **A step computes a prompt of 512 tokens. Which exchanges are larger than in a decode step?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
 # The all-reduces are 512 times as large, since each has a row for every token. The message has 511
-# more tokens, and the prompt's blocks. The gather is the same: only the last row has logits. So the
+# more tokens, and the prompt's blocks. The gather is the same, for one row of logits. So the
 # bandwidth between the ranks matters for prompts, and the latency for decode steps.
 #
 # </details>
