@@ -27,10 +27,10 @@
 # ## Predict
 #
 # Blocks have 4 slots. Four sequences of 1, 4, 5 and 16 tokens decode one token each, with 4 query
-# heads; each pair of them shares a KV head.
+# heads over 2 KV heads.
 #
 # - With one program per sequence and head: how many programs are there, and how many blocks of one
-#   head's keys do they read together?
+#   head's keys do they read in total?
 # - You forget to hide the scores after the end of a sequence. Which of the four outputs are still
 #   right?
 # - You read every position through the first entry of the block table. Which are right then?
@@ -38,22 +38,20 @@
 # ## Build it: a kernel of your own
 #
 # A *GPU* runs thousands of copies of one short *program* in parallel, in no defined order. Each
-# program works on whole *tiles* of elements. Its threads share a tile: each thread holds many
-# elements of it, and all threads do the same thing at the same time. The memory is large and far
-# away: in the time it takes to load one number, the GPU can do hundreds of operations. So a program
-# should read little, in wide pieces, and each element once.
+# works on whole *tiles* of elements. The memory is far away: in the time it takes to load one
+# number, the GPU can do hundreds of operations. So a program should read each element once, and
+# many neighbours at a time.
 #
 # *Triton* is a language for such programs that looks like Python. Python does not run a function
 # under `@triton.jit` (a *kernel*). Triton compiles it for the GPU, and `kernel[grid](...)` starts
 # one program for each place in the *grid*. On a machine without a GPU, Triton's *interpreter* runs
-# the same text on the CPU, one program after another, tile by tile with NumPy. That is slow, but
-# good for checking every index. An environment variable turns it on. It must be set before Triton
-# is imported:
+# the same text on the CPU with NumPy, one program after another. That is slow, but good for
+# checking every index. This turns it on:
 
 # %%
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import drawing
 import torch
@@ -69,14 +67,14 @@ import triton.language as tl
 # %% [markdown]
 # ### Load, mask, store
 #
-# The simplest useful kernel copies blocks, as copy-on-write needs it (chapter 7). Each program
-# copies one block. `tl.program_id(0)` is the number of the program. A tensor passed to a kernel
-# arrives as the *address* of its first element, and adding `n` to it gives the address of the
-# element `n` places further on. `tl.arange(0, CHUNK)` is a tile of the numbers 0, 1, 2, ..., so
+# The simplest useful kernel copies one block per program, for copy-on-write (chapter 7).
+# `tl.program_id(0)` is the number of the program. A tensor passed to a kernel arrives as the
+# *address* of its first element, and adding `n` gives the address of the element `n` places further
+# on. `tl.arange(0, CHUNK)` is a tile of the numbers 0, 1, 2, ..., so
 # `pool + start + tl.arange(0, CHUNK)` is a tile of addresses, and `tl.load` reads all of them.
 #
 # The size of a tile must be a power of two and known when the kernel is compiled (`tl.constexpr`).
-# Blocks can have any size. If the last tile reaches past the end of the block, a *mask* excludes
+# Blocks can have any size, so the last tile may reach past the end of the block. A *mask* excludes
 # the elements outside.
 
 
@@ -102,15 +100,15 @@ print("blocks 0 and 3 are copied to 1 and 4, and no other block has changed")
 
 # %% [markdown]
 # 80 elements are one tile of 64 and a quarter of the next. Without the mask, the second tile of
-# block 1 would continue into block 2, which may belong to another sequence. The GPU would not
-# report it.
+# block 1 would overwrite block 2, which may belong to another sequence. The GPU would not report
+# it.
 #
 # ### Scores of one block
 #
 # Tiles can have rows and columns: `[:, None]` makes a tile a column, `[None, :]` a row, as in
-# NumPy. The keys of a block are a tile of `SLOTS` rows and `DIM` columns. One query times each key
-# gives the scores (chapter 1). They need a mask, too: an empty slot gets the score $-\infty$, so
-# that the softmax will give it the weight 0.
+# NumPy. The keys of a block are a tile of `SLOTS` rows and `DIM` columns. The query times each key
+# gives the scores (chapter 1). An empty slot gets the score $-\infty$, so that the softmax gives it
+# the weight 0.
 
 
 # %%
@@ -134,55 +132,43 @@ scores_kernel[(1,)](out, query, keys, 3, 0.25, SLOTS=4, DIM=16)
 assert torch.allclose(out[:3], 0.25 * keys[:3] @ query[0], atol=1e-6)
 
 # %% [markdown]
-# `tl.device_print` shows what is inside a kernel. It prints the number of the program and the tile.
-# It works on a GPU as well, with one line per element. The fourth score is $-\infty$: the slot is
-# empty.
+# `tl.device_print` prints the number of the program and the tile. (On a GPU, it prints one line per
+# element.) The fourth score is $-\infty$, because the slot is empty.
 #
 # ### Through the block table
 #
 # Now the whole kernel. One program serves one sequence and one head, with a single tile that has a
-# row for each position. A block table turns each position into a row of the tile: the entry
-# `positions // BLOCK_SIZE` is the physical block, and `positions % BLOCK_SIZE` the slot in it. The
-# rows need not be neighbours in memory, since each has an address of its own.
+# row for each position. The row of a position is in physical block
+# `block_table[position // BLOCK_SIZE]`, slot `position % BLOCK_SIZE`. Each row has an address of
+# its own, so the rows need not be neighbours in memory.
 #
 # A layer's keys are one tensor `[num_blocks, kv_heads, block_size, head_dim]`. To find an element
 # in it, start at the address of the first, and for every axis add index times *stride*: the number
-# of elements from one index to the next. There is no other arithmetic:
+# of elements from one index to the next.
 
 # %% Where the elements of one key are: block 4, KV head 1, slot 2, and the stride of each axis
-levels = [("block", 6, 4, 128), ("KV head", 2, 1, 64), ("slot", 4, 2, 16)]
+levels = [("block", 6, 4, 128), ("KV head", 2, 1, 64), ("slot", 4, 2, 16), ("", 16, None, 1)]
 figure, axes = drawing.picture(7.2, 3.2)
 for line, (axis, count, chosen, stride) in enumerate(levels):
     for index in range(count):
-        face, ink = ("none", drawing.GREY) if index != chosen else (drawing.COLOURS[0], "white")
+        face, ink = ("C0", "white") if index == chosen else ("none", drawing.GREY)
         axes.barh(-line, 1 / count, left=index / count, height=0.5, color=face, edgecolor="#808080")
-        middle = (index + 0.5) / count
-        axes.text(middle, -line, f"{axis} {index}", ha="center", va="center", color=ink)
+        name, middle = f"{axis} {index}" if axis else 608 + index, (index + 0.5) / count
+        axes.text(middle, -line, name, ha="center", va="center", color=ink, fontsize=8)
     axes.text(1.02, -line, f"stride {stride}", va="center")
-    for side in (0, 1):  # the chosen part, enlarged in the next line
-        ends = [(chosen + side) / count, side]
-        axes.plot(ends, [-line - 0.25, -line - 0.75], color=drawing.GREY, lw=0.7)
-for number in range(16):
-    axes.barh(-3, 1 / 16, left=number / 16, height=0.5, color="none", edgecolor="#808080")
-    axes.text((number + 0.5) / 16, -3, 608 + number, ha="center", va="center", fontsize=8)
-axes.text(1.02, -3, "stride 1", va="center")
+    if chosen is not None:  # enlarged in the next line
+        for side in (0, 1):
+            ends = [(chosen + side) / count, side]
+            axes.plot(ends, [-line - 0.25, -line - 0.75], color=drawing.GREY, lw=0.7)
 axes.text(0.5, -3.6, "4 · 128 + 1 · 64 + 2 · 16 = 608, the first element of the key", ha="center")
 axes.set(xlim=(-0.01, 1.2), ylim=(-3.8, 0.4))
 axes.axis("off")
 
 # %% [markdown]
-# The block number comes from the table as 32 bits, and the kernel converts it to 64 bits before it
-# multiplies. The reason: Llama 3 8B has 8 KV heads of 128 elements, so a block of 16 slots has
-# 16,384 elements of one layer's keys. In 32 bits the product overflows at block 131,072, where the
-# layer's keys fill 4 GiB in half precision. A large GPU has more than that:
-
-# %%
-block = torch.tensor(131_072, dtype=torch.int32)
-print("in 32 bits:", (block * 16_384).item())
-print("in 64 bits:", (block.long() * 16_384).item())
-
-# %% [markdown]
-# A negative offset reads memory before the tensor. With a small pool, no test notices.
+# The kernel converts the table's 32-bit block numbers to 64 bits before it multiplies them by a
+# stride. For Llama 3 8B (8 KV heads of 128 elements, blocks of 16 slots) the stride of a block is
+# 16,384. In 32 bits the product overflows at block 131,072, where a layer's keys fill 4 GiB in half
+# precision, and a large GPU has more than that. With a small pool no test would notice.
 #
 # Here is the kernel. Type it, and check the shape in each comment:
 
@@ -219,9 +205,9 @@ def paged_decode_kernel(
 
 
 # %% [markdown]
-# A *launcher* goes around it: plain Python, with the signature that every attention of this library
-# has. It expects a batch of sequences with one query each, so the length of each sequence is what
-# is in the cache and one more. The tile must be large enough for the longest.
+# Its *launcher* is plain Python, with the signature of every attention in this library. Each
+# sequence has one query, so its length is one more than what is in the cache. The tile must be
+# large enough for the longest.
 
 # %%
 from collections.abc import Callable
@@ -254,15 +240,14 @@ def launched(kernel: Any) -> Attention:
 
 
 # %% [markdown]
-# Always ask a tensor for its strides, and never compute them from its shape: it may be a part of a
-# larger one.
+# Never compute strides from a shape: the tensor may be a part of a larger one.
 #
 # ### An adversarial test
 #
-# Random numbers in a tidy pool find few mistakes. Our test has shuffled blocks, NaN in every free
-# block, and large finite values in the empty slots of last blocks, which must get the weight zero.
-# Entries after the end of a block table are no valid block numbers. And the lengths are the four at
-# which something changes.
+# Random numbers in a tidy pool find few mistakes. Our test shuffles the blocks and puts NaN in
+# every free one. Empty slots of last blocks hold large finite values, which must get the weight 0.
+# Entries after the end of a block table are invalid. And something changes at each of the four
+# lengths.
 
 # %%
 from minipaged.attention.batch import BatchBuilder
@@ -306,28 +291,25 @@ assert max(errors(mine)) < 1e-5
 # %% Blocks that each program reads: a row per program, a column per block and KV head
 from matplotlib.colors import ListedColormap
 
-reads = torch.zeros(len(LENGTHS) * HEADS, 10 * KV_HEADS)
-for row in range(len(reads)):
-    sequence, kv_head = row // HEADS, row % HEADS // (HEADS // KV_HEADS)
-    for block in tables[sequence]:
-        reads[row, KV_HEADS * block + kv_head] = 1 + kv_head
+reads = torch.zeros(16, 20)
+for row in range(16):
+    kv_head = row % 4 // 2
+    for block in tables[row // 4]:
+        reads[row, 2 * block + kv_head] = 1 + kv_head
 
 figure, axes = drawing.picture(7.2, 3.6)
 colours = ListedColormap(["none", *drawing.COLOURS[:2]])
-axes.pcolormesh(reads, cmap=colours, edgecolors="#80808050", linewidth=0.5)
+axes.pcolormesh(reads, cmap=colours, edgecolors="#80808050")
 names = [f"sequence {'ABCD'[row // 4]}, head {row % 4}" for row in range(16)]
 axes.set_yticks([row + 0.5 for row in range(16)], names, fontsize=7)
-axes.set_xticks([2 * block + 1 for block in range(10)], range(10))
-axes.hlines([4, 8, 12], 0, 20, color=drawing.GREY, lw=1)
-axes.vlines(range(2, 20, 2), 0, 16, color=drawing.GREY, lw=0.6)
+axes.set_xticks(range(1, 20, 2), range(10))
+axes.hlines([4, 8, 12], 0, 20, color=drawing.GREY)
 axes.set(xlabel="physical block: keys of KV head 0 (left) and of KV head 1 (right)")
 axes.invert_yaxis()
-axes.tick_params(length=0)
 
 # %% [markdown]
-# Each of the sixteen programs finds its blocks wherever they are. Programs of one group read the
-# same: heads 0 and 1 of a sequence both read KV head 0. Every key is read twice here. Chapter 11
-# begins with that.
+# Each of the sixteen programs finds its blocks wherever they are. Heads 0 and 1 of a sequence both
+# read KV head 0, so every key is read twice. Chapter 11 changes that.
 #
 # ### Run the model on it
 #
@@ -343,11 +325,10 @@ calls = {"mine": 0, "reference": 0}
 def mine_if_it_can(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float
 ) -> Tensor:
-    if batch.has_prefills:
-        calls["reference"] += 1
-        return reference_paged_attention(q, k_cache, v_cache, batch, scale)
-    calls["mine"] += 1
-    return mine(q, k_cache, v_cache, batch, scale)
+    name = "reference" if batch.has_prefills else "mine"
+    calls[name] += 1
+    attention = {"mine": mine, "reference": reference_paged_attention}[name]
+    return attention(q, k_cache, v_cache, batch, scale)
 
 
 story = "Once upon a time Theo the frog put the white key in the meadow."
@@ -361,29 +342,26 @@ for output in served:
 print(calls)
 
 # %% [markdown]
-# Attention is called once for each of the four layers. Two steps had a prompt in them and went to
-# the reference (the second request waits one step, to share the story's block with the first:
-# chapter 8). The three others ran on your kernel.
+# Attention is called once for each of the four layers. Two steps had a prompt and went to the
+# reference (the second request waits one step, to share the story's block: chapter 8). The three
+# others ran on your kernel.
 #
-# One tile for a whole sequence is simple, but it limits the length: a tile of 1,024 positions with
-# 64 elements of 4 bytes takes 256 KiB, as much as all registers of a GPU's multiprocessor. The
-# library's plain kernel walks the block table instead. It has a tile per block, and keeps three
-# results from block to block, as in chapter 4. You write that one in [lab 8](labs/08.md). It also
-# handles prompts, 8-bit pools and heads of any size, and needs no strides of the pool. Compare its
-# launcher with yours:
+# One tile for a whole sequence is simple, but limits the length: 1,024 positions with 64 elements
+# of 4 bytes take 256 KiB, which fills all registers of one of a GPU's multiprocessors (chapter 11).
+# The library's plain kernel walks the block table instead. It has a tile per block, and keeps three
+# results from block to block, as in chapter 4. It also handles prompts, 8-bit pools and heads of
+# any size. You write its body in [lab 8](labs/08.md). Compare its launcher with yours:
 #
 # @@ minipaged.attention.triton.naive_decode.naive_paged_attention
 #
 # ### Limits of the interpreter
 #
-# The interpreter runs one program after another, so two that write to the same place never collide.
-# No test here checks invariant 3; you have to reason about it. The interpreter tells you nothing
-# about speed. And in a few places its results differ from a GPU's. It multiplies the bit patterns
-# of bfloat16 in `tl.dot` as if they were integers, truncates bfloat16 where a GPU rounds, and loses
-# a carry when it stores float8 ([kernels](../kernels.md), "What was tried"). With float32, as here,
-# it agrees. Under the interpreter, a plain `print` works in a kernel, and so does `breakpoint()`.
-# Before you trust a kernel, run its tests on a GPU as well: the library's
-# `tests/attention/test_triton.py` uses a GPU where there is one, and the interpreter elsewhere.
+# The interpreter tells you nothing about speed. It runs one program after another, so two that
+# write to the same place never collide: you have to reason about invariant 3. With float32, as
+# here, its results agree with a GPU's, but not with smaller types: in bfloat16, `tl.dot` multiplies
+# bit patterns instead of values ([kernels](../kernels.md), "What was tried", lists the others). In
+# return, `print` and `breakpoint()` work in an interpreted kernel. Before you trust a kernel, run
+# its tests on a GPU as well (the library's are in `tests/attention/test_triton.py`).
 #
 # ## Check
 #
@@ -398,8 +376,7 @@ print("same tokens, and every block is free")
 
 # %% [markdown]
 # Is the test worth anything? Change one line of your kernel at a time, as a tired person would, and
-# see which lengths notice. (The changed text goes into a file of its own, since Triton reads a
-# kernel's source.)
+# see which lengths notice. (Triton reads source files, so the changed text goes into one.)
 
 # %%
 import inspect
@@ -411,7 +388,7 @@ MISTAKES = {
     "scores after the end not hidden": ("scores = tl.where(in_seq, scores, float('-inf'))", "pass"),
     "first entry of the table only": ("positions // BLOCK_SIZE", "positions // LENGTH"),
     "stride of another axis": ("kv_head * head_stride", "kv_head * slot_stride"),
-    "every head its own KV head": ("head // GROUP", "head % 2"),
+    "heads 0 and 2 share a KV head": ("head // GROUP", "head % 2"),
 }
 source = inspect.getsource(paged_decode_kernel.fn).replace('"', "'")
 print(f"{'largest error':31}", *(f"length {length:2}" for length in LENGTHS))
@@ -434,10 +411,10 @@ with tempfile.TemporaryDirectory() as folder:
 # ### Exercise: store the new keys
 #
 # Before attention, a step writes its new keys and values into their slots (the paper's "fused
-# reshape and block write", section 5.1). One program copies the key of one token and one KV head.
-# `slots` has the slot of each token, counted through the whole pool: `block * BLOCK_SIZE + offset`.
-# The pool has no gaps and the layout `[num_blocks, kv_heads, block_size, head_dim]`. At which
-# element does the key begin?
+# reshape and block write", section 5.1). One program copies one token's key of one KV head. `slots`
+# has the slot of each token, counted through the whole pool: `block * BLOCK_SIZE + offset`. The
+# pool has no gaps and the layout `[num_blocks, kv_heads, block_size, head_dim]`. At which element
+# does the key begin?
 
 
 # %%
@@ -461,7 +438,7 @@ from minipaged.attention.reference import store_kv
 def check_exercise(kernel) -> bool:
     """Store 7 tokens into pools of several shapes, and compare with the library's store_kv."""
     solved = True
-    for kv_heads, block_size, head_dim in ((1, 4, 16), (2, 4, 16), (3, 5, 32), (8, 16, 64)):
+    for kv_heads, block_size, head_dim in ((1, 4, 16), (2, 4, 16), (3, 5, 32)):
         batch = BatchBuilder(1, 3, block_size).build([SequenceInput(0, [0] * 7, 2, [4, 1, 5])])
         new = torch.arange(1.0, 1 + 7 * kv_heads * head_dim).view(7, kv_heads, head_dim)
         yours, right = torch.zeros(2, 6, kv_heads, block_size, head_dim)
@@ -483,7 +460,7 @@ print("solved" if check_exercise(store_kernel) else "not solved yet")
 # <details markdown="1"><summary>Hint</summary>
 #
 # With one KV head, slot after slot is right. With two, the keys of KV head 1 begin only after all
-# slots that the block has for KV head 0. Which block and which offset does the slot stand for?
+# slots that the block has for KV head 0. First compute the block and the offset of the slot.
 #
 # </details>
 #
@@ -512,10 +489,9 @@ print("solved" if check_exercise(store_kernel) else "not solved yet")
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # There are 16 programs: 4 sequences times 4 heads. The sequences have 1, 1, 2 and 4 blocks, and
-# each of 4 heads reads those of its sequence: 32 blocks of one head's keys, and as many of values.
-# Without the mask, only the sequence of 16 tokens is right, because it fills the tile of 16
-# positions. With the first entry only, those of 1 and 4 tokens are right, because they have one
-# block.
+# each of 4 heads reads those of its sequence: 32 blocks of one head's keys. Without the mask, only
+# the sequence of 16 tokens is right, because it fills the tile of 16 positions. With the first
+# entry only, those of 1 and 4 tokens are right, because they have one block.
 #
 # </details>
 #
@@ -525,20 +501,10 @@ print("solved" if check_exercise(store_kernel) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A score of $-\infty$ makes the weight 0, and 0 times a finite number is 0. The engine keeps empty
-# slots finite: it clears a block before a sequence writes its first slot. A kernel that masks its
-# loads works without this: the mask gives zeros even where memory holds NaN, and saves the read.
-# The block table needs the mask, too. After its end there is no valid block number.
-#
-# </details>
-#
-# **Can all scores of a program be $-\infty$?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# Only if its sequence had no token. Then the largest score would be $-\infty$ as well, and
-# $e^{-\infty - (-\infty)}$ is NaN. A sequence that decodes has at least the token itself. Chapter
-# 11 cuts sequences into pieces, and there the question returns.
+# A score of $-\infty$ makes the weight 0, and 0 times a finite value is 0, but 0 times NaN is NaN.
+# The engine keeps empty slots finite: it clears a block before a sequence writes its first slot. A
+# kernel that masks its loads does not depend on this, and saves the read. The block table needs the
+# mask, too: after its end there is no valid block number.
 #
 # </details>
 #
@@ -546,17 +512,17 @@ print("solved" if check_exercise(store_kernel) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# `tl.arange` accepts powers of two only. So the tile gets 128 columns and a mask `dims < 80` in
-# every load and in the store, with 0 for the others, which add nothing to a sum of products. In the
-# library's kernels this is `WIDTH`. Block sizes need no change here: `LENGTH` counts positions.
+# `tl.arange` accepts powers of two only. So the tile gets 128 columns, and every load and the store
+# get a mask `dims < 80`. Masked columns load 0, which adds nothing to a sum of products. The
+# library's kernels call this size `WIDTH`. Block sizes need no change: `LENGTH` counts positions.
 #
 # </details>
 #
 # ## Results
 #
 # What attention moves for the four sequences of the test, in elements of keys and values. The
-# reference gathers: it reads each element, writes it to contiguous memory, and reads it again. (It
-# takes whole blocks, including empty slots.)
+# reference gathers: it reads each element (of whole blocks), writes it to contiguous memory, and
+# reads it again.
 
 # %%
 a_slot = 2 * KV_HEADS * HEAD_DIM  # elements of one token's keys and values

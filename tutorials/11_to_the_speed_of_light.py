@@ -31,11 +31,11 @@
 # - One sequence decodes on a GPU that runs 528 programs at a time. With one program per sequence
 #   and KV head, how many programs are there?
 #
-# ## Build it: a floor, and a ladder of kernels
+# ## Build it: a floor, and three kernels
 #
 # A sequence of $L$ tokens decodes one token, with $H$ query heads over $K$ KV heads of $D$ elements
-# of $b$ bytes. It must read all keys and values. For every query head that shares a key, it does
-# one multiplication and one addition per element of the key, and the same for values:
+# of $b$ bytes. It must read all keys and values. Every query head does one multiplication and one
+# addition per element of each key, and as many for values:
 #
 # $$
 # \text{bytes} = 2 L K D b, \qquad \text{operations} = 4 L H D, \qquad
@@ -43,15 +43,14 @@
 # $$
 #
 # The quotient does not contain $L$: decode attention does few operations per byte, however long the
-# sequence is. A prompt is different. Its $L$ queries share what is read, and the quotient is
-# $L H / ((K + H) b)$, which grows with the length (half of the pairs are hidden; queries and
-# results are read and written, too).
+# sequence is. The $L$ queries of a prompt share what is read, so its quotient grows with the
+# length. It is $L H / ((K + H) b)$, counting the visible half of the pairs, and the queries and
+# results that are also moved.
 #
 # A *roofline* draws this. On the left the memory is the limit: operations per second are bandwidth
-# times operations per byte. On the right the arithmetic is. The dots are decode with 1, 4 and 8
-# query heads per KV head, and whole prompts of Llama 3 8B, on the line of the H100. The peak
-# numbers are those of NVIDIA's data sheets, for dense matrices in bfloat16; no program quite
-# reaches them.
+# times operations per byte. On the right the arithmetic is. The dots on the H100's line are decode
+# with 1, 4 and 8 query heads per KV head, and prompts of Llama 3 8B. The peaks are from NVIDIA's
+# data sheets, for dense matrices in bfloat16; no program quite reaches them.
 
 # %% The roofline of three GPUs: decode sits far to the left, where only bytes count
 import math
@@ -65,20 +64,12 @@ GPUS = {  # bytes per second, operations per second
 }
 
 
-def decode_intensity(heads: int, kv_heads: int, num_bytes: int = 2) -> float:
-    return 2 * heads / (kv_heads * num_bytes)
-
-
-def prefill_intensity(length: int, heads: int, kv_heads: int, num_bytes: int = 2) -> float:
-    return length * heads / ((kv_heads + heads) * num_bytes)
-
-
-points = {
-    "decode, 1": decode_intensity(40, 40),
-    "decode, 4": decode_intensity(32, 8),
-    "decode, 8": decode_intensity(64, 8),
-    "prompt of 512": prefill_intensity(512, 32, 8),
-    "prompt of 2,048": prefill_intensity(2048, 32, 8),
+points = {  # operations per byte, with 2 bytes per element
+    "decode, 1": 2 * 40 / (40 * 2),
+    "decode, 4": 2 * 32 / (8 * 2),
+    "decode, 8": 2 * 64 / (8 * 2),
+    "prompt of 512": 512 * 32 / ((8 + 32) * 2),
+    "prompt of 2,048": 2048 * 32 / ((8 + 32) * 2),
 }
 figure, axes = drawing.picture(7.2, 3.6)
 xs = [2 ** (power / 4) for power in range(-4, 45)]
@@ -101,34 +92,22 @@ for name, (bandwidth, operations) in GPUS.items():
     print(f"{share:.1%} of them used by decode with 4 query heads per KV head")
 
 # %% [markdown]
-# For decode, the arithmetic is free. The *floor* is bytes divided by bandwidth. To come near it, a
-# kernel must read each byte once, and have so many reads in flight that the memory never waits.
-# These are the next two steps.
+# For decode, the arithmetic is free. The *floor* of its time is bytes divided by bandwidth. To come
+# near it, a kernel must read each byte once, and keep so many reads in flight that the memory never
+# waits.
 #
 # ### Read each key once
 #
-# In *grouped-query attention* (GQA) several query heads share a KV head. Chapter 10 gave each query
-# head a program, and each of them read the same keys. The library's `decode` has one program per
-# *KV* head:
+# Chapter 10 gave each query head a program, and the heads that share a KV head (*grouped-query
+# attention*, GQA) all read the same keys. The library's `decode` has one program per *KV* head,
+# which serves all query heads of the group. They are the rows of one matrix, a tile of keys is
+# another, and `tl.dot` multiplies them in one operation. A GPU has matrix units for that, the
+# *tensor cores*. They take at least 16 rows, so with four heads per group twelve rows are zeros.
+# The wasted arithmetic is free, the saved reads are not. (A GPU's cache catches some of the
+# repeated reads, depending on the order of execution.)
 #
-# ```mermaid
-# flowchart LR
-#   q0["head 0: a program"] --> k0[(keys)]
-#   q1["head 1: a program"] --> k0
-#   q2["head 2: a program"] --> k0
-#   q3["head 3: a program"] --> k0
-#   q["heads 0 to 3: one program"] --> k1[(keys)]
-# ```
-#
-# The query heads of a group are the rows of one matrix, a tile of keys is another, and `tl.dot`
-# multiplies them in one operation. That is also what the *tensor cores* do, the matrix units which
-# hold nearly all of a GPU's arithmetic. They take at least 16 rows, so with four heads per group
-# twelve rows are zeros. The wasted arithmetic is free, the saved reads are not. (On a GPU a cache
-# catches some of the naive kernel's repeated reads. How many depends on the order of execution, so
-# do not rely on it.)
-#
-# Here is the ladder: the same attention three times, on a pool with four query heads per KV head.
-# The third kernel comes in the next section.
+# Here is the same attention three times, on a pool with four query heads per KV head. The third
+# kernel comes in the next section.
 
 # %%
 import os
@@ -174,22 +153,22 @@ for name, (programs, kernel) in kernels.items():
     print(f"{name:17} programs: {programs}, largest difference to the reference {error:.0e}")
 
 # %% [markdown]
-# The naive kernel reads every key four times, the other two once: the
-# [appendix](#appendix-counted-not-measured) counts it.
+# The naive kernel, with one program per query head like yours, reads every key four times, the
+# other two once. The [appendix](#appendix-counted-not-measured) counts it.
 #
-# A tile is not a block. Blocks of 16 waste little memory (chapter 3), but the hardware prefers to
-# load and multiply tiles of 64 positions. Each position of a tile is looked up in the block table
-# on its own, so a tile may span several blocks.
+# A tile is not a block. Blocks of 16 waste little memory (chapter 3), but the hardware prefers
+# tiles of 64 positions. Each position of a tile is looked up in the block table, so a tile may span
+# several blocks.
 #
 # ### Split long sequences
 #
 # Packing leaves fewer programs: sequences times KV heads. An H100 has 132 *multiprocessors* (SMs),
-# and each runs several programs at a time: four of `decode`, as the appendix shows. One sequence
-# over 8 KV heads gives 8 programs for 528 places, and the memory waits. So a sequence is cut into
-# *splits* of neighbouring positions, with one program each (this is known as flash-decoding, or
-# split-KV). Each program computes its output as if it had all the keys, and a second kernel merges
-# the outputs. Write both parts in PyTorch first. A piece returns its output, and the logarithm of
-# the sum of its weights:
+# and each runs four programs of `decode` at a time. One sequence over 8 KV heads gives 8 programs
+# for 528 places, and the memory waits. So a sequence is cut into *splits* of neighbouring
+# positions, with one program each (this is known as flash-decoding, or split-KV). Each program
+# computes its output as if there were no other keys, and a second kernel merges the outputs. Write
+# both parts in PyTorch first. A piece returns its output, and the logarithm of the sum of its
+# weights:
 
 
 # %%
@@ -212,10 +191,10 @@ def merge(outputs: Tensor, log_sums: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# Why is this exact? Piece $p$ has divided by its own sum $S_p = \sum_i e^{s_i}$, and the whole
-# would have divided by the sum over all pieces. So the whole is $\sum_p S_p o_p / \sum_p S_p$, an
-# average of the pieces' outputs, each weighted by its sum. The sums themselves would overflow. So
-# we keep their logarithms, and subtract the largest before the exponential.
+# Why is this exact? Piece $p$ has divided by its own sum $S_p = \sum_i e^{s_i}$. The whole would
+# have divided by the sum over all pieces, so it is $\sum_p S_p o_p / \sum_p S_p$: an average of the
+# pieces' outputs, each weighted by its sum. The sums themselves would overflow. So we keep their
+# logarithms, and subtract the largest before the exponential.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -231,16 +210,16 @@ outputs, log_sums = (torch.stack(each) for each in zip(*pieces, strict=True))
 print(f"merged, difference to the whole: {(merge(outputs, log_sums) - whole).abs().max():.0e}")
 
 # %% [markdown]
-# The library's kernel does the same in base 2, because a GPU has an instruction for $2^x$. How many
-# splits? As many as fill all places with programs, and no more, or the last programs would wait for
-# a place:
+# The library's kernel does the same in base 2, because a GPU has an instruction for $2^x$. It makes
+# as many splits as fill all places, and no more, because each writes a partial output that the
+# merge reads again:
 #
 # @@ minipaged.attention.triton.splits.splits_to_fill
 #
-# On an H100 with 8 KV heads, a batch of 64 needs no split, and one sequence alone gets 66. By
-# length, the library also splits at least every 4,096 positions, because one long sequence among
-# many short ones would otherwise be read by eight programs after all others have ended. It never
-# makes pieces below 256 positions.
+# On an H100 with 8 KV heads, a batch of 64 needs no split, and one sequence alone gets 66. Every
+# sequence is also split at least every 4,096 positions. Otherwise the eight programs of one long
+# sequence would still run when all short ones have ended. No piece but the last has fewer than 256
+# positions.
 #
 # The model also runs on your pieces. Here every sequence is cut after each 16 positions, far more
 # often than is sensible:
@@ -275,7 +254,7 @@ for output in served:
 # %% [markdown]
 # ### Read fewer bytes
 #
-# When bytes are the floor, halve the bytes. With `kv_cache_dtype="int8"`, a key is stored as 8-bit
+# With `kv_cache_dtype="int8"`, a key is stored as 8-bit
 # elements and one scale: 132 bytes instead of 256. The kernels do not multiply each key by its
 # scale: since $q \cdot (c\,k) = c\,(q \cdot k)$, they multiply the score, once. It costs some
 # accuracy. This is the error of attention over 1,024 random keys, compared with float64:
@@ -290,25 +269,24 @@ for kept_as, error in error_of.items():
 # %% [markdown]
 # ### Launch fewer kernels
 #
-# Launching a kernel costs the host a few microseconds, and a decode step has hundreds of launches.
-# If the GPU finishes one kernel before the next is launched, it waits. A *CUDA graph* records all
-# launches of a step once, and replays them with a single launch. It needs the same grids and
-# addresses each time. That is why the splits of each sequence are computed on the GPU, from lengths
-# in its memory, and the grid has room for the largest possible number.
+# A decode step has hundreds of kernel launches, and each costs the host a few microseconds. If the
+# GPU finishes one kernel before the next is launched, it waits. A *CUDA graph* records all launches
+# of a step once, and replays them with a single launch. It needs the same grids and addresses each
+# time. So the splits of each sequence are computed on the GPU, and the grid has room for the
+# largest possible number.
 #
 # ### Measure
 #
-# **No GPU has run these kernels yet.** The byte, wave and register figures are counted, not
-# measured, and a floor is not a speed. On a machine with a GPU, this command measures every kernel
-# against the bandwidth of a large copy, and against PyTorch's attention over contiguous keys:
+# **No GPU has run these kernels yet.** All figures for GPUs are counted or computed, and a floor is
+# not a speed. On a machine with a GPU, this command measures every kernel against the bandwidth of
+# a large copy, and against PyTorch's attention over contiguous keys:
 #
 # ```sh
 # minipaged bench kernel --save kernel.json
 # ```
 #
-# You can measure against a floor where you are. A CPU has one, too: the bytes of keys and values,
-# divided by the bandwidth of a large copy. Here is the library's PyTorch attention, with 32
-# sequences of 1,024 tokens in float32:
+# A CPU has a floor, too: the bytes of keys and values, divided by the bandwidth of a large copy.
+# Here is the library's PyTorch attention, with 32 sequences of 1,024 tokens in float32:
 
 # %%
 from minipaged.attention.backend import BACKENDS
@@ -327,9 +305,8 @@ print(f"{read_bytes / 1e6:.0f} MB of keys and values")
 print(f"attention reaches about {floor_seconds / seconds['attention']:.0%} of the copy's bandwidth")
 
 # %% [markdown]
-# Your figure will differ, and it changes from run to run. The gap between it and 100 % is the room
-# for a better kernel, and no kernel can gain more than that. [Fast on a plain CPU](../speed.md)
-# does this for a whole step.
+# Your figure changes from run to run. The gap to 100 % is all that a better kernel could gain.
+# [Fast on a plain CPU](../speed.md) does this for a whole step.
 #
 # ## Check
 #
@@ -352,23 +329,16 @@ print("same outputs, same tokens, and the pieces merge exactly")
 # The classic mistake is to forget that each piece was divided by its own sum:
 
 # %%
-lengths = torch.tensor([256.0, 256, 256, 232], dtype=torch.float64)
-wrong = {
-    "a plain average": outputs.mean(dim=0),
-    "weighted by their lengths": (lengths[:, None, None] * outputs).sum(dim=0) / lengths.sum(),
-}
-for name, answer in wrong.items():
-    error = ((answer - whole).norm() / whole.norm()).item()
-    print(f"{name:26} is off by {error:.0%}")
-    assert error > 0.1, f"not noticed: {name}"
+error = ((outputs.mean(dim=0) - whole).norm() / whole.norm()).item()
+print(f"a plain average of the pieces is off by {error:.0%}")
+assert error > 0.1
 
 # %% [markdown]
 # ### Exercise: empty pieces
 #
-# A batch of a long and a short sequence has the same number of pieces for both, so some pieces of
-# the short one have no positions. Their log-sum is $-\infty$. Their program ends without writing an
-# output, so the memory for it holds anything, even NaN. Change `merge_written` so that an empty
-# piece changes nothing (invariant 3).
+# In the grid, a short sequence gets as many pieces as a long one, so some have no positions. Their
+# log-sum is $-\infty$. Their programs end without writing, so the memory of their outputs can hold
+# anything, even NaN. Change `merge_written` so that an empty piece changes nothing (invariant 3).
 
 
 # %%
@@ -382,17 +352,13 @@ def check_exercise(merge_written) -> bool:
     """Compare with attention over all positions, with empty pieces at several places."""
     solved = True
     for lengths in ([300, 232], [256, 0, 256, 20], [0, 0, 500], [7, 0, 1, 0]):
-        whole, _ = attend_to_piece(q, keys[: sum(lengths)], values[: sum(lengths)], 0.125)
+        k, v = keys[: sum(lengths)], values[: sum(lengths)]
+        whole, _ = attend_to_piece(q, k, v, 0.125)
         outputs = torch.full((len(lengths), 4, 64), torch.nan, dtype=torch.float64)
         log_sums = torch.full((len(lengths), 4), -torch.inf, dtype=torch.float64)
-        start = 0
-        for number, length in enumerate(lengths):
-            if length:
-                piece = slice(start, start + length)
-                outputs[number], log_sums[number] = attend_to_piece(
-                    q, keys[piece], values[piece], 0.125
-                )
-            start += length
+        for number, pair in enumerate(zip(k.split(lengths), v.split(lengths), strict=True)):
+            if lengths[number]:
+                outputs[number], log_sums[number] = attend_to_piece(q, *pair, 0.125)
         yours = merge_written(outputs, log_sums)
         error = torch.inf if yours is None else (yours - whole).abs().max().item()
         print(f"pieces of {lengths}: error, yours: {error:.0e}, expected: below 1e-12")
@@ -412,8 +378,7 @@ print("solved" if check_exercise(merge_written) else "not solved yet")
 #
 # <details markdown="1"><summary>Solution</summary>
 #
-# 0 times NaN is NaN, so a share of 0 is not enough. The output of an empty piece must not be read
-# at all:
+# 0 times NaN is NaN, so a share of 0 is not enough. The output of an empty piece must be replaced:
 #
 # ```python
 # def merge_written(outputs: Tensor, log_sums: Tensor) -> Tensor:
@@ -440,19 +405,8 @@ print("solved" if check_exercise(merge_written) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No bytes: a group is one head, so each key is read once anyway. What remains are wide tiles, early
-# reads, and splits. It does one operation per byte, so it is even further to the left on the
-# roofline, and its cache is much larger: 40 KV heads instead of 8.
-#
-# </details>
-#
-# **Why not cut every sequence into 128 pieces, always?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# Each piece writes a partial output and the merge reads it again: bytes that are not keys. In a
-# piece of a few positions, starting and ending takes most of the time. And if the batch already
-# fills the GPU, more programs only wait longer for a place.
+# No bytes: a group is one head, so each key is read once anyway. Decode does one operation per
+# byte, even further to the left on the roofline. Wide tiles and splits still help.
 #
 # </details>
 #
@@ -460,16 +414,15 @@ print("solved" if check_exercise(merge_written) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Llama 3 8B has 16 GB of weights in half precision, and 131 KB of keys and values per token in its
-# 32 layers. From 122,000 tokens on, over all sequences, attention reads more than everything else.
-# 64 sequences of 2,000 tokens are there.
+# Llama 3 8B has 16 GB of weights in half precision, and 131 KB of keys and values per token. From
+# 122,000 tokens on, for example 64 sequences of 2,000, attention reads more than everything else.
 #
 # </details>
 #
 # ## Results
 #
-# One layer of Llama 3 8B, 64 sequences that decode after 1,024 tokens, and the floor on an H200
-# from its published bandwidth. Computed, not measured:
+# The floor on an H200 for one layer of Llama 3 8B and 64 sequences of 1,024 tokens that decode,
+# computed from its published bandwidth:
 
 # %%
 one_layer = 64 * 1024 * 2 * 8 * 128 * 2
@@ -527,41 +480,30 @@ for name, (_, kernel) in kernels.items():
 assert list(times_read.values()) == [{4}, {1}, {1}]
 
 # %% [markdown]
-# **Waves.** Programs that fit on the GPU at the same time are a *wave*. If there are two waves and
-# the second has only one program, nearly all of the GPU is idle for half of the time. This is the
-# share of places in use, by the number of splits, for 132 multiprocessors and 8 KV heads. One
-# sequence without splits would leave 98 of 100 places empty.
+# **Waves.** Programs that run at the same time are a *wave*. If a second wave has only one program,
+# nearly all of the GPU is idle half of the time. This is the share of places in use without splits,
+# with the library's choice, and with one split more:
 
-# %% Places of the GPU in use, by splits of each sequence; dots: the library's choice
+# %%
 from minipaged.attention.triton.splits import PROGRAMS_PER_SM, splits_to_fill
 
 places = 132 * PROGRAMS_PER_SM
-figure, axes = drawing.picture(7.2, 3.0)
-for colour, num_seqs in enumerate((1, 4, 16, 64)):
-
-    def in_use(splits: int, num_seqs: int = num_seqs) -> float:
-        programs = num_seqs * 8 * splits
-        return 100 * programs / (places * math.ceil(programs / places))
-
-    splits = list(range(1, 129))
-    axes.plot(splits, [in_use(s) for s in splits], color=drawing.COLOURS[colour], lw=1)
+for num_seqs in (1, 4, 16, 64):
+    print(f"batch of {num_seqs:2}", end="")
     chosen = splits_to_fill(num_seqs, kv_heads=8, num_sms=132)
-    axes.plot([chosen], [in_use(chosen)], marker="o", color=drawing.COLOURS[colour])
-    axes.plot([], [], color=drawing.COLOURS[colour], label=f"batch of {num_seqs}")
-    used, uncut = in_use(chosen), in_use(1)
-    print(f"batch of {num_seqs:2}: {chosen:2} splits, {used:5.1f} % in use (uncut {uncut:4.1f} %)")
-ticks = [1, 2, 4, 8, 16, 32, 64, 128]
-axes.set(xscale="log", xticks=ticks, xticklabels=ticks, ylim=(0, 105))
-axes.set(xlabel="splits of each sequence", ylabel="places in use, %")
-axes.legend(fontsize=8, loc="lower right")
+    for splits in (1, chosen, chosen + 1):
+        programs = num_seqs * 8 * splits
+        used = programs / (places * math.ceil(programs / places))
+        print(f"{splits:5} splits: {used:4.0%} in use", end="")
+    print()
 
 # %% [markdown]
-# **Registers.** A kernel can be correct, read each byte once, and still be slow because it does not
-# fit. A multiprocessor has 65,536 *registers*, which hold the values of its threads, and some 160
-# to 230 KiB of *shared memory*, which holds tiles. A value without a register is *spilled* to the
-# far memory. The compiler decides all of that, and it needs no GPU. `minipaged bench compile` does
-# it for every kernel. Here are two, for Llama 3 8B, compiled in a separate process, since this one
-# interprets kernels:
+# **Registers.** A kernel can read each byte once and still be slow because it does not fit. A
+# program runs as *threads*, each of which holds a part of its tiles. A multiprocessor has 65,536
+# *registers* for the values of its threads, and some 160 to 230 KiB of *shared memory* for tiles. A
+# value without a register is *spilled* to the far memory. The compiler decides all of that, and
+# needs no GPU. `minipaged bench compile` compiles every kernel. Here are two, in a separate
+# process, since this one interprets kernels:
 
 # %%
 import subprocess
@@ -599,8 +541,8 @@ print(process.stdout)
 #
 # @@ minipaged.attention.triton.decode.choose_tile
 #
-# Larger tiles, more stages and other variants were tried and rejected by such tables:
-# [what was tried](../kernels.md) lists them, with what was expected and what was found.
+# Such tables decided against larger tiles and other variants: [what was tried](../kernels.md) lists
+# them.
 #
 # </details>
 

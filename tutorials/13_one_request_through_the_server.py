@@ -37,9 +37,8 @@
 #
 # `LLMEngine` may be called by one thread at a time, and a step takes milliseconds. If every
 # client's thread called it, each would wait for the steps of all others. So one thread owns the
-# engine, and steps as long as there are requests. All other threads put messages into its inbox,
-# which it reads between two steps. The results of a step go into one queue per request, from which
-# the client's thread takes them.
+# engine. All other threads put messages into its inbox, which it reads between two steps. The
+# results of a step go into one queue per request, from which the client's thread takes them.
 #
 # ```mermaid
 # flowchart LR
@@ -95,9 +94,6 @@ class EngineThread(threading.Thread):
         self.readers[request_id] = reader
         self.engine.add_request(request_id, body["prompt"], params)
 
-    def abort(self, request_id: str) -> None:
-        self.engine.abort_request(request_id)
-
 
 class CarelessHandler(BaseHTTPRequestHandler):
     """One thread per client: sends each piece of text as soon as it arrives."""
@@ -133,9 +129,9 @@ class CarelessHandler(BaseHTTPRequestHandler):
 
 
 # %% [markdown]
-# That is a complete server. The format of server-sent events is `data: {...}` and an empty line;
-# OpenAI's protocol uses it for streams. A client sends a prompt and records when each event
-# arrives.
+# That is a complete server. It sends *server-sent events*, each of which is `data: {...}` and an
+# empty line, as OpenAI's protocol does for streams. A client sends a prompt and records when each
+# event arrives.
 
 # %%
 
@@ -182,7 +178,7 @@ print(f"first text after {1000 * client.times[0]:.0f} ms, {len(client.times)} ev
 # %% [markdown]
 # ### A client leaves
 #
-# Now a client asks for 200 tokens, reads one, and closes the connection.
+# A client asks for 200 tokens, reads one, and closes the connection.
 
 
 # %%
@@ -201,13 +197,13 @@ print(f"{careless} tokens were computed for a client who had left after one")
 
 # %% [markdown]
 # The server noticed when a write failed, and did nothing about it. The request kept its blocks to
-# the end, while real clients waited for them. One line fixes it:
+# the end, while other clients waited for them. One line fixes it:
 
 
 # %%
 class Handler(CarelessHandler):
     def client_left(self, request_id: str) -> None:
-        self.engine.inbox.put(partial(self.engine.abort, request_id))
+        self.engine.inbox.put(partial(self.engine.engine.abort_request, request_id))
 
 
 server, port = serve_with(Handler, LLM("storyteller", num_blocks=512))
@@ -216,17 +212,17 @@ memory = Handler.engine.engine.memory
 print(f"{careful} tokens, and {memory.num_blocks - memory.num_free} blocks are still in use")
 
 # %% [markdown]
-# It is more than one token, because the network buffers what the client does not read, and the
-# server finds out only when it writes again. A server that is still computing a long prompt does
-# not write at all, so the library's server also watches for the end of the connection. Its engine
-# thread is like this one, written with asyncio:
+# It is more than one token: the network buffers what the client does not read, so the first writes
+# after it has left still succeed. A server that computes a long prompt does not write at all, so
+# the library's server also watches for the end of the connection. Its engine thread is like yours,
+# but its clients share one event loop (asyncio):
 #
 # @@ minipaged.serving.async_engine.AsyncEngine._run
 #
-# It differs from yours in four ways. Other threads encode the prompts, since a long text takes
-# longer than a step. Results that a slow reader has not fetched are merged into one, so they need
-# no more memory than the text itself. The event loop is woken once for all clients. And if a step
-# raises, every open request ends with an error instead of hanging.
+# There are three more differences. Other threads encode the prompts, since a long text takes longer
+# than a step. Results that a slow reader has not fetched are merged into one, so they need no more
+# memory than the text itself. And if a step raises, every open request ends with an error instead
+# of hanging.
 #
 # ### Where the time of a request goes
 #
@@ -238,14 +234,16 @@ print(f"{careful} tokens, and {memory.num_blocks - memory.num_free} blocks are s
 import subprocess
 import sys
 
-limits = ["--max-num-seqs", "32", "--num-blocks", "2048", "--stream-interval", "0"]
-process = subprocess.Popen(
-    [sys.executable, "-m", "minipaged", "serve", "--port", "0", *limits],
-    stdout=subprocess.PIPE,
-    text=True,
-)
-print(ready := process.stdout.readline().strip())
-real_port = int(ready.split(";")[0].rsplit(":", 1)[1])
+
+def start_server(options: str) -> tuple[subprocess.Popen, int]:
+    """The library's server: its process and its port."""
+    command = [sys.executable, "-m", "minipaged", "serve", "--port", "0", *options.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    print(ready := process.stdout.readline().strip())
+    return process, int(ready.split(";")[0].rsplit(":", 1)[1])
+
+
+process, real_port = start_server("--max-num-seqs 32 --num-blocks 2048 --stream-interval 0")
 
 
 def seconds_by_part(port: int) -> dict[str, float]:
@@ -264,74 +262,61 @@ import drawing
 
 from minipaged.evaluation.stories import tell
 
-texts = {}
-for num_facts in (4, 32, 64):
-    story = tell(num_facts=num_facts, seed=num_facts)
-    texts[len(llm.get_tokenizer().encode(story.text))] = story.text
-rows: dict[str, dict[str, float]] = {}
-for length, text in texts.items():
-    repeats = 5
+figure, axes = drawing.picture(7.2, 2.2)
+names = []
+for line, num_facts in enumerate((4, 32, 64)):
+    text = tell(num_facts=num_facts, seed=num_facts).text
+    names.append(f"{len(llm.get_tokenizer().encode(text))} tokens")
     Client(real_port, text[::-1][:40])  # warm up
     before, whole = seconds_by_part(real_port), 0.0
-    for number in range(repeats):  # each time with another first word, so that no prefix is cached
+    for number in range(5):  # each time with another first word, so that no prefix is cached
         whole += Client(real_port, f"{number} {text}").times[-1]
-    after = seconds_by_part(real_port)
-    spent = {part: 1000 * (after[part] - before[part]) / repeats for part in after}
-    spent = {"HTTP and text": 1000 * whole / repeats - sum(spent.values()), **spent}
-    rows[f"{length} tokens"] = spent
-
-figure, axes = drawing.picture(7.2, 2.2)
-for line, spent in enumerate(rows.values()):
-    left = 0.0
+    after, left = seconds_by_part(real_port), 0.0
+    spent = {part: after[part] - before[part] for part in after}
+    spent = {"HTTP and text": whole - sum(spent.values()), **spent}
     for part, colour in zip(spent, drawing.COLOURS, strict=False):
-        axes.barh(-line, spent[part], left=left, color=colour, label=part if not line else None)
-        left += spent[part]
-axes.set_yticks([-line for line in range(len(rows))], list(rows))
+        width = 1000 * spent[part] / 5
+        axes.barh(-line, width, left=left, color=colour, label=part if not line else None)
+        left += width
+axes.set_yticks([0, -1, -2], names)
 axes.set(xlabel="ms from sending the request to the last of 24 tokens")
 axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=4, fontsize=8)
 
 # %% [markdown]
-# The time to first token (TTFT) is everything before the decode: sending and reading HTTP, encoding
-# the prompt, waiting, and computing the prompt. On an idle server there is no waiting, and a longer
-# prompt means more prefill.
+# The time to first token (TTFT) is everything before the decode: HTTP, encoding the prompt,
+# waiting, and computing the prompt. On an idle server there is no waiting, and a longer prompt
+# means more prefill.
 #
 # ### More clients
 #
-# Now 1 to 32 clients arrive together. Each needs its own prompt computed, but the decodes of all of
-# them share every step (chapter 6).
+# Now 1 to 32 clients arrive together. Each prompt must be computed, but all decodes share every
+# step (chapter 6).
 
 # %%
+from concurrent.futures import ThreadPoolExecutor
+
 seeds = count(1000)
 
 
 def together(port: int, number: int, max_tokens: int = 48) -> list[Client]:
     """Clients who arrive at the same time, each with a new prompt."""
-    clients: list[Client] = []
-
-    def ask(prompt: str) -> None:
-        clients.append(Client(port, prompt, max_tokens))
-
     prompts = [tell(num_facts=8, seed=next(seeds)).text for _ in range(number)]
-    threads = [threading.Thread(target=ask, args=[prompt]) for prompt in prompts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return clients
+    with ThreadPoolExecutor(number) as threads:
+        return list(threads.map(lambda prompt: Client(port, prompt, max_tokens), prompts))
 
 
 # %% Time to first token and tokens per second, by number of clients at once
+together(real_port, 1)  # warm up
 crowds = (1, 2, 4, 8, 16, 32)
 first: list[float] = []
 speed: list[float] = []
-for crowd in (1, *crowds):  # the first one warms up, and is overwritten
+for crowd in crowds:
     start = time.perf_counter()
     clients = together(real_port, crowd)
     elapsed = time.perf_counter() - start
     waits = sorted(client.times[0] for client in clients)
     first.append(1000 * waits[len(waits) // 2])
     speed.append(48 * crowd / elapsed)
-first, speed = first[1:], speed[1:]
 
 figure, (left_axes, right_axes) = drawing.picture(7.2, 2.8, ncols=2)
 left_axes.plot(crowds, first, marker="o")
@@ -347,18 +332,12 @@ print("exit code after SIGTERM:", process.wait())
 # %% [markdown]
 # ### Too many clients
 #
-# An unbounded queue helps no client: the last one waits for minutes, and the prompts of all waiting
-# requests fill the memory. So the server has a limit, and answers further requests at once with
-# status 429. Clients of OpenAI's API handle it: they wait a little and try again.
+# An unbounded queue helps no client: the last one waits for minutes, and waiting prompts fill the
+# memory. So the server has a limit, and answers further requests at once with status 429. Clients
+# of OpenAI's API wait a little and try again.
 
 # %%
-limits = ["--max-num-seqs", "8", "--max-queued", "8", "--num-blocks", "512"]
-process = subprocess.Popen(
-    [sys.executable, "-m", "minipaged", "serve", "--port", "0", *limits],
-    stdout=subprocess.PIPE,
-    text=True,
-)
-busy_port = int(process.stdout.readline().split(";")[0].rsplit(":", 1)[1])
+process, busy_port = start_server("--max-num-seqs 8 --max-queued 8 --num-blocks 512")
 answers = [client.response.status for client in together(busy_port, 40, max_tokens=200)]
 print({status: answers.count(status) for status in sorted(set(answers))})
 process.terminate()
@@ -367,9 +346,9 @@ process.wait()
 # %% [markdown]
 # ## Check
 #
-# Invariant 4: the texts of your server are those of the engine without a server, even with eight
-# clients at once. Invariant 2: after an early leave, all blocks are free again, and the careless
-# server is caught. Invariant 3: a client who does not read for a while delays no other.
+# Invariant 4: with eight clients at once, the texts are those of the engine without a server.
+# Invariant 2: after an early leave, all blocks are free again, and the careless server is caught.
+# Invariant 3: a client who does not read delays no other.
 
 # %%
 seeds = count(2000)
@@ -397,11 +376,11 @@ print(f"while another client reads nothing, 8 tokens took {1000 * quick.times[-1
 # %% [markdown]
 # ### Exercise: TTFT and TPOT
 #
-# Two figures describe a stream: the time to first token (TTFT), and the *time per output token*
-# (TPOT) after the first. The first token pays for waiting and for the prompt, the others for one
-# step each. Compute both from what a client sees: for each chunk, the seconds since the request was
-# sent, and the number of tokens in it. A chunk has several tokens if the server merged them for a
-# slow reader. With a single token there is no TPOT: return None.
+# Two figures describe a stream: TTFT, and the *time per output token* (TPOT) after the first. The
+# first token pays for waiting and for the prompt, the others for one step each. Compute both from
+# what a client sees: for each chunk, the seconds since the request was sent, and the number of
+# tokens in it. A chunk has several tokens if the server merged them for a slow reader. With a
+# single token there is no TPOT: return None.
 
 
 # %%
@@ -412,30 +391,21 @@ def latencies(chunks: list[tuple[float, int]]) -> tuple[float, float | None]:
 
 
 # %%
-from minipaged.evaluation.bench.serve_client import Served
-from minipaged.evaluation.bench.serve_load import LoadRequest
-
-
 def milliseconds(pair: tuple[float, float | None] | None) -> str:
-    if pair is None:
-        return "nothing"
-    return " and ".join("None" if each is None else f"{1000 * each:.2f} ms" for each in pair)
+    return " and ".join("None" if each is None else f"{1000 * each:.2f} ms" for each in pair or ())
 
 
 def check_exercise(latencies) -> bool:
-    """Compare with what `minipaged bench serve` reports."""
+    """Compare with what `minipaged bench serve` reports for these streams."""
     streams = {
-        "one token per chunk": [(0.10, 1), (0.12, 1), (0.14, 1), (0.16, 1)],
-        "merged chunks": [(0.10, 1), (0.16, 3), (0.20, 2)],
-        "two tokens first": [(0.30, 2), (0.39, 2)],
-        "a single token": [(0.05, 1)],
-        "a real stream": [(seconds, 1) for seconds in client.times],
+        "one token per chunk": ([(0.10, 1), (0.12, 1), (0.14, 1), (0.16, 1)], (0.10, 0.02)),
+        "merged chunks": ([(0.10, 1), (0.16, 3), (0.20, 2)], (0.10, 0.02)),
+        "two tokens first": ([(0.30, 2), (0.39, 2)], (0.30, 0.03)),
+        "a single token": ([(0.05, 1)], (0.05, None)),
     }
     solved = True
-    for name, chunks in streams.items():
-        request = LoadRequest(arrival=0, prompt=[], output_len=sum(size for _, size in chunks))
-        served = Served(request, due=0.0, chunk_times=[seconds for seconds, _ in chunks])
-        yours, expected = milliseconds(latencies(chunks)), milliseconds((served.ttft, served.tpot))
+    for name, (chunks, pair) in streams.items():
+        yours, expected = milliseconds(latencies(chunks)), milliseconds(pair)
         print(f"{name:20} yours: {yours}, expected: {expected}")
         solved = solved and yours == expected
     return solved
@@ -452,8 +422,7 @@ print("solved" if check_exercise(latencies) else "not solved yet")
 #
 # <details markdown="1"><summary>Solution</summary>
 #
-# Divide the time after the first chunk by the number of tokens after the first token. Chunks do not
-# matter: the same tokens in fewer chunks are not faster.
+# Divide the time after the first chunk by the number of tokens after the first token.
 #
 # ```python
 # def latencies(chunks: list[tuple[float, int]]) -> tuple[float, float | None]:
@@ -463,17 +432,17 @@ print("solved" if check_exercise(latencies) else "not solved yet")
 #     return first, (last - first) / after_first if after_first else None
 # ```
 #
-# Including the wait for the first token would make TPOT worse the longer the prompt is. The gaps
-# between chunks are another figure, the *inter-token latency* (ITL).
+# The gaps between chunks are another figure, the *inter-token latency* (ITL).
 #
 # </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# The careless server computes all 200 tokens. Thirty-two clients wait several times as long as one,
-# because 32 prompts have to be computed, but not 32 times as long, because several prompts share a
-# step. Of forty clients, those beyond the limit are refused at once, with status 429. It may be
-# more than 24 of them, because all who arrive within one step wait for its end.
+# The careless server computes all 200 tokens. Thirty-two clients wait many times as long as one,
+# because 32 prompts have to be computed. On a quiet machine it is less than 32 times, because
+# several prompts share a step. Of forty clients, those beyond the limit are refused at once, with
+# status 429. It may be more than 24 of them: no waiting request can start before the running step
+# ends.
 #
 # </details>
 #
@@ -483,9 +452,8 @@ print("solved" if check_exercise(latencies) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# It runs in another thread, and the engine may be in the middle of a step whose tables refer to the
-# request's blocks (invariant 1). A lock would also work, but the handler would wait for a whole
-# step.
+# It runs in another thread, and the running step may use the request's blocks. A lock would also
+# work, but the handler would wait for a whole step.
 #
 # </details>
 #
@@ -494,19 +462,9 @@ print("solved" if check_exercise(latencies) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A thread costs memory and has to be woken for each token. After a step with 256 sequences, the
-# engine would wake 256 threads; the event loop is woken once. Python's threads also compete with
-# the engine's thread for the interpreter, so every wake-up slows down the next step.
-#
-# </details>
-#
-# **Why does the server limit waiting prompts, and not connected clients?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# A connection costs little. A waiting prompt keeps its tokens in memory, and makes all later
-# requests wait longer. With parallel sampling, one client may ask for several sequences, and each
-# counts.
+# After a step with 256 sequences, the engine would wake 256 threads; the event loop is woken once.
+# Python's threads also compete with the engine's thread for the interpreter, so every wake-up slows
+# down the next step.
 #
 # </details>
 #
@@ -514,9 +472,8 @@ print("solved" if check_exercise(latencies) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# The engine is as it was before the step, so the same step would most likely raise again, forever,
-# while clients wait. Instead they get an error, `/health` returns 503, and the process ends, so
-# that its supervisor starts a new one.
+# The same step would most likely raise again, forever, while clients wait. Instead they get an
+# error, `/health` returns 503, and the process ends, so that its supervisor starts a new one.
 #
 # </details>
 #

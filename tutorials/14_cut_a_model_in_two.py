@@ -21,17 +21,18 @@
 #
 # 1. The ranks together compute what one rank computes, and generate the same tokens.
 # 2. A rank stores only its part of the weights, and the keys and values of its own heads.
-# 3. All ranks make the same collectives, in the same order.
+# 3. All ranks take part in the same exchanges, in the same order.
 # 4. A block has the same number on every rank, and one scheduler decides for all of them.
 #
 # ## Predict
 #
 # The embedded model has 4 layers, a hidden size of 256, and 4 query heads over 2 KV heads of 64
-# elements. Elements have 4 bytes, and blocks have 16 slots. It runs on two ranks.
+# elements. Elements have 4 bytes, and blocks have 16 slots. It runs on two *ranks*, processes that
+# each have a part of the model.
 #
 # - How many times do the ranks add up tensors in one step? How many bytes does each rank contribute
 #   to these sums in a step that decodes one token?
-# - How many numbers must the scheduler send to the ranks for such a step?
+# - How many numbers must the scheduler send to the other rank for such a step?
 # - Each rank has 1 MiB for keys and values. How many blocks does the pool have with one rank, with
 #   two, and with four?
 #
@@ -41,13 +42,13 @@
 #
 # In half precision, a model of 70 billion parameters takes 141 GB, and an H100 has 80. There are
 # two ways to divide it. *Pipeline parallelism* gives each device some of the layers, and a token
-# passes through one device after another. *Tensor parallelism* gives each device, a *rank*, a part
-# of every matrix, and all ranks work on the same token at the same time. The paper serves OPT-66B
-# on four GPUs and OPT-175B on eight in this way (section 4.6), with the cuts of
+# passes through one device after another. *Tensor parallelism* gives each rank a part of every
+# matrix, and all ranks work on the same token at the same time. The paper serves OPT-66B on four
+# GPUs and OPT-175B on eight in this way (section 4.6), with the cuts of
 # [Megatron-LM](https://arxiv.org/abs/1909.08053).
 #
-# A rank also keeps a part of the KV cache: the keys and values of its own heads. A token takes less
-# memory on each rank, and the weights leave more room for it. Here are both effects, computed from
+# A rank also keeps a part of the KV cache: the keys and values of its own heads. So a token takes
+# less memory on each rank, and the weights leave more room. Here are both effects, computed from
 # the sizes of Llama 3 70B:
 
 # %% Left: what each of N GPUs of 80 GB holds of Llama 3 70B; right: tokens in the pool
@@ -76,15 +77,15 @@ for size, each, room in zip(sizes, kv_bytes, tokens, strict=True):
     print(f"ranks: {size:2}  {each / 1000:5.1f} kB per token on each, room for {room:9,.0f} tokens")
 
 # %% [markdown]
-# One GPU cannot hold the weights. Two hold them and little else. With 4 ranks the pool has room for
-# 52 times as many tokens as with 2. From 8 to 16 ranks it hardly grows: Llama 3 70B has 8 KV heads,
-# so with 16 ranks each KV head is *replicated*, that is, stored on two of them. A token then takes
+# One GPU cannot hold the weights, and two hold little else. With 4 ranks the pool has room for 52
+# times as many tokens as with 2. From 8 to 16 ranks it grows by only 16 %: Llama 3 70B has 8 KV
+# heads, so with 16 ranks each is *replicated*, that is, stored on two of them. A token then takes
 # as much memory on each rank as with 8. (Memory for activations is left out.)
 #
 # ### A layer to cut
 #
-# We take the first layer of the embedded model, and record the inputs and outputs of its two halves
-# while the model computes a prompt. The sums of your parts must equal these outputs.
+# We record the inputs and outputs of the two halves of a layer while the model computes a prompt.
+# The sums of your parts must equal these outputs.
 
 # %%
 from functools import partial
@@ -116,22 +117,21 @@ print("attention gets", list(x.shape), "and returns", list(whole.shape))
 #
 # A linear layer computes $y = xA$. There are two ways to cut $A$ between two ranks.
 #
-# *By columns*: a rank has some of the outputs. It needs all of $x$. The ranks' outputs, one after
-# the other, are $y$. No sum is needed, and no exchange.
+# *By columns*: a rank has some of the outputs, and needs all of $x$. The ranks' outputs, one after
+# the other, are $y$. Nothing is exchanged.
 #
 # *By rows*: a rank has some of the inputs, and needs only those elements of $x$. It computes a part
 # of every output, and the sum over all ranks is $y$. This sum is an *all-reduce*: each rank
 # contributes a tensor, and each rank gets the sum.
 #
 # $$
-# x \begin{pmatrix} A_0 & A_1 \end{pmatrix} = \begin{pmatrix} x A_0 & x A_1 \end{pmatrix},
-# \qquad
-# \begin{pmatrix} x_0 & x_1 \end{pmatrix} \begin{pmatrix} A_0 \\ A_1 \end{pmatrix}
-# = x_0 A_0 + x_1 A_1
+# x \begin{pmatrix} A_0 & A_1 \end{pmatrix} = \begin{pmatrix} x A_0 & x A_1 \end{pmatrix}, \qquad
+# \begin{pmatrix} x_0 & x_1 \end{pmatrix} \begin{pmatrix} A_0 \\ A_1 \end{pmatrix} = x_0 A_0 + x_1
+# A_1
 # $$
 #
 # PyTorch stores $A^T$, one row per output, so a cut by columns is a cut of dimension 0 of `weight`.
-# For now, all ranks are in one process: a list has one item per rank, and `sum` is the all-reduce.
+# For now, all ranks are in one process: a list has one item per rank.
 
 
 # %%
@@ -166,11 +166,10 @@ assert torch.allclose(all_reduce(summands), F.linear(x, up), atol=1e-5)
 # %% [markdown]
 # ### A pair of cuts: the feed-forward
 #
-# The feed-forward of OPT and GPT-2 is `down(relu(up(x)))`. (GPT-2 has a GELU for the ReLU. Both
-# models have biases, which [lab 11](labs/11.md) handles.) Cut `up` by columns: each rank has some
-# of its outputs. The activation works on each element alone, so each rank applies it to its own
-# elements. These are exactly the inputs that `down`, cut by rows, needs on that rank. Nothing is
-# exchanged in the middle, where the model is widest. At the end there is one all-reduce.
+# The feed-forward of OPT is `down(relu(up(x)))`. Cut `up` by columns: each rank has some of its
+# outputs. The activation works on each element alone, so each rank applies it to its own elements.
+# These are exactly the inputs that `down`, cut by rows, needs on that rank. Nothing is exchanged in
+# the middle, where the model is widest. At the end there is one all-reduce.
 #
 # ```mermaid
 # flowchart LR
@@ -206,11 +205,10 @@ for num_ranks in (1, 2, 4):
 # ### The same pair in attention
 #
 # Heads are groups of outputs, and each head attends alone. So a cut by columns gives each rank some
-# heads and all that these need: their rows of the matrices for queries, keys and values, and their
-# part of the KV cache. The output matrix is cut by rows, and its all-reduce is the second of the
-# layer. With grouped-query attention, a rank needs the KV heads that its query heads read. If there
-# are fewer KV heads than ranks, several ranks compute and store the same one. For our model, we
-# write down by hand which rank has which heads:
+# heads, with their queries, keys, values and part of the KV cache. The output matrix is cut by
+# rows, and its all-reduce is the second of the layer. With grouped-query attention, a rank needs
+# the KV heads that its query heads read, which may be on other ranks as well. `HEADS` has them for
+# our model. With four ranks, ranks 0 and 1 both have KV head 0.
 
 # %%
 from minipaged.attention.reference import causal_attention
@@ -245,16 +243,14 @@ for num_ranks in (1, 2, 4):
     parts = [attention_on(rank, num_ranks) for rank in range(num_ranks)]
     difference = (all_reduce(parts) - whole).abs().max()
     assert difference < 1e-4
-    heads = "; ".join("q {} kv {}".format(*each) for each in HEADS[num_ranks])
-    print(f"ranks: {num_ranks}  difference to the whole {difference:.0e}  {heads}")
+    print(f"ranks: {num_ranks}  difference to the whole {difference:.0e}")
 
 # %% [markdown]
-# `whole` is the output of the library's own layer, which reads from its paged cache. With four
-# ranks, ranks 0 and 1 both have KV head 0.
+# `whole` is the output of the library's own layer, which reads from its paged cache.
 #
-# The two ends of the model remain. The embedding is cut by tokens of the vocabulary: each rank has
-# some rows. A rank looks up the tokens that it has and puts zeros for all others. In the
-# all-reduce, each row comes from the one rank that has it.
+# The two ends of the model remain. Of the embedding, each rank has the rows of some tokens. It
+# looks up the tokens that it has and puts zeros for all others. In the all-reduce, each row comes
+# from the one rank that has it.
 #
 # <details markdown="1"><summary>The library's code. Spoiler: a part of lab 11, task 3</summary>
 #
@@ -263,10 +259,9 @@ for num_ranks in (1, 2, 4):
 # </details>
 #
 # The output matrix is cut in the same way, so each rank computes the logits of its own tokens. Only
-# rank 0 samples, so only rank 0 needs all of them: it *gathers* them. The norms are small, and
-# every rank has all of them, as well as the hidden state `x` between the layers. The library keeps
-# all cuts in one table, by the last part of a module's name. The same table serves LLaMA, GPT-2 and
-# OPT:
+# rank 0 samples, so only rank 0 *gathers* them all. The norms and the hidden state `x` between the
+# layers are whole on every rank. One table of the library has all cuts, by the last part of a
+# module's name:
 #
 # @@ minipaged.models.parallel.CUTS
 #
@@ -295,9 +290,9 @@ for in_one, in_two in zip(answers["one"], answers["two"], strict=True):
 # This process is rank 0. It has the scheduler, the block manager, and half of each matrix. The
 # other process has the other half of each matrix, but no scheduler and no tokenizer. Each allocates
 # a pool of 256 blocks with one KV head. **Block 17 means block 17 on both**, with the keys and
-# values of the same tokens, but of different heads. That is why nothing in `memory/` and
-# `scheduler/` had to change: they work with block numbers, which mean the same on every rank. Each
-# step begins with one broadcast of plain numbers, the paper's *control message*:
+# values of the same tokens, but of different heads. (The same holds for the swap pools.) Nothing in
+# `memory/` and `scheduler/` had to change, because they work with block numbers. Each step begins
+# with one broadcast of plain numbers, the paper's *control message*:
 #
 # @@ minipaged.worker.executor.MultiExecutor.run
 #
@@ -323,16 +318,15 @@ for number in (0, 1, 2, 10):
 
 # %% [markdown]
 # The first number is 0, for "a step". The next four count the blocks to swap out, swap in and copy,
-# and the sequences. Then, for each sequence: its id, how many tokens are in the cache, how many
-# rows of logits are wanted, and three counts, of new tokens, of blocks that the receiver has
-# already, and of new blocks; then the tokens and the blocks. The first message has the prompt and
-# its block. Most others have one token and no block. Step 11 adds a block, because 16 tokens have
-# filled the first one.
+# and the sequences. Then come, for each sequence: its id, how many tokens are in the cache, and how
+# many rows of logits are wanted; the number of new tokens, of blocks that the receiver has already,
+# and of new blocks; the tokens; the blocks. Step 11 adds a block, because 16 tokens have filled the
+# first one.
 #
-# So a block table is sent as a difference. It would be simpler to send all of it in every step.
-# Here is what that would take for four new stories of these lengths:
+# So a block table is sent as a difference. Here is what whole tables would take for four new
+# stories:
 
-# %% Numbers in each control message, with block tables as differences and whole
+# %%
 from minipaged.worker.message import StepDecoder, StepEncoder
 
 messages.clear()
@@ -343,26 +337,17 @@ decoder = StepDecoder()
 steps = [decoder.decode(message[1:]) for message in messages]
 whole_sizes = [1 + len(StepEncoder().encode(step)) for step in steps]  # one that remembers nothing
 differences = [len(message) for message in messages]
-
-figure, axes = drawing.picture(7.2, 2.6)
-numbers = range(1, len(messages) + 1)
-axes.plot(numbers, whole_sizes, drawstyle="steps-mid", label="whole tables")
-axes.plot(numbers, differences, drawstyle="steps-mid", label="differences (the library)")
-axes.set(xlabel="step", ylabel="numbers in the message", ylim=(0, 1.2 * max(whole_sizes[2:])))
-axes.legend(fontsize=8)
 print("decode steps:", differences[2:7], "numbers instead of", whole_sizes[2:7])
 
 # %% [markdown]
-# The prompts need two steps, since a step computes at most 512 tokens here; these two messages are
-# higher than the picture. After them, each sequence has seven numbers in a message, and one more
-# when it gets a block. A whole table has one number per 16 tokens, so the table of a sequence of
-# 100,000 tokens would have 6,250. (On the wire, each message has at least 4 kB: the receiver must
-# know how much comes, and one broadcast of fixed size is quicker than two.)
+# The first two messages have the prompts. After them, each sequence has seven numbers in a message,
+# and one more when it gets a block. A whole table has one number per 16 tokens, 6,250 for a
+# sequence of 100,000 tokens.
 #
 # ### What crosses between the ranks
 #
-# After the message, the scheduler takes no part until the step ends. The ranks wait for each other
-# only in the sums. We count them, and their bytes, in a step that decodes four tokens:
+# After the message, the ranks wait for each other only in the sums, and rank 0 for the logits. We
+# count these exchanges, and their bytes, in a step that decodes four tokens:
 
 # %%
 reduced: list[int] = []
@@ -426,20 +411,18 @@ decode_steps(two)
 for rank, seconds in enumerate(two.engine.executor.report()):
     told = {name: 1000 * each / 24 for name, each in seconds.items()}
     compute = told["step"] - told["all-reduce"] - told["gather"]
-    exchanged = {name: told[name] for name in ("all-reduce", "gather")}
-    before = {"message" if rank == 0 else "waiting": told["message"]}
-    spent[f"rank {rank} of 2"] = {"compute": compute, **exchanged, **before}
+    del told["step"]
+    if rank == 1:
+        told["waiting"] = told.pop("message")
+    spent[f"rank {rank} of 2"] = {"compute": compute, **told}
 
 figure, axes = drawing.picture(7.2, 2.2)
-parts = ("compute", "all-reduce", "gather", "message", "waiting")
-for line, each in enumerate(spent.values()):
-    start = 0.0
-    for part, milliseconds in each.items():
-        axes.barh(-line, milliseconds, left=start, color=drawing.COLOURS[parts.index(part)])
-        start += milliseconds
-for part in parts:
-    axes.barh(0, 0, color=drawing.COLOURS[parts.index(part)], label=part)
-axes.set_yticks([-line for line in range(len(spent))], list(spent))
+starts = [0.0] * 3
+for part in ("compute", "all-reduce", "gather", "message", "waiting"):
+    widths = [each.get(part, 0.0) for each in spent.values()]
+    axes.barh(list(spent), widths, left=starts, label=part)
+    starts = [start + width for start, width in zip(starts, widths, strict=True)]
+axes.invert_yaxis()
 axes.set(xlabel="ms per step")
 axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=5, fontsize=8)
 for name, each in spent.items():
@@ -447,10 +430,9 @@ for name, each in spent.items():
 
 # %% [markdown]
 # On most machines, two ranks are slower than one here. This model is far too small to cut:
-# multiplying with half of a matrix takes little less time than with all of it, and each sum takes
-# longer than that, because two processes have to meet. (An all-reduce also contains the wait for
-# the slower rank.) *Waiting* is the time in which rank 1 has nothing to do, because rank 0 samples
-# and schedules.
+# multiplying with half of a matrix takes little less time than with all of it, and each sum, which
+# includes the wait for the slower rank, takes longer than that. *Waiting* is the time in which rank
+# 1 has nothing to do, because rank 0 samples and schedules.
 #
 # With a large model it is the other way around. A decode step of Llama 3 70B reads 141 GB of
 # weights. At an H100's bandwidth that takes 42 ms; with four ranks that read 35 GB each, it takes
@@ -480,11 +462,9 @@ except WorkerLost as error:
 print(lost)
 
 # %% [markdown]
-# With the rank, half of every key and value of all requests is lost, and half of every matrix. Rank
-# 0 still has the block tables, but in each block half of the heads is missing, and nothing can be
-# repaired. You build a new engine, and the prompts are computed again. A server answers every open
-# request with an error and ends, so that its supervisor restarts it. In the other direction, a
-# worker ends whenever rank 0 ends, for any reason: no process is left over.
+# Half of the heads in every block are lost, and nothing can be repaired. You build a new engine,
+# and the prompts are computed again. A server answers every open request with an error and ends. In
+# the other direction, a worker ends whenever rank 0 ends.
 #
 # ## Check
 #
@@ -521,7 +501,7 @@ assert "SIGKILL" in lost
 print("the same tokens, half of the pool, and the same steps on both ranks")
 
 # %% [markdown]
-# Three mistakes, on your own layer. Each one runs without an error, so only the numbers show it.
+# Each of these mistakes runs without an error, so only the numbers show it:
 
 
 # %%
@@ -530,16 +510,12 @@ def error_of(answer: Tensor, right: Tensor) -> float:
 
 
 right = feed_forward(x, 1)
-inner = [F.linear(x, part) for part in cut_columns(up, 2)]
+inner = [F.linear(x, part).relu() for part in cut_columns(up, 2)]
 downs = cut_rows(down, 2)
-no_sum = F.linear(inner[0].relu(), downs[0])
-shares = zip(x.chunk(2, dim=1), cut_rows(up, 2), strict=True)
-rows_first = all_reduce([F.linear(share, part).relu() for share, part in shares])
-swapped = all_reduce([F.linear(h.relu(), d) for h, d in zip(inner, downs[::-1], strict=True)])
+swapped = [F.linear(part, own) for part, own in zip(inner, downs[::-1], strict=True)]
 mistakes = {
-    "no all-reduce": error_of(no_sum, right),
-    "relu before the sum": error_of(rows_first, F.linear(x, up).relu()),
-    "parts of two ranks swapped": error_of(swapped, right),
+    "no all-reduce": error_of(F.linear(inner[0], downs[0]), right),
+    "parts of two ranks swapped": error_of(all_reduce(swapped), right),
 }
 for name, error in mistakes.items():
     print(f"{name:28} off by {error:.0%}")
@@ -561,27 +537,18 @@ def cut_gate_up(weight: Tensor, num_ranks: int) -> list[Tensor]:
 
 
 # %%
-def describe(rows: list[int]) -> str:
-    ends = [row for row in rows if row + 1 not in rows]
-    starts = [row for row in rows if row - 1 not in rows]
-    return " and ".join(f"{start} to {end}" for start, end in zip(starts, ends, strict=True))
-
-
 def check_exercise(cut) -> bool:
     """Compare the cut with the library's own layer, on two ranks."""
     x, right = seen["mlp"]
     inner = layer.mlp.down_proj.in_features
-    expected = {
-        rank: [*range(start, start + inner // 2), *range(start + inner, start + 3 * inner // 2)]
-        for rank, start in ((0, 0), (1, inner // 2))
-    }
     rows = cut(torch.arange(2 * inner)[:, None], 2)
     for rank, part in enumerate(rows):
-        print(f"rank {rank}, yours:    rows {describe(sorted(part.flatten().tolist()))}")
-        print(f"        expected: rows {describe(expected[rank])}")
+        of_gate = int((part < inner).sum())
+        print(f"rank {rank}, yours:    {of_gate} rows of gate, {len(part) - of_gate} of up")
+        print(f"        expected: {inner // 2} rows of gate, the same {inner // 2} of up")
     summands = []
-    matrices = cut(layer.mlp.gate_up_proj.weight.detach(), 2), layer.mlp.down_proj.weight.detach()
-    for merged, down in zip(matrices[0], cut_rows(matrices[1], 2), strict=True):
+    own_downs = cut_rows(layer.mlp.down_proj.weight.detach(), 2)
+    for merged, down in zip(cut(layer.mlp.gate_up_proj.weight.detach(), 2), own_downs, strict=True):
         gate, up = F.linear(x, merged).chunk(2, dim=1)  # [tokens, inner / ranks] each
         summands.append(F.linear(F.silu(gate) * up, down))
     error = error_of(all_reduce(summands), right)
@@ -633,30 +600,29 @@ print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# 900 blocks. The scheduler allocates block numbers, and each number must exist on every rank.
-# Before the first step, the ranks agree on the minimum; the rest of the larger memory stays empty.
+# 900 blocks, because each block number must exist on every rank. Before the first step, the ranks
+# agree on the minimum.
 #
 # </details>
 #
-# **The logits are gathered on rank 0, which samples. Why not gather them on all ranks and let each
-# sample by itself? It would save sending the tokens in the next message.**
+# **Why does only rank 0 sample? If the logits were gathered on all ranks, the next message would
+# need no tokens.**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
 # All ranks would need the same random numbers, the same stop conditions and the same logits to the
 # last bit. If one of them sampled another token once, its keys and values would belong to another
-# text, and nothing would report it. The tokens are a few bytes, and rank 0 must have them anyway,
-# to decide which sequences end and whose blocks are free.
+# text, and nothing would report it. And rank 0 must have the tokens anyway, to decide which
+# sequences end.
 #
 # </details>
 #
-# **A step computes a prompt of 512 tokens. Which of message, all-reduces and gather are larger than
-# in a decode step, and by how much?**
+# **A step computes a prompt of 512 tokens. Which exchanges are larger than in a decode step?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
 # The all-reduces are 512 times as large, since each has a row for every token. The message has 511
-# more tokens, and the prompt's blocks. The gather is the same: only the last row has logits. So the
+# more tokens, and the prompt's blocks. The gather is the same, for one row of logits. So the
 # bandwidth between the ranks matters for prompts, and the latency for decode steps.
 #
 # </details>
@@ -667,17 +633,7 @@ print("solved" if check_exercise(cut_gate_up) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # At once, because all ranks compute the steps in the same order. On each rank, the next step writes
-# into the block only after that rank has finished the previous step. The gather of the logits also
-# makes rank 0 wait until every rank has reached the end of the step.
-#
-# </details>
-#
-# **Why does preemption by swapping work, although each rank has its own swap pool?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# The message lists the pairs of blocks to copy, and each rank copies its own part of them. Numbers
-# of swap blocks also mean the same on every rank.
+# into the block only after that rank has finished the previous step.
 #
 # </details>
 #
@@ -692,8 +648,7 @@ part = spent["rank 0 of 2"]["all-reduce"] / sum(spent["rank 0 of 2"].values())
 print(f"time in all-reduces, two processes on this machine: {part:.0%} of a step")
 
 # %% [markdown]
-# To write the cuts and the loop of a worker yourself, with two real processes, take
-# [lab 11](labs/11.md). To use several ranks, see
-# [Run one model on several GPUs or machines](../guides/several_ranks.md). From here,
-# [run your own model](../guides/run_your_model.md), or go on to vLLM itself:
-# [From here to vLLM](../from_here_to_vllm.md).
+# To write the cuts and the loop of a worker yourself, take [lab 11](labs/11.md). To use several
+# ranks, see [Run one model on several GPUs or machines](../guides/several_ranks.md). From here,
+# [run your own model](../guides/run_your_model.md), or go on
+# [to vLLM itself](../from_here_to_vllm.md).
