@@ -67,7 +67,7 @@ out, weights = attention(q, k, v)
 print("from", tuple(q.shape), "to", tuple(out.shape), "with weights", tuple(weights.shape))
 
 # %% [markdown]
-# `later` is the *causal mask*. In the picture its fields are empty.
+# `later` is the *causal mask*. Masked fields of the picture are empty.
 #
 # Why divide by $\sqrt{d}$? The product of two vectors is a sum of $d$ terms, which has variance $d$
 # if their elements have variance 1. Softmax of large scores gives nearly all weight to one key, and
@@ -85,10 +85,9 @@ for axis, matrix, title in zip(axes, (weights, sharp), ("divided", "not divided"
     axis.set(title=title, xlabel="key", ylabel="query")
 
 # %% [markdown]
-# A model has several heads and concatenates their results. With *grouped-query attention*, several
-# query heads share one head of keys and values, a *KV head*, so the cache is smaller. storyteller
-# has 4 query heads and 2 KV heads. Query head `h` reads KV head `h // group`, with `group = heads
-# // kv_heads`.
+# A model has several heads and concatenates their results. With *grouped-query attention*, a group
+# of query heads shares one head of keys and values, a *KV head*, so the cache is smaller.
+# storyteller has 4 query heads and 2 KV heads, so query head `h` reads KV head `h // 2`.
 #
 # ### Generate with and without a cache
 #
@@ -356,9 +355,8 @@ for length in (300, 1000):
     print(f"{length:5} tokens each: a step of 50 takes {fifty / one:.1f} times as long as of one")
 
 # %% [markdown]
-# Fifty tokens take only two to three times as long as one, so engines batch requests ([chapter
-# 6](06_continuous_batching.md)). Memory limits the batch, since it must hold the keys and values of
-# all.
+# Fifty tokens take only two to three times as long as one, so engines batch requests (chapter 6).
+# Memory limits the batch, since it must hold the keys and values of all.
 #
 # ## Check
 #

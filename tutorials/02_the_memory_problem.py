@@ -123,7 +123,7 @@ near.legend(loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=2, fontsize=
 #
 # Now we simulate OPT-13B on a GPU with 40 GB, which has room for 15,728 tokens (Table 1). In each
 # step every running request generates a token. A finished request frees its region, and the
-# longest-waiting one is admitted as soon as a gap is large enough. The lengths are those of
+# longest-waiting one is admitted as soon as a gap is large enough. Lengths are drawn like those of
 # ChatGPT's users (the paper's ShareGPT trace, section 6.1; only the means are published, so the
 # spread is a guess fitted to Figure 2).
 #
