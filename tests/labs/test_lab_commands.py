@@ -71,6 +71,13 @@ def test_a_model_that_was_not_built_leaves_no_trace(lab, tmp_path):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+def test_without_pytest_a_check_says_what_to_install(lab, monkeypatch):
+    lab("start", "1")
+    monkeypatch.setattr("minipaged.labs.grading.find_spec", lambda name: None)
+    with pytest.raises(InvalidOption, match=r"need pytest.*: pip install 'minipaged\[labs\]'"):
+        lab("check", "1")
+
+
 DAMAGED = {
     "not_json": b"{",
     "not_utf8": b"\xff\xfe{}",
