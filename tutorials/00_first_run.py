@@ -9,32 +9,32 @@
 #
 # ## Goals
 #
-# - What goes into a serving engine and what comes out.
+# - What a serving engine takes and returns.
 # - What one *step* is, and why several requests share it.
-# - What a *block* is, and how many blocks a run needs.
+# - What a *block* is, and how many a run needs.
 #
 # ## Invariants
 #
-# 1. At temperature 0 the answer depends only on the prompt. It does not depend on which other
-#    requests run in the same step, or on the block size.
+# 1. At temperature 0 the answer depends only on the prompt, not on the other requests of a step or
+#    on the block size.
 # 2. When the last request has ended, every block is free again.
 #
-# These two rules hold in every chapter. Each chapter changes a part of the engine, and its checks
-# test them again.
+# Both rules hold in every chapter, and each chapter's checks test them again.
 #
 # ## Predict
 #
 # Write down a number for each question, and compare at the end.
 #
-# - The prompt below has about 25 tokens, and its answer has 5. How many times does the model run?
-# - Six such prompts are served together. How many times does it run now?
-# - The model can take 1,024 tokens. How much of that does a request really use?
+# - A prompt has 24 tokens, its answer 5. How many times does the model run?
+# - Six prompts of 25 to 102 tokens, with answers of 3 to 12, are served together. How many times
+#   does it run now?
+# - Earlier engines would reserve room for 1,024 tokens, the model's maximum, for each of the six.
+#   How many times as much is that as the six need?
 #
 # ## Build it
 #
-# The model is called *storyteller*: a small LLaMA of two million parameters that comes with the
-# package. It was trained on short stories like the one below, and it can answer questions about
-# them.
+# The model, *storyteller*, is a LLaMA of two million parameters that comes with the package. It was
+# trained to answer questions about short stories like this one:
 
 # %%
 from minipaged import LLM, SamplingParams
@@ -49,7 +49,7 @@ print(output.outputs[0].text)
 
 # %% [markdown]
 # A prompt goes in, and a `RequestOutput` comes out. The engine works on *tokens*, numbers that
-# stand for pieces of text, and so does the rest of this library.
+# stand for pieces of text. The last token, `<|endoftext|>`, ends the answer and has no text:
 
 # %%
 tokenizer = llm.get_tokenizer()
@@ -59,15 +59,13 @@ print(len(prompt_ids), "tokens in: ", [tokenizer.decode([t]) for t in prompt_ids
 print(len(answer_ids), "tokens out:", [tokenizer.decode([t]) for t in answer_ids])
 
 # %% [markdown]
-# A language model does one thing: it reads tokens and computes how likely each token is to come
-# next. An answer therefore takes one run of the model per token. The first run reads the whole
-# prompt (*prefill*). Each later run reads only the newest token (*decode*). Chapter 1 explains why
-# the earlier tokens need not be read again. The whole library is about where the model's memory of
-# them is stored.
+# A language model reads tokens and computes how likely each token is to come next, so an answer
+# takes one run per token. The first run reads the prompt (*prefill*), and each later run only the
+# newest token (*decode*). This library is about where the model's memory of the earlier tokens is
+# stored.
 #
-# `LLM.generate` hides these runs. One level below, each `step()` of the engine runs the model once
-# for all requests being served, and returns the progress of each. `progress.output()` is the
-# request's output so far.
+# Each `step()` of the engine runs the model once for all requests, and returns the progress of
+# each. `progress.output()` is the output so far:
 
 # %%
 engine = llm.engine
@@ -79,9 +77,9 @@ while engine.has_unfinished_requests():
     print(f"step {num_steps}: {progress.output().outputs[0].text!r}")
 
 # %% [markdown]
-# Now we ask six questions at once, about six stories of different lengths. After each step we note
-# how memory is used. `usage()` counts *slots*; a slot holds what the model remembers of one token.
-# A *block* is 16 slots.
+# Now we ask six questions at once. A *slot* holds what the model remembers of one token, and a
+# *block* is 16 slots. After each step, `usage()` counts the slots with a token (`used`) and the
+# empty slots of allocated blocks (`internal`).
 
 # %%
 from minipaged.evaluation.stories import prompt, tell
@@ -103,10 +101,9 @@ for number, asked in enumerate(questions):
 print(f"\n{len(usages)} steps for {len(prompts)} requests")
 
 # %% [markdown]
-# Serving six requests took only as many steps as the longest answer has tokens, not the sum of all
-# six. A step that serves six costs little more than a step that serves one, as chapter 6 will
-# measure. That is why a serving engine batches requests, and memory limits how many it can batch.
-# Here is the memory in use, step by step:
+# Six requests took as many steps as the longest answer has tokens, not the sum of all. A step for
+# six costs little more than a step for one (chapter 6), so an engine batches requests. Memory
+# limits how many:
 
 # %% Slots of the pool that hold a token, and slots in allocated blocks, step by step
 import drawing
@@ -122,12 +119,11 @@ axes.set(xlabel="step", ylabel="slots", ylim=(0, None))
 axes.legend(loc="upper left", bbox_to_anchor=(0, 0.95))
 
 # %% [markdown]
-# The two lines are close together: a request fills every block it takes, except possibly the last.
-# Engines before PagedAttention were different. They reserved contiguous memory for the longest
-# possible output of every request.
+# The line is close to the area: a request fills every block it takes, except possibly the last.
+# Engines before PagedAttention reserved contiguous memory for the longest possible output.
 #
-# Watch the same run again: press play, or step with the arrow keys. Each square is a block of the
-# pool, and its letter names the request that owns it.
+# Watch the same run: press play, or step with the arrow keys. Each square is a block; its letter
+# names the request that owns it.
 
 # %%
 from minipaged import Event, EventLog, Parts
@@ -159,8 +155,9 @@ print("same answers, and every block is free")
 # %% [markdown]
 # ### Exercise: blocks per step
 #
-# A request is served alone. How many blocks does it own during each step? Step 1 reads the prompt.
-# Replace the body of `blocks_in_step`, and run this cell and the next one again.
+# A request is served alone. How many blocks does it own during each step? Replace the body of
+# `blocks_in_step`, and run this cell and the next one again (in a notebook: `minipaged learn 0
+# --notebooks mine`; or edit `tutorials/00_first_run.py` and run it).
 
 
 # %%
@@ -200,15 +197,14 @@ print("solved" if check_exercise(blocks_in_step) else "not solved yet")
 # %% [markdown]
 # <details markdown="1"><summary>Hint</summary>
 #
-# Which tokens has the model read when the step ends? The token that the step generates is not one
-# of them: the next step reads it. A block that is only partly full counts too.
+# Which tokens has the model read when the step ends? Not the token that this step generates: the
+# next step reads it. A partly full block counts too.
 #
 # </details>
 #
 # <details markdown="1"><summary>Solution</summary>
 #
-# Step 1 reads the prompt, and each later step reads one more token. Each token read takes a slot.
-# `-(-a // b)` rounds up to whole blocks:
+# Each step after the first reads one more token. `-(-a // b)` rounds up:
 #
 # ```python
 # def blocks_in_step(step: int, prompt_len: int, block_size: int) -> int:
@@ -221,22 +217,19 @@ print("solved" if check_exercise(blocks_in_step) else "not solved yet")
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# One question took 5 runs, one per token of its answer. Six questions took 12, as many as the
-# longest answer has tokens. The longest of the six requests used about 130 slots, an eighth of
-# 1,024.
+# One question took 5 runs, one per token of its answer. Six took 12, as many as the longest answer
+# has tokens. Reserving 1,024 slots for each would take 15 times as many as they held.
 #
 # </details>
 #
 # ## Questions
 #
-# **Why are there as many steps as the longest answer has tokens, and not one more for the
-# prompts?**
+# **Why do the prompts take no extra step?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# The step that reads a prompt also produces the first token of the answer. An answer of six tokens
-# therefore takes six runs: one for the prompt, and one for each answer token except the last, which
-# need not be read. (A long prompt may be cut into several steps; these are short.)
+# The step that reads the prompt also produces the answer's first token, and the last token need not
+# be read.
 #
 # </details>
 #
@@ -245,9 +238,7 @@ print("solved" if check_exercise(blocks_in_step) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# It owns three blocks, and 0.6 of the third is empty. A sequence wastes at most one block less one
-# slot, however long it is. Blocks of one token would waste nothing; chapter 3 explains what they
-# would cost.
+# It owns three, and 0.6 of the third is empty. A sequence wastes at most one block less one slot.
 #
 # </details>
 #
@@ -255,10 +246,9 @@ print("solved" if check_exercise(blocks_in_step) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Some of these prompts need more than two blocks. Adding such a request raises `PromptTooLong`,
-# whose message states how many blocks it needs. `LLM.generate` then serves none of its prompts. A
-# program that calls `engine.add_request` itself can catch the error for one prompt, and the engine
-# serves the others. Try it.
+# Some of these prompts need more than two blocks. Adding such a request raises `PromptTooLong`, and
+# `LLM.generate` then serves no prompt. A program that calls `engine.add_request` can catch the
+# error and serve the others. Try it.
 #
 # </details>
 #

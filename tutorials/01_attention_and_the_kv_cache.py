@@ -10,39 +10,38 @@
 #
 # ## Goals
 #
-# - What attention computes, in eight lines that you write and the engine then runs on.
-# - Why keeping keys and values reduces the work for one more token from quadratic to linear in the
-#   length of the text.
-# - How many bytes a token costs, and why these bytes limit how many requests a GPU can serve.
+# - What attention computes, in eight lines that the engine then runs on.
+# - Why a cache reduces the work per token from quadratic to linear in the length of the text.
+# - How many bytes a token costs, and how they limit the requests that a GPU can serve.
 #
 # ## Invariants
 #
 # 1. A token attends to itself and to earlier tokens, never to later ones.
-# 2. A token's keys and values therefore do not depend on later tokens. Once computed, they stay
-#    valid.
+# 2. A token's keys and values therefore stay valid when later tokens arrive.
 # 3. Generation with a cache gives exactly the same tokens as generation without one.
 #
 # ## Predict
 #
-# - A prompt has 344 tokens, and 32 are generated. How many tokens run through the model if it reads
+# - A prompt has 344 tokens, and 32 are generated. How many tokens does the model read if it reads
 #   the whole text for each new token? How many with a cache?
-# - *storyteller* has 4 layers with 2 KV heads of 64 elements of 4 bytes each. How much memory does
-#   one token take? The whole model takes 8.7 MB: how many tokens take as much?
-# - A GPU has 40 GB, and a model of 13 billion parameters takes 26 of them. How many requests of
-#   2,048 tokens fit into the rest?
+# - In each of its 4 layers, *storyteller* keeps 2 keys and 2 values per token, each of 64 elements
+#   of 4 bytes. How much memory does a token take? The whole model takes 8.7 MB: how many tokens
+#   take as much?
+# - A model of 13 billion parameters takes 26 of the 38 GB that a GPU has for it, and 0.8 MB more
+#   per token. How many requests of 2,048 tokens fit?
 #
 # ## Build it: attention in eight lines
 #
-# Inside a model a token is a *vector*, a row of numbers. The model multiplies it by three learned
-# matrices, which gives three more vectors: a *query* (what the token looks for), a *key* (what it
-# can be found by) and a *value* (what it contributes). Attention compares the query with the key of
-# every visible token, turns the results into weights that add up to one, and sums the values by
-# these weights (section 2.1 of the paper):
+# Inside a model a token is a *vector*, a row of numbers. Three learned matrices turn it into a
+# *query* (what the token looks for), a *key* (what it can be found by) and a *value* (what it
+# contributes). Attention compares the query with the key of every visible token, turns the results
+# into weights that add up to one, and sums the values by these weights (section 2.1 of the paper):
 #
 # $$a_{ij} = \frac{\exp(q_i \cdot k_j / \sqrt{d})}{\sum_{t \le i} \exp(q_i \cdot k_t / \sqrt{d})},
 # \qquad o_i = \sum_{j \le i} a_{ij} v_j$$
 #
-# The fraction is called *softmax*. Type it:
+# The fraction is the *softmax* of the scores $q_i \cdot k_j / \sqrt{d}$. Here it is for one *head*,
+# one set of queries, keys and values:
 
 # %%
 import math
@@ -52,7 +51,7 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """One head. The queries are those of the last tokens, the keys and values those of all."""
+    """The queries are those of the last tokens, the keys and values those of all."""
     positions = torch.arange(len(k))
     of_queries = positions[len(k) - len(q) :]
     scores = q @ k.T / math.sqrt(k.shape[1])  # [queries, keys]
@@ -68,13 +67,11 @@ out, weights = attention(q, k, v)
 print("from", tuple(q.shape), "to", tuple(out.shape), "with weights", tuple(weights.shape))
 
 # %% [markdown]
-# The line with `later` is the *causal mask*. In the picture every row is a query and every column a
-# key; masked fields are empty.
+# `later` is the *causal mask*. Masked fields of the picture are empty.
 #
-# Why divide by $\sqrt{d}$? The product of two vectors is a sum of $d$ terms. If their elements have
-# variance 1, the sum has variance $d$, so scores grow with the length of the vectors. Softmax of
-# large scores gives nearly all weight to one key, and a model cannot learn from that. The division
-# keeps the variance at 1:
+# Why divide by $\sqrt{d}$? The product of two vectors is a sum of $d$ terms, which has variance $d$
+# if their elements have variance 1. Softmax of large scores gives nearly all weight to one key, and
+# a model cannot learn from that. The division keeps the variance at 1:
 
 # %% The weights of six tokens; and of the same tokens if the scores are not divided
 import drawing
@@ -88,16 +85,14 @@ for axis, matrix, title in zip(axes, (weights, sharp), ("divided", "not divided"
     axis.set(title=title, xlabel="key", ylabel="query")
 
 # %% [markdown]
-# A model has several heads, each with its own queries, keys and values, and concatenates their
-# results. With *grouped-query attention*, several query heads share one head of keys and values, a
-# *KV head*, so the cache is smaller. storyteller has 4 query heads and 2 KV heads. Query head `h`
-# reads KV head `h // group`, with `group = heads // kv_heads`. Nothing else changes.
+# A model has several heads and concatenates their results. With *grouped-query attention*, a group
+# of query heads shares one head of keys and values, a *KV head*, so the cache is smaller.
+# storyteller has 4 query heads and 2 KV heads, so query head `h` reads KV head `h // 2`.
 #
 # ### Generate with and without a cache
 #
-# A model generates one token, appends it to the text, and reads the text again. Here is the
-# smallest model that does so: a table of vectors, three matrices, one head. It has learned nothing,
-# so it talks nonsense, but it must always talk the same nonsense.
+# Here is the smallest model that generates: a table of vectors, three matrices, one head. It has
+# learned nothing, so it talks nonsense, but it must always talk the same nonsense.
 
 # %%
 vocabulary, d = 300, 32
@@ -130,9 +125,8 @@ class WithCache:
 
 
 # %% [markdown]
-# That is a *KV cache*: one key and one value per token, appended and never changed. We run both
-# versions for 128 tokens and compare them. PyTorch counts the multiplications, so no clock is
-# needed.
+# `WithCache` is a *KV cache*: one key and one value per token, appended and never changed. We run
+# both versions for 128 tokens, and PyTorch counts the multiplications.
 
 # %% Multiplications for one more token, by the length of the text so far
 from torch.utils.flop_counter import FlopCounterMode
@@ -158,20 +152,19 @@ axes.set(xscale="log", yscale="log", xlabel="tokens so far", ylabel="multiplicat
 axes.legend()
 
 # %% [markdown]
-# The numbers agree to twelve digits, and the tokens are the same. The slopes differ. Without a
-# cache, one more token takes $3nd^2 + 2n^2d$ multiplications for a text of $n$ tokens, and the
-# second part grows with the *square* of $n$. With a cache it takes $3d^2 + 2nd$. (The comparison of
-# the result with 300 vectors is not counted; it costs the same in both versions.)
+# The outputs agree to twelve digits, and the tokens are the same. After $n$ tokens, one more takes
+# $3nd^2 + 2n^2d$ multiplications without a cache, which grows with the *square* of $n$. With a
+# cache it takes $3d^2 + 2nd$. The work for a whole text grows with the square of its length instead
+# of the cube.
 #
-# Could the expensive version compute the last row only? In a model of one layer, yes. In a model of
-# several layers, the keys of the second layer are computed from the results of the first, for every
-# token. All rows are needed, unless they were kept.
+# Could the version without a cache compute only the last row? With one layer, yes. With several,
+# the keys of the second layer are computed from the results of the first for every token, so all
+# rows are needed.
 #
 # ### Measure a real model
 #
-# To switch off the engine's cache, we ask for one token at a time: each call is a new request that
-# reads the whole text. (Without `enable_prefix_caching=False` the engine would reuse the text of
-# the previous call; see chapter 8.)
+# To do without the engine's cache, we ask for one token at a time: each call is a new request that
+# reads the whole text (if the prefix cache of chapter 8 is off).
 
 # %%
 import time
@@ -208,15 +201,14 @@ print(f"tokens that the model reads: {read:,} without a cache, {prompt_len + 31}
 print(f"measured: {seconds_without / seconds_with:.0f} times as long without a cache")
 
 # %% [markdown]
-# The tokens are the same, for a small part of the work. From here on, the library never recomputes
-# a token whose keys and values are still cached.
+# The time differs less than the number of tokens read, because every step has a fixed cost, which
+# is large for so small a model.
 #
 # ### Run the engine on your attention
 #
-# Now your eight lines replace the attention of the engine, for a whole model. The keys are stored
-# in blocks, and `gather` fetches those of a sequence in order; chapter 4 explains how. The rest
-# loops over the sequences of a step (`spans`) and over their heads. We also record the weights, to
-# see what the model attends to.
+# `Parts` replaces parts of the engine, here its attention by your eight lines. Keys are stored in
+# blocks, and `gather` fetches those of a sequence in order (chapter 4). The rest loops over the
+# sequences of a step (`spans`) and over their heads, and records the weights.
 
 # %%
 from collections.abc import Callable
@@ -264,10 +256,8 @@ question = next(q for q in story.questions if q.kind == "person" and q.fact_inde
 print(prompt(story, question) + answer.outputs[0].text)
 
 # %% [markdown]
-# The model ran once per token of the answer, and each of its 4 layers called your attention once.
-# `seen` therefore has 4 entries per step, each with the weights of 4 heads. We look for the head
-# that gives most weight to the sentence with the answer, and draw what its last query attends to in
-# each step.
+# `seen` has one entry per step and layer, with the weights of 4 heads. We draw what the last query
+# attends to, for the head that gives most weight to the sentence with the answer:
 
 # %% What one head of layer 1 attends to while the model answers; the fact's sentence is framed
 tokenizer = yours.get_tokenizer()
@@ -289,9 +279,9 @@ axis.set_yticks(range(len(said)), [f"generates {word}" for word in said], fontsi
 axis.axvspan(fact.start - 0.5, fact.stop - 0.5, fill=False, edgecolor=drawing.COLOURS[0], lw=2)
 
 # %% [markdown]
-# The answer attends to the right sentence, although two others have the same form. But `A:`, the
-# token before *Dora*, does not attend to *Dora*: nearly all its weight is on `coin`. Look one layer
-# lower, at the step that read the prompt. What did `coin` attend to?
+# The answer attends to the right sentence, although two others have the same form. But the query
+# that generates *Dora* has nearly all its weight on `coin`, not on *Dora*. What did `coin` attend
+# to one layer lower, in the step that read the prompt?
 
 # %%
 thing = fact.start + 6  # Dora the wren put the black coin
@@ -310,7 +300,7 @@ for below, weights in enumerate(watched.seen[0][:, thing]):  # layer 0, while it
 #
 # @@ minipaged.config.ModelConfig.kv_bytes_per_token
 #
-# For storyteller, with 4 bytes per element, and for models that people serve, with 2:
+# For storyteller with 4 bytes per element, and for larger models with 2:
 
 # %% Gigabytes of keys and values for one request of 2,048 tokens; requests that fit in a GPU
 from minipaged.evaluation.sim.catalogue import GPUS, MODELS
@@ -343,19 +333,17 @@ right.bar(list(served), list(requests.values()), color=drawing.COLOURS[1])
 right.set(title="on an A100 with 40 GB", ylabel="requests that fit")
 
 # %% [markdown]
-# OPT-13B is the paper's example. A token takes 800 KB (section 3), so seven requests of the maximum
-# length fill the memory that its weights leave. Llama 3 has 8 KV heads for 32 query heads, and
-# therefore takes a quarter of the bytes of Llama 2.
+# OPT-13B is the paper's example: a token takes 800 KB (section 3), so seven requests of the maximum
+# length fill the memory that its weights leave. Llama 3 has 8 KV heads for 32 query heads, so its
+# tokens take a quarter of the bytes of Llama 2's.
 #
-# Why does it matter how many fit? Because the cache has changed what limits a step. To generate one
-# token of one sequence, a model reads each of its weights once and does two operations with it, a
-# multiplication and an addition. At 2 bytes per weight, that is one operation per byte. An A100
-# computes 312 TFLOP/s (3.12e14 operations per second) but reads only 1.6 TB/s (1.6e12 bytes per
-# second), so it could do 200 operations in the time it takes to read one byte. It waits for memory
-# nearly all the time. (The number of operations per byte is called *arithmetic intensity*.) If 50
-# sequences share a step, the weights are read once for all of them. But every sequence has its own
-# keys and values, and every step must read them all. How much longer does such a step take? The
-# library has a cost model of a server that counts these bytes and the work of the host:
+# Why does it matter how many fit? To generate a token of one sequence, a model reads each weight
+# once and does two operations with it, a multiplication and an addition. At 2 bytes per weight,
+# that is one operation per byte, its *arithmetic intensity*. An A100 computes 3.12e14 operations
+# per second (312 TFLOP/s) but reads only 1.6e12 bytes, so it could do 200 operations per byte. It
+# waits for memory nearly all the time. If 50 sequences share a step, the weights are read once for
+# all, and only the keys and values are read for each. How much longer does such a step take? The
+# library's cost model counts these bytes and the work of the host CPU:
 
 # %%
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
@@ -367,8 +355,8 @@ for length in (300, 1000):
     print(f"{length:5} tokens each: a step of 50 takes {fifty / one:.1f} times as long as of one")
 
 # %% [markdown]
-# That is why serving engines batch requests ([chapter 6](06_continuous_batching.md)). The keys and
-# values of all of them must be in memory at once, so memory limits how many run together.
+# Fifty tokens take only two to three times as long as one, so engines batch requests (chapter 6).
+# Memory limits the batch, since it must hold the keys and values of all.
 #
 # ## Check
 #
@@ -390,10 +378,9 @@ assert answers(yours) == right_answers
 print(f"{len(prompts)} answers, the same with your attention")
 
 # %% [markdown]
-# Now two mistakes in the mask. In your own lines each would be a change of a few characters. The
-# first takes the queries for the first tokens instead of the last. This makes no difference while a
-# prompt is read, but breaks everything once there is a cache. The second is off by one: each token
-# sees the next one.
+# Now we make two mistakes in the mask. The first takes the queries for the first tokens instead of
+# the last. This makes no difference while a prompt is read, but breaks everything once there is a
+# cache. The second is off by one: each token sees the next one.
 
 
 # %%
@@ -420,9 +407,9 @@ for name, head_with_mistake in mistakes.items():
     assert wrong, "the mistake was not noticed"
 
 # %% [markdown]
-# The first mistake is impossible to miss. The second hardly shows: a model that answers well does
-# not prove that its attention is right. So rule 1 gets its own check, which needs no model: if the
-# last token changes, no earlier result may change.
+# The second mistake hardly shows: good answers do not prove that attention is right. Rule 1
+# therefore gets its own check, without a model: if the last token changes, no earlier result may
+# change.
 
 
 # %%
@@ -445,10 +432,9 @@ else:
 # %% [markdown]
 # ### Exercise: a cache for two layers
 #
-# Here is the small model with two layers: the second attends to the results of the first.
-# `next_row` computes only the newest token. As it is, it overwrites the cache, so the token attends
-# to nothing but itself. Keep the keys and values of the earlier tokens in `cache[layer]`, and use
-# them. Then run this cell and the next one again.
+# Here is the small model with two layers. `next_row` computes only the newest token, but overwrites
+# the cache, so the token attends only to itself. Keep the keys and values of the earlier tokens in
+# `cache[layer]`, and use them. Then run this cell and the next one again.
 
 # %%
 layers = [torch.randn(3, d, d, dtype=torch.float64) / math.sqrt(d) for _ in range(2)]
@@ -521,17 +507,14 @@ print("solved" if check_exercise(next_row) else "not solved yet")
 #     return x
 # ```
 #
-# One cache for both layers would mix the keys of two different vectors of the same token.
-#
 # </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
 # Without a cache the model reads 344 tokens, then 345, and so on to 375: 11,504 in all. With a
 # cache it reads 375: the prompt, and each generated token but the last. A token of storyteller
-# takes 2 x 4 x 2 x 64 x 4 = 4,096 bytes, so 2,114 tokens take as much memory as the whole model:
-# two texts of its maximum length. On the GPU 7 requests fit, with 5 % left for what a step
-# computes.
+# takes 2 x 4 x 2 x 64 x 4 = 4,096 bytes, so 2,114 tokens take as much as the model. On the GPU 7
+# requests fit.
 #
 # </details>
 #
@@ -541,18 +524,7 @@ print("solved" if check_exercise(next_row) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# A query is used once, by its own token, in the step that computes it. Keys and values are used by
-# every later token.
-#
-# </details>
-#
-# **Is the multiplication of the cache's rows with a new query free?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# No. It takes $2nd$ multiplications per head and layer, and reads all $n$ keys and values. Even
-# with a cache, a token after a long text costs more than one after a short text. The work for a
-# whole text still grows with the square of its length; without a cache it would grow with the cube.
+# A query is used once, in the step that computes it. Keys and values are used by every later token.
 #
 # </details>
 #
@@ -561,8 +533,7 @@ print("solved" if check_exercise(next_row) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # No. Each new token would change the results of all earlier tokens, and their keys and values in
-# every layer but the lowest. Everything would have to be recomputed for every token. Rule 1 makes
-# rule 2 true.
+# every layer but the lowest. Rule 1 makes rule 2 true.
 #
 # </details>
 #

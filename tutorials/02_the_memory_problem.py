@@ -9,17 +9,16 @@
 #
 # ## Goals
 #
-# - Why serving systems before PagedAttention reserved memory for the longest output of every
-#   request.
+# - Why earlier serving systems reserved memory for the longest output of every request.
 # - The three ways to waste memory: reserved slots, internal fragmentation, external fragmentation
 #   (section 3.1 and Figure 3 of the paper).
-# - How much each of them costs, and why that makes a server slow.
+# - How much each wastes, and why that makes a server slow.
 #
 # ## Invariants
 #
 # 1. Allocated regions never overlap.
-# 2. Every slot is of exactly one kind: it holds a token, is reserved for a later token, will never
-#    be used, or is free. The kinds add up to the pool.
+# 2. Every slot holds a token, is reserved for a later token, will never be used, or is free. The
+#    kinds add up to the pool.
 # 3. The memory manager changes how many requests run at a time, never their tokens.
 #
 # ## Predict
@@ -28,18 +27,16 @@
 #   many of them will never hold a token?
 # - Requests are as long as those of ChatGPT's users: 161 tokens in and 338 out on average. Each
 #   reserves 2,048 slots. What part of the memory holds a token at a given moment?
-# - What part would it be if each reserved exactly what it needs in the end, which no server can
-#   know?
+# - What part would it be if each reserved exactly the slots that it will need?
 #
 # ## Build it: a first-fit allocator
 #
-# Chapter 1 kept the keys of a sequence in one tensor. A tensor is contiguous: its rows are adjacent
-# in memory. A growing sequence therefore needs free memory after its last row. How much? The model
-# decides when it stops, so the length is unknown beforehand. The safe answer is the longest output
-# allowed.
+# Chapter 1 kept the keys of a sequence in one tensor, whose rows are adjacent in memory. A growing
+# sequence therefore needs free memory after its last row. The model decides when it stops, so only
+# room for the longest output allowed is safe.
 #
-# Here is memory as one strip of slots, with an allocator that hands out regions of it. It takes the
-# first gap that is large enough (*first-fit*), and joins adjacent gaps when a region is freed.
+# Here is an allocator that hands out regions of one strip of slots. It takes the first gap that is
+# large enough (*first-fit*), and joins adjacent gaps when a region is freed.
 
 # %%
 from collections import deque
@@ -75,17 +72,17 @@ class FirstFit:
 
 
 # %% [markdown]
-# First the two requests of the paper's Figure 3, halfway through. A has a prompt of 7 tokens, has
-# generated 1 token and will generate 2 more; 2,048 slots are reserved for it. B has a prompt of 3,
-# has generated 1, will generate 1 more, and has 512 slots. The request between them has ended, and
-# a waiting request needs 1,024 slots:
+# The paper's Figure 3 shows two requests halfway through. A has a prompt of 7 tokens, has generated
+# 1 token, will generate 2 more, and has 2,048 slots. B has a prompt of 3, has generated 1, will
+# generate 1 more, and has 512 slots. The request between them has ended, and a waiting request
+# needs 1,024 slots:
 
 # %% Figure 3 of the paper: what the slots of two requests are used for
 import drawing
 
 KINDS = {
     "token": "holds a token",
-    "later": "reserved: will hold a token",
+    "reserved": "reserved: will hold a token",
     "internal": "internal fragmentation: will never be used",
     "external": "external fragmentation: a gap too small",
 }
@@ -94,13 +91,14 @@ KINDS = {
 def uses(prompt: int, generated: int, to_come: int, reserved: int) -> list[str]:
     tokens = prompt + generated
     never = reserved - tokens - to_come
-    return ["token"] * tokens + ["later"] * to_come + ["internal"] * never
+    return ["token"] * tokens + ["reserved"] * to_come + ["internal"] * never
 
 
 strip = FirstFit(3072)
 regions = [strip.allocate(size) for size in (2048, 512, 512)]
 strip.free(range(2048, 2560))  # the second has ended
-print("regions:", *regions, " gaps:", strip.gaps, " room for 1,024:", strip.allocate(1024))
+print("regions:", *regions)
+print("gaps:   ", *strip.gaps, "  room for 1,024 slots:", strip.allocate(1024))
 
 a, b = uses(7, 1, 2, 2048), uses(3, 1, 1, 512)
 for name, slots in (("A", a), ("B", b)):
@@ -115,27 +113,23 @@ near.grid(axis="x", color="white", lw=0.8)
 near.legend(loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=2, fontsize=8)
 
 # %% [markdown]
-# The tokens are too few to see in the upper strip. The rest is waste, of the three kinds
-# that the paper names:
+# The tokens are too few to see in the upper strip. The rest is waste of three kinds:
 #
 # - *Reserved* slots will hold a token later. Until then another request could use them.
-# - *Internal fragmentation* is the part of a reservation that will never be used. Its size is
-#   unknown until the request ends.
-# - *External fragmentation* is between reservations: gaps that are too small for any waiting
-#   request.
+# - *Internal fragmentation* is the part of a reservation that will never be used.
+# - *External fragmentation* consists of gaps between reservations, too small for a request.
 #
 # ### Simulate a server that reserves
 #
-# Now a server of the usual size: OPT-13B on a GPU with 40 GB leaves room for 15,728 tokens (Table
-# 1). More requests wait than fit. In each step every running request generates a token. A finished
-# request frees its region, and the longest-waiting request is admitted as soon as a gap is large
-# enough. The lengths are drawn like those of ChatGPT's users (the paper's ShareGPT trace, section
-# 6.1; only its mean lengths are published, so the spread is a guess fitted to Figure 2).
+# Now we simulate OPT-13B on a GPU with 40 GB, which has room for 15,728 tokens (Table 1). In each
+# step every running request generates a token. A finished request frees its region, and the
+# longest-waiting one is admitted as soon as a gap is large enough. Lengths are drawn like those of
+# ChatGPT's users (the paper's ShareGPT trace, section 6.1; only the means are published, so the
+# spread is a guess fitted to Figure 2).
 #
-# We vary only how much a request reserves. The paper compares with three versions of Orca, which
-# differ in what they know about the output. *Max* knows nothing and reserves the longest sequence.
-# *Pow2* over-reserves the output by at most 2x. *Oracle* knows the exact length, which no real
-# system does.
+# We vary only how much a request reserves, as in the paper's three versions of Orca, an earlier
+# serving system. *Max* reserves the longest sequence. *Pow2* rounds the output up to a power of
+# two. *Oracle* reserves the exact length, which no real system knows.
 
 # %%
 from minipaged.evaluation.sim.traces import WORKLOADS
@@ -170,7 +164,7 @@ def look(gaps: list[range], running: list[Running], wanted: int) -> Moment:
     parts = [("external", gap) for gap in gaps]
     for r in running:
         now, end = r.prompt + r.generated, r.prompt + r.output
-        parts += [("token", r.region[:now]), ("later", r.region[now:end])]
+        parts += [("token", r.region[:now]), ("reserved", r.region[now:end])]
         parts += [("internal", r.region[end:])]
     return Moment(sorted(parts, key=lambda part: part[1].start), wanted)
 
@@ -195,7 +189,7 @@ def serve(reserve: Reserve) -> list[Moment]:
 seen = {name: serve(reserve) for name, reserve in RESERVE.items()}
 
 # %% [markdown]
-# Here is the strip at seven moments of each run. Each line is the whole memory:
+# Each line is the whole strip at one moment:
 
 # %% The strip of 15,728 slots over time, if each request reserves the maximum, guesses, or knows
 figure, axes = drawing.picture(7.2, 6.4, nrows=3)
@@ -211,11 +205,10 @@ for axis, (name, moments) in zip(axes, seen.items(), strict=True):
 axes[-1].legend(loc="upper center", bbox_to_anchor=(0.45, -0.05), ncols=2, fontsize=8)
 
 # %% [markdown]
-# Under *Max* all regions are equally long, so there are no gaps between them; only the end of the
-# strip is too short for another region. Most of each region is green: it will never be used.
-# *Oracle* has no internal fragmentation, yet half of its memory is empty. A request that will
-# generate 400 tokens keeps 400 slots from its first step to its last, and gaps remain between
-# regions of different lengths. Averages over the last 2,000 steps, in percent of the pool:
+# Under *Max* all regions are equally long, so the only gap is at the end. Most of each region is
+# green: it will never be used. *Oracle* has no internal fragmentation, yet half of its memory is
+# empty. A request that will generate 400 tokens keeps 400 slots from its first step to its last,
+# and gaps remain between regions of different lengths. Here are averages over the last 2,000 steps:
 
 # %%
 print("        " + "".join(f"{kind:>10}" for kind in KINDS) + "   running requests")
@@ -232,21 +225,20 @@ gaps = [len(part) for use, part in unlucky[0].parts if use == "external"]
 print(f"for example: wanted {unlucky[0].wanted}, free {sum(gaps)}, in gaps of {gaps}")
 
 # %% [markdown]
-# The last line is external fragmentation in one sentence: enough memory is free, and no request can
-# use it. One could compact the regions, as a garbage collector does. But a region can be a gigabyte
-# or more, and all requests would have to wait (section 3.1).
+# The last line shows external fragmentation: enough memory is free, but the waiting request cannot
+# use it. A server could compact the regions, as a garbage collector does, but a region can be a
+# gigabyte or more, and all requests would have to wait (section 3.1).
 #
 # ### Baselines in the engine
 #
-# The library includes these systems. Your allocator hands out regions of any size. Theirs is a
-# *buddy allocator*, as in the paper: sizes are powers of two, and a region is halved until it is
-# just large enough. That is faster and makes gaps easier to join, but rounding up wastes memory:
+# The library includes these systems, with a *buddy allocator* as in the paper: sizes are powers of
+# two, and a free region is halved until it is just large enough. That is faster than first-fit and
+# makes gaps easier to join, but rounding up wastes memory:
 #
 # @@ minipaged.memory.baselines.buddy.BuddyAllocator.allocate
 #
-# They serve real models. We ask storyteller sixteen questions, with sequences of at most 256 tokens
-# and a pool of 1,024 slots. `usage()` counts the same kinds; we print the moment at which most
-# slots hold a token:
+# We ask storyteller sixteen questions, with sequences of at most 256 tokens and a pool of 1,024
+# slots. `usage()` counts the same kinds; we print the moment at which most slots hold a token:
 
 # %%
 from minipaged import LLM, SamplingParams
@@ -271,16 +263,15 @@ for kind in ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "paged"):
     print("   ", max(usages, key=lambda usage: usage.used))
 
 # %% [markdown]
-# *Pow2* reserves 32 output tokens where *Oracle* reserves 24, the `max_tokens` of the request; a
-# real server knows no more of the future. The last line is paging. It needs about a third of the
-# steps of the first, because four times as many requests run together.
+# Here *Oracle* reserves `max_tokens`, 24 output tokens, since a real server cannot know the length,
+# and *Pow2* reserves 32. Paging needs about a third of the steps of *Max*, because four times as
+# many requests run together.
 #
 # ### The paper's Figure 2
 #
-# What about a whole server? The library can simulate one without a GPU: the real scheduler and the
-# real memories, with a formula in place of the model's time. The simulation covers 160 seconds of
-# serving in a few seconds, with more requests than any of the systems can sustain. (The paper
-# measured an hour, and `minipaged paper fig2` simulates 15 minutes.)
+# The library can simulate a whole server without a GPU: the real scheduler and memories, with a
+# formula for the model's time. Here are 160 seconds, with more requests than any system can
+# sustain. (The paper measured an hour; `minipaged paper fig2` simulates 15 minutes.)
 
 # %% What each system's memory is used for, simulated; diamonds: slots with a token in the paper
 from minipaged.evaluation.paper.serving import Case, Outcome
@@ -305,17 +296,16 @@ axis.set(ylabel="percent of the slots")
 axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 
 # %% [markdown]
-# With the buddy allocator the pink part is larger than with your first-fit, which wastes less on
-# rounding but takes longer to search. No allocator of contiguous regions removes the orange part,
-# and none that cannot see the future removes the green one. (Free slots count as external
-# fragmentation here, as in the paper, since a request is always waiting.)
+# The buddy allocator's rounding makes the pink part larger than with first-fit. No allocator of
+# contiguous regions removes the orange part, and none that cannot see the future removes the green
+# one. (Since a request is always waiting, free slots count as external fragmentation, as in the
+# paper.)
 #
 # ### The cost: Figure 1
 #
-# Many requests should share each step (chapter 1), and each request needs memory.
-# The paper's first figure shows both sides. The weights take two thirds of a GPU's memory, and the
-# keys and values nearly all the rest. The number of tokens per second grows with the number of
-# requests that fit into this rest.
+# The weights take two thirds of a GPU's memory, and the keys and values nearly all the rest. The
+# number of tokens per second grows with the number of requests that fit into this rest and share a
+# step (chapter 1).
 
 # %% Memory of a GPU that serves OPT-13B; and tokens per second by running requests, from a formula
 from minipaged.evaluation.sim.catalogue import DEPLOYMENTS
@@ -345,21 +335,18 @@ right.legend(fontsize=8)
 # %% [markdown]
 # ### The promise of paging
 #
-# Cut the memory into blocks of 16 slots, and give a sequence a block when its last one is full.
-# Nothing is reserved for later except the rest of that block, so a sequence wastes less than one
-# block. All blocks are equally long, so no gap is too small. This requires a table that maps
-# logical blocks to physical blocks, and an attention kernel that reads through that table: chapters
-# 3 and 4.
+# Cut the memory into blocks of 16 slots, and give a sequence a block when its last one is full. A
+# sequence then wastes less than one block, and no gap is too small, since all blocks are equally
+# long. This requires a table that maps logical blocks to physical blocks (chapter 3), and an
+# attention kernel that reads through that table (chapter 4).
 #
-# There is another answer: keep each sequence contiguous in *virtual* memory, and let the system map
-# physical pages to it when they are needed. That is vAttention ([arXiv
-# 2405.04437](https://arxiv.org/abs/2405.04437)), and `LLM(memory="virtual")` does it, on Linux and
-# a CPU.
+# vAttention ([arXiv 2405.04437](https://arxiv.org/abs/2405.04437)) instead keeps each sequence
+# contiguous in *virtual* memory and maps physical pages to it on demand. `LLM(memory="virtual")`
+# does this, on Linux and a CPU.
 #
 # ## Check
 #
-# Rule 3: all four memories give the same tokens. Rule 2: the kinds add up, in your strip as in the
-# library's pools (checked in each step above).
+# Rule 3: all four memories give the same tokens. Rule 2: the kinds add up.
 
 # %%
 assert all(tokens == answers["paged"] for tokens in answers.values())
@@ -371,8 +358,8 @@ assert all(
 print("same tokens from", ", ".join(answers))
 
 # %% [markdown]
-# Rule 1, and no memory is lost: regions come and go at random. Two allocators with a mistake get
-# the same test.
+# Rule 1, and no memory is lost: we allocate and free regions at random. Two allocators with a
+# mistake get the same test.
 
 # %%
 from random import Random
@@ -416,11 +403,10 @@ for mistake in (NeverJoins, ForgetsToCut):
 # %% [markdown]
 # ### Exercise: utilisation without a simulation
 #
-# Add up the reserved slots over all steps. What share of them holds a token? It follows from the
-# lengths of the requests and the policy. A request runs for `output` steps. In its first step it
-# holds its prompt, and in each later step one token more. The body below is far too optimistic: it
-# returns 100 % for *Oracle*, of whose memory 49.1 % held tokens above and 34.3 % was reserved.
-# Replace it, and run this cell and the next one again.
+# Add up the slots that all requests reserve, over all their steps. What share of them holds a
+# token? A request runs for `output` steps. In its first step it holds its prompt, and in each later
+# step one token more. The body below is too optimistic: it returns 100 % for *Oracle*. Replace it,
+# and run this cell and the next one again.
 
 # %%
 Requests = list[tuple[int, int]]  # (prompt, output)
@@ -460,9 +446,9 @@ print("solved" if check_exercise(share_with_token) else "not solved yet")
 # %% [markdown]
 # <details markdown="1"><summary>Hint</summary>
 #
-# Two things are wrong. The share at the end of a request is not its average share. And the mean of
-# the requests' shares is not the share of all slots: a long request keeps its slots for more steps,
-# so it counts more. Sum first, and divide once.
+# The share at the end of a request is not its average share. And the mean of the requests' shares
+# is not the share of all slots: a long request keeps its slots for more steps, so it counts more.
+# Sum first, and divide once.
 #
 # </details>
 #
@@ -476,38 +462,28 @@ print("solved" if check_exercise(share_with_token) else "not solved yet")
 #     return tokens / reserved
 # ```
 #
-# In the simulation above, 18.7 % of the slots held tokens under *Max* and 91.1 % were reserved: a
-# share of 20.5 %. External fragmentation is not included, since it depends on the order of regions.
+# In the simulation above, 18.7 % of the slots held tokens under *Max* and 91.1 % were allocated: a
+# share of 20.5 %. External fragmentation is not included.
 #
 # </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# 2,038 of 2,048 slots will never hold a token. If each of these requests reserves 2,048 slots,
-# about a fifth of the memory holds tokens (yours 18.7 %, the paper 20.4 %). If each reserves
-# exactly what it needs, it is about a half with first-fit, and 38.2 % in the paper, whose buddy
-# allocator rounds sizes up.
+# 2,038 of 2,048 slots will never hold a token. If each request reserves 2,048 slots, about a fifth
+# of the memory holds tokens (18.7 % above, 20.4 % in the paper): on average a request is halfway
+# through its output. If each reserves exactly what it needs, it is about a half with first-fit, and
+# 38.2 % in the paper, whose buddy allocator rounds sizes up.
 #
 # </details>
 #
 # ## Questions
 #
-# **Oracle knows every length. Why is half of its memory empty?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# It knows how much a request needs in the end, and must keep all of it from the start: the region
-# cannot grow, since the next one begins right after it. On average a request is halfway through its
-# output.
-#
-# </details>
-#
 # **Max leaves no gaps between regions. Is a pool without external fragmentation a good one?**
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. Equal regions fit everywhere, but they waste memory inside instead of outside. The blocks of
-# paging are equal too, but small, so little is wasted inside them.
+# No. Equal regions fit everywhere, but waste memory inside. Blocks are equal too, but small, so
+# little is wasted inside them.
 #
 # </details>
 #
@@ -515,9 +491,8 @@ print("solved" if check_exercise(share_with_token) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Yes, but each move copies all its keys and values: for OPT-13B 800 KB per token, hundreds of
-# megabytes for one sequence. During the move it needs both regions. And the new region has the same
-# three kinds of waste.
+# Yes, but each move copies all its keys and values: for OPT-13B hundreds of megabytes. During the
+# move it needs both regions. And the new region has the same three kinds of waste.
 #
 # </details>
 #

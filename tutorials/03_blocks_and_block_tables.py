@@ -12,16 +12,15 @@
 #
 # - How a *block table* lets a sequence be stored in scattered blocks (section 4.2 of the paper).
 # - What an allocator must do, and why it may hand out blocks in any order.
-# - What blocks cost that are too large or too small.
+# - What too large and too small blocks cost.
 #
 # ## Invariants
 #
-# 1. Every block is free or has owners. Its *reference count* is the number of its owners, and the
-#    block is free again only when the last owner frees it.
+# 1. Every block is free or has owners, and is free again only when the last owner frees it. Its
+#    *reference count* is the number of its owners.
 # 2. A sequence of $n$ tokens has $\lceil n / B \rceil$ blocks of $B$ slots. All but the last are
 #    full.
-# 3. A token is stored in the slot that the table gives, and stays there as long as the sequence
-#    runs.
+# 3. A token stays in the slot that the table gives for as long as the sequence runs.
 #
 # ## Predict
 #
@@ -36,10 +35,10 @@
 #
 # ## Build it: an allocator
 #
-# A physical block is just a number. The allocator records which numbers are free; it never looks at
-# a tensor. So far each block has one owner, so one bit per block is enough, and the search for a
-# free block may be slow. (The library's allocator counts several owners and takes the same time for
-# any pool. You write it in [lab 1](labs/01.md).)
+# A physical block is just a number, and the allocator records which numbers are free. Here each
+# block has one owner, so one bit per block is enough, and the search for a free block may be slow.
+# (The library's allocator, which you write in [lab 1](labs/01.md), counts several owners and takes
+# the same time for any pool.)
 
 # %%
 from minipaged.errors import DoubleFree, OutOfBlocks
@@ -76,10 +75,10 @@ class OneOwner:
 
 
 # %% [markdown]
-# The *block manager* uses the allocator. It keeps one block table per sequence: logical block 0, 1,
-# 2, ... of the sequence is physical block `blocks[0]`, `blocks[1]`, `blocks[2]`, ... We give it
-# your allocator and run the example from above. (A sequence is a list of tokens; here the tokens
-# are words, and nothing is computed.)
+# The *block manager* uses the allocator and keeps one block table per sequence: logical block `i`
+# of the sequence is physical block `blocks[i]`. We give it your allocator and run the example that
+# you predicted. (Tokens stand for words, and nothing is computed. A `SequenceGroup` holds all
+# samples of a prompt, here one.)
 
 # %%
 from minipaged.memory import BlockManager
@@ -139,10 +138,10 @@ for axis, (contents, owners), title in zip(axes, (first, second, third), titles,
 # %% [markdown]
 # A's third block is number 4, because B owned 2 and 3 at that time. C took 2 and 3, which B had
 # freed, and 5 as its third. Nothing had to be moved, and no gap was too small: **any free block
-# serves any sequence**. The regions of chapter 2 left gaps that fit no request.
+# serves any sequence**.
 #
-# To read position $p$, look it up in the sequence's block table: logical block $\lfloor p / B
-# \rfloor$, offset $p \bmod B$. The *slot* is the physical block times $B$ plus the offset.
+# Position $p$ of a sequence is in logical block $\lfloor p / B \rfloor$ at offset $p \bmod B$. Its
+# *slot* is the physical block times $B$ plus the offset.
 
 # %%
 table = memory.tables[sequences["C"].seq_id]
@@ -150,9 +149,8 @@ for position in (0, 3, 4, 8):
     print(f"C's word {position}, {words['C'][position]!r}, is in slot {table.slot(position)}")
 
 # %% [markdown]
-# A sequence gets a new block when its last one is full, and not before. (Chapter 7 explains what
-# happens with a block that has other owners.) Here is the library's code. Do [lab 1](labs/01.md)
-# and [lab 2](labs/02.md) before you open it:
+# A sequence gets a new block only when its last one is full. Do the labs before you open the
+# library's code:
 #
 # <details markdown="1"><summary>Spoiler for labs 1 and 2: the library's versions</summary>
 #
@@ -172,9 +170,8 @@ for position in (0, 3, 4, 8):
 #
 # ### Run the model on it
 #
-# All parts of the engine are chosen in one place, `Parts`. Your class takes the role `allocator`,
-# and nothing else changes. `checked()` wraps every part in a checker that recounts the owners after
-# each call.
+# `Parts` gives your class the role `allocator`, and nothing else changes. `checked()` wraps every
+# part in a checker that recounts the owners after each call.
 
 # %%
 from minipaged import LLM, Event, EventLog, Parts, SamplingParams
@@ -203,9 +200,8 @@ Replay(events, title="Your allocator serves a model")
 #
 # A sequence wastes the empty part of its last block, half a block on average, so small blocks waste
 # less. But each block costs a table entry, a call of the allocator and, most of all, one more
-# lookup in attention. The paper measures this in Figure 18 and settles on 16. We measure the part
-# that needs no clock, with requests as long as those of ChatGPT's users (the paper's ShareGPT
-# trace, of which only the mean lengths are published).
+# lookup in attention. The paper measures this in Figure 18 and settles on 16. We count what needs
+# no clock, with chapter 2's ShareGPT lengths:
 
 # %% What blocks of each size waste, and how many entries the block tables have
 from minipaged.evaluation.sim.traces import WORKLOADS
@@ -232,8 +228,7 @@ right.set(xlabel="block size", ylabel="table entries per sequence")
 # ## Check
 #
 # Your allocator gives the same answers as the library's, and every block is free again. The checker
-# also names the mistake of a wrong allocator. The classic mistake is to forget that a block can
-# have several owners:
+# also finds the classic mistake, to forget that a block can have several owners:
 
 # %%
 from minipaged.errors import CheckFailed
@@ -317,8 +312,8 @@ print("solved" if check_exercise(token_in) else "not solved yet")
 # %% [markdown]
 # <details markdown="1"><summary>Hint</summary>
 #
-# A slot number has two parts: a physical block and an offset in it. A table lists physical blocks;
-# the index of a block in that list is its logical block. And the last block may have empty slots.
+# A slot number has two parts: a physical block and an offset in it. The index of a physical block
+# in a table is its logical block. And the last block may have empty slots.
 #
 # </details>
 #
@@ -335,14 +330,15 @@ print("solved" if check_exercise(token_in) else "not solved yet")
 #     return None
 # ```
 #
-# This searches every table. An engine never needs to: it goes from positions to slots only.
+# An engine needs no such search: it goes only from positions to slots.
 #
 # </details>
 #
 # <details markdown="1"><summary>Your predictions</summary>
 #
-# A has 3 blocks for its 10 tokens, and C has 3 for its 9. Of their 24 slots 5 are empty, all at the
-# ends of last blocks. It does not matter that C's blocks are 2, 3 and 5: the table records it.
+# A has 3 blocks for its 10 tokens, C has 3 for its 9, and B has none. Of the 24 slots 5 are empty,
+# all at the ends of last blocks. It does not matter that C's blocks are 2, 3 and 5: the table
+# records them.
 #
 # </details>
 #
@@ -352,9 +348,8 @@ print("solved" if check_exercise(token_in) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# No. Every token is found through the table, whatever the number of its block. The order can change
-# the speed a little: adjacent memory is read faster, and recently used memory is still in the
-# cache.
+# No. Every token is found through the table. The order can change the speed a little: adjacent
+# memory is read faster, and recently used memory is still in the processor's cache.
 #
 # </details>
 #
@@ -363,8 +358,8 @@ print("solved" if check_exercise(token_in) else "not solved yet")
 # <details markdown="1"><summary>Answer</summary>
 #
 # Yes. A prompt fits if $\lceil 100 / B \rceil$ *blocks* are free. The empty slots in other
-# sequences' last blocks are not free: they are kept for the tokens that come next. There is no
-# external fragmentation, and internal fragmentation is less than one block per sequence.
+# sequences' last blocks are kept for their next tokens. Such internal fragmentation is less than
+# one block per sequence, and there is no external fragmentation.
 #
 # </details>
 #
@@ -372,18 +367,8 @@ print("solved" if check_exercise(token_in) else "not solved yet")
 #
 # <details markdown="1"><summary>Answer</summary>
 #
-# Because samples of one prompt share its blocks (chapter 7), and so do requests that share a prefix
+# Samples of one prompt share its blocks (chapter 7), and so do requests that share a prefix
 # (chapter 8). With counts, a sequence can free its blocks without knowing the other owners.
-#
-# </details>
-#
-# **Your `allocate` searches for the lowest free block, which takes longer in a larger pool. When
-# would you prefer it to the library's stack?**
-#
-# <details markdown="1"><summary>Answer</summary>
-#
-# If the upper part of the pool should stay empty, for example to return it to another program. A
-# stack scatters the blocks in use over time.
 #
 # </details>
 #
@@ -397,5 +382,5 @@ print(f"waste if each request reserved 2,048:      {100 - 100 * mean / 2048:.1f}
 print(f"table entries per sequence:                {entries[at_16]:.0f}")
 
 # %% [markdown]
-# Write the library's allocator in [lab 1](labs/01.md) and its block tables in [lab 2](labs/02.md).
-# Next: [attention that reads keys and values through such a table](04_paged_attention.md).
+# Now do [lab 1](labs/01.md) and [lab 2](labs/02.md). Next: [attention that reads keys and values
+# through such a table](04_paged_attention.md).

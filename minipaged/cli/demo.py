@@ -32,7 +32,7 @@ LEGEND = '\nColumn "back": tokens between the answer in the story and its questi
 NEXT = """
 Where to go next:
   learn  minipaged learn 0    # needs pip install -e ".[plot]"
-  labs   minipaged lab list   # write a part of the engine yourself
+  labs   minipaged lab list   # needs pip install -e ".[labs]"
   serve  minipaged serve      # needs pip install -e ".[serve]"
 """
 

@@ -1,4 +1,4 @@
-"""`minipaged lab`: list, start, check, watch, hint, diff, reset, grade, challenge, route, ranks."""
+"""`minipaged lab`: list, start, check, watch, hint, diff, reset, grade; others have own files."""
 
 import contextlib
 import difflib
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.cli import lab_challenge as challenge_command
+from minipaged.cli.lab_brief import brief
 from minipaged.cli.lab_ranks import ranks
 from minipaged.cli.lab_route import route
 from minipaged.errors import InvalidOption
@@ -38,9 +39,11 @@ File = Annotated[
 OneTask = Annotated[int | None, typer.Option(help="Run only this task.")]
 
 
-@app.callback()
-def lab() -> None:
+@app.callback(invoke_without_command=True)
+def lab(context: typer.Context) -> None:
     """Teaching labs: write a part of the engine, and serve a model with it."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command("list")
@@ -81,6 +84,7 @@ def start(number: Number) -> None:
     console.print(f'{file}: implement each function marked "your turn".')
     for task in chosen.tasks:
         console.print(f"  task {task.number}  {task.points:>4g} points  {task.title}")
+    console.print(f"Read the brief: minipaged lab brief {number}")
     console.print(f"Then run: minipaged lab check {number}")
 
 
@@ -197,6 +201,7 @@ def autograder(
     console.print(f"{folder}: zip both scripts together with a wheel of this library.")
 
 
+app.command()(brief)
 app.command()(challenge_command.challenge)
 app.command()(route)
 app.command()(ranks)

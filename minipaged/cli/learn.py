@@ -71,7 +71,10 @@ def _list(library: "Library") -> None:
         table.add_row(str(each.number), "\n".join(lines))
     console.print(table)
     first = library.chapters[0].number
-    console.print(f"\nRead one: minipaged learn {first}. All of them as notebooks: --notebooks DIR")
+    console.print(
+        f"\nRead one: minipaged learn {first}. Get it as a notebook, to do its exercise: "
+        f"minipaged learn {first} --notebooks DIR"
+    )
 
 
 def _open(library: "Library", number: int, no_browser: bool) -> None:
@@ -82,12 +85,14 @@ def _open(library: "Library", number: int, no_browser: bool) -> None:
     def show(page: Path) -> None:
         if not no_browser and not opened:
             opened.append(page)
-            can_open = webbrowser.open(page.as_uri())
-            print("Opened" if can_open else "No browser can be opened here. The page is", page)
+            open_page(page)
 
     def start(page: Path) -> None:
         show(page)
-        _say(f"The code of chapter {number} is running. Its outputs are kept for the next time.")
+        _say(
+            f"The code of chapter {number} is running. It may take a minute; its outputs are kept "
+            "for the next time."
+        )
 
     if find_spec("matplotlib") is None:
         _say(
@@ -99,6 +104,12 @@ def _open(library: "Library", number: int, no_browser: bool) -> None:
     show(library.page(chapter))
     if no_browser:
         print(library.page(chapter))
+
+
+def open_page(page: Path) -> None:
+    """Open a page in the browser, or print where it is."""
+    can_open = webbrowser.open(page.as_uri())
+    print("Opened" if can_open else "No browser can be opened here. The page is", page)
 
 
 def _write(

@@ -10,9 +10,11 @@ import typer
 app = typer.Typer(help="View a trace recorded with --trace.", rich_markup_mode=None)
 
 
-@app.callback()
-def trace() -> None:
+@app.callback(invoke_without_command=True)
+def trace(context: typer.Context) -> None:
     """View a trace recorded with --trace."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from minipaged.errors import CheckFailed
+
 _NUM_CALLS = 6  # calls that are shown
 _MOST_CALLS = 5_000  # calls recorded per test, so that tests with millions of calls are not slow
 _EXPECTED = {
@@ -111,7 +113,7 @@ def complaint(excinfo: "pytest.ExceptionInfo[BaseException]", file: str, log: Ca
         log: the recorded calls and comparisons.
     """
     error, last = excinfo.value, excinfo.traceback[-1]
-    message = (str(error).strip().splitlines() or [""])[0]
+    message = (str(error).strip().splitlines() or [""])[0].removesuffix(".")
     if isinstance(error, NotImplementedError):  # "your turn" is enough
         return f"NotImplementedError: {message}"
     mine = [entry for entry in excinfo.traceback if str(entry.path) == file]
@@ -128,6 +130,8 @@ def complaint(excinfo: "pytest.ExceptionInfo[BaseException]", file: str, log: Ca
         what = message
     else:
         what = _assertion(message, str(last.statement), log)
+    if isinstance(error, CheckFailed):  # names the call; later ones clean up
+        return what
     return f"{what}{log}"
 
 

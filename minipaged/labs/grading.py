@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from minipaged.errors import InvalidOption
@@ -54,6 +55,10 @@ def grade(
     if file.stat().st_size > LONGEST_FILE:
         raise InvalidOption(
             f"{file} has {file.stat().st_size:,} bytes: a solution has at most {LONGEST_FILE:,}."
+        )
+    if find_spec("pytest") is None:
+        raise InvalidOption(
+            "the labs need pytest, which is missing: pip install 'minipaged[labs]'."
         )
     tasks = [task for task in lab.tasks if only in (None, task.number)]
     if not tasks:

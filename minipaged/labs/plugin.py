@@ -147,6 +147,8 @@ def observed(
 
 
 def _leave_trace(request: pytest.FixtureRequest, events: list[Event]) -> None:
+    if not events:  # the model was not built, so there is nothing to view
+        return
     folder = Path(str(request.config.getoption("--trace-dir"))).resolve()
     place = folder / f"{request.node.name.split('[')[0]}.jsonl"
     trace = TraceFile(place)

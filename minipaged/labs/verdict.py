@@ -151,7 +151,9 @@ def judge(
     nothing = Result(task, 0, 0)
     if not run.ended:
         return replace(
-            nothing, complaint=f"not done after {counted(task.seconds, 'second')}: an endless loop?"
+            nothing,
+            complaint=f"not done after {counted(task.seconds, 'second')}: an endless loop, or a "
+            "call that takes longer the larger its input is?",
         )
     records = read_records(run, nonce)
     if records is None:

@@ -294,6 +294,13 @@ def test_the_version_is_printed(capsys, monkeypatch):
     assert (code, out) == (0, f"minipaged {__version__}\n")
 
 
+@pytest.mark.parametrize("group", ["lab", "trace", "bench", "soak"])
+def test_a_group_without_a_command_lists_its_commands(capsys, monkeypatch, group):
+    code, out, err = minipaged(capsys, monkeypatch, group)
+    assert (code, err) == (0, "")
+    assert "\nCommands:\n" in out
+
+
 def test_python_dash_m_is_the_same_program():
     result = subprocess.run(
         [sys.executable, "-m", "minipaged", "juggle"],

@@ -42,7 +42,7 @@ def test_the_list_has_number_title_subject_time_and_lab(learn):
     assert code == 0
     lines = [line.strip() for line in out.splitlines()]
     assert lines[:3] == ["3  Adding & counting", "It adds numbers.", "time: 5 minutes; lab: 1"]
-    assert lines[3:5] == ["4  The second", "It fails."]
+    assert lines[3:6] == ["4  The second", "It fails.", "time: 3 minutes"]
     assert "minipaged learn 3" in out
     assert not opened
 

@@ -59,6 +59,8 @@ SECOND = """\
 # # 4. The second
 #
 # It fails.
+#
+# **Time** 3 minutes
 
 # %%
 1 / 0

@@ -41,7 +41,7 @@ def test_a_chapter_has_a_number_a_title_a_subject_and_facts(tutorials):
     assert (first.number, first.title) == (3, "Adding & counting")
     assert first.summary == "It adds numbers."
     assert first.facts == {"Needs": "chapter 2", "Time": "5 minutes", "Lab": "1"}
-    assert second.facts == {}
+    assert second.facts == {"Time": "3 minutes"}  # the first chapter needs no other
 
 
 def test_every_chapter_of_the_library_can_be_read():

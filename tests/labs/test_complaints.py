@@ -22,6 +22,7 @@ class BlockAllocator:
 
 TESTS = """
 import pytest
+from minipaged.errors import CheckFailed
 
 
 @pytest.fixture
@@ -56,6 +57,10 @@ CASES = {
             "IndexError: list index out of range (line 10 of your file); "
             "after BlockAllocator(4), share(2)"
         ),
+    ),
+    "a_rule_that_a_checker_finds_broken": (
+        "raise CheckFailed('counting gives 1 (last call: free(1)).')",
+        "CheckFailed: counting gives 1 (last call: free(1))",
     ),
     "the_last_of_many_calls": (
         "for n in range(9): allocator.free(n)\n    assert allocator.num_free == 5",

@@ -39,6 +39,9 @@ def test_the_first_lab_goes_as_its_guide_says(tmp_path, monkeypatch):
     texts = {"right": right} | {
         name: library_text(lab) + BEGINNING + text for name, (_, text) in WRONG.items()
     }
+    guard = re.compile(r"^        if not self\._free:\n.*?(?=^        block)", re.M | re.S)
+    texts["runs_out_with_another_error"] = guard.sub("", right)
+    assert texts["runs_out_with_another_error"] != right
     for step in STEP.finditer(GUIDE.read_text(encoding="utf-8")):
         if step["file"] in texts:
             Path(lab.file_name).write_text(texts[step["file"]], encoding="utf-8")

@@ -2,8 +2,10 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+from stub_chapters import make_chapters
 from typer.testing import CliRunner
 
 from minipaged.cli.main import app
@@ -26,7 +28,9 @@ def lab(tmp_path, monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("command", ["start", "check", "watch", "hint", "diff", "reset", "grade"])
+@pytest.mark.parametrize(
+    "command", ["start", "brief", "check", "watch", "hint", "diff", "reset", "grade"]
+)
 def test_an_unknown_lab_is_refused_with_the_numbers_of_the_list(lab, command):
     listed = re.findall(r"^ *(\d+) ", lab("list"), flags=re.MULTILINE)
     words = [command, "99", *["file.py"] * (command == "grade")]
@@ -48,6 +52,30 @@ def test_each_hint_is_given_once_and_then_all_of_them_again(lab):
         assert hint in text
         assert text.count("Task 1, hint") == 1
     assert all(hint in told[-1] for hint in hints)
+
+
+def test_brief_prints_the_page_of_a_lab(lab, tmp_path, monkeypatch):
+    tutorials = make_chapters(tmp_path / "tutorials")
+    monkeypatch.setattr("minipaged.labs.chapters.library.folder", lambda: tutorials)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    page = Path(lab("brief", "1", "--no-browser").strip())
+    assert "Lab 1: count" in page.read_text(encoding="utf-8")
+    assert "minipaged lab brief 1" in lab("start", "1")
+
+
+def test_a_model_that_was_not_built_leaves_no_trace(lab, tmp_path):
+    lab("start", "1")
+    told = lab("check", "1", "--task", "4")
+    assert "your turn: BlockAllocator.__init__" in told
+    assert "replay it" not in told
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_without_pytest_a_check_says_what_to_install(lab, monkeypatch):
+    lab("start", "1")
+    monkeypatch.setattr("minipaged.labs.grading.find_spec", lambda name: None)
+    with pytest.raises(InvalidOption, match=r"need pytest.*: pip install 'minipaged\[labs\]'"):
+        lab("check", "1")
 
 
 DAMAGED = {

@@ -49,6 +49,12 @@ def test_points_are_given_in_the_part_that_passes():
     assert (result.points, result.complaint) == (20, "a: yours 1, expected 2")
 
 
+def test_a_task_that_does_not_end_is_told_the_two_likely_causes():
+    complaint = judge(TASK, EXPECTED, CANARIES, Run(b"", "", ended=False), NONCE).complaint
+    assert complaint.startswith("not done after ")
+    assert "an endless loop, or a call that takes longer the larger" in complaint
+
+
 def test_without_an_essential_property_a_task_has_no_points_and_says_why():
     result = judged(report("t::test_a", "t::test_b"))
     assert (result.points, result.num_passed) == (0, 1)

@@ -68,6 +68,10 @@ class Library:
         """The page of a chapter as it is, without running anything."""
         return self.pages / file_of(chapter.name)
 
+    def brief(self, number: int) -> Path:
+        """The page of a lab's brief."""
+        return self.pages / file_of(f"{number:02}")
+
     def run(self, chapter: Chapter, on_start: Callable[[Path], None] = lambda _: None) -> str:
         """Run a chapter, unless its outputs are on its page already.
 

@@ -95,7 +95,7 @@ def read(script: Path) -> Chapter:
     facts, summary = dict[str, str](), ""
     for paragraph in re.split(r"\n\s*\n|\n(?=[-*] )", first)[1:]:
         text = " ".join(paragraph.split()).removeprefix("- ").removeprefix("* ")
-        if text.startswith("**Needs**"):
+        if text.startswith(("**Needs**", "**Time**")):  # the first chapter needs none
             facts = dict(_FACT.findall(_LINK.sub(lambda link: link[1] or link[0], text)))
         elif text and not summary and not text.startswith("#") and not text.endswith(":"):
             sentence = re.match(r".+?[.!?](?=\s|$)", text)
