@@ -28,7 +28,7 @@
 # - How many operations does decode attention do per byte of keys and values that it reads, with two
 #   bytes per element?
 # - How many times does the kernel of chapter 10 read each key?
-# - One sequence decodes on a GPU that runs 528 programs at a time. With one program per sequence
+# - One sequence decodes on a GPU that runs 396 programs at a time. With one program per sequence
 #   and KV head, how many programs are there?
 #
 # ## Build it: a floor, and three kernels
@@ -163,8 +163,8 @@ for name, (programs, kernel) in kernels.items():
 # ### Split long sequences
 #
 # Packing leaves fewer programs: sequences times KV heads. An H100 has 132 *multiprocessors* (SMs),
-# and each runs four programs of `decode` at a time. One sequence over 8 KV heads gives 8 programs
-# for 528 places, and the memory waits. So a sequence is cut into *splits* of neighbouring
+# and each runs three programs of `decode` at a time. One sequence over 8 KV heads gives 8 programs
+# for 396 places, and the memory waits. So a sequence is cut into *splits* of neighbouring
 # positions, with one program each (this is known as flash-decoding, or split-KV). Each program
 # computes its output as if there were no other keys, and a second kernel merges the outputs. Write
 # both parts in PyTorch first. A piece returns its output, and the logarithm of the sum of its
@@ -395,7 +395,7 @@ print("solved" if check_exercise(merge_written) else "not solved yet")
 #
 # Decode does 4 operations per byte, where 150 to 300 would be free. The kernel of chapter 10 reads
 # each key four times, once for each query head of its group. And one sequence gives 8 programs, for
-# 528 places.
+# 396 places.
 #
 # </details>
 #
@@ -514,14 +514,15 @@ import torch
 from minipaged.evaluation.bench.compile import *
 
 llama = Setting(heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, kv_dtype="auto")
-with catch_launches() as launches:
-    launch_everything(llama)
-kernels = {launch.kernel.__name__: launch for launch in reversed(launches)}
-for name in ("naive_kernel", "decode_kernel"):
-    for sm in (80, 90):
+for sm in (80, 90):
+    with catch_launches() as launches:
+        launch_everything(llama, sm)
+    kernels = {launch.kernel.__name__: launch for launch in reversed(launches)}
+    for name in ("naive_kernel", "decode_kernel"):
         row = compile_launch(kernels[name], llama, sm)
-        print(f"{row.kernel:7} sm_{sm} {row.registers:4} registers, {row.stack_bytes} spilled",
-              f"{row.shared_bytes:7,} shared bytes, {row.programs} programs, {row.instructions}")
+        print(f"{row.kernel:7} sm_{sm} {row.registers:4} registers, {row.stack_bytes} spilled,",
+              f"{row.shared_bytes:7,} shared bytes, {row.programs} programs,",
+              f"{row.copies_ahead} copies ahead, {row.instructions}")
 """
 process = subprocess.run(
     [sys.executable, "-c", COMPILE],
@@ -534,10 +535,17 @@ print(process.stdout)
 
 # %% [markdown]
 # (sm_80 is Ampere, as in an A100; sm_90 is Hopper, as in an H100 and H200.) `HMMA` is a
-# multiplication by the tensor cores: `decode` has it, the naive kernel does not. With Triton 3.9,
-# `decode` uses 128 registers in each of 128 threads: four programs take all the registers of a
-# multiprocessor, and spill nothing. While one waits for its next tile of keys and values, the
-# others multiply. The tile is as large as this leaves room for:
+# multiplication by the tensor cores: `decode` has it, the naive kernel does not.
+#
+# **Load ahead.** "Copies ahead" are copies of keys and values to shared memory that are still under
+# way while `decode` multiplies a tile. The addresses of a tile come from the block table, so the
+# kernel loads the block numbers of the next tile before it multiplies this one:
+#
+# @@ minipaged.attention.triton.tile.load_blocks
+#
+# If each iteration loaded its own block numbers, the compiler would find no address early enough.
+# It would print 0 copies ahead, and memory would idle during every multiplication. Several tiles at
+# a time take shared memory. The tile is as large as three programs have room for:
 #
 # @@ minipaged.attention.triton.decode.choose_tile
 #

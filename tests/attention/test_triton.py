@@ -50,6 +50,7 @@ from minipaged.attention.triton.splits import (
 )
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 from minipaged.errors import InvalidOption
+from minipaged.evaluation.bench.cases import largest_error
 from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
 from minipaged.models.rope import RopeConfig, Rotary, rotate
 
@@ -331,6 +332,54 @@ def test_wrong_head_counts_are_refused(attention: PagedAttention) -> None:
     gaps = setup.k_cache.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(AssertionError, match="without gaps"):
         attention(setup.q, gaps, gaps, setup.batch, setup.scale)
+
+
+# ---- needles: every tile and every split counts --------------------------------------------------
+
+
+def with_needles(lengths: list[int], tile: int, **options: Any) -> PagedSetup:
+    """One query per sequence, and one key per sequence that has nearly all of its weight.
+
+    Of the sequences with the same length, each has its needle in another tile, alternately at its
+    first and at its last position. A kernel that skips a single tile returns something else.
+    """
+    places = [
+        (length, min(start + (0 if start // tile % 2 else tile - 1), length - 1))
+        for length in lengths
+        for start in range(0, length, tile)
+    ]
+    setup = paged_setup([(1, length - 1) for length, _ in places], kv_heads=1, heads=1, **options)
+    for seq, (_, needle) in enumerate(places):
+        table = setup.tables[seq]
+        block, offset = divmod(table.slot(needle), table.block_size)
+        q = setup.q[seq, 0]
+        key = 30 * q / (q @ q) / setup.scale  # its score is 30, all others are a few units
+        setup.keys[seq][needle, 0] = setup.k_cache[block, 0, offset] = key
+    return setup
+
+
+def relative_error(out: Tensor, setup: PagedSetup) -> float:
+    return largest_error(out, dense_attention(setup))
+
+
+def check_needles(decode: Callable[..., None], setup: PagedSetup, num_splits: int) -> None:
+    there = on_device(tame(setup))
+    out = torch.full_like(there.q, torch.nan)
+    shape = TileShape(16, 4, 3)
+    inputs = there.q, there.k_cache, there.v_cache, there.batch, there.scale
+    decode(*inputs, out, num_splits, shape)
+    assert relative_error(out.cpu(), setup) < 1e-4
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_decode_finds_a_needle_in_every_tile_and_every_split(num_splits: int) -> None:
+    check_needles(decode, with_needles([600], 16, head_dim=16, block_size=16), num_splits)
+
+
+@every_kernel
+def test_attention_finds_a_needle_in_every_tile(attention: PagedAttention) -> None:
+    setup = with_needles([97, 130], 16, head_dim=32, block_size=16)
+    assert relative_error(run(attention, tame(setup)), setup) < 1e-4
 
 
 # ---- splits --------------------------------------------------------------------------------------
@@ -862,6 +911,20 @@ def splits_pass(package: str) -> None:
     assert_near(out, dense_attention(setup)[:-4])
 
 
+def needles_pass(package: str) -> None:
+    setup = with_needles([545], 16, head_dim=16, block_size=16)
+    check_needles(part(package, "decode", "decode"), setup, 3)
+
+
+def far_passes(package: str) -> None:
+    """As `huge`, after as much of nobody's memory: what a negative offset reads may be read."""
+    num_blocks = (2**31 // 2048 + 40) // 2 * 2
+    numbers = EMPTY(2 * num_blocks, 1, 16, 128, dtype=torch.int8, device=DEVICE)[num_blocks:]
+    huge = QuantizedPool(numbers, EMPTY(num_blocks, 1, 16, device=DEVICE))
+    attention = part(package, "backend", "triton_paged_attention")
+    check(attention, far_away(paged_setup(FEW, **BLOCKS_OF_2048), huge))
+
+
 def bits_pass(package: str) -> None:
     setup = in_8_bits(tame(paged_setup(FEW)), torch.int8)
     check(part(package, "backend", "triton_paged_attention"), setup)
@@ -904,6 +967,30 @@ MUTANTS = {
     "a whole tile is taken for one block": (
         attention_passes, "tile", "table + positions //", "table + (positions * 0 + start) //"
     ),
+    "one split is ignored": (
+        needles_pass, "decode", "if start >= end:", "if (start >= end) | (split == 1):"
+    ),
+    "one tile is skipped": (
+        needles_pass, "decode", "for tile_start in range(start,",
+        "for tile_start in range(start + TILE * (split == 2),"
+    ),
+    "block numbers of the next tile are used for this one": (
+        needles_pass, "decode", "tile_start, end, blocks,", "tile_start, end, next_blocks,"
+    ),
+    "block numbers stay those of the first tile": (
+        needles_pass, "decode", "blocks = next_blocks", "next_blocks"
+    ),
+    "prefill keeps the block numbers of the first tile": (
+        attention_passes, "prefill", "blocks = next_blocks", "next_blocks"
+    ),
+    "the merge leaves out the last split": (
+        needles_pass, "splits", "splits * split_len < seq_len",
+        "(splits + 1) * split_len < seq_len"
+    ),
+    "the last tile is not masked": (
+        ends_pass, "decode", "BLOCK_SIZE, TILE, True,", "BLOCK_SIZE, TILE, False,"
+    ),
+    "offsets have 32 bits": (far_passes, "tile", "blocks.to(tl.int64)", "blocks"),
     "slots before heads in the pool": (
         attention_passes, "tile",
         "* KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE",

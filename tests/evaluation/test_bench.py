@@ -61,6 +61,7 @@ def test_the_report_is_a_table_with_the_papers_numbers_and_the_machine(capsys, m
 
 # ---- kernels and steps ---------------------------------------------------------------------------
 
+F32 = torch.float32
 CPU = torch.device("cpu")
 TINY = kernel.Heads("tiny", 2, 1, 32)
 
@@ -117,8 +118,40 @@ def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch, case):
 
     list(kernel.measure([case], ["torch"], CPU, torch.float32))
     monkeypatch.setitem(BACKENDS, "torch", replace(BACKENDS["torch"], paged_attention=wrong))
-    with pytest.raises(AssertionError):
+    with pytest.raises(kernel.WrongResult, match="differs by"):
         list(kernel.measure([case], ["torch"], CPU, torch.float32))
+
+
+def test_a_kernel_that_skips_one_tile_of_many_is_not_timed(monkeypatch):
+    right = BACKENDS["reference"].paged_attention
+
+    def forgetful(q, k_cache, v_cache, batch, scale):
+        [span] = batch.spans
+        span = span._replace(context_len=span.context_len - 64)
+        batch = replace(batch, context_lens=batch.context_lens - 64, spans=(span,))
+        return right(q, k_cache, v_cache, batch, scale)
+
+    monkeypatch.setitem(
+        BACKENDS, "reference", replace(BACKENDS["reference"], paged_attention=forgetful)
+    )
+    with pytest.raises(kernel.WrongResult, match=r"16,384 tokens, int8: a result differs by"):
+        list(
+            kernel.measure([kernel.Case(TINY, 1, 16384, kv_dtype="int8")], ["reference"], CPU, F32)
+        )
+
+
+@pytest.mark.parametrize("unwritten", [0, 47])
+def test_a_kernel_that_leaves_a_row_unwritten_is_not_timed(monkeypatch, unwritten):
+    right = BACKENDS["torch"].paged_attention
+
+    def lazy(q, k_cache, v_cache, batch, scale):
+        out = right(q, k_cache, v_cache, batch, scale)
+        out[unwritten] = torch.nan  # what `measure` leaves in freed memory
+        return out
+
+    monkeypatch.setitem(BACKENDS, "torch", replace(BACKENDS["torch"], paged_attention=lazy))
+    with pytest.raises(kernel.WrongResult, match="inf%"):
+        list(kernel.measure([kernel.Case(TINY, 1, 48, 48)], ["torch"], CPU, F32))
 
 
 def test_one_long_sequence_among_short_ones_reads_few_bytes():

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 
 import pytest
 
+PROGRAMS_PER_SM = pytest.importorskip("minipaged.attention.triton.splits").PROGRAMS_PER_SM
+
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton exists for Linux only"),
     pytest.mark.full,  # test_bench_triton.py compiles the kernels for one model and one GPU
@@ -106,7 +108,7 @@ def test_nothing_is_compiled_twice(rows):
         options = {"heads": "32/8 x 128", "dtype": "float16", "kv_dtype": "auto", "sm": 80}
         assert len(of(rows, kernel, **options)) == 1
     # It reads what decode left, whatever the pool's type.
-    assert len(of(rows, "merge", heads="32/8 x 128", dtype="float16", sm=80)) == 1
+    assert len(of(rows, "merge", heads="32/8 x 128", dtype="float16", sm=90)) == 1
 
 
 def test_fp8_is_compiled_for_gpus_that_know_it(rows):
@@ -144,7 +146,19 @@ def test_several_decoding_programs_share_a_multiprocessor(rows):
         threads = 32 * row["num_warps"]
         assert 2 * threads * row["registers"] <= 65536, row
         assert 2 * row["shared_bytes"] <= SHARED_OF_A_PROGRAM[row["sm"]], row
-        assert row["programs"] >= (4 if row["kv_dtype"] == "auto" else 2), row
+        assert row["programs"] >= (PROGRAMS_PER_SM if row["kv_dtype"] == "auto" else 2), row
+
+
+def test_the_number_of_splits_counts_on_the_programs_that_fit(rows):
+    for row in of(rows, "decode, split", heads="32/8 x 128", kv_dtype="auto"):
+        assert row["programs"] == PROGRAMS_PER_SM, row
+
+
+@pytest.mark.parametrize("kernel", MULTIPLYING)
+def test_the_next_tile_is_loading_while_one_is_multiplied(rows, kernel):
+    # Keys and values, and with 8 bits their scales.
+    for row in of(rows, kernel):
+        assert row["copies_ahead"] >= (2 if row["kv_dtype"] == "auto" else 4), row
 
 
 @pytest.mark.parametrize(("sm", "instruction"), [(80, "HMMA"), (90, "HGMMA")])
@@ -176,7 +190,16 @@ def test_launches_go_through_again_afterwards(report):
 def test_the_table_names_kernels_shapes_and_gpus(report):
     lines = report["table"].splitlines()
     assert len(lines) == 1 + len(report["rows"])
-    for part in ("prefill", "32/8 x 128", "bfloat16", "int8", "sm_90", "HGMMA", "LDGSTS.128"):
+    for part in (
+        "prefill",
+        "32/8 x 128",
+        "bfloat16",
+        "int8",
+        "sm_90",
+        "HGMMA",
+        "LDGSTS.128",
+        "ahead",
+    ):
         assert part in report["table"]
 
 

@@ -38,7 +38,7 @@ from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import heads_per_kv_head
 from minipaged.attention.triton.launch import LOG2_E, math_type, pointers, pool_constants
-from minipaged.attention.triton.machine import num_sms
+from minipaged.attention.triton.machine import has_large_sms, num_sms
 from minipaged.attention.triton.splits import (
     SPLIT_RULE,
     merge,
@@ -46,7 +46,7 @@ from minipaged.attention.triton.splits import (
     split_length,
     splits_to_fill,
 )
-from minipaged.attention.triton.tile import attend_to_tile, load_query
+from minipaged.attention.triton.tile import attend_to_tile, load_blocks, load_query
 
 
 class TileShape(NamedTuple):
@@ -54,14 +54,22 @@ class TileShape(NamedTuple):
 
     tile: int  # positions
     num_warps: int
-    num_stages: int  # of the loop: the first loads table entries, the next keys and values ...
+    num_stages: int  # of the loop: with 3, two tiles of keys are loading or in use, with 4 three
 
 
-def choose_tile(width: int, query_bytes: int, cache_bytes: int) -> TileShape:
-    """Return the tile shape for rows of `width` elements of this many bytes."""
+def choose_tile(
+    width: int, query_bytes: int, cache_bytes: int, large_sms: bool = True
+) -> TileShape:
+    """Return the tile shape for rows of `width` elements of this many bytes.
+
+    Args:
+        large_sms: see `has_large_sms`; on others, a tile of 64 would leave room for two programs.
+    """
     if query_bytes == 4 and width >= 128:  # float32 takes many registers; see `prefill`
         return TileShape(16, 8, 2)
-    return TileShape(64 if width * cache_bytes <= 256 else 32, 4, 3)
+    if width <= 128 and (large_sms or width * cache_bytes <= 128):
+        return TileShape(64, 4, 4 if cache_bytes == 1 else 3)
+    return TileShape(32, 4, 4 if width <= 128 else 3)
 
 
 def decode(
@@ -87,7 +95,8 @@ def decode(
     kv_heads, width = constants["KV_HEADS"], constants["WIDTH"]
     tensors = pointers(k_cache, v_cache)
     if shape is None:
-        shape = choose_tile(width, q.itemsize, tensors[0].itemsize)
+        large_sms = has_large_sms(q.device)
+        shape = choose_tile(width, q.itemsize, tensors[0].itemsize, large_sms)
     if to_fill is None:
         to_fill = splits_to_fill(batch.num_seqs, kv_heads, num_sms(q.device))
     num_splits = most_splits(batch.longest, to_fill)
@@ -190,16 +199,19 @@ def decode_kernel(
     total = tl.full([ROWS], 0.0, tl.float32)
     output = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     whole_tiles_end = start + (end - start) // TILE * TILE
+    blocks = load_blocks(table, start, end, BLOCK_SIZE, TILE)
     for tile_start in range(start, whole_tiles_end, TILE):  # without masks: most tiles
+        next_blocks = load_blocks(table, tile_start + TILE, end, BLOCK_SIZE, TILE)
         maximum, total, output = attend_to_tile(
-            maximum, total, output, query, last_position, tile_start, end,
-            k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
+            maximum, total, output, query, last_position, tile_start, end, blocks,
+            k_cache, v_cache, k_scales, v_scales, kv_head, scale,
             KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
+        blocks = next_blocks
     if whole_tiles_end < end:
         maximum, total, output = attend_to_tile(
-            maximum, total, output, query, last_position, whole_tiles_end, end,
-            k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
+            maximum, total, output, query, last_position, whole_tiles_end, end, blocks,
+            k_cache, v_cache, k_scales, v_scales, kv_head, scale,
             KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, True, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
 

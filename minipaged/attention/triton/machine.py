@@ -111,6 +111,16 @@ def _why_not_interpreted(kv_dtype: str) -> str | None:
 
 
 @cache
+def has_large_sms(device: torch.device) -> bool:
+    """Whether a multiprocessor has 228 KiB of shared memory, as on Hopper and B100 to B300.
+
+    Ampere's has 164 KiB, or 100 KiB in smaller GPUs, as later ones for graphics. Without a GPU, the
+    answer is yes.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@cache
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of the GPU: at least this many programs run at the same time."""
     if device.type != "cuda":

@@ -34,10 +34,11 @@ from minipaged.attention.batch import Batch, Span
 from minipaged.attention.kv_cache import choose_kv_dtype
 from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
 from minipaged.attention.triton.copy_blocks import copy_blocks
-from minipaged.attention.triton.decode import TileShape, decode
+from minipaged.attention.triton.decode import TileShape, choose_tile, decode
+from minipaged.attention.triton.launch import pool_constants
 from minipaged.attention.triton.machine import OLDEST_GPU_FOR_FP8
 from minipaged.attention.triton.naive_decode import naive_kernel, naive_paged_attention
-from minipaged.attention.triton.prefill import TileShapes, prefill
+from minipaged.attention.triton.prefill import TileShapes, choose_tiles, prefill
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 from minipaged.errors import InvalidOption
 
@@ -90,6 +91,9 @@ class Compiled:
     # The instructions that read keys and values: "LDGSTS.128" copies 128 bits, the maximum, to
     # shared memory asynchronously; "LDG" loads them to registers.
     reads: str
+    # Copies to shared memory, of keys, values or scales, that are under way while the loop
+    # multiplies a tile; 0: the loop waits for all of them first.
+    copies_ahead: int
 
     @property
     def programs(self) -> int:
@@ -136,7 +140,7 @@ def compile_all(
         if setting.kv_dtype == "fp8" and divmod(sm, 10) < OLDEST_GPU_FOR_FP8:
             continue
         with catch_launches() as launches:
-            launch_everything(setting, tile, tiles)
+            launch_everything(setting, sm, tile, tiles)
         for launch in launches:
             jobs.setdefault(_identity(launch, sm), (launch, setting, sm))
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # which start ptxas and cuobjdump
@@ -160,7 +164,10 @@ def catch_launches() -> Generator[list[Launch], None, None]:
 
 
 def launch_everything(
-    setting: Setting, tile: TileShape | None = None, tiles: TileShapes | None = None
+    setting: Setting,
+    sm: int = 90,
+    tile: TileShape | None = None,
+    tiles: TileShapes | None = None,
 ) -> None:
     """Call every launcher, on tensors of PyTorch's "meta" device, which have no memory."""
     heads, kv_heads, head_dim = setting.heads, setting.kv_heads, setting.head_dim
@@ -173,6 +180,9 @@ def launch_everything(
     layers = _empty(2, 2, _NUM_BLOCKS, kv_heads, _BLOCK_SIZE, head_dim, dtype=kv_dtype)
     decodes, prompts = _batch(tokens_each=1), _batch(tokens_each=8)
     scale = head_dim**-0.5
+    width, large_sms = pool_constants(k_cache)["WIDTH"], _PER_SM[sm][0] >= 228
+    tile = tile or choose_tile(width, q.itemsize, kv_dtype.itemsize, large_sms)
+    tiles = tiles or choose_tiles(width, q.itemsize, kv_dtype.itemsize, large_sms)
 
     decode(q, k_cache, v_cache, decodes, scale, out, 1, tile)
     decode(q, k_cache, v_cache, decodes, scale, out, _NUM_SPLITS, tile)
@@ -257,6 +267,7 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
         num_warps=compiled.metadata.num_warps,
         instructions=next((name for name in ("HGMMA", "HMMA") if f" {name}." in code), "-"),
         reads=_wide_reads(code),
+        copies_ahead=_copies_ahead(compiled.asm["ttgir"]),
     )
 
 
@@ -284,6 +295,11 @@ def _wide_reads(code: str) -> str:
     return "-"
 
 
+def _copies_ahead(ttgir: str) -> int:
+    """The largest number of copies that a wait of the kernel leaves under way."""
+    return max((int(num) for num in re.findall(r"async_wait .*num = (\d+)", ttgir)), default=0)
+
+
 def as_table(rows: Iterable[Compiled]) -> Table:
     """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
@@ -293,8 +309,9 @@ def as_table(rows: Iterable[Compiled]) -> Table:
         table.add_column(title, justify="right")
     for title in ("matrices", "reads"):
         table.add_column(title)
+    table.add_column("ahead", justify="right")
     for row in rows:
         names = (row.kernel, row.heads, row.dtype, row.kv_dtype, f"sm_{row.sm}")
         sizes = (row.num_warps, row.registers, row.stack_bytes, row.shared_bytes, row.programs)
-        table.add_row(*names, *map(str, sizes), row.instructions, row.reads)
+        table.add_row(*names, *map(str, sizes), row.instructions, row.reads, str(row.copies_ahead))
     return table
