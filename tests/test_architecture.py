@@ -163,6 +163,38 @@ def test_a_start_imports_no_compiler_and_no_computer_algebra():
     assert result.stderr.strip() == "set()"
 
 
+def test_tests_of_a_gpu_are_collected_without_the_packages_that_check_shapes():
+    program = """
+import sys
+import pytest
+
+class Without:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(self):
+        sys.modules |= dict.fromkeys(("beartype", "jaxtyping"))
+
+without = "-p no:jaxtyping -p no:cacheprovider -p no:xdist".split()
+sys.exit(pytest.main(["-m", "gpu", "--collect-only", "tests", *without], [Without()]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "tests/worker/test_gpu.py" in result.stdout
+
+
+def test_signatures_check_shapes_under_pytest():
+    pytest.importorskip("jaxtyping")
+    pytest.importorskip("beartype")
+    torch = pytest.importorskip("torch")
+    from jaxtyping import TypeCheckError
+
+    from minipaged.sampling.sampler import score
+
+    with pytest.raises(TypeCheckError):
+        score(torch.zeros(3), [0], [None])  # logits without rows
+
+
 def test_every_public_thing_has_a_docstring():
     missing = []
     for path in MODULES:
