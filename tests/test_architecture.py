@@ -53,7 +53,7 @@ def test_imports_look_down(path: Path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=label)
-def test_only_the_server_knows_of_http(path: Path):
+def test_only_serving_imports_http_libraries(path: Path):
     web = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
     found = {name.split(".")[0] for name in imported_at_run_time(path)}
     assert layer_of(path) == "serving" or not found & web
@@ -90,7 +90,7 @@ def test_the_listing_of_the_package_is_a_table_of_contents():
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=label)
-def test_a_package_says_its_purpose_in_one_sentence(path: Path):
+def test_the_docstring_of_a_package_is_one_sentence(path: Path):
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     purpose, _, rest = docstring.partition("\n")
     assert purpose.endswith("."), f"one sentence, not {purpose!r}"
@@ -99,7 +99,7 @@ def test_a_package_says_its_purpose_in_one_sentence(path: Path):
 
 
 @pytest.mark.parametrize("path", PACKAGES[1:], ids=label)
-def test_a_package_is_bare(path: Path):
+def test_a_package_contains_only_a_docstring_and_imports(path: Path):
     """A docstring, and at most names that are imported from its modules."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body[1:]:
@@ -116,7 +116,7 @@ def without_torch() -> list[str]:
     return sorted(name.removesuffix(".__init__") for name in names)
 
 
-def test_bookkeeping_leaves_torch_alone():
+def test_bookkeeping_does_not_import_torch():
     program = (
         "import sys; from importlib import import_module\n"
         "for name in sys.argv[1:]:\n"
@@ -140,7 +140,7 @@ def test_the_top_level_of_the_repository_holds_only_what_belongs_there():
     assert top == {*subjects.split(), *tools.split()}
 
 
-def test_help_answers_without_torch():
+def test_help_does_not_import_torch():
     program = (
         "import sys; from minipaged.cli.main import app; app(['--help'], standalone_mode=False);"
         "sys.exit('torch' in sys.modules)"
@@ -173,7 +173,7 @@ def test_every_public_thing_has_a_docstring():
     assert not missing
 
 
-def test_the_names_that_the_package_promises_exist():
+def test_every_name_in_all_exists():
     import minipaged
 
     for name in minipaged.__all__:

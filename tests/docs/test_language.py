@@ -150,7 +150,7 @@ def test_every_allowed_use_exists():
         "It runs once a step.",
     ],
 )
-def test_a_telltale_sentence_is_found(sentence):
+def test_a_telltale_sentence_is_flagged(sentence):
     assert telltales(prose(sentence, is_python=False))
     assert telltales(prose(f"x = 1  # {sentence}", is_python=True))
     assert telltales(prose(f'raise ValueError("{sentence}")', is_python=True))
@@ -166,7 +166,7 @@ def test_a_telltale_sentence_is_found(sentence):
         "In a second terminal, run the client. It takes half a second.",
     ],
 )
-def test_a_right_sentence_is_not_found(sentence):
+def test_a_correct_sentence_is_not_flagged(sentence):
     assert not telltales(prose(sentence, is_python=False))
 
 
@@ -176,7 +176,7 @@ def test_no_page_needs_more_than_ten_years_of_school(page):
     assert value <= 10 or num_words < 100  # a page of the reference is a list of names
 
 
-def test_code_is_not_read():
+def test_code_is_not_checked():
     assert not telltales(prose("nobody = lies(behind)\n", is_python=True))
     assert not telltales(prose("```python\nnobody = 1\n```\n", is_python=False))
 

@@ -158,7 +158,7 @@ def test_plain_attention_reads_nothing_stale(
 @pytest.mark.parametrize("memory", BASELINES)
 @pytest.mark.parametrize("workload", ANY_MEMORY)
 @pytest.mark.usefixtures("way")
-def test_no_number_is_left_in_a_contiguous_region(
+def test_a_reused_contiguous_region_is_cleared(
     folder, workload, memory, value, kv_cache_dtype, monkeypatch
 ):
     options = {"enable_prefix_caching": False, "kv_cache_dtype": kv_cache_dtype}
@@ -169,7 +169,7 @@ def test_no_number_is_left_in_a_contiguous_region(
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 @pytest.mark.parametrize("memory", ["virtual", "virtual-sliced"])
 @pytest.mark.parametrize("workload", ANY_MEMORY)
-def test_no_number_is_left_in_virtual_memory(folder, workload, memory, value, monkeypatch):
+def test_a_reused_region_of_virtual_memory_is_cleared(folder, workload, memory, value, monkeypatch):
     options = {"enable_prefix_caching": False, "memory": memory}
     check(folder, workload, value, monkeypatch, **options)
 

@@ -263,7 +263,7 @@ def test_a_whole_response_is_good(body: bytes):
         (chunk(other=1) + WHOLE, "an invalid chunk"),
     ],
 )
-def test_a_wrong_response_is_found_out(body: bytes, fault: str):
+def test_a_wrong_response_is_detected(body: bytes, fault: str):
     [[served], _] = ask(response(body), [TWO])
     assert served.fault is not None
     assert fault in served.fault
@@ -289,7 +289,7 @@ def test_a_request_that_is_not_served_is_an_error(answer: bytes, error: str, is_
     assert row.seconds_per_token is None
 
 
-def test_a_server_that_is_not_there_is_told_in_one_sentence(capsys, monkeypatch):
+def test_a_missing_server_is_reported_in_one_sentence(capsys, monkeypatch):
     code, _, err = minipaged(capsys, monkeypatch, *BENCH, "--url", "http://127.0.0.1:9")
     assert code == 2
     assert "http://127.0.0.1:9 does not answer" in err
@@ -303,7 +303,7 @@ def test_a_server_that_is_not_there_is_told_in_one_sentence(capsys, monkeypatch)
         (response(b'{"data": [{"id": "other"}]}', chunked=False), "serves 'other', not 'm'"),
     ],
 )
-def test_a_server_without_the_model_is_told_in_one_sentence(answer: bytes, sentence: str):
+def test_a_server_without_the_model_is_reported_in_one_sentence(answer: bytes, sentence: str):
     async def refused() -> None:
         async with answering(answer) as (target, _):
             await ask_for_model(target, "m")
@@ -319,13 +319,13 @@ def test_a_closed_load_keeps_so_many_requests_under_way():
     assert results[-1].due >= results[0].due + 0.04  # a request is due when it can be sent
 
 
-def test_kept_connections_are_used_again():
+def test_connections_are_reused():
     _, connections = ask(response(WHOLE), [TWO] * 9, concurrency=3, keep_alive=True, after=0.01)
     assert len(connections) == 3
     assert sum(connections) == 9
 
 
-def test_an_open_load_sends_when_a_request_is_due_whatever_is_under_way():
+def test_an_open_load_sends_each_request_when_it_is_due():
     requests = [replace(TWO, arrival=i / 50) for i in range(5)]
     results, _ = ask(response(WHOLE), requests, after=1.0)
     assert summarize(results).max_concurrency == 5
@@ -390,7 +390,7 @@ def test_goodput_counts_requests_within_both_limits():
     assert summarize(results, Slo(ttft_ms=200, tpot_ms=500)).goodput == 1.0
 
 
-def test_an_unfinished_request_counts_with_what_it_has_taken_so_far():
+def test_an_unfinished_request_counts_with_its_time_so_far():
     late = served(0.0, [1.0], 2, finished=None, error=UNFINISHED)
     row = summarize([served(0.0, [1.0, 4.0], 4), late])
     assert row.seconds_per_token == pytest.approx((4 / 4 + 4 / 2) / 2)
@@ -491,7 +491,7 @@ def test_other_tokens_than_offline_are_an_error_unless_rounding_chose():
         check_tokens(Judge(0.0), results, [[1, 2, 3]] * 2)
 
 
-def test_memories_are_served_in_turn_and_rest_above_the_picture(monkeypatch, server):
+def test_memories_are_measured_in_turn_and_written_above_the_plot(monkeypatch, server):
     started: list[dict] = []
 
     @contextmanager
@@ -592,7 +592,7 @@ def test_engine_options_become_flags_of_the_server():
         (("--model", "no-such-model"), "the server has not started"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(capsys, monkeypatch, flags, sentence):
+def test_invalid_arguments_are_refused_in_one_sentence(capsys, monkeypatch, flags, sentence):
     code, _, err = minipaged(capsys, monkeypatch, *BENCH, *flags)
     assert code == 2
     assert sentence in err

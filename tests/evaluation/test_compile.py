@@ -109,7 +109,7 @@ def test_nothing_is_compiled_twice(rows):
     assert len(of(rows, "merge", heads="32/8 x 128", dtype="float16", sm=80)) == 1
 
 
-def test_fp8_is_compiled_for_gpus_that_know_it(rows):
+def test_fp8_is_compiled_for_gpus_that_support_it(rows):
     assert {row["sm"] for row in rows if row["kv_dtype"] == "fp8"} == {90}
     assert {row["sm"] for row in rows if row["kv_dtype"] == "int8"} == {80, 90}
 
@@ -169,7 +169,7 @@ def test_keys_are_read_16_bytes_at_a_time_while_others_are_multiplied(rows, kern
         assert reads <= {"LDGSTS.128", "LDGSTS.64/128"}
 
 
-def test_launches_go_through_again_afterwards(report):
+def test_launches_work_again_after_compiling(report):
     assert report["launches_again"]
 
 

@@ -215,6 +215,6 @@ def test_simulate_takes_the_link_from_its_flags(tmp_path, capsys):
         ("simulate --server opt-66b --link-latency -1", "--link-latency is -1"),
     ],
 )
-def test_a_link_that_cannot_be_is_refused(command, words):
+def test_an_invalid_link_is_refused(command, words):
     with pytest.raises(InvalidOption, match=words):
         app(command.split(), standalone_mode=False)

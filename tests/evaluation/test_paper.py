@@ -93,7 +93,7 @@ def what_they_bear(server: str, workload: str, systems) -> dict[str, dict[float,
 
 @pytest.mark.full
 @pytest.mark.parametrize("workload", ["sharegpt", "alpaca"])
-def test_systems_stand_in_the_paper_s_order_at_every_threshold(workload):
+def test_systems_are_in_the_paper_s_order_at_every_threshold(workload):
     rates = what_they_bear("opt-13b", workload, SYSTEMS)
     for threshold in THRESHOLDS:
         bears = [rates[system][threshold] for system in SYSTEMS]
@@ -121,7 +121,7 @@ def test_parallel_samples_save_as_much_as_in_figure_15():
 # ---- how it is told ------------------------------------------------------------------------------
 
 
-def test_a_bar_is_met_or_missed_or_there_is_none():
+def test_a_bar_is_met_or_missed_or_absent():
     assert near("x", 10.0, 10.9, percent=10).is_met
     assert not near("x", 10.0, 11.1, percent=10).is_met
     assert near("x", 50.0, 52.0, points=2).is_met
@@ -131,14 +131,14 @@ def test_a_bar_is_met_or_missed_or_there_is_none():
     assert Check("x", "7", 6.0).is_met is None
 
 
-def test_a_miss_is_printed_as_one():
+def test_a_missed_bar_is_printed_as_missed():
     result = Result("x", "X", "simulated", [Check("a", "7", 6.0, 6.5, None, "%", "because")], {})
     cells = [next(iter(column.cells)) for column in result.as_table().columns]
     assert cells == ["a", "7 %", "6 %", "from 6.5", "MISSED, because"]
     assert result.as_dict()["checks"][0]["met"] is False
 
 
-def test_fitted_constants_stand_in_one_place():
+def test_fitted_constants_are_defined_in_one_place():
     declared = {name for name in vars(fitted) if name.isupper()}
     assert declared == {
         "SHAREGPT_OUTPUT_CV",
@@ -181,7 +181,7 @@ def test_the_command_speaks_json(tmp_path, capsys):
         (["fig3", "--quick", "--full"], "exclude each other"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(arguments, words, tmp_path):
+def test_invalid_arguments_are_reported_in_a_sentence(arguments, words, tmp_path):
     with pytest.raises(InvalidOption, match=words):
         app(["paper", *arguments, "--out", str(tmp_path)], standalone_mode=False)
 

@@ -32,7 +32,7 @@ def readable(lines: list[str]) -> list[str]:
     return [line for line in numbered if not line.startswith("note: ")]
 
 
-def test_the_first_lab_goes_as_its_guide_says(tmp_path, monkeypatch):
+def test_the_first_lab_works_as_its_guide_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lab, num_commands = find_lab(1), 0
     right = library_text(lab).replace("_ref_counts", "_owners")  # not the library's to the letter

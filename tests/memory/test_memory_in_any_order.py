@@ -44,7 +44,7 @@ class EvictsTheNewestLeaf(PrefixCache):
         return next(block for block in reversed(self.idle) if self.is_leaf(block))
 
 
-def test_any_order_of_leaves_will_do():
+def test_cached_leaves_may_be_evicted_in_any_order():
     machine = type("NewestLeaf", (AnyOrder,), {"manager": with_cache(EvictsTheNewestLeaf)})
     quick = settings(
         max_examples=examples(50, full=150),
@@ -118,7 +118,7 @@ STORIES = {
 
 
 @pytest.mark.parametrize("fault", STORIES)
-def test_a_rare_fault_is_caught_by_a_story(fault):
+def test_a_rare_fault_is_caught_by_a_scripted_scenario(fault):
     STORIES[fault](BlockManager)
     with pytest.raises((CheckFailed, AssertionError)):
         STORIES[fault](with_cache(fault) if fault in CACHES else fault)

@@ -356,7 +356,7 @@ def test_rope_of_old_checkpoints_is_read_as_that_of_new_ones(
     ("in_config", "in_generation", "expected"),
     [(2, None, (2,)), (None, 7, (7,)), ([2, 5], [5, 9], (2, 5, 9)), (None, None, ())],
 )
-def test_any_token_that_either_file_names_ends_a_sequence(
+def test_an_end_token_in_either_config_file_ends_a_sequence(
     in_config: Any, in_generation: Any, expected: tuple[int, ...], tmp_path: Path
 ) -> None:
     folder = folder_with(tmp_path, llama_config(eos_token_id=in_config))
@@ -396,9 +396,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_a_model_that_is_not_built_here_is_refused_in_one_sentence(
-    case: str, tmp_path: Path
-) -> None:
+def test_an_unsupported_architecture_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
     config, sentence = UNSUPPORTED[case]
     with pytest.raises(UnsupportedModel, match=sentence) as refused:
         load_model(folder_with(tmp_path, config), BACKENDS["reference"])
@@ -484,7 +482,7 @@ BROKEN_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", BROKEN_CONFIGS)
-def test_a_config_that_cannot_be_says_which_number(case: str, tmp_path: Path) -> None:
+def test_an_impossible_config_is_refused_with_the_wrong_number(case: str, tmp_path: Path) -> None:
     config, sentence = BROKEN_CONFIGS[case]
     with pytest.raises(CheckpointError, match=sentence) as refused:
         read_model_config(folder_with(tmp_path, config))
@@ -520,7 +518,7 @@ def test_shards_load_as_one_file_does(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
-def test_on_a_cpu_auto_is_float32_and_a_dtype_asked_for_is_given(
+def test_auto_is_float32_on_a_cpu_and_another_dtype_is_honoured(
     saved: torch.dtype, tmp_path: Path
 ) -> None:
     folder = make_checkpoint("llama", tmp_path, dtype=saved)
@@ -557,7 +555,7 @@ def test_a_loaded_model_owns_its_memory_and_all_of_it_is_filled(llama: Path) -> 
         ("opt", "model.", []),
     ],
 )
-def test_names_without_their_prefix_and_known_leftovers_are_understood(
+def test_names_without_prefix_and_known_leftovers_are_accepted(
     family: str, prefix: str, extra: list[str], tmp_path: Path
 ) -> None:
     folder = make_checkpoint(family, tmp_path, tie_word_embeddings=True)
@@ -665,7 +663,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_header_that_cannot_be_is_refused(case: str, llama: Path) -> None:
+def test_an_invalid_header_is_refused(case: str, llama: Path) -> None:
     header = HEADERS[case]
     file = llama / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
@@ -698,7 +696,7 @@ def test_missing_tensors_are_counted_and_the_first_is_named(llama: Path) -> None
     assert "first 'layers.1.mlp.up_proj.weight'" in message
 
 
-def test_a_checkpoint_is_checked_without_a_number_being_read(
+def test_a_checkpoint_is_checked_without_reading_its_tensors(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "copy_tensors", None)
@@ -721,19 +719,19 @@ def test_an_untied_model_without_its_head_is_refused(llama: Path) -> None:
         "model.layers.0.self_attn.bias",  # ends like GPT-2's mask, and is none
     ],
 )
-def test_a_tensor_without_a_place_is_named(name: str, llama: Path) -> None:
+def test_an_unexpected_tensor_is_named(name: str, llama: Path) -> None:
     edit_tensors(llama, {name: torch.zeros(48)})
     message = refusal(llama)
     assert "contains 1 tensor that" in message
     assert name.removeprefix("model.") in message
 
 
-def test_a_misshapen_tensor_is_named_with_both_shapes(llama: Path) -> None:
+def test_a_tensor_of_a_wrong_shape_is_named_with_both_shapes(llama: Path) -> None:
     edit_tensors(llama, {"model.layers.0.self_attn.k_proj.weight": torch.zeros(48, 48)})
     assert "k_proj.weight' has shape [48, 48], and config.json requires [24, 48]" in refusal(llama)
 
 
-def test_a_misshapen_transposed_tensor_is_described_as_the_file_has_it(tmp_path: Path) -> None:
+def test_a_transposed_tensor_of_a_wrong_shape_is_described_as_stored(tmp_path: Path) -> None:
     folder = make_checkpoint("gpt2", tmp_path)
     edit_tensors(folder, {"transformer.h.0.attn.c_attn.weight": torch.zeros(144, 48)})
     expected = "c_attn.weight' has shape [144, 48], and config.json requires [48, 144]"
@@ -792,7 +790,7 @@ def test_loading_takes_little_more_memory_than_the_weights(
         ("bfloat16", 80, "choose a smaller model."),
     ],
 )
-def test_weights_that_no_memory_can_hold_are_refused_before_it_is_taken(
+def test_weights_larger_than_the_memory_are_refused_before_allocating(
     dtype: str, memory: int, advice: str, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "GIB", 1024)  # a small model, but large in this unit
@@ -807,7 +805,7 @@ def test_weights_that_no_memory_can_hold_are_refused_before_it_is_taken(
     )
 
 
-def test_on_a_gpu_its_free_memory_decides_and_what_torch_keeps_is_free(
+def test_memory_cached_by_torch_counts_as_free_on_a_gpu(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "GIB", 1024)

@@ -153,7 +153,7 @@ def logprobs(model: Any, prompt: list[int]) -> torch.Tensor:
         return model(torch.tensor([prompt])).logits[0, :-1].float().log_softmax(-1)
 
 
-def test_beyond_the_sliding_window_nothing_is_served(checkpoint: Any) -> None:
+def test_lengths_beyond_the_sliding_window_are_refused(checkpoint: Any) -> None:
     folder = checkpoint("mistral_windowed", torch.float32)
     with pytest.raises(
         InvalidOption, match=f"max_model_len is {WINDOW + 1}, .* supports {WINDOW} tokens"

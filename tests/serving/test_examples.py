@@ -64,7 +64,7 @@ def check_health(where: str, port: int) -> int:
 
 
 @pytest.mark.parametrize("where", COMMANDS)
-def test_a_server_is_killed_only_after_its_grace(where):
+def test_a_server_is_killed_only_after_its_grace_period(where):
     command = COMMANDS[where]
     grace = int(command[command.index("--grace") + 1])
     patience = {

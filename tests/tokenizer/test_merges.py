@@ -74,7 +74,7 @@ def try_many(whole_words: bool, num_tries: int = 1_000) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
-def test_what_is_proved_equal_merges_every_word_alike(whole_words):
+def test_merges_proved_equal_merge_every_word_alike(whole_words):
     proved, refused, needlessly = try_many(whole_words)
     assert min(proved, refused) > 100, "both must happen"
     assert needlessly < 0.05 * refused, "refused, though nothing would have gone wrong"
@@ -100,7 +100,7 @@ def believe_order(ranks, merges):
 
 
 @pytest.mark.parametrize("fault", [believe, believe_pairs, believe_order])
-def test_a_proof_with_a_gap_is_found_out(monkeypatch, fault):
+def test_a_proof_with_a_gap_is_detected(monkeypatch, fault):
     monkeypatch.setattr(merges_module, "_prove_equal", fault)
     with pytest.raises(AssertionError):
         try_many(whole_words=False)
@@ -113,6 +113,6 @@ def test_a_vocabulary_without_a_byte_that_text_can_have_is_refused():
     assert len(rank_tokens(never, [], False)) == 256
 
 
-def test_a_merge_into_what_is_no_token_is_refused():
+def test_a_merge_whose_result_is_no_token_is_refused():
     with pytest.raises(UnsupportedTokenizer, match="no token of its vocabulary"):
         rank_tokens(BYTES, [(b"a", b"b")], False)

@@ -56,7 +56,7 @@ def test_sums_of_all_sizes_are_right_and_the_same_bits_on_each_rank(size):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")
-def test_threads_of_connections_interrupt_no_running_thread():
+def test_threads_of_connections_do_not_interrupt_a_running_thread():
     def threads() -> set[int]:
         return {int(each.name) for each in Path("/proc/self/task").iterdir()}
 

@@ -87,7 +87,7 @@ def test_a_size_that_was_recorded_serves_later_requests(folder):
     assert recorder.num_recorded == 3
 
 
-def test_a_replay_finds_its_inputs_where_they_were(folder):
+def test_a_replay_reads_its_inputs_at_the_same_addresses(folder):
     addresses: list[set[int]] = []
 
     def record(step: Step) -> Step:
@@ -129,7 +129,7 @@ def test_only_a_batch_of_decodes_is_replayed(folder):
     assert all(max(queries) == 1 for queries, replayed in seen if replayed)
 
 
-def test_a_cpu_and_foreign_attention_have_no_graphs(folder):
+def test_a_cpu_and_custom_attention_have_no_graphs(folder):
     assert LLM(folder, device="cpu", **OPTIONS).engine.executor.runner.graphs is None
     from minipaged.attention.backend import choose_backend
 

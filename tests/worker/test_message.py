@@ -48,7 +48,7 @@ def decode_step(num_sequences: int, context_len: int) -> StepInput:
     )
 
 
-def test_a_block_table_is_sent_once_and_then_what_is_new_of_it():
+def test_a_block_table_is_sent_once_and_then_only_its_changes():
     encoder = StepEncoder()
     first = encoder.encode(decode_step(64, 1000))
     later = encoder.encode(decode_step(64, 1000))
