@@ -126,7 +126,7 @@ def refuse_too_small_a_pool(cases: list[Case], num_blocks: int, block_size: int)
     needed = -(-(max(case.num_tokens for case in cases) + MAX_ANSWER) // block_size)
     if num_blocks < needed:
         raise InvalidOption(
-            f"num_blocks is {num_blocks}, and the longest story with its answer needs {needed} "
+            f"num_blocks is {num_blocks}, but the longest story with its answer needs {needed} "
             f"blocks of {block_size} tokens: raise num_blocks to {needed} or more."
         )
 

@@ -157,7 +157,7 @@ class PrefixCache:
         return self._num_children[block] == 0
 
     def evict_candidate(self) -> int:
-        """Return the idle block to evict, which must be a leaf: the policy."""
+        """Return the idle block to evict, which must be a leaf. Override it for another policy."""
         return next(iter(self._idle))
 
     def _evict(self) -> None:

@@ -79,9 +79,9 @@ class LibraryTokenizer(Tokenizer):
         return [i for token_id in token_ids for i in self._letters.get(token_id, [token_id])]
 
     def _find_letters(self, model: dict[str, Any]) -> dict[int, list[int]]:
-        """The text of each special token, if merges lead to it: "</" and "s>" are tokens.
+        """For each special token, the ids of its single characters; the unknown token is left out.
 
-        Without the id of the unknown token.
+        They replace the token in plain text where merges lead to it, as from "</" and "s>".
         """
         unknown = model.get("unk_id", self._library.token_to_id(str(model.get("unk_token"))))
         found: dict[int, list[int]] = {}

@@ -1052,7 +1052,7 @@ def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch, (7, 5), "Tesla T4")
-    assert_refused("capability 8.0 or newer, and Tesla T4 has 7.5", GPU, 64)
+    assert_refused("capability 8.0 or newer, but Tesla T4 has 7.5", GPU, 64)
 
 
 def test_an_ampere_gpu_is_accepted_but_not_for_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1060,15 +1060,15 @@ def test_an_ampere_gpu_is_accepted_but_not_for_fp8(monkeypatch: pytest.MonkeyPat
     assert why_no_triton(GPU, 64) is None
     assert why_no_triton(GPU, 64, "int8") is None
     assert choose_backend("auto", GPU).name == "triton"
-    assert_refused("capability 8.9 or newer, and NVIDIA A100 has 8.0", GPU, 64, "fp8")
+    assert_refused("capability 8.9 or newer, but NVIDIA A100 has 8.0", GPU, 64, "fp8")
     on_gpu(monkeypatch, (9, 0), "NVIDIA H200")
     monkeypatch.setattr(machine, "is_interpreted", lambda: False)
     assert why_no_triton(GPU, 64, "fp8") is None
 
 
 def test_a_head_too_large_is_refused() -> None:
-    assert_refused("heads of up to 256 elements, and this model's have 512", CPU, 512)
-    assert_refused("heads of up to 256 elements, and this model's have 512", GPU, 512)
+    assert_refused("heads of up to 256 elements, but this model's have 512", CPU, 512)
+    assert_refused("heads of up to 256 elements, but this model's have 512", GPU, 512)
 
 
 def test_compiled_kernels_refuse_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

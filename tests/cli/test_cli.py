@@ -209,7 +209,7 @@ def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
         (["juggle"], "No such command 'juggle'"),
         (["demo", "--block-size", "large"], "'--block-size'"),
         (["demo", "--block-size", "0"], "--block-size is 0"),
-        (["demo", "--num-blocks", "9"], "--num-blocks is 9, and the longest story"),
+        (["demo", "--num-blocks", "9"], "--num-blocks is 9, but the longest story"),
         (["demo", "--num-blocks", "10000000"], "the machine has"),
         (["generate", "-"], "standard input contains no prompt"),
         (["generate", "once upon a time", "--num-blocks", "0"], "--num-blocks is 0"),

@@ -272,7 +272,7 @@ def test_ranks_with_gpus_are_not_timed_by_their_hosts(capsys, monkeypatch):
     monkeypatch.setattr(bench_step, "choose", lambda *_: gpu)
     code, _, err = minipaged(capsys, monkeypatch, "bench", "step", "--tensor-parallel-size", "2")
     assert code == 2
-    assert "give --device cpu" in err
+    assert "use --device cpu" in err
 
 
 def test_bench_without_a_command_lists_the_commands(capsys, monkeypatch):

@@ -254,8 +254,11 @@ def test_a_whole_response_is_good(body: bytes):
         (WHOLE + token(3), "does not end with [DONE]"),
         (DONE + WHOLE, "does not end with [DONE]"),
         (token(1, 2, ends="length") + DONE, "no usage"),
-        (token(1, ends="length") + usage(3, 2) + DONE, "1 token received, and the usage says 2"),
-        (token(1, ends="length") + usage(3, 1) + DONE, "2 tokens asked for, and the usage says 1"),
+        (token(1, ends="length") + usage(3, 2) + DONE, "1 token received, but the usage reports 2"),
+        (
+            token(1, ends="length") + usage(3, 1) + DONE,
+            "2 tokens requested, but the usage reports 1",
+        ),
         (token(1, 2, ends="length") + usage(4, 2) + DONE, "a prompt of 3 tokens"),
         (token(1, 2, ends="stop") + usage(3, 2) + DONE, "finish reasons are ['stop']"),
         (token(1, 2) + usage(3, 2) + DONE, "finish reasons are []"),
@@ -484,7 +487,7 @@ def test_other_tokens_than_offline_are_an_error_unless_rounding_chose():
     judge = Judge(1e-5)
     assert check_tokens(judge, results, [[1, 2, 3], [1, 5, 3]]) == 1
     assert judge.asked == [{"prompt": [11] * 10 + [1], "tokens": [2, 5]}]
-    with pytest.raises(WrongTokens, match="request 1: the server's token 1 is 2"):
+    with pytest.raises(WrongTokens, match="request 1: token 1 is 2 from the server"):
         check_tokens(Judge(0.5), results, [[1, 2, 3], [1, 5, 3]])
     results[1].error = "429: full"
     with pytest.raises(WrongTokens, match="not served: 429"):
@@ -622,7 +625,7 @@ def test_requests_longer_than_the_context_are_refused(capsys, monkeypatch, serve
     flags = ("--url", server.url, "--input-len", "1000", "--output-len", "25")
     code, _, err = minipaged(capsys, monkeypatch, *BENCH, *flags)
     assert code == 2
-    assert "a request has 1025 tokens, prompt and output together, and the model supports" in err
+    assert "a request has 1025 tokens, prompt and output together, but the model supports" in err
 
 
 def test_a_run_with_a_wrong_response_exits_with_1(capsys, monkeypatch, server):
@@ -637,7 +640,7 @@ def test_a_run_with_a_wrong_response_exits_with_1(capsys, monkeypatch, server):
         "3",
     )  # fmt: skip
     assert code == 1
-    assert "3 tokens asked for, and the usage says 4" in err
+    assert "3 tokens requested, but the usage reports 4" in err
 
 
 def test_the_wall_clock_of_a_run_is_its_own(server):

@@ -203,7 +203,7 @@ def test_simulate_takes_the_link_from_its_flags(tmp_path, capsys):
     [
         ("capacity --num-gpus 3", "32 query heads .* 3 GPUs: choose one of 1, 2, 4, 8"),
         ("capacity --model llama-3-70b --gpu l4-24g", "take at least 8"),
-        ("capacity --link-latency 5", "links between GPUs, and there is one: leave"),
+        ("capacity --link-latency 5", "links between GPUs, but this server has one GPU: leave"),
         ("capacity --num-gpus 2 --link-bandwidth 0", "--link-bandwidth is 0: give a number above"),
         ("capacity --num-gpus 2 --link-bandwidth inf", "--link-bandwidth is inf"),
         (
@@ -211,7 +211,7 @@ def test_simulate_takes_the_link_from_its_flags(tmp_path, capsys):
             "--link-latency is -1: give 0 or a number above",
         ),
         ("capacity --num-gpus 2 --link-latency nan", "--link-latency is nan"),
-        ("simulate --link-bandwidth 32", "links between GPUs, and there is one: leave"),
+        ("simulate --link-bandwidth 32", "links between GPUs, but this server has one GPU: leave"),
         ("simulate --server opt-66b --link-latency -1", "--link-latency is -1"),
     ],
 )

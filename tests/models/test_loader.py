@@ -367,23 +367,23 @@ def test_an_end_token_in_either_config_file_ends_a_sequence(
 UNSUPPORTED = {
     "another architecture": (
         llama_config(architectures=["MambaForCausalLM"]),
-        "MambaForCausalLM, and only LlamaForCausalLM, Mistral.*OPTForCausalLM are supported",
+        "MambaForCausalLM, but only LlamaForCausalLM, Mistral.*OPTForCausalLM are supported",
     ),
     "quantised": (llama_config(quantization_config={"quant_method": "gptq"}), "quantised weights"),
     "rope longrope": (
         llama_config(rope_scaling={"type": "longrope", "factor": 2.0}),
-        "RoPE as 'longrope', and only default, linear, dynamic, yarn, llama3 are supported",
+        "RoPE as 'longrope', but only default, linear, dynamic, yarn, llama3 are supported",
     ),
     "partial rope": (llama_config(partial_rotary_factor=0.5), "rotates 0.5 of each head"),
-    "activation": (llama_config(hidden_act="relu6"), "the activation 'relu6', and only relu, silu"),
+    "activation": (llama_config(hidden_act="relu6"), "the activation 'relu6', but only relu, silu"),
     "layers of another kind": (
         llama_config(layer_types=["full_attention", "chunked_attention"]),
-        "a layer with 'chunked_attention', and only full_attention, and sliding_attention up to",
+        "a layer with 'chunked_attention', but only full_attention, and sliding_attention up to",
     ),
     "gpt2, unscaled": (gpt2_config(scale_attn_weights=False), "sets scale_attn_weights to False"),
     "gpt2, scaled by layer": (
         gpt2_config(scale_attn_by_inverse_layer_idx=True),
-        "sets scale_attn_by_inverse_layer_idx to True, and only False is supported",
+        "sets scale_attn_by_inverse_layer_idx to True, but only False is supported",
     ),
     "gpt2, upcast": (gpt2_config(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
     "gpt2, cross attention": (gpt2_config(add_cross_attention=True), "add_cross_attention"),
@@ -728,13 +728,13 @@ def test_an_unexpected_tensor_is_named(name: str, llama: Path) -> None:
 
 def test_a_tensor_of_a_wrong_shape_is_named_with_both_shapes(llama: Path) -> None:
     edit_tensors(llama, {"model.layers.0.self_attn.k_proj.weight": torch.zeros(48, 48)})
-    assert "k_proj.weight' has shape [48, 48], and config.json requires [24, 48]" in refusal(llama)
+    assert "k_proj.weight' has shape [48, 48], but config.json requires [24, 48]" in refusal(llama)
 
 
 def test_a_transposed_tensor_of_a_wrong_shape_is_described_as_stored(tmp_path: Path) -> None:
     folder = make_checkpoint("gpt2", tmp_path)
     edit_tensors(folder, {"transformer.h.0.attn.c_attn.weight": torch.zeros(144, 48)})
-    expected = "c_attn.weight' has shape [144, 48], and config.json requires [48, 144]"
+    expected = "c_attn.weight' has shape [144, 48], but config.json requires [48, 144]"
     assert expected in refusal(folder)
 
 
@@ -800,7 +800,7 @@ def test_weights_larger_than_the_memory_are_refused_before_allocating(
     with pytest.raises(InvalidOption) as refused:
         load_model(llama, BACKENDS["reference"], dtype)
     assert str(refused.value) == (
-        f"the weights take {takes} GiB in {dtype}, and the memory of this machine is {memory}.0 "
+        f"the weights take {takes} GiB in {dtype}, but the memory of this machine is {memory}.0 "
         f"GiB: {advice}"
     )
 
@@ -815,7 +815,7 @@ def test_memory_cached_by_torch_counts_as_free_on_a_gpu(
     with pytest.raises(InvalidOption) as refused:
         load_model(llama, BACKENDS["reference"], device="cuda:1")
     assert str(refused.value) == (
-        "the weights take 164.8 GiB in float32, and the free memory of cuda:1 is 90.0 GiB: choose "
+        "the weights take 164.8 GiB in float32, but the free memory of cuda:1 is 90.0 GiB: choose "
         'dtype="bfloat16", which takes half of that, or a smaller model.'
     )
 

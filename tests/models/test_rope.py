@@ -200,7 +200,7 @@ def test_an_invalid_scaling_is_refused_in_one_sentence(case: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("scaling", "sentence"),
     [
-        ({"type": "mrope", "mrope_section": [1, 2, 3]}, "RoPE as 'mrope', and only default, lin"),
+        ({"type": "mrope", "mrope_section": [1, 2, 3]}, "RoPE as 'mrope', but only default, lin"),
         ({"rope_type": "longrope", "factor": 2.0}, "RoPE as 'longrope'"),
         ({"full_attention": LINEAR}, "several sets of RoPE parameters"),
     ],

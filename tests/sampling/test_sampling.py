@@ -590,11 +590,11 @@ BAD = [
         ),
     ),
     ({"seed": 0.5}, "seed is 0.5: choose a whole number or None."),
-    ({"stop": ""}, "stop holds '': choose strings of one character or more."),
-    ({"stop": ["a", 5]}, "stop holds 5: choose strings of one character or more."),
-    ({"stop": 5}, "stop holds 5: choose strings of one character or more."),
-    ({"stop_token_ids": [3, -1]}, "stop_token_ids holds -1: choose ids from 0 up."),
-    ({"stop_token_ids": 0.5}, "stop_token_ids holds 0.5: choose ids from 0 up."),
+    ({"stop": ""}, "stop contains '': choose strings of one character or more."),
+    ({"stop": ["a", 5]}, "stop contains 5: choose strings of one character or more."),
+    ({"stop": 5}, "stop contains 5: choose strings of one character or more."),
+    ({"stop_token_ids": [3, -1]}, "stop_token_ids contains -1: choose ids from 0 up."),
+    ({"stop_token_ids": 0.5}, "stop_token_ids contains 0.5: choose ids from 0 up."),
     ({"ignore_eos": "no"}, "ignore_eos is 'no': choose True or False."),
     ({"min_tokens": -1}, f"min_tokens is -1: {WHOLE_FROM_0}."),
     ({"max_tokens": 0}, f"max_tokens is 0: {WHOLE_FROM_1} or None."),
@@ -610,8 +610,8 @@ BAD = [
         {"prompt_logprobs": 2.0},
         f"prompt_logprobs is 2.0: {WHOLE_FROM_0}, -1 for the whole vocabulary or None.",
     ),
-    ({"bad_words": [""]}, "bad_words holds '': choose strings of one character or more."),
-    ({"allowed_token_ids": [-1]}, "allowed_token_ids holds -1: choose ids from 0 up."),
+    ({"bad_words": [""]}, "bad_words contains '': choose strings of one character or more."),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids contains -1: choose ids from 0 up."),
     (
         {"allowed_token_ids": []},
         ("allowed_token_ids is empty, so no token could be chosen: give some, or None for all."),
@@ -619,7 +619,7 @@ BAD = [
     (
         {"logits_processors": ["twice"]},
         (
-            "logits_processors holds 'twice': give functions of the output tokens and a row of "
+            "logits_processors contains 'twice': give functions of the output tokens and a row of "
             "logits."
         ),
     ),
@@ -631,7 +631,7 @@ BAD = [
     (
         {"detokenize": False, "stop": "a"},
         (
-            "stop strings are found in the text, and detokenize=False asks for none: leave out "
+            "stop strings are found in the text, but detokenize=False produces none: leave out "
             "detokenize, or use stop_token_ids."
         ),
     ),

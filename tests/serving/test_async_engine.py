@@ -501,7 +501,7 @@ def test_the_queue_counts_samples_until_they_are_scheduled():
         first = await engine.serve(lambda: [request(3, n=3), request(3, n=3)], 6)
         await first.accepted()
         assert (engine.queue.num_requests, engine.queue.num_tokens) == (6, 4)
-        with pytest.raises(QueueFull, match="6 requests of at most 8 are waiting"):
+        with pytest.raises(QueueFull, match="6 of at most 8 sequences are waiting"):
             await engine.serve(lambda: [request(n=3)], 3)
         inner.allow(1)
         await until(lambda: engine.queue.num_requests == 0)

@@ -90,8 +90,8 @@ def test_a_folder_without_a_tokenizer_is_refused_with_what_to_do(tmp_path):
 
 BROKEN = {
     "no JSON": ({"config": "{"}, "is not readable JSON"),
-    "a list": ({"config": []}, 'needs "ranks", a string, and has None'),
-    "no pattern": ({"config": {**CONFIG, "pattern": 5}}, 'needs "pattern", a string, and has 5'),
+    "a list": ({"config": []}, 'needs "ranks", a string, but has None'),
+    "no pattern": ({"config": {**CONFIG, "pattern": 5}}, 'needs "pattern", a string, but has 5'),
     "no specials": ({"config": {**CONFIG, "special_tokens": []}}, "an object from text to id"),
     "bad pattern": ({"config": {**CONFIG, "pattern": "("}}, "is not a regular expression"),
     "taken id": ({"config": {**CONFIG, "special_tokens": {"x": 97}}}, "that no other token has"),

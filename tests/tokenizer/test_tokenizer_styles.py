@@ -342,7 +342,7 @@ def test_a_lone_surrogate_becomes_the_replacement_character(sentencepiece, token
     ("text", "sentence"),
     [
         ("{", "is not JSON"),
-        ("[]", "is JSON but no object"),
+        ("[]", "is JSON, but not an object"),
         ("{}", 'has no "model"'),
         ('{"model": {"type": "BPE", "vocab": {}}}', "is not a complete tokenizer|cuts text"),
     ],

@@ -538,7 +538,7 @@ def test_a_trace_of_another_version_is_refused_in_one_sentence(tmp_path, version
     with pytest.raises(InvalidOption) as refusal:
         Replay.read(path)
     assert str(refusal.value) == (
-        f"{path} has events of {named} (line 1), and this minipaged reads only version "
+        f"{path} has events of {named} (line 1), but this minipaged reads only version "
         f"{SCHEMA_VERSION}: record the trace again with this minipaged."
     )
 

@@ -515,8 +515,8 @@ def test_a_size_that_does_not_fit_the_model_starts_no_process(started, overrides
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"start_timeout": 60}, "start_timeout is 60, but one rank waits for no other"),
-        ({"step_timeout": 60}, "step_timeout is 60, but one rank waits for no other"),
+        ({"start_timeout": 60}, "start_timeout is 60, but has no effect with one rank"),
+        ({"step_timeout": 60}, "step_timeout is 60, but has no effect with one rank"),
         ({"tensor_parallel_size": 2, "memory": "virtual"}, "in one process"),
         ({"tensor_parallel_size": 2, "memory": "contiguous-max"}, "in one process"),
         (

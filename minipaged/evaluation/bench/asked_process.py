@@ -1,4 +1,4 @@
-"""A process that answers requests, one line of JSON each: one side of a comparison.
+"""A process that serves requests, one line of JSON each: one side of a comparison.
 
 The two sides of a comparison run in separate processes, which stay loaded and take turns. Each is a
 module run as a program (`python -m MODULE OPTIONS`), which calls `answer`.
@@ -47,7 +47,7 @@ class AskedProcess:
         self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
         self._process.stdin.flush()
         if not (line := self._process.stdout.readline()):
-            raise MinipagedError("a measured process has ended: see what it printed above.")
+            raise MinipagedError("a measured process has ended: see its output above.")
         return json.loads(line)
 
 

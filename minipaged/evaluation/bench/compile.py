@@ -120,7 +120,10 @@ def compile_all(
     """Compile every kernel in every setting for every GPU that can run it, without duplicates.
 
     Args:
-        tile, tiles: for decode and prefill, to try instead of the shipped ones.
+        settings: the types and heads to compile for.
+        sms: the compute capabilities, times ten.
+        tile: the tile shape of decode to try; None: the default.
+        tiles: the tile shapes of prefill to try; None: the default.
 
     Raises:
         InvalidOption: the kernels of this process are interpreted.
@@ -196,7 +199,7 @@ def _pool(kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> KVPool:
 
 
 def _batch(tokens_each: int) -> Batch:
-    """Make sequences with `query_len` query tokens each, after a context."""
+    """Make sequences with `tokens_each` query tokens each, after a context."""
     num_seqs = _TOKENS // tokens_each
     return Batch(
         token_ids=_empty(_TOKENS, dtype=torch.int64),
@@ -261,8 +264,7 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
 
 
 def _examine(asm: dict[str, Any]) -> tuple[dict[str, int], str]:
-    """The kernel's resources on a multiprocessor, and its instructions if it multiplies "
-    "matrices."""
+    """The kernel's resources on a multiprocessor, and its matrix instructions."""
     command = [knobs.nvidia.cuobjdump.path, "-res-usage"]
     if "mma.sync" in asm["ptx"] or "wgmma." in asm["ptx"]:
         command.append("-sass")  # slow: only if there is something to find

@@ -68,7 +68,8 @@ def draw(result: Result, canvas: "Canvas") -> None:
             "ours": [result.data[f"{workload}/{system}"] for system in bars],
         }
         axes = panel(canvas, 1, 2, number, f"{workload}, {rate:g} requests per second")
-        side_by_side(axes, [s.replace("-", "\n") for s in bars], heights, "requests at a time")
+        titles = [SYSTEMS[system].title.replace(" ", "\n") for system in bars]
+        side_by_side(axes, titles, heights, "concurrent requests")
 
 
 FIGURE = Figure("fig13", "Figure 13: requests at a time", run, draw, (9.0, 4.0))

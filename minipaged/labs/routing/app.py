@@ -30,8 +30,9 @@ class RouterApp:
     """An ASGI application in front of several servers.
 
     Args:
-        router: it receives each request's prompt and end, and each lost server.
-        urls: of the servers, as in http://127.0.0.1:8001.
+        router: chooses a server for each request, and is told when a request ends or a server is
+            lost.
+        urls: the addresses of the servers, such as http://127.0.0.1:8001.
 
     Raises InvalidOption for an invalid URL.
     """
@@ -90,7 +91,7 @@ def prompt_in(body: bytes) -> str:
         request = json.loads(body)
         if "messages" in request:
             return "\n".join(f"{each['role']}: {each['content']}" for each in request["messages"])
-        return str(request["prompt"])  # a list of token ids, too: its text has the same start
+        return str(request["prompt"])  # equal token ids also have equal text
     except (ValueError, TypeError, KeyError, RecursionError):
         return ""  # the server will report the error
 

@@ -105,7 +105,7 @@ class ContiguousMemory(PlainMemory):
         return (
             f"the request reserves {width} contiguous {'region' if width == 1 else 'regions'} of "
             f"{self._allocator.rounded(num_blocks)} blocks ({num_blocks} rounded up to a power of "
-            f"two), and the pool of {self.num_blocks} has room for {most}: raise num_blocks, or "
+            f"two), but the pool of {self.num_blocks} has room for {most}: raise num_blocks, or "
             f"lower {'max_model_len' if self._reserve == 'max' else 'max_tokens'}"
             f"{', or ask for fewer sequences' if most else ''}."
         )

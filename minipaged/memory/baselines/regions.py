@@ -85,8 +85,8 @@ class RegionLayout:
         """How many page groups fit in `num_bytes`. Raises InvalidOption if not even one does."""
         if num_bytes < self.group_bytes:
             raise InvalidOption(
-                f"a page group takes {self.group_bytes} bytes, a page of {self.page_bytes} in "
-                f"each of {self.num_buffers} buffers, and the pool has {num_bytes}: raise "
+                f"a page group takes {self.group_bytes} bytes (a page of {self.page_bytes} in "
+                f"each of {self.num_buffers} buffers), but the pool has {num_bytes}: raise "
                 "num_blocks, or choose smaller pages."
             )
         return num_bytes // self.group_bytes

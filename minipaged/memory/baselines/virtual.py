@@ -95,7 +95,7 @@ class VirtualMemory(PlainMemory):
         over = length - self.layout.tokens_in(self.budget)
         return (
             f"the prompt needs {self._demand(group)} page groups of {self.layout.group_bytes} "
-            f"bytes, and the pool has {self.budget}: raise num_blocks, shorten the prompt by "
+            f"bytes, but the pool has {self.budget}: raise num_blocks, shorten the prompt by "
             f"{counted(over, 'token')}, or choose smaller pages."
         )
 

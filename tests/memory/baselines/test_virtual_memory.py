@@ -193,12 +193,14 @@ def test_a_prompt_larger_than_the_budget_is_refused_with_what_it_needs():
     memory, _ = make(budget=3)
     assert memory.fits(group_of(12))
     assert not memory.fits(group_of(17))
-    sentence = "needs 5 page groups of 8 bytes, and the pool has 3: raise num_blocks, "
+    sentence = "needs 5 page groups of 8 bytes, but the pool has 3: raise num_blocks, "
     assert sentence + "shorten the prompt by 5 tokens" in memory.explain_rejection(group_of(17))
 
 
 def test_a_pool_smaller_than_a_page_group_is_refused():
-    with pytest.raises(InvalidOption, match="takes 8 bytes, a page of 4 in each of 2 buffers, and"):
+    with pytest.raises(
+        InvalidOption, match=r"takes 8 bytes .a page of 4 in each of 2 buffers., but"
+    ):
         FOUR_A_GROUP.groups_within(7)
     assert [FOUR_A_GROUP.groups_within(num_bytes) for num_bytes in (8, 15, 16)] == [1, 1, 2]
 

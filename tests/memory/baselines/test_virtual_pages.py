@@ -152,14 +152,14 @@ def test_a_write_past_the_end_of_a_region_kills_the_process(offset):
 
 def test_other_operating_systems_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(InvalidOption, match="by Linux system calls, and this is darwin"):
+    with pytest.raises(InvalidOption, match="by Linux system calls, but this is darwin"):
         LLM(memory="virtual")
 
 
 def test_huge_pages_that_are_switched_off_or_not_mapped_are_reported(monkeypatch, tmp_path):
     layout = RegionLayout(1, 1, HUGE_PAGE, 1, HUGE_PAGE)
     monkeypatch.setattr(pages, "_THP", tmp_path)
-    with pytest.raises(InvalidOption, match="no huge pages of 2097152 bytes"):
+    with pytest.raises(InvalidOption, match="no huge pages of 2097152"):
         MappedPages(layout)
     (tmp_path / "hpage_pmd_size").write_text(f"{HUGE_PAGE}\n")
     (tmp_path / "enabled").write_text("always madvise [never]\n")
@@ -397,7 +397,7 @@ def test_unsupported_options_are_refused_with_a_sentence(folder):
         virtual(folder, kv_cache_dtype="int8")
     with pytest.raises(InvalidOption, match="does not swap"):
         virtual(folder, preemption="swap")
-    with pytest.raises(InvalidOption, match="and the pool has 6144: raise num_blocks"):
+    with pytest.raises(InvalidOption, match="but the pool has 6144: raise num_blocks"):
         virtual(folder, num_blocks=1)
     with pytest.raises(InvalidOption, match="attention_backend is 'unpaged': choose one of auto"):
         LLM(folder, attention_backend="unpaged")

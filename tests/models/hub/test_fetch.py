@@ -217,7 +217,7 @@ def test_a_pickle_that_was_published_broken_is_not_called_a_bad_download(
     repo = hub.add("someone/opt", pickle_weights(original, tmp_path / "pickled", 1))
     repo.files["pytorch_model.bin"] = repo.files["pytorch_model.bin"][:-500]
     sentence = refusal("someone/opt")
-    assert "pytorch_model.bin of someone/opt came with the right checksum, and yet" in sentence
+    assert "pytorch_model.bin of someone/opt has the right checksum, but" in sentence
     assert "are kept" in sentence
 
 
@@ -371,7 +371,7 @@ def test_files_that_no_fetch_can_have_left_are_refused_and_kept(
         (staging / WEIGHTS).symlink_to(mine)
     before = sorted(tmp_path.rglob("*"))
     sentence = refusal(directory=tmp_path / "llama")
-    assert "is in the way, and no fetch has left it there: move it elsewhere." in sentence
+    assert "is in the way, but is not from a fetch: move it elsewhere." in sentence
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -405,24 +405,24 @@ def test_an_irreplaceable_folder_is_reported_before_any_request(
 ) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    instead = f"give one within it, {folder / 'someone--small-llama'}"
+    instead = f"give a folder within it, such as {folder / 'someone--small-llama'}"
     with monkeypatch.context() as patch:
         patch.chdir(folder)
         sentence = refusal(directory=".")
-        assert "is the current directory, and a fetch puts" in sentence
+        assert "is the current directory, which a fetch would have to replace" in sentence
         assert instead in sentence
     with monkeypatch.context() as patch:
         patch.setattr(Path, "is_mount", lambda path: path == folder)
         sentence = refusal(directory=folder)
-        assert "is a mount point, and a fetch puts" in sentence
+        assert "is a mount point, which a fetch would have to replace" in sentence
         assert instead in sentence
     assert not hub.requests
 
 
 def test_an_unknown_home_folder_is_reported(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "~nobody-here/x leads to no folder" in refusal(directory="~nobody-here/x")
+    assert "~nobody-here/x is not a valid folder" in refusal(directory="~nobody-here/x")
     monkeypatch.setenv("MINIPAGED_HOME", "~nobody-here")
-    assert "MINIPAGED_HOME leads to no folder" in refusal()
+    assert "MINIPAGED_HOME is not a valid folder" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,7 @@ def test_a_download_resumes_after_a_final_failure(hub: Hub, llama: Path) -> None
     hub.cuts[WEIGHTS] = [50_000] + [0] * 9
     sentence = refusal()
     assert f"the transfer of {WEIGHTS} from {hub.url} broke off (" in sentence
-    assert "are kept, and the same command goes on from there" in sentence
+    assert "are kept, and the same command resumes from there" in sentence
     assert find_local(NAME) is None
     hub.cuts.clear()
     hub.requests.clear()
@@ -569,7 +569,7 @@ def test_a_file_with_a_wrong_checksum_is_discarded_and_named(
     file: str, hub: Hub, llama: Path
 ) -> None:
     hub.corrupt = {file}
-    assert f"{file} of {NAME} came with a wrong checksum" in refusal()
+    assert f"{file} of {NAME} had a wrong checksum" in refusal()
     assert find_local(NAME) is None
     hub.corrupt = set()
     hub.requests.clear()
@@ -716,7 +716,7 @@ def test_an_expired_token_is_reported_as_such(hub: Hub, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_TOKEN", "expired")
     sentence = refusal()
     assert f"there is no model {NAME}" in sentence
-    assert "use another token if yours is wrong or expired (HF_TOKEN, or what" in sentence
+    assert "use another token if yours is wrong or expired (HF_TOKEN, or that" in sentence
     assert sentence.endswith("(it says: User Access Token is expired).")
 
 
@@ -728,7 +728,10 @@ def test_a_gated_model_is_refused_with_the_page_of_its_licence(
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     sentence = refusal()
-    assert f"accepted its licence: accept it at {hub.url}/{NAME}, and set HF_TOKEN" in sentence
+    assert (
+        f"only after its licence was accepted: accept it at {hub.url}/{NAME}, and set HF_TOKEN"
+        in sentence
+    )
     assert left_in(models_folder()) == []
 
 
@@ -777,7 +780,7 @@ def test_a_hub_that_fails_midway_keeps_the_partial_download(hub: Hub) -> None:
 def test_a_vanished_file_is_reported(hub: Hub) -> None:
     offer = ask_hub(NAME)
     hub.statuses[WEIGHTS] = 404
-    with pytest.raises(FetchError, match=r"is gone from .* since it was listed: fetch again"):
+    with pytest.raises(FetchError, match=r"was removed from .* meanwhile: fetch again"):
         download(offer)
 
 
@@ -851,12 +854,18 @@ def test_a_repository_without_weights_that_can_be_read_is_refused(hub: Hub) -> N
     ("index", "sentence"),
     [
         (b'{"weight_map": {"a": "model-1.safetensors"}}', "lacks 1 of the files"),
-        (b'{"weight_map": {"a": "../../model-1.safetensors"}}', "does not name its shards"),
-        (b'{"weight_map": {"a": "model-1.bin"}}', "does not name its shards"),
-        (b'{"weight_map": {"a": "%s.safetensors"}}' % (b"a" * 200), "does not name its shards"),
-        (b'{"weight_map": {}}', "does not name its shards"),
-        (b"[]", "does not name its shards"),
-        (b"\x80", "does not name its shards"),
+        (
+            b'{"weight_map": {"a": "../../model-1.safetensors"}}',
+            "does not list valid names of shards",
+        ),
+        (b'{"weight_map": {"a": "model-1.bin"}}', "does not list valid names of shards"),
+        (
+            b'{"weight_map": {"a": "%s.safetensors"}}' % (b"a" * 200),
+            "does not list valid names of shards",
+        ),
+        (b'{"weight_map": {}}', "does not list valid names of shards"),
+        (b"[]", "does not list valid names of shards"),
+        (b"\x80", "does not list valid names of shards"),
     ],
 )
 def test_an_invalid_index_is_refused(index: bytes, sentence: str, hub: Hub) -> None:
@@ -874,7 +883,7 @@ def test_too_little_disk_space_is_reported_before_the_download(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
-    needs = f"{NAME} needs {size_of(hub)}, and the disk of {models_folder()} has 100 kB free"
+    needs = f"{NAME} needs {size_of(hub)}, but the disk of {models_folder()} has 100 kB free"
     assert needs in refusal()
     assert not hub.asked_for(WEIGHTS)
     assert left_in(models_folder()) == []
