@@ -1,4 +1,4 @@
-"""The drawing of the house, as assertions: imports look down, bookkeeping needs no tensors."""
+"""The architecture as assertions: imports go downwards, bookkeeping needs no tensors."""
 
 import ast
 import subprocess
@@ -26,7 +26,7 @@ def imported_at_run_time(path: Path) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: write the whole name instead of dots"
+            assert node.level == 0, f"{path}: write the whole name instead of a relative import"
             names.add(node.module or "")
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
@@ -49,7 +49,7 @@ def test_imports_look_down(path: Path):
         name.split(".")[1] for name in imported_at_run_time(path) if name.startswith("minipaged.")
     }
     above = {name for name in ours if LAYERS.index(name) > own}
-    assert not above, f"{label(path)} imports {above}, which stand above it"
+    assert not above, f"{label(path)} imports {above}, which are above it"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=label)
@@ -78,7 +78,7 @@ def test_a_function_fits_on_a_screen(path: Path):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = node.body[-1].end_lineno - body[0].lineno + 1 if body else 0
-            # A kernel is one piece: its text is what the compiler sees at a time.
+            # A kernel must be in one file: the compiler sees one file at a time.
             is_kernel = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
             assert lines <= (80 if is_kernel else 50), f"{node.name} has {lines} lines"
 
@@ -108,7 +108,7 @@ def test_a_package_contains_only_a_docstring_and_imports(path: Path):
 
 
 def without_torch() -> list[str]:
-    """All packages themselves; and every module of those that only keep books."""
+    """All packages themselves; and every module of those that need no tensors."""
     bookkeeping = ("memory", "scheduler", "sampling/params", "evaluation/sim", "evaluation/stories")
     bookkeeping += ("tracing", "config", "errors", "sequence", "labs/lab", "labs/catalogue")
     chosen = [path for path in MODULES if label(path).startswith(bookkeeping)]

@@ -19,7 +19,7 @@ from minipaged.errors import InvalidOption
 
 
 class Unshown:
-    """Not even its repr can be had."""
+    """Even its repr raises."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no repr")

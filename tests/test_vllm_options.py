@@ -404,7 +404,7 @@ def test_several_requests_can_be_counted_and_aborted(folder):
     for name in "abc":
         engine.add_request(name, [5, 6], GREEDY)
     assert engine.get_num_unfinished_requests() == 3
-    assert engine.abort_request(["a", "nobody", "b"]) is None
+    assert engine.abort_request(["a", "unknown", "b"]) is None
     assert engine.unfinished_request_ids == {"c"}
     assert engine.abort_request("c").request_id == "c"
     assert not engine.has_unfinished_requests()

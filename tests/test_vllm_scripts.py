@@ -33,7 +33,7 @@ def test_there_are_twelve_scripts_and_each_is_in_the_table():
     assert len(rows) == section.count("\n|") - 2
     named = {script for *_, script in rows if script}
     tests = {test.stem for test in Path(__file__).parent.rglob("test_*.py")}
-    assert all(script for *_, script in rows), "each row names what tries it"
+    assert all(script for *_, script in rows), "each row names the script that tries it"
     assert named - tests == {script.stem for script in SCRIPTS}
     assert len(SCRIPTS) == 12
 

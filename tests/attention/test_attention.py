@@ -80,7 +80,7 @@ TOLERANCE = {
     torch.bfloat16: 3e-2,  # ... and 1.6e-2
 }
 
-# Decode, prefill, chunked prefill and decode once more; lengths on, before and behind boundaries.
+# Decode, prefill, chunked prefill and decode once more; lengths at, before and after a boundary.
 MIXED = [(1, 6), (5, 0), (3, 5), (1, 7), (1, 0), (1, 8), (8, 4), (2, 15)]
 
 
@@ -121,7 +121,7 @@ def check_all(attention: PagedAttention) -> None:
 def options(draw: st.DrawFn) -> dict[str, Any]:
     """What to hand to `paged_setup`."""
     block_size = draw(st.integers(1, 33))
-    # Half of the contexts end at the boundary of a block, or one token before or behind it.
+    # Half of the contexts end at the boundary of a block, or one token before or after it.
     at_boundary = st.builds(
         lambda blocks, shift: max(0, blocks * block_size + shift),
         st.integers(0, 64 // block_size + 1),
@@ -297,7 +297,7 @@ def test_keys_with_the_wrong_head_count_are_not_stored(store: StoreKV) -> None:
 
 
 def altered(module: ModuleType, *changes: tuple[str, str]) -> PagedAttention:
-    """The module's paged attention with pieces of its text replaced, wherever they stand."""
+    """The module's paged attention with pieces of its text replaced, wherever they occur."""
     mutant = compiled(module, *changes)
     if module is torch_decode:
         user = compiled(torch_paged)
@@ -376,7 +376,7 @@ IN_PLACE_MUTANTS = {
     "stale slots are read": (
         "torch.add(way.mask, scores, alpha=scale)", "(scores * scale)"
     ),
-    "a block of nobody's is summed": (
+    "a block without an owner is summed": (
         "F.embedding_bag(way.blocks,", "F.embedding_bag(way.owner.argsort(),"
     ),
     "the range ends too early": ("int(blocks.max()) + 1", "int(blocks.max())"),

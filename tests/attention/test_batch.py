@@ -1,4 +1,4 @@
-"""From decisions to tensors: positions, slots, block tables, and the cache behind them."""
+"""From decisions to tensors: positions, slots, block tables, and the cache they index."""
 
 import os
 import pickle
@@ -70,7 +70,7 @@ def test_logits_are_computed_only_for_the_last_tokens_asked_for():
 
 @given(st.data())
 def test_every_token_gets_the_slot_that_its_block_table_says(data):
-    """Over many steps of sequences that come, grow, move, skip steps and go."""
+    """Over many steps of sequences that begin, grow, move, skip steps and end."""
     block_size = data.draw(st.integers(1, 5))
     builder = BatchBuilder(max_num_seqs=3, max_blocks_per_seq=40, block_size=block_size)
     lengths: dict[int, int] = {}
@@ -87,7 +87,7 @@ def test_every_token_gets_the_slot_that_its_block_table_says(data):
         queries = []
         for seq_id, table in tables.items():
             if data.draw(st.integers(0, 3)) == 0:
-                continue  # sits this step out
+                continue  # does not run in this step
             new = data.draw(st.integers(1, 6))
             total = lengths[seq_id] + new
             while len(table) * block_size < total:
@@ -114,7 +114,7 @@ def test_every_token_gets_the_slot_that_its_block_table_says(data):
 def test_a_table_row_is_rewritten_only_where_it_changed():
     builder = BatchBuilder(2, 8, 4)
     builder.build([query(0, [1] * 8, 0, [3, 7])])
-    builder._tables[0, 0] = 99  # a mark: whoever writes the row anew would paint it over
+    builder._tables[0, 0] = 99  # a mark, which writing the row again would erase
     builder.build([query(0, [1], 8, [3, 7, 5])])
     assert builder._tables[0, :3].tolist() == [99, 7, 5]
 
@@ -130,7 +130,7 @@ def test_rows_of_finished_sequences_are_reused():
     ("context_len", "num_new", "begun"),
     [
         (0, 3, [5]),  # a prompt within a block
-        (0, 4, []),  # it fills the block: nothing is left of the former owner
+        (0, 4, []),  # it fills the block: nothing of the former owner remains
         (0, 6, [2]),  # its first block is filled, its second is not
         (4, 1, [2]),  # a decode whose token opens a block
         (5, 1, []),  # one whose block was begun, and cleared, before
@@ -146,7 +146,7 @@ def test_a_block_is_new_in_the_step_that_writes_its_first_slot(context_len, num_
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 7), min_size=1, max_size=6))
 def test_every_slot_after_the_end_of_a_sequence_has_been_cleared(block_size, chunks):
-    """However a sequence grows: what its last block holds beyond its end is not of others."""
+    """However a sequence grows, no other sequence's data follows its end in its last block."""
     blocks = list(range(50))
     stale = dict.fromkeys(blocks, True)
     length = 0

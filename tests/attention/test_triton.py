@@ -1,7 +1,7 @@
 """The Triton kernels against the reference: on a GPU if there is one, else interpreted.
 
-The results that are expected come from PyTorch on the CPU. All scratch memory is poisoned: what
-`torch.empty` gives in this file is full of NaN, so a number that no kernel wrote shows.
+The expected results come from PyTorch on the CPU. All scratch memory is poisoned: in this file
+`torch.empty` returns NaN, so a number that no kernel wrote is noticed.
 """
 
 import importlib
@@ -62,8 +62,8 @@ TOLERANCE = {
     torch.float16: 4e-3,  # half a unit in the last place of 4 is 2e-3
     torch.bfloat16: 4e-2,  # ... and 1.6e-2, or 3.1e-2 interpreted: it cuts digits off, unrounded
 }
-# Decode, prefill and chunks, one sequence with nothing to do, one with a single key; so long that
-# they end on, before and behind boundaries of blocks and of tiles, which are of 16, 32 or 64.
+# Decode, prefill and chunks, one sequence without a query, one with a single key. They end at,
+# before and after boundaries of blocks and of tiles, which are of 16, 32 or 64.
 MIXED = [(1, 6), (5, 0), (3, 61), (1, 62), (0, 3), (1, 63), (1, 0), (1, 64), (8, 24), (2, 15)]
 LONG = [(1, 126), (1, 127), (40, 30), (1, 128), (3, 125), (66, 0), (1, 129), (17, 47), (2, 14)]
 FEW = [(1, 6), (3, 5), (0, 3), (1, 0), (2, 15)]  # the naive kernel has many programs
@@ -143,7 +143,7 @@ def assert_near(out: Tensor, expected: Tensor, tolerance: float | None = None) -
 
 
 def padded(setup: PagedSetup, count: int, slot: int = 0) -> PagedSetup:
-    """With `count` tokens behind the last sequence that are nobody's, as in a CUDA graph."""
+    """With `count` tokens of no sequence after the last one, as in a CUDA graph."""
     batch = setup.batch
     nobody = {
         name: torch.cat((getattr(batch, name), torch.full((count,), number)))
@@ -213,7 +213,7 @@ def test_a_kv_head_may_serve_any_number_of_query_heads(heads: int) -> None:
 @st.composite
 def any_options(draw: st.DrawFn) -> dict[str, Any]:
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]))
-    # Half of the lengths are at a boundary of tiles, or one token before or behind it.
+    # Half of the lengths are at a boundary of tiles, or one token before or after it.
     near_boundary = st.builds(
         lambda tiles, shift: 16 * tiles + shift, st.integers(1, 8), st.integers(-1, 1)
     )
@@ -350,7 +350,7 @@ def test_the_number_of_splits_does_not_change_the_result(dtype: torch.dtype) -> 
 
 
 def run_splits(decode: Callable[..., None], setup: PagedSetup, num_splits: int) -> Tensor:
-    """The rows of all sequences but the last, which is no decode."""
+    """The rows of all sequences but the last, which does not decode."""
     there = on_device(setup)
     out = torch.empty(there.q.shape, dtype=there.q.dtype, device=DEVICE)
     decode(there.q, there.k_cache, there.v_cache, there.batch, there.scale, out, num_splits)
@@ -584,7 +584,7 @@ def test_a_quantized_pool_reads_and_writes_like_a_tensor(dtype: torch.dtype) -> 
 
 
 def bits(pool: KVPool) -> list[Tensor]:
-    """What lies in the pool, NaN and all, to be compared."""
+    """The content of the pool, NaN included, to be compared."""
     tensors = [pool.numbers, pool.scales] if isinstance(pool, QuantizedPool) else [pool]
     return [tensor.cpu().contiguous().view(torch.uint8) for tensor in tensors]
 
@@ -612,7 +612,7 @@ def fused(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def check_store(store: Callable[..., None], setup: PagedSetup, dtype: torch.dtype) -> None:
     expected = pools_of(setup, dtype)
     store_kv(setup.new(setup.keys), setup.new(setup.values), *expected, setup.batch)
-    batch = batch_on_device(padded(setup, 3).batch)  # the block of slot 0 is nobody's
+    batch = batch_on_device(padded(setup, 3).batch)  # the block of slot 0 has no owner
     k, v = (with_3_more(setup.new(tensors)) for tensors in (setup.keys, setup.values))
     for new in ((k, v), fused(k, v), (fused(k, v)[0], v)):
         pools = [pool_on_device(pool) for pool in pools_of(setup, dtype)]
@@ -688,7 +688,7 @@ def check_rope(
     assert_same(pools[1:], expected[1:])
     for pool, right in zip(pools, expected, strict=True):
         if isinstance(pool, QuantizedPool):
-            # What lies between two steps may be rounded to either.
+            # A number between two steps may be rounded to either.
             steps = (pool.numbers.cpu().float() - right.numbers.float()).abs()
             assert (steps <= (1 if dtype is torch.int8 else 32)).all()
             assert (steps > 0).float().mean() < 0.01
@@ -823,7 +823,7 @@ def test_storing_computes_offsets_in_64_bits(huge: QuantizedPool) -> None:
 
 
 def test_copying_computes_offsets_in_64_bits(huge: QuantizedPool) -> None:
-    pool = huge.numbers.view(1, 2, -1, 16, 128)  # values lie behind the keys
+    pool = huge.numbers.view(1, 2, -1, 16, 128)  # the values follow the keys
     last = pool.shape[2] - 1
     pool[:, :, last - 2] = torch.arange(2048, device=DEVICE).view(16, 128) % 100
     pool[:, 1, last] = 0
@@ -835,7 +835,7 @@ def test_copying_computes_offsets_in_64_bits(huge: QuantizedPool) -> None:
 
 
 def tame(setup: PagedSetup) -> PagedSetup:
-    """What a faulty kernel reads through is nobody's block of NaN, but no memory of others."""
+    """A faulty kernel reads through a block of NaN without an owner, and never foreign memory."""
     tables = setup.batch.block_tables
     tables = torch.where((tables >= 0) & (tables < len(setup.k_cache)), tables, 0)
     more = torch.zeros(len(tables), 100, dtype=torch.int32)
@@ -900,7 +900,7 @@ MUTANTS = {
     "a query does not see its own key": (
         attention_passes, "tile", "positions[None, :] <= row", "positions[None, :] < row"
     ),
-    "a slot behind the end is read": (ends_pass, "tile", "positions < end", "positions <= end"),
+    "a slot after the end is read": (ends_pass, "tile", "positions < end", "positions <= end"),
     "the output is not corrected": (
         attention_passes, "tile", "output * correction[:, None]", "output"
     ),
@@ -985,7 +985,7 @@ MUTANTS = {
 
 
 def altered(folder: Path, file: str, old: str, new: str) -> str:
-    """A package of all the kernels with one piece of one file replaced, wherever it stands."""
+    """A package of all the kernels with one piece of one file replaced, wherever it occurs."""
     # On disk, and with imports of its own: Triton reads the text of a kernel from its file.
     package = folder / f"mutant_of_{folder.name}"
     shutil.copytree(Path(machine.__file__).parent, package)
@@ -1019,7 +1019,7 @@ def test_the_checks_that_catch_the_faults_pass_the_real_kernels(
     passes(KERNELS)
 
 
-# ---- where they run ------------------------------------------------------------------------------
+# ---- devices -------------------------------------------------------------------------------------
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

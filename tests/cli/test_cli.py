@@ -336,7 +336,7 @@ def test_an_impossible_fetch_is_one_sentence_and_exit_code_2(
 ):
     monkeypatch.setenv("MINIPAGED_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where no server listens
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     code, out, err = minipaged(capsys, monkeypatch, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)

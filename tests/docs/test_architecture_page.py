@@ -1,4 +1,4 @@
-"""docs/architecture.md says what the code says: its layout, its layers, its roles, its journey."""
+"""docs/architecture.md agrees with the code: layout, layers, roles, journey of a request."""
 
 import re
 from dataclasses import fields

@@ -1,7 +1,7 @@
-"""What the guides let a reader type is run here, and prints what they say.
+"""The commands and programs of the guides are run here, and print what the guides show.
 
-A Python block with a title is a file of that name; a text block right behind it is what the file
-prints. The files of one page lie together, so that one may import another. Blocks without a title
+A Python block with a title is a file of that name; a text block right after it is what the file
+prints. The files of one page share a folder, so that one may import another. Blocks without a title
 are run as well, unless they only show a signature.
 """
 

@@ -125,7 +125,7 @@ def test_every_allowed_use_exists():
     for name, phrases in ALLOWED.items():
         text = prose(FILES[name].read_text(encoding="utf-8"), name.endswith(".py"))
         for phrase, reason in phrases.items():
-            assert phrase in text, f"{name} has no {phrase!r} any more: take it out of ALLOWED"
+            assert phrase in text, f"{name} has no {phrase!r} any more: remove it from ALLOWED"
             assert telltales(f" {phrase} "), f"{phrase!r} needs no permission"
             assert reason
 

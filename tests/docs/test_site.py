@@ -1,4 +1,4 @@
-"""The documentation site: what it quotes, runs and draws is so; what is wrong fails the build."""
+"""The documentation site: quotes, outputs and drawings are current; a fault fails the build."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every page of the site in a real browser: it asks nobody else, breaks nothing and draws all.
+"""Every page of the site in a real browser: it loads nothing from elsewhere and draws all.
 
 Needs Playwright for Python and a Chromium, which is looked for in the path and in the environment
 variable CHROMIUM. Pictures of all pages go into the folder that MINIPAGED_SCREENSHOTS names.

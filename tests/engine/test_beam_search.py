@@ -1,4 +1,4 @@
-"""Beam search: the sequences and scores of transformers, and what becomes of the blocks."""
+"""Beam search: the sequences and scores of transformers, and the blocks of beams."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from minipaged.sampling import Beam, BeamSearch
 from minipaged.sequence import Sequence, SequenceStatus
 
 MAX_TOKENS = 12
-# Tokens that these random models say often, though not always: some sequences end, some do not.
+# Tokens that these random models often generate: some sequences end, some do not.
 OFTEN = {"llama": (44, 15, 84), "gpt2": (71, 72, 11), "opt": (71, 19, 29)}
 RULES = (True, False, "never")
 PENALTIES = (0.0, 1.0, -0.7, 2.0)
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
-# ---- the opinion of transformers -----------------------------------------------------------------
+# ---- compared with transformers ------------------------------------------------------------------
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Models:
 
 
 def up_to_the_end(token_ids: list[int], eos: tuple[int, ...]) -> list[int]:
-    """Without the padding behind the end-of-sequence token."""
+    """Without the padding after the end-of-sequence token."""
     ends = [i + 1 for i, token in enumerate(token_ids) if token in eos]
     return token_ids[: min(ends, default=len(token_ids))]
 
@@ -110,7 +110,7 @@ def test_sequences_and_scores_are_those_of_transformers(models):
         for rule in RULES
     ]
     outputs = models.check(*map(list, zip(*kinds, strict=True)))
-    # Lest both agree about nothing: sequences end in both ways, searches end early, rules differ.
+    # The comparison covers enough: sequences end in both ways, searches end early, rules differ.
     completions = [completion for output in outputs for completion in output.outputs]
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     ends = [max(len(c.token_ids) for c in output.outputs) for output in outputs]
@@ -197,7 +197,7 @@ def test_beams_share_blocks_and_pruned_beams_return_theirs_at_once(folder):
         parents_of_two += any(old - new and new - old for old, new in zip(living, now, strict=True))
         living = now
     assert shared > 0
-    assert parents_of_two > 5  # some fork in the very step in which others are given up
+    assert parents_of_two > 5  # some fork in the same step in which others are pruned
     for name in outputs:
         counted = [step for step in steps if name in step.tables]
         assert meter.num_held[name] == sum(step.held(name) for step in counted)

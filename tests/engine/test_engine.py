@@ -1,4 +1,4 @@
-"""The engine end to end: the same tokens whatever the memory, the company and the attention."""
+"""The engine end to end: the same tokens whatever the memory, batch and attention backend."""
 
 from itertools import pairwise
 
@@ -114,7 +114,7 @@ def test_repeated_preemption_does_not_change_the_tokens(
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_8_bit_keys_survive_sharing_copies_and_preemption(folder, preemption, kv_cache_dtype):
-    # A key's bits depend on nothing but the key: whoever computes it again stores the same.
+    # A key's bits depend on nothing but the key: computing it again stores the same bits.
     prompts, params = PROMPTS[:4], SamplingParams(n=3, seed=4, max_tokens=12, ignore_eos=True)
     options = {"kv_cache_dtype": kv_cache_dtype, "block_size": 4, "preemption": preemption}
     ample = run(checked(folder, **options), prompts, params)
@@ -623,7 +623,7 @@ def test_a_part_that_fails_is_named_and_every_block_comes_back(folder, select_vi
 
 
 def test_attention_to_a_neighbours_block_changes_the_tokens(folder, expected):
-    """The proof that these tests would notice."""
+    """The proof that these tests would notice a fault."""
 
     def astray(q, k_cache, v_cache, batch, scale):
         batch.block_tables[:, 0] = batch.block_tables[0, 0]
@@ -644,7 +644,7 @@ def test_times_are_those_of_the_engines_clock(folder):
     assert metrics.last_token_time - metrics.first_token_time == 31 * readings
 
 
-# ---- parts that break their word -----------------------------------------------------------------
+# ---- parts that break their contract -------------------------------------------------------------
 
 
 class BreaksAfterAStep(FCFSScheduler):

@@ -215,7 +215,7 @@ def storyteller() -> LLM:
 
 
 def interrupted(llm: LLM, injector: Injector) -> list[tuple[list[int], str]]:
-    """The samples of an open stream, after a fault in the `generate` of somebody else."""
+    """The samples of an open stream, after a fault in another caller's `generate`."""
     llm.engine.restart()
     stream = llm.stream("Theo the frog", SAMPLED)
     next(stream)

@@ -1,4 +1,4 @@
-"""What a step returns, what is built of it on demand, and what listeners hear."""
+"""What a step returns, what is built from it on demand, and what listeners receive."""
 
 from itertools import pairwise
 

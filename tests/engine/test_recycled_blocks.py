@@ -41,7 +41,7 @@ WORKLOADS = {
     "few": (AMPLE, [(PROMPTS[1:4], SamplingParams(temperature=0.0, max_tokens=3))]),
     "cached prefix": (AMPLE, [(PROMPTS, GREEDY), (PROMPTS[4:], SAMPLES), (PROMPTS[1:2], GREEDY)]),
 }
-MATRIX = tuple(name for name in WORKLOADS if name != "few")  # too short to show much
+MATRIX = tuple(name for name in WORKLOADS if name != "few")  # short, so it can show little
 ANY_MEMORY = ("prefill", "decode", "chunks", "samples", "beams")
 BASELINES = ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "static")
 
@@ -72,7 +72,7 @@ def fill(tensor: torch.Tensor, value: float) -> None:
 
 
 def poison(llm: LLM, value: float) -> None:
-    """Fill all that nobody owns: blocks, swap blocks, and tables that steps use again."""
+    """Fill all that has no owner: blocks, swap blocks, and tables that steps use again."""
     memory, cache = llm.engine.memory, llm.engine.executor.runner.kv_cache
     if isinstance(cache, VirtualKVCache):
         owned = {table.blocks[0] for table in memory.tables.values()}

@@ -135,7 +135,7 @@ def test_a_custom_scheduler_may_preempt_where_the_default_one_never_does(folder,
 
 
 def block_bytes_of(llm: LLM) -> object:
-    """What block size and number of blocks come to: blocks, or the bytes of a budget."""
+    """The size of the pool: in blocks, or the bytes of a budget."""
     memory = llm.engine.scheduler.memory
     return getattr(memory, "budget", None) or (memory.block_size, memory.num_blocks)
 

@@ -302,7 +302,7 @@ def test_a_fully_cached_prompt_whose_blocks_are_in_use_writes_to_a_copy(folder):
 
 
 def run_beside(llm: LLM, prompts, params):
-    """Like `run`, while others hold blocks."""
+    """Like `run`, while other requests hold blocks."""
     return llm.generate(prompts, params, use_tqdm=False)
 
 
@@ -419,7 +419,7 @@ def test_evictions_in_a_tiny_pool_do_not_change_the_tokens(folder, num_blocks):
 
 
 def flood(llm: LLM) -> None:
-    """Fill the pool with others' blocks, so that every block that may go is given up."""
+    """Fill the pool with other requests' blocks, so that all evictable blocks are evicted."""
     memory = llm.engine.scheduler.memory
     before = dict(memory.cached)
     held = {block for table in memory.tables.values() for block in table.blocks}
@@ -554,7 +554,7 @@ def test_the_engine_pins_only_a_prefix_that_is_cached(folder):
     assert llm.engine.pin_prefix(prompt(8)).num_blocks == 2
 
 
-# ---- all ways of decoding side by side -----------------------------------------------------------
+# ---- all ways of decoding in one batch -----------------------------------------------------------
 
 MIXED: list[tuple[list[int], SamplingParams | BeamSearchParams]] = [
     (prompt(9, first=1), SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)),
@@ -567,7 +567,7 @@ MIXED: list[tuple[list[int], SamplingParams | BeamSearchParams]] = [
     (prompt(16, first=2), sampled(8, n=2, seed=9, presence_penalty=1.0)),
     (prompt(2, first=7), BeamSearchParams(beam_width=1, max_tokens=9, early_stopping=True)),
 ]
-ENDS = (15, 85, 32, 44)  # tokens that the model says often
+ENDS = (15, 85, 32, 44)  # tokens that the model generates often
 
 
 def mixed(llm: LLM):

@@ -1,4 +1,4 @@
-"""The embedded model: it answers from its context, and whatever happens to the blocks, the same."""
+"""The embedded model: it answers from its context, the same whatever happens to its blocks."""
 
 from itertools import pairwise
 

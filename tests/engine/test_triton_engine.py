@@ -33,7 +33,7 @@ def draw_prompts(rng: random.Random) -> list[list[int]]:
         [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, 30))]
         for _ in range(rng.randint(2, 4))
     ]
-    if rng.random() < 0.5:  # two that begin alike
+    if rng.random() < 0.5:  # two that share a prefix
         prompts[1] = prompts[0][: rng.randint(1, len(prompts[0]))] + prompts[1][:5]
     return prompts
 

@@ -1,4 +1,4 @@
-"""The benchmarks behind the numbers in the documentation: they run, and check what they measure."""
+"""The benchmarks that give the documentation its numbers: they run, and check their results."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""`minipaged bench engine`: it measures what it says, and a wrong token is found out."""
+"""`minipaged bench engine`: its figures are as defined, and a wrong token is found."""
 
 import json
 import sys

@@ -140,7 +140,7 @@ def test_a_server_serves_1000_connections_at_once(capsys, monkeypatch, server):
     assert row["client_cpu_seconds"] < row["server_cpu_seconds"]
 
 
-# ---- servers that answer what a test tells them --------------------------------------------------
+# ---- servers whose answers a test sets -----------------------------------------------------------
 
 
 def chunk(**fields: object) -> bytes:
@@ -469,7 +469,7 @@ def test_the_server_is_compared_with_the_same_tokens_offline(capsys, monkeypatch
 
 
 class Judge:
-    """An offline process that only says how far apart two tokens are."""
+    """An offline process that only reports the time between two tokens."""
 
     def __init__(self, gap: float) -> None:
         self.gap = gap

@@ -1,6 +1,6 @@
 """The kernels as the compiler makes them for GPUs that are not there: do they fit, are they fast?
 
-In processes of their own: whether kernels are compiled or interpreted is settled once in each.
+In processes of their own: a process either compiles kernels or interprets them.
 """
 
 import json
@@ -71,7 +71,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Everything compiled from nothing: with a cache of kernels that is empty."""
+    """Everything compiled with an empty cache of kernels."""
     cache = tmp_path_factory.mktemp("triton")
     run = python(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache))
     assert run.returncode == 0, run.stderr
@@ -149,7 +149,7 @@ def test_several_decoding_programs_share_a_multiprocessor(rows):
 
 @pytest.mark.parametrize(("sm", "instruction"), [(80, "HMMA"), (90, "HGMMA")])
 def test_prefill_multiplies_with_the_best_instruction_of_the_gpu(rows, sm, instruction):
-    # HGMMA: four warps together multiply a matrix that lies in shared memory.
+    # HGMMA: four warps together multiply a matrix that is in shared memory.
     assert {row["instructions"] for row in of(rows, "prefill", sm=sm)} == {instruction}
 
 

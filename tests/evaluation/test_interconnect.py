@@ -72,7 +72,7 @@ def test_a_step_contains_its_communication(name):
 @pytest.mark.parametrize("system", ["vllm", "fastertransformer"])
 @pytest.mark.parametrize("name", SEVERAL)
 def test_a_simulated_request_waits_for_the_communication_of_its_steps(name, system):
-    """The first step computes the prompt and one row of logits, each later one a token."""
+    """The first step computes the prompt and one row of logits, each later step one token."""
     server = DEPLOYMENTS[name]
 
     def seconds(costs: CostModel) -> float:
@@ -110,7 +110,7 @@ def test_a_slower_link_never_makes_a_step_faster(name, link, later, factor, deco
 )
 @pytest.mark.parametrize("num_prompts", [0, 3])
 def test_a_step_on_one_gpu_costs_what_it_did_without_communication(name, seconds, num_prompts):
-    """The figures are from before the cost model knew of links."""
+    """The figures are older than the links of the cost model."""
     for server in (DEPLOYMENTS[name], DEPLOYMENTS[name].with_link(SLOW)):
         costs = CostModel(server)
         assert costs.step(30, 10_000, 200, 20_000.0, num_prompts) == seconds
@@ -118,7 +118,7 @@ def test_a_step_on_one_gpu_costs_what_it_did_without_communication(name, seconds
 
 
 def test_the_capacity_of_one_gpu_is_what_it_was_without_communication():
-    """The figures are from before the cost model knew of links."""
+    """The figures are older than the links of the cost model."""
     server = deploy(MODELS["llama-3-8b"], GPUS["l4-24g"], 1)
     lengths = Lengths(50.0, 50.0, 2.0, 2.0, longest=1024)
     report = estimate_capacity(server, lengths, 2.0, seconds=10.0, max_num_seqs=8)

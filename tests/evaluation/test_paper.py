@@ -1,4 +1,4 @@
-"""The paper's figures: what must come out exactly, what must come near, and how it is told.
+"""The paper's figures: exact values, values within a bar, and the printed report.
 
 The bars are those that the commands print; the traces are short and always the same ones.
 """
@@ -43,7 +43,7 @@ def as_saved(result: Result) -> Result:
     return replace(result, data=data)
 
 
-# ---- what comes out ------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["table1", "fig3"])
@@ -85,7 +85,7 @@ def test_a_shared_prefix_gains_what_figure_16_says():
 
 
 def what_they_bear(server: str, workload: str, systems) -> dict[str, dict[float, float]]:
-    """By system and threshold, in requests a second."""
+    """By system and threshold, in requests per second."""
     searches = [fig12._search(server, workload, system, SHORT) for system in systems]
     found = in_parallel(find_capacity, searches, "capacities")
     return {each.search.case.system: each.rates for each in found}
@@ -97,7 +97,7 @@ def test_systems_are_in_the_paper_s_order_at_every_threshold(workload):
     rates = what_they_bear("opt-13b", workload, SYSTEMS)
     for threshold in THRESHOLDS:
         bears = [rates[system][threshold] for system in SYSTEMS]
-        assert bears == sorted(bears, reverse=True), f"at {threshold} s a token"
+        assert bears == sorted(bears, reverse=True), f"at {threshold} s per token"
     over = {system: rates["vllm"][0.2] / rates[system][0.2] for system in SYSTEMS}
     if workload == "sharegpt":
         assert 1.4 <= over["orca-oracle"] <= 2.1
@@ -118,7 +118,7 @@ def test_parallel_samples_save_as_much_as_in_figure_15():
         assert 100 * saved == pytest.approx(paper, abs=1.5)
 
 
-# ---- how it is told ------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 
 
 def test_a_bar_is_met_or_missed_or_absent():

@@ -83,7 +83,7 @@ MANAGERS_BY_NAME = {manager.__name__: manager for manager in MANAGERS}
 
 
 class FreesOneBlockTooFew(BlockManager):
-    """A leak at the end of a life: the pool keeps a block of every sequence of eight blocks."""
+    """A leak when a sequence ends: the pool keeps a block of every sequence of eight blocks."""
 
     def free(self, seq):
         blocks = self._tables[seq.seq_id].blocks

@@ -1,4 +1,4 @@
-"""The grammar tells the same story twice, and every answer stands in exactly one fact."""
+"""The same seed gives the same story, and exactly one fact contains each answer."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Ways to fool the grader, each tried on a solution that deserves nothing: none earns a point."""
+"""Ways to fool the grader, each tried in a solution that solves no task: none earns a point."""
 
 import json
 import os
@@ -318,7 +318,7 @@ def test_a_void_grade_says_why_to_student_and_teacher(command):
     assert all("the grade is void" in entry["output"] for entry in results["tests"])
 
 
-# ---- whose work it is ----------------------------------------------------------------------------
+# ---- the student's own code ----------------------------------------------------------------------
 
 SUBCLASS = """
 from minipaged.memory import BlockAllocator as Theirs

@@ -1,6 +1,6 @@
-"""A newcomer's path through lab 1, as its guide tells it: every command, and what it prints.
+"""A newcomer's path through lab 1, as in its guide: every command, and what it prints.
 
-A comment of the guide says what stands in the student's file before the next command.
+A comment of the guide gives the content of the student's file before the next command.
 """
 
 import re

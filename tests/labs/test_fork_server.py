@@ -77,7 +77,7 @@ def is_gone(pid: int) -> bool:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
             return True
-        if state == "Z":  # nobody waits for it any more
+        if state == "Z":  # no process waits for it any more
             return True
         time.sleep(0.01)
     return False

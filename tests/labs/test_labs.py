@@ -1,4 +1,4 @@
-"""Every lab: the library scores all, a raw starter nothing, a mistake less in its own task."""
+"""Every lab: the library scores all points, a raw starter none, a mistake fewer in its own task."""
 
 import importlib
 import json
@@ -109,7 +109,7 @@ def test_grading_in_a_separate_process_gives_the_same_points(tmp_path):
 
 
 def test_the_setup_for_gradescope_names_its_wheel(tmp_path):
-    """A pattern is no name: with the extra behind it, the shell would find no such file."""
+    """A pattern is not a name: followed by the extra, it would match no file in the shell."""
     write_autograder(tmp_path, LABS[0])
     (tmp_path / "minipaged-1.0-py3-none-any.whl").touch()
     lines = (tmp_path / "setup.sh").read_text().splitlines()[-2:]
@@ -122,7 +122,7 @@ def test_the_setup_for_gradescope_names_its_wheel(tmp_path):
 def test_gradescope_has_the_graders_results_even_if_the_grader_is_killed(tmp_path):
     write_autograder(tmp_path, LABS[0])
     results = tmp_path / "results.json"
-    results.write_text('{"score": 100}')  # as student code would, before it kills the grader
+    results.write_text('{"score": 100}')  # as student code does that then kills the grader
     script = (tmp_path / "run_autograder").read_text()
     script = script.replace("/autograder/results/results.json", str(results))
     script = script.replace("/autograder/venv/bin/minipaged", "bash -c 'kill -9 $$'")

@@ -1,4 +1,4 @@
-"""Processes of lab 11: whoever waits in vain is told at once, and nobody outlives the run."""
+"""Processes of lab 11: a vain wait ends with an error at once, and no process outlives the run."""
 
 import multiprocessing as mp
 import os

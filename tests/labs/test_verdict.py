@@ -1,4 +1,4 @@
-"""What a run's report is worth: reports are written here by hand, and no process runs."""
+"""How a run's report is judged: reports are written here by hand, and no process runs."""
 
 import json
 from pathlib import Path

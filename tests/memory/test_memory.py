@@ -1,4 +1,4 @@
-"""Who owns which block: allocator, block table, block manager, and the second opinion on them."""
+"""Which sequence owns which block: allocator, block table, block manager, and their checker."""
 
 import pytest
 from faulty_memory import (
@@ -192,7 +192,7 @@ def fork(memory, group: SequenceGroup, parent: Sequence, child_id: int) -> Seque
     return child
 
 
-# ---- the second opinion --------------------------------------------------------------------------
+# ---- the checker ---------------------------------------------------------------------------------
 
 
 class AcceptsADoubleFree(BlockAllocator):

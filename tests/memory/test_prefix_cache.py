@@ -1,4 +1,4 @@
-"""Full blocks found again: by what, for how long, and who goes first when room is needed."""
+"""Full blocks found again: by what, for how long, and which are evicted first."""
 
 import pytest
 
@@ -151,7 +151,7 @@ def test_blocks_after_a_deduplicated_block_are_found(served):
     assert served.num_cached_tokens([1, 2, 3, 4, 6, 7, 8, 9, 0]) == 8
 
 
-# ---- who goes first ------------------------------------------------------------------------------
+# ---- the order of eviction -----------------------------------------------------------------------
 
 
 def test_idle_blocks_count_as_free_and_are_evicted_when_none_is_empty(served):
@@ -266,7 +266,7 @@ def test_blocks_that_are_still_cached_come_back_from_a_swap_without_a_copy():
 
 
 def test_uncomputed_blocks_come_back_from_a_swap_into_new_blocks():
-    """Another has computed the same since; to share its blocks would mean to write to them."""
+    """Another sequence has computed the same since; to share its blocks is to write to them."""
     memory = build(num_swap_blocks=8)
     served = Served(memory)
     swapped = SequenceGroup("0", [served.admit(range(10))])

@@ -82,7 +82,7 @@ def test_kv_heads_and_their_size_are_derived_when_old_files_leave_them_out() -> 
     assert (config.num_kv_heads, config.head_dim) == (4, 12)
 
 
-# What the config.json of published checkpoints says, as far as it matters or might be taken to.
+# The fields of published checkpoints' config.json that matter, or might be thought to matter.
 _GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "activation_function": "gelu_new",
@@ -403,7 +403,7 @@ def test_an_unsupported_architecture_is_refused_in_one_sentence(case: str, tmp_p
     assert_one_sentence(refused)
 
 
-# What config.json of 2 layers and a context of 128 says of windows; the context read from it.
+# Fields about windows in a config.json of 2 layers and context 128; the context read from it.
 WINDOWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mistral v0.1": ("Mistral", {"sliding_window": 32}, 32),
     "mistral v0.2": ("Mistral", {"sliding_window": None}, 128),
@@ -656,7 +656,7 @@ HEADERS = {
     "no numbers": b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
     "fewer bytes than numbers": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
     "bytes within the header": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-4, 4]}}',
-    "bytes behind the end": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    "bytes after the end": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
     "fewer bytes than the file": b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
     "no tensors": b"{}",
 }
@@ -713,7 +713,7 @@ def test_an_untied_model_without_its_head_is_refused(llama: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.0.self_attn.q_proj.bias",  # a bias that config.json does not speak of
+        "model.layers.0.self_attn.q_proj.bias",  # a bias that config.json does not mention
         "model.layers.2.mlp.up_proj.weight",  # a layer too many
         "model.layers.0.block_sparse_moe.gate.weight",  # another architecture
         "model.layers.0.self_attn.bias",  # ends like GPT-2's mask, and is none

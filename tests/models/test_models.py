@@ -1,4 +1,4 @@
-"""Every family of models, against `transformers` as the other opinion."""
+"""Every family of models, compared with `transformers`."""
 
 import random
 from pathlib import Path
@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {}),
     "opt, untied": ("opt", {"tie_word_embeddings": False}),
     "opt, 350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
-    "opt, norms behind": ("opt", {"do_layer_norm_before": False}),
+    "opt, norms after": ("opt", {"do_layer_norm_before": False}),
     "opt, narrow embedding": ("opt", {"word_embed_proj_dim": 24, "tie_word_embeddings": False}),
     "llama, all heads alike": ("llama", {"num_key_value_heads": 4}),
     "llama, grouped": ("llama", {}),

@@ -18,7 +18,7 @@ OLD, FACTOR = 32, 4.0
 NEW = int(OLD * FACTOR)
 YARN = {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings": OLD}
 
-# The scaling, and the max_position_embeddings that stands beside it in config.json.
+# The scaling, and the max_position_embeddings of the same config.json.
 SCALINGS: dict[str, tuple[dict[str, Any], int]] = {
     "linear": ({"rope_type": "linear", "factor": FACTOR}, OLD),
     "yarn, its old context written": (YARN, OLD),
@@ -51,7 +51,7 @@ def logprobs(folder: Path, token_ids: list[int], backend: str = "torch") -> torc
         max_logprobs=-1,
     )
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=VOCAB_SIZE)
-    # The last token is left out: the engine wants room for a token after the prompt.
+    # The last token is left out: the engine needs room for a token after the prompt.
     [output] = llm.generate([token_ids[:-1]], params, use_tqdm=False)
     return torch.tensor(
         [

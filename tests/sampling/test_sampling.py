@@ -1,4 +1,4 @@
-"""SamplingParams and Sampler: against a slow second opinion, transformers, deliberate faults."""
+"""SamplingParams and Sampler: against a slow reference, transformers and deliberate faults."""
 
 import inspect
 import math
@@ -47,7 +47,7 @@ def home_of(stage: str):
     return sampler if hasattr(sampler, stage) else adjust
 
 
-# -- A second opinion: one row, one token at a time, in double precision ----------------------
+# -- A reference: one row, one token at a time, in double precision ----------------------
 
 
 def reference_logits(logits: torch.Tensor, row: SamplingRow) -> list[float]:
@@ -141,7 +141,7 @@ def random_batches(count: int) -> Iterator[tuple[torch.Tensor, list[SamplingRow]
 
 
 def check_the_distribution() -> None:
-    """What is drawn from is what the second opinion computes, for batches of all kinds."""
+    """Tokens are drawn from the reference's distribution, for batches of all kinds."""
     for logits, rows in random_batches(150):
         for token, one, own in zip(sample_ids(logits, rows), logits, rows, strict=True):
             if own.params.is_greedy:
@@ -294,7 +294,7 @@ def test_a_draw_that_stops_one_token_early_is_detected(monkeypatch):
         check_the_ends_of_the_draw(monkeypatch)
 
 
-# -- transformers' opinion --------------------------------------------------------------------
+# -- compared with transformers --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_the_distribution_is_that_of_transformers(asked, processors):
     assert np.allclose(found, expected, atol=1e-6)
 
 
-# -- Single promises --------------------------------------------------------------------------
+# -- Single properties --------------------------------------------------------------------------
 
 
 def test_temperature_zero_takes_the_likeliest_and_on_ties_the_lowest_id():
@@ -346,7 +346,7 @@ def test_temperature_zero_takes_the_likeliest_and_on_ties_the_lowest_id():
 def test_a_greedy_batch_skips_all_other_stages(monkeypatch):
     for stage in ("draw", "adjust"):
         monkeypatch.setattr(
-            home_of(stage), stage, lambda *_: pytest.fail("a stage nobody asked for")
+            home_of(stage), stage, lambda *_: pytest.fail("a stage that no row asks for")
         )
     logits = random_logits(3)
     assert sample_ids(logits, [row(temperature=0)] * 3) == logits.argmax(-1).tolist()

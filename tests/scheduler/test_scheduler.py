@@ -1,4 +1,4 @@
-"""Who runs next: admission, the order of service, preemption, and that everybody finishes."""
+"""What runs next: admission, the order of service, preemption; and all requests finish."""
 
 from dataclasses import replace
 
@@ -313,7 +313,7 @@ def test_a_prompt_waits_only_for_the_block_that_is_computed_next():
     other = engine.add(6, shared_prefix=True)
     other.sequences[0].token_ids[4:] = [77, 78]
     assert tokens_of(engine.step()) == {0: 8}
-    assert tokens_of(engine.step()) == {0: 8}, "no tokens are left, but nobody waits for a block"
+    assert tokens_of(engine.step()) == {0: 8}, "out of tokens, but no request waits for a block"
     assert tokens_of(engine.step()) == {0: 1, 1: 2}
 
 
@@ -450,7 +450,7 @@ requests = st.lists(
         st.integers(1, 30),  # tokens to generate
         st.integers(1, 4),  # sequences
         st.integers(0, 6),  # steps to run after it arrives
-        st.integers(0, 5).map(lambda n: n == 0),  # whether somebody is aborted then
+        st.integers(0, 5).map(lambda n: n == 0),  # whether a request is aborted then
     ),
     min_size=1,
     max_size=12,

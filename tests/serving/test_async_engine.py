@@ -1,4 +1,4 @@
-"""The async engine over an engine whose every step a test allows: what reaches whom, and when."""
+"""The async engine over an engine whose steps a test allows: what reaches which caller, when."""
 
 import asyncio
 import math
@@ -77,7 +77,7 @@ class OneTokenPerStep:
         return Progress(request_id, [new], ends, lambda: SimpleNamespace(text=texts(most)))
 
     def allow(self, steps: float = math.inf) -> None:
-        """Let so many more steps be made."""
+        """Allow this many more steps."""
         self.num_allowed += steps
         self.wake()
 

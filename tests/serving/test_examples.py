@@ -49,7 +49,7 @@ def test_the_command_of_an_example_serves_until_sigterm(where, tmp_path):
 
 
 def check_health(where: str, port: int) -> int:
-    """The exit code of the example's health check, without its patience."""
+    """The exit code of the example's health check, which does not wait here."""
     if where == "docker":
         command = json.loads(instruction("HEALTHCHECK").partition("CMD ")[2])
         assert command[0] == "python"

@@ -145,7 +145,7 @@ def test_a_refused_body_is_still_read_for_a_limited_time(monkeypatch):
             assert status == 413
             for _ in range(5):
                 writer.write(b"a" * 10**5)
-                await writer.drain()  # which a reset would fail
+                await writer.drain()  # a reset would make this fail
                 await asyncio.sleep(0.02)
             assert await reader.read() == b""
 

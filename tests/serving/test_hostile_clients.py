@@ -1,4 +1,4 @@
-"""Clients that leave, stall, lie and flood: the server goes on, and nothing of theirs is left."""
+"""Clients that leave, stall, cheat and flood: the server goes on, and frees all they held."""
 
 import asyncio
 import http.client
@@ -42,7 +42,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(server: Running):
-    """After each test nothing runs, waits or stays open, and the log accuses no code."""
+    """After each test nothing runs, waits or stays open, and the log has no traceback."""
     server.wait_until_idle()
     files, threads = server.resources()
     yield
@@ -209,7 +209,7 @@ def test_a_reader_that_pauses_delays_no_one_and_misses_nothing(server):
     assert texts == [choice["text"] for choice in whole["choices"]]
 
 
-# ---- bodies that are no request ------------------------------------------------------------------
+# ---- bodies that are not requests ----------------------------------------------------------------
 
 NO_REQUESTS = {
     "empty": b"",
@@ -478,7 +478,7 @@ def test_a_client_that_expects_100_continue_is_refused_before_it_sends(server):
 async def at_once(
     server: Running, number: int, body: dict[str, Any]
 ) -> list[tuple[int, dict, bytes]]:
-    """What answers so many connections that are all open before the first one sends."""
+    """The answers to this many connections, all open before the first one sends."""
 
     async def read(reader: asyncio.StreamReader) -> tuple[int, dict, bytes]:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")

@@ -1,4 +1,4 @@
-"""Requests that schemathesis invents from the server's schema: none is a fault of the server."""
+"""Requests that schemathesis invents from the server's schema: none makes the server fail."""
 
 import shutil
 import subprocess

@@ -142,7 +142,7 @@ def test_requests_are_aborted_after_the_grace_period(parts, clients):
         stream, whole = clients.stream(server), clients.send(server)
         half = clients.open.enter_context(server.connect())
         half.sendall(raw_request(COMPLETIONS, LONG)[:-5])
-        clients.stream(server, logprobs=20, max_tokens=5)  # which nobody reads
+        clients.stream(server, logprobs=20, max_tokens=5)  # which no client reads
         time.sleep(0.2)
         start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)

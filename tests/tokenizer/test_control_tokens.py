@@ -1,4 +1,4 @@
-"""What is said in a chat never becomes a control token, whatever it spells."""
+"""The text of a chat message never becomes a control token, whatever it spells."""
 
 import json
 
@@ -150,7 +150,7 @@ def test_a_special_token_reached_by_merges_stays_text(tokenizer):
 
 
 def test_text_around_a_spelt_out_control_token_keeps_its_tokens(tokenizer):
-    """Only one message differs, so all tokens before and behind it must be the same."""
+    """Only one message differs, so all tokens before and after it must be the same."""
     plain, spelt = (encode(tokenizer, user("one", said, "two")) for said in ("x", f"x{END}y"))
     before = plain[: [i for i, t in enumerate(plain) if t in tokenizer.special_ids][2] + 1]
     behind = plain[[i for i, t in enumerate(plain) if t in tokenizer.special_ids][3] :]

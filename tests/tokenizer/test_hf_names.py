@@ -1,4 +1,4 @@
-"""The names of Hugging Face's tokenizers, with `AutoTokenizer` as the other opinion."""
+"""The names of Hugging Face's tokenizers, compared with `AutoTokenizer`."""
 
 import json
 import os

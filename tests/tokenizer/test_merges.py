@@ -1,4 +1,4 @@
-"""Merging by rank and merging by a list of pairs: when the proof says so, they are the same."""
+"""Merging by rank and merging by a list of pairs: where the proof holds, they are the same."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ WORDS = [bytes(w) for n in range(1, 8) for w in itertools.product(b"ab", repeat=
 
 
 def merge_by_list(word: bytes, merges: list, vocabulary: set, whole_words: bool) -> list[bytes]:
-    """As Hugging Face's library does it: the neighbours whose pair stands highest, leftmost."""
+    """As Hugging Face's library does it: the neighbours whose pair ranks highest, leftmost."""
     if whole_words and word in vocabulary:
         return [word]
     places = {pair: place for place, pair in enumerate(merges)}
@@ -37,7 +37,7 @@ def merge_by_rank(words: list[bytes], ranks: dict[bytes, int]) -> list[list[byte
 
 
 def make_merges(rng: random.Random) -> list[tuple[bytes, bytes]]:
-    """A list that nobody trained: often one that no text could have led to."""
+    """An untrained list: often one that no text could have led to."""
     tokens, merges = [b"a", b"b"], []
     while len(merges) < rng.randint(1, 7):
         pair = (rng.choice(tokens), rng.choice(tokens))

@@ -1,4 +1,4 @@
-"""The fewest tokens of a text: never more than it has, and no bound where none is sound."""
+"""The fewest tokens of a text: never more than it has; None where no bound is safe."""
 
 import json
 import unicodedata

@@ -17,7 +17,7 @@ from minipaged.tokenizer.stop_strings import StopStrings
 # All single bytes, then merges; two of them cut the emoji U+1F600 and the letter é in the middle.
 MERGES = [b"th", b"the", b" t", b"\xf0\x9f", b"e\xc3", b"##"]
 TOKENS = [bytes([byte]) for byte in range(256)] + MERGES
-END = 300  # the ids from 262 to 299 belong to nobody, as in a padded vocabulary
+END = 300  # the ids from 262 to 299 have no token, as in a padded vocabulary
 CONFIG = {"ranks": "tiny.tiktoken", "pattern": r"(?s) ?[^ ]+| ", "special_tokens": {"<|end|>": END}}
 RANKS = "".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(TOKENS))
 
@@ -343,7 +343,7 @@ def test_a_faulty_automaton_is_detected(monkeypatch, tokenizer, mutant):
         check_many_streams(tokenizer)
 
 
-# -- A second beginning -----------------------------------------------------------------------
+# -- Tokens that begin every text ------------------------------------------------------------------
 
 
 class Marked(Tokenizer):

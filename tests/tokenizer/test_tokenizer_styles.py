@@ -1,4 +1,4 @@
-"""Published tokenizers, by tiktoken: against Hugging Face's `tokenizers` as the other opinion."""
+"""Published tokenizers, by tiktoken: compared with Hugging Face's `tokenizers`."""
 
 import json
 import unicodedata
@@ -151,7 +151,7 @@ def test_vocab_and_merges_of_qwen_use_its_pattern_and_its_added_tokens(folders, 
     assert num_differing(tokenizer, judges["qwen"], TEXTS[:3_000]) == 0
 
 
-# ---- tokenizers that tiktoken cannot play --------------------------------------------------------
+# ---- tokenizers that tiktoken cannot express -----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_added_tokens_that_cannot_overlap_use_tiktoken(folders, judges, tmp_path
 
 
 def opt_folder(folders, target, files: dict):
-    """OPT's tokenizer without the last words of its vocabulary, and with other files beside it."""
+    """OPT's tokenizer without the last words of its vocabulary; `files` are added to its folder."""
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (target / name).write_bytes((folders["opt"] / name).read_bytes())
     for name, content in files.items():

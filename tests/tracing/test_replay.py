@@ -1,4 +1,4 @@
-"""The page that replays a trace: its state is that of the memory, and it shows what it is given."""
+"""The page that replays a trace: it shows the given trace, and its state is the memory's."""
 
 import html
 import json
@@ -28,11 +28,11 @@ from minipaged.tracing.snapshot import snapshot
 HOSTILE = '</script><img src=x onerror="document.title=1">{{trace}} \u2028 <!-- "A" & B'
 
 
-# ---- traces, and what the memory says after every step -------------------------------------------
+# ---- traces, and the state of the memory after every step ----------------------------------------
 
 
 def truth(scheduler, is_counted: bool = True) -> dict:
-    """What scheduler and memory say, in the form in which state.js sums up its state."""
+    """The state of scheduler and memory, in the form in which state.js sums up its state."""
     memory = scheduler.memory
     groups = [*scheduler.running, *scheduler.waiting, *scheduler.swapped]
     request_of = {seq.seq_id: group.request_id for group in groups for seq in group.sequences}

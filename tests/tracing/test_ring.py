@@ -1,4 +1,4 @@
-"""A ring of the last items: what a reader gets, and what it is told to have lost."""
+"""A ring of the last items: what a reader gets, and how many items it has missed."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Every chapter runs as it stands, keeps its form, and copies nothing out of the library."""
+"""Every chapter runs as it is, keeps its form, and copies nothing out of the library."""
 
 import ast
 import functools
@@ -69,7 +69,7 @@ def test_a_chapter_runs_from_top_to_bottom(chapter: Path, tmp_path: Path):
     times = IMPORT.findall(run.stderr)
     said = IMPORT.sub("", run.stderr)
     assert run.returncode == 0, f"{run.stdout[-2000:]}\n{said[-4000:]}"
-    assert not list(tmp_path.iterdir()), "a chapter leaves nothing behind"
+    assert not list(tmp_path.iterdir()), "a chapter leaves files in its folder"
     assert run.stdout.endswith(f": minipaged learn {int(chapter.stem[:2])}.\n")
     known = {module_name(file) for file in imported_files(chapter, ROOT)[0]}
     imported = {name for name in times if name.split(".")[0] in ("minipaged", "drawing")}

@@ -1,4 +1,4 @@
-"""Several ranks, each a process of its own: the same tokens as one, and how little is sent."""
+"""Several ranks, each a process of its own: the same tokens as one, and few bytes are sent."""
 
 import gc
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Decode steps that are recorded once and replayed: the same tokens, and nothing else is touched.
+"""Decode steps that are recorded once and replayed: the same tokens, and no other memory written.
 
-A CUDA graph needs a GPU (see test_gpu.py). Everything round it does not: here a step is "recorded"
+A CUDA graph needs a GPU (see test_gpu.py). Everything around it does not: here a step is "recorded"
 by keeping the function, which on every replay finds its inputs in the same tensors as a graph
 would, padding included.
 """

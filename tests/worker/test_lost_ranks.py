@@ -1,4 +1,4 @@
-"""A rank that is killed, stopped, fails or hangs: the others end, and the caller hears why."""
+"""A rank that is killed, stopped, fails or hangs: the others end, the caller gets the reason."""
 
 import gc
 import http.client

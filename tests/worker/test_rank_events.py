@@ -1,4 +1,4 @@
-"""A trace of several ranks: what each step took on each of them, and nothing sent without need."""
+"""A trace of several ranks: the times of each step on each rank, sent only when requested."""
 
 from pathlib import Path
 

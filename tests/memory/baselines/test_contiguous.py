@@ -60,7 +60,7 @@ def test_an_invalid_pool_is_refused(num_blocks, longest):
 
 
 def play(allocator, num_blocks: int, longest: int, seed: int) -> None:
-    """Any calls in any order, beside a set of owned blocks."""
+    """Any calls in any order, compared with a set of owned blocks."""
     draw = random.Random(seed)
     owned: list[range] = []
     for _ in range(200):
@@ -208,11 +208,11 @@ def test_a_static_batch_admits_no_request_until_all_of_it_has_ended():
     assert memory.can_admit(late, alone=True)
 
 
-# ---- reservations under any calls, beside a model of the tensors ---------------------------------
+# ---- reservations under any calls, against a model of the tensors --------------------------------
 
 
 def serve_at_random(memory_class, seed: int) -> None:
-    """Groups come, fork, give up sequences, grow and end; every slot must hold its own token."""
+    """Groups come, fork, lose sequences, grow and end; every slot must hold its own token."""
     draw = random.Random(seed)
     size, longest = draw.choice([1, 2, 4]), 16
     inner = memory_class(

@@ -1,6 +1,6 @@
-"""vAttention's memory, without a page: who owns which region, and what is mapped when.
+"""vAttention's memory, without a page: the owners of regions, and what is mapped when.
 
-The pages of these tests keep book instead of mapping anything; those of the any-order test also
+The pages of these tests count instead of mapping anything; those of the any-order test also
 play the tensors, as in memory_machine.
 """
 
@@ -381,7 +381,7 @@ class VirtualInAnyOrder(AnyOrder):
 
     def place(self, seq: Sequence, position: int) -> tuple[int, int]:
         region, offset = super().place(seq, position)
-        assert self.pages.has(region, offset), "touched without memory behind it"
+        assert self.pages.has(region, offset), "a page without physical memory was touched"
         return region, offset
 
     def copy_blocks(self, pairs, source, target) -> None:
@@ -416,7 +416,7 @@ class VirtualInAnyOrder(AnyOrder):
         for group in self.groups.copy():
             self.give_up(group)
         assert self.memory.num_free == self.memory.num_blocks
-        # Whoever needs all page groups gets all of them.
+        # A sequence that needs all page groups gets all of them.
         longest = min(self.layout.tokens_in(self.memory.budget), self.layout.region_len)
         if longest:
             admit(self.memory, SequenceGroup("all", [Sequence(0, [9] * longest)]))

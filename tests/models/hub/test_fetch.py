@@ -38,7 +38,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(autouse=True)
 def _in_a_home_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test sees the models, the tokens or the endpoint of whoever runs it."""
+    """No test sees the models, the tokens or the endpoint of the person who runs it."""
     monkeypatch.setenv("MINIPAGED_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
