@@ -49,8 +49,8 @@ def run(effort: Effort) -> Result:
     checks = [
         near("weights, of the memory", 65, weights, points=1, unit="%"),
         Check("keys and values, of the memory", "over 30", kv, 30, 35, "%"),
-        Check("requests at a time, Orca (Max)", "8", batch["orca-max"], 6.9, 8),
-        Check("requests at a time, vLLM", "about 40", batch["vllm"], 28, 44),
+        Check("batched requests, Orca (Max)", "8", batch["orca-max"], 6.9, 8),
+        Check("batched requests, vLLM", "about 40", batch["vllm"], 28, 44),
         Check("tokens per second, vLLM over Orca (Max)", "about 3", more * gain, 2, None, "x"),
     ]
     data = {"weights": weights, "kv": kv, "batches": BATCHES, "speed": speed, "held": batch}
@@ -68,7 +68,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
     axes.plot(data["batches"], data["speed"], color="black", linewidth=1)
     for name, batch in data["held"].items():
         axes.axvline(batch, color=COLOURS[name], linestyle="--", label=SYSTEMS[name].title)
-    axes.set_xlabel("concurrent requests", fontsize=8)
+    axes.set_xlabel("batched requests", fontsize=8)
     axes.set_ylabel("tokens per second", fontsize=8)
     axes.set_ylim(0)
     axes.legend(fontsize=7, frameon=False)

@@ -121,7 +121,8 @@ def draw(result: Result, canvas: "Canvas") -> None:
         axes.set_ylim(0, 1)
         axes.set_xlabel("requests per second", fontsize=8)
         axes.set_ylabel("normalised latency, s per token", fontsize=8)
-    canvas.axes[0].legend(fontsize=6, frameon=False)
+    # In the last panel, where the legend hides no curve.
+    canvas.axes[-1].legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.55, 1))
 
 
 def _up_to_the_first_that_fails(

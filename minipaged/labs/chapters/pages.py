@@ -201,7 +201,7 @@ def _arrows(diagram: str) -> str:
     return f'<ul class="arrows">{"".join(rows)}</ul>'
 
 
-# ---- what a page contains besides ----------------------------------------------------------------
+# ---- other parts of a page -----------------------------------------------------------------------
 
 
 def _asset(*names: str) -> str:

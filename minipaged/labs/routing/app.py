@@ -20,7 +20,7 @@ from minipaged.labs.routing.load import Router
 SECONDS_LEFT_OUT = 2.0
 PASSED_ON = (b"content-type", b"authorization", b"retry-after", b"www-authenticate")
 JSON = (b"content-type", b"application/json")
-NOBODY = b"""{"error": {"message": "no server can be reached: try again in a few seconds.",
+UNREACHABLE = b"""{"error": {"message": "no server can be reached: try again in a few seconds.",
     "type": "ServiceUnavailableError", "param": null, "code": 503}}"""
 Headers = list[tuple[bytes, bytes]]
 Scope = MutableMapping[str, Any]
@@ -78,7 +78,7 @@ class RouterApp:
                 self._router.finish(server)
                 await response.aclose()
         await send({"type": "http.response.start", "status": 503, "headers": [JSON]})
-        await send({"type": "http.response.body", "body": NOBODY})
+        await send({"type": "http.response.body", "body": UNREACHABLE})
 
     def _alive(self) -> list[int]:
         now = time.monotonic()
