@@ -69,7 +69,7 @@ def test_logits_are_computed_only_for_the_last_tokens_asked_for():
 
 
 @given(st.data())
-def test_every_token_gets_the_slot_that_its_block_table_says(data):
+def test_every_token_gets_the_slot_of_its_block_table(data):
     """Over many steps of sequences that begin, grow, move, skip steps and end."""
     block_size = data.draw(st.integers(1, 5))
     builder = BatchBuilder(max_num_seqs=3, max_blocks_per_seq=40, block_size=block_size)

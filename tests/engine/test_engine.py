@@ -334,7 +334,7 @@ def check_logprobs(folder, llm: LLM, prompts):
         ("some text", MissingTokenizer, "contains no tokenizer"),
     ],
 )
-def test_a_prompt_that_cannot_be_served_is_refused_and_leaves_nothing_behind(
+def test_a_prompt_that_cannot_be_served_is_refused_and_leaves_no_trace(
     folder, prompt, error, sentence
 ):
     llm = checked(folder, num_blocks=3)

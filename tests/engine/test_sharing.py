@@ -229,7 +229,7 @@ def test_the_last_sample_keeps_the_block_that_the_others_copied(folder):
     assert sorted(steps[1].copies) == sorted((original[1], table[1]) for table in after[:3])
 
 
-def test_a_prompt_in_chunks_is_counted_once_a_step(folder):
+def test_a_prompt_in_chunks_is_counted_once_per_step(folder):
     llm = small(folder, max_num_seqs=4, max_num_batched_tokens=8)
     with SharingMeter(llm.engine) as meter:
         run(llm, [prompt(30)], sampled(5, n=3))

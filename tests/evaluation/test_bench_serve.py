@@ -118,7 +118,7 @@ def test_a_server_that_is_full_is_counted_and_the_exit_code_is_0(capsys, monkeyp
     assert row["num_served"] + row["num_rejected"] == 12
 
 
-def test_what_is_unfinished_is_aborted_when_the_client_gives_up(server):
+def test_unfinished_requests_are_aborted_when_the_client_stops(server):
     requests = Workload(4, output_len=900, max_model_len=1024).requests(inf)
 
     async def load() -> list[Served]:

@@ -116,7 +116,7 @@ def test_an_unknown_part_of_the_memory_is_refused(capsys, monkeypatch):
     part = f"scheduler={HELPERS / 'faulty_memory.py'}:ForgetsTheCopy"
     code, out, err = minipaged(capsys, monkeypatch, "soak", "memory", "--part", part)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "no part of the memory" in err
+    assert "does not belong to the memory" in err
 
 
 def test_a_soak_is_json_for_programs(capsys, monkeypatch):

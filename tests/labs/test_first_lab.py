@@ -35,7 +35,7 @@ def readable(lines: list[str]) -> list[str]:
 def test_the_first_lab_works_as_its_guide_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lab, num_commands = find_lab(1), 0
-    right = library_text(lab).replace("_ref_counts", "_owners")  # not the library's to the letter
+    right = library_text(lab).replace("_ref_counts", "_owners")  # not exactly the library's text
     texts = {"right": right} | {
         name: library_text(lab) + BEGINNING + text for name, (_, text) in WRONG.items()
     }

@@ -1,4 +1,4 @@
-"""Processes of lab 11: a vain wait ends with an error at once, and no process outlives the run."""
+"""Processes of lab 11: a deadlock is reported at once, and no process outlives the run."""
 
 import multiprocessing as mp
 import os

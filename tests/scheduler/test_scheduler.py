@@ -393,7 +393,7 @@ def test_a_recomputed_group_forks_again_where_its_tokens_diverge(enable_prefix_c
     assert forked.num_batch_slots == 4
     engine.step_until(lambda: forked.is_decoding)
     assert len(forked.sequences) == 4
-    assert memory.num_distinct_blocks(forked) <= held[-1] + 4, "a block more of each at the most"
+    assert memory.num_distinct_blocks(forked) <= held[-1] + 4, "at most one block more for each"
     engine.run()
     assert sorted(engine.finished) == [0, 1]
     assert [s.num_output_tokens for s in engine.samples[1]] == [10, 11, 12, 13]
@@ -417,7 +417,7 @@ def test_a_reforked_sequence_never_writes_to_a_cached_block():
     assert known not in memory.tables[three.seq_id].blocks
 
 
-def test_a_group_aborted_while_awaiting_refork_leaves_nothing_behind():
+def test_a_group_aborted_while_awaiting_refork_leaves_no_block():
     engine = build_engine(num_blocks=10, num_swap_blocks=0, enable_prefix_caching=False)
     engine.add(8, num_tokens=30)
     forked = engine.add(9, num_tokens=7, width=3)

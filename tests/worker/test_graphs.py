@@ -69,7 +69,7 @@ def test_replayed_steps_give_the_same_tokens_and_the_same_cache(folder):
     assert tokens(llm) == expected == tokens(LLM(folder, attention_backend="reference", **OPTIONS))
     # 3 sequences are padded to 4; 2 and 1 are sizes of their own.
     assert recorder.num_recorded == 3
-    assert recorder.num_replayed == 6 - 3  # 6 decode steps; the first of each size runs as ever
+    assert recorder.num_replayed == 6 - 3  # 6 decode steps; the first of each size is not a replay
     for (k, v), (plain_k, plain_v) in zip(
         llm.engine.executor.runner.kv_cache.layers,
         plain.engine.executor.runner.kv_cache.layers,

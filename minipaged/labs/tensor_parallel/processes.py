@@ -41,7 +41,7 @@ _LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
 
 class RanksFailed(MinipagedError):
-    """A rank failed, or the ranks waited for each other in vain."""
+    """A rank failed, or the ranks deadlocked."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def tell(
     Raises:
         InvalidOption: the file does not exist, there are too many tokens, or the ranks cannot
             share the heads equally.
-        RanksFailed: a rank fails, or the ranks wait for each other in vain.
+        RanksFailed: a rank fails, or the ranks deadlock.
     """
     if not file.is_file():
         raise InvalidOption(f"there is no {file}: begin with `minipaged lab start 11`.")

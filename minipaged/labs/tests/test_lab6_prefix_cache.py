@@ -192,7 +192,7 @@ def test_a_cached_block_freed_by_its_last_owner_is_idle_and_is_found(build):
 
 
 @task(3)
-def test_with_one_owner_left_a_block_is_not_idle(users):
+def test_a_block_with_one_owner_left_is_not_idle(users):
     table = users.caches(range(4))
     users.cache.share_cached(users.sequence(range(4)))
     users.frees(table)
