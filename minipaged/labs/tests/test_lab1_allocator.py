@@ -175,7 +175,7 @@ def test_a_block_without_owners_cannot_be_freed(build):
 @task(3)
 def test_in_any_order_a_recount_finds_no_mismatch(build):
     rng = random.Random(0)
-    allocator = CheckedAllocator(build(6))  # recounts after every call, and names the wrong one
+    allocator = CheckedAllocator(build(6))  # recounts all owners after every call
     owned: list[int] = []  # each block once per owner
     for _ in range(4000):
         choices = ["allocate"] * (allocator.num_free > 0) + ["share", "free", "free"] * bool(owned)

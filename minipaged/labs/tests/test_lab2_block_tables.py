@@ -182,7 +182,7 @@ def test_there_is_nothing_to_copy_while_each_block_has_one_owner(build):
 @task(3)
 def test_in_any_order_a_recount_finds_no_mismatch(build):
     rng = random.Random(0)
-    story = Story(CheckedMemory(build(400)))  # recounts after every call, and names the wrong one
+    story = Story(CheckedMemory(build(400)))  # recounts all owners after every call
     sequences = [story.comes(rng.randrange(1, 14)).sequences[0] for _ in range(8)]
     for _ in range(150):
         seq = rng.choice(sequences)
