@@ -59,7 +59,7 @@ class PrefixRouter:
     # ---- requests --------------------------------------------------------------------------------
 
     def choose(self, prompt: str, among: Collection[int] | None = None) -> int:
-        """Choose the server for a request, and count the request as open there.
+        """Return the server for a request, and count the request as open there.
 
         Args:
             among: the servers that can be chosen; None: all.
@@ -89,7 +89,10 @@ class PrefixRouter:
     # ---- memory ----------------------------------------------------------------------------------
 
     def remember(self, server: int, keys: list[int]) -> None:
-        """Record that a server computes these pieces; beyond its capacity, forget the oldest."""
+        """Record that a server computes these pieces.
+
+        Beyond its capacity, the least recently used pieces are forgotten.
+        """
         known = self.known[server]
         for key in reversed(keys):  # first pieces last: they are the most recently used
             known.pop(key, None)

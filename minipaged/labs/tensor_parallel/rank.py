@@ -78,7 +78,7 @@ def row_linear(x: Float[Tensor, "tokens inputs"], layer: Linear) -> Float[Tensor
 def cut_vocabulary(
     embedding: Float[Tensor, "vocab hidden"], rank: int, num_ranks: int
 ) -> Float[Tensor, "share hidden"]:
-    """A rank's rows of the embedding. All ranks have equally many; the last are padded by zeros."""
+    """A rank's rows of the embedding: equally many per rank, padded with zeros at the end."""
     vocab_size = len(embedding)
     padded = F.pad(embedding, (0, 0, 0, -vocab_size % num_ranks))  # [padded vocab, hidden]
     rows = share(len(padded), rank, num_ranks)
@@ -104,7 +104,12 @@ def embed(
 def gather_logits(
     hidden: Float[Tensor, " hidden"], rows: Float[Tensor, "share hidden"], vocab_size: int
 ) -> Float[Tensor, " vocab"] | None:
-    """The logits of the whole vocabulary on rank 0; None on other ranks."""
+    """The logits of the whole vocabulary on rank 0; None on other ranks. One gather.
+
+    Args:
+        hidden: the last token's, after the final norm.
+        rows: this rank's share, from `cut_vocabulary`.
+    """
     logits = rows @ hidden  # [share]
     is_first = dist.get_rank() == 0
     num_ranks = dist.get_world_size()
