@@ -132,7 +132,7 @@ def refuse_too_small_a_pool(cases: list[Case], num_blocks: int, block_size: int)
 
 
 def introduction(args: EngineArgs) -> str:
-    """What the demo is about to do."""
+    """A description of the demo."""
     growth = "A story takes a new block only when its last one is full. "
     return (
         f"Eight stories of 1 to {STORY_SIZES[-1]} sentences share a pool of {args.num_blocks} "

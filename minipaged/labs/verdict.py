@@ -89,7 +89,7 @@ class Result:
 
     @property
     def told(self) -> str:
-        """Why the task has less than all points, in a sentence or two."""
+        """The reason why the task has fewer than all points, in a sentence or two."""
         if self.void:
             return f"the grade is void: {self.void}"
         if self.essential:

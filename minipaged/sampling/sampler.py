@@ -1,4 +1,4 @@
-"""From a row of logits to one token, for all rows of a step at once.
+"""Chooses a token from each row of logits, for all rows of a step at once.
 
 A row passes these stages, in this order, as in vLLM and in transformers:
 

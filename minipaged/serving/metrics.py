@@ -67,7 +67,7 @@ class Tally:
         self._sum += times * value
 
     def totals(self) -> tuple[list[tuple[str, float]], float]:
-        """For each bound the number of values up to it, as in Prometheus, and the sum of all."""
+        """Return (bound, number of values up to it) pairs, as in Prometheus, and their sum."""
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
         return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
 

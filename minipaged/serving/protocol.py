@@ -226,7 +226,7 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
     def num_prompt_logprobs(self) -> int | None:
-        """With echo, `logprobs` includes those of the prompt. Raises InvalidOption."""
+        """The field `logprobs`, if echo is set; then the prompt has them. Raises InvalidOption."""
         if not self.echo or self.logprobs is None:
             return super().num_prompt_logprobs()
         if self.stream:

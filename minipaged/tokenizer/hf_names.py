@@ -268,7 +268,7 @@ def to_list(ids: Any) -> list[int]:
 
 
 def _encoding(input_ids: Any) -> BatchEncoding:
-    """With a mask of ones: nothing is padded here."""
+    """The ids with a mask of ones, because nothing is padded here."""
     is_batch = bool(input_ids) and isinstance(input_ids[0], list)
     mask = [[1] * len(ids) for ids in input_ids] if is_batch else [1] * len(input_ids)
     return BatchEncoding(input_ids=input_ids, attention_mask=mask)

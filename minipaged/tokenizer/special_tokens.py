@@ -26,7 +26,7 @@ def read_special_names(folder: Path) -> dict[str, str]:
 
 
 def read_roles(folder: Path, vocabulary: Mapping[int, bytes]) -> dict[str, str]:
-    """As `read_special_names`; if the tokenizer's files name no role, config.json is used.
+    """Calls `read_special_names`; if the tokenizer's files name no role, reads config.json.
 
     GPT-2's files name none: its end token is a default of the class in `transformers` that reads
     them. Raises CheckpointError.

@@ -1,4 +1,4 @@
-"""What a server needs from its machine: listening sockets, open files, loopback addresses."""
+"""Listening sockets, the limit of open files and loopback addresses, for servers."""
 
 import socket
 from ipaddress import ip_address

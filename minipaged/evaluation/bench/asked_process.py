@@ -52,7 +52,7 @@ class AskedProcess:
 
 
 def answer(ways: Mapping[str, Callable[..., Any]]) -> None:
-    """In the process: answer every request by the function of its name, until the pipe closes."""
+    """Run in the process: call the function that each request names, until the pipe closes."""
     for line in sys.stdin:
         given: dict[str, Any] = json.loads(line)
         print(json.dumps(ways[given.pop("do")](**given)), flush=True)

@@ -156,7 +156,7 @@ class EngineWithoutModel:
 
 
 def tokens_of(decision: SchedulerOutput) -> dict[int, int]:
-    """How many tokens of each request a step computes."""
+    """The number of tokens that a step computes, by request."""
     tokens: dict[int, int] = {}
     for scheduled in decision.sequences:
         number = int(scheduled.group.request_id)

@@ -61,12 +61,13 @@ class Collective:
 
 @dataclass
 class Report:
-    """What one rank did.
+    """The calls and the result of one rank.
 
     Args:
         calls: its collectives, in order.
         value: what its program returned.
-        error: why it ended early; empty if it did not.
+        error: the reason if it ended early, else "".
+        has_ended: it has returned or failed.
         is_broken: its last collective failed, so another rank may be the cause.
     """
 

@@ -189,7 +189,7 @@ class ContiguousMemory(PlainMemory):
         return sum(block in table.blocks for table in self._tables.values())
 
     def usage(self) -> MemoryUsage:
-        """How the slots of the pool are used, by the categories of the paper's Figure 2."""
+        """The use of the pool's slots, by the categories of the paper's Figure 2."""
         used = reserved = internal = external = 0
         seen = {id(r): r for r in self._reservations.values()}
         for reservation in seen.values():

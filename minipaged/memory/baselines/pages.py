@@ -23,7 +23,7 @@ _MADV_POPULATE_WRITE: int = getattr(mmap, "MADV_POPULATE_WRITE", 23)
 
 
 def why_no_pages_of(page_bytes: int) -> str | None:
-    """Why pages of this size are not available here; None if they are."""
+    """The reason why pages of this size are not available here; None if they are."""
     if sys.platform != "linux":
         return f"virtual memory is mapped by Linux system calls, but this is {sys.platform}"
     if page_bytes == SMALL_PAGE:
@@ -121,7 +121,7 @@ class MappedPages:
         self._num_mapped = [0] * self.layout.num_regions
 
     def num_mapped(self, region: int) -> int:
-        """How many page groups of the region are mapped, counted from its start."""
+        """The number of mapped page groups of the region, counted from its start."""
         return self._num_mapped[region]
 
     # ---- inspection ----------------------------------------------------------------------------
