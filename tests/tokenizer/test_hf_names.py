@@ -157,7 +157,7 @@ def test_other_invalid_calls_are_refused_with_a_sentence(pair):
     for wrong in (5, None, ["a", 5]):
         with pytest.raises(InvalidRequest, match="is not text: give a string or a list"):
             ours(wrong)
-    with pytest.raises(AttributeError, match="input_ids, attention_mask, and no 'offsets'"):
+    with pytest.raises(AttributeError, match="input_ids, attention_mask, but no 'offsets'"):
         _ = ours("a").offsets
 
 

@@ -114,5 +114,5 @@ def test_a_vocabulary_without_a_byte_that_text_can_have_is_refused():
 
 
 def test_a_merge_whose_result_is_no_token_is_refused():
-    with pytest.raises(UnsupportedTokenizer, match="no token of its vocabulary"):
+    with pytest.raises(UnsupportedTokenizer, match="not in its vocabulary"):
         rank_tokens(BYTES, [(b"a", b"b")], False)

@@ -198,7 +198,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch):
 
     monkeypatch.setattr(tokenizer, "_encode", encode)
     long = "a" * (32 * tokenizer.chars_per_token)
-    sentence = rf"has {len(long)} characters, so at least 32 tokens, and .* may have 32 \(max_mode"
+    sentence = rf"has {len(long)} characters, so at least 32 tokens, but .* may have only 32 \(max_"
     for call in (
         lambda: llm.generate(long, SamplingParams(), use_tqdm=False),
         lambda: llm.generate({"prompt": long}, SamplingParams(), use_tqdm=False),

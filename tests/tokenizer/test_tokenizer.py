@@ -361,7 +361,7 @@ class Marked(Tokenizer):
 
 def test_a_second_bos_token_is_warned_of_once():
     tokenizer = Marked()
-    with pytest.warns(UserWarning, match=r"begins with '<s>', and .* leave it out of the text"):
+    with pytest.warns(UserWarning, match=r"begins with '<s>', which .* leave it out of the text"):
         assert tokenizer.encode("<s>a") == [0, 0, 98]
     assert tokenizer.encode("<s>a") == [0, 0, 98]  # a second warning would be an error here
 

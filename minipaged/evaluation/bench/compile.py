@@ -1,9 +1,8 @@
 """`minipaged bench compile`: compiles every kernel ahead of time, for GPUs that may be absent.
 
-A correct kernel can be slow because it does not fit: it needs more values than a thread has
-registers and spills them to memory, or needs so much shared memory that a multiprocessor runs only
-one program at a time. Or the compiler does not choose the intended instructions. The compiled code
-shows all this, and the compiler needs no GPU.
+A correct kernel is slow if it spills registers to memory, needs so much shared memory that a
+multiprocessor runs one program at a time, or does not get the intended instructions. The compiled
+code shows all this, and the compiler needs no GPU.
 
 This module has no list of types and constants, which could diverge from the launchers. It runs the
 launchers themselves on tensors without memory, and intercepts the launches.
@@ -67,7 +66,7 @@ MORE_SETTINGS = (
 )
 SMS = (80, 90)  # Ampere (A100) and Hopper (H100)
 
-# Of a multiprocessor, KiB of shared memory and warps (CUDA C++ Programming Guide).
+# KiB of shared memory and warps per multiprocessor (CUDA C++ Programming Guide).
 _PER_SM = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64)}
 # Only shapes and types matter. As in a real step, a table's width is not a multiple of 16.
 _BLOCK_SIZE, _NUM_BLOCKS, _TABLE_WIDTH, _TOKENS, _NUM_SPLITS = 16, 64, 101, 64, 8
@@ -122,8 +121,7 @@ def compile_all(
     Args:
         settings: the types and heads to compile for.
         sms: the compute capabilities, times ten.
-        tile: the tile shape of decode to try; None: the default.
-        tiles: the tile shapes of prefill to try; None: the default.
+        tile, tiles: the tile shapes of decode and of prefill to try; None: the defaults.
 
     Raises:
         InvalidOption: the kernels of this process are interpreted.
