@@ -139,7 +139,7 @@ def test_a_model_on_several_gpus_waits_for_a_message_in_each_step():
 
 def test_a_model_that_no_split_makes_fit_needs_larger_gpus():
     two_heads = replace(MODELS["llama-3-70b"], num_heads=2, num_kv_heads=2)
-    with pytest.raises(InvalidOption, match="take larger GPUs"):
+    with pytest.raises(InvalidOption, match="choose larger GPUs"):
         deploy(two_heads, GPUS["l4-24g"], 2)
 
 
@@ -202,7 +202,7 @@ def test_simulate_takes_the_link_from_its_flags(tmp_path, capsys):
     ("command", "words"),
     [
         ("capacity --num-gpus 3", "32 query heads .* 3 GPUs: choose one of 1, 2, 4, 8"),
-        ("capacity --model llama-3-70b --gpu l4-24g", "take at least 8"),
+        ("capacity --model llama-3-70b --gpu l4-24g", "choose at least 8"),
         ("capacity --link-latency 5", "links between GPUs, but this server has one GPU: leave"),
         ("capacity --num-gpus 2 --link-bandwidth 0", "--link-bandwidth is 0: give a number above"),
         ("capacity --num-gpus 2 --link-bandwidth inf", "--link-bandwidth is inf"),

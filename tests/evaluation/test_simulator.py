@@ -134,7 +134,7 @@ def test_a_real_trace_is_read_in_its_own_format(tmp_path, text):
         ("arrival,input,output\n1,2,-3\n", "line 2: output is '-3', but must be a whole number"),
         ("arrival,input,output\n\n1,2.5,3\n", "line 3: input is '2.5', but must be a whole"),
         ('arrival,input,output\n1,"1,000",3\n', "line 2: input is '1,000', but must be a whole"),
-        ("Timestamp,Request tokens,Response tokens\n1,2,\n", "Response tokens is '', and must be"),
+        ("Timestamp,Request tokens,Response tokens\n1,2,\n", "Response tokens is '', but must be"),
         ("arrival,input,output\nnoon,2,3\n", "line 2: arrival is 'noon': give seconds, or a date"),
         ("arrival,input,output\n2024-13-01 00:00:00,2,3\n", "line 2: arrival is '2024-13-01 00"),
         ("arrival,input,output\n1700000000000,2,3\n", "line 2: arrival is .* milliseconds since"),
@@ -400,7 +400,7 @@ def test_a_plan_counts_what_the_weights_leave():
     server = deploy(MODELS["llama-3-8b"], GPUS["h100-80g"], 1)
     free = 0.9 * 80e9 - 1e9 - 2 * 8.03e9
     assert server.num_slots == int(free // 131_072)
-    with pytest.raises(InvalidOption, match="take at least 2"):
+    with pytest.raises(InvalidOption, match="choose at least 2"):
         deploy(MODELS["llama-3-70b"], GPUS["h100-80g"], 1)
 
 
