@@ -110,7 +110,7 @@ MOST_WORKERS = 8  # each imports torch, and holds models
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """All tests are shared among the cores; a few that were named run in this process.
 
-    `-n` says otherwise. Tests with a mark `xdist_group` run on one worker, so that what they share
+    `-n` overrides this. Tests with a mark `xdist_group` run on one worker, so that what they share
     is built once.
     """
     if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:

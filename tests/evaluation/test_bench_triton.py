@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not is_interpreted(), reason="this process compi
 
 
 @pytest.mark.filterwarnings("ignore:no GPU")
-def test_the_kernels_that_write_are_measured_beside_their_plain_forms():
+def test_the_writing_kernels_are_compared_with_their_pytorch_versions():
     rows = list(measure_writes(TINY, 2, "triton", CPU, torch.float32, (3,), 2))
     assert [row.backend for row in rows] == [
         "index",
@@ -36,7 +36,7 @@ def test_the_kernels_that_write_are_measured_beside_their_plain_forms():
     ]
 
 
-def test_the_sweep_puts_the_fastest_first_beside_what_is_shipped(monkeypatch):
+def test_the_sweep_lists_the_fastest_first_next_to_the_default(monkeypatch):
     monkeypatch.setattr(tune, "DECODE_SHAPES", [TileShape(16, 4, 2)])
     monkeypatch.setattr(tune, "PREFILL_SHAPES", [TileShapes(16, 16, 4, 2)])
     cases = [kernel.Case(TINY, 1, 32), kernel.Case(TINY, 1, 32, queries=32)]

@@ -1,6 +1,6 @@
 """The kernels as the compiler makes them for GPUs that are not there: do they fit, are they fast?
 
-In processes of their own: whether kernels are compiled or interpreted is settled once in each.
+In processes of their own: a process either compiles kernels or interprets them.
 """
 
 import json
@@ -73,7 +73,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Everything compiled from nothing: with a cache of kernels that is empty."""
+    """Everything compiled with an empty cache of kernels."""
     cache = tmp_path_factory.mktemp("triton")
     run = python(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache))
     assert run.returncode == 0, run.stderr
@@ -111,7 +111,7 @@ def test_nothing_is_compiled_twice(rows):
     assert len(of(rows, "merge", heads="32/8 x 128", dtype="float16", sm=90)) == 1
 
 
-def test_fp8_is_compiled_for_gpus_that_know_it(rows):
+def test_fp8_is_compiled_for_gpus_that_support_it(rows):
     assert {row["sm"] for row in rows if row["kv_dtype"] == "fp8"} == {90}
     assert {row["sm"] for row in rows if row["kv_dtype"] == "int8"} == {80, 90}
 
@@ -163,7 +163,7 @@ def test_the_next_tile_is_loading_while_one_is_multiplied(rows, kernel):
 
 @pytest.mark.parametrize(("sm", "instruction"), [(80, "HMMA"), (90, "HGMMA")])
 def test_prefill_multiplies_with_the_best_instruction_of_the_gpu(rows, sm, instruction):
-    # HGMMA: four warps together multiply a matrix that lies in shared memory.
+    # HGMMA: four warps together multiply a matrix that is in shared memory.
     assert {row["instructions"] for row in of(rows, "prefill", sm=sm)} == {instruction}
 
 
@@ -183,7 +183,7 @@ def test_keys_are_read_16_bytes_at_a_time_while_others_are_multiplied(rows, kern
         assert reads <= {"LDGSTS.128", "LDGSTS.64/128"}
 
 
-def test_launches_go_through_again_afterwards(report):
+def test_launches_work_again_after_compiling(report):
     assert report["launches_again"]
 
 

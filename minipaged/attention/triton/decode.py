@@ -17,8 +17,8 @@ Grid               (kv_heads, seqs, splits): the keys of a sequence are cut into
                    are read together.
 Bytes              2 * seq_len * kv_heads * head_dim elements per sequence, each read once: a
                    program serves all query heads of its KV head. (Queries and results add less
-                   than 1 % from 100 keys per query head of a group.) This is the floor: bytes /
-                   bandwidth. A split adds 8 * heads * head_dim bytes.
+                   than 1 % if a sequence has more than 100 keys per query head of a group.) This
+                   is the floor: bytes / bandwidth. A split adds 8 * heads * head_dim bytes.
 Operations         4 * seq_len * heads * head_dim: in half precision, the operations per byte equal
                    the query heads per KV head, 1 to 8, and a GPU could do about 200. The
                    arithmetic is therefore free, although the tensor cores multiply 16 rows for

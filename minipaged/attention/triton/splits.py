@@ -75,7 +75,7 @@ def split_length(
 def merge(
     out: Tensor, partial: Tensor, log_sums: Tensor, batch: Batch, to_fill: int, tile: int
 ) -> None:
-    """Write to `out` the merged answers of all sequences with one query.
+    """Write to `out` the merged results of all sequences with one query.
 
     Args:
         out: [tokens, heads, head_dim].

@@ -1,9 +1,8 @@
 """`minipaged bench compile`: compiles every kernel ahead of time, for GPUs that may be absent.
 
-A correct kernel can be slow because it does not fit: it needs more values than a thread has
-registers and spills them to memory, or needs so much shared memory that a multiprocessor runs only
-one program at a time. Or the compiler does not choose the intended instructions. The compiled code
-shows all this, and the compiler needs no GPU.
+A correct kernel is slow if it spills registers to memory, needs so much shared memory that a
+multiprocessor runs one program at a time, or does not get the intended instructions. The compiled
+code shows all this, and the compiler needs no GPU.
 
 This module has no list of types and constants, which could diverge from the launchers. It runs the
 launchers themselves on tensors without memory, and intercepts the launches.
@@ -68,7 +67,7 @@ MORE_SETTINGS = (
 )
 SMS = (80, 90)  # Ampere (A100) and Hopper (H100)
 
-# Of a multiprocessor, KiB of shared memory and warps (CUDA C++ Programming Guide).
+# KiB of shared memory and warps per multiprocessor (CUDA C++ Programming Guide).
 _PER_SM = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64)}
 # Only shapes and types matter. As in a real step, a table's width is not a multiple of 16.
 _BLOCK_SIZE, _NUM_BLOCKS, _TABLE_WIDTH, _TOKENS, _NUM_SPLITS = 16, 64, 101, 64, 8
@@ -124,7 +123,9 @@ def compile_all(
     """Compile every kernel in every setting for every GPU that can run it, without duplicates.
 
     Args:
-        tile, tiles: for decode and prefill, to try instead of the shipped ones.
+        settings: the types and heads to compile for.
+        sms: the compute capabilities, times ten.
+        tile, tiles: the tile shapes of decode and of prefill to try; None: the defaults.
 
     Raises:
         InvalidOption: the kernels of this process are interpreted.
@@ -206,7 +207,7 @@ def _pool(kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> KVPool:
 
 
 def _batch(tokens_each: int) -> Batch:
-    """Make sequences with `query_len` query tokens each, after a context."""
+    """Make sequences with `tokens_each` query tokens each, after a context."""
     num_seqs = _TOKENS // tokens_each
     return Batch(
         token_ids=_empty(_TOKENS, dtype=torch.int64),
@@ -272,8 +273,7 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
 
 
 def _examine(asm: dict[str, Any]) -> tuple[dict[str, int], str]:
-    """The kernel's resources on a multiprocessor, and its instructions if it multiplies "
-    "matrices."""
+    """The kernel's resources on a multiprocessor, and its matrix instructions."""
     command = [knobs.nvidia.cuobjdump.path, "-res-usage"]
     if "mma.sync" in asm["ptx"] or "wgmma." in asm["ptx"]:
         command.append("-sass")  # slow: only if there is something to find
