@@ -511,7 +511,8 @@ import sys
 
 COMPILE = """
 import torch
-from minipaged.evaluation.bench.compile import *
+from minipaged.evaluation.bench.compile import compile_launch
+from minipaged.evaluation.bench.launches import Setting, catch_launches, launch_everything
 
 llama = Setting(heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, kv_dtype="auto")
 for sm in (80, 90):

@@ -923,7 +923,7 @@ def needles_pass(package: str) -> None:
 
 
 def far_passes(package: str) -> None:
-    """As `huge`, after as much of nobody's memory: what a negative offset reads may be read."""
+    """As `huge`, with as much unused memory before it: a negative offset reads from there."""
     num_blocks = (2**31 // 2048 + 40) // 2 * 2
     numbers = EMPTY(2 * num_blocks, 1, 16, 128, dtype=torch.int8, device=DEVICE)[num_blocks:]
     huge = QuantizedPool(numbers, EMPTY(num_blocks, 1, 16, device=DEVICE))

@@ -63,8 +63,9 @@ ONE_MODEL = """
 import json
 
 from minipaged.evaluation.bench import compile as bench
+from minipaged.evaluation.bench.launches import LLAMA_3_8B, Setting
 
-setting = bench.Setting(*bench.LLAMA_3_8B, bench.torch.float16, "auto")
+setting = Setting(*LLAMA_3_8B, bench.torch.float16, "auto")
 rows = bench.compile_all([setting], [80])
 print(json.dumps({row.kernel: (row.stack_bytes, row.copies_ahead) for row in rows}))
 """

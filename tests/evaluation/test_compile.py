@@ -30,6 +30,7 @@ from triton import JITFunction
 from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.prefill import TileShapes
 from minipaged.evaluation.bench import compile as bench
+from minipaged.evaluation.bench.launches import LLAMA_3_8B, Setting
 
 
 def as_dict(row):
@@ -39,7 +40,7 @@ def as_dict(row):
 launch = JITFunction.run
 rows = list(bench.compile_all())
 
-setting = bench.Setting(*bench.LLAMA_3_8B, bench.torch.float16, "auto")
+setting = Setting(*LLAMA_3_8B, bench.torch.float16, "auto")
 tried = bench.compile_all([setting], [80], TileShape(32, 2, 3), TileShapes(128, 64, 4, 3))
 tried = {row.kernel: row for row in tried}
 
