@@ -28,7 +28,7 @@
 # - How many operations does decode attention do per byte of keys and values that it reads, with two
 #   bytes per element?
 # - How many times does the kernel of chapter 10 read each key?
-# - One sequence decodes on a GPU that runs 396 programs at a time. With one program per sequence
+# - One sequence decodes on a GPU that runs 528 programs at a time. With one program per sequence
 #   and KV head, how many programs are there?
 #
 # ## Build it: a floor, and three kernels
@@ -163,8 +163,8 @@ for name, (programs, kernel) in kernels.items():
 # ### Split long sequences
 #
 # Packing leaves fewer programs: sequences times KV heads. An H100 has 132 *multiprocessors* (SMs),
-# and each runs three programs of `decode` at a time. One sequence over 8 KV heads gives 8 programs
-# for 396 places, and the memory waits. So a sequence is cut into *splits* of neighbouring
+# and each runs four programs of `decode` at a time. One sequence over 8 KV heads gives 8 programs
+# for 528 places, and the memory waits. So a sequence is cut into *splits* of neighbouring
 # positions, with one program each (this is known as flash-decoding, or split-KV). Each program
 # computes its output as if there were no other keys, and a second kernel merges the outputs. Write
 # both parts in PyTorch first. A piece returns its output, and the logarithm of the sum of its
@@ -395,7 +395,7 @@ print("solved" if check_exercise(merge_written) else "not solved yet")
 #
 # Decode does 4 operations per byte, where 150 to 300 would be free. The kernel of chapter 10 reads
 # each key four times, once for each query head of its group. And one sequence gives 8 programs, for
-# 396 places.
+# 528 places.
 #
 # </details>
 #
@@ -546,7 +546,7 @@ print(process.stdout)
 #
 # If each iteration loaded its own block numbers, the compiler would find no address early enough.
 # It would print 0 copies ahead, and memory would idle during every multiplication. Several tiles at
-# a time take shared memory. The tile is as large as three programs have room for:
+# a time take shared memory. The tile is as large as four programs on Hopper have room for:
 #
 # @@ minipaged.attention.triton.decode.choose_tile
 #

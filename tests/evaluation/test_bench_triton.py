@@ -62,10 +62,12 @@ def test_compiling_in_a_process_that_interprets_is_refused(capsys, monkeypatch):
 ONE_MODEL = """
 import json
 
+import torch
+
 from minipaged.evaluation.bench import compile as bench
 from minipaged.evaluation.bench.launches import LLAMA_3_8B, Setting
 
-setting = Setting(*LLAMA_3_8B, bench.torch.float16, "auto")
+setting = Setting(*LLAMA_3_8B, torch.float16, "auto")
 rows = bench.compile_all([setting], [80])
 print(json.dumps({row.kernel: (row.stack_bytes, row.copies_ahead) for row in rows}))
 """

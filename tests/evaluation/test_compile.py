@@ -24,6 +24,7 @@ import json
 from dataclasses import asdict
 from io import StringIO
 
+import torch
 from rich.console import Console
 from triton import JITFunction
 
@@ -40,7 +41,7 @@ def as_dict(row):
 launch = JITFunction.run
 rows = list(bench.compile_all())
 
-setting = Setting(*LLAMA_3_8B, bench.torch.float16, "auto")
+setting = Setting(*LLAMA_3_8B, torch.float16, "auto")
 tried = bench.compile_all([setting], [80], TileShape(32, 2, 3), TileShapes(128, 64, 4, 3))
 tried = {row.kernel: row for row in tried}
 
@@ -147,11 +148,11 @@ def test_several_decoding_programs_share_a_multiprocessor(rows):
         threads = 32 * row["num_warps"]
         assert 2 * threads * row["registers"] <= 65536, row
         assert 2 * row["shared_bytes"] <= SHARED_OF_A_PROGRAM[row["sm"]], row
-        assert row["programs"] >= (PROGRAMS_PER_SM if row["kv_dtype"] == "auto" else 2), row
+        assert row["programs"] >= (3 if row["kv_dtype"] == "auto" else 2), row
 
 
 def test_the_number_of_splits_counts_on_the_programs_that_fit(rows):
-    for row in of(rows, "decode, split", heads="32/8 x 128", kv_dtype="auto"):
+    for row in of(rows, "decode, split", heads="32/8 x 128", kv_dtype="auto", sm=90):
         assert row["programs"] == PROGRAMS_PER_SM, row
 
 

@@ -38,7 +38,7 @@ from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import heads_per_kv_head
 from minipaged.attention.triton.launch import LOG2_E, math_type, pointers, pool_constants
-from minipaged.attention.triton.machine import has_large_sms, num_sms
+from minipaged.attention.triton.machine import num_sms
 from minipaged.attention.triton.splits import (
     SPLIT_RULE,
     merge,
@@ -57,17 +57,14 @@ class TileShape(NamedTuple):
     num_stages: int  # of the loop: with 3, two tiles of keys are loading or in use, with 4 three
 
 
-def choose_tile(
-    width: int, query_bytes: int, cache_bytes: int, large_sms: bool = True
-) -> TileShape:
+def choose_tile(width: int, query_bytes: int, cache_bytes: int) -> TileShape:
     """Return the tile shape for rows of `width` elements of this many bytes.
 
-    Args:
-        large_sms: see `has_large_sms`; on others, a tile of 64 would leave room for two programs.
+    Several tiles of keys and of values must fit in shared memory, for several programs.
     """
     if query_bytes == 4 and width >= 128:  # float32 takes many registers; see `prefill`
         return TileShape(16, 8, 2)
-    if width <= 128 and (large_sms or width * cache_bytes <= 128):
+    if width * cache_bytes <= 128:
         return TileShape(64, 4, 4 if cache_bytes == 1 else 3)
     return TileShape(32, 4, 4 if width <= 128 else 3)
 
@@ -95,8 +92,7 @@ def decode(
     kv_heads, width = constants["KV_HEADS"], constants["WIDTH"]
     tensors = pointers(k_cache, v_cache)
     if shape is None:
-        large_sms = has_large_sms(q.device)
-        shape = choose_tile(width, q.itemsize, tensors[0].itemsize, large_sms)
+        shape = choose_tile(width, q.itemsize, tensors[0].itemsize)
     if to_fill is None:
         to_fill = splits_to_fill(batch.num_seqs, kv_heads, num_sms(q.device))
     num_splits = most_splits(batch.longest, to_fill)

@@ -95,7 +95,7 @@ def launch_everything(
     decodes, prompts = _batch(tokens_each=1), _batch(tokens_each=8)
     scale = head_dim**-0.5
     width, large_sms = pool_constants(k_cache)["WIDTH"], sm // 10 in (9, 10)
-    tile = tile or choose_tile(width, q.itemsize, kv_dtype.itemsize, large_sms)
+    tile = tile or choose_tile(width, q.itemsize, kv_dtype.itemsize)
     tiles = tiles or choose_tiles(width, q.itemsize, kv_dtype.itemsize, large_sms)
 
     decode(q, k_cache, v_cache, decodes, scale, out, 1, tile)

@@ -67,9 +67,7 @@ def _decodes(inputs: Inputs) -> tuple[str, dict[str, Work]]:
     batch = inputs.batch
     constants = pool_constants(inputs.k_cache)
     keys, *_ = pointers(inputs.k_cache, inputs.v_cache)
-    shipped = choose_tile(
-        constants["WIDTH"], inputs.q.itemsize, keys.itemsize, has_large_sms(inputs.q.device)
-    )
+    shipped = choose_tile(constants["WIDTH"], inputs.q.itemsize, keys.itemsize)
     sms = num_sms(inputs.q.device)
     splits = splits_to_fill(batch.num_seqs, constants["KV_HEADS"], sms)
     works: dict[str, Work] = {}
