@@ -1,10 +1,10 @@
-"""Options: what a user asks for, and the numbers that scheduler and memory get.
+"""The options of a user, and the configurations of engine and model.
 
-    EngineArgs    what a user asks for; None means "choose for me"
-    EngineConfig  what it comes to: a number for every None, for scheduler, memory and engine
-    ModelConfig   what the engine needs of a model; its family adds more in its own file
+    EngineArgs    the options as given; None means "choose for me"
+    EngineConfig  the options of scheduler, memory and engine, with a value in place of every None
+    ModelConfig   the properties of a model that the engine needs; each family adds its own
 
-All are frozen and checked when they are made. `EngineArgs` declares each option once, with its
+All are frozen and checked at construction. `EngineArgs` declares each option once, with its
 default, limits and help text. The arguments of `LLM` and the flags of the command line are derived
 from it (see `minipaged/utils/options.py`).
 """
@@ -29,13 +29,13 @@ PreemptionMode = Literal["auto", "recompute", "swap"]
 
 @dataclass(frozen=True)
 class EngineArgs:
-    """What a user asks for. Each option is checked by itself here.
+    """The options as given. Each option is checked on its own here.
 
-    Whether the options suit each other, the model and the device is checked when the engine is
-    built (`minipaged/engine/build.py`), where a number is chosen for each None.
+    Combinations with other options, the model and the device are checked when the engine is built
+    (`minipaged/engine/build.py`), which also chooses a value for each None.
 
     Raises:
-        InvalidOption: a value that cannot work.
+        InvalidOption: a value is invalid.
     """
 
     # ---- the model, and where it runs
@@ -158,10 +158,10 @@ OPTIONS = options_of(EngineArgs)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What memory, scheduler and engine read of `EngineArgs`: a number for every None.
+    """The options of memory, scheduler and engine, with a value in place of every None.
 
     Raises:
-        InvalidOption: a value that cannot work, alone or together with another one.
+        InvalidOption: a value is invalid, alone or together with another one.
     """
 
     num_blocks: int
@@ -178,7 +178,7 @@ class EngineConfig:
 
     @classmethod
     def from_args(cls, args: EngineArgs, **chosen: Any) -> "EngineConfig":
-        """The options as the user gave them, but for those that were chosen."""
+        """The user's options, except for those in `chosen`."""
         given = {each.name: getattr(args, each.name) for each in fields(cls)}
         return cls(**(given | chosen))
 
@@ -192,7 +192,7 @@ class EngineConfig:
     def _check_together(self) -> None:
         if self.preemption == "swap" and self.num_swap_blocks == 0:
             raise InvalidOption(
-                'preemption="swap" needs a swap pool, and num_swap_blocks is 0: raise it.'
+                'preemption="swap" needs a swap pool, but num_swap_blocks is 0: raise it.'
             )
         # A running sequence needs one token per step; a prompt being computed needs at least one.
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -222,7 +222,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The numbers that the engine needs of a model, whatever its family."""
+    """The properties that the engine needs of a model of any family."""
 
     architecture: str  # the class name in the checkpoint's config.json
     num_layers: int

@@ -32,7 +32,7 @@ class PromptTooLong(InvalidRequest):
         """Build the error for a prompt of `length` tokens, which leaves no room for output."""
         over = length - max_model_len + 1
         return cls(
-            f"the prompt has {length} tokens, and prompt and output together may have "
+            f"the prompt has {length} tokens, but prompt and output together may have only "
             f"{max_model_len} (max_model_len). Shorten the prompt by {over} "
             f"token{'s' if over > 1 else ''}, or raise max_model_len if the model allows."
         )

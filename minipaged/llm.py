@@ -119,7 +119,7 @@ class LLM(LLMNames):
         prompts: Prompt | Iterable[Prompt],
         sampling_params: Params | Iterable[Params] | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """Like `generate`, token by token: yields (index of the prompt, output so far).
+        """Like `generate`, but yields (index of the prompt, output so far) after each token.
 
         Beam search and best_of yield only final outputs, because their best sequence may change.
         With an `output_kind` of DELTA, an output contains only new tokens.

@@ -31,6 +31,34 @@ pytest.register_assert_rewrite(*sorted(path.stem for path in HELPERS.glob("*.py"
 
 import full_set
 
+if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not checked, only results
+    from jaxtyping import install_import_hook
+
+    # The modules whose signatures have shapes; the hook must be installed before their import.
+    SHAPED = """
+        attention.batch
+        attention.blockwise
+        attention.kv_cache
+        attention.reference
+        attention.torch_decode
+        attention.torch_paged
+        attention.unpaged
+        labs.tensor_parallel
+        models.base
+        models.gpt2
+        models.layers
+        models.linear
+        models.llama
+        models.loader
+        models.opt
+        models.parallel
+        models.rope
+        models.safetensors_reader
+        sampling.adjust
+        sampling.sampler
+    """
+    install_import_hook([f"minipaged.{name}" for name in SHAPED.split()], "beartype.beartype")
+
 if find_spec("triton") is None:  # it exists for Linux only; the library does without
     collect_ignore = ["attention/test_triton.py", "engine/test_triton_engine.py"]
     collect_ignore += [
@@ -82,7 +110,7 @@ MOST_WORKERS = 8  # each imports torch, and holds models
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """All tests are shared among the cores; a few that were named run in this process.
 
-    `-n` says otherwise. Tests with a mark `xdist_group` run on one worker, so that what they share
+    `-n` overrides this. Tests with a mark `xdist_group` run on one worker, so that what they share
     is built once.
     """
     if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:

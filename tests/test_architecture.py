@@ -1,4 +1,4 @@
-"""The drawing of the house, as assertions: imports look down, bookkeeping needs no tensors."""
+"""The architecture as assertions: imports go downwards, bookkeeping needs no tensors."""
 
 import ast
 import subprocess
@@ -26,7 +26,7 @@ def imported_at_run_time(path: Path) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: write the whole name instead of dots"
+            assert node.level == 0, f"{path}: write the whole name instead of a relative import"
             names.add(node.module or "")
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
@@ -49,11 +49,11 @@ def test_imports_look_down(path: Path):
         name.split(".")[1] for name in imported_at_run_time(path) if name.startswith("minipaged.")
     }
     above = {name for name in ours if LAYERS.index(name) > own}
-    assert not above, f"{label(path)} imports {above}, which stand above it"
+    assert not above, f"{label(path)} imports {above}, which are above it"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=label)
-def test_only_the_server_knows_of_http(path: Path):
+def test_only_serving_imports_http_libraries(path: Path):
     web = {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"}
     found = {name.split(".")[0] for name in imported_at_run_time(path)}
     assert layer_of(path) == "serving" or not found & web
@@ -78,7 +78,7 @@ def test_a_function_fits_on_a_screen(path: Path):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = node.body[-1].end_lineno - body[0].lineno + 1 if body else 0
-            # A kernel is one piece: its text is what the compiler sees at a time.
+            # A kernel must be in one file: the compiler sees one file at a time.
             is_kernel = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
             assert lines <= (80 if is_kernel else 50), f"{node.name} has {lines} lines"
 
@@ -90,7 +90,7 @@ def test_the_listing_of_the_package_is_a_table_of_contents():
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=label)
-def test_a_package_says_its_purpose_in_one_sentence(path: Path):
+def test_the_docstring_of_a_package_is_one_sentence(path: Path):
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     purpose, _, rest = docstring.partition("\n")
     assert purpose.endswith("."), f"one sentence, not {purpose!r}"
@@ -99,7 +99,7 @@ def test_a_package_says_its_purpose_in_one_sentence(path: Path):
 
 
 @pytest.mark.parametrize("path", PACKAGES[1:], ids=label)
-def test_a_package_is_bare(path: Path):
+def test_a_package_contains_only_a_docstring_and_imports(path: Path):
     """A docstring, and at most names that are imported from its modules."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body[1:]:
@@ -108,7 +108,7 @@ def test_a_package_is_bare(path: Path):
 
 
 def without_torch() -> list[str]:
-    """All packages themselves; and every module of those that only keep books."""
+    """All packages themselves; and every module of those that need no tensors."""
     bookkeeping = ("memory", "scheduler", "sampling/params", "evaluation/sim", "evaluation/stories")
     bookkeeping += ("tracing", "config", "errors", "sequence", "labs/lab", "labs/catalogue")
     chosen = [path for path in MODULES if label(path).startswith(bookkeeping)]
@@ -116,7 +116,7 @@ def without_torch() -> list[str]:
     return sorted(name.removesuffix(".__init__") for name in names)
 
 
-def test_bookkeeping_leaves_torch_alone():
+def test_bookkeeping_does_not_import_torch():
     program = (
         "import sys; from importlib import import_module\n"
         "for name in sys.argv[1:]:\n"
@@ -140,7 +140,7 @@ def test_the_top_level_of_the_repository_holds_only_what_belongs_there():
     assert top == {*subjects.split(), *tools.split()}
 
 
-def test_help_answers_without_torch():
+def test_help_does_not_import_torch():
     program = (
         "import sys; from minipaged.cli.main import app; app(['--help'], standalone_mode=False);"
         "sys.exit('torch' in sys.modules)"
@@ -163,6 +163,38 @@ def test_a_start_imports_no_compiler_and_no_computer_algebra():
     assert result.stderr.strip() == "set()"
 
 
+def test_tests_of_a_gpu_are_collected_without_the_packages_that_check_shapes():
+    program = """
+import sys
+import pytest
+
+class Without:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(self):
+        sys.modules |= dict.fromkeys(("beartype", "jaxtyping"))
+
+without = "-p no:jaxtyping -p no:cacheprovider -p no:xdist".split()
+sys.exit(pytest.main(["-m", "gpu", "--collect-only", "tests", *without], [Without()]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "tests/worker/test_gpu.py" in result.stdout
+
+
+def test_signatures_check_shapes_under_pytest():
+    pytest.importorskip("jaxtyping")
+    pytest.importorskip("beartype")
+    torch = pytest.importorskip("torch")
+    from jaxtyping import TypeCheckError
+
+    from minipaged.sampling.sampler import score
+
+    with pytest.raises(TypeCheckError):
+        score(torch.zeros(3), [0], [None])  # logits without rows
+
+
 def test_every_public_thing_has_a_docstring():
     missing = []
     for path in MODULES:
@@ -173,7 +205,7 @@ def test_every_public_thing_has_a_docstring():
     assert not missing
 
 
-def test_the_names_that_the_package_promises_exist():
+def test_every_name_in_all_exists():
     import minipaged
 
     for name in minipaged.__all__:

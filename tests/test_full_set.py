@@ -10,7 +10,7 @@ pytest_plugins = ["pytester"]
 
 
 @pytest.mark.parametrize("lengths", [(1,), (5,), (3, 2), (2, 3, 4), (4, 4), (1, 6, 2)])
-def test_a_sample_of_a_product_has_every_value_in_as_many_cases_as_the_longest_has(lengths):
+def test_a_sample_of_a_product_contains_every_value(lengths):
     cases = [
         frozenset(enumerate(values)) for values in product(*(range(length) for length in lengths))
     ]
@@ -59,7 +59,7 @@ MORE_WAYS = [("-n", "0"), ("-n", "2")]
 @pytest.mark.parametrize(
     "workers", WAYS + [pytest.param(way, marks=pytest.mark.full) for way in MORE_WAYS]
 )
-def test_what_is_left_out_is_said_in_one_line(project, workers):
+def test_left_out_tests_are_reported_in_one_line(project, workers):
     if workers != ("-p", "no:xdist"):
         pytest.importorskip("xdist")
     result = project.runpytest_subprocess(*workers)

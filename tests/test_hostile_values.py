@@ -19,7 +19,7 @@ from minipaged.errors import InvalidOption
 
 
 class Unshown:
-    """Not even its repr can be had."""
+    """Even its repr raises."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
@@ -80,7 +80,7 @@ def nothing_stays_behind(request):
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, "parts"])
-def test_an_option_of_the_engine(name):
+def test_the_engine_accepts_or_refuses_every_hostile_option(name):
     small = {} if name == "model" else {"num_blocks": 8, "block_size": 4, "max_num_seqs": 4}
     check_all(name, lambda value: LLM(**{**small, name: value}))
 
@@ -89,7 +89,7 @@ def test_an_option_of_the_engine(name):
 @pytest.mark.parametrize(
     "name", ["block_size", "num_blocks", "max_num_seqs", "max_model_len", "max_num_batched_tokens"]
 )
-def test_a_size_of_a_baseline(memory, name):
+def test_a_baseline_accepts_or_refuses_every_hostile_size(memory, name):
     for value in (10**6, 10**9, 10**12, 10**15, 2**62, 2**63, 2**70):
         error = refusal(LLM, **{"memory": memory, "num_blocks": 64, "block_size": 4, name: value})
         assert error is not None or name == "max_num_batched_tokens" or value == 10**6
@@ -103,7 +103,7 @@ BEAM = [each.name for each in fields(BeamSearchParams) if each.init]
 
 @pytest.mark.parametrize("others", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", SAMPLING)
-def test_an_option_of_sampling(llm, name, others):
+def test_sampling_params_accept_or_refuse_every_hostile_option(llm, name, others):
     def ask(value: object) -> None:
         params = SamplingParams(**{**others, name: value})
         [output] = llm.generate([[5, 6]], params, use_tqdm=False)
@@ -113,7 +113,7 @@ def test_an_option_of_sampling(llm, name, others):
 
 
 @pytest.mark.parametrize("name", BEAM)
-def test_an_option_of_beam_search(llm, name):
+def test_beam_search_accepts_or_refuses_every_hostile_option(llm, name):
     def ask(value: object) -> None:
         params = BeamSearchParams(**{"beam_width": 2, "max_tokens": 2, name: value})
         llm.generate([[5, 6]], params, use_tqdm=False)
@@ -122,7 +122,7 @@ def test_an_option_of_beam_search(llm, name):
 
 
 @pytest.mark.parametrize("name", ["stop", "stop_token_ids", "logit_bias"])
-def test_what_a_list_or_dict_of_an_option_holds(llm, name):
+def test_hostile_elements_of_lists_and_dicts_are_accepted_or_refused(llm, name):
     def ask(value: object) -> None:
         given = {1: value} if name == "logit_bias" else [value]
         llm.generate([[5, 6]], SamplingParams(**{**GREEDY, name: given}), use_tqdm=False)
@@ -174,12 +174,12 @@ ARGUMENTS = {
 
 @pytest.mark.filterwarnings("ignore")  # of a progress bar, if one is asked for
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_an_argument_of_a_call(llm, argument):
+def test_every_hostile_argument_of_a_call_is_accepted_or_refused(llm, argument):
     refused = [refusal(ARGUMENTS[argument], llm, value) for value in hostile()]
     assert sum(error is not None for error in refused) > 20
 
 
-def test_a_key_that_is_no_text(llm):
+def test_a_key_that_is_not_text_is_refused(llm):
     for value in hostile():
         if type(value).__hash__ is not None:
             refusal(llm.generate, {"prompt": "a", value: 1}, ONE, use_tqdm=False)

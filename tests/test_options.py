@@ -145,7 +145,7 @@ def test_every_option_is_a_flag_or_deliberately_not(command):
             assert params[name].default == OPTIONS[name].default
 
 
-def test_a_sentence_speaks_of_flags_on_the_command_line():
+def test_messages_name_flags_on_the_command_line():
     names = {"block_size", "memory", "enable_prefix_caching"}
     said = "block_size is 0, memory='virtual', enable_prefix_caching=True, no memory is left."
     assert in_words_of_the_shell(said, names) == (
@@ -195,12 +195,12 @@ def test_a_value_outside_its_limits_is_refused_by_name(name):
         ("dytpe", "dtype"),
     ],
 )
-def test_a_misspelt_option_is_answered_with_the_closest(misspelt, closest):
+def test_a_misspelt_option_is_refused_with_the_closest_name(misspelt, closest):
     with pytest.raises(InvalidOption, match=f"'{misspelt}': did you mean '{closest}"):
         LLM(**{misspelt: 8})
 
 
-def test_a_name_that_is_like_none_is_answered_with_all():
+def test_an_unrecognisable_option_is_refused_with_all_names():
     with pytest.raises(InvalidOption, match="choose one of model, device"):
         LLM(zzz=8)
 

@@ -126,7 +126,7 @@ def test_an_argument_without_effect_is_accepted(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_built_is_refused_by_name_unless_it_asks_for_nothing(name):
+def test_an_unsupported_option_is_refused_by_name_unless_neutral(name):
     neutral = REFUSED[name] if isinstance(REFUSED[name], tuple) else (REFUSED[name],)
     for value in (*neutral, None):
         assert EngineArgs(**{name: value}) == EngineArgs()
@@ -136,14 +136,14 @@ def test_what_is_not_built_is_refused_by_name_unless_it_asks_for_nothing(name):
         assert error.value.param == name
 
 
-def test_one_is_no_true_and_true_is_no_number():
+def test_1_is_not_true_and_true_is_not_a_number():
     with pytest.raises(InvalidOption, match="pipeline_parallel_size is True"):
         EngineArgs(pipeline_parallel_size=True)
     with pytest.raises(InvalidOption, match="enable_lora is 0"):
         EngineArgs(enable_lora=0)
 
 
-def test_a_name_that_vllm_lacks_too_is_answered_with_the_closest():
+def test_a_name_unknown_to_vllm_is_refused_with_the_closest_name():
     with pytest.raises(InvalidOption, match="'tensor_paralel': did you mean 'tensor_parallel_size"):
         LLM(tensor_paralel=1)
 
@@ -165,7 +165,7 @@ def test_two_names_of_one_option_are_refused():
         EngineArgs(num_gpu_blocks_override=7, num_blocks=8)
 
 
-def test_another_fp8_is_refused():
+def test_other_fp8_formats_are_refused():
     with pytest.raises(InvalidOption, match="kv_cache_dtype is 'fp8_e5m2'"):
         EngineArgs(kv_cache_dtype="fp8_e5m2")
 
@@ -200,7 +200,7 @@ def test_a_second_size_of_one_pool_is_refused(given, also):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def test_another_tokenizer_is_read_or_none(folder):
+def test_another_tokenizer_or_none_can_be_chosen(folder):
     own = LLM(folder, tokenizer="storyteller", **SMALL)
     assert own.get_tokenizer().encode("Theo") == LLM(**SMALL).get_tokenizer().encode("Theo")
     none = LLM("storyteller", skip_tokenizer_init=True, **SMALL)
@@ -210,7 +210,7 @@ def test_another_tokenizer_is_read_or_none(folder):
         none.generate("Theo", GREEDY, use_tqdm=False)
 
 
-def test_values_of_config_json_are_replaced(folder):
+def test_values_of_config_json_can_be_replaced(folder):
     assert (
         LLM(folder, hf_overrides={"max_position_embeddings": 64}).engine.config.max_model_len == 64
     )
@@ -218,13 +218,13 @@ def test_values_of_config_json_are_replaced(folder):
     assert one_layer.engine.executor.runner.model.config.num_layers == 1
 
 
-def test_a_replaced_value_that_the_architecture_does_not_read_is_refused(folder):
+def test_a_replaced_value_that_is_not_read_is_refused(folder):
     message = "hf_overrides sets 'max_positions', which this architecture"
     with pytest.raises(InvalidOption, match=message):
         LLM(folder, hf_overrides={"max_positions": 64}, **SMALL)
 
 
-def test_random_weights_need_config_json_only_and_are_the_same_each_time(folder, tmp_path):
+def test_random_weights_need_only_config_json_and_are_reproducible(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     first, second = (LLM(tmp_path, load_format="dummy", **SMALL) for _ in range(2))
     parameters = dict(first.engine.executor.runner.model.named_parameters())
@@ -236,7 +236,7 @@ def test_random_weights_need_config_json_only_and_are_the_same_each_time(folder,
         LLM(tmp_path, **SMALL)
 
 
-def test_a_folder_has_no_other_revision(folder):
+def test_a_revision_of_a_folder_is_refused(folder):
     assert LLM(folder, revision="main", **SMALL).folder == folder
     with pytest.raises(InvalidOption, match=r"revision is 'v2', but .* is a folder"):
         LLM(folder, revision="v2")
@@ -316,7 +316,7 @@ def tokens(outputs) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def test_prompts_may_come_as_token_ids_of_their_own_keyword(llm):
+def test_prompts_may_be_passed_as_prompt_token_ids(llm):
     expected = llm.generate([[5, 6], [7]], GREEDY, use_tqdm=False)
     run = partial(llm.generate, sampling_params=GREEDY, use_tqdm=False)
     assert tokens(run(prompt_token_ids=[[5, 6], [7]])) == tokens(expected)
@@ -330,7 +330,7 @@ def test_prompts_may_come_as_token_ids_of_their_own_keyword(llm):
 
 @pytest.mark.parametrize("call", ["generate", "chat", "beam_search"])
 @pytest.mark.parametrize("name", [name for names in CALLS_NOT_BUILT.values() for name in names])
-def test_what_a_call_cannot_do_is_refused_by_name(call, name):
+def test_unsupported_arguments_of_a_call_are_refused_by_name(call, name):
     llm = LLM(**SMALL)
     message = [{"role": "user", "content": "Theo"}] if call == "chat" else "Theo"
     params = GREEDY
@@ -343,20 +343,20 @@ def test_what_a_call_cannot_do_is_refused_by_name(call, name):
     assert error.value.param == name
 
 
-def test_priorities_of_zero_ask_for_nothing(llm):
+def test_priorities_of_zero_have_no_effect(llm):
     llm.generate([[5], [6]], GREEDY, use_tqdm=False, priority=[0, 0])
     with pytest.raises(InvalidOption, match="priority is 1"):
         llm.generate([[5], [6]], GREEDY, use_tqdm=False, priority=[0, 1])
 
 
 @pytest.mark.parametrize("key", ["multi_modal_data", "mm_processor_kwargs", "prompt_embeds"])
-def test_a_prompt_of_more_than_text_is_refused_by_its_key(llm, key):
+def test_a_multimodal_prompt_is_refused_by_its_key(llm, key):
     llm.generate({"prompt_token_ids": [5], key: None}, GREEDY, use_tqdm=False)
     with pytest.raises(InvalidRequest, match=f"{key}.*read text only"):
         llm.generate({"prompt_token_ids": [5], key: {"image": 1}}, GREEDY, use_tqdm=False)
 
 
-def test_a_callable_makes_the_progress_bar(llm):
+def test_use_tqdm_may_be_a_callable(llm):
     made = []
 
     def make(*positional, **named) -> tqdm:
@@ -399,12 +399,12 @@ def test_engine_args_build_the_engine_of_llm(folder, llm):
         LLMEngine.from_engine_args(3)
 
 
-def test_several_requests_are_counted_and_aborted_at_once(folder):
+def test_several_requests_can_be_counted_and_aborted(folder):
     engine = LLMEngine.from_engine_args(EngineArgs(folder, **SMALL))
     for name in "abc":
         engine.add_request(name, [5, 6], GREEDY)
     assert engine.get_num_unfinished_requests() == 3
-    assert engine.abort_request(["a", "nobody", "b"]) is None
+    assert engine.abort_request(["a", "unknown", "b"]) is None
     assert engine.unfinished_request_ids == {"c"}
     assert engine.abort_request("c").request_id == "c"
     assert not engine.has_unfinished_requests()
@@ -449,14 +449,14 @@ def test_options_of_vllm_are_no_flags_of_our_commands():
         ("from minipaged.utils.argparse_utils import FlexibleArgumentParser", None),
     ],
 )
-def test_an_import_of_vllm_works_with_the_other_name(line, home):
+def test_vllm_imports_work_with_the_name_replaced(line, home):
     names: dict[str, object] = {}
     exec(line, names)
     if home is not None:
         assert names[line.split()[-1]] is home
 
 
-def test_a_module_of_vllm_has_only_the_names_of_ours():
+def test_a_mirrored_module_of_vllm_has_only_our_names():
     import minipaged.entrypoints.llm
 
     assert minipaged.entrypoints.llm.LLM is LLM

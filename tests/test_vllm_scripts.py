@@ -33,7 +33,7 @@ def test_there_are_twelve_scripts_and_each_is_in_the_table():
     assert len(rows) == section.count("\n|") - 2
     named = {script for *_, script in rows if script}
     tests = {test.stem for test in Path(__file__).parent.rglob("test_*.py")}
-    assert all(script for *_, script in rows), "each row names what tries it"
+    assert all(script for *_, script in rows), "each row names the script that tries it"
     assert named - tests == {script.stem for script in SCRIPTS}
     assert len(SCRIPTS) == 12
 
@@ -41,5 +41,5 @@ def test_there_are_twelve_scripts_and_each_is_in_the_table():
 @pytest.mark.parametrize(
     "name", ["enqueue", "wait_for_completion", "collective_rpc", "apply_model", "sleep"]
 )
-def test_what_the_table_calls_absent_is_absent(name):
+def test_the_features_that_the_table_calls_absent_are_absent(name):
     assert not hasattr(minipaged.LLM, name)

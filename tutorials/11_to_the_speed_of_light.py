@@ -511,17 +511,19 @@ import sys
 
 COMPILE = """
 import torch
-from minipaged.evaluation.bench.compile import *
+from minipaged.evaluation.bench.compile import compile_launch
+from minipaged.evaluation.bench.launches import Setting, catch_launches, launch_everything
 
 llama = Setting(heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, kv_dtype="auto")
-with catch_launches() as launches:
-    launch_everything(llama)
-kernels = {launch.kernel.__name__: launch for launch in reversed(launches)}
-for name in ("naive_kernel", "decode_kernel"):
-    for sm in (80, 90):
+for sm in (80, 90):
+    with catch_launches() as launches:
+        launch_everything(llama, sm)
+    kernels = {launch.kernel.__name__: launch for launch in reversed(launches)}
+    for name in ("naive_kernel", "decode_kernel"):
         row = compile_launch(kernels[name], llama, sm)
-        print(f"{row.kernel:7} sm_{sm} {row.registers:4} registers, {row.stack_bytes} spilled",
-              f"{row.shared_bytes:7,} shared bytes, {row.programs} programs, {row.instructions}")
+        print(f"{row.kernel:7} sm_{sm} {row.registers:4} registers, {row.stack_bytes} spilled,",
+              f"{row.shared_bytes:7,} shared bytes, {row.programs} programs,",
+              f"{row.copies_ahead} copies ahead, {row.instructions}")
 """
 process = subprocess.run(
     [sys.executable, "-c", COMPILE],
@@ -534,10 +536,17 @@ print(process.stdout)
 
 # %% [markdown]
 # (sm_80 is Ampere, as in an A100; sm_90 is Hopper, as in an H100 and H200.) `HMMA` is a
-# multiplication by the tensor cores: `decode` has it, the naive kernel does not. With Triton 3.9,
-# `decode` uses 128 registers in each of 128 threads: four programs take all the registers of a
-# multiprocessor, and spill nothing. While one waits for its next tile of keys and values, the
-# others multiply. The tile is as large as this leaves room for:
+# multiplication by the tensor cores: `decode` has it, the naive kernel does not.
+#
+# **Load ahead.** "Copies ahead" are copies of keys and values to shared memory that are still under
+# way while `decode` multiplies a tile. The addresses of a tile come from the block table, so the
+# kernel loads the block numbers of the next tile before it multiplies this one:
+#
+# @@ minipaged.attention.triton.tile.load_blocks
+#
+# If each iteration loaded its own block numbers, the compiler would find no address early enough.
+# It would print 0 copies ahead, and memory would idle during every multiplication. Several tiles at
+# a time take shared memory. The tile is as large as four programs on Hopper have room for:
 #
 # @@ minipaged.attention.triton.decode.choose_tile
 #

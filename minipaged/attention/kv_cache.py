@@ -43,7 +43,7 @@ def copy_blocks(source: Tensor, target: Tensor, pairs: Tensor) -> None:
     """Copy blocks of `source` over blocks of `target`, which may be the same tensor.
 
     Args:
-        source: [layers, 2, num_blocks, ...], on whatever device.
+        source: [layers, 2, num_blocks, ...], on any device.
         target: the same.
         pairs: [pairs, 2] block numbers, from and to, on the device of the pool.
     """

@@ -34,7 +34,7 @@ def gather(
     table: Int[Tensor, " max_blocks"],
     seq_len: int,
 ) -> Float[Tensor, "length kv_heads head_dim"]:
-    """One sequence's keys (or values) in the order of their positions (section 4.2)."""
+    """Return the first `seq_len` keys (or values) of a sequence, by position (section 4.2)."""
     # Only the first num_blocks entries of the table are valid; the rest may hold any number.
     num_blocks = -(-seq_len // cache.shape[2])
     blocks = cache[table[:num_blocks].long()]  # [blocks, kv_heads, block_size, head_dim]
@@ -49,7 +49,7 @@ def causal_attention(
     context_len: int,
     scale: float,
 ) -> Float[Tensor, "queries heads head_dim"]:
-    """Plain attention of one sequence. Query i is at position context_len + i."""
+    """Attention over contiguous keys. Query i sees the keys at positions up to context_len + i."""
     exact = torch.promote_types(q.dtype, torch.float32)
     group_size = heads_per_kv_head(q, keys, values)
     keys = keys.to(exact).repeat_interleave(group_size, dim=1)  # [length, heads, head_dim]

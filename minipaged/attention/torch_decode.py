@@ -240,7 +240,7 @@ def _prepare_in_place(
     mask: Float[Tensor, "seqs positions"],
     forced: bool,
 ) -> InPlace | None:
-    """Return None if sequences share blocks or, unless forced, if in place would be slow."""
+    """Prepare reading in place; None if sequences share blocks or, unless forced, if it is slow."""
     blocks = tables[used]  # [used]
     first, stop = int(blocks.min()), int(blocks.max()) + 1
     is_dense = len(blocks) >= LEAST_IN_USE * (stop - first)
@@ -273,7 +273,7 @@ def _attend_in_place(
     way: InPlace,
     scale: float,
 ) -> Float[Tensor, "seqs heads head_dim"]:
-    """Free blocks and blocks of prefills are multiplied too; their results are never used."""
+    """Multiply blocks in place. The results of free blocks and of prefills are not used."""
     seqs, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
     num_blocks = way.stop - way.first

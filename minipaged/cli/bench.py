@@ -224,8 +224,9 @@ def compile_kernels(
     from minipaged.attention.triton.decode import TileShape
     from minipaged.attention.triton.prefill import TileShapes
     from minipaged.evaluation.bench import compile as compiling
+    from minipaged.evaluation.bench.launches import MORE_SETTINGS, SETTINGS
 
-    settings = compiling.SETTINGS + (compiling.MORE_SETTINGS if more else ())
+    settings = SETTINGS + (MORE_SETTINGS if more else ())
     tile = TileShape(*decode_tile) if decode_tile else None
     tiles = TileShapes(*prefill_tiles) if prefill_tiles else None
     rows = list(compiling.compile_all(settings, tile=tile, tiles=tiles))

@@ -72,7 +72,7 @@ def _refuse_what_ranks_lack(size: int, on_gpu: bool, model: str | None, quick: b
     if on_gpu:
         raise InvalidOption(
             f"tensor_parallel_size is {size} and the device is a GPU, but ranks are timed on the "
-            "host, which does not wait for the GPU: give --device cpu."
+            "host, which does not wait for the GPU: use --device cpu."
         )
     if model is not None and quick:
         raise InvalidOption("--model and --quick both choose the model: leave out one of them.")

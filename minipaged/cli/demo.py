@@ -126,13 +126,13 @@ def refuse_too_small_a_pool(cases: list[Case], num_blocks: int, block_size: int)
     needed = -(-(max(case.num_tokens for case in cases) + MAX_ANSWER) // block_size)
     if num_blocks < needed:
         raise InvalidOption(
-            f"num_blocks is {num_blocks}, and the longest story with its answer needs {needed} "
+            f"num_blocks is {num_blocks}, but the longest story with its answer needs {needed} "
             f"blocks of {block_size} tokens: raise num_blocks to {needed} or more."
         )
 
 
 def introduction(args: EngineArgs) -> str:
-    """What the demo is about to do."""
+    """A description of the demo."""
     growth = "A story takes a new block only when its last one is full. "
     return (
         f"Eight stories of 1 to {STORY_SIZES[-1]} sentences share a pool of {args.num_blocks} "

@@ -184,8 +184,8 @@ def with_link(
         link = replace(link, latency=link_latency * 1e-6)
     if (link_bandwidth, link_latency) != (None, None) and server.num_gpus == 1:
         raise InvalidOption(
-            "--link-bandwidth and --link-latency describe links between GPUs, and there is one: "
-            "leave them out, or choose a server with more GPUs."
+            "--link-bandwidth and --link-latency describe links between GPUs, but this server has "
+            "one GPU: leave them out, or choose a server with more."
         )
     return server.with_link(link)
 

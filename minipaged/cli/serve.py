@@ -19,8 +19,8 @@ def serve(
 ) -> None:
     """Serve a model through an OpenAI-compatible API.
 
-    Runs until Ctrl-C or SIGTERM. On SIGTERM, it refuses new requests (503) and gives running ones
-    --grace seconds to finish.
+    Runs until Ctrl-C or SIGTERM. It then refuses new requests (503) and gives running ones --grace
+    seconds to finish. A second signal stops it at once.
     """
     server["api_key"] = server["api_key"] or os.environ.get("MINIPAGED_API_KEY")
     args = ServerArgs(**server)

@@ -104,7 +104,7 @@ def _memory_with(custom_parts: dict[str, Any]) -> "BuildMemory":
     for name in custom_parts:
         if name not in PARTS_OF_MEMORY:
             raise InvalidOption(
-                f"--part names {name!r}, which is no part of the memory: choose one of "
+                f"--part names {name!r}, which does not belong to the memory: choose one of "
                 f"{', '.join(PARTS_OF_MEMORY)}, or run `minipaged soak engines`.",
                 "part",
             )

@@ -98,16 +98,16 @@ class LLMArgs(EngineOptions):
         unknown = [*set(self.override_generation_config or ()) - set(_SAMPLING_DEFAULTS)]
         if unknown:
             raise InvalidOption(
-                f"override_generation_config sets {shown(min(unknown, key=str))}, and only "
-                f"{', '.join(_SAMPLING_DEFAULTS)} are read here: leave it out.",
+                f"override_generation_config sets {shown(min(unknown, key=str))}, but only "
+                f"{', '.join(_SAMPLING_DEFAULTS)} are supported here: leave it out.",
                 "override_generation_config",
             )
 
     def _refuse_a_second_size(self, name: str, other: str) -> None:
         if getattr(self, name) is not None and self.is_given(other):
             raise InvalidOption(
-                f"{name} is {getattr(self, name)} and {other} {getattr(self, other)}, and both set "
-                "the size of one pool: leave out one of them.",
+                f"{name} is {getattr(self, name)} and {other} is {getattr(self, other)}, but both "
+                "set the size of the same pool: leave out one of them.",
                 name,
             )
 
@@ -131,8 +131,8 @@ class LLMArgs(EngineOptions):
             return Path(given).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise InvalidOption(
-                f"chat_template is {shown(str(given))}, which is no template and no file that can "
-                f"be read ({error}): give one of them.",
+                f"chat_template is {shown(str(given))}, which is neither a template nor a readable "
+                f"file ({error}): give one of them.",
                 "chat_template",
             ) from error
 
@@ -142,7 +142,7 @@ class LLMArgs(EngineOptions):
         if self.kv_cache_memory_bytes is not None:
             if self.kv_cache_memory_bytes < block_bytes:
                 raise InvalidOption(
-                    f"kv_cache_memory_bytes is {self.kv_cache_memory_bytes}, and a block of keys "
+                    f"kv_cache_memory_bytes is {self.kv_cache_memory_bytes}, but a block of keys "
                     f"and values takes {block_bytes} bytes: raise it, or lower block_size.",
                     "kv_cache_memory_bytes",
                 )

@@ -21,7 +21,7 @@ def own_copy(params: object) -> Params:
         return SamplingParams()
     if not isinstance(params, SamplingParams | BeamSearchParams):
         raise InvalidRequest(
-            f"{shown(params)} is no SamplingParams: give SamplingParams(...) or "
+            f"{shown(params)} is not a SamplingParams: give SamplingParams(...) or "
             "BeamSearchParams(...)."
         )
     return params.clone()

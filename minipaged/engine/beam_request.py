@@ -45,11 +45,11 @@ class BeamRequest(Request):
         for candidate in chosen:
             parent = candidate.beam.seq
             continued.append(fork(parent) if parent in continued else parent)
-        given_up = [beam.seq for beam in self._beams if beam.seq not in continued]
+        pruned = [beam.seq for beam in self._beams if beam.seq not in continued]
         for seq, candidate in zip(continued, chosen, strict=True):
             seq.append(candidate.token_id)
         self._beams = [Beam(s, c.logprob) for s, c in zip(continued, chosen, strict=True)]
-        return given_up
+        return pruned
 
     def finish_all(self, reason: FinishReason, error: str | None = None) -> None:
         """End the search; unfinished beams compete with the finished sequences."""

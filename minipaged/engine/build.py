@@ -84,7 +84,7 @@ def _choose_executor(
 ) -> Executor:
     if args.tensor_parallel_size == 1:
         return UniExecutor()
-    # Before any process is started.
+    # Refuse this before any process is started.
     refuse_uneven_parts(build_empty(model_config, backend), args.tensor_parallel_size)
     options = EngineArgs(**{each.name: getattr(args, each.name) for each in fields(EngineArgs)})
     dummy = args.load_format == "dummy"

@@ -82,7 +82,7 @@ def find_helper(dotted: str, custom_parts: dict[str, Any]) -> Any:
     for file in files:
         if hasattr(file, name):
             return getattr(file, name)
-    raise InvalidOption(f"{files[0].__file__} defines no {name!r}: is the name spelt as there?")
+    raise InvalidOption(f"{files[0].__file__} defines no {name!r}: check its spelling there.")
 
 
 def parts_with(custom_parts: dict[str, Any]) -> "Parts":
@@ -96,7 +96,7 @@ def find_in_file(file: Path, name: str) -> Any:
     """Return a name that a Python file defines. Raises InvalidOption, also if it cannot be run."""
     module = _run(file)
     if not hasattr(module, name):
-        raise InvalidOption(f"{file} defines no {name!r}: is the name spelt as in the file?")
+        raise InvalidOption(f"{file} defines no {name!r}: check the spelling of the name.")
     return getattr(module, name)
 
 
@@ -108,7 +108,7 @@ def names_in_file(file: Path) -> dict[str, Any]:
 def _run(file: Path) -> Any:
     """Return the file as a module, which is run once for all its parts."""
     if not file.is_file():
-        raise InvalidOption(f"there is no file {str(file)!r}: give the place of your Python file.")
+        raise InvalidOption(f"there is no file {str(file)!r}: give the path of your Python file.")
     known = f"minipaged_custom_{file.resolve()}"
     if known in sys.modules:
         return sys.modules[known]

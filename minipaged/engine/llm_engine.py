@@ -67,7 +67,7 @@ class LLMEngine(EngineNames):
         self.listeners: list[Listener] = []
         """Called in each step, before anything is freed. They must not change the engine."""
         self.last_step: tuple[int, list[Progress]] = (0, [])
-        """The number and the result of the last complete step, even if Ctrl-C cut its return."""
+        """The number and the result of the last complete step, even if Ctrl-C hit its return."""
         self._build_scheduler = build_scheduler
         self._sampling_request = sampling_request
         self.traits = ModelTraits.of(executor.runner.model.config, config.max_model_len, tokenizer)
@@ -84,7 +84,7 @@ class LLMEngine(EngineNames):
         """The read-only view of the memory."""
         return self.scheduler.memory
 
-    # ---- one step, in the order a token travels ------------------------------------------------
+    # ---- one step, in the order a token travels --------------------------------------------------
 
     def step(self) -> list[Progress]:
         """Compute one step; returns the progress of each request that advanced or ended.
@@ -240,7 +240,7 @@ class LLMEngine(EngineNames):
         self.prefixes.lose_all()
         self._is_cut_short = False
 
-    # ---- adding and aborting requests ----------------------------------------------------------
+    # ---- adding and aborting requests ------------------------------------------------------------
 
     def add_request(
         self,
@@ -284,7 +284,7 @@ class LLMEngine(EngineNames):
         open_request.request.finish_all("abort")
         return open_request.request.output()
 
-    # ---- pinned prefixes (section 4.4, shared prefix) ------------------------------------------
+    # ---- pinned prefixes (section 4.4, shared prefix) --------------------------------------------
 
     def pin_prefix(self, prompt: Prompt) -> CachedPrefix | None:
         """Pin the blocks of a computed prefix; None if it is not in the cache."""

@@ -35,7 +35,7 @@ class OpenRequest:
     build: Callable[[Arrival], Request]  # a request of its kind, with its parameters and seed
     request: Request = field(init=False)
     history: list[Any] = field(default_factory=list[Any])
-    """For each sampled token: the step, the sequence id and the fields of `SampledToken`.
+    """One sampled token after another: the step, the sequence id, the fields of `SampledToken`.
 
     The list is flat, because the garbage collector would visit an object per token repeatedly while
     the request is open.

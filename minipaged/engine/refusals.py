@@ -118,7 +118,7 @@ def _refuse_what_several_ranks_lack(args: EngineArgs, parts: Parts) -> None:
         for name in ("start_timeout", "step_timeout"):
             if args.is_given(name):
                 raise InvalidOption(
-                    f"{name} is {getattr(args, name):g}, but one rank waits for no other: leave it "
+                    f"{name} is {getattr(args, name):g}, but has no effect with one rank: leave it "
                     "out, or raise tensor_parallel_size.",
                     name,
                 )

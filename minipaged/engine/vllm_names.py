@@ -129,7 +129,7 @@ def prompts_of(prompts: Any, prompt_token_ids: Any, others: Mapping[str, Any]) -
     texts = list_prompts(prompts)
     if len(texts) != len(ids):
         raise InvalidRequest(
-            f"{counted(len(texts), 'prompt')} came with {len(ids)} lists of token ids: give as "
-            "many, or only one of the two."
+            f"{counted(len(texts), 'prompt')} came with {counted(len(ids), 'list')} of token ids: "
+            "give equally many, or only one of the two."
         )
     return [{"prompt": t, "prompt_token_ids": i} for t, i in zip(texts, ids, strict=True)]

@@ -2,7 +2,7 @@
 
 It is recorded by `sys.setprofile`, from one call of `LLMEngine.step` to the next, so it includes
 what `LLM` does with the step's progress. Three numbers measure how easy the library is to read:
-files, functions, and jumps back to a file that was left before.
+files, functions, and jumps back to a file visited before.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The labs, in the order of the tutorials' chapters; each is described in a file of its own."""
+"""The labs, in the order of the tutorials' chapters. Each has its own file."""
 
 from minipaged.errors import InvalidOption
 from minipaged.labs import (
@@ -37,7 +37,7 @@ def find_lab(number: int) -> Lab:
             return lab
     if number == challenge.NUMBER:
         raise InvalidOption(
-            f"lab {number} is the open challenge, without tasks and points: "
+            f"lab {number} is the open challenge, which has no tasks and no points: "
             "run `minipaged lab challenge`."
         )
     raise InvalidOption(

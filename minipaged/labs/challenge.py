@@ -140,8 +140,7 @@ def parts_of(file: Path) -> dict[str, Any]:
 
 
 def serve(workload: str, trace: list[TraceRequest], parts: dict[str, Any]) -> Served:
-    """Serve a trace with these parts; missing ones are the library's. Raises CheckFailed for a "
-    "foul."""
+    """Serve a trace with these parts; the others are the library's. Raises CheckFailed."""
     deployed = DEPLOYMENTS[SERVER]
     setting = Setting(deployed.num_slots, model=deployed.model, prefix_caching=True)
     referees: list[Referee] = []

@@ -1,10 +1,10 @@
-"""Runs a lab's tests in copies of one process that has already imported torch.
+"""Runs a lab's tests in forks of one process that has already imported torch.
 
 Starting Python and importing torch takes seconds, and a lab has five tasks. A server therefore
-imports what the tests need, and forks a copy of itself for every run. It computes nothing itself,
-so a copy inherits no state and is as isolated as a new process. After each run the server stops
-all processes that the copy has started, including those that left its session: Linux makes the
-server the parent of all processes whose own parent has ended.
+imports what the tests need, and forks itself for every run. It computes nothing itself, so a fork
+inherits no state and is as isolated as a new process. After each run the server stops all processes
+that the fork has started, including those that left its session: Linux makes the server the parent
+of all processes whose own parent has ended.
 
 Only on Linux: macOS's system libraries do not survive a fork, and Windows has none.
 """
@@ -43,13 +43,13 @@ _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
 class ForkServer:
-    """The server, as `grade` uses it: started by the first run, ended with this process."""
+    """A client of the server, which starts with the first run and ends with this process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, job: Job) -> Run:
-        """Run a job in a copy of the server.
+        """Run a job in a fork of the server.
 
         If student code has ended or stopped the server, the run has no report, and the next run
         starts another server.
@@ -70,7 +70,7 @@ class ForkServer:
         return Run(base64.b64decode(report), printed, ended)
 
     def _answer(self, nonce: str, seconds: float) -> bytes | None:
-        """A line of the server without its leading nonce. None: it is not from the server."""
+        """A line of the server without its leading nonce; None if it is not from the server."""
         assert self._process is not None
         assert self._process.stdout is not None
         line, deadline = b"", time.monotonic() + seconds
@@ -101,13 +101,12 @@ class ForkServer:
 
 
 def serve() -> None:
-    """The server itself: it reads one line of JSON per job, and replies with the copy's id and "
-    "`Run`."""
+    """Run the server: read one line of JSON per job, reply with the fork's id and its `Run`."""
     for name in _IMPORTED_BEFOREHAND:
         importlib.import_module(name)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     gc.collect()
-    gc.freeze()  # the copies' garbage collectors skip all of this
+    gc.freeze()  # the garbage collectors of the forks skip all of this
     while line := sys.stdin.buffer.readline():
         job = Job(**json.loads(line))
         run = _run_in_copy(job)
@@ -135,8 +134,7 @@ def _run_in_copy(job: Job) -> Run:
 
 
 def _wait(copy: int, seconds: float) -> bool:
-    """Wait for a copy; return whether it ended in time. It is not reaped, so its id stays "
-    "reserved."""
+    """Wait for a fork; return whether it ended in time. It is not reaped: its id stays taken."""
     deadline = time.monotonic() + seconds
     ending = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while not (ended := os.waitid(os.P_PID, copy, ending)) and time.monotonic() < deadline:
@@ -147,7 +145,7 @@ def _wait(copy: int, seconds: float) -> bool:
 
 
 def _stop(copy: int) -> None:
-    """End a copy and all processes that it has started."""
+    """End a fork and all processes that it has started."""
     end_session(copy)
     deadline = time.monotonic() + _PATIENCE / 2
     with contextlib.suppress(ChildProcessError):  # none is left

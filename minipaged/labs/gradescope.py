@@ -71,12 +71,12 @@ def _told(result: Result) -> str:
 
 
 def write_results(path: Path, lab: Lab, graded: Iterable[Result]) -> None:
-    """Write atomically. Raises InvalidOption if it cannot be written."""
+    """Write results.json atomically. Raises InvalidOption if it cannot be written."""
     write_atomically(path, json.dumps(results(lab, graded), indent=2) + "\n")
 
 
 def write_autograder(folder: Path, lab: Lab) -> None:
-    """Return `setup.sh` and `run_autograder`, to zip with a wheel of this library."""
+    """Write `setup.sh` and `run_autograder` to a folder, to zip with a wheel of this library."""
     folder.mkdir(parents=True, exist_ok=True)
     scripts = {
         "setup.sh": SETUP,

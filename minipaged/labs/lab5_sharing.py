@@ -78,8 +78,8 @@ LAB = Lab(
                 + "first one.",
                 "In `advance`, fork first and add the tokens afterwards: a fork has all tokens of "
                 + "its parent, including one that it should not have. `_add_completion` takes the "
-                + "new sequence; `Completion.add` the token; `finish_reason` says if it was the "
-                + "last.",
+                + "new sequence, `Completion.add` the token. Afterwards, `finish_reason` is set if "
+                + "the token was the last one.",
             ),
         ),
         Task(

@@ -23,7 +23,7 @@ _LOOKS_UP = {"import_module", "__import__", "getsource", "resolve_name", "exec",
 
 
 def read_notes(lab: Lab, text: str) -> list[str]:
-    """What a solution imports from the library instead of implementing it, as sentences."""
+    """One sentence for each thing that a solution takes from the library."""
     try:
         tree = ast.parse(text)
         library = ast.parse(library_text(lab))

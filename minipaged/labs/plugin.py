@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --part and --trace-dir."""
     group = parser.getgroup("minipaged labs")
     group.addoption("--part", action="append", default=[], metavar="PART=FILE:NAME")
-    group.addoption("--trace-dir", default=".", help="where a failing engine test leaves its trace")
+    group.addoption("--trace-dir", default=".", help="folder for traces of failed engine tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:

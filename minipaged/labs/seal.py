@@ -1,7 +1,7 @@
-"""Notices that student code has replaced something that its tests rely on.
+"""Detects that student code has replaced something that its tests rely on.
 
-The functions and classes of the tests, of the library, of pytest and of torch are noted before
-student code is loaded, and compared after every test. Adding is allowed; replacing is not.
+Before student code is loaded, the seal records the functions and classes of the tests, the library,
+pytest and torch. After every test it compares them. Adding is allowed; replacing is not.
 """
 
 import sys
@@ -13,7 +13,7 @@ _WITH_SUBMODULES = ("minipaged", "_pytest", "pluggy")
 
 
 class Seal:
-    """All callables of the sealed modules and of their classes, as they are now."""
+    """All callables of the sealed modules and their classes, recorded at construction."""
 
     def __init__(self) -> None:
         self._modules = {n: module for n, module in sys.modules.items() if _is_sealed(n, module)}
@@ -25,17 +25,17 @@ class Seal:
             self._note_tensor(self._modules["torch"].Tensor)
 
     def _note_tensor(self, tensor: Any) -> None:
-        """A name that is added to torch.Tensor replaces the one of its base class."""
+        """Record inherited methods too: adding one to torch.Tensor overrides its base class's."""
         inherited = vars(tensor.__base__).items()
         names = [name for name, value in inherited if _is_code(value) and name[:2] != "__"]
         values = [(name, vars(tensor).get(name)) for name in names]
         self._holders[id(tensor)] = (vars(tensor), "torch.Tensor", values)
 
     def _note(self, holder: Any, where: str) -> None:
-        """Keep what a module or a class holds now, in a live view of its names."""
+        """Record the current contents of a module or a class, with a live view of its names."""
         if id(holder) in self._holders:
             return
-        # Of its functions in Python, torch replaces some itself when it loads its compiler.
+        # torch itself replaces some of its Python functions when it loads its compiler.
         is_kept = _is_builtin if where == "torch" else _is_code
         values = [(name, value) for name, value in vars(holder).items() if is_kept(value)]
         self._holders[id(holder)] = (vars(holder), where, values)
@@ -46,7 +46,7 @@ class Seal:
                 self._note(value, f"{where}.{name}")
 
     def broken(self) -> str:
-        """What was replaced, in words; empty if nothing was."""
+        """The name of something that was replaced; empty if nothing was."""
         for name, module in self._modules.items():
             if sys.modules.get(name) is not module:
                 return f"the module {name}"
@@ -60,13 +60,13 @@ class Seal:
         return self._equal_to_all()
 
     def _equal_to_all(self) -> str:
-        """A class of the student that makes every comparison come out equal."""
+        """Detect a student's class that compares equal to everything."""
         for name, module in list(sys.modules.items()):
             if not name.startswith("minipaged_custom_"):
                 continue
             for value in list(vars(module).values()):
                 if isinstance(value, type) and value.__module__ == name and _equals_all(value):
-                    return f"comparisons: to {value.__name__} all is equal"
+                    return f"comparisons: {value.__name__} is equal to everything"
         return ""
 
 
@@ -89,5 +89,5 @@ def _is_sealed(name: str, module: Any) -> bool:
 def _equals_all(cls: Any) -> bool:
     try:
         return bool(cls.__new__(cls) == object())
-    except Exception:  # it cannot be made so, or it refuses to be compared
+    except Exception:  # it cannot be created without arguments, or cannot be compared
         return False

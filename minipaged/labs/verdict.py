@@ -89,7 +89,7 @@ class Result:
 
     @property
     def told(self) -> str:
-        """Why the task has less than all points, in a sentence or two."""
+        """The reason why the task has fewer than all points, in a sentence or two."""
         if self.void:
             return f"the grade is void: {self.void}"
         if self.essential:
@@ -211,8 +211,7 @@ def in_words(test: str) -> str:
 
 
 def _early_end(expected: list[Expected], seen: list[dict[str, Any]], printed: str) -> str:
-    """The complaint for a run that ended early, for example because a kernel read invalid "
-    "memory."""
+    """The complaint about a run that ended early, as when a kernel reads invalid memory."""
     done = {record["test"] for record in seen}
     present = next((each.test for each in expected if each.test not in done), "")
     _, fatal, what = printed.partition("Fatal Python error: ")

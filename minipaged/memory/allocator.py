@@ -41,6 +41,7 @@ class BlockAllocator:
 
     @property
     def num_free(self) -> int:
+        """The number of blocks without owners."""
         return len(self._free)
 
     def allocate(self) -> int:

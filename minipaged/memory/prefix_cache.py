@@ -141,6 +141,7 @@ class PrefixCache:
         return newly_cached
 
     def _key(self, seq: Sequence, blocks: list[int], logical: int) -> CacheKey:
+        """Return the block before this one (or the salt) and the tokens of this one."""
         start = logical * self._block_size
         parent = blocks[logical - 1] if logical else seq.cache_salt
         return parent, tuple(seq.token_ids[start : start + self._block_size])
@@ -157,10 +158,11 @@ class PrefixCache:
         return self._num_children[block] == 0
 
     def evict_candidate(self) -> int:
-        """Return the idle block to evict, which must be a leaf: the policy."""
+        """Return the idle block to evict, which must be a leaf. Override it for another policy."""
         return next(iter(self._idle))
 
     def _evict(self) -> None:
+        """Remove one idle block from the index and return it to the allocator."""
         block = self.evict_candidate()
         assert block in self._idle, f"block {block} cannot be evicted, because it is not idle"
         assert self.is_leaf(block), f"block {block} cannot be evicted before its children"

@@ -98,7 +98,7 @@ class WeightMap:
     transposed: frozenset[str] = frozenset()  # our names of matrices stored as [in, out]
 
     def placements(self, model: Model) -> list[Placement]:
-        """Yield the tensors that fill this model, parameter by parameter."""
+        """Return the tensors that fill this model, parameter by parameter."""
         names = [name for name, _ in model.named_parameters()]
         return [placement for name in names for placement in self._placements_in(model, name)]
 
@@ -142,7 +142,8 @@ def read_int(hf: HFConfig, name: str, default: int | None = None) -> int:
         )
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
         raise CheckpointError(
-            f"config.json gives {name} as {value!r}: correct it to a whole number from 1 to 2^31."
+            f"config.json gives {name} as {value!r}: correct it to a whole number from 1 to "
+            "2^31 - 1."
         )
     return value
 
@@ -192,6 +193,6 @@ def require_option(hf: HFConfig, name: str, built: object) -> None:
     value = hf.get(name)
     if value is not None and value != built:
         raise UnsupportedModel(
-            f"config.json sets {name} to {value!r}, and only {built!r} is supported: choose "
+            f"config.json sets {name} to {value!r}, but only {built!r} is supported: choose "
             "another checkpoint."
         )

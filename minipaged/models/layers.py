@@ -34,7 +34,7 @@ def choose_activation(name: str) -> Activation:
     """Return the activation with this name. Raises UnsupportedModel."""
     if name not in ACTIVATIONS:
         raise UnsupportedModel(
-            f"config.json names the activation {name!r}, and only {', '.join(ACTIVATIONS)} are "
+            f"config.json names the activation {name!r}, but only {', '.join(ACTIVATIONS)} are "
             "supported: choose another checkpoint."
         )
     return ACTIVATIONS[name]

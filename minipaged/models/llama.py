@@ -265,7 +265,7 @@ def _any_layer_slides(hf: HFConfig, architecture: str) -> bool:
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModel(
-                f"config.json has a layer with {kind!r}, and only full_attention, and "
+                f"config.json has a layer with {kind!r}, but only full_attention, and "
                 "sliding_attention up to its window, are supported: choose another checkpoint."
             )
     if "sliding_attention" in kinds:

@@ -2,7 +2,7 @@
 
 The model is first built on torch's "meta" device, where parameters have a shape but no memory. All
 names and shapes are compared with the files' headers before any weight is read. Then the
-parameters get memory, and `weight_files` reads every tensor directly into its parameter.
+parameters get memory, and `safetensors_reader` reads every tensor directly into its parameter.
 """
 
 import re
@@ -119,10 +119,10 @@ def read_model_config(
 
 
 def check_checkpoint(folder: Path) -> ModelConfig:
-    """Check all that can be checked before weights are read; return the model's config.
+    """Check a checkpoint without reading its weights; return the model's config.
 
-    The checks are: config.json, the architecture and its options; every file is present and
-    complete by its header; the names, shapes and dtypes of all tensors match the model.
+    Checks that config.json, the architecture and its options are valid, that every file is present
+    and as long as its header says, and that the names, shapes and dtypes of all tensors match.
 
     Raises:
         CheckpointError: something is missing, broken, unexpected or has the wrong shape.
@@ -209,12 +209,12 @@ def _choose_family(hf: HFConfig) -> Family:
     architecture = read_architecture(hf)
     if architecture not in FAMILIES:
         raise UnsupportedModel(
-            f"config.json names the architecture {architecture}, and only {', '.join(FAMILIES)} "
+            f"config.json names the architecture {architecture}, but only {', '.join(FAMILIES)} "
             "are supported: choose another checkpoint."
         )
     if hf.get("quantization_config") is not None:
         raise UnsupportedModel(
-            "config.json has a quantization_config, and quantised weights are not supported: "
+            "config.json has a quantization_config, but quantised weights are not supported: "
             "choose the model's checkpoint in float16 or bfloat16."
         )
     return FAMILIES[architecture]
@@ -261,8 +261,7 @@ def _plan(model: Model, folder: Path) -> Plan:
 
 
 def _refuse_another_head(head: StoredTensor, embedding: StoredTensor | None) -> None:
-    """Some files contain a tied matrix a second time, others a different, separately trained "
-    "one."""
+    """Refuse an output matrix that differs from the embedding although they are tied."""
     if embedding is not None and not same_numbers(head, embedding):
         raise CheckpointError(
             "config.json ties the output matrix to the embedding, but the tensor "
@@ -273,12 +272,12 @@ def _refuse_another_head(head: StoredTensor, embedding: StoredTensor | None) -> 
 def _check_form(source: StoredTensor, shape: torch.Size) -> None:
     if source.shape != shape:
         raise CheckpointError(
-            f"the tensor {source.name!r} has shape {list(source.shape)}, and config.json requires "
+            f"the tensor {source.name!r} has shape {list(source.shape)}, but config.json requires "
             f"{list(shape)}: {_FROM_ONE_PLACE}."
         )
     if source.dtype not in DTYPES_IN_FILES:
         raise UnsupportedModel(
-            f"the tensor {source.name!r} is stored as {source.dtype}, and only "
+            f"the tensor {source.name!r} is stored as {source.dtype}, but only "
             f"{', '.join(DTYPES_IN_FILES)} are supported: choose a checkpoint in one of them."
         )
 
@@ -295,6 +294,6 @@ def _refuse_more_than_memory(model: Model, dtype: torch.dtype, device: torch.dev
         half_fits = dtype == torch.float32 and needs // 2 <= has
         less = 'dtype="bfloat16", which takes half of that, or ' if half_fits else ""
         raise InvalidOption(
-            f"the weights take {needs / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
+            f"the weights take {needs / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, but "
             f"{owner} {has / GIB:.1f} GiB: choose {less}a smaller model."
         )

@@ -1,9 +1,10 @@
 """OPT: GPT-2's architecture with ReLU, separate q, k and v projections, and shifted positions.
 
 "OPT: Open Pre-trained Transformer Language Models" (arXiv 2205.01068), the model of most
-experiments in the PagedAttention paper. Logits agree with Hugging Face's `transformers`. Only
-OPT-350m differs, in two options: its norms come after each half of a layer instead of before it,
-and its token embedding is narrower than the layers.
+experiments in the PagedAttention paper. Logits agree with Hugging Face's `transformers`.
+
+OPT-350m is the only size with other options: its norms come after each half of a layer instead of
+before it, and its token embedding is narrower than the layers.
 
 Read the file in the order in which a token passes through it, starting with `OPT.forward`.
 """
@@ -40,7 +41,7 @@ class OPTConfig(ModelConfig):
     """The sizes and options of one OPT model."""
 
     inner_size: int
-    embedding_size: int  # embedding size: 512 in OPT-350m, otherwise the hidden size
+    embedding_size: int  # 512 in OPT-350m, otherwise the hidden size
     norm_first: bool = True  # False (OPT-350m): norms come after each half of a layer
     activation: str = "relu"
     tied: bool = True  # the embedding is also the output matrix

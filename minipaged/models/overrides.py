@@ -26,7 +26,6 @@ class Overridden(dict[str, Any]):
                 raise InvalidOption(
                     f"hf_overrides sets {shown(name)}, which this architecture "
                     f"({self['architectures'][0]}) does not read from config.json: correct the "
-                    "name, "
-                    "or leave it out.",
+                    "name, or leave it out.",
                     "hf_overrides",
                 )

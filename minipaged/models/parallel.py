@@ -67,8 +67,7 @@ class Share(NamedTuple):
         return sum(stop - start for start, stop in self.ranges) + self.padding
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[Range, Range]]:
-        """Yield, per range within [start, stop), its indices in the whole and in this rank's "
-        "part."""
+        """Yield, per range within [start, stop), its indices in the whole and in this share."""
         begin = 0
         for first, last in self.ranges:
             lowest, highest = max(first, start), min(last, stop)

@@ -28,8 +28,8 @@ class RopeConfig:
     kind: Kind = "default"
     factor: float = 1.0  # all but default: the context was extended by this factor
     old_context: int = 8192  # all but default: the original context, in tokens
-    low_freq_factor: float = 1.0  # llama3: fewer turns within the original context: stretch
-    high_freq_factor: float = 4.0  # llama3: more turns than this: leave alone
+    low_freq_factor: float = 1.0  # llama3: pairs with fewer turns in the old context are stretched
+    high_freq_factor: float = 4.0  # llama3: pairs with more turns are left unchanged
     beta_slow: float = 1.0  # yarn: its counterpart of low_freq_factor
     beta_fast: float = 32.0  # yarn: its counterpart of high_freq_factor
     truncate: bool = True  # yarn: the range between the two is widened to whole pairs
@@ -107,7 +107,7 @@ def _read_parameters(hf: HFConfig) -> dict[str, Any]:
         rope |= cast(dict[str, Any], value)
     if any(isinstance(value, dict) for value in rope.values()):
         raise UnsupportedModel(
-            "config.json has several sets of RoPE parameters, one per kind of layer, and only one "
+            "config.json has several sets of RoPE parameters, one per kind of layer, but only one "
             "for all layers is supported: choose another checkpoint."
         )
     return rope
@@ -123,7 +123,7 @@ def _read_kind(rope: HFConfig) -> Kind:
     if kind is None or kind in get_args(Kind):
         return kind or "default"
     raise UnsupportedModel(
-        f"config.json scales RoPE as {kind!r}, and only {', '.join(get_args(Kind))} are "
+        f"config.json scales RoPE as {kind!r}, but only {', '.join(get_args(Kind))} are "
         "supported: choose another checkpoint, or remove the scaling and keep to the original "
         "context."
     )

@@ -84,7 +84,7 @@ def find_shards(index: Path) -> list[Path]:
     if missing:
         raise CheckpointError(
             f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} "
-            f"names, first {missing[0]}: download them."
+            f"lists, first {missing[0]}: download them."
         )
     return shards
 
@@ -121,13 +121,13 @@ def read_headers(paths: list[Path], prefix: str) -> dict[str, StoredTensor]:
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
-    """Yield every tensor in one file. Raises CheckpointError if it is incomplete."""
+    """Return every tensor in one file. Raises CheckpointError if it is incomplete."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise ValueError(f"the header alone should have {length}")
+                raise ValueError(f"its header alone should have {length} bytes")
             header = json.loads(file.read(length))
         begin = 8 + length
         tensors = [
@@ -137,7 +137,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
         ]
         end = max((tensor.end for tensor in tensors), default=begin)
         if size != end:
-            raise ValueError(f"it should have {end}")
+            raise ValueError(f"it should have {end} bytes")
     except (
         *(ValueError, TypeError, KeyError, AttributeError),
         *(OverflowError, RecursionError, OSError),

@@ -19,7 +19,7 @@ from minipaged.utils.device import to_device
 from minipaged.utils.shapes import Float
 
 Faults = dict[int, Exception]
-"""From row index to the exception that its logits processor raised."""
+"""The exceptions that logits processors raised, by row index."""
 
 
 def adjust(

@@ -13,8 +13,8 @@ from minipaged.errors import InvalidOption
 from minipaged.utils.options import LARGEST_INT, shown
 
 MAX_STOP_CHARACTERS = 300_000
-"""In all stop strings of a request together. Their automaton takes about 170 bytes and 4
-microseconds for each, when the parameters are made."""
+"""The limit for all stop strings of a request together. Building their automaton takes about 170
+bytes and 4 microseconds per character."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def check_strings(name: str, given: Any) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str) or not string:
             raise InvalidOption(
-                f"{name} holds {shown(string)}: choose strings of one character or more.", name
+                f"{name} contains {shown(string)}: choose strings of one character or more.", name
             )
     total = sum(map(len, strings))
     if total > MAX_STOP_CHARACTERS:
@@ -100,7 +100,7 @@ def check_token_ids(name: str, ids: Any) -> tuple[int, ...]:
     given = several(name, ids)
     for token_id in given:
         if not is_number(token_id, int) or token_id < 0:
-            raise InvalidOption(f"{name} holds {shown(token_id)}: choose ids from 0 up.", name)
+            raise InvalidOption(f"{name} contains {shown(token_id)}: choose ids from 0 up.", name)
     return tuple(int(token_id) for token_id in given)
 
 
@@ -121,8 +121,8 @@ def check_processors(given: Any) -> list[Any]:
     for one in processors:
         if not callable(one):
             raise InvalidOption(
-                f"logits_processors holds {shown(one)}: give functions of the output tokens and a "
-                "row of logits.",
+                f"logits_processors contains {shown(one)}: give functions of the output tokens and "
+                "a row of logits.",
                 "logits_processors",
             )
     return processors

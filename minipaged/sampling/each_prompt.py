@@ -24,7 +24,7 @@ def one_for_each(params: Any, num_prompts: int) -> list[Params]:
         return [params] * num_prompts
     if isinstance(params, Mapping | str) or not isinstance(params, Iterable):
         raise InvalidRequest(
-            f"{shown(params)} is no SamplingParams: give SamplingParams(...) or "
+            f"{shown(params)} is not a SamplingParams: give SamplingParams(...) or "
             "BeamSearchParams(...)."
         )
     each = several("sampling_params", params)

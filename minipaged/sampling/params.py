@@ -1,7 +1,7 @@
 """SamplingParams: the sampling parameters of a request, with vLLM's names and meanings.
 
-Every value is checked when the object is made, long before a batch depends on it, and again when a
-request takes its copy. Every error names the value and a valid choice.
+Every value is checked at construction, long before a batch depends on it, and again when a request
+takes its copy. Every error contains the value and a valid choice.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -147,7 +147,7 @@ class SamplingParams:
             )
         if self.stop and not self.detokenize:
             raise InvalidOption(
-                "stop strings are found in the text, and detokenize=False asks for none: leave out "
+                "stop strings are found in the text, but detokenize=False produces none: leave out "
                 "detokenize, or use stop_token_ids.",
                 "stop",
             )

@@ -1,4 +1,4 @@
-"""From a row of logits to one token, for all rows of a step at once.
+"""Chooses a token from each row of logits, for all rows of a step at once.
 
 A row passes these stages, in this order, as in vLLM and in transformers:
 
@@ -90,7 +90,7 @@ def score(
     num_top: Sequence[int | None],
     has_choice: Bool[Tensor, "rows 1"] | None = None,
 ) -> list[SampledToken]:
-    """How likely the model found one token in each row, and which others it found likeliest.
+    """Return the log-probability of one token per row, and those of the likeliest tokens.
 
     With the logits of prompt positions and the prompt's next tokens, it returns `prompt_logprobs`.
     `num_top[i]` is the number of likeliest tokens to return; -1: all, None: none and no rank.

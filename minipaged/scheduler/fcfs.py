@@ -136,7 +136,7 @@ class FCFSScheduler:
                 served += 1
 
     def _make_room(self, group: SequenceGroup, younger: list[SequenceGroup], draft: Draft) -> bool:
-        """Preempt younger groups until this one fits; False if it was preempted or ended itself."""
+        """Preempt younger groups until this one fits. False: this one was preempted or ended."""
         while not self.memory.can_append(group):
             if not self.memory.fits(group):
                 self._end(group, draft)
@@ -237,8 +237,8 @@ class FCFSScheduler:
     def _preempt(self, group: SequenceGroup, draft: Draft) -> None:
         """Take all blocks of a group: "auto" swaps groups of several and recomputes the others.
 
-        The paper describes and compares both (section 7.3); the rule is the first vLLM's. A group
-        of several sequences is swapped in every mode, unless the swap pool is full: recomputing it
+        The paper compares both (section 7.3), and vLLM's first version had this rule. A group of
+        several sequences is swapped in every mode, unless the swap pool is full: recomputing it
         may take one step per sequence. See `_refork`.
         """
         mode, several = self.config.preemption, len(group.sequences) > 1

@@ -4,10 +4,11 @@
                                        v            ^
     engine thread                 add, abort --> step --> results
 
-Only the engine thread calls the engine. Between two steps it does what the inbox asks for. After a
-step it leaves the results for the event loop. It wakes the loop for what cannot wait: first tokens,
-ends and errors; for the rest, the loop looks every `interval` seconds. What a slow reader has not
-read waits in its stream, where it delays no other request; its own output limits how much it is.
+Only the engine thread calls the engine. Between two steps it executes the calls in the inbox. After
+a step it stores the results for the event loop. It wakes the loop only for urgent results: first
+tokens, ends and errors. The loop fetches all others every `interval` seconds. Results that a slow
+reader has not read yet wait in its stream, where they delay no other request; there can be no more
+of them than the reader's own output.
 """
 
 import asyncio
@@ -34,22 +35,22 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Observer = Callable[[Sequence[Progress]], None]
 
-SECONDS_TO_STOP = 5.0  # for the step that runs; a part that hangs must not keep the process
-SECONDS_TO_CHECK = 1.0  # whether the other ranks of an idle engine still run
-TEXT_THREADS = 2  # for templates and tokenizers: one more than a single huge prompt occupies
+SECONDS_TO_STOP = 5.0  # for the running step; a part that hangs must not keep the process alive
+SECONDS_TO_CHECK = 1.0  # between two checks that the ranks of an idle engine still run
+TEXT_THREADS = 2  # for templates and tokenizers: a single huge prompt leaves one of them free
 
 
 class AsyncEngine:
     """An engine in its own thread, for one event loop.
 
-    If a step raises, the engine is dead: every open request fails with EngineDead, as does every
-    later one, and `died` is set.
+    If a step raises, the engine is dead: all open and all later requests fail with EngineDead, and
+    `died` is set.
 
     Args:
         engine: no other thread may call it from now on.
-        max_queued: requests that may wait to be scheduled; each sample counts.
-        max_queued_tokens: tokens that their prompts may have together; None: any number.
-        interval: seconds; tokens that come faster are delivered together. 0: after every step.
+        max_queued: maximum requests that wait to be scheduled, counting each sample.
+        max_queued_tokens: maximum tokens of their prompts together; None: any number.
+        interval: seconds between deliveries of tokens that are not urgent; 0: after every step.
         observe: called in the engine thread with the progress of each step, and of each abort.
     """
 
@@ -71,8 +72,8 @@ class AsyncEngine:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
         self._streams: dict[str, tuple[Stream, int]] = {}  # used by the loop only
-        self._look: asyncio.TimerHandle | None = None  # when the loop looks next; as is this
-        self._unscheduled: set[str] = set()  # used by the engine thread only, as is the next
+        self._look: asyncio.TimerHandle | None = None  # the next delivery; used by the loop only
+        self._unscheduled: set[str] = set()  # this and the next: used by the engine thread only
         self._without_tokens: set[str] = set()
         self._numbers = count()
         self._is_closing = False
@@ -85,17 +86,17 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    # ---- in the event loop ---------------------------------------------------------------------
+    # ---- in the event loop -----------------------------------------------------------------------
 
     async def serve(
         self, check: Callable[[], Sequence[CheckedRequest]], num_sequences: int
     ) -> Stream:
-        """Serve the requests of one caller, who must `close` the stream in any case.
+        """Serve the requests of one caller, who must always `close` the stream.
 
         Args:
-            check: reads and checks the requests. It is called in a thread for texts, since a long
-                prompt takes long to encode.
-            num_sequences: how many samples they ask for together.
+            check: reads and checks the requests. It is called in a thread for texts, because
+                encoding a long prompt takes long.
+            num_sequences: the number of samples of all requests together.
 
         Raises ServerClosing, EngineDead, QueueFull, and what `check` raises.
         """
@@ -123,9 +124,9 @@ class AsyncEngine:
             raise ServerClosing("the server is shutting down: send the request to another one.")
 
     async def in_a_text_thread(self, function: Callable[[], T]) -> T:
-        """What a function returns that would keep the event loop waiting.
+        """Run a function that would block the event loop in a thread, and return its result.
 
-        Raises EngineDead or ServerClosing if that is the case when its turn comes.
+        Raises EngineDead or ServerClosing if the engine has stopped when its turn comes.
         """
 
         def in_its_turn() -> T:
@@ -136,7 +137,7 @@ class AsyncEngine:
         return await self._loop.run_in_executor(self._texts, in_its_turn)
 
     async def between_steps(self, function: Callable[[], T]) -> T:
-        """What a function returns that the engine thread calls between two steps.
+        """Run a function in the engine thread between two steps, and return its result.
 
         Raises ServerClosing, EngineDead, and what the function raises.
         """
@@ -145,17 +146,17 @@ class AsyncEngine:
         self._inbox.put(partial(_fulfil, future, function))
         answer = asyncio.wrap_future(future)
         while not (await asyncio.wait([answer], timeout=1.0))[0]:
-            self.refuse_if_closed()  # the engine may have ended before it came to this message
+            self.refuse_if_closed()  # the engine may have stopped before it read this message
         return answer.result()
 
     def abort(self, request_id: str) -> None:
-        """End a request that has no reader any more, unless it has ended."""
+        """End a request whose reader has left, unless it has ended."""
         if self._streams.pop(request_id, None) is not None:
             self._inbox.put(partial(self._abort, request_id))
 
     @property
     def num_open(self) -> int:
-        """How many requests have not ended."""
+        """The number of requests that have not ended."""
         return len(self._streams)
 
     @property
@@ -164,7 +165,7 @@ class AsyncEngine:
         return self._is_stopped or self.error is not None
 
     async def close(self, grace: float) -> None:
-        """Accept nothing more, give what is open `grace` seconds to end, abort the rest, stop."""
+        """Accept no more requests, give open ones `grace` seconds, abort the rest, and stop."""
         self._is_closing = True
         deadline = self._loop.time() + grace
         while self._streams and self.error is None and self._loop.time() < deadline:
@@ -172,10 +173,10 @@ class AsyncEngine:
         self._fail_all(ServerClosing, "the server is shutting down, so the request was aborted.")
         self._inbox.put(self._stop)
         await self._loop.run_in_executor(None, self._thread.join, SECONDS_TO_STOP)
-        self._texts.shutdown(wait=False)  # what waits there is refused when its turn comes
+        self._texts.shutdown(wait=False)  # functions that still wait there are refused later
 
     def _deliver(self) -> None:
-        """Hand all results to their streams."""
+        """Deliver all results to their streams."""
         with self._lock:
             results, self._results = self._results, []
             self._is_waking = False
@@ -203,10 +204,10 @@ class AsyncEngine:
         self._streams.clear()
         self.died.set()
 
-    # ---- in the engine thread ------------------------------------------------------------------
+    # ---- in the engine thread --------------------------------------------------------------------
 
     def _run(self) -> None:
-        """Step as long as there are requests; wait for messages when there are none."""
+        """Step while there are requests; wait for messages when there are none."""
         try:
             while not self._is_stopped:
                 is_idle = not self.engine.has_unfinished_requests()
@@ -219,7 +220,7 @@ class AsyncEngine:
                     urgent = [each for each in progresses if self._is_urgent(each)]
                     results = [(each.request_id, each.error or each) for each in progresses]
                     self._leave(results, at_once=bool(urgent) or not self._interval)
-                    if urgent:  # the event loop is awake, and waits for the interpreter's lock
+                    if urgent:  # the event loop is awake and needs the interpreter's lock
                         time.sleep(0)
         except BaseException as error:
             logger.critical("the engine is dead", exc_info=error)
@@ -227,7 +228,7 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._tell_of_death, _death(error))
 
     def _next_message(self) -> Callable[[], None]:
-        """Waits for one. Raises WorkerLost if a rank is lost meanwhile."""
+        """Wait for the next message. Raises WorkerLost if a rank is lost meanwhile."""
         while True:
             try:
                 return self._inbox.get(timeout=SECONDS_TO_CHECK)
@@ -237,7 +238,7 @@ class AsyncEngine:
     def _add(self, request_id: str, request: CheckedRequest) -> None:
         try:
             self.engine.add_request(request_id, request)
-        except Exception as error:  # of this request alone: `add_request` is all or nothing
+        except Exception as error:  # concerns only this request: `add_request` is atomic
             self._leave([(request_id, error)])
         else:
             self._unscheduled.add(request_id)
@@ -255,7 +256,7 @@ class AsyncEngine:
         self._without_tokens.discard(request_id)
         try:
             output = self.engine.abort_request(request_id)
-        except Exception:  # the request is gone all the same, and the others go on
+        except Exception:  # the request is aborted nevertheless, and the others continue
             logger.exception("a part failed while a request was aborted")
             output = None
         if output is not None:
@@ -271,7 +272,7 @@ class AsyncEngine:
         self._is_stopped = True
 
     def _leave(self, results: Sequence[tuple[str, Result]], at_once: bool = True) -> None:
-        """Leave results for the event loop, which looks at once or when it looks next."""
+        """Store results for the event loop; wake it, or leave them for its next delivery."""
         with self._lock:
             self._results += results
             wakes = at_once and not self._is_waking
@@ -290,6 +291,6 @@ def _fulfil(future: "Future[T]", function: Callable[[], T]) -> None:
 
 def _death(error: BaseException) -> str:
     return (
-        f"the engine has failed ({type(error).__name__}: {error}) and serves nothing more: start "
-        "the server again."
+        f"the engine has failed ({type(error).__name__}: {error}) and serves no more requests: "
+        "restart the server."
     )

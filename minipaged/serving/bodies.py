@@ -1,4 +1,4 @@
-"""How the JSON of a body is read, however large, deep or wrong it is."""
+"""Reads the JSON of request bodies, however large, deep or invalid they are."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -9,26 +9,26 @@ from fastapi.routing import APIRoute
 from pydantic import BeforeValidator, Field
 from pydantic_core import from_json
 
-LARGE = 2**16  # bytes: from here on, others are served between parsing and checking
-MOST_ITEMS = 1024  # of what each new token is compared with
+LARGE = 2**16  # bytes; larger bodies are parsed in a thread, while other requests are served
+MOST_ITEMS = 1024  # in a field that is compared with each new token
 
 
 def _few(value: Any) -> Any:
-    """For dicts, whose own limit pydantic checks last."""
+    """Limit the size of a dict before its entries are checked; pydantic's own limit comes last."""
     if isinstance(value, dict) and len(value) > MOST_ITEMS:
-        raise ValueError(f"{len(value)} entries are given, and at most {MOST_ITEMS} may be")
+        raise ValueError(f"has {len(value)} entries, but at most {MOST_ITEMS} are allowed")
     return value
 
 
 T = TypeVar("T")
-# Only the first fault is looked for: to describe a million takes seconds.
+# Checking stops at the first fault: describing a million of them would take seconds.
 Items = Annotated[list[T], Field(fail_fast=True)]
 Few = Annotated[list[T], Field(fail_fast=True, max_length=MOST_ITEMS)]
 Biases = Annotated[dict[str, float], BeforeValidator(_few)]
 
 
 class JsonRoute(APIRoute):
-    """Reads bodies with a parser that limits the nesting, and refuses half a surrogate pair."""
+    """Reads bodies with a parser that limits the nesting and refuses lone surrogates."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: {"error": {message, type, param, code}} and a status."""
+"""Errors in OpenAI's format: {"error": {message, type, param, code}} and a status."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ STATUS: dict[type[Exception], int] = {
 
 
 CODES = {errors.PromptTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
-"""What OpenAI's clients look for; other errors have their status as a code."""
+"""Codes that OpenAI's clients check; other errors have their status as the code."""
 
 
 def body(status: int, message: str, param: str | None = None, code: Any = None) -> dict[str, Any]:
@@ -58,17 +58,17 @@ def body(status: int, message: str, param: str | None = None, code: Any = None) 
 
 
 def response(status: int, message: str, param: str | None = None, code: Any = None) -> Response:
-    """The response of an error. Clients repeat 429 and 503 after the seconds of Retry-After."""
+    """The response of an error. Clients retry after 429 and 503, when Retry-After has passed."""
     headers = {"Retry-After": "1"} if status in (429, 503) else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    # json's ASCII can also show what is no Unicode: half a pair of surrogates.
+    # JSON in ASCII can also represent a lone surrogate, which UTF-8 cannot.
     content = json.dumps(body(status, message, param, code))
     return Response(content, status, headers, "application/json")
 
 
 def describe(error: Exception) -> tuple[int, str, str | None, Any]:
-    """Status, message, parameter and code; what is a fault of the server's is logged."""
+    """Status, message, parameter and code of an error; faults of the server are logged."""
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail), None, None
     if isinstance(error, RequestValidationError):
@@ -81,7 +81,7 @@ def describe(error: Exception) -> tuple[int, str, str | None, Any]:
             code = next((code for k, code in CODES.items() if isinstance(error, k)), None)
             return status, str(error), getattr(error, "param", None), code
     logger.error("a request has failed", exc_info=error)
-    return 500, f"the server failed at this request ({type(error).__name__}).", None, None
+    return 500, f"the server failed on this request ({type(error).__name__}).", None, None
 
 
 def as_response(error: Exception) -> Response:

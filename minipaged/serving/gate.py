@@ -1,4 +1,4 @@
-"""What is between a socket and the application: deadlines, keys, and the sizes of bodies."""
+"""Checks before a request reaches the application: deadlines, API keys, and sizes of bodies."""
 
 import asyncio
 import secrets
@@ -14,15 +14,15 @@ from minipaged.serving import errors
 from minipaged.serving.settings import ServerArgs
 from minipaged.serving.streams import ClientLeft
 
-HEAD_SECONDS = 30.0  # in which the headers of a request must arrive: half of them keep a socket
-BODY_SECONDS = 30.0  # ... and its body: half a request keeps its memory
-LINGER_SECONDS = 5.0  # in which a refused body may still arrive: see `_refuse`
-MAX_BODIES = 16  # of the largest size, that may be in memory at once
+HEAD_SECONDS = 30.0  # for the headers of a request: incomplete ones keep a socket open
+BODY_SECONDS = 30.0  # for its body: an incomplete one keeps its memory
+LINGER_SECONDS = 5.0  # for which a refused body is still read: see `_refuse`
+MAX_BODIES = 16  # bodies of the largest size that may be in memory at once
 OPEN_PATHS = ("/health", "/metrics")
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, closed if a head does not arrive; invalid HTTP gets OpenAI's error."""
+    """uvicorn's connection, with a deadline for headers and OpenAI's error for invalid HTTP."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -47,7 +47,7 @@ class Connection(H11Protocol):
             self._deadline = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
+        """Refuse invalid HTTP."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return self.transport.abort()  # the response has begun
         refusal = errors.response(400, f"{msg} Send a valid HTTP/1.1 request.")
@@ -74,7 +74,7 @@ class Gate:
         self._num_bytes = 0  # of all bodies in memory
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        """Pass a request on, with its whole body, or answer it with an error."""
+        """Pass a request on with its whole body, or respond with an error."""
         chunks: list[bytes] = []
         refusal = self._wrong_key(scope)
         try:
@@ -109,7 +109,7 @@ class Gate:
     async def _read(
         self, headers: dict[bytes, bytes], receive: Any, chunks: list[bytes]
     ) -> Response | None:
-        """Read the body in chunks. Returns the refusal of one that is too large.
+        """Read the body in chunks. Returns an error response if it is too large.
 
         Raises ClientLeft.
         """
@@ -120,8 +120,8 @@ class Gate:
                 message = f"the body has more than {self._max_bytes} bytes (max_body_bytes)"
                 return errors.response(413, f"{message}: send less.")
             if self._num_bytes > MAX_BODIES * self._max_bytes:
-                message = f"the bodies of other requests have {self._num_bytes} bytes"
-                return errors.response(429, f"{message}: send this one again later.")
+                message = f"the bodies of other requests take {self._num_bytes} bytes of memory"
+                return errors.response(429, f"{message}: send this request again later.")
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeft
@@ -134,9 +134,9 @@ class Gate:
     async def _refuse(
         self, refusal: Response, scope: MutableMapping[str, Any], receive: Any, send: Any
     ) -> None:
-        """Answer at once, but let the body arrive: many clients read no answer before it has.
+        """Respond at once, but keep reading the body: many clients send all of it before they read.
 
-        A socket closed with unread data sends a reset, which can take the answer away again.
+        A socket closed with unread data sends a reset, which may discard the response.
         """
         refusal.headers["Connection"] = "close"
 

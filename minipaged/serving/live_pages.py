@@ -1,9 +1,9 @@
-"""The live view over HTTP: /viz is its page, /viz/events what happens (server-sent events).
+"""The live view over HTTP: /viz is its page, /viz/events its server-sent events.
 
-Access: if the server has an API key, clients that send it, as a header or, since a browser's
-EventSource sends none, as `/viz?key=...`. Otherwise only clients on this machine, and only by a
-loopback name: a website could point its own name here (DNS rebinding) and read the answer in a
-visitor's browser.
+If the server has an API key, clients must send it: as a header, or as `/viz?key=...`, because a
+browser's EventSource cannot send headers. Without a key, only clients on this machine may watch,
+and only under a loopback name: otherwise a website could point its own name here (DNS rebinding)
+and read the response in a visitor's browser.
 """
 
 import html
@@ -40,14 +40,14 @@ HEADERS = {
 
 
 class LivePages:
-    """ASGI middleware that answers for the live view, and passes on everything else.
+    """ASGI middleware that serves the live view, and passes on all other requests.
 
     Args:
         app: the rest of the server.
-        view: what has been collected of the engine.
+        view: the events of the engine.
         engine: the same engine.
         model: its name, for the title.
-        key: None: only clients on this machine may watch.
+        key: the API key; None: only clients on this machine may watch.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LivePages:
         self._key = key
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        """Answer, refuse or pass on."""
+        """Serve, refuse or pass on a request."""
         if scope["type"] != "http" or scope["path"] not in PATHS:
             return await self._app(scope, receive, send)
         response = refuse_viewer(scope, self._key) or self._respond(scope)
@@ -70,7 +70,7 @@ class LivePages:
         if scope["path"] == "/viz":
             return HTMLResponse(fill_page("live.html", title=self._title), headers=HEADERS)
         if self._view.num_viewers >= MOST_VIEWERS:
-            return errors.response(429, f"{MOST_VIEWERS} views are open already: close one.")
+            return errors.response(429, f"{MOST_VIEWERS} views are already open: close one.")
         try:
             self._engine.refuse_if_closed()
         except MinipagedError as error:
@@ -79,14 +79,14 @@ class LivePages:
 
 
 class EventStream(StreamingResponse):
-    """Messages for one viewer, who has left when this ends, even if half a message was unread."""
+    """Messages for one viewer. Closes them when the response ends, even in the middle of one."""
 
     def __init__(self, messages: AsyncGenerator[bytes]) -> None:
         super().__init__(messages, headers=HEADERS, media_type="text/event-stream")
         self._messages = messages
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send until one side ends it."""
+        """Send messages until either side closes the stream."""
         async with aclosing(self._messages):
             await super().__call__(scope, receive, send)
 

@@ -1,11 +1,11 @@
-"""What a live view of the engine gets: a snapshot, and then what happens in every step.
+"""The data of a live view of the engine: a snapshot, then the events of every step.
 
     engine thread    events of a step --> Step --> ring of the last steps
     event loop       each viewer: snapshot, then read the ring about ten times per second
 
-The engine never waits for a viewer, and wakes none: each viewer polls. One that is so
-slow that the ring has lost what it needs next begins again with a snapshot. Without a viewer,
-nothing is listened to and nothing is kept.
+The engine neither waits for a viewer nor wakes one: each viewer polls. If a viewer is so slow that
+the ring has dropped the next step that it needs, it begins again with a snapshot. Without viewers,
+no events are collected.
 """
 
 import asyncio
@@ -27,31 +27,31 @@ from minipaged.tracing.snapshot import snapshot
 
 MOST_EVENTS = 20_000  # in the ring: about 10 MB
 SECONDS_TO_LOOK = 0.1  # the page draws no faster
-LOOKS_TO_PING = 100  # without news: a connection that is dead fails when it is written to
+LOOKS_TO_PING = 100  # without news, write a comment: writing to a dead connection fails
 
 
 @dataclass
 class Step:
-    """What happened in one step, or in an abort between two."""
+    """The events of one step, or of an abort between two steps."""
 
     events: list[Event]
-    numbers: dict[str, int]  # empty: it is no step
-    done: list[dict[str, Any]]  # the requests that have ended
+    numbers: dict[str, int]  # the statistics of the step; empty for an abort
+    done: list[dict[str, Any]]  # the requests that ended
 
     @cached_property
     def message(self) -> bytes:
-        """As a server-sent event, encoded once for all viewers."""
+        """The server-sent event, encoded once for all viewers."""
         events = ",".join(event.to_json() for event in self.events)
         rest = json.dumps({**self.numbers, "done": self.done})[1:]
         return f'event: step\ndata: {{"events": [{events}], {rest}\n\n'.encode()
 
 
 class LiveView:
-    """Collects what an engine's log and listeners report, for any number of viewers.
+    """Collects the events of an engine's log and listeners, for any number of viewers.
 
     Args:
         engine: its parts are `traced` with the log.
-        log: listened to while there is a viewer.
+        log: has this view as a listener while there are viewers.
     """
 
     def __init__(self, engine: LLMEngine, log: EventLog) -> None:
@@ -63,12 +63,12 @@ class LiveView:
         self.ring = Ring[Step](MOST_EVENTS)
         engine.listeners.append(self.note_step)
 
-    # ---- in the engine thread ------------------------------------------------------------------
+    # ---- in the engine thread --------------------------------------------------------------------
 
     def begin(self) -> tuple[Event, int]:
-        """A snapshot for one more viewer, and the number of the first step that it lacks.
+        """A snapshot for a new viewer, and the number of the first step after it.
 
-        To be called between two steps. From now on the log is listened to.
+        Call it between two steps. From now on, events are collected.
         """
         if self._take not in self._log.listeners:
             self._log.listeners.append(self._take)
@@ -84,7 +84,7 @@ class LiveView:
         }
 
     def note_progress(self, progresses: Sequence[Progress]) -> None:
-        """The end of a step or of an abort, with the requests that have advanced or ended."""
+        """Note the end of a step or of an abort, with the requests that advanced or ended."""
         if self.num_viewers > 0:
             done = [_ending(progress) for progress in progresses if progress.finished]
             self.ring.add(Step(self._events, self._numbers, done), len(self._events) + 1)
@@ -96,7 +96,7 @@ class LiveView:
     def _take(self, event: Event) -> None:
         self._events.append(event)
 
-    # ---- in the event loop ---------------------------------------------------------------------
+    # ---- in the event loop -----------------------------------------------------------------------
 
     async def messages(self, engine: AsyncEngine) -> AsyncGenerator[bytes]:
         """Server-sent events for one viewer, until the engine ends."""
@@ -121,7 +121,7 @@ class LiveView:
 
 
 def _ending(progress: Progress) -> dict[str, Any]:
-    """How a request has ended, for the page."""
+    """Describe for the page how a request ended."""
     output = progress.build_output()
     times = output.metrics
     end = times.finished_time

@@ -1,4 +1,4 @@
-"""What a server counts, under vLLM's names, for Prometheus."""
+"""The server's metrics for Prometheus, under vLLM's names."""
 
 import time
 from bisect import bisect_left
@@ -29,7 +29,7 @@ GAUGES: dict[str, tuple[str, Callable[[LLMEngine], float]]] = {
         lambda e: 1 - e.memory.num_free / e.memory.num_blocks,
     ),
 }
-"""Read when they are asked for."""
+"""Read from the engine whenever the metrics are rendered."""
 COUNTERS = {
     "prompt_tokens": "Prompt tokens of the requests that have ended.",
     "generation_tokens": "Tokens that were generated and returned.",
@@ -42,8 +42,11 @@ HISTOGRAMS = {
     "inter_token_latency_seconds": ("Between two tokens of a request (ITL).", SECONDS),
     "e2e_request_latency_seconds": ("From arrival to the end.", SECONDS),
     "request_queue_time_seconds": ("From arrival until it was first scheduled.", SECONDS),
-    "request_prefill_time_seconds": ("From there to the first token.", SECONDS),
-    "request_decode_time_seconds": ("From there to the last token.", SECONDS),
+    "request_prefill_time_seconds": (
+        "From when it was first scheduled to the first token.",
+        SECONDS,
+    ),
+    "request_decode_time_seconds": ("From the first token to the last.", SECONDS),
     "request_prompt_tokens": ("Prompt tokens of a request.", COUNTS),
     "request_generation_tokens": ("Tokens generated for a request.", COUNTS),
     "iteration_tokens_total": ("Tokens computed in a step.", COUNTS),
@@ -51,7 +54,7 @@ HISTOGRAMS = {
 
 
 class Tally:
-    """A histogram: how many values are between two bounds, and their sum."""
+    """A histogram: the number of values between each two bounds, and the sum of all."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -59,21 +62,21 @@ class Tally:
         self._sum = 0.0
 
     def add(self, value: float, times: int = 1) -> None:
-        """Count a value."""
+        """Count a value, `times` times."""
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += times * value
 
     def totals(self) -> tuple[list[tuple[str, float]], float]:
-        """How many values are at most each bound, as Prometheus counts them, and their sum."""
+        """Return (bound, number of values up to it) pairs, as in Prometheus, and their sum."""
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
         return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
 
 
 class Metrics(Collector):
-    """Counts steps and requests. The engine's thread counts, any thread may render.
+    """Counts steps and requests. Only the engine's thread counts; any thread may render.
 
-    The counts are plain numbers: prometheus_client's own histograms take a lock for each value, and
-    the time between two tokens is a value per token.
+    The counts are plain numbers, because prometheus_client's own histograms take a lock per value,
+    and the time between two tokens is one value per token.
     """
 
     content_type = CONTENT_TYPE_LATEST
@@ -84,13 +87,13 @@ class Metrics(Collector):
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._tallies = {name: Tally(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
         self._ends = dict.fromkeys(("stop", "length", "abort", "error"), 0)
-        self._last_token: dict[str, float] = {}  # by request id: when it got its last one
-        self._num_counted: dict[str, int] = {}  # by request id: tokens
+        self._last_token: dict[str, float] = {}  # by request id: the time of its last token
+        self._num_counted: dict[str, int] = {}  # by request id: its tokens counted so far
         self._registry = core.CollectorRegistry()
         ProcessCollector(registry=self._registry)  # CPU seconds and memory of this process
         self._registry.register(self)
 
-    # ---- in the engine's thread ----------------------------------------------------------------
+    # ---- in the engine's thread ------------------------------------------------------------------
 
     def note_step(self, decision: SchedulerOutput, stats: StepStats) -> None:
         """A listener of the engine."""
@@ -109,7 +112,7 @@ class Metrics(Collector):
         self._counts["prefix_cache_hits"] += stats.num_cached_tokens
 
     def note_progress(self, progresses: Sequence[Progress]) -> None:
-        """What requests have got in a step, and those that have ended."""
+        """Count the new tokens of a step or of an abort, and the requests that ended."""
         for progress in progresses:
             request_id = progress.request_id
             counted = self._num_counted.get(request_id, 0)
@@ -123,7 +126,7 @@ class Metrics(Collector):
             self._counts["generation_tokens"] += total - counted
 
     def _note_end(self, output: RequestOutput) -> int:
-        """Returns the number of tokens that were generated for it."""
+        """Count a request that ended; returns the number of its generated tokens."""
         times = output.metrics
         num_generated = sum(len(each.token_ids) for each in output.outputs)
         self._counts["prompt_tokens"] += len(output.prompt_token_ids)
@@ -144,7 +147,7 @@ class Metrics(Collector):
                 self._tallies[name].add(end - begin)
         return num_generated
 
-    # ---- in any thread -------------------------------------------------------------------------
+    # ---- in any thread ---------------------------------------------------------------------------
 
     def collect(self) -> Iterator[core.Metric]:
         """All metrics, for the registry."""

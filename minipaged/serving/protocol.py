@@ -1,6 +1,6 @@
-"""What clients send: the requests of OpenAI's protocol, with vLLM's extra fields.
+"""The bodies of requests: OpenAI's protocol, with vLLM's extra fields.
 
-A field that is null has its default. A field that asks for what is not built is refused. An unknown
+A field that is null has its default. A field for an unsupported feature is refused. An unknown
 field is ignored, with one warning in the log.
 """
 
@@ -43,7 +43,7 @@ KNOWN_AND_IGNORED = {
     "include_reasoning",
     "prompt_cache_key", "reasoning_effort", "verbosity",
 }  # fmt: skip
-"""Fields of OpenAI's, and of routers, that change nothing here."""
+"""Fields of OpenAI and of routers that have no effect here."""
 
 BEAM_SEARCH = {"n", "max_tokens", "temperature", "ignore_eos"}
 """Sampling fields that beam search honours."""
@@ -54,19 +54,19 @@ def _field(help: str) -> Any:
 
 
 class StreamOptions(BaseModel, extra="allow", strict=True):
-    """What a stream reports besides the output."""
+    """What a stream reports in addition to the output."""
 
     include_usage: bool | None = _field("Send a last chunk with the usage.")
     continuous_usage_stats: bool | None = _field("Send the usage so far with each chunk.")
 
 
 class Body(BaseModel, extra="allow", strict=True):
-    """The body of a request. Types are not converted: "1" is no number."""
+    """The body of a request. Types are not converted: "1" is not a number."""
 
     model: str | None = _field("The name of the model that the server runs.")
 
     def refuse_what_is_not_built(self) -> None:
-        """Raises InvalidOption; warns of an unknown field."""
+        """Raise InvalidOption for an unsupported field; warn of an unknown one."""
         extra = self.model_extra or {}
         for name in NOT_BUILT.keys() & extra.keys():
             refuse_not_built(name, extra[name], NOT_BUILT, ())
@@ -81,7 +81,7 @@ def _warn_of(name: str) -> None:
 
 
 class GenerationBody(Body):
-    """What completions and chats have in common."""
+    """The fields that completions and chats share."""
 
     n: int | None = _field("Samples per prompt; with beam search, beams.")
     best_of: int | None = _field("Generate this many samples, and return the n likeliest.")
@@ -107,7 +107,7 @@ class GenerationBody(Body):
     truncate_prompt_tokens: int | None = _field("Keep only this many last tokens of the prompt.")
     prompt_logprobs: int | None = _field("Report this many of the likeliest prompt tokens.")
     stream: bool | None = _field("Send the output as it is generated.")
-    stream_options: StreamOptions | None = _field("What a stream reports besides.")
+    stream_options: StreamOptions | None = _field("What a stream reports in addition.")
     response_format: dict[str, Any] | None = _field('Only {"type": "text"}.')
     cache_salt: str | None = _field("Only prompts with the same salt share cached blocks.")
     add_special_tokens: bool | None = _field("Whether the tokenizer adds its own tokens.")
@@ -119,15 +119,15 @@ class GenerationBody(Body):
 
     @property
     def width(self) -> int:
-        """Samples or beams per prompt, if `params` allows that many."""
+        """Samples or beams per prompt. `params` checks whether that many are allowed."""
         return max(1, self.n or 1, self.best_of or 1)
 
     def length(self) -> int | None:
-        """Maximum tokens to generate; None: as many as the context holds."""
+        """Maximum tokens to generate; None: as many as fit in the context."""
         return self.max_tokens
 
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are asked for. Raises InvalidOption."""
+        """How many of the likeliest tokens are requested. Raises InvalidOption."""
         raise NotImplementedError
 
     def num_prompt_logprobs(self) -> int | None:
@@ -142,9 +142,9 @@ class GenerationBody(Body):
         """The parameters of each prompt.
 
         Args:
-            defaults: those of the server, by the names of `SamplingParams`.
+            defaults: the server's default parameters, by the names of `SamplingParams`.
 
-        Raises InvalidOption for a value that cannot work.
+        Raises InvalidOption for an invalid value.
         """
         self.refuse_what_is_not_built()
         logprobs, prompt_logprobs = self.num_logprobs(), self.num_prompt_logprobs()
@@ -205,14 +205,14 @@ class CompletionBody(GenerationBody):
 
     @property
     def prompts(self) -> list[Any]:
-        """One or several, each a text or a list of token ids. Raises InvalidOption for none."""
+        """The prompts, each a text or a list of token ids. Raises InvalidOption for none."""
         if self.prompt == []:
             raise InvalidOption("prompt is an empty list: give at least one.", "prompt")
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if one else list(self.prompt)
 
     def length(self) -> int:
-        """16 unless it is given. 0 only scores a prompt: one token is generated and not shown."""
+        """16 by default. 0 only scores a prompt: one token is generated and not shown."""
         if self.max_tokens == 0 and not self.echo:
             raise InvalidOption(
                 "max_tokens is 0, which leaves nothing to show: raise it, or set echo to score the "
@@ -222,11 +222,11 @@ class CompletionBody(GenerationBody):
         return 16 if self.max_tokens is None else max(self.max_tokens, int(self.max_tokens == 0))
 
     def num_logprobs(self) -> int | None:
-        """As many as the field says."""
+        """The field `logprobs`."""
         return self.logprobs
 
     def num_prompt_logprobs(self) -> int | None:
-        """With echo, those of the prompt are among the logprobs. Raises InvalidOption."""
+        """The field `logprobs`, if echo is set; then the prompt has them. Raises InvalidOption."""
         if not self.echo or self.logprobs is None:
             return super().num_prompt_logprobs()
         if self.stream:
@@ -239,12 +239,12 @@ class CompletionBody(GenerationBody):
 
 
 class TemplateFields(Body):
-    """How the messages of a chat become a prompt."""
+    """Fields that control how the messages of a chat become a prompt."""
 
     tools: Items[dict[str, Any]] | None = _field("Given to the chat template.")
     add_generation_prompt: bool | None = _field("Open the assistant's turn; true by default.")
     continue_final_message: bool | None = _field("Continue the last message instead.")
-    chat_template_kwargs: dict[str, Any] | None = _field("More for the chat template to read.")
+    chat_template_kwargs: dict[str, Any] | None = _field("Extra variables of the chat template.")
 
 
 class ChatBody(GenerationBody, TemplateFields):
@@ -257,7 +257,7 @@ class ChatBody(GenerationBody, TemplateFields):
     chat_template: str | None = _field("A template for this request; refused unless trusted.")
 
     def length(self) -> int | None:
-        """Of the two fields, the newer one."""
+        """`max_completion_tokens` or, if it is not given, the older `max_tokens`."""
         newer = self.max_completion_tokens
         return self.max_tokens if newer is None else newer
 

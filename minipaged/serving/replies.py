@@ -1,4 +1,4 @@
-"""What clients receive: outputs of the engine as OpenAI's JSON, whole or in chunks of a stream."""
+"""Replies: the engine's outputs as OpenAI's JSON, whole or in chunks of a stream."""
 
 import json
 import time
@@ -33,39 +33,39 @@ class Reply(Generic[B]):
     tokenizer: Tokenizer | None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    # ---- what completions and chats do in their own ways ---------------------------------------
+    # ---- different for completions and chats -----------------------------------------------------
 
     prefix = object = chunk_object = ""
 
     def choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-        """Text and logprobs of one sample, whole."""
+        """Text and logprobs of one complete sample."""
         raise NotImplementedError
 
     def opening(self, stream: Stream, prompt: int) -> dict[str, Any] | None:
-        """What the first chunk of a choice has before any token."""
+        """The first chunk of a choice, before any token; None if there is none."""
         raise NotImplementedError
 
     def delta(self, index: int, new: NewTokens) -> dict[str, Any]:
-        """What is new of both."""
+        """The new text and logprobs of one sample."""
         raise NotImplementedError
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a token; none without a tokenizer."""
+        """The bytes of a token; empty without a tokenizer."""
         return b"" if self.tokenizer is None else self.tokenizer.token_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
-        """A token by itself: half a character is U+FFFD."""
+        """The text of a single token; half a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
-    # ---- whole ---------------------------------------------------------------------------------
+    # ---- whole -----------------------------------------------------------------------------------
 
     @property
     def num_samples(self) -> int:
-        """Per prompt."""
+        """The number of samples per prompt."""
         return self.body.n or 1
 
     async def whole(self, stream: Stream) -> dict[str, Any]:
-        """Wait for all outputs. Raises what has ended one of them."""
+        """Wait for all outputs. Raises the error of the first request that failed."""
         outputs = await stream.results()
         choices: list[dict[str, Any]] = []
         for prompt, output in enumerate(outputs):
@@ -95,15 +95,15 @@ class Reply(Generic[B]):
         )
 
     def num_generated(self, completion: CompletionOutput) -> int:
-        """The tokens of a sample that the reply shows."""
+        """The number of tokens of a sample that the reply shows."""
         return len(completion.token_ids)
 
-    # ---- in chunks -----------------------------------------------------------------------------
+    # ---- in chunks -------------------------------------------------------------------------------
 
     async def events(self, stream: Stream) -> AsyncIterator[bytes]:
-        """Server-sent events, one per choice and delivery; an error becomes an event as well.
+        """Server-sent events, one per choice and delivery; an error also becomes an event.
 
-        Events that are ready together are yielded together: a write to a socket is expensive.
+        Events that are ready together are yielded together, because writing to a socket is slow.
         """
         options = self.body.stream_options or StreamOptions()
         each_usage = options.include_usage and options.continuous_usage_stats
@@ -134,7 +134,7 @@ class Reply(Generic[B]):
                     for new in progress.new:
                         refuse_broken(new.finish_reason, None)
                         num_generated += len(new.token_ids)
-                        # A step may show nothing: the text of its tokens may come later.
+                        # A step may have no text yet: that of its tokens may come later.
                         if new.text or new.logprobs or new.finish_reason or shows_all:
                             ready.append(chunk(self._chunk_choice(prompt, new)))
                     if progress.finished:
@@ -161,7 +161,7 @@ class Reply(Generic[B]):
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached: int | None = None) -> dict[str, Any]:
-    """OpenAI's count of tokens; `cached` is how many were found in the prefix cache."""
+    """OpenAI's usage object; `cached` is the number of prompt tokens in the prefix cache."""
     counts: dict[str, Any] = {"prompt_tokens": prompt_tokens}
     counts["completion_tokens"] = completion_tokens
     counts["total_tokens"] = prompt_tokens + completion_tokens
@@ -188,5 +188,5 @@ def refuse_broken(reason: str | None, error: str | None) -> None:
 
 
 def finite(logprob: float) -> float:
-    """JSON has no minus infinity."""
+    """Limit a log-probability, because JSON cannot represent minus infinity."""
     return max(logprob, LEAST_LOGPROB)

@@ -1,4 +1,4 @@
-"""The two forms of a reply: OpenAI's older one of /v1/completions, and that of chats."""
+"""The two forms of a reply: that of /v1/completions, and that of /v1/chat/completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class CompletionReply(Reply[CompletionBody]):
 
     @property
     def _only_echoes(self) -> bool:
-        """max_tokens=0: the token that the engine generates at least is not shown."""
+        """Whether max_tokens is 0: the one token that the engine generates is not shown."""
         return self.body.max_tokens == 0
 
     def num_generated(self, completion: CompletionOutput) -> int:
@@ -53,7 +53,7 @@ class CompletionReply(Reply[CompletionBody]):
         return {"text": new.text, "logprobs": found}
 
     def _prompt(self, text: str | None, token_ids: list[int]) -> str:
-        """A prompt as text, however it was given."""
+        """The prompt as text, even if it was given as token ids."""
         if text is not None or self.tokenizer is None:
             return text or ""
         return self.tokenizer.decode(token_ids)
@@ -61,7 +61,7 @@ class CompletionReply(Reply[CompletionBody]):
     def _logprobs(
         self, ids: Sequence[int], logprobs: Sequence[Logprobs | None] | None, offset: int = 0
     ) -> dict[str, Any] | None:
-        """OpenAI's four lists; the first token of a prompt has no log-probability."""
+        """OpenAI's four lists. The first token of a prompt has no log-probability."""
         if logprobs is None:
             return None
         lists = "tokens", "token_logprobs", "top_logprobs", "text_offset"
@@ -104,6 +104,6 @@ class ChatReply(Reply[ChatBody]):
         return {"content": content}
 
     def _token(self, token_id: int, found: Logprob) -> dict[str, Any]:
-        """A token with its exact bytes, from which a client can put characters together."""
+        """A token with its exact bytes, from which a client can assemble characters."""
         text, exact = self.token_text(token_id), list(self.token_bytes(token_id))
         return {"token": text, "logprob": finite(found.logprob), "bytes": exact}

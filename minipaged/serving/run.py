@@ -1,4 +1,4 @@
-"""The server's life: from the first socket to the last response."""
+"""Runs the server, from the first socket to the last response."""
 
 import asyncio
 import gc
@@ -27,24 +27,26 @@ from minipaged.serving.settings import ServerArgs
 from minipaged.tracing.events import EventLog
 from minipaged.utils.sockets import allow_open_files, listen
 
-LAST_WORDS = 2.0  # seconds: a dead engine still answers 503, and slow clients may still read
+LAST_WORDS = 2.0  # seconds in which a dead engine still answers 503 and slow clients may read
 
 
 def serve(llm: LLM, args: ServerArgs, log: EventLog | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code: 0, or 1 if the engine has failed.
 
     Args:
-        log: what the live view listens to; the parts of the engine are `traced` with it.
+        log: the events for the live view; the parts of the engine are `traced` with it.
 
-    Raises InvalidOption for `viz` without a log, and for an address that cannot be listened on.
+    Raises InvalidOption for `viz` without a log, and for an address that cannot be used.
     """
     if args.viz and log is None:
-        raise InvalidOption("viz needs the EventLog that the engine is traced with.", "viz")
+        raise InvalidOption(
+            "viz needs the EventLog that the engine is traced with: pass it as `log`.", "viz"
+        )
     sockets = listen(args.host, args.port)
     allow_open_files()
     gc.collect()
-    gc.freeze()  # what is there stays: each full collection would stop all threads for its sake
-    gc.set_threshold(50_000, 20, 20)  # a body of a million lists needs no 1,400 collections
+    gc.freeze()  # full collections, which stop all threads, need not visit the existing objects
+    gc.set_threshold(50_000, 20, 20)  # or a body of a million lists would cause 1,400 collections
     return asyncio.run(_serve(llm, args, log if args.viz else None, sockets))
 
 
@@ -73,7 +75,7 @@ async def _serve(
         app = CORSMiddleware(
             app, allow_origins=[args.cors_origin], allow_methods=["*"], allow_headers=["*"]
         )
-    if view is not None:  # outside of CORS: no other website reads it
+    if view is not None:  # outside of CORS, so that no other website can read it
         app = LivePages(app, view, engine, name, args.key)
     server = Server(app, ready=f"minipaged serves {name}")
     serving = asyncio.create_task(server.serve(sockets))
@@ -90,7 +92,7 @@ async def _serve(
 
 
 class Server(uvicorn.Server):
-    """uvicorn, told to stop only when the engine has: until then it answers 503."""
+    """uvicorn's server, which stops only after the engine: until then it answers 503."""
 
     def __init__(self, app: Any, ready: str) -> None:
         config = uvicorn.Config(
@@ -109,7 +111,7 @@ class Server(uvicorn.Server):
         print(f"{self._ready} on http://{host}:{port}; press Ctrl-C to stop.", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close idle connections at once, and those of clients that do not read a little later."""
+        """Close idle connections at once, and all others after LAST_WORDS seconds."""
         asyncio.get_running_loop().call_later(LAST_WORDS, self._drop_connections)
         await super().shutdown(sockets)
 
@@ -119,7 +121,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
-        """The first signal asks for an orderly end, the second for an immediate one."""
+        """Shut down in order on the first signal, and at once on the second."""
         loop = asyncio.get_running_loop()
 
         def stop(*_: object) -> None:

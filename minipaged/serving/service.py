@@ -1,4 +1,4 @@
-"""What the endpoints do: from the checked body of a request to its response."""
+"""The endpoints: from the checked body of a request to its response."""
 
 import asyncio
 import time
@@ -49,7 +49,7 @@ class Service:
         return {"object": "list", "data": [await self.model(self._name)]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        """The same by its name."""
+        """The model with this name. Raises UnknownModel for any other name."""
         self._refuse_other_model(name)
         return {
             "id": self._name, "object": "model", "created": self._started,
@@ -58,7 +58,7 @@ class Service:
         }  # fmt: skip
 
     async def health(self) -> Response:
-        """200 while requests are accepted, else 503."""
+        """Status 200 while requests are accepted, otherwise 503."""
         try:
             self._engine.refuse_if_closed()
         except MinipagedError:
@@ -70,10 +70,10 @@ class Service:
         return {"version": __version__}
 
     def metrics(self) -> Response:
-        """What was counted, in Prometheus's text format."""
+        """The metrics in Prometheus's text format."""
         return Response(self._metrics.render(), media_type=self._metrics.content_type)
 
-    # ---- text and tokens -----------------------------------------------------------------------
+    # ---- text and tokens -------------------------------------------------------------------------
 
     async def tokenize(self, body: TokenizeBody) -> Response:
         """The tokens of a text, or of the prompt of a chat."""
@@ -101,7 +101,8 @@ class Service:
             unknown = next((each for each in body.tokens if each not in known), None)
             if unknown is not None:
                 raise InvalidRequest(
-                    f"tokens has {shown(unknown)}, which no token of the model has."
+                    f"tokens contains {shown(unknown)}, which is not a token id of the model: "
+                    "correct it."
                 )
             return self._tokenizer.decode(body.tokens)
 
@@ -119,15 +120,15 @@ class Service:
                 f"the model {name[:100]!r} is not served here: the name is {self._name!r}."
             )
 
-    # ---- from a body to its prompts ------------------------------------------------------------
+    # ---- from a body to its prompts --------------------------------------------------------------
 
     async def completions(self, body: CompletionBody) -> Response:
-        """Continue one prompt or several."""
+        """Complete one prompt or several."""
         prompts = (self._completion_prompt(body, each) for each in body.prompts)
         return await self._answer(body, CompletionReply, prompts, len(body.prompts))
 
     async def chat_completions(self, body: ChatBody) -> Response:
-        """Write the next turn of a conversation."""
+        """Generate the next turn of a conversation."""
         prompts = (self._chat_prompt(each) for each in [body])  # lazily: see `_answer`
         return await self._answer(body, ChatReply, prompts, 1)
 
@@ -160,12 +161,12 @@ class Service:
         given = body.chat_template if isinstance(body, ChatBody) else None
         if given is not None and not self._args.trust_request_chat_template:
             raise InvalidRequest(
-                "chat_template is a program, and this server runs none that clients send: leave it "
-                "out, or start the server with trust_request_chat_template."
+                "chat_template is a program, and this server does not run programs of clients: "
+                "leave it out, or start the server with trust_request_chat_template."
             )
         return self._llm.args.read_chat_template() if given is None else given
 
-    # ---- from prompts to a response ------------------------------------------------------------
+    # ---- from prompts to a response --------------------------------------------------------------
 
     async def _answer(
         self,
@@ -174,7 +175,7 @@ class Service:
         prompts: Iterator[dict[str, Any]],
         num_prompts: int,
     ) -> Response:
-        """Serve the prompts of a body; they are read, one by one, in a thread for texts."""
+        """Serve the prompts of a body, which are read one by one in a thread for texts."""
 
         def check() -> list[CheckedRequest]:
             params, engine = body.params(self._sampling_defaults), self._llm.engine
@@ -193,14 +194,14 @@ class Service:
 
 
 class Answer(Response):
-    """A reply, whole or as server-sent events; its stream is closed in any case."""
+    """A reply, whole or as server-sent events. It always closes its stream."""
 
     def __init__(self, reply: Reply[Any], stream: Stream) -> None:
         super().__init__()
         self._reply, self._stream = reply, stream
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send all of it, unless the client leaves; what has not finished then is aborted."""
+        """Send the reply. If the client leaves, abort the requests that have not finished."""
         watcher = asyncio.create_task(self._watch(receive))
         try:
             if self._reply.body.stream:
@@ -211,13 +212,13 @@ class Answer(Response):
             else:
                 await JSONResponse(await self._reply.whole(self._stream))(scope, receive, send)
         except ClientLeft:
-            pass  # there is nowhere to send to; closing the stream aborts its requests
+            pass  # closing the stream aborts its requests
         finally:
             watcher.cancel()
             self._stream.close()
 
     async def _watch(self, receive: Any) -> None:
-        """Fail the stream when the client leaves: Starlette does not cancel a handler for it."""
+        """Fail the stream when the client leaves; Starlette does not cancel the handler then."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self._stream.fail(ClientLeft())

@@ -1,4 +1,4 @@
-"""The options of `minipaged serve`, besides those of the engine."""
+"""The options of `minipaged serve`, in addition to those of the engine."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from minipaged.utils.options import check_options, option, options_of
 
 @dataclass(frozen=True)
 class ServerArgs:
-    """Who may ask how much of the server. Raises InvalidOption for a value that cannot work."""
+    """The server's address, API key and limits. Raises InvalidOption for an invalid value."""
 
     host: str = option("127.0.0.1", "Address to listen on. 0.0.0.0 listens on all interfaces.")
     port: int = option(8000, "Port to listen on. 0 chooses a free one.", at_least=0, at_most=65535)
     api_key: str | None = option(
         None,
         "Key that clients must send, except to /health and /metrics. The environment variable "
-        "MINIPAGED_API_KEY sets it too, and does not show in the list of processes.",
+        "MINIPAGED_API_KEY also sets it, without showing it in the list of processes.",
     )
     served_model_name: str | None = option(None, "Model name that clients see.")
     max_queued: int = option(
@@ -47,11 +47,13 @@ class ServerArgs:
     def __post_init__(self) -> None:
         check_options(self)
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise InvalidOption("api_key must be ASCII text that is not empty.", "api_key")
+            raise InvalidOption(
+                "api_key is empty or not ASCII: choose a key of ASCII characters.", "api_key"
+            )
 
     @property
     def key(self) -> bytes | None:
-        """The key as it is compared."""
+        """The key's bytes without surrounding spaces, as they are compared; None: no key."""
         return None if self.api_key is None else self.api_key.strip().encode()
 
 

@@ -1,4 +1,4 @@
-"""Between the engine's thread and a response: results that wait for a reader, and the queue."""
+"""Results that wait for a reader, and the queue of requests that wait to be scheduled."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -11,7 +11,7 @@ from minipaged.utils.counts import counted
 
 
 class Stage(Enum):
-    """How far a request has come that has no tokens yet."""
+    """The state of a request that has no tokens yet."""
 
     ACCEPTED = 1
     SCHEDULED = 2
@@ -25,17 +25,17 @@ Result = Progress | Exception | Stage
 
 
 class Stream:
-    """What is new of the requests of one caller, until all have finished.
+    """Yields the progress of one caller's requests, until all have finished.
 
         async for news in stream:
             for index, progress in news: ...
 
-    Closing it aborts what has not finished.
+    Closing it aborts the requests that have not finished.
 
     Args:
         requests: by their ids in the engine.
-        queue: where they wait until they are scheduled.
-        abort: ends a request by its id, unless it has ended.
+        queue: counts them until they are scheduled.
+        abort: ends the request with this id, unless it has ended.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Stream:
         self._waiting: asyncio.Future[None] | None = None
 
     async def accepted(self) -> None:
-        """Wait until the engine has accepted all requests. Raises what refuses one."""
+        """Wait until the engine has accepted all requests. Raises the error of a refused one."""
         while self._not_accepted and self._error is None:
             await self._wait()
         if self._error is not None:
             raise self._error
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Progress]]]:
-        """Raises what has ended one of the requests, as RequestFailed, or EngineDead."""
+        """Yield new progress. Raises the error that ended a request: RequestFailed, EngineDead."""
         while True:
             while not self._unread and self._error is None and self._not_finished:
                 await self._wait()
@@ -73,14 +73,14 @@ class Stream:
             yield [(index, Progress.joined(steps)) for index, steps in news.items()]
 
     async def results(self) -> list[RequestOutput]:
-        """Wait until all have finished. Raises what has ended one of them."""
+        """Wait until all have finished. Raises the error that ended one of them."""
         outputs: dict[int, RequestOutput] = {}
         async for news in self:
             outputs.update((index, each.build_output()) for index, each in news if each.finished)
         return [output for _, output in sorted(outputs.items())]
 
     def put(self, index: int, result: Result) -> None:
-        """Take a result of the engine."""
+        """Store a result of the engine for the reader."""
         if isinstance(result, Exception):
             return self.fail(result)
         if self._not_accepted:
@@ -92,7 +92,7 @@ class Stream:
             if result.finished:
                 self._not_finished.discard(index)
                 if not self._not_finished:
-                    self._stop_timer()  # it has not taken too long, even if its reader does
+                    self._stop_timer()  # finished in time, even if its reader is slow
         return self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -102,12 +102,12 @@ class Stream:
         self._wake()
 
     def fail_after(self, seconds: float, passed: float = 0.0) -> None:
-        """Abort what has not finished by then; `passed` seconds of them are over."""
+        """Abort unfinished requests after this time, of which `passed` seconds are over."""
         error = TimeoutError(f"the request took longer than {seconds} seconds and was aborted.")
         self._timer = asyncio.get_running_loop().call_later(seconds - passed, self.fail, error)
 
     def close(self) -> None:
-        """Abort what has not finished."""
+        """Abort the requests that have not finished."""
         self._stop_timer()
         for index, request_id in enumerate(self.request_ids):
             self._abort(request_id)
@@ -133,44 +133,44 @@ class Stream:
 
 
 class Queue:
-    """How many requests wait until they are scheduled for the first time, and their tokens."""
+    """Counts the requests that wait to be scheduled for the first time, and their tokens."""
 
     def __init__(self, max_requests: int, max_tokens: int | None) -> None:
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.num_requests = self.num_tokens = 0
 
     def enter(self, num_requests: int) -> None:
-        """Raises QueueFull, or InvalidRequest for more than can ever wait."""
+        """Count new requests. Raises QueueFull, or InvalidRequest for more than can ever wait."""
         if num_requests > self.max_requests:
             raise InvalidRequest(
                 f"the request has {counted(num_requests, 'sequence')} (samples or beams of its "
-                f"prompts), and at most {self.max_requests} may wait (max_queued): ask for fewer."
+                f"prompts), but at most {self.max_requests} may wait (max_queued): ask for fewer."
             )
         if self.num_requests + num_requests > self.max_requests:
             raise QueueFull(
-                f"{counted(self.num_requests, 'request')} of at most {self.max_requests} are "
-                f"waiting (max_queued), and this one has {counted(num_requests, 'sequence')}: send "
-                "it again later."
+                f"{self.num_requests} of at most {self.max_requests} sequences are waiting "
+                f"(max_queued), and this request has {counted(num_requests, 'sequence')}: send it "
+                "again later."
             )
         self.num_requests += num_requests
 
     def add_tokens(self, num_tokens: int) -> None:
-        """Count the prompts of what has entered. Raises QueueFull or InvalidRequest, as enter."""
+        """Count the prompt tokens of new requests. Raises QueueFull or InvalidRequest."""
         most = self.max_tokens
         if most is not None and num_tokens > most:
             raise InvalidRequest(
-                f"the prompts have {counted(num_tokens, 'token')}, and at most {most} may wait "
+                f"the prompts have {counted(num_tokens, 'token')}, but at most {most} may wait "
                 "(max_queued_tokens): send fewer or shorter ones."
             )
         if most is not None and self.num_tokens + num_tokens > most:
             raise QueueFull(
-                f"prompts of {counted(self.num_tokens, 'token')} are waiting, and with the "
-                f"{num_tokens} of this one they would have more than {most} (max_queued_tokens): "
-                "send it again later."
+                f"prompts of {counted(self.num_tokens, 'token')} are waiting, and the {num_tokens} "
+                f"of this one would exceed the limit of {most} (max_queued_tokens): send it again "
+                "later."
             )
         self.num_tokens += num_tokens
 
     def leave(self, num_requests: int, num_tokens: int) -> None:
-        """Make room."""
+        """Remove requests from the counts, once they are scheduled or have ended."""
         self.num_requests -= num_requests
         self.num_tokens -= num_tokens

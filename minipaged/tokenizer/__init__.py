@@ -1,1 +1,1 @@
-"""From text or chat messages to token ids, and from token ids back to text."""
+"""Turns text or chat messages into token ids, and token ids back into text."""

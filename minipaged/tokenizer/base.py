@@ -92,7 +92,7 @@ class Tokenizer(HuggingFaceNames):
         self._warned = True  # once per model: a prompt may come a million times
         mark = self.decode(self.first_ids)
         warnings.warn(
-            f"a prompt begins with {mark!r}, and the tokenizer puts {mark!r} before every text, so "
+            f"a prompt begins with {mark!r}, which the tokenizer also puts before every text, so "
             "the model sees it twice: leave it out of the text, or give token ids.",
             stacklevel=2,
         )

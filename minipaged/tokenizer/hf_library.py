@@ -79,9 +79,9 @@ class LibraryTokenizer(Tokenizer):
         return [i for token_id in token_ids for i in self._letters.get(token_id, [token_id])]
 
     def _find_letters(self, model: dict[str, Any]) -> dict[int, list[int]]:
-        """The text of each special token, if merges lead to it: "</" and "s>" are tokens.
+        """The ids of the characters of each special token, except the unknown token.
 
-        Without the id of the unknown token.
+        They replace the token in plain text where merges lead to it, as from "</" and "s>".
         """
         unknown = model.get("unk_id", self._library.token_to_id(str(model.get("unk_token"))))
         found: dict[int, list[int]] = {}
@@ -109,7 +109,7 @@ class LibraryTokenizer(Tokenizer):
 
     @cached_property
     def _second_spellings(self) -> dict[str, str]:
-        """For each special token, a spelling that cannot be guessed.
+        """A spelling of each special token that cannot be guessed.
 
         The library treats these as added tokens that are not special, so it finds them even where
         it encodes special tokens as text.
@@ -183,7 +183,7 @@ def _list_steps(decoder: Any) -> list[dict[str, Any]]:
 
 
 def _spell_sentence_piece(token: str) -> bytes:
-    """As `_spell_low_lines`; in addition, "<0x0A>" is a byte of text without its own token."""
+    """Calls `_spell_low_lines`, except for "<0x0A>", which is a byte without its own token."""
     byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
     return bytes.fromhex(byte[1]) if byte else _spell_low_lines(token)
 

@@ -36,7 +36,7 @@ class BatchEncoding(dict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"an encoding has {', '.join(self)}, and no {name!r}.") from None
+            raise AttributeError(f"an encoding has {', '.join(self)}, but no {name!r}.") from None
 
 
 class HuggingFaceNames(ABC):
@@ -61,7 +61,7 @@ class HuggingFaceNames(ABC):
         """The text of some tokens."""
 
     def __len__(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens in the vocabulary."""
         return len(self.vocabulary)
 
     def __call__(
@@ -92,7 +92,7 @@ class HuggingFaceNames(ABC):
         """The text of each sequence of tokens."""
         return [self.decode(token_ids, skip_special_tokens) for token_ids in sequences]
 
-    # ---- chats ----
+    # ---- chats -----------------------------------------------------------------------------------
 
     def apply_chat_template(
         self,
@@ -150,8 +150,7 @@ class HuggingFaceNames(ABC):
         return self.encode_pieces(pieces)
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
-        """The tokens of a text in pieces: every second piece is a special token, the rest is "
-        "text."""
+        """Encode a text in pieces, of which every second one is a special token."""
         token_ids: list[int] = []
         for number, piece in enumerate(pieces):
             if number % 2:
@@ -160,7 +159,7 @@ class HuggingFaceNames(ABC):
                 token_ids += self.encode(piece, add_special_tokens=False, allow_special=False)
         return token_ids
 
-    # ---- the vocabulary ----
+    # ---- the vocabulary --------------------------------------------------------------------------
 
     def get_vocab(self) -> dict[str, int]:
         """Maps tokens, as spelt in `tokenizer.json`, to ids."""
@@ -207,7 +206,7 @@ class HuggingFaceNames(ABC):
         """Their ids."""
         return list(self.special_tokens.values())
 
-    # ---- tokens by role; None if the checkpoint names none ----
+    # ---- tokens by role; None if the checkpoint names none ---------------------------------------
 
     def _id_of(self, token: str | None) -> int | None:
         if token is None or token in self.added_tokens:
@@ -269,7 +268,7 @@ def to_list(ids: Any) -> list[int]:
 
 
 def _encoding(input_ids: Any) -> BatchEncoding:
-    """With a mask of ones: nothing is padded here."""
+    """The ids with a mask of ones, because nothing is padded here."""
     is_batch = bool(input_ids) and isinstance(input_ids[0], list)
     mask = [[1] * len(ids) for ids in input_ids] if is_batch else [1] * len(input_ids)
     return BatchEncoding(input_ids=input_ids, attention_mask=mask)

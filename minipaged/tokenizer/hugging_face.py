@@ -200,8 +200,7 @@ def _check_ids(ids: list[Any]) -> None:
 
 
 def _check_added_tokens(added: list[AddedToken], vocab: dict[str, int], normal_form: bool) -> None:
-    """Raise UnsupportedTokenizer if the other library would number or find added tokens "
-    "differently."""
+    """Raise UnsupportedTokenizer if tiktoken would number or find added tokens differently."""
     texts, ids = {token.text for token in added}, {token.token_id for token in added}
     text_of = {token_id: text for text, token_id in vocab.items()}
     if len(texts) < len(added) or len(ids) < len(added) or len(text_of) < len(vocab):

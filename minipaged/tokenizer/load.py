@@ -56,8 +56,7 @@ def _read_files(folder: Path) -> Tokenizer:
 
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in this folder; None if there is none. Raises CheckpointError if it is "
-    "broken."""
+    """The tokenizer in this folder, None if there is none. Raises CheckpointError if broken."""
     try:
         return read_tokenizer(folder)
     except MissingTokenizer:

@@ -6,7 +6,7 @@ lowest rank, whatever pair they are. Both take the leftmost of equals. So tiktok
 neighbours that spell a token but are in no list. It never does if this holds:
 
     Spell a token in single bytes and merge them by rank until two pieces are left. Those two are
-    its *last pair*, and the list must hold it.
+    its *last pair*, and the list must contain it.
 
 The proof: a pair becomes adjacent in a text only if no earlier merge crossed its two ends. Then all
 merges between the ends were those of the token by itself, and the pair is its last pair. If last
@@ -45,7 +45,7 @@ def rank_tokens(tokens: Iterable[bytes], merges: list[Pair], whole_words: bool) 
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
     if ranks.keys() - vocabulary - _NOT_IN_UTF8:
-        raise UnsupportedTokenizer("it merges pairs into what is no token of its vocabulary")
+        raise UnsupportedTokenizer("it merges pairs into something that is not in its vocabulary")
     unreachable = _prove_equal(ranks, merges)
     if not whole_words:
         return {token: rank for token, rank in ranks.items() if token not in unreachable}
@@ -86,7 +86,8 @@ def last_pair(token: bytes, ranks: Mapping[bytes, int]) -> Pair:
 def _before_last_merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """The last pair that the bytes of a token become, or the pieces in which they get stuck.
 
-    The token itself has no part in it: of three pieces or more, no two neighbours are all of it.
+    The token's own rank plays no part: while there are three pieces or more, no two neighbours are
+    the whole token.
     """
     ends = list(range(len(token) + 1))  # piece i is token[ends[i] : ends[i + 1]]
     while len(ends) > 3:

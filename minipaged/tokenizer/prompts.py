@@ -87,9 +87,9 @@ def refuse_too_long(text: str, tokenizer: Tokenizer, max_model_len: int) -> None
     fewest = tokenizer.fewest_tokens(text)
     if fewest >= max_model_len:
         raise PromptTooLong(
-            f"the prompt has {len(text)} characters, so at least {fewest} tokens, and prompt and "
-            f"output together may have {max_model_len} (max_model_len). Shorten the prompt, or "
-            "raise max_model_len if the model allows."
+            f"the prompt has {len(text)} characters, so at least {fewest} tokens, but prompt and "
+            f"output together may have only {max_model_len} (max_model_len). Shorten the prompt, "
+            "or raise max_model_len if the model allows."
         )
 
 
@@ -108,7 +108,7 @@ def _read_token_ids(prompt: Any, max_model_len: int | None) -> list[int]:
     for token_id in token_ids:
         if not _is_token_id(token_id):
             raise InvalidRequest(
-                f"a prompt holds {shown(token_id)}, which is not a token id: {_FORMS}; ids are "
+                f"a prompt contains {shown(token_id)}, which is not a token id: {_FORMS}; ids are "
                 "whole numbers."
             )
     return _not_empty([int(token_id) for token_id in token_ids])

@@ -26,10 +26,10 @@ def read_special_names(folder: Path) -> dict[str, str]:
 
 
 def read_roles(folder: Path, vocabulary: Mapping[int, bytes]) -> dict[str, str]:
-    """As `read_special_names`; where the tokenizer's files name no role, the model's does.
+    """Calls `read_special_names`; if the tokenizer's files name no role, reads config.json.
 
-    GPT-2's do not: its end token is a default of the class in `transformers` that reads them.
-    Raises CheckpointError.
+    GPT-2's files name none: its end token is a default of the class in `transformers` that reads
+    them. Raises CheckpointError.
     """
     names = read_special_names(folder)
     if names or not (folder / "config.json").is_file():
@@ -44,7 +44,7 @@ def read_roles(folder: Path, vocabulary: Mapping[int, bytes]) -> dict[str, str]:
 
 
 def token_text(token: Any) -> str | None:
-    """A token is written as its text, or as an object with its "content"."""
+    """The text of a token, which a file writes as text or as an object with its "content"."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 

@@ -90,5 +90,5 @@ def _has_every_byte(described: Mapping[str, Any]) -> bool:
 
 
 def _texts(model: Mapping[str, Any]) -> list[str]:
-    vocab = model["vocab"]  # Unigram's holds pairs of a text and its score
+    vocab = model["vocab"]  # Unigram's is a list of pairs: a text and its score
     return [text for text, _ in vocab] if isinstance(vocab, list) else list(vocab)

@@ -3,7 +3,7 @@
     {"ranks": "small.tiktoken", "pattern": " ?\\\\p{L}+|...", "special_tokens": {"<|end|>": 300}}
 
 The ranks are in tiktoken's own format: one token per line, its bytes in base64 and its id. The id
-is also its rank: of two pairs that could be merged, the one with the lower id is.
+is also its rank: of two pairs that could be merged, the one with the lower id is merged first.
 """
 
 import base64
@@ -87,7 +87,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         value = config.get(key) if isinstance(config, dict) else None
         if not isinstance(value, kind):
             what = {str: "a string", dict: "an object from text to id"}[kind]
-            raise CheckpointError(f'{path} needs "{key}", {what}, and has {value!r}: add it.')
+            raise CheckpointError(f'{path} needs "{key}", {what}, but has {value!r}: add it.')
     return config
 
 

@@ -71,7 +71,7 @@ class BlockMap:
         elif event.event == "preempt":
             self._num_preempted += 1
 
-    # ---- asking the memory -----------------------------------------------------------------------
+    # ---- reading the memory ----------------------------------------------------------------------
 
     def _snapshot(self) -> _Snapshot:
         in_use, cached = self._blocks_in_use(), frozenset(self._memory.cached)

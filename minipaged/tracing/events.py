@@ -16,9 +16,10 @@ An event is one line of JSON:
                    message (rank 0 sends it; the others wait for it, also between two steps),
                    all_reduce [...], gather (of the logits),
                    compute [before each all-reduce, before the gather, after it];
-                   of many all-reduces, neighbours are added up, and so is what is before each.
-                   A rank computes from the moment when its message is sent or has arrived. On
-                   GPUs, these are times of the host, which does not wait for the device
+                   If there are many all-reduces, adjacent ones are added up, and so are the compute
+                   times before them. A rank computes from the moment when its message is sent or
+                   has arrived. On GPUs, these are times of the host, which does not wait for the
+                   device
     admit          a waiting request got its blocks:
                    request_id, block_tables {sequence id: its blocks},
                    num_tokens {sequence id: its tokens},
@@ -53,10 +54,10 @@ An event is one line of JSON:
                    cache is one of them)
 
 A reader should ignore events that it does not know: later versions may add some. A change to the
-fields above raises SCHEMA_VERSION, and traces of another version are refused, as are fields that
-cannot be (`event_check`).
+fields above raises SCHEMA_VERSION, and traces of another version are refused, as are invalid fields
+(`event_check`).
 
-Scheduler, memory, allocators and executor do not know about events. Wrappers observe them from
+Scheduler, memory, allocators and executor contain no code for events. Wrappers observe them from
 outside, so a custom part is traced like the library's own. An engine that is not traced has no
 wrappers.
 """

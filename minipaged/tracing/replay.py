@@ -104,7 +104,7 @@ def _parse(path: Path, number: int, line: str) -> Event:
     if version != SCHEMA_VERSION:
         found = "no version" if version is None else f"version {version!r}"
         raise InvalidOption(
-            f"{path} has events of {found} (line {number}), and this minipaged reads only version "
+            f"{path} has events of {found} (line {number}), but this minipaged reads only version "
             f"{SCHEMA_VERSION}: record the trace again with this minipaged."
         )
     fault = find_fault(fields)

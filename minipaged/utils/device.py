@@ -29,13 +29,13 @@ def choose_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidOption(
-            'device="cuda" needs a CUDA GPU, and none is found: choose "cpu".', "device"
+            'device="cuda" needs a CUDA GPU, but none was found: choose "cpu".', "device"
         )
     number_of = {"cpu": 1, "cuda": torch.cuda.device_count()}[device.type]
     if (device.index or 0) >= number_of:
         raise InvalidOption(
-            f"device is {name!r}, and this machine has {number_of} of them, counted from 0: choose "
-            f'"{device.type}".',
+            f"device is {name!r}, but this machine has {number_of} of them, numbered from 0: "
+            f'choose "{device.type}".',
             "device",
         )
     return device
@@ -58,7 +58,7 @@ def to_device(
     """Return a tensor of these values on the device.
 
     A copy to a GPU goes through pinned memory, so it is asynchronous. A copy from ordinary memory
-    would first wait until the GPU has finished all earlier work.
+    would wait until the GPU has finished all earlier work.
     """
     if dtype in _ARRAY_CODES and isinstance(values, list) and values and type(values[0]) is int:
         # Through an array, converting a list of integers takes a third of the time.

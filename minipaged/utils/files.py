@@ -21,7 +21,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise InvalidOption(
-            f"{path} cannot be written ({error.strerror}): give another place."
+            f"{path} cannot be written ({error.strerror}): give another path."
         ) from error
 
 
@@ -51,9 +51,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): check that it exists and is readable."
+        ) from error
     except (ValueError, RecursionError) as error:  # neither JSON nor, perhaps, text
         raise CheckpointError(f"{path} is not JSON ({error}): download it again.") from error
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} is JSON but no object: download it again.")
+        raise CheckpointError(f"{path} is JSON, but not an object: download it again.")
     return parsed

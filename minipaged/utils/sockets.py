@@ -1,4 +1,4 @@
-"""What any server needs of its machine: sockets that listen, files to open, its own addresses."""
+"""Listening sockets, the limit of open files and loopback addresses, for servers."""
 
 import socket
 from ipaddress import ip_address
@@ -9,11 +9,14 @@ OPEN_FILES = 2**16  # each connection is one
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """One socket for each address that the host has. Raises InvalidOption."""
+    """Open one listening socket per address of the host; port 0: a free port of the first one.
+
+    Raises InvalidOption.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         addresses = dict.fromkeys((family, address[:2]) for family, _, _, _, address in found)
-        chosen = list(addresses) if port else list(addresses)[:1]  # a free port is free on one
+        chosen = list(addresses) if port else list(addresses)[:1]  # a port free on one of them
         sockets = [
             socket.create_server(address, family=family, backlog=2048) for family, address in chosen
         ]
@@ -24,15 +27,15 @@ def listen(host: str, port: int) -> list[socket.socket]:
             "or host.",
             "port",
         ) from error
-    # Without it, the second write of a response waits up to 40 ms, until the client acknowledges
-    # the first. asyncio does not set it on the connections of a socket that was made like these.
+    # Without this option, the second write of a response waits up to 40 ms, until the client
+    # acknowledges the first. asyncio sets it only on sockets that it has created itself.
     for each in sockets:
         each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sockets
 
 
 def allow_open_files() -> None:
-    """Raise the soft limit of open files to as many as a busy server needs."""
+    """Raise the soft limit of open files to the number that a busy server needs."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

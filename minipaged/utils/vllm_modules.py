@@ -20,7 +20,7 @@ VLLM_MODULES = {
     "minipaged.entrypoints": "minipaged",
     "minipaged.entrypoints.llm": "minipaged.llm",
 }
-"""From vLLM's path to the module with its names."""
+"""The module with the names of each module of vLLM."""
 
 
 class VLLMModules(MetaPathFinder, Loader):

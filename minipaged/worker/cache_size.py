@@ -5,7 +5,7 @@ import torch
 from minipaged.errors import InvalidOption
 from minipaged.utils.device import GIB, physical_memory
 
-SWAP_BYTES = 2 * GIB  # a swap pool takes no more host memory than this unless asked to
+SWAP_BYTES = 2 * GIB  # of host memory: the largest swap pool that is chosen by default
 
 
 def blocks_that_fit(
@@ -25,8 +25,8 @@ def blocks_that_fit(
         budget = min(physical_memory() // 8, SWAP_BYTES) // num_ranks
     if budget < block_bytes:
         raise InvalidOption(
-            f"a block of keys and values takes {block_bytes} bytes, and {max(budget, 0)} are left "
-            "for them: raise gpu_memory_utilization, lower block_size, or take a smaller model.",
+            f"a block of keys and values takes {block_bytes} bytes, but only {max(budget, 0)} are "
+            "left: raise gpu_memory_utilization, lower block_size, or choose a smaller model.",
             "block_size",
         )
     return budget // block_bytes
@@ -38,7 +38,7 @@ def refuse_large_tables(max_num_seqs: int, max_blocks_per_seq: int) -> None:
     if table_bytes > has:
         raise InvalidOption(
             f"max_num_seqs is {max_num_seqs}: block tables of {max_blocks_per_seq} blocks for that "
-            f"many sequences need {table_bytes / GIB:.1f} GiB, and the machine has "
+            f"many sequences need {table_bytes / GIB:.1f} GiB, but the machine has "
             f"{has / GIB:.1f} GiB. Lower max_num_seqs or max_model_len, or raise block_size.",
             "max_num_seqs",
         )
@@ -55,8 +55,8 @@ def refuse_more_than_memory(
     has = physical_memory()
     if in_host * block_bytes > has:
         raise InvalidOption(
-            f"num_blocks is {num_blocks} and num_swap_blocks {num_swap_blocks}: at {block_bytes} "
-            f"bytes per block, {in_host} of them need {in_host * block_bytes / GIB:.1f} GiB, and "
+            f"num_blocks is {num_blocks} and num_swap_blocks is {num_swap_blocks}: at {block_bytes}"
+            f" bytes per block, {in_host} blocks need {in_host * block_bytes / GIB:.1f} GiB, but "
             f"the machine has {has / GIB:.1f} GiB. Give at most {has // block_bytes} in all, "
             "or lower block_size.",
             "num_blocks",

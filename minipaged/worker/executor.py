@@ -32,7 +32,7 @@ Run = Callable[[StepInput], Tensor]
 
 
 class Executor(ABC):
-    """Computes steps after it was started."""
+    """Computes steps, once `start` was called."""
 
     runner: ModelRunner  # this process's part of it
     run: Run  # the logits of a step, [rows, vocab]; raises WorkerLost
@@ -169,7 +169,7 @@ class MultiExecutor(Executor):
 
 def _end(ranks: Ranks, workers: Workers, process_id: int) -> None:
     if os.getpid() != process_id:
-        return  # in a fork, whose parent goes on
+        return  # in a fork, whose parent continues
     if not workers.pids:  # torchrun has started them
         ranks.limit_to(SECONDS_TO_END)
         with suppress(RankLost):

@@ -112,7 +112,7 @@ class Ranks:
         """Set the time limit for waiting for another rank."""
         self._limit = timedelta(seconds=seconds)
 
-    # ---- between the layers of a model ---------------------------------------------------------
+    # ---- between the layers of a model -----------------------------------------------------------
 
     def all_reduce(self, summand: Tensor) -> Tensor:
         """Return the sum over all ranks, bitwise equal on each of them."""
@@ -178,7 +178,7 @@ class Ranks:
                 work.wait(self._limit)
         return torch.cat(parts, dim=-1)
 
-    # ---- messages ------------------------------------------------------------------------------
+    # ---- messages --------------------------------------------------------------------------------
 
     def send(self, numbers: list[int]) -> None:
         """Rank 0: send a message of 32-bit integers to all ranks, in one piece if it is short."""
@@ -283,8 +283,7 @@ def num_local_ranks(size: int) -> int:
 
 @contextmanager
 def _as_lost_rank() -> Generator[None]:
-    """Convert torch.distributed's RuntimeError, which stands for all connection errors, to "
-    "RankLost."""
+    """Convert torch.distributed's RuntimeError, raised for any lost connection, to RankLost."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""Rank 0's control of the other ranks: how they start, connect and end.
+"""Starts, connects and ends the other ranks, in the process of rank 0.
 
-Either this process starts them, as programs on this machine (`minipaged/worker/process.py`), or
-torchrun has started one process per rank, on one machine or several (`--nnodes`), all with the same
-program: there, ranks above 0 become workers when they build the engine.
+Without torchrun, this process starts them as programs on this machine
+(`minipaged/worker/process.py`). torchrun starts one process per rank, on one machine or several
+(`--nnodes`), all with the same program; ranks above 0 become workers when they build the engine.
 """
 
 import os
@@ -51,7 +51,7 @@ class Worker:
         return self.log.read().decode(errors="replace").strip()
 
     def describe_end(self) -> str:
-        """How it ended, and the end of its log."""
+        """Describe how it ended, with the end of its log."""
         code = self.process.returncode
         name = signal.Signals(-code).name if -code in set(signal.Signals) else ""
         how = f"exit code {code}{name and ', '}{name}"
@@ -107,7 +107,7 @@ class Workers:
             time.sleep(0.02)
 
     def refuse_if_ended(self) -> None:
-        """Raises RankLost."""
+        """Raise RankLost if one of the processes has ended."""
         if any(each.process.poll() is not None for each in self._started):
             raise RankLost("its process has ended")
 
@@ -140,7 +140,7 @@ class Workers:
             with suppress(subprocess.TimeoutExpired):
                 each.process.wait(max(0.0, deadline - time.monotonic()))
             each.process.kill()
-            with suppress(subprocess.TimeoutExpired):  # it waits for a device, and ends after that
+            with suppress(subprocess.TimeoutExpired):  # it may wait for a device first
                 each.process.wait(SECONDS_TO_END)
             each.log.close()
         if self._started:
@@ -149,8 +149,9 @@ class Workers:
 
 
 def find_ranks(args: WorkerArgs, device: torch.device) -> tuple[Ranks, Workers]:
-    """Connect to the other ranks. Without torchrun, start them first. Under torchrun, ranks above 0
-    do not return: they work until rank 0 stops, and then exit.
+    """Connect to the other ranks; without torchrun, start them first.
+
+    Under torchrun, ranks above 0 do not return: they work until rank 0 stops, and then exit.
 
     Raises:
         WorkerLost: a rank has ended or was not ready in time.
@@ -188,8 +189,8 @@ def choose_rank_device(options: EngineArgs) -> torch.device:
         )
     if torch.cuda.device_count() < num_local_ranks(size):
         raise InvalidOption(
-            f"tensor_parallel_size is {size}, and each rank needs a GPU of its own: this machine "
-            f"has {torch.cuda.device_count()}. Lower it.",
+            f"tensor_parallel_size is {size} and each rank needs its own GPU, but this machine has "
+            f"{torch.cuda.device_count()}: lower tensor_parallel_size.",
             "tensor_parallel_size",
         )
     return _device_of("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -212,9 +213,8 @@ def _join_torchrun(args: WorkerArgs, device: torch.device) -> Ranks:
     store, rank, _ = next(rendezvous("env://", timeout=limit))
     if rank == 0 and store.add("engines", 1) > 1:
         raise InvalidOption(
-            "torchrun's processes can work for only one engine, which this script has already "
-            "built: keep "
-            "that one, or build the second in another script.",
+            "torchrun's processes can serve only one engine, which this script has already built: "
+            "keep that one, or build the second in another script.",
             "tensor_parallel_size",
         )
     ranks = Ranks.of(options, store, rank, size, device, None)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError
 from mutants import compiled
 from torch import Tensor
 
@@ -23,7 +22,10 @@ from minipaged.attention.torch_paged import torch_store_kv
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
 
-# With --jaxtyping-packages the signature itself refuses a wrong shape.
+try:
+    from jaxtyping import TypeCheckError  # with it, a signature refuses a wrong shape
+except ModuleNotFoundError:
+    TypeCheckError = AssertionError
 REFUSALS: tuple[type[Exception], ...] = (AssertionError, TypeCheckError, IndexError)
 
 
@@ -80,7 +82,7 @@ TOLERANCE = {
     torch.bfloat16: 3e-2,  # ... and 1.6e-2
 }
 
-# Decode, prefill, chunked prefill and decode once more; lengths on, before and behind boundaries.
+# Decode, prefill, chunked prefill and decode once more; lengths at, before and after a boundary.
 MIXED = [(1, 6), (5, 0), (3, 5), (1, 7), (1, 0), (1, 8), (8, 4), (2, 15)]
 
 
@@ -121,7 +123,7 @@ def check_all(attention: PagedAttention) -> None:
 def options(draw: st.DrawFn) -> dict[str, Any]:
     """What to hand to `paged_setup`."""
     block_size = draw(st.integers(1, 33))
-    # Half of the contexts end at the boundary of a block, or one token before or behind it.
+    # Half of the contexts end at the boundary of a block, or one token before or after it.
     at_boundary = st.builds(
         lambda blocks, shift: max(0, blocks * block_size + shift),
         st.integers(0, 64 // block_size + 1),
@@ -152,7 +154,7 @@ def test_any_ragged_batch_gives_what_dense_attention_gives(
 
 
 @every_implementation
-def test_every_trap_that_the_mutants_meet_is_passed(attention: PagedAttention) -> None:
+def test_the_reference_passes_every_trap_that_catches_a_mutant(attention: PagedAttention) -> None:
     check_all(attention)
 
 
@@ -195,7 +197,7 @@ def test_a_later_key_is_invisible(attention: PagedAttention) -> None:
 
 
 @every_implementation
-def test_queries_and_pool_are_left_as_they_were(attention: PagedAttention) -> None:
+def test_attention_does_not_modify_the_queries_or_the_pool(attention: PagedAttention) -> None:
     setup = paged_setup(MIXED)
     copies = [t.clone() for t in (setup.q, setup.k_cache, setup.v_cache)]
     run(attention, setup)
@@ -215,7 +217,7 @@ def test_wrong_head_counts_are_refused(attention: PagedAttention) -> None:
         attention(setup.q[..., :1], setup.k_cache, setup.v_cache, setup.batch, setup.scale)
 
 
-def test_sequences_too_many_for_one_gather_are_taken_in_groups(
+def test_sequences_too_many_for_one_gather_are_gathered_in_groups(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for positions in (1, 12, 20):  # each sequence alone; two or three together
@@ -230,7 +232,7 @@ def way_of_decoding(setup: PagedSetup) -> str:
     return "in place" if isinstance(decodes.way, torch_decode.InPlace) else "gathered"
 
 
-def test_large_batches_whose_blocks_lie_close_together_are_decoded_in_place() -> None:
+def test_large_batches_with_adjacent_blocks_are_decoded_in_place() -> None:
     large = [(1, 400)] * 24  # 24 * 401 keys of 2 * 32 numbers are more than 2^19
     assert way_of_decoding(paged_setup(large)) == "in place"
     assert way_of_decoding(paged_setup([*large, (9, 3)])) == "in place"
@@ -244,7 +246,7 @@ def test_large_batches_whose_blocks_lie_close_together_are_decoded_in_place() ->
     assert way_of_decoding(paged_setup(far_apart)) == "gathered"
 
 
-def test_a_pool_of_another_type_is_not_read_in_place() -> None:
+def test_a_pool_of_another_dtype_is_not_read_in_place() -> None:
     setup = paged_setup(MIXED)
     with always_in_place(torch_decode):
         assert way_of_decoding(setup) == "in place"
@@ -297,7 +299,7 @@ def test_keys_with_the_wrong_head_count_are_not_stored(store: StoreKV) -> None:
 
 
 def altered(module: ModuleType, *changes: tuple[str, str]) -> PagedAttention:
-    """The module's paged attention with pieces of its text replaced, wherever they stand."""
+    """The module's paged attention with pieces of its text replaced, wherever they occur."""
     mutant = compiled(module, *changes)
     if module is torch_decode:
         user = compiled(torch_paged)
@@ -376,7 +378,7 @@ IN_PLACE_MUTANTS = {
     "stale slots are read": (
         "torch.add(way.mask, scores, alpha=scale)", "(scores * scale)"
     ),
-    "a block of nobody's is summed": (
+    "a block without an owner is summed": (
         "F.embedding_bag(way.blocks,", "F.embedding_bag(way.owner.argsort(),"
     ),
     "the range ends too early": ("int(blocks.max()) + 1", "int(blocks.max())"),
@@ -419,7 +421,7 @@ def test_a_deliberate_fault_in_place_is_caught(mutant: tuple[str, str]) -> None:
 
 
 @every_implementation
-def test_the_table_of_the_neighbour_is_caught(attention: PagedAttention) -> None:
+def test_reading_the_table_of_a_neighbour_is_caught(attention: PagedAttention) -> None:
     def faulty(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch, scale: float) -> Tensor:
         rolled = replace(batch, block_tables=batch.block_tables.roll(1, dims=0))
         return attention(q, k_cache, v_cache, rolled, scale)

@@ -1,4 +1,4 @@
-"""From decisions to tensors: positions, slots, block tables, and the cache behind them."""
+"""From decisions to tensors: positions, slots, block tables, and the cache they index."""
 
 import os
 import pickle
@@ -56,7 +56,7 @@ def test_the_example_in_the_docstring_is_what_is_built():
     ]
 
 
-def test_logits_are_read_for_as_many_of_the_last_tokens_as_are_wanted():
+def test_logits_are_computed_only_for_the_last_tokens_asked_for():
     builder = BatchBuilder(4, 8, 4)
     batch = builder.build(
         [
@@ -69,8 +69,8 @@ def test_logits_are_read_for_as_many_of_the_last_tokens_as_are_wanted():
 
 
 @given(st.data())
-def test_every_token_gets_the_slot_that_its_block_table_says(data):
-    """Over many steps of sequences that come, grow, move, skip steps and go."""
+def test_every_token_gets_the_slot_of_its_block_table(data):
+    """Over many steps of sequences that begin, grow, move, skip steps and end."""
     block_size = data.draw(st.integers(1, 5))
     builder = BatchBuilder(max_num_seqs=3, max_blocks_per_seq=40, block_size=block_size)
     lengths: dict[int, int] = {}
@@ -87,7 +87,7 @@ def test_every_token_gets_the_slot_that_its_block_table_says(data):
         queries = []
         for seq_id, table in tables.items():
             if data.draw(st.integers(0, 3)) == 0:
-                continue  # sits this step out
+                continue  # does not run in this step
             new = data.draw(st.integers(1, 6))
             total = lengths[seq_id] + new
             while len(table) * block_size < total:
@@ -111,15 +111,15 @@ def test_every_token_gets_the_slot_that_its_block_table_says(data):
             assert row[: len(q.block_table)].tolist() == q.block_table[: len(row)]
 
 
-def test_a_row_is_written_only_where_its_table_changed():
+def test_a_table_row_is_rewritten_only_where_it_changed():
     builder = BatchBuilder(2, 8, 4)
     builder.build([query(0, [1] * 8, 0, [3, 7])])
-    builder._tables[0, 0] = 99  # a mark: whoever writes the row anew would paint it over
+    builder._tables[0, 0] = 99  # a mark, which writing the row again would erase
     builder.build([query(0, [1], 8, [3, 7, 5])])
     assert builder._tables[0, :3].tolist() == [99, 7, 5]
 
 
-def test_rows_of_sequences_that_left_serve_others():
+def test_rows_of_finished_sequences_are_reused():
     builder = BatchBuilder(max_num_seqs=2, max_blocks_per_seq=4, block_size=4)
     for step in range(10):
         batch = builder.build([query(2 * step, [1], 0, [step]), query(2 * step + 1, [1], 0, [9])])
@@ -130,7 +130,7 @@ def test_rows_of_sequences_that_left_serve_others():
     ("context_len", "num_new", "begun"),
     [
         (0, 3, [5]),  # a prompt within a block
-        (0, 4, []),  # it fills the block: nothing is left of the former owner
+        (0, 4, []),  # it fills the block: nothing of the former owner remains
         (0, 6, [2]),  # its first block is filled, its second is not
         (4, 1, [2]),  # a decode whose token opens a block
         (5, 1, []),  # one whose block was begun, and cleared, before
@@ -139,14 +139,14 @@ def test_rows_of_sequences_that_left_serve_others():
         (6, 1, []),
     ],
 )
-def test_a_step_begins_the_block_whose_first_slot_it_writes(context_len, num_new, begun):
+def test_a_block_is_new_in_the_step_that_writes_its_first_slot(context_len, num_new, begun):
     step = query(0, [1] * num_new, context_len, [5, 2, 9])
     assert begun_blocks([step], block_size=4) == begun
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 7), min_size=1, max_size=6))
-def test_every_slot_after_the_end_was_cleared_before(block_size, chunks):
-    """However a sequence grows: what its last block holds beyond its end is not of others."""
+def test_every_slot_after_the_end_of_a_sequence_has_been_cleared(block_size, chunks):
+    """However a sequence grows, no other sequence's data follows its end in its last block."""
     blocks = list(range(50))
     stale = dict.fromkeys(blocks, True)
     length = 0
@@ -176,7 +176,7 @@ def test_a_block_takes_memory_only_once_it_is_written():
     assert resident() - before > size / 16
 
 
-def test_a_process_that_forks_has_a_cache_of_its_own():
+def test_a_forked_process_has_its_own_cache():
     cache = KVCache(CONFIG, 4, 2)
     child = os.fork()
     if child == 0:
@@ -186,7 +186,7 @@ def test_a_process_that_forks_has_a_cache_of_its_own():
     assert not cache.layers[0][0].any()
 
 
-def test_memory_that_the_system_refuses_is_a_sentence(monkeypatch):
+def test_a_failed_memory_allocation_is_explained_in_a_sentence(monkeypatch):
     def refuse(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
@@ -209,7 +209,7 @@ def blocks_of(pool: torch.Tensor) -> list[float]:
     return [block.unique().item() for block in pool]
 
 
-def test_a_new_cache_is_zero_and_has_a_pool_a_layer():
+def test_a_new_cache_is_zero_and_has_one_pool_per_layer():
     cache = KVCache(CONFIG, 4, 2, num_swap_blocks=3, dtype=torch.bfloat16)
     assert len(cache.layers) == 2
     for k, v in cache.layers:
@@ -314,14 +314,14 @@ def test_the_bytes_of_a_token_are_those_of_the_papers_example():
     assert opt_13b.kv_bytes_per_token(2) == 819_200  # section 3: 800 KB
 
 
-def test_a_pool_that_not_one_block_fits_into_is_refused():
+def test_a_pool_too_small_for_one_block_is_refused():
     cpu = torch.device("cpu")
     assert blocks_that_fit(1000, cpu, 0.9) > 1000
     with pytest.raises(InvalidOption, match="a block of keys and values takes"):
         blocks_that_fit(10**15, cpu, 0.9)
 
 
-def test_pools_larger_than_the_machine_are_refused_with_what_would_fit():
+def test_a_pool_larger_than_the_memory_is_refused_with_the_largest_that_fits():
     room = physical_memory() // 1000
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     refuse_more_than_memory(room // 2, room // 2, 1000, cpu)
@@ -372,7 +372,7 @@ def test_a_step_without_tokens_still_moves_its_blocks():
     assert blocks_of(cache.layers[0][0]) == [0, 1, 2, 1]
 
 
-def test_slots_of_a_huge_pool_do_not_overflow():
+def test_slot_numbers_of_a_huge_pool_do_not_overflow():
     batch = BatchBuilder(1, 8, 4).build([query(0, [1], 0, [2**30])])
     assert batch.slot_mapping.tolist() == [2**32]
 

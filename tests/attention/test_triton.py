@@ -1,7 +1,7 @@
 """The Triton kernels against the reference: on a GPU if there is one, else interpreted.
 
-The results that are expected come from PyTorch on the CPU. All scratch memory is poisoned: what
-`torch.empty` gives in this file is full of NaN, so a number that no kernel wrote shows.
+The expected results come from PyTorch on the CPU. All scratch memory is poisoned: in this file
+`torch.empty` returns NaN, so a number that no kernel wrote is noticed.
 """
 
 import importlib
@@ -50,6 +50,7 @@ from minipaged.attention.triton.splits import (
 )
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 from minipaged.errors import InvalidOption
+from minipaged.evaluation.bench.cases import largest_error
 from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
 from minipaged.models.rope import RopeConfig, Rotary, rotate
 
@@ -62,8 +63,8 @@ TOLERANCE = {
     torch.float16: 4e-3,  # half a unit in the last place of 4 is 2e-3
     torch.bfloat16: 4e-2,  # ... and 1.6e-2, or 3.1e-2 interpreted: it cuts digits off, unrounded
 }
-# Decode, prefill and chunks, one sequence with nothing to do, one with a single key; so long that
-# they end on, before and behind boundaries of blocks and of tiles, which are of 16, 32 or 64.
+# Decode, prefill and chunks, one sequence without a query, one with a single key. They end at,
+# before and after boundaries of blocks and of tiles, which are of 16, 32 or 64.
 MIXED = [(1, 6), (5, 0), (3, 61), (1, 62), (0, 3), (1, 63), (1, 0), (1, 64), (8, 24), (2, 15)]
 LONG = [(1, 126), (1, 127), (40, 30), (1, 128), (3, 125), (66, 0), (1, 129), (17, 47), (2, 14)]
 FEW = [(1, 6), (3, 5), (0, 3), (1, 0), (2, 15)]  # the naive kernel has many programs
@@ -143,7 +144,7 @@ def assert_near(out: Tensor, expected: Tensor, tolerance: float | None = None) -
 
 
 def padded(setup: PagedSetup, count: int, slot: int = 0) -> PagedSetup:
-    """With `count` tokens behind the last sequence that are nobody's, as in a CUDA graph."""
+    """With `count` tokens of no sequence after the last one, as in a CUDA graph."""
     batch = setup.batch
     nobody = {
         name: torch.cat((getattr(batch, name), torch.full((count,), number)))
@@ -195,7 +196,7 @@ def test_long_sequences_end_anywhere_in_a_tile(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("rows", "tile"), [(16, 16), (64, 128), (32, 32)])
-def test_the_shapes_of_tiles_do_not_show(rows: int, tile: int) -> None:
+def test_the_shape_of_the_tiles_does_not_change_the_result(rows: int, tile: int) -> None:
     setup = paged_setup(LONG, heads=3, kv_heads=1, block_size=16)
     there = on_device(setup)
     inputs = there.q, there.k_cache, there.v_cache, there.batch, there.scale
@@ -206,14 +207,14 @@ def test_the_shapes_of_tiles_do_not_show(rows: int, tile: int) -> None:
 
 
 @pytest.mark.parametrize("heads", [16, 17])
-def test_a_group_of_any_size_is_served(heads: int) -> None:
+def test_a_kv_head_may_serve_any_number_of_query_heads(heads: int) -> None:
     check(triton_paged_attention, paged_setup(FEW, heads=heads, kv_heads=1))
 
 
 @st.composite
 def any_options(draw: st.DrawFn) -> dict[str, Any]:
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]))
-    # Half of the lengths are at a boundary of tiles, or one token before or behind it.
+    # Half of the lengths are at a boundary of tiles, or one token before or after it.
     near_boundary = st.builds(
         lambda tiles, shift: 16 * tiles + shift, st.integers(1, 8), st.integers(-1, 1)
     )
@@ -248,7 +249,7 @@ def test_enormous_scores_do_not_overflow(attention: PagedAttention) -> None:
 
 
 @every_kernel
-def test_queries_may_be_a_slice_of_a_wider_tensor(attention: PagedAttention) -> None:
+def test_queries_may_be_a_slice_of_a_larger_tensor(attention: PagedAttention) -> None:
     setup = paged_setup(FEW)
     there = on_device(setup)
     wide = torch.cat((there.q, torch.full_like(there.q, torch.nan)), dim=1)
@@ -257,7 +258,9 @@ def test_queries_may_be_a_slice_of_a_wider_tensor(attention: PagedAttention) -> 
 
 
 @every_kernel
-def test_not_even_a_nan_behind_the_end_of_a_sequence_shows(attention: PagedAttention) -> None:
+def test_nan_after_the_end_of_a_sequence_does_not_change_the_result(
+    attention: PagedAttention,
+) -> None:
     check(attention, with_nan_behind(paged_setup(FEW, block_size=16)))
 
 
@@ -270,7 +273,7 @@ def with_nan_behind(setup: PagedSetup) -> PagedSetup:
 
 
 @every_kernel
-def test_tokens_behind_the_last_sequence_are_left_alone(attention: PagedAttention) -> None:
+def test_rows_after_the_last_sequence_are_not_written(attention: PagedAttention) -> None:
     setup = paged_setup(FEW)
     out = run(attention, padded(setup, 5))
     assert_near(out[:-5], dense_attention(setup))
@@ -278,7 +281,7 @@ def test_tokens_behind_the_last_sequence_are_left_alone(attention: PagedAttentio
 
 
 @every_kernel
-def test_a_recorded_batch_is_padded_and_knows_only_bounds(attention: PagedAttention) -> None:
+def test_a_recorded_batch_is_padded_and_has_only_bounds(attention: PagedAttention) -> None:
     # As in a CUDA graph: sequences without tokens, and spans that are longer than the sequences.
     setup = paged_setup([(1, 6), (1, 0), (1, 62)])
     expected = dense_attention(setup)
@@ -333,13 +336,61 @@ def test_wrong_head_counts_are_refused(attention: PagedAttention) -> None:
         attention(setup.q, gaps, gaps, setup.batch, setup.scale)
 
 
+# ---- needles: every tile and every split counts --------------------------------------------------
+
+
+def with_needles(lengths: list[int], tile: int, **options: Any) -> PagedSetup:
+    """One query per sequence, and one key per sequence that has nearly all of its weight.
+
+    Of the sequences with the same length, each has its needle in another tile, alternately at its
+    first and at its last position. A kernel that skips a single tile returns something else.
+    """
+    places = [
+        (length, min(start + (0 if start // tile % 2 else tile - 1), length - 1))
+        for length in lengths
+        for start in range(0, length, tile)
+    ]
+    setup = paged_setup([(1, length - 1) for length, _ in places], kv_heads=1, heads=1, **options)
+    for seq, (_, needle) in enumerate(places):
+        table = setup.tables[seq]
+        block, offset = divmod(table.slot(needle), table.block_size)
+        q = setup.q[seq, 0]
+        key = 30 * q / (q @ q) / setup.scale  # its score is 30, all others are a few units
+        setup.keys[seq][needle, 0] = setup.k_cache[block, 0, offset] = key
+    return setup
+
+
+def relative_error(out: Tensor, setup: PagedSetup) -> float:
+    return largest_error(out, dense_attention(setup))
+
+
+def check_needles(decode: Callable[..., None], setup: PagedSetup, num_splits: int) -> None:
+    there = on_device(tame(setup))
+    out = torch.full_like(there.q, torch.nan)
+    shape = TileShape(16, 4, 3)
+    inputs = there.q, there.k_cache, there.v_cache, there.batch, there.scale
+    decode(*inputs, out, num_splits, shape)
+    assert relative_error(out.cpu(), setup) < 1e-4
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_decode_finds_a_needle_in_every_tile_and_every_split(num_splits: int) -> None:
+    check_needles(decode, with_needles([600], 16, head_dim=16, block_size=16), num_splits)
+
+
+@every_kernel
+def test_attention_finds_a_needle_in_every_tile(attention: PagedAttention) -> None:
+    setup = with_needles([97, 130], 16, head_dim=32, block_size=16)
+    assert relative_error(run(attention, tame(setup)), setup) < 1e-4
+
+
 # ---- splits --------------------------------------------------------------------------------------
 
 AROUND_SPLITS = [(1, n - 1) for n in (1, 255, 256, 257, 600, 1100)] + [(4, 20)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_however_many_the_splits_the_answer_is_the_same(dtype: torch.dtype) -> None:
+def test_the_number_of_splits_does_not_change_the_result(dtype: torch.dtype) -> None:
     setup = paged_setup(AROUND_SPLITS, heads=2, kv_heads=1, block_size=16, dtype=dtype)
     whole, *cut = [run_splits(decode, setup, n) for n in (1, 2, 4, 8)]
     assert_near(whole, dense_attention(setup)[:-4])
@@ -348,14 +399,16 @@ def test_however_many_the_splits_the_answer_is_the_same(dtype: torch.dtype) -> N
 
 
 def run_splits(decode: Callable[..., None], setup: PagedSetup, num_splits: int) -> Tensor:
-    """The rows of all sequences but the last, which is no decode."""
+    """The rows of all sequences but the last, which does not decode."""
     there = on_device(setup)
     out = torch.empty(there.q.shape, dtype=there.q.dtype, device=DEVICE)
     decode(there.q, there.k_cache, there.v_cache, there.batch, there.scale, out, num_splits)
     return out[:-4].cpu()
 
 
-def test_without_a_number_of_splits_decode_chooses_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_chooses_the_number_of_splits_if_none_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     chosen: list[int] = []
 
     def choose(*numbers: int) -> int:
@@ -374,7 +427,7 @@ def test_without_a_number_of_splits_decode_chooses_one(monkeypatch: pytest.Monke
     longest=st.one_of(st.integers(1, 5000), st.integers(1, 2**21)),
     num_sms=st.integers(1, 160),
 )
-def test_splits_fill_the_gpu_once_and_cut_the_long(
+def test_splits_fill_the_gpu_once_and_divide_long_sequences(
     num_seqs: int, kv_heads: int, longest: int, num_sms: int
 ) -> None:
     to_fill = splits_to_fill(num_seqs, kv_heads, num_sms)
@@ -391,7 +444,7 @@ def test_splits_fill_the_gpu_once_and_cut_the_long(
         assert most_splits(max(1, shorter), to_fill) <= splits
 
 
-def test_splits_are_few_for_many_and_many_for_few() -> None:
+def test_many_sequences_get_few_splits_and_few_sequences_get_many() -> None:
     h200 = 132
 
     def splits(num_seqs: int, kv_heads: int, longest: int) -> int:
@@ -405,7 +458,7 @@ def test_splits_are_few_for_many_and_many_for_few() -> None:
     assert num_sms(torch.device("cpu")) > 0
 
 
-def test_a_short_sequence_is_not_cut_since_another_is_long(
+def test_a_short_sequence_is_not_split_because_another_is_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, length in (("LONGEST", 256), ("SHORTEST", 64)):
@@ -481,7 +534,7 @@ def in_8_bits(setup: PagedSetup, dtype: torch.dtype) -> PagedSetup:
     ],
 )
 @pytest.mark.parametrize("head_dim", [32, 80])
-def test_all_read_the_same_in_8_bits(
+def test_all_kernels_read_an_8_bit_cache_alike(
     attention: PagedAttention, dtype: torch.dtype, head_dim: int
 ) -> None:
     sizes = FEW if attention is naive_paged_attention else MIXED
@@ -527,7 +580,7 @@ def check_round_trip(keys: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=["int8", "fp8"])
-def test_a_round_trip_costs_half_a_step(dtype: torch.dtype) -> None:
+def test_quantizing_loses_at_most_half_a_step(dtype: torch.dtype) -> None:
     keys = torch.randn(50, 3, 64, generator=torch.Generator().manual_seed(0))
     check_round_trip(keys, dtype)
     for magnitude in (1e-20, 1e20, 1e38):
@@ -580,7 +633,7 @@ def test_a_quantized_pool_reads_and_writes_like_a_tensor(dtype: torch.dtype) -> 
 
 
 def bits(pool: KVPool) -> list[Tensor]:
-    """What lies in the pool, NaN and all, to be compared."""
+    """The content of the pool, NaN included, to be compared."""
     tensors = [pool.numbers, pool.scales] if isinstance(pool, QuantizedPool) else [pool]
     return [tensor.cpu().contiguous().view(torch.uint8) for tensor in tensors]
 
@@ -608,7 +661,7 @@ def fused(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def check_store(store: Callable[..., None], setup: PagedSetup, dtype: torch.dtype) -> None:
     expected = pools_of(setup, dtype)
     store_kv(setup.new(setup.keys), setup.new(setup.values), *expected, setup.batch)
-    batch = batch_on_device(padded(setup, 3).batch)  # the block of slot 0 is nobody's
+    batch = batch_on_device(padded(setup, 3).batch)  # the block of slot 0 has no owner
     k, v = (with_3_more(setup.new(tensors)) for tensors in (setup.keys, setup.values))
     for new in ((k, v), fused(k, v), (fused(k, v)[0], v)):
         pools = [pool_on_device(pool) for pool in pools_of(setup, dtype)]
@@ -684,7 +737,7 @@ def check_rope(
     assert_same(pools[1:], expected[1:])
     for pool, right in zip(pools, expected, strict=True):
         if isinstance(pool, QuantizedPool):
-            # What lies between two steps may be rounded to either.
+            # A number between two steps may be rounded to either.
             steps = (pool.numbers.cpu().float() - right.numbers.float()).abs()
             assert (steps <= (1 if dtype is torch.int8 else 32)).all()
             assert (steps > 0).float().mean() < 0.01
@@ -696,19 +749,19 @@ def check_rope(
 
 @pytest.mark.parametrize("block_size", [1, 7, 16])
 @pytest.mark.parametrize("head_dim", [32, 80])
-def test_queries_and_keys_are_turned_on_the_way(block_size: int, head_dim: int) -> None:
+def test_queries_and_keys_are_rotated_while_they_are_stored(block_size: int, head_dim: int) -> None:
     setup = paged_setup(FEW, heads=6, kv_heads=3, head_dim=head_dim, block_size=block_size)
     check_rope(rope_and_store_kv, setup, torch.float32)
 
 
-def test_half_precision_is_turned_in_full_precision() -> None:
+def test_half_precision_is_rotated_in_full_precision() -> None:
     # `rotate` rounds three times to half precision, the kernel once.
     setup = paged_setup(FEW, dtype=torch.float16)
     check_rope(rope_and_store_kv, setup, torch.float16, tolerance=4e-3)
 
 
 @every_format_to_store
-def test_turned_keys_are_stored_in_8_bits(dtype: torch.dtype) -> None:
+def test_rotated_keys_are_stored_in_8_bits(dtype: torch.dtype) -> None:
     check_rope(rope_and_store_kv, paged_setup(FEW, kv_heads=1, head_dim=48), dtype)
 
 
@@ -750,11 +803,11 @@ def test_a_block_larger_than_a_chunk_is_copied_whole() -> None:
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 7, 1000])
-def test_few_programs_share_the_copying(num_programs: int) -> None:
+def test_a_few_programs_share_the_copying(num_programs: int) -> None:
     check_copy(partial(copy_blocks, num_programs=num_programs), 3, 25, 80)
 
 
-def test_what_is_not_alike_is_not_copied() -> None:
+def test_tensors_of_different_shape_or_dtype_are_not_copied() -> None:
     pool, pairs = torch.zeros(2, 2, 5, 4), torch.tensor([[0, 1]])
     for other in (pool[:1], pool[..., :3], pool.half(), pool.transpose(0, 1)):
         with pytest.raises(AssertionError):
@@ -798,11 +851,13 @@ def far_away(setup: PagedSetup, huge: QuantizedPool) -> PagedSetup:
 
 
 @every_kernel
-def test_attention_counts_in_64_bits(attention: PagedAttention, huge: QuantizedPool) -> None:
+def test_attention_computes_offsets_in_64_bits(
+    attention: PagedAttention, huge: QuantizedPool
+) -> None:
     check(attention, far_away(paged_setup(FEW, **BLOCKS_OF_2048), huge))
 
 
-def test_storing_counts_in_64_bits(huge: QuantizedPool) -> None:
+def test_storing_computes_offsets_in_64_bits(huge: QuantizedPool) -> None:
     setup = far_away(paged_setup(FEW, **BLOCKS_OF_2048), huge)
     new = torch.randn(len(setup.q), 1, 128, generator=torch.Generator().manual_seed(0))
     there = new.to(DEVICE)
@@ -816,8 +871,8 @@ def test_storing_counts_in_64_bits(huge: QuantizedPool) -> None:
     assert torch.equal(huge.scales[blocks, :, offsets].cpu(), scales)
 
 
-def test_copying_counts_in_64_bits(huge: QuantizedPool) -> None:
-    pool = huge.numbers.view(1, 2, -1, 16, 128)  # values lie behind the keys
+def test_copying_computes_offsets_in_64_bits(huge: QuantizedPool) -> None:
+    pool = huge.numbers.view(1, 2, -1, 16, 128)  # the values follow the keys
     last = pool.shape[2] - 1
     pool[:, :, last - 2] = torch.arange(2048, device=DEVICE).view(16, 128) % 100
     pool[:, 1, last] = 0
@@ -829,7 +884,7 @@ def test_copying_counts_in_64_bits(huge: QuantizedPool) -> None:
 
 
 def tame(setup: PagedSetup) -> PagedSetup:
-    """What a faulty kernel reads through is nobody's block of NaN, but no memory of others."""
+    """A faulty kernel reads through a block of NaN without an owner, and never foreign memory."""
     tables = setup.batch.block_tables
     tables = torch.where((tables >= 0) & (tables < len(setup.k_cache)), tables, 0)
     more = torch.zeros(len(tables), 100, dtype=torch.int32)
@@ -860,6 +915,20 @@ def splits_pass(package: str) -> None:
     setup = paged_setup([(1, 299), (1, 699), (1, 40), (4, 20)], heads=2, kv_heads=1, block_size=16)
     out = run_splits(part(package, "decode", "decode"), tame(setup), 4)
     assert_near(out, dense_attention(setup)[:-4])
+
+
+def needles_pass(package: str) -> None:
+    setup = with_needles([545], 16, head_dim=16, block_size=16)
+    check_needles(part(package, "decode", "decode"), setup, 3)
+
+
+def far_passes(package: str) -> None:
+    """As `huge`, with as much unused memory before it: a negative offset reads from there."""
+    num_blocks = (2**31 // 2048 + 40) // 2 * 2
+    numbers = EMPTY(2 * num_blocks, 1, 16, 128, dtype=torch.int8, device=DEVICE)[num_blocks:]
+    huge = QuantizedPool(numbers, EMPTY(num_blocks, 1, 16, device=DEVICE))
+    attention = part(package, "backend", "triton_paged_attention")
+    check(attention, far_away(paged_setup(FEW, **BLOCKS_OF_2048), huge))
 
 
 def bits_pass(package: str) -> None:
@@ -894,7 +963,7 @@ MUTANTS = {
     "a query does not see its own key": (
         attention_passes, "tile", "positions[None, :] <= row", "positions[None, :] < row"
     ),
-    "a slot behind the end is read": (ends_pass, "tile", "positions < end", "positions <= end"),
+    "a slot after the end is read": (ends_pass, "tile", "positions < end", "positions <= end"),
     "the output is not corrected": (
         attention_passes, "tile", "output * correction[:, None]", "output"
     ),
@@ -904,6 +973,30 @@ MUTANTS = {
     "a whole tile is taken for one block": (
         attention_passes, "tile", "table + positions //", "table + (positions * 0 + start) //"
     ),
+    "one split is ignored": (
+        needles_pass, "decode", "if start >= end:", "if (start >= end) | (split == 1):"
+    ),
+    "one tile is skipped": (
+        needles_pass, "decode", "for tile_start in range(start,",
+        "for tile_start in range(start + TILE * (split == 2),"
+    ),
+    "block numbers of the next tile are used for this one": (
+        needles_pass, "decode", "tile_start, end, blocks,", "tile_start, end, next_blocks,"
+    ),
+    "block numbers stay those of the first tile": (
+        needles_pass, "decode", "blocks = next_blocks", "next_blocks"
+    ),
+    "prefill keeps the block numbers of the first tile": (
+        attention_passes, "prefill", "blocks = next_blocks", "next_blocks"
+    ),
+    "the merge leaves out the last split": (
+        needles_pass, "splits", "splits * split_len < seq_len",
+        "(splits + 1) * split_len < seq_len"
+    ),
+    "the last tile is not masked": (
+        ends_pass, "decode", "BLOCK_SIZE, TILE, True,", "BLOCK_SIZE, TILE, False,"
+    ),
+    "offsets have 32 bits": (far_passes, "tile", "blocks.to(tl.int64)", "blocks"),
     "slots before heads in the pool": (
         attention_passes, "tile",
         "* KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE",
@@ -979,7 +1072,7 @@ MUTANTS = {
 
 
 def altered(folder: Path, file: str, old: str, new: str) -> str:
-    """A package of all the kernels with one piece of one file replaced, wherever it stands."""
+    """A package of all the kernels with one piece of one file replaced, wherever it occurs."""
     # On disk, and with imports of its own: Triton reads the text of a kernel from its file.
     package = folder / f"mutant_of_{folder.name}"
     shutil.copytree(Path(machine.__file__).parent, package)
@@ -1007,11 +1100,13 @@ def test_a_deliberate_fault_is_caught(
 
 
 @pytest.mark.parametrize("passes", dict.fromkeys(passes for passes, *_ in MUTANTS.values()))
-def test_what_catches_the_faults_passes_the_real_kernels(passes: Callable[[str], None]) -> None:
+def test_the_checks_that_catch_the_faults_pass_the_real_kernels(
+    passes: Callable[[str], None],
+) -> None:
     passes(KERNELS)
 
 
-# ---- where they run ------------------------------------------------------------------------------
+# ---- devices -------------------------------------------------------------------------------------
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -1044,26 +1139,26 @@ def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch, (7, 5), "Tesla T4")
-    assert_refused("capability 8.0 or newer, and Tesla T4 has 7.5", GPU, 64)
+    assert_refused("capability 8.0 or newer, but Tesla T4 has 7.5", GPU, 64)
 
 
-def test_an_ampere_gpu_is_taken_but_not_for_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ampere_gpu_is_accepted_but_not_for_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch, (8, 0), "NVIDIA A100")
     assert why_no_triton(GPU, 64) is None
     assert why_no_triton(GPU, 64, "int8") is None
     assert choose_backend("auto", GPU).name == "triton"
-    assert_refused("capability 8.9 or newer, and NVIDIA A100 has 8.0", GPU, 64, "fp8")
+    assert_refused("capability 8.9 or newer, but NVIDIA A100 has 8.0", GPU, 64, "fp8")
     on_gpu(monkeypatch, (9, 0), "NVIDIA H200")
     monkeypatch.setattr(machine, "is_interpreted", lambda: False)
     assert why_no_triton(GPU, 64, "fp8") is None
 
 
 def test_a_head_too_large_is_refused() -> None:
-    assert_refused("heads of up to 256 elements, and this model's have 512", CPU, 512)
-    assert_refused("heads of up to 256 elements, and this model's have 512", GPU, 512)
+    assert_refused("heads of up to 256 elements, but this model's have 512", CPU, 512)
+    assert_refused("heads of up to 256 elements, but this model's have 512", GPU, 512)
 
 
-def test_a_process_that_compiles_cannot_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernels_refuse_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "is_interpreted", lambda: False)
     assert_refused("TRITON_INTERPRET=1", CPU, 64)
 
@@ -1076,7 +1171,7 @@ def test_the_interpreter_does_not_take_fp8(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.skipif(not is_interpreted(), reason="a process that compiles refuses")
 @pytest.mark.parametrize("name", ["triton", "triton-naive"])
-def test_interpreted_kernels_are_taken_with_a_warning(name: str) -> None:
+def test_interpreted_kernels_are_accepted_with_a_warning(name: str) -> None:
     with pytest.warns(UserWarning, match="interpreter"):
         backend = choose_backend(name, CPU)
     assert backend.name == name
@@ -1112,7 +1207,7 @@ def test_values_of_another_shape_than_keys_are_refused() -> None:
             call()
 
 
-def test_heads_whose_numbers_lie_apart_are_refused() -> None:
+def test_heads_with_strided_elements_are_refused() -> None:
     setup = on_device(paged_setup([(3, 2)]))
     apart = setup.q.transpose(1, 2).contiguous().transpose(1, 2)
     for attend in (triton_paged_attention, naive_paged_attention):
@@ -1127,7 +1222,7 @@ def test_heads_whose_numbers_lie_apart_are_refused() -> None:
         rope_and_store_kv(setup.q, k, k, cos[:2], cos, *pools, setup.batch)
 
 
-def test_pairs_that_lie_apart_are_refused() -> None:
+def test_strided_pairs_of_elements_are_refused() -> None:
     pool = torch.zeros(1, 2, 5, 1, 4, 8, device=DEVICE)
     pairs = torch.tensor([[3, 0], [1, 2]], device=DEVICE)
     with pytest.raises(AssertionError):

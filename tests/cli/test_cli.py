@@ -12,7 +12,7 @@ from checkpoints import make_checkpoint
 from commands import minipaged
 
 
-def test_demo_answers_eight_questions_and_says_which_are_right(capsys, monkeypatch):
+def test_demo_answers_eight_questions_and_marks_the_right_ones(capsys, monkeypatch):
     code, out, _ = minipaged(capsys, monkeypatch, "demo", "--json")
     report = json.loads(out)
     assert code == 0
@@ -93,7 +93,7 @@ def test_a_trace_is_a_file_of_versioned_events_and_ends_with_an_empty_pool(
     assert [e["step"] for e in events] == sorted(e["step"] for e in events)
 
 
-def test_samples_and_beams_are_numbered_and_what_they_shared_is_said(capsys, monkeypatch):
+def test_samples_and_beams_are_numbered_and_their_shared_blocks_counted(capsys, monkeypatch):
     for option in ("--n", "--beam-width"):
         code, out, err = minipaged(
             capsys, monkeypatch, "generate", "Once upon a time", option, "3", "--max-tokens", "9",
@@ -116,7 +116,7 @@ def test_beam_search_refuses_the_options_of_sampling(capsys, monkeypatch):
         assert "with --beam-width, leave out" in err
 
 
-def test_a_trace_of_a_run_that_fails_is_not_left_half_written(capsys, monkeypatch, tmp_path):
+def test_a_run_that_fails_leaves_no_partial_trace(capsys, monkeypatch, tmp_path):
     trace = tmp_path / "events.jsonl"
     code, _, _ = minipaged(
         capsys, monkeypatch, "generate", "x y z", "--num-blocks", "1", "--block-size", "1",
@@ -126,7 +126,7 @@ def test_a_trace_of_a_run_that_fails_is_not_left_half_written(capsys, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_generate_goes_on_from_each_prompt(capsys, monkeypatch):
+def test_generate_continues_each_prompt(capsys, monkeypatch):
     code, out, _ = minipaged(
         capsys, monkeypatch, "generate", "Once upon a time Theo", "Once upon a time Mia",
         "--temperature", "0", "--max-tokens", "5",
@@ -147,7 +147,7 @@ def test_generate_reads_lines_and_writes_json_lines(capsys, monkeypatch):
     assert all(len(o["outputs"][0]["token_ids"]) <= 3 for o in outputs)
 
 
-def test_chat_answers_from_the_story_it_was_told(capsys, monkeypatch):
+def test_chat_answers_from_the_given_story(capsys, monkeypatch):
     code, out, _ = minipaged(
         capsys, monkeypatch, "chat",
         "--system", "Once upon a time Theo the frog put the white key in the meadow.",
@@ -182,7 +182,7 @@ def test_a_chat_that_outgrows_the_context_forgets_its_oldest_turns(capsys, monke
     assert answers.count(question.answer) >= 70
 
 
-def test_a_model_that_was_not_taught_to_chat_says_so_before_the_first_question(
+def test_a_model_without_a_chat_template_is_refused_before_the_first_question(
     capsys, monkeypatch, tmp_path
 ):
     make_checkpoint("llama", tmp_path)
@@ -209,7 +209,7 @@ def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
         (["juggle"], "No such command 'juggle'"),
         (["demo", "--block-size", "large"], "'--block-size'"),
         (["demo", "--block-size", "0"], "--block-size is 0"),
-        (["demo", "--num-blocks", "9"], "--num-blocks is 9, and the longest story"),
+        (["demo", "--num-blocks", "9"], "--num-blocks is 9, but the longest story"),
         (["demo", "--num-blocks", "10000000"], "the machine has"),
         (["generate", "-"], "standard input contains no prompt"),
         (["generate", "once upon a time", "--num-blocks", "0"], "--num-blocks is 0"),
@@ -228,7 +228,7 @@ def test_chat_tells_a_story_of_its_own_to_ask_about(capsys, monkeypatch):
         (["generate"], "Missing argument"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, monkeypatch, arguments, sentence):
+def test_a_user_error_is_one_sentence_and_exit_code_2(capsys, monkeypatch, arguments, sentence):
     code, out, err = minipaged(capsys, monkeypatch, *arguments)
     lines = [line for line in err.splitlines() if line.startswith("minipaged: ")]
     assert code == 2
@@ -255,7 +255,7 @@ def test_a_trace_can_go_to_a_pipe(tmp_path):
     assert pipe.is_fifo()
 
 
-def test_text_that_ends_early_for_want_of_memory_says_so(capsys, monkeypatch):
+def test_text_cut_short_by_lack_of_memory_is_marked(capsys, monkeypatch):
     code, _, err = minipaged(
         capsys, monkeypatch, "generate", "Once upon a time", "--num-blocks", "2", "--ignore-eos"
     )
@@ -269,7 +269,7 @@ def test_generated_text_is_not_broken_into_lines(capsys, monkeypatch):
     assert out.startswith(prompt)
 
 
-def test_a_terminal_that_cannot_show_a_letter_shows_a_question_mark():
+def test_a_letter_that_the_terminal_cannot_show_becomes_a_question_mark():
     result = subprocess.run(
         [sys.executable, "-m", "minipaged", "generate", "Wörld", "--max-tokens", "1"],
         capture_output=True,
@@ -280,7 +280,7 @@ def test_a_terminal_that_cannot_show_a_letter_shows_a_question_mark():
     assert b"W?rld" in result.stdout
 
 
-def test_a_model_without_a_tokenizer_says_so(capsys, monkeypatch, tmp_path):
+def test_a_model_without_a_tokenizer_is_reported(capsys, monkeypatch, tmp_path):
     folder = make_checkpoint("gpt2", tmp_path)
     code, _, err = minipaged(capsys, monkeypatch, "generate", "hi", "--model", str(folder))
     assert code == 2
@@ -301,7 +301,7 @@ def test_a_group_without_a_command_lists_its_commands(capsys, monkeypatch, group
     assert "\nCommands:\n" in out
 
 
-def test_python_dash_m_is_the_same_program():
+def test_python_dash_m_runs_the_same_program():
     result = subprocess.run(
         [sys.executable, "-m", "minipaged", "juggle"],
         capture_output=True,
@@ -331,12 +331,12 @@ def test_the_script_in_the_root_is_the_fetch_command(tmp_path):
         (["convert", "nowhere"], "there is no folder nowhere"),
     ],
 )
-def test_a_fetch_that_cannot_be_is_one_sentence_and_exit_code_2(
+def test_an_impossible_fetch_is_one_sentence_and_exit_code_2(
     arguments, sentence, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("MINIPAGED_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where no server listens
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     code, out, err = minipaged(capsys, monkeypatch, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)

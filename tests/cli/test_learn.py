@@ -37,7 +37,7 @@ def test_the_list_of_chapters_needs_no_torch():
     assert b"Paged attention" in run.stdout
 
 
-def test_the_list_has_number_title_subject_time_and_lab(learn):
+def test_the_list_shows_number_title_subject_time_and_lab(learn):
     code, out, _, opened = learn()
     assert code == 0
     lines = [line.strip() for line in out.splitlines()]
@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_made_is_named(learn, tmp_path, flag):
         (["--slides", "out", "--no-browser"], "--slides writes files and opens no page"),
     ],
 )
-def test_what_cannot_be_done_is_refused(learn, arguments, said):
+def test_a_chapter_that_cannot_be_opened_or_written_is_refused(learn, arguments, said):
     code, _, err, _ = learn(*arguments)
     assert code == 2
     assert said in err

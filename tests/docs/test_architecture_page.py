@@ -1,4 +1,4 @@
-"""docs/architecture.md says what the code says: its layout, its layers, its roles, its journey."""
+"""docs/architecture.md agrees with the code: layout, layers, roles, journey of a request."""
 
 import re
 from dataclasses import fields
@@ -40,13 +40,13 @@ def test_the_layout_of_a_package_names_every_module_and_no_other(package: Path):
     assert sorted(listed) == sorted(p.name for p in package.glob("*.py") if p.stem != "__init__")
 
 
-def test_every_line_of_the_layout_says_something():
+def test_every_line_of_the_layout_has_a_description():
     for title in re.findall(r'^```text title="(minipaged/[^"]*)"', PAGE, re.M):
         for line in text_block(title):
             assert len(line.split(maxsplit=1)) == 2, line
 
 
-def test_the_layers_are_those_that_the_imports_are_held_to():
+def test_the_layers_on_the_page_are_those_that_the_import_test_enforces():
     assert " ".join(text_block("layers, from low to high")).split() == LAYERS
 
 

@@ -109,7 +109,7 @@ def shown_default(value: object) -> str:
     return str(value) if isinstance(value, Enum) else repr(value).replace("'", '"')
 
 
-def test_ten_things_are_absent_and_ten_files_are_to_be_read():
+def test_the_page_lists_ten_absent_features_and_ten_files_to_read():
     absent = re.split(r"^\d+\. ", section("Ten things that are not here"), flags=re.M)[1:]
     assert len(absent) == 10
     assert all(VLLM.search(each) and "](https://" in each for each in absent)

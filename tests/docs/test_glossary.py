@@ -35,22 +35,22 @@ PROSE = [
 ]
 
 
-def test_the_words_are_sorted_and_each_stands_once():
+def test_the_terms_are_sorted_and_unique():
     assert sorted(set(WORDS), key=str.casefold) == WORDS
 
 
-def test_each_term_is_bold_and_below_its_letter():
+def test_each_term_is_bold_and_under_its_letter():
     letter = ""
     for heading, line in re.findall(r"^## ([A-Z])$|^(\S.*)\n:   ", TEXT, re.M):
         letter = heading or letter
         assert heading or re.fullmatch(rf"\*\*{letter}[^*]*\*\*", line, re.IGNORECASE), line
 
 
-def test_each_thing_that_has_one_word_has_its_term():
+def test_each_preferred_word_has_an_entry():
     assert set(re.split(r",\s+", " ".join(TERMS.split()))) <= set(WORDS)
 
 
-def test_the_words_that_contributing_asks_for_are_there():
+def test_the_words_that_contributing_prescribes_have_entries():
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     [listed] = re.findall(r"one word for one thing: (.*?)\.\n", contributing, re.S)
     asked = {" ".join(word.split()) for word in listed.split(",")}

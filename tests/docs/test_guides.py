@@ -1,7 +1,7 @@
-"""What the guides let a reader type is run here, and prints what they say.
+"""The commands and programs of the guides are run here, and print what the guides show.
 
-A Python block with a title is a file of that name; a text block right behind it is what the file
-prints. The files of one page lie together, so that one may import another. Blocks without a title
+A Python block with a title is a file of that name; a text block right after it is what the file
+prints. The files of one page share a folder, so that one may import another. Blocks without a title
 are run as well, unless they only show a signature.
 """
 
@@ -36,7 +36,7 @@ NEEDS_TRITON = {"debug_a_kernel.md"}
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 @pytest.mark.parametrize("guide", RUN)
-def test_what_a_guide_shows_runs_and_prints_what_it_says(guide, tmp_path, monkeypatch, capsys):
+def test_the_code_of_a_guide_runs_and_prints_the_output_shown(guide, tmp_path, monkeypatch, capsys):
     if guide.name in NEEDS_TRITON and find_spec("triton") is None:
         pytest.skip("Triton exists for Linux only")
     (tmp_path / "minipaged").symlink_to(ROOT / "minipaged")  # run_your_model.md: in a checkout

@@ -88,7 +88,7 @@ def key(project: Path) -> str:
         "minipaged/assets/weights.txt",
     ],
 )
-def test_a_change_in_what_it_can_import_changes_the_key(project, file):
+def test_a_change_in_an_importable_module_changes_the_key(project, file):
     before = key(project)
     assert key(project) == before
     (project / file).write_text(f"{FILES.get(file, '')}\n# changed\n", encoding="utf-8")
@@ -101,20 +101,20 @@ UNUSED = ["other", "unused", "memory/unused"]
 @pytest.mark.parametrize(
     "file", ["tutorials/01_second.py", *(f"minipaged/{name}.py" for name in UNUSED)]
 )
-def test_a_change_elsewhere_does_not(project, file):
+def test_a_change_elsewhere_does_not_change_the_key(project, file):
     before = key(project)
     (project / file).write_text("# changed\n", encoding="utf-8")
     assert key(project) == before
 
 
-def test_a_module_that_was_not_there_counts_once_it_is(project):
+def test_a_new_module_changes_the_key(project):
     file = project / "minipaged" / "figures" / "fig2.py"
     before = key(project)
     file.touch()
     assert key(project) != before
 
 
-def test_of_other_libraries_the_version_counts(project, monkeypatch):
+def test_the_versions_of_other_libraries_are_part_of_the_key(project, monkeypatch):
     (project / "tutorials" / "drawing.py").write_text("import pytest\n")
     before = key(project)
     monkeypatch.setattr("site_builder.imports.version", lambda name: "0.0")

@@ -37,7 +37,7 @@ def find(dotted: str) -> object:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_on_a_page_has_lines_in_a_file(name):
+def test_every_name_quoted_on_a_page_exists(name):
     if ".triton" in name:
         pytest.importorskip("triton")
     found = find(name)

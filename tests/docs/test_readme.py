@@ -1,4 +1,4 @@
-"""What README promises is run."""
+"""What README claims is run."""
 
 import os
 import re

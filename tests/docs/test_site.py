@@ -1,4 +1,4 @@
-"""The documentation site: what it quotes, runs and draws is so; what is wrong fails the build."""
+"""The documentation site: quotes, outputs and drawings are current; a fault fails the build."""
 
 import json
 import os
@@ -184,12 +184,12 @@ def test_a_name_is_found_through_the_package_that_exports_it(project):
     assert find(project, "minipaged.Pool.free") == find(project, "minipaged.pool.Pool.free")
 
 
-def test_a_kernel_is_found_though_its_decorator_replaces_it():
+def test_a_decorated_kernel_is_found():
     kernel = find(ROOT, "minipaged.attention.triton.decode.decode_kernel")
     assert kernel.text.startswith("@triton.jit")
 
 
-def test_a_quote_is_the_source_and_says_where_it_stands(project):
+def test_a_quote_shows_the_source_with_its_file_and_lines(project):
     page = with_quotes("Look:\n\n  @@ minipaged.pool.Pool.free\n", project, "a.md")
     assert page == (
         'Look:\n\n  ```python title="minipaged/pool.py, lines 16-17"\n'
@@ -207,14 +207,14 @@ def test_a_place_is_a_link_to_file_and_lines(project):
 
 
 @pytest.mark.parametrize("fence", ["```", "~~~~", "````"])
-def test_code_in_fences_is_left_alone(project, fence):
+def test_code_in_fences_is_not_changed(project, fence):
     page = f"{fence}text\n@@ gone.name\n{{{{ lines gone.name }}}}\n[a](../minipaged)\n{fence}\n"
     assert expanded(page, project, "a.md") == page
 
 
 @pytest.mark.parametrize("name", ["minipaged.gone", "minipaged.pool.Pool.gone", "gone", "."])
 @pytest.mark.parametrize("form", ["@@ {}", "{{{{ lines {} }}}}", "{{{{ name {} }}}}"])
-def test_a_name_that_is_gone_stops_the_build_and_is_named_with_its_page(project, name, form):
+def test_a_missing_name_stops_the_build_and_is_reported_with_its_page(project, name, form):
     with pytest.raises(CannotBuild, match=re.escape("guides/a.md, line 2: cannot")) as stopped:
         expanded(f"Text\n{form.format(name)}\n", project, "guides/a.md")
     assert name in str(stopped.value)
@@ -243,7 +243,7 @@ def test_links_into_the_repository_lead_to_pages_of_source_or_become_text(projec
     assert with_files_linked(beside, project, "a.md") == beside
 
 
-def test_a_folder_in_the_navigation_stands_for_its_pages():
+def test_a_folder_in_the_navigation_expands_to_its_pages():
     pages = ["a/2.md", "a/index.md", "a/1.md", "b.md"]
     nav = with_folders([{"A": ["a/", "b.md"]}, {"B": "b.md"}], pages)
     assert nav == [{"A": ["a/index.md", "a/1.md", "a/2.md", "b.md"]}, {"B": "b.md"}]
@@ -252,7 +252,7 @@ def test_a_folder_in_the_navigation_stands_for_its_pages():
 # Chapters
 
 
-def test_a_chapter_becomes_a_page_with_what_its_cells_showed(project):
+def test_a_chapter_becomes_a_page_with_the_outputs_of_its_cells(project):
     chapter = read(project / "tutorials" / "00_first.py")
     page = page_of(chapter, executed(chapter, project), project)
     assert page.markdown.startswith("# The first chapter\n\n[Notebook](00_first.ipynb)")
@@ -346,7 +346,7 @@ def test_a_chapter_opens_with_its_picture_and_so_does_its_place_in_the_list(tmp_
 
 
 @pytest.mark.usefixtures("without_running")
-def test_the_notebook_to_take_home_quotes_code_and_has_no_outputs(project):
+def test_the_downloadable_notebook_quotes_code_and_has_no_outputs(project):
     files = tutorial_files(project)
     notebook = json.loads(files["tutorials/00_first.ipynb"])
     text = "".join(notebook["cells"][0]["source"])

@@ -1,4 +1,4 @@
-"""Every page of the site in a real browser: it asks nobody else, breaks nothing and draws all.
+"""Every page of the site in a real browser: it loads nothing from elsewhere and draws all.
 
 Needs Playwright for Python and a Chromium, which is looked for in the path and in the environment
 variable CHROMIUM. Pictures of all pages go into the folder that MINIPAGED_SCREENSHOTS names.
@@ -119,7 +119,7 @@ def pages_with(site: Path, *parts: str) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_page_draws_all_it_has_and_asks_nobody_else(scheme, browser, address, built_site):
+def test_every_page_renders_completely_without_other_hosts(scheme, browser, address, built_site):
     visit = Visit(browser, address, color_scheme=scheme)
     for page in pages_of(built_site):
         visit.tab.set_viewport_size(SIZES["wide"])
@@ -213,7 +213,7 @@ def test_slides_follow_the_keys_fit_the_screen_and_print_one_to_a_page(browser, 
         visit.tab.close()
 
 
-def test_the_site_works_without_a_server_search_included(browser, built_site):
+def test_the_site_and_its_search_work_without_a_server(browser, built_site):
     visit = Visit(browser, f"{built_site.as_uri()}/")
     visit.open("index.html")
     visit.tab.locator(".md-search__input").fill("watermark")

@@ -62,7 +62,7 @@ def test_the_points_of_the_rubric_add_up_to_one_hundred():
     assert sum(map(int, points)) == 100
 
 
-def test_a_dev_container_installs_with_a_command_of_readme():
+def test_the_dev_container_installs_with_a_command_from_readme():
     text = (ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8")
     command = json.loads(text)["postCreateCommand"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Beam search: the sequences and scores of transformers, and what becomes of the blocks."""
+"""Beam search: the sequences and scores of transformers, and the blocks of beams."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from minipaged.sampling import Beam, BeamSearch
 from minipaged.sequence import Sequence, SequenceStatus
 
 MAX_TOKENS = 12
-# Tokens that these random models say often, though not always: some sequences end, some do not.
+# Tokens that these random models often generate: some sequences end, some do not.
 OFTEN = {"llama": (44, 15, 84), "gpt2": (71, 72, 11), "opt": (71, 19, 29)}
 RULES = (True, False, "never")
 PENALTIES = (0.0, 1.0, -0.7, 2.0)
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return make_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
-# ---- the opinion of transformers -----------------------------------------------------------------
+# ---- compared with transformers ------------------------------------------------------------------
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Models:
 
 
 def up_to_the_end(token_ids: list[int], eos: tuple[int, ...]) -> list[int]:
-    """Without the padding behind the end-of-sequence token."""
+    """Without the padding after the end-of-sequence token."""
     ends = [i + 1 for i, token in enumerate(token_ids) if token in eos]
     return token_ids[: min(ends, default=len(token_ids))]
 
@@ -110,7 +110,7 @@ def test_sequences_and_scores_are_those_of_transformers(models):
         for rule in RULES
     ]
     outputs = models.check(*map(list, zip(*kinds, strict=True)))
-    # Lest both agree about nothing: sequences end in both ways, searches end early, rules differ.
+    # The comparison covers enough: sequences end in both ways, searches end early, rules differ.
     completions = [completion for output in outputs for completion in output.outputs]
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     ends = [max(len(c.token_ids) for c in output.outputs) for output in outputs]
@@ -122,7 +122,7 @@ def test_sequences_and_scores_are_those_of_transformers(models):
 
 
 @pytest.mark.parametrize("beam_width", [1, 3])
-def test_sequences_without_an_end_are_those_of_transformers_too(models, beam_width):
+def test_without_an_end_token_sequences_are_those_of_transformers(models, beam_width):
     outputs = models.check(
         PROMPTS * 2,
         [
@@ -145,7 +145,7 @@ def test_a_single_beam_is_greedy(models):
     assert reasons[0] == reasons[1]
 
 
-def test_each_rule_of_stopping_searches_longer_than_the_one_before(folder):
+def test_each_stopping_rule_searches_longer_than_the_previous_one(folder):
     lengths, found = [], []
     for rule in RULES:
         llm = small(folder)
@@ -172,7 +172,7 @@ def scored(outputs: list[RequestOutput]):
     return [[(c.token_ids, c.finish_reason, c.index) for c in o.outputs] for o in outputs]
 
 
-def test_beams_share_blocks_and_losers_return_theirs_at_once(folder):
+def test_beams_share_blocks_and_pruned_beams_return_theirs_at_once(folder):
     llm = small(folder)
     set_eos(llm, *OFTEN["llama"])
     for name, (ids, params) in enumerate(STARVED):
@@ -197,7 +197,7 @@ def test_beams_share_blocks_and_losers_return_theirs_at_once(folder):
         parents_of_two += any(old - new and new - old for old, new in zip(living, now, strict=True))
         living = now
     assert shared > 0
-    assert parents_of_two > 5  # some fork in the very step in which others are given up
+    assert parents_of_two > 5  # some fork in the same step in which others are pruned
     for name in outputs:
         counted = [step for step in steps if name in step.tables]
         assert meter.num_held[name] == sum(step.held(name) for step in counted)
@@ -212,9 +212,7 @@ def test_beams_share_blocks_and_losers_return_theirs_at_once(folder):
     [{"preemption": "swap"}, {"preemption": "recompute"}, {"num_swap_blocks": 0}],
     ids=["swap", "recompute", "no swap pool"],
 )
-def test_a_starved_pool_changes_neither_sequences_nor_scores(
-    folder, options, enable_prefix_caching
-):
+def test_a_small_pool_changes_neither_sequences_nor_scores(folder, options, enable_prefix_caching):
     prompts, params = map(list, zip(*STARVED, strict=True))
     found = []
     for num_blocks, more in (200, {}), (21, options):
@@ -231,7 +229,7 @@ def test_a_starved_pool_changes_neither_sequences_nor_scores(
     assert sum(output.metrics.num_preemptions for output in starved) > 0
 
 
-def test_recomputed_beams_wait_for_each_other(folder):
+def test_recomputed_beams_resume_together(folder):
     """Their chunks end in different steps, and the beams must still be compared in one."""
     prompts, params = map(list, zip(*STARVED, strict=True))
     tight = {"num_swap_blocks": 0, "max_num_seqs": 9, "max_num_batched_tokens": 9}
@@ -268,7 +266,7 @@ def test_beams_that_outgrow_the_pool_end_with_what_they_have(folder):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_an_aborted_search_returns_its_beams_the_best_first(folder, steps):
+def test_an_aborted_search_returns_its_beams_best_first(folder, steps):
     llm = small(folder)
     llm.engine.add_request("a", PROMPTS[1], BeamSearchParams(4, max_tokens=30, ignore_eos=True))
     for _ in range(steps):
@@ -286,7 +284,7 @@ def test_an_aborted_search_returns_its_beams_the_best_first(folder, steps):
         assert all_tokens([output]) == all_tokens(whole)
 
 
-def test_what_has_ended_before_an_abort_keeps_its_reason(folder):
+def test_a_beam_that_ended_before_an_abort_keeps_its_finish_reason(folder):
     llm = small(folder)
     set_eos(llm, 84, 26, 90)
     llm.engine.add_request("a", PROMPTS[1], BeamSearchParams(4, max_tokens=40))
@@ -301,7 +299,7 @@ def test_what_has_ended_before_an_abort_keeps_its_reason(folder):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_a_search_shows_nothing_before_its_end(folder):
+def test_a_search_produces_no_output_before_its_end(folder):
     shown = list(
         small(folder).stream(PROMPTS, [BeamSearchParams(3, max_tokens=6, ignore_eos=True), GREEDY])
     )
@@ -309,7 +307,7 @@ def test_a_search_shows_nothing_before_its_end(folder):
     assert len(shown) == 1 + 32
 
 
-def test_every_beam_has_its_text():
+def test_every_beam_has_its_own_text():
     llm = LLM("storyteller", parts=Parts().checked(), num_blocks=100)
     params = BeamSearchParams(3, max_tokens=12, ignore_eos=True)
     [output] = llm.beam_search("Once upon a time", params, use_tqdm=False)
@@ -341,7 +339,7 @@ def test_every_beam_has_its_text():
         ({"ignore_eos": 1}, "ignore_eos is 1: choose True or False"),
     ],
 )
-def test_a_value_that_cannot_work_is_refused_in_its_sentence(options, sentence):
+def test_an_invalid_value_is_refused_with_its_own_message(options, sentence):
     with pytest.raises(InvalidOption, match=sentence):
         BeamSearchParams(**{"beam_width": 2, **options})
 
@@ -356,7 +354,7 @@ def test_beam_search_takes_no_other_params(folder, params):
     ("eos", "ignore_eos", "widest"),
     [((), False, 50), ((2,), False, 50), ((2, 3, 4), False, 25), ((2, 3, 4), True, 50)],
 )
-def test_a_width_that_compares_more_tokens_than_there_are_is_refused(
+def test_a_width_that_needs_more_tokens_than_the_vocabulary_is_refused(
     folder, eos, ignore_eos, widest
 ):
     llm = small(folder, num_blocks=400)
@@ -403,7 +401,7 @@ def chosen(candidates) -> list[tuple[int, int, float]]:
     return [(c.beam.seq.seq_id, c.token_id, pytest.approx(c.logprob)) for c in candidates]
 
 
-def test_the_best_candidates_of_all_beams_go_on():
+def test_the_best_candidates_of_all_beams_continue():
     likeliest = [{1: -1.0, 2: -2.0, 3: -5.0}, {1: -0.1, 2: -0.2, 3: -0.3}]
     going_on = search().advance(beams(-1.0, -1.5), likeliest)
     assert chosen(going_on) == [(1, 1, -1.6), (1, 2, -1.7)]
@@ -411,7 +409,7 @@ def test_the_best_candidates_of_all_beams_go_on():
     assert chosen(going_on) == [(0, 1, -2.0), (1, 1, -2.1)]
 
 
-def test_a_candidate_that_ends_becomes_a_hypothesis_and_leaves_its_place_to_the_next():
+def test_a_candidate_that_ends_is_a_hypothesis_and_the_next_one_continues():
     one = search()
     going_on = one.advance(beams(-1.0, -2.0), [{EOS: -0.5, 1: -1.0, 2: -2.0}, {3: -0.5, 4: -9.0}])
     assert chosen(going_on) == [(0, 1, -2.0), (1, 3, -2.5)]
@@ -420,7 +418,7 @@ def test_a_candidate_that_ends_becomes_a_hypothesis_and_leaves_its_place_to_the_
     assert (hypothesis.logprob, hypothesis.score) == (-1.5, -0.75)
 
 
-def test_an_end_that_ranks_beyond_the_width_is_dropped():
+def test_an_ended_candidate_ranked_beyond_the_width_is_dropped():
     one = search()
     going_on = one.advance(beams(-1.0, -1.5), [{1: -0.1, 2: -0.2, EOS: -0.3}, {1: -9.0}])
     assert chosen(going_on) == [(0, 1, -1.1), (0, 2, -1.2)]
@@ -469,7 +467,7 @@ def test_a_full_list_of_hypotheses_ends_the_search_by_its_rule(
     assert bool(going_on) is goes_on
 
 
-def test_beams_that_may_still_do_better_go_on_though_enough_have_ended():
+def test_beams_that_may_still_improve_continue_after_enough_have_ended():
     one = search(length_penalty=0.0)
     one.advance(beams(-5.0, -6.0), [{EOS: -0.5, 1: -0.6}, {EOS: -0.1, 2: -0.2}])
     assert [h.score for h in one.hypotheses] == [-5.5]
@@ -480,7 +478,7 @@ def test_beams_that_may_still_do_better_go_on_though_enough_have_ended():
     assert chosen(going_on) == [(0, 1, -5.7), (1, 1, -9.2)]
 
 
-def test_a_better_hypothesis_drives_out_the_worst():
+def test_a_better_hypothesis_replaces_the_worst():
     one = search(2, length_penalty=0.0, early_stopping="never")
     one.advance(beams(-9.0, -9.5), [{EOS: -1.0, 1: -2.0, 2: -3.0}, {EOS: -1.0, 3: -2.0, 4: -3.0}])
     assert [h.score for h in one.hypotheses] == [-10.0, -10.5]
@@ -488,14 +486,14 @@ def test_a_better_hypothesis_drives_out_the_worst():
     assert [h.score for h in one.hypotheses] == [-4.0, -10.0]
 
 
-def test_beams_that_go_on_are_ranked_among_the_hypotheses():
+def test_continuing_beams_are_ranked_with_the_hypotheses():
     one = search(2, length_penalty=0.0)
     one.advance(beams(-1.0, -2.0), [{EOS: -0.5, 1: -1.0, 2: -2.0}, {3: -0.5, 4: -9.0}])
     ranked = one.ranked(beams(-1.2, -2.5, num_output_tokens=2))
     assert [(h.score, h.finish_reason) for h in ranked] == [(-1.2, None), (-1.5, "stop")]
 
 
-def test_ignored_ends_go_on_like_any_token():
+def test_an_ignored_end_token_continues_the_beam():
     one = search(ignore_eos=True)
     going_on = one.advance(beams(-1.0, -2.0), [{EOS: -0.5, 1: -1.0}, {2: -0.5, 3: -9.0}])
     assert chosen(going_on) == [(0, EOS, -1.5), (0, 1, -2.0)]

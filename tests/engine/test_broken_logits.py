@@ -88,7 +88,7 @@ def is_error(completion) -> bool:
     ],
     ids=str,
 )
-def test_the_others_have_the_tokens_of_a_run_without_it(folder, options):
+def test_other_requests_have_the_same_tokens_as_without_the_broken_one(folder, options):
     expected = tokens(run(broken_by_the_model(folder, **options), HEALTHY))
     llm = broken_by_the_model(folder, **options)
     prompts = [HEALTHY[0], [9, BROKEN, 8] * 8, *HEALTHY[1:4], [BROKEN], *HEALTHY[4:]]
@@ -100,7 +100,7 @@ def test_the_others_have_the_tokens_of_a_run_without_it(folder, options):
         assert tokens(outputs) == expected
 
 
-def test_blocks_multiplied_in_place_are_no_others_business(folder, monkeypatch):
+def test_reading_blocks_in_place_does_not_affect_other_requests(folder, monkeypatch):
     monkeypatch.setattr(torch_decode, "_is_worth_it", lambda *_: True)
     monkeypatch.setattr(torch_decode, "LEAST_IN_USE", 0)
     expected = tokens(run(broken_by_the_model(folder), HEALTHY))
@@ -130,7 +130,7 @@ def test_one_line_is_logged_for_each_broken_request(folder, caplog):
     assert "request llm-2, token at position 26: " in lines[1]
 
 
-def test_no_block_of_a_broken_request_is_found_by_others(folder):
+def test_no_block_of_a_broken_request_stays_in_the_prefix_cache(folder):
     """Its prefix is healthy, but may become NaN when it is computed together with the rest."""
     for budget in (64, 8):  # whole, and in chunks
         options = {"max_num_batched_tokens": budget, "max_num_seqs": 8}
@@ -144,7 +144,7 @@ def test_no_block_of_a_broken_request_is_found_by_others(folder):
         assert found.outputs[0].token_ids == expected.outputs[0].token_ids
 
 
-def test_blocks_that_were_healthy_before_are_still_found(folder):
+def test_blocks_cached_before_the_fault_are_still_found(folder):
     llm = broken_by_the_model(folder)
     run(llm, [[*PREFIX, 9, 10]])
     [broken] = run(llm, [[*PREFIX, BROKEN]])
@@ -178,7 +178,7 @@ MEMORIES = ["paged", "contiguous-max", "contiguous-oracle", "static", "virtual"]
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("params", [SAMPLES, BEAMS], ids=["samples", "beams"])
-def test_of_a_broken_prompt_all_samples_end_and_all_blocks_return(folder, memory, params):
+def test_if_a_prompt_breaks_all_its_samples_end_and_all_blocks_return(folder, memory, params):
     if memory == "virtual" and sys.platform != "linux":
         pytest.skip("needs Linux's pages")
     llm = broken_by_the_model(folder, memory=memory, num_blocks=256)
@@ -213,7 +213,7 @@ def test_samples_that_break_one_after_another_are_logged_once(plain, caplog):
     assert len(caplog.records) == 1
 
 
-def test_what_was_broken_stays_so_when_a_later_step_is_cut_short(plain, caplog):
+def test_a_broken_request_stays_broken_when_a_later_step_is_interrupted(plain, caplog):
     llm = checked(plain, **OPTIONS)
 
     def break_and_interrupt(step, sequence):

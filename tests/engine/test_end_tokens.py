@@ -33,37 +33,37 @@ def ends_at(folder: Path, token_id: int) -> bool:
     return len(completion.token_ids) == 1 and completion.finish_reason == "stop"
 
 
-def test_without_a_name_anywhere_nothing_ends_a_sequence(folder: Path) -> None:
+def test_without_an_end_token_in_any_file_nothing_ends_a_sequence(folder: Path) -> None:
     assert not ends_at(folder, END)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("token", ["<|end|>", {"content": "<|end|>", "special": True}])
-def test_an_end_that_only_the_tokenizer_names_ends_a_sequence(
+def test_an_end_token_named_only_by_the_tokenizer_ends_a_sequence(
     token: Any, name: str, folder: Path
 ) -> None:
     (folder / name).write_text(json.dumps({"eos_token": token}))
     assert ends_at(folder, END)
 
 
-def test_the_tokenizers_end_may_be_a_token_that_is_not_special(folder: Path) -> None:
+def test_the_end_token_of_the_tokenizer_need_not_be_special(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "~"}))
     assert ends_at(folder, ord("~"))
 
 
-def test_the_ends_of_all_files_count(folder: Path) -> None:
+def test_the_end_tokens_of_all_files_count(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, END]}))
     assert LLM(folder, num_blocks=8).engine.executor.runner.model.config.eos_token_ids == (9, END)
 
 
 @pytest.mark.parametrize("token", ["no such token", "", None, 7, {"content": None}])
-def test_an_end_that_the_tokenizer_lacks_changes_nothing(token: Any, folder: Path) -> None:
+def test_an_end_token_that_the_tokenizer_lacks_changes_nothing(token: Any, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
     assert LLM(folder, num_blocks=8).engine.executor.runner.model.config.eos_token_ids == ()
 
 
-def test_an_end_outside_the_models_vocabulary_changes_nothing(folder: Path) -> None:
+def test_an_end_token_outside_the_vocabulary_changes_nothing(folder: Path) -> None:
     special = {"<|end|>": 300}
     (folder / "tiktoken.json").write_text(json.dumps(CONFIG | {"special_tokens": special}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))

@@ -1,4 +1,4 @@
-"""The engine end to end: the same tokens whatever the memory, the company and the attention."""
+"""The engine end to end: the same tokens whatever the memory, batch and attention backend."""
 
 from itertools import pairwise
 
@@ -94,7 +94,7 @@ def test_an_8_bit_cache_of_the_same_memory_holds_more_blocks(folder, monkeypatch
 @pytest.mark.parametrize("attention_backend", sorted(BACKENDS))
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32])
-def test_a_starved_pool_preempts_over_and_over_and_gives_the_same_tokens(
+def test_repeated_preemption_does_not_change_the_tokens(
     folder, expected, attention_backend, preemption, block_size
 ):
     llm = checked(
@@ -114,7 +114,7 @@ def test_a_starved_pool_preempts_over_and_over_and_gives_the_same_tokens(
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_8_bit_keys_survive_sharing_copies_and_preemption(folder, preemption, kv_cache_dtype):
-    # A key's bits depend on nothing but the key: whoever computes it again stores the same.
+    # A key's bits depend on nothing but the key: computing it again stores the same bits.
     prompts, params = PROMPTS[:4], SamplingParams(n=3, seed=4, max_tokens=12, ignore_eos=True)
     options = {"kv_cache_dtype": kv_cache_dtype, "block_size": 4, "preemption": preemption}
     ample = run(checked(folder, **options), prompts, params)
@@ -134,7 +134,7 @@ def test_whole_prompts_change_no_token(folder, expected):
     assert tokens(run(checked(folder, enable_chunked_prefill=False), params=MIXED)) == expected
 
 
-def test_a_request_alone_gets_what_it_gets_in_company(folder, expected):
+def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(folder, expected):
     llm = checked(folder)
     for prompt, params, whole in zip(PROMPTS, MIXED, expected, strict=True):
         assert tokens(run(llm, [prompt], params)) == [whole]
@@ -152,7 +152,7 @@ def test_a_request_that_joins_midway_changes_no_others_tokens(folder, expected):
     assert [finished[str(i)].outputs[0].token_ids for i in range(len(PROMPTS))] == expected
 
 
-def test_requests_without_a_seed_repeat_with_the_engines_seed_and_differ_with_another(folder):
+def test_requests_without_a_seed_follow_the_seed_of_the_engine(folder):
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     first, again, other = (
         tokens(run(checked(folder, seed=seed), params=params)) for seed in (1, 1, 2)
@@ -179,7 +179,7 @@ def test_tokens_are_the_same_in_bfloat16_for_every_preemption(folder):
 # ---- how a sequence ends -------------------------------------------------------------------------
 
 
-def test_a_sequence_that_outgrows_the_pool_ends_by_length_and_the_others_go_on(folder, expected):
+def test_a_sequence_that_outgrows_the_pool_ends_and_the_others_continue(folder, expected):
     llm = checked(folder, block_size=4, num_blocks=12)
     long, short = PROMPTS[5], PROMPTS[0]
     outputs = run(
@@ -200,7 +200,7 @@ def test_the_context_ends_a_sequence_by_length(folder):
     assert output.outputs[0].finish_reason == "length"
 
 
-def test_the_end_of_sequence_token_ends_it_unless_ignored(folder):
+def test_the_end_token_ends_a_sequence_unless_ignored(folder):
     [whole] = run(checked(folder), [PROMPTS[0]])
     eos = whole.outputs[0].token_ids[4]
     first = whole.outputs[0].token_ids.index(eos)
@@ -213,7 +213,7 @@ def test_the_end_of_sequence_token_ends_it_unless_ignored(folder):
     assert ignored.outputs[0].token_ids == whole.outputs[0].token_ids
 
 
-def test_a_stop_token_ends_it_and_is_named(folder):
+def test_a_stop_token_ends_a_sequence_and_is_reported(folder):
     [whole] = run(checked(folder), [PROMPTS[0]])
     stop = whole.outputs[0].token_ids[5]
     params = SamplingParams(temperature=0.0, max_tokens=32, stop_token_ids=[stop], ignore_eos=True)
@@ -319,7 +319,7 @@ def check_logprobs(folder, llm: LLM, prompts):
     return outputs
 
 
-# ---- bad input: one sentence, and nothing is lost --------------------------------------------
+# ---- bad input: one sentence, and nothing is lost ------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def check_logprobs(folder, llm: LLM, prompts):
         ("some text", MissingTokenizer, "contains no tokenizer"),
     ],
 )
-def test_a_prompt_that_cannot_be_served_is_refused_and_leaves_nothing_behind(
+def test_a_prompt_that_cannot_be_served_is_refused_and_leaves_no_trace(
     folder, prompt, error, sentence
 ):
     llm = checked(folder, num_blocks=3)
@@ -371,7 +371,7 @@ def test_a_prompt_may_come_in_vllms_forms_or_as_an_array(folder, expected, form)
 @pytest.mark.parametrize(
     "prompt", [None, 3, 1.5, b"abc", [1.5], [True], [None], [[None]], [[[3]]], {"prompt": None}]
 )
-def test_what_is_no_prompt_is_refused_in_one_sentence(folder, prompt):
+def test_a_value_that_is_no_prompt_is_refused_in_one_sentence(folder, prompt):
     llm = checked(folder)
     with pytest.raises(InvalidRequest, match="give text, a list of token ids"):
         llm.generate(prompt, GREEDY, use_tqdm=False)
@@ -383,7 +383,7 @@ def test_no_prompts_give_no_outputs(folder):
 
 
 @pytest.mark.parametrize("params", [{"max_tokens": 3}, [None], SamplingParams])
-def test_what_is_no_sampling_params_is_refused(folder, params):
+def test_a_value_that_is_no_sampling_params_is_refused(folder, params):
     with pytest.raises(InvalidRequest, match=r"SamplingParams\(...\)"):
         checked(folder).generate([PROMPTS[0]], params, use_tqdm=False)
 
@@ -414,7 +414,7 @@ def test_unread_outputs_do_not_hide_a_request_added_directly(folder):
         llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
 
 
-def test_nothing_that_a_call_leaves_behind_hides_a_request_added_directly(folder):
+def test_no_leftover_of_a_call_hides_a_request_added_directly(folder):
     llm = checked(folder)
     stream = llm.stream(PROMPTS[:2], GREEDY)
     next(stream)
@@ -432,7 +432,7 @@ def test_streamed_outputs_do_not_change_afterwards(folder):
     assert [len(o.outputs[0].logprobs) for o in outputs] == [1, 2, 3, 4, 5]
 
 
-def test_who_changes_the_lists_of_an_output_changes_nothing_for_the_request(folder):
+def test_changing_the_lists_of_an_output_does_not_change_the_request(folder):
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, repetition_penalty=1.5)
     [expected] = run(checked(folder), PROMPTS[:1], params)
     for _, output in checked(folder).stream(PROMPTS[0], params):
@@ -551,7 +551,7 @@ def test_a_misspelt_option_is_refused(folder):
         LLM(folder, num_block=3)
 
 
-def test_a_model_that_is_not_there_is_named():
+def test_a_missing_model_is_named():
     with pytest.raises(CheckpointError, match=r"no folder 'nowhere'.*storyteller"):
         LLM("nowhere")
 
@@ -568,7 +568,7 @@ def test_an_aborted_request_returns_what_it_has_and_its_blocks(folder):
     assert_all_blocks_are_back(llm)
 
 
-def test_who_stops_listening_aborts_what_is_left(folder):
+def test_closing_a_stream_aborts_its_unfinished_requests(folder):
     llm = checked(folder)
     stream = llm.stream(PROMPTS, GREEDY)
     next(stream)
@@ -580,7 +580,7 @@ def test_who_stops_listening_aborts_what_is_left(folder):
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def test_a_part_of_ones_own_plays_its_role(folder, expected):
+def test_a_custom_part_is_used_in_its_role(folder, expected):
     calls = []
 
     class Backwards(BlockAllocator):
@@ -599,7 +599,7 @@ def test_a_part_of_ones_own_plays_its_role(folder, expected):
     assert max(calls) == len(PROMPTS)
 
 
-def test_a_store_kv_of_ones_own_is_called(folder):
+def test_a_custom_store_kv_is_called(folder):
     calls = []
 
     def store(*arguments):
@@ -623,7 +623,7 @@ def test_a_part_that_fails_is_named_and_every_block_comes_back(folder, select_vi
 
 
 def test_attention_to_a_neighbours_block_changes_the_tokens(folder, expected):
-    """The proof that these tests would notice."""
+    """The proof that these tests would notice a fault."""
 
     def astray(q, k_cache, v_cache, batch, scale):
         batch.block_tables[:, 0] = batch.block_tables[0, 0]
@@ -644,7 +644,7 @@ def test_times_are_those_of_the_engines_clock(folder):
     assert metrics.last_token_time - metrics.first_token_time == 31 * readings
 
 
-# ---- parts that break their word -----------------------------------------------------------------
+# ---- parts that break their contract -------------------------------------------------------------
 
 
 class BreaksAfterAStep(FCFSScheduler):
@@ -661,7 +661,7 @@ class BreaksAfterAStep(FCFSScheduler):
         raise LookupError("what the fault has led to")
 
 
-def test_the_first_fault_is_told_whatever_it_leads_to(folder):
+def test_the_first_error_is_reported_even_if_it_causes_others(folder):
     llm = LLM(folder, parts=Parts(scheduler=BreaksAfterAStep))
     with pytest.raises(AssertionError, match="the fault itself"):
         run(llm)

@@ -144,7 +144,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize("mutate", MUTANTS)
-def test_a_restart_that_is_not_right_is_noticed(mutate, monkeypatch):
+def test_an_incorrect_restart_is_detected(mutate, monkeypatch):
     mutate(monkeypatch)
     engine, scenario = engine_of("recomputation"), SCENARIOS["recomputation"]
     mismatches = []
@@ -215,7 +215,7 @@ def storyteller() -> LLM:
 
 
 def interrupted(llm: LLM, injector: Injector) -> list[tuple[list[int], str]]:
-    """The samples of an open stream, after a fault in the `generate` of somebody else."""
+    """The samples of an open stream, after a fault in another caller's `generate`."""
     llm.engine.restart()
     stream = llm.stream("Theo the frog", SAMPLED)
     next(stream)
@@ -231,7 +231,7 @@ def interrupted(llm: LLM, injector: Injector) -> list[tuple[list[int], str]]:
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, InjectedError])
-def test_a_fault_in_one_generate_leaves_the_stream_of_another_as_it_was(storyteller, fault):
+def test_a_fault_in_one_generate_does_not_change_a_stream_of_another(storyteller, fault):
     counting = Injector(places={})
     undisturbed = interrupted(storyteller, counting)
     rng, places = Random(2), sorted(counting.places)
@@ -244,7 +244,7 @@ def test_a_fault_in_one_generate_leaves_the_stream_of_another_as_it_was(storytel
         assert guilty is injector.fault or samples == undisturbed, place
 
 
-def test_what_a_step_returned_is_not_lost_if_nobody_received_it(storyteller, monkeypatch):
+def test_results_that_were_not_received_are_returned_by_the_next_step(storyteller, monkeypatch):
     step, alone = storyteller.engine.step, read(storyteller.stream("Theo the frog", GREEDY))
     stream = storyteller.stream("Theo the frog", GREEDY)
     next(stream)
@@ -261,7 +261,7 @@ def test_what_a_step_returned_is_not_lost_if_nobody_received_it(storyteller, mon
     assert read(stream) == alone
 
 
-def test_a_second_ctrl_c_leaves_nothing_behind(storyteller, monkeypatch):
+def test_a_second_ctrl_c_leaves_no_requests_and_no_blocks(storyteller, monkeypatch):
     engine, abort = storyteller.engine, storyteller.engine.abort_request
 
     def interrupt(*_):
@@ -319,7 +319,7 @@ def test_generate_raises_what_ended_its_request(storyteller, monkeypatch):
 # ---- parts that fail -----------------------------------------------------------------------------
 
 
-def test_a_part_that_fails_once_costs_no_request_anything(folder):
+def test_a_part_that_fails_once_changes_no_request(folder):
     class FreesOnTheSecondTry(BlockManager):
         num_failed = 0
 
@@ -359,7 +359,7 @@ def test_a_listener_that_fails_undoes_its_step(storyteller):
     assert read(stream) == alone
 
 
-def test_an_abort_whose_part_fails_is_logged_and_done(folder, caplog):
+def test_an_abort_whose_part_fails_is_logged_and_completed(folder, caplog):
     class NeverFrees(BlockManager):
         def free(self, seq):
             raise MemoryError("never")

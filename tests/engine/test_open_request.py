@@ -16,7 +16,7 @@ STEPS = {3: {0: [ONE, OTHER]}, 4: {0: [OTHER], 7: [ONE]}, 9: {7: [BROKEN], 0: [O
 GREEDY = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
 
 
-def test_a_history_gives_back_the_tokens_of_every_step():
+def test_a_history_returns_the_tokens_of_every_step():
     history: list[Any] = []
     for step, sampled in STEPS.items():
         for seq_id, tokens in sampled.items():

@@ -1,4 +1,4 @@
-"""What a step returns, what is built of it on demand, and what listeners hear."""
+"""What a step returns, what is built from it on demand, and what listeners receive."""
 
 from itertools import pairwise
 
@@ -135,7 +135,7 @@ def test_a_cumulative_output_grows_by_a_token_per_step(llm):
     ],
     ids=["beams", "best_of"],
 )
-def test_what_is_decided_at_the_end_makes_all_its_progress_there(llm, params):
+def test_outputs_that_are_decided_at_the_end_come_in_one_progress_record(llm, params):
     made = steps(llm, (TEXT, params))
     assert [len(step) for step in made] == [0, 0, 0, 0, 1]
     [progress] = made[-1]
@@ -158,7 +158,7 @@ def test_generate_builds_the_output_of_each_request_once(llm, monkeypatch):
     assert sorted(built) == sorted(output.request_id for output in outputs)
 
 
-def test_listeners_hear_what_each_step_did():
+def test_listeners_receive_the_statistics_of_each_step():
     llm = LLM("storyteller", block_size=4)
     heard: list[StepStats] = []
     llm.engine.listeners.append(lambda decision, stats: heard.append(stats))
@@ -176,7 +176,7 @@ def test_listeners_hear_what_each_step_did():
     assert heard[-1].num_preempted == 0
 
 
-def test_nothing_is_counted_for_nobody(llm, monkeypatch):
+def test_without_a_listener_no_statistics_are_collected(llm, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a step without listeners counts nothing")
 

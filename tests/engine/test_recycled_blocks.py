@@ -41,7 +41,7 @@ WORKLOADS = {
     "few": (AMPLE, [(PROMPTS[1:4], SamplingParams(temperature=0.0, max_tokens=3))]),
     "cached prefix": (AMPLE, [(PROMPTS, GREEDY), (PROMPTS[4:], SAMPLES), (PROMPTS[1:2], GREEDY)]),
 }
-MATRIX = tuple(name for name in WORKLOADS if name != "few")  # too short to show much
+MATRIX = tuple(name for name in WORKLOADS if name != "few")  # short, so it can show little
 ANY_MEMORY = ("prefill", "decode", "chunks", "samples", "beams")
 BASELINES = ("contiguous-max", "contiguous-pow2", "contiguous-oracle", "static")
 
@@ -72,7 +72,7 @@ def fill(tensor: torch.Tensor, value: float) -> None:
 
 
 def poison(llm: LLM, value: float) -> None:
-    """Fill all that nobody owns: blocks, swap blocks, and tables that steps use again."""
+    """Fill all that has no owner: blocks, swap blocks, and tables that steps use again."""
     memory, cache = llm.engine.memory, llm.engine.executor.runner.kv_cache
     if isinstance(cache, VirtualKVCache):
         owned = {table.blocks[0] for table in memory.tables.values()}
@@ -158,7 +158,7 @@ def test_plain_attention_reads_nothing_stale(
 @pytest.mark.parametrize("memory", BASELINES)
 @pytest.mark.parametrize("workload", ANY_MEMORY)
 @pytest.mark.usefixtures("way")
-def test_no_number_is_left_in_a_contiguous_region(
+def test_a_reused_contiguous_region_is_cleared(
     folder, workload, memory, value, kv_cache_dtype, monkeypatch
 ):
     options = {"enable_prefix_caching": False, "kv_cache_dtype": kv_cache_dtype}
@@ -169,7 +169,7 @@ def test_no_number_is_left_in_a_contiguous_region(
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 @pytest.mark.parametrize("memory", ["virtual", "virtual-sliced"])
 @pytest.mark.parametrize("workload", ANY_MEMORY)
-def test_no_number_is_left_in_virtual_memory(folder, workload, memory, value, monkeypatch):
+def test_a_reused_region_of_virtual_memory_is_cleared(folder, workload, memory, value, monkeypatch):
     options = {"enable_prefix_caching": False, "memory": memory}
     check(folder, workload, value, monkeypatch, **options)
 

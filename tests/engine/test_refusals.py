@@ -117,13 +117,13 @@ def test_a_part_is_called_or_refused(folder, memory, part):
 
 
 @pytest.mark.parametrize("memory", KINDS)
-def test_library_parts_are_accepted_by_every_memory_also_checked(folder, memory):
+def test_every_memory_accepts_the_parts_of_the_library_even_checked(folder, memory):
     build(folder, memory, parts=Parts())
     build(folder, memory, parts=Parts().checked())
 
 
 @pytest.mark.parametrize("memory", CONTIGUOUS)
-def test_a_custom_scheduler_may_preempt_where_the_librarys_never_does(folder, memory):
+def test_a_custom_scheduler_may_preempt_where_the_default_one_never_does(folder, memory):
     own = spies([])
     with pytest.raises(InvalidOption, match="part select_victim would never be called"):
         LLM(folder, memory=memory, parts=Parts(select_victim=own["select_victim"]).checked())
@@ -135,7 +135,7 @@ def test_a_custom_scheduler_may_preempt_where_the_librarys_never_does(folder, me
 
 
 def block_bytes_of(llm: LLM) -> object:
-    """What block size and number of blocks come to: blocks, or the bytes of a budget."""
+    """The size of the pool: in blocks, or the bytes of a budget."""
     memory = llm.engine.scheduler.memory
     return getattr(memory, "budget", None) or (memory.block_size, memory.num_blocks)
 
@@ -240,7 +240,7 @@ def test_an_option_has_an_effect_or_is_refused(folder, memory, option, value):
 
 
 @pytest.mark.parametrize("memory", KINDS)
-def test_each_memory_works_with_the_defaults(folder, memory):
+def test_every_memory_works_with_the_default_options(folder, memory):
     llm = build(folder, memory)
     assert llm.engine.config.enable_prefix_caching == (memory == "paged")
     assert (llm.engine.config.num_swap_blocks > 0) == (memory == "paged")
@@ -257,7 +257,7 @@ def refusal(device_type: str, parts: Parts | None = None, **options) -> str:
     return ""
 
 
-def test_memory_of_a_gpu_may_be_named_everywhere_as_scripts_for_vllm_do():
+def test_gpu_memory_utilization_is_accepted_on_every_device():
     half = {"gpu_memory_utilization": 0.5}
     for device_type in ("cpu", "cuda"):
         assert refusal(device_type, **half) == refusal(device_type, num_blocks=7, **half) == ""

@@ -55,7 +55,7 @@ def test_a_stop_string_that_is_kept_ends_the_text(llm):
 KEEPS = {"include_stop_str_in_output": True}
 
 
-def test_what_a_stream_shows_of_a_kept_stop_string_adds_up(llm):
+def test_the_pieces_of_a_kept_stop_string_add_up_to_it(llm):
     stop = completion(llm).text[4:9]
     params = SamplingParams(temperature=0.0, max_tokens=8, stop=[stop], **KEEPS)
     *_, (_, last) = llm.stream(TEXT, params)
@@ -65,7 +65,7 @@ def test_what_a_stream_shows_of_a_kept_stop_string_adds_up(llm):
     assert texts[-1].endswith(stop)
 
 
-def test_the_end_token_is_shown_only_if_special_tokens_and_the_stop_are(llm):
+def test_the_end_token_is_shown_only_with_special_tokens_and_stop_strings(llm):
     end = llm.get_tokenizer().eos_token_id
     asked = {"ignore_eos": False, "logit_bias": {end: 100}}
     assert completion(llm, **asked).text == ""
@@ -170,7 +170,7 @@ def test_a_part_adjusts_the_logits_of_all_requests():
 
 
 @pytest.mark.parametrize("name", ["priority", "lora_request", "arrival_time", "trace_headers"])
-def test_what_a_request_of_vllm_may_have_besides_is_refused_by_name(llm, name):
+def test_other_request_options_of_vllm_are_refused_by_name(llm, name):
     with pytest.raises(InvalidOption, match=f"^{name} is 5, but .+: leave it out"):
         llm.engine.add_request("0", TEXT, **{name: 5})
     llm.engine.add_request("0", TEXT, **{name: None})
@@ -192,7 +192,7 @@ def test_parameters_that_change_later_do_not_change_an_open_request(llm):
     assert last.outputs[0].token_ids == completion(llm).token_ids
 
 
-def test_parameters_that_were_made_wrong_are_refused_when_a_request_takes_them(llm):
+def test_parameters_made_invalid_later_are_refused_by_the_next_request(llm):
     params = SamplingParams()
     params.top_p = 7
     with pytest.raises(InvalidOption, match="top_p is 7: choose a number above 0"):
@@ -200,7 +200,7 @@ def test_parameters_that_were_made_wrong_are_refused_when_a_request_takes_them(l
     assert_all_blocks_are_back(llm)
 
 
-def test_what_needs_a_tokenizer_is_refused_without_one(tmp_path):
+def test_options_that_need_a_tokenizer_are_refused_without_one(tmp_path):
     llm = LLM(make_checkpoint("llama", tmp_path), num_blocks=16)
     for asked in ({"stop": "a"}, {"bad_words": ["a"]}):
         with pytest.raises(MissingTokenizer):
@@ -232,7 +232,7 @@ def test_times_are_those_of_the_wall_clock_and_in_order(llm):
     assert pickle.loads(pickle.dumps(metrics)) == metrics
 
 
-def test_a_request_that_waits_has_no_time_but_its_arrival(llm):
+def test_a_waiting_request_has_only_its_arrival_time(llm):
     llm.engine.add_request("0", TEXT)
     metrics = llm.engine.abort_request("0").metrics
     assert metrics.first_scheduled_time is metrics.time_in_queue is metrics.first_token_time is None

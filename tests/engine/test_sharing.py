@@ -39,7 +39,7 @@ def sampled(max_tokens: int = 12, **options) -> SamplingParams:
     return SamplingParams(**{"max_tokens": max_tokens, "ignore_eos": True, "seed": 5, **options})
 
 
-# ---- several samples of one prompt -----------------------------------------------------------
+# ---- several samples of one prompt ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_each_sample_ends_at_its_own_stop_string_and_has_its_own_text(storytelle
     assert "stop" in {sample.finish_reason for sample in together.outputs}
 
 
-def test_best_of_returns_the_likeliest_samples_the_best_first(folder):
+def test_best_of_returns_the_likeliest_samples_best_first(folder):
     prompts = [prompt(5), prompt(18, first=3)]
     all_five = run(small(folder), prompts, sampled(n=5))
     best_two = run(small(folder), prompts, sampled(n=2, best_of=5))
@@ -158,7 +158,7 @@ def test_a_group_takes_its_batch_slots_before_it_forks(folder):
     assert max(sum(map(len, step.tables.values())) for step in steps) == 4
 
 
-# ---- how many blocks sharing saves -----------------------------------------------------------
+# ---- how many blocks sharing saves ---------------------------------------------------------------
 
 
 def blocks_by_formula(p: int, g: int, n: int, size: int) -> tuple[int, int]:
@@ -200,7 +200,7 @@ def test_blocks_saved_are_those_of_the_closed_formula(folder, block_size, enable
     assert [len(step.copies) for step in steps] == [0, begun_blocks] + [0] * (max_tokens - 2)
 
 
-def test_samples_that_generate_the_same_block_share_it_and_save_more_than_the_formula(folder):
+def test_samples_that_generate_the_same_block_share_it(folder):
     """Only with the prefix cache: of two equal blocks it keeps one."""
     likely = sampled(9, n=4, temperature=0.01)
     for caching in (True, False):
@@ -229,7 +229,7 @@ def test_the_last_sample_keeps_the_block_that_the_others_copied(folder):
     assert sorted(steps[1].copies) == sorted((original[1], table[1]) for table in after[:3])
 
 
-def test_a_prompt_in_chunks_is_counted_once_a_step(folder):
+def test_a_prompt_in_chunks_is_counted_once_per_step(folder):
     llm = small(folder, max_num_seqs=4, max_num_batched_tokens=8)
     with SharingMeter(llm.engine) as meter:
         run(llm, [prompt(30)], sampled(5, n=3))
@@ -255,15 +255,13 @@ def test_samples_that_have_ended_are_counted_no_more(folder):
     assert (meter.num_held["llm-0"], meter.num_unshared["llm-0"]) == (held, unshared)
 
 
-# ---- the prefix cache ------------------------------------------------------------------------
+# ---- the prefix cache ----------------------------------------------------------------------------
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("common", [0, 1, 4, 15, 16, 31, 40])
-def test_a_second_prompt_finds_the_full_blocks_of_their_common_beginning(
-    folder, block_size, common
-):
+def test_a_second_prompt_finds_the_full_blocks_of_the_shared_prefix(folder, block_size, common):
     llm = small(folder, block_size=block_size)
     first, second = prompt(45), prompt(45)[:common] + prompt(50, first=1)[common:]
     second[common] = 3 if first[common] != 3 else 4
@@ -277,7 +275,7 @@ def test_a_second_prompt_finds_the_full_blocks_of_their_common_beginning(
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_of_a_wholly_cached_prompt_only_the_last_token_is_computed(folder, n):
+def test_only_the_last_token_of_a_fully_cached_prompt_is_computed(folder, n):
     llm = small(folder)
     params = sampled(n=n)
     [once] = run(llm, [prompt(20)], params)
@@ -288,7 +286,7 @@ def test_of_a_wholly_cached_prompt_only_the_last_token_is_computed(folder, n):
     assert all_tokens([again]) == all_tokens([once])
 
 
-def test_a_wholly_cached_prompt_whose_blocks_are_in_use_is_written_to_a_copy(folder):
+def test_a_fully_cached_prompt_whose_blocks_are_in_use_writes_to_a_copy(folder):
     llm = small(folder)
     [expected] = run(small(folder), [prompt(20)], GREEDY)
     first = llm.stream([prompt(20)], GREEDY)
@@ -304,11 +302,11 @@ def test_a_wholly_cached_prompt_whose_blocks_are_in_use_is_written_to_a_copy(fol
 
 
 def run_beside(llm: LLM, prompts, params):
-    """Like `run`, while others hold blocks."""
+    """Like `run`, while other requests hold blocks."""
     return llm.generate(prompts, params, use_tqdm=False)
 
 
-def test_two_equal_prompts_that_come_together_share(folder):
+def test_two_equal_prompts_that_arrive_together_share_blocks(folder):
     llm = small(folder)
     steps = watch(llm)
     first, second, other = run(llm, [prompt(22), prompt(22), prompt(9, first=4)], GREEDY)
@@ -318,7 +316,7 @@ def test_two_equal_prompts_that_come_together_share(folder):
     assert steps[1].tables[second.request_id][0][:5] == shared
 
 
-def test_what_was_generated_is_found_too(folder):
+def test_generated_blocks_are_found(folder):
     llm = small(folder)
     [first] = run(llm, [prompt(10)], GREEDY)
     conversation = prompt(10) + first.outputs[0].token_ids
@@ -329,7 +327,7 @@ def test_what_was_generated_is_found_too(folder):
     assert tokens([second]) == tokens(expected)
 
 
-def test_what_each_sample_generated_is_found_too(folder):
+def test_the_generated_blocks_of_every_sample_are_found(folder):
     llm = small(folder)
     [first] = run(llm, [prompt(10)], sampled(15, n=3, seed=8))
     assert len({tuple(sample.token_ids[:2]) for sample in first.outputs}) == 3
@@ -401,7 +399,7 @@ def test_a_request_preempted_by_recomputation_finds_its_own_blocks_again(folder)
 
 
 @pytest.mark.parametrize("num_blocks", [13, 17])
-def test_a_tiny_pool_evicts_cached_blocks_and_stays_right(folder, num_blocks):
+def test_evictions_in_a_tiny_pool_do_not_change_the_tokens(folder, num_blocks):
     events = []
     parts = Parts().traced(EventLog(events.append))
     llm = small(folder, num_blocks=num_blocks, parts=parts)
@@ -417,11 +415,11 @@ def test_a_tiny_pool_evicts_cached_blocks_and_stays_right(folder, num_blocks):
     assert sum(event.event == "evict" for event in events) > 20
 
 
-# ---- pinned prefixes -------------------------------------------------------------------------
+# ---- pinned prefixes -----------------------------------------------------------------------------
 
 
 def flood(llm: LLM) -> None:
-    """Fill the pool with others' blocks, so that every block that may go is given up."""
+    """Fill the pool with other requests' blocks, so that all evictable blocks are evicted."""
     memory = llm.engine.scheduler.memory
     before = dict(memory.cached)
     held = {block for table in memory.tables.values() for block in table.blocks}
@@ -432,7 +430,7 @@ def flood(llm: LLM) -> None:
     assert not {b for b, key in before.items() if memory.cached.get(b) == key} - held
 
 
-def test_a_pinned_prefix_stays_whatever_else_runs_until_it_is_released(folder):
+def test_a_pinned_prefix_stays_cached_until_it_is_released(folder):
     llm = small(folder, num_blocks=16)
     memory = llm.engine.scheduler.memory
     pinned = llm.cache_prefix(prompt(14))
@@ -510,7 +508,7 @@ def test_a_prefix_that_cannot_be_cached_is_refused(folder):
     assert not llm.engine.has_unfinished_requests()
 
 
-def test_a_prompt_that_does_not_fit_beside_a_pinned_prefix_is_refused_and_others_go_on(folder):
+def test_a_prompt_too_long_for_the_unpinned_blocks_is_refused_alone(folder):
     llm = small(folder, num_blocks=12)
     pinned = llm.cache_prefix(prompt(24))
     somebody_else = llm.stream([prompt(5, first=1)], sampled(10))
@@ -526,7 +524,7 @@ def test_a_prompt_that_does_not_fit_beside_a_pinned_prefix_is_refused_and_others
     assert len(run(llm, [prompt(26, first=2)], sampled(10))[0].outputs[0].token_ids) == 10
 
 
-def test_a_request_that_outgrows_the_pool_beside_a_pinned_prefix_ends_by_length(folder):
+def test_a_request_that_outgrows_the_unpinned_blocks_ends_by_length(folder):
     llm = small(folder, num_blocks=12)
     pinned = llm.cache_prefix(prompt(24))
     [output] = run_beside(llm, [prompt(10, first=1)], GREEDY)
@@ -536,7 +534,7 @@ def test_a_request_that_outgrows_the_pool_beside_a_pinned_prefix_ends_by_length(
     assert_all_blocks_are_back(llm)
 
 
-def test_a_prompt_whose_room_is_pinned_while_it_waits_ends_without_a_token(folder):
+def test_a_waiting_prompt_ends_if_pinning_takes_the_blocks_it_needs(folder):
     llm = small(folder, num_blocks=12)
     run(llm, [prompt(24)], GREEDY)
     llm.engine.add_request("a", prompt(30, first=1), sampled(n=2))
@@ -547,7 +545,7 @@ def test_a_prompt_whose_room_is_pinned_while_it_waits_ends_without_a_token(folde
     assert_all_blocks_are_back(llm)
 
 
-def test_the_engine_pins_only_what_is_there(folder):
+def test_the_engine_pins_only_a_prefix_that_is_cached(folder):
     llm = small(folder)
     assert llm.engine.pin_prefix(prompt(12)) is None
     assert_all_blocks_are_back(llm)
@@ -556,7 +554,7 @@ def test_the_engine_pins_only_what_is_there(folder):
     assert llm.engine.pin_prefix(prompt(8)).num_blocks == 2
 
 
-# ---- all ways of decoding side by side -------------------------------------------------------
+# ---- all ways of decoding in one batch -----------------------------------------------------------
 
 MIXED: list[tuple[list[int], SamplingParams | BeamSearchParams]] = [
     (prompt(9, first=1), SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)),
@@ -569,7 +567,7 @@ MIXED: list[tuple[list[int], SamplingParams | BeamSearchParams]] = [
     (prompt(16, first=2), sampled(8, n=2, seed=9, presence_penalty=1.0)),
     (prompt(2, first=7), BeamSearchParams(beam_width=1, max_tokens=9, early_stopping=True)),
 ]
-ENDS = (15, 85, 32, 44)  # tokens that the model says often
+ENDS = (15, 85, 32, 44)  # tokens that the model generates often
 
 
 def mixed(llm: LLM):
@@ -608,7 +606,7 @@ def some_of(seed: int, how_many: int, *choices):
     ("block_size", "attention_backend", "enable_prefix_caching", "steps"),
     some_of(1, 8, [1, 4, 16], sorted(BACKENDS), [True, False], ["whole", "chunks", "roomy"]),
 )
-def test_every_way_of_decoding_gives_in_company_what_it_gives_alone(
+def test_every_decoding_method_gives_the_same_alone_and_in_a_batch(
     folder, alone, block_size, attention_backend, enable_prefix_caching, steps
 ):
     llm = small(
@@ -643,7 +641,7 @@ MEMORY = {
     ("block_size", "attention_backend", "memory", "enable_prefix_caching", "steps"),
     some_of(3, 18, [1, 4, 16], sorted(BACKENDS), MEMORY, [True, False], STEPS),
 )
-def test_every_way_of_decoding_gives_the_same_in_a_starved_pool(
+def test_every_decoding_method_gives_the_same_in_a_small_pool(
     folder, alone, block_size, attention_backend, memory, enable_prefix_caching, steps
 ):
     llm = small(

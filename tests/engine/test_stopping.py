@@ -35,7 +35,7 @@ def test_a_stop_string_that_is_a_special_token_stops_at_that_token(llm, min_toke
     assert (other.token_ids, other.text, other.stop_reason) == (one.token_ids, one.text, END)
 
 
-def test_a_special_stop_string_shows_what_other_stop_strings_held_back(llm):
+def test_a_special_stop_string_releases_text_that_others_held_back(llm):
     first = generate(llm, max_tokens=1, ignore_eos=True)
     held = generate(
         llm,
@@ -100,7 +100,7 @@ def plain_end(tmp_path_factory):
     return LLM(folder, num_blocks=64)
 
 
-def test_an_end_that_the_tokenizer_does_not_call_special_is_not_shown(plain_end):
+def test_an_end_token_that_is_not_special_is_not_shown(plain_end):
     one = generate(plain_end, [5, 6], logit_bias={2: 100})
     assert (one.token_ids, one.text, one.finish_reason, one.stop_reason) == ([2], "", "stop", None)
     [(_, streamed)] = plain_end.stream(
@@ -109,14 +109,14 @@ def test_an_end_that_the_tokenizer_does_not_call_special_is_not_shown(plain_end)
     assert streamed.outputs[0].text == ""
 
 
-def test_an_end_that_is_ignored_is_text_like_any_other(plain_end):
+def test_an_ignored_end_token_is_ordinary_text(plain_end):
     one = generate(plain_end, [5, 6], logit_bias={2: 100}, ignore_eos=True, max_tokens=2)
     assert one.text == "</s></s>"
     stopped = generate(plain_end, [5, 6], logit_bias={2: 100}, ignore_eos=True, stop=["</s></s>"])
     assert (stopped.text, stopped.stop_reason) == ("", "</s></s>")
 
 
-def test_a_beam_does_not_show_its_end_either(plain_end):
+def test_a_beam_does_not_show_its_end_token(plain_end):
     params = BeamSearchParams(beam_width=8, max_tokens=40, length_penalty=-10)
     [output] = plain_end.beam_search([[5, 6]], params, use_tqdm=False)
     ended = [beam for beam in output.outputs if beam.finish_reason == "stop"]

@@ -1,4 +1,4 @@
-"""The embedded model: it answers from its context, and whatever happens to the blocks, the same."""
+"""The embedded model: it answers from its context, the same whatever happens to its blocks."""
 
 from itertools import pairwise
 
@@ -34,7 +34,7 @@ def recall(llm: LLM, num_facts: int, num_stories: int) -> float:
 
 
 @pytest.mark.parametrize(("num_facts", "aim"), [(8, 0.95), (24, 0.85)])
-def test_it_answers_from_unseen_stories(num_facts, aim):
+def test_the_model_answers_questions_about_unseen_stories(num_facts, aim):
     assert recall(LLM("storyteller"), num_facts, num_stories=30) >= aim
 
 
@@ -55,7 +55,7 @@ def test_transformers_answers_the_same_from_the_same_folder():
         assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
 
 
-def test_it_cannot_answer_when_blocks_are_mixed_up():
+def test_mixed_up_blocks_change_the_answers():
     """The proof that its answers come from the cache, and from the right place in it."""
     from minipaged.attention.backend import BACKENDS
 
@@ -66,7 +66,7 @@ def test_it_cannot_answer_when_blocks_are_mixed_up():
     assert recall(LLM("storyteller", parts=Parts(paged_attention=shuffled)), 8, 10) < 0.5
 
 
-def test_text_ends_before_a_stop_string_however_tokens_straddle_it():
+def test_text_ends_before_a_stop_string_that_spans_several_tokens():
     llm = LLM("storyteller")
     [whole] = llm.generate(QUESTION, GREEDY, use_tqdm=False)
     text = whole.outputs[0].text
@@ -96,14 +96,14 @@ def test_a_text_prompt_may_come_in_vllms_forms():
         assert (output.prompt, output.prompt_token_ids) == (QUESTION, ids)
 
 
-def test_what_is_streamed_adds_up_to_the_text():
+def test_streamed_pieces_add_up_to_the_text():
     llm = LLM("storyteller")
     texts = [output.outputs[0].text for _, output in llm.stream(QUESTION, GREEDY)]
     assert len(texts) > 5
     assert all(late.startswith(early) for early, late in pairwise(texts))
 
 
-def test_starved_and_ample_pools_give_the_same_stories():
+def test_small_and_large_pools_give_the_same_stories():
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=60, ignore_eos=True)
     prompts = ["Once upon a time", "Once upon a time Theo", "Once upon a time Mia the owl"] * 3
     ample = LLM("storyteller").generate(prompts, params, use_tqdm=False)

@@ -33,7 +33,7 @@ def draw_prompts(rng: random.Random) -> list[list[int]]:
         [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, 30))]
         for _ in range(rng.randint(2, 4))
     ]
-    if rng.random() < 0.5:  # two that begin alike
+    if rng.random() < 0.5:  # two that share a prefix
         prompts[1] = prompts[0][: rng.randint(1, len(prompts[0]))] + prompts[1][:5]
     return prompts
 
@@ -91,12 +91,12 @@ def run(folder, seed: int, backend: str, log: EventLog) -> list[list[list[int]]]
 @pytest.mark.parametrize(
     "seed", [*SEEDS[:2], *(pytest.param(s, marks=pytest.mark.full) for s in SEEDS[2:])]
 )
-def test_the_tokens_are_those_of_the_reference_whatever_happens(folders, seed):
+def test_the_tokens_are_those_of_the_reference_in_every_scenario(folders, seed):
     folder = folders[FAMILIES[seed % len(FAMILIES)]]
     assert run(folder, seed, "triton", EventLog()) == run(folder, seed, "reference", EventLog())
 
 
-def test_the_seeds_between_them_meet_everything(folders):
+def test_the_seeds_together_cover_every_kind_of_event(folders):
     met: Counter[str] = Counter()
     for seed in SEEDS:
         log = EventLog()

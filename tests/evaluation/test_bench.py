@@ -1,4 +1,4 @@
-"""The benchmarks behind the numbers in the documentation: they run, and check what they measure."""
+"""The benchmarks that give the documentation its numbers: they run, and check their results."""
 
 import json
 import statistics
@@ -61,11 +61,12 @@ def test_the_report_is_a_table_with_the_papers_numbers_and_the_machine(capsys, m
 
 # ---- kernels and steps ---------------------------------------------------------------------------
 
+F32 = torch.float32
 CPU = torch.device("cpu")
 TINY = kernel.Heads("tiny", 2, 1, 32)
 
 
-def test_kernels_are_reported_beside_their_floor_and_their_baseline(capsys, monkeypatch, tmp_path):
+def test_kernels_are_reported_with_their_floor_and_their_baseline(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
         kernel, "CPU_CASES", [kernel.Case(TINY, 2, 32), kernel.Case(TINY, 1, 32, 32)]
     )
@@ -109,7 +110,7 @@ def test_the_kernel_table_names_what_was_measured(capsys, monkeypatch):
         kernel.Case(TINY, 3, 96, short=32),
     ],
 )
-def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch, case):
+def test_a_kernel_with_a_wrong_result_is_not_timed(monkeypatch, case):
     right = BACKENDS["torch"].paged_attention
 
     def wrong(q, k_cache, v_cache, batch, scale):
@@ -117,11 +118,43 @@ def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch, case):
 
     list(kernel.measure([case], ["torch"], CPU, torch.float32))
     monkeypatch.setitem(BACKENDS, "torch", replace(BACKENDS["torch"], paged_attention=wrong))
-    with pytest.raises(AssertionError):
+    with pytest.raises(kernel.WrongResult, match="differs by"):
         list(kernel.measure([case], ["torch"], CPU, torch.float32))
 
 
-def test_one_long_sequence_among_short_ones_reads_few_bytes():
+def test_a_kernel_that_skips_one_tile_of_many_is_not_timed(monkeypatch):
+    right = BACKENDS["reference"].paged_attention
+
+    def forgetful(q, k_cache, v_cache, batch, scale):
+        [span] = batch.spans
+        span = span._replace(context_len=span.context_len - 64)
+        batch = replace(batch, context_lens=batch.context_lens - 64, spans=(span,))
+        return right(q, k_cache, v_cache, batch, scale)
+
+    monkeypatch.setitem(
+        BACKENDS, "reference", replace(BACKENDS["reference"], paged_attention=forgetful)
+    )
+    with pytest.raises(kernel.WrongResult, match=r"16,384 tokens, int8: a result differs by"):
+        list(
+            kernel.measure([kernel.Case(TINY, 1, 16384, kv_dtype="int8")], ["reference"], CPU, F32)
+        )
+
+
+@pytest.mark.parametrize("unwritten", [0, 47])
+def test_a_kernel_that_leaves_a_row_unwritten_is_not_timed(monkeypatch, unwritten):
+    right = BACKENDS["torch"].paged_attention
+
+    def lazy(q, k_cache, v_cache, batch, scale):
+        out = right(q, k_cache, v_cache, batch, scale)
+        out[unwritten] = torch.nan  # what `measure` leaves in freed memory
+        return out
+
+    monkeypatch.setitem(BACKENDS, "torch", replace(BACKENDS["torch"], paged_attention=lazy))
+    with pytest.raises(kernel.WrongResult, match="inf%"):
+        list(kernel.measure([kernel.Case(TINY, 1, 48, 48)], ["torch"], CPU, F32))
+
+
+def test_one_long_sequence_among_short_ones_adds_few_bytes():
     case = kernel.Case(TINY, 5, 96, short=16)
     inputs = cases.make_inputs(case, CPU, torch.float32)
     assert [span.seq_len for span in inputs.batch.spans] == [96, 16, 16, 16, 16]
@@ -131,7 +164,7 @@ def test_one_long_sequence_among_short_ones_reads_few_bytes():
     assert kernel._bytes_read(even) == 2 * 5 * 96 * (32 + 4)
 
 
-def test_the_pool_of_a_case_holds_the_keys_that_lie_side_by_side():
+def test_the_pool_of_a_case_contains_the_keys_of_the_contiguous_case():
     case = kernel.Case(TINY, 3, 48, queries=5)
     inputs = cases.make_inputs(case, CPU, torch.float32)
     for keys, pool in ((inputs.keys, inputs.k_cache), (inputs.values, inputs.v_cache)):
@@ -158,7 +191,9 @@ def test_formats_are_reported_with_their_gain_and_their_error(capsys, monkeypatc
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
-def test_loading_is_reported_with_its_peak_beside_the_weights(capsys, monkeypatch, tmp_path):
+def test_loading_is_reported_with_its_peak_and_the_size_of_the_weights(
+    capsys, monkeypatch, tmp_path
+):
     tiny = {**load.CHECKPOINTS["gpt2, small"], "n_embd": 48, "n_layer": 2, "vocab_size": 64}
     monkeypatch.setattr(load, "CHECKPOINTS", {"tiny": tiny})
     monkeypatch.setattr(load, "FROM_AND_TO", [("bfloat16", "float32")])
@@ -178,7 +213,7 @@ def test_loading_is_reported_with_its_peak_beside_the_weights(capsys, monkeypatc
 
 @pytest.mark.parametrize("num_files", [1, 3])
 @pytest.mark.parametrize("name", load.CHECKPOINTS)
-def test_the_checkpoints_to_load_are_whole(name, num_files, tmp_path):
+def test_the_checkpoints_to_load_are_complete(name, num_files, tmp_path):
     small = {"n_embd": 24, "n_layer": 1, "vocab_size": 9, "n_head": 2, "num_hidden_layers": 1}
     small |= {"hidden_size": 24, "intermediate_size": 32}
     load.make_checkpoint({**load.CHECKPOINTS[name], **small}, tmp_path, torch.float16, num_files)
@@ -199,7 +234,7 @@ def test_tuning_without_a_gpu_is_refused(capsys, monkeypatch):
     assert "needs" in err or "measures a GPU" in err
 
 
-def test_a_decode_step_is_reported_beside_the_bytes_that_it_reads(capsys, monkeypatch):
+def test_a_decode_step_is_reported_with_the_bytes_that_it_reads(capsys, monkeypatch):
     code, out, _ = minipaged(
         capsys,
         monkeypatch,
@@ -255,7 +290,7 @@ def test_a_decode_step_on_two_ranks_is_split_into_what_each_does(capsys, monkeyp
         (["--tensor-parallel-size", "5", "--quick"], "choose 1 or 2 or 4"),
     ],
 )
-def test_what_several_ranks_or_one_process_cannot_measure_is_refused(
+def test_a_measurement_impossible_with_this_number_of_ranks_is_refused(
     capsys, monkeypatch, options, sentence
 ):
     code, out, err = minipaged(capsys, monkeypatch, "bench", "step", "--device", "cpu", *options)
@@ -270,16 +305,16 @@ def test_ranks_with_gpus_are_not_timed_by_their_hosts(capsys, monkeypatch):
     monkeypatch.setattr(bench_step, "choose", lambda *_: gpu)
     code, _, err = minipaged(capsys, monkeypatch, "bench", "step", "--tensor-parallel-size", "2")
     assert code == 2
-    assert "give --device cpu" in err
+    assert "use --device cpu" in err
 
 
-def test_bench_alone_says_what_there_is(capsys, monkeypatch):
+def test_bench_without_a_command_lists_the_commands(capsys, monkeypatch):
     code, out, _ = minipaged(capsys, monkeypatch, "bench")
     assert code == 0
     assert "sharing" in out
 
 
-def test_packed_weights_are_timed_beside_plain_ones(monkeypatch):
+def test_packed_weights_are_compared_with_plain_ones(monkeypatch):
     from minipaged.evaluation.bench import linear
 
     if not linear.can_pack(torch.float32):
@@ -300,7 +335,7 @@ def test_weights_that_cannot_be_packed_are_not_timed(capsys, monkeypatch):
     assert "cannot pack weights of torch.float32" in err
 
 
-def test_both_ways_of_decoding_are_timed_beside_sdpa(monkeypatch):
+def test_both_decoding_methods_are_compared_with_sdpa(monkeypatch):
     from minipaged.evaluation.bench import decode
 
     monkeypatch.setattr(decode, "BYTES_IN_TURN", 2**20)

@@ -1,4 +1,4 @@
-"""`minipaged bench engine`: it measures what it says, and a wrong token is found out."""
+"""`minipaged bench engine`: its figures are as defined, and a wrong token is found."""
 
 import json
 import sys
@@ -83,7 +83,7 @@ def test_the_table_names_what_was_measured(capsys, monkeypatch, without_memory):
     assert "transformers" not in out
 
 
-def test_a_table_shows_ratios_close_calls_peaks_and_who_could_not_run():
+def test_a_table_shows_ratios_close_calls_peaks_and_failed_sides():
     rows = [
         Row("mixed trace", "minipaged", num_requests=24, num_alike=23, num_close=1),
         Row("mixed trace", "static 8", times_seconds=2.5, times_cpu_seconds=3.0, peak_bytes=10**9),
@@ -132,7 +132,7 @@ def attention_at_twice_the_scale(monkeypatch):
 
 @pytest.mark.parametrize("fault", [off_by_one, attention_at_twice_the_scale])
 @pytest.mark.parametrize("options", [(), AGAINST, ("--dtype", "bfloat16")])
-def test_a_wrong_token_in_a_timed_run_is_found_out(
+def test_a_wrong_token_in_a_timed_run_is_detected(
     capsys, monkeypatch, without_memory, fault, options
 ):
     fault(monkeypatch)
@@ -144,7 +144,7 @@ def test_a_wrong_token_in_a_timed_run_is_found_out(
     assert len(err.strip().splitlines()) == 1
 
 
-def test_bfloat16_is_held_against_the_reference_and_agreement_is_counted(
+def test_bfloat16_is_compared_with_the_reference_and_agreement_counted(
     capsys, monkeypatch, without_memory
 ):
     code, out, _ = minipaged(
@@ -184,7 +184,7 @@ def test_only_rounding_may_choose_another_token(trusts, tokens, shortfall, num_c
         assert referee.check(case, run, [[1, 2]]) == num_close
 
 
-def test_both_sides_measure_alike_how_far_a_token_is_from_the_likeliest(tmp_path):
+def test_both_sides_measure_the_distance_to_the_likeliest_token_alike(tmp_path):
     make_model(QUICK, tmp_path)
     ours = engine_sides.Minipaged(tmp_path, "float32", QUICK, backend="reference")
     theirs = engine_sides.Transformers(tmp_path, "float32")
@@ -222,9 +222,7 @@ def test_a_baseline_that_cannot_run_does_not_stop_the_others(capsys, monkeypatch
         (("--save", "no/such/folder/engine.json"), "there is no folder no/such/folder"),
     ],
 )
-def test_what_cannot_be_is_one_sentence_before_anything_runs(
-    capsys, monkeypatch, options, sentence
-):
+def test_invalid_arguments_are_refused_before_anything_runs(capsys, monkeypatch, options, sentence):
     monkeypatch.setattr(engine_report, "find_spec", lambda _: None)
     monkeypatch.setattr(engine, "measure", lambda *_: pytest.fail("it ran"))
     code, out, err = minipaged(capsys, monkeypatch, *QUICKLY, *options)

@@ -23,7 +23,7 @@ def test_ranks_are_compared_with_one_process_and_their_memory_with_its_share(cap
     assert all(each["peak"] > each["share"] > 0 for each in found["memory"])
 
 
-def test_a_run_with_other_tokens_is_worth_nothing():
+def test_a_run_with_other_tokens_is_an_error():
     class Side:
         def __init__(self, tokens: list[list[int]]) -> None:
             self._answer = {"tokens": tokens, "seconds": 1.0, "num_tokens": 2}

@@ -118,7 +118,7 @@ def test_a_server_that_is_full_is_counted_and_the_exit_code_is_0(capsys, monkeyp
     assert row["num_served"] + row["num_rejected"] == 12
 
 
-def test_what_is_unfinished_is_aborted_when_the_client_gives_up(server):
+def test_unfinished_requests_are_aborted_when_the_client_stops(server):
     requests = Workload(4, output_len=900, max_model_len=1024).requests(inf)
 
     async def load() -> list[Served]:
@@ -140,7 +140,7 @@ def test_a_server_serves_1000_connections_at_once(capsys, monkeypatch, server):
     assert row["client_cpu_seconds"] < row["server_cpu_seconds"]
 
 
-# ---- servers that answer what a test tells them --------------------------------------------------
+# ---- servers whose answers a test sets -----------------------------------------------------------
 
 
 def chunk(**fields: object) -> bytes:
@@ -254,8 +254,11 @@ def test_a_whole_response_is_good(body: bytes):
         (WHOLE + token(3), "does not end with [DONE]"),
         (DONE + WHOLE, "does not end with [DONE]"),
         (token(1, 2, ends="length") + DONE, "no usage"),
-        (token(1, ends="length") + usage(3, 2) + DONE, "1 token received, and the usage says 2"),
-        (token(1, ends="length") + usage(3, 1) + DONE, "2 tokens asked for, and the usage says 1"),
+        (token(1, ends="length") + usage(3, 2) + DONE, "1 token received, but the usage reports 2"),
+        (
+            token(1, ends="length") + usage(3, 1) + DONE,
+            "2 tokens requested, but the usage reports 1",
+        ),
         (token(1, 2, ends="length") + usage(4, 2) + DONE, "a prompt of 3 tokens"),
         (token(1, 2, ends="stop") + usage(3, 2) + DONE, "finish reasons are ['stop']"),
         (token(1, 2) + usage(3, 2) + DONE, "finish reasons are []"),
@@ -263,7 +266,7 @@ def test_a_whole_response_is_good(body: bytes):
         (chunk(other=1) + WHOLE, "an invalid chunk"),
     ],
 )
-def test_a_wrong_response_is_found_out(body: bytes, fault: str):
+def test_a_wrong_response_is_detected(body: bytes, fault: str):
     [[served], _] = ask(response(body), [TWO])
     assert served.fault is not None
     assert fault in served.fault
@@ -289,7 +292,7 @@ def test_a_request_that_is_not_served_is_an_error(answer: bytes, error: str, is_
     assert row.seconds_per_token is None
 
 
-def test_a_server_that_is_not_there_is_told_in_one_sentence(capsys, monkeypatch):
+def test_a_missing_server_is_reported_in_one_sentence(capsys, monkeypatch):
     code, _, err = minipaged(capsys, monkeypatch, *BENCH, "--url", "http://127.0.0.1:9")
     assert code == 2
     assert "http://127.0.0.1:9 does not answer" in err
@@ -303,7 +306,7 @@ def test_a_server_that_is_not_there_is_told_in_one_sentence(capsys, monkeypatch)
         (response(b'{"data": [{"id": "other"}]}', chunked=False), "serves 'other', not 'm'"),
     ],
 )
-def test_a_server_without_the_model_is_told_in_one_sentence(answer: bytes, sentence: str):
+def test_a_server_without_the_model_is_reported_in_one_sentence(answer: bytes, sentence: str):
     async def refused() -> None:
         async with answering(answer) as (target, _):
             await ask_for_model(target, "m")
@@ -319,13 +322,13 @@ def test_a_closed_load_keeps_so_many_requests_under_way():
     assert results[-1].due >= results[0].due + 0.04  # a request is due when it can be sent
 
 
-def test_kept_connections_are_used_again():
+def test_connections_are_reused():
     _, connections = ask(response(WHOLE), [TWO] * 9, concurrency=3, keep_alive=True, after=0.01)
     assert len(connections) == 3
     assert sum(connections) == 9
 
 
-def test_an_open_load_sends_when_a_request_is_due_whatever_is_under_way():
+def test_an_open_load_sends_each_request_when_it_is_due():
     requests = [replace(TWO, arrival=i / 50) for i in range(5)]
     results, _ = ask(response(WHOLE), requests, after=1.0)
     assert summarize(results).max_concurrency == 5
@@ -390,7 +393,7 @@ def test_goodput_counts_requests_within_both_limits():
     assert summarize(results, Slo(ttft_ms=200, tpot_ms=500)).goodput == 1.0
 
 
-def test_an_unfinished_request_counts_with_what_it_has_taken_so_far():
+def test_an_unfinished_request_counts_with_its_time_so_far():
     late = served(0.0, [1.0], 2, finished=None, error=UNFINISHED)
     row = summarize([served(0.0, [1.0, 4.0], 4), late])
     assert row.seconds_per_token == pytest.approx((4 / 4 + 4 / 2) / 2)
@@ -466,7 +469,7 @@ def test_the_server_is_compared_with_the_same_tokens_offline(capsys, monkeypatch
 
 
 class Judge:
-    """An offline process that only says how far apart two tokens are."""
+    """An offline process that only reports the time between two tokens."""
 
     def __init__(self, gap: float) -> None:
         self.gap = gap
@@ -484,14 +487,14 @@ def test_other_tokens_than_offline_are_an_error_unless_rounding_chose():
     judge = Judge(1e-5)
     assert check_tokens(judge, results, [[1, 2, 3], [1, 5, 3]]) == 1
     assert judge.asked == [{"prompt": [11] * 10 + [1], "tokens": [2, 5]}]
-    with pytest.raises(WrongTokens, match="request 1: the server's token 1 is 2"):
+    with pytest.raises(WrongTokens, match="request 1: token 1 is 2 from the server"):
         check_tokens(Judge(0.5), results, [[1, 2, 3], [1, 5, 3]])
     results[1].error = "429: full"
     with pytest.raises(WrongTokens, match="not served: 429"):
         check_tokens(Judge(0.0), results, [[1, 2, 3]] * 2)
 
 
-def test_memories_are_served_in_turn_and_rest_above_the_picture(monkeypatch, server):
+def test_memories_are_measured_in_turn_and_written_above_the_plot(monkeypatch, server):
     started: list[dict] = []
 
     @contextmanager
@@ -592,7 +595,7 @@ def test_engine_options_become_flags_of_the_server():
         (("--model", "no-such-model"), "the server has not started"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(capsys, monkeypatch, flags, sentence):
+def test_invalid_arguments_are_refused_in_one_sentence(capsys, monkeypatch, flags, sentence):
     code, _, err = minipaged(capsys, monkeypatch, *BENCH, *flags)
     assert code == 2
     assert sentence in err
@@ -622,7 +625,7 @@ def test_requests_longer_than_the_context_are_refused(capsys, monkeypatch, serve
     flags = ("--url", server.url, "--input-len", "1000", "--output-len", "25")
     code, _, err = minipaged(capsys, monkeypatch, *BENCH, *flags)
     assert code == 2
-    assert "a request has 1025 tokens, prompt and output together, and the model supports" in err
+    assert "a request has 1025 tokens, prompt and output together, but the model supports" in err
 
 
 def test_a_run_with_a_wrong_response_exits_with_1(capsys, monkeypatch, server):
@@ -637,7 +640,7 @@ def test_a_run_with_a_wrong_response_exits_with_1(capsys, monkeypatch, server):
         "3",
     )  # fmt: skip
     assert code == 1
-    assert "3 tokens asked for, and the usage says 4" in err
+    assert "3 tokens requested, but the usage reports 4" in err
 
 
 def test_the_wall_clock_of_a_run_is_its_own(server):

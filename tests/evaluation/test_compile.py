@@ -1,6 +1,6 @@
 """The kernels as the compiler makes them for GPUs that are not there: do they fit, are they fast?
 
-In processes of their own: whether kernels are compiled or interpreted is settled once in each.
+In processes of their own: a process either compiles kernels or interprets them.
 """
 
 import json
@@ -10,6 +10,8 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+
+PROGRAMS_PER_SM = pytest.importorskip("minipaged.attention.triton.splits").PROGRAMS_PER_SM
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton exists for Linux only"),
@@ -22,12 +24,14 @@ import json
 from dataclasses import asdict
 from io import StringIO
 
+import torch
 from rich.console import Console
 from triton import JITFunction
 
 from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.prefill import TileShapes
 from minipaged.evaluation.bench import compile as bench
+from minipaged.evaluation.bench.launches import LLAMA_3_8B, Setting
 
 
 def as_dict(row):
@@ -37,7 +41,7 @@ def as_dict(row):
 launch = JITFunction.run
 rows = list(bench.compile_all())
 
-setting = bench.Setting(*bench.LLAMA_3_8B, bench.torch.float16, "auto")
+setting = Setting(*LLAMA_3_8B, torch.float16, "auto")
 tried = bench.compile_all([setting], [80], TileShape(32, 2, 3), TileShapes(128, 64, 4, 3))
 tried = {row.kernel: row for row in tried}
 
@@ -71,7 +75,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Everything compiled from nothing: with a cache of kernels that is empty."""
+    """Everything compiled with an empty cache of kernels."""
     cache = tmp_path_factory.mktemp("triton")
     run = python(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache))
     assert run.returncode == 0, run.stderr
@@ -106,10 +110,10 @@ def test_nothing_is_compiled_twice(rows):
         options = {"heads": "32/8 x 128", "dtype": "float16", "kv_dtype": "auto", "sm": 80}
         assert len(of(rows, kernel, **options)) == 1
     # It reads what decode left, whatever the pool's type.
-    assert len(of(rows, "merge", heads="32/8 x 128", dtype="float16", sm=80)) == 1
+    assert len(of(rows, "merge", heads="32/8 x 128", dtype="float16", sm=90)) == 1
 
 
-def test_fp8_is_compiled_for_gpus_that_know_it(rows):
+def test_fp8_is_compiled_for_gpus_that_support_it(rows):
     assert {row["sm"] for row in rows if row["kv_dtype"] == "fp8"} == {90}
     assert {row["sm"] for row in rows if row["kv_dtype"] == "int8"} == {80, 90}
 
@@ -144,12 +148,24 @@ def test_several_decoding_programs_share_a_multiprocessor(rows):
         threads = 32 * row["num_warps"]
         assert 2 * threads * row["registers"] <= 65536, row
         assert 2 * row["shared_bytes"] <= SHARED_OF_A_PROGRAM[row["sm"]], row
-        assert row["programs"] >= (4 if row["kv_dtype"] == "auto" else 2), row
+        assert row["programs"] >= (3 if row["kv_dtype"] == "auto" else 2), row
+
+
+def test_the_number_of_splits_counts_on_the_programs_that_fit(rows):
+    for row in of(rows, "decode, split", heads="32/8 x 128", kv_dtype="auto", sm=90):
+        assert row["programs"] == PROGRAMS_PER_SM, row
+
+
+@pytest.mark.parametrize("kernel", MULTIPLYING)
+def test_the_next_tile_is_loading_while_one_is_multiplied(rows, kernel):
+    # Keys and values, and with 8 bits their scales.
+    for row in of(rows, kernel):
+        assert row["copies_ahead"] >= (2 if row["kv_dtype"] == "auto" else 4), row
 
 
 @pytest.mark.parametrize(("sm", "instruction"), [(80, "HMMA"), (90, "HGMMA")])
 def test_prefill_multiplies_with_the_best_instruction_of_the_gpu(rows, sm, instruction):
-    # HGMMA: four warps together multiply a matrix that lies in shared memory.
+    # HGMMA: four warps together multiply a matrix that is in shared memory.
     assert {row["instructions"] for row in of(rows, "prefill", sm=sm)} == {instruction}
 
 
@@ -169,14 +185,23 @@ def test_keys_are_read_16_bytes_at_a_time_while_others_are_multiplied(rows, kern
         assert reads <= {"LDGSTS.128", "LDGSTS.64/128"}
 
 
-def test_launches_go_through_again_afterwards(report):
+def test_launches_work_again_after_compiling(report):
     assert report["launches_again"]
 
 
 def test_the_table_names_kernels_shapes_and_gpus(report):
     lines = report["table"].splitlines()
     assert len(lines) == 1 + len(report["rows"])
-    for part in ("prefill", "32/8 x 128", "bfloat16", "int8", "sm_90", "HGMMA", "LDGSTS.128"):
+    for part in (
+        "prefill",
+        "32/8 x 128",
+        "bfloat16",
+        "int8",
+        "sm_90",
+        "HGMMA",
+        "LDGSTS.128",
+        "ahead",
+    ):
         assert part in report["table"]
 
 

@@ -72,7 +72,7 @@ def test_a_step_contains_its_communication(name):
 @pytest.mark.parametrize("system", ["vllm", "fastertransformer"])
 @pytest.mark.parametrize("name", SEVERAL)
 def test_a_simulated_request_waits_for_the_communication_of_its_steps(name, system):
-    """The first step computes the prompt and one row of logits, each later one a token."""
+    """The first step computes the prompt and one row of logits, each later step one token."""
     server = DEPLOYMENTS[name]
 
     def seconds(costs: CostModel) -> float:
@@ -110,7 +110,7 @@ def test_a_slower_link_never_makes_a_step_faster(name, link, later, factor, deco
 )
 @pytest.mark.parametrize("num_prompts", [0, 3])
 def test_a_step_on_one_gpu_costs_what_it_did_without_communication(name, seconds, num_prompts):
-    """The figures are from before the cost model knew of links."""
+    """The figures are older than the links of the cost model."""
     for server in (DEPLOYMENTS[name], DEPLOYMENTS[name].with_link(SLOW)):
         costs = CostModel(server)
         assert costs.step(30, 10_000, 200, 20_000.0, num_prompts) == seconds
@@ -118,7 +118,7 @@ def test_a_step_on_one_gpu_costs_what_it_did_without_communication(name, seconds
 
 
 def test_the_capacity_of_one_gpu_is_what_it_was_without_communication():
-    """The figures are from before the cost model knew of links."""
+    """The figures are older than the links of the cost model."""
     server = deploy(MODELS["llama-3-8b"], GPUS["l4-24g"], 1)
     lengths = Lengths(50.0, 50.0, 2.0, 2.0, longest=1024)
     report = estimate_capacity(server, lengths, 2.0, seconds=10.0, max_num_seqs=8)
@@ -139,7 +139,7 @@ def test_a_model_on_several_gpus_waits_for_a_message_in_each_step():
 
 def test_a_model_that_no_split_makes_fit_needs_larger_gpus():
     two_heads = replace(MODELS["llama-3-70b"], num_heads=2, num_kv_heads=2)
-    with pytest.raises(InvalidOption, match="take larger GPUs"):
+    with pytest.raises(InvalidOption, match="choose larger GPUs"):
         deploy(two_heads, GPUS["l4-24g"], 2)
 
 
@@ -202,8 +202,8 @@ def test_simulate_takes_the_link_from_its_flags(tmp_path, capsys):
     ("command", "words"),
     [
         ("capacity --num-gpus 3", "32 query heads .* 3 GPUs: choose one of 1, 2, 4, 8"),
-        ("capacity --model llama-3-70b --gpu l4-24g", "take at least 8"),
-        ("capacity --link-latency 5", "links between GPUs, and there is one: leave"),
+        ("capacity --model llama-3-70b --gpu l4-24g", "choose at least 8"),
+        ("capacity --link-latency 5", "links between GPUs, but this server has one GPU: leave"),
         ("capacity --num-gpus 2 --link-bandwidth 0", "--link-bandwidth is 0: give a number above"),
         ("capacity --num-gpus 2 --link-bandwidth inf", "--link-bandwidth is inf"),
         (
@@ -211,10 +211,10 @@ def test_simulate_takes_the_link_from_its_flags(tmp_path, capsys):
             "--link-latency is -1: give 0 or a number above",
         ),
         ("capacity --num-gpus 2 --link-latency nan", "--link-latency is nan"),
-        ("simulate --link-bandwidth 32", "links between GPUs, and there is one: leave"),
+        ("simulate --link-bandwidth 32", "links between GPUs, but this server has one GPU: leave"),
         ("simulate --server opt-66b --link-latency -1", "--link-latency is -1"),
     ],
 )
-def test_a_link_that_cannot_be_is_refused(command, words):
+def test_an_invalid_link_is_refused(command, words):
     with pytest.raises(InvalidOption, match=words):
         app(command.split(), standalone_mode=False)

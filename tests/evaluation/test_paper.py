@@ -1,4 +1,4 @@
-"""The paper's figures: what must come out exactly, what must come near, and how it is told.
+"""The paper's figures: exact values, values within a bar, and the printed report.
 
 The bars are those that the commands print; the traces are short and always the same ones.
 """
@@ -43,7 +43,7 @@ def as_saved(result: Result) -> Result:
     return replace(result, data=data)
 
 
-# ---- what comes out ------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["table1", "fig3"])
@@ -85,7 +85,7 @@ def test_a_shared_prefix_gains_what_figure_16_says():
 
 
 def what_they_bear(server: str, workload: str, systems) -> dict[str, dict[float, float]]:
-    """By system and threshold, in requests a second."""
+    """By system and threshold, in requests per second."""
     searches = [fig12._search(server, workload, system, SHORT) for system in systems]
     found = in_parallel(find_capacity, searches, "capacities")
     return {each.search.case.system: each.rates for each in found}
@@ -93,11 +93,11 @@ def what_they_bear(server: str, workload: str, systems) -> dict[str, dict[float,
 
 @pytest.mark.full
 @pytest.mark.parametrize("workload", ["sharegpt", "alpaca"])
-def test_systems_stand_in_the_paper_s_order_at_every_threshold(workload):
+def test_systems_are_in_the_paper_s_order_at_every_threshold(workload):
     rates = what_they_bear("opt-13b", workload, SYSTEMS)
     for threshold in THRESHOLDS:
         bears = [rates[system][threshold] for system in SYSTEMS]
-        assert bears == sorted(bears, reverse=True), f"at {threshold} s a token"
+        assert bears == sorted(bears, reverse=True), f"at {threshold} s per token"
     over = {system: rates["vllm"][0.2] / rates[system][0.2] for system in SYSTEMS}
     if workload == "sharegpt":
         assert 1.4 <= over["orca-oracle"] <= 2.1
@@ -118,10 +118,10 @@ def test_parallel_samples_save_as_much_as_in_figure_15():
         assert 100 * saved == pytest.approx(paper, abs=1.5)
 
 
-# ---- how it is told ------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 
 
-def test_a_bar_is_met_or_missed_or_there_is_none():
+def test_a_bar_is_met_or_missed_or_absent():
     assert near("x", 10.0, 10.9, percent=10).is_met
     assert not near("x", 10.0, 11.1, percent=10).is_met
     assert near("x", 50.0, 52.0, points=2).is_met
@@ -131,14 +131,14 @@ def test_a_bar_is_met_or_missed_or_there_is_none():
     assert Check("x", "7", 6.0).is_met is None
 
 
-def test_a_miss_is_printed_as_one():
+def test_a_missed_bar_is_printed_as_missed():
     result = Result("x", "X", "simulated", [Check("a", "7", 6.0, 6.5, None, "%", "because")], {})
     cells = [next(iter(column.cells)) for column in result.as_table().columns]
     assert cells == ["a", "7 %", "6 %", "from 6.5", "MISSED, because"]
     assert result.as_dict()["checks"][0]["met"] is False
 
 
-def test_fitted_constants_stand_in_one_place():
+def test_fitted_constants_are_defined_in_one_place():
     declared = {name for name in vars(fitted) if name.isupper()}
     assert declared == {
         "SHAREGPT_OUTPUT_CV",
@@ -181,7 +181,7 @@ def test_the_command_speaks_json(tmp_path, capsys):
         (["fig3", "--quick", "--full"], "exclude each other"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(arguments, words, tmp_path):
+def test_invalid_arguments_are_reported_in_a_sentence(arguments, words, tmp_path):
     with pytest.raises(InvalidOption, match=words):
         app(["paper", *arguments, "--out", str(tmp_path)], standalone_mode=False)
 

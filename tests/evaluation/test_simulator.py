@@ -47,7 +47,7 @@ TRACE = poisson_trace(SHORT, rate=20.0, duration=10.0)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_what_is_left_of_a_trace_has_the_means_of_the_paper(name):
+def test_the_filtered_trace_has_the_means_of_the_paper(name):
     lengths = WORKLOADS[name]
     drawn = lengths.draw(50_000, seed=1)
     inputs, outputs = (sum(column) / len(drawn) for column in zip(*drawn, strict=True))
@@ -110,7 +110,7 @@ TIMESTAMP,ContextTokens,GeneratedTokens
     ],
     ids="ours BurstGPT Azure zones Vidur spaces Z epochs".split(),
 )
-def test_a_real_trace_is_read_in_its_own_words(tmp_path, text):
+def test_a_real_trace_is_read_in_its_own_format(tmp_path, text):
     file = tmp_path / "trace.csv"
     file.write_text(text, encoding="utf-8")
     first, second = read_trace(file)
@@ -130,11 +130,11 @@ def test_a_real_trace_is_read_in_its_own_words(tmp_path, text):
         ("arrival,input,output\n", "none of the 0 requests"),
         ("arrival,input,output\nnan,2,3\n", "line 2: arrival is nan: give seconds from 0 up"),
         ("arrival,input,output\n-1,2,3\n", "line 2: arrival is -1: give seconds from 0 up"),
-        ("arrival,input,output\n1,inf,3\n", "line 2: input is 'inf', and must be a whole number"),
-        ("arrival,input,output\n1,2,-3\n", "line 2: output is '-3', and must be a whole number"),
-        ("arrival,input,output\n\n1,2.5,3\n", "line 3: input is '2.5', and must be a whole"),
-        ('arrival,input,output\n1,"1,000",3\n', "line 2: input is '1,000', and must be a whole"),
-        ("Timestamp,Request tokens,Response tokens\n1,2,\n", "Response tokens is '', and must be"),
+        ("arrival,input,output\n1,inf,3\n", "line 2: input is 'inf', but must be a whole number"),
+        ("arrival,input,output\n1,2,-3\n", "line 2: output is '-3', but must be a whole number"),
+        ("arrival,input,output\n\n1,2.5,3\n", "line 3: input is '2.5', but must be a whole"),
+        ('arrival,input,output\n1,"1,000",3\n', "line 2: input is '1,000', but must be a whole"),
+        ("Timestamp,Request tokens,Response tokens\n1,2,\n", "Response tokens is '', but must be"),
         ("arrival,input,output\nnoon,2,3\n", "line 2: arrival is 'noon': give seconds, or a date"),
         ("arrival,input,output\n2024-13-01 00:00:00,2,3\n", "line 2: arrival is '2024-13-01 00"),
         ("arrival,input,output\n1700000000000,2,3\n", "line 2: arrival is .* milliseconds since"),
@@ -150,7 +150,7 @@ def test_a_trace_that_cannot_be_read_says_why(tmp_path, text, words):
         read_trace(file)
 
 
-def test_a_file_that_is_no_text_says_so(tmp_path):
+def test_a_file_that_is_no_text_is_reported(tmp_path):
     file = tmp_path / "trace.csv"
     file.write_bytes(b"arrival,input,output\n\xff\xfe,1,2\n")
     with pytest.raises(InvalidOption, match="is not CSV in UTF-8"):
@@ -235,7 +235,7 @@ def test_orca_runs_as_many_as_its_pool_has_longest_requests():
     assert report.mean_batch == pytest.approx(7.0)
 
 
-def test_what_the_memory_is_used_for_adds_up():
+def test_the_parts_of_the_memory_usage_add_up():
     for system in SYSTEMS:
         report = simulate(system, TRACE, until=10.0, look_from=1.0)
         total = report.share(lambda u: u.total)
@@ -307,7 +307,7 @@ def test_parallel_samples_save_what_arithmetic_says(prompt, output, n):
         simulation._advance(decision)
 
 
-def test_beams_descend_from_beams_and_the_surer_the_model_the_longer_they_live():
+def test_beams_fork_from_beams_and_live_longer_with_a_surer_model():
     def parted(peakedness: float) -> float:
         families = []
         for number in range(8):
@@ -320,7 +320,7 @@ def test_beams_descend_from_beams_and_the_surer_the_model_the_longer_they_live()
     assert parted(1.0) < parted(8.0) <= 4
 
 
-def test_every_beam_descends_from_whom_the_genealogy_says():
+def test_every_beam_has_the_parent_that_the_genealogy_records():
     """Prompts are told apart by their second token: it is that of the beam it descends from."""
     request = SimRequest(0, TraceRequest(0.0, 8, 50), Decoding("beam", 3), count())
     scheduler = build_scheduler(SYSTEMS["vllm"], SMALL)
@@ -354,7 +354,7 @@ def test_a_padded_batch_costs_what_its_longest_prompt_makes_it_cost():
     assert report.seconds == pytest.approx(steps)
 
 
-def test_genealogies_do_not_depend_on_who_asks_first():
+def test_genealogies_do_not_depend_on_the_order_of_queries():
     steps = genealogy(3, 2.0, 5)
     ahead = [next(steps) for _ in range(50)]
     again = genealogy(3, 2.0, 5)
@@ -366,13 +366,13 @@ def test_genealogies_do_not_depend_on_who_asks_first():
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0.05, 500.0), st.floats(0.05, 500.0))
-def test_a_crossing_is_found_from_wherever_one_looks(true, guess):
+def test_a_crossing_is_found_from_any_starting_point(true, guess):
     curve = Curve(lambda rate: 0.05 if rate <= true else math.inf, guess)
     assert curve.crossing(0.2) == pytest.approx(true, rel=0.03)
 
 
 @pytest.mark.parametrize("latency", [0.0, math.inf])
-def test_a_crossing_that_is_nowhere_is_not_looked_for_for_ever(latency):
+def test_the_search_for_a_crossing_that_does_not_exist_ends(latency):
     with pytest.raises(InvalidOption, match="no rate can be found"):
         Curve(lambda rate: latency, 1.0).crossing(0.2)
 
@@ -383,7 +383,7 @@ def test_a_point_that_is_out_of_order_does_not_end_the_search():
     assert curve.crossing(0.2) == pytest.approx(3.0, rel=0.03)
 
 
-def test_several_thresholds_share_what_was_looked_at():
+def test_several_thresholds_share_simulated_points():
     calls = []
 
     def latency(rate: float) -> float:
@@ -400,7 +400,7 @@ def test_a_plan_counts_what_the_weights_leave():
     server = deploy(MODELS["llama-3-8b"], GPUS["h100-80g"], 1)
     free = 0.9 * 80e9 - 1e9 - 2 * 8.03e9
     assert server.num_slots == int(free // 131_072)
-    with pytest.raises(InvalidOption, match="take at least 2"):
+    with pytest.raises(InvalidOption, match="choose at least 2"):
         deploy(MODELS["llama-3-70b"], GPUS["h100-80g"], 1)
 
 
@@ -497,7 +497,7 @@ def test_systems_are_compared_on_a_real_trace(tmp_path, capsys):
         ),
     ],
 )
-def test_what_cannot_be_simulated_is_refused(arguments, words):
+def test_impossible_settings_are_refused(arguments, words):
     with pytest.raises(InvalidOption, match=words):
         app(["simulate", *arguments], standalone_mode=False)
 
@@ -516,7 +516,7 @@ IMPORT = (
 
 
 @pytest.mark.parametrize("program", [IMPORT, RUN_A_FIGURE])
-def test_no_torch(program, tmp_path):
+def test_the_simulator_does_not_import_torch(program, tmp_path):
     program = f"import sys\n{program}\nsys.exit('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     assert run.returncode == 0

@@ -83,7 +83,7 @@ MANAGERS_BY_NAME = {manager.__name__: manager for manager in MANAGERS}
 
 
 class FreesOneBlockTooFew(BlockManager):
-    """A leak at the end of a life: the pool keeps a block of every sequence of eight blocks."""
+    """A leak when a sequence ends: the pool keeps a block of every sequence of eight blocks."""
 
     def free(self, seq):
         blocks = self._tables[seq.seq_id].blocks
@@ -112,11 +112,11 @@ def test_an_operation_refused_without_need_is_a_mismatch():
     assert "refuses an operation for which it has room" in soak.first_mismatch
 
 
-def test_a_part_that_the_memory_does_not_have_is_refused(capsys, monkeypatch):
+def test_an_unknown_part_of_the_memory_is_refused(capsys, monkeypatch):
     part = f"scheduler={HELPERS / 'faulty_memory.py'}:ForgetsTheCopy"
     code, out, err = minipaged(capsys, monkeypatch, "soak", "memory", "--part", part)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "no part of the memory" in err
+    assert "does not belong to the memory" in err
 
 
 def test_a_soak_is_json_for_programs(capsys, monkeypatch):
@@ -143,7 +143,7 @@ def test_ctrl_c_reports_what_was_done_so_far(capsys, monkeypatch):
 # ---- engines -------------------------------------------------------------------------------------
 
 
-def test_random_engines_serve_what_each_request_gives_alone(capsys, monkeypatch):
+def test_random_engines_give_each_request_its_tokens_alone(capsys, monkeypatch):
     code, out, err = minipaged(
         capsys, monkeypatch, "soak", "engines", "--count", "2", "--seed", "22"
     )

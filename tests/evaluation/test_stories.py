@@ -1,4 +1,4 @@
-"""The grammar tells the same story twice, and every answer stands in exactly one fact."""
+"""The same seed gives the same story, and exactly one fact contains each answer."""
 
 import subprocess
 import sys
@@ -101,7 +101,7 @@ def test_no_question_of_a_story_has_two_answers(num_facts: int) -> None:
     assert len(set(texts)) == len(texts)
 
 
-def test_no_word_stands_in_two_lists() -> None:
+def test_no_word_is_in_two_lists() -> None:
     places = {noun for place in PLACES for noun in place.split()}
     lists = [set(NAMES), set(ANIMALS), set(COLOURS), set(THINGS), places]
     for some, others in combinations(lists, 2):
@@ -109,7 +109,7 @@ def test_no_word_stands_in_two_lists() -> None:
 
 
 @pytest.mark.parametrize("words", [NAMES, ANIMALS, COLOURS, THINGS, PLACES])
-def test_no_word_stands_twice_in_its_list(words: tuple[str, ...]) -> None:
+def test_no_word_is_twice_in_its_list(words: tuple[str, ...]) -> None:
     assert len(set(words)) == len(words)
 
 
@@ -147,7 +147,7 @@ def test_an_answer_counts_word_for_word() -> None:
     assert not question.is_answered_by("")
 
 
-def test_the_grammar_needs_neither_torch_nor_numpy() -> None:
+def test_the_grammar_imports_neither_torch_nor_numpy() -> None:
     check = (
         "import sys, minipaged.evaluation.stories;"
         "sys.exit(bool({'torch', 'numpy'} & {*sys.modules}))"

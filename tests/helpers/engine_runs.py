@@ -26,7 +26,7 @@ def tokens(outputs) -> list[list[int]]:
 
 
 def set_eos(llm: LLM, *token_ids: int) -> None:
-    """Let other tokens end a sequence: random models never say their own."""
+    """Let other tokens end a sequence: random models never generate their own end token."""
     llm.engine.traits = replace(llm.engine.traits, eos_token_ids=token_ids)
 
 

@@ -41,7 +41,7 @@ class WritesIntoSharedBlocks(BlockManager):
 
 
 class ForgetsTheCopy(BlockManager):
-    """Repoints the table, but does not say that the block must be copied."""
+    """Repoints the table, but returns no copy of the block."""
 
     def append(self, seq):
         super().append(seq)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-LARGE = (".safetensors", ".bin", ".model")  # kept apart by their sha256; all others lie in git
+LARGE = (".safetensors", ".bin", ".model")  # stored by their sha256; all others are in git
 
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody asked for."""
+    """A request that the hub has received."""
 
     path: str
     file: str | None  # the name of the file, if it was one
@@ -38,7 +38,7 @@ class Repo:
 
     files: dict[str, bytes]
     revisions: tuple[str, ...] = ("main",)
-    token: str | None = None  # private: given only to who sends this one
+    token: str | None = None  # private: served only with this token
     gated: bool = False  # its list is public, its files are for `token` only
 
     @property
@@ -50,22 +50,22 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What it holds, what it shall do wrong, and what it was asked."""
+    """Its repositories, the faults that it must show, and the requests that it has received."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     # Faults, by the name of a file or "api".
     statuses: dict[str, int] = field(default_factory=dict)  # answer with this one instead
     hiccups: dict[str, list[int]] = field(default_factory=dict)  # or with these, one after another
-    retry_after: int | None = None  # what it says with a status of these
+    retry_after: int | None = None  # the text for one of these statuses
     corrupt: set[str] = field(default_factory=set)  # one byte differs
     cuts: dict[str, list[int]] = field(default_factory=dict)  # hang up after so many bytes
-    resets: bool = False  # and not hang up, but forget the connection
+    resets: bool = False  # and leave the connection open instead of hanging up
     ignores_ranges: bool = False
     forgets_queries: bool = False  # when it redirects
     tells_checksums: bool = True
     silent: bool = False  # never answer
-    nonsense: bool = False  # answer with what is no hub's
+    nonsense: bool = False  # answer with bytes that no hub sends
     stopping: threading.Event = field(default_factory=threading.Event)
     requests: list[Request] = field(default_factory=list)
     url: str = ""
@@ -115,7 +115,7 @@ class _QuietServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *args: Any) -> None:
-        """Whoever asked has hung up: for many tests that is the point."""
+        """The client has hung up, which many tests do on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -241,6 +241,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # in the middle of what was announced
         if cut is not None and self.hub.resets:
             self.wfile.flush()
-            self.hub.stopping.wait(0.2)  # else the other side would not even see what came
+            self.hub.stopping.wait(0.2)  # else the client would not see what has arrived
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "minipaged"
 
 
-# From low to high: a module may import only what stands before it, and its own package.
+# From low to high: a module may import only layers before its own, and its own package.
 LAYERS = (
     "errors utils config sequence memory scheduler tracing attention models tokenizer sampling "
     "worker engine llm serving evaluation labs cli __main__"

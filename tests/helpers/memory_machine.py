@@ -21,7 +21,7 @@ from minipaged.memory import (
 )
 from minipaged.sequence import Sequence, SequenceGroup
 
-# Few tokens and short blocks: different prompts often begin alike, and generate alike.
+# Few tokens and short blocks: prompts often share a prefix, and generate the same tokens.
 TOKENS = st.integers(0, 1)
 
 
@@ -69,7 +69,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.next_id += 1
         return self.next_id
 
-    # ---- the model of the tensors --------------------------------------------------------------
+    # ---- the model of the tensors ----------------------------------------------------------------
 
     def content(self, seq: Sequence, position: int) -> tuple:
         return seq.cache_salt, tuple(seq.token_ids[: position + 1])
@@ -81,7 +81,7 @@ class AnyOrder(RuleBasedStateMachine):
         for old, new in pairs:
             target[new] = list(source[old])
 
-    # ---- what may be done ----------------------------------------------------------------------
+    # ---- operations ------------------------------------------------------------------------------
 
     def those(self, swapped: bool) -> list[SequenceGroup]:
         out = [self.memory.is_swapped(g.sequences[0].seq_id) for g in self.groups]
@@ -98,7 +98,7 @@ class AnyOrder(RuleBasedStateMachine):
         return True
 
     def memory_apart(self) -> BlockManager:
-        """A copy to try on what should not work."""
+        """A copy on which to try calls that must fail."""
         return copy.deepcopy(self.memory._memory)
 
     def check_fits(self, group: SequenceGroup) -> None:
@@ -243,7 +243,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.pinned.remove(seq)
         self.memory.free(seq)
 
-    # ---- what must hold ------------------------------------------------------------------------
+    # ---- invariants ------------------------------------------------------------------------------
 
     @invariant()
     def every_sequence_reads_its_own_tokens(self) -> None:
@@ -274,7 +274,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.memory.free(seq)
         assert self.memory.num_free == self.memory.num_blocks
         assert self.memory.num_free_swap_blocks == self.memory.num_swap_blocks
-        # Whoever needs all blocks gets all of them, and nothing is found any more.
+        # A request that needs all blocks gets all of them, and no lookup finds a block any more.
         all_slots = [9] * self.memory.num_blocks * self.block_size
         admit(self.memory, SequenceGroup("all", [Sequence(0, all_slots)]))
         assert not self.memory.cached

@@ -22,7 +22,7 @@ def is_running(pid: int) -> bool:
         return False
     with suppress(FileNotFoundError):  # not Linux, or gone in between
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state not in "ZX"  # ended, and nobody has asked for its exit code
+        return state not in "ZX"  # ended, and no process has read its exit code
     return not Path("/proc/self").exists()
 
 

@@ -48,7 +48,7 @@ def vllm_router(folder: Path, servers: Sequence[Running], policy: str) -> Iterat
 
 
 def free_port() -> int:
-    """A port that nobody listens on: the router cannot be told to choose one itself."""
+    """A port on which no process listens: the router cannot be told to choose one itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -112,7 +112,7 @@ class Running:
 def raw_request(
     path: str, body: object, *, method: str = "POST", length: int | None = None, **headers: str
 ) -> bytes:
-    """The bytes of a request; `length` is what its Content-Length says, if that is a lie."""
+    """The bytes of a request; `length` is its Content-Length, if that is false."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     named = {
         "Host": "localhost",

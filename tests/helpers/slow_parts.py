@@ -1,4 +1,4 @@
-"""A scheduler that takes its time, so that a test can watch requests run on any machine."""
+"""A slow scheduler, so that a test can watch requests run on any machine."""
 
 import time
 

@@ -1,6 +1,6 @@
 """A small trained tokenizer in the style of every family, written as checkpoints have them.
 
-Not a test: a helper for tests. The other opinion on them is Hugging Face's `tokenizers`.
+Not a test: a helper for tests. They are compared with Hugging Face's `tokenizers`.
 """
 
 # Letters that look like others are what these texts are made for.

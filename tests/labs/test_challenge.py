@@ -30,7 +30,7 @@ def largest(candidates):
     return max(candidates, key=lambda group: group.sequences[0].num_computed_tokens)
 
 
-def test_a_better_policy_than_the_librarys_exists():
+def test_a_policy_can_beat_the_default_one():
     trace = traces(seed=0)["chat"]
     library = serve("chat", trace, {})
     better = serve("chat", trace, {"scheduler": ShortestPromptFirst, "select_victim": largest})
@@ -39,7 +39,7 @@ def test_a_better_policy_than_the_librarys_exists():
     assert library == serve("chat", trace, parts={})  # nothing of it is left to chance
 
 
-def test_the_beginning_is_as_good_as_the_library_and_no_better(tmp_path):
+def test_the_starter_scores_exactly_as_the_default_policy(tmp_path):
     file = tmp_path / challenge.FILE_NAME
     file.write_text(challenge.STARTER)
     parts = parts_of(file)
@@ -47,7 +47,7 @@ def test_the_beginning_is_as_good_as_the_library_and_no_better(tmp_path):
     assert serve("busy", BUSY, parts) == serve("busy", BUSY, {})
 
 
-def test_a_policy_may_swap_and_bring_a_memory_of_its_own():
+def test_a_policy_may_swap_and_use_a_custom_memory():
     class Swaps(FCFSScheduler):
         def __init__(self, config, *others):
             super().__init__(replace(config, preemption="swap"), *others)
@@ -184,24 +184,28 @@ class LosesBlocks(BlockManager):
 @pytest.mark.parametrize(
     ("role", "part", "complaint"),
     [
-        ("scheduler", LosesRequests, "nothing is computed, and request 7 waits, with 0 others"),
+        (
+            "scheduler",
+            LosesRequests,
+            "nothing is scheduled, but 1 request waits: request 7 came first",
+        ),
         ("scheduler", EndsRequests, "step 1: request 0 is ended before its"),
-        ("scheduler", GivesTokensItself, "has 302 tokens, and 301 were given"),
+        ("scheduler", GivesTokensItself, "has 302 tokens, but should have 301"),
         ("scheduler", ClaimsToHaveComputed, "never written there"),
-        ("scheduler", SamplesTooEarly, "request 0 has 300 tokens left, and 1 are scheduled"),
-        ("scheduler", ComputesTooMuch, "tokens are computed, and 2560 are the most"),
+        ("scheduler", SamplesTooEarly, "request 0 has 300 tokens left to compute, but 1 are"),
+        ("scheduler", ComputesTooMuch, "tokens are scheduled, but at most 2560 are allowed"),
         ("scheduler", SwapsForNothing, "never written there, or that were overwritten"),
         ("scheduler", RunsTwice, "a sequence is scheduled twice"),
         ("scheduler", Stumbles, "ZeroDivisionError: .*test_challenge.py, line"),
-        ("memory", TwiceThePool, "and the pool has 983 blocks, from 0 on"),
-        ("memory", LosesBlocks, "all requests have finished, and .* blocks are not free again"),
-        ("allocator", BlocksForTwo, "two sequences (write to|use) block|never written"),
-        ("allocator", NegativeBlocks, "and the pool has 983 blocks, from 0 on"),
+        ("memory", TwiceThePool, "but the pool has 983 blocks, numbered from 0"),
+        ("memory", LosesBlocks, "all requests have finished, but .* blocks are not free"),
+        ("allocator", BlocksForTwo, "two sequences write to|which another one reads|never written"),
+        ("allocator", NegativeBlocks, "but the pool has 983 blocks, numbered from 0"),
         ("prefix_cache", FindsWhatIsNotThere, "never written there"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_who_cheats_is_refused(role, part, complaint):
+def test_a_part_that_cheats_is_refused(role, part, complaint):
     with pytest.raises(CheckFailed, match=complaint):
         serve("busy", BUSY, {role: part})
 
@@ -276,7 +280,7 @@ def test_a_damaged_leaderboard_is_left_as_it_is(lab, tmp_path):
         assert board.read_text() == damaged
 
 
-def test_a_leaderboard_that_is_no_text_is_refused_in_a_sentence(lab, tmp_path, monkeypatch):
+def test_a_leaderboard_that_is_not_text_is_refused_in_a_sentence(lab, tmp_path, monkeypatch):
     lab("start", "9")
     board = tmp_path / "board.jsonl"
     board.write_bytes(b"\xff\xfe{}")
@@ -297,7 +301,7 @@ def test_a_name_on_a_leaderboard_is_shown_as_it_is_written():
     assert "[/red] [bold]x" in shown.get()
 
 
-def test_a_file_without_parts_is_told_what_to_call_them(lab, tmp_path):
+def test_a_file_without_parts_is_refused_with_the_names_to_use(lab, tmp_path):
     with pytest.raises(InvalidOption, match="begin with `minipaged lab start 9`"):
         lab("challenge")
     (tmp_path / "mine.py").write_text("class Scheduler: ...\n")
@@ -305,13 +309,13 @@ def test_a_file_without_parts_is_told_what_to_call_them(lab, tmp_path):
         lab("challenge", "mine.py")
 
 
-def test_the_list_shows_the_challenge_as_what_it_is(lab):
+def test_the_list_marks_the_challenge_as_open(lab):
     assert "the open challenge" in lab("list")
-    with pytest.raises(InvalidOption, match="lab 9 is the open challenge, without tasks"):
+    with pytest.raises(InvalidOption, match="lab 9 is the open challenge, which has no tasks"):
         lab("check", "9")
 
 
-def test_it_can_be_begun_anew_and_what_was_there_is_kept(lab, tmp_path):
+def test_starting_again_keeps_a_copy_of_the_old_file(lab, tmp_path):
     lab("start", "9")
     file = tmp_path / challenge.FILE_NAME
     file.write_text("mine")

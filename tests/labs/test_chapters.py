@@ -131,7 +131,7 @@ def test_a_diagram_becomes_a_list_of_arrows(tutorials):
     assert "<li>c &harr; <i>HTTP</i> &harr; text &amp; ids</li>" in page
 
 
-def test_all_chapters_and_briefs_become_pages_without_unfilled_places():
+def test_all_chapters_and_briefs_become_pages_without_placeholders():
     chapters = chapters_of(folder())
     for chapter in chapters:
         page = chapter_page(chapter, [], chapters)
@@ -149,7 +149,7 @@ def test_a_chapter_that_fails_shows_what_came_before_and_why(tutorials):
     assert output.error == "ZeroDivisionError: division by zero"
 
 
-def test_a_chapter_that_stops_itself_has_no_error(tutorials):
+def test_a_chapter_that_stops_deliberately_has_no_error(tutorials):
     script = tutorials / "04_second.py"
     script.write_text(script.read_text().replace("1 / 0", "print('why'); raise SystemExit"))
     [output] = run(read(script))

@@ -1,4 +1,4 @@
-"""Ways to fool the grader, each tried on a solution that deserves nothing: none earns a point."""
+"""Ways to fool the grader, each tried in a solution that solves no task: none earns a point."""
 
 import json
 import os
@@ -209,7 +209,7 @@ def test_no_way_around_the_tests_earns_points(graded, text):
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["skip", "os_exit", "a_patched_runtest", "patched_torch"])
-def test_nor_where_no_process_can_be_copied(graded, name):
+def test_no_cheat_earns_points_without_fork_either(graded, name):
     results = graded(starter(LAB) + "\n" + ALL[name], run=run_in_new_process, only=1)
     assert [result.points for result in results] == [0], told(results)
 
@@ -227,7 +227,7 @@ def test_a_test_that_must_fail_and_passes_voids_the_whole_grade(graded):
     assert {entry["score"] for entry in for_gradescope(LAB, results)["tests"]} == {0}
 
 
-def test_what_was_replaced_is_named(graded):
+def test_the_seal_names_what_was_replaced(graded):
     results = graded(library_text(LAB) + AT_LOAD["patched_torch"])
     assert "torch.equal" in told(results)
 
@@ -318,7 +318,7 @@ def test_a_void_grade_says_why_to_student_and_teacher(command):
     assert all("the grade is void" in entry["output"] for entry in results["tests"])
 
 
-# ---- whose work it is ----------------------------------------------------------------------------
+# ---- the student's own code ----------------------------------------------------------------------
 
 SUBCLASS = """
 from minipaged.memory import BlockAllocator as Theirs
@@ -346,17 +346,17 @@ exec(inspect.getsource(minipaged.memory.BlockAllocator))
 
 
 @pytest.mark.parametrize("text", TAKEN.values(), ids=TAKEN)
-def test_the_librarys_class_as_a_solution_is_reported(graded, text):
+def test_submitting_the_class_of_the_library_is_reported(graded, text):
     results = graded(starter(LAB) + text)
     assert results[0].notes
 
 
-def test_a_copy_of_the_librarys_text_is_reported(graded):
+def test_a_copy_of_the_source_of_the_library_is_reported(graded):
     [note] = graded(library_text(catalogue.LABS[0]))[0].notes
     assert "identical to the library's text" in note
 
 
-def test_a_solution_of_ones_own_is_not_reported(graded):
+def test_an_original_solution_is_not_reported(graded):
     own = """
 class BlockAllocator:
     def __init__(self, num_blocks):
@@ -373,7 +373,7 @@ class BlockAllocator:
 
 
 @pytest.mark.parametrize("lab", catalogue.LABS, ids=lambda lab: f"lab{lab.number}")
-def test_what_a_starter_imports_is_not_reported(lab):
+def test_imports_of_the_starter_are_not_reported(lab):
     from minipaged.labs.own_work import read_notes
 
     assert read_notes(lab, starter(lab)) == []

@@ -1,6 +1,6 @@
-"""A newcomer's path through lab 1, as its guide tells it: every command, and what it prints.
+"""A newcomer's path through lab 1, as in its guide: every command, and what it prints.
 
-A comment of the guide says what stands in the student's file before the next command.
+A comment of the guide gives the content of the student's file before the next command.
 """
 
 import re
@@ -32,10 +32,10 @@ def readable(lines: list[str]) -> list[str]:
     return [line for line in numbered if not line.startswith("note: ")]
 
 
-def test_the_first_lab_goes_as_its_guide_says(tmp_path, monkeypatch):
+def test_the_first_lab_works_as_its_guide_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lab, num_commands = find_lab(1), 0
-    right = library_text(lab).replace("_ref_counts", "_owners")  # not the library's to the letter
+    right = library_text(lab).replace("_ref_counts", "_owners")  # not exactly the library's text
     texts = {"right": right} | {
         name: library_text(lab) + BEGINNING + text for name, (_, text) in WRONG.items()
     }

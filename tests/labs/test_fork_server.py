@@ -28,7 +28,7 @@ def run(server: ForkServer, folder: Path, body: str, seconds: float = 60.0) -> R
     return server.run(Job(arguments, str(folder), seconds))
 
 
-def test_a_copy_has_torch_already_and_a_session_folder_and_input_of_its_own(server, tmp_path):
+def test_a_forked_process_has_torch_loaded_and_its_own_session_and_folder(server, tmp_path):
     body = """assert "torch" in sys.modules
 assert os.getsid(0) == os.getpid() != os.getppid()
 assert Path.cwd() == Path(__file__).parent
@@ -37,14 +37,14 @@ assert os.read(0, 1) == b""
     assert "1 passed" in (printed := run(server, tmp_path, body).printed), printed
 
 
-def test_no_copy_knows_what_another_has_done(server, tmp_path):
+def test_forked_processes_are_independent(server, tmp_path):
     body = "assert not hasattr(os, 'seen')\nos.seen = os.environ['SEEN'] = 'seen'"
     for _ in range(2):
         assert "1 passed" in run(server, tmp_path, body).printed
     assert "1 passed" in run(server, tmp_path, "assert 'SEEN' not in os.environ").printed
 
 
-def test_a_copy_that_does_not_end_is_stopped_with_all_that_it_has_started(server, tmp_path):
+def test_a_forked_process_that_hangs_is_killed_with_its_children(server, tmp_path):
     body = """child = subprocess.Popen(["sleep", "1000"])
 Path("child").write_text(str(child.pid))
 while True: pass
@@ -53,18 +53,18 @@ while True: pass
     assert is_gone(int((tmp_path / "child").read_text()))
 
 
-def test_what_tests_that_end_have_started_is_stopped_as_well(server, tmp_path):
+def test_processes_started_by_finished_tests_are_killed(server, tmp_path):
     body = 'Path("child").write_text(str(subprocess.Popen(["sleep", "1000"]).pid))'
     assert "passed" in run(server, tmp_path, body).printed
     assert is_gone(int((tmp_path / "child").read_text()))
 
 
-def test_tests_that_end_the_server_are_not_the_last_to_run(server, tmp_path):
+def test_tests_run_after_a_test_has_killed_the_server(server, tmp_path):
     run(server, tmp_path, f"os.kill(os.getppid(), {signal.SIGKILL})")
     assert "1 passed" in run(server, tmp_path, "pass").printed
 
 
-def test_a_crash_is_told(server, tmp_path):
+def test_a_crash_is_reported(server, tmp_path):
     assert (
         "Fatal Python error" in run(server, tmp_path, "import ctypes\nctypes.string_at(0)").printed
     )
@@ -77,7 +77,7 @@ def is_gone(pid: int) -> bool:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
             return True
-        if state == "Z":  # nobody waits for it any more
+        if state == "Z":  # no process waits for it any more
             return True
         time.sleep(0.01)
     return False

@@ -1,4 +1,4 @@
-"""`minipaged lab ...` in a folder: what it says about wrong numbers, hints and damaged files."""
+"""`minipaged lab ...` in a folder: its messages about wrong numbers, hints and damaged files."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Every lab: the library scores all, a raw starter nothing, a mistake less in its own task."""
+"""Every lab: the library scores all points, a raw starter none, a mistake fewer in its own task."""
 
 import importlib
 import json
@@ -58,14 +58,14 @@ def counting(graded: list[Result]) -> list[Result]:
 
 
 @each_lab
-def test_the_librarys_own_scores_everything(lab: Lab, tmp_path: Path):
+def test_the_code_of_the_library_has_all_points(lab: Lab, tmp_path: Path):
     for result in counting(results(lab, library_text(lab), tmp_path)):
         assert result.is_full, f"task {result.task.number}: {result.complaint}"
         assert result.points == result.task.points
 
 
 @each_lab
-def test_a_raw_starter_scores_nothing_and_each_task_says_why(lab: Lab, tmp_path: Path):
+def test_a_raw_starter_has_no_points_and_each_task_says_why(lab: Lab, tmp_path: Path):
     for result in counting(results(lab, starter(lab), tmp_path)):
         assert result.num_tests > 0
         assert result.num_passed == 0, f"a test of task {result.task.number} tests nothing"
@@ -73,7 +73,7 @@ def test_a_raw_starter_scores_nothing_and_each_task_says_why(lab: Lab, tmp_path:
 
 
 @each_lab
-def test_a_lab_has_mistakes_enough_and_something_unusual(lab: Lab):
+def test_a_lab_has_enough_mutants_and_an_unusual_solution(lab: Lab):
     module = importlib.import_module(f"lab_variants.lab{lab.number}")
     assert len(module.WRONG) >= 5
     assert len(module.RIGHT) >= 1
@@ -101,15 +101,15 @@ def test_an_unusual_solution_scores_everything(lab, beginning, variant, tmp_path
         assert result.is_full, f"task {result.task.number}: {result.complaint}"
 
 
-def test_a_process_of_its_own_gives_the_same(tmp_path):
+def test_grading_in_a_separate_process_gives_the_same_points(tmp_path):
     lab = LABS[0]
     [result] = results(lab, starter(lab), tmp_path, only=2, run=run_in_new_process)
     assert (result.num_passed, result.points) == (0, 0)
     assert "your turn: BlockAllocator" in result.complaint
 
 
-def test_gradescopes_setup_names_the_wheel_that_lies_beside_it(tmp_path):
-    """A pattern is no name: with the extra behind it, the shell would find no such file."""
+def test_the_setup_for_gradescope_names_its_wheel(tmp_path):
+    """A pattern is not a name: followed by the extra, it would match no file in the shell."""
     write_autograder(tmp_path, LABS[0])
     (tmp_path / "minipaged-1.0-py3-none-any.whl").touch()
     lines = (tmp_path / "setup.sh").read_text().splitlines()[-2:]
@@ -122,7 +122,7 @@ def test_gradescopes_setup_names_the_wheel_that_lies_beside_it(tmp_path):
 def test_gradescope_has_the_graders_results_even_if_the_grader_is_killed(tmp_path):
     write_autograder(tmp_path, LABS[0])
     results = tmp_path / "results.json"
-    results.write_text('{"score": 100}')  # as student code would, before it kills the grader
+    results.write_text('{"score": 100}')  # as student code does that then kills the grader
     script = (tmp_path / "run_autograder").read_text()
     script = script.replace("/autograder/results/results.json", str(results))
     script = script.replace("/autograder/venv/bin/minipaged", "bash -c 'kill -9 $$'")
@@ -138,7 +138,7 @@ LAB = Lab(0, "of_two", "one task for all machines", (), {}, (Task(1, "", 90), Ta
 DONE, SKIPPED = Result(LAB.tasks[0], 3, 3), Result(LAB.tasks[1], 0, 0, "no GPU", num_skipped=2)
 
 
-def test_a_task_whose_tests_are_all_skipped_neither_counts_nor_costs():
+def test_a_task_whose_tests_are_all_skipped_does_not_count():
     assert (SKIPPED.points, SKIPPED.most, SKIPPED.is_full) == (0, 0, False)
     assert all_full([DONE, SKIPPED])
     assert not all_full([replace(DONE, num_passed=2), SKIPPED])
@@ -150,7 +150,7 @@ def test_without_a_report_or_with_some_tests_skipped_a_task_counts():
     assert replace(SKIPPED, num_tests=1).most == 10
 
 
-def test_a_lab_is_done_without_what_cannot_be_tested(tmp_path: Path):
+def test_a_lab_is_complete_without_tasks_that_cannot_be_tested(tmp_path: Path):
     progress = Progress(tmp_path)
     progress.keep(LAB, SKIPPED)
     assert progress.points_of(LAB) is None
@@ -160,20 +160,20 @@ def test_a_lab_is_done_without_what_cannot_be_tested(tmp_path: Path):
     assert (known.points_of(LAB), known.most(LAB), known.is_full(LAB)) == (90, 90, True)
 
 
-def test_points_from_another_machine_stay(tmp_path: Path):
+def test_points_from_another_machine_are_kept(tmp_path: Path):
     progress = Progress(tmp_path)
     for result in (DONE, replace(SKIPPED, num_passed=2, num_tests=2), SKIPPED):
         progress.keep(LAB, result)
     assert (progress.points_of(LAB), progress.most(LAB)) == (100, 100)
 
 
-def test_gradescope_is_told_that_a_task_does_not_count():
+def test_gradescope_shows_that_a_task_does_not_count():
     [_, test] = for_gradescope(LAB, [DONE, SKIPPED])["tests"]
     assert (test["score"], test["max_score"]) == (0, 0)
     assert test["output"] == "not counted: no GPU"
 
 
-def test_tests_that_end_with_a_crash_say_so(tmp_path: Path):
+def test_a_crash_of_the_tests_is_reported(tmp_path: Path):
     crash = library_text(LABS[0]) + "\nimport ctypes\nctypes.string_at(0)\n"
     [result] = results(LABS[0], crash, tmp_path, only=1, run=run_in_new_process)
     assert "at first all blocks are free: Fatal Python error" in result.complaint

@@ -1,4 +1,4 @@
-"""Processes of lab 11: whoever waits in vain is told at once, and nobody outlives the run."""
+"""Processes of lab 11: a deadlock is reported at once, and no process outlives the run."""
 
 import multiprocessing as mp
 import os
@@ -78,7 +78,7 @@ WRONG = {
     other_types: "all_reduce of float32 .3. on rank 0 and all_reduce of int64 .3. on rank 1",
     other_calls: "collective number 1 is barrier.* on rank 0 and all_reduce of float32 .3. on rank",
     an_error_while_another_waits: "rank 1: IndexError: list index out of range",
-    an_end_while_another_waits: "rank 1: the process ended in the middle",
+    an_end_while_another_waits: "rank 1: the process ended early",
 }
 
 
@@ -89,14 +89,14 @@ def test_two_processes_add_up_and_each_call_is_noted():
 
 
 @pytest.mark.parametrize("program", WRONG, ids=lambda program: program.__name__)
-def test_ranks_that_never_meet_are_told_so_at_once(program):
+def test_a_deadlock_is_reported_at_once(program):
     began = time.monotonic()
     with pytest.raises(RanksFailed, match=WRONG[program]):
         run_ranks(program, seconds=60.0)
     assert time.monotonic() - began < 30
 
 
-def test_a_broken_connection_is_told_only_when_no_cause_is_found():
+def test_a_broken_connection_is_reported_only_if_there_is_no_other_cause():
     broken = Report(error="RuntimeError: Connection closed", has_ended=True, is_broken=True)
     assert what_is_wrong([broken, Report()]) == "", "rank 1 may be about to tell why"
     cause = Report(error="IndexError: list index out of range", has_ended=True)
@@ -106,7 +106,7 @@ def test_a_broken_connection_is_told_only_when_no_cause_is_found():
 
 
 def test_a_rank_that_never_ends_is_stopped_at_the_time_limit():
-    with pytest.raises(RanksFailed, match=r"not done after 1 second: rank 0 has come to its coll"):
+    with pytest.raises(RanksFailed, match=r"not done after 1 second: rank 0 is at its coll"):
         run_ranks(an_endless_loop, seconds=1.0)
 
 
@@ -118,7 +118,7 @@ def test_no_rank_outlives_its_run():
 
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="it is the only way elsewhere")
-def test_ranks_that_are_started_afresh_give_the_same(monkeypatch):
+def test_spawned_ranks_give_the_same_result_as_forked_ones(monkeypatch):
     spawn = mp.get_context("spawn")
     monkeypatch.setattr(mp, "get_context", lambda kind: spawn)
     assert [report.value for report in run_ranks(add, 10.0, seconds=60.0)] == [21, 21]
@@ -154,7 +154,7 @@ def ranks(tmp_path, monkeypatch):
     return call
 
 
-def test_any_number_of_ranks_tells_the_same_story(ranks):
+def test_any_number_of_ranks_generates_the_same_story(ranks):
     told = [ranks("--num-ranks", str(number)).splitlines() for number in (1, 2, 4)]
     assert {lines[0] for lines in told} == {told[0][0]}
     assert told[0][0].startswith("Once upon a time")
@@ -163,16 +163,16 @@ def test_any_number_of_ranks_tells_the_same_story(ranks):
 
 
 def test_the_heads_must_be_shared_equally(ranks):
-    with pytest.raises(InvalidOption, match="4 cannot be shared equally by 3 ranks"):
+    with pytest.raises(InvalidOption, match="3 ranks cannot share 4 equally"):
         ranks("--num-ranks", "3")
 
 
 def test_a_story_that_is_too_long_is_refused(ranks):
-    with pytest.raises(InvalidOption, match="at most 1024 together"):
+    with pytest.raises(InvalidOption, match="at most 1024 tokens together"):
         ranks("--max-tokens", "1024")
 
 
-def test_ranks_without_a_file_are_told_how_to_begin(ranks, tmp_path):
+def test_ranks_without_a_file_are_refused_with_the_command_to_begin(ranks, tmp_path):
     (tmp_path / LAB.file_name).unlink()
     with pytest.raises(InvalidOption, match="begin with `minipaged lab start 11`"):
         ranks()

@@ -69,7 +69,7 @@ def test_responses_are_those_of_the_servers(folder: Path, servers):
         assert router.get("/v1/models/none")[0] == 404
 
 
-def test_a_client_that_leaves_is_passed_on(folder: Path, servers):
+def test_the_router_passes_on_the_abort_of_a_client(folder: Path, servers):
     with route(folder, servers) as router:
         stream = OpenStream(router)
         assert stream.began.wait(30)
@@ -102,7 +102,7 @@ def test_the_death_of_a_server_ends_only_its_own_streams(folder: Path):
 
 
 @pytest.mark.full
-def test_it_finds_half_as_many_prefixes_again_as_round_robin(folder: Path):
+def test_the_router_finds_far_more_cached_prefixes_than_round_robin(folder: Path):
     """A pool holds five of the eight system prompts: 140 blocks, of 70 characters each."""
     hits = {}
     for flags in (("--round-robin",), ("--capacity", "560", "--slack", "6")):
@@ -132,12 +132,12 @@ def test_the_prompt_of_any_body_can_be_read(body, prompt):
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8001", "https://a:1", "http://a:port", "http://a/v1"])
-def test_an_address_that_is_none_is_refused(url):
+def test_an_invalid_address_is_refused(url):
     with pytest.raises(InvalidOption, match="is not a server address"):
         RouterApp(RoundRobin(1), [url])
 
 
-def test_what_is_missing_for_a_router_is_named(tmp_path):
+def test_missing_packages_for_the_router_are_named(tmp_path):
     with pytest.raises(InvalidOption, match="no server was given: start some"):
         route_command(tmp_path / "lab10_router.py")
     with pytest.raises(InvalidOption, match="begin with `minipaged lab start 10`"):

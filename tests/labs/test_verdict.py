@@ -1,4 +1,4 @@
-"""What a run's report is worth: reports are written here by hand, and no process runs."""
+"""How a run's report is judged: reports are written here by hand, and no process runs."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_without_an_essential_property_a_task_has_no_points_and_says_why():
     assert result.told == ("no points without this: b is what it is about.\nb: yours 1, expected 2")
 
 
-def test_where_nothing_passes_the_first_test_is_told_and_not_the_essential_one():
+def test_if_nothing_passes_the_first_failed_test_is_reported():
     result = judged(report(*(each.test for each in EXPECTED)))
     assert (result.essential, result.complaint) == ("", "a: yours 1, expected 2")
 
@@ -79,7 +79,7 @@ def test_where_nothing_passes_the_first_test_is_told_and_not_the_essential_one()
     ],
     ids=["words", "another_nonce", "bytes", "not_json", "too_deep", "no_record", "too_long"],
 )
-def test_a_report_that_anybody_else_has_written_to_is_void(raw):
+def test_a_report_modified_by_student_code_is_void(raw):
     assert "something other than the grader" in judged(report(), raw=raw).void
 
 
@@ -93,7 +93,7 @@ def test_a_canary_that_passes_voids_the_grade(canary):
     assert "a test that must fail has passed" in judged(records).void
 
 
-def test_a_test_that_is_reported_twice_or_that_nobody_expects_voids_the_grade():
+def test_a_duplicate_or_unexpected_test_voids_the_grade():
     for test in ("t::test_a", "t::test_d"):
         assert "not those of the task" in judged(report(more=[outcome(test, passed=True)])).void
 
@@ -115,7 +115,7 @@ def test_if_one_result_is_void_all_of_them_are():
 
 
 @pytest.mark.parametrize("lab", LABS, ids=lambda lab: f"lab{lab.number}")
-def test_each_task_has_an_essential_test_but_the_one_that_serves_a_model(lab):
+def test_every_task_that_serves_no_model_has_an_essential_test(lab):
     tests = _Grader(lab, lab.file_name, b"", _read_tests(None), _run).list_tests()
     with_essential = {test.task for test in tests if test.essential}
     serving = {task.number for task in lab.tasks if "serve a language model" in task.title}
@@ -123,11 +123,11 @@ def test_each_task_has_an_essential_test_but_the_one_that_serves_a_model(lab):
 
 
 @pytest.mark.parametrize("name", ["gathers_after_all", "gathers_block_by_block"])
-def test_gathering_has_no_points_where_it_is_forbidden(name, tmp_path: Path):
+def test_gathering_earns_no_points_where_it_is_forbidden(name, tmp_path: Path):
     lab = LABS[2]
     file = tmp_path / lab.file_name
     file.write_text(library_text(lab) + lab3.WRONG[name][1], encoding="utf-8")
     [result] = grade(lab, file, only=3)
     assert result.num_passed >= result.num_tests - 2, "its numbers are right"
     assert result.points == 0
-    assert "never gathers" in result.told
+    assert "do not gather" in result.told

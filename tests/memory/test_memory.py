@@ -1,4 +1,4 @@
-"""Who owns which block: allocator, block table, block manager, and the second opinion on them."""
+"""Which sequence owns which block: allocator, block table, block manager, and their checker."""
 
 import pytest
 from faulty_memory import (
@@ -26,7 +26,7 @@ def group_of(*lengths: int, first_id: int = 0) -> SequenceGroup:
     return SequenceGroup(f"request {first_id}", sequences, width=len(lengths))
 
 
-# ---- allocator ---------------------------------------------------------------------------------
+# ---- allocator -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[BlockAllocator, lambda n: CheckedAllocator(BlockAllocator(n))])
@@ -59,12 +59,12 @@ def test_a_free_block_cannot_be_freed_or_shared(allocator):
     assert allocator.num_free == 4
 
 
-def test_a_pool_of_fewer_than_no_blocks_is_refused():
+def test_a_negative_number_of_blocks_is_refused():
     with pytest.raises(InvalidOption, match="a pool of -1 blocks"):
         BlockAllocator(-1)
 
 
-# ---- block table -------------------------------------------------------------------------------
+# ---- block table ---------------------------------------------------------------------------------
 
 
 def test_a_slot_is_physical_block_times_block_size_plus_offset():
@@ -75,10 +75,10 @@ def test_a_slot_is_physical_block_times_block_size_plus_offset():
         table.slot(10)
 
 
-# ---- block manager -----------------------------------------------------------------------------
+# ---- block manager -------------------------------------------------------------------------------
 
 
-def test_admission_takes_the_blocks_of_the_prompt_and_none_for_what_may_come():
+def test_admission_takes_blocks_for_the_prompt_only():
     memory = checked_manager(num_blocks=10, block_size=4)
     admit(memory, group_of(9))
     assert len(memory.tables[0]) == 3
@@ -177,7 +177,7 @@ def test_usage_counts_shared_slots_once_and_adds_up_to_the_pool():
     assert memory.usage().used == 0
 
 
-def test_internal_fragmentation_stays_below_one_block_a_sequence():
+def test_internal_fragmentation_is_below_one_block_per_sequence():
     memory = checked_manager(num_blocks=100, block_size=16)
     for index, length in enumerate((1, 15, 16, 17, 160)):
         admit(memory, group_of(length, first_id=index))
@@ -192,7 +192,7 @@ def fork(memory, group: SequenceGroup, parent: Sequence, child_id: int) -> Seque
     return child
 
 
-# ---- the second opinion --------------------------------------------------------------------------
+# ---- the checker ---------------------------------------------------------------------------------
 
 
 class AcceptsADoubleFree(BlockAllocator):

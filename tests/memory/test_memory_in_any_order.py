@@ -1,8 +1,8 @@
-"""Memory under any calls in any order, beside a model of the tensors; and faults it must catch.
+"""Memory under any calls in any order, against a model of the tensors; faults it must catch.
 
 The model writes into each slot what its keys and values depend on, the salt and all tokens up to
 that place, and carries out the copies that the manager asks for. So a wrong slot, a missing copy, a
-lost block, or a block found under the wrong beginning shows as a sequence that reads what is not
+lost block, or a block found for the wrong prefix shows as a sequence that reads what is not
 its own.
 """
 
@@ -44,7 +44,7 @@ class EvictsTheNewestLeaf(PrefixCache):
         return next(block for block in reversed(self.idle) if self.is_leaf(block))
 
 
-def test_any_order_of_leaves_will_do():
+def test_cached_leaves_may_be_evicted_in_any_order():
     machine = type("NewestLeaf", (AnyOrder,), {"manager": with_cache(EvictsTheNewestLeaf)})
     quick = settings(
         max_examples=examples(50, full=150),
@@ -108,7 +108,7 @@ def a_block_is_found_only_once_it_is_full(manager: type[BlockManager]) -> None:
     admit(machine, [0, 1, 1, 0, 1])
 
 
-# Faults that a random search takes long to find, and a story that shows each at once.
+# Faults that a random search takes long to find, each with a few calls that show it at once.
 STORIES = {
     ForgetsThatASwapUnpublishes: a_swapped_sequence_publishes_its_blocks_again,
     ForgetsThatACopyIsNotPublished: a_copy_is_published_once_the_original_is_evicted,
@@ -118,7 +118,7 @@ STORIES = {
 
 
 @pytest.mark.parametrize("fault", STORIES)
-def test_a_rare_fault_is_caught_by_a_story(fault):
+def test_a_rare_fault_is_caught_by_a_scripted_scenario(fault):
     STORIES[fault](BlockManager)
     with pytest.raises((CheckFailed, AssertionError)):
         STORIES[fault](with_cache(fault) if fault in CACHES else fault)

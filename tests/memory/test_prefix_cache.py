@@ -1,4 +1,4 @@
-"""Full blocks found again: by what, for how long, and who goes first when room is needed."""
+"""Full blocks found again: by what, for how long, and which are evicted first."""
 
 import pytest
 
@@ -56,20 +56,20 @@ def served() -> Served:
 # ---- what is found -------------------------------------------------------------------------------
 
 
-def test_the_full_blocks_of_a_common_beginning_are_found(served):
+def test_the_full_blocks_of_a_shared_prefix_are_found(served):
     served.serve([1, 2, 3, 4, 5, 6, 7, 8, 9])
     assert served.num_cached_tokens([1, 2, 3, 4, 5, 6, 7, 8, 0, 0]) == 8
     assert served.num_cached_tokens([1, 2, 3, 4, 5, 6, 7, 0, 0, 0]) == 4
     assert served.num_cached_tokens([1, 2, 3, 0, 5, 6, 7, 8, 9]) == 0
 
 
-def test_a_block_is_found_only_behind_the_same_beginning(served):
+def test_a_block_is_found_only_after_the_same_prefix(served):
     served.serve([1, 1, 1, 1, 5, 5, 5, 5])
     assert served.num_cached_tokens([2, 2, 2, 2, 5, 5, 5, 5, 9]) == 0
     assert served.num_cached_tokens([5, 5, 5, 5, 9]) == 0
 
 
-def test_tokens_of_equal_hash_are_not_taken_for_each_other(served):
+def test_a_hash_collision_does_not_confuse_blocks(served):
     one, other = ([token] * 4 + [7] for token in SAME_HASH)
     assert hash(tuple(one)) == hash(tuple(other))
     served.serve(one)
@@ -85,14 +85,14 @@ def test_a_salt_keeps_equal_prompts_apart(served):
     assert served.num_cached_tokens(tokens) == 0
 
 
-def test_of_a_wholly_cached_prompt_only_the_last_token_is_computed(served):
+def test_only_the_last_token_of_a_fully_cached_prompt_is_computed(served):
     served.memory.free(served.serve([1, 2, 3, 4, 5, 6, 7, 8]))
     seq = served.admit([1, 2, 3, 4, 5, 6, 7, 8])
     assert seq.num_computed_tokens == seq.num_cached_tokens == 7
     assert served.memory.num_free == 6
 
 
-def test_a_wholly_cached_prompt_copies_its_last_block_if_shared(served):
+def test_a_fully_cached_prompt_copies_its_last_block_if_shared(served):
     first = served.serve([1, 2, 3, 4, 5, 6, 7, 8])
     again = Sequence(9, first.token_ids)
     [(source, copy)] = admit(served.memory, SequenceGroup("9", [again]))
@@ -118,14 +118,14 @@ def test_generated_blocks_are_found_too(served):
     assert served.num_cached_tokens([1, 2, 3, 4, 5, 6, 7, 8, 9]) == 8
 
 
-def test_who_does_not_read_the_cache_still_fills_it(served):
+def test_a_request_that_does_not_read_the_cache_still_fills_it(served):
     served.serve([1, 2, 3, 4, 5])
     assert served.admit([1, 2, 3, 4, 5], reads_cache=False).num_computed_tokens == 0
     served.serve([6, 7, 8, 9, 0], reads_cache=False)
     assert served.num_cached_tokens([6, 7, 8, 9, 0]) == 4
 
 
-def test_switched_off_nothing_is_ever_found():
+def test_a_disabled_cache_finds_nothing():
     memory = CheckedMemory(BlockManager(num_blocks=8, block_size=4))
     served = Served(memory)
     served.memory.free(served.serve([1, 2, 3, 4, 5]))
@@ -133,7 +133,7 @@ def test_switched_off_nothing_is_ever_found():
     assert not memory.cached
 
 
-def test_two_who_computed_the_same_at_once_share_it_afterwards(served):
+def test_equal_blocks_computed_in_one_step_are_shared_afterwards(served):
     first, second = served.admit([1, 2, 3, 4, 5]), served.admit([1, 2, 3, 4, 5])
     assert served.memory.num_free == 4
     served.compute(first)
@@ -144,17 +144,17 @@ def test_two_who_computed_the_same_at_once_share_it_afterwards(served):
     assert served.memory.num_free == 5
 
 
-def test_what_follows_a_block_that_another_knew_before_is_found_too(served):
+def test_blocks_after_a_deduplicated_block_are_found(served):
     first, second = served.admit([1, 2, 3, 4, 5]), served.admit([1, 2, 3, 4, 6, 7, 8, 9])
     served.compute(first)
     served.compute(second)
     assert served.num_cached_tokens([1, 2, 3, 4, 6, 7, 8, 9, 0]) == 8
 
 
-# ---- who goes first ------------------------------------------------------------------------------
+# ---- the order of eviction -----------------------------------------------------------------------
 
 
-def test_idle_blocks_count_as_free_and_serve_when_nothing_else_is_left(served):
+def test_idle_blocks_count_as_free_and_are_evicted_when_none_is_empty(served):
     served.memory.free(served.serve(range(32)))
     assert served.memory.num_free == 8
     assert len(served.memory.cached) == 8
@@ -186,7 +186,7 @@ def test_leaves_are_evicted_before_their_parents(served):
     assert lengths == [28, 24, 20, 16, 12, 8, 4, 0]
 
 
-def test_a_branch_goes_before_the_trunk_that_another_branch_still_uses(served):
+def test_a_branch_is_evicted_before_a_trunk_that_is_still_in_use(served):
     trunk = [1, 2, 3, 4]
     one, other = served.serve([*trunk, 5, 5, 5, 5]), served.serve([*trunk, 6, 6, 6, 6])
     served.memory.free(one)
@@ -221,7 +221,7 @@ def test_a_policy_that_evicts_a_parent_before_its_children_is_refused():
         served.serve([9, 9, 9, 9])
 
 
-def test_a_found_block_is_no_longer_there_for_the_taking():
+def test_a_found_block_cannot_be_evicted():
     memory = build(num_blocks=3)
     served = Served(memory)
     memory.free(served.serve(range(12)))
@@ -231,7 +231,7 @@ def test_a_found_block_is_no_longer_there_for_the_taking():
     assert memory.can_admit(SequenceGroup("x", [Sequence(7, [*range(8), 99])]), alone=True)
 
 
-def test_an_allocator_that_remembers_keeps_the_contract_of_an_allocator():
+def test_an_allocator_with_cached_blocks_keeps_the_allocator_contract():
     cache = PrefixCache(BlockAllocator(2), block_size=1)
     manager = BlockManager(num_blocks=0, block_size=1)
     manager._pool = cache
@@ -265,8 +265,8 @@ def test_blocks_that_are_still_cached_come_back_from_a_swap_without_a_copy():
     assert memory.tables[0].blocks[:2] == before[:2]
 
 
-def test_what_was_swapped_before_it_was_computed_comes_back_to_blocks_of_its_own():
-    """Another has computed the same since; to share its blocks would mean to write to them."""
+def test_uncomputed_blocks_come_back_from_a_swap_into_new_blocks():
+    """Another sequence has computed the same since; to share its blocks is to write to them."""
     memory = build(num_swap_blocks=8)
     served = Served(memory)
     swapped = SequenceGroup("0", [served.admit(range(10))])
@@ -292,7 +292,7 @@ def test_a_pinned_prefix_stays_and_is_shared_until_it_is_freed(served):
     assert served.num_cached_tokens([*range(8), 99]) == 0
 
 
-def test_a_group_fits_only_beside_what_is_pinned(served):
+def test_a_group_must_fit_into_the_unpinned_blocks(served):
     served.memory.free(served.serve(range(16)))
     served.memory.pin(Sequence(50, range(16)))
     assert not served.memory.fits(SequenceGroup("x", [Sequence(7, range(100, 117))]))

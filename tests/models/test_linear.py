@@ -27,7 +27,7 @@ def packs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 33, 130])
-def test_a_packed_layer_gives_what_the_plain_one_gives(
+def test_a_packed_layer_gives_the_result_of_the_plain_one(
     rows: int, bias: bool, dtype: torch.dtype, packs_everything: None
 ) -> None:
     if not can_pack(dtype):
@@ -55,7 +55,7 @@ def test_a_packed_layer_keeps_one_copy_of_its_weight(packs_everything: None) -> 
 
 
 @needs_packing
-def test_a_small_matrix_stays_as_it_is() -> None:
+def test_a_small_matrix_is_not_packed() -> None:
     small, large = Linear(511, 512), Linear(512, 512)
     small.pack()
     large.pack()
@@ -63,7 +63,7 @@ def test_a_small_matrix_stays_as_it_is() -> None:
 
 
 @needs_packing
-def test_what_packs_otherwise_than_it_should_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packing_with_wrong_results_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
     true_linear = linear._packed_linear
     faults = {
         "wrong": lambda x, packed, bias: true_linear(x, packed, bias) * 1.1,
@@ -81,7 +81,7 @@ def test_what_packs_otherwise_than_it_should_is_never_used(monkeypatch: pytest.M
     assert can_pack(torch.float32)
 
 
-def test_joined_layers_give_what_each_would_give_alone() -> None:
+def test_a_merged_layer_gives_the_results_of_its_parts() -> None:
     torch.manual_seed(0)
     joined = MergedLinear(16, (24, 8, 8))
     x = torch.randn(5, 16)
@@ -127,7 +127,7 @@ def test_only_the_embeddings_norms_and_biases_of_a_packed_model_are_left(
 
 
 @pytest.mark.parametrize("why", ["the operators are missing", "all matrices are small"])
-def test_where_nothing_can_be_packed_a_model_stays_as_it_was(
+def test_a_model_is_unchanged_if_nothing_can_be_packed(
     why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_checkpoint("llama", tmp_path, tie_word_embeddings=True)

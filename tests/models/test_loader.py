@@ -82,7 +82,7 @@ def test_kv_heads_and_their_size_are_derived_when_old_files_leave_them_out() -> 
     assert (config.num_kv_heads, config.head_dim) == (4, 12)
 
 
-# What the config.json of published checkpoints says, as far as it matters or might be taken to.
+# The fields of published checkpoints' config.json that matter, or might be thought to matter.
 _GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "activation_function": "gelu_new",
@@ -356,7 +356,7 @@ def test_rope_of_old_checkpoints_is_read_as_that_of_new_ones(
     ("in_config", "in_generation", "expected"),
     [(2, None, (2,)), (None, 7, (7,)), ([2, 5], [5, 9], (2, 5, 9)), (None, None, ())],
 )
-def test_any_token_that_either_file_names_ends_a_sequence(
+def test_an_end_token_in_either_config_file_ends_a_sequence(
     in_config: Any, in_generation: Any, expected: tuple[int, ...], tmp_path: Path
 ) -> None:
     folder = folder_with(tmp_path, llama_config(eos_token_id=in_config))
@@ -367,23 +367,23 @@ def test_any_token_that_either_file_names_ends_a_sequence(
 UNSUPPORTED = {
     "another architecture": (
         llama_config(architectures=["MambaForCausalLM"]),
-        "MambaForCausalLM, and only LlamaForCausalLM, Mistral.*OPTForCausalLM are supported",
+        "MambaForCausalLM, but only LlamaForCausalLM, Mistral.*OPTForCausalLM are supported",
     ),
     "quantised": (llama_config(quantization_config={"quant_method": "gptq"}), "quantised weights"),
     "rope longrope": (
         llama_config(rope_scaling={"type": "longrope", "factor": 2.0}),
-        "RoPE as 'longrope', and only default, linear, dynamic, yarn, llama3 are supported",
+        "RoPE as 'longrope', but only default, linear, dynamic, yarn, llama3 are supported",
     ),
     "partial rope": (llama_config(partial_rotary_factor=0.5), "rotates 0.5 of each head"),
-    "activation": (llama_config(hidden_act="relu6"), "the activation 'relu6', and only relu, silu"),
+    "activation": (llama_config(hidden_act="relu6"), "the activation 'relu6', but only relu, silu"),
     "layers of another kind": (
         llama_config(layer_types=["full_attention", "chunked_attention"]),
-        "a layer with 'chunked_attention', and only full_attention, and sliding_attention up to",
+        "a layer with 'chunked_attention', but only full_attention, and sliding_attention up to",
     ),
     "gpt2, unscaled": (gpt2_config(scale_attn_weights=False), "sets scale_attn_weights to False"),
     "gpt2, scaled by layer": (
         gpt2_config(scale_attn_by_inverse_layer_idx=True),
-        "sets scale_attn_by_inverse_layer_idx to True, and only False is supported",
+        "sets scale_attn_by_inverse_layer_idx to True, but only False is supported",
     ),
     "gpt2, upcast": (gpt2_config(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
     "gpt2, cross attention": (gpt2_config(add_cross_attention=True), "add_cross_attention"),
@@ -396,16 +396,14 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_a_model_that_is_not_built_here_is_refused_in_one_sentence(
-    case: str, tmp_path: Path
-) -> None:
+def test_an_unsupported_architecture_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
     config, sentence = UNSUPPORTED[case]
     with pytest.raises(UnsupportedModel, match=sentence) as refused:
         load_model(folder_with(tmp_path, config), BACKENDS["reference"])
     assert_one_sentence(refused)
 
 
-# What config.json of 2 layers and a context of 128 says of windows; the context read from it.
+# Fields about windows in a config.json of 2 layers and context 128; the context read from it.
 WINDOWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mistral v0.1": ("Mistral", {"sliding_window": 32}, 32),
     "mistral v0.2": ("Mistral", {"sliding_window": None}, 128),
@@ -484,7 +482,7 @@ BROKEN_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", BROKEN_CONFIGS)
-def test_a_config_that_cannot_be_says_which_number(case: str, tmp_path: Path) -> None:
+def test_an_impossible_config_is_refused_with_the_wrong_number(case: str, tmp_path: Path) -> None:
     config, sentence = BROKEN_CONFIGS[case]
     with pytest.raises(CheckpointError, match=sentence) as refused:
         read_model_config(folder_with(tmp_path, config))
@@ -520,7 +518,7 @@ def test_shards_load_as_one_file_does(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
-def test_on_a_cpu_auto_is_float32_and_a_dtype_asked_for_is_given(
+def test_auto_is_float32_on_a_cpu_and_another_dtype_is_honoured(
     saved: torch.dtype, tmp_path: Path
 ) -> None:
     folder = make_checkpoint("llama", tmp_path, dtype=saved)
@@ -557,7 +555,7 @@ def test_a_loaded_model_owns_its_memory_and_all_of_it_is_filled(llama: Path) -> 
         ("opt", "model.", []),
     ],
 )
-def test_names_without_their_prefix_and_known_leftovers_are_understood(
+def test_names_without_prefix_and_known_leftovers_are_accepted(
     family: str, prefix: str, extra: list[str], tmp_path: Path
 ) -> None:
     folder = make_checkpoint(family, tmp_path, tie_word_embeddings=True)
@@ -658,14 +656,14 @@ HEADERS = {
     "no numbers": b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
     "fewer bytes than numbers": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
     "bytes within the header": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-4, 4]}}',
-    "bytes behind the end": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    "bytes after the end": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
     "fewer bytes than the file": b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
     "no tensors": b"{}",
 }
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_header_that_cannot_be_is_refused(case: str, llama: Path) -> None:
+def test_an_invalid_header_is_refused(case: str, llama: Path) -> None:
     header = HEADERS[case]
     file = llama / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
@@ -698,7 +696,7 @@ def test_missing_tensors_are_counted_and_the_first_is_named(llama: Path) -> None
     assert "first 'layers.1.mlp.up_proj.weight'" in message
 
 
-def test_a_checkpoint_is_checked_without_a_number_being_read(
+def test_a_checkpoint_is_checked_without_reading_its_tensors(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "copy_tensors", None)
@@ -715,28 +713,28 @@ def test_an_untied_model_without_its_head_is_refused(llama: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.0.self_attn.q_proj.bias",  # a bias that config.json does not speak of
+        "model.layers.0.self_attn.q_proj.bias",  # a bias that config.json does not mention
         "model.layers.2.mlp.up_proj.weight",  # a layer too many
         "model.layers.0.block_sparse_moe.gate.weight",  # another architecture
         "model.layers.0.self_attn.bias",  # ends like GPT-2's mask, and is none
     ],
 )
-def test_a_tensor_without_a_place_is_named(name: str, llama: Path) -> None:
+def test_an_unexpected_tensor_is_named(name: str, llama: Path) -> None:
     edit_tensors(llama, {name: torch.zeros(48)})
     message = refusal(llama)
     assert "contains 1 tensor that" in message
     assert name.removeprefix("model.") in message
 
 
-def test_a_misshapen_tensor_is_named_with_both_shapes(llama: Path) -> None:
+def test_a_tensor_of_a_wrong_shape_is_named_with_both_shapes(llama: Path) -> None:
     edit_tensors(llama, {"model.layers.0.self_attn.k_proj.weight": torch.zeros(48, 48)})
-    assert "k_proj.weight' has shape [48, 48], and config.json requires [24, 48]" in refusal(llama)
+    assert "k_proj.weight' has shape [48, 48], but config.json requires [24, 48]" in refusal(llama)
 
 
-def test_a_misshapen_transposed_tensor_is_described_as_the_file_has_it(tmp_path: Path) -> None:
+def test_a_transposed_tensor_of_a_wrong_shape_is_described_as_stored(tmp_path: Path) -> None:
     folder = make_checkpoint("gpt2", tmp_path)
     edit_tensors(folder, {"transformer.h.0.attn.c_attn.weight": torch.zeros(144, 48)})
-    expected = "c_attn.weight' has shape [144, 48], and config.json requires [48, 144]"
+    expected = "c_attn.weight' has shape [144, 48], but config.json requires [48, 144]"
     assert expected in refusal(folder)
 
 
@@ -792,7 +790,7 @@ def test_loading_takes_little_more_memory_than_the_weights(
         ("bfloat16", 80, "choose a smaller model."),
     ],
 )
-def test_weights_that_no_memory_can_hold_are_refused_before_it_is_taken(
+def test_weights_larger_than_the_memory_are_refused_before_allocating(
     dtype: str, memory: int, advice: str, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "GIB", 1024)  # a small model, but large in this unit
@@ -802,12 +800,12 @@ def test_weights_that_no_memory_can_hold_are_refused_before_it_is_taken(
     with pytest.raises(InvalidOption) as refused:
         load_model(llama, BACKENDS["reference"], dtype)
     assert str(refused.value) == (
-        f"the weights take {takes} GiB in {dtype}, and the memory of this machine is {memory}.0 "
+        f"the weights take {takes} GiB in {dtype}, but the memory of this machine is {memory}.0 "
         f"GiB: {advice}"
     )
 
 
-def test_on_a_gpu_its_free_memory_decides_and_what_torch_keeps_is_free(
+def test_memory_cached_by_torch_counts_as_free_on_a_gpu(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "GIB", 1024)
@@ -817,7 +815,7 @@ def test_on_a_gpu_its_free_memory_decides_and_what_torch_keeps_is_free(
     with pytest.raises(InvalidOption) as refused:
         load_model(llama, BACKENDS["reference"], device="cuda:1")
     assert str(refused.value) == (
-        "the weights take 164.8 GiB in float32, and the free memory of cuda:1 is 90.0 GiB: choose "
+        "the weights take 164.8 GiB in float32, but the free memory of cuda:1 is 90.0 GiB: choose "
         'dtype="bfloat16", which takes half of that, or a smaller model.'
     )
 

@@ -1,4 +1,4 @@
-"""Every family of models, against `transformers` as the other opinion."""
+"""Every family of models, compared with `transformers`."""
 
 import random
 from pathlib import Path
@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {}),
     "opt, untied": ("opt", {"tie_word_embeddings": False}),
     "opt, 350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
-    "opt, norms behind": ("opt", {"do_layer_norm_before": False}),
+    "opt, norms after": ("opt", {"do_layer_norm_before": False}),
     "opt, narrow embedding": ("opt", {"word_embed_proj_dim": 24, "tie_word_embeddings": False}),
     "llama, all heads alike": ("llama", {"num_key_value_heads": 4}),
     "llama, grouped": ("llama", {}),
@@ -150,7 +150,7 @@ def test_sequences_of_different_lengths_generate_in_one_batch_as_each_would_alon
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "opt", "llama, grouped", "qwen3"])
-def test_a_prompt_in_chunks_beside_a_decoding_sequence_is_as_the_whole_prompt(
+def test_a_chunked_prompt_next_to_a_decode_gives_the_same_logits(
     variant: str, checkpoints: dict[str, Path]
 ) -> None:
     model = load_model(checkpoints[variant], BACKENDS["reference"])
@@ -164,7 +164,7 @@ def test_a_prompt_in_chunks_beside_a_decoding_sequence_is_as_the_whole_prompt(
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "opt", "llama, grouped"])
-def test_what_the_pool_held_before_does_not_matter(
+def test_earlier_contents_of_the_pool_do_not_matter(
     variant: str, checkpoints: dict[str, Path]
 ) -> None:
     model = load_model(checkpoints[variant], BACKENDS["reference"])
@@ -213,7 +213,7 @@ def test_bfloat16_stays_near_transformers_in_bfloat16(checkpoints: dict[str, Pat
     assert (logits.float() - expected).abs().mean() < 0.02 * expected.std()
 
 
-def test_llama3_scaling_meets_frequencies_of_all_three_ranges() -> None:
+def test_the_llama3_scaling_test_covers_all_three_frequency_ranges() -> None:
     scaling = {"rope_theta": 500.0, "rope_scaling": LLAMA3_SCALING}
     slowed = rope_frequencies(RopeConfig(theta=500.0), 12) / rope_frequencies(
         RopeConfig.from_hf(scaling), 12

@@ -96,7 +96,7 @@ STEPS = [
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_parts_of_all_ranks_give_the_logits_of_the_whole(checkpoints, variant, size):
+def test_the_shards_of_all_ranks_give_the_logits_of_the_whole_model(checkpoints, variant, size):
     folder, ranks = checkpoints[variant], Threads(size)
     whole = load_model(folder, BACKENDS["reference"])
     expected = logits_of(whole, STEPS)
@@ -111,7 +111,7 @@ def test_the_parts_of_all_ranks_give_the_logits_of_the_whole(checkpoints, varian
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama, biases"])
-def test_packed_parts_give_the_logits_of_the_whole(checkpoints, variant, monkeypatch):
+def test_packed_shards_give_the_logits_of_the_whole_model(checkpoints, variant, monkeypatch):
     monkeypatch.setattr("minipaged.models.linear.SMALLEST_TO_PACK", 1)
     ranks = Threads(2)
     expected = logits_of(load_model(checkpoints[variant], BACKENDS["reference"]), STEPS)
@@ -124,7 +124,7 @@ def test_packed_parts_give_the_logits_of_the_whole(checkpoints, variant, monkeyp
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_random_weights_are_parts_of_the_same_model(checkpoints, variant):
+def test_random_shards_belong_to_the_same_model(checkpoints, variant):
     folder, ranks, backend = checkpoints[variant], Threads(2), BACKENDS["reference"]
     expected = logits_of(load_model(folder, backend, random_weights=True), STEPS)
     parts = [
@@ -208,7 +208,7 @@ def test_the_pieces_of_a_share_follow_each_other():
         ),
     ],
 )
-def test_a_size_that_leaves_a_remainder_is_refused(tmp_path, options, size, said):
+def test_a_size_that_the_ranks_cannot_share_equally_is_refused(tmp_path, options, size, said):
     folder = make_checkpoint("llama", tmp_path, **options)
     with pytest.raises(InvalidOption, match=said) as error:
         LLM(folder, tensor_parallel_size=size, num_blocks=8)

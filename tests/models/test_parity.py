@@ -1,7 +1,7 @@
-"""Whole runs beside `transformers`, family by family: the same tokens, whatever happens to blocks.
+"""Whole runs against `transformers`, by family: the same tokens, whatever happens to blocks.
 
 Each row takes a small random checkpoint through `LLM.generate`: prompts of different lengths that
-begin alike, in a pool so small that blocks are found again, taken away and brought back. Then
+share a prefix, in a pool so small that blocks are found again, taken away and brought back. Then
 `transformers` generates after each prompt alone.
 """
 
@@ -91,7 +91,7 @@ def assert_the_engine_writes_the_same(folder: Path, preemption: str) -> None:
     )
     outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == written_by_transformers(folder)
-    # It was as hard as it should be.
+    # The run met all that it was meant to meet.
     assert sum(output.num_cached_tokens >= SHARED - 4 for output in outputs) >= 3
     modes = [event.fields["mode"] for event in events if event.event == "preempt"]
     assert len(modes) == sum(output.metrics.num_preemptions for output in outputs) >= 2
@@ -153,7 +153,7 @@ def logprobs(model: Any, prompt: list[int]) -> torch.Tensor:
         return model(torch.tensor([prompt])).logits[0, :-1].float().log_softmax(-1)
 
 
-def test_beyond_the_sliding_window_nothing_is_served(checkpoint: Any) -> None:
+def test_lengths_beyond_the_sliding_window_are_refused(checkpoint: Any) -> None:
     folder = checkpoint("mistral_windowed", torch.float32)
     with pytest.raises(
         InvalidOption, match=f"max_model_len is {WINDOW + 1}, .* supports {WINDOW} tokens"

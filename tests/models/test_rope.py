@@ -18,7 +18,7 @@ OLD, FACTOR = 32, 4.0
 NEW = int(OLD * FACTOR)
 YARN = {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings": OLD}
 
-# The scaling, and the max_position_embeddings that stands beside it in config.json.
+# The scaling, and the max_position_embeddings of the same config.json.
 SCALINGS: dict[str, tuple[dict[str, Any], int]] = {
     "linear": ({"rope_type": "linear", "factor": FACTOR}, OLD),
     "yarn, its old context written": (YARN, OLD),
@@ -51,7 +51,7 @@ def logprobs(folder: Path, token_ids: list[int], backend: str = "torch") -> torc
         max_logprobs=-1,
     )
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=VOCAB_SIZE)
-    # The last token is left out: the engine wants room for a token after the prompt.
+    # The last token is left out: the engine needs room for a token after the prompt.
     [output] = llm.generate([token_ids[:-1]], params, use_tqdm=False)
     return torch.tensor(
         [
@@ -112,7 +112,7 @@ def test_dynamic_scaling_differs_from_transformers_at_shorter_lengths(
     assert (logprobs(folder, token_ids) - judged(folder, token_ids)).abs().max() > 1
 
 
-def test_with_dynamic_scaling_a_cached_key_is_as_good_as_a_new_one(tmp_path: Path) -> None:
+def test_with_dynamic_scaling_a_cached_key_equals_a_recomputed_one(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, DYNAMIC, OLD)
     llm = LLM(folder, num_blocks=32)
     params = SamplingParams(temperature=0.0, max_tokens=NEW - 21, ignore_eos=True)
@@ -122,7 +122,7 @@ def test_with_dynamic_scaling_a_cached_key_is_as_good_as_a_new_one(tmp_path: Pat
     assert at_once[19:].argmax(-1).tolist() == written
 
 
-def test_yarn_meets_pairs_that_it_keeps_stretches_and_blends() -> None:
+def test_the_yarn_test_covers_pairs_kept_stretched_and_blended() -> None:
     config = RopeConfig.from_hf({"rope_theta": 500.0, "rope_scaling": YARN | {"beta_fast": 4}})
     slowed = rope_frequencies(RopeConfig(theta=500.0), 24) / rope_frequencies(config, 24)
     assert slowed.max() == pytest.approx(FACTOR)
@@ -130,12 +130,12 @@ def test_yarn_meets_pairs_that_it_keeps_stretches_and_blends() -> None:
     assert ((slowed > 1.1) & (slowed < 3.9)).any()
 
 
-def test_an_old_context_outside_the_scaling_counts_first() -> None:
+def test_the_old_context_outside_the_scaling_has_precedence() -> None:
     hf = {"rope_scaling": YARN, "original_max_position_embeddings": 2 * OLD}
     assert RopeConfig.from_hf(hf).old_context == 2 * OLD
 
 
-def test_a_head_of_two_numbers_has_one_pair_that_no_theta_slows() -> None:
+def test_a_head_of_two_elements_has_one_pair_independent_of_theta() -> None:
     config = RopeConfig.from_hf({"rope_scaling": DYNAMIC, "max_position_embeddings": OLD})
     assert rope_frequencies(config, 2).tolist() == [1.0]
 
@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_scaling_that_cannot_be_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+def test_an_invalid_scaling_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
     changes, sentence = BROKEN[case]
     (tmp_path / "config.json").write_text(json.dumps(llama(**changes)))
     with pytest.raises(CheckpointError, match=sentence) as refused:
@@ -200,13 +200,11 @@ def test_a_scaling_that_cannot_be_is_refused_in_one_sentence(case: str, tmp_path
 @pytest.mark.parametrize(
     ("scaling", "sentence"),
     [
-        ({"type": "mrope", "mrope_section": [1, 2, 3]}, "RoPE as 'mrope', and only default, lin"),
+        ({"type": "mrope", "mrope_section": [1, 2, 3]}, "RoPE as 'mrope', but only default, lin"),
         ({"rope_type": "longrope", "factor": 2.0}, "RoPE as 'longrope'"),
         ({"full_attention": LINEAR}, "several sets of RoPE parameters"),
     ],
 )
-def test_a_scaling_that_is_not_built_here_is_refused(
-    scaling: dict[str, Any], sentence: str
-) -> None:
+def test_an_unsupported_scaling_is_refused(scaling: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UnsupportedModel, match=sentence):
         LlamaConfig.from_hf(llama(rope_parameters=scaling))

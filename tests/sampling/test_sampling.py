@@ -1,4 +1,4 @@
-"""SamplingParams and Sampler: against a slow second opinion, transformers, deliberate faults."""
+"""SamplingParams and Sampler: against a slow reference, transformers and deliberate faults."""
 
 import inspect
 import math
@@ -47,7 +47,7 @@ def home_of(stage: str):
     return sampler if hasattr(sampler, stage) else adjust
 
 
-# -- A second opinion: one row, one token at a time, in double precision ----------------------
+# -- A reference: one row, one token at a time, in double precision ----------------------
 
 
 def reference_logits(logits: torch.Tensor, row: SamplingRow) -> list[float]:
@@ -141,7 +141,7 @@ def random_batches(count: int) -> Iterator[tuple[torch.Tensor, list[SamplingRow]
 
 
 def check_the_distribution() -> None:
-    """What is drawn from is what the second opinion computes, for batches of all kinds."""
+    """Tokens are drawn from the reference's distribution, for batches of all kinds."""
     for logits, rows in random_batches(150):
         for token, one, own in zip(sample_ids(logits, rows), logits, rows, strict=True):
             if own.params.is_greedy:
@@ -279,13 +279,13 @@ MUTANTS = [
 @pytest.mark.parametrize(
     ("name", "mutant", "check"), MUTANTS, ids=[f"{m.__name__}-{c.__name__}" for _, m, c in MUTANTS]
 )
-def test_a_faulty_stage_is_found_out(monkeypatch, name, mutant, check):
+def test_a_faulty_stage_is_detected(monkeypatch, name, mutant, check):
     monkeypatch.setattr(home_of(name), name, mutant)
     with pytest.raises(AssertionError):
         check()
 
 
-def test_a_draw_that_stops_one_token_early_is_found_out(monkeypatch):
+def test_a_draw_that_stops_one_token_early_is_detected(monkeypatch):
     def left(ends, target, *, right):
         return right_searchsorted(ends, target, right=False)
 
@@ -294,7 +294,7 @@ def test_a_draw_that_stops_one_token_early_is_found_out(monkeypatch):
         check_the_ends_of_the_draw(monkeypatch)
 
 
-# -- transformers' opinion --------------------------------------------------------------------
+# -- compared with transformers --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,19 +334,19 @@ def test_the_distribution_is_that_of_transformers(asked, processors):
     assert np.allclose(found, expected, atol=1e-6)
 
 
-# -- Single promises --------------------------------------------------------------------------
+# -- Single properties --------------------------------------------------------------------------
 
 
-def test_temperature_zero_takes_the_likeliest_and_of_equals_the_lowest_id():
+def test_temperature_zero_takes_the_likeliest_and_on_ties_the_lowest_id():
     logits = torch.tensor([[0.0, 5.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]])
     assert sample_ids(logits, [row(temperature=0)] * 2) == [1, 0]
     assert sample_ids(logits, [row(temperature=1e-30)] * 2) == [1, 0]
 
 
-def test_a_greedy_batch_enters_no_other_stage(monkeypatch):
+def test_a_greedy_batch_skips_all_other_stages(monkeypatch):
     for stage in ("draw", "adjust"):
         monkeypatch.setattr(
-            home_of(stage), stage, lambda *_: pytest.fail("a stage nobody asked for")
+            home_of(stage), stage, lambda *_: pytest.fail("a stage that no row asks for")
         )
     logits = random_logits(3)
     assert sample_ids(logits, [row(temperature=0)] * 3) == logits.argmax(-1).tolist()
@@ -374,7 +374,7 @@ def test_all_results_of_a_step_come_to_the_host_at_once(monkeypatch):
     assert fetched == ["tolist"]
 
 
-def test_an_id_beyond_the_whole_numbers_of_a_float_is_told_apart():
+def test_token_ids_beyond_2_to_the_24_are_distinct():
     logits = torch.zeros(1, 2**24 + 4, dtype=torch.float16)  # float32 counts to 2^24
     logits[0, -1] = 1
     [token] = Sampler().sample(logits, [row(temperature=0.0, logprobs=1)])
@@ -382,7 +382,7 @@ def test_an_id_beyond_the_whole_numbers_of_a_float_is_told_apart():
     assert list(token.top_logprobs) == [2**24 + 3]
 
 
-def test_the_same_seed_and_place_give_the_same_token_after_a_preemption():
+def test_the_same_seed_and_position_give_the_same_token_after_preemption():
     logits = random_logits(1)
     before = row(output=[5, 6], seed=-3)
     readmitted = row(prompt=[9] * 50, output=[7, 8], seed=-3)  # all that counts is the place
@@ -395,20 +395,20 @@ def test_neighbouring_seeds_share_no_random_numbers():
     assert all(0 <= number < 1 for number in numbers)
 
 
-def test_an_end_token_is_forbidden_until_min_tokens_are_there_and_not_longer():
+def test_an_end_token_is_forbidden_for_exactly_min_tokens():
     logits = torch.tensor([[0.0, 9.0, 1.0, 8.0]] * 3)
     rows = [row(output=[0] * n, ends=(1, 3), temperature=0, min_tokens=2) for n in (0, 1, 2)]
     assert sample_ids(logits, rows) == [2, 2, 1]
 
 
-def test_equals_of_the_kth_likeliest_stay_and_of_equals_top_p_keeps_the_lower_id():
+def test_top_k_keeps_ties_and_top_p_keeps_the_lower_id_of_a_tie():
     logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
     assert (drawn_from(logits, [row(top_k=2)]) > 0).tolist() == [[True, True, True, False]]
     logits = torch.zeros(1, 4)
     assert (drawn_from(logits, [row(top_p=0.5)]) > 0).tolist() == [[True, True, False, False]]
 
 
-def test_the_logits_of_the_caller_stay_as_they_are():
+def test_the_sampler_does_not_modify_the_logits_of_the_caller():
     logits = random_logits(2)
     before = logits.clone()
     busy = row(output=[1], ends=(2,), min_tokens=3, logit_bias={4: 9}, repetition_penalty=2)
@@ -590,11 +590,11 @@ BAD = [
         ),
     ),
     ({"seed": 0.5}, "seed is 0.5: choose a whole number or None."),
-    ({"stop": ""}, "stop holds '': choose strings of one character or more."),
-    ({"stop": ["a", 5]}, "stop holds 5: choose strings of one character or more."),
-    ({"stop": 5}, "stop holds 5: choose strings of one character or more."),
-    ({"stop_token_ids": [3, -1]}, "stop_token_ids holds -1: choose ids from 0 up."),
-    ({"stop_token_ids": 0.5}, "stop_token_ids holds 0.5: choose ids from 0 up."),
+    ({"stop": ""}, "stop contains '': choose strings of one character or more."),
+    ({"stop": ["a", 5]}, "stop contains 5: choose strings of one character or more."),
+    ({"stop": 5}, "stop contains 5: choose strings of one character or more."),
+    ({"stop_token_ids": [3, -1]}, "stop_token_ids contains -1: choose ids from 0 up."),
+    ({"stop_token_ids": 0.5}, "stop_token_ids contains 0.5: choose ids from 0 up."),
     ({"ignore_eos": "no"}, "ignore_eos is 'no': choose True or False."),
     ({"min_tokens": -1}, f"min_tokens is -1: {WHOLE_FROM_0}."),
     ({"max_tokens": 0}, f"max_tokens is 0: {WHOLE_FROM_1} or None."),
@@ -610,8 +610,8 @@ BAD = [
         {"prompt_logprobs": 2.0},
         f"prompt_logprobs is 2.0: {WHOLE_FROM_0}, -1 for the whole vocabulary or None.",
     ),
-    ({"bad_words": [""]}, "bad_words holds '': choose strings of one character or more."),
-    ({"allowed_token_ids": [-1]}, "allowed_token_ids holds -1: choose ids from 0 up."),
+    ({"bad_words": [""]}, "bad_words contains '': choose strings of one character or more."),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids contains -1: choose ids from 0 up."),
     (
         {"allowed_token_ids": []},
         ("allowed_token_ids is empty, so no token could be chosen: give some, or None for all."),
@@ -619,7 +619,7 @@ BAD = [
     (
         {"logits_processors": ["twice"]},
         (
-            "logits_processors holds 'twice': give functions of the output tokens and a row of "
+            "logits_processors contains 'twice': give functions of the output tokens and a row of "
             "logits."
         ),
     ),
@@ -631,7 +631,7 @@ BAD = [
     (
         {"detokenize": False, "stop": "a"},
         (
-            "stop strings are found in the text, and detokenize=False asks for none: leave out "
+            "stop strings are found in the text, but detokenize=False produces none: leave out "
             "detokenize, or use stop_token_ids."
         ),
     ),
@@ -645,7 +645,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("asked", "sentence"), BAD, ids=[str(asked) for asked, _ in BAD])
-def test_a_value_that_cannot_work_is_refused_with_a_sentence(asked, sentence):
+def test_an_invalid_value_is_refused_with_a_sentence(asked, sentence):
     with pytest.raises(InvalidOption) as refusal:
         make(**asked)
     assert str(refusal.value) == sentence
@@ -683,7 +683,7 @@ def test_a_copy_of_changed_params_is_checked_again():
         params.clone()
 
 
-def test_none_means_the_default_where_a_server_leaves_a_value_open():
+def test_none_means_the_default():
     optional = SamplingParams.from_optional(n=None, temperature=None, max_tokens=None, top_p=0.5)
     assert optional == SamplingParams(max_tokens=None, top_p=0.5)
     bias = {"5": 1000, 6: -200.0, "7": 1}
@@ -692,7 +692,7 @@ def test_none_means_the_default_where_a_server_leaves_a_value_open():
 
 
 @pytest.mark.parametrize("name", NOT_BUILT)
-def test_what_is_not_built_is_refused_by_name(name):
+def test_an_unsupported_option_is_refused_by_name(name):
     with pytest.raises(
         InvalidOption, match=rf"^{name} is .+, but .+: leave it out.*\.$"
     ) as refusal:
@@ -710,7 +710,7 @@ def test_params_do_not_follow_a_dict_or_list_that_changes_later():
     assert (params.stop_strings, params.logit_bias) == (("a",), {1: 1.0})
 
 
-def test_numbers_of_numpy_become_plain_numbers():
+def test_numpy_numbers_become_python_numbers():
     params = make(top_k=np.int64(3), temperature=np.float32(0.5), stop_token_ids=np.array([4]))
     values = (params.top_k, params.temperature, params.stop_ids[0])
     assert values == (3, 0.5, 4)
@@ -754,7 +754,7 @@ EXTREMES = [
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 6e4])
 @pytest.mark.parametrize("asked", EXTREMES, ids=str)
-def test_the_outermost_values_make_no_nan_and_no_wrong_token(asked, scale):
+def test_extreme_values_give_no_nan_and_no_wrong_token(asked, scale):
     logits = scale * torch.linspace(-1, 1, 9)[torch.randperm(9, generator=seeded(1))][None]
     given = SamplingParams(**{"temperature": 1.0, **asked, "min_tokens": 1})
     row = SamplingRow(given, [0, 1, 2], [2, 2, 3], seed=3)

@@ -1,4 +1,4 @@
-"""Who runs next: admission, the order of service, preemption, and that everybody finishes."""
+"""What runs next: admission, the order of service, preemption; and all requests finish."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def test_without_chunking_a_prompt_runs_whole_or_waits():
     assert tokens_of(engine.step()) == {0: 1, 1: 8}
 
 
-def test_the_first_that_does_not_fit_holds_up_those_behind_it():
+def test_the_first_request_that_does_not_fit_blocks_later_ones():
     engine = build_engine(num_blocks=6)
     engine.add(16)
     engine.add(12)
@@ -56,14 +56,14 @@ def test_no_more_sequences_run_than_max_num_seqs_allows():
     assert max(len(decision.sequences) for decision in engine.run()) == 3
 
 
-def test_a_prompt_that_fits_the_pool_but_not_above_the_watermark_is_admitted_when_alone():
+def test_a_lone_prompt_may_use_the_watermark():
     engine = build_engine(num_blocks=4, watermark=0.5)
     engine.add(14, num_tokens=2)
     engine.run()
     assert engine.finished == [0]
 
 
-# ---- what can never run ------------------------------------------------------------------------
+# ---- what can never run --------------------------------------------------------------------------
 
 
 def test_a_prompt_larger_than_the_pool_is_refused_with_what_to_change():
@@ -88,7 +88,7 @@ def test_a_request_of_more_sequences_than_batch_slots_is_refused():
         build_engine(max_num_seqs=4).scheduler.add(SequenceGroup("0", [Sequence(0, [1])], width=5))
 
 
-def test_a_sequence_that_outgrows_the_pool_ends_and_the_others_go_on():
+def test_a_sequence_that_outgrows_the_pool_ends_and_others_continue():
     engine = build_engine(num_blocks=5)
     engine.add(4, num_tokens=300)
     engine.add(4, num_tokens=3)
@@ -137,7 +137,7 @@ def test_the_youngest_is_preempted_first_and_comes_back():
     assert engine.finished == [0, 1, 2]
 
 
-def test_recomputation_forgets_what_was_computed_and_queues_at_the_front():
+def test_a_recomputed_request_starts_over_at_the_front_of_the_queue():
     engine = build_engine(num_blocks=4, preemption="recompute")
     engine.add(8)
     victim = engine.add(8)
@@ -209,7 +209,7 @@ def test_a_full_swap_pool_falls_back_to_recomputation():
     assert engine.finished == [0, 1, 2]
 
 
-def test_the_victim_is_whomever_the_part_chooses():
+def test_the_custom_part_chooses_the_victim():
     oldest = build_engine(Parts(select_victim=lambda groups: groups[0]), num_blocks=6)
     for _ in range(3):
         oldest.add(8, num_tokens=6)
@@ -218,7 +218,7 @@ def test_the_victim_is_whomever_the_part_chooses():
     assert youngest(oldest.groups) is oldest.groups[2]
 
 
-def test_an_aborted_group_gives_its_blocks_back_wherever_it_stands():
+def test_an_aborted_group_returns_its_blocks_from_any_queue():
     engine = build_engine(num_blocks=6, preemption="swap")
     groups = [engine.add(8, num_tokens=30) for _ in range(4)]
     while not engine.scheduler.swapped:
@@ -236,7 +236,7 @@ def test_an_aborted_group_gives_its_blocks_back_wherever_it_stands():
     assert engine.scheduler.memory.num_free_swap_blocks == 100
 
 
-def test_a_forks_first_write_is_copied_also_when_it_was_swapped_out_before():
+def test_a_fork_copies_on_its_first_write_even_after_a_swap():
     for num_blocks in (4, 100):
         engine = build_engine(num_blocks=num_blocks, preemption="swap")
         engine.add(4, num_tokens=2)
@@ -269,7 +269,7 @@ def test_a_swapped_group_comes_back_only_above_the_watermark():
     assert not still_running, "it took the blocks that others will need"
 
 
-def test_batch_slots_are_kept_for_forks_to_come():
+def test_batch_slots_are_reserved_for_future_forks():
     engine = build_engine(max_num_seqs=4)
     engine.add(4, width=3)
     engine.add(4, width=2)
@@ -299,7 +299,7 @@ def test_auto_swaps_a_group_that_has_yet_to_fork():
 # ---- sharing -------------------------------------------------------------------------------------
 
 
-def test_of_two_equal_prompts_the_second_joins_a_step_later_and_finds_the_first():
+def test_the_second_of_two_equal_prompts_waits_and_finds_the_first_cached():
     engine = build_engine()
     engine.add(10, shared_prefix=True)
     engine.add(10, shared_prefix=True)
@@ -313,14 +313,14 @@ def test_a_prompt_waits_only_for_the_block_that_is_computed_next():
     other = engine.add(6, shared_prefix=True)
     other.sequences[0].token_ids[4:] = [77, 78]
     assert tokens_of(engine.step()) == {0: 8}
-    assert tokens_of(engine.step()) == {0: 8}, "no tokens are left, but nobody waits for a block"
+    assert tokens_of(engine.step()) == {0: 8}, "out of tokens, but no request waits for a block"
     assert tokens_of(engine.step()) == {0: 1, 1: 2}
 
 
 @pytest.mark.parametrize(
     ("options", "salt"), [({"enable_prefix_caching": False}, None), ({}, "another")]
 )
-def test_who_could_find_nothing_does_not_wait(options, salt):
+def test_a_request_that_could_find_nothing_does_not_wait(options, salt):
     engine = build_engine(**options)
     engine.add(10, shared_prefix=True)
     engine.add(10, shared_prefix=True).sequences[0].cache_salt = salt
@@ -341,7 +341,7 @@ def test_without_chunking_only_the_tokens_that_are_not_found_must_fit_the_budget
     assert tokens_of(engine.step()) == {1: 10, 2: 1}
 
 
-def test_a_recomputed_sequence_finds_what_is_left_of_its_own_blocks():
+def test_a_recomputed_sequence_finds_its_own_cached_blocks():
     engine = build_engine(num_blocks=5, preemption="recompute")
     engine.add(8, num_tokens=9)
     victim = engine.add(8, num_tokens=9)
@@ -373,7 +373,7 @@ def test_a_forked_group_without_room_to_swap_is_recomputed(preemption):
 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
-def test_a_recomputed_group_forks_again_where_its_tokens_part(enable_prefix_caching):
+def test_a_recomputed_group_forks_again_where_its_tokens_diverge(enable_prefix_caching):
     """It holds as few blocks as before, though nothing was swapped and nothing may be cached."""
     engine = build_engine(
         num_blocks=20, num_swap_blocks=0, enable_prefix_caching=enable_prefix_caching
@@ -393,13 +393,13 @@ def test_a_recomputed_group_forks_again_where_its_tokens_part(enable_prefix_cach
     assert forked.num_batch_slots == 4
     engine.step_until(lambda: forked.is_decoding)
     assert len(forked.sequences) == 4
-    assert memory.num_distinct_blocks(forked) <= held[-1] + 4, "a block more of each at the most"
+    assert memory.num_distinct_blocks(forked) <= held[-1] + 4, "at most one block more for each"
     engine.run()
     assert sorted(engine.finished) == [0, 1]
     assert [s.num_output_tokens for s in engine.samples[1]] == [10, 11, 12, 13]
 
 
-def test_no_fork_that_comes_back_writes_into_a_block_that_others_can_find():
+def test_a_reforked_sequence_never_writes_to_a_cached_block():
     engine = build_engine(num_swap_blocks=0)
     forked = engine.add(3, num_tokens=9, width=3)
     engine.step()
@@ -417,7 +417,7 @@ def test_no_fork_that_comes_back_writes_into_a_block_that_others_can_find():
     assert known not in memory.tables[three.seq_id].blocks
 
 
-def test_a_group_aborted_while_awaiting_refork_leaves_nothing_behind():
+def test_a_group_aborted_while_awaiting_refork_leaves_no_block():
     engine = build_engine(num_blocks=10, num_swap_blocks=0, enable_prefix_caching=False)
     engine.add(8, num_tokens=30)
     forked = engine.add(9, num_tokens=7, width=3)
@@ -429,7 +429,7 @@ def test_a_group_aborted_while_awaiting_refork_leaves_nothing_behind():
     assert engine.scheduler.memory.num_free == 10
 
 
-def test_a_prompt_that_cannot_fit_beside_pinned_prefixes_is_refused():
+def test_a_prompt_too_long_for_the_unpinned_blocks_can_never_join():
     engine = build_engine(num_blocks=6)
     engine.add(16, num_tokens=1, shared_prefix=True)
     engine.run()
@@ -450,7 +450,7 @@ requests = st.lists(
         st.integers(1, 30),  # tokens to generate
         st.integers(1, 4),  # sequences
         st.integers(0, 6),  # steps to run after it arrives
-        st.integers(0, 5).map(lambda n: n == 0),  # whether somebody is aborted then
+        st.integers(0, 5).map(lambda n: n == 0),  # whether a request is aborted then
     ),
     min_size=1,
     max_size=12,

@@ -1,4 +1,4 @@
-"""The scheduler under requests that come, fork and go at any time, beside a model of the tensors.
+"""The scheduler under requests that come, fork and end at any time, and a model of the tensors.
 
 The model plays runner and engine: it carries out the block operations of each step in their order,
 writes into each slot what its keys and values depend on, and lets samples and beams fork. Whatever
@@ -84,7 +84,7 @@ class EngineWithTensors(EngineWithoutModel):
             assert self.pool[block][offset] == self.content(seq, position)
 
     def sample(self, group: SequenceGroup, sequences: Many[Sequence]) -> None:
-        """One token more; samples fork once, beams fork and are given up in every step."""
+        """One token more; samples fork once, beams fork and are pruned in every step."""
         assert sequences == group.sequences, "the sequences of a group sample together"
         parents = group.sequences.copy()
         chosen = parents
@@ -154,7 +154,7 @@ class AnyRequests(RuleBasedStateMachine):
         queues = self.scheduler
         return [*queues.waiting, *queues.running, *queues.swapped]
 
-    # ---- requests come and go ------------------------------------------------------------------
+    # ---- requests come and go --------------------------------------------------------------------
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
@@ -203,7 +203,7 @@ class AnyRequests(RuleBasedStateMachine):
     def release(self) -> None:
         self.scheduler.memory.free(self.prefixes.pop())
 
-    # ---- a step --------------------------------------------------------------------------------
+    # ---- a step ----------------------------------------------------------------------------------
 
     @precondition(lambda self: self.alive)
     @rule(times=st.integers(1, 6))
@@ -219,7 +219,7 @@ class AnyRequests(RuleBasedStateMachine):
             if not self.alive:
                 break
             self.engine.step()
-        assert not self.scheduler.has_unfinished(), "the scheduler does not finish"
+        assert not self.scheduler.has_unfinished(), "the scheduler never finishes these requests"
         for seq in self.prefixes:
             self.scheduler.memory.free(seq)
         memory = self.scheduler.memory
@@ -252,7 +252,7 @@ class ForgetsTheCopies(FCFSScheduler):
 
 
 class RemembersWhatWasTakenAway(FCFSScheduler):
-    """A group that is to be recomputed still believes that its keys are in the cache."""
+    """A group that is to be recomputed still has its keys marked as computed."""
 
     def _preempt(self, group, decision):
         computed = {s: s.num_computed_tokens for s in group.sequences}
@@ -290,7 +290,7 @@ class LeavesTheBlocksOfFinishedSequences(FCFSScheduler):
 
 
 class ForksAfterAnEnd(FCFSScheduler):
-    """The fork copies the table of a parent that has been let go."""
+    """The fork copies the table of a parent that has been freed."""
 
     def fork(self, group, parent, child_id):
         self.memory.free(parent)
@@ -303,7 +303,7 @@ class AdmitsWhatDoesNotFit(FCFSScheduler):
 
 
 class WaitsForPrefixesThatStay(FCFSScheduler):
-    """Pinned blocks are counted as if they could be had."""
+    """Pinned blocks are counted as if they were free."""
 
     def schedule(self):
         self.memory._memory._pinned.clear()

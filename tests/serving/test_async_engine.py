@@ -1,4 +1,4 @@
-"""The async engine over an engine whose every step a test allows: what reaches whom, and when."""
+"""The async engine over an engine whose steps a test allows: what reaches which caller, when."""
 
 import asyncio
 import math
@@ -77,7 +77,7 @@ class OneTokenPerStep:
         return Progress(request_id, [new], ends, lambda: SimpleNamespace(text=texts(most)))
 
     def allow(self, steps: float = math.inf) -> None:
-        """Let so many more steps be made."""
+        """Allow this many more steps."""
         self.num_allowed += steps
         self.wake()
 
@@ -183,7 +183,7 @@ def test_a_step_wakes_the_loop_once_for_many_requests():
     with_engine(test)
 
 
-def test_tokens_that_come_fast_share_a_delivery_but_for_the_first():
+def test_fast_tokens_after_the_first_share_a_delivery():
     async def test(engine, inner):
         stream = await engine.serve(lambda: [request(50)], 1)
         inner.allow(1)
@@ -197,7 +197,7 @@ def test_tokens_that_come_fast_share_a_delivery_but_for_the_first():
     with_engine(test, interval=30.0)
 
 
-def test_what_a_slow_reader_has_not_read_is_merged_to_the_whole():
+def test_unread_deliveries_of_a_slow_reader_are_merged():
     async def test(engine, inner):
         stream = await engine.serve(lambda: [request(40), request(7)], 2)
         inner.allow()
@@ -281,7 +281,7 @@ def test_a_finished_request_is_not_aborted():
     assert with_engine(test).aborted == []
 
 
-def test_tokens_of_an_aborted_request_reach_nobody():
+def test_tokens_of_an_aborted_request_are_discarded():
     async def test(engine, inner):
         stream, other = [await engine.serve(lambda: [request(5)], 1) for _ in range(2)]
         await other.accepted()
@@ -293,7 +293,7 @@ def test_tokens_of_an_aborted_request_reach_nobody():
     with_engine(test)
 
 
-def test_an_abort_that_fails_spares_the_others():
+def test_a_failed_abort_does_not_affect_other_requests():
     async def test(engine, inner):
         stream, other = [await engine.serve(lambda: [request(5)], 1) for _ in range(2)]
         await other.accepted()
@@ -304,7 +304,7 @@ def test_an_abort_that_fails_spares_the_others():
     with_engine(test, abort=raiser(Fault("cannot abort")))
 
 
-def test_a_request_that_cannot_be_added_spares_the_others():
+def test_a_request_that_cannot_be_added_does_not_affect_others():
     async def test(engine, inner):
         inner.allow()
         streams = [await engine.serve(lambda: [request(5), request(4)], 2) for _ in range(2)]
@@ -407,7 +407,7 @@ def test_a_text_that_is_encoded_while_the_engine_fails_is_refused():
 # ---- the end -------------------------------------------------------------------------------------
 
 
-def test_what_is_open_may_end_within_the_grace():
+def test_open_requests_may_finish_within_the_grace_period():
     async def test(engine, inner):
         stream = await engine.serve(lambda: [request(30)], 1)
         closing = asyncio.create_task(engine.close(20))
@@ -421,7 +421,7 @@ def test_what_is_open_may_end_within_the_grace():
     with_engine(test)
 
 
-def test_what_has_not_ended_within_the_grace_is_aborted():
+def test_open_requests_are_aborted_after_the_grace_period():
     async def test(engine, inner):
         stream = await engine.serve(lambda: [request(10**6)], 1)
         inner.allow(2)
@@ -484,7 +484,7 @@ def test_a_request_that_takes_too_long_is_aborted():
     with_engine(test)
 
 
-def test_a_finished_request_has_all_the_time_to_be_read():
+def test_a_finished_request_may_be_read_at_any_time():
     async def test(engine, inner):
         inner.allow()
         stream = await engine.serve(lambda: [request(3)], 1)
@@ -501,7 +501,7 @@ def test_the_queue_counts_samples_until_they_are_scheduled():
         first = await engine.serve(lambda: [request(3, n=3), request(3, n=3)], 6)
         await first.accepted()
         assert (engine.queue.num_requests, engine.queue.num_tokens) == (6, 4)
-        with pytest.raises(QueueFull, match="6 requests of at most 8 are waiting"):
+        with pytest.raises(QueueFull, match="6 of at most 8 sequences are waiting"):
             await engine.serve(lambda: [request(n=3)], 3)
         inner.allow(1)
         await until(lambda: engine.queue.num_requests == 0)
@@ -521,7 +521,7 @@ def test_the_queue_counts_the_tokens_of_prompts():
     with_engine(test, max_queued_tokens=100)
 
 
-def test_what_can_never_wait_is_refused_for_good():
+def test_a_request_larger_than_the_queue_is_refused_for_good():
     async def test(engine, inner):
         with pytest.raises(InvalidRequest, match="9 sequences"):
             await engine.serve(lambda: [request(n=9)], 9)

@@ -95,7 +95,7 @@ def test_the_first_chunk_has_the_role_and_no_later_one(server):
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
 
 
-def test_a_stream_has_the_text_of_the_whole(server):
+def test_a_stream_has_the_text_of_the_whole_response(server):
     events = server.stream("/v1/chat/completions", {**GREEDY, "max_tokens": 9, "logprobs": True})
     text = "".join(event["choices"][0]["delta"]["content"] for event in events)
     whole = chat(server, max_tokens=9, logprobs=True)["choices"][0]
@@ -129,7 +129,7 @@ def test_the_last_message_may_be_continued(server, llm):
         ({"chat_template": "{{ 1 }}"}, None, "trust_request_chat_template"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence(server, fields, param, words):
+def test_invalid_requests_are_refused_in_one_sentence(server, fields, param, words):
     error = refused(server, **fields)
     assert error["param"] == param
     assert words in error["message"]

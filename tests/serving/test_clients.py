@@ -1,4 +1,4 @@
-"""OpenAI's clients against a real server: the lines of the guide, and what else they rely on.
+"""OpenAI's clients against a real server: the guide's examples, and all else that clients rely on.
 
 The second part runs directly and through vllm-router. What is not installed is skipped.
 """

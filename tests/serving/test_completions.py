@@ -151,7 +151,7 @@ def test_beam_search_returns_n_outputs_the_best_first(server, llm):
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
 
 
-def test_beam_search_takes_the_defaults_of_what_it_does_not_honour(server):
+def test_beam_search_accepts_the_defaults_of_options_it_cannot_honour(server):
     usual = {"top_p": 1.0, "top_k": 0, "skip_special_tokens": True, "stop": [], "min_tokens": 0}
     fields = {"use_beam_search": True, "n": 2, "max_tokens": 3}
     assert complete(server, **fields, **usual)["choices"] == complete(server, **fields)["choices"]
@@ -191,7 +191,7 @@ def test_a_sampling_field_means_what_it_means_offline(server, llm, name, value):
 # ---- streams -------------------------------------------------------------------------------------
 
 
-def test_a_stream_has_the_text_of_the_whole(server):
+def test_a_stream_has_the_text_of_the_whole_response(server):
     body = {**GREEDY, "max_tokens": 12}
     whole = complete(server, max_tokens=12)
     events = server.stream("/v1/completions", body)
@@ -260,7 +260,7 @@ def test_a_stream_may_echo_its_prompt(server):
 
 
 @pytest.mark.parametrize("name", NOT_BUILT)
-def test_a_field_that_is_not_built_is_refused_by_name(server, name):
+def test_an_unsupported_field_is_refused_by_name(server, name):
     error = refused(server, **{name: "something"})
     assert error["param"] == name
     assert error["message"].startswith(f"{name} is 'something', but ")
@@ -296,7 +296,7 @@ def test_only_text_may_be_asked_for(server):
         ({"add_special_tokens": False, "prompt": "word " * 5000}, None, "max_model_len"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence(server, fields, param, words):
+def test_invalid_requests_are_refused_in_one_sentence(server, fields, param, words):
     error = refused(server, **fields)
     assert error["param"] == param
     assert words in error["message"]
@@ -332,7 +332,7 @@ def test_a_request_id_becomes_part_of_the_id(server):
         assert complete(server, max_tokens=1, request_id="mine")["id"] == "cmpl-mine"
 
 
-def test_texts_of_any_script_come_back_whole(server):
+def test_text_in_any_script_is_returned_intact(server):
     text = "naïve 🐸 青蛙"
     reply = complete(server, prompt=text, echo=True, max_tokens=1)
     assert reply["choices"][0]["text"].startswith(text)

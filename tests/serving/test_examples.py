@@ -49,7 +49,7 @@ def test_the_command_of_an_example_serves_until_sigterm(where, tmp_path):
 
 
 def check_health(where: str, port: int) -> int:
-    """The exit code of the example's health check, without its patience."""
+    """The exit code of the example's health check, which does not wait here."""
     if where == "docker":
         command = json.loads(instruction("HEALTHCHECK").partition("CMD ")[2])
         assert command[0] == "python"
@@ -64,7 +64,7 @@ def check_health(where: str, port: int) -> int:
 
 
 @pytest.mark.parametrize("where", COMMANDS)
-def test_a_server_is_killed_only_after_its_grace(where):
+def test_a_server_is_killed_only_after_its_grace_period(where):
     command = COMMANDS[where]
     grace = int(command[command.index("--grace") + 1])
     patience = {

@@ -64,7 +64,7 @@ def test_connections_send_small_writes_at_once():
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: x\r\n"])
-def test_a_head_that_does_not_arrive_closes_the_connection(monkeypatch, sent):
+def test_headers_that_do_not_arrive_close_the_connection(monkeypatch, sent):
     monkeypatch.setattr(gate, "HEAD_SECONDS", 0.2)
 
     async def test(port):
@@ -75,7 +75,7 @@ def test_a_head_that_does_not_arrive_closes_the_connection(monkeypatch, sent):
     with_gate(test)
 
 
-def test_a_head_that_drips_in_does_not_extend_its_deadline(monkeypatch):
+def test_slow_headers_do_not_extend_their_deadline(monkeypatch):
     monkeypatch.setattr(gate, "HEAD_SECONDS", 0.3)
 
     async def test(port):
@@ -90,7 +90,7 @@ def test_a_head_that_drips_in_does_not_extend_its_deadline(monkeypatch):
     with_gate(test)
 
 
-def test_the_deadline_of_a_head_does_not_touch_what_is_served(monkeypatch):
+def test_the_deadline_for_headers_does_not_limit_the_response(monkeypatch):
     monkeypatch.setattr(gate, "HEAD_SECONDS", 0.2)
 
     async def slow(scope, receive, send):
@@ -135,7 +135,7 @@ def test_a_client_that_leaves_before_its_body_is_complete_reaches_no_application
     with_gate(test, note)
 
 
-def test_a_refused_body_may_still_arrive_but_not_for_ever(monkeypatch):
+def test_a_refused_body_is_still_read_for_a_limited_time(monkeypatch):
     monkeypatch.setattr(gate, "LINGER_SECONDS", 0.5)
 
     async def test(port):
@@ -145,14 +145,14 @@ def test_a_refused_body_may_still_arrive_but_not_for_ever(monkeypatch):
             assert status == 413
             for _ in range(5):
                 writer.write(b"a" * 10**5)
-                await writer.drain()  # which a reset would fail
+                await writer.drain()  # a reset would make this fail
                 await asyncio.sleep(0.02)
             assert await reader.read() == b""
 
     with_gate(test, max_body_bytes=10)
 
 
-def test_the_bodies_in_memory_have_a_limit_together():
+def test_all_bodies_in_memory_share_one_limit():
     waits = asyncio.Event()
 
     async def hold(scope, receive, send):

@@ -1,4 +1,4 @@
-"""Clients that leave, stall, lie and flood: the server goes on, and nothing of theirs is left."""
+"""Clients that leave, stall, cheat and flood: the server goes on, and frees all they held."""
 
 import asyncio
 import http.client
@@ -42,7 +42,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(server: Running):
-    """After each test nothing runs, waits or stays open, and the log accuses no code."""
+    """After each test nothing runs, waits or stays open, and the log has no traceback."""
     server.wait_until_idle()
     files, threads = server.resources()
     yield
@@ -150,7 +150,7 @@ def test_a_client_that_leaves_the_queue_is_never_served(server, kind):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_half_a_request_leaves_nothing(server, share):
+def test_an_incomplete_request_leaves_nothing_open(server, share):
     data = raw_request(COMPLETIONS, LONG)
     for reset in (False, True):
         connection = server.connect()
@@ -161,7 +161,7 @@ def test_half_a_request_leaves_nothing(server, share):
         connection.close()
 
 
-def test_a_client_that_leaves_at_once_leaves_nothing(server):
+def test_a_client_that_disconnects_at_once_leaves_nothing_open(server):
     for stream in (False, True):
         for _ in range(20):
             with server.connect() as connection:
@@ -179,7 +179,7 @@ def test_requests_sent_before_the_answer_are_answered_in_turn(server):
 # ---- clients that stall --------------------------------------------------------------------------
 
 
-def test_half_sent_requests_delay_nobody(server):
+def test_incomplete_requests_do_not_delay_others(server):
     data = raw_request(COMPLETIONS, LONG)
     with ExitStack() as halves:
         for length in range(1, len(data), 5):
@@ -188,7 +188,7 @@ def test_half_sent_requests_delay_nobody(server):
         assert server.post(COMPLETIONS, {"prompt": "Once", "max_tokens": 1})[0] == 200
 
 
-def test_a_reader_that_stops_delays_nobody_and_misses_nothing(server):
+def test_a_reader_that_pauses_delays_no_one_and_misses_nothing(server):
     prompts = ["Once upon a time", "Theo"]
     body = LONG | {"prompt": prompts, "max_tokens": 150, "logprobs": 20, "stream": True}
     with server.connect(receive_buffer=4096) as connection:
@@ -209,7 +209,7 @@ def test_a_reader_that_stops_delays_nobody_and_misses_nothing(server):
     assert texts == [choice["text"] for choice in whole["choices"]]
 
 
-# ---- bodies that are no request ------------------------------------------------------------------
+# ---- bodies that are not requests ----------------------------------------------------------------
 
 NO_REQUESTS = {
     "empty": b"",
@@ -233,7 +233,7 @@ NO_REQUESTS = {
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHATS, "/tokenize", "/detokenize"])
 @pytest.mark.parametrize("body", NO_REQUESTS)
-def test_a_body_that_is_no_request_is_refused(server, path, body):
+def test_an_invalid_body_is_refused(server, path, body):
     refused(*server.post(path, NO_REQUESTS[body]))
 
 
@@ -255,14 +255,14 @@ def test_a_body_that_is_no_request_is_refused(server, path, body):
         {"messages": [{"role": "\ud800", "content": "a"}]},
     ],
 )
-def test_half_a_surrogate_pair_is_refused(server, fields):
+def test_a_lone_surrogate_is_refused(server, fields):
     path = CHATS if "messages" in fields else COMPLETIONS
     assert "not valid JSON" in refused(*server.post(path, fields))
     stream = fields | {"stream": True}
     refused(*server.post(path, stream))
 
 
-def test_text_beyond_the_basic_plane_comes_back_whole(server):
+def test_text_beyond_the_basic_plane_is_returned_intact(server):
     text = "\U0001f600 \ufeff \x00 \u2028 \ufffe"
     body = {"prompt": text, "echo": True, "max_tokens": 0}
     _, whole = server.post(COMPLETIONS, body)
@@ -317,12 +317,12 @@ NO_HTTP = {
 
 
 @pytest.mark.parametrize("data", NO_HTTP)
-def test_what_is_no_http_is_refused_in_openais_form(server, data):
+def test_invalid_http_is_refused_in_openais_error_format(server, data):
     status, _, body = server.send_raw(NO_HTTP[data])
     refused(status, body)
 
 
-def test_headers_may_hold_any_bytes(server):
+def test_headers_may_contain_any_bytes(server):
     data = raw_request(COMPLETIONS, {"prompt": "Once", "max_tokens": 1}, X_Nonsense="?")
     data = data.replace(b"X-Nonsense: ?", b"X-Nonsense: \xed\xa0\x80\xff\r\nAuthorization: \xff")
     assert server.send_raw(data)[0] == 200
@@ -419,14 +419,14 @@ def test_null_is_the_default_of_a_field(line, path, name):
     ],
     ids=range(12),
 )
-def test_of_many_faults_one_is_described(server, path, body):
+def test_only_the_first_of_many_errors_is_described(server, path, body):
     start = time.process_time()
     status, reply = server.post(path, body)
     assert len(refused(status, reply)) < 500
     assert time.process_time() - start < 5
 
 
-def test_many_unknown_fields_are_one_line_in_the_log(server):
+def test_many_unknown_fields_are_logged_in_one_line(server):
     length = len(server.log.read_text().splitlines())
     fields = {f"field{number}": 1 for number in range(10_000)}
     assert server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1} | fields)[0] == 200
@@ -469,7 +469,7 @@ def test_a_body_of_fifty_megabytes_is_refused(server, chunked):
     assert headers["connection"] == "close"
 
 
-def test_a_client_that_asks_before_it_sends_is_refused_before_it_sends(server):
+def test_a_client_that_expects_100_continue_is_refused_before_it_sends(server):
     data = raw_request(COMPLETIONS, b"", length=10**8, Expect="100-continue")
     status, _, body = server.send_raw(data)
     refused(status, body, 413)
@@ -478,7 +478,7 @@ def test_a_client_that_asks_before_it_sends_is_refused_before_it_sends(server):
 async def at_once(
     server: Running, number: int, body: dict[str, Any]
 ) -> list[tuple[int, dict, bytes]]:
-    """What answers so many connections that are all open before the first one sends."""
+    """The answers to this many connections, all open before the first one sends."""
 
     async def read(reader: asyncio.StreamReader) -> tuple[int, dict, bytes]:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
@@ -500,7 +500,7 @@ async def at_once(
 
 
 @pytest.mark.parametrize("number", [500, pytest.param(2000, marks=pytest.mark.full)])
-def test_a_flood_is_served_or_told_to_come_again(server, number):
+def test_a_flood_of_requests_is_served_or_refused_with_429(server, number):
     answers = asyncio.run(at_once(server, number, {"prompt": "Once", "max_tokens": 4}))
     for status, headers, body in answers:
         if status == 429:

@@ -105,7 +105,7 @@ def server_with_key(tmp_path_factory):
 # ---- what viewers get ----------------------------------------------------------------------------
 
 
-def test_a_late_viewer_sees_the_pool_of_an_early_one(server: Running):
+def test_a_late_viewer_sees_the_same_pool_as_an_early_one(server: Running):
     with closing(Viewer(server)) as early:
         early.wait_for(lambda viewer: viewer.messages)
         threads = [in_background(server, n=n, max_tokens=110, seed=n) for n in (1, 2, 1, 2)]
@@ -148,7 +148,7 @@ def test_a_viewer_gets_the_numbers_of_steps_and_of_requests_that_end(server: Run
     assert max(step["blocks"] for step in steps) > 0
 
 
-def test_a_server_stops_at_once_though_somebody_watches(tmp_path):
+def test_a_server_stops_at_once_even_with_viewers(tmp_path):
     with running(tmp_path, "--viz") as server, closing(Viewer(server)) as viewer:
         viewer.wait_for(lambda viewer: viewer.messages)
         began = time.monotonic()
@@ -157,7 +157,7 @@ def test_a_server_stops_at_once_though_somebody_watches(tmp_path):
         assert "Error" not in server.log.read_text()
 
 
-def test_there_is_room_for_many_viewers_but_not_for_any_number(server: Running):
+def test_the_number_of_viewers_is_limited(server: Running):
     viewers = [Viewer(server) for _ in range(MOST_VIEWERS)]
     for viewer in viewers:
         viewer.wait_for(lambda viewer: viewer.messages)
@@ -208,7 +208,7 @@ def kind_of(message: bytes) -> str:
     return next(line for line in lines if line.startswith("event: ")).removeprefix("event: ")
 
 
-def test_a_slow_viewer_begins_again_and_memory_stays_bounded(monkeypatch):
+def test_a_slow_viewer_restarts_and_memory_stays_bounded(monkeypatch):
     monkeypatch.setattr(live_view, "MOST_EVENTS", 60)
 
     async def run() -> None:
@@ -232,7 +232,7 @@ def test_a_slow_viewer_begins_again_and_memory_stays_bounded(monkeypatch):
     asyncio.run(run())
 
 
-def test_viewers_who_have_left_cost_nothing():
+def test_viewers_that_have_left_cost_nothing():
     async def run() -> None:
         watched = Watched()
         await watched.generate(3)
@@ -250,7 +250,7 @@ def test_viewers_who_have_left_cost_nothing():
     asyncio.run(run())
 
 
-def test_a_viewer_of_an_engine_that_dies_is_let_go(monkeypatch):
+def test_viewers_are_disconnected_when_the_engine_dies(monkeypatch):
     async def run() -> None:
         watched = Watched()
         messages = watched.view.messages(watched.engine)
@@ -266,7 +266,7 @@ def test_a_viewer_of_an_engine_that_dies_is_let_go(monkeypatch):
     asyncio.run(run())
 
 
-def test_what_fails_between_two_steps_fails_for_its_caller_only():
+def test_a_failure_between_two_steps_affects_only_its_caller():
     async def run() -> None:
         watched = Watched()
         with pytest.raises(ZeroDivisionError):
@@ -329,7 +329,7 @@ PATHS = ("/viz", "/viz/events")
         (None, "localhost", False),
     ],
 )
-def test_without_a_key_only_this_machine_may_watch(client, host, allowed):
+def test_without_a_key_only_local_clients_may_watch(client, host, allowed):
     headers = [(b"host", host.encode())]
     scope = {"client": client and (client, 5), "headers": headers, "query_string": b"key=x"}
     refusal = refuse_viewer(scope, None)
@@ -338,7 +338,7 @@ def test_without_a_key_only_this_machine_may_watch(client, host, allowed):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_with_a_key_only_who_has_it_may_watch(path, server_with_key: Running):
+def test_with_a_key_only_its_holders_may_watch(path, server_with_key: Running):
     if path == "/viz":
         for query in ("?key=a%20b", "?key=a+b"):
             assert server_with_key.get(path + query)[0] == 200
@@ -350,7 +350,7 @@ def test_with_a_key_only_who_has_it_may_watch(path, server_with_key: Running):
     assert server_with_key.get("/v1/models?key=a+b")[0] == 401  # a key in an address opens no more
 
 
-def test_the_key_in_an_address_goes_nowhere_else(server_with_key: Running):
+def test_the_key_in_an_address_is_not_passed_on(server_with_key: Running):
     with closing(Viewer(server_with_key, "?key=a+b")) as viewer:
         viewer.wait_for(lambda viewer: viewer.messages)
         assert viewer.status == 200
@@ -525,7 +525,7 @@ def test_a_pause_closes_the_connection_and_following_begins_anew(open_page, serv
     assert page.locator("#done li").count() == 0
 
 
-def test_a_paused_page_tells_of_the_last_step_in_words_and_tables(open_page, server: Running):
+def test_a_paused_page_describes_the_last_step_in_words_and_tables(open_page, server: Running):
     page = open_page(server)
     thread = in_background(server, max_tokens=150, n=2)
     page.locator("#running li").wait_for()

@@ -113,7 +113,7 @@ def no_traceback(server: Running) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_running_requests_end(parts, clients, how):
+def test_running_requests_finish_after_a_signal(parts, clients, how):
     with slow_server(parts) as server, ExitStack() as idle:
         for _ in range(3):  # connections that idle delay nothing
             idle.enter_context(server.connect())
@@ -137,12 +137,12 @@ def test_a_signal_lets_running_requests_end(parts, clients, how):
         no_traceback(server)
 
 
-def test_what_does_not_end_within_the_grace_is_aborted(parts, clients):
+def test_requests_are_aborted_after_the_grace_period(parts, clients):
     with slow_server(parts, "--grace", "0.3") as server:
         stream, whole = clients.stream(server), clients.send(server)
         half = clients.open.enter_context(server.connect())
         half.sendall(raw_request(COMPLETIONS, LONG)[:-5])
-        clients.stream(server, logprobs=20, max_tokens=5)  # which nobody reads
+        clients.stream(server, logprobs=20, max_tokens=5)  # which no client reads
         time.sleep(0.2)
         start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
@@ -181,7 +181,7 @@ def test_a_signal_while_nothing_runs_ends_the_server_soon(parts, clients):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid", "203.0.113.1"])
-def test_an_address_that_cannot_be_had_is_one_sentence(host):
+def test_an_unavailable_address_is_reported_in_one_sentence(host):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "minipaged", "serve", "--host", host, "--port", port]
@@ -225,7 +225,7 @@ def test_an_engine_that_fails_ends_every_request_and_the_server(parts, clients):
 
 
 @pytest.mark.parametrize("part", ["scheduler=CannotAbort", "scheduler=CannotAdd"])
-def test_a_part_that_fails_for_one_request_spares_the_others(parts, clients, part):
+def test_a_part_that_fails_for_one_request_does_not_affect_others(parts, clients, part):
     with failing_server(parts, part) as server:
         if part.endswith("Add"):
             for stream in (False, True):

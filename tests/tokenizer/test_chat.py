@@ -33,7 +33,7 @@ def test_messages_become_one_prompt_that_asks_for_the_next_turn(tmp_path):
     assert render_chat(folder, MESSAGES) == "<user>hello<assistant>hi<user>bye<assistant>"
 
 
-def test_a_folder_without_a_template_says_what_to_do_instead(tmp_path):
+def test_a_folder_without_a_template_is_refused_with_what_to_do_instead(tmp_path):
     with pytest.raises(CheckpointError, match=r"contains no chat template.*use generate\(\)"):
         render_chat(tmp_path, MESSAGES)
 
@@ -51,7 +51,7 @@ def test_a_broken_template_is_named(tmp_path):
         "{{ messages.append(1) }}",
     ],
 )
-def test_a_template_can_do_nothing_but_build_text(tmp_path, attack):
+def test_a_template_can_only_build_text(tmp_path, attack):
     with pytest.raises(InvalidRequest, match="refuses the messages"):
         render_chat(write(tmp_path, attack), MESSAGES)
 
@@ -74,12 +74,12 @@ def test_a_template_may_refuse_messages_with_a_reason(tmp_path):
         [None],
     ],
 )
-def test_what_is_no_chat_is_refused(tmp_path, messages):
+def test_a_value_that_is_not_a_chat_is_refused(tmp_path, messages):
     with pytest.raises(InvalidRequest, match="is not a chat message"):
         render_chat(write(tmp_path, ""), messages)
 
 
-def test_a_conversation_and_many_conversations_are_answered():
+def test_chat_accepts_one_conversation_or_several():
     llm = LLM("storyteller")
     story = "Once upon a time Theo the frog put the white key in the meadow."
     told = [
@@ -105,7 +105,7 @@ def test_a_conversation_and_many_conversations_are_answered():
         ([[{"role": "user", "content": "a"}], ({"role": "user", "content": "b"},)], 2),
     ],
 )
-def test_a_message_a_conversation_and_many_are_told_apart(messages, num_chats):
+def test_a_message_a_conversation_and_several_are_distinguished(messages, num_chats):
     llm = LLM("storyteller", num_blocks=8)
     greedy = SamplingParams(temperature=0.0, max_tokens=1)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -119,7 +119,7 @@ def test_a_message_a_conversation_and_many_are_told_apart(messages, num_chats):
 @pytest.mark.parametrize(
     "messages", [[], [[]], "hello", [{"role": "user", "content": "a"}, [MESSAGES]], [MESSAGES, 5]]
 )
-def test_a_list_that_is_no_chat_is_refused(messages):
+def test_an_invalid_list_of_messages_is_refused(messages):
     llm = LLM("storyteller", num_blocks=8)
     with pytest.raises(InvalidRequest, match="is not a chat message"):
         llm.chat(messages, use_tqdm=False)
@@ -231,7 +231,7 @@ def test_a_template_gives_the_prompt_that_transformers_gives(style, messages, op
     assert render_chat(folder, messages, chat_template=TEMPLATES[style], **own) == expected
 
 
-def test_a_chat_is_encoded_without_a_second_mark_at_its_beginning(judge):
+def test_a_chat_is_encoded_with_one_bos_token(judge):
     folder, tokenizer = judge
     prompt = chat_prompt(folder, read_tokenizer(folder), MESSAGES, 1_000, chat_template=LLAMA3)
     begin = tokenizer.bos_token_id
@@ -256,13 +256,13 @@ def test_the_template_is_found_where_checkpoints_keep_it(tmp_path):
         render_chat(tmp_path, MESSAGES)
 
 
-def test_content_in_parts_is_joined(tmp_path):
+def test_content_parts_are_joined(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     folder = write(tmp_path, "{{ messages[0].content }}")
     assert render_chat(folder, [{"role": "user", "content": parts}]) == "a\nb"
 
 
-def test_what_cannot_be_continued_is_refused(tmp_path):
+def test_a_message_that_cannot_be_continued_is_refused(tmp_path):
     write(tmp_path, "{{ messages[0].content }}")
     with pytest.raises(InvalidRequest, match="give add_generation_prompt=False"):
         render_chat(tmp_path, MESSAGES, continue_final_message=True)
@@ -270,7 +270,7 @@ def test_what_cannot_be_continued_is_refused(tmp_path):
         render_chat(tmp_path, MESSAGES, continue_final_message=True, add_generation_prompt=False)
 
 
-def test_a_fault_inside_a_template_is_a_sentence_too(tmp_path):
+def test_an_error_inside_a_template_is_reported_in_a_sentence(tmp_path):
     for template in ("{{ messages[9].content }}", "{{ 1 // 0 }}", "{{ messages[0].content + 1 }}"):
         with pytest.raises(InvalidRequest, match=r"refuses the messages: [^\n]+\.$"):
             render_chat(write(tmp_path, template), MESSAGES)
@@ -311,7 +311,7 @@ def test_a_message_without_content_cannot_be_continued(tmp_path):
         "{{ messages[-1].content[:1] }}",
     ],
 )
-def test_a_final_message_that_is_twice_there_or_rewritten_cannot_be_continued(template, tmp_path):
+def test_a_repeated_or_rewritten_final_message_cannot_be_continued(template, tmp_path):
     with pytest.raises(InvalidRequest, match="out or rewrites it"):
         render_chat(
             tmp_path,
@@ -329,7 +329,7 @@ def test_the_template_for_tools_is_used_when_there_are_tools(tmp_path):
     assert render_chat(tmp_path, MESSAGES, tools=[TOOL]) == "b"
 
 
-def test_a_template_sees_plain_data_only_and_changes_none_of_ours(tmp_path):
+def test_a_template_gets_plain_copies_and_changes_no_caller_data(tmp_path):
     class Door:
         def open(self) -> str:
             return "opened"

@@ -1,4 +1,4 @@
-"""The names of Hugging Face's tokenizers, with `AutoTokenizer` as the other opinion."""
+"""The names of Hugging Face's tokenizers, compared with `AutoTokenizer`."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def test_several_chats_give_several_answers(pair):
     ("name", "value"),
     [("padding", True), ("truncation", True), ("max_length", 5), ("return_tensors", "pt")],
 )
-def test_what_is_not_built_is_refused_by_its_name(pair, name, value):
+def test_an_unsupported_argument_is_refused_by_name(pair, name, value):
     ours, _ = pair
     for call in (ours, ours.encode, lambda _, **o: ours.apply_chat_template(CHAT, **o)):
         with pytest.raises(
@@ -146,7 +146,7 @@ def test_what_is_not_built_is_refused_by_its_name(pair, name, value):
         call("a", **{name: False if value is True else None})  # asks for nothing
 
 
-def test_other_wrong_calls_are_sentences_too(pair):
+def test_other_invalid_calls_are_refused_with_a_sentence(pair):
     ours, _ = pair
     with pytest.raises(InvalidOption, match="text_pair is 'b', but a tokenizer here only"):
         ours("a", "b")
@@ -157,11 +157,11 @@ def test_other_wrong_calls_are_sentences_too(pair):
     for wrong in (5, None, ["a", 5]):
         with pytest.raises(InvalidRequest, match="is not text: give a string or a list"):
             ours(wrong)
-    with pytest.raises(AttributeError, match="input_ids, attention_mask, and no 'offsets'"):
+    with pytest.raises(AttributeError, match="input_ids, attention_mask, but no 'offsets'"):
         _ = ours("a").offsets
 
 
-def test_without_names_in_the_tokenizers_files_the_models_config_counts(tmp_path):
+def test_token_names_fall_back_to_the_config_of_the_model(tmp_path):
     judge = make_gpt2(tmp_path)
     assert read_tokenizer(tmp_path).eos_token_id is None
     end = judge.token_to_id("<|endoftext|>")

@@ -1,4 +1,4 @@
-"""Merging by rank and merging by a list of pairs: when the proof says so, they are the same."""
+"""Merging by rank and merging by a list of pairs: where the proof holds, they are the same."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ WORDS = [bytes(w) for n in range(1, 8) for w in itertools.product(b"ab", repeat=
 
 
 def merge_by_list(word: bytes, merges: list, vocabulary: set, whole_words: bool) -> list[bytes]:
-    """As Hugging Face's library does it: the neighbours whose pair stands highest, leftmost."""
+    """As Hugging Face's library does it: the neighbours whose pair ranks highest, leftmost."""
     if whole_words and word in vocabulary:
         return [word]
     places = {pair: place for place, pair in enumerate(merges)}
@@ -37,7 +37,7 @@ def merge_by_rank(words: list[bytes], ranks: dict[bytes, int]) -> list[list[byte
 
 
 def make_merges(rng: random.Random) -> list[tuple[bytes, bytes]]:
-    """A list that nobody trained: often one that no text could have led to."""
+    """An untrained list: often one that no text could have led to."""
     tokens, merges = [b"a", b"b"], []
     while len(merges) < rng.randint(1, 7):
         pair = (rng.choice(tokens), rng.choice(tokens))
@@ -74,7 +74,7 @@ def try_many(whole_words: bool, num_tries: int = 1_000) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
-def test_what_is_proved_equal_merges_every_word_alike(whole_words):
+def test_merges_proved_equal_merge_every_word_alike(whole_words):
     proved, refused, needlessly = try_many(whole_words)
     assert min(proved, refused) > 100, "both must happen"
     assert needlessly < 0.05 * refused, "refused, though nothing would have gone wrong"
@@ -100,7 +100,7 @@ def believe_order(ranks, merges):
 
 
 @pytest.mark.parametrize("fault", [believe, believe_pairs, believe_order])
-def test_a_proof_with_a_gap_is_found_out(monkeypatch, fault):
+def test_a_proof_with_a_gap_is_detected(monkeypatch, fault):
     monkeypatch.setattr(merges_module, "_prove_equal", fault)
     with pytest.raises(AssertionError):
         try_many(whole_words=False)
@@ -113,6 +113,6 @@ def test_a_vocabulary_without_a_byte_that_text_can_have_is_refused():
     assert len(rank_tokens(never, [], False)) == 256
 
 
-def test_a_merge_into_what_is_no_token_is_refused():
-    with pytest.raises(UnsupportedTokenizer, match="no token of its vocabulary"):
+def test_a_merge_whose_result_is_no_token_is_refused():
+    with pytest.raises(UnsupportedTokenizer, match="not in its vocabulary"):
         rank_tokens(BYTES, [(b"a", b"b")], False)

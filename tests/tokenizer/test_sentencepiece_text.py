@@ -49,7 +49,7 @@ def both(request, tmp_path) -> tuple[LibraryTokenizer, Tokenizer]:
     return LibraryTokenizer(tmp_path / "tokenizer.json"), judge
 
 
-def test_a_text_and_every_piece_of_it_decode_as_the_judge_decodes_them(both):
+def test_a_text_and_every_piece_of_it_decode_as_in_the_reference(both):
     tokenizer, judge = both
     token_ids = judge.encode(TEXT).ids
     compared = 0
@@ -65,7 +65,7 @@ def test_a_text_and_every_piece_of_it_decode_as_the_judge_decodes_them(both):
     assert compared > 300
 
 
-def test_random_tokens_of_spaces_and_unknown_ids_decode_as_the_judge_decodes_them(both):
+def test_random_tokens_and_unknown_ids_decode_as_in_the_reference(both):
     tokenizer, judge = both
     rng = random.Random(0)
     spaces = [i for text, i in judge.get_vocab().items() if text.startswith("\u2581")]
@@ -105,7 +105,7 @@ def test_a_continuation_keeps_its_space_and_a_beginning_does_not(tmp_path):
         [decoders.WordPiece()],
     ],
 )
-def test_a_decoder_that_is_not_known_is_refused(steps, tmp_path):
+def test_an_unknown_decoder_is_refused(steps, tmp_path):
     train(decoders.Sequence(steps)).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UnsupportedTokenizer, match="neither a byte-level nor a SentencePiece"):
         LibraryTokenizer(tmp_path / "tokenizer.json")

@@ -55,7 +55,7 @@ def test_pieces_in_any_order_have_the_same_tokens_in_both_forms(pair, text):
     check(pair, text)
 
 
-def test_bytes_that_are_no_text_are_decoded_alike(pair):
+def test_invalid_utf_8_is_decoded_alike(pair):
     ours, judge = pair
     rng = random.Random(0)
     for _ in range(500):
@@ -87,7 +87,7 @@ def test_a_chat_has_the_same_tokens_in_both_forms(pair):
         assert ours.apply_chat_template(chat, tokenize=False, **options) == text
 
 
-def test_the_library_reads_its_own_form_where_both_are_there():
+def test_the_own_tokenizer_format_has_precedence():
     """The other one would need the extra `tokenizers`, which is not always installed."""
     assert (FOLDER / "tokenizer.json").is_file()
     assert type(read_tokenizer(FOLDER)) is BytePairTokenizer

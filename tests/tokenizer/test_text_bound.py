@@ -1,4 +1,4 @@
-"""The fewest tokens of a text: never more than it has, and no bound where none is sound."""
+"""The fewest tokens of a text: never more than it has; None where no bound is safe."""
 
 import json
 import unicodedata
@@ -131,7 +131,7 @@ def tokenizers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["compose", "storyteller", *STYLES, "sentencepiece", *BOUNDED])
-def test_a_text_has_at_least_the_fewest_tokens(name, tokenizers):
+def test_the_lower_bound_holds_for_every_text(name, tokenizers):
     tokenizer = tokenizers[name]
     assert tokenizer.chars_per_token is not None
     longest = max(tokenizer.vocabulary.values(), key=len).decode(errors="replace")
@@ -149,13 +149,13 @@ def test_a_text_has_at_least_the_fewest_tokens(name, tokenizers):
 
 
 @pytest.mark.parametrize("name", UNBOUNDED)
-def test_where_characters_can_vanish_there_is_no_bound(name, tmp_path):
+def test_tokenizers_that_drop_characters_have_no_bound(name, tmp_path):
     tokenizer = save(UNBOUNDED[name](), tmp_path)
     assert tokenizer.chars_per_token is None
     assert tokenizer.fewest_tokens("a" * 10**6) == 0
 
 
-def test_each_of_these_tokenizers_would_break_a_bound(tmp_path):
+def test_each_of_these_tokenizers_would_violate_the_bound(tmp_path):
     """The texts for which a bound by the longest token would be wrong."""
     for name, text in {
         "stripped": " " * 99,
@@ -178,7 +178,7 @@ def test_no_normal_form_makes_one_character_of_more_than_four():
     assert max(len(unicodedata.normalize("NFD", c)) for c in whole) == NFC_SHRINKS
 
 
-def test_a_pattern_that_leaves_characters_out_loses_none(tmp_path):
+def test_a_pattern_that_skips_characters_loses_none(tmp_path):
     import base64
 
     lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)]
@@ -198,7 +198,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch):
 
     monkeypatch.setattr(tokenizer, "_encode", encode)
     long = "a" * (32 * tokenizer.chars_per_token)
-    sentence = rf"has {len(long)} characters, so at least 32 tokens, and .* may have 32 \(max_mode"
+    sentence = rf"has {len(long)} characters, so at least 32 tokens, but .* may have only 32 \(max_"
     for call in (
         lambda: llm.generate(long, SamplingParams(), use_tqdm=False),
         lambda: llm.generate({"prompt": long}, SamplingParams(), use_tqdm=False),
@@ -213,7 +213,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch):
 TEMPLATE = "{{ messages[0].content }}"
 
 
-def test_a_text_that_may_fit_is_encoded_and_then_judged():
+def test_a_text_that_may_fit_is_encoded_and_then_checked():
     llm = LLM("storyteller", num_blocks=8, max_model_len=32)
     almost = "a" * (31 * llm.get_tokenizer().chars_per_token)
     with pytest.raises(PromptTooLong, match=r"the prompt has \d+ tokens"):

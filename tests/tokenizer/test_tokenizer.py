@@ -17,7 +17,7 @@ from minipaged.tokenizer.stop_strings import StopStrings
 # All single bytes, then merges; two of them cut the emoji U+1F600 and the letter é in the middle.
 MERGES = [b"th", b"the", b" t", b"\xf0\x9f", b"e\xc3", b"##"]
 TOKENS = [bytes([byte]) for byte in range(256)] + MERGES
-END = 300  # the ids from 262 to 299 belong to nobody, as in a padded vocabulary
+END = 300  # the ids from 262 to 299 have no token, as in a padded vocabulary
 CONFIG = {"ranks": "tiny.tiktoken", "pattern": r"(?s) ?[^ ]+| ", "special_tokens": {"<|end|>": END}}
 RANKS = "".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(TOKENS))
 
@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 # -- Tokenizer --------------------------------------------------------------------------------
 
 
-def test_merges_go_by_rank_and_bytes_are_a_last_resort(tokenizer):
+def test_merges_go_by_rank_with_bytes_as_fallback(tokenizer):
     assert tokenizer.encode("the") == [257]
     assert tokenizer.encode("ath") == [ord("a"), 256]
     assert tokenizer.encode("é") == [0xC3, 0xA9]
@@ -46,14 +46,14 @@ def test_merges_go_by_rank_and_bytes_are_a_last_resort(tokenizer):
 
 
 @pytest.mark.parametrize("text", ["the  theé", "😀<|end|>##", "\n\t", "e\u0301漢字", "a\x00b"])
-def test_text_comes_back_as_it_was(tokenizer, text):
+def test_decoding_an_encoded_text_gives_the_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     plain = tokenizer.encode(text, allow_special=False)
     assert END not in plain
     assert tokenizer.decode(plain) == text
 
 
-def test_a_special_token_spelt_out_is_that_token_unless_mere_letters_are_wanted(tokenizer):
+def test_a_spelt_out_special_token_becomes_that_token_by_default(tokenizer):
     assert tokenizer.encode("a<|end|>b") == [ord("a"), END, ord("b")]
     assert tokenizer.encode("<|end|>", allow_special=False) == list(b"<|end|>")
 
@@ -77,11 +77,11 @@ def test_tokens_are_bytes_and_specials_are_named(tokenizer):
     assert tokenizer.special_ids == {END}
 
 
-def test_bytes_that_are_no_text_become_the_replacement_character(tokenizer):
+def test_invalid_utf_8_becomes_the_replacement_character(tokenizer):
     assert tokenizer.decode([97, 0xFF, 259]) == "a\ufffd\ufffd"
 
 
-def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(
         MissingTokenizer, match=r"contains no tokenizer \(tokenizer\.json.*as token ids\.$"
     ):
@@ -90,8 +90,8 @@ def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
 
 BROKEN = {
     "no JSON": ({"config": "{"}, "is not readable JSON"),
-    "a list": ({"config": []}, 'needs "ranks", a string, and has None'),
-    "no pattern": ({"config": {**CONFIG, "pattern": 5}}, 'needs "pattern", a string, and has 5'),
+    "a list": ({"config": []}, 'needs "ranks", a string, but has None'),
+    "no pattern": ({"config": {**CONFIG, "pattern": 5}}, 'needs "pattern", a string, but has 5'),
     "no specials": ({"config": {**CONFIG, "special_tokens": []}}, "an object from text to id"),
     "bad pattern": ({"config": {**CONFIG, "pattern": "("}}, "is not a regular expression"),
     "taken id": ({"config": {**CONFIG, "special_tokens": {"x": 97}}}, "that no other token has"),
@@ -113,7 +113,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("files", "sentence"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_tokenizer_says_which_file_and_why(tmp_path, files, sentence):
+def test_a_broken_tokenizer_is_reported_with_its_file_and_the_fault(tmp_path, files, sentence):
     with pytest.raises(CheckpointError, match=sentence) as refusal:
         read_tokenizer(write(tmp_path, **files))
     assert str(tmp_path) in str(refusal.value)
@@ -192,7 +192,7 @@ any_stops = st.lists(st.text(alphabet="ab#", min_size=1, max_size=5), max_size=6
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(text=st.text(alphabet="ab#", max_size=30), stop=any_stops)
-def test_any_stop_strings_are_found_as_the_slow_search_finds_them(tokenizer, text, stop):
+def test_stop_strings_are_found_as_by_the_slow_search(tokenizer, text, stop):
     check_the_stream(tokenizer, list(text.encode()), stop)
 
 
@@ -231,7 +231,7 @@ def test_many_sequences_share_one_automaton(tokenizer):
     assert (one.stopped, other.stopped) == ("#a", None)
 
 
-def test_many_streams_of_tricky_tokens_come_out_whole(tokenizer):
+def test_many_streams_of_split_characters_decode_correctly(tokenizer):
     check_many_streams(tokenizer)
 
 
@@ -258,20 +258,20 @@ def test_a_stop_string_inside_one_token_cuts_that_token(tokenizer):
     assert one.stopped == "h"
 
 
-def test_what_only_looked_like_a_stop_string_is_shown_as_soon_as_that_is_clear(tokenizer):
+def test_text_that_only_resembled_a_stop_string_is_then_shown(tokenizer):
     pieces, one = stream(tokenizer, list(b"a##a#"), ("##b",))
     assert pieces == ["a", "", "", "##a", "", "#"]
     assert one.stopped is None
 
 
-def test_the_stop_string_that_is_complete_first_counts_and_of_those_the_longest(tokenizer):
+def test_the_first_complete_stop_string_counts_or_the_longest_of_several(tokenizer):
     for ids in ([97, 116, 104, 101], [97, 257]):  # however the characters come
         assert stream(tokenizer, ids, ("the", "h"))[1].stopped == "h"
         assert stream(tokenizer, ids, ("e", "the"))[1].stopped == "the"
         assert stream(tokenizer, ids, ("e", "the"))[1].text == "a"
 
 
-def test_special_and_unknown_tokens_leave_no_text_and_split_no_character(tokenizer):
+def test_special_and_unknown_tokens_add_no_text_and_split_no_character(tokenizer):
     pieces, _ = stream(tokenizer, [END, 0xC3, END, 280, 0xA9])
     assert pieces == ["", "", "", "", "é", ""]
 
@@ -302,7 +302,7 @@ class Hasty(Detokenizer):
 
 
 @pytest.mark.parametrize("mutant", [Forgetful, Hasty])
-def test_a_faulty_detokenizer_is_found_out(monkeypatch, tokenizer, mutant):
+def test_a_faulty_detokenizer_is_detected(monkeypatch, tokenizer, mutant):
     monkeypatch.setitem(globals(), "Detokenizer", mutant)
     with pytest.raises(AssertionError):
         check_many_streams(tokenizer)
@@ -337,13 +337,13 @@ class ShortestOfAll(StopStrings):
 
 
 @pytest.mark.parametrize("mutant", [Careless, WithoutFallback, ShortestOfAll])
-def test_a_faulty_automaton_is_found_out(monkeypatch, tokenizer, mutant):
+def test_a_faulty_automaton_is_detected(monkeypatch, tokenizer, mutant):
     monkeypatch.setattr("minipaged.tokenizer.detokenizer.StopStrings", mutant)
     with pytest.raises(AssertionError):
         check_many_streams(tokenizer)
 
 
-# -- A second beginning -----------------------------------------------------------------------
+# -- Tokens that begin every text ------------------------------------------------------------------
 
 
 class Marked(Tokenizer):
@@ -359,14 +359,14 @@ class Marked(Tokenizer):
         return [1 + byte for byte in text.encode()]
 
 
-def test_a_second_mark_at_the_beginning_is_warned_of_once():
+def test_a_second_bos_token_is_warned_of_once():
     tokenizer = Marked()
-    with pytest.warns(UserWarning, match=r"begins with '<s>', and .* leave it out of the text"):
+    with pytest.warns(UserWarning, match=r"begins with '<s>', which .* leave it out of the text"):
         assert tokenizer.encode("<s>a") == [0, 0, 98]
     assert tokenizer.encode("<s>a") == [0, 0, 98]  # a second warning would be an error here
 
 
-def test_one_mark_at_the_beginning_is_as_it_should_be():
+def test_one_bos_token_causes_no_warning():
     tokenizer = Marked()
     assert tokenizer.encode("a<s>") == [0, 98, *(1 + byte for byte in b"<s>")]
     assert tokenizer.encode("<s>a", add_special_tokens=False) == [0, 98]

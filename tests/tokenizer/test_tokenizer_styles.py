@@ -1,4 +1,4 @@
-"""Published tokenizers, by tiktoken: against Hugging Face's `tokenizers` as the other opinion."""
+"""Published tokenizers, by tiktoken: compared with Hugging Face's `tokenizers`."""
 
 import json
 import unicodedata
@@ -45,7 +45,7 @@ def test_every_text_has_the_same_tokens(style, tokenizers, judges):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_text_without_special_tokens_is_the_same_too(style, tokenizers, judges):
+def test_text_without_special_tokens_has_the_same_tokens(style, tokenizers, judges):
     judge = judges[style]
     judge.encode_special_tokens = True
     expected = judge.encode_batch(TEXTS[:3_000], add_special_tokens=False)
@@ -56,7 +56,7 @@ def test_text_without_special_tokens_is_the_same_too(style, tokenizers, judges):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_tokens_become_the_text_again(style, tokenizers):
+def test_decoding_gives_the_same_text(style, tokenizers):
     tokenizer = tokenizers[style]
     for text in TEXTS[:2_000]:
         normal = unicodedata.normalize("NFC", text) if style == "qwen" else text
@@ -64,7 +64,7 @@ def test_tokens_become_the_text_again(style, tokenizers):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_every_id_stands_for_the_bytes_of_its_token(style, tokenizers, judges):
+def test_every_id_decodes_to_the_bytes_of_its_token(style, tokenizers, judges):
     tokenizer, judge = tokenizers[style], judges[style]
     assert tokenizer.vocab_size == judge.get_vocab_size()
     for token_id in range(tokenizer.vocab_size):
@@ -90,7 +90,7 @@ def test_every_vocabulary_entry_that_is_text_encodes_to_itself(style, tokenizers
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_pattern_of_another_style_would_be_noticed(style, folders, judges, monkeypatch):
+def test_the_pattern_of_another_style_is_detected(style, folders, judges, monkeypatch):
     others = [patterns.GPT2, patterns.SMOLLM, patterns.LLAMA3, patterns.QWEN]
     own = read_tokenizer(folders[style])._encoding._pat_str
     for other in others:
@@ -104,13 +104,13 @@ def test_the_pattern_of_another_style_would_be_noticed(style, folders, judges, m
             assert num_differing(wrong, judges[style], TEXTS[:1_000]) > 10
 
 
-def test_without_the_normal_form_accents_would_differ(folders, judges, monkeypatch):
+def test_accents_need_the_normal_form(folders, judges, monkeypatch):
     monkeypatch.setattr("minipaged.tokenizer.hugging_face._read_normalizer", lambda _: False)
     wrong = read_tokenizer(folders["qwen"])
     assert num_differing(wrong, judges["qwen"], TEXTS[:1_000]) > 10
 
 
-def test_marks_that_are_text_and_marks_that_are_not_are_told_apart(tokenizers):
+def test_special_and_ordinary_added_tokens_are_distinguished(tokenizers):
     qwen = tokenizers["qwen"]
     assert set(qwen.special_tokens) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
     ids = qwen.encode("<think>a</think><|im_end|>")
@@ -118,7 +118,7 @@ def test_marks_that_are_text_and_marks_that_are_not_are_told_apart(tokenizers):
     assert qwen.decode(ids, skip_special_tokens=True) == "<think>a</think>"
 
 
-def test_the_mark_before_every_text_is_left_out_when_asked(tokenizers):
+def test_the_bos_token_is_left_out_on_request(tokenizers):
     for style, begin in (("llama3", "<|begin_of_text|>"), ("opt", "</s>")):
         tokenizer = tokenizers[style]
         assert tokenizer.encode("") == [tokenizer.special_tokens[begin]]
@@ -127,19 +127,19 @@ def test_the_mark_before_every_text_is_left_out_when_asked(tokenizers):
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("character", ["a", " ", "\n", "!", "1", "é"])
-def test_a_very_long_text_without_a_break_is_no_trouble(style, character, tokenizers):
+def test_a_very_long_text_without_spaces_is_encoded_quickly(style, character, tokenizers):
     text = character * 200_000 + "x"
     assert (
         tokenizers[style].decode(tokenizers[style].encode(text), skip_special_tokens=True) == text
     )
 
 
-def test_too_many_spaces_in_a_row_are_refused_in_a_sentence(tokenizers):
+def test_too_many_consecutive_spaces_are_refused_in_a_sentence(tokenizers):
     with pytest.raises(InvalidRequest, match=r"3000001 characters .* a million or more spaces"):
         tokenizers["gpt2"].encode(" " * 3_000_000 + "x")
 
 
-def test_vocab_and_merges_of_qwen_know_its_pattern_and_its_added_tokens(folders, judges, tmp_path):
+def test_vocab_and_merges_of_qwen_use_its_pattern_and_its_added_tokens(folders, judges, tmp_path):
     described = json.loads((folders["qwen"] / "tokenizer.json").read_text())
     model, added = described["model"], {t["id"]: t for t in described["added_tokens"]}
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -151,7 +151,7 @@ def test_vocab_and_merges_of_qwen_know_its_pattern_and_its_added_tokens(folders,
     assert num_differing(tokenizer, judges["qwen"], TEXTS[:3_000]) == 0
 
 
-# ---- tokenizers that tiktoken cannot play ------------------------------------------------------
+# ---- tokenizers that tiktoken cannot express -----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def sentencepiece(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:a prompt begins with")
-def test_a_sentencepiece_tokenizer_goes_through_the_library(sentencepiece):
+def test_a_sentencepiece_tokenizer_uses_the_tokenizers_library(sentencepiece):
     folder, judge = sentencepiece
     tokenizer = read_tokenizer(folder)
     assert isinstance(tokenizer, LibraryTokenizer)
@@ -172,7 +172,7 @@ def test_a_sentencepiece_tokenizer_goes_through_the_library(sentencepiece):
         assert tokenizer.decode(bare, skip_special_tokens=True) == judge.decode(bare)
 
 
-def test_without_the_library_the_sentence_names_the_extra(sentencepiece, monkeypatch):
+def test_without_the_tokenizers_library_the_message_names_the_extra(sentencepiece, monkeypatch):
     monkeypatch.setattr("minipaged.tokenizer.hf_library.find_spec", lambda name: None)
     with pytest.raises(
         UnsupportedTokenizer, match=r"since .*pip install 'minipaged\[tokenizers\]'"
@@ -203,7 +203,7 @@ def change(folder, target, **changes):
     ],
     ids=str,
 )
-def test_what_tiktoken_cannot_do_goes_through_the_library(changes, folders, judges, tmp_path):
+def test_tokenizers_beyond_tiktoken_use_the_tokenizers_library(changes, folders, judges, tmp_path):
     tokenizer = read_tokenizer(change(folders["gpt2"], tmp_path, **changes))
     assert isinstance(tokenizer, LibraryTokenizer)
     judge = tokenizer._library
@@ -212,7 +212,7 @@ def test_what_tiktoken_cannot_do_goes_through_the_library(changes, folders, judg
 
 
 @pytest.mark.parametrize("option", ["lstrip", "rstrip", "single_word"])
-def test_added_tokens_with_a_will_of_their_own_go_through_the_library(option, tmp_path):
+def test_added_tokens_with_special_rules_use_the_tokenizers_library(option, tmp_path):
     make_qwen(tmp_path)
     described = json.loads((tmp_path / "tokenizer.json").read_text())
     described["added_tokens"][-1][option] = True
@@ -257,9 +257,7 @@ ODD_TOKENS = {
 
 
 @pytest.mark.parametrize("case", ODD_TOKENS)
-def test_added_tokens_that_another_would_find_otherwise_go_through_the_library(
-    case, folders, judges, tmp_path
-):
+def test_overlapping_added_tokens_use_the_tokenizers_library(case, folders, judges, tmp_path):
     assert judges["gpt2"].get_vocab_size() == NEXT
     listed = json.loads((folders["gpt2"] / "tokenizer.json").read_text())["added_tokens"]
     tokens = [*listed, *ODD_TOKENS[case]]
@@ -267,7 +265,7 @@ def test_added_tokens_that_another_would_find_otherwise_go_through_the_library(
     assert isinstance(tokenizer, LibraryTokenizer)
 
 
-def test_added_tokens_of_two_passes_that_cannot_meet_are_tiktokens(folders, judges, tmp_path):
+def test_added_tokens_that_cannot_overlap_use_tiktoken(folders, judges, tmp_path):
     listed = json.loads((folders["gpt2"] / "tokenizer.json").read_text())["added_tokens"]
     tokens = [*listed, added("[one]", NEXT, normalized=True), added("<two>", NEXT + 1)]
     folder = change(folders["gpt2"], tmp_path, added_tokens=tokens)
@@ -278,7 +276,7 @@ def test_added_tokens_of_two_passes_that_cannot_meet_are_tiktokens(folders, judg
 
 
 def opt_folder(folders, target, files: dict):
-    """OPT's tokenizer without the last words of its vocabulary, and with other files beside it."""
+    """OPT's tokenizer without the last words of its vocabulary; `files` are added to its folder."""
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (target / name).write_bytes((folders["opt"] / name).read_bytes())
     for name, content in files.items():
@@ -287,7 +285,7 @@ def opt_folder(folders, target, files: dict):
     return target
 
 
-def test_a_token_that_plays_a_further_role_is_one_token(folders, judges, tmp_path):
+def test_a_token_with_a_second_role_is_one_token(folders, judges, tmp_path):
     more = {"additional_special_tokens": ["<unk>"], "mask_token": "<s>"}
     tokenizer = read_tokenizer(opt_folder(folders, tmp_path, {"tokenizer_config.json": more}))
     assert tokenizer.encode("<unk>a<s>")[1::2] == [3, 0]
@@ -302,14 +300,12 @@ def test_a_token_that_plays_a_further_role_is_one_token(folders, judges, tmp_pat
     ],
     ids=str,
 )
-def test_vocab_and_merges_with_more_than_is_understood_are_refused(
-    files, folders, judges, tmp_path
-):
+def test_vocab_and_merges_with_unknown_settings_are_refused(files, folders, judges, tmp_path):
     with pytest.raises(UnsupportedTokenizer, match=r"save it as tokenizer\.json"):
         read_tokenizer(opt_folder(folders, tmp_path, files))
 
 
-def test_line_ends_and_marks_of_other_systems_are_harmless(folders, judges, tmp_path):
+def test_windows_line_ends_and_byte_order_marks_are_harmless(folders, judges, tmp_path):
     opt_folder(folders, tmp_path, {})
     merges = tmp_path / "merges.txt"
     merges.write_bytes(b"\xef\xbb\xbf" + merges.read_bytes().replace(b"\n", b"\r\n"))
@@ -334,7 +330,7 @@ def test_a_tokenizer_whose_tokens_are_no_text_is_refused(kind, tmp_path):
         read_tokenizer(tmp_path)
 
 
-def test_half_a_surrogate_pair_is_a_replacement_character_everywhere(sentencepiece, tokenizers):
+def test_a_lone_surrogate_becomes_the_replacement_character(sentencepiece, tokenizers):
     for tokenizer in (read_tokenizer(sentencepiece[0]), tokenizers["gpt2"]):
         assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
 
@@ -346,7 +342,7 @@ def test_half_a_surrogate_pair_is_a_replacement_character_everywhere(sentencepie
     ("text", "sentence"),
     [
         ("{", "is not JSON"),
-        ("[]", "is JSON but no object"),
+        ("[]", "is JSON, but not an object"),
         ("{}", 'has no "model"'),
         ('{"model": {"type": "BPE", "vocab": {}}}', "is not a complete tokenizer|cuts text"),
     ],
@@ -385,7 +381,7 @@ def test_a_broken_file_is_named(text, sentence, tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_a_file_with_a_part_that_is_wrong_is_refused(changes, folders, judges, tmp_path):
+def test_a_file_with_one_wrong_section_is_refused(changes, folders, judges, tmp_path):
     with pytest.raises(CheckpointError) as refusal:
         read_tokenizer(change(folders["gpt2"], tmp_path, **changes))
     assert str(tmp_path) in str(refusal.value)
@@ -403,7 +399,7 @@ def test_vocab_and_merges_of_an_unknown_class_are_refused(folders, judges, tmp_p
         read_tokenizer(tmp_path)
 
 
-def test_a_folder_with_a_sentencepiece_model_only_says_what_to_fetch(tmp_path):
+def test_a_folder_with_only_a_sentencepiece_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(UnsupportedTokenizer, match=r"download tokenizer\.json too"):
         read_tokenizer(tmp_path)

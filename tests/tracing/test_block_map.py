@@ -29,7 +29,7 @@ def signs(picture) -> str:
     return "".join(row[1] for row in rows if row[0].isdigit())
 
 
-def test_it_shows_full_partial_and_free_blocks():
+def test_the_map_shows_full_partial_and_free_blocks():
     engine, block_map = engine_and_map(num_blocks=6)
     engine.add(6, num_tokens=4)
     engine.add(4, num_tokens=4)
@@ -88,7 +88,7 @@ def test_what_a_baseline_reserves_is_shown_as_reserved():
     assert signs(block_map.picture()) == "Aa______"
 
 
-def test_swapped_requests_leave_the_pool_and_keep_their_letters():
+def test_swapped_requests_are_not_in_the_pool_and_keep_their_letters():
     engine, block_map = engine_and_map(num_blocks=5, preemption="swap", enable_prefix_caching=False)
     engine.add(8, num_tokens=9)
     engine.add(8, num_tokens=9)
@@ -103,7 +103,7 @@ def test_swapped_requests_leave_the_pool_and_keep_their_letters():
     assert "In total: 1 preemption, " in block_map.totals()
 
 
-def test_the_pool_at_its_fullest_is_kept_when_it_empties():
+def test_the_fullest_state_of_the_pool_is_kept():
     engine, block_map = engine_and_map(num_blocks=6, enable_prefix_caching=False)
     engine.add(6, num_tokens=1)
     engine.add(4, num_tokens=1)
@@ -112,7 +112,7 @@ def test_the_pool_at_its_fullest_is_kept_when_it_empties():
     assert signs(block_map.fullest()) == "AaB···"
 
 
-def test_a_large_pool_is_drawn_as_far_as_it_was_used():
+def test_a_large_pool_is_drawn_up_to_its_last_used_block():
     engine, block_map = engine_and_map(num_blocks=10_000)
     engine.add(4 * 71, num_tokens=2)
     while engine.scheduler.has_unfinished():
@@ -138,7 +138,7 @@ def test_copies_and_evictions_are_counted():
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_it_needs_no_events_to_draw(checked):
+def test_the_map_needs_no_events(checked):
     parts = Parts().checked() if checked else Parts()
     engine = EngineWithoutModel(parts.build_scheduler(replace(CONFIG, num_blocks=6)))
     block_map = BlockMap(engine.scheduler)

@@ -92,7 +92,7 @@ def test_a_schedule_event_names_the_queues_and_the_tokens_of_its_step():
     ]
 
 
-def test_what_happens_within_a_step_has_its_number():
+def test_events_within_a_step_have_the_number_of_the_step():
     events: list[Event] = []
     engine = traced_engine(events.append)
     engine.add(5, num_tokens=4)
@@ -112,7 +112,7 @@ def test_the_tokens_that_the_prefix_cache_held_are_emitted_at_admission():
     assert cached == [{0: 0}, {1: 8}]  # two full blocks of four
 
 
-def test_a_listener_that_joins_late_hears_of_evictions():
+def test_a_late_listener_receives_evictions():
     engine = traced_engine(num_blocks=8)
     engine.add(20, num_tokens=2)
     engine.run()

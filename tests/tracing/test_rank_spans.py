@@ -12,7 +12,7 @@ def seconds_of(num_all_reduces: int, scale: float = 1e-6) -> list[float]:
     return [scale * (7 + n) for n in range(2 * num_all_reduces + 4)]
 
 
-def test_spans_are_told_by_kind_in_microseconds_and_in_order():
+def test_spans_are_sent_by_kind_in_microseconds_and_in_order():
     fields = rank_spans([[4e-6, 10e-6, 1e-6, 20e-6, 2e-6, 30e-6, 3e-6, 40e-6], seconds_of(2)])
     assert fields["num_all_reduces"] == 2
     assert fields["spans"][0] == {
@@ -31,7 +31,7 @@ def test_a_step_without_tokens_has_no_collectives():
 
 
 @pytest.mark.parametrize(("num_layers", "num_ranks"), [(4, 2), (30, 2), (80, 8), (126, 16)])
-def test_an_event_has_about_two_kilobytes_and_loses_no_time(num_layers, num_ranks):
+def test_an_event_has_about_two_kilobytes_and_loses_no_span(num_layers, num_ranks):
     num_all_reduces = 2 * num_layers + 1
     ranks = [seconds_of(num_all_reduces, scale=9.7e-6)] * num_ranks
     fields = rank_spans(ranks)
@@ -46,7 +46,7 @@ def test_an_event_has_about_two_kilobytes_and_loses_no_time(num_layers, num_rank
         assert sum(spans["all_reduce"]) == pytest.approx(all_reduces, abs=num_all_reduces)
 
 
-def test_few_all_reduces_are_told_one_by_one():
+def test_a_few_all_reduces_are_sent_one_by_one():
     [spans, _] = rank_spans([seconds_of(61)] * 2)["spans"]
     assert len(spans["all_reduce"]) == 61
 
@@ -65,7 +65,7 @@ class StubExecutor:
         return f"logits of {step}"
 
 
-def test_ranks_are_asked_for_times_only_while_somebody_listens():
+def test_ranks_send_times_only_if_there_is_a_listener():
     inner, log, events = StubExecutor(), EventLog(), []
     executor = TracedExecutor(inner, log)
     assert executor.run("a") == "logits of a"

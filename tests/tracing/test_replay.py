@@ -1,4 +1,4 @@
-"""The page that replays a trace: its state is that of the memory, and it shows what it is given."""
+"""The page that replays a trace: it shows the given trace, and its state is the memory's."""
 
 import html
 import json
@@ -28,11 +28,11 @@ from minipaged.tracing.snapshot import snapshot
 HOSTILE = '</script><img src=x onerror="document.title=1">{{trace}} \u2028 <!-- "A" & B'
 
 
-# ---- traces, and what the memory says after every step -------------------------------------------
+# ---- traces, and the state of the memory after every step ----------------------------------------
 
 
 def truth(scheduler, is_counted: bool = True) -> dict:
-    """What scheduler and memory say, in the form in which state.js sums up its state."""
+    """The state of scheduler and memory, in the form in which state.js sums up its state."""
     memory = scheduler.memory
     groups = [*scheduler.running, *scheduler.waiting, *scheduler.swapped]
     request_of = {seq.seq_id: group.request_id for group in groups for seq in group.sequences}
@@ -201,7 +201,7 @@ def test_after_every_step_the_state_of_a_trace_is_that_of_the_memory():
         assert_played(one, expected)
 
 
-def test_a_trace_that_begins_with_a_snapshot_goes_on_like_the_whole_one():
+def test_a_trace_that_begins_with_a_snapshot_continues_like_the_full_one():
     kinds = [("auto", None), ("swap", None), ("recompute", None), ("auto", contiguous)]
     cut, rights = [], []
     for seed in range(12):
@@ -219,7 +219,7 @@ def test_a_trace_that_begins_with_a_snapshot_goes_on_like_the_whole_one():
         assert played["states"][0]["step"] == min(right)  # and not an empty pool
 
 
-def test_a_snapshot_tells_pinned_prefixes_from_requests():
+def test_a_snapshot_distinguishes_pinned_prefixes_from_requests():
     from minipaged.llm import LLM
 
     log = EventLog()
@@ -231,7 +231,7 @@ def test_a_snapshot_tells_pinned_prefixes_from_requests():
     assert_played(played, {log.step: truth(llm.engine.scheduler)})
 
 
-def test_a_snapshot_amid_a_trace_replaces_what_came_before():
+def test_a_snapshot_in_the_middle_of_a_trace_replaces_the_state():
     late: dict = {}
     events, expected = run_engine(3, num_blocks=9, preemption="swap", late=late)
     place, begin = late[12]
@@ -263,7 +263,7 @@ def test_a_page_reads_the_version_that_is_written():
     assert "refused" not in played
 
 
-def test_a_trace_without_the_init_event_is_played_all_the_same():
+def test_a_trace_without_the_init_event_can_be_replayed():
     events, expected = run_engine(3, num_blocks=9, preemption="swap")
     [played] = play_in_node([as_json([e for e in events if e.event != "init"])])
     assert played["shape"]["blockSize"] == CONFIG.block_size
@@ -271,7 +271,7 @@ def test_a_trace_without_the_init_event_is_played_all_the_same():
     assert_played(played, expected)
 
 
-def test_unknown_events_and_cut_traces_are_played_as_far_as_they_can_be():
+def test_unknown_events_are_skipped_and_truncated_traces_replayed():
     events, _ = run_engine(4, num_blocks=9, preemption="swap")
     strange = [Event(name, 1, 0.0, {}) for name in ("constructor", "toString", "new_kind")]
     _, cut = play_in_node([as_json([*events[:9], *strange]), as_json(events[len(events) // 2 :])])
@@ -290,7 +290,7 @@ def test_a_second_engine_on_the_same_log_begins_with_an_empty_pool():
     assert {name: states[step + last // 2][name] for name in right} == right
 
 
-def test_the_words_say_what_happened():
+def test_the_sentences_describe_the_events():
     events, _ = run_engine(1, num_blocks=9, preemption="swap")
     [played] = play_in_node([as_json(events)])
     words = " ".join(note for state in played["states"] for note in state["notes"])
@@ -321,7 +321,7 @@ def test_each_rank_gets_a_sentence_until_the_next_step():
     assert second["notes"] == []
 
 
-def test_of_many_ranks_eight_get_a_sentence_and_the_rest_are_counted():
+def test_eight_ranks_get_a_sentence_and_the_others_are_counted():
     one = RANKS.fields["spans"][0]
     many = replace(RANKS, fields={"num_all_reduces": 1, "spans": [one] * 11})
     [played] = play_in_node([as_json([*hostile_events(), many])])
@@ -354,7 +354,7 @@ def one_of_each_kind() -> list[dict]:
     return list(found.values())
 
 
-def test_python_and_the_page_know_the_same_fields_and_traces_have_them_all():
+def test_python_and_the_page_use_the_same_fields_and_traces_have_them_all():
     kinds = one_of_each_kind()
     assert {event["event"] for event in kinds} == FIELDS.keys()
     for event in kinds:
@@ -396,7 +396,7 @@ def test_python_and_the_page_refuse_the_same_fields_in_the_same_words():
         ({"event": "snapshot", "ref_counts": {str(MOST_BLOCKS): 1}}, "ref_counts of snapshot is"),
     ],
 )
-def test_a_field_that_cannot_be_is_refused_with_what_it_must_be(tmp_path, event, sentence):
+def test_an_invalid_field_is_refused_with_what_it_must_be(tmp_path, event, sentence):
     whole = next(e for e in one_of_each_kind() if e["event"] == event["event"]) | event
     path = write_lines(tmp_path / "trace.jsonl", GOOD, json.dumps(whole))
     with pytest.raises(InvalidOption, match=f"line 2 cannot be replayed, since {sentence}"):
@@ -425,7 +425,7 @@ def test_unknown_events_may_have_any_fields(tmp_path):
     assert played["shape"]["numBlocks"] == 0
 
 
-def test_the_largest_pool_allowed_is_played():
+def test_the_largest_pool_allowed_can_be_replayed():
     init = {"num_blocks": MOST_BLOCKS, "num_swap_blocks": MOST_BLOCKS, "block_size": 16}
     [played] = play_in_node([as_json([Event("init", 0, 0.0, init), *hostile_events()[1:]])])
     assert played["shape"]["numBlocks"] == MOST_BLOCKS
@@ -538,12 +538,12 @@ def test_a_trace_of_another_version_is_refused_in_one_sentence(tmp_path, version
     with pytest.raises(InvalidOption) as refusal:
         Replay.read(path)
     assert str(refusal.value) == (
-        f"{path} has events of {named} (line 1), and this minipaged reads only version "
+        f"{path} has events of {named} (line 1), but this minipaged reads only version "
         f"{SCHEMA_VERSION}: record the trace again with this minipaged."
     )
 
 
-def test_what_is_no_text_file_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "picture").write_bytes(b"\x89PNG\xff\xfe")
     for path in (tmp_path / "picture", tmp_path / "missing", tmp_path):
         with pytest.raises(InvalidOption, match=path.name):
@@ -603,7 +603,7 @@ def trace_file(tmp_path) -> Path:
     return write_lines(tmp_path / "trace.jsonl", *(event.to_json() for event in events))
 
 
-def test_the_command_writes_the_page_where_it_is_told(capsys, monkeypatch, tmp_path, trace_file):
+def test_the_command_writes_the_page_to_the_given_path(capsys, monkeypatch, tmp_path, trace_file):
     page = tmp_path / "page.html"
     monkeypatch.setattr("webbrowser.open", lambda _: pytest.fail("it was told not to"))
     command = ("trace", "view", str(trace_file), "--output", str(page), "--no-open")
@@ -613,7 +613,7 @@ def test_the_command_writes_the_page_where_it_is_told(capsys, monkeypatch, tmp_p
     assert html.escape(trace_file.name) in page.read_text(encoding="utf-8")
 
 
-def test_the_command_opens_a_page_in_a_temporary_place(capsys, monkeypatch, tmp_path, trace_file):
+def test_the_command_opens_a_page_in_a_temporary_folder(capsys, monkeypatch, tmp_path, trace_file):
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -623,7 +623,7 @@ def test_the_command_opens_a_page_in_a_temporary_place(capsys, monkeypatch, tmp_
     assert Path(out.strip()).is_file()
 
 
-def test_the_command_refuses_what_is_no_trace_and_leaves_no_page(capsys, monkeypatch, tmp_path):
+def test_the_command_refuses_an_invalid_trace_and_leaves_no_page(capsys, monkeypatch, tmp_path):
     trace, page = write_lines(tmp_path / "trace.jsonl", GOOD, "{"), tmp_path / "page.html"
     command = ("trace", "view", str(trace), "--output", str(page), "--no-open")
     code, _, err = minipaged(capsys, monkeypatch, *command)
@@ -709,7 +709,7 @@ def test_a_page_with_events_of_another_version_refuses_them(open_page, monkeypat
     assert page.locator("#player").is_hidden()
 
 
-def test_a_trace_that_lacks_something_is_refused_in_a_sentence(open_page):
+def test_an_incomplete_trace_is_refused_in_a_sentence(open_page):
     page = open_page([*hostile_events(), Event("admit", 2, 0.3, {"request_id": "x"})])
     said = page.locator("#empty").inner_text()
     assert said == (
@@ -719,14 +719,14 @@ def test_a_trace_that_lacks_something_is_refused_in_a_sentence(open_page):
     assert page.locator("#player").is_hidden()
 
 
-def test_a_trace_with_times_that_are_no_numbers_is_refused_in_a_sentence(open_page):
+def test_a_trace_with_invalid_times_is_refused_in_a_sentence(open_page):
     page = open_page([*hostile_events(), Event("free", 2, float("nan"), {"seq_id": 0})])
     assert page.locator("#empty").inner_text().startswith("This trace is no JSON")
     assert page.locator("#player").is_hidden()
 
 
 @pytest.mark.parametrize("events", [[], hostile_events()[:1]], ids=["no events", "no steps"])
-def test_a_trace_without_steps_says_so(open_page, events):
+def test_a_trace_without_steps_is_reported(open_page, events):
     page = open_page(events)
     assert page.locator("#empty").is_visible()
     assert page.locator("#player").is_hidden()

@@ -1,4 +1,4 @@
-"""A ring of the last items: what a reader gets, and what it is told to have lost."""
+"""A ring of the last items: what a reader gets, and how many items it has missed."""
 
 import threading
 
@@ -40,7 +40,7 @@ def test_a_reader_is_told_that_a_cleared_ring_has_lost_what_it_needs():
     assert ring.next == 2
 
 
-def test_a_reader_in_another_thread_misses_nothing_unnoticed():
+def test_a_reader_in_another_thread_notices_every_gap():
     ring, found = Ring[int](50), []
     writer = threading.Thread(target=lambda: [ring.add(number, 1) for number in range(20_000)])
     writer.start()

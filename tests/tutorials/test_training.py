@@ -42,7 +42,7 @@ def test_every_word_of_the_grammar_is_one_token():
         assert len(encoding.encode(f" {word}")) == 1, word
 
 
-def test_answers_count_in_full_and_facts_hardly():
+def test_answers_have_full_weight_in_the_loss_and_facts_little():
     from bpe import load_tokenizer
     from windows import FACT_WEIGHT, Windows
 
@@ -84,7 +84,7 @@ def test_an_exported_model_runs_in_the_library_with_the_same_tokens(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_training_can_stop_and_go_on(tmp_path):
+def test_training_can_be_interrupted_and_resumed(tmp_path):
     from bpe import load_tokenizer
     from train import Trainer
 

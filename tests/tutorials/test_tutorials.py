@@ -1,4 +1,4 @@
-"""Every chapter runs as it stands, keeps its form, and copies nothing out of the library."""
+"""Every chapter runs as it is, keeps its form, and copies nothing out of the library."""
 
 import ast
 import functools
@@ -69,7 +69,7 @@ def test_a_chapter_runs_from_top_to_bottom(chapter: Path, tmp_path: Path):
     times = IMPORT.findall(run.stderr)
     said = IMPORT.sub("", run.stderr)
     assert run.returncode == 0, f"{run.stdout[-2000:]}\n{said[-4000:]}"
-    assert not list(tmp_path.iterdir()), "a chapter leaves nothing behind"
+    assert not list(tmp_path.iterdir()), "a chapter leaves files in its folder"
     assert run.stdout.endswith(f": minipaged learn {int(chapter.stem[:2])}.\n")
     known = {module_name(file) for file in imported_files(chapter, ROOT)[0]}
     imported = {name for name in times if name.split(".")[0] in ("minipaged", "drawing")}
@@ -83,7 +83,7 @@ def module_name(file: Path) -> str:
 
 
 @pytest.mark.full
-def test_a_script_keeps_its_pictures_where_it_is_told(tmp_path: Path):
+def test_a_script_writes_its_pictures_to_the_given_folder(tmp_path: Path):
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "MINIPAGED_PICTURES": "pictures"}
     subprocess.run(
         [sys.executable, CHAPTERS[0]], cwd=tmp_path, env=environment, check=True,
@@ -145,7 +145,7 @@ def test_an_exercise_is_open_until_its_solution_is_in_place(chapter: Path, tmp_p
 
 
 @each_chapter
-def test_a_chapter_has_its_form(chapter: Path):
+def test_a_chapter_has_the_fixed_sections(chapter: Path):
     text = markdown(chapter)
     number = int(chapter.stem[:2])
     assert re.match(rf"# {number}\. \S.*\n\n\S", text), (
@@ -161,7 +161,7 @@ def test_a_chapter_has_its_form(chapter: Path):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_a_chapter_says_on_its_first_screen_what_it_takes(chapter: Path):
+def test_a_chapter_lists_its_requirements_on_the_first_screen(chapter: Path):
     paragraphs = markdown(chapter).split("\n\n")
     facts = re.fullmatch(
         r"(?:\*\*Needs\*\* (?P<needs>.+) · )?\*\*Time\*\* \d+ minutes(?: · \*\*Lab\*\* \[.+)?",
@@ -174,7 +174,7 @@ def test_a_chapter_says_on_its_first_screen_what_it_takes(chapter: Path):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_a_chapter_folds_what_a_lab_asks_for(chapter: Path):
+def test_a_chapter_folds_the_code_that_a_lab_removes(chapter: Path):
     holes = tuple(f".{hole}" for lab in LABS for hole in lab.holes)
     unfolded = re.sub(r"<details.*?</details>", "", markdown(chapter), flags=re.DOTALL)
     quoted = re.findall(r"^@@ (\S+)$", unfolded, flags=re.MULTILINE)
@@ -182,7 +182,7 @@ def test_a_chapter_folds_what_a_lab_asks_for(chapter: Path):
 
 
 @each_chapter
-def test_what_a_chapter_quotes_exists(chapter: Path):
+def test_every_name_that_a_chapter_quotes_exists(chapter: Path):
     for name in re.findall(r"^@@ (\S+)$", markdown(chapter), flags=re.MULTILINE):
         assert pkgutil.resolve_name(name) is not None
 
@@ -199,7 +199,7 @@ def functions(source: str) -> dict[str, str]:
 
 
 @each_chapter
-def test_a_chapter_copies_nothing(chapter: Path):
+def test_a_chapter_copies_no_code_of_the_library(chapter: Path):
     library = functions_of_the_library()
     for name, body in functions(chapter.read_text(encoding="utf-8")).items():
         assert body not in library, f"{name} is {library[body]}: quote it by its name instead"

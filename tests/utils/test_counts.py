@@ -25,7 +25,7 @@ def test_number_and_noun_agree(words, said):
     assert counted(*words) == said
 
 
-def test_a_pool_of_one_block_is_not_one_blocks():
+def test_one_block_is_singular():
     pool = BlockAllocator(1)
     pool.allocate()
     with pytest.raises(OutOfBlocks) as refused:

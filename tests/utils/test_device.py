@@ -36,7 +36,7 @@ PARAMS = {
 
 
 @pytest.mark.parametrize("chosen", [*([name] for name in PARAMS), list(PARAMS)], ids="+".join)
-def test_sampling_looks_at_no_number_before_its_last_line(chosen: list[str]) -> None:
+def test_sampling_does_not_synchronise_before_its_last_line(chosen: list[str]) -> None:
     rows = [
         SamplingRow(SamplingParams(**PARAMS[name]), [1, 2, 3], [4, 4], seed=7, end_token_ids=[9])
         for name in chosen
@@ -73,7 +73,7 @@ def test_a_step_of_the_model_stays_on_its_device(backend: str, kv_dtype: torch.d
         assert logits.device == ELSEWHERE
 
 
-def test_numbers_of_the_host_are_pinned_for_a_gpu_and_those_of_the_gpu_stay(monkeypatch) -> None:
+def test_host_tensors_are_pinned_and_gpu_tensors_stay_where_they_are(monkeypatch) -> None:
     pinned: list[Tensor] = []
 
     def pin_memory(tensor: Tensor) -> Tensor:
@@ -95,13 +95,13 @@ def test_numbers_of_the_host_are_pinned_for_a_gpu_and_those_of_the_gpu_stay(monk
     "dtype", [None, torch.long, torch.int32, torch.float32, torch.bool], ids=str
 )
 @pytest.mark.parametrize("values", [[], [3, -1, 2**31 - 1], [[1, 2], [3, 4]], [True, False], (1,)])
-def test_numbers_become_the_tensor_that_torch_would_make_of_them(values, dtype) -> None:
+def test_numbers_become_the_same_tensor_as_with_torch(values, dtype) -> None:
     made, expected = to_device(values, "cpu", dtype), torch.tensor(values, dtype=dtype)
     assert made.dtype == expected.dtype
     assert made.tolist() == expected.tolist()
 
 
-def test_an_integer_that_does_not_fit_is_no_tensor() -> None:
+def test_an_integer_that_does_not_fit_is_refused() -> None:
     for dtype, value in ((torch.int32, 2**31), (torch.long, 2**63)):
         with pytest.raises((OverflowError, RuntimeError)):
             to_device([value], "cpu", dtype)

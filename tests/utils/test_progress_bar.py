@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
     ],
 )
 @pytest.mark.parametrize("disabled", ["", "1"])
-def test_a_bar_is_seen_where_it_should_be_and_never_if_disabled(
+def test_a_progress_bar_is_shown_only_where_it_is_enabled(
     terminal, shown, is_seen, disabled, monkeypatch
 ):
     stream = Terminal() if terminal else io.StringIO()

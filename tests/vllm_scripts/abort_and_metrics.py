@@ -1,4 +1,4 @@
-"""Requests that are given up, and when the others were served."""
+"""Requests that are aborted, and when the others were served."""
 
 import sys
 import time

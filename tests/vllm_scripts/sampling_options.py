@@ -1,4 +1,4 @@
-"""What can be asked of the choice of tokens, and of the text."""
+"""Options for the choice of tokens, and for the text."""
 
 import sys
 

@@ -24,7 +24,7 @@ def on_each_rank(size: int, act: Callable[[Ranks], T]) -> list[T]:
     def be(rank: int) -> T:
         ranks = Ranks(store, rank, size, cpu, start_timeout=20, step_timeout=20, host="127.0.0.1")
         found = act(ranks)
-        ranks.agree_on_least(0)  # nobody leaves while another is still reading
+        ranks.agree_on_least(0)  # no rank leaves while another is still reading
         ranks.disconnect()
         return found
 
@@ -56,7 +56,7 @@ def test_sums_of_all_sizes_are_right_and_the_same_bits_on_each_rank(size):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")
-def test_threads_of_connections_interrupt_no_running_thread():
+def test_threads_of_connections_do_not_interrupt_a_running_thread():
     def threads() -> set[int]:
         return {int(each.name) for each in Path("/proc/self/task").iterdir()}
 
@@ -68,6 +68,6 @@ def test_threads_of_connections_interrupt_no_running_thread():
     before = threads()
     (own, others), _ = on_each_rank(2, policies)
     assert own == os.SCHED_OTHER
-    # Both ranks' threads, and the two that act as ranks, which have been given back their own.
+    # Both ranks' threads, and the two that act as ranks, which have their own state again.
     assert others.count(os.SCHED_OTHER) == 2
     assert others.count(os.SCHED_BATCH) >= 4

@@ -1,4 +1,4 @@
-"""Several ranks, each a process of its own: the same tokens as one, and how little is sent."""
+"""Several ranks, each a process of its own: the same tokens as one, and few bytes are sent."""
 
 import gc
 from pathlib import Path
@@ -139,7 +139,7 @@ def test_log_probabilities_of_two_ranks_are_those_of_one(checkpoints):
 # ---- what is sent --------------------------------------------------------------------------------
 
 
-def test_a_step_is_one_message_two_sums_per_layer_one_more_and_one_gather():
+def test_a_step_is_one_message_two_sums_per_layer_one_sum_and_one_gather():
     llm = LLM("storyteller", tensor_parallel_size=2, num_blocks=300, max_num_seqs=64)
     executor = llm.engine.executor
     assert isinstance(executor, MultiExecutor)

@@ -91,7 +91,7 @@ def test_long_contexts_are_split_and_merged(num_seqs: int, length: int, kv_dtype
 
 
 @pytest.mark.parametrize("queries", [4096, 512, 17])
-def test_prefill_of_4096_tokens(queries: int) -> None:
+def test_a_prefill_of_4096_tokens_gives_what_dense_attention_gives(queries: int) -> None:
     case = Case(Heads("", 32, 8, 128), 1, 4096, queries=queries)
     inputs = make_inputs(case, DEVICE, torch.bfloat16)
     attend = choose_backend("triton", DEVICE, 128).paged_attention
@@ -101,7 +101,7 @@ def test_prefill_of_4096_tokens(queries: int) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_a_pool_beyond_2_to_the_31_numbers(backend: str) -> None:
+def test_a_pool_of_more_than_2_to_the_31_elements_is_read_correctly(backend: str) -> None:
     setup = paged_setup([(1, 100), (40, 30)], head_dim=128, block_size=16, dtype=torch.bfloat16)
     there = on_gpu(setup)
     shift = 2**31 // there.k_cache[0].numel() + 1  # blocks, so that every offset is beyond 2^31

@@ -1,6 +1,6 @@
-"""Decode steps that are recorded once and replayed: the same tokens, and nothing else is touched.
+"""Decode steps that are recorded once and replayed: the same tokens, and no other memory written.
 
-A CUDA graph needs a GPU (see test_gpu.py). Everything round it does not: here a step is "recorded"
+A CUDA graph needs a GPU (see test_gpu.py). Everything around it does not: here a step is "recorded"
 by keeping the function, which on every replay finds its inputs in the same tensors as a graph
 would, padding included.
 """
@@ -69,7 +69,7 @@ def test_replayed_steps_give_the_same_tokens_and_the_same_cache(folder):
     assert tokens(llm) == expected == tokens(LLM(folder, attention_backend="reference", **OPTIONS))
     # 3 sequences are padded to 4; 2 and 1 are sizes of their own.
     assert recorder.num_recorded == 3
-    assert recorder.num_replayed == 6 - 3  # 6 decode steps; the first of each size runs as ever
+    assert recorder.num_replayed == 6 - 3  # 6 decode steps; the first of each size is not a replay
     for (k, v), (plain_k, plain_v) in zip(
         llm.engine.executor.runner.kv_cache.layers,
         plain.engine.executor.runner.kv_cache.layers,
@@ -87,7 +87,7 @@ def test_a_size_that_was_recorded_serves_later_requests(folder):
     assert recorder.num_recorded == 3
 
 
-def test_a_replay_finds_its_inputs_where_they_were(folder):
+def test_a_replay_reads_its_inputs_at_the_same_addresses(folder):
     addresses: list[set[int]] = []
 
     def record(step: Step) -> Step:
@@ -129,7 +129,7 @@ def test_only_a_batch_of_decodes_is_replayed(folder):
     assert all(max(queries) == 1 for queries, replayed in seen if replayed)
 
 
-def test_a_cpu_and_foreign_attention_have_no_graphs(folder):
+def test_a_cpu_and_custom_attention_have_no_graphs(folder):
     assert LLM(folder, device="cpu", **OPTIONS).engine.executor.runner.graphs is None
     from minipaged.attention.backend import choose_backend
 

@@ -1,4 +1,4 @@
-"""A rank that is killed, stopped, fails or hangs: the others end, and the caller hears why."""
+"""A rank that is killed, stopped, fails or hangs: the others end, the caller gets the reason."""
 
 import gc
 import http.client
@@ -95,7 +95,7 @@ def signal_and_note(worker, number: signal.Signals, times: list[float]) -> None:
 
 
 @pytest.mark.parametrize("when", [between_steps, within_a_step])
-def test_a_killed_worker_is_told_at_once_and_a_new_engine_works(started, expected, when):
+def test_a_killed_worker_is_reported_at_once_and_a_new_engine_works(started, expected, when):
     llm = two_ranks()
     [worker] = started
     killed = list[float]()
@@ -144,7 +144,7 @@ def test_a_stopped_worker_is_killed_when_its_engine_is_deleted(started):
     ("how", "what"),
     [("SIGKILL", r"rank 2 has ended \(exit code -9"), ("SIGSTOP", "rank 2 does not")],
 )
-def test_of_four_ranks_the_one_that_is_the_cause_is_named(started, how, what):
+def test_the_failed_rank_of_four_is_named(started, how, what):
     llm = two_ranks(tensor_parallel_size=4, step_timeout=3)
     within_a_step(llm, 5, lambda: started[1].send_signal(signal.Signals[how]))
     with pytest.raises(WorkerLost, match=what):
@@ -293,7 +293,7 @@ say("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), tokens(llm) == 
 
 
 @pytest.mark.full
-def test_a_fork_of_rank_0_leaves_its_engine_alone(tmp_path):
+def test_a_fork_of_rank_0_does_not_affect_its_engine(tmp_path):
     with script(tmp_path, FORK) as rank_0:
         assert rank_0.wait_for("child") == ["7", "True"]
         assert "fork" in rank_0.wait_for("refused")
@@ -339,7 +339,7 @@ def test_ctrl_c_in_a_terminal_leaves_the_engine_usable(tmp_path):
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
-def test_ctrl_c_after_a_step_is_whatever_the_program_has_made_of_it(handler):
+def test_ctrl_c_after_a_step_follows_the_handler_of_the_program(handler):
     calls = []
     chosen = (lambda *_: calls.append(None)) if callable(handler) else handler
     before = signal.signal(signal.SIGINT, chosen)
@@ -356,7 +356,7 @@ def test_ctrl_c_after_a_step_is_whatever_the_program_has_made_of_it(handler):
 # ---- several engines -----------------------------------------------------------------------------
 
 
-def test_two_engines_in_one_process_do_not_meet(started, expected):
+def test_two_engines_in_one_process_do_not_interfere(started, expected):
     first, second = two_ranks(), two_ranks()
     assert tokens(first) == expected
     assert tokens(second) == expected
@@ -375,7 +375,7 @@ def test_two_engines_in_one_process_do_not_meet(started, expected):
 
 
 @pytest.mark.full
-def test_two_processes_with_an_engine_each_do_not_meet(tmp_path, expected):
+def test_two_processes_with_an_engine_each_do_not_interfere(tmp_path, expected):
     code = "llm = two_ranks()\ntell_workers(llm)\nsay('tokens', tokens(llm))"
     with script(tmp_path, code) as first, script(tmp_path, code) as second:
         for each in (first, second):
@@ -441,7 +441,7 @@ def test_torchrun_ends_when_one_of_its_processes_is_killed(tmp_path):
         wait_until_gone(list(pids.values()), 10)
 
 
-def test_another_number_of_processes_than_torchrun_has_started_is_refused(monkeypatch):
+def test_a_tensor_parallel_size_other_than_torchruns_is_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InvalidOption, match="size is 2, but torchrun has started 3 processes"):
@@ -454,7 +454,7 @@ FLAGS = ["--tensor-parallel-size", "2", "--num-blocks", "300", "--max-num-seqs",
 BODY = {"prompt": PROMPTS[0], "max_tokens": 12, "ignore_eos": True, "temperature": 0}
 
 
-def test_a_server_of_two_ranks_serves_and_ends_without_a_trace(tmp_path):
+def test_a_server_of_two_ranks_leaves_no_processes(tmp_path):
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     [one] = LLM("storyteller", **SMALL).generate(PROMPTS[0], params, use_tqdm=False)
     with running(tmp_path, *FLAGS) as server:
@@ -515,8 +515,8 @@ def test_a_size_that_does_not_fit_the_model_starts_no_process(started, overrides
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"start_timeout": 60}, "start_timeout is 60, but one rank waits for no other"),
-        ({"step_timeout": 60}, "step_timeout is 60, but one rank waits for no other"),
+        ({"start_timeout": 60}, "start_timeout is 60, but has no effect with one rank"),
+        ({"step_timeout": 60}, "step_timeout is 60, but has no effect with one rank"),
         ({"tensor_parallel_size": 2, "memory": "virtual"}, "in one process"),
         ({"tensor_parallel_size": 2, "memory": "contiguous-max"}, "in one process"),
         (
@@ -535,7 +535,7 @@ def test_options_that_several_ranks_cannot_honour_start_no_process(started, opti
     ("device", "sentence"),
     [("cuda:1", "each of the 3 ranks has a GPU of its own"), ("cuda", "this machine has 2")],
 )
-def test_gpus_that_the_ranks_cannot_have_are_refused(started, monkeypatch, device, sentence):
+def test_too_few_gpus_for_the_ranks_are_refused(started, monkeypatch, device, sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InvalidOption, match=sentence):

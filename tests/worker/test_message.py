@@ -1,4 +1,4 @@
-"""The message of a step: what goes in comes out, and little of it is sent."""
+"""The message of a step: what goes in comes out, and few bytes are sent."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from minipaged.worker.message import StepDecoder, StepEncoder
 
 numbers = st.integers(0, 2**31 - 1)
 pairs = st.lists(st.tuples(numbers, numbers), max_size=3).map(tuple)
-# Few ids and blocks, so that tables of one sequence often begin alike, shrink and return.
+# Few ids and blocks, so that tables of one sequence often share a prefix, shrink and return.
 blocks = st.lists(st.integers(0, 3), max_size=6)
 sequences = st.builds(
     SequenceInput,
@@ -48,7 +48,7 @@ def decode_step(num_sequences: int, context_len: int) -> StepInput:
     )
 
 
-def test_a_block_table_is_sent_once_and_then_what_is_new_of_it():
+def test_a_block_table_is_sent_once_and_then_only_its_changes():
     encoder = StepEncoder()
     first = encoder.encode(decode_step(64, 1000))
     later = encoder.encode(decode_step(64, 1000))

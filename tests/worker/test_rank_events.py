@@ -1,4 +1,4 @@
-"""A trace of several ranks: what each step took on each of them, and nothing sent without need."""
+"""A trace of several ranks: the times of each step on each rank, sent only when requested."""
 
 from pathlib import Path
 
@@ -19,9 +19,7 @@ def rank_events(events: list[Event]) -> list[Event]:
     return [event for event in events if event.event == "ranks"]
 
 
-def test_every_step_in_a_trace_file_tells_what_it_took_on_each_rank(
-    capsys, monkeypatch, tmp_path: Path
-):
+def test_every_step_in_a_trace_file_has_the_times_of_each_rank(capsys, monkeypatch, tmp_path: Path):
     trace = tmp_path / "trace.jsonl"
     command = ("generate", "Theo", "--tensor-parallel-size", "2", "--num-blocks", "64")
     code, _, err = minipaged(

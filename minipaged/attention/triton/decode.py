@@ -17,8 +17,8 @@ Grid               (kv_heads, seqs, splits): the keys of a sequence are cut into
                    are read together.
 Bytes              2 * seq_len * kv_heads * head_dim elements per sequence, each read once: a
                    program serves all query heads of its KV head. (Queries and results add less
-                   than 1 % from 100 keys per query head of a group.) This is the floor: bytes /
-                   bandwidth. A split adds 8 * heads * head_dim bytes.
+                   than 1 % if a sequence has more than 100 keys per query head of a group.) This
+                   is the floor: bytes / bandwidth. A split adds 8 * heads * head_dim bytes.
 Operations         4 * seq_len * heads * head_dim: in half precision, the operations per byte equal
                    the query heads per KV head, 1 to 8, and a GPU could do about 200. The
                    arithmetic is therefore free, although the tensor cores multiply 16 rows for
@@ -46,7 +46,7 @@ from minipaged.attention.triton.splits import (
     split_length,
     splits_to_fill,
 )
-from minipaged.attention.triton.tile import attend_to_tile, load_query
+from minipaged.attention.triton.tile import attend_to_tile, load_blocks, load_query
 
 
 class TileShape(NamedTuple):
@@ -54,14 +54,19 @@ class TileShape(NamedTuple):
 
     tile: int  # positions
     num_warps: int
-    num_stages: int  # of the loop: the first loads table entries, the next keys and values ...
+    num_stages: int  # of the loop: with 3, two tiles of keys are loading or in use, with 4 three
 
 
 def choose_tile(width: int, query_bytes: int, cache_bytes: int) -> TileShape:
-    """Return the tile shape for rows of `width` elements of this many bytes."""
+    """Return the tile shape for rows of `width` elements of this many bytes.
+
+    Several tiles of keys and of values must fit in shared memory, for several programs.
+    """
     if query_bytes == 4 and width >= 128:  # float32 takes many registers; see `prefill`
         return TileShape(16, 8, 2)
-    return TileShape(64 if width * cache_bytes <= 256 else 32, 4, 3)
+    if width * cache_bytes <= 128:
+        return TileShape(64, 4, 4 if cache_bytes == 1 else 3)
+    return TileShape(32, 4, 4 if width <= 128 else 3)
 
 
 def decode(
@@ -190,16 +195,19 @@ def decode_kernel(
     total = tl.full([ROWS], 0.0, tl.float32)
     output = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     whole_tiles_end = start + (end - start) // TILE * TILE
+    blocks = load_blocks(table, start, end, BLOCK_SIZE, TILE)
     for tile_start in range(start, whole_tiles_end, TILE):  # without masks: most tiles
+        next_blocks = load_blocks(table, tile_start + TILE, end, BLOCK_SIZE, TILE)
         maximum, total, output = attend_to_tile(
-            maximum, total, output, query, last_position, tile_start, end,
-            k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
+            maximum, total, output, query, last_position, tile_start, end, blocks,
+            k_cache, v_cache, k_scales, v_scales, kv_head, scale,
             KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
+        blocks = next_blocks
     if whole_tiles_end < end:
         maximum, total, output = attend_to_tile(
-            maximum, total, output, query, last_position, whole_tiles_end, end,
-            k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
+            maximum, total, output, query, last_position, whole_tiles_end, end, blocks,
+            k_cache, v_cache, k_scales, v_scales, kv_head, scale,
             KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, True, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
 

@@ -19,8 +19,8 @@ _INTERPRETED_SMS = 4  # assumed when interpreted: few, but enough for some split
 def prepare_triton() -> None:
     """Decide how kernels run: once per process, before any kernel is defined.
 
-    Interpreted if there is no GPU, or if TRITON_INTERPRET=1 asks for it; TRITON_INTERPRET=0
-    compiles even without a GPU (`minipaged bench compile` does).
+    They are interpreted if there is no GPU or TRITON_INTERPRET=1 is set. With TRITON_INTERPRET=0
+    they are compiled even without a GPU, as by `minipaged bench compile`.
     """
     if find_spec("triton") is None:
         return  # `why_no_triton` says so
@@ -30,12 +30,12 @@ def prepare_triton() -> None:
         knobs.runtime.interpret = not torch.cuda.is_available()
     if knobs.runtime.interpret:
         _interpret_functions_of_triton()
-    # Both kernels were written for fused multiply-add; newer versions of Triton need this option.
+    # The kernels rely on fused multiply-add, which newer versions of Triton must be told to use.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def _interpret_functions_of_triton() -> None:
-    """Triton's own `tl.sum` and others are compiled functions if it was imported before."""
+    """Interpret Triton's own functions, such as `tl.sum`, even if Triton was imported before."""
     from triton import JITFunction
     from triton import language as tl
     from triton.runtime.interpreter import InterpretedFunction
@@ -65,7 +65,7 @@ def why_no_triton(device: torch.device, head_dim: int, kv_dtype: str = "auto") -
         return 'the package "triton" is not installed (it exists for Linux only)'
     if head_dim > LARGEST_HEAD:
         return (
-            f"the kernels support heads of up to {LARGEST_HEAD} elements, and this model's have "
+            f"the kernels support heads of up to {LARGEST_HEAD} elements, but this model's have "
             f"{head_dim}"
         )
     if device.type == "cuda" and (reason := _why_not_on_gpu(device, kv_dtype)):
@@ -88,7 +88,7 @@ def _why_not_on_gpu(device: torch.device, kv_dtype: str) -> str | None:
     if capability >= oldest:
         return None
     return (
-        f"{who} a GPU of compute capability {oldest[0]}.{oldest[1]} or newer, and "
+        f"{who} a GPU of compute capability {oldest[0]}.{oldest[1]} or newer, but "
         f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
     )
 
@@ -108,6 +108,16 @@ def _why_not_interpreted(kv_dtype: str) -> str | None:
             f"{numpy.__version__} (install triton 3.9, or numpy below 2.4)"
         )
     return None
+
+
+@cache
+def has_large_sms(device: torch.device) -> bool:
+    """Whether a multiprocessor has 228 KiB of shared memory, as on Hopper and B100 to B300.
+
+    Ampere's has 164 KiB, or 100 KiB in smaller GPUs, as later ones for graphics. Without a GPU, the
+    answer is yes.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @cache

@@ -37,7 +37,8 @@ from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import heads_per_kv_head
 from minipaged.attention.triton.launch import LOG2_E, math_type, pointers, pool_constants
-from minipaged.attention.triton.tile import attend_to_tile, load_query
+from minipaged.attention.triton.machine import has_large_sms
+from minipaged.attention.triton.tile import attend_to_tile, load_blocks, load_query
 
 
 class TileShapes(NamedTuple):
@@ -49,13 +50,16 @@ class TileShapes(NamedTuple):
     num_stages: int  # of the loop over tiles of keys, as in `decode`
 
 
-def choose_tiles(width: int, query_bytes: int, cache_bytes: int) -> TileShapes:
+def choose_tiles(
+    width: int, query_bytes: int, cache_bytes: int, large_sms: bool = True
+) -> TileShapes:
     """Return the largest shapes that do not spill registers (see `minipaged bench compile`).
 
     Args:
         width: elements in a row of either tile.
         query_bytes: bytes per element of a query.
         cache_bytes: bytes per element in the cache.
+        large_sms: see `has_large_sms`; on others, fewer tiles fit at the same time.
     """
     if query_bytes == 4:  # three partial products per element: many registers
         rows, tile = {64: (64, 16), 128: (32, 32), 256: (16, 16)}[max(64, width)]
@@ -63,8 +67,8 @@ def choose_tiles(width: int, query_bytes: int, cache_bytes: int) -> TileShapes:
     if width > 128:
         return TileShapes(64, 32, 8, 2)
     if cache_bytes == 1:  # keys that wait for conversion take registers too
-        return TileShapes(64, 64, 8, 2)
-    return TileShapes(128, 64, 8, 2)
+        return TileShapes(64, 64 if large_sms else 32, 8, 3)
+    return TileShapes(128, 64 if large_sms else 32, 8, 3)
 
 
 def prefill(
@@ -88,7 +92,8 @@ def prefill(
     group_size = heads_per_kv_head(q, k_cache, v_cache)
     tensors = pointers(k_cache, v_cache)
     if shapes is None:
-        shapes = choose_tiles(constants["WIDTH"], q.itemsize, tensors[0].itemsize)
+        large_sms = has_large_sms(q.device)
+        shapes = choose_tiles(constants["WIDTH"], q.itemsize, tensors[0].itemsize, large_sms)
     rows = max(shapes.rows, triton.next_power_of_2(group_size))
     queries = rows // group_size
     most_tiles = num_tokens // queries + batch.num_seqs
@@ -176,18 +181,23 @@ def prefill_kernel(
     end = context_len + tl.minimum(first_query + QUERIES, query_len)
     # Keys visible to the first query are visible to every row, so these tiles need no mask.
     whole_tiles_end = (context_len + first_query + 1) // TILE * TILE
+    blocks = load_blocks(table, 0, end, BLOCK_SIZE, TILE)
     for tile_start in range(0, whole_tiles_end, TILE):
+        next_blocks = load_blocks(table, tile_start + TILE, end, BLOCK_SIZE, TILE)
         maximum, total, output = attend_to_tile(
-            maximum, total, output, query, row_positions, tile_start, end,
-            k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
+            maximum, total, output, query, row_positions, tile_start, end, blocks,
+            k_cache, v_cache, k_scales, v_scales, kv_head, scale,
             KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, False, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
+        blocks = next_blocks
     for tile_start in range(whole_tiles_end, end, TILE):  # across the diagonal
+        next_blocks = load_blocks(table, tile_start + TILE, end, BLOCK_SIZE, TILE)
         maximum, total, output = attend_to_tile(
-            maximum, total, output, query, row_positions, tile_start, end,
-            k_cache, v_cache, k_scales, v_scales, table, kv_head, scale,
+            maximum, total, output, query, row_positions, tile_start, end, blocks,
+            k_cache, v_cache, k_scales, v_scales, kv_head, scale,
             KV_HEADS, HEAD_DIM, WIDTH, BLOCK_SIZE, TILE, True, QUANTIZED, LARGEST, MATH,
         )  # fmt: skip
+        blocks = next_blocks
 
     dims = tl.arange(0, WIDTH)
     places = (first_token + queries).to(tl.int64) * HEADS + heads  # [ROWS]

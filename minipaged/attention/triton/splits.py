@@ -25,7 +25,7 @@ from minipaged.attention.batch import Batch
 SHORTEST_SPLIT = 256  # positions; with fewer, start-up and end dominate a program
 LONGEST_SPLIT = 4096  # positions; with more, a few programs of one long sequence outlast all others
 MOST_SPLITS = 128  # with more, merging costs more than splitting saves
-PROGRAMS_PER_SM = 4  # resident at the same time, limited by registers, with heads of 128 in 16 bits
+PROGRAMS_PER_SM = 4  # resident on Hopper at the same time, with heads of 128 in 16 bits
 SPLIT_RULE = {"SHORTEST": SHORTEST_SPLIT, "LONGEST": LONGEST_SPLIT, "MOST": MOST_SPLITS}
 
 
@@ -75,7 +75,7 @@ def split_length(
 def merge(
     out: Tensor, partial: Tensor, log_sums: Tensor, batch: Batch, to_fill: int, tile: int
 ) -> None:
-    """Write to `out` the merged answers of all sequences with one query.
+    """Write to `out` the merged results of all sequences with one query.
 
     Args:
         out: [tokens, heads, head_dim].

@@ -39,11 +39,11 @@ def attend_to_tile(
     row_positions,  # [ROWS]: keys up to and including a row's position are visible to it
     start,  # the tile holds positions [start, start + TILE)
     end,  # positions from here on must not be read; it cuts off a tile only where the sequence ends
+    blocks,  # [TILE]: the physical block of each position, from `load_blocks`
     k_cache,
     v_cache,
     k_scales,
     v_scales,
-    table,  # pointer to the sequence's row of the block tables
     kv_head,
     scale,  # of scores, times log2(e)
     KV_HEADS: tl.constexpr,
@@ -59,10 +59,6 @@ def attend_to_tile(
     """Update maximum, total and output of the rows with this tile's keys and values."""
     positions = start + tl.arange(0, TILE)
     readable = positions < end
-    if MASKED:
-        blocks = tl.load(table + positions // BLOCK_SIZE, mask=readable, other=0)
-    else:
-        blocks = tl.load(table + positions // BLOCK_SIZE)
     cells = (blocks.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
 
     keys = _load_rows(k_cache, cells, readable, HEAD_DIM, WIDTH, MASKED)  # [TILE, WIDTH]
@@ -88,6 +84,19 @@ def attend_to_tile(
         weights.to(MATH), values.to(MATH), output * correction[:, None], input_precision="tf32x3"
     )
     return new_maximum, total, output
+
+
+@triton.jit
+def load_blocks(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Load the block numbers of a tile's positions, [TILE], from a sequence's block table.
+
+    A kernel loads them one tile ahead. The addresses of keys and values are then known when an
+    iteration begins, so the compiler can have several tiles in flight: it copies the next ones to
+    shared memory while it multiplies this one. If an iteration loaded its own block numbers, each
+    copy would wait for them, and every tile for its copy.
+    """
+    positions = start + tl.arange(0, TILE)
+    return tl.load(table + positions // BLOCK_SIZE, mask=positions < end, other=0)
 
 
 @triton.jit

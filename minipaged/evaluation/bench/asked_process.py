@@ -1,4 +1,4 @@
-"""A process that answers requests, one line of JSON each: one side of a comparison.
+"""A process that serves requests, one line of JSON each: one side of a comparison.
 
 The two sides of a comparison run in separate processes, which stay loaded and take turns. Each is a
 module run as a program (`python -m MODULE OPTIONS`), which calls `answer`.
@@ -47,12 +47,12 @@ class AskedProcess:
         self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
         self._process.stdin.flush()
         if not (line := self._process.stdout.readline()):
-            raise MinipagedError("a measured process has ended: see what it printed above.")
+            raise MinipagedError("a measured process has ended: see its output above.")
         return json.loads(line)
 
 
 def answer(ways: Mapping[str, Callable[..., Any]]) -> None:
-    """In the process: answer every request by the function of its name, until the pipe closes."""
+    """Run in the process: call the function that each request names, until the pipe closes."""
     for line in sys.stdin:
         given: dict[str, Any] = json.loads(line)
         print(json.dumps(ways[given.pop("do")](**given)), flush=True)

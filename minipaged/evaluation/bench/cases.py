@@ -167,6 +167,39 @@ def _also_with_flash(
     return {f"{name}, FlashAttention": with_flash, name: ask}
 
 
+def exact_rows(inputs: Inputs, most: int = 16) -> tuple[list[int], Tensor]:
+    """Evenly spaced tokens, the first and the last among them, and their attention in float64.
+
+    Returns:
+        Token indices, and [their number, heads, head_dim].
+    """
+    num_tokens, heads, _ = inputs.q.shape
+    kv_heads = inputs.keys.shape[1]
+    count = min(most, num_tokens)
+    tokens = [i * (num_tokens - 1) // max(1, count - 1) for i in range(count)]
+    rows: list[Tensor] = []
+    for token in tokens:
+        seq = next(i for i, span in enumerate(inputs.batch.spans) if token < span.stop)
+        span = inputs.batch.spans[seq]
+        visible = span.context_len + token - span.start + 1
+        keys, values = (each[seq, :, :visible].double() for each in (inputs.keys, inputs.values))
+        q = inputs.q[token].double().view(kv_heads, heads // kv_heads, -1)
+        weights = (inputs.scale * q @ keys.transpose(1, 2)).softmax(dim=-1)
+        rows.append((weights @ values).flatten(0, 1))
+    return tokens, torch.stack(rows)
+
+
+def largest_error(found: Tensor, exact: Tensor) -> float:
+    """The largest relative error of a head's result, |found - exact| / |exact|; infinite for NaN.
+
+    Averages over L random values are of the order of 1 / sqrt(L). An absolute tolerance would
+    therefore accept a kernel that skips hundreds of keys. Skipping e of L keys is a relative error
+    of about sqrt(e / L): 4 % for a tile of 64 among 32,768.
+    """
+    error = (found.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    return error.nan_to_num(nan=torch.inf).max().item()
+
+
 def has_room(case: Case, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the case fits in the device's memory: contiguous, in the pool, and temporaries."""
     if device.type != "cuda":

@@ -1,76 +1,45 @@
 """`minipaged bench compile`: compiles every kernel ahead of time, for GPUs that may be absent.
 
-A correct kernel can be slow because it does not fit: it needs more values than a thread has
-registers and spills them to memory, or needs so much shared memory that a multiprocessor runs only
-one program at a time. Or the compiler does not choose the intended instructions. The compiled code
-shows all this, and the compiler needs no GPU.
-
-This module has no list of types and constants, which could diverge from the launchers. It runs the
-launchers themselves on tensors without memory, and intercepts the launches.
+A correct kernel is slow if it spills registers to memory, needs so much shared memory that a
+multiprocessor runs one program at a time, or does not get the intended instructions. The compiled
+code shows all this, and the compiler needs no GPU. `launches.py` collects what is compiled.
 """
 
 import os
 import re
 import subprocess
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import triton
 from rich.table import Table
-from torch import Tensor
 from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from minipaged.attention.batch import Batch, Span
-from minipaged.attention.kv_cache import choose_kv_dtype
-from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
-from minipaged.attention.triton.copy_blocks import copy_blocks
-from minipaged.attention.triton.decode import TileShape, decode
+from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.machine import OLDEST_GPU_FOR_FP8
-from minipaged.attention.triton.naive_decode import naive_kernel, naive_paged_attention
-from minipaged.attention.triton.prefill import TileShapes, prefill
-from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
+from minipaged.attention.triton.naive_decode import naive_kernel
+from minipaged.attention.triton.prefill import TileShapes
 from minipaged.errors import InvalidOption
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The parameters of a compilation, besides the GPU."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype  # of queries, and of new keys and values
-    kv_dtype: str  # of the pool, as `LLM(kv_cache_dtype=...)` names it
-
-
-LLAMA_3_8B, OPT_13B, GPT_2 = (32, 8, 128), (40, 40, 128), (12, 12, 64)
-PADDED = (8, 8, 80)  # a head whose width is not a power of two
-SETTINGS = (
-    *(Setting(*LLAMA_3_8B, torch.float16, kv_dtype) for kv_dtype in ("auto", "int8")),
-    *(Setting(*LLAMA_3_8B, torch.bfloat16, kv_dtype) for kv_dtype in ("auto", "int8", "fp8")),
-    Setting(*OPT_13B, torch.float16, "auto"),
-    Setting(*GPT_2, torch.float16, "auto"),
+from minipaged.evaluation.bench.launches import (
+    SETTINGS,
+    Launch,
+    Setting,
+    catch_launches,
+    launch_everything,
 )
-MORE_SETTINGS = (
-    *(Setting(*PADDED, torch.float16, kv_dtype) for kv_dtype in ("auto", "int8", "fp8")),
-    Setting(*LLAMA_3_8B, torch.float32, "auto"),
-)
+
 SMS = (80, 90)  # Ampere (A100) and Hopper (H100)
 
-# Of a multiprocessor, KiB of shared memory and warps (CUDA C++ Programming Guide).
+# KiB of shared memory and warps per multiprocessor (CUDA C++ Programming Guide).
 _PER_SM = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64)}
-# Only shapes and types matter. As in a real step, a table's width is not a multiple of 16.
-_BLOCK_SIZE, _NUM_BLOCKS, _TABLE_WIDTH, _TOKENS, _NUM_SPLITS = 16, 64, 101, 64, 8
 
 
 @dataclass(frozen=True)
@@ -90,6 +59,9 @@ class Compiled:
     # The instructions that read keys and values: "LDGSTS.128" copies 128 bits, the maximum, to
     # shared memory asynchronously; "LDG" loads them to registers.
     reads: str
+    # Copies to shared memory, of keys, values or scales, that are under way while the loop
+    # multiplies a tile; 0: the loop waits for all of them first.
+    copies_ahead: int
 
     @property
     def programs(self) -> int:
@@ -102,15 +74,6 @@ class Compiled:
         return min(by_registers, by_shared, most_warps // self.num_warps)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """An intercepted launch."""
-
-    kernel: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 def compile_all(
     settings: Iterable[Setting] = SETTINGS,
     sms: Iterable[int] = SMS,
@@ -120,7 +83,9 @@ def compile_all(
     """Compile every kernel in every setting for every GPU that can run it, without duplicates.
 
     Args:
-        tile, tiles: for decode and prefill, to try instead of the shipped ones.
+        settings: the types and heads to compile for.
+        sms: the compute capabilities, times ten.
+        tile, tiles: the tile shapes of decode and of prefill to try; None: the defaults.
 
     Raises:
         InvalidOption: the kernels of this process are interpreted.
@@ -136,78 +101,11 @@ def compile_all(
         if setting.kv_dtype == "fp8" and divmod(sm, 10) < OLDEST_GPU_FOR_FP8:
             continue
         with catch_launches() as launches:
-            launch_everything(setting, tile, tiles)
+            launch_everything(setting, sm, tile, tiles)
         for launch in launches:
             jobs.setdefault(_identity(launch, sm), (launch, setting, sm))
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # which start ptxas and cuobjdump
         yield from threads.map(lambda job: compile_launch(*job), jobs.values())
-
-
-@contextmanager
-def catch_launches() -> Generator[list[Launch], None, None]:
-    """Inside, launches are recorded instead of executed."""
-    caught: list[Launch] = []
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        caught.append(Launch(self, args, kwargs))
-
-    launch: Callable[..., Any] = JITFunction.run
-    JITFunction.run = run
-    try:
-        yield caught
-    finally:
-        JITFunction.run = launch
-
-
-def launch_everything(
-    setting: Setting, tile: TileShape | None = None, tiles: TileShapes | None = None
-) -> None:
-    """Call every launcher, on tensors of PyTorch's "meta" device, which have no memory."""
-    heads, kv_heads, head_dim = setting.heads, setting.kv_heads, setting.head_dim
-    kv_dtype = choose_kv_dtype(setting.kv_dtype, setting.dtype)
-    k_cache, v_cache = (_pool(kv_heads, head_dim, kv_dtype) for _ in range(2))
-    q = _empty(_TOKENS, heads, head_dim, dtype=setting.dtype)
-    out = _empty(_TOKENS, heads, head_dim, dtype=setting.dtype)
-    new = _empty(_TOKENS, kv_heads, head_dim, dtype=setting.dtype)  # keys, or values
-    angles = _empty(_TOKENS, 1, head_dim // 2, dtype=setting.dtype)
-    layers = _empty(2, 2, _NUM_BLOCKS, kv_heads, _BLOCK_SIZE, head_dim, dtype=kv_dtype)
-    decodes, prompts = _batch(tokens_each=1), _batch(tokens_each=8)
-    scale = head_dim**-0.5
-
-    decode(q, k_cache, v_cache, decodes, scale, out, 1, tile)
-    decode(q, k_cache, v_cache, decodes, scale, out, _NUM_SPLITS, tile)
-    prefill(q, k_cache, v_cache, prompts, scale, out, tiles)
-    naive_paged_attention(q, k_cache, v_cache, prompts, scale)
-    triton_store_kv(new, new, k_cache, v_cache, prompts)
-    rope_and_store_kv(q, new, new, angles, angles, k_cache, v_cache, prompts)
-    copy_blocks(layers, layers, _empty(4, 2, dtype=torch.int64))
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _pool(kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> KVPool:
-    numbers = _empty(_NUM_BLOCKS, kv_heads, _BLOCK_SIZE, head_dim, dtype=kv_dtype)
-    if kv_dtype not in LARGEST:
-        return numbers
-    scales = _empty(_NUM_BLOCKS, kv_heads, _BLOCK_SIZE, dtype=torch.float32)
-    return QuantizedPool(numbers, scales)
-
-
-def _batch(tokens_each: int) -> Batch:
-    """Make sequences with `query_len` query tokens each, after a context."""
-    num_seqs = _TOKENS // tokens_each
-    return Batch(
-        token_ids=_empty(_TOKENS, dtype=torch.int64),
-        positions=_empty(_TOKENS, dtype=torch.int64),
-        slot_mapping=_empty(_TOKENS, dtype=torch.int64),
-        cu_seqlens_q=_empty(num_seqs + 1, dtype=torch.int32),
-        context_lens=_empty(num_seqs, dtype=torch.int32),
-        block_tables=_empty(num_seqs, _TABLE_WIDTH, dtype=torch.int32),
-        logit_rows=_empty(num_seqs, dtype=torch.int64),
-        spans=tuple(Span(i * tokens_each, tokens_each, 1000) for i in range(num_seqs)),
-    )
 
 
 def _specialize(launch: Launch, sm: int) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
@@ -257,12 +155,12 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
         num_warps=compiled.metadata.num_warps,
         instructions=next((name for name in ("HGMMA", "HMMA") if f" {name}." in code), "-"),
         reads=_wide_reads(code),
+        copies_ahead=_copies_ahead(compiled.asm["ttgir"]),
     )
 
 
 def _examine(asm: dict[str, Any]) -> tuple[dict[str, int], str]:
-    """The kernel's resources on a multiprocessor, and its instructions if it multiplies "
-    "matrices."""
+    """The kernel's resources on a multiprocessor, and its matrix instructions."""
     command = [knobs.nvidia.cuobjdump.path, "-res-usage"]
     if "mma.sync" in asm["ptx"] or "wgmma." in asm["ptx"]:
         command.append("-sass")  # slow: only if there is something to find
@@ -284,6 +182,11 @@ def _wide_reads(code: str) -> str:
     return "-"
 
 
+def _copies_ahead(ttgir: str) -> int:
+    """The largest number of copies that a wait of the kernel leaves under way."""
+    return max((int(num) for num in re.findall(r"async_wait .*num = (\d+)", ttgir)), default=0)
+
+
 def as_table(rows: Iterable[Compiled]) -> Table:
     """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
@@ -293,8 +196,9 @@ def as_table(rows: Iterable[Compiled]) -> Table:
         table.add_column(title, justify="right")
     for title in ("matrices", "reads"):
         table.add_column(title)
+    table.add_column("ahead", justify="right")
     for row in rows:
         names = (row.kernel, row.heads, row.dtype, row.kv_dtype, f"sm_{row.sm}")
         sizes = (row.num_warps, row.registers, row.stack_bytes, row.shared_bytes, row.programs)
-        table.add_row(*names, *map(str, sizes), row.instructions, row.reads)
+        table.add_row(*names, *map(str, sizes), row.instructions, row.reads, str(row.copies_ahead))
     return table

@@ -101,8 +101,7 @@ def _all_layers(decodes: Decodes, q: Tensor, pool: Tensor, scale: float) -> Work
 
 
 def _make_batch(num_seqs: int, context_len: int, stride: int) -> tuple[Batch, int]:
-    """Make a batch with lengths from 0.5 to 1.5 times the mean, in shuffled blocks `stride` "
-    "apart."""
+    """Make a batch with lengths of 0.5 to 1.5 times the mean; every `stride`-th block is used."""
     lengths = (context_len * (0.5 + torch.rand(num_seqs))).int().tolist()
     counts = [ceil(length / BLOCK_SIZE) for length in lengths]
     ids: list[int] = (stride * torch.randperm(sum(counts))).tolist()

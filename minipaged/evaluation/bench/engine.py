@@ -192,8 +192,7 @@ class Referee:
     seen: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
 
     def check(self, case: Case, run: Run, expected: list[list[int]] | None) -> int:
-        """Count the requests in which rounding decided. Raises WrongTokens for other "
-        "differences."""
+        """Count requests in which rounding decided. Raises WrongTokens for other differences."""
         num_close = 0
         for number, ((prompt, output), tokens) in enumerate(
             zip(case.requests, run.tokens, strict=True)
@@ -201,7 +200,7 @@ class Referee:
             if len(tokens) != output:
                 raise WrongTokens(
                     f"{case.name}, request {number}: minipaged generated {len(tokens)} tokens "
-                    f"instead of {output}, so its time says nothing; this is a fault to report."
+                    f"instead of {output}, so its time is meaningless: report this as a bug."
                 )
             if self.trusts and expected is not None and tokens == expected[number]:
                 continue
@@ -214,8 +213,8 @@ class Referee:
                     raise WrongTokens(
                         f"{case.name}, request {number}: minipaged's token {place} is "
                         f"{tokens[place]}, which has a logit {below:.2g} below the likeliest by "
-                        f"{self.name} (rounding explains {self.tolerance}), so its time says "
-                        "nothing; this is a fault to report."
+                        f"{self.name} (rounding explains {self.tolerance}), so its time is "
+                        "meaningless: report this as a bug."
                     )
             num_close += self.trusts or max(short) > 0
         return num_close

@@ -78,9 +78,10 @@ def describe(workload: Workload, dtype: str, rounds: int, against: str | None) -
         note += (
             f" transformers {version('transformers')}, SDPA. Static: batches formed beforehand, "
             "padded, each until its longest request ends; only tokens that were asked for count. "
-            'Continuous: its own paged cache. "minipaged is": so many times as fast; as sparing of '
-            "the processor; medians of the ratios within each round. Same tokens: requests that "
-            "agree with transformers' first run; in close calls, rounding chose between two tokens."
+            'Continuous: its own paged cache. "minipaged is": how many times as fast; "by CPU '
+            'time": the same by processor time; both are medians of the ratios within each round. '
+            "Same tokens: requests that agree with transformers' first run; in close calls, "
+            "rounding chose between two tokens."
         )
     return note
 

@@ -205,7 +205,7 @@ class Transformers:
             raise CannotRun(f"{type(error).__name__}: {error}") from error
 
     def _manager(self, requests: list[Request]) -> Any:
-        """With room for all requests: left to itself, its cache would fill most of the memory."""
+        """A manager with room for all requests. By default its cache would fill most memory."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         page = ContinuousBatchingConfig().page_size

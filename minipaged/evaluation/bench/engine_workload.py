@@ -47,7 +47,7 @@ class Workload:
     static_batches: tuple[int, int]  # batch sizes, for a library that forms batches in advance
 
     def decode_requests(self, batch: int) -> list[Request]:
-        """Make `count` prompts of equal length, with one token more than is timed."""
+        """Make `batch` prompts of equal length, with one token more than is timed."""
         prompts = np.random.default_rng(1).integers(
             0, self.hf["vocab_size"], (batch, self.prompt_len)
         )

@@ -41,8 +41,7 @@ class Row:
 
 
 def measure(num_questions: int) -> Iterator[Row]:
-    """Measure all formats: the error over random keys, and the answers to `num_questions` "
-    "questions."""
+    """Measure each format: its error over random keys, and its answers to the questions."""
     expected: list[list[int]] = []
     for kv_dtype in KV_DTYPES:
         key_bytes = _bytes_per_key(kv_dtype)
@@ -118,7 +117,7 @@ def _question(index: int) -> tuple[str, Question]:
 def as_table(rows: list[Row]) -> Table:
     """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
-    table.add_column("kept as")
+    table.add_column("stored as")
     for title in ("bytes per key of 128", "tokens", "error of attention", "right", "changed"):
         table.add_column(title, justify="right")
     for row in rows:

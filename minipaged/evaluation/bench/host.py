@@ -83,8 +83,7 @@ class Row:
 
 
 def measure(against: Path | None, rounds: int) -> list[Row]:
-    """Measure this version and another in turn. Raises InvalidOption if the other is no "
-    "checkout."""
+    """Measure this version and another, interleaved. Raises InvalidOption for no checkout."""
     if against is not None and not (against / "minipaged" / "__init__.py").is_file():
         raise InvalidOption(
             f"{str(against)!r} is not a checkout of this library: make one with git worktree, and "

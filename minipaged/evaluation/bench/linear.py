@@ -39,8 +39,7 @@ class Row:
 
 
 def measure(dtype: torch.dtype, matrices: dict[str, tuple[int, int]] = MATRICES) -> Iterator[Row]:
-    """Measure each matrix with each number of rows. Raises InvalidOption if packing is "
-    "impossible."""
+    """Measure each matrix with each number of rows. Raises InvalidOption without packing."""
     if not can_pack(dtype):
         raise InvalidOption(
             f"this processor, or this torch, cannot pack weights of {dtype}: choose another dtype."

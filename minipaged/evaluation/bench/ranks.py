@@ -171,7 +171,7 @@ class _Engine:
         }
 
     def memory(self) -> list[dict[str, int]]:
-        """Of each process of the engine."""
+        """The memory of each process of the engine, in bytes by kind."""
         from minipaged.evaluation.bench.load import resident_bytes
         from minipaged.worker.executor import MultiExecutor
 

@@ -91,12 +91,12 @@ def find_fault(served: Served, ends: list[str]) -> str | None:
         return "the stream has no usage"
     prompt, output = (served.usage.get(f"{kind}_tokens") for kind in ("prompt", "completion"))
     if received and received != output:
-        return f"{counted(received, 'token')} received, and the usage says {output}"
+        return f"{counted(received, 'token')} received, but the usage reports {output}"
     if output != asked:
-        return f"{counted(asked, 'token')} asked for, and the usage says {output}"
+        return f"{counted(asked, 'token')} requested, but the usage reports {output}"
     if prompt != len(served.request.prompt):
-        return f"a prompt of {len(served.request.prompt)} tokens, and the usage says {prompt}"
-    return None if served.chunk_times else "no chunk holds a token"
+        return f"a prompt of {len(served.request.prompt)} tokens, but the usage reports {prompt}"
+    return None if served.chunk_times else "no chunk contains a token"
 
 
 class Client:

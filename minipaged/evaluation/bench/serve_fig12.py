@@ -109,7 +109,7 @@ async def measure(
 
 
 def is_out_of_the_picture(row: Row) -> bool:
-    """Whether a server is so overloaded at this rate that higher rates are not informative."""
+    """Whether a server is so overloaded at this rate that higher rates need not be measured."""
     return row.seconds_per_token is None or row.seconds_per_token > TOP
 
 

@@ -46,7 +46,7 @@ class Workload:
         whole = self.prefix_len + self.input_len + self.output_len
         if self.max_model_len is not None and whole > self.max_model_len:
             raise InvalidOption(
-                f"a request has {whole:g} tokens, prompt and output together, and the model "
+                f"a request has {whole:g} tokens, prompt and output together, but the model "
                 f"supports {self.max_model_len}: lower --input-len, --output-len or the prefix."
             )
         if not self.spread:
@@ -55,8 +55,8 @@ class Workload:
             raise InvalidOption(f"--spread needs mean lengths of at least {SHORTEST} tokens.")
         if self.max_model_len is not None and 2 * whole > self.max_model_len + self.prefix_len:
             raise InvalidOption(
-                f"with --spread, half of the model's {self.max_model_len} tokens are the most that "
-                f"a request may have on average, and here it has {whole:g}: lower --input-len or "
+                f"with --spread, a request may have at most half of the model's "
+                f"{self.max_model_len} tokens on average, but has {whole:g}: lower --input-len or "
                 "--output-len."
             )
 

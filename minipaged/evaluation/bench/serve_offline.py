@@ -165,8 +165,8 @@ def check_tokens(offline: AskedProcess, results: list[Served], expected: list[li
         gap = offline.ask("gap", prompt=context, tokens=[a, b])["gap"]
         if not gap <= CLOSE:
             raise WrongTokens(
-                f"request {number}: the server's token {place} is {a}, and offline it is {b}, "
-                f"which is likelier by a log-probability of {gap:.2g} (rounding explains {CLOSE})."
+                f"request {number}: token {place} is {a} from the server, but {b} offline, which "
+                f"is likelier by a log-probability of {gap:.2g} (rounding explains {CLOSE})."
             )
         num_close += 1
     return num_close

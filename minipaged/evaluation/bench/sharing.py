@@ -70,8 +70,7 @@ class SharingMeter:
             self.num_held[group.request_id] += memory.num_distinct_blocks(group)
 
     def saved(self, request_id: str | None = None) -> float:
-        """The fraction of a request's blocks saved by sharing (Figure 15); None: of all "
-        "requests."""
+        """The fraction of a request's blocks that sharing saves (Figure 15); None: of all."""
         if request_id is not None:
             held, unshared = self.num_held[request_id], self.num_unshared[request_id]
         else:
@@ -87,11 +86,11 @@ class SharingMeter:
 
 
 def alpaca_lengths(num_requests: int, longest: int, seed: int) -> list[tuple[int, int]]:
-    """Return (prompt tokens, output tokens) of `count` requests of at most `longest` tokens in all.
+    """Return (prompt tokens, output tokens) of each request, at most `longest` tokens together.
 
-    Lengths are the midpoints of `count` equal slices of the distribution, so a few requests have
-    the spread of many. Prompts and outputs are paired at random, because they are independent in
-    the traces.
+    Lengths are the midpoints of `num_requests` equal slices of the distribution, so a few requests
+    have the spread of many. Prompts and outputs are paired at random, because they are independent
+    in the traces.
     """
 
     def slices(mu: float, sigma: float) -> list[int]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from minipaged.attention.triton.decode import TileShape, choose_tile, decode
 from minipaged.attention.triton.launch import pointers, pool_constants
-from minipaged.attention.triton.machine import num_sms
+from minipaged.attention.triton.machine import has_large_sms, num_sms
 from minipaged.attention.triton.prefill import TileShapes, choose_tiles, prefill
 from minipaged.attention.triton.splits import splits_to_fill
 from minipaged.evaluation.bench.cases import Case, Inputs, make_inputs
@@ -92,7 +92,7 @@ def _prefills(inputs: Inputs) -> tuple[str, dict[str, Work]]:
     out = torch.empty_like(inputs.q)
     keys, *_ = pointers(inputs.k_cache, inputs.v_cache)
     width = pool_constants(inputs.k_cache)["WIDTH"]
-    shipped = choose_tiles(width, inputs.q.itemsize, keys.itemsize)
+    shipped = choose_tiles(width, inputs.q.itemsize, keys.itemsize, has_large_sms(inputs.q.device))
     works: dict[str, Work] = {}
     for shapes in dict.fromkeys([*PREFILL_SHAPES, shipped]):
         works[_name(shapes)] = partial(

@@ -27,7 +27,7 @@ def measure_writes(
     step_sizes: tuple[int, ...] = (64, 1024),
     num_pairs: int = 64,
 ) -> Iterator[Row]:
-    """Measure storing for steps of `tokens` tokens, and copying of blocks over all layers."""
+    """Measure storing for steps of `step_sizes` tokens, and copying blocks over all layers."""
     for num_tokens in step_sizes:
         yield from _measure_store(Case(heads, num_tokens, BLOCK_SIZE), backend, device, dtype)
     yield from _measure_copy(heads, num_layers, num_pairs, backend, device, dtype)

@@ -33,7 +33,10 @@ def side_by_side(
     unit: str,
     form: str = "{:.3g}",
 ) -> None:
-    """Draw groups of bars: per label one bar of each kind, with its value; None: no bar."""
+    """Draw groups of bars: per label one bar of each kind, with its value; None: no bar.
+
+    `unit` labels the y axis; `form` formats the values.
+    """
     width = 0.8 / len(heights)
     for number, (kind, values) in enumerate(heights.items()):
         places = [i + (number - (len(heights) - 1) / 2) * width for i in range(len(labels))]
@@ -48,9 +51,13 @@ def side_by_side(
 
 
 def stacked(
-    axes: Any, labels: Sequence[str], parts: Mapping[str, Sequence[float]], colours: Sequence[str]
+    axes: Any,
+    labels: Sequence[str],
+    parts: Mapping[str, Sequence[float]],
+    colours: Sequence[str],
+    unit: str,
 ) -> None:
-    """Draw stacked bars, each part with its value if there is room."""
+    """Draw stacked bars, each part with its value if there is room. `unit` labels the y axis."""
     bottom = [0.0] * len(labels)
     for (part, values), colour in zip(parts.items(), colours, strict=True):
         bars = axes.bar(range(len(labels)), values, 0.7, bottom=bottom, label=part, color=colour)
@@ -58,4 +65,5 @@ def stacked(
         axes.bar_label(bars, shown, label_type="center", fontsize=7)
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     axes.set_xticks(range(len(labels)), labels, fontsize=7)
+    axes.set_ylabel(unit, fontsize=8)
     axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=4)

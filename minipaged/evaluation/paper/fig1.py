@@ -36,7 +36,7 @@ def run(effort: Effort) -> Result:
     weights = 100 * SERVER.model.weight_bytes / memory
     kv = 100 * SERVER.num_slots * SERVER.model.kv_bytes_per_token / memory
     costs = CostModel(SERVER)
-    # Tokens per second by batch size, and the number of requests that each system really fits.
+    # Tokens per second by batch size, and the number of requests that fit in each system's memory.
     speed = [b / costs.step(b, b * CONTEXT, 0, 0) for b in BATCHES]
     cases = [
         Case(name, rate=3.0, seconds=effort.seconds, only_while_they_come=True)
@@ -49,8 +49,8 @@ def run(effort: Effort) -> Result:
     checks = [
         near("weights, of the memory", 65, weights, points=1, unit="%"),
         Check("keys and values, of the memory", "over 30", kv, 30, 35, "%"),
-        Check("requests at a time, Orca (Max)", "8", batch["orca-max"], 6.9, 8),
-        Check("requests at a time, vLLM", "about 40", batch["vllm"], 28, 44),
+        Check("batched requests, Orca (Max)", "8", batch["orca-max"], 6.9, 8),
+        Check("batched requests, vLLM", "about 40", batch["vllm"], 28, 44),
         Check("tokens per second, vLLM over Orca (Max)", "about 3", more * gain, 2, None, "x"),
     ]
     data = {"weights": weights, "kv": kv, "batches": BATCHES, "speed": speed, "held": batch}
@@ -64,11 +64,12 @@ def draw(result: Result, canvas: "Canvas") -> None:
     axes = panel(canvas, 1, 2, 1, "memory of an A100 with OPT-13B")
     labels = [f"weights\n{data['weights']:.0f} %", f"keys, values\n{data['kv']:.0f} %", "others"]
     axes.pie([data["weights"], data["kv"], rest], labels=labels, textprops={"fontsize": 8})
-    axes = panel(canvas, 1, 2, 2, "tokens per second by requests at a time")
+    axes = panel(canvas, 1, 2, 2, "throughput by batch size")
     axes.plot(data["batches"], data["speed"], color="black", linewidth=1)
     for name, batch in data["held"].items():
         axes.axvline(batch, color=COLOURS[name], linestyle="--", label=SYSTEMS[name].title)
-    axes.set_xlabel("requests at a time", fontsize=8)
+    axes.set_xlabel("batched requests", fontsize=8)
+    axes.set_ylabel("tokens per second", fontsize=8)
     axes.set_ylim(0)
     axes.legend(fontsize=7, frameon=False)
 

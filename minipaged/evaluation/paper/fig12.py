@@ -101,8 +101,8 @@ def _check_order(rates: dict[str, dict[float, float]]) -> list[Check]:
     checks: list[Check] = []
     for workload in ("sharegpt", "alpaca"):
         for threshold in THRESHOLDS:
-            bears = [rates[_key("opt-13b", workload, system)][threshold] for system in SYSTEMS]
-            in_order = 1 + sum(a > b for a, b in pairwise(bears))
+            sustained = [rates[_key("opt-13b", workload, name)][threshold] for name in SYSTEMS]
+            in_order = 1 + sum(a > b for a, b in pairwise(sustained))
             at = f"opt-13b, {workload}, at {threshold:g} s per token"
             checks.append(Check(f"{at}: systems in the paper's order", "5", in_order, 5, 5))
     return checks
@@ -120,14 +120,15 @@ def draw(result: Result, canvas: "Canvas") -> None:
             axes.plot(rates, latencies, "o-", markersize=3, color=colour, label=about.title)
         axes.set_ylim(0, 1)
         axes.set_xlabel("requests per second", fontsize=8)
-        axes.set_ylabel("s per token", fontsize=8)
-    canvas.axes[0].legend(fontsize=6, frameon=False)
+        axes.set_ylabel("normalised latency, s per token", fontsize=8)
+    # In the last panel, where the legend hides no curve.
+    canvas.axes[-1].legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.55, 1))
 
 
 def _up_to_the_first_that_fails(
     points: list[tuple[float, float | None]],
 ) -> list[tuple[float, float]]:
-    """The rate from which latency is beyond the drawing."""
+    """The points of a curve up to the first whose latency is unknown, drawn above the axis."""
     drawn: list[tuple[float, float]] = []
     for rate, latency in points:
         drawn.append((rate, 2.0 if latency is None else latency))

@@ -1,4 +1,4 @@
-"""Figure 13: the number of concurrent requests, with OPT-13B.
+"""Figure 13: the number of batched requests, with OPT-13B.
 
 At 2 conversations or 30 instructions per second, all systems but paging are overloaded and run as
 many requests as fit. With paging, the number depends on how fast requests finish: two constants of
@@ -68,7 +68,8 @@ def draw(result: Result, canvas: "Canvas") -> None:
             "ours": [result.data[f"{workload}/{system}"] for system in bars],
         }
         axes = panel(canvas, 1, 2, number, f"{workload}, {rate:g} requests per second")
-        side_by_side(axes, [s.replace("-", "\n") for s in bars], heights, "requests at a time")
+        titles = [SYSTEMS[system].title.replace(" ", "\n") for system in bars]
+        side_by_side(axes, titles, heights, "batched requests")
 
 
-FIGURE = Figure("fig13", "Figure 13: requests at a time", run, draw, (9.0, 4.0))
+FIGURE = Figure("fig13", "Figure 13: batched requests", run, draw, (9.0, 4.0))

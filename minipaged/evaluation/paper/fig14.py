@@ -70,9 +70,10 @@ def run(effort: Effort) -> Result:
 def draw(result: Result, canvas: "Canvas") -> None:
     """Draw the ratios by width."""
     heights = {METHODS[m]: result.data[m] for m in ("sample", "beam")}
-    axes = panel(canvas, 1, 1, 1, "rate sustained at 0.2 s per token: vLLM over Orca (Oracle)")
-    side_by_side(axes, [str(width) for width in result.data["widths"]], heights, "x")
-    axes.set_xlabel("sequences of a request", fontsize=8)
+    axes = panel(canvas, 1, 1, 1, "request rate sustained at 0.2 s per token")
+    widths = [str(width) for width in result.data["widths"]]
+    side_by_side(axes, widths, heights, "vLLM / Orca (Oracle)")
+    axes.set_xlabel("sequences per request", fontsize=8)
 
 
 FIGURE = Figure("fig14", "Figure 14: several sequences per request", run, draw)

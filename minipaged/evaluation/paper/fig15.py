@@ -96,6 +96,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
         if (workload, method) == ("alpaca", "beam"):
             heights["embedded model"] = result.data["measured"]
         side_by_side(axes, [str(w) for w in WIDTHS], heights, "% of blocks saved")
+        axes.set_xlabel("sequences per request", fontsize=8)
 
 
 FIGURE = Figure("fig15", "Figure 15: blocks saved by sharing", run, draw, (9.0, 6.5))

@@ -61,8 +61,9 @@ def draw(result: Result, canvas: "Canvas") -> None:
         "ours": [result.data[str(p)][0] for p in PAPER],
         "ours, nothing shared": [result.data[str(p)][1] for p in PAPER],
     }
-    axes = panel(canvas, 1, 1, 1, "rate sustained at 0.2 s per token: vLLM over Orca (Oracle)")
-    side_by_side(axes, [f"prefix of {p} tokens" for p in PAPER], heights, "x")
+    axes = panel(canvas, 1, 1, 1, "request rate sustained at 0.2 s per token")
+    prefixes = [f"prefix of {p} tokens" for p in PAPER]
+    side_by_side(axes, prefixes, heights, "vLLM / Orca (Oracle)")
 
 
 FIGURE = Figure("fig16", "Figure 16: a shared prefix", run, draw)

@@ -50,7 +50,7 @@ def run(effort: Effort) -> Result:
 def draw(result: Result, canvas: "Canvas") -> None:
     """Draw the rate that each system sustains."""
     rates = result.data["rates"]
-    axes = panel(canvas, 1, 1, 1, "rate sustained at 0.2 s per token")
+    axes = panel(canvas, 1, 1, 1, "request rate sustained at 0.2 s per token")
     titles = [SYSTEMS[system].title for system in rates]
     side_by_side(axes, titles, {"ours": list(rates.values())}, "requests per second")
 

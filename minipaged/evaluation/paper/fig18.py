@@ -72,14 +72,18 @@ def _measure() -> list[float]:
 
 def draw(result: Result, canvas: "Canvas") -> None:
     """Draw ratios by shape, and latencies by block size."""
-    axes = panel(canvas, 1, 2, 1, "decode attention, paged over contiguous (this processor)")
+    axes = panel(canvas, 1, 2, 1, "decode attention, measured on this processor")
     labels = [f"{batch} x {context}" for batch, context in SHAPES]
-    side_by_side(axes, labels, {"ours": result.data["over"]}, "x", "{:.2f}")
-    axes = panel(canvas, 1, 2, 2, "seconds per token by block size (simulated)")
+    over = {"ours": result.data["over"]}
+    side_by_side(axes, labels, over, "time, paged / contiguous", "{:.2f}")
+    axes.set_xlabel("batch size x context length, tokens", fontsize=8)
+    axes = panel(canvas, 1, 2, 2, "latency by block size, simulated")
     for workload, seconds in result.data["latency"].items():
         axes.plot(SIZES, seconds, "o-", markersize=3, label=workload)
     axes.set_xscale("log", base=2)
     axes.set_xticks(SIZES, [str(size) for size in SIZES])
+    axes.set_xlabel("block size, tokens", fontsize=8)
+    axes.set_ylabel("normalised latency, s per token", fontsize=8)
     axes.set_ylim(0, 0.5)
     axes.legend(fontsize=7, frameon=False)
 

@@ -120,19 +120,21 @@ def _both_ways(block_size: int) -> dict[str, Callable[[], object]]:
 def draw(result: Result, canvas: "Canvas") -> None:
     """Draw three panels."""
     data = result.data
-    axes = panel(canvas, 1, 3, 1, f"{NUM_TOKENS} tokens out and back, ms (OPT-13B, formula)")
+    axes = panel(canvas, 1, 3, 1, f"{NUM_TOKENS} tokens out and back, OPT-13B, by formula")
     axes.plot(SIZES, [1e3 * s for s in data["swap"]], "o-", markersize=3, label="swap")
     axes.axhline(1e3 * data["recompute"], color="black", linestyle="--", label="recompute")
     _by_size(axes)
-    axes = panel(canvas, 1, 3, 2, "the same measured, ms (embedded model)")
+    axes = panel(canvas, 1, 3, 2, "the same, embedded model, measured")
     for way in WAYS:
         seconds = data["measured"][way]
         axes.plot(SIZES, [1e3 * s for s in seconds], "o-", markersize=3, label=way)
     _by_size(axes)
-    axes = panel(canvas, 1, 3, 3, "seconds per token by block size (simulated)")
+    axes = panel(canvas, 1, 3, 3, "latency of a served trace, simulated")
     for way in WAYS:
         axes.plot(SERVED_SIZES, data["served"][way], "o-", markersize=3, label=way)
     axes.set_xscale("log", base=2)
+    axes.set_xlabel("block size, tokens", fontsize=8)
+    axes.set_ylabel("normalised latency, s per token", fontsize=8)
     axes.set_ylim(0)
     axes.legend(fontsize=7, frameon=False)
 
@@ -140,7 +142,8 @@ def draw(result: Result, canvas: "Canvas") -> None:
 def _by_size(axes: Any) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel("block size", fontsize=8)
+    axes.set_xlabel("block size, tokens", fontsize=8)
+    axes.set_ylabel("ms", fontsize=8)
     axes.legend(fontsize=7, frameon=False)
 
 

@@ -72,8 +72,8 @@ def draw(result: Result, canvas: "Canvas") -> None:
         labels += [f"{SYSTEMS[name].title}\npaper", f"{SYSTEMS[name].title}\nours"]
     parts = {part: [column[i] for column in columns] for i, part in enumerate(PARTS)}
     colours = ("#2a7f62", "#e0b13c", "#c9504b", "#c9c9c9")
-    axes = panel(canvas, 1, 1, 1, "percent of the slots for keys and values")
-    stacked(axes, labels, parts, colours)
+    axes = panel(canvas, 1, 1, 1, "OPT-13B, more requests than the servers can run")
+    stacked(axes, labels, parts, colours, "% of the KV cache slots")
 
 
 FIGURE = Figure("fig2", "Figure 2: use of the memory", run, draw, (10.0, 5.0))

@@ -48,8 +48,9 @@ def draw(result: Result, canvas: "Canvas") -> None:
     names = list(REQUESTS)
     parts = ("tokens", "kept for later", "never used")
     heights = {part: [result.data[name][i] for name in names] for i, part in enumerate(parts)}
-    axes = panel(canvas, 1, 1, 1, "slots of two requests under Orca (Max)")
-    stacked(axes, [f"request {n}" for n in names], heights, ("#2a7f62", "#e0b13c", "#c9504b"))
+    axes = panel(canvas, 1, 1, 1, "two requests under Orca (Max)")
+    colours = ("#2a7f62", "#e0b13c", "#c9504b")
+    stacked(axes, [f"request {n}" for n in names], heights, colours, "token slots")
 
 
 FIGURE = Figure("fig3", "Figure 3: two reservations", run, draw)

@@ -42,7 +42,8 @@ def draw(result: Result, canvas: "Canvas") -> None:
         "paper": [PAPER[name][1] for name in names],
         "ours": [slots[name] for name in names],
     }
-    side_by_side(panel(canvas, 1, 1, 1, "Table 1"), names, heights, "token slots", "{:,.0f}")
+    axes = panel(canvas, 1, 1, 1, "token slots by model")
+    side_by_side(axes, names, heights, "token slots", "{:,.0f}")
 
 
 FIGURE = Figure("table1", "Table 1: space for keys and values", run, draw)

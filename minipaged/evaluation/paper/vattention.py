@@ -103,8 +103,7 @@ def _measure() -> list[Check]:
 
 
 def _serve() -> list[Check]:
-    """Run the embedded model on this processor, in paged memory and in virtual memory of 4 KiB "
-    "pages."""
+    """Run the embedded model here, in paged memory and in virtual memory of 4 KiB pages."""
     if why_no_pages_of(SMALL_PAGE) is not None:
         return []
     from minipaged.llm import LLM  # torch, only here
@@ -158,7 +157,7 @@ def draw(result: Result, canvas: "Canvas") -> None:
     for number, workload in enumerate(RATES):
         axes = panel(canvas, 1, 2, number + 1, f"{workload}: slots that hold a token")
         heights = {"ours": [values[number] for values in used.values()]}
-        side_by_side(axes, labels, heights, "% of the pool")
+        side_by_side(axes, labels, heights, "% of the pool's slots")
 
 
 FIGURE = Figure("vattention", "Paging and vAttention at the same bytes", run, draw, (11.0, 4.0))

@@ -84,8 +84,8 @@ def deploy(model: ServedModel, gpu: GPU, num_gpus: int) -> Deployment:
         least = model.weight_bytes + model.kv_bytes_per_token
         enough = [n for n in splits if n * each >= least]
         raise InvalidOption(
-            f"the weights of {model.name} take {model.weight_bytes / GB:.0f} GB, and {num_gpus} x "
-            f"{gpu.name} have {max(usable, 0) / GB:.0f} GB for them: take "
+            f"the weights of {model.name} take {model.weight_bytes / GB:.0f} GB, but {num_gpus} x "
+            f"{gpu.name} have {max(usable, 0) / GB:.0f} GB for them: choose "
             + (f"at least {enough[0]}." if enough else "larger GPUs.")
         )
     return Deployment(model, gpu, num_gpus, slots, CONTROL_SECONDS if num_gpus > 1 else 0.0)
@@ -126,8 +126,8 @@ def estimate_capacity(
     )
     if setting.num_blocks * block_size < lengths.longest:
         raise InvalidOption(
-            f"the pool has {server.num_slots} token slots, and a request may have "
-            f"{lengths.longest} tokens: take more or larger GPUs, or shorter requests."
+            f"the pool has {server.num_slots} token slots, but a request may have "
+            f"{lengths.longest} tokens: choose more or larger GPUs, or shorter requests."
         )
     costs = CostModel(server, STEP_SECONDS, SEQUENCE_SECONDS)
     idle = _unloaded(costs, lengths)
@@ -139,7 +139,7 @@ def estimate_capacity(
         return report
 
     def duration(at: float) -> float:
-        """Choose a duration of several request latencies that has many requests."""
+        """Choose a duration with many requests, several times as long as a request's latency."""
         alone = idle * lengths.output_mean
         wanted = max(seconds, 10 * alone)
         affordable = wanted if full else MOST_TOKENS / (at * lengths.output_mean)

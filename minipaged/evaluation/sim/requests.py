@@ -1,7 +1,7 @@
 """A request that generates without a model: greedily, in several samples, or with beams.
 
-It uses scheduler and memory like a served request. Which tokens it generates does not matter. Which
-beams survive does matter, so that is drawn at random: see `Genealogy`.
+It uses scheduler and memory like a served request. Its tokens do not matter, but the survival of
+its beams does: that is drawn at random, see `genealogy`.
 """
 
 from collections.abc import Iterator

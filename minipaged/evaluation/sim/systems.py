@@ -13,7 +13,7 @@ from minipaged.memory.baselines.virtual import VirtualMemory
 from minipaged.scheduler.fcfs import FCFSScheduler
 from minipaged.scheduler.interface import Scheduler
 
-LONGEST = 2048  # tokens of prompt and output together: what OPT was made for
+LONGEST = 2048  # tokens of prompt and output together: the context of OPT
 NO_LIMIT = 10**9  # tokens per step: the baselines are limited only by memory
 
 

@@ -50,7 +50,7 @@ class Lengths:
     longest: int = 2048  # upper bound of prompt and output together
 
     def draw(self, num_requests: int, seed: int) -> list[tuple[int, int]]:
-        """Return (prompt tokens, output tokens) of `count` requests."""
+        """Return (prompt tokens, output tokens) of `num_requests` requests."""
         return self.draw_some(np.random.default_rng(seed), num_requests)
 
     def draw_some(self, random: np.random.Generator, num_requests: int) -> list[tuple[int, int]]:
@@ -212,7 +212,7 @@ def _read_count(here: str, column: str, text: str) -> int:
         number = nan
     if not (0 <= number <= MOST_TOKENS and number == int(number)):
         raise InvalidOption(
-            f"{here}: {column} is {text!r}, and must be a whole number of tokens, from 0 to "
+            f"{here}: {column} is {text!r}, but must be a whole number of tokens, from 0 to "
             f"{MOST_TOKENS:,}."
         )
     return int(number)

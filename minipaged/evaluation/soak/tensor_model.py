@@ -87,8 +87,7 @@ class TensorModel:
             contents.append(hash((contents[-1], token)))
 
     def write(self, seq: Sequence, stop: int) -> None:
-        """Compute the tokens up to `stop`. Raises Mismatch if that would change another "
-        "sequence."""
+        """Compute the tokens up to `stop`. Raises Mismatch if another sequence would change."""
         held, table = self.held[seq.seq_id], self.memory.tables[seq.seq_id]
         for position in range(seq.num_computed_tokens, stop):
             slot, content = table.slot(position), held.contents[position + 1]

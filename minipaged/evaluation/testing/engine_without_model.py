@@ -101,8 +101,7 @@ class EngineWithoutModel:
             self.finished.append(number)
 
     def length_of(self, seq: Sequence, number: int) -> int:
-        """The number of tokens that a sequence generates: the samples of a request end one by "
-        "one."""
+        """The number of tokens that a sequence generates; each sample of a request ends later."""
         return self.lengths[number] + self.samples[number].index(seq)
 
     def new_id(self) -> int:
@@ -157,7 +156,7 @@ class EngineWithoutModel:
 
 
 def tokens_of(decision: SchedulerOutput) -> dict[int, int]:
-    """How many tokens of each request a step computes."""
+    """The number of tokens that a step computes, by request."""
     tokens: dict[int, int] = {}
     for scheduled in decision.sequences:
         number = int(scheduled.group.request_id)

@@ -30,12 +30,12 @@ class Library:
     """The chapters of this installation, and their pages."""
 
     def __init__(self, tutorials: Path | None = None) -> None:
-        """`tutorials` is the folder of the chapters. Raises InvalidOption if there is none."""
+        """`tutorials` is the folder of the chapters. Raises InvalidOption if it is missing."""
         self.folder = tutorials or folder()
         self.chapters = chapters_of(self.folder)
 
     def chapter(self, number: int) -> Chapter:
-        """Raises InvalidOption."""
+        """Return the chapter of this number. Raises InvalidOption if there is none."""
         for chapter in self.chapters:
             if chapter.number == number:
                 return chapter
@@ -54,7 +54,7 @@ class Library:
                 f"{pages} cannot be created ({error.strerror}): set XDG_CACHE_HOME to a folder "
                 "that you can write to."
             ) from error
-        pages.touch()  # the newest, though it may be there for long
+        pages.touch()  # now the newest, so it is not deleted below
         for chapter in self.chapters:
             if not (page := pages / file_of(chapter.name)).exists():
                 write_atomically(page, chapter_page(chapter, [], self.chapters))
@@ -65,7 +65,7 @@ class Library:
         return pages
 
     def page(self, chapter: Chapter) -> Path:
-        """The page of a chapter as it is, without running anything."""
+        """The page of a chapter in its present state. Runs nothing."""
         return self.pages / file_of(chapter.name)
 
     def brief(self, number: int) -> Path:
@@ -93,7 +93,7 @@ class Library:
             on_start(page)
             try:
                 outputs = run(chapter)
-            finally:  # interrupted, too: a page without outputs must not wait for them
+            finally:  # also after Ctrl-C: otherwise the page would keep waiting for outputs
                 write_atomically(page, chapter_page(chapter, outputs, self.chapters))
             error = outputs[-1].error if outputs else ""
             if not error:
@@ -101,7 +101,7 @@ class Library:
         return error
 
     def _key(self) -> str:
-        """Of everything that a page can depend on."""
+        """A hash of everything that a page can depend on."""
         key = hashlib.sha256(f"{ROOT} {sys.version}".encode())
         for library in ("torch", "triton", "numpy", "matplotlib", "markdown-it-py", "pygments"):
             with suppress(PackageNotFoundError):

@@ -61,7 +61,7 @@ def _find_in(root: Path, path: Path, names: list[str], dotted: str) -> Source:
 
 
 def _child(node: ast.AST, name: str) -> ast.AST | None:
-    """The last definition of `name` directly in a module, class or function: that one holds."""
+    """The last definition of `name` directly in a module, class or function, which is in force."""
     found = None
     for child in _statements(node):
         if (isinstance(child, Definition) and child.name == name) or name in _assigned(child):

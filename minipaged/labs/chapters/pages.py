@@ -122,7 +122,7 @@ def as_html(markdown: str) -> str:
 
 
 def _address(target: str) -> str | None:
-    """Where a page's link leads: another page, or the file in this installation."""
+    """The target of a page's link: another page, or the file in this installation."""
     chapter = re.fullmatch(r"(?:\.\./)?(\d\d_\w+)\.(?:md|py)", target)
     lab = re.fullmatch(r"(?:labs/)?(\d\d)\.md", target)
     if chapter or lab:
@@ -201,7 +201,7 @@ def _arrows(diagram: str) -> str:
     return f'<ul class="arrows">{"".join(rows)}</ul>'
 
 
-# ---- what a page contains besides ----------------------------------------------------------------
+# ---- other parts of a page -----------------------------------------------------------------------
 
 
 def _asset(*names: str) -> str:

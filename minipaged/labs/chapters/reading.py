@@ -91,7 +91,10 @@ def read(script: Path) -> Chapter:
     first = cells[0].source if cells and not cells[0].is_code else ""
     heading = re.match(r"# (.+)", first)
     if heading is None:
-        raise InvalidOption(f"{script.name}: begin it with a cell of text and its `# title`.")
+        raise InvalidOption(
+            f"{script.name} has no title: begin it with a Markdown cell whose first line is "
+            "`# title`."
+        )
     facts, summary = dict[str, str](), ""
     for paragraph in re.split(r"\n\s*\n|\n(?=[-*] )", first)[1:]:
         text = " ".join(paragraph.split()).removeprefix("- ").removeprefix("* ")
@@ -101,7 +104,9 @@ def read(script: Path) -> Chapter:
             sentence = re.match(r".+?[.!?](?=\s|$)", text)
             summary = sentence[0] if sentence else text
     if not summary:
-        raise InvalidOption(f"{script.name}: say below its title what the chapter is about.")
+        raise InvalidOption(
+            f"{script.name} has no summary: add a sentence about its subject below its title."
+        )
     opening = opening_of(first, script.parent)
     return Chapter(script, heading[1].strip(), summary, facts, tuple(cells), opening)
 
@@ -122,7 +127,7 @@ def cells_of(script: str) -> list[Cell]:
     return cells
 
 
-# ---- what the Markdown of a chapter may contain besides ------------------------------------------
+# ---- quotes and links in the Markdown of a chapter -----------------------------------------------
 
 
 def with_quotes(markdown: str) -> str:
@@ -136,10 +141,11 @@ def with_quotes(markdown: str) -> str:
 
 
 def with_links(markdown: str, address: Callable[[str], str | None]) -> str:
-    """Links to other files as `address` leads them; where it gives None, the text names the file.
+    """Replaces the targets of links to other files.
 
     Args:
-        address: from a link's target, such as 04_paged_attention.md, to the one to put there.
+        address: returns the new target of a link, such as 04_paged_attention.md. If it returns
+            None, the link becomes plain text, which names the file.
     """
 
     def led(match: re.Match[str]) -> str:
@@ -154,7 +160,7 @@ def with_links(markdown: str, address: Callable[[str], str | None]) -> str:
 
 
 def place(source: Source) -> str:
-    """File and lines of a name, the file alone of a module."""
+    """The file and lines of a name; for a module, only the file."""
     if source.is_module:
         return source.path
     one = source.first == source.last

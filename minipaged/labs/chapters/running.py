@@ -30,8 +30,8 @@ class Output:
 
     Attributes:
         text: what it printed.
-        value: what its last expression gave, as text.
-        html: ... or as HTML, where the value has it.
+        value: the value of its last expression, as text.
+        html: the same value as HTML, if its class has `_repr_html_`.
         pictures: the figures that it drew, as SVG.
         error: the exception that ended the chapter here, as one line.
     """
@@ -99,10 +99,10 @@ def main(script: str, file: str) -> None:
 
 
 def run_cell(cell: Cell, script: str, names: dict[str, Any]) -> tuple[bool, Output]:
-    """Whether the chapter goes on after this cell, and what the cell showed.
+    """Return whether the chapter continues after this cell, and the output of the cell.
 
-    The code keeps its line numbers in the script, so that `inspect.getsource` finds it there, as
-    Triton does for a kernel.
+    The code keeps its line numbers in the script. So `inspect.getsource`, which Triton calls for a
+    kernel, finds it there.
     """
     output, printed = Output(), io.StringIO()
     value: Any = None
@@ -114,7 +114,7 @@ def run_cell(cell: Cell, script: str, names: dict[str, Any]) -> tuple[bool, Outp
             exec(compile(tree, script, "exec"), names)
             if isinstance(last, ast.Expr):
                 value = eval(compile(ast.Expression(last.value), script, "eval"), names)
-    except SystemExit as stop:  # drawing.stop, which has printed why, or sys.exit("why")
+    except SystemExit as stop:  # drawing.stop, which has printed the reason, or sys.exit("reason")
         goes_on = False
         printed.write(stop.code if isinstance(stop.code, str) else "")
     except Exception as error:
@@ -122,7 +122,7 @@ def run_cell(cell: Cell, script: str, names: dict[str, Any]) -> tuple[bool, Outp
     output.text, output.pictures = printed.getvalue(), _pictures()
     if hasattr(value, "_repr_html_"):
         output.html = value._repr_html_()
-    elif value is not None and not output.pictures:  # a cell that draws often ends in an axis
+    elif value is not None and not output.pictures:  # the value of a drawing cell is often an axis
         output.value = repr(value)
     return goes_on, output
 

@@ -1,1 +1,1 @@
-"""Several servers with one address: a router, a load to judge it by, and its HTTP side."""
+"""Several servers with one address: a router, a load that measures it, and an HTTP server."""

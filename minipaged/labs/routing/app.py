@@ -20,7 +20,7 @@ from minipaged.labs.routing.load import Router
 SECONDS_LEFT_OUT = 2.0
 PASSED_ON = (b"content-type", b"authorization", b"retry-after", b"www-authenticate")
 JSON = (b"content-type", b"application/json")
-NOBODY = b"""{"error": {"message": "no server can be reached: try again in a few seconds.",
+UNREACHABLE = b"""{"error": {"message": "no server can be reached: try again in a few seconds.",
     "type": "ServiceUnavailableError", "param": null, "code": 503}}"""
 Headers = list[tuple[bytes, bytes]]
 Scope = MutableMapping[str, Any]
@@ -30,8 +30,9 @@ class RouterApp:
     """An ASGI application in front of several servers.
 
     Args:
-        router: it receives each request's prompt and end, and each lost server.
-        urls: of the servers, as in http://127.0.0.1:8001.
+        router: chooses a server for each request, and is told when a request ends or a server is
+            lost.
+        urls: the addresses of the servers, such as http://127.0.0.1:8001.
 
     Raises InvalidOption for an invalid URL.
     """
@@ -77,7 +78,7 @@ class RouterApp:
                 self._router.finish(server)
                 await response.aclose()
         await send({"type": "http.response.start", "status": 503, "headers": [JSON]})
-        await send({"type": "http.response.body", "body": NOBODY})
+        await send({"type": "http.response.body", "body": UNREACHABLE})
 
     def _alive(self) -> list[int]:
         now = time.monotonic()
@@ -90,7 +91,7 @@ def prompt_in(body: bytes) -> str:
         request = json.loads(body)
         if "messages" in request:
             return "\n".join(f"{each['role']}: {each['content']}" for each in request["messages"])
-        return str(request["prompt"])  # a list of token ids, too: its text has the same start
+        return str(request["prompt"])  # equal token ids also have equal text
     except (ValueError, TypeError, KeyError, RecursionError):
         return ""  # the server will report the error
 

@@ -41,15 +41,20 @@ class Router(Protocol):
     """The interface that chooses a server for each request."""
 
     def choose(self, prompt: str, among: Collection[int] | None = None) -> int:
-        """The server for a request, which is open there from now on."""
+        """Choose the server for a request, which is open there from now on.
+
+        Args:
+            prompt: the text of the request.
+            among: the servers that can be chosen; None: all.
+        """
         ...
 
     def finish(self, server: int) -> None:
-        """One of a server's requests has ended."""
+        """Record that one of a server's requests has ended."""
         ...
 
     def forget(self, server: int) -> None:
-        """A server was restarted or lost, and with it all that it had cached."""
+        """Record that a server was restarted or lost, so its cache is empty."""
         ...
 
 

@@ -18,9 +18,10 @@ class PrefixRouter:
         num_servers: number of servers; their numbers start at 0.
         piece_size: characters per piece; only whole pieces are compared.
         capacity: number of pieces that one server is assumed to cache.
-        threshold: fraction of a prompt's pieces that a server must know to attract it.
-        slack: the number of open requests beyond those of the least loaded server up to which a
-            server attracts requests.
+        threshold: a server attracts a prompt only if it has seen more than this fraction of the
+            prompt's pieces.
+        slack: a server attracts requests only if it has at most this many more open requests than
+            the least loaded one.
     """
 
     def __init__(
@@ -40,11 +41,10 @@ class PrefixRouter:
         # By server: the keys of the pieces that it was sent, least recently used first.
         self.known: list[dict[int, None]] = [{} for _ in range(num_servers)]
 
-    # ---- prompts -------------------------------------------------------------------------------
+    # ---- prompts ---------------------------------------------------------------------------------
 
     def keys(self, prompt: str) -> list[int]:
-        """Return one key per whole piece; two prompts have equal keys up to where their texts "
-        "differ."""
+        """Return one key per whole piece; equal keys mean equal texts up to the piece's end."""
         size, before, keys = self.piece_size, 0, list[int]()
         for start in range(0, len(prompt) - size + 1, size):
             before = hash((before, prompt[start : start + size]))
@@ -56,10 +56,10 @@ class PrefixRouter:
         known = self.known[server]
         return sum(1 for _ in takewhile(known.__contains__, keys))
 
-    # ---- requests ------------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------------
 
     def choose(self, prompt: str, among: Collection[int] | None = None) -> int:
-        """Choose the server for a request, and count the request as open there.
+        """Return the server for a request, and count the request as open there.
 
         Args:
             among: the servers that can be chosen; None: all.
@@ -86,13 +86,15 @@ class PrefixRouter:
         """Record that one of a server's requests has ended."""
         self.loads[server] -= 1
 
-    # ---- memory --------------------------------------------------------------------------------
+    # ---- memory ----------------------------------------------------------------------------------
 
     def remember(self, server: int, keys: list[int]) -> None:
-        """Record that a server computes these pieces; beyond the capacity, forget the oldest "
-        "ones."""
+        """Record that a server computes these pieces.
+
+        Beyond its capacity, the least recently used pieces are forgotten.
+        """
         known = self.known[server]
-        for key in reversed(keys):  # a prefix is used with each continuation: it is newer
+        for key in reversed(keys):  # first pieces last: they are the most recently used
             known.pop(key, None)
             known[key] = None
         while len(known) > self.capacity:

@@ -1,1 +1,1 @@
-"""Lab 11: a small model cut into ranks, which are processes on this machine."""
+"""Lab 11: a small model sharded over ranks, which are processes on this machine."""

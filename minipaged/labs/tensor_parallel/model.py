@@ -1,7 +1,6 @@
-"""A small LLaMA in one piece: what the ranks of lab 11 must compute together.
+"""A small LLaMA in one process: the reference for the ranks of lab 11.
 
-There is no KV cache: every step computes all tokens again, so that the lab is about cutting and
-nothing else.
+There is no KV cache: every step computes all tokens again, so that the lab is only about sharding.
 """
 
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from minipaged.utils.shapes import Float, Int
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers of a model that its weights do not show.
+    """The hyperparameters that cannot be read off the weights.
 
     Args:
-        max_tokens: the longest sequence.
+        max_tokens: the longest sequence, in tokens.
+        theta: the base of the rotary positions.
     """
 
     vocab_size: int
@@ -39,7 +39,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer, or a rank's share of one. PyTorch stores one row for each output."""
+    """A linear layer, or a rank's share of one. The weight has one row per output."""
 
     weight: Float[Tensor, "outputs inputs"]
     bias: Float[Tensor, " outputs"] | None = None
@@ -65,7 +65,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of the whole model. The embedding is the output matrix, too."""
+    """The weights of the whole model. The embedding is also the output matrix."""
 
     config: Config
     embedding: Float[Tensor, "vocab hidden"]
@@ -74,15 +74,15 @@ class Weights:
 
 
 def share(size: int, rank: int, num_ranks: int) -> range:
-    """What a rank has of `size` things in a row, as many as every other rank.
+    """A rank's equal share of range(size): consecutive indices, in the order of the ranks.
 
     Raises:
-        InvalidOption: there is a remainder.
+        InvalidOption: `num_ranks` does not divide `size`.
     """
     if size % num_ranks:
         raise InvalidOption(
-            f"{size} cannot be shared equally by {num_ranks} ranks: take a number of ranks that "
-            f"divides {size}."
+            f"{num_ranks} ranks cannot share {size} equally: choose a number of ranks that divides "
+            f"{size}."
         )
     length = size // num_ranks
     return range(rank * length, (rank + 1) * length)
@@ -91,7 +91,7 @@ def share(size: int, rank: int, num_ranks: int) -> range:
 def norm(
     config: Config, x: Float[Tensor, "*tokens hidden"], weight: Float[Tensor, " hidden"]
 ) -> Float[Tensor, "*tokens hidden"]:
-    """Divide each vector by its root mean square."""
+    """RMSNorm: divide each vector by its root mean square, then multiply by `weight`."""
     return F.rms_norm(x, weight.shape, weight, config.eps)
 
 
@@ -111,7 +111,7 @@ def attend(
 
 
 def whole_logits(weights: Weights, token_ids: list[int]) -> Float[Tensor, " vocab"]:
-    """The scores of the next token, computed in one process."""
+    """The logits of the next token, computed in one process."""
     config = weights.config
     ids: Int[Tensor, " tokens"] = torch.tensor(token_ids)
     x = weights.embedding[ids]  # [tokens, hidden]

@@ -1,8 +1,8 @@
-"""Ranks as processes on this machine, over gloo. A wait for a call that never comes ends the run.
+"""Runs ranks as processes on this machine, over gloo, and detects deadlocks.
 
-Each rank reports every collective as it begins: as soon as one rank waits for a call that another
-one never makes, or makes otherwise, the run ends with a sentence. The ports are free ones that gloo
-chooses; the ranks find each other by a file.
+Each rank reports every collective when it begins. As soon as a rank waits for a call that another
+rank never makes, or makes with another shape, the run ends with an explanation. Gloo chooses free
+ports; the ranks find each other through a file.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ import torch.distributed as dist
 from minipaged.errors import MinipagedError
 from minipaged.utils.counts import counted
 
-# The methods of torch's ProcessGroup, under the names of the functions that call them. They are
-# replaced in a rank's own process: it does not matter how a file imports the functions.
+# The methods of torch's ProcessGroup, and the public functions that call them. The methods are
+# wrapped in each rank's process, so it does not matter how a file imports the functions.
 _COLLECTIVES = {
     "allreduce": "all_reduce", "broadcast": "broadcast", "gather": "gather", "reduce": "reduce",
     "allgather": "all_gather", "_allgather_base": "all_gather_into_tensor", "scatter": "scatter",
@@ -41,15 +41,15 @@ _LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
 
 class RanksFailed(MinipagedError):
-    """The ranks did not come to an end together."""
+    """A rank failed, or the ranks deadlocked."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective that a rank has begun, and the tensor that the rank gives to it.
+    """A collective that a rank has begun, and the tensor that it passes in.
 
     Args:
-        given: type and shape in words; empty if it gives none.
+        given: type and shape of the tensor, as text; empty if there is none.
     """
 
     name: str
@@ -61,12 +61,14 @@ class Collective:
 
 @dataclass
 class Report:
-    """What one rank did.
+    """The calls and the result of one rank.
 
     Args:
+        calls: its collectives, in order.
         value: what its program returned.
-        error: why it has ended early; empty if it has not.
-        is_broken: the error is of its last collective, so another rank may be the cause.
+        error: the reason if it ended early, else "".
+        has_ended: it has returned or failed.
+        is_broken: its last collective failed, so another rank may be the cause.
     """
 
     calls: list[Collective] = field(default_factory=list[Collective])
@@ -83,17 +85,17 @@ def run_ranks(
     seconds: float = 10.0,
     file: str = "",
 ) -> list[Report]:
-    """`program(rank, num_ranks, *args)` in a process for each rank; what each of them did.
+    """Run `program(rank, num_ranks, *args)` in one process per rank. Returns a report per rank.
 
     Args:
-        program: a function of a module, so that it can be found again in another process.
-        seconds: after so long the run is stopped.
-        file: of whose lines an error is told.
+        program: a function at module level, so that another process can import it.
+        seconds: the time limit of the run.
+        file: errors are reported with their line in this file.
 
     Raises:
-        RanksFailed: a program has failed, or waited for what the others never do.
+        RanksFailed: a program failed, waited for a call that never comes, or took too long.
     """
-    # A copy is ready in milliseconds, but macOS's system libraries do not survive one.
+    # A fork is ready in milliseconds, but macOS's system libraries do not survive one.
     context = mp.get_context("fork" if sys.platform == "linux" else "spawn")
     reports = [Report() for _ in range(num_ranks)]
     with tempfile.TemporaryDirectory(prefix="minipaged-ranks-") as folder:
@@ -106,10 +108,10 @@ def run_ranks(
                 readers.append(reader)
                 arguments = rank, setup, writer, pickle.dumps((program, args))
                 processes.append(context.Process(target=_main, args=arguments, daemon=True))
-                with warnings.catch_warnings():  # a rank uses none of this process's threads
+                with warnings.catch_warnings():  # a rank does not use this process's threads
                     warnings.simplefilter("ignore", DeprecationWarning)
                     processes[-1].start()
-                writer.close()  # the rank's copy is the only one: with the rank it is gone
+                writer.close()  # only the rank's copy remains, so the pipe closes with the rank
             _watch(readers, reports, seconds)
         finally:
             for process in processes:
@@ -121,7 +123,7 @@ def run_ranks(
 
 
 def _watch(readers: list[Connection], reports: list[Report], seconds: float) -> None:
-    """Take up what the ranks tell, until all have ended. Raises RanksFailed."""
+    """Receive the ranks' messages until all ranks have ended. Raises RanksFailed."""
     deadline = time.monotonic() + seconds
     while not all(report.has_ended for report in reports):
         open_ones = [r for r, report in zip(readers, reports, strict=True) if not report.has_ended]
@@ -151,11 +153,11 @@ def _told(reader: Connection) -> tuple[str, Any]:
     try:
         return pickle.loads(reader.recv_bytes())
     except (EOFError, OSError):  # the process is gone
-        return "error", "the process ended in the middle (os._exit, sys.exit, or a crash)"
+        return "error", "the process ended early (os._exit, sys.exit, or a crash)"
 
 
 def what_is_wrong(reports: list[Report]) -> str:
-    """Why the ranks can never end together, in a sentence; empty as long as they can."""
+    """Why the ranks can no longer all finish, in one sentence; empty as long as they can."""
     for rank, report in enumerate(reports):
         if report.error and not report.is_broken:
             return f"rank {rank}: {report.error}"
@@ -170,7 +172,7 @@ def what_is_wrong(reports: list[Report]) -> str:
 
 
 def _never_meet(rank: int, report: Report, other: int, theirs: Report) -> str:
-    """Why a rank waits for a call that never comes; empty if it does not."""
+    """Why `rank` waits for a call that `other` never makes; empty if it does not."""
     for number, (one, two) in enumerate(zip(report.calls, theirs.calls, strict=False), start=1):
         if one != two:
             return (
@@ -194,7 +196,7 @@ def _too_long(reports: list[Report], seconds: float) -> str:
 def _state(rank: int, report: Report) -> str:
     if not report.calls:
         return f"rank {rank} has begun no collective"
-    return f"rank {rank} has come to its collective number {len(report.calls)}, {report.calls[-1]}"
+    return f"rank {rank} is at its collective number {len(report.calls)}, {report.calls[-1]}"
 
 
 # ---- inside a rank -------------------------------------------------------------------------------
@@ -203,19 +205,19 @@ def _state(rank: int, report: Report) -> str:
 @dataclass(frozen=True)
 class _Setup:
     num_ranks: int
-    store: str  # the file by which the ranks find each other
+    store: str  # the file through which the ranks find each other
     seconds: float
     file: str
 
 
 def _main(rank: int, setup: _Setup, writer: Connection, pickled: bytes) -> None:
-    """A rank's process, from the first line to the last."""
+    """The main function of a rank's process."""
 
     def tell(kind: str, value: object) -> None:
         with contextlib.suppress(OSError):  # the other end is closed
             writer.send_bytes(pickle.dumps((kind, value)))
 
-    torch.set_num_threads(1)  # the ranks share the cores, and a copy has none of the threads
+    torch.set_num_threads(1)  # the ranks share the cores, and a fork has lost torch's threads
     if sys.platform in _LOOPBACK:
         os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]
     try:
@@ -232,7 +234,7 @@ def _main(rank: int, setup: _Setup, writer: Connection, pickled: bytes) -> None:
         tell("broken" if is_broken else "error", _in_words(error, setup.file))
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(setup.seconds)  # others may still read what this one has sent
+    time.sleep(setup.seconds)  # other ranks may still be receiving what this one sent
 
 
 def _in_words(error: Exception, file: str) -> str:
@@ -244,7 +246,7 @@ def _in_words(error: Exception, file: str) -> str:
 
 
 def _note_collectives(tell: Callable[[str, object], None]) -> None:
-    """Tell of each collective when it begins."""
+    """Report each collective when it begins."""
 
     def noting(method: Callable[..., Any], name: str) -> Callable[..., Any]:
         @wraps(method)
@@ -260,7 +262,10 @@ def _note_collectives(tell: Callable[[str, object], None]) -> None:
 
 
 def _given(name: str, args: tuple[Any, ...]) -> str:
-    """The tensor that a rank gives, in words. In a gather, what is received comes first."""
+    """The type and shape of the tensor that a rank passes in, as text.
+
+    The methods in the list take their outputs first.
+    """
     gives = args[1:] if name in ("gather", "all_gather", "reduce_scatter", "all_to_all") else args
     tensors = gives[0] if gives and isinstance(gives[0], (list, tuple)) else gives
     if not tensors or not isinstance(tensors[0], torch.Tensor):

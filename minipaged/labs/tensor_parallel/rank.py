@@ -1,4 +1,4 @@
-"""Tensor parallelism: each rank stores a part of every matrix, and the ranks add what they have.
+"""Tensor parallelism: each rank stores a part of every matrix, and the ranks sum their results.
 
 "Megatron-LM" (arXiv 1909.08053, section 3) cuts the first matrix of a block by its outputs and the
 second by its inputs, so that each half of a layer needs one sum over all ranks. The PagedAttention
@@ -25,17 +25,22 @@ from minipaged.utils.shapes import Float, Int
 
 
 def cut_columns(layer: Linear, outputs: range) -> Linear:
-    """The same layer with these outputs only: copies, so that the whole can be freed."""
+    """A layer that computes only these outputs. Copies its weights, so that the whole can be freed.
+
+    Args:
+        layer: weight [outputs, inputs], and a bias or None.
+        outputs: consecutive indices.
+    """
     which = slice(outputs.start, outputs.stop)
     bias = None if layer.bias is None else layer.bias[which].clone()
     return Linear(layer.weight[which].clone(), bias)
 
 
 def heads_of(config: Config, rank: int, num_ranks: int) -> tuple[range, range]:
-    """A rank's query heads, and the KV heads that these read.
+    """A rank's query heads, and the KV heads that they read.
 
-    Either the number of ranks divides the number of KV heads, or the other way around: then
-    several ranks have a copy of the same KV head.
+    Either the number of ranks divides the number of KV heads, or the other way around; in the
+    second case, several ranks have a copy of the same KV head.
     """
     heads = share(config.num_heads, rank, num_ranks)
     group = config.num_heads // config.num_kv_heads  # query heads that read the same KV head
@@ -43,7 +48,7 @@ def heads_of(config: Config, rank: int, num_ranks: int) -> tuple[range, range]:
 
 
 def cut_heads(layer: Linear, heads: range, head_dim: int) -> Linear:
-    """The same layer with the outputs of these heads only. A head has `head_dim` outputs."""
+    """A layer that computes only the outputs of these heads. Each head has `head_dim` outputs."""
     return cut_columns(layer, range(heads.start * head_dim, heads.stop * head_dim))
 
 
@@ -51,20 +56,20 @@ def cut_heads(layer: Linear, heads: range, head_dim: int) -> Linear:
 
 
 def cut_rows(layer: Linear, inputs: range) -> Linear:
-    """The same layer with these inputs only, for `row_linear`: copies, no views of the whole."""
+    """A layer that takes only these inputs, for `row_linear`. Copies the weights, not the bias."""
     return Linear(layer.weight[:, inputs.start : inputs.stop].clone(), layer.bias)
 
 
 def row_linear(x: Float[Tensor, "tokens inputs"], layer: Linear) -> Float[Tensor, "tokens outputs"]:
-    """The output of a whole layer, on every rank.
+    """The output of the whole layer, on every rank.
 
     Args:
         x: this rank's share of the inputs.
         layer: this rank's share of the layer, from `cut_rows`.
     """
-    out = F.linear(x, layer.weight)  # of every output a part
+    out = F.linear(x, layer.weight)  # this rank's summand of every output
     dist.all_reduce(out)
-    return out if layer.bias is None else out + layer.bias  # once, whatever the number of ranks
+    return out if layer.bias is None else out + layer.bias  # after the sum: added only once
 
 
 # ---- cut by tokens of the vocabulary -------------------------------------------------------------
@@ -73,7 +78,7 @@ def row_linear(x: Float[Tensor, "tokens inputs"], layer: Linear) -> Float[Tensor
 def cut_vocabulary(
     embedding: Float[Tensor, "vocab hidden"], rank: int, num_ranks: int
 ) -> Float[Tensor, "share hidden"]:
-    """A rank's rows of the embedding. All ranks have as many; what is missing is zeros."""
+    """A rank's rows of the embedding: equally many per rank, padded with zeros at the end."""
     vocab_size = len(embedding)
     padded = F.pad(embedding, (0, 0, 0, -vocab_size % num_ranks))  # [padded vocab, hidden]
     rows = share(len(padded), rank, num_ranks)
@@ -99,7 +104,12 @@ def embed(
 def gather_logits(
     hidden: Float[Tensor, " hidden"], rows: Float[Tensor, "share hidden"], vocab_size: int
 ) -> Float[Tensor, " vocab"] | None:
-    """On rank 0 the scores of the whole vocabulary, on other ranks None."""
+    """The logits of the whole vocabulary on rank 0; None on other ranks. One gather.
+
+    Args:
+        hidden: the last token's, after the final norm.
+        rows: this rank's share, from `cut_vocabulary`.
+    """
     logits = rows @ hidden  # [share]
     is_first = dist.get_rank() == 0
     num_ranks = dist.get_world_size()
@@ -115,7 +125,7 @@ class Rank:
     """A rank's share of the model, and what the rank does in each step."""
 
     def __init__(self, weights: Weights, rank: int, num_ranks: int) -> None:
-        """Cut what this rank needs out of the whole model."""
+        """Cut this rank's share out of the whole model."""
         self.config = config = weights.config
         heads, kv_heads = heads_of(config, rank, num_ranks)
 
@@ -155,9 +165,9 @@ class Rank:
         return row_linear(F.silu(layer.gate(x)) * layer.up(x), layer.down)
 
     def step(self, token_ids: list[int]) -> Float[Tensor, " vocab"] | None:
-        """The scores of the next token on rank 0, None on other ranks. All ranks call it at once.
+        """The logits of the next token on rank 0; None on other ranks. All ranks call it together.
 
-        Follow `whole_logits`. Two sums per layer, one for the embedding, and one gather.
+        Follow `whole_logits`. It takes two sums per layer, one for the embedding, and one gather.
         """
         x = embed(torch.tensor(token_ids), self.rows)  # [tokens, hidden]
         for layer in self.layers:
@@ -169,34 +179,34 @@ class Rank:
     # ---- the loop --------------------------------------------------------------------------------
 
     def send(self, token_ids: list[int]) -> None:
-        """Rank 0: tell all ranks the tokens of the next step; none at all: to stop.
+        """Rank 0: send the tokens of the next step to all ranks. An empty list means stop.
 
-        One broadcast of whole numbers, as many in every message, since a receiver must know how
-        many come: [how many tokens, token, ..., token, 0, ..., 0], 1 + max_tokens in all.
+        One broadcast of 64-bit integers. A receiver must know the size in advance, so every message
+        has 1 + max_tokens of them: [number of tokens, token, ..., token, 0, ..., 0].
 
         Raises:
-            ValueError: more than max_tokens; nothing was sent.
+            ValueError: more than max_tokens tokens; nothing was sent.
         """
         longest = self.config.max_tokens
         if len(token_ids) > longest:
-            raise ValueError(f"{len(token_ids)} tokens: a message holds {longest} at most.")
+            raise ValueError(f"{len(token_ids)} tokens: a message has room for {longest}.")
         padding = [0] * (longest - len(token_ids))
         dist.broadcast(torch.tensor([len(token_ids), *token_ids, *padding]), src=0)
 
     def receive(self) -> list[int]:
-        """Other ranks: wait for the tokens of the next step; none at all: stop."""
+        """Other ranks: wait for the tokens of the next step. An empty list means stop."""
         message = torch.zeros(1 + self.config.max_tokens, dtype=torch.int64)
         dist.broadcast(message, src=0)
         num_tokens, *token_ids = message.tolist()
         return token_ids[:num_tokens]
 
     def work(self) -> None:
-        """Other ranks: take part in every step, until rank 0 says stop."""
+        """Other ranks: take part in every step until rank 0 sends the stop message."""
         while token_ids := self.receive():
             self.step(token_ids)
 
     def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """Rank 0: the likeliest continuation, token by token. Other ranks stay in `work`."""
+        """Rank 0: the greedy continuation, token by token. Other ranks stay in `work`."""
         token_ids = list(prompt)
         for _ in range(num_tokens):
             self.send(token_ids)

@@ -1,4 +1,4 @@
-"""The storyteller on a student's ranks: what they write, store and exchange."""
+"""Runs the storyteller on a student's ranks, and reports what they generate, store and exchange."""
 
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -15,7 +15,7 @@ _SECONDS = 120.0
 
 @dataclass(frozen=True)
 class RankUse:
-    """One rank of a story: the elements of weights it stores, and its collectives by name."""
+    """What one rank used: the number of weight elements it stores, and its collectives by name."""
 
     num_elements: int
     calls: dict[str, int]
@@ -24,11 +24,12 @@ class RankUse:
 def tell(
     file: Path, prompt: list[int], num_tokens: int, num_ranks: int
 ) -> tuple[list[int], list[RankUse]]:
-    """The tokens that follow the prompt, and what each rank has done for them.
+    """The tokens that follow the prompt, and what each rank used to generate them.
 
     Raises:
-        InvalidOption: no file, too many tokens, or heads that the ranks cannot share.
-        RanksFailed: the student's ranks do not end together.
+        InvalidOption: the file does not exist, there are too many tokens, or the ranks cannot
+            share the heads equally.
+        RanksFailed: a rank fails, or the ranks deadlock.
     """
     if not file.is_file():
         raise InvalidOption(f"there is no {file}: begin with `minipaged lab start 11`.")
@@ -37,8 +38,8 @@ def tell(
     longest = config.max_tokens
     if not 1 <= len(prompt) <= longest - num_tokens:
         raise InvalidOption(
-            f"a prompt of {len(prompt)} tokens and {num_tokens} more: give at least 1 token, and "
-            f"at most {longest} together."
+            f"the prompt has {len(prompt)} tokens and {num_tokens} more are to be generated: give "
+            f"a prompt of at least 1 token, and at most {longest} tokens together."
         )
     reports = run_ranks(
         _program, str(file), prompt, num_tokens,

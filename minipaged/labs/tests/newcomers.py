@@ -14,7 +14,7 @@ from minipaged.sequence import Sequence, SequenceGroup
 
 
 class Story:
-    """Sequences that are admitted to a memory, and grow."""
+    """Sequences that are admitted to a memory and grow in it."""
 
     def __init__(self, memory) -> None:
         self.memory = memory
@@ -32,7 +32,7 @@ class Story:
         return group
 
     def samples(self, seq: Sequence, num_tokens: int = 1) -> None:
-        """A step has computed all tokens so far, and more are appended."""
+        """Mark all tokens as computed, as a step does, and append more."""
         seq.mark_computed(seq.num_uncomputed_tokens)
         for _ in range(num_tokens):
             seq.append(0)
@@ -79,7 +79,7 @@ class Users:
 def serve_in_any_order(prefix_cache, seed: int) -> None:
     """Every cached block that is found must have the right content. Raises AssertionError."""
     rng = random.Random(seed)
-    memory = CheckedMemory(  # recounts after every call, and names the wrong one
+    memory = CheckedMemory(  # recounts all owners after every call
         BlockManager(
             num_blocks=12,
             block_size=4,

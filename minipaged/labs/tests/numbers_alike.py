@@ -1,4 +1,4 @@
-"""Results that must agree to within a tolerance, told apart by the place where they differ most."""
+"""Compares results within a tolerance, and reports the place where they differ most."""
 
 import pytest
 import torch

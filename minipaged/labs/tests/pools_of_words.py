@@ -1,4 +1,4 @@
-"""A memory whose blocks hold words, not keys and values: does what was computed survive?"""
+"""A memory whose blocks hold words instead of keys and values, so that tests can compare them."""
 
 from itertools import count
 from typing import Any
@@ -29,7 +29,7 @@ class Pools:
         self.ids = count()
 
     def group(self, num_tokens: int, width: int = 1, first: int = 0) -> SequenceGroup:
-        """A request whose prompt is computed, and which has forked and generated a few tokens."""
+        """A request that has computed its prompt, forked and generated a few tokens."""
         seq = Sequence(next(self.ids), range(first, first + num_tokens))
         group = SequenceGroup(f"{seq.seq_id}", [seq], width=width)
         self.copy(admit(self.memory, group))
@@ -45,7 +45,7 @@ class Pools:
     def grow(self, group: SequenceGroup, num_tokens: int) -> None:
         for seq in group.sequences:
             for _ in range(num_tokens):
-                seq.append(10**6 + seq.seq_id)  # no two continue alike
+                seq.append(10**6 + seq.seq_id)  # each sample has its own tokens
                 self.copy(self.memory.append(seq))
                 seq.mark_computed(1)
                 self.write(seq, seq.num_tokens - 1)
@@ -68,7 +68,7 @@ class Pools:
             self.words[target] = self.words[source]
 
     def reads(self, group: SequenceGroup) -> list[list[str]]:
-        """What each sequence finds, block by block."""
+        """The words that each sequence reads, block by block."""
         content: list[list[str]] = []
         for seq in group.sequences:
             swapped = self.memory.is_swapped(seq.seq_id)
@@ -79,14 +79,14 @@ class Pools:
         return content
 
     def check(self, group: SequenceGroup, before: list[list[str]]) -> None:
-        """Whether each sequence has the content it had before. Raises AssertionError."""
+        """Raises AssertionError unless each sequence has the content that it had before."""
         for seq, now, then in zip(group.sequences, self.reads(group), before, strict=True):
             assert len(now) == len(then), f"number of blocks of sequence {seq.seq_id}"
             for logical, (word, old) in enumerate(zip(now, then, strict=True)):
                 assert word == old, f"in logical block {logical} of sequence {seq.seq_id}"
 
     def swap_out(self, group: SequenceGroup) -> int:
-        """Returns how many blocks were copied."""
+        """Returns the number of copied blocks."""
         pairs = self.memory.swap_out(group)
         self._move(pairs, self.words, self.swapped_words)
         for source, _ in pairs:
@@ -95,7 +95,7 @@ class Pools:
         return len(pairs)
 
     def swap_in(self, group: SequenceGroup) -> int:
-        """Returns how many blocks were copied."""
+        """Returns the number of copied blocks."""
         pairs = self.memory.swap_in(group)
         self._move(pairs, self.swapped_words, self.words)
         self.swapped_words |= {source: "overwritten" for source, _ in pairs}

@@ -17,7 +17,7 @@ DEFAULTS: dict[str, Any] = {
 def build_engine(
     scheduler_class: Any, victim: Any, *prompts: int, num_tokens: int = 5, **options: Any
 ) -> EngineWithoutModel:
-    """An engine in which prompts of these lengths wait. Its memory is counted after every call."""
+    """An engine with waiting prompts of these lengths. Every call recounts its memory."""
     config = EngineConfig(**{**DEFAULTS, **options})
     memory = CheckedMemory(
         BlockManager(

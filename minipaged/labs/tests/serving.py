@@ -1,4 +1,4 @@
-"""The end of every lab: the embedded model on the student's part and on the library's."""
+"""The last task of every lab: the embedded model runs on the student's part and the library's."""
 
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ def prompts() -> tuple[str, ...]:
 
 @cache
 def expected(texts: tuple[str, ...], samples: int, max_tokens: int) -> list[list[list[int]]]:
-    """What the library generates, by prompt and sample."""
+    """The library's tokens, by prompt and sample."""
     from minipaged.llm import LLM
 
     return generate(LLM(), texts, samples, max_tokens)
@@ -43,11 +43,11 @@ def serves_what_the_library_serves(
     max_tokens: int = 20,
     **options: Any,
 ) -> None:
-    """Token for token, and every block comes back. Raises AssertionError.
+    """Check that all tokens are the library's and all blocks are free. Raises AssertionError.
 
     Args:
         observed: the fixture.
-        texts: what to ask; None: a question about each story.
+        texts: the prompts. None: a question about each story.
         options: for `observed` and, through it, for the `LLM`.
     """
     texts = texts or prompts()

@@ -1,4 +1,4 @@
-"""Lab 10: keys of a prompt, who knows it, where it goes, and what is forgotten.
+"""Lab 10: the keys of a prompt, the servers that cache it, where it goes, and what is forgotten.
 
 What a key is does not matter. In the tests of one task, bodies of later tasks are the library's.
 """
@@ -36,12 +36,12 @@ def build(part, request):
     return router
 
 
-# ---- task 1: name the beginnings of a prompt -----------------------------------------------------
+# ---- task 1: name the prefixes of a prompt -------------------------------------------------------
 
 
 @task(1)
 @pytest.mark.parametrize(("length", "num_keys"), [(0, 0), (3, 0), (4, 1), (7, 1), (8, 2), (41, 10)])
-def test_each_whole_piece_has_a_key(build, length, num_keys):
+def test_each_complete_piece_has_a_key(build, length, num_keys):
     assert len(build().keys("x" * length)) == num_keys
 
 
@@ -59,25 +59,25 @@ def test_equal_pieces_after_different_prefixes_have_different_keys(build):
     router = build()
     one, other = router.keys("aaaabbbbcccc"), router.keys("xxxxbbbbcccc")
     assert not set(one) & set(other)
-    assert len(set(router.keys("aaaaaaaaaaaa"))) == 3, "the same piece in three places"
+    assert len(set(router.keys("aaaaaaaaaaaa"))) == 3, "distinct keys of one piece, three times"
 
 
 @task(1)
-def test_keys_of_two_routers_of_another_piece_size_are_cut_there(build):
+def test_another_piece_size_gives_other_keys(build):
     assert [len(build(piece_size=size).keys("x" * 60)) for size in (1, 7, 16)] == [60, 8, 3]
 
 
 @task(1)
 def test_keys_of_a_long_prompt_are_computed_quickly(build):
-    """The key of each of 40,000 pieces from the whole text before it would take minutes."""
+    """Computing each of 40,000 keys from the whole text before it would take minutes."""
     assert len(build(piece_size=16).keys("x" * 640_000)) == 40_000
 
 
-# ---- task 2: find who knows a beginning ----------------------------------------------------------
+# ---- task 2: find the servers that know a prefix -------------------------------------------------
 
 
 @task(2)
-@essential("each server has a cache of its own: what one was sent, no other knows.")
+@essential("each server has its own cache: a server knows only what it was sent.")
 def test_a_server_knows_what_it_was_sent_and_no_other_does(build):
     router = build(3)
     keys = router.keys("aaaabbbbcccc")
@@ -105,17 +105,17 @@ def test_nothing_counts_after_a_gap(build):
 
 
 @task(2)
-def test_asking_what_is_known_changes_nothing(build):
+def test_counting_known_pieces_changes_nothing(build):
     router = build()
     keys = router.keys("aaaabbbb")
     assert [router.num_known(0, keys) for _ in range(3)] == [0, 0, 0]
     router.remember(0, keys[:1])
     assert [router.num_known(0, keys) for _ in range(3)] == [1, 1, 1]
-    assert keys == router.keys("aaaabbbb"), "the list is the caller's"
+    assert keys == router.keys("aaaabbbb"), "the caller's list of keys was changed"
 
 
 @task(2)
-def test_several_prompts_are_known_at_a_time(build):
+def test_a_server_remembers_several_prompts(build):
     router = build()
     for prompt in ("aaaabbbb", "xxxxyyyy", "aaaabbbb"):
         router.remember(0, router.keys(prompt))
@@ -131,7 +131,7 @@ def test_equal_prefixes_go_to_the_same_server(build):
     first = [router.choose(f"{letter * 12} first") for letter in "abcd"]
     again = [router.choose(f"{letter * 12} again") for letter in "dbca"]
     assert again == [first["abcd".index(letter)] for letter in "dbca"]
-    assert sorted(first) == [0, 0, 1, 1], "new beginnings are shared out"
+    assert sorted(first) == [0, 0, 1, 1], "new prefixes must be spread over the servers"
 
 
 @task(3)
@@ -147,7 +147,7 @@ def test_a_request_is_open_until_it_is_finished(build):
 
 
 @task(3)
-@essential("a server that has far more to do than the others must attract no request (rule 3).")
+@essential("a server with far more open requests than the others must attract none (rule 3).")
 @pytest.mark.parametrize("slack", [0, 1, 4])
 def test_a_popular_prefix_does_not_overload_its_server(build, slack):
     router = build(slack=slack)
@@ -158,17 +158,19 @@ def test_a_popular_prefix_does_not_overload_its_server(build, slack):
 
 
 @task(3)
-def test_up_to_the_slack_a_server_attracts(build):
+def test_a_server_attracts_requests_up_to_the_slack(build):
     router = build(slack=3)
     home = router.choose("a" * 12)
-    assert [router.choose("a" * 12) for _ in range(3)] == [home] * 3, "1, 2 and 3 more than none"
+    assert [router.choose("a" * 12) for _ in range(3)] == [home] * 3, (
+        "with 1, 2 and 3 open requests more"
+    )
     assert router.choose("a" * 12) == 1 - home
 
 
 @task(3)
-@essential("a prefix of nearly all prompts must not attract requests (rule 2).")
+@essential("a prefix that nearly all prompts share must not attract requests (rule 2).")
 def test_a_short_common_prefix_attracts_no_server(build):
-    """One piece of four is equal, as when a template opens every chat."""
+    """One piece of four is shared, as when every chat begins with the same template."""
     router = build(slack=100)
     servers = [router.choose("sys:" + letter * 12) for letter in "abcdefgh"]
     assert sorted(servers) == [0] * 4 + [1] * 4
@@ -192,17 +194,17 @@ def test_the_server_that_knows_most_has_precedence_over_a_less_loaded_one(build)
 
 
 @task(3)
-def test_a_load_is_compared_with_those_that_can_be_chosen(build):
+def test_a_load_is_compared_only_with_that_of_available_servers(build):
     router = build(3, slack=2)
     home = [router.choose("a" * 12, [1]) for _ in range(5)]
     for _ in range(4):
         router.choose("x" * 12, [2])
     assert home == [1] * 5
-    assert router.choose("a" * 12, [1, 2]) == 1, "5 and 4 are open; server 0 does not count"
+    assert router.choose("a" * 12, [1, 2]) == 1, "5 and 4 are open; server 0 is not available"
 
 
 @task(3)
-def test_of_two_that_know_as_much_the_less_loaded_one_is_chosen(build):
+def test_of_two_servers_that_know_as_much_the_less_loaded_is_chosen(build):
     router = build(3, slack=10)
     for server in (0, 0, 1):
         router.choose("a" * 12, [server])
@@ -210,7 +212,7 @@ def test_of_two_that_know_as_much_the_less_loaded_one_is_chosen(build):
 
 
 @task(3)
-def test_of_two_equally_loaded_the_one_that_knows_less_gets_what_is_new(build):
+def test_of_two_idle_servers_the_one_with_fewer_pieces_gets_a_new_prompt(build):
     router = build(3)
     for server, prompt in enumerate(("a" * 40, "b" * 8, "c" * 24)):
         assert router.choose(prompt, [server]) == server
@@ -218,21 +220,21 @@ def test_of_two_equally_loaded_the_one_that_knows_less_gets_what_is_new(build):
 
 
 @task(3)
-def test_only_servers_that_can_be_chosen_count(build):
+def test_only_available_servers_are_chosen(build):
     router = build(3, slack=2)
     for _ in range(5):
         assert router.choose("a" * 12, [1, 2]) in (1, 2)
     assert router.loads[0] == 0
     assert abs(router.loads[1] - router.loads[2]) <= 3
-    assert router.choose("a" * 12, [2]) == 2, "however much it has to do"
-    assert router.choose("aa") == 0, "the only one that is idle, for a prompt without a piece"
+    assert router.choose("a" * 12, [2]) == 2, "the only available server, whatever its load"
+    assert router.choose("aa") == 0, "the only idle server, for a prompt shorter than a piece"
 
 
 # ---- task 4: forget ------------------------------------------------------------------------------
 
 
 @task(4)
-def test_a_lost_server_knows_nothing_and_the_others_what_they_knew(build):
+def test_forgetting_one_server_does_not_affect_the_others(build):
     router = build()
     keys = router.keys("a" * 12)
     for server in (0, 1):
@@ -244,8 +246,8 @@ def test_a_lost_server_knows_nothing_and_the_others_what_they_knew(build):
 
 
 @task(4)
-@essential("a router must not grow without end (rule 4).")
-def test_a_server_is_believed_to_cache_no_more_than_its_capacity(build):
+@essential("a router must not grow without bound (rule 4).")
+def test_a_server_remembers_no_more_pieces_than_its_capacity(build):
     router = build(capacity=6)
     prompts = [f"{number:04}" * 3 for number in range(50)]
     for prompt in prompts:
@@ -265,16 +267,16 @@ def test_the_least_recently_used_prompt_is_forgotten_first(build):
 
 
 @task(4)
-def test_a_beginning_is_forgotten_after_its_end(build):
+def test_the_end_of_a_prompt_is_forgotten_before_its_beginning(build):
     router = build(capacity=4)
     router.remember(0, router.keys("a" * 12))
     router.remember(0, router.keys("b" * 8))
-    assert router.num_known(0, router.keys("a" * 12)) == 2, "one piece too many: the last of them"
+    assert router.num_known(0, router.keys("a" * 12)) == 2, "of one piece too many, the last goes"
     assert router.num_known(0, router.keys("b" * 8)) == 2
 
 
 @task(4)
-def test_of_a_prompt_that_exceeds_the_capacity_the_beginning_is_kept(build):
+def test_of_a_prompt_longer_than_the_capacity_the_beginning_is_kept(build):
     router = build(capacity=3)
     router.remember(0, router.keys("a" * 40))
     assert router.num_known(0, router.keys("a" * 40)) == 3
@@ -286,15 +288,17 @@ def test_of_a_prompt_that_exceeds_the_capacity_the_beginning_is_kept(build):
 @task(5)
 @essential("the router must find 1.5 times as many tokens in the caches as round robin.")
 @pytest.mark.parametrize("seed", range(3))
-def test_it_finds_half_as_many_prefixes_again_as_round_robin(build, seed):
+def test_the_router_finds_far_more_cached_prefixes_than_round_robin(build, seed):
     prompts = [prompt_of(*request) for request in requests(seed)]
     compared = simulate(RoundRobin(2), prompts)
     yours = simulate(build(piece_size=16, capacity=CAPACITY), prompts)
     found, least = yours.num_cached_tokens, 1.5 * compared.num_cached_tokens
-    assert found >= least, "prompt tokens found in the prefix caches, and 1.5 times round robin's"
+    assert found >= least, (
+        "prompt tokens found in the prefix caches, against 1.5 times round robin's"
+    )
     assert sum(yours.num_requests) == len(prompts)
     most = max(yours.num_requests)
-    assert most <= 0.6 * len(prompts), "requests of the server that got most of them"
+    assert most <= 0.6 * len(prompts), "requests of the busiest server, against 60 % of all"
 
 
 @task(5)
@@ -302,6 +306,8 @@ def test_all_servers_work_at_the_same_time(build):
     prompts = [prompt_of(*request) for request in requests()]
     router = build(4, piece_size=16, capacity=CAPACITY, slack=2)
     report = simulate(router, prompts, num_servers=4)
-    assert report.largest_gap <= 4, "open requests, between the most and the least loaded server"
+    assert report.largest_gap <= 4, (
+        "gap in open requests between the most and the least loaded server"
+    )
     assert min(report.num_requests) >= len(prompts) / 8
-    assert router.loads == [0] * 4, "all requests have ended"
+    assert router.loads == [0] * 4, "open requests once all have ended"

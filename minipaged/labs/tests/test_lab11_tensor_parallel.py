@@ -1,8 +1,8 @@
-"""Lab 11: shares of matrices, sums of what two processes computed, and the loop that joins them.
+"""Lab 11: shards of matrices, sums over two processes, and the loop that drives them.
 
-Ranks are processes of their own. A test fails as soon as a rank waits for a call that another rank
-never makes. A rank that computes without end is stopped after PATIENCE seconds, and after one
-second in the tests that follow.
+Each rank is a process. A test fails as soon as a rank waits for a call that another rank never
+makes. A rank that never finishes is stopped after PATIENCE seconds, and in later tests after one
+second.
 """
 
 import pickle
@@ -56,13 +56,13 @@ def own(part):
 
 @pytest.fixture(scope="module")
 def patience() -> list[float]:
-    """Seconds for two ranks to end: fewer once they have not."""
+    """The time limit for two ranks, in seconds; it is lowered once they have exceeded it."""
     return [PATIENCE]
 
 
 @pytest.fixture
 def ranks(request, custom_parts, patience):
-    """`ranks(program, ...)`: the reports of two processes that run it on the student's file."""
+    """`ranks(program, ...)`: runs it in two processes on the student's file; returns reports."""
     parts = list(request.config.getoption("--part") or [])
     file = parts[0].partition("=")[2].rpartition(":")[0] if parts else ""
 
@@ -90,15 +90,15 @@ def names(report) -> list[str]:
 
 
 @task(1)
-@essential("the outputs of all ranks side by side must be the whole layer's outputs (rule 1).")
+@essential("the outputs of all ranks, concatenated, must be those of the whole layer (rule 1).")
 @each_split
 @pytest.mark.parametrize("bias", [numbers(8), None], ids=["bias", "no_bias"])
-def test_outputs_side_by_side_are_the_whole(own, num_ranks, bias):
+def test_concatenated_outputs_are_those_of_the_whole_layer(own, num_ranks, bias):
     layer, x = Linear(numbers(8, 6), bias), numbers(5, 6)
     shares = [own("cut_columns")(layer, share(8, rank, num_ranks)) for rank in range(num_ranks)]
     outputs = [one(x) for one in shares]
     assert [out.shape[1] for out in outputs] == [8 // num_ranks] * num_ranks
-    same(torch.cat(outputs, dim=1), layer(x), "outputs of all ranks side by side")
+    same(torch.cat(outputs, dim=1), layer(x), "concatenated outputs of all ranks")
 
 
 @task(1)
@@ -149,7 +149,7 @@ def test_a_head_is_cut_with_its_bias(own):
 @task(1)
 @all_heads
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_attention_of_all_ranks_side_by_side_is_the_whole(own, heads, num_ranks):
+def test_concatenated_attention_outputs_are_those_of_the_whole(own, heads, num_ranks):
     config, x = HEADS[heads], numbers(5, 24)
     layer = random_weights(config).layers[0]
     outputs = []
@@ -159,7 +159,7 @@ def test_attention_of_all_ranks_side_by_side_is_the_whole(own, heads, num_ranks)
         q, k, v = (own("cut_heads")(one, each, config.head_dim)(x) for one, each in of_heads)
         outputs.append(attend(config, q, k, v))
     whole = attend(config, layer.q(x), layer.k(x), layer.v(x))
-    same(torch.cat(outputs, dim=1), whole, "attention outputs of all ranks side by side")
+    same(torch.cat(outputs, dim=1), whole, "concatenated attention outputs of all ranks")
 
 
 # ---- task 2: cut by inputs, and sum --------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_attention_of_all_ranks_side_by_side_is_the_whole(own, heads, num_ranks)
 
 @task(2)
 @each_split
-def test_parts_of_all_ranks_add_up_to_the_whole(own, num_ranks):
+def test_the_results_of_all_ranks_add_up_to_the_whole(own, num_ranks):
     layer, x = Linear(numbers(6, 8)), numbers(5, 8)
     mine = [share(8, rank, num_ranks) for rank in range(num_ranks)]
     parts = [F.linear(x[:, m.start : m.stop], own("cut_rows")(layer, m).weight) for m in mine]
@@ -189,7 +189,7 @@ def test_every_rank_has_the_whole_output(ranks):
 
 
 @task(2)
-@essential("the bias must be in the sum once, not once for each rank (rule 4).")
+@essential("the bias must be added once, not once per rank (rule 4).")
 def test_the_bias_is_added_once(ranks):
     layer = Linear(torch.zeros(3, 4), torch.tensor([1.0, 2.0, 3.0]))
     for rank, report in enumerate(ranks(product, numbers(1, 4), layer)):
@@ -198,7 +198,7 @@ def test_the_bias_is_added_once(ranks):
 
 
 @task(2)
-def test_the_inputs_stay_as_they_are(ranks):
+def test_the_inputs_are_not_modified(ranks):
     x = numbers(5, 8)
     for rank, report in enumerate(ranks(product, x, Linear(numbers(8, 8), numbers(8)))):
         same(report.value[1], x[:, 4 * rank : 4 * rank + 4], f"inputs of rank {rank} afterwards")
@@ -215,7 +215,7 @@ def test_a_layer_needs_one_sum(ranks):
 
 @task(3)
 @pytest.mark.parametrize(("vocab_size", "num_ranks"), [(8, 1), (8, 2), (9, 2), (765, 2), (5, 4)])
-def test_all_ranks_have_as_many_rows(own, vocab_size, num_ranks):
+def test_all_ranks_have_the_same_number_of_rows(own, vocab_size, num_ranks):
     table = numbers(vocab_size, 3)
     shares = [own("cut_vocabulary")(table, rank, num_ranks) for rank in range(num_ranks)]
     assert [len(rows) for rows in shares] == [-(-vocab_size // num_ranks)] * num_ranks
@@ -225,7 +225,7 @@ def test_all_ranks_have_as_many_rows(own, vocab_size, num_ranks):
 
 
 @task(3)
-@essential("a token that another rank has must add nothing here (rule 5).")
+@essential("a token of another rank must contribute zeros here (rule 5).")
 def test_every_token_is_found_on_any_rank(ranks):
     table, token_ids = numbers(16, 3), torch.tensor([0, 7, 8, 15, 3, 12, 3])
     for rank, report in enumerate(ranks(embedded, token_ids, table)):
@@ -241,7 +241,7 @@ def test_tokens_of_an_odd_vocabulary_are_found(ranks):
 
 @task(3)
 @pytest.mark.parametrize("token_ids", [[1, 2, 0], [14, 9]], ids=["the_first", "the_second"])
-def test_one_rank_may_have_all_the_tokens(ranks, token_ids):
+def test_one_rank_may_own_all_the_tokens(ranks, token_ids):
     table = numbers(16, 3)
     for rank, report in enumerate(ranks(embedded, torch.tensor(token_ids), table)):
         same(report.value, table[token_ids], f"embeddings on rank {rank}")
@@ -252,13 +252,13 @@ def test_logits_of_the_whole_vocabulary_are_on_rank_0_only(ranks):
     hidden, table = numbers(6), numbers(16, 6)
     first, second = ranks(gathered, hidden, table)
     same(first.value, table @ hidden, "logits on rank 0")
-    assert second.value is None, "rank 1 samples nothing: it needs no logits"
+    assert second.value is None, "logits on rank 1, which samples nothing"
 
 
 @task(3)
-@essential("the padding is no token: it must never be sampled (rule 6).")
+@essential("a padded row is not a token and must never be sampled (rule 6).")
 def test_logits_of_the_padding_are_dropped(ranks):
-    """All scores are negative, so a padded row, whose score is 0, would have the largest."""
+    """All logits are negative, so a padded row, whose logit is 0, would have the largest."""
     hidden, table = numbers(6).abs(), -numbers(15, 6).abs()
     first, _ = ranks(gathered, hidden, table)
     assert len(first.value) == 15, "logits of a vocabulary of 15 tokens"
@@ -278,7 +278,7 @@ def test_an_embedding_needs_one_sum_and_logits_one_gather(ranks):
 
 
 @task(4)
-@essential("two ranks must give what one process gives, up to rounding.")
+@essential("two ranks must compute the logits of one process, up to rounding.")
 @all_heads
 def test_two_ranks_give_the_logits_of_one_process(ranks, heads):
     weights = random_weights(HEADS[heads])
@@ -289,17 +289,17 @@ def test_two_ranks_give_the_logits_of_one_process(ranks, heads):
 
 
 @task(4)
-@essential("a rank must store its share only: that is what the cut is for.")
+@essential("a rank must store only its share of the weights.")
 def test_a_rank_stores_about_half_of_the_model(part):
     weights = storyteller()
     one = part("rank")(weights, 1, 2)
     stored, whole = len(pickle.dumps(vars(one))), len(pickle.dumps(weights))
-    assert stored < 0.6 * whole, "bytes stored on one of two ranks, and 60 % of the model"
+    assert stored < 0.6 * whole, "bytes stored on one of two ranks, against 60 % of the model"
 
 
 @task(4)
 @pytest.mark.parametrize("num_ranks", [1, 4])
-def test_another_number_of_ranks_gives_the_same(ranks, num_ranks):
+def test_any_number_of_ranks_gives_the_same_logits(ranks, num_ranks):
     weights = random_weights(HEADS["odd_vocabulary"], bias=False)
     reports = ranks(steps, weights, PROMPTS, num_ranks=num_ranks)
     for prompt, yours in zip(PROMPTS, reports[0].value, strict=True):
@@ -307,7 +307,7 @@ def test_another_number_of_ranks_gives_the_same(ranks, num_ranks):
 
 
 @task(4)
-@essential("two sums per layer, one for the embedding and one gather are all that is needed.")
+@essential("a step needs only two sums per layer, one for the embedding and one gather.")
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_a_step_needs_two_sums_per_layer(ranks, num_layers):
     weights = random_weights(HEADS["fewer_kv_heads"], num_layers)
@@ -321,15 +321,15 @@ def test_a_step_needs_two_sums_per_layer(ranks, num_layers):
 
 
 @task(5)
-@essential("a worker must end at the stop message, or its process stays forever (rule 8).")
+@essential("a worker must end at the stop message, or its process never exits (rule 8).")
 def test_a_worker_ends_at_the_stop_message(ranks):
     weights = random_weights(HEADS["fewer_kv_heads"])
     for report in ranks(stories, weights, []):
-        assert names(report) == ["broadcast"], "after the stop message nothing is called"
+        assert names(report) == ["broadcast"], "collectives up to the stop message"
 
 
 @task(5)
-def test_a_message_brings_the_tokens_and_no_others(ranks):
+def test_a_message_has_its_tokens_and_no_others(ranks):
     weights = random_weights(HEADS["fewer_kv_heads"])
     sent = [[5, 3, 5], [0], list(range(32)) * 2, [0, 0], []]
     _, second = ranks(messages, weights, sent)
@@ -340,13 +340,13 @@ def test_a_message_brings_the_tokens_and_no_others(ranks):
 @task(5)
 def test_a_message_that_is_too_long_is_refused_before_it_is_sent(part):
     one = part("rank")(random_weights(HEADS["fewer_kv_heads"]), 0, 2)
-    with pytest.raises(ValueError) as raised:  # noqa: PT011  its words are the student's
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  the student chooses the message
         one.send([1] * 65)
     assert "process group" not in str(raised.value), "it was sent, in a process without a group"
 
 
 @task(5)
-@essential("two ranks must write what one process writes.")
+@essential("two ranks must generate what one process generates.")
 @all_heads
 def test_two_ranks_generate_the_tokens_of_one_process(ranks, heads):
     weights = random_weights(HEADS[heads])
@@ -355,7 +355,7 @@ def test_two_ranks_generate_the_tokens_of_one_process(ranks, heads):
 
 
 @task(5)
-def test_each_step_has_one_message_and_the_stop_is_one_more(ranks):
+def test_each_step_and_the_stop_have_one_message(ranks):
     weights = random_weights(HEADS["odd_vocabulary"])
     for report in ranks(stories, weights, [([1, 2], 3)]):
         one_step = ["broadcast", *["all_reduce"] * 5, "gather"]
@@ -363,7 +363,7 @@ def test_each_step_has_one_message_and_the_stop_is_one_more(ranks):
 
 
 @task(5)
-def test_the_storyteller_writes_the_same_words_on_two_ranks(ranks):
+def test_the_storyteller_generates_the_same_tokens_on_two_ranks(ranks):
     weights = storyteller()
     prompt = [364, 329, 260, 335]
     first, _ = ranks(stories, weights, [(prompt, 12)])

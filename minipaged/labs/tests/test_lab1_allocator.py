@@ -1,6 +1,6 @@
-"""Lab 1: what a block allocator must do, whatever it keeps its blocks in.
+"""Lab 1: what a block allocator must do, whatever data structure it uses.
 
-Nothing here asks which block is handed out: any free one will do.
+No test depends on which free block is handed out.
 """
 
 import random
@@ -173,10 +173,10 @@ def test_a_block_without_owners_cannot_be_freed(build):
 
 
 @task(3)
-def test_in_any_order_a_second_count_finds_the_same(build):
+def test_in_any_order_a_recount_finds_no_mismatch(build):
     rng = random.Random(0)
-    allocator = CheckedAllocator(build(6))  # counts again after every call, and names the guilty
-    owned: list[int] = []  # a block as often as it has owners
+    allocator = CheckedAllocator(build(6))  # recounts all owners after every call
+    owned: list[int] = []  # each block once per owner
     for _ in range(4000):
         choices = ["allocate"] * (allocator.num_free > 0) + ["share", "free", "free"] * bool(owned)
         match rng.choice(choices):
@@ -195,8 +195,8 @@ def test_in_any_order_a_second_count_finds_the_same(build):
 
 @task(3)
 @essential("each call must take the same time, however large the pool is (rule 4).")
-def test_it_takes_no_longer_in_a_large_pool(build):
-    """A million blocks taken and given back: seconds, if each call looks at one block only."""
+def test_each_call_is_as_quick_in_a_large_pool(build):
+    """A million blocks allocated and freed take seconds if each call looks at one block only."""
     allocator = build(200_000)
     for _ in range(5):
         blocks = [allocator.allocate() for _ in range(200_000)]
@@ -214,5 +214,5 @@ def test_the_model_generates_the_same_with_the_allocator_of_the_library(observed
 
 
 @task(4)
-def test_blocks_that_are_shared_are_counted_right(observed):
+def test_shared_blocks_are_counted_correctly(observed):
     serves_what_the_library_serves(observed, num_blocks=64, block_size=4, samples=3)

@@ -1,6 +1,6 @@
-"""Lab 2: the slot of a token, and when a sequence gets a block.
+"""Lab 2: the slot of a token, and when a sequence takes a block.
 
-Which block a sequence gets does not matter: any free one will do. Each block has one owner.
+No test depends on which free block a sequence gets. Each block has one owner.
 """
 
 import random
@@ -28,7 +28,7 @@ def new_table(part):
 
 @pytest.fixture
 def table(new_table):
-    """The one of the docstring: two full blocks, and two tokens in the third."""
+    """The table in BlockTable's docstring: two full blocks, and two tokens in the third."""
     return new_table(4, [7, 1, 3], 10)
 
 
@@ -66,13 +66,13 @@ def test_a_position_without_a_token_has_no_slot(table, position):
 
 
 @task(1)
-def test_all_blocks_but_the_last_are_full_and_the_last_may_be(table, new_table):
+def test_all_blocks_but_the_last_are_full(table, new_table):
     assert [table.filled(logical) for logical in range(3)] == [4, 4, 2]
     table = new_table(4, [7, 1], 8)
     assert [table.filled(logical) for logical in range(2)] == [4, 4]
 
 
-# ---- task 2: map the first tokens only -----------------------------------------------------------
+# ---- task 2: map only the first tokens -----------------------------------------------------------
 
 
 @task(2)
@@ -80,22 +80,22 @@ def test_all_blocks_but_the_last_are_full_and_the_last_may_be(table, new_table):
     ("num_tokens", "blocks"),
     [(0, []), (1, [7]), (4, [7]), (5, [7, 1]), (8, [7, 1]), (9, [7, 1, 3]), (10, [7, 1, 3])],
 )
-def test_a_beginning_has_the_blocks_of_its_tokens(table, num_tokens, blocks):
+def test_a_prefix_has_the_blocks_of_its_tokens(table, num_tokens, blocks):
     beginning = table.beginning(num_tokens)
     assert beginning.blocks == blocks
     assert (beginning.num_tokens, beginning.block_size) == (num_tokens, 4)
 
 
 @task(2)
-@essential("a beginning must have a list of its own: the two sequences grow separately.")
+@essential("a prefix must have its own list, because the two sequences grow separately.")
 @pytest.mark.parametrize("num_tokens", [10, 8])
-def test_table_and_beginning_have_separate_lists(table, num_tokens):
+def test_a_table_and_its_prefix_have_separate_lists(table, num_tokens):
     beginning = table.beginning(num_tokens)
     before = list(beginning.blocks)
     beginning.blocks.append(5)
-    assert table.blocks == [7, 1, 3], "a block of the beginning is in the table's list"
+    assert table.blocks == [7, 1, 3], "a block added to the prefix is in the table's list"
     table.blocks.append(6)
-    assert beginning.blocks == [*before, 5], "a block of the table is in the beginning's list"
+    assert beginning.blocks == [*before, 5], "a block added to the table is in the prefix's list"
 
 
 @task(2)
@@ -103,12 +103,12 @@ def test_table_and_beginning_have_separate_lists(table, num_tokens):
     ("cached", "num_tokens", "expected"),
     [(2, 10, 2), (2, 8, 2), (2, 7, 1), (2, 3, 0), (1, 8, 1), (0, 8, 0)],
 )
-def test_only_full_blocks_of_the_beginning_count_as_cached(new_table, cached, num_tokens, expected):
+def test_only_full_blocks_of_a_prefix_count_as_cached(new_table, cached, num_tokens, expected):
     table = new_table(4, [7, 1, 3], 10, num_cached_blocks=cached)
     assert table.beginning(num_tokens).num_cached_blocks == expected
 
 
-# ---- task 3: a block when it is needed -----------------------------------------------------------
+# ---- task 3: take a block when it is needed ------------------------------------------------------
 
 
 @task(3)
@@ -124,14 +124,14 @@ def test_a_prompt_gets_the_blocks_that_its_tokens_need(build, length, num_blocks
 
 
 @task(3)
-@essential("a block is taken when a token needs it, not before and not later (rule 1).")
+@essential("a block must be taken exactly when a token needs it (rule 1).")
 def test_a_block_is_taken_when_the_last_is_full_and_not_before(build):
     story = Story(build(8))
     [seq] = story.comes(3).sequences
     num_blocks, first = {}, story.table(seq).blocks[0]
     for _ in range(6):
         story.grows(seq)
-        assert story.table(seq).blocks[0] == first, "a token stays where it is"
+        assert story.table(seq).blocks[0] == first, "the first block must stay the same"
         num_blocks[seq.num_tokens] = len(story.table(seq).blocks)
     assert num_blocks == {4: 1, 5: 2, 6: 2, 7: 2, 8: 2, 9: 3}
 
@@ -180,9 +180,9 @@ def test_there_is_nothing_to_copy_while_each_block_has_one_owner(build):
 
 
 @task(3)
-def test_in_any_order_a_second_count_finds_the_same(build):
+def test_in_any_order_a_recount_finds_no_mismatch(build):
     rng = random.Random(0)
-    story = Story(CheckedMemory(build(400)))  # recounts after every call, and names the wrong one
+    story = Story(CheckedMemory(build(400)))  # recounts all owners after every call
     sequences = [story.comes(rng.randrange(1, 14)).sequences[0] for _ in range(8)]
     for _ in range(150):
         seq = rng.choice(sequences)
@@ -190,24 +190,24 @@ def test_in_any_order_a_second_count_finds_the_same(build):
         assert story.table(seq).num_tokens == seq.num_tokens
 
 
-# ---- task 4: ask first, and free -----------------------------------------------------------------
+# ---- task 4: check first, and free ---------------------------------------------------------------
 
 
 @task(4)
-@essential("asking takes no block, and promises none that is not there (rule 5).")
+@essential("`can_append` takes no block, and is true only if enough blocks are free (rule 5).")
 def test_a_free_block_is_needed_when_the_last_is_full(build):
     story = Story(build(3))
     one, other = story.comes(4), story.comes(4)
     story.samples(one.sequences[0])
     story.samples(other.sequences[0])
-    for _ in range(2):  # asking takes no blocks
+    for _ in range(2):  # can_append takes no blocks
         assert story.memory.can_append(one), "one block is free, and one is needed"
     story.memory.append(one.sequences[0])
     assert not story.memory.can_append(other), "no block is free, and one is needed"
 
 
 @task(4)
-def test_with_room_in_the_last_block_none_is_needed(build):
+def test_with_an_empty_slot_in_the_last_block_no_block_is_needed(build):
     story = Story(build(2))
     group = story.comes(6)
     story.samples(group.sequences[0])
@@ -256,7 +256,7 @@ def test_blocks_of_the_swap_pool_go_back_there(build):
     memory.swap_out(group)
     memory.free(seq)
     assert (memory.num_free, memory.num_free_swap_blocks) == (4, 4)
-    assert not memory.is_swapped(seq.seq_id), "a sequence that has ended is still swapped"
+    assert not memory.is_swapped(seq.seq_id), "a sequence that has ended still counts as swapped"
 
 
 @task(4)
@@ -276,7 +276,7 @@ def test_a_prefix_is_no_longer_pinned(build):
 
 @task(4)
 def test_the_last_block_is_freed_first(build):
-    """The prefix cache evicts the end of a prompt before its beginning, which is still found."""
+    """The prefix cache then evicts the end of a prompt first, and its beginning is still found."""
     story = Story(build(3, enable_prefix_caching=True))
     [seq] = story.comes(12).sequences
     seq.mark_computed(12)
@@ -297,7 +297,7 @@ def test_the_model_generates_the_same_with_the_tables_of_the_library(observed):
 
 
 @task(5)
-def test_small_blocks_in_a_pool_too_small_for_all_give_the_same(observed):
+def test_small_blocks_in_a_small_pool_give_the_same_tokens(observed):
     serves_what_the_library_serves(
         observed, num_blocks=48, block_size=4, preemption="recompute", enable_prefix_caching=False
     )

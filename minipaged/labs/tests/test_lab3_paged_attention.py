@@ -1,7 +1,7 @@
-"""Lab 3: what attention over pages must give, however it is computed.
+"""Lab 3: the results that paged attention must give, however it is computed.
 
 The pools are adversarial (`paged_setup`): blocks in any order, NaN in free ones, large finite
-values in empty slots, and table entries after a sequence's end that are no block.
+values in empty slots, and invalid table entries after the end of a sequence.
 """
 
 import pytest
@@ -20,8 +20,8 @@ from minipaged.evaluation.testing.paged_setup import (
 from numbers_alike import closely
 from serving import prompts, serves_what_the_library_serves
 
-# (query_len, context_len): prompts, pieces of prompts and single tokens; with blocks of 4 some end
-# before a border between blocks, some on it and some after it.
+# (query_len, context_len): prompts, chunks of prompts and single tokens. With blocks of 4, some end
+# before a block boundary, some at it and some after it.
 MIXED = [(5, 0), (1, 6), (3, 5), (1, 7), (4, 4), (1, 8), (8, 0), (2, 11), (1, 0)]
 
 
@@ -53,13 +53,13 @@ def by_blocks(part):
 
 
 def agrees(attention, setup: PagedSetup, tolerance: float = 2e-5) -> None:
-    """As attention over the same keys in one piece, in 64 bits. Raises AssertionError."""
+    """Compare with attention over contiguous keys in float64. Raises AssertionError."""
     got = attention(setup.q, setup.k_cache, setup.v_cache, setup.batch, setup.scale)
     agree(got, setup.q, dense_attention(setup), setup.batch, tolerance)
 
 
 def agree(got, q, expected, batch: Batch, tolerance: float) -> None:
-    assert (got.shape, got.dtype) == (q.shape, q.dtype), "the result is shaped and typed as q is"
+    assert (got.shape, got.dtype) == (q.shape, q.dtype), "shape and dtype, which must be those of q"
     for number, span in enumerate(batch.spans):
         rows = slice(span.start, span.stop)
         what = f"sequence {number}, {span.query_len} queries after {span.context_len} keys"
@@ -78,7 +78,7 @@ def one_sequence(attend, query_len: int, context_len: int, **sizes):
 
 
 def numbered(num_blocks: int, kv_heads: int, block_size: int) -> torch.Tensor:
-    """A pool whose keys encode their place: block, head, slot."""
+    """A pool whose keys encode their position: block, head, slot."""
     axes = [torch.arange(n) for n in (num_blocks, kv_heads, block_size)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float()
 
@@ -94,13 +94,13 @@ def test_gather_reads_the_blocks_that_the_table_lists(gather):
 @task(1)
 def test_every_head_keeps_its_own_keys(gather):
     got = gather(numbered(4, 3, 2), torch.tensor([3, 1], dtype=torch.int32), 4)
-    assert got.shape == (4, 3, 3), "give [length, kv_heads, head_dim]"
+    assert got.shape == (4, 3, 3), "shape, which must be [length, kv_heads, head_dim]"
     assert got[:, :, 1].tolist() == [[0, 1, 2]] * 4
 
 
 @task(1)
 @pytest.mark.parametrize("seq_len", [1, 3, 4, 5, 8, 11])
-def test_it_ends_where_the_sequence_ends(gather, seq_len):
+def test_gather_ends_where_the_sequence_ends(gather, seq_len):
     setup = paged_setup([(1, seq_len - 1)])
     got = gather(setup.k_cache, setup.batch.block_tables[0], seq_len)
     assert got.shape == setup.keys[0].shape
@@ -108,9 +108,9 @@ def test_it_ends_where_the_sequence_ends(gather, seq_len):
 
 
 @task(1)
-@essential("gather a sequence's tokens only: entries after its end are no block numbers (rule 3).")
+@essential("gather only the sequence's tokens: later table entries are not blocks (rule 3).")
 @pytest.mark.parametrize("no_block", NO_BLOCKS)
-def test_the_unused_end_of_a_table_is_never_followed(gather, no_block):
+def test_unused_entries_of_a_table_are_never_read(gather, no_block):
     table = torch.tensor([6, 1, no_block, no_block], dtype=torch.int32)
     got = gather(numbered(8, 2, 4), table, 7)
     assert [int(block) for block in got[:, 0, 0]] == [6, 6, 6, 6, 1, 1, 1]
@@ -124,18 +124,18 @@ def test_a_block_may_be_in_two_tables(gather):
         assert torch.equal(got, values)
 
 
-# ---- task 2: attend, and see nothing ahead -------------------------------------------------------
+# ---- task 2: attend causally ---------------------------------------------------------------------
 
 
 @task(2)
 @pytest.mark.parametrize(("query_len", "context_len"), [(1, 0), (6, 0), (1, 9), (3, 5)])
-def test_it_is_plain_attention(attend, query_len, context_len):
+def test_the_result_is_that_of_dense_attention(attend, query_len, context_len):
     got, expected, setup = one_sequence(attend, query_len, context_len, heads=2, kv_heads=2)
     agree(got, setup.q, expected, setup.batch, 1e-5)
 
 
 @task(2)
-@essential("no query may see a later key (rule 2).")
+@essential("no query may attend to a later key (rule 2).")
 def test_a_key_after_a_query_changes_nothing(attend):
     setup = paged_setup([(4, 3)])
     keys, values = setup.keys[0], setup.values[0]
@@ -144,11 +144,11 @@ def test_a_key_after_a_query_changes_nothing(attend):
         changed, worth = keys.clone(), values.clone()
         changed[3 + query + 1 :], worth[3 + query + 1 :] = 7.0, -7.0
         after = attend(setup.q, changed, worth, 3, setup.scale)
-        assert torch.equal(after[query], before[query]), f"query {query} of 4 sees ahead"
+        assert torch.equal(after[query], before[query]), f"query {query} of 4 uses a later key"
 
 
 @task(2)
-def test_a_query_sees_itself_and_all_before_it(attend):
+def test_a_query_attends_to_itself_and_all_earlier_tokens(attend):
     setup = paged_setup([(4, 3)])
     keys, values = setup.keys[0], setup.values[0]
     before = attend(setup.q, keys, values, 3, setup.scale)
@@ -157,7 +157,7 @@ def test_a_query_sees_itself_and_all_before_it(attend):
             changed = values.clone()
             changed[key] += 100.0
             after = attend(setup.q, keys, changed, 3, setup.scale)
-            assert not torch.equal(after[query], before[query]), f"query {query} misses key {key}"
+            assert not torch.equal(after[query], before[query]), f"query {query} ignores key {key}"
 
 
 @task(2)
@@ -169,7 +169,7 @@ def test_neighbouring_query_heads_share_a_kv_head(attend, heads, kv_heads):
 
 @task(2)
 def test_scores_are_scaled_before_the_softmax(attend):
-    """With a scale of zero all keys weigh the same; with a huge one, the best key has it all."""
+    """With a scale of 0 all keys have the same weight; with a huge one, the best key has all."""
     setup = paged_setup([(1, 7)], heads=1, kv_heads=1)
     keys, values = setup.keys[0], setup.values[0]
     even = attend(setup.q, keys, values, 7, 0.0)
@@ -183,17 +183,17 @@ def test_sums_are_kept_in_full_precision(attend):
     got, expected, setup = one_sequence(
         attend, 3, 60, dtype=torch.bfloat16, heads=4, kv_heads=2, magnitude=4.0
     )
-    nearest = expected.bfloat16().double()  # no bfloat16 number is nearer
+    nearest = expected.bfloat16().double()  # the nearest bfloat16 number
     agree(got, setup.q, expected, setup.batch, 2 * (nearest - expected).abs().max().item())
 
 
 @task(2)
-def test_with_your_gather_it_serves_a_whole_batch(by_gathering):
+def test_your_gather_and_attention_serve_a_whole_batch(by_gathering):
     agrees(by_gathering, paged_setup(MIXED))
 
 
 @task(2)
-def test_a_prompt_may_come_in_pieces(by_gathering):
+def test_a_prompt_may_come_in_chunks(by_gathering):
     """Three queries after five keys are the last three of eight."""
     whole, pieces = paged_setup([(8, 0)]), paged_setup([(3, 5)])
     pieces.q.copy_(whole.q[5:])
@@ -203,18 +203,18 @@ def test_a_prompt_may_come_in_pieces(by_gathering):
     assert torch.allclose(in_one[5:], in_two, atol=1e-5)
 
 
-# ---- task 3: block by block, never gathering -----------------------------------------------------
+# ---- task 3: block by block, without gathering ---------------------------------------------------
 
 
 @task(3)
 @pytest.mark.parametrize("length", [1, 3, 4])
-def test_one_block(by_blocks, length):
+def test_one_block_gives_the_result_of_dense_attention(by_blocks, length):
     agrees(by_blocks, paged_setup([(1, length - 1)]))
 
 
 @task(3)
 @pytest.mark.parametrize("length", [5, 8, 9, 50])
-def test_one_token_decodes_over_several_blocks(by_blocks, length):
+def test_one_query_attends_to_several_blocks(by_blocks, length):
     agrees(by_blocks, paged_setup([(1, length - 1)], magnitude=3.0))
 
 
@@ -233,7 +233,7 @@ def test_large_scores_do_not_overflow(by_blocks):
 
 
 @task(3)
-def test_very_negative_scores_do_not_vanish(by_blocks):
+def test_very_negative_scores_do_not_underflow(by_blocks):
     setup = paged_setup([(1, 9)], heads=1, kv_heads=1)
     ones = torch.ones_like(setup.q)
     setup.q.copy_(-100 * ones)
@@ -271,28 +271,28 @@ def test_block_by_block_sums_are_exact(by_blocks):
 
 
 @task(3)
-@essential("this task never gathers: read one physical block at a time.")
-def test_it_reads_one_block_after_another(by_blocks):
-    """A pool in which no two blocks are ever laid side by side."""
+@essential("do not gather in this task: read one physical block at a time.")
+def test_blocks_are_read_one_at_a_time(by_blocks):
+    """The pool refuses to read two blocks at once."""
     setup = paged_setup([(2, 13), (1, 6)])
     pool = [OneBlockAtATime(cache, cache) for cache in (setup.k_cache, setup.v_cache)]
     assert by_blocks(setup.q, *pool, setup.batch, setup.scale).shape == setup.q.shape
 
 
 @task(3)
-@essential("this task never gathers: blocks are neither copied nor kept side by side.")
-def test_no_more_is_kept_of_many_blocks_than_of_few(by_blocks):
+@essential("do not gather in this task: neither copy blocks nor collect them in one tensor.")
+def test_memory_does_not_grow_with_the_number_of_blocks(by_blocks):
     largest = []
     for num_blocks in (8, 16):
         setup = paged_setup([(1, 4 * num_blocks - 1)])
         with LargestTensor() as made:
             by_blocks(setup.q, setup.k_cache, setup.v_cache, setup.batch, setup.scale)
         largest.append(made.num_elements)
-    assert largest[1] == largest[0], "the largest tensor made for 16 blocks, and for 8"
+    assert largest[1] == largest[0], "size of the largest new tensor for 16 blocks, and for 8"
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor with numbers of its own that is made by an operation."""
+    """Records the size of the largest tensor with its own storage that an operation creates."""
 
     num_elements = 0
 
@@ -304,7 +304,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 class OneBlockAtATime(QuantizedPool):
-    """A pool that is no tensor, like one of 8 bits, and refuses reads of several blocks."""
+    """A pool that is not a tensor, like an 8-bit pool, and refuses to read several blocks."""
 
     def __getitem__(self, index):
         first = index[0] if isinstance(index, tuple) else index
@@ -318,7 +318,7 @@ class OneBlockAtATime(QuantizedPool):
 
 @pytest.fixture(params=["by_gathering", "by_blocks"])
 def served(request):
-    """What makes a model compute its attention so."""
+    """The options that make a model use this attention."""
     return {"paged_attention": request.getfixturevalue(request.param)}
 
 
@@ -328,7 +328,7 @@ def test_the_model_generates_the_same_with_the_attention_of_the_library(observed
 
 
 @task(4)
-def test_prompts_come_in_pieces_and_blocks_are_used_again(observed, served):
+def test_prompts_come_in_chunks_and_blocks_are_reused(observed, served):
     serves_what_the_library_serves(
         observed, also=served, num_blocks=40, block_size=8, max_num_seqs=8,
         max_num_batched_tokens=48, max_tokens=8,

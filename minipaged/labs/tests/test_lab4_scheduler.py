@@ -1,4 +1,4 @@
-"""Lab 4: what a scheduler must do, whatever it keeps its queues in.
+"""Lab 4: what a scheduler must do, whatever data structure its queues use.
 
 An engine without a model carries out its decisions, over the library's own memory, which is
 recounted after every call. In the tests of one task, the bodies of later tasks are the library's.
@@ -27,7 +27,7 @@ def task(number: int) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def build(part, request):
-    """`build(8, 4, num_blocks=6)`: an engine in which two prompts wait, of 8 and of 4 tokens."""
+    """`build(8, 4, num_blocks=6)`: an engine in which prompts of 8 and of 4 tokens wait."""
     number = request.node.get_closest_marker("lab").kwargs["task"]
     scheduler = with_library_bodies(part("scheduler"), FCFSScheduler, LAB, number)
     usual = part("select_victim") if number >= 4 else youngest
@@ -39,7 +39,7 @@ def build(part, request):
 
 
 def oldest(candidates):
-    """Another choice of victims than the usual."""
+    """A choice of victims other than the default."""
     return candidates[0]
 
 
@@ -58,7 +58,7 @@ def test_a_prompt_takes_what_decodes_leave_of_the_budget(build):
 
 @task(1)
 @essential("every decoding sequence gets a token in every step (rule 2).")
-def test_no_decode_waits_for_a_prompt_not_even_for_an_older_one(build):
+def test_no_decode_waits_for_a_prompt_even_an_older_one(build):
     """Request 1 is preempted and computes all its tokens again, while 2, younger, decodes."""
     engine = build(
         victim=oldest, num_blocks=7, preemption="recompute", max_num_batched_tokens=8,
@@ -68,7 +68,7 @@ def test_no_decode_waits_for_a_prompt_not_even_for_an_older_one(build):
         engine.add(prompt_len, num_tokens)
     again = engine.groups[1]
     engine.step_until(lambda: again.num_preemptions and again.status is SequenceStatus.RUNNING)
-    assert tokens_of(engine.step()) == {2: 1, 1: 7}, "request 2 decodes, and 1 takes what is left"
+    assert tokens_of(engine.step()) == {2: 1, 1: 7}, "request 2 decodes, and 1 gets the rest"
 
 
 @task(1)
@@ -88,7 +88,7 @@ def test_full_blocks_are_cached_once_the_step_has_run(build):
     assert tokens_of(engine.step()) == {0: 1, 1: 2}, "two full blocks of four are cached already"
 
 
-# ---- task 2: let requests join -------------------------------------------------------------------
+# ---- task 2: admit requests ----------------------------------------------------------------------
 
 
 @task(2)
@@ -119,7 +119,7 @@ def test_batch_slots_are_kept_for_samples_that_have_yet_to_fork(build):
 
 @task(2)
 @essential("no request joins before an earlier one (rule 3).")
-def test_the_first_that_does_not_fit_holds_up_later_ones(build):
+def test_the_first_request_that_does_not_fit_blocks_later_ones(build):
     engine = build(16, 12, 4, num_blocks=6)
     assert tokens_of(engine.step()) == {0: 16}, "request 2 would fit, but 1 came first"
     assert numbers(engine.scheduler.waiting) == [1, 2]
@@ -135,8 +135,8 @@ def test_without_chunking_a_prompt_runs_whole_or_waits(build):
 @task(2)
 def test_admission_leaves_the_watermark_free_if_any_request_runs(build):
     engine = build(8, 12, num_blocks=8, watermark=0.5)
-    assert tokens_of(engine.step()) == {0: 8}, "three blocks more leave only three of the four"
-    assert tokens_of(build(14, num_blocks=4, watermark=0.5).step()) == {0: 14}, "it is alone"
+    assert tokens_of(engine.step()) == {0: 8}, "admitting request 1 would leave 3 of 4 blocks free"
+    assert tokens_of(build(14, num_blocks=4, watermark=0.5).step()) == {0: 14}, "no other runs"
 
 
 @task(2)
@@ -148,7 +148,7 @@ def test_a_prompt_waits_for_the_block_that_another_is_just_computing(build):
 
 
 @task(2)
-def test_a_swapped_request_comes_back_and_continues_where_it_stopped(build):
+def test_a_swapped_request_continues_where_it_stopped(build):
     engine = build(num_blocks=4, preemption="swap", enable_prefix_caching=False)
     engine.add(8, num_tokens=4)
     victim = engine.add(8)
@@ -172,16 +172,16 @@ def test_no_new_request_is_admitted_while_one_is_swapped(build):
 
 
 @task(2)
-def test_the_earliest_joins_first_swapped_or_waiting(build):
+def test_the_earliest_request_joins_first_swapped_or_waiting(build):
     """With swap blocks for one, some are swapped and older ones recomputed."""
     engine = build(4, 4, 4, num_tokens=20, num_blocks=8, preemption="swap", num_swap_blocks=1)
     while engine.scheduler.has_unfinished():
         ran = sorted(tokens_of(engine.step()))
-        assert all(b == a + 1 for a, b in pairwise(ran)), f"requests {ran} run: one was overtaken"
+        assert all(b == a + 1 for a, b in pairwise(ran)), f"requests {ran} run: one was skipped"
 
 
 @task(2)
-def test_a_request_that_can_never_join_ends_and_the_next_has_its_turn(build):
+def test_a_request_that_can_never_join_ends_and_the_next_joins(build):
     engine = build(num_blocks=6)
     engine.add(16, num_tokens=1, shared_prefix=True)
     engine.run()
@@ -194,7 +194,7 @@ def test_a_request_that_can_never_join_ends_and_the_next_has_its_turn(build):
 
 
 @task(2)
-def test_every_request_has_its_turn(build):
+def test_every_request_finishes(build):
     rng = random.Random(1)
     for _ in range(4):
         engine = build(num_blocks=40, max_num_batched_tokens=16, watermark=0.1)
@@ -209,7 +209,7 @@ def test_every_request_has_its_turn(build):
 
 @task(3)
 @essential("a finished sequence must free its blocks in the same step (rule 5).")
-def test_the_blocks_of_a_finished_sequence_return_at_once(build):
+def test_the_blocks_of_a_finished_sequence_are_freed_at_once(build):
     engine = build(num_blocks=10)
     engine.add(8, num_tokens=2)
     engine.add(4, num_tokens=9)
@@ -267,7 +267,7 @@ def test_an_aborted_request_leaves_with_sequences_awaiting_refork(build):
 
 
 @task(4)
-def test_the_latest_is_preempted_first(part):
+def test_the_latest_request_is_preempted_first(part):
     groups = [
         SequenceGroup(f"{number}", [Sequence(number, range(num_tokens))], arrival=number)
         for number, num_tokens in ((2, 9), (3, 1), (7, 4))
@@ -292,8 +292,8 @@ def test_no_more_groups_are_preempted_than_necessary(build):
     engine = build(7, 7, 7, 7, num_tokens=9, num_blocks=8, preemption="recompute")
     engine.step()
     engine.step()
-    output = engine.step()  # each of four needs one more block, and all eight are in use
-    assert numbers(output.preempted) == [3, 2], "3 frees two, for 0 and 1; 2 has no younger one"
+    output = engine.step()  # each of the four needs one more block, and all eight are in use
+    assert numbers(output.preempted) == [3, 2], "3 frees blocks for 0 and 1; 2 is the youngest left"
     assert sorted(tokens_of(output)) == [0, 1]
 
 
@@ -334,9 +334,9 @@ def test_a_request_that_outgrows_the_pool_ends_and_the_others_continue(build):
 
 
 @task(4)
-@essential("the oldest request must advance in every step, or requests starve (rule 4).")
+@essential("the oldest request must advance in every step, or it may starve (rule 4).")
 @pytest.mark.parametrize("mode", ["auto", "recompute", "swap"])
-def test_the_oldest_advances_in_every_step_and_all_requests_end(build, mode):
+def test_the_oldest_request_advances_in_every_step_and_all_finish(build, mode):
     rng = random.Random(2)
     for _ in range(4):
         engine = build(
@@ -353,7 +353,7 @@ def test_the_oldest_advances_in_every_step_and_all_requests_end(build, mode):
             first = engine.scheduler.running[:1]
             output = engine.step()
             served = [*(part.group for part in output.sequences), *output.ended]
-            assert all(group in served for group in first), f"{first} is the oldest, and waits"
+            assert all(group in served for group in first), f"{first} is the oldest, but waits"
         engine.check_that_all_came_back()
         assert len(engine.finished) + len(engine.ended) == 8 - refused
 

@@ -1,4 +1,4 @@
-"""Lab 5: the samples of a prompt, each with its own tokens and its own seed."""
+"""Lab 5, task 4: the samples of a prompt, each with its own tokens and its own seed."""
 
 from itertools import count
 
@@ -54,7 +54,7 @@ def outputs(request):
 
 
 @task(4)
-def test_from_the_prompts_logits_every_sample_is_drawn_with_a_seed_of_its_own(ask):
+def test_each_first_token_is_drawn_from_the_prompt_with_its_own_seed(ask):
     request, group, _ = ask(3)
     rows = request.rows(group.sequences[0])
     assert [row.seed for row in rows] == [40, 41, 42]
@@ -73,7 +73,7 @@ def test_later_each_sample_has_one_row_and_keeps_its_seed(ask):
 
 
 @task(4)
-def test_a_row_says_which_tokens_end_a_sample(ask):
+def test_a_row_lists_the_tokens_that_end_a_sample(ask):
     for options, ends in (
         ({}, {2}),
         ({"stop_token_ids": [8]}, {2, 8}),
@@ -81,14 +81,14 @@ def test_a_row_says_which_tokens_end_a_sample(ask):
     ):
         request, group, _ = ask(2, **options)
         for row in request.rows(group.sequences[0]):
-            eos = {2} if options.get("ignore_eos") else set()  # it may be named there or not
+            eos = {2} if options.get("ignore_eos") else set()  # a row may list it or not
             assert set(row.end_token_ids) | eos == ends | eos
             assert row.params.n == 2
 
 
 @task(4)
-@essential("sharing must not change the tokens of a sample (rule 4).")
-def test_each_sample_gets_the_token_that_was_drawn_for_it_and_no_other(ask):
+@essential("sharing must never change the tokens of a sample (rule 4).")
+def test_each_sample_gets_exactly_the_token_drawn_for_it(ask):
     request, group, fork = ask(3)
     assert request.advance({0: drawn(11, 12, 13)}, fork) == []
     assert [seq.token_ids for seq in group.sequences] == [[*PROMPT, t] for t in (11, 12, 13)]
@@ -120,7 +120,7 @@ def test_finished_samples_are_returned_and_the_others_continue(ask):
 
 
 @task(4)
-def test_the_first_sample_too_may_end_with_its_first_token(ask):
+def test_the_first_sample_may_end_with_its_first_token(ask):
     request, group, fork = ask(2)
     ended = request.advance({0: drawn(2, 12)}, fork)
     assert [seq.token_ids for seq in ended] == [[*PROMPT, 2]]

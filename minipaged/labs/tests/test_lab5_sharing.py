@@ -23,7 +23,7 @@ def task(number: int) -> pytest.MarkDecorator:
 
 
 class Written(PrefixCache):
-    """As if a step had computed every sequence that is pinned: tables begin without `append`."""
+    """Acts as if every pinned sequence were computed, so that tables begin without `append`."""
 
     def __init__(self, allocator, block_size, enabled):
         super().__init__(allocator, block_size, enabled)
@@ -46,7 +46,7 @@ def build(part):
 
 @pytest.fixture
 def written(build):
-    """A memory in which `begin` gives a sequence blocks."""
+    """A memory in which `begin` allocates the blocks of a sequence."""
     return lambda **options: build(num_swap_blocks=12, prefix_cache=Written, **options)
 
 
@@ -78,7 +78,7 @@ def table(memory, seq):
 
 
 @task(1)
-def test_a_fork_reads_what_its_parent_reads(written):
+def test_a_fork_reads_the_blocks_of_its_parent(written):
     memory = written()
     parent = begin(memory, 1, 10)
     before = list(table(memory, parent))
@@ -88,7 +88,7 @@ def test_a_fork_reads_what_its_parent_reads(written):
 
 
 @task(1)
-@essential("a fork shares the blocks of its parent and takes none (rule 1).")
+@essential("a fork shares the blocks of its parent and allocates none (rule 1).")
 def test_a_fork_takes_no_free_block(written):
     memory = written(num_blocks=3)
     parent = begin(memory, 1, 10)
@@ -110,12 +110,12 @@ def test_each_fork_adds_one_owner_to_each_block(written):
 
 
 @task(1)
-def test_parent_and_child_have_each_a_table_of_their_own(written):
+def test_parent_and_child_have_separate_tables(written):
     memory = written()
     parent = begin(memory, 1, 10)
     child = fork(memory, parent, 2)
     assert memory.tables[1] is not memory.tables[2]
-    table(memory, parent).append(11)  # what one of them adds is not the other's
+    table(memory, parent).append(11)  # must not appear in the child's table
     assert len(table(memory, child)) == 3
 
 
@@ -146,7 +146,7 @@ def test_a_swapped_sequence_forks_in_the_swap_pool(written):
 
 
 @task(2)
-def test_a_block_without_other_owners_is_free_again(written):
+def test_a_block_without_other_owners_becomes_free(written):
     memory = written()
     one, other = begin(memory, 1, 10), begin(memory, 2, 5)
     memory.free(one)
@@ -156,9 +156,9 @@ def test_a_block_without_other_owners_is_free_again(written):
 
 
 @task(2)
-@essential("the end of a sequence takes one owner off each of its blocks (rule 1).")
+@essential("the end of a sequence removes one owner from each of its blocks (rule 1).")
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 1, 3)])
-def test_forks_may_end_in_any_order_and_the_last_one_frees_all(written, order):
+def test_forks_may_end_in_any_order_and_the_last_frees_all_blocks(written, order):
     memory = written()
     parent = begin(memory, 1, 10)
     family = {1: parent, 2: fork(memory, parent, 2), 3: fork(memory, parent, 3)}
@@ -204,7 +204,7 @@ def test_a_prefix_that_was_released_is_pinned_no_longer(written):
 
 
 class Slots:
-    """Keys and values, simulated by token ids: copied and written as the engine does it."""
+    """Simulated keys and values: token ids that are copied and written as in the engine."""
 
     def __init__(self, memory):
         self.memory = memory
@@ -332,7 +332,7 @@ def test_the_only_remaining_owner_does_not_copy(played):
 
 
 @task(3)
-def test_a_copy_for_which_there_is_no_block_is_refused(build):
+def test_a_copy_without_a_free_block_is_refused(build):
     memory = build(2)
     one = admit(memory, 1, 6)
     other = fork(memory, one, 2)
@@ -366,7 +366,7 @@ def test_the_original_is_cached_and_the_copy_is_not(build):
 
 @task(3)
 @essential("every owner counts, and a block with several must not be written (rules 1 and 2).")
-def test_in_any_order_each_reads_what_it_wrote(build):
+def test_in_any_order_each_sequence_reads_what_it_wrote(build):
     rng = random.Random(5)
     memory = build(60)
     slots, ids, alive = Slots(memory), count(1), []
@@ -408,5 +408,5 @@ def test_samples_survive_preemption(observed):
 
 
 @task(5)
-def test_one_sample_is_the_same_as_ever(observed):
+def test_one_sample_gives_the_usual_tokens(observed):
     serves_what_the_library_serves(observed, num_blocks=16, preemption="swap")

@@ -1,6 +1,6 @@
-"""Lab 6: what a prefix cache finds, the owners of cached blocks, and which one is evicted.
+"""Lab 6: what a prefix cache finds, who owns cached blocks, and which block is evicted.
 
-Block numbers do not matter, nor how the cache looks a block up.
+No test depends on block numbers or on how the cache looks up a block.
 """
 
 import pytest
@@ -36,7 +36,7 @@ def users(build) -> Users:
 
 
 @task(1)
-def test_a_key_is_the_block_before_and_the_tokens(users):
+def test_a_key_consists_of_the_previous_block_and_the_tokens(users):
     first, second = users.caches([1, 2, 3, 4, 5, 6, 7, 8]).blocks
     assert dict(users.cache.cached) == {
         first: (None, (1, 2, 3, 4)),
@@ -53,7 +53,7 @@ def test_only_full_blocks_are_cached(users, length, num_full):
 
 
 @task(1)
-@essential("a block may be cached only when its keys and values are written (rule 2).")
+@essential("a block may be cached only once its keys and values are written (rule 2).")
 @pytest.mark.parametrize(("computed", "num_written"), [(0, 0), (3, 0), (4, 1), (11, 2)])
 def test_only_computed_blocks_are_cached(users, computed, num_written):
     table = users.caches(range(12), num_computed=computed)
@@ -80,13 +80,13 @@ def test_equal_tokens_after_another_prefix_are_another_block(users):
 
 
 @task(1)
-def test_equal_tokens_of_another_salt_are_another_block(users):
+def test_equal_tokens_with_another_salt_are_another_block(users):
     tables = [users.caches([1, 2, 3, 4], cache_salt=salt) for salt in (None, "ann", "ben")]
     assert sorted(users.cache.cached) == sorted(table.blocks[0] for table in tables)
 
 
 @task(1)
-def test_a_cache_that_is_switched_off_caches_nothing(build):
+def test_a_disabled_cache_caches_nothing(build):
     users = build(enabled=False)
     seq, table = users.writes(range(8))
     assert users.cache.cache_blocks(seq, table) == []
@@ -107,7 +107,7 @@ def test_the_longest_cached_prefix_is_found_in_order(users):
 
 
 @task(2)
-@essential("a block must be found only by a prompt that is the same up to its end (rule 1).")
+@essential("a prompt may find a block only if it is equal up to the block's end (rule 1).")
 def test_no_prompt_finds_a_block_of_another_prefix(users):
     start, end = users.caches([1, 0, 0, 0, 5, 6, 7, 8]).blocks
     [other] = users.caches([2, 0, 0, 0], cache_salt="ann").blocks
@@ -128,7 +128,7 @@ def test_a_block_is_found_only_after_its_own_prefix(users):
 
 
 @task(2)
-def test_a_salt_finds_its_own_only(users):
+def test_a_salt_finds_only_its_own_blocks(users):
     ann = users.caches(range(8), cache_salt="ann").blocks
     assert users.finds(range(8), cache_salt="ann") == ann
     assert users.finds(range(8), cache_salt="ben") == []
@@ -151,7 +151,7 @@ def test_finding_takes_no_blocks(users):
     assert users.finds(range(8)) == found[:2]
 
 
-# ---- task 3: be one owner among others -----------------------------------------------------------
+# ---- task 3: count owners ------------------------------------------------------------------------
 
 
 @task(3)
@@ -192,7 +192,7 @@ def test_a_cached_block_freed_by_its_last_owner_is_idle_and_is_found(build):
 
 
 @task(3)
-def test_with_one_owner_left_a_block_is_not_idle(users):
+def test_a_block_with_one_owner_left_is_not_idle(users):
     table = users.caches(range(4))
     users.cache.share_cached(users.sequence(range(4)))
     users.frees(table)
@@ -236,18 +236,18 @@ def test_of_two_equal_blocks_one_is_kept(users):
 
 
 @task(4)
-@essential("an evicted block will hold other tokens: it must not be found (rule 5).")
+@essential("an evicted block will be overwritten and must not be found (rule 5).")
 def test_an_evicted_block_is_not_found(build):
     users = build(2)
     users.frees(users.caches(range(8)))
     users.caches(range(100, 108))
-    assert users.finds(range(8)) == [], "these blocks hold other tokens by now"
+    assert users.finds(range(8)) == [], "these blocks contain other tokens by now"
     assert len(users.finds(range(100, 108))) == 2
     assert len(users.cache.cached) == 2
 
 
 @task(4)
-def test_blocks_are_evicted_when_none_is_empty_children_first(build):
+def test_blocks_are_evicted_only_if_none_is_empty_children_first(build):
     users = build(5)
     table = users.caches(range(16))
     users.frees(table)
@@ -262,7 +262,7 @@ def test_the_least_recently_used_block_is_evicted_first(build):
     tables = [users.caches([number] * 4) for number in range(3)]
     for table in tables:
         users.frees(table)
-    users.frees(users.cache.share_cached(users.sequence([0] * 4)))  # used once more
+    users.frees(users.cache.share_cached(users.sequence([0] * 4)))  # used again
     users.cache.allocate()
     assert [len(users.finds([number] * 4)) for number in range(3)] == [1, 0, 1]
     users.cache.allocate()
@@ -297,7 +297,7 @@ def test_the_model_generates_the_same_with_the_cache_of_the_library(observed):
 
 @task(5)
 @pytest.mark.parametrize("num_blocks", [40, 200], ids=["a_small_pool", "an_ample_pool"])
-def test_the_second_time_the_tokens_are_equal_and_fewer_are_computed(observed, num_blocks):
+def test_a_repeated_prompt_gives_the_same_tokens_with_fewer_computed(observed, num_blocks):
     from minipaged.sampling import SamplingParams
 
     asked = prompts(), 1, 20  # texts, samples, tokens
@@ -312,6 +312,4 @@ def test_the_second_time_the_tokens_are_equal_and_fewer_are_computed(observed, n
         most = (num_tokens - 1) // 4 * 4 if num_tokens % 4 else num_tokens - 1
         assert output.num_cached_tokens == most, "not all written blocks were found"
         memory = llm.engine.scheduler.memory
-        assert memory.num_free == num_blocks, (
-            "all requests have ended, and blocks did not come back"
-        )
+        assert memory.num_free == num_blocks, "all requests have ended, but not all blocks are free"

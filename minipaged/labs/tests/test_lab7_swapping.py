@@ -1,7 +1,7 @@
-"""Lab 7: what must survive a preemption. Which block numbers are taken does not matter.
+"""Lab 7: what must survive a preemption. No test depends on block numbers.
 
-The pools hold words instead of keys and values. Swapping returns pairs; `Pools` copies them, and
-then reads what each sequence finds through its table.
+The pools contain words instead of keys and values. Swapping returns pairs of blocks; `Pools` copies
+them and then reads each sequence through its table.
 """
 
 import random
@@ -48,9 +48,9 @@ def test_a_group_can_be_swapped_out_if_all_its_blocks_fit(build, num_swap_blocks
 
 @task(1)
 @pytest.mark.parametrize(("num_swap_blocks", "has_room"), [(4, False), (5, True)])
-def test_a_shared_block_needs_room_once(build, num_swap_blocks, has_room):
+def test_a_shared_block_needs_one_swap_block(build, num_swap_blocks, has_room):
     pools = build(num_swap_blocks=num_swap_blocks)
-    group = pools.group(8, width=3)  # two blocks of all, one more of each
+    group = pools.group(8, width=3)  # two shared blocks, and one block of its own per sample
     assert pools.memory.can_swap_out(group) is has_room
 
 
@@ -63,7 +63,7 @@ def test_blocks_of_other_groups_take_room_in_the_swap_pool(build):
 
 
 @task(1)
-@essential("a request must find the same content after it was moved (rule 1).")
+@essential("a request must read the same content after it was swapped (rule 1).")
 def test_a_swapped_group_moves_from_the_pool_to_the_swap_pool(build):
     pools = build()
     group = pools.group(10)
@@ -79,7 +79,7 @@ def test_samples_share_in_the_swap_pool_what_they_shared_in_the_pool(build):
     pools = build()
     group = pools.group(10, width=3)
     before, held = pools.reads(group), pools.memory.num_distinct_blocks(group)
-    assert pools.swap_out(group) == held, "each block is copied once, however many share it"
+    assert pools.swap_out(group) == held, "a shared block is copied only once"
     assert pools.num_free == (20, 20 - held)
     pools.check(group, before)
     [first, *_] = pools.memory.tables[group.sequences[0].seq_id].blocks
@@ -98,7 +98,7 @@ def test_a_block_with_other_owners_stays_in_the_pool(build):
 
 
 @task(1)
-def test_a_swapped_group_that_is_aborted_leaves_nothing_behind(build):
+def test_an_aborted_swapped_group_leaves_no_blocks(build):
     pools = build()
     group = pools.group(10, width=2)
     pools.swap_out(group)
@@ -108,13 +108,13 @@ def test_a_swapped_group_that_is_aborted_leaves_nothing_behind(build):
 
 
 @task(1)
-def test_the_blocks_it_left_in_the_pool_can_be_found_and_evicted(build):
+def test_swapped_blocks_stay_cached_in_the_pool_and_can_be_evicted(build):
     pools = build(num_blocks=4, caching=True)
     group = pools.group(13)
     before = pools.reads(group)
     pools.swap_out(group)
     assert pools.memory.num_cached_tokens(Sequence(900, range(13))) == 12
-    pools.free(pools.group(16, first=100))  # takes all four, the end of the cached prompt first
+    pools.free(pools.group(16, first=100))  # takes all four; evicts the end of the prompt first
     assert pools.memory.num_cached_tokens(Sequence(900, range(13))) == 0
     pools.check(group, before)
 
@@ -123,9 +123,9 @@ def test_the_blocks_it_left_in_the_pool_can_be_found_and_evicted(build):
 
 
 @task(2)
-@essential("a request that comes back must find and share what it had (rules 1 and 2).")
+@essential("after a swap in, a request must read and share the same content (rules 1 and 2).")
 @pytest.mark.parametrize("width", [1, 3])
-def test_a_group_that_comes_back_has_its_content_and_its_sharing(build, width):
+def test_a_swapped_in_group_has_its_content_and_its_sharing(build, width):
     pools = build()
     group = pools.group(10, width=width)
     before, held = pools.reads(group), pools.memory.num_distinct_blocks(group)
@@ -137,7 +137,7 @@ def test_a_group_that_comes_back_has_its_content_and_its_sharing(build, width):
 
 
 @task(2)
-def test_it_can_grow_and_end_after_it_came_back(build):
+def test_a_swapped_in_group_can_grow_and_end(build):
     pools = build()
     group = pools.group(9, width=2)
     pools.swap_out(group)
@@ -165,20 +165,20 @@ def test_blocks_still_cached_are_shared_again_and_not_copied(build):
 
 @task(2)
 def test_no_cached_block_is_evicted_on_the_way_back(build):
-    """Two samples have diverged; bringing the first back must not evict the second's blocks."""
+    """Two samples have diverged; swapping in the first must not evict blocks of the second."""
     pools = build(num_blocks=11, caching=True)
     group = pools.group(4, width=2)
     pools.grow(group, 6)
     before = pools.reads(group)
     pools.swap_out(group)
-    pools.free(pools.group(4 * pools.num_free[0] - 20, first=100))  # cached as well, but used later
+    pools.free(pools.group(4 * pools.num_free[0] - 20, first=100))  # also cached, and used later
     assert pools.memory.can_admit(group, True)
     pools.swap_in(group)
     pools.check(group, before)
 
 
 @task(2)
-def test_blocks_that_came_back_can_be_cached_again(build):
+def test_swapped_in_blocks_can_be_cached_again(build):
     pools = build(num_blocks=6, caching=True)
     group = pools.group(14)
     pools.swap_out(group)
@@ -223,7 +223,7 @@ def test_in_any_order_each_sequence_reads_what_it_wrote(build, caching):
 
 
 @task(3)
-def test_recomputed_it_waits_in_front_and_nothing_is_computed(engine):
+def test_a_recomputed_group_waits_in_front_and_nothing_is_computed(engine):
     built = engine(8, 8, 4, num_blocks=4, preemption="recompute")
     victim = built.groups[1]
     built.step()
@@ -232,13 +232,13 @@ def test_recomputed_it_waits_in_front_and_nothing_is_computed(engine):
     assert (output.preempted, output.swap_out) == ((victim,), ())
     assert built.scheduler.waiting[0] is victim
     assert victim.sequences[0].num_computed_tokens == 0
-    assert victim.sequences[0].token_ids == tokens, "its tokens are what it is computed from"
+    assert victim.sequences[0].token_ids == tokens, "a recomputed request must keep its tokens"
     assert victim.sequences[0].seq_id not in built.memory.tables
 
 
 @task(3)
-@essential("if nothing was kept, nothing counts as computed, and the tokens stay (rule 5).")
-def test_recomputed_it_has_its_tokens_and_none_of_them_computed(engine):
+@essential("after recomputation is chosen, no token counts as computed, and all stay (rule 5).")
+def test_a_recomputed_group_keeps_its_tokens_and_none_is_computed(engine):
     built = engine(8, 8, 4, num_blocks=4, preemption="recompute")
     [seq] = built.groups[1].sequences
     built.step_until(lambda: seq.num_output_tokens == 1)
@@ -248,16 +248,16 @@ def test_recomputed_it_has_its_tokens_and_none_of_them_computed(engine):
 
 
 @task(3)
-def test_recomputed_it_computes_all_its_tokens_in_one_step_and_continues(engine):
+def test_a_recomputed_group_computes_its_tokens_in_one_step(engine):
     built = engine(8, 8, num_blocks=4, preemption="recompute", enable_prefix_caching=False)
     built.step_until(lambda: 0 in built.finished)
-    assert tokens_of(built.step()) == {1: 9}, "eight of the prompt, and one that it had generated"
+    assert tokens_of(built.step()) == {1: 9}, "eight prompt tokens and one generated token"
     built.run()
     assert built.finished == [0, 1]
 
 
 @task(3)
-def test_swapped_it_keeps_what_was_computed(engine):
+def test_a_swapped_group_keeps_its_computed_tokens(engine):
     built = engine(8, 8, num_blocks=4, preemption="swap")
     victim = built.groups[1]
     built.step()
@@ -304,7 +304,7 @@ def test_auto_swaps_a_group_that_has_yet_to_fork(engine):
 
 
 @task(3)
-def test_without_room_to_swap_it_is_recomputed(engine):
+def test_a_group_without_room_to_swap_is_recomputed(engine):
     built = engine(8, 8, 8, num_tokens=6, num_blocks=6, num_swap_blocks=1, preemption="swap")
     outputs = built.run()
     assert any(output.preempted for output in outputs)
@@ -318,7 +318,7 @@ def test_recomputed_samples_await_refork(engine):
     group = built.add(9, num_tokens=7, width=3)
     built.step_until(lambda: group.num_preemptions)
     assert [*group.sequences, *group.awaiting_refork] == built.samples[1]
-    assert len(group.sequences) == 1, "it comes back as it came, with one"
+    assert len(group.sequences) == 1, "a recomputed group starts again with one sequence"
     built.run()
     assert [seq.num_output_tokens for seq in built.samples[1]] == [7, 8, 9]
 

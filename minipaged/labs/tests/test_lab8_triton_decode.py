@@ -1,7 +1,7 @@
-"""Lab 8: what the kernel must give, interpreted on a CPU or compiled on a GPU.
+"""Lab 8: the results that the kernel must give, interpreted on a CPU or compiled on a GPU.
 
-The pools are adversarial (`paged_setup`). All tensors are surrounded by fields of NaN: a read
-outside of them shows, and neither that nor a write outside ends the process.
+The pools are adversarial (`paged_setup`). All tensors are surrounded by NaN, so a read outside a
+tensor shows in the result, and neither a read nor a write outside crashes the process.
 """
 
 from dataclasses import fields, replace
@@ -18,20 +18,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIELD = 2**17  # elements of NaN before a tensor and after it
 EMPTY = torch.empty  # before it is poisoned
 
-# (query_len, context_len): single tokens after contexts that end before, on and after a border.
+# (query_len, context_len): single tokens whose contexts end before, at and after a block boundary.
 DECODES = [(1, 6), (1, 0), (1, 7), (1, 8), (1, 3)]
 MIXED = [(1, 6), (3, 5), (1, 0), (4, 0), (2, 11)]
 
 
 def why_no_kernel() -> str | None:
-    """Why no kernel can run here."""
+    """Why no kernel can run here; None if it can."""
     from minipaged.attention.triton.machine import why_no_triton
 
     return why_no_triton(torch.device(DEVICE), head_dim=64)
 
 
 def why_not_compiled() -> str | None:
-    """Why no kernel can be compiled here."""
+    """Why no kernel can be compiled here; None if it can."""
     if DEVICE == "cpu":
         return "this machine has no CUDA GPU"
     from minipaged.attention.triton.machine import is_interpreted
@@ -54,13 +54,13 @@ def task(number: int) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def decode(part):
-    """By its own name: the library's default for this role is not the kernel."""
+    """The kernel by name, because the library's default for this role is not the kernel."""
     return part("minipaged.attention.triton.naive_decode.naive_paged_attention")
 
 
 @pytest.fixture
 def agrees(decode, monkeypatch):
-    """Fails unless the kernel gives what plain attention in 64 bits gives, sequence by sequence."""
+    """Fails unless the kernel agrees with dense attention in float64, sequence by sequence."""
 
     def poisoned(*shape, **options):
         tensor = EMPTY(*shape, **options)
@@ -71,20 +71,20 @@ def agrees(decode, monkeypatch):
     def check(setup: PagedSetup, tolerance: float = 2e-5, gap: int = 0) -> None:
         expected, ours = dense_attention(setup), on_device(setup, gap)
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", poisoned)  # what no program writes stays NaN
+            patch.setattr(torch, "empty", poisoned)  # elements that are not written stay NaN
             got = run(decode, ours).double().cpu()
         assert got.shape == expected.shape
         for number, span in enumerate(setup.batch.spans):
             rows = slice(span.start, span.stop)
             what = f"sequence {number}, {span.query_len} queries after {span.context_len} keys"
-            assert not got[rows].isnan().any(), f"{what}: NaN, of a place that is not its own"
+            assert not got[rows].isnan().any(), f"{what}: NaN, from outside the sequence"
             closely(got[rows], expected[rows], tolerance, what)
 
     return check
 
 
 def run(attention, setup: PagedSetup):
-    """The kernel's result. What the compiler says against it is told in one line."""
+    """The kernel's result. A compiler error is reported in one line."""
     from triton.compiler.errors import CompilationError
 
     try:
@@ -94,7 +94,7 @@ def run(attention, setup: PagedSetup):
 
 
 def on_device(setup: PagedSetup, gap: int) -> PagedSetup:
-    """The setup where kernels read it, with a gap of other values between the query heads."""
+    """The setup on the kernel's device, with a gap of NaN between the rows of queries."""
     names = [field.name for field in fields(setup.batch) if field.name != "spans"]
     tensors = {name: getattr(setup.batch, name).to(DEVICE) for name in names}
     table = tensors["block_tables"]
@@ -110,7 +110,7 @@ def on_device(setup: PagedSetup, gap: int) -> PagedSetup:
 
 
 def in_a_field(tensor, gap: int = 0):
-    """The same values with NaN before and after them, and between its rows if there is a gap."""
+    """A copy surrounded by NaN, also between its rows if there is a gap."""
     *_, width = shape = list(tensor.shape)
     margin = -(-FIELD // tensor[0].numel())
     rows = slice(margin, margin + len(tensor))
@@ -128,14 +128,14 @@ def one_sequence(length: int, **sizes) -> PagedSetup:
 
 
 @task(1)
-def test_a_full_block(agrees):
+def test_one_full_block_gives_the_result_of_dense_attention(agrees):
     agrees(one_sequence(4))
 
 
 @task(1)
 @essential("nothing after the query's own position may affect the result (rule 3).")
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_empty_slots_of_a_block_have_no_weight(agrees, length):
+def test_empty_slots_of_a_block_are_ignored(agrees, length):
     agrees(one_sequence(length))
 
 
@@ -158,7 +158,7 @@ def test_the_block_is_found_through_the_table(agrees):
 
 
 @task(1)
-def test_scores_are_scaled(agrees):
+def test_scores_are_multiplied_by_the_scale(agrees):
     agrees(replace(one_sequence(4), scale=0.02))
 
 
@@ -175,7 +175,7 @@ def test_large_scores_do_not_overflow(agrees):
 @task(2)
 @essential("the result is that of plain attention, for every length (rule 1).")
 @pytest.mark.parametrize("length", [5, 7, 8, 9, 12, 13])
-def test_a_sequence_of_several_blocks(agrees, length):
+def test_a_sequence_of_several_blocks_is_attended_in_full(agrees, length):
     agrees(one_sequence(length, magnitude=2.0))
 
 
@@ -189,7 +189,7 @@ def test_the_largest_score_may_be_in_any_block(agrees, larger):
 
 
 @task(2)
-def test_a_long_sequence(agrees):
+def test_a_long_sequence_gives_the_result_of_dense_attention(agrees):
     agrees(one_sequence(150, magnitude=3.0))
 
 
@@ -204,7 +204,7 @@ def test_large_scores_in_several_blocks_do_not_overflow(agrees):
     agrees(one_sequence(11, magnitude=100.0), tolerance=1e-3)
 
 
-# ---- task 3: many sequences, grouped heads, prompts ----------------------------------------------
+# ---- task 3: batches, grouped heads, prompts -----------------------------------------------------
 
 
 @task(3)
@@ -230,13 +230,13 @@ def test_a_prompt_is_many_queries_of_one_sequence(agrees):
 
 
 @task(3)
-def test_prompts_pieces_and_single_tokens_in_one_batch(agrees):
+def test_prompts_chunks_and_single_tokens_may_share_a_batch(agrees):
     agrees(paged_setup(MIXED, heads=2, kv_heads=1))
 
 
 @task(3)
-def test_queries_may_have_gaps(agrees):
-    """As where queries, keys and values come out of one multiplication, side by side."""
+def test_rows_of_queries_may_have_gaps_between_them(agrees):
+    """As in a model whose queries, keys and values are columns of one product."""
     agrees(paged_setup([(1, 6), (2, 3)], heads=4, kv_heads=2), gap=32)
 
 
@@ -257,7 +257,7 @@ def test_the_model_generates_the_same_with_your_kernel_and_the_library(observed,
 @task(5)
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_heads_of_a_real_model_in_half_precision(agrees, dtype):
+def test_the_kernel_is_right_for_the_heads_of_a_real_model(agrees, dtype):
     setup = paged_setup(
         [(1, 99), (1, 100), (5, 30)], heads=32, kv_heads=8, head_dim=128, block_size=16, dtype=dtype
     )
@@ -265,10 +265,10 @@ def test_the_heads_of_a_real_model_in_half_precision(agrees, dtype):
 
 
 @task(5)
-@essential("a key is read once and as a tile, or the kernel is slower than the plain one.")
+@essential("read each key once, as part of a tile, or the kernel is slower than the plain one.")
 @compiled
 def test_it_takes_at_most_one_and_a_half_times_as_long_as_the_library(decode):
-    """Of 64 sequences of 2,048 tokens each decodes one; medians of runs in turn."""
+    """64 sequences of 2,048 tokens decode one token each; medians of interleaved runs."""
     from minipaged.attention.triton.naive_decode import naive_paged_attention
     from minipaged.evaluation.bench.cases import Case, Heads, make_inputs
     from minipaged.evaluation.bench.timing import median_seconds

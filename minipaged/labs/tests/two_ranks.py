@@ -1,4 +1,4 @@
-"""What each rank does in the tests of lab 11. They run in processes of their own, found by name."""
+"""The programs of the ranks in the tests of lab 11. Each rank runs one, by name, in a process."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ HEADS = {
 
 
 def random_weights(config: Config, num_layers: int = 2, bias: bool = True) -> Weights:
-    """A model of random numbers, the same whenever it is asked for."""
+    """A model with random weights, the same in every call."""
     source = torch.Generator().manual_seed(7)
     hidden, inner = 24, 40
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -62,7 +62,7 @@ def same(yours: Tensor | None, expected: Tensor, what: str, tolerance: float = 1
 
 
 def keeps_only(tensor: Tensor) -> bool:
-    """Whether it is all that is in its memory: a view keeps the whole."""
+    """Whether a tensor has its own storage. A view would keep the whole tensor in memory."""
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
@@ -75,7 +75,7 @@ def own(parts: list[str], name: str):
 
 
 def product(rank: int, num_ranks: int, parts: list[str], x: Tensor, layer: Linear):
-    """A linear layer cut by inputs: what came out, and the inputs afterwards."""
+    """A linear layer cut by inputs: its outputs, and its inputs after the call."""
     mine = share(x.shape[1], rank, num_ranks)
     inputs = x[:, mine.start : mine.stop].clone()
     out = own(parts, "row_linear")(inputs, own(parts, "cut_rows")(layer, mine))
@@ -99,13 +99,16 @@ def steps(rank: int, num_ranks: int, parts: list[str], weights: Weights, prompts
 
 
 def messages(rank: int, num_ranks: int, parts: list[str], weights: Weights, sent: list):
-    """What others receive when rank 0 sends this."""
+    """The message that other ranks receive when rank 0 sends this one."""
     one = own(parts, "Rank")(weights, rank, num_ranks)
     return [one.receive() if rank else one.send(token_ids) for token_ids in sent]
 
 
 def stories(rank: int, num_ranks: int, parts: list[str], weights: Weights, asked: list):
-    """The tokens that rank 0 generates, for each prompt so many; others work until the stop."""
+    """The tokens that rank 0 generates. The other ranks work until it stops them.
+
+    `asked` has pairs of a prompt and a number of tokens.
+    """
     one = own(parts, "Rank")(weights, rank, num_ranks)
     if rank:
         return one.work()

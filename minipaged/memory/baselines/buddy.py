@@ -42,12 +42,12 @@ class BuddyAllocator:
         return 1 << (num_blocks - 1).bit_length()
 
     def max_regions(self, num_blocks: int) -> int:
-        """How many regions of at least `num_blocks` blocks the empty pool has room for."""
+        """The number of regions of at least `num_blocks` blocks that fit in an empty pool."""
         size = self.rounded(num_blocks)
         return sum(n * (large // size) for large, n in self._num_at_start.items())
 
     def num_free_regions(self, num_blocks: int) -> int:
-        """How many regions of at least `num_blocks` blocks are free now."""
+        """The number of regions of at least `num_blocks` blocks that are free now."""
         size = self.rounded(num_blocks)
         return sum(len(starts) * (large // size) for large, starts in self._free.items())
 

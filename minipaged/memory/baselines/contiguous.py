@@ -105,7 +105,7 @@ class ContiguousMemory(PlainMemory):
         return (
             f"the request reserves {width} contiguous {'region' if width == 1 else 'regions'} of "
             f"{self._allocator.rounded(num_blocks)} blocks ({num_blocks} rounded up to a power of "
-            f"two), and the pool of {self.num_blocks} has room for {most}: raise num_blocks, or "
+            f"two), but the pool of {self.num_blocks} has room for {most}: raise num_blocks, or "
             f"lower {'max_model_len' if self._reserve == 'max' else 'max_tokens'}"
             f"{', or ask for fewer sequences' if most else ''}."
         )
@@ -189,7 +189,7 @@ class ContiguousMemory(PlainMemory):
         return sum(block in table.blocks for table in self._tables.values())
 
     def usage(self) -> MemoryUsage:
-        """How the slots of the pool are used, by the categories of the paper's Figure 2."""
+        """The use of the pool's slots, by the categories of the paper's Figure 2."""
         used = reserved = internal = external = 0
         seen = {id(r): r for r in self._reservations.values()}
         for reservation in seen.values():

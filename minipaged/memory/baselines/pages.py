@@ -23,13 +23,13 @@ _MADV_POPULATE_WRITE: int = getattr(mmap, "MADV_POPULATE_WRITE", 23)
 
 
 def why_no_pages_of(page_bytes: int) -> str | None:
-    """Why pages of this size are not available here; None if they are."""
+    """The reason why pages of this size are not available here; None if they are."""
     if sys.platform != "linux":
-        return f"virtual memory is mapped by Linux system calls, and this is {sys.platform}"
+        return f"virtual memory is mapped by Linux system calls, but this is {sys.platform}"
     if page_bytes == SMALL_PAGE:
         return None
     if page_bytes != HUGE_PAGE or _thp("hpage_pmd_size") != str(HUGE_PAGE):
-        return f"this machine has pages of {SMALL_PAGE} and no huge pages of {page_bytes} bytes"
+        return f"this machine has pages of {SMALL_PAGE} bytes, but no huge pages of {page_bytes}"
     if "[never]" in _thp("enabled"):
         return f"huge pages are switched off: write madvise to {_THP / 'enabled'}"
     return None
@@ -116,12 +116,12 @@ class MappedPages:
         self._num_mapped[region] = groups.start
 
     def unmap_all(self) -> None:
-        """Unmap every page, for a memory manager that begins anew."""
+        """Unmap every page, for a new memory manager."""
         self._advise(mmap.MADV_DONTNEED, 0, self.layout.num_bytes)
         self._num_mapped = [0] * self.layout.num_regions
 
     def num_mapped(self, region: int) -> int:
-        """How many page groups of the region are mapped, counted from its start."""
+        """The number of mapped page groups of the region, counted from its start."""
         return self._num_mapped[region]
 
     # ---- inspection ----------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class MappedPages:
         return self._smaps("Rss:")
 
     def huge_bytes(self) -> int:
-        """Bytes of these in huge pages."""
+        """Resident bytes in huge pages."""
         return self._smaps("AnonHugePages:")
 
     def _smaps(self, field: str) -> int:

@@ -1,4 +1,4 @@
-"""What contiguous and virtual memory have in common: no prefix cache, no swapping."""
+"""The common part of contiguous and virtual memory: no prefix cache, no swapping."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class PlainMemory(ABC):
 
     @abstractmethod
     def ref_count(self, block: int) -> int:
-        """How many sequences own this block."""
+        """The number of sequences that own this block."""
 
     # ---- no prefix cache -----------------------------------------------------------------------
 
@@ -61,5 +61,5 @@ class PlainMemory(ABC):
     # ---- tables --------------------------------------------------------------------------------
 
     def num_distinct_blocks(self, group: SequenceGroup) -> int:
-        """How many blocks the group holds; a shared block counts once."""
+        """The number of blocks of the group; a shared block counts once."""
         return len({b for s in group.sequences for b in self._tables[s.seq_id].blocks})

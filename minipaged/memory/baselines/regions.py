@@ -82,21 +82,21 @@ class RegionLayout:
         return self.num_buffers * self.num_regions * self.region_bytes
 
     def groups_within(self, num_bytes: int) -> int:
-        """How many page groups fit in `num_bytes`. Raises InvalidOption if not even one does."""
+        """The number of page groups that fit in `num_bytes`. Raises InvalidOption if none does."""
         if num_bytes < self.group_bytes:
             raise InvalidOption(
-                f"a page group takes {self.group_bytes} bytes, a page of {self.page_bytes} in "
-                f"each of {self.num_buffers} buffers, and the pool has {num_bytes}: raise "
+                f"a page group takes {self.group_bytes} bytes (a page of {self.page_bytes} in "
+                f"each of {self.num_buffers} buffers), but the pool has {num_bytes}: raise "
                 "num_blocks, or choose smaller pages."
             )
         return num_bytes // self.group_bytes
 
     def groups_for(self, num_tokens: int) -> int:
-        """How many page groups the first `num_tokens` tokens of a region touch."""
+        """The number of page groups that contain the first `num_tokens` tokens of a region."""
         return ceil_div(num_tokens * self.token_bytes, self.page_bytes)
 
     def tokens_in(self, num_groups: int) -> int:
-        """How many tokens `num_groups` page groups have room for."""
+        """The number of tokens that fit in `num_groups` page groups."""
         return num_groups * self.page_bytes // self.token_bytes
 
     def pieces(self, region: int, groups: range) -> Iterator[tuple[int, int]]:

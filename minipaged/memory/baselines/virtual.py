@@ -30,7 +30,7 @@ from minipaged.utils.counts import counted
 
 @dataclass(frozen=True)
 class VirtualKind:
-    """How one kind of virtual memory differs from another; see `RegionLayout`."""
+    """The options in which one virtual memory differs from another; see `RegionLayout`."""
 
     huge_pages: bool = False  # 2 MiB, instead of the machine's smallest
     sliced: bool = False  # all layers of a token next to each other
@@ -95,7 +95,7 @@ class VirtualMemory(PlainMemory):
         over = length - self.layout.tokens_in(self.budget)
         return (
             f"the prompt needs {self._demand(group)} page groups of {self.layout.group_bytes} "
-            f"bytes, and the pool has {self.budget}: raise num_blocks, shorten the prompt by "
+            f"bytes, but the pool has {self.budget}: raise num_blocks, shorten the prompt by "
             f"{counted(over, 'token')}, or choose smaller pages."
         )
 
@@ -178,11 +178,11 @@ class VirtualMemory(PlainMemory):
         return self._num_mapped
 
     def ref_count(self, block: int) -> int:
-        """How many sequences own this region."""
+        """The number of sequences that own this region."""
         return self._regions[block].num_owners
 
     def usage(self) -> MemoryUsage:
-        """How the token slots of the budget are used; surplus page groups count as free."""
+        """The use of the budget's token slots; surplus page groups count as free."""
         tokens = {t.blocks[0]: t.num_tokens for t in self._tables.values() if t.blocks}
         used, needed = sum(tokens.values()), self.layout.tokens_in(self._num_needed)
         free = self.layout.tokens_in(self.budget) - needed

@@ -87,7 +87,7 @@ def find_pickled(folder: Path) -> list[Path]:
         raise CheckpointError(f"there is no folder {folder}: give one that contains {SINGLE}.")
     if any(folder.glob("model*.safetensors")):
         raise CheckpointError(
-            f"{folder} already contains safetensors, and nothing is left to convert: load it as it "
+            f"{folder} already contains safetensors, so there is nothing to convert: load it as it "
             "is."
         )
     if (folder / SINGLE).is_file():
@@ -107,7 +107,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     state = _unpickle(path)
     if not isinstance(state, dict) or not state:
         what = type(state).__name__
-        raise CheckpointError(f"{path} contains a {what} and no tensors by name: {_GET}.")
+        raise CheckpointError(f"{path} contains a {what} without named tensors: {_GET}.")
     for name, value in state.items():
         _refuse_all_but_tensors(path, name, value)
     tensors: dict[str, Tensor] = {}
@@ -129,8 +129,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> Any:
-    # A mapped file is read while it is written out again. The format before torch 1.6, which is not
-    # a zip file, cannot be mapped.
+    # Map the file, so that it is read only while it is converted. The format before torch 1.6,
+    # which is not a zip file, cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -138,7 +138,7 @@ def _unpickle(path: Path) -> Any:
         found = re.search(r"GLOBAL (\S+\.\S+)", str(error))  # the function that the pickle names
         what = f" ({found[1]})" if found else ""
         raise CheckpointError(
-            f"{path} asks for more than tensors{what}, and reading it could run code: {_GET}."
+            f"{path} contains more than tensors{what}, and reading it could run code: {_GET}."
         ) from error
     except Exception as error:  # torch raises many types for a broken file
         if _errno_in(error) is not None:
@@ -160,7 +160,7 @@ def _refuse_all_but_tensors(path: Path, name: object, value: object) -> None:
     elif value.is_complex():
         what = "complex numbers"
     elif value.is_meta:
-        what = "a tensor without its numbers"
+        what = "a tensor without data"
     else:
         return
     raise CheckpointError(

@@ -74,13 +74,13 @@ def _explain(error: Exception, response: Any, model: ModelName, hub: str) -> Fet
     says = f" (it says: {said})" if said else ""
     if isinstance(error, errors.GatedRepoError):
         return FetchError(
-            f"{model} is given only to those who accepted its licence: accept it at "
+            f"{model} can be downloaded only after its licence was accepted: accept it at "
             f"{hub}/{model.repo}, and set HF_TOKEN to a token of your account{says}."
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return FetchError(f"{model.repo} has no revision {model.revision!r} at {hub}: correct it.")
     if isinstance(error, errors.EntryNotFoundError):
-        return FetchError(f"a file of {model} is gone from {hub} since it was listed: fetch again.")
+        return FetchError(f"a file of {model} was removed from {hub} meanwhile: fetch again.")
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         return FetchError(
             f"there is no model {model.repo} at {hub}, or it is private: check the name, and "
@@ -101,7 +101,7 @@ def _about_the_token() -> str:
 
     if not get_token():
         return "for a private model set HF_TOKEN"
-    return "use another token if yours is wrong or expired (HF_TOKEN, or what `hf auth login` left)"
+    return "use another token if yours is wrong or expired (HF_TOKEN, or that of `hf auth login`)"
 
 
 def _try_later(response: Any, model: ModelName, hub: str) -> FetchError:

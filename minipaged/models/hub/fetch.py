@@ -113,7 +113,7 @@ def download(offer: Offer, directory: str | Path | None = None, *, progress: boo
 
 @contextmanager
 def _told_what_is_kept(offer: Offer, staging: Path) -> Generator[None, None, None]:
-    """However a fetch ends, keep the received bytes and report their size."""
+    """If a fetch fails, keep the received bytes and report their size."""
     try:
         yield
     except CheckpointError as error:
@@ -173,8 +173,7 @@ def _receive_one(offer: Offer, file: RemoteFile, staging: Path, bar: "tqdm[Any]"
     if not _is_right(beginning, file):
         beginning.unlink()
         raise FetchError(
-            f"{file.name} of {offer.model} came with a wrong checksum: it was thrown away, fetch "
-            "again."
+            f"{file.name} of {offer.model} had a wrong checksum and was discarded: fetch again."
         )
     beginning.replace(staging / file.name)
 
@@ -203,7 +202,7 @@ def _refuse_without_room(offer: Offer, staging: Path, to_come: int) -> None:
     if to_come + to_convert > free:
         both = f", of which {in_words(to_convert)} to convert its weights" if to_convert else ""
         raise FetchError(
-            f"{offer.model} needs {in_words(to_come + to_convert)}{both}, and the disk of "
+            f"{offer.model} needs {in_words(to_come + to_convert)}{both}, but the disk of "
             f"{staging.parent} has {in_words(free)} free: free some of it, or give a directory on "
             "another disk."
         )
@@ -214,7 +213,7 @@ def _what_is_kept(offer: Offer, staging: Path) -> str:
     if kept == 0:
         return "."
     of_all = f"{in_words(kept)} of {in_words(offer.num_bytes)}"
-    return f" ({of_all} are kept, and the same command goes on from there)."
+    return f" ({of_all} are kept, and the same command resumes from there)."
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
@@ -230,8 +229,8 @@ def _make_loadable(offer: Offer, staging: Path) -> None:
             convert_to_safetensors(staging)
         except UnreadablePickle as error:
             raise FetchError(
-                f"{error.path.name} of {offer.model} came with the right checksum, and yet torch "
-                f"cannot read it ({error.reason}): choose another revision or model."
+                f"{error.path.name} of {offer.model} has the right checksum, but torch cannot read "
+                f"it ({error.reason}): choose another revision or model."
             ) from error
     check_checkpoint(staging)
 

@@ -55,7 +55,7 @@ class Offer:
     commit: str  # every file is requested by commit, so that all belong together
     files: tuple[RemoteFile, ...]  # config.json first
     licence: str | None
-    endpoint: str = field(repr=False)  # may hold a password
+    endpoint: str = field(repr=False)  # may contain a password
 
     @property
     def hub(self) -> str:
@@ -76,7 +76,7 @@ class Offer:
 def ask_hub(name: str | ModelName, revision: str | None = None) -> Offer:
     """List the files of a fetch and their sizes; no weights are downloaded.
 
-    Honours HF_ENDPOINT, HF_TOKEN (or the token that `hf auth login` left) and HF_HUB_OFFLINE.
+    Honours HF_ENDPOINT, HF_TOKEN (or the token of `hf auth login`) and HF_HUB_OFFLINE.
 
     Raises:
         FetchError: no such model or revision, no access to it, no weights in it, or no network.
@@ -202,7 +202,7 @@ def _choose_files(listed: Offer) -> Offer:
     by_name = {file.name: file for file in listed.files}
     if CONFIG not in by_name:
         raise FetchError(
-            f"{listed.model} contains no config.json, so it is no checkpoint of a transformer: "
+            f"{listed.model} contains no config.json, so it is not a transformer's checkpoint: "
             "choose another model."
         )
     weights = _choose_weights(listed, by_name)
@@ -245,7 +245,7 @@ def _read_shard_names(listed: Offer, index: RemoteFile) -> list[str]:
         isinstance(n, str) and SHARD.fullmatch(n) and n.endswith(suffix) for n in names
     ):
         raise FetchError(
-            f"{index.name} of {listed.model} does not name its shards as it should: choose another "
+            f"{index.name} of {listed.model} does not list valid names of shards: choose another "
             "revision or model."
         )
     return names

@@ -68,8 +68,7 @@ class ModelName:
 
     @property
     def folder_name(self) -> str:
-        """`owner--name`, or `owner--name@revision`, in characters that every file system "
-        "supports."""
+        """`owner--name`, or `owner--name@revision`, in characters valid on every file system."""
         at = "" if self.revision is None else "@" + quote(self.revision, safe="")
         return self.repo.replace("/", "--") + at
 
@@ -144,7 +143,7 @@ def _no_model(model: str, error: FetchError) -> str:
     if is_model_name(model):  # with a wrong revision
         return str(error)
     embedded = " or ".join(EMBEDDED)
-    return f"there is no folder {shown(model)}, the embedded model is {embedded}, and {error}"
+    return f"there is no folder {shown(model)}, the only embedded model is {embedded}, and {error}"
 
 
 def _how_to_get(model: str, name: ModelName) -> str:
@@ -215,8 +214,7 @@ def _find_in_hub_cache(model: ModelName, cache: Path) -> Path | None:
 
 
 def _hub_cache() -> Path:
-    """The folder that `huggingface_hub` uses; read each time, because the environment may "
-    "change."""
+    """The folder that `huggingface_hub` uses; read each time, as the environment may change."""
     cache, home = os.environ.get("HF_HUB_CACHE"), os.environ.get("HF_HOME")
     if cache:
         return Path(cache).expanduser()

@@ -36,7 +36,7 @@ def target_of(model: ModelName, directory: str | Path | None) -> Path:
         reason = str(error).strip(".")
         given = "MINIPAGED_HOME" if directory is None else directory
         raise FetchError(
-            f"{given} leads to no folder ({reason}): give another directory."
+            f"{given} is not a valid folder ({reason}): give another directory."
         ) from error
 
 
@@ -49,8 +49,8 @@ def refuse_to_replace(target: Path, model: ModelName) -> None:
     else:
         return
     raise FetchError(
-        f"{target} is {what}, and a fetch puts a new folder in its place: give one within it, "
-        f"{target / model.folder_name}."
+        f"{target} is {what}, which a fetch would have to replace: give a folder within it, such "
+        f"as {target / model.folder_name}."
     )
 
 
@@ -129,4 +129,4 @@ def remove_if_empty(staging: Path) -> None:
 
 
 def _in_the_way(path: Path) -> FetchError:
-    return FetchError(f"{path} is in the way, and no fetch has left it there: move it elsewhere.")
+    return FetchError(f"{path} is in the way, but is not from a fetch: move it elsewhere.")

@@ -135,12 +135,12 @@ class BlockAllocator:
 
     def share(self, block):
         if block not in self.owners:
-            raise DoubleFree("nobody owns it")
+            raise DoubleFree("it has no owner")
         self.owners[block] += 1
 
     def free(self, block):
         if block not in self.owners:
-            raise DoubleFree("nobody owns it")
+            raise DoubleFree("it has no owner")
         self.owners[block] -= 1
         if not self.owners[block]:
             del self.owners[block]

@@ -315,7 +315,7 @@ class FCFSScheduler(Library):
                     draft.copies += self.memory.append(seq)
 """,
     ),
-    "preempts_everybody_for_one_that_cannot_fit": (
+    "preempts_all_for_one_that_cannot_fit": (
         4,
         """
 class FCFSScheduler(Library):
@@ -341,15 +341,15 @@ class FCFSScheduler(Library):
 }
 
 RIGHT = {
-    "one_list_in_which_everybody_keeps_a_place": """
+    "one_list_in_which_each_group_keeps_its_place": """
 class FCFSScheduler(FCFSScheduler):
     def __init__(self, config, memory, select_victim=youngest):
         self.config, self.memory, self._select_victim = config, memory, select_victim
-        self.everybody = []
+        self.groups = []
         self.num_arrivals = 0
 
     def of(self, status):
-        return [group for group in self.everybody if group.status is status]
+        return [group for group in self.groups if group.status is status]
 
     waiting = property(lambda self: self.of(SequenceStatus.WAITING))
     running = property(lambda self: self.of(SequenceStatus.RUNNING))
@@ -359,12 +359,12 @@ class FCFSScheduler(FCFSScheduler):
         reject_what_can_never_run(group, self.memory, self.config)
         group.arrival = self.num_arrivals
         self.num_arrivals += 1
-        self.everybody.append(group)
+        self.groups.append(group)
 
     def _move(self, group, status):
         group.status = status
         if status is SequenceStatus.FINISHED:
-            self.everybody.remove(group)
+            self.groups.remove(group)
 
     def _share_out_tokens(self, draft):
         decoding = [group for group in self.running if group.is_decoding]

@@ -55,7 +55,7 @@ class PrefixCache(Library):
         return published
 """,
     ),
-    "looks_behind_a_gap": (
+    "looks_past_a_gap": (
         2,
         """
 class PrefixCache(Library):
@@ -286,13 +286,13 @@ class PrefixCache(Library):
         return min((b for b in order if self.is_leaf(b)), key=order.index)
 
     def find(self, seq):
-        def behind(before, rest):
+        def following(before, rest):
             block = self._blocks.get((before, tuple(rest[: self._block_size])))
             if block is None or len(rest) < self._block_size:
                 return []
-            return [block, *behind(block, rest[self._block_size :])]
+            return [block, *following(block, rest[self._block_size :])]
 
         readable = self._enabled and seq.reads_cache
-        return behind(seq.cache_salt, seq.token_ids) if readable else []
+        return following(seq.cache_salt, seq.token_ids) if readable else []
 """,
 }

@@ -307,7 +307,7 @@ class FCFSScheduler(LibraryScheduler):
         group.awaiting_refork = []
 """,
     ),
-    "auto_swaps_everybody": (
+    "auto_swaps_all_groups": (
         3,
         """
 class FCFSScheduler(LibraryScheduler):

@@ -57,7 +57,7 @@ WRONG = {
     ),
     "the_first_table_for_all": (3, kernel((" + seq * table_stride", ""))),
     "interleaved_heads": (3, kernel(("head // GROUP", "head % KV_HEADS"))),
-    "key_heads_behind_slots": (
+    "kv_heads_after_slots": (
         3,
         kernel(
             (

@@ -36,7 +36,7 @@ def test_a_region_comes_from_the_smallest_piece_that_is_large_enough():
     assert regions.allocate(9) == range(16)
 
 
-def test_halves_that_are_free_again_become_one():
+def test_free_halves_are_merged():
     regions = BuddyAllocator(16, 16)
     pieces = [regions.allocate(1) for _ in range(16)]
     assert regions.allocate(1) is None
@@ -54,13 +54,13 @@ def test_a_region_without_an_owner_cannot_be_freed():
 
 
 @pytest.mark.parametrize(("num_blocks", "longest"), [(0, 4), (8, 3), (8, 0)])
-def test_a_pool_that_cannot_be_is_refused(num_blocks, longest):
+def test_an_invalid_pool_is_refused(num_blocks, longest):
     with pytest.raises(InvalidOption, match="power of two"):
         BuddyAllocator(num_blocks, longest)
 
 
 def play(allocator, num_blocks: int, longest: int, seed: int) -> None:
-    """Any calls in any order, beside a set of owned blocks."""
+    """Any calls in any order, compared with a set of owned blocks."""
     draw = random.Random(seed)
     owned: list[range] = []
     for _ in range(200):
@@ -208,11 +208,11 @@ def test_a_static_batch_admits_no_request_until_all_of_it_has_ended():
     assert memory.can_admit(late, alone=True)
 
 
-# ---- reservations under any calls, beside a model of the tensors ---------------------------------
+# ---- reservations under any calls, against a model of the tensors --------------------------------
 
 
 def serve_at_random(memory_class, seed: int) -> None:
-    """Groups come, fork, give up sequences, grow and end; every slot must hold its own token."""
+    """Groups come, fork, lose sequences, grow and end; every slot must hold its own token."""
     draw = random.Random(seed)
     size, longest = draw.choice([1, 2, 4]), 16
     inner = memory_class(
@@ -384,13 +384,13 @@ def test_options_that_exclude_each_other_are_refused(options, words):
         LLM(**options)
 
 
-def test_a_baseline_keeps_no_prefix():
+def test_a_baseline_has_no_prefix_cache():
     llm = LLM(memory="contiguous-max", num_blocks=128)
     with pytest.raises(InvalidRequest, match="enable_prefix_caching"):
         llm.cache_prefix([1] * 40)
 
 
-def test_paging_is_what_there_is_by_default():
+def test_paging_is_the_default():
     assert not LLM().engine.scheduler.memory.reserves
 
 

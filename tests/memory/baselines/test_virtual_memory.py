@@ -1,6 +1,6 @@
-"""vAttention's memory, without a page: who owns which region, and what is mapped when.
+"""vAttention's memory, without a page: the owners of regions, and what is mapped when.
 
-The pages of these tests keep book instead of mapping anything; those of the any-order test also
+The pages of these tests count instead of mapping anything; those of the any-order test also
 play the tensors, as in memory_machine.
 """
 
@@ -92,7 +92,7 @@ def forked(memory, group: SequenceGroup, child_id: int) -> Sequence:
     return child
 
 
-# ---- layout ------------------------------------------------------------------------------------
+# ---- layout --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sliced", [False, True])
@@ -117,7 +117,7 @@ def test_two_regions_never_have_a_page_in_common():
         RegionLayout(num_buffers=2, num_regions=4, region_len=10, token_bytes=1, page_bytes=4)
 
 
-def test_slicing_wastes_as_many_times_less_as_there_are_layers():
+def test_slicing_divides_the_waste_by_the_number_of_layers():
     options = {"num_regions": 1, "longest": 100, "page_bytes": 4096}
     whole = RegionLayout.for_model(MODEL, 2, **options)
     sliced = RegionLayout.for_model(MODEL, 2, **options, sliced=True)
@@ -126,7 +126,7 @@ def test_slicing_wastes_as_many_times_less_as_there_are_layers():
 
 
 @pytest.mark.parametrize("token_bytes", [1, 3, 4, 6, 48])
-def test_a_page_that_holds_no_whole_number_of_tokens_is_counted_exactly(token_bytes):
+def test_a_page_with_a_fractional_number_of_tokens_is_counted_exactly(token_bytes):
     layout = RegionLayout(2, 1, 48, token_bytes, page_bytes=16)
     for num_tokens in range(49):
         groups = layout.groups_for(num_tokens)
@@ -134,7 +134,7 @@ def test_a_page_that_holds_no_whole_number_of_tokens_is_counted_exactly(token_by
         assert layout.tokens_in(groups) >= num_tokens
 
 
-# ---- growing -----------------------------------------------------------------------------------
+# ---- growing -------------------------------------------------------------------------------------
 
 
 def test_a_page_group_is_mapped_when_a_token_needs_it_and_not_before():
@@ -156,7 +156,7 @@ def test_pages_are_mapped_before_the_step_that_writes_them():
     assert sum(book.mapped.values()) == 2
 
 
-def test_a_memory_out_of_budget_says_so_before_it_maps_anything():
+def test_exceeding_the_budget_is_reported_before_anything_is_mapped():
     memory, book = make(budget=3)
     group = admitted(memory, 12, 0)
     [seq] = group.sequences
@@ -167,7 +167,7 @@ def test_a_memory_out_of_budget_says_so_before_it_maps_anything():
     assert (sum(book.mapped.values()), memory.tables[0].num_tokens) == (3, 12)
 
 
-def test_no_sequence_grows_into_the_next_region():
+def test_no_sequence_grows_beyond_its_region():
     memory, _ = make(budget=100)
     group = admitted(memory, 40, 0)
     group.sequences[0].append(0)
@@ -189,16 +189,18 @@ def test_admission_leaves_the_watermark_unless_the_group_is_alone():
     assert memory.can_admit(group, alone=True)
 
 
-def test_a_prompt_that_no_budget_holds_is_told_what_it_needs():
+def test_a_prompt_larger_than_the_budget_is_refused_with_what_it_needs():
     memory, _ = make(budget=3)
     assert memory.fits(group_of(12))
     assert not memory.fits(group_of(17))
-    sentence = "needs 5 page groups of 8 bytes, and the pool has 3: raise num_blocks, "
+    sentence = "needs 5 page groups of 8 bytes, but the pool has 3: raise num_blocks, "
     assert sentence + "shorten the prompt by 5 tokens" in memory.explain_rejection(group_of(17))
 
 
 def test_a_pool_smaller_than_a_page_group_is_refused():
-    with pytest.raises(InvalidOption, match="takes 8 bytes, a page of 4 in each of 2 buffers, and"):
+    with pytest.raises(
+        InvalidOption, match=r"takes 8 bytes .a page of 4 in each of 2 buffers., but"
+    ):
         FOUR_A_GROUP.groups_within(7)
     assert [FOUR_A_GROUP.groups_within(num_bytes) for num_bytes in (8, 15, 16)] == [1, 1, 2]
 
@@ -212,7 +214,7 @@ def test_nothing_is_swapped_and_no_prefix_is_kept():
         memory.pin(Sequence(1, range(4)))
 
 
-# ---- deferred reclamation ----------------------------------------------------------------------
+# ---- deferred reclamation ------------------------------------------------------------------------
 
 
 def test_pages_stay_when_a_sequence_ends_and_the_next_one_maps_none():
@@ -223,7 +225,7 @@ def test_pages_stay_when_a_sequence_ends_and_the_next_one_maps_none():
     assert book.num_calls == {"map": 3, "unmap": 0}
 
 
-def test_a_newcomer_takes_the_smallest_sufficient_mapping():
+def test_a_new_sequence_takes_the_smallest_sufficient_mapping():
     memory, book = make(budget=20)
     lengths = (16, 4, 8, 12)  # 4, 1, 2 and 3 groups
     groups = [admitted(memory, length, i) for i, length in enumerate(lengths)]
@@ -280,7 +282,7 @@ def test_usage_counts_surplus_as_free_and_adds_up_to_the_budget():
     assert (usage.reserved, usage.external, usage.total) == (0, 0, 40)
 
 
-# ---- forks -------------------------------------------------------------------------------------
+# ---- forks ---------------------------------------------------------------------------------------
 
 
 def test_a_fork_maps_nothing_and_its_first_write_copies_all_of_it():
@@ -379,7 +381,7 @@ class VirtualInAnyOrder(AnyOrder):
 
     def place(self, seq: Sequence, position: int) -> tuple[int, int]:
         region, offset = super().place(seq, position)
-        assert self.pages.has(region, offset), "touched without memory behind it"
+        assert self.pages.has(region, offset), "a page without physical memory was touched"
         return region, offset
 
     def copy_blocks(self, pairs, source, target) -> None:
@@ -414,7 +416,7 @@ class VirtualInAnyOrder(AnyOrder):
         for group in self.groups.copy():
             self.give_up(group)
         assert self.memory.num_free == self.memory.num_blocks
-        # Whoever needs all page groups gets all of them.
+        # A sequence that needs all page groups gets all of them.
         longest = min(self.layout.tokens_in(self.memory.budget), self.layout.region_len)
         if longest:
             admit(self.memory, SequenceGroup("all", [Sequence(0, [9] * longest)]))
@@ -519,7 +521,7 @@ def a_fork_reads_what_its_parent_has_written(manager: type[VirtualMemory]) -> No
 
 
 @pytest.mark.parametrize("fault", [ForgetsTheCopy, CopiesTheWrongWay])
-def test_a_rare_fault_is_caught_by_a_story(fault):
+def test_a_rare_fault_is_caught_by_a_scripted_scenario(fault):
     """A random search takes long to find it."""
     a_fork_reads_what_its_parent_has_written(VirtualMemory)
     with pytest.raises((CheckFailed, AssertionError)):

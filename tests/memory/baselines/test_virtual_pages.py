@@ -63,7 +63,7 @@ def read(mapped: MappedPages, region: int, group: int) -> set[int]:
     return {number for start, length in pieces for number in view[start : start + length]}
 
 
-# ---- pages -------------------------------------------------------------------------------------
+# ---- pages ---------------------------------------------------------------------------------------
 
 
 def test_addresses_cost_no_memory():
@@ -115,7 +115,7 @@ def test_an_older_linux_gets_its_pages_by_touching_them(mapped, monkeypatch):
     assert mapped.resident_bytes() == 3 * mapped.layout.group_bytes
 
 
-def test_a_tensor_keeps_the_mapping_that_it_lies_in():
+def test_a_tensor_keeps_its_mapping_alive():
     model = ModelConfig(
         architecture="", num_layers=1, num_heads=1, num_kv_heads=1, head_dim=64, hidden_size=64,
         vocab_size=1, max_position_embeddings=64,
@@ -136,7 +136,7 @@ def test_a_tensor_keeps_the_mapping_that_it_lies_in():
 
 
 @pytest.mark.parametrize("offset", [-1, 2 * SMALL_PAGE])
-def test_a_write_past_an_end_ends_the_process(offset):
+def test_a_write_past_the_end_of_a_region_kills_the_process(offset):
     program = (
         "import ctypes\n"
         "from minipaged.memory.baselines.pages import MappedPages, SMALL_PAGE\n"
@@ -150,16 +150,16 @@ def test_a_write_past_an_end_ends_the_process(offset):
     assert (result.stdout, result.returncode) == (b"inside\n", -11)
 
 
-def test_another_system_is_refused(monkeypatch):
+def test_other_operating_systems_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(InvalidOption, match="by Linux system calls, and this is darwin"):
+    with pytest.raises(InvalidOption, match="by Linux system calls, but this is darwin"):
         LLM(memory="virtual")
 
 
 def test_huge_pages_that_are_switched_off_or_not_mapped_are_reported(monkeypatch, tmp_path):
     layout = RegionLayout(1, 1, HUGE_PAGE, 1, HUGE_PAGE)
     monkeypatch.setattr(pages, "_THP", tmp_path)
-    with pytest.raises(InvalidOption, match="no huge pages of 2097152 bytes"):
+    with pytest.raises(InvalidOption, match="no huge pages of 2097152"):
         MappedPages(layout)
     (tmp_path / "hpage_pmd_size").write_text(f"{HUGE_PAGE}\n")
     (tmp_path / "enabled").write_text("always madvise [never]\n")
@@ -252,7 +252,7 @@ def fill_with_nan(cache: VirtualKVCache, region: int, groups: range) -> None:
 
 
 @pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
-def test_a_copy_brings_all_tokens_and_maps_nothing(sliced):
+def test_a_copy_copies_all_tokens_and_maps_nothing(sliced):
     setup = paged_setup([(1, 40)])
     cache, _ = in_regions(setup, [(1, 40)], torch.float32, sliced)
     source = next(region for region in range(3) if cache.pages.num_mapped(region))
@@ -348,7 +348,7 @@ def test_a_starved_budget_preempts_and_gives_the_same_tokens(folder, expected, m
     assert preemptions >= 2
 
 
-def test_what_a_previous_owner_left_in_a_region_never_shows(folder, expected):
+def test_stale_values_in_a_region_are_never_read(folder, expected):
     llm = virtual(folder)
     cache = llm.engine.executor.runner.kv_cache
     for name, params in PARAMS.items():
@@ -358,9 +358,7 @@ def test_what_a_previous_owner_left_in_a_region_never_shows(folder, expected):
 
 
 @pytest.mark.parametrize("params", ["samples", "beams"])
-def test_without_its_copy_a_fork_forgets_what_it_has_in_common(
-    folder, expected, params, monkeypatch
-):
+def test_a_fork_without_its_copy_loses_the_shared_tokens(folder, expected, params, monkeypatch):
     """The proof that the tokens above are those of copies, and not of luck."""
     monkeypatch.setattr(VirtualKVCache, "copy", lambda *_: None)
     outputs = virtual(folder).generate(PROMPTS, PARAMS[params], use_tqdm=False)
@@ -383,7 +381,7 @@ def test_the_second_batch_maps_a_quarter_of_the_first_at_most(folder, monkeypatc
     assert len(mapped) - first <= first / 4
 
 
-def test_virtual_memory_has_the_bytes_of_the_blocks_that_were_asked_for(folder):
+def test_virtual_memory_has_as_many_bytes_as_the_requested_blocks(folder):
     llm = virtual(folder, num_blocks=33, block_size=8)
     memory, model = llm.engine.scheduler.memory, llm.engine.executor.runner.model.config
     pool = 33 * 8 * model.kv_bytes_per_token(4)
@@ -392,14 +390,14 @@ def test_virtual_memory_has_the_bytes_of_the_blocks_that_were_asked_for(folder):
     assert memory.block_size >= llm.engine.config.max_model_len
 
 
-def test_what_cannot_be_served_is_refused_with_a_sentence(folder):
+def test_unsupported_options_are_refused_with_a_sentence(folder):
     with pytest.raises(InvalidOption, match="backends read whole blocks"):
         virtual(folder, attention_backend="torch")
     with pytest.raises(InvalidOption, match="no pages for the scales"):
         virtual(folder, kv_cache_dtype="int8")
     with pytest.raises(InvalidOption, match="does not swap"):
         virtual(folder, preemption="swap")
-    with pytest.raises(InvalidOption, match="and the pool has 6144: raise num_blocks"):
+    with pytest.raises(InvalidOption, match="but the pool has 6144: raise num_blocks"):
         virtual(folder, num_blocks=1)
     with pytest.raises(InvalidOption, match="attention_backend is 'unpaged': choose one of auto"):
         LLM(folder, attention_backend="unpaged")
@@ -446,7 +444,7 @@ def test_bfloat16_keys_fit_in_regions(folder):
     assert many == pairs
 
 
-def test_a_layout_of_another_model_is_noticed():
+def test_the_layout_of_another_model_is_detected():
     model = ModelConfig(
         architecture="", num_layers=3, num_heads=1, num_kv_heads=1, head_dim=64, hidden_size=64,
         vocab_size=1, max_position_embeddings=64,

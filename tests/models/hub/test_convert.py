@@ -118,7 +118,7 @@ def test_an_output_matrix_of_its_own_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", ["others", "the same, turned", "the same, shorter"])
-def test_an_output_matrix_is_left_out_only_if_it_is_the_very_embedding(
+def test_the_output_matrix_is_omitted_only_if_it_is_the_embedding(
     rows: str, tmp_path: Path
 ) -> None:
     flat = torch.arange(24.0)
@@ -129,13 +129,13 @@ def test_an_output_matrix_is_left_out_only_if_it_is_the_very_embedding(
     assert_equal(load_file(file), views)
 
 
-def test_a_sign_that_is_only_noted_is_written(tmp_path: Path) -> None:
+def test_a_lazy_negation_is_materialised(tmp_path: Path) -> None:
     view = torch.tensor([1 + 2j]).conj().imag
     [file] = convert_to_safetensors(save(tmp_path, {"a": view}))
     assert load_file(file)["a"].tolist() == [-2.0]
 
 
-def test_other_tensors_that_share_memory_get_their_own(tmp_path: Path) -> None:
+def test_other_tensors_that_share_memory_are_stored_separately(tmp_path: Path) -> None:
     whole = torch.arange(12.0)
     views = {"whole": whole, "half": whole[6:], "rows": whole.reshape(3, 4)}
     [file] = convert_to_safetensors(save(tmp_path, views))
@@ -160,13 +160,13 @@ def test_a_pickle_that_would_run_code_is_named_and_not_run(zipped: bool, tmp_pat
     trap = {"a.weight": torch.ones(3), "b.weight": Touch(tmp_path / "it-ran")}
     save(tmp_path, trap, _use_new_zipfile_serialization=zipped)
     sentence = refusal(tmp_path)
-    assert f"{tmp_path / SINGLE} asks for more than tensors (posix.mkdir)" in sentence
+    assert f"{tmp_path / SINGLE} contains more than tensors (posix.mkdir)" in sentence
     assert not (tmp_path / "it-ran").exists()
 
 
 def test_a_plain_pickle_is_not_run_either(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(pickle.dumps(Touch(tmp_path / "it-ran"), protocol=2))
-    assert "asks for more than tensors" in refusal(tmp_path)
+    assert "contains more than tensors" in refusal(tmp_path)
     assert not (tmp_path / "it-ran").exists()
 
 
@@ -186,11 +186,13 @@ def test_a_file_cut_short_is_named_with_its_size(
     [
         ({"model": {"a": torch.ones(2)}, "step": 3}, "contains a dict under 'model'"),
         ({"a": torch.ones(2), "step": 3}, "contains a int under 'step', where a tensor should be"),
-        ([torch.ones(2)], "contains a list and no tensors by name"),
-        ({}, "contains a dict and no tensors by name"),
+        ([torch.ones(2)], "contains a list without named tensors"),
+        ({}, "contains a dict without named tensors"),
     ],
 )
-def test_what_is_no_table_of_tensors_is_refused(state: Any, sentence: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_table_of_tensors_is_refused(
+    state: Any, sentence: str, tmp_path: Path
+) -> None:
     assert sentence in refusal(save(tmp_path, state))
 
 
@@ -202,14 +204,14 @@ def odd_tensor(kind: str) -> Tensor:
         return torch.nested.nested_tensor([ones, ones])
     if kind == "quantized":
         return torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8)
-    return ones.to("meta") if kind == "without its numbers" else ones.to(torch.complex64)
+    return ones.to("meta") if kind == "without data" else ones.to(torch.complex64)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch itself discourages most of them
 @pytest.mark.parametrize(
-    "kind", ["sparse", "nested", "quantized", "without its numbers", "complex numbers"]
+    "kind", ["sparse", "nested", "quantized", "without data", "complex numbers"]
 )
-def test_what_is_no_plain_tensor_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_value_that_is_not_a_plain_tensor_is_refused(kind: str, tmp_path: Path) -> None:
     sentence = refusal(save(tmp_path, {"a": odd_tensor(kind)}))
     assert kind in sentence
     assert "under 'a', where a tensor should be" in sentence
@@ -224,7 +226,7 @@ def test_a_name_that_no_tensor_can_have_is_refused(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "kind", [AssertionError, TypeError, AttributeError, struct.error, RecursionError, KeyError]
 )
-def test_whatever_torch_makes_of_a_broken_file_is_one_sentence(
+def test_any_error_of_torch_on_a_broken_file_becomes_one_sentence(
     kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
@@ -251,7 +253,7 @@ def test_a_file_in_which_some_bytes_changed_is_read_or_refused(
         assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
 
 
-def test_too_little_memory_is_said_as_such(tmp_path: Path) -> None:
+def test_too_little_memory_is_reported(tmp_path: Path) -> None:
     save(tmp_path, {"a": torch.zeros(1).expand(2**46)})  # a number in the file, 256 TB written out
     with pytest.raises(OSError, match=r"too little memory to convert 1.* kB: close") as refused:
         convert_to_safetensors(tmp_path)
@@ -259,7 +261,7 @@ def test_too_little_memory_is_said_as_such(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
 
 
-def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_conversion_are_removed(tmp_path: Path) -> None:
     left = save(tmp_path, TENSORS) / ".minipaged-converting-abc"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half of it")
@@ -280,13 +282,13 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert "lacks 1 of the 2 shards" in refusal(tmp_path)
 
 
-def test_a_fault_in_the_last_shard_leaves_nothing_half_converted(tmp_path: Path) -> None:
+def test_a_fault_in_the_last_shard_leaves_no_partial_checkpoint(tmp_path: Path) -> None:
     save_shards(tmp_path, {"a": torch.ones(2)}, {"b": torch.ones(2)})
     (tmp_path / "pytorch_model-00002-of-00002.bin").write_bytes(b"")
     assert "00002-of-00002.bin of 0 bytes is cut short" in refusal(tmp_path)
 
 
-def test_a_full_disk_is_said_as_such_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     save(tmp_path, {"a": torch.ones(10_000)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # of one file: as good as full

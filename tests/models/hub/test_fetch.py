@@ -38,7 +38,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(autouse=True)
 def _in_a_home_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test sees the models, the tokens or the endpoint of whoever runs it."""
+    """No test sees the models, the tokens or the endpoint of the person who runs it."""
     monkeypatch.setenv("MINIPAGED_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -119,7 +119,7 @@ def test_nothing_but_the_model_and_its_source_is_left(hub: Hub, llama: Path) -> 
     assert {file["name"] for file in source["files"]} == contents(llama).keys()
 
 
-def test_a_model_that_is_here_is_returned_without_a_request(hub: Hub) -> None:
+def test_a_downloaded_model_is_returned_without_a_request(hub: Hub) -> None:
     folder = fetch(NAME)
     hub.requests.clear()
     assert fetch(NAME) == folder
@@ -134,7 +134,7 @@ def test_every_file_is_asked_for_by_the_commit_that_the_hub_named(hub: Hub) -> N
     assert all(f"/resolve/{commit}/" in path for path in paths)
 
 
-def test_of_all_files_only_those_of_one_checkpoint_come(hub: Hub, llama: Path) -> None:
+def test_only_the_files_of_one_checkpoint_are_downloaded(hub: Hub, llama: Path) -> None:
     repo = hub.repos[NAME]
     beside = "tokenizer.json tokenizer_config.json vocab.json merges.txt tokenizer.model".split()
     repo.files |= dict.fromkeys(beside, b"{}")
@@ -147,7 +147,9 @@ def test_of_all_files_only_those_of_one_checkpoint_come(hub: Hub, llama: Path) -
     assert not [request for request in hub.requests if request.file == WEIGHTS]
 
 
-def test_shards_come_as_their_index_names_them(hub: Hub, llama: Path, tmp_path: Path) -> None:
+def test_the_shards_that_the_index_lists_are_downloaded(
+    hub: Hub, llama: Path, tmp_path: Path
+) -> None:
     sharded = make_checkpoint("llama", tmp_path / "sharded", max_shard_size="40KB")
     repo = hub.add("someone/sharded", sharded)
     repo.files["model-00009-of-00009.safetensors"] = b"of an older version"
@@ -215,7 +217,7 @@ def test_a_pickle_that_was_published_broken_is_not_called_a_bad_download(
     repo = hub.add("someone/opt", pickle_weights(original, tmp_path / "pickled", 1))
     repo.files["pytorch_model.bin"] = repo.files["pytorch_model.bin"][:-500]
     sentence = refusal("someone/opt")
-    assert "pytorch_model.bin of someone/opt came with the right checksum, and yet" in sentence
+    assert "pytorch_model.bin of someone/opt has the right checksum, but" in sentence
     assert "are kept" in sentence
 
 
@@ -298,7 +300,7 @@ def test_a_renamed_model_is_fetched_under_the_name_asked_for(hub: Hub) -> None:
     assert json.loads((folder / "source.json").read_text())["repo"] == NAME
 
 
-def test_a_redirect_that_forgets_what_was_asked_costs_one_question_more(hub: Hub) -> None:
+def test_a_redirect_that_drops_the_query_costs_one_more_request(hub: Hub) -> None:
     hub.renamed["someone/old-name"], hub.forgets_queries = NAME, True
     assert fetch("someone/old-name").name == "someone--old-name"
 
@@ -312,7 +314,7 @@ def test_a_revision_has_a_folder_of_its_own(hub: Hub) -> None:
     assert "/revision/refs%2Fpr%2F1?" in hub.requests[0].path
 
 
-def test_a_directory_may_be_chosen_and_is_known_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_chosen_directory_is_recognised_again(hub: Hub, tmp_path: Path) -> None:
     target = tmp_path / "mine" / "llama"
     target.mkdir(parents=True)
     assert fetch(NAME, directory=target) == target
@@ -324,7 +326,7 @@ def test_a_directory_may_be_chosen_and_is_known_again(hub: Hub, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("content", ["notes", "another model"])
-def test_a_directory_that_holds_something_else_is_left_alone(
+def test_a_directory_with_other_content_is_not_changed(
     content: str, hub: Hub, llama: Path, tmp_path: Path
 ) -> None:
     if content == "notes":
@@ -338,7 +340,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(
     assert left_in(target) == before
 
 
-def test_files_that_only_look_like_a_fetch_s_are_the_user_s(hub: Hub, tmp_path: Path) -> None:
+def test_files_that_only_resemble_a_fetch_belong_to_the_user(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "poetry.lock").write_text("mine")
     (tmp_path / "poetry.partial").mkdir()
     (tmp_path / "poetry.partial" / "thesis.txt").write_text("mine")
@@ -348,7 +350,7 @@ def test_files_that_only_look_like_a_fetch_s_are_the_user_s(hub: Hub, tmp_path: 
 
 
 @pytest.mark.parametrize("what", ["file", "link", "notes", "folder", "link within", "lock"])
-def test_what_no_fetch_can_have_left_is_refused_and_left_alone(
+def test_files_that_no_fetch_can_have_left_are_refused_and_kept(
     what: str, hub: Hub, tmp_path: Path
 ) -> None:
     staging = beside(tmp_path / "llama", "lock" if what == "lock" else "partial")
@@ -369,11 +371,11 @@ def test_what_no_fetch_can_have_left_is_refused_and_left_alone(
         (staging / WEIGHTS).symlink_to(mine)
     before = sorted(tmp_path.rglob("*"))
     sentence = refusal(directory=tmp_path / "llama")
-    assert "is in the way, and no fetch has left it there: move it elsewhere." in sentence
+    assert "is in the way, but is not from a fetch: move it elsewhere." in sentence
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_whatever_a_fetch_left_is_cleared_away(hub: Hub, llama: Path) -> None:
+def test_leftovers_of_a_fetch_are_removed(hub: Hub, llama: Path) -> None:
     staging = beside(folder_of(NAME), "partial")
     (staging / ".minipaged-converting-abc").mkdir(parents=True)
     old = "pytorch_model.bin model-00001-of-00002.safetensors model.safetensors.index.json"
@@ -383,7 +385,7 @@ def test_whatever_a_fetch_left_is_cleared_away(hub: Hub, llama: Path) -> None:
     assert contents(folder).keys() == contents(llama).keys() | {"source.json"}
 
 
-def test_a_beginning_that_is_longer_than_its_file_is_of_no_use(hub: Hub, llama: Path) -> None:
+def test_a_partial_download_longer_than_its_file_is_discarded(hub: Hub, llama: Path) -> None:
     hub.cuts[WEIGHTS] = [50_000] + [0] * 9
     refusal()
     [beginning] = beside(folder_of(NAME), "partial").glob("*.part")
@@ -391,36 +393,36 @@ def test_a_beginning_that_is_longer_than_its_file_is_of_no_use(hub: Hub, llama: 
     assert contents(fetch(NAME))[WEIGHTS] == contents(llama)[WEIGHTS]
 
 
-def test_a_link_to_an_empty_folder_is_that_folder(hub: Hub, tmp_path: Path) -> None:
+def test_a_link_to_an_empty_folder_is_followed(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     assert fetch(NAME, directory=tmp_path / "link") == tmp_path / "real"
     assert (tmp_path / "link").is_symlink()
 
 
-def test_a_folder_that_cannot_be_replaced_is_said_before_anybody_is_asked(
+def test_an_irreplaceable_folder_is_reported_before_any_request(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    instead = f"give one within it, {folder / 'someone--small-llama'}"
+    instead = f"give a folder within it, such as {folder / 'someone--small-llama'}"
     with monkeypatch.context() as patch:
         patch.chdir(folder)
         sentence = refusal(directory=".")
-        assert "is the current directory, and a fetch puts" in sentence
+        assert "is the current directory, which a fetch would have to replace" in sentence
         assert instead in sentence
     with monkeypatch.context() as patch:
         patch.setattr(Path, "is_mount", lambda path: path == folder)
         sentence = refusal(directory=folder)
-        assert "is a mount point, and a fetch puts" in sentence
+        assert "is a mount point, which a fetch would have to replace" in sentence
         assert instead in sentence
     assert not hub.requests
 
 
-def test_a_home_of_nobody_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "~nobody-here/x leads to no folder" in refusal(directory="~nobody-here/x")
+def test_an_unknown_home_folder_is_reported(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "~nobody-here/x is not a valid folder" in refusal(directory="~nobody-here/x")
     monkeypatch.setenv("MINIPAGED_HOME", "~nobody-here")
-    assert "MINIPAGED_HOME leads to no folder" in refusal()
+    assert "MINIPAGED_HOME is not a valid folder" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -430,12 +432,12 @@ def test_a_home_of_nobody_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
         f"{NAME}@main", f"https://huggingface.co/{NAME}@main",
     ],
 )  # fmt: skip
-def test_one_model_has_one_name_however_it_is_written(name: str) -> None:
+def test_one_model_has_one_name_in_every_spelling(name: str) -> None:
     assert ModelName.parse(name) == ModelName.parse(NAME, "main") == ModelName(NAME)
 
 
 @pytest.mark.parametrize("name", [f"a/{'b' * 300}", f"a/b@{'c' * 300}", f"a/b@{'c/' * 3000}d"])
-def test_a_name_that_is_too_long_for_a_file_is_no_model_here(name: str) -> None:
+def test_a_name_too_long_for_a_file_is_not_a_local_model(name: str) -> None:
     assert find_local(name) is None
 
 
@@ -443,16 +445,16 @@ def test_a_name_that_is_too_long_for_a_file_is_no_model_here(name: str) -> None:
     "name",
     "gpt-9 ../up a/../b /etc/passwd a/b/c a\\b .. a/.hidden a/b--c a/b@../../up a/ -x/y".split(),
 )
-def test_what_is_no_name_never_becomes_a_path(name: str) -> None:
+def test_an_invalid_name_never_becomes_a_path(name: str) -> None:
     assert "is not a model name" in refusal(name) or "is not a revision" in refusal(name)
     assert find_local(name) is None
 
 
-def test_a_mistyped_name_is_answered_with_a_listed_one() -> None:
+def test_a_misspelt_name_is_answered_with_the_closest_one() -> None:
     assert "perhaps HuggingFaceTB/SmolLM2-135M-Instruct" in refusal("SmolLM2-135-Instruct")
 
 
-def test_two_revisions_are_one_too_many() -> None:
+def test_two_revisions_at_once_are_refused() -> None:
     assert "name two revisions" in refusal(f"{NAME}@one", revision="two")
 
 
@@ -494,7 +496,7 @@ def test_every_listed_model_has_a_name_and_a_short_name_of_its_own() -> None:
         assert 1.9 < model.num_bytes / model.num_parameters < 4.6
 
 
-def test_sizes_are_said_as_people_say_them() -> None:
+def test_sizes_are_printed_for_people() -> None:
     sizes = [0, 999, 1_000, 99_400, 1_520_000, 999_600, 269_060_552, 13_300_000_000]
     said = ["0 bytes", "999 bytes", "1 kB", "99 kB", "1.5 MB", "1 MB", "269 MB", "13 GB"]
     assert [in_words(size) for size in sizes] == said
@@ -507,14 +509,14 @@ def ranges(requests: list[Request]) -> list[str | None]:
     return [request.range for request in requests]
 
 
-def test_a_connection_cut_once_is_taken_up_where_it_broke(hub: Hub, llama: Path) -> None:
+def test_a_broken_download_resumes_where_it_stopped(hub: Hub, llama: Path) -> None:
     hub.cuts[WEIGHTS] = [50_000]
     folder = fetch(NAME)
     assert contents(folder)[WEIGHTS] == contents(llama)[WEIGHTS]
     assert ranges(hub.asked_for(WEIGHTS)) == [None, f"bytes={50_000 // 4096 * 4096}-"]
 
 
-def test_the_library_behind_does_not_chatter(hub: Hub) -> None:
+def test_the_download_library_prints_nothing(hub: Hub) -> None:
     said: list[logging.LogRecord] = []
     listener = logging.Handler()
     listener.emit = said.append
@@ -526,13 +528,11 @@ def test_the_library_behind_does_not_chatter(hub: Hub) -> None:
     assert not said
 
 
-def test_what_came_before_a_connection_broke_for_good_is_not_fetched_again(
-    hub: Hub, llama: Path
-) -> None:
+def test_a_download_resumes_after_a_final_failure(hub: Hub, llama: Path) -> None:
     hub.cuts[WEIGHTS] = [50_000] + [0] * 9
     sentence = refusal()
     assert f"the transfer of {WEIGHTS} from {hub.url} broke off (" in sentence
-    assert "are kept, and the same command goes on from there" in sentence
+    assert "are kept, and the same command resumes from there" in sentence
     assert find_local(NAME) is None
     hub.cuts.clear()
     hub.requests.clear()
@@ -551,7 +551,7 @@ def test_a_server_that_ignores_ranges_costs_time_only(hub: Hub, llama: Path) -> 
     assert contents(fetch(NAME))[WEIGHTS] == contents(llama)[WEIGHTS]
 
 
-def test_the_beginning_of_another_version_is_thrown_away(hub: Hub, tmp_path: Path) -> None:
+def test_a_partial_download_of_another_version_is_discarded(hub: Hub, tmp_path: Path) -> None:
     hub.cuts[WEIGHTS] = [50_000] + [0] * 9
     refusal()
     hub.cuts.clear()
@@ -565,11 +565,11 @@ def test_the_beginning_of_another_version_is_thrown_away(hub: Hub, tmp_path: Pat
 
 
 @pytest.mark.parametrize("file", ["config.json", WEIGHTS])
-def test_a_file_with_a_wrong_checksum_is_thrown_away_and_named(
+def test_a_file_with_a_wrong_checksum_is_discarded_and_named(
     file: str, hub: Hub, llama: Path
 ) -> None:
     hub.corrupt = {file}
-    assert f"{file} of {NAME} came with a wrong checksum" in refusal()
+    assert f"{file} of {NAME} had a wrong checksum" in refusal()
     assert find_local(NAME) is None
     hub.corrupt = set()
     hub.requests.clear()
@@ -594,7 +594,7 @@ def test_two_processes_do_not_fetch_the_same_at_once(hub: Hub) -> None:
     assert fetch(NAME) == target
 
 
-def test_who_waited_finds_what_the_other_process_fetched(hub: Hub) -> None:
+def test_a_waiting_process_finds_what_the_other_one_fetched(hub: Hub) -> None:
     offer = ask_hub(NAME)
     folder = fetch(NAME)
     hub.requests.clear()
@@ -621,7 +621,7 @@ def test_an_interrupt_leaves_no_target_and_the_next_call_goes_on(
     assert ranges(hub.asked_for(WEIGHTS)) == ["bytes=7000-"]
 
 
-def test_a_cut_loses_less_than_a_piece_even_of_a_small_file(
+def test_an_interruption_loses_less_than_one_piece(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_module, "PIECE_BYTES", PIECE_BYTES)
@@ -632,20 +632,20 @@ def test_a_cut_loses_less_than_a_piece_even_of_a_small_file(
     assert 700_000 < beginning.stat().st_size <= 1_000_000
 
 
-def test_a_connection_that_is_reset_is_taken_up_where_it_broke(hub: Hub, llama: Path) -> None:
+def test_a_reset_connection_resumes_where_it_stopped(hub: Hub, llama: Path) -> None:
     hub.resets, hub.cuts[WEIGHTS] = True, [50_000]
     assert contents(fetch(NAME))[WEIGHTS] == contents(llama)[WEIGHTS]
     assert ranges(hub.asked_for(WEIGHTS)) == [None, f"bytes={50_000 // 4096 * 4096}-"]
 
 
-def test_a_hub_that_is_busy_in_the_middle_is_asked_again(hub: Hub, llama: Path) -> None:
+def test_a_busy_hub_is_retried(hub: Hub, llama: Path) -> None:
     hub.cuts[WEIGHTS] = [50_000, 50_000]
     hub.hiccups[WEIGHTS] = [200, 503, 500, 503, 502, 200, 503, 503, 503, 503, 200]
     assert contents(fetch(NAME))[WEIGHTS] == contents(llama)[WEIGHTS]
     assert len(hub.asked_for(WEIGHTS)) == 3
 
 
-def test_a_server_that_ignores_ranges_and_hangs_up_takes_nothing_away(hub: Hub) -> None:
+def test_a_server_that_ignores_ranges_and_hangs_up_loses_no_data(hub: Hub) -> None:
     hub.ignores_ranges, hub.cuts[WEIGHTS] = True, [50_000] + [100] * 9
     refusal()
     [beginning] = beside(folder_of(NAME), "partial").glob("*.part")
@@ -653,7 +653,7 @@ def test_a_server_that_ignores_ranges_and_hangs_up_takes_nothing_away(hub: Hub) 
 
 
 @pytest.mark.parametrize(("seconds", "slept"), [(20, [20] * 4), (61, [])])
-def test_a_hub_that_asks_to_wait_is_obeyed_for_a_minute_at_most(
+def test_a_requested_wait_is_obeyed_for_at_most_one_minute(
     seconds: int, slept: list[int], hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[int] = []
@@ -665,7 +665,7 @@ def test_a_hub_that_asks_to_wait_is_obeyed_for_a_minute_at_most(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES])
-def test_a_disk_that_fails_is_not_called_a_network(
+def test_a_disk_error_is_not_reported_as_a_network_error(
     number: int, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken(io.BytesIO):
@@ -687,25 +687,23 @@ def test_a_disk_that_fails_is_not_called_a_network(
 # --------------------------------------------------------------------------------- what hubs refuse
 
 
-def test_an_unknown_name_is_said_with_the_hub(hub: Hub) -> None:
+def test_an_unknown_name_is_reported_with_the_hub(hub: Hub) -> None:
     assert f"there is no model someone/else at {hub.url}" in refusal("someone/else")
     assert left_in(models_folder()) == []
 
 
-def test_an_unknown_name_is_the_same_to_who_has_a_token(
+def test_an_unknown_name_is_reported_alike_with_a_token(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "mine")
     assert f"there is no model someone/else at {hub.url}" in refusal("someone/else")
 
 
-def test_an_unknown_revision_is_said(hub: Hub) -> None:
+def test_an_unknown_revision_is_reported(hub: Hub) -> None:
     assert f"{NAME} has no revision 'v9'" in refusal(revision="v9")
 
 
-def test_a_private_model_comes_with_the_right_token_only(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_private_model_needs_the_right_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repos[NAME].token = "mine"
     assert "or it is private" in refusal()
     monkeypatch.setenv("HF_TOKEN", "wrong")
@@ -714,25 +712,26 @@ def test_a_private_model_comes_with_the_right_token_only(
     fetch(NAME)
 
 
-def test_a_token_that_expired_is_said_though_the_hub_calls_the_model_unknown(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_expired_token_is_reported_as_such(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "expired")
     sentence = refusal()
     assert f"there is no model {NAME}" in sentence
-    assert "use another token if yours is wrong or expired (HF_TOKEN, or what" in sentence
+    assert "use another token if yours is wrong or expired (HF_TOKEN, or that" in sentence
     assert sentence.endswith("(it says: User Access Token is expired).")
 
 
 @pytest.mark.parametrize("token", [None, "somebody"])
-def test_a_gated_model_is_answered_with_the_page_of_its_licence(
+def test_a_gated_model_is_refused_with_the_page_of_its_licence(
     token: str | None, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.repos[NAME].token, hub.repos[NAME].gated = "mine", True
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     sentence = refusal()
-    assert f"accepted its licence: accept it at {hub.url}/{NAME}, and set HF_TOKEN" in sentence
+    assert (
+        f"only after its licence was accepted: accept it at {hub.url}/{NAME}, and set HF_TOKEN"
+        in sentence
+    )
     assert left_in(models_folder()) == []
 
 
@@ -746,7 +745,7 @@ def test_the_token_is_sent_to_the_hub_and_not_to_where_it_stores_its_files(
 
 
 @pytest.mark.parametrize("status", [400, 403, 416, 429, 451, 500, 503])
-def test_another_answer_is_said_with_its_status(status: int, hub: Hub) -> None:
+def test_an_unexpected_answer_is_reported_with_its_status(status: int, hub: Hub) -> None:
     hub.statuses["api"] = status
     sentence = refusal()
     assert f"with status {status}" in sentence
@@ -770,7 +769,7 @@ def test_a_password_in_the_address_of_a_hub_is_never_shown(
     assert refusal("a/b") == "HF_ENDPOINT is 'hub.example': begin it with https://."
 
 
-def test_a_hub_that_fails_in_the_middle_keeps_what_came(hub: Hub) -> None:
+def test_a_hub_that_fails_midway_keeps_the_partial_download(hub: Hub) -> None:
     hub.statuses[WEIGHTS] = 500
     assert "status 500: try again later (" in refusal()
     hub.statuses.clear()
@@ -778,14 +777,14 @@ def test_a_hub_that_fails_in_the_middle_keeps_what_came(hub: Hub) -> None:
     assert len(hub.asked_for("config.json")) == 1
 
 
-def test_a_file_that_vanished_is_said(hub: Hub) -> None:
+def test_a_vanished_file_is_reported(hub: Hub) -> None:
     offer = ask_hub(NAME)
     hub.statuses[WEIGHTS] = 404
-    with pytest.raises(FetchError, match=r"is gone from .* since it was listed: fetch again"):
+    with pytest.raises(FetchError, match=r"was removed from .* meanwhile: fetch again"):
         download(offer)
 
 
-def test_a_hub_that_is_not_there_is_said_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -798,13 +797,13 @@ def test_a_hub_that_is_not_there_is_said_with_the_reason(monkeypatch: pytest.Mon
     assert left_in(models_folder()) == []
 
 
-def test_a_hub_that_never_answers_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_never_answers_is_reported(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     hub.silent = True
     assert "could not be reached (" in refusal()
 
 
-def test_a_server_that_is_no_hub_is_said(hub: Hub) -> None:
+def test_a_server_that_is_not_a_hub_is_reported(hub: Hub) -> None:
     hub.nonsense = True
     assert "does not answer as a hub does (" in refusal()
 
@@ -814,7 +813,7 @@ def test_a_hub_without_checksums_is_refused(hub: Hub) -> None:
     assert "provides no sizes and checksums" in refusal()
 
 
-def test_working_offline_is_said_before_anything_is_tried(
+def test_offline_mode_is_reported_before_any_request(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -825,7 +824,7 @@ def test_working_offline_is_said_before_anything_is_tried(
 # ---------------------------------------------------------------------- what cannot be loaded here
 
 
-def test_an_architecture_not_built_here_is_refused_before_its_weights_come(hub: Hub) -> None:
+def test_an_unsupported_architecture_is_refused_before_the_download(hub: Hub) -> None:
     hub.repos[NAME].files["config.json"] = b'{"architectures": ["MambaForCausalLM"]}'
     with pytest.raises(UnsupportedModel, match="names the architecture MambaForCausalLM"):
         fetch(NAME)
@@ -855,15 +854,21 @@ def test_a_repository_without_weights_that_can_be_read_is_refused(hub: Hub) -> N
     ("index", "sentence"),
     [
         (b'{"weight_map": {"a": "model-1.safetensors"}}', "lacks 1 of the files"),
-        (b'{"weight_map": {"a": "../../model-1.safetensors"}}', "does not name its shards"),
-        (b'{"weight_map": {"a": "model-1.bin"}}', "does not name its shards"),
-        (b'{"weight_map": {"a": "%s.safetensors"}}' % (b"a" * 200), "does not name its shards"),
-        (b'{"weight_map": {}}', "does not name its shards"),
-        (b"[]", "does not name its shards"),
-        (b"\x80", "does not name its shards"),
+        (
+            b'{"weight_map": {"a": "../../model-1.safetensors"}}',
+            "does not list valid names of shards",
+        ),
+        (b'{"weight_map": {"a": "model-1.bin"}}', "does not list valid names of shards"),
+        (
+            b'{"weight_map": {"a": "%s.safetensors"}}' % (b"a" * 200),
+            "does not list valid names of shards",
+        ),
+        (b'{"weight_map": {}}', "does not list valid names of shards"),
+        (b"[]", "does not list valid names of shards"),
+        (b"\x80", "does not list valid names of shards"),
     ],
 )
-def test_an_index_that_cannot_be_right_is_refused(index: bytes, sentence: str, hub: Hub) -> None:
+def test_an_invalid_index_is_refused(index: bytes, sentence: str, hub: Hub) -> None:
     files = hub.repos[NAME].files
     del files[WEIGHTS]
     files["model.safetensors.index.json"] = index
@@ -874,11 +879,11 @@ def test_an_index_that_cannot_be_right_is_refused(index: bytes, sentence: str, h
 # ---------------------------------------------------------------------------------------- the disk
 
 
-def test_a_disk_without_room_is_said_before_the_download(
+def test_too_little_disk_space_is_reported_before_the_download(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
-    needs = f"{NAME} needs {size_of(hub)}, and the disk of {models_folder()} has 100 kB free"
+    needs = f"{NAME} needs {size_of(hub)}, but the disk of {models_folder()} has 100 kB free"
     assert needs in refusal()
     assert not hub.asked_for(WEIGHTS)
     assert left_in(models_folder()) == []
@@ -897,7 +902,7 @@ def test_conversion_needs_room_for_the_weights_twice(
     fetch("someone/opt")
 
 
-def test_a_disk_that_fills_up_keeps_what_came(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_partial_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(offer: Any, file: Any, into: Any, bar: Any) -> None:
         into.write(b"{" * 10)
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -926,7 +931,9 @@ def test_a_pipe_sees_no_bar_and_a_terminal_one_over_all_bytes(
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_bar_goes_on_from_what_is_kept(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_bar_starts_at_what_is_already_downloaded(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.cuts[WEIGHTS] = [len(hub.repos[NAME].files[WEIGHTS]) * 9 // 10] + [0] * 9
     refusal()
     hub.cuts.clear()
@@ -945,7 +952,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_command_says_what_comes_and_how_to_use_it(
+def test_the_command_prints_what_it_downloads_and_how_to_use_it(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fetch_and_report(NAME)
@@ -958,7 +965,7 @@ def test_the_command_says_what_comes_and_how_to_use_it(
     assert (report["folder"], report["fetched"]) == (str(folder_of(NAME)), False)
 
 
-def test_the_command_quotes_a_folder_and_says_what_a_model_lacks(
+def test_the_command_quotes_a_folder_and_prints_what_the_model_lacks(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "my models"
@@ -974,7 +981,7 @@ def test_the_command_quotes_a_folder_and_says_what_a_model_lacks(
     assert "no tokenizer" not in out
 
 
-def test_the_list_names_sizes_licences_and_what_is_here(
+def test_the_list_shows_sizes_licences_and_downloaded_models(
     hub: Hub, llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.add("openai-community/gpt2", llama)
@@ -1000,7 +1007,7 @@ def test_the_list_needs_neither_torch_nor_the_hub_s_library() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_who_asks_first_learns_the_size_before_anything_comes(hub: Hub) -> None:
+def test_the_size_is_printed_before_the_download(hub: Hub) -> None:
     model = ModelName.parse(NAME)
     assert find_here(model) is None
     offer = ask_hub(model)
@@ -1020,14 +1027,14 @@ def test_a_fetched_model_is_found_by_its_name(hub: Hub, llama: Path) -> None:
     assert LLM(NAME, num_blocks=8).folder == folder
 
 
-def test_a_listed_model_that_is_not_here_is_refused_with_its_size_and_licence() -> None:
+def test_a_model_that_is_not_downloaded_is_refused_with_its_size() -> None:
     with pytest.raises(
         CheckpointError, match=r"about 551 MB, licence: MIT\) by `minipaged fetch gpt2"
     ):
         LLM("gpt2")
 
 
-def test_a_folder_goes_before_a_name(
+def test_a_folder_has_precedence_over_a_model_name(
     hub: Hub, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(llama.parent)
@@ -1048,6 +1055,6 @@ def test_a_person_is_asked_before_anything_is_downloaded(
 
 
 @pytest.mark.parametrize("model", [NAME, "storyteller", "./no/folder", ""])
-def test_nobody_is_asked_where_nobody_can_answer(hub: Hub, model: str) -> None:
+def test_without_a_terminal_no_confirmation_is_asked_for(hub: Hub, model: str) -> None:
     offer_to_fetch(model)
     assert not hub.requests
