@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 GLOBS = ("README.md", "docs/**/*.md", "tutorials/labs/*.md", "tutorials/[0-9]*.py")
 PAGES = [str(path.relative_to(ROOT)) for glob in GLOBS for path in sorted(ROOT.glob(glob))]
 CODE = re.compile(r"^( *)```.*?^\1```|<!--.*?-->", re.M | re.S)
-NO_PROSE = re.compile(r"^(?: *(?:\||#|!\[|@@|---|title:)| {4}\S).*$", re.M)  # tables, headings
+NO_PROSE = re.compile(r"^(?: *(?:\||#|!\[|@@|:::|---|title:)| {4,}\S).*$", re.M)  # tables ...
 CELL = re.compile(r"^# %% \[markdown\].*\n((?:#.*\n)*)", re.M)
 SILENT = re.compile("(?<=[^aeiouylcsxzg])es$|(?<=[^aeiouyl])e$|(?<=[^aeiouytdl])ed$")
 
