@@ -36,14 +36,15 @@ def kernel(
 ) -> None:
     """Measure attention, stores and copies."""
     from minipaged.evaluation.bench import kernel as kernels
-    from minipaged.evaluation.bench.cases import BLOCK_SIZE, has_room
+    from minipaged.evaluation.bench.cases import BLOCK_SIZE
     from minipaged.evaluation.bench.writes import measure_writes
 
     where, chosen, on_gpu = choose(device, dtype)
     backends = ["triton", "triton-naive"] if on_gpu else ["torch", "blockwise"]
     cases = kernels.GPU_CASES if on_gpu else kernels.CPU_CASES
     heads = kernels.LLAMA_3_8B if on_gpu else kernels.SMALL
-    rows = list(kernels.measure(cases, backends, where, chosen))
+    skipped: list[kernels.Case] = []
+    rows = list(kernels.measure(cases, backends, where, chosen, skipped))
     rows += measure_writes(heads, 32 if on_gpu else 4, backends[0], where, chosen)
     note = (
         f"{chosen}, blocks of {BLOCK_SIZE}. The candidates of a case run in turn, round after "
@@ -53,8 +54,9 @@ def kernel(
     )
     if not on_gpu:
         note += " There is no GPU, so the Triton kernels are left out."
-    if left_out := [case for case in cases if not has_room(case, where, chosen)]:
-        note += f" Skipped, because memory is too small: {left_out}."
+    if skipped:
+        names = [f"{each.name} of {each.num_seqs} x {each.lengths} tokens" for each in skipped]
+        note += f" Skipped, because memory is too small: {', '.join(names)}."
     report(rows, kernels.as_table(rows), note, where, save, as_json)
 
 

@@ -94,6 +94,21 @@ def test_kernels_are_reported_with_their_floor_and_their_baseline(capsys, monkey
             assert row["percent_of_floor"] > 0
 
 
+def test_a_case_that_runs_out_of_memory_is_skipped_and_named(capsys, monkeypatch):
+    right = BACKENDS["torch"].paged_attention
+
+    def greedy(q, k_cache, v_cache, batch, scale):
+        if len(q) == 3:
+            raise torch.OutOfMemoryError
+        return right(q, k_cache, v_cache, batch, scale)
+
+    monkeypatch.setitem(BACKENDS, "torch", replace(BACKENDS["torch"], paged_attention=greedy))
+    monkeypatch.setattr(kernel, "CPU_CASES", [kernel.Case(TINY, n, 32) for n in (2, 3, 4)])
+    code, out, _ = minipaged(capsys, monkeypatch, "bench", "kernel", "--device", "cpu")
+    assert code == 0
+    assert "Skipped, because memory is too small: decode of 3 x 32 tokens." in " ".join(out.split())
+
+
 def test_the_kernel_table_names_what_was_measured(capsys, monkeypatch):
     monkeypatch.setattr(kernel, "CPU_CASES", [kernel.Case(TINY, 2, 32, kv_dtype="int8")])
     code, out, _ = minipaged(capsys, monkeypatch, "bench", "kernel", "--device", "cpu")
