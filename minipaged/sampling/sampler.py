@@ -161,7 +161,8 @@ def draw_weights(
     if some := asking(rows, lambda p: p.top_p < 1):
         top_p = column([params[i].top_p for i in some], device, torch.float64)
         places = to_device(some, device)
-        weights[places] = keep_top_p(weights[places], top_p)
+        most = [params[i].top_k for i in some]
+        weights[places] = keep_top_p(weights[places], top_p, max(most) if min(most) > 0 else None)
     return weights
 
 
@@ -183,16 +184,39 @@ def keep_top_k(
 
 
 def keep_top_p(
-    weights: Int[Tensor, "rows vocab"], top_p: Float[Tensor, "rows 1"]
+    weights: Int[Tensor, "rows vocab"], top_p: Float[Tensor, "rows 1"], likely: int | None = None
 ) -> Int[Tensor, "rows vocab"]:
     """Keep the likeliest tokens until their weights sum to `top_p` of the total; cut the others.
 
     The likeliest always stays; of equal ones, the lower id comes first.
+
+    Sorting the vocabulary would take longer than the rest of sampling. It is enough to find the
+    least weight that is kept, which is most often among the thousand largest.
+
+    Args:
+        likely: apart from tokens as likely as the last of them, only this many have a weight.
     """
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-    ends = ordered.cumsum(-1)
-    kept = ends - ordered < top_p * ends[:, -1:]
-    return torch.zeros_like(weights).scatter(-1, order, ordered * kept)
+    enough = top_p * weights.sum(-1, keepdim=True)
+    largest = _largest(weights, enough, likely)
+    before = largest.cumsum(-1) - largest
+    last = (before < enough).sum(-1, keepdim=True) - 1
+    least = largest.gather(-1, last.clamp(min=0))  # -1 only if no token has a weight
+    is_larger, is_least = weights > least, weights == least
+    sum_larger = weights.where(is_larger, 0).sum(-1, keepdim=True)
+    before = sum_larger + (is_least.cumsum(-1) - 1) * least  # of the tokens with the least weight
+    return weights.where(is_larger | (is_least & (before < enough)), 0)
+
+
+def _largest(weights: Tensor, enough: Tensor, likely: int | None) -> Tensor:
+    """The largest weights of each row, in descending order, so many that their sum is enough."""
+    vocab_size = weights.shape[-1]
+    if likely is not None:
+        return weights.topk(min(likely, vocab_size), dim=-1).values
+    if not weights.is_cuda:  # where the host would have to wait for the answer
+        largest = weights.topk(min(1024, vocab_size), dim=-1).values
+        if vocab_size <= 1024 or bool((largest.sum(-1, keepdim=True) >= enough).all()):
+            return largest
+    return weights.sort(dim=-1, descending=True).values
 
 
 # -- Randomness -------------------------------------------------------------------------------

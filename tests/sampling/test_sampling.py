@@ -204,16 +204,59 @@ def test_a_token_of_zero_probability_is_never_drawn(monkeypatch):
     check_the_ends_of_the_draw(monkeypatch)
 
 
+def sorted_top_p(weights, top_p):
+    """The definition of top_p, with the whole vocabulary sorted."""
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    ends = ordered.cumsum(-1)
+    kept = ends - ordered < top_p * ends[:, -1:]
+    return torch.zeros_like(weights).scatter(-1, order, ordered * kept)
+
+
+def check_top_p_against_sorting():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        rows, vocab, bits, kinds, top_k = (
+            int(torch.randint(1, most, (), generator=generator)) for most in (4, 12, 38, 6, 12)
+        )
+        weights = torch.randint(0, kinds, (rows, vocab), generator=generator) << bits  # with ties
+        top_p = torch.rand(rows, 1, generator=generator, dtype=torch.float64)
+        expected = sorted_top_p(weights, top_p)
+        assert torch.equal(sampler.keep_top_p(weights, top_p, None), expected)
+        cut = weights * (weights >= weights.topk(min(top_k, vocab)).values[:, -1:])
+        found = sampler.keep_top_p(cut, top_p, top_k)
+        assert torch.equal(found, sorted_top_p(cut, top_p))
+
+
+def test_top_p_keeps_what_sorting_the_vocabulary_keeps():
+    check_top_p_against_sorting()
+
+
+@pytest.mark.parametrize("spread", [0.1, 8.0])
+def test_top_p_of_a_large_vocabulary_keeps_few_or_most_tokens(spread):
+    logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+    weights = ((logits - logits.amax(-1, keepdim=True)).exp() * 2**40).long()
+    top_p = torch.tensor([[0.1], [0.9], [0.999]], dtype=torch.float64)
+    kept = sampler.keep_top_p(weights, top_p)
+    assert torch.equal(kept, sorted_top_p(weights, top_p))
+    assert bool(((kept > 0).sum(-1) > 1024).any()) == (spread == 0.1)
+
+
 # -- Deliberate faults ------------------------------------------------------------------------
 
 right = {name: getattr(sampler, name) for name in ("adjust", "draw", "keep_top_k", "uniform")}
 right |= {name: getattr(adjust, name) for name in ("bad_word_ends", "penalise")}
 
 
-def top_p_that_may_drop_the_likeliest(weights, top_p):
+def top_p_that_may_drop_the_likeliest(weights, top_p, _):
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     kept = ordered.cumsum(-1) < top_p * ordered.sum(-1, keepdim=True)
     return torch.zeros_like(weights).scatter(-1, order, ordered * kept)
+
+
+def top_p_that_keeps_all_equals(weights, top_p, _):
+    kept = sorted_top_p(weights, top_p)
+    least = kept.where(kept > 0, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
+    return weights.where(weights >= least, 0)
 
 
 def top_k_of_the_greediest_neighbour(logits, top_k):
@@ -262,6 +305,7 @@ def bad_words_of_one_token_only(row):
 right_searchsorted = torch.searchsorted
 MUTANTS = [
     ("keep_top_p", top_p_that_may_drop_the_likeliest, check_the_distribution),
+    ("keep_top_p", top_p_that_keeps_all_equals, check_top_p_against_sorting),
     ("keep_top_k", top_k_of_the_greediest_neighbour, check_the_distribution),
     ("keep_top_k", top_k_of_the_greediest_neighbour, check_company),
     ("keep_min_p", min_p_of_all_rows_together, check_company),
