@@ -84,7 +84,7 @@ def can_pack(dtype: torch.dtype) -> bool:
         for rows in (1, 3, 33):
             x = torch.randn(rows, 80, generator=random).to(dtype)
             exact = F.linear(x.double(), weight.double(), bias.double())
-            # torch.testing.assert_close would import sympy: 42 MB and half a second.
+            # torch.testing.assert_close would import sympy, which is large.
             if not _packed_linear(x, packed, bias).double().allclose(exact, rtol=0.01, atol=0.1):
                 return False
     except (AttributeError, RuntimeError):

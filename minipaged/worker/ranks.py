@@ -70,7 +70,7 @@ class Ranks:
         self.counts: dict[str, int] = defaultdict(int)  # operations by name
         self.seconds: dict[str, float] = defaultdict(float)  # how long they have taken
         # Receives posted in advance, by size and rank. Their buffers are reused: a new one, viewed
-        # with another shape, costs as much time as sending (25 of 90 us).
+        # with another shape, costs as much time as sending.
         self._expected: dict[int, dict[int, tuple[Tensor, Work]]] = {}
         self._operations: list[tuple[str, float, float]] = []  # name, begin, end; of this step
         self._limit = timedelta(seconds=start_timeout)

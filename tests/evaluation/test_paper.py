@@ -96,8 +96,8 @@ def what_they_bear(server: str, workload: str, systems) -> dict[str, dict[float,
 def test_systems_are_in_the_paper_s_order_at_every_threshold(workload):
     rates = what_they_bear("opt-13b", workload, SYSTEMS)
     for threshold in THRESHOLDS:
-        bears = [rates[system][threshold] for system in SYSTEMS]
-        assert bears == sorted(bears, reverse=True), f"at {threshold} s per token"
+        sustained = [rates[system][threshold] for system in SYSTEMS]
+        assert sustained == sorted(sustained, reverse=True), f"at {threshold} s per token"
     over = {system: rates["vllm"][0.2] / rates[system][0.2] for system in SYSTEMS}
     if workload == "sharegpt":
         assert 1.4 <= over["orca-oracle"] <= 2.1

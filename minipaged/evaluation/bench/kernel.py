@@ -10,6 +10,7 @@ Results are checked before they are timed, against float64 and in memory that wa
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -97,13 +98,13 @@ def measure(
             so a case may also run out of memory; its rows are lost, but not those of the others.
     """
     for case in cases:
-        try:
+        rows: list[Row] | None = None
+        with suppress(torch.OutOfMemoryError):
             if has_room(case, device, dtype):
-                yield from list(_measure_attention(case, backends, device, dtype))
-                continue
-        except torch.OutOfMemoryError:
-            pass
-        if skipped is not None:
+                rows = list(_measure_attention(case, backends, device, dtype))
+        if rows is not None:
+            yield from rows
+        elif skipped is not None:
             skipped.append(case)
 
 
