@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minipaged.attention.batch import Batch, Span
+from minipaged.attention.batch import Batch
 from minipaged.attention.kv_cache import KV_DTYPES
 from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool, quantize
 
@@ -82,9 +83,8 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
     keys = random(num_seqs, heads.kv_heads, length, heads.head_dim)
     values = random(num_seqs, heads.kv_heads, length, heads.head_dim)
     kv_dtype = KV_DTYPES.get(case.kv_dtype, dtype)
-    lengths = [length] + [case.short or length] * (num_seqs - 1)
-    spans = tuple(Span(i * queries, queries, n - queries) for i, n in enumerate(lengths))
-    context_lens = torch.tensor([span.context_len for span in spans], device=device)  # [seqs]
+    seq_lens = np.array([length] + [case.short or length] * (num_seqs - 1))
+    context_lens = torch.from_numpy(seq_lens - queries).to(device)  # [seqs]
     rows = torch.arange(num_seqs * queries, device=device)
     positions = context_lens[rows // queries] + rows % queries  # [tokens]
     tables = order.view(num_seqs, -1).int()  # [seqs, max_blocks]
@@ -103,7 +103,8 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
             context_lens=context_lens.int(),
             block_tables=tables,
             logit_rows=rows[queries - 1 :: queries],
-            spans=spans,
+            query_lens=np.full(num_seqs, queries),
+            seq_lens=seq_lens,
         ),
         scale=heads.head_dim**-0.5,
     )

@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from minipaged.attention.backend import BACKENDS, choose_backend
-from minipaged.attention.batch import Batch, BatchBuilder
+from minipaged.attention.batch import HostBatch
+from minipaged.attention.device_batch import choose_builder
 from minipaged.attention.kv_cache import KVCache
 from minipaged.config import EngineConfig
 from minipaged.engine.llm_engine import LLMEngine
@@ -32,7 +33,7 @@ from minipaged.models.llama import Llama, LlamaConfig
 from minipaged.models.rope import RopeConfig, rope_frequencies
 from minipaged.sampling import SamplingParams
 from minipaged.scheduler.output import SequenceInput, StepInput
-from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
+from minipaged.worker.cuda_graphs import choose_graphs
 from minipaged.worker.executor import Executor, UniExecutor
 from minipaged.worker.model_runner import ModelRunner
 
@@ -155,11 +156,8 @@ def build_engine(
         watermark=0.0,
     )
     cache = KVCache.build(config, engine, dtype, device, backend.copy_blocks)
-    batches = BatchBuilder(num_seqs, engine.max_blocks_per_seq, engine.block_size, device)
-    graphs = None
-    if with_graphs:
-        blocks = engine.max_blocks_per_seq
-        graphs = DecodeGraphs(model, cache, num_seqs, blocks, record_cuda_graphs(device))
+    batches = choose_builder(num_seqs, engine.max_blocks_per_seq, engine.block_size, device)
+    graphs = choose_graphs(model, cache, backend, batches, enforce_eager=not with_graphs)
     return LLMEngine(
         engine,
         partial(Parts().build_scheduler, engine),
@@ -208,7 +206,7 @@ class _Stopwatch:
         self.seconds: dict[str, float] = {}
         calls: dict[str, tuple[Any, str]] = {
             "schedule": (engine.scheduler, "schedule"),
-            "batch": (engine.executor.runner.batches, "build"),
+            "batch": (engine.executor.runner.batches, "lay_out"),
             "model": (engine.executor, "run"),
             "sample": (engine.sampler, "sample"),
             "commit": (engine.scheduler, "commit"),
@@ -229,21 +227,21 @@ class _Stopwatch:
 class _ModelClock:
     """Times the model's part of a step from outside, on a GPU by its own clock.
 
-    It begins when the runner has built the batch, and ends with the logits.
+    It begins when the batch is laid out on the host, and ends with the logits.
     """
 
     def __init__(self, executor: Executor) -> None:
         runner = executor.runner
-        self._build = runner.batches.build
+        self._lay_out = runner.batches.lay_out
         self._run = executor.run
         self._on_gpu = runner.kv_cache.device.type == "cuda"
         self._begin: Any = None
         self._end: Any = None
-        runner.batches.build = self._timed_build  # attributes of these objects alone
+        runner.batches.lay_out = self._timed_lay_out  # attributes of these objects alone
         executor.run = self._timed_run
 
-    def _timed_build(self, sequences: Many[SequenceInput]) -> Batch:
-        batch = self._build(sequences)
+    def _timed_lay_out(self, sequences: Many[SequenceInput]) -> HostBatch:
+        batch = self._lay_out(sequences)
         self._begin = self._now()
         return batch
 
