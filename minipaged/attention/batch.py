@@ -93,6 +93,14 @@ def begun_blocks(sequences: Many[SequenceInput], block_size: int) -> list[int]:
     return begun
 
 
+def fill_pending(
+    token_ids: Int[Tensor, " tokens"], sampled: Int[Tensor, " rows"]
+) -> Int[Tensor, " tokens"]:
+    """Replace each pending token, -1 - r, by `sampled[r]`, without waiting for its value."""
+    rows = (-1 - token_ids).clamp(min=0)  # any row for a token that is not pending
+    return torch.where(token_ids < 0, sampled[rows], token_ids)
+
+
 class BatchBuilder:
     """Builds one `Batch` per step. Block tables are rows of one persistent tensor.
 

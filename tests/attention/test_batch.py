@@ -372,6 +372,29 @@ def test_a_step_without_tokens_still_moves_its_blocks():
     assert blocks_of(cache.layers[0][0]) == [0, 1, 2, 1]
 
 
+def test_a_pending_token_is_what_its_row_of_the_step_before_sampled():
+    seen = []
+
+    class Model:
+        config, dtype = CONFIG, torch.float32
+
+        def __call__(self, token_ids, positions, kv_cache, batch):
+            seen.append(token_ids.tolist())
+            assert batch.token_ids is token_ids
+            return torch.zeros(len(token_ids), 12)
+
+        def logits(self, hidden):
+            return torch.zeros(len(hidden), 50)
+
+    batches = BatchBuilder(3, 4, 2)
+    pending = ModelRunner(Model(), BACKENDS["reference"], numbered_cache(), batches)
+    step = StepInput((query(0, [-2], 3, [0, 1]), query(1, [0, 9], 0, [2]), query(2, [-1], 1, [3])))
+    sampled = torch.tensor([41, 42])
+    assert pending.run(step, sampled).shape == (3, 50)
+    assert seen == [[42, 0, 9, 41]]
+    assert sampled.tolist() == [41, 42]
+
+
 def test_slot_numbers_of_a_huge_pool_do_not_overflow():
     batch = BatchBuilder(1, 8, 4).build([query(0, [1], 0, [2**30])])
     assert batch.slot_mapping.tolist() == [2**32]

@@ -64,6 +64,9 @@ def test_a_step_of_the_model_stays_on_its_device(backend: str, kv_dtype: torch.d
     logits = runner.run(StepInput((chunk, *decodes), copies=((1, 2),)))
     assert logits.shape == (3, TINY.vocab_size)
     assert logits.device == ELSEWHERE
+    sampled = torch.empty(3, dtype=torch.long, device=ELSEWHERE)
+    pending = SequenceInput(1, [-2], 7, [1, 2])
+    assert runner.run(StepInput((pending,)), sampled).device == ELSEWHERE
     if backend != "reference":  # only a backend that prepares nothing can be recorded
         return
     runner.graphs = DecodeGraphs(model, cache, 2, 8, lambda step: step)

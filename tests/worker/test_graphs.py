@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minipaged import LLM, Parts, SamplingParams
 from minipaged.attention import reference
+from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker import cuda_graphs as graphs
 from minipaged.worker.cuda_graphs import DecodeGraphs, Step, sizes_to_record
 
@@ -105,6 +106,29 @@ def test_a_replay_reads_its_inputs_at_the_same_addresses(folder):
     tokens(llm)
     tokens(llm)
     assert len({frozenset(a) for a in addresses}) == 1  # of all sizes: each begins at the same
+
+
+def test_a_replayed_step_reads_pending_tokens_from_the_device(folder):
+    seen: list[list[int]] = []
+
+    def record(step: Step) -> Step:
+        batch = step.__closure__[0].cell_contents
+
+        def replay() -> Tensor:
+            seen.append(batch.token_ids.tolist())
+            return step()
+
+        return replay
+
+    llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), record)
+    runner = llm.engine.executor.runner
+    one, other = SequenceInput(0, [-2], 5, [3, 7]), SequenceInput(1, [8], 2, [5])
+    steps = [StepInput((one._replace(token_ids=[token]), other)) for token in (9, -2, 11)]
+    expected = runner.run(steps[0]).clone()  # recorded, not replayed
+    sampled = torch.tensor([11, 9])
+    torch.testing.assert_close(runner.run(steps[1], sampled), expected)
+    runner.run(steps[2])
+    assert seen == [[9, 8], [11, 8]]
 
 
 def test_only_a_batch_of_decodes_is_replayed(folder):
