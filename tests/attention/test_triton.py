@@ -52,7 +52,8 @@ from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench.cases import largest_error
 from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
-from minipaged.models.rope import RopeConfig, Rotary, rotate
+from minipaged.models.rope import Rotary, rotate
+from minipaged.models.rope_config import RopeConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMPTY = torch.empty  # before it is poisoned

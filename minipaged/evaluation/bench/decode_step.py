@@ -29,7 +29,8 @@ from minipaged.engine.parts import Parts
 from minipaged.evaluation.bench.timing import copy_work, median_seconds
 from minipaged.models.linear import pack_weights
 from minipaged.models.llama import Llama, LlamaConfig
-from minipaged.models.rope import RopeConfig, rope_frequencies
+from minipaged.models.rope import rope_frequencies
+from minipaged.models.rope_config import RopeConfig
 from minipaged.sampling import SamplingParams
 from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
