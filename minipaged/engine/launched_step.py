@@ -23,7 +23,6 @@ paper has no overlap; vLLM calls it async scheduling, and SGLang the overlap sch
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,19 +70,11 @@ def step_input(
     return StepInput(tuple(sequences), decision.swap_out, decision.swap_in, decision.copies)
 
 
-class Owner(NamedTuple):
-    """The sequence of some rows: of several, if it is a prompt with several samples."""
-
-    scheduled: ScheduledSequence
-    first_row: int
-    num_rows: int
-
-
 @dataclass
 class Rows:
     """The rows of a step's logits from which a token is chosen, in order."""
 
-    owners: list[Owner] = field(default_factory=list[Owner])
+    counts: list[int] = field(default_factory=list[int])  # of each scheduled sequence
     for_sampler: list[SamplingRow] = field(default_factory=list[SamplingRow])
     indices: list[int] = field(default_factory=list[int])  # in all logits of the step
 
@@ -110,8 +101,8 @@ def rows_to_sample(
         faults: exceptions by request id; requests that raise now are added.
     """
     rows, stop = Rows(), 0
-    for scheduled, given in zip(decision.sequences, step.sequences, strict=True):
-        group, seq, _, samples = scheduled
+    scheduled = zip(decision.sequences, step.sequences, strict=True)
+    for (group, seq, _, samples), given in scheduled:
         request = requests[group.request_id].request
         start, stop = stop, stop + given.num_logits
         try:
@@ -120,8 +111,8 @@ def rows_to_sample(
             wanted = request.rows(seq) if samples else [CHECK_ONLY]
         except Exception as error:
             faults[group.request_id] = error
-            continue
-        rows.owners.append(Owner(scheduled, len(rows.for_sampler), len(wanted)))
+            wanted = []
+        rows.counts.append(len(wanted))
         rows.for_sampler += wanted
         rows.indices += [stop - 1] * len(wanted)
     return rows
@@ -132,21 +123,29 @@ class LaunchedStep:
     """A step that the device computes or has computed. Its results are on the device."""
 
     decision: SchedulerOutput
-    owners: list[Owner]
+    num_rows: list[int]  # of each sequence; 0: its request has failed
     draws: Draws
     times: list[float]  # before and after it was scheduled, and when it was launched
     is_followed: bool = False  # the next step was launched before this one's results are read
+
+    def __post_init__(self) -> None:
+        self._sequences = self.decision.sequences
+        self._ended: set[int] = set()  # ids of sequences that have ended since the launch
 
     def read(self) -> Sampling:
         """Wait for the results: the new tokens by request and sequence, and the broken rows."""
         tokens = self.draws.read()
         sampled, broken = Sampled(), Broken()
-        for (group, seq, _, samples), start, count in self.owners:
+        stop = 0
+        for (group, seq, _, samples), num_rows in zip(self._sequences, self.num_rows, strict=True):
+            start, stop = stop, stop + num_rows
+            if num_rows == 0 or seq.seq_id in self._ended:
+                continue
             if isinstance(error := tokens[start].error, str):  # exceptions: later
                 broken[seq.seq_id] = error
             if samples:
                 of_request = sampled.setdefault(group.request_id, {})
-                of_request[seq.seq_id] = tokens[start : start + count]
+                of_request[seq.seq_id] = tokens[start:stop]
         return sampled, broken
 
     # ---- overlap ---------------------------------------------------------------------------------
@@ -175,11 +174,15 @@ class LaunchedStep:
 
     def look_ahead(self) -> None:
         """Count this step's tokens as being computed, and append the pending tokens."""
-        for _, seq, num_new_tokens, _ in self.decision.sequences:
-            seq.num_in_flight += num_new_tokens
-        for (_, seq, _, samples), row, _ in self.owners:
-            if samples:
-                seq.append_pending(row)
+        row = 0
+        for (_, seq, num_new_tokens, samples), num_rows in zip(
+            self._sequences, self.num_rows, strict=True
+        ):
+            if seq.seq_id not in self._ended:
+                seq.num_in_flight += num_new_tokens
+                if samples:
+                    seq.append_pending(row)
+            row += num_rows
         self.is_followed = True
 
     def arrive(self) -> None:
@@ -202,7 +205,7 @@ class LaunchedStep:
         def goes_on(scheduled: ScheduledSequence) -> bool:
             return is_open(scheduled.group) and scheduled.seq in scheduled.group.sequences
 
-        self.owners = [each for each in self.owners if goes_on(each.scheduled)]
+        self._ended = {each.seq.seq_id for each in self._sequences if not goes_on(each)}
         self.decision = replace(
             self.decision,
             sequences=tuple(filter(goes_on, self.decision.sequences)),

@@ -145,7 +145,7 @@ class LLMEngine(EngineNames):
         rows = rows_to_sample(decision, step, logits, self._open, self._faults)
         draws = self.sampler.sample(rows.select(logits), rows.for_sampler)  # the next tokens
         times.append(self._clock())
-        return LaunchedStep(decision, rows.owners, draws, times)
+        return LaunchedStep(decision, rows.counts, draws, times)
 
     def _may_look_ahead(self, step: LaunchedStep) -> bool:
         asked = self.config.async_scheduling and not self._faults

@@ -53,9 +53,10 @@ class SamplingRequest(Request):
         """Give each sequence its token, and fork it for each further token."""
         ended: list[Sequence] = []
         for seq_id, tokens in sampled.items():
-            samples = [completion := self._completions[seq_id]]
-            for _ in tokens[1:]:
-                samples.append(self._add_completion(fork(completion.seq)))
+            samples = [self._completions[seq_id]]
+            if len(tokens) > 1:
+                parent = samples[0].seq
+                samples += [self._add_completion(fork(parent)) for _ in tokens[1:]]
             for sample, token in zip(samples, tokens, strict=True):
                 sample.add(token)
                 if sample.finish_reason is not None:
