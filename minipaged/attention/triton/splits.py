@@ -25,20 +25,19 @@ from minipaged.attention.batch import Batch
 SHORTEST_SPLIT = 256  # positions; with fewer, start-up and end dominate a program
 LONGEST_SPLIT = 4096  # positions; with more, a few programs of one long sequence outlast all others
 MOST_SPLITS = 128  # with more, merging costs more than splitting saves
-PROGRAMS_PER_SM = 4  # resident on Hopper at the same time, with heads of 128 in 16 bits
+INTERPRETED_PLACES = 16  # assumed without a GPU: few, but enough for some splits
 SPLIT_RULE = {"SHORTEST": SHORTEST_SPLIT, "LONGEST": LONGEST_SPLIT, "MOST": MOST_SPLITS}
 
 
-def splits_to_fill(num_seqs: int, kv_heads: int, num_sms: int) -> int:
+def splits_to_fill(num_seqs: int, kv_heads: int, places: int) -> int:
     """The number of splits per sequence that fills the GPU with concurrent programs.
 
     With more, some programs would wait for others to end.
 
     Args:
-        num_sms: multiprocessors of the GPU.
+        places: programs that the GPU runs at the same time.
     """
-    fitting = PROGRAMS_PER_SM * num_sms // (num_seqs * kv_heads)
-    return min(max(1, fitting), MOST_SPLITS)
+    return min(max(1, places // (num_seqs * kv_heads)), MOST_SPLITS)
 
 
 def most_splits(longest: int, to_fill: int) -> int:
