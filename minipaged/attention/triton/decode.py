@@ -41,6 +41,7 @@ from minipaged.attention.reference import heads_per_kv_head
 from minipaged.attention.triton.launch import (
     LOG2_E,
     math_type,
+    on_its_gpu,
     pointers,
     pool_constants,
 )
@@ -76,6 +77,7 @@ def choose_tile(width: int, query_bytes: int, cache_bytes: int) -> TileShape:
     return TileShape(32, 4, 4 if width <= 128 else 3)
 
 
+@on_its_gpu
 def decode(
     q: Tensor,
     k_cache: KVPool,
@@ -148,6 +150,7 @@ def _constants(
     }
 
 
+@on_its_gpu
 def count_places(
     q: Tensor, k_cache: KVPool, v_cache: KVPool, shape: TileShape | None = None
 ) -> int:

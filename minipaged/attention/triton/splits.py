@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
 from minipaged.attention.batch import Batch
+from minipaged.attention.triton.launch import on_its_gpu
 
 SHORTEST_SPLIT = 256  # positions; with fewer, start-up and end dominate a program
 LONGEST_SPLIT = 4096  # positions; with more, a few programs of one long sequence outlast all others
@@ -71,6 +71,7 @@ def split_length(
     return tl.maximum(tiles * TILE, SHORTEST)
 
 
+@on_its_gpu
 def merge(
     out: Tensor, partial: Tensor, log_sums: Tensor, batch: Batch, to_fill: int, tile: int
 ) -> None:
