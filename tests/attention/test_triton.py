@@ -6,7 +6,7 @@ The expected results come from PyTorch on the CPU. All scratch memory is poisone
 
 import importlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -512,6 +512,52 @@ def test_the_compiled_kernel_decides_how_many_splits_fill_a_gpu(
     assert len(loaded) == 2  # each kernel once
 
 
+RAGGED = [(1, n - 1) for n in (1100, 700, 40, 2000, 257)]
+
+
+@pytest.mark.parametrize("fixed_split_size", [256, 512, 4096])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8], ids=str)
+def test_with_a_fixed_split_size_the_batch_changes_no_bit_of_a_result(
+    fixed_split_size: int, kv_dtype: torch.dtype
+) -> None:
+    setup = paged_setup(RAGGED, heads=2, kv_heads=1, block_size=16)
+    setup = in_8_bits(setup, kv_dtype) if kv_dtype is torch.int8 else setup
+    check_batch_invariance(decode, setup, fixed_split_size)
+
+
+def test_otherwise_a_sequence_alone_is_split_more_often() -> None:
+    with pytest.raises(AssertionError):
+        check_batch_invariance(decode, paged_setup(RAGGED, heads=2, kv_heads=1), None)
+
+
+def check_batch_invariance(
+    decode: Callable[..., None], setup: PagedSetup, fixed_split_size: int | None
+) -> None:
+    together = decode_alone(decode, setup, range(len(RAGGED)), fixed_split_size)
+    assert_near(together, dense_attention(setup))
+    for seq in range(len(RAGGED)):
+        assert torch.equal(decode_alone(decode, setup, [seq], fixed_split_size)[0], together[seq])
+
+
+def decode_alone(
+    decode: Callable[..., None], setup: PagedSetup, seqs: Sequence[int], size: int | None
+) -> Tensor:
+    """The rows of these sequences, in a batch of their own."""
+    chosen, batch = list(seqs), setup.batch
+    there = replace(
+        batch,
+        cu_seqlens_q=batch.cu_seqlens_q[: len(chosen) + 1],
+        context_lens=batch.context_lens[chosen],
+        block_tables=batch.block_tables[chosen],
+        spans=tuple(batch.spans[seq] for seq in chosen),
+    )
+    setup = on_device(replace(setup, q=setup.q[chosen], batch=there))
+    out = torch.empty(setup.q.shape, dtype=setup.q.dtype, device=DEVICE)
+    inputs = setup.q, setup.k_cache, setup.v_cache, setup.batch, setup.scale
+    decode(*inputs, out, fixed_split_size=size)
+    return out.cpu()
+
+
 def test_a_short_sequence_is_not_split_because_another_is_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -976,6 +1022,11 @@ def needles_pass(package: str) -> None:
     check_needles(part(package, "decode", "decode"), setup, 3)
 
 
+def fixed_passes(package: str) -> None:
+    setup = paged_setup(RAGGED, heads=2, kv_heads=1, block_size=16)
+    check_batch_invariance(part(package, "decode", "decode"), setup, 1024)
+
+
 def far_passes(package: str) -> None:
     """As `huge`, with as much unused memory before it: a negative offset reads from there."""
     num_blocks = (2**31 // 2048 + 40) // 2 * 2
@@ -1046,6 +1097,12 @@ MUTANTS = {
     "the merge leaves out the last split": (
         needles_pass, "splits", "splits * split_len < seq_len",
         "(splits + 1) * split_len < seq_len"
+    ),
+    "a fixed split size is divided among the batch": (
+        fixed_passes, "decode", '"LONGEST"] = 1,', '"LONGEST"] = max(1, 8 // batch.num_seqs),'
+    ),
+    "the merge does not know the fixed split size": (
+        fixed_passes, "splits", '{"LONGEST": longest_split}', "{}"
     ),
     "the last tile is not masked": (
         ends_pass, "decode", "BLOCK_SIZE, TILE, True,", "BLOCK_SIZE, TILE, False,"

@@ -87,6 +87,7 @@ def decode(
     out: Tensor,
     to_fill: int | None = None,
     shape: TileShape | None = None,
+    fixed_split_size: int | None = None,
 ) -> None:
     """Write to `out` the attention of all sequences with one query.
 
@@ -95,14 +96,17 @@ def decode(
         out: the same; rows of other sequences are not written.
         to_fill: splits per sequence that fill the GPU; None: as `count_places` allows.
         shape: None: `choose_tile`.
+        fixed_split_size: positions per split, whatever the batch; then `to_fill` has no effect.
     """
     _, heads, head_dim = q.shape
     kv_heads = k_cache.shape[1]
     constants = _constants(q, k_cache, v_cache, shape)
     tensors = pointers(k_cache, v_cache)
-    if to_fill is None:
+    if fixed_split_size is not None:
+        to_fill, constants["LONGEST"] = 1, fixed_split_size
+    elif to_fill is None:
         to_fill = splits_to_fill(batch.num_seqs, kv_heads, _places(q, tensors, constants))
-    num_splits = most_splits(batch.longest, to_fill)
+    num_splits = most_splits(batch.longest, to_fill, constants["LONGEST"])
 
     partial, log_sums = out, out  # not written if there is one split: there is nothing to merge
     if num_splits > 1:
@@ -127,7 +131,7 @@ def decode(
         **constants,
     )
     if num_splits > 1:
-        merge(out, partial, log_sums, batch, to_fill, constants["TILE"])
+        merge(out, partial, log_sums, batch, to_fill, constants["TILE"], constants["LONGEST"])
 
 
 def _constants(

@@ -40,15 +40,17 @@ def splits_to_fill(num_seqs: int, kv_heads: int, places: int) -> int:
     return min(max(1, places // (num_seqs * kv_heads)), MOST_SPLITS)
 
 
-def most_splits(longest: int, to_fill: int) -> int:
+def most_splits(longest: int, to_fill: int, longest_split: int = LONGEST_SPLIT) -> int:
     """The number of splits of the longest sequence; `to_fill` is the number that fills the GPU.
 
     Filling the GPU is not enough: without more splits, one sequence of 32,000 keys among a hundred
     short ones keeps kv_heads programs busy long after all others have ended. The kernel applies
     this rule to every sequence, on the GPU. The host needs it only for the grid, where any upper
     bound of the longest length is enough: reading the exact length would wait for the GPU.
+
+    With `to_fill` 1, the splits of a sequence depend on its own length alone (`fixed_split_size`).
     """
-    not_too_long = ceil(longest / LONGEST_SPLIT)
+    not_too_long = ceil(longest / longest_split)
     no_slivers = ceil(longest / SHORTEST_SPLIT)
     return min(max(to_fill, not_too_long), no_slivers, MOST_SPLITS)
 
@@ -73,7 +75,13 @@ def split_length(
 
 @on_its_gpu
 def merge(
-    out: Tensor, partial: Tensor, log_sums: Tensor, batch: Batch, to_fill: int, tile: int
+    out: Tensor,
+    partial: Tensor,
+    log_sums: Tensor,
+    batch: Batch,
+    to_fill: int,
+    tile: int,
+    longest_split: int = LONGEST_SPLIT,
 ) -> None:
     """Write to `out` the merged results of all sequences with one query.
 
@@ -83,6 +91,7 @@ def merge(
         log_sums: [seqs, heads, splits], float32.
         to_fill: as `decode` was launched with.
         tile: the same.
+        longest_split: the same.
     """
     num_seqs, heads, num_splits, head_dim = partial.shape
     merge_kernel[(num_seqs, heads)](
@@ -99,7 +108,7 @@ def merge(
         SPLITS_WIDTH=triton.next_power_of_2(num_splits),
         TILE=tile,
         num_warps=4 if num_splits <= 32 else 8,
-        **SPLIT_RULE,
+        **SPLIT_RULE | {"LONGEST": longest_split},
     )
 
 
