@@ -229,12 +229,13 @@ def decode_kernel(
     """Attention of one split of one sequence, for the query heads of one KV head."""
     kv_head = tl.program_id(0)
     seq = tl.program_id(1)
-    split = tl.program_id(2)
+    # In reverse: only long sequences have late splits, which would start when all others end.
+    split = tl.num_programs(2) - 1 - tl.program_id(2)
 
     token = tl.load(cu_seqlens_q + seq)
+    seq_len = tl.load(context_lens + seq) + 1
     if tl.load(cu_seqlens_q + seq + 1) - token != 1:
         return  # not decoding, or padding
-    seq_len = tl.load(context_lens + seq) + 1
     split_len = split_length(seq_len, to_fill, TILE, SHORTEST, LONGEST, MOST)
     start = split * split_len
     end = tl.minimum(start + split_len, seq_len)
