@@ -54,6 +54,13 @@ class EngineArgs:
     attention_backend: Backend = option(
         "auto", "Attention implementation. auto: triton on a GPU, torch otherwise."
     )
+    fixed_split_size: int | None = option(
+        None,
+        "Tokens per split when decode attention cuts a long sequence, so that its result does not "
+        "depend on the rest of the batch. Needs the backend triton. Default: as many splits as "
+        "fill the GPU.",
+        at_least=256,
+    )
     enforce_eager: bool = option(
         False, "Launch the kernels of a decode step one by one, without CUDA graphs."
     )

@@ -95,11 +95,30 @@ def refuse_what_is_ignored(args: EngineArgs, parts: Parts, device_type: str) -> 
         raise InvalidOption(
             f"async_scheduling is True, but {reason}: leave out one of the two.", "async_scheduling"
         )
+    _refuse_splits_that_nobody_makes(args, parts)
     if args.is_given("attention_backend") and {"paged_attention", "store_kv"} <= parts.replaced:
         raise InvalidOption(
             f"attention_backend is {args.attention_backend!r}, but the parts paged_attention and "
             "store_kv replace all of its attention: leave out attention_backend or one of them.",
             "attention_backend",
+        )
+
+
+def _refuse_splits_that_nobody_makes(args: EngineArgs, parts: Parts) -> None:
+    if args.fixed_split_size is None:
+        return
+    given = f"fixed_split_size is {args.fixed_split_size}, but"
+    if args.attention_backend != "triton":
+        raise InvalidOption(
+            f"{given} attention_backend is {args.attention_backend!r}, and only the decode kernel "
+            'of "triton" makes splits: choose attention_backend="triton", or leave it out.',
+            "fixed_split_size",
+        )
+    if "paged_attention" in parts.replaced:
+        raise InvalidOption(
+            f"{given} the part paged_attention replaces the kernel that makes splits: leave out "
+            "one of them.",
+            "fixed_split_size",
         )
 
 

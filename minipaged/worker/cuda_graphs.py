@@ -156,8 +156,12 @@ def sizes_to_record(max_num_seqs: int) -> list[int]:
 
 
 def lengths_to_record(longest: int) -> list[int]:
-    """Bounds for the longest sequence of a batch: 4,096 tokens, four times as many, and so on."""
-    lengths = [4096 * 4**power for power in range(10)]
+    """Bounds for the longest sequence of a batch: 4,096 tokens, twice as many, and so on.
+
+    A graph launches attention for its bound, so at most half of the programs of a batch of equal
+    lengths have nothing to do.
+    """
+    lengths = [4096 * 2**power for power in range(20)]
     return [length for length in lengths if length < longest] + [longest]
 
 

@@ -5,19 +5,26 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from commands import minipaged
 from rich.console import Console
+from triton.runtime.interpreter import InterpretedFunction
 
+from minipaged.attention.triton.copy_blocks import copy_blocks
 from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.machine import is_interpreted
 from minipaged.attention.triton.prefill import TileShapes
 from minipaged.evaluation.bench import kernel, tune
+from minipaged.evaluation.bench.launches import Setting, launch_everything
+from minipaged.evaluation.bench.timing import median_seconds
 from minipaged.evaluation.bench.writes import measure_writes
 
 CPU = torch.device("cpu")
+KERNELS = ("copy", "decode", "merge", "naive", "prefill", "rope_and_store", "store")
 TINY = kernel.Heads("tiny", 2, 1, 32)
 
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="this process compiles for a GPU")
@@ -50,6 +57,46 @@ def test_the_sweep_lists_the_fastest_first_next_to_the_default(monkeypatch):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(tune.as_table(rows, best=1))
     assert console.export_text().count("(shipped)") == 2
+
+
+class CurrentGpu:
+    """A fake `torch.cuda.device_of`: the device of the tensor whose GPU is current."""
+
+    def __init__(self) -> None:
+        self.device: torch.device | None = None
+
+    @contextmanager
+    def device_of(self, tensor: torch.Tensor) -> Iterator[None]:
+        before, self.device = self.device, tensor.device
+        yield
+        self.device = before
+
+
+def test_the_gpu_of_the_tensors_is_current_at_every_launch(monkeypatch):
+    current = CurrentGpu()
+    launches: dict[str, torch.device | None] = {}
+
+    def run(kernel, *args, **kwargs):
+        launches[kernel.__name__] = current.device
+
+    monkeypatch.setattr(torch.cuda, "device_of", current.device_of)
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    launch_everything(Setting(4, 2, 64, torch.float16, "auto"))
+    meta = torch.device("meta")
+    assert launches == {f"{name}_kernel": meta for name in KERNELS}
+    # Swapping: the pool of the host is the first argument, the pairs are on the GPU.
+    pool, pairs = torch.zeros(1, 2, 3, 1, 4, 8), torch.empty(1, 2, device="meta")
+    copy_blocks(pool, pool.to("meta"), pairs)
+    assert launches["copy_kernel"] == meta
+    assert current.device is None
+
+
+def test_works_are_timed_with_the_gpu_of_their_device_current(monkeypatch):
+    current = CurrentGpu()
+    monkeypatch.setattr(torch.cuda, "device_of", current.device_of)
+    seen: set[torch.device | None] = set()
+    median_seconds({"work": lambda: seen.add(current.device)}, CPU, rounds=1)
+    assert seen == {CPU}
 
 
 def test_compiling_in_a_process_that_interprets_is_refused(capsys, monkeypatch):

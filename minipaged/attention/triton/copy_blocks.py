@@ -22,12 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
+from minipaged.attention.triton.launch import on_its_gpu
 
 CHUNK = 4096  # elements per work item
 PROGRAMS_ON_THE_BUS = 16  # about 100 KiB in flight, which a bus transfers in microseconds
 
 
+@on_its_gpu
 def copy_blocks(
     source: Tensor, target: Tensor, pairs: Tensor, num_programs: int | None = None
 ) -> None:

@@ -237,7 +237,8 @@ class _ModelClock:
         runner = executor.runner
         self._build = runner.batches.build
         self._run = executor.run
-        self._on_gpu = runner.kv_cache.device.type == "cuda"
+        self._device = runner.kv_cache.device
+        self._on_gpu = self._device.type == "cuda"
         self._begin: Any = None
         self._end: Any = None
         runner.batches.build = self._timed_build  # attributes of these objects alone
@@ -257,7 +258,7 @@ class _ModelClock:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds_of_last_run(self) -> float:

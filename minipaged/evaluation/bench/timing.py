@@ -22,14 +22,16 @@ def median_seconds(
     On a GPU each is first recorded as a CUDA graph, so the time excludes launches by the host.
     """
     once = _on_gpu if device.type == "cuda" else _on_cpu
-    prepared = {name: _prepare(work, device) for name, work in works.items()}
-    repeats = {}
-    for name, work in prepared.items():
-        repeats[name] = max(1, round(_SHORTEST / max(once(work, 1), 1e-9)))
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
+    # Launches, events and graphs belong to the current GPU.
+    with torch.cuda.device_of(torch.empty(0, device=device)):
+        prepared = {name: _prepare(work, device) for name, work in works.items()}
+        repeats = {}
         for name, work in prepared.items():
-            times[name].append(once(work, repeats[name]))
+            repeats[name] = max(1, round(_SHORTEST / max(once(work, 1), 1e-9)))
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(rounds):
+            for name, work in prepared.items():
+                times[name].append(once(work, repeats[name]))
     return {name: statistics.median(of_one) for name, of_one in times.items()}
 
 
