@@ -40,6 +40,9 @@ WEIGHT_OF_LIKELIEST = 2**40
 """Tokens 2^40 times less likely than the likeliest are never drawn. 2^23 tokens still sum up to
 less than 2^63."""
 
+SCORED_AT_ONCE = {"cpu": 2**19, "gpu": 2**25}
+"""Logits whose log-probabilities are in memory at the same time: 2 and 128 MB in float32. On a CPU
+they fit in the cache; a GPU has few launches."""
 
 AdjustLogits = Callable[[Tensor, Sequence[SamplingRow]], Tensor]
 """A custom part: maps the logits of all rows, [rows, vocab], to new ones of the same shape."""
@@ -97,21 +100,26 @@ def score(
     `num_top[i]` is the number of likeliest tokens to return; -1: all, None: none and no rank.
     The logprob is NaN where `has_choice` is False, and in rows with NaN, +inf or only -inf.
     """
-    logprobs = logits.float().log_softmax(-1)
     chosen = to_device(token_ids, logits.device, torch.long)[:, None]  # [rows, 1]
-    results = [chosen, logprobs.gather(-1, chosen)]
-    if has_choice is not None:
-        results[1] = results[1].where(has_choice, torch.nan)
     vocab_size = logits.shape[-1]
     asked = [vocab_size if n == -1 else min(n, vocab_size) for n in num_top if n is not None]
     most = max(asked, default=0)
-    if asked:
-        results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
-    if most > 0:
-        values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], for all rows
-        results += [top_ids, values]
+    at_once = max(1, SCORED_AT_ONCE["cpu" if logits.is_cpu else "gpu"] // vocab_size)  # rows
+    tables: list[Tensor] = []
+    for some, ids in zip(logits.split(at_once), chosen.split(at_once), strict=True):
+        logprobs = some.float().log_softmax(-1)  # [rows, vocab]
+        results = [ids, logprobs.gather(-1, ids)]
+        if asked:
+            results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
+        if most > 0:
+            values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], for all rows
+            results += [top_ids, values]
+        tables.append(torch.cat([result.double() for result in results], dim=-1))
     # One table, because each transfer waits for the GPU. Doubles represent any id exactly.
-    table = torch.cat([result.double() for result in results], dim=-1).tolist()
+    scores = torch.cat(tables)
+    if has_choice is not None:
+        scores[:, 1:2].masked_fill_(~has_choice, torch.nan)
+    table = scores.tolist()
     if not asked:
         return [SampledToken(int(token_id), logprob) for token_id, logprob in table]
     sampled: list[SampledToken] = []
