@@ -9,6 +9,10 @@ from minipaged.sampling.rows import SampledToken
 from minipaged.utils.device import ComingCopy, to_device
 from minipaged.utils.shapes import Bool, Float, Int
 
+SCORED_AT_ONCE = {"cpu": 2**19, "gpu": 2**25}
+"""Logits whose log-probabilities are in memory at the same time: 2 and 128 MB in float32. On a CPU
+they fit in the cache; a GPU has few launches."""
+
 
 class Scores:
     """The log-probability of one token per row, and those of the likeliest tokens.
@@ -30,22 +34,27 @@ class Scores:
         num_top: Sequence[int | None],
         has_choice: Bool[Tensor, "rows 1"] | None = None,
     ) -> None:
-        logprobs = logits.float().log_softmax(-1)
         chosen = to_device(token_ids, logits.device, torch.long)[:, None]  # [rows, 1]
-        results = [chosen, logprobs.gather(-1, chosen)]
-        if has_choice is not None:
-            results[1] = results[1].where(has_choice, torch.nan)
         vocab_size = logits.shape[-1]
         asked = [vocab_size if n == -1 else min(n, vocab_size) for n in num_top if n is not None]
         self._num_top = num_top if asked else None
         self._most = max(asked, default=0)
-        if asked:
-            results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
-        if self._most > 0:
-            values, top_ids = logprobs.topk(self._most, dim=-1)  # [rows, most], for all rows
-            results += [top_ids, values]
+        at_once = max(1, SCORED_AT_ONCE["cpu" if logits.is_cpu else "gpu"] // vocab_size)  # rows
+        tables: list[Tensor] = []
+        for some, ids in zip(logits.split(at_once), chosen.split(at_once), strict=True):
+            logprobs = some.float().log_softmax(-1)  # [rows, vocab]
+            results = [ids, logprobs.gather(-1, ids)]
+            if asked:
+                results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
+            if self._most > 0:
+                values, top_ids = logprobs.topk(self._most, dim=-1)  # [rows, most], for all rows
+                results += [top_ids, values]
+            tables.append(torch.cat([result.double() for result in results], dim=-1))
         # One table, because each transfer waits. Doubles represent any id exactly.
-        self._table = ComingCopy(torch.cat([result.double() for result in results], dim=-1))
+        table = torch.cat(tables)
+        if has_choice is not None:
+            table[:, 1:2].masked_fill_(~has_choice, torch.nan)
+        self._table = ComingCopy(table)
 
     def read(self) -> list[SampledToken]:
         """Wait for the device, and return each row's token with its log-probabilities."""

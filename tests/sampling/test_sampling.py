@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -553,6 +555,38 @@ def test_each_row_lists_as_many_logprobs_as_it_asked_for():
     assert [len(top) for top in tops[1:]] == [1, 5, VOCAB]
     for top in tops[1:]:
         assert list(top.values()) == sorted(top.values(), reverse=True)
+
+
+def test_rows_scored_a_few_at_a_time_get_the_same_scores(monkeypatch):
+    logits = random_logits(7)
+    logits[5] = math.nan
+    ends = {"ends": range(VOCAB), "min_tokens": 1}  # leaves no token to choose
+    for asked in ({}, {"logprobs": 3}):
+        rows = [row(seed=i, **asked, **(ends if i == 3 else {})) for i in range(7)]
+        expected = repr(Sampler().sample(logits, rows))  # NaN differs from itself
+        monkeypatch.setattr(sampler, "SCORED_AT_ONCE", {"cpu": 2 * VOCAB + 1})
+        assert repr(Sampler().sample(logits, rows)) == expected
+        monkeypatch.undo()
+
+
+def test_logprobs_need_no_second_matrix_of_logits(monkeypatch):
+    monkeypatch.setattr(sampler, "SCORED_AT_ONCE", {"cpu": 3 * 400})
+    logits, largest = random_logits(20, 400), 0
+
+    class Largest(TorchDispatchMode):
+        """Notes the number of elements of the largest new tensor."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for new in tree_leaves(result):
+                if isinstance(new, torch.Tensor) and not function.is_view:
+                    largest = max(largest, new.numel())
+            return result
+
+    with Largest():
+        sampler.score(logits, logits.argmax(-1).tolist(), [2] * 20)
+    assert largest == 3 * 400
 
 
 def test_prompt_logprobs_score_the_token_that_came_next():

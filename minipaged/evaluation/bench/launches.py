@@ -16,15 +16,18 @@ from triton import JITFunction
 from minipaged.attention.batch import Batch, Span
 from minipaged.attention.kv_cache import choose_kv_dtype
 from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
+from minipaged.attention.triton.add_rms_norm import add_rms_norm
 from minipaged.attention.triton.copy_blocks import copy_blocks
 from minipaged.attention.triton.decode import TileShape, choose_tile, decode
 from minipaged.attention.triton.launch import pool_constants
 from minipaged.attention.triton.naive_decode import naive_paged_attention
 from minipaged.attention.triton.prefill import TileShapes, choose_tiles, prefill
+from minipaged.attention.triton.silu_and_mul import silu_and_mul
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 
 # Only shapes and types matter. As in a real step, a table's width is not a multiple of 16.
 _BLOCK_SIZE, _NUM_BLOCKS, _TABLE_WIDTH, _TOKENS, _NUM_SPLITS = 16, 64, 101, 64, 8
+_INNER = 14336  # of Llama 3 8B's feed-forward
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,10 @@ def launch_everything(
     triton_store_kv(new, new, k_cache, v_cache, prompts)
     rope_and_store_kv(q, new, new, angles, angles, k_cache, v_cache, prompts)
     copy_blocks(layers, layers, _empty(4, 2, dtype=torch.int64))
+    hidden = q.flatten(1)  # [tokens, heads * head_dim]
+    add_rms_norm(hidden, hidden, hidden[0], 1e-5)
+    gate, up = _empty(_TOKENS, 2 * _INNER, dtype=setting.dtype).split(_INNER, dim=-1)
+    silu_and_mul(gate, up)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
