@@ -10,7 +10,7 @@ A sequence is a list of tokens. The keys and values of its first tokens are in t
                                decoding, everything after a preemption by recomputation
 
 Of the last range, the first `num_in_flight` tokens belong to a step that was launched and whose
-results have not been read (see `engine/launched_step.py`). Without overlapped steps, it is 0.
+results have not been read (see `engine/overlap.py`). Without overlapped steps, it is 0.
 
 Computing a prompt is called prefill, computing one more token decode. They are not two states but
 two lengths of the last range. Once it is empty, the last token's logits are available and the next

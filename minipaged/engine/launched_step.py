@@ -1,28 +1,7 @@
-"""A step between its launch and its results, and steps that overlap.
-
-Without overlap, the device waits while the host reads, commits and schedules, and the host waits
-while the device computes:
-
-    host    |launch 1|  waits  |read, commit 1|launch 2|  waits  |read, commit 2|
-    device           |computes 1|                      |computes 2|
-
-With `async_scheduling`, step 2 is in the device's queue when step 1 ends:
-
-    host    |launch 1|launch 2| waits |read, commit 1|launch 3|read, commit 2|launch 4|
-    device           |  computes 1    |  computes 2           |  computes 3           |
-
-Step 2 is scheduled before the tokens of step 1 are known. Each of them is a pending token of its
-sequence: the id -1 - r stands for the token that step 1 samples from row r of its logits, and the
-device replaces it (`ModelRunner.run`). Otherwise, step 2 is scheduled as if no sequence ended in
-step 1. If one does end, what step 2 computes for it is dropped. Its blocks are freed at once: the
-device works in order, so step 2 has written to them before a later step does.
-
-If a step needs the results of the last one, it is not launched ahead: see `may_look_ahead`. The
-paper has no overlap; vLLM calls it async scheduling, and SGLang the overlap scheduler.
-"""
+"""A step between its launch and its results: what it is made from, and what it returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,14 +11,12 @@ from minipaged.engine.open_request import Broken, OpenRequest, Sampled, Sampling
 from minipaged.memory import BlockTable
 from minipaged.sampling.rows import SamplingRow
 from minipaged.sampling.sampler import Draws
-from minipaged.scheduler.interface import Scheduler
 from minipaged.scheduler.output import (
     ScheduledSequence,
     SchedulerOutput,
     SequenceInput,
     StepInput,
 )
-from minipaged.sequence import SequenceGroup
 from minipaged.utils.device import to_device
 from minipaged.utils.shapes import Float
 
@@ -126,20 +103,18 @@ class LaunchedStep:
     num_rows: list[int]  # of each sequence; 0: its request has failed
     draws: Draws
     times: list[float]  # before and after it was scheduled, and when it was launched
+    sequences: tuple[ScheduledSequence, ...]  # those of the decision
+    ended: set[int] = field(default_factory=set[int])  # ids of those that ended after the launch
     is_followed: bool = False  # the next step was launched before this one's results are read
-
-    def __post_init__(self) -> None:
-        self._sequences = self.decision.sequences
-        self._ended: set[int] = set()  # ids of sequences that have ended since the launch
 
     def read(self) -> Sampling:
         """Wait for the results: the new tokens by request and sequence, and the broken rows."""
         tokens = self.draws.read()
         sampled, broken = Sampled(), Broken()
         stop = 0
-        for (group, seq, _, samples), num_rows in zip(self._sequences, self.num_rows, strict=True):
+        for (group, seq, _, samples), num_rows in zip(self.sequences, self.num_rows, strict=True):
             start, stop = stop, stop + num_rows
-            if num_rows == 0 or seq.seq_id in self._ended:
+            if num_rows == 0 or seq.seq_id in self.ended:
                 continue
             if isinstance(error := tokens[start].error, str):  # exceptions: later
                 broken[seq.seq_id] = error
@@ -147,67 +122,3 @@ class LaunchedStep:
                 of_request = sampled.setdefault(group.request_id, {})
                 of_request[seq.seq_id] = tokens[start:stop]
         return sampled, broken
-
-    # ---- overlap ---------------------------------------------------------------------------------
-
-    def may_look_ahead(self, scheduler: Scheduler, requests: Mapping[str, OpenRequest]) -> bool:
-        """Return whether the next step can be scheduled without the results of this one.
-
-        It cannot if a sequence forks, if beams are chosen, or if an option of a request depends on
-        the new token. It should not if blocks may run out: a sequence that ends in this step may
-        free enough of them, and no group has to be preempted.
-
-        Args:
-            requests: by request id.
-        """
-        most_new_blocks = 0
-        for group in scheduler.running:
-            if group.awaiting_refork:
-                return False
-            most_new_blocks += len(group.sequences)
-        if scheduler.memory.num_free < most_new_blocks:
-            return False
-        for group, seq, _, samples in self.decision.sequences:
-            if samples and not requests[group.request_id].request.may_run_ahead(seq):
-                return False
-        return True
-
-    def look_ahead(self) -> None:
-        """Count this step's tokens as being computed, and append the pending tokens."""
-        row = 0
-        for (_, seq, num_new_tokens, samples), num_rows in zip(
-            self._sequences, self.num_rows, strict=True
-        ):
-            if seq.seq_id not in self._ended:
-                seq.num_in_flight += num_new_tokens
-                if samples:
-                    seq.append_pending(row)
-            row += num_rows
-        self.is_followed = True
-
-    def arrive(self) -> None:
-        """Undo the counting of `look_ahead`: from now on the tokens are computed."""
-        if self.is_followed:
-            for _, seq, num_new_tokens, _ in self.decision.sequences:
-                seq.num_in_flight -= num_new_tokens
-
-    def leave_out_ended(self, requests: Mapping[str, OpenRequest]) -> None:
-        """Leave out what has ended since the launch.
-
-        Args:
-            requests: by request id.
-        """
-
-        def is_open(group: SequenceGroup) -> bool:
-            request = requests.get(group.request_id)
-            return request is not None and request.arrival.group is group
-
-        def goes_on(scheduled: ScheduledSequence) -> bool:
-            return is_open(scheduled.group) and scheduled.seq in scheduled.group.sequences
-
-        self._ended = {each.seq.seq_id for each in self._sequences if not goes_on(each)}
-        self.decision = replace(
-            self.decision,
-            sequences=tuple(filter(goes_on, self.decision.sequences)),
-            ended=tuple(filter(is_open, self.decision.ended)),
-        )

@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 from minipaged.config import EngineConfig
+from minipaged.engine import overlap
 from minipaged.engine.arrivals import CheckedRequest, RequestBuilder, check_request, refuse_id
 from minipaged.engine.broken_logits import leave_out_broken
 from minipaged.engine.launched_step import LaunchedStep, rows_to_sample, step_input
@@ -97,16 +98,16 @@ class LLMEngine(EngineNames):
         not attributed to a request, and it may raise again until the faulty request is aborted.
 
         With `async_scheduling`, the next step is launched before the results of this one are read
-        (see `launched_step`). It is the step that the next call returns.
+        (see `overlap`). It is the step that the next call returns.
         """
         with self._change():
             step, self._launched = self._launched, None
             if step is None:
                 step = self._launch()
             else:
-                step.leave_out_ended(self._open)
+                overlap.leave_out_ended(step, self._open)
             if self._may_look_ahead(step):
-                step.look_ahead()
+                overlap.look_ahead(step)
                 self._launched = self._launch(after=step)
             self._commit(step)
             if not self._open:
@@ -145,17 +146,17 @@ class LLMEngine(EngineNames):
         rows = rows_to_sample(decision, step, logits, self._open, self._faults)
         draws = self.sampler.sample(rows.select(logits), rows.for_sampler)  # the next tokens
         times.append(self._clock())
-        return LaunchedStep(decision, rows.counts, draws, times)
+        return LaunchedStep(decision, rows.counts, draws, times, decision.sequences)
 
     def _may_look_ahead(self, step: LaunchedStep) -> bool:
         asked = self.config.async_scheduling and not self._faults
-        return asked and step.may_look_ahead(self.scheduler, self._open)
+        return asked and overlap.may_look_ahead(step, self.scheduler, self._open)
 
     def _commit(self, step: LaunchedStep) -> None:
         """Read and record what was computed; let requests fork or end; free ended sequences."""
         sampled, broken = step.read()  # by request, by sequence
         decision, times = step.decision, [*step.times, self._clock()]
-        step.arrive()
+        overlap.arrive(step)
         if broken:  # these end with an error, and the others continue
             decision = leave_out_broken(decision, broken, self._open, self.scheduler)
         number = self.last_step[0] + 1

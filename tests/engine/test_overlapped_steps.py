@@ -10,8 +10,7 @@ from engine_runs import assert_all_blocks_are_back, checked
 from full_set import examples
 
 from minipaged import LLM, Parts, SamplingParams
-from minipaged.engine import launched_step
-from minipaged.engine.launched_step import LaunchedStep
+from minipaged.engine import launched_step, overlap
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.soak.alone import Alone, make_tiny_model
 from minipaged.evaluation.soak.trial import Trial
@@ -280,10 +279,10 @@ def forget(change: str):
         return True
 
     return {
-        "leave_out_ended": (LaunchedStep, "leave_out_ended", leave_out_nothing),
-        "arrive": (LaunchedStep, "arrive", never_arrive),
+        "leave_out_ended": (overlap, "leave_out_ended", leave_out_nothing),
+        "arrive": (overlap, "arrive", never_arrive),
         "append_pending": (Sequence, "append_pending", without_pending),
-        "may_look_ahead": (LaunchedStep, "may_look_ahead", always),
+        "may_look_ahead": (overlap, "may_look_ahead", always),
     }[change]
 
 

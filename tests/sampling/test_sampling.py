@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 from minipaged.errors import InvalidOption
-from minipaged.sampling import SamplingParams, adjust, sampler
+from minipaged.sampling import SamplingParams, adjust, sampler, scores
 from minipaged.sampling.not_built import NOT_BUILT
 from minipaged.sampling.rows import SampledToken, SamplingRow
 from minipaged.sampling.sampler import Sampler, draw_weights
@@ -563,14 +563,14 @@ def test_rows_scored_a_few_at_a_time_get_the_same_scores(monkeypatch):
     ends = {"ends": range(VOCAB), "min_tokens": 1}  # leaves no token to choose
     for asked in ({}, {"logprobs": 3}):
         rows = [row(seed=i, **asked, **(ends if i == 3 else {})) for i in range(7)]
-        expected = repr(Sampler().sample(logits, rows))  # NaN differs from itself
-        monkeypatch.setattr(sampler, "SCORED_AT_ONCE", {"cpu": 2 * VOCAB + 1})
-        assert repr(Sampler().sample(logits, rows)) == expected
+        expected = repr(Sampler().sample(logits, rows).read())  # NaN differs from itself
+        monkeypatch.setattr(scores, "SCORED_AT_ONCE", {"cpu": 2 * VOCAB + 1})
+        assert repr(Sampler().sample(logits, rows).read()) == expected
         monkeypatch.undo()
 
 
 def test_logprobs_need_no_second_matrix_of_logits(monkeypatch):
-    monkeypatch.setattr(sampler, "SCORED_AT_ONCE", {"cpu": 3 * 400})
+    monkeypatch.setattr(scores, "SCORED_AT_ONCE", {"cpu": 3 * 400})
     logits, largest = random_logits(20, 400), 0
 
     class Largest(TorchDispatchMode):
@@ -585,7 +585,7 @@ def test_logprobs_need_no_second_matrix_of_logits(monkeypatch):
             return result
 
     with Largest():
-        sampler.score(logits, logits.argmax(-1).tolist(), [2] * 20)
+        Scores(logits, logits.argmax(-1).tolist(), [2] * 20).read()
     assert largest == 3 * 400
 
 
