@@ -162,12 +162,10 @@ class Reply(Generic[B]):
 
 def usage(prompt_tokens: int, completion_tokens: int, cached: int | None = None) -> dict[str, Any]:
     """OpenAI's usage object; `cached` is the number of prompt tokens in the prefix cache."""
-    counts: dict[str, Any] = {"prompt_tokens": prompt_tokens}
-    counts["completion_tokens"] = completion_tokens
-    counts["total_tokens"] = prompt_tokens + completion_tokens
-    if cached is not None:
-        counts["prompt_tokens_details"] = {"cached_tokens": cached}
-    return counts
+    total = prompt_tokens + completion_tokens
+    details = {} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}
+    counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    return {**counts, "total_tokens": total, **details}
 
 
 def prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None]:
