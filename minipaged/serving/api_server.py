@@ -18,6 +18,7 @@ from minipaged.errors import MinipagedError
 from minipaged.serving import errors
 from minipaged.serving.service import Service
 
+HANDLED = (RequestValidationError, HTTPException, MinipagedError, TimeoutError, Exception)
 LARGE = 2**16  # bytes; larger bodies are parsed in a thread, while other requests are served
 
 
@@ -54,10 +55,9 @@ def build_app(service: Service) -> FastAPI:
         description="OpenAI's protocol over a paged KV cache.",
         docs_url=None,  # FastAPI's page loads its program from the network
         redoc_url=None,
+        exception_handlers=dict.fromkeys(HANDLED, errors.as_response),
     )
     app.router.route_class = JsonRoute
-    for kind in (RequestValidationError, HTTPException, MinipagedError, TimeoutError, Exception):
-        app.add_exception_handler(kind, _answer_error)
     for method, path, endpoint in (
         ("POST", "/v1/completions", service.completions),
         ("POST", "/v1/chat/completions", service.chat_completions),
@@ -78,7 +78,3 @@ def build_app(service: Service) -> FastAPI:
 
     app.add_api_route("/docs", docs, include_in_schema=False)
     return app
-
-
-async def _answer_error(_: Request, error: Exception) -> Response:
-    return errors.as_response(error)

@@ -4,7 +4,7 @@ import json
 import logging
 from typing import Any
 
-from fastapi import Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
@@ -84,8 +84,8 @@ def describe(error: Exception) -> tuple[int, str, str | None, Any]:
     return 500, f"the server failed on this request ({type(error).__name__}).", None, None
 
 
-def as_response(error: Exception) -> Response:
-    """An error before the first byte."""
+async def as_response(_: Request, error: Exception) -> Response:
+    """An error before the first byte; a handler of the application."""
     return response(*describe(error))
 
 

@@ -147,11 +147,7 @@ class GenerationBody(Body):
         raise NotImplementedError
 
     def num_prompt_logprobs(self) -> int | None:
-        """The same for the prompt. Raises InvalidOption."""
-        if self.prompt_logprobs is not None and self.stream:
-            raise InvalidOption(
-                "prompt_logprobs are not part of a stream: leave out stream.", "prompt_logprobs"
-            )
+        """The same for the prompt."""
         return self.prompt_logprobs
 
     def params(self, defaults: Mapping[str, Any]) -> Params:
@@ -164,6 +160,13 @@ class GenerationBody(Body):
         """
         self.refuse_what_is_not_built()
         logprobs, prompt_logprobs = self.num_logprobs(), self.num_prompt_logprobs()
+        if prompt_logprobs is not None and self.stream:
+            name = "logprobs" if self.prompt_logprobs is None else "prompt_logprobs"
+            raise InvalidOption(
+                "log-probabilities of a prompt are not part of a stream: leave out stream or "
+                f"{name}.",
+                name,
+            )
         if self.stream_options is not None and not self.stream:
             raise InvalidOption(
                 "stream_options are for streams: leave them out, or set stream.", "stream_options"
@@ -236,15 +239,9 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
     def num_prompt_logprobs(self) -> int | None:
-        """The field `logprobs`, if echo is set; then the prompt has them. Raises InvalidOption."""
+        """An echoed prompt has as many as the output, at least."""
         if not self.echo or self.logprobs is None:
-            return super().num_prompt_logprobs()
-        if self.stream:
-            raise InvalidOption(
-                "logprobs of an echoed prompt are not part of a stream: leave out stream, echo or "
-                "logprobs.",
-                "logprobs",
-            )
+            return self.prompt_logprobs
         return max(self.logprobs, self.prompt_logprobs or 0)
 
 
