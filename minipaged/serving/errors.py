@@ -76,6 +76,9 @@ def describe(error: Exception) -> tuple[int, str, str | None, Any]:
         place = [str(each) for each in first["loc"] if each != "body"]
         message = f"{'.'.join(place) or 'the body'}: {first['msg']}."
         return 400, message, place[0] if place else None, None
+    if isinstance(error, errors.RequestFailed) and error.__cause__ is not None:
+        # A part or a tokenizer raised. (Broken logits are logged where they are found.)
+        logger.error("a request has failed", exc_info=error)
     for kind, status in STATUS.items():
         if isinstance(error, kind):
             code = next((code for k, code in CODES.items() if isinstance(error, k)), None)

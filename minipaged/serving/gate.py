@@ -87,7 +87,7 @@ class Gate:
 
             return await self._app(scope, receive_again, send)
         except ClientLeft:
-            return None
+            return None  # before its body was complete: no one waits for a response
         finally:
             self._num_bytes -= sum(map(len, chunks))
 

@@ -154,7 +154,7 @@ class Reply(Generic[B]):
             if options.include_usage:
                 ready.append(chunk(None))
         except ClientLeft:
-            return
+            return  # no one reads what would follow
         except Exception as error:  # the status line was sent long ago
             ready.append(as_event(error))
         yield b"".join([*ready, DONE])

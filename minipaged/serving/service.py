@@ -209,7 +209,7 @@ class Answer(Response):
             else:
                 await JSONResponse(await self._reply.whole(self._stream))(scope, receive, send)
         except ClientLeft:
-            pass  # closing the stream aborts its requests
+            pass  # no one is left to be told, and it is no fault: the metrics count an abort
         finally:
             watcher.cancel()
             self._stream.close()

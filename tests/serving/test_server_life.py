@@ -298,10 +298,14 @@ CHAT = {"messages": [{"role": "user", "content": "Once"}], "prompt": None}
 
 
 @pytest.mark.parametrize(
-    "part",
-    ["requests.py:RaisesForItself", "requests.py:BreaksItsLogits", "replies.py:SamplingRequest"],
+    ("part", "cause"),
+    [
+        ("requests.py:RaisesForItself", "ZeroDivisionError: its own code"),
+        ("requests.py:BreaksItsLogits", "is nan"),
+        ("replies.py:SamplingRequest", "ZeroDivisionError: the end of the reply"),
+    ],
 )
-def test_a_reply_that_fails_half_way_is_an_error_and_others_go_on(parts, clients, part):
+def test_a_reply_that_fails_half_way_is_an_error_and_others_go_on(parts, clients, part, cause):
     flags = ("--part", f"sampling_request={parts}/{part}", "--stream-interval", "0")
     with running(parts, *flags) as server:
         other = clients.stream(server, max_tokens=400)
@@ -317,6 +321,7 @@ def test_a_reply_that_fails_half_way_is_an_error_and_others_go_on(parts, clients
             assert (status, reply["usage"]["completion_tokens"]) == (200, 40)
         assert rest_of(other)[-1]["choices"][0]["finish_reason"] == "length"
         server.wait_until_idle()
+        assert cause in server.log.read_text()
 
 
 def test_a_stream_whose_error_cannot_be_sent_is_cut_off(parts, clients):
