@@ -38,6 +38,9 @@ from minipaged.evaluation.bench.launches import (
 
 SMS = (80, 90)  # Ampere (A100) and Hopper (H100)
 
+# As in a launch, which otherwise would not find the compiled kernel in Triton's cache.
+MARKS_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+
 # KiB of shared memory and warps per multiprocessor (CUDA C++ Programming Guide).
 _PER_SM = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64)}
 
@@ -138,6 +141,8 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
         signature[name] = kind
         if kind == "constexpr":
             constants[i,] = bound[name]
+            if MARKS_CONSTANTS:
+                attributes[i,] = []
         elif isinstance(known, str):
             attributes[i,] = backend.parse_attr(known)
     source = ASTSource(launch.kernel, signature, constants, attributes)
