@@ -18,7 +18,7 @@ import torch
 from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.prefill import TileShapes
 from minipaged.evaluation.bench import decode_step
-from minipaged.evaluation.bench.asked_process import AskedProcess, answer
+from minipaged.evaluation.bench.asked_process import AskedProcess, ProcessEnded, answer
 from minipaged.evaluation.bench.cases import Case, Heads
 from minipaged.evaluation.bench.gpu import attention, correctness
 from minipaged.evaluation.bench.gpu.stage import Part, Setup
@@ -88,8 +88,11 @@ def _compile_all(setup: Setup) -> Iterator[dict[str, Any]]:
 
 
 def _in_a_process(sm: int, share: list[Job]) -> list[dict[str, Any]]:
-    with AskedProcess(__name__, {}, {"TRITON_INTERPRET": "0"}) as process:
-        return process.ask("compile_jobs", sm=sm, todo=share)
+    try:
+        with AskedProcess(__name__, {}, {"TRITON_INTERPRET": "0"}) as process:
+            return process.ask("compile_jobs", sm=sm, todo=share)
+    except ProcessEnded as error:  # the compiler has crashed: others continue
+        return [_failed(job, error) for job in share]
 
 
 def compile_jobs(sm: int, todo: list[list[Any]]) -> list[dict[str, Any]]:
@@ -99,11 +102,22 @@ def compile_jobs(sm: int, todo: list[list[Any]]) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for values in todo:
+        job = Job(*values)
         try:
-            rows += _compile(sm, Job(*values))
+            rows += _compile(sm, job)
         except Exception as error:  # of one tile: the others are to be compiled
-            rows.append({"kernel": f"{type(error).__name__}: {error}", **Job(*values)._asdict()})
+            rows.append(_failed(job, error))
     return rows
+
+
+def _failed(job: Job, error: Exception) -> dict[str, Any]:
+    return {
+        "kernel": f"not compiled: {error}",
+        "heads": f"{job.heads}/{job.kv_heads} x {job.head_dim}",
+        "dtype": job.dtype,
+        "kv_dtype": job.kv_dtype,
+        "tile": str(job[5:]),
+    }
 
 
 def _compile(sm: int, job: Job) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ from minipaged.evaluation.bench.gpu.attention import TINY
 from minipaged.evaluation.bench.gpu.stage import Part, Setup
 from minipaged.evaluation.bench.kernel import LLAMA_3_8B
 
+PLACES = ("usr/local/cuda*/bin/ncu", "opt/nvidia/nsight-compute/*/ncu")  # besides the PATH
 SECONDS = 40.0  # after which ncu is ended
 CASES = {
     "decode": Case(LLAMA_3_8B, 64, 4096),
@@ -71,7 +73,7 @@ def launch(setup: Setup, name: str) -> None:
 
 def _measure(setup: Setup, name: str) -> Iterator[Counter]:
     launch(setup, name)  # compiles; ncu's own time is short
-    ncu = shutil.which("ncu")
+    ncu = _find_ncu()
     if ncu is None:
         yield Counter(name, "not measured", "ncu is not installed", "")
         return
@@ -85,6 +87,11 @@ def _measure(setup: Setup, name: str) -> Iterator[Counter]:
     if not found:  # its last words are the reason, such as ERR_NVGPUCTRPERM: not permitted
         lines = (run.stdout + run.stderr).strip().splitlines() or ["ncu printed nothing"]
         yield Counter(name, "not measured", " ".join(lines[-2:]), f"exit code {run.returncode}")
+
+
+def _find_ncu() -> str | None:
+    installed = [str(path) for place in PLACES for path in sorted(Path("/").glob(place))]
+    return shutil.which("ncu") or next(iter(installed), None)
 
 
 def read_counters(printed: str) -> Iterator[Counter]:

@@ -201,5 +201,6 @@ def _attention(rows: Sequence[Row]) -> str:
 
 def table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
-    rows = [list(titles), ["---"] * len(titles), *lines]
-    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+    header = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*header, *body]).replace("|  |", "| |")

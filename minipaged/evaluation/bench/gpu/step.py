@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from minipaged.evaluation.bench import decode_step
@@ -77,7 +76,6 @@ def profile_parts(setup: Setup) -> list[Part]:
     ]
 
 
-@torch.inference_mode()
 def _profile(setup: Setup, graphs: bool) -> Iterator[Kernel]:
     num_seqs, context_len = (2, 17) if setup.is_dry else (64, 1024)
     sizes = num_seqs, context_len, setup.device, setup.dtype
