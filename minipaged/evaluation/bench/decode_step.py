@@ -89,15 +89,16 @@ def measure(
     context_len: int,
     device: torch.device,
     dtype: torch.dtype,
+    graphs: Many[bool] | None = None,
 ) -> Iterator[Row]:
-    """Measure each backend, with and without CUDA graphs if there is a GPU."""
+    """Measure each backend, with and without CUDA graphs if there is a GPU, or as in `graphs`."""
     copy, copy_bytes = copy_work(device)
     bandwidth = copy_bytes / median_seconds({"copy": copy}, device)["copy"]
     expected: list[list[int]] | None = None
     for backend in backends:
         chosen = choose_backend(backend, device, config.head_dim)
         can_record = device.type == "cuda" and chosen.cuda_graph_safe
-        for with_graphs in (False, True) if can_record else (False,):
+        for with_graphs in graphs or (False, True)[: 1 + can_record]:
             engine = build_engine(
                 config, backend, num_seqs, context_len, device, dtype, with_graphs
             )
@@ -160,7 +161,9 @@ def build_engine(
     graphs = None
     if with_graphs:
         blocks = engine.max_blocks_per_seq
-        graphs = DecodeGraphs(model, cache, num_seqs, blocks, record_cuda_graphs(device))
+        # On a CPU, a replay is the step itself: to try out all that surrounds a graph.
+        record = record_cuda_graphs(device) if device.type == "cuda" else lambda step: step
+        graphs = DecodeGraphs(model, cache, num_seqs, blocks, record)
     return LLMEngine(
         engine,
         partial(Parts().build_scheduler, engine),
