@@ -62,7 +62,7 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
             _add_end_token(model, tokenizer.eos_token_id)
         config, storage = _build_storage(args, parts, model, device, backend, executor)
         kv_cache, batches = storage.kv_cache, storage.batches
-        graphs = choose_graphs(model, kv_cache, backend, config, args.enforce_eager)
+        graphs = choose_graphs(model, kv_cache, backend, batches, args.enforce_eager)
         runner = ModelRunner(model, backend, kv_cache, batches, graphs, executor.gather)
         executor.start(config, runner)
     for wrap in parts.executor_wrappers:

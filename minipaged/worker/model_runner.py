@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.backend import AttentionBackend
-from minipaged.attention.batch import BatchBuilder, begun_blocks, fill_pending
+from minipaged.attention.batch import BatchBuilder
+from minipaged.attention.device_batch import fill_pending
 from minipaged.attention.kv_cache import Cache
 from minipaged.models.base import Model
 from minipaged.scheduler.output import StepInput
@@ -67,14 +68,15 @@ class ModelRunner:
                 self.kv_cache.copy(step.copies)
             if not step.sequences:  # a step that only ended a group has no tokens
                 return torch.empty(0, self.model.config.vocab_size)
-            if begun := begun_blocks(step.sequences, self.kv_cache.block_size):
-                self.kv_cache.clear(begun)
-            batch = self.batches.build(step.sequences)
-            if sampled is not None:
-                batch = replace(batch, token_ids=fill_pending(batch.token_ids, sampled))
-            if self.graphs is not None and self.graphs.can_run(batch):
-                logits = self.graphs.run(batch)
+            host_batch = self.batches.lay_out(step.sequences)
+            if host_batch.begun_blocks:
+                self.kv_cache.clear(host_batch.begun_blocks)
+            if self.graphs is not None and host_batch.is_decode:
+                logits = self.graphs.run(host_batch, sampled)
             else:
+                batch = self.batches.send(host_batch)
+                if sampled is not None:
+                    batch = replace(batch, token_ids=fill_pending(batch.token_ids, sampled))
                 k_cache, _ = self.kv_cache.layers[0]
                 num_heads = self.model.config.num_heads
                 batch = self.backend.prepare(batch, k_cache, num_heads, self._dtype)

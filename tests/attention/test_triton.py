@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from minipaged.attention import kv_cache
 from minipaged.attention.backend import PagedAttention, choose_backend
-from minipaged.attention.batch import Batch, Span
+from minipaged.attention.batch import Batch
 from minipaged.attention.blockwise import blockwise_paged_attention
 from minipaged.attention.quantized_cache import (
     LARGEST,
@@ -124,8 +125,9 @@ def on_device(setup: PagedSetup) -> PagedSetup:
 
 
 def batch_on_device(batch: Batch) -> Batch:
-    names = [field.name for field in fields(batch) if field.name != "spans"]
-    return replace(batch, **{name: getattr(batch, name).to(DEVICE) for name in names})
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
 
 
 def pool_on_device(pool: KVPool) -> KVPool:
@@ -289,7 +291,7 @@ def test_rows_after_the_last_sequence_are_not_written(attention: PagedAttention)
 
 @every_kernel
 def test_a_recorded_batch_is_padded_and_has_only_bounds(attention: PagedAttention) -> None:
-    # As in a CUDA graph: sequences without tokens, and spans that are longer than the sequences.
+    # As in a CUDA graph: sequences without tokens, and lengths that are longer than the sequences.
     setup = paged_setup([(1, 6), (1, 0), (1, 62)])
     expected = dense_attention(setup)
     setup = padded(setup, 2)
@@ -299,9 +301,9 @@ def test_a_recorded_batch_is_padded_and_has_only_bounds(attention: PagedAttentio
         "block_tables": setup.batch.block_tables[:2] * 0 - 1,
     }
     batch = {name: torch.cat((getattr(setup.batch, name), new)) for name, new in more.items()}
-    spans = tuple(Span(i, 1, 999) for i in range(5))
-    batch = replace(setup.batch, **{name: tensor.int() for name, tensor in batch.items()})
-    out = run(attention, replace(setup, batch=replace(batch, spans=spans)))
+    on_host = {"query_lens": np.full(5, 1), "seq_lens": np.full(5, 1000)}
+    batch = {name: tensor.int() for name, tensor in batch.items()} | on_host
+    out = run(attention, replace(setup, batch=replace(setup.batch, **batch)))
     assert_near(out[:3], expected)
     assert out[3:].isnan().all()
 

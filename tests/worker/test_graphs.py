@@ -6,11 +6,11 @@ would, padding included.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
+from graphs_on_a_cpu import with_graphs
 from torch import Tensor
 
 from minipaged import LLM, Parts, SamplingParams
@@ -18,7 +18,7 @@ from minipaged.attention import reference
 from minipaged.attention.triton.splits import most_splits, splits_to_fill
 from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker import cuda_graphs as graphs
-from minipaged.worker.cuda_graphs import DecodeGraphs, Step, sizes_to_record
+from minipaged.worker.cuda_graphs import Step, sizes_to_record
 
 # Padding rows hold anything, also numbers whose squares are infinite.
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU", "ignore::RuntimeWarning")
@@ -49,14 +49,6 @@ class Recorder:
             return step()
 
         return replay
-
-
-def with_graphs(llm: LLM, record: Callable[[Step], Step]) -> LLM:
-    runner, config = llm.engine.executor.runner, llm.engine.config
-    runner.graphs = DecodeGraphs(
-        runner.model, runner.kv_cache, config.max_num_seqs, config.max_blocks_per_seq, record
-    )
-    return llm
 
 
 def tokens(llm: LLM) -> list[list[int]]:
@@ -91,15 +83,18 @@ def test_a_size_that_was_recorded_serves_later_requests(folder):
 
 
 def test_a_replay_reads_its_inputs_at_the_same_addresses(folder):
-    addresses: list[set[int]] = []
+    addresses: dict[int, list[list[int]]] = {}
 
     def record(step: Step) -> Step:
-        batch = step.__closure__[0].cell_contents  # the padded batch
-        assert batch.longest == OPTIONS["max_model_len"]  # no number of the step it was made in
+        inputs, longest = step.args
+        assert longest == OPTIONS["max_model_len"]  # no number of the step it was made in
 
         def replay() -> Tensor:
+            batch = inputs.batch(longest)
+            of_size = addresses.setdefault(batch.num_seqs, [])
             fields = (getattr(batch, f.name) for f in dataclasses.fields(batch))
-            addresses.append({f.data_ptr() for f in fields if isinstance(f, Tensor)})
+            tensors = [f for f in fields if isinstance(f, Tensor) and f is not batch.block_tables]
+            of_size.append([tensor.data_ptr() for tensor in tensors])
             return step()
 
         return replay
@@ -107,17 +102,20 @@ def test_a_replay_reads_its_inputs_at_the_same_addresses(folder):
     llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), record)
     tokens(llm)
     tokens(llm)
-    assert len({frozenset(a) for a in addresses}) == 1  # of all sizes: each begins at the same
+    assert addresses.keys() == {1, 2, 4}
+    for of_size in addresses.values():
+        assert len(of_size) > 1
+        assert all(each == of_size[0] for each in of_size)
 
 
 def test_a_replayed_step_reads_pending_tokens_from_the_device(folder):
     seen: list[list[int]] = []
 
     def record(step: Step) -> Step:
-        batch = step.__closure__[0].cell_contents
+        inputs, longest = step.args
 
         def replay() -> Tensor:
-            seen.append(batch.token_ids.tolist())
+            seen.append(inputs.batch(longest).token_ids.tolist())
             return step()
 
         return replay
@@ -131,6 +129,30 @@ def test_a_replayed_step_reads_pending_tokens_from_the_device(folder):
     torch.testing.assert_close(runner.run(steps[1], sampled), expected)
     runner.run(steps[2])
     assert seen == [[9, 8], [11, 8]]
+
+
+def test_a_replayed_step_may_change_whole_block_tables(folder):
+    """As after a fork or a swap: more entries than a graph has places for."""
+    llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), Recorder())
+    runner = llm.engine.executor.runner
+    plain = LLM(folder, attention_backend="triton", **OPTIONS).engine.executor.runner
+    torch.manual_seed(0)
+    for (k, v), (plain_k, plain_v) in zip(
+        runner.kv_cache.layers, plain.kv_cache.layers, strict=True
+    ):
+        plain_k.copy_(k.normal_())
+        plain_v.copy_(v.normal_())
+    for tables in (
+        ([3, 7, 4], [1, 8]),
+        ([3, 7, 4], [1, 8]),
+        ([9, 7, 4], [6, 2]),
+        ([9, 7, 5], [6, 2]),
+    ):
+        lengths = [4 * len(blocks) - 2 for blocks in tables]
+        step = StepInput(
+            tuple(SequenceInput(i, [5], lengths[i], blocks) for i, blocks in enumerate(tables))
+        )
+        torch.testing.assert_close(runner.run(step), plain.run(step))
 
 
 def test_only_a_batch_of_decodes_is_replayed(folder):
@@ -186,7 +208,7 @@ def test_each_bound_of_the_longest_sequence_has_graphs_of_its_own(folder, monkey
     bounds: list[int] = []
 
     def record(step: Step) -> Step:
-        bounds.append(step.__closure__[0].cell_contents.longest)
+        bounds.append(step.args[1])
         return step
 
     llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), record)

@@ -11,12 +11,13 @@ from functools import partial
 from math import prod
 from warnings import catch_warnings, simplefilter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minipaged.attention.batch import Batch, Span
+from minipaged.attention.batch import Batch
 from minipaged.attention.kv_cache import KV_DTYPES
 from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool, quantize
 
@@ -96,11 +97,10 @@ def make_inputs(
     values = random(num_seqs, heads.kv_heads, length, heads.head_dim)
     q = random(num_seqs * queries, heads.heads, heads.head_dim)
     kv_dtype = KV_DTYPES.get(case.kv_dtype, dtype)
-    lengths = [length] + [case.short or length] * (num_seqs - 1)
+    seq_lens = np.array([length] + [case.short or length] * (num_seqs - 1))
     if needles:
-        _hide_needles(keys, q[queries - 1 :: queries], lengths, seed)
-    spans = tuple(Span(i * queries, queries, n - queries) for i, n in enumerate(lengths))
-    context_lens = torch.tensor([span.context_len for span in spans], device=device)  # [seqs]
+        _hide_needles(keys, q[queries - 1 :: queries], seq_lens.tolist(), seed)
+    context_lens = torch.from_numpy(seq_lens - queries).to(device)  # [seqs]
     rows = torch.arange(num_seqs * queries, device=device)
     positions = context_lens[rows // queries] + rows % queries  # [tokens]
     tables = order.view(num_seqs, -1).int()  # [seqs, max_blocks]
@@ -119,7 +119,8 @@ def make_inputs(
             context_lens=context_lens.int(),
             block_tables=tables,
             logit_rows=rows[queries - 1 :: queries],
-            spans=spans,
+            query_lens=np.full(num_seqs, queries),
+            seq_lens=seq_lens,
         ),
         scale=heads.head_dim**-0.5,
     )

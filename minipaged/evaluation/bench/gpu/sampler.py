@@ -50,7 +50,7 @@ def _measure(setup: Setup, name: str) -> Iterator[Row]:
     rows = [SamplingRow(params, [1], [], seed) for seed in range(num_rows)]
 
     def sample() -> list[int]:  # ends when the tokens are on the host, so the host can time it
-        return [token.token_id for token in Sampler().sample(logits, rows)]
+        return [token.token_id for token in Sampler().sample(logits, rows).read()]
 
     check(name, logits, sample())
     peak_bytes = 0
