@@ -190,13 +190,12 @@ class AsyncEngine:
         self._deliver()
 
     def _fail_all(self, kind: type[EngineDead | ServerClosing], message: str) -> None:
-        """End all streams with an error."""
+        """End all streams with an error, which also aborts their requests."""
         for stream, _ in list(self._streams.values()):
             stream.fail(kind(message))
 
     def _tell_of_death(self, message: str) -> None:
         self._fail_all(EngineDead, message)
-        self._streams.clear()
         self.died.set()
 
     # ---- in the engine thread --------------------------------------------------------------------

@@ -95,10 +95,11 @@ class Metrics:
     def note_step(self, decision: SchedulerOutput, stats: StepStats) -> None:
         """A listener of the engine."""
         now, last = time.perf_counter(), self._last_token
+        note_latency = self._histograms["inter_token_latency_seconds"].observe
         sampled = {group.request_id for group, _, _, samples in decision.sequences if samples}
         for request_id in sampled:
             if request_id in last:
-                self._histograms["inter_token_latency_seconds"].observe(now - last[request_id])
+                note_latency(now - last[request_id])
             last[request_id] = now
         self._histograms["iteration_tokens_total"].observe(stats.num_tokens)
         self._counters["num_preemptions"].inc(stats.num_preempted)
