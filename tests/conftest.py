@@ -38,6 +38,7 @@ if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not chec
     SHAPED = """
         attention.batch
         attention.blockwise
+        attention.device_batch
         attention.kv_cache
         attention.reference
         attention.torch_decode
@@ -56,6 +57,7 @@ if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not chec
         models.safetensors_reader
         sampling.adjust
         sampling.sampler
+        sampling.scores
         sampling.truncate
     """
     install_import_hook([f"minipaged.{name}" for name in SHAPED.split()], "beartype.beartype")

@@ -27,6 +27,7 @@ NaN is NaN.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ def choose_backend(
     device: torch.device | str = "cpu",
     head_dim: int = 64,
     kv_cache_dtype: str = "auto",
+    fixed_split_size: int | None = None,
 ) -> AttentionBackend:
     """Return the backend with this name; "auto" is the fastest that this device can run.
 
@@ -118,6 +120,7 @@ def choose_backend(
         device: where the model runs.
         head_dim: elements per head.
         kv_cache_dtype: storage type of keys and values, with the names that `LLM` accepts.
+        fixed_split_size: tokens per split, for the backend "triton" only.
 
     Raises:
         InvalidOption: there is no such backend, or it cannot run on this device.
@@ -133,14 +136,16 @@ def choose_backend(
             raise InvalidOption(
                 f'attention_backend="{name}" cannot run: {reason}. Choose "auto" or "torch".'
             )
-        return _triton_backend(name, device)
+        return _triton_backend(name, device, fixed_split_size)
     if name not in BACKENDS:
         names = ", ".join(["auto", *BACKENDS, *TRITON_BACKENDS])
         raise InvalidOption(f"there is no attention backend {name!r}: choose one of {names}.")
     return BACKENDS[name]
 
 
-def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
+def _triton_backend(
+    name: str, device: torch.device, fixed_split_size: int | None
+) -> AttentionBackend:
     # A late import: Triton takes a second to import, and may not be installed.
     from minipaged.attention.triton.add_rms_norm import add_rms_norm
     from minipaged.attention.triton.backend import triton_paged_attention
@@ -156,9 +161,10 @@ def _triton_backend(name: str, device: torch.device) -> AttentionBackend:
             stacklevel=4,
         )
     naive = name == "triton-naive"
+    fast = partial(triton_paged_attention, fixed_split_size=fixed_split_size)
     return AttentionBackend(
         name,
-        naive_paged_attention if naive else triton_paged_attention,
+        naive_paged_attention if naive else fast,
         triton_store_kv,
         copy_blocks,
         rope_and_store_kv=None if naive else rope_and_store_kv,

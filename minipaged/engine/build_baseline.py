@@ -7,6 +7,7 @@ import torch
 
 from minipaged.attention.backend import UNPAGED, AttentionBackend, choose_backend
 from minipaged.attention.batch import BatchBuilder
+from minipaged.attention.device_batch import choose_builder
 from minipaged.attention.kv_cache import Cache, KVCache, bytes_per_block
 from minipaged.attention.virtual_cache import VirtualKVCache
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
@@ -30,7 +31,9 @@ def choose_attention(args: EngineArgs, device: torch.device, head_dim: int) -> A
     """Return the requested backend, if the memory allows a choice. Raises InvalidOption."""
     if args.memory in VIRTUAL:
         return UNPAGED
-    return choose_backend(args.attention_backend, device, head_dim, args.kv_cache_dtype)
+    return choose_backend(
+        args.attention_backend, device, head_dim, args.kv_cache_dtype, args.fixed_split_size
+    )
 
 
 def build_storage(
@@ -50,7 +53,7 @@ def build_storage(
         parts = replace(parts, memory=contiguous(memory, config.max_model_len))
         columns = 1 << (columns - 1).bit_length()  # a region is rounded up to a power of two
     kv_cache = KVCache.build(model, config, dtype, device, backend.copy_blocks)
-    batches = BatchBuilder(config.max_num_seqs, columns, config.block_size, device)
+    batches = choose_builder(config.max_num_seqs, columns, config.block_size, device)
     return Storage(kv_cache, parts, batches)
 
 

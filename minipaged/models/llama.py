@@ -32,7 +32,8 @@ from minipaged.models.base import (
 )
 from minipaged.models.layers import choose_activation
 from minipaged.models.linear import Linear, MergedLinear
-from minipaged.models.rope import RopeConfig, Rotary, rotate
+from minipaged.models.rope import Rotary, rotate
+from minipaged.models.rope_config import RopeConfig
 from minipaged.utils.shapes import Float, Int
 
 

@@ -155,11 +155,6 @@ class AsyncEngine:
             self._inbox.put(partial(self._abort, request_id))
 
     @property
-    def num_open(self) -> int:
-        """The number of requests that have not ended."""
-        return len(self._streams)
-
-    @property
     def has_ended(self) -> bool:
         """Whether there will be no more steps."""
         return self._is_stopped or self.error is not None

@@ -21,21 +21,21 @@ from minipaged.config import EngineConfig
 from minipaged.errors import WorkerLost
 from minipaged.models.parallel import Part
 from minipaged.scheduler.output import StepInput
-from minipaged.utils.shapes import Float
+from minipaged.utils.shapes import Float, Int
 from minipaged.worker.message import StepEncoder
 from minipaged.worker.model_runner import ModelRunner
 from minipaged.worker.process import REPORT, STEP, STOP, TRACED_STEP, WorkerArgs
 from minipaged.worker.ranks import RankLost, Ranks
 from minipaged.worker.spawn import SECONDS_TO_END, Workers, find_ranks
 
-Run = Callable[[StepInput], Tensor]
+Run = Callable[..., Tensor]  # of a StepInput and, for its pending tokens, the sampled ones
 
 
 class Executor(ABC):
     """Computes steps, once `start` was called."""
 
     runner: ModelRunner  # this process's part of it
-    run: Run  # the logits of a step, [rows, vocab]; raises WorkerLost
+    run: Run  # as `ModelRunner.run`: the logits of a step, [rows, vocab]; raises WorkerLost
     part: Part | None = None  # part of the model that this process loads; None: all of it
     gather: Callable[[Tensor], Tensor] | None = None  # of the logits of all parts
 
@@ -112,7 +112,10 @@ class MultiExecutor(Executor):
         self.ranks.start_steps()
         self.runner = runner
 
-    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+    def run(
+        self, step: StepInput, sampled: Int[Tensor, " rows_before"] | None = None
+    ) -> Float[Tensor, "rows vocab"]:
+        assert sampled is None, "only rank 0 samples: other ranks need the value of every token"
         with uninterrupted(), self._together():
             kind = TRACED_STEP if self.is_traced else STEP
             self.ranks.send([kind, *self._encoder.encode(step)])

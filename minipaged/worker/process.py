@@ -18,7 +18,7 @@ import torch
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from minipaged.attention.backend import choose_backend
-from minipaged.attention.batch import BatchBuilder
+from minipaged.attention.device_batch import choose_builder
 from minipaged.attention.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
 from minipaged.models.linear import pack_weights
@@ -81,7 +81,11 @@ def work(args: WorkerArgs, ranks: Ranks, device: torch.device) -> None:
 def _build_runner(args: WorkerArgs, ranks: Ranks, device: torch.device) -> ModelRunner:
     options = args.options
     backend = choose_backend(
-        options.attention_backend, device, args.model_config.head_dim, options.kv_cache_dtype
+        options.attention_backend,
+        device,
+        args.model_config.head_dim,
+        options.kv_cache_dtype,
+        options.fixed_split_size,
     )
     model = load_model(
         args.model_folder,
@@ -102,10 +106,10 @@ def _build_runner(args: WorkerArgs, ranks: Ranks, device: torch.device) -> Model
         ranks.agree_on_least(blocks_that_fit(block_bytes, device, utilization, local))
     config: EngineConfig = ranks.receive_object()
     kv_cache = KVCache.build(model.config, config, kv_dtype, device, backend.copy_blocks)
-    batches = BatchBuilder(
+    batches = choose_builder(
         config.max_num_seqs, config.max_blocks_per_seq, config.block_size, device
     )
-    graphs = choose_graphs(model, kv_cache, backend, config, options.enforce_eager)
+    graphs = choose_graphs(model, kv_cache, backend, batches, options.enforce_eager)
     return ModelRunner(model, backend, kv_cache, batches, graphs, ranks.gather)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from checkpoints import VOCAB_SIZE, make_checkpoint
+from graphs_on_a_cpu import with_graphs
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.attention.kv_cache import KVCache
 from minipaged.sampling import Params
 from minipaged.tracing.events import EventLog
-from minipaged.worker.cuda_graphs import DecodeGraphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU")
 
@@ -64,18 +64,6 @@ def draw_options(rng: random.Random, longest: int) -> dict[str, Any]:
     }
 
 
-def replay_decodes(llm: LLM) -> None:
-    """As on a GPU, but for the recording: a replay does the same again."""
-    runner, config = llm.engine.executor.runner, llm.engine.config
-    runner.graphs = DecodeGraphs(
-        runner.model,
-        runner.kv_cache,
-        config.max_num_seqs,
-        config.max_blocks_per_seq,
-        lambda step: step,
-    )
-
-
 def run(folder, seed: int, backend: str, log: EventLog) -> list[list[list[int]]]:
     rng = random.Random(seed)
     prompts = draw_prompts(rng)
@@ -84,7 +72,7 @@ def run(folder, seed: int, backend: str, log: EventLog) -> list[list[list[int]]]
     parts = Parts().checked().traced(log)
     llm = LLM(folder, attention_backend=backend, parts=parts, **options)
     if backend == "triton" and seed % 2:
-        replay_decodes(llm)
+        with_graphs(llm)
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [[completion.token_ids for completion in o.outputs] for o in outputs]
 

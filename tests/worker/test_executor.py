@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import make_checkpoints
 from engine_runs import PROMPTS, assert_all_blocks_are_back
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
+from minipaged.scheduler.output import StepInput
 from minipaged.worker.executor import MultiExecutor
 from minipaged.worker.ranks import HEAD
 
@@ -164,6 +166,12 @@ def test_a_step_is_one_message_two_sums_per_layer_one_sum_and_one_gather():
             assert 64 * 4 < sizes[0] <= 8000
             assert sizes[0] <= 4 * HEAD  # in one piece
     assert num_steps > 8
+
+
+def test_several_ranks_refuse_a_token_whose_value_only_rank_0_has():
+    executor = object.__new__(MultiExecutor)
+    with pytest.raises(AssertionError, match="other ranks need the value of every token"):
+        executor.run(StepInput(()), torch.tensor([5]))
 
 
 def test_each_rank_keeps_its_share_of_weights_and_blocks(checkpoints):

@@ -6,19 +6,22 @@ would, padding included.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
+from graphs_on_a_cpu import with_graphs
 from torch import Tensor
 
 from minipaged import LLM, Parts, SamplingParams
 from minipaged.attention import reference
+from minipaged.attention.triton.splits import most_splits, splits_to_fill
+from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker import cuda_graphs as graphs
-from minipaged.worker.cuda_graphs import DecodeGraphs, Step, sizes_to_record
+from minipaged.worker.cuda_graphs import Step, sizes_to_record
 
-pytestmark = pytest.mark.filterwarnings("ignore:no GPU")
+# Padding rows hold anything, also numbers whose squares are infinite.
+pytestmark = pytest.mark.filterwarnings("ignore:no GPU", "ignore::RuntimeWarning")
 
 PROMPTS = [[(7 * i + 11 * n) % (VOCAB_SIZE - 3) + 3 for i in range(n)] for n in (5, 9, 2)]
 # They end one after the other, so that batches of 3, 2 and 1 are met.
@@ -46,14 +49,6 @@ class Recorder:
             return step()
 
         return replay
-
-
-def with_graphs(llm: LLM, record: Callable[[Step], Step]) -> LLM:
-    runner, config = llm.engine.executor.runner, llm.engine.config
-    runner.graphs = DecodeGraphs(
-        runner.model, runner.kv_cache, config.max_num_seqs, config.max_blocks_per_seq, record
-    )
-    return llm
 
 
 def tokens(llm: LLM) -> list[list[int]]:
@@ -88,15 +83,18 @@ def test_a_size_that_was_recorded_serves_later_requests(folder):
 
 
 def test_a_replay_reads_its_inputs_at_the_same_addresses(folder):
-    addresses: list[set[int]] = []
+    addresses: dict[int, list[list[int]]] = {}
 
     def record(step: Step) -> Step:
-        batch = step.__closure__[0].cell_contents  # the padded batch
-        assert batch.longest == OPTIONS["max_model_len"]  # no number of the step it was made in
+        inputs, longest = step.args
+        assert longest == OPTIONS["max_model_len"]  # no number of the step it was made in
 
         def replay() -> Tensor:
+            batch = inputs.batch(longest)
+            of_size = addresses.setdefault(batch.num_seqs, [])
             fields = (getattr(batch, f.name) for f in dataclasses.fields(batch))
-            addresses.append({f.data_ptr() for f in fields if isinstance(f, Tensor)})
+            tensors = [f for f in fields if isinstance(f, Tensor) and f is not batch.block_tables]
+            of_size.append([tensor.data_ptr() for tensor in tensors])
             return step()
 
         return replay
@@ -104,7 +102,57 @@ def test_a_replay_reads_its_inputs_at_the_same_addresses(folder):
     llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), record)
     tokens(llm)
     tokens(llm)
-    assert len({frozenset(a) for a in addresses}) == 1  # of all sizes: each begins at the same
+    assert addresses.keys() == {1, 2, 4}
+    for of_size in addresses.values():
+        assert len(of_size) > 1
+        assert all(each == of_size[0] for each in of_size)
+
+
+def test_a_replayed_step_reads_pending_tokens_from_the_device(folder):
+    seen: list[list[int]] = []
+
+    def record(step: Step) -> Step:
+        inputs, longest = step.args
+
+        def replay() -> Tensor:
+            seen.append(inputs.batch(longest).token_ids.tolist())
+            return step()
+
+        return replay
+
+    llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), record)
+    runner = llm.engine.executor.runner
+    one, other = SequenceInput(0, [-2], 5, [3, 7]), SequenceInput(1, [8], 2, [5])
+    steps = [StepInput((one._replace(token_ids=[token]), other)) for token in (9, -2, 11)]
+    expected = runner.run(steps[0]).clone()  # recorded, not replayed
+    sampled = torch.tensor([11, 9])
+    torch.testing.assert_close(runner.run(steps[1], sampled), expected)
+    runner.run(steps[2])
+    assert seen == [[9, 8], [11, 8]]
+
+
+def test_a_replayed_step_may_change_whole_block_tables(folder):
+    """As after a fork or a swap: more entries than a graph has places for."""
+    llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), Recorder())
+    runner = llm.engine.executor.runner
+    plain = LLM(folder, attention_backend="triton", **OPTIONS).engine.executor.runner
+    torch.manual_seed(0)
+    for (k, v), (plain_k, plain_v) in zip(
+        runner.kv_cache.layers, plain.kv_cache.layers, strict=True
+    ):
+        plain_k.copy_(k.normal_())
+        plain_v.copy_(v.normal_())
+    for tables in (
+        ([3, 7, 4], [1, 8]),
+        ([3, 7, 4], [1, 8]),
+        ([9, 7, 4], [6, 2]),
+        ([9, 7, 5], [6, 2]),
+    ):
+        lengths = [4 * len(blocks) - 2 for blocks in tables]
+        step = StepInput(
+            tuple(SequenceInput(i, [5], lengths[i], blocks) for i, blocks in enumerate(tables))
+        )
+        torch.testing.assert_close(runner.run(step), plain.run(step))
 
 
 def test_only_a_batch_of_decodes_is_replayed(folder):
@@ -154,15 +202,38 @@ def test_every_batch_has_a_size_with_fewer_than_eight_rows_too_many(largest: int
 def test_each_bound_of_the_longest_sequence_has_graphs_of_its_own(folder, monkeypatch):
     assert graphs.lengths_to_record(100) == [100]
     assert graphs.lengths_to_record(4096) == [4096]
-    assert graphs.lengths_to_record(20_000) == [4096, 16_384, 20_000]
+    assert graphs.lengths_to_record(20_000) == [4096, 8192, 16_384, 20_000]
     expected = tokens(LLM(folder, attention_backend="triton", **OPTIONS))
     monkeypatch.setattr(graphs, "lengths_to_record", lambda longest: [12, longest])
     bounds: list[int] = []
 
     def record(step: Step) -> Step:
-        bounds.append(step.__closure__[0].cell_contents.longest)
+        bounds.append(step.args[1])
         return step
 
     llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), record)
     assert tokens(llm) == expected
     assert set(bounds) == {12, 24}
+
+
+def programs(lengths: list[int]) -> tuple[int, int]:
+    """Programs of `decode` on an H200 with 8 KV heads: launched by a graph, and with work."""
+    bound = next(each for each in graphs.lengths_to_record(131_072) if each >= max(lengths))
+    to_fill = splits_to_fill(len(lengths), kv_heads=8, places=528)
+    launched = len(lengths) * most_splits(bound, to_fill)
+    return 8 * launched, 8 * sum(most_splits(length, to_fill) for length in lengths)
+
+
+def test_a_graph_launches_as_many_programs_as_the_page_on_kernels_says():
+    assert programs([1024] * 64) == (512, 512)
+    assert programs([4500] * 64) == (1024, 1024)
+    assert programs([17_000] * 64) == (4096, 2560)
+    assert programs([32_768] * 64) == (4096, 4096)
+    assert programs([32_768] + [1024] * 63) == (4096, 568)
+
+
+@pytest.mark.parametrize("num_seqs", [1, 4, 16, 64, 256])
+def test_equal_lengths_need_half_of_the_programs_or_all_fit_at_once(num_seqs):
+    for length in range(1, 131_072, 61):
+        launched, needed = programs([length] * num_seqs)
+        assert launched <= max(528, 2 * needed)

@@ -11,7 +11,12 @@ from minipaged.attention.triton.prefill import prefill
 
 
 def triton_paged_attention(
-    q: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch, scale: float
+    q: Tensor,
+    k_cache: KVPool,
+    v_cache: KVPool,
+    batch: Batch,
+    scale: float,
+    fixed_split_size: int | None = None,
 ) -> Tensor:
     """Attention of the whole batch, with any mixture: [tokens, heads, head_dim], like q.
 
@@ -22,7 +27,7 @@ def triton_paged_attention(
     check_rows(q=q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.has_decodes:
-        decode(q, k_cache, v_cache, batch, scale, out)
+        decode(q, k_cache, v_cache, batch, scale, out, fixed_split_size=fixed_split_size)
     if batch.has_prefills:
         prefill(q, k_cache, v_cache, batch, scale, out)
     return out

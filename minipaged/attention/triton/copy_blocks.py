@@ -23,12 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
+from minipaged.attention.triton.launch import on_its_gpu
 
 CHUNK_BYTES = 8192  # per work item
 PROGRAMS_ON_THE_BUS = 16  # 128 KiB in flight, which a bus transfers in microseconds
 
 
+@on_its_gpu
 def copy_blocks(
     source: Tensor, target: Tensor, pairs: Tensor, num_programs: int | None = None
 ) -> None:

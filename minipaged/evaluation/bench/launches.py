@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton import JITFunction
 
-from minipaged.attention.batch import Batch, Span
+from minipaged.attention.batch import Batch
 from minipaged.attention.kv_cache import choose_kv_dtype
 from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
 from minipaged.attention.triton.add_rms_norm import add_rms_norm
@@ -142,5 +143,6 @@ def _batch(tokens_each: int) -> Batch:
         context_lens=_empty(num_seqs, dtype=torch.int32),
         block_tables=_empty(num_seqs, _TABLE_WIDTH, dtype=torch.int32),
         logit_rows=_empty(num_seqs, dtype=torch.int64),
-        spans=tuple(Span(i * tokens_each, tokens_each, 1000) for i in range(num_seqs)),
+        query_lens=np.full(num_seqs, tokens_each),
+        seq_lens=np.full(num_seqs, 1000 + tokens_each),
     )
