@@ -37,7 +37,7 @@ from minipaged.attention.torch_paged import prepare_torch, torch_paged_attention
 from minipaged.attention.triton import decode as decode_module
 from minipaged.attention.triton import machine
 from minipaged.attention.triton.backend import triton_paged_attention
-from minipaged.attention.triton.copy_blocks import CHUNK, copy_blocks
+from minipaged.attention.triton.copy_blocks import CHUNK_BYTES, copy_blocks
 from minipaged.attention.triton.decode import TileShape, count_places, decode
 from minipaged.attention.triton.machine import (
     Multiprocessor,
@@ -902,7 +902,12 @@ def test_blocks_are_copied_as_pytorch_copies_them(
 
 def test_a_block_larger_than_a_chunk_is_copied_whole() -> None:
     check_copy(copy_blocks, 3, 25, 80)
-    assert CHUNK < 3 * 25 * 80
+    assert CHUNK_BYTES < 3 * 25 * 80 * 4
+
+
+def test_one_chunk_copies_the_scales_of_several_layers() -> None:
+    check_copy(copy_blocks, 2, 16)  # 128 bytes per layer, keys or values: one chunk for all
+    check_copy(copy_blocks, 3, 250)  # 3,000 bytes: a chunk ends in the middle of a layer
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 7, 1000])
@@ -1181,7 +1186,10 @@ MUTANTS = {
     "the target is taken to be as large as the source": (
         copy_passes, "copy_blocks", "part * num_target_blocks", "part * num_source_blocks"
     ),
-    "only the first chunk is copied": (copy_passes, "copy_blocks", "chunk * CHUNK + ", ""),
+    "only the first chunk is copied": (copy_passes, "copy_blocks", "% CHUNKS * CHUNK", "* 0"),
+    "all layers are copied from the first": (
+        copy_passes, "copy_blocks", "part * num_source_blocks", "0 * part"
+    ),
 }  # fmt: skip
 
 

@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
+from minipaged.attention.triton.launch import on_its_gpu
 
 ELEMENTS_OF_A_WARP = 512  # 16 per thread
 MOST_WARPS = 16
 
 
+@on_its_gpu
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the sum of `x` and `delta`, and the norm of the sum; all are [tokens, hidden]."""
     assert x.shape == delta.shape, f"{tuple(delta.shape)} is added to {tuple(x.shape)}"

@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
+from minipaged.attention.triton.launch import on_its_gpu
 
 CHUNK = 1024  # elements per program
 
 
+@on_its_gpu
 def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up; all are [tokens, inner]."""
     assert gate.shape == up.shape, f"{tuple(gate.shape)} of gate, {tuple(up.shape)} of up"

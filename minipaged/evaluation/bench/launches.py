@@ -95,7 +95,11 @@ def launch_everything(
     out = _empty(_TOKENS, heads, head_dim, dtype=setting.dtype)
     new = _empty(_TOKENS, kv_heads, head_dim, dtype=setting.dtype)  # keys, or values
     angles = _empty(_TOKENS, 1, head_dim // 2, dtype=setting.dtype)
-    layers = _empty(2, 2, _NUM_BLOCKS, kv_heads, _BLOCK_SIZE, head_dim, dtype=kv_dtype)
+    blocks = (2, 2, _NUM_BLOCKS, kv_heads, _BLOCK_SIZE)  # of two layers
+    copied_as = torch.int8 if kv_dtype in LARGEST else kv_dtype
+    copied = [_empty(*blocks, head_dim, dtype=copied_as)]
+    if kv_dtype in LARGEST:
+        copied.append(_empty(*blocks, dtype=torch.float32))  # the scales
     decodes, prompts = _batch(tokens_each=1), _batch(tokens_each=8)
     scale = head_dim**-0.5
     width, large_sms = pool_constants(k_cache)["WIDTH"], sm // 10 in (9, 10)
@@ -108,7 +112,8 @@ def launch_everything(
     naive_paged_attention(q, k_cache, v_cache, prompts, scale)
     triton_store_kv(new, new, k_cache, v_cache, prompts)
     rope_and_store_kv(q, new, new, angles, angles, k_cache, v_cache, prompts)
-    copy_blocks(layers, layers, _empty(4, 2, dtype=torch.int64))
+    for tensor in copied:
+        copy_blocks(tensor, tensor, _empty(4, 2, dtype=torch.int64))
     hidden = q.flatten(1)  # [tokens, heads * head_dim]
     add_rms_norm(hidden, hidden, hidden[0], 1e-5)
     gate, up = _empty(_TOKENS, 2 * _INNER, dtype=setting.dtype).split(_INNER, dim=-1)
