@@ -160,8 +160,7 @@ def build_engine(
     cache = KVCache.build(config, engine, dtype, device, backend.copy_blocks)
     sizes = num_seqs, engine.max_blocks_per_seq, engine.block_size, device
     batches, graphs = choose_builder(*sizes), None
-    if with_graphs:
-        # On a CPU, a replay is the step itself: to try out all that surrounds a graph.
+    if with_graphs:  # on a CPU, a replay is the step itself: to try out what surrounds a graph
         record = record_cuda_graphs(device) if device.type == "cuda" else lambda step: step
         batches = DeviceBatchBuilder(*sizes)
         graphs = DecodeGraphs(model, cache, batches, record)
