@@ -17,7 +17,7 @@ import torch
 
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.sampling.rows import SampledToken, SamplingRow
-from minipaged.sampling.sampler import Sampler
+from minipaged.sampling.sampler import Draws, Sampler
 from minipaged.scheduler.output import StepInput
 from minipaged.worker.executor import Executor
 
@@ -110,14 +110,14 @@ class _StubDraws:
     """Tokens that the device will have drawn."""
 
     token_ids: _Coming
+    draws: "Future[Draws]"
     device: StubDevice
     number: int
-    tokens: "Future[list[SampledToken]]"
 
     def read(self) -> list[SampledToken]:
-        tokens = self.tokens.result(LONGEST_WAIT)
+        draws = self.draws.result(LONGEST_WAIT)
         self.device.note("read", self.number)
-        return tokens
+        return draws.read()
 
 
 class _StubSampler(Sampler):
@@ -132,5 +132,4 @@ class _StubSampler(Sampler):
         device = self._device
         draws = device.submit(lambda: self._inner.sample(logits.result.result(LONGEST_WAIT), rows))
         token_ids = device.submit(lambda: draws.result().token_ids)
-        tokens = device.submit(lambda: draws.result().read())
-        return _StubDraws(_Coming((len(rows),), token_ids), device, device.num_launched, tokens)
+        return _StubDraws(_Coming((len(rows),), token_ids), draws, device, device.num_launched)
