@@ -145,6 +145,14 @@ class GraphInputs:
         return self._batches.batch_of(self._tensors, query_lens, longest * query_lens)
 
 
+BYTES_PER_GRAPH = 8 * 2**20  # assumed: what the driver keeps for each
+
+
+def num_graphs(max_num_seqs: int, longest: int) -> int:
+    """The number of graphs for these limits."""
+    return len(sizes_to_record(max_num_seqs)) * len(lengths_to_record(longest))
+
+
 def sizes_to_record(max_num_seqs: int) -> list[int]:
     """1, 2, 4, then multiples of 8: padding is below 8 rows, at almost no cost."""
     sizes = [1, 2, 4, *range(8, max_num_seqs, 8)]

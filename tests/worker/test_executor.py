@@ -182,7 +182,7 @@ def test_each_rank_keeps_its_share_of_weights_and_blocks(checkpoints):
 
 
 def test_the_pool_is_as_large_as_on_the_rank_with_the_least_room(checkpoints, monkeypatch):
-    monkeypatch.setattr("minipaged.engine.build.blocks_that_fit", lambda *_: 77)
+    monkeypatch.setattr("minipaged.engine.build.room_for_blocks", lambda *_: 77)
     llm = LLM(checkpoints["qwen3"], tensor_parallel_size=2, skip_tokenizer_init=True)
     assert llm.engine.memory.num_blocks == 77
 
