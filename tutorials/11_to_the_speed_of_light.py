@@ -163,8 +163,9 @@ for name, (programs, kernel) in kernels.items():
 # ### Split long sequences
 #
 # Packing leaves fewer programs: sequences times KV heads. An H100 has 132 *multiprocessors* (SMs),
-# and each runs four programs of `decode` at a time. One sequence over 8 KV heads gives 8 programs
-# for 528 places, and the memory waits. So a sequence is cut into *splits* of neighbouring
+# and each runs four programs of this `decode` at a time (the
+# [appendix](#appendix-counted-not-measured) shows why). One sequence over 8 KV heads gives 8
+# programs for 528 places, and the memory waits. So a sequence is cut into *splits* of neighbouring
 # positions, with one program each (this is known as flash-decoding, or split-KV). Each program
 # computes its output as if there were no other keys, and a second kernel merges the outputs. Write
 # both parts in PyTorch first. A piece returns its output, and the logarithm of the sum of its
@@ -485,12 +486,12 @@ assert list(times_read.values()) == [{4}, {1}, {1}]
 # with the library's choice, and with one split more:
 
 # %%
-from minipaged.attention.triton.splits import PROGRAMS_PER_SM, splits_to_fill
+from minipaged.attention.triton.splits import splits_to_fill
 
-places = 132 * PROGRAMS_PER_SM
+places = 132 * 4
 for num_seqs in (1, 4, 16, 64):
     print(f"batch of {num_seqs:2}", end="")
-    chosen = splits_to_fill(num_seqs, kv_heads=8, num_sms=132)
+    chosen = splits_to_fill(num_seqs, kv_heads=8, places=places)
     for splits in (1, chosen, chosen + 1):
         programs = num_seqs * 8 * splits
         used = programs / (places * math.ceil(programs / places))
@@ -536,7 +537,9 @@ print(process.stdout)
 
 # %% [markdown]
 # (sm_80 is Ampere, as in an A100; sm_90 is Hopper, as in an H100 and H200.) `HMMA` is a
-# multiplication by the tensor cores: `decode` has it, the naive kernel does not.
+# multiplication by the tensor cores: `decode` has it, the naive kernel does not. "Programs" is how
+# many of them one multiprocessor has registers and shared memory for. `decode` asks the compiled
+# kernel for both on the GPU where it runs, and so knows the number of places.
 #
 # **Load ahead.** "Copies ahead" are copies of keys and values to shared memory that are still under
 # way while `decode` multiplies a tile. The addresses of a tile come from the block table, so the

@@ -89,7 +89,7 @@ class KVCache:
         # Pinned, so that the GPU can read and write it directly.
         host = torch.device("cpu")
         self._swap_pool = _new_pool(config, num_swap_blocks, block_size, dtype, host, pin=on_gpu)
-        self.layers = _by_layer(self._pool)
+        self.layers = _by_layer(self._pool, dtype)
         self._copy_blocks = copy_blocks
         self._swap_stream = torch.cuda.Stream(self.device) if on_gpu else None
 
@@ -198,10 +198,11 @@ def _new_pool(
     # torch.zeros, not torch.empty: attention multiplies unwritten slots by a weight of zero, and
     # zero times an accidental NaN would be NaN.
     shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size)
-    pool = [_zeros((*shape, config.head_dim), dtype, device, pin)]
-    if dtype in LARGEST:
-        pool.append(_zeros(shape, torch.float32, device, pin))
-    return pool
+    if dtype not in LARGEST:
+        return [_zeros((*shape, config.head_dim), dtype, device, pin)]
+    # Of any 8-bit type, blocks are copied as int8: PyTorch cannot index float8.
+    numbers = _zeros((*shape, config.head_dim), torch.int8, device, pin)
+    return [numbers, _zeros(shape, torch.float32, device, pin)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:
@@ -221,12 +222,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 
-def _by_layer(pool: list[Tensor]) -> list[KVPair]:
+def _by_layer(pool: list[Tensor], dtype: torch.dtype) -> list[KVPair]:
     def part(layer: int, kv: int) -> KVPool:
         if len(pool) == 1:
             return pool[0][layer, kv]
         numbers, scales = pool
-        return QuantizedPool(numbers[layer, kv], scales[layer, kv])
+        return QuantizedPool(numbers[layer, kv].view(dtype), scales[layer, kv])
 
     return [(part(layer, 0), part(layer, 1)) for layer in range(len(pool[0]))]
 

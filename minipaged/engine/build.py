@@ -13,7 +13,7 @@ from minipaged.engine.build_baseline import Storage, build_storage, choose_atten
 from minipaged.engine.choose_config import choose_config, choose_limits
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.parts import Parts
-from minipaged.engine.refusals import refuse_what_is_ignored
+from minipaged.engine.refusals import refuse_what_is_ignored, why_steps_cannot_overlap
 from minipaged.models.base import Model
 from minipaged.models.linear import pack_weights
 from minipaged.models.loader import build_empty, load_model, read_model_config
@@ -35,6 +35,9 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
     parts = args.parts or Parts()
     device = choose_rank_device(args)
     refuse_what_is_ignored(args, parts, device.type)
+    if args.async_scheduling is None:
+        overlap = device.type == "cuda" and why_steps_cannot_overlap(args, parts) is None
+        args = replace(args, async_scheduling=overlap)
     tokenizer = None if args.skip_tokenizer_init else open_tokenizer(folders.tokenizer)
     model_config = read_model_config(folders.model, args.hf_overrides, folders.generation)
     backend = parts.attention(choose_attention(args, device, model_config.head_dim))

@@ -31,7 +31,9 @@ def choose_attention(args: EngineArgs, device: torch.device, head_dim: int) -> A
     """Return the requested backend, if the memory allows a choice. Raises InvalidOption."""
     if args.memory in VIRTUAL:
         return UNPAGED
-    return choose_backend(args.attention_backend, device, head_dim, args.kv_cache_dtype)
+    return choose_backend(
+        args.attention_backend, device, head_dim, args.kv_cache_dtype, args.fixed_split_size
+    )
 
 
 def build_storage(

@@ -50,6 +50,7 @@ def choose_config(
         num_swap_blocks=num_swap_blocks,
         max_model_len=limits.max_model_len,
         max_num_batched_tokens=limits.max_num_batched_tokens,
+        async_scheduling=bool(args.async_scheduling),
         enable_prefix_caching=args.memory == "paged"
         if caches_prefixes is None
         else caches_prefixes,

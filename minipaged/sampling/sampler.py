@@ -18,11 +18,11 @@ The draw uses integers. Weights are rounded once, element by element, so their s
 order. The same row of logits therefore gives the same token in any batch, a token of weight zero is
 never drawn, and no rounding can move the draw past the last token.
 
-The host waits for a GPU only at the end, where one transfer returns all results.
+The host waits for a GPU only when the results are read. One transfer returns all of them.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,9 +32,10 @@ from minipaged.sampling.explain import explain_error
 from minipaged.sampling.params import GREEDY_BELOW
 from minipaged.sampling.row_tensors import asking, column
 from minipaged.sampling.rows import SampledToken, SamplingRow
+from minipaged.sampling.scores import Scores
 from minipaged.sampling.truncate import keep_min_p, keep_top_k, keep_top_p
 from minipaged.utils.device import to_device
-from minipaged.utils.shapes import Bool, Float, Int
+from minipaged.utils.shapes import Float, Int
 
 WEIGHT_OF_LIKELIEST = 2**40
 """Tokens 2^40 times less likely than the likeliest are never drawn. 2^23 tokens still sum up to
@@ -55,10 +56,11 @@ class Sampler:
     def __init__(self, adjust_logits: AdjustLogits | None = None) -> None:
         self._adjust_logits = adjust_logits
 
-    def sample(
-        self, logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
-    ) -> list[SampledToken]:
-        """Choose the next token of each row; `logits[i]` belongs to `rows[i]` and is kept."""
+    def sample(self, logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> "Draws":
+        """Choose the next token of each row; `logits[i]` belongs to `rows[i]` and is kept.
+
+        It does not wait for the device.
+        """
         assert len(rows) == logits.shape[0], f"{len(rows)} rows for {logits.shape[0]} of logits"
         raw = adjusted = logits.float()
         faults: dict[int, Exception] = {}
@@ -73,58 +75,30 @@ class Sampler:
         if chance:
             places = to_device(chance, logits.device)
             token_ids[places] = draw(adjusted[places], [rows[i] for i in chance])
-        sampled = score(raw, token_ids, [each.logprobs for each in params], has_choice)
+        scores = Scores(raw, token_ids, [each.logprobs for each in params], has_choice)
+        return Draws(token_ids, scores, raw, adjusted, faults)
+
+
+@dataclass
+class Draws:
+    """The chosen tokens of a step, still on the device."""
+
+    token_ids: Int[Tensor, " rows"]
+    _scores: Scores
+    _raw: Float[Tensor, "rows vocab"]
+    _adjusted: Float[Tensor, "rows vocab"]
+    _faults: dict[int, Exception]
+
+    def read(self) -> list[SampledToken]:
+        """Wait for the device, and return the token of each row."""
+        sampled = self._scores.read()
         for i, token in enumerate(sampled):
-            if math.isnan(token.logprob):
-                sampled[i] = token._replace(error=explain_error(raw[i], adjusted[i]))
-        for i, fault in faults.items():
+            if token.logprob != token.logprob:  # NaN
+                error = explain_error(self._raw[i], self._adjusted[i])
+                sampled[i] = token._replace(error=error)
+        for i, fault in self._faults.items():
             sampled[i] = sampled[i]._replace(error=fault)
         return sampled
-
-
-# -- Logprobs ---------------------------------------------------------------------------------
-
-
-def score(
-    logits: Float[Tensor, "rows vocab"],
-    token_ids: Sequence[int] | Int[Tensor, " rows"],
-    num_top: Sequence[int | None],
-    has_choice: Bool[Tensor, "rows 1"] | None = None,
-) -> list[SampledToken]:
-    """Return the log-probability of one token per row, and those of the likeliest tokens.
-
-    With the logits of prompt positions and the prompt's next tokens, it returns `prompt_logprobs`.
-    `num_top[i]` is the number of likeliest tokens to return; -1: all, None: none and no rank.
-    The logprob is NaN where `has_choice` is False, and in rows with NaN, +inf or only -inf.
-    """
-    logprobs = logits.float().log_softmax(-1)
-    chosen = to_device(token_ids, logits.device, torch.long)[:, None]  # [rows, 1]
-    results = [chosen, logprobs.gather(-1, chosen)]
-    if has_choice is not None:
-        results[1] = results[1].where(has_choice, torch.nan)
-    vocab_size = logits.shape[-1]
-    asked = [vocab_size if n == -1 else min(n, vocab_size) for n in num_top if n is not None]
-    most = max(asked, default=0)
-    if asked:
-        results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
-    if most > 0:
-        values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], for all rows
-        results += [top_ids, values]
-    # One table, because each transfer waits for the GPU. Doubles represent any id exactly.
-    table = torch.cat([result.double() for result in results], dim=-1).tolist()
-    if not asked:
-        return [SampledToken(int(token_id), logprob) for token_id, logprob in table]
-    sampled: list[SampledToken] = []
-    for (token_id, logprob, rank, *top), count in zip(table, num_top, strict=True):
-        token = int(token_id)
-        if count is None:
-            sampled.append(SampledToken(token, logprob))
-            continue
-        num_found = most if count == -1 else min(count, most)
-        found = {int(top[k]): top[most + k] for k in range(num_found)}
-        found.setdefault(token, logprob)  # if it is not among them, it is the least likely
-        sampled.append(SampledToken(token, logprob, found, rank=int(rank)))
-    return sampled
 
 
 # -- Random stages ----------------------------------------------------------------------------
@@ -135,7 +109,7 @@ def draw(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> In
 
     A row of broken logits gets an arbitrary token, so that the other rows continue.
     """
-    random = [uniform(row.seed, len(row.output_token_ids)) for row in rows]
+    random = [uniform(row.seed, row.position) for row in rows]
     ends = draw_weights(logits, rows).cumsum(-1)  # [rows, vocab]
     total = ends[:, -1:]  # [rows, 1]
     target = column(random, logits.device, torch.float64) * total

@@ -12,7 +12,7 @@ recorded is fixed, however: addresses, shapes, and Python numbers. Therefore
              the number of splits, is replaced by a bound, with one graph for each of a few bounds
 
 A graph is recorded for each size and bound. There are 11 sizes for 64 sequences and at most 51, and
-1 bound for 4,096 tokens, 2 for 16,384 and 4 for 131,072. The largest come first, because all share
+1 bound for 4,096 tokens, 3 for 16,384 and 6 for 131,072. The largest come first, because all share
 one memory pool: the others fit into what the first has allocated. For the same reason a graph ends
 with the hidden states, in one buffer. Logits, which are many times as large, are computed after it,
 and only for the real rows.
@@ -174,8 +174,12 @@ def sizes_to_record(max_num_seqs: int) -> list[int]:
 
 
 def lengths_to_record(longest: int) -> list[int]:
-    """Bounds for the longest sequence of a batch: 4,096 tokens, four times as many, and so on."""
-    lengths = [4096 * 4**power for power in range(10)]
+    """Bounds for the longest sequence of a batch: 4,096 tokens, twice as many, and so on.
+
+    A graph launches attention for its bound, so at most half of the programs of a batch of equal
+    lengths have nothing to do.
+    """
+    lengths = [4096 * 2**power for power in range(20)]
     return [length for length in lengths if length < longest] + [longest]
 
 

@@ -82,7 +82,11 @@ def work(args: WorkerArgs, ranks: Ranks, device: torch.device) -> None:
 def _build_runner(args: WorkerArgs, ranks: Ranks, device: torch.device) -> ModelRunner:
     options = args.options
     backend = choose_backend(
-        options.attention_backend, device, args.model_config.head_dim, options.kv_cache_dtype
+        options.attention_backend,
+        device,
+        args.model_config.head_dim,
+        options.kv_cache_dtype,
+        options.fixed_split_size,
     )
     model = load_model(
         args.model_folder,

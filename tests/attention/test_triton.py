@@ -6,11 +6,12 @@ The expected results come from PyTorch on the CPU. All scratch memory is poisone
 
 import importlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,22 @@ from minipaged.attention.quantized_cache import (
 )
 from minipaged.attention.reference import gather, reference_paged_attention, store_kv
 from minipaged.attention.torch_paged import prepare_torch, torch_paged_attention
+from minipaged.attention.triton import decode as decode_module
 from minipaged.attention.triton import machine
 from minipaged.attention.triton.backend import triton_paged_attention
-from minipaged.attention.triton.copy_blocks import CHUNK, copy_blocks
-from minipaged.attention.triton.decode import TileShape, decode
-from minipaged.attention.triton.machine import is_interpreted, num_sms, why_no_triton
+from minipaged.attention.triton.copy_blocks import CHUNK_BYTES, copy_blocks
+from minipaged.attention.triton.decode import TileShape, count_places, decode
+from minipaged.attention.triton.machine import (
+    Multiprocessor,
+    is_interpreted,
+    programs_per_sm,
+    why_no_triton,
+)
 from minipaged.attention.triton.naive_decode import naive_paged_attention
 from minipaged.attention.triton.prefill import TileShapes, prefill
 from minipaged.attention.triton.splits import (
     LONGEST_SPLIT,
     MOST_SPLITS,
-    PROGRAMS_PER_SM,
     SHORTEST_SPLIT,
     SPLIT_RULE,
     most_splits,
@@ -53,7 +59,8 @@ from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench.cases import largest_error
 from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
-from minipaged.models.rope import RopeConfig, Rotary, rotate
+from minipaged.models.rope import Rotary, rotate
+from minipaged.models.rope_config import RopeConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMPTY = torch.empty  # before it is poisoned
@@ -427,16 +434,15 @@ def test_decode_chooses_the_number_of_splits_if_none_is_given(
     num_seqs=st.integers(1, 512),
     kv_heads=st.integers(1, 128),
     longest=st.one_of(st.integers(1, 5000), st.integers(1, 2**21)),
-    num_sms=st.integers(1, 160),
+    places=st.integers(1, 1000),
 )
 def test_splits_fill_the_gpu_once_and_divide_long_sequences(
-    num_seqs: int, kv_heads: int, longest: int, num_sms: int
+    num_seqs: int, kv_heads: int, longest: int, places: int
 ) -> None:
-    to_fill = splits_to_fill(num_seqs, kv_heads, num_sms)
-    room = PROGRAMS_PER_SM * num_sms
+    to_fill = splits_to_fill(num_seqs, kv_heads, places)
     assert 1 <= to_fill <= MOST_SPLITS
-    assert to_fill == 1 or to_fill * num_seqs * kv_heads <= room  # none waits for another to end
-    assert to_fill == MOST_SPLITS or (to_fill + 1) * num_seqs * kv_heads > room
+    assert to_fill == 1 or to_fill * num_seqs * kv_heads <= places  # none waits for another to end
+    assert to_fill == MOST_SPLITS or (to_fill + 1) * num_seqs * kv_heads > places
     splits = most_splits(longest, to_fill)
     assert 1 <= splits <= MOST_SPLITS
     assert longest <= splits * LONGEST_SPLIT or splits == MOST_SPLITS
@@ -447,17 +453,113 @@ def test_splits_fill_the_gpu_once_and_divide_long_sequences(
 
 
 def test_many_sequences_get_few_splits_and_few_sequences_get_many() -> None:
-    h200 = 132
+    places = 4 * 132  # four programs on each multiprocessor of an H200
 
     def splits(num_seqs: int, kv_heads: int, longest: int) -> int:
-        return most_splits(longest, splits_to_fill(num_seqs, kv_heads, h200))
+        return most_splits(longest, splits_to_fill(num_seqs, kv_heads, places))
 
     assert splits(1, 8, 32_768) == 66  # 528 programs: all that find room
     assert splits(4, 8, 32_768) == 16
     assert splits(1, 8, 2_048) == 8  # no slivers
     assert splits(64, 8, 2_048) == 1  # 512 programs fill it
     assert splits(64, 32, 65_536) == 16  # it is full; but one sequence is long
-    assert num_sms(torch.device("cpu")) > 0
+
+
+HOPPER = Multiprocessor(shared_bytes=228 * 1024, threads=2048)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_bytes", "num_warps", "programs"),
+    [
+        (128, 0, 4, 4),  # 512 registers per lane, of 2,048
+        (129, 0, 4, 3),  # allocated in units of 8: 136
+        (16, 56 * 1024 - 1, 4, 4),  # 57 KiB with the 1 KiB of the driver
+        (16, 57 * 1024 + 1, 4, 3),
+        (16, 0, 8, 8),  # 2,048 threads
+        (240, 100 * 1024, 8, 1),
+    ],
+)  # fmt: skip
+def test_a_multiprocessor_runs_as_many_programs_as_its_scarcest_resource_allows(
+    registers: int, shared_bytes: int, num_warps: int, programs: int
+) -> None:
+    assert programs_per_sm(registers, shared_bytes, num_warps, HOPPER) == programs
+
+
+def test_the_compiled_kernel_decides_how_many_splits_fill_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = SimpleNamespace(
+        multi_processor_count=132,
+        shared_memory_per_multiprocessor=HOPPER.shared_bytes,
+        max_threads_per_multi_processor=HOPPER.threads,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(f"{KERNELS}.decode.is_interpreted", lambda: False)
+    loaded: list[SimpleNamespace] = []
+
+    def warmup(*_: Any, **given: Any) -> SimpleNamespace:
+        assert given["SPLIT"]
+        metadata = SimpleNamespace(shared=20_000, num_warps=given["num_warps"])
+        kernel = SimpleNamespace(metadata=metadata, _init_handles=lambda: loaded.append(kernel))
+        kernel.n_regs = 128 if given["TILE"] == 16 else 255
+        return kernel
+
+    monkeypatch.setattr(f"{KERNELS}.decode.decode_kernel", SimpleNamespace(warmup=warmup))
+    decode_module._compiled_places.cache_clear()
+    setup = paged_setup([(1, 9)], heads=4, kv_heads=2, block_size=16)
+    counted = [
+        count_places(setup.q, setup.k_cache, setup.v_cache, TileShape(tile, 4, 2))
+        for tile in (16, 16, 32)
+    ]
+    assert counted == [132 * 4, 132 * 4, 132 * 2]
+    assert len(loaded) == 2  # each kernel once
+
+
+RAGGED = [(1, n - 1) for n in (1100, 700, 40, 2000, 257)]
+
+
+@pytest.mark.parametrize("fixed_split_size", [256, 512, 4096])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8], ids=str)
+def test_with_a_fixed_split_size_the_batch_changes_no_bit_of_a_result(
+    fixed_split_size: int, kv_dtype: torch.dtype
+) -> None:
+    setup = paged_setup(RAGGED, heads=2, kv_heads=1, block_size=16)
+    setup = in_8_bits(setup, kv_dtype) if kv_dtype is torch.int8 else setup
+    check_batch_invariance(decode, setup, fixed_split_size)
+
+
+def test_otherwise_a_sequence_alone_is_split_more_often() -> None:
+    with pytest.raises(AssertionError):
+        check_batch_invariance(decode, paged_setup(RAGGED, heads=2, kv_heads=1), None)
+
+
+def check_batch_invariance(
+    decode: Callable[..., None], setup: PagedSetup, fixed_split_size: int | None
+) -> None:
+    together = decode_alone(decode, setup, range(len(RAGGED)), fixed_split_size)
+    assert_near(together, dense_attention(setup))
+    for seq in range(len(RAGGED)):
+        assert torch.equal(decode_alone(decode, setup, [seq], fixed_split_size)[0], together[seq])
+
+
+def decode_alone(
+    decode: Callable[..., None], setup: PagedSetup, seqs: Sequence[int], size: int | None
+) -> Tensor:
+    """The rows of these sequences, in a batch of their own."""
+    chosen, batch = list(seqs), setup.batch
+    there = replace(
+        batch,
+        cu_seqlens_q=batch.cu_seqlens_q[: len(chosen) + 1],
+        context_lens=batch.context_lens[chosen],
+        block_tables=batch.block_tables[chosen],
+        query_lens=batch.query_lens[chosen],
+        seq_lens=batch.seq_lens[chosen],
+    )
+    setup = on_device(replace(setup, q=setup.q[chosen], batch=there))
+    out = torch.empty(setup.q.shape, dtype=setup.q.dtype, device=DEVICE)
+    inputs = setup.q, setup.k_cache, setup.v_cache, setup.batch, setup.scale
+    decode(*inputs, out, fixed_split_size=size)
+    return out.cpu()
 
 
 def test_a_short_sequence_is_not_split_because_another_is_long(
@@ -801,7 +903,12 @@ def test_blocks_are_copied_as_pytorch_copies_them(
 
 def test_a_block_larger_than_a_chunk_is_copied_whole() -> None:
     check_copy(copy_blocks, 3, 25, 80)
-    assert CHUNK < 3 * 25 * 80
+    assert CHUNK_BYTES < 3 * 25 * 80 * 4
+
+
+def test_one_chunk_copies_the_scales_of_several_layers() -> None:
+    check_copy(copy_blocks, 2, 16)  # 128 bytes per layer, keys or values: one chunk for all
+    check_copy(copy_blocks, 3, 250)  # 3,000 bytes: a chunk ends in the middle of a layer
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 7, 1000])
@@ -924,6 +1031,11 @@ def needles_pass(package: str) -> None:
     check_needles(part(package, "decode", "decode"), setup, 3)
 
 
+def fixed_passes(package: str) -> None:
+    setup = paged_setup(RAGGED, heads=2, kv_heads=1, block_size=16)
+    check_batch_invariance(part(package, "decode", "decode"), setup, 1024)
+
+
 def far_passes(package: str) -> None:
     """As `huge`, with as much unused memory before it: a negative offset reads from there."""
     num_blocks = (2**31 // 2048 + 40) // 2 * 2
@@ -994,6 +1106,12 @@ MUTANTS = {
     "the merge leaves out the last split": (
         needles_pass, "splits", "splits * split_len < seq_len",
         "(splits + 1) * split_len < seq_len"
+    ),
+    "a fixed split size is divided among the batch": (
+        fixed_passes, "decode", '"LONGEST"] = 1,', '"LONGEST"] = max(1, 8 // batch.num_seqs),'
+    ),
+    "the merge does not know the fixed split size": (
+        fixed_passes, "splits", '{"LONGEST": longest_split}', "{}"
     ),
     "the last tile is not masked": (
         ends_pass, "decode", "BLOCK_SIZE, TILE, True,", "BLOCK_SIZE, TILE, False,"
@@ -1069,7 +1187,10 @@ MUTANTS = {
     "the target is taken to be as large as the source": (
         copy_passes, "copy_blocks", "part * num_target_blocks", "part * num_source_blocks"
     ),
-    "only the first chunk is copied": (copy_passes, "copy_blocks", "chunk * CHUNK + ", ""),
+    "only the first chunk is copied": (copy_passes, "copy_blocks", "% CHUNKS * CHUNK", "* 0"),
+    "all layers are copied from the first": (
+        copy_passes, "copy_blocks", "part * num_source_blocks", "0 * part"
+    ),
 }  # fmt: skip
 
 

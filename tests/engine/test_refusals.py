@@ -161,6 +161,7 @@ EFFECTS = {
         llm.generate([PROMPTS[-1]] * 2, PARAMS, use_tqdm=False)[1].num_cached_tokens > 0
     ),
     "watermark": lambda llm: watermark_of(llm),
+    "fixed_split_size": lambda llm: attention_of(llm).paged_attention.keywords,
     "tensor_parallel_size": lambda llm: type(llm.engine.executor),
 }
 """What to look at in an engine. An option that is not among them is read by the scheduler."""
@@ -168,6 +169,7 @@ EFFECTS = {
 VALUES = {
     "dtype": ["bfloat16"],
     "attention_backend": ["reference", "blockwise"],
+    "fixed_split_size": [256],
     "seed": [1],
     "kv_cache_dtype": ["bfloat16", "int8"],
     "block_size": [8],
@@ -181,6 +183,7 @@ VALUES = {
     "enable_chunked_prefill": [False],
     "preemption": ["recompute", "swap"],
     "watermark": [0.5],
+    "async_scheduling": [True],
     "tensor_parallel_size": [2],
     "start_timeout": [5.5],
     "step_timeout": [5.5],
@@ -277,6 +280,20 @@ def test_a_backend_whose_attention_is_replaced_as_a_whole_is_refused(backend):
     assert ("replace all of its attention" in said) == (backend != "auto")
     one = Parts(paged_attention=own["paged_attention"])
     assert refusal("cpu", one, attention_backend=backend) == ""
+
+
+@pytest.mark.filterwarnings("ignore:no GPU")
+def test_a_fixed_split_size_reaches_the_only_kernel_that_makes_splits(folder):
+    pytest.importorskip("triton")
+    triton = {"attention_backend": "triton", "fixed_split_size": 512}
+    llm = LLM(folder, **triton)
+    assert observed(llm, "fixed_split_size") == {"fixed_split_size": 512}
+    for backend in set(OPTIONS["attention_backend"].choices) - {"triton"}:
+        for device_type in ("cpu", "cuda"):
+            said = refusal(device_type, **triton | {"attention_backend": backend})
+            assert f"attention_backend is {backend!r}" in said
+    own = Parts(paged_attention=spies([])["paged_attention"])
+    assert "the part paged_attention replaces the kernel" in refusal("cuda", own, **triton)
 
 
 @pytest.mark.parametrize("device", ["cpu:1", "cuda:99", "tpu"])

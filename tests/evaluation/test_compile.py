@@ -11,8 +11,6 @@ from importlib.util import find_spec
 
 import pytest
 
-PROGRAMS_PER_SM = pytest.importorskip("minipaged.attention.triton.splits").PROGRAMS_PER_SM
-
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton exists for Linux only"),
     pytest.mark.full,  # test_bench_triton.py compiles the kernels for one model and one GPU
@@ -45,11 +43,29 @@ setting = Setting(*LLAMA_3_8B, torch.float16, "auto")
 tried = bench.compile_all([setting], [80], TileShape(32, 2, 3), TileShapes(128, 64, 4, 3))
 tried = {row.kernel: row for row in tried}
 
+from types import SimpleNamespace
+
+import minipaged.attention.triton.decode as decoding
+from minipaged.evaluation.bench import launches
+
+setting = Setting(*LLAMA_3_8B, torch.bfloat16, "int8")
+with launches.catch_launches() as caught:
+    run = JITFunction.run
+    metadata = SimpleNamespace(shared=20_000, num_warps=4)
+    loaded = SimpleNamespace(n_regs=64, metadata=metadata, _init_handles=lambda: None)
+    JITFunction.run = lambda *args, **kwargs: run(*args, **kwargs) or loaded
+    decoding.programs_per_gpu = lambda device, *resources: 8 * 64 * 5
+    launches.decode = lambda *args: decoding.decode(*args[:6])
+    launches.launch_everything(setting)
+decodes = [launch for launch in caught if launch.kernel is decoding.decode_kernel][:2]
+asked_and_launched = [bench._identity(launch, 90) for launch in decodes]
+
 table = StringIO()
 Console(file=table, width=200).print(bench.as_table(rows))
 report = {
     "rows": [as_dict(row) for row in rows],
     "tried": {kernel: as_dict(row) for kernel, row in tried.items()},
+    "asked_and_launched": asked_and_launched,
     "table": table.getvalue(),
     "launches_again": JITFunction.run is launch,
 }
@@ -59,6 +75,7 @@ print(json.dumps(report))
 DECODES = ["decode", "decode, split"]
 MULTIPLYING = [*DECODES, "prefill"]
 KERNELS = {*MULTIPLYING, "merge", "naive", "store", "rope_and_store", "copy"}
+KERNELS |= {"add_rms_norm", "silu_and_mul"}
 KIB = 1024
 SHARED_OF_A_PROGRAM = {80: 163 * KIB, 90: 227 * KIB}
 
@@ -152,9 +169,10 @@ def test_several_decoding_programs_share_a_multiprocessor(rows):
         assert row["programs"] >= (3 if row["kv_dtype"] == "auto" else 2), row
 
 
-def test_the_number_of_splits_counts_on_the_programs_that_fit(rows):
-    for row in of(rows, "decode, split", heads="32/8 x 128", kv_dtype="auto", sm=90):
-        assert row["programs"] == PROGRAMS_PER_SM, row
+def test_the_kernel_that_is_asked_for_its_resources_is_the_one_that_is_launched(report):
+    # `decode` compiles it without a launch, to know how many of its programs a GPU runs at a time.
+    asked, launched = report["asked_and_launched"]
+    assert asked == launched
 
 
 @pytest.mark.parametrize("kernel", MULTIPLYING)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minipaged import LLM, Parts, SamplingParams
 from minipaged.attention import reference
+from minipaged.attention.triton.splits import most_splits, splits_to_fill
 from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker import cuda_graphs as graphs
 from minipaged.worker.cuda_graphs import Step, sizes_to_record
@@ -233,17 +234,40 @@ def test_every_batch_has_a_size_with_few_rows_too_many(largest: int) -> None:
 
 def test_the_number_of_graphs_is_bounded() -> None:
     assert graphs.num_graphs(64, 4096) == 11
-    assert graphs.num_graphs(64, 16_384) == 2 * 11
-    assert graphs.num_graphs(10_000, 131_072) == 4 * 51
+    assert graphs.num_graphs(64, 16_384) == 3 * 11
+    assert graphs.num_graphs(10_000, 131_072) == 6 * 51
 
 
 def test_each_bound_of_the_longest_sequence_has_graphs_of_its_own(folder, monkeypatch):
     assert graphs.lengths_to_record(100) == [100]
     assert graphs.lengths_to_record(4096) == [4096]
-    assert graphs.lengths_to_record(20_000) == [4096, 16_384, 20_000]
+    assert graphs.lengths_to_record(20_000) == [4096, 8192, 16_384, 20_000]
     expected = tokens(LLM(folder, attention_backend="triton", **OPTIONS))
     monkeypatch.setattr(graphs, "lengths_to_record", lambda longest: [12, longest])
     recorder = Recorder()
     llm = with_graphs(LLM(folder, attention_backend="triton", **OPTIONS), recorder)
     assert tokens(llm) == expected
     assert {longest for _, longest in recorder.replayed} == {12, 24}
+
+
+def programs(lengths: list[int]) -> tuple[int, int]:
+    """Programs of `decode` on an H200 with 8 KV heads: launched by a graph, and with work."""
+    bound = next(each for each in graphs.lengths_to_record(131_072) if each >= max(lengths))
+    to_fill = splits_to_fill(len(lengths), kv_heads=8, places=528)
+    launched = len(lengths) * most_splits(bound, to_fill)
+    return 8 * launched, 8 * sum(most_splits(length, to_fill) for length in lengths)
+
+
+def test_a_graph_launches_as_many_programs_as_the_page_on_kernels_says():
+    assert programs([1024] * 64) == (512, 512)
+    assert programs([4500] * 64) == (1024, 1024)
+    assert programs([17_000] * 64) == (4096, 2560)
+    assert programs([32_768] * 64) == (4096, 4096)
+    assert programs([32_768] + [1024] * 63) == (4096, 568)
+
+
+@pytest.mark.parametrize("num_seqs", [1, 4, 16, 64, 256])
+def test_equal_lengths_need_half_of_the_programs_or_all_fit_at_once(num_seqs):
+    for length in range(1, 131_072, 61):
+        launched, needed = programs([length] * num_seqs)
+        assert launched <= max(528, 2 * needed)

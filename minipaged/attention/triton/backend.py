@@ -7,11 +7,17 @@ from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.triton.decode import decode
 from minipaged.attention.triton.launch import check_rows
+from minipaged.attention.triton.machine import is_interpreted
 from minipaged.attention.triton.prefill import prefill
 
 
 def triton_paged_attention(
-    q: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch, scale: float
+    q: Tensor,
+    k_cache: KVPool,
+    v_cache: KVPool,
+    batch: Batch,
+    scale: float,
+    fixed_split_size: int | None = None,
 ) -> Tensor:
     """Attention of the whole batch, with any mixture: [tokens, heads, head_dim], like q.
 
@@ -20,9 +26,11 @@ def triton_paged_attention(
     Each kernel is launched over all sequences and skips those of the other.
     """
     check_rows(q=q)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # Rows of padding stay as they are. In the interpreter, NumPy would warn of what they hold.
+    new = torch.zeros if is_interpreted() else torch.empty
+    out = new(q.shape, dtype=q.dtype, device=q.device)
     if batch.has_decodes:
-        decode(q, k_cache, v_cache, batch, scale, out)
+        decode(q, k_cache, v_cache, batch, scale, out, fixed_split_size=fixed_split_size)
     if batch.has_prefills:
         prefill(q, k_cache, v_cache, batch, scale, out)
     return out

@@ -27,7 +27,8 @@ Operations         4 * seq_len * heads * head_dim: in half precision, the operat
 Of the paper's kernels (section 5.1) it is "fused block read and attention".
 """
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,9 +38,16 @@ from torch import Tensor
 from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import heads_per_kv_head
-from minipaged.attention.triton.launch import LOG2_E, math_type, pointers, pool_constants
-from minipaged.attention.triton.machine import num_sms
+from minipaged.attention.triton.launch import (
+    LOG2_E,
+    math_type,
+    on_its_gpu,
+    pointers,
+    pool_constants,
+)
+from minipaged.attention.triton.machine import is_interpreted, programs_per_gpu
 from minipaged.attention.triton.splits import (
+    INTERPRETED_PLACES,
     SPLIT_RULE,
     merge,
     most_splits,
@@ -69,6 +77,7 @@ def choose_tile(width: int, query_bytes: int, cache_bytes: int) -> TileShape:
     return TileShape(32, 4, 4 if width <= 128 else 3)
 
 
+@on_its_gpu
 def decode(
     q: Tensor,
     k_cache: KVPool,
@@ -78,24 +87,26 @@ def decode(
     out: Tensor,
     to_fill: int | None = None,
     shape: TileShape | None = None,
+    fixed_split_size: int | None = None,
 ) -> None:
     """Write to `out` the attention of all sequences with one query.
 
     Args:
         q: [tokens, heads, head_dim].
         out: the same; rows of other sequences are not written.
-        to_fill: splits per sequence that fill the GPU; None: `splits_to_fill`.
+        to_fill: splits per sequence that fill the GPU; None: as `count_places` allows.
         shape: None: `choose_tile`.
+        fixed_split_size: positions per split, whatever the batch; then `to_fill` has no effect.
     """
     _, heads, head_dim = q.shape
-    constants = pool_constants(k_cache)
-    kv_heads, width = constants["KV_HEADS"], constants["WIDTH"]
+    kv_heads = k_cache.shape[1]
+    constants = _constants(q, k_cache, v_cache, shape)
     tensors = pointers(k_cache, v_cache)
-    if shape is None:
-        shape = choose_tile(width, q.itemsize, tensors[0].itemsize)
-    if to_fill is None:
-        to_fill = splits_to_fill(batch.num_seqs, kv_heads, num_sms(q.device))
-    num_splits = most_splits(batch.longest, to_fill)
+    if fixed_split_size is not None:
+        to_fill, constants["LONGEST"] = 1, fixed_split_size
+    elif to_fill is None:
+        to_fill = splits_to_fill(batch.num_seqs, kv_heads, _places(q, tensors, constants))
+    num_splits = most_splits(batch.longest, to_fill, constants["LONGEST"])
 
     partial, log_sums = out, out  # not written if there is one split: there is nothing to merge
     if num_splits > 1:
@@ -116,19 +127,68 @@ def decode(
         q.stride(0),
         q.stride(1),
         batch.block_tables.stride(0),
-        HEADS=heads,
-        GROUP=heads_per_kv_head(q, k_cache, v_cache),
-        ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
         SPLIT=num_splits > 1,
-        TILE=shape.tile,
-        MATH=math_type(q.dtype),
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-        **SPLIT_RULE,
         **constants,
     )
     if num_splits > 1:
-        merge(out, partial, log_sums, batch, to_fill, shape.tile)
+        merge(out, partial, log_sums, batch, to_fill, constants["TILE"], constants["LONGEST"])
+
+
+def _constants(
+    q: Tensor, k_cache: KVPool, v_cache: KVPool, shape: TileShape | None
+) -> dict[str, Any]:
+    """All compile-time constants of the kernel but SPLIT."""
+    constants = pool_constants(k_cache)
+    heads, kv_heads = q.shape[1], k_cache.shape[1]
+    keys, *_ = pointers(k_cache, v_cache)
+    shape = shape or choose_tile(constants["WIDTH"], q.itemsize, keys.itemsize)
+    return constants | {
+        "HEADS": heads,
+        "GROUP": heads_per_kv_head(q, k_cache, v_cache),
+        "ROWS": max(16, triton.next_power_of_2(heads // kv_heads)),
+        "TILE": shape.tile,
+        "MATH": math_type(q.dtype),
+        "num_warps": shape.num_warps,
+        "num_stages": shape.num_stages,
+        **SPLIT_RULE,
+    }
+
+
+@on_its_gpu
+def count_places(
+    q: Tensor, k_cache: KVPool, v_cache: KVPool, shape: TileShape | None = None
+) -> int:
+    """Programs of `decode` that the GPU of these tensors runs at the same time."""
+    return _places(q, pointers(k_cache, v_cache), _constants(q, k_cache, v_cache, shape))
+
+
+def _places(q: Tensor, tensors: tuple[Tensor, ...], constants: dict[str, Any]) -> int:
+    if is_interpreted():
+        return INTERPRETED_PLACES
+    types = q.dtype, tensors[0].dtype, tensors[2].dtype  # of queries, keys, scales
+    return _compiled_places(q.device, types, q.stride()[:2], tuple(constants.items()))
+
+
+@cache
+def _compiled_places(
+    device: torch.device,
+    types: tuple[torch.dtype, ...],
+    q_strides: tuple[int, ...],
+    constants: tuple[tuple[str, Any], ...],
+) -> int:
+    """Compile and load the kernel for splits, without a launch, to know its resources.
+
+    This happens once, in the normal run that precedes the recording of a CUDA graph.
+    """
+    query, cache, scales = types
+    numbers, counts = torch.float32, torch.int32
+    kernel = decode_kernel.warmup(
+        query, numbers, numbers, query, cache, cache, scales, scales, counts, counts, counts,
+        1.0, 1, *q_strides, 1, SPLIT=True, **dict(constants), grid=(1,),
+    )  # fmt: skip
+    kernel._init_handles()  # registers are known when the kernel is loaded
+    taken = kernel.n_regs, kernel.metadata.shared, kernel.metadata.num_warps
+    return programs_per_gpu(device, *taken)
 
 
 # Values that change from step to step are not specialized, or each would compile a new kernel.
@@ -169,12 +229,13 @@ def decode_kernel(
     """Attention of one split of one sequence, for the query heads of one KV head."""
     kv_head = tl.program_id(0)
     seq = tl.program_id(1)
-    split = tl.program_id(2)
+    # In reverse: only long sequences have late splits, which would start when all others end.
+    split = tl.num_programs(2) - 1 - tl.program_id(2)
 
     token = tl.load(cu_seqlens_q + seq)
+    seq_len = tl.load(context_lens + seq) + 1
     if tl.load(cu_seqlens_q + seq + 1) - token != 1:
         return  # not decoding, or padding
-    seq_len = tl.load(context_lens + seq) + 1
     split_len = split_length(seq_len, to_fill, TILE, SHORTEST, LONGEST, MOST)
     start = split * split_len
     end = tl.minimum(start + split_len, seq_len)

@@ -1,6 +1,8 @@
-"""Shared by all launchers: pointers into a pool of any format, and the pool's constants."""
+"""Shared by all launchers: pointers into a pool, the pool's constants, and the current GPU."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -15,6 +17,24 @@ prepare_triton()  # every file with kernels imports this one, before it defines 
 LOG2_E = 1.4426950408889634  # 2^(x * log2(e)) is e^x
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def on_its_gpu(launch: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Make the GPU of the arguments current while a launcher runs.
+
+    Triton compiles and launches for the current GPU, wherever the arguments are.
+    """
+
+    @wraps(launch)
+    def launched(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        *_, last = (each for each in args if isinstance(each, Tensor))
+        with torch.cuda.device_of(last):  # no effect on a CPU
+            return launch(*args, **kwargs)
+
+    return launched
 
 
 def pointers(k_cache: KVPool, v_cache: KVPool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

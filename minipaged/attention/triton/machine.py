@@ -3,7 +3,7 @@
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,6 @@ OLDEST_GPU = (8, 0)  # Ampere: the first whose tensor cores take bfloat16
 OLDEST_GPU_FOR_FP8 = (8, 9)  # Ada and Hopper
 
 _INTERPRET = "TRITON_INTERPRET"
-_INTERPRETED_SMS = 4  # assumed when interpreted: few, but enough for some splits
 
 
 @cache
@@ -120,9 +119,32 @@ def has_large_sms(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-@cache
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of the GPU: at least this many programs run at the same time."""
-    if device.type != "cuda":
-        return _INTERPRETED_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+class Multiprocessor(NamedTuple):
+    """What the programs on one multiprocessor (SM) share."""
+
+    shared_bytes: int
+    threads: int
+    registers: int = 65_536  # of all GPUs since 2014
+
+
+def programs_per_sm(registers: int, shared_bytes: int, num_warps: int, sm: Multiprocessor) -> int:
+    """Programs that a multiprocessor runs at the same time (its *occupancy*).
+
+    Args:
+        registers: of a thread of the compiled kernel.
+        shared_bytes: of a program.
+        num_warps: the same; a warp has 32 threads.
+        sm: the multiprocessor.
+    """
+    threads = 32 * num_warps
+    # Registers are allocated to a thread in units of 8; the driver reserves 1 KiB per program.
+    by_registers = sm.registers // (threads * (-(-registers // 8) * 8))
+    by_shared = sm.shared_bytes // (shared_bytes + 1024)
+    return min(by_registers, by_shared, sm.threads // threads)
+
+
+def programs_per_gpu(device: torch.device, registers: int, shared_bytes: int, warps: int) -> int:
+    """Programs of a compiled kernel that this GPU runs at the same time."""
+    gpu = torch.cuda.get_device_properties(device)
+    sm = Multiprocessor(gpu.shared_memory_per_multiprocessor, gpu.max_threads_per_multi_processor)
+    return gpu.multi_processor_count * programs_per_sm(registers, shared_bytes, warps, sm)

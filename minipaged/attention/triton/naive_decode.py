@@ -28,9 +28,16 @@ from torch import Tensor
 from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import heads_per_kv_head
-from minipaged.attention.triton.launch import LOG2_E, check_rows, pointers, pool_constants
+from minipaged.attention.triton.launch import (
+    LOG2_E,
+    check_rows,
+    on_its_gpu,
+    pointers,
+    pool_constants,
+)
 
 
+@on_its_gpu
 def naive_paged_attention(
     q: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch, scale: float
 ) -> Tensor:

@@ -36,7 +36,13 @@ from torch import Tensor
 from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.reference import heads_per_kv_head
-from minipaged.attention.triton.launch import LOG2_E, math_type, pointers, pool_constants
+from minipaged.attention.triton.launch import (
+    LOG2_E,
+    math_type,
+    on_its_gpu,
+    pointers,
+    pool_constants,
+)
 from minipaged.attention.triton.machine import has_large_sms
 from minipaged.attention.triton.tile import attend_to_tile, load_blocks, load_query
 
@@ -71,6 +77,7 @@ def choose_tiles(
     return TileShapes(128, 64 if large_sms else 32, 8, 3)
 
 
+@on_its_gpu
 def prefill(
     q: Tensor,
     k_cache: KVPool,

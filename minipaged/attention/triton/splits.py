@@ -19,37 +19,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import minipaged.attention.triton.launch  # noqa: F401 - settles how kernels run
 from minipaged.attention.batch import Batch
+from minipaged.attention.triton.launch import on_its_gpu
 
 SHORTEST_SPLIT = 256  # positions; with fewer, start-up and end dominate a program
 LONGEST_SPLIT = 4096  # positions; with more, a few programs of one long sequence outlast all others
 MOST_SPLITS = 128  # with more, merging costs more than splitting saves
-PROGRAMS_PER_SM = 4  # resident on Hopper at the same time, with heads of 128 in 16 bits
+INTERPRETED_PLACES = 16  # assumed without a GPU: few, but enough for some splits
 SPLIT_RULE = {"SHORTEST": SHORTEST_SPLIT, "LONGEST": LONGEST_SPLIT, "MOST": MOST_SPLITS}
 
 
-def splits_to_fill(num_seqs: int, kv_heads: int, num_sms: int) -> int:
+def splits_to_fill(num_seqs: int, kv_heads: int, places: int) -> int:
     """The number of splits per sequence that fills the GPU with concurrent programs.
 
     With more, some programs would wait for others to end.
 
     Args:
-        num_sms: multiprocessors of the GPU.
+        places: programs that the GPU runs at the same time.
     """
-    fitting = PROGRAMS_PER_SM * num_sms // (num_seqs * kv_heads)
-    return min(max(1, fitting), MOST_SPLITS)
+    return min(max(1, places // (num_seqs * kv_heads)), MOST_SPLITS)
 
 
-def most_splits(longest: int, to_fill: int) -> int:
+def most_splits(longest: int, to_fill: int, longest_split: int = LONGEST_SPLIT) -> int:
     """The number of splits of the longest sequence; `to_fill` is the number that fills the GPU.
 
     Filling the GPU is not enough: without more splits, one sequence of 32,000 keys among a hundred
     short ones keeps kv_heads programs busy long after all others have ended. The kernel applies
     this rule to every sequence, on the GPU. The host needs it only for the grid, where any upper
     bound of the longest length is enough: reading the exact length would wait for the GPU.
+
+    With `to_fill` 1, the splits of a sequence depend on its own length alone (`fixed_split_size`).
     """
-    not_too_long = ceil(longest / LONGEST_SPLIT)
+    not_too_long = ceil(longest / longest_split)
     no_slivers = ceil(longest / SHORTEST_SPLIT)
     return min(max(to_fill, not_too_long), no_slivers, MOST_SPLITS)
 
@@ -72,8 +73,15 @@ def split_length(
     return tl.maximum(tiles * TILE, SHORTEST)
 
 
+@on_its_gpu
 def merge(
-    out: Tensor, partial: Tensor, log_sums: Tensor, batch: Batch, to_fill: int, tile: int
+    out: Tensor,
+    partial: Tensor,
+    log_sums: Tensor,
+    batch: Batch,
+    to_fill: int,
+    tile: int,
+    longest_split: int = LONGEST_SPLIT,
 ) -> None:
     """Write to `out` the merged results of all sequences with one query.
 
@@ -83,6 +91,7 @@ def merge(
         log_sums: [seqs, heads, splits], float32.
         to_fill: as `decode` was launched with.
         tile: the same.
+        longest_split: the same.
     """
     num_seqs, heads, num_splits, head_dim = partial.shape
     merge_kernel[(num_seqs, heads)](
@@ -99,7 +108,7 @@ def merge(
         SPLITS_WIDTH=triton.next_power_of_2(num_splits),
         TILE=tile,
         num_warps=4 if num_splits <= 32 else 8,
-        **SPLIT_RULE,
+        **SPLIT_RULE | {"LONGEST": longest_split},
     )
 
 

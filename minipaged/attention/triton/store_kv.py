@@ -23,9 +23,10 @@ from torch import Tensor
 
 from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import SMALLEST_SCALE, KVPool
-from minipaged.attention.triton.launch import check_rows, pointers, pool_constants
+from minipaged.attention.triton.launch import check_rows, on_its_gpu, pointers, pool_constants
 
 
+@on_its_gpu
 def triton_store_kv(k: Tensor, v: Tensor, k_cache: KVPool, v_cache: KVPool, batch: Batch) -> None:
     """Write the new keys and values, [tokens, kv_heads, head_dim] each, to `batch.slot_mapping`."""
     _check_new(k, v, k_cache, batch)
@@ -44,6 +45,7 @@ def triton_store_kv(k: Tensor, v: Tensor, k_cache: KVPool, v_cache: KVPool, batc
     )
 
 
+@on_its_gpu
 def rope_and_store_kv(
     q: Tensor,
     k: Tensor,

@@ -24,7 +24,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from minipaged.attention.triton.decode import TileShape
-from minipaged.attention.triton.machine import OLDEST_GPU_FOR_FP8
+from minipaged.attention.triton.machine import (
+    OLDEST_GPU_FOR_FP8,
+    Multiprocessor,
+    programs_per_sm,
+)
 from minipaged.attention.triton.naive_decode import naive_kernel
 from minipaged.attention.triton.prefill import TileShapes
 from minipaged.errors import InvalidOption
@@ -38,8 +42,15 @@ from minipaged.evaluation.bench.launches import (
 
 SMS = (80, 90)  # Ampere (A100) and Hopper (H100)
 
-# KiB of shared memory and warps per multiprocessor (CUDA C++ Programming Guide).
-_PER_SM = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64)}
+# As in a launch, which otherwise would not find the compiled kernel in Triton's cache.
+MARKS_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+
+_MULTIPROCESSORS = {  # CUDA C++ Programming Guide
+    80: Multiprocessor(shared_bytes=164 * 1024, threads=2048),
+    86: Multiprocessor(shared_bytes=100 * 1024, threads=1536),
+    89: Multiprocessor(shared_bytes=100 * 1024, threads=1536),
+    90: Multiprocessor(shared_bytes=228 * 1024, threads=2048),
+}
 
 
 @dataclass(frozen=True)
@@ -66,12 +77,8 @@ class Compiled:
     @property
     def programs(self) -> int:
         """Programs per multiprocessor: while one waits for memory, another computes."""
-        shared_per_sm, most_warps = _PER_SM[self.sm]
-        # Registers are allocated to a thread in units of 8; the driver reserves 1 KiB per program.
-        registers = 32 * self.num_warps * -(-self.registers // 8) * 8
-        shared = self.shared_bytes + 1024
-        by_registers, by_shared = 65536 // registers, shared_per_sm * 1024 // shared
-        return min(by_registers, by_shared, most_warps // self.num_warps)
+        sm = _MULTIPROCESSORS[self.sm]
+        return programs_per_sm(self.registers, self.shared_bytes, self.num_warps, sm)
 
 
 def compile_all(
@@ -138,6 +145,8 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
         signature[name] = kind
         if kind == "constexpr":
             constants[i,] = bound[name]
+            if MARKS_CONSTANTS:
+                attributes[i,] = []
         elif isinstance(known, str):
             attributes[i,] = backend.parse_attr(known)
     source = ASTSource(launch.kernel, signature, constants, attributes)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minipaged.attention.backend import BACKENDS, choose_backend
 from minipaged.attention.batch import HostBatch
-from minipaged.attention.device_batch import choose_builder
+from minipaged.attention.device_batch import DeviceBatchBuilder, choose_builder
 from minipaged.attention.kv_cache import KVCache
 from minipaged.config import EngineConfig
 from minipaged.engine.llm_engine import LLMEngine
@@ -30,10 +30,11 @@ from minipaged.engine.parts import Parts
 from minipaged.evaluation.bench.timing import copy_work, median_seconds
 from minipaged.models.linear import pack_weights
 from minipaged.models.llama import Llama, LlamaConfig
-from minipaged.models.rope import RopeConfig, rope_frequencies
+from minipaged.models.rope import rope_frequencies
+from minipaged.models.rope_config import RopeConfig
 from minipaged.sampling import SamplingParams
 from minipaged.scheduler.output import SequenceInput, StepInput
-from minipaged.worker.cuda_graphs import choose_graphs
+from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
 from minipaged.worker.executor import Executor, UniExecutor
 from minipaged.worker.model_runner import ModelRunner
 
@@ -89,15 +90,16 @@ def measure(
     context_len: int,
     device: torch.device,
     dtype: torch.dtype,
+    graphs: Many[bool] | None = None,
 ) -> Iterator[Row]:
-    """Measure each backend, with and without CUDA graphs if there is a GPU."""
+    """Measure each backend, with and without CUDA graphs if there is a GPU, or as in `graphs`."""
     copy, copy_bytes = copy_work(device)
     bandwidth = copy_bytes / median_seconds({"copy": copy}, device)["copy"]
     expected: list[list[int]] | None = None
     for backend in backends:
         chosen = choose_backend(backend, device, config.head_dim)
         can_record = device.type == "cuda" and chosen.cuda_graph_safe
-        for with_graphs in (False, True) if can_record else (False,):
+        for with_graphs in graphs or (False, True)[: 1 + can_record]:
             engine = build_engine(
                 config, backend, num_seqs, context_len, device, dtype, with_graphs
             )
@@ -156,8 +158,12 @@ def build_engine(
         watermark=0.0,
     )
     cache = KVCache.build(config, engine, dtype, device, backend.copy_blocks)
-    batches = choose_builder(num_seqs, engine.max_blocks_per_seq, engine.block_size, device)
-    graphs = choose_graphs(model, cache, backend, batches, enforce_eager=not with_graphs)
+    sizes = num_seqs, engine.max_blocks_per_seq, engine.block_size, device
+    batches, graphs = choose_builder(*sizes), None
+    if with_graphs:  # on a CPU, a replay is the step itself: to try out what surrounds a graph
+        record = record_cuda_graphs(device) if device.type == "cuda" else lambda step: step
+        batches = DeviceBatchBuilder(*sizes)
+        graphs = DecodeGraphs(model, cache, batches, record)
     return LLMEngine(
         engine,
         partial(Parts().build_scheduler, engine),
@@ -234,7 +240,8 @@ class _ModelClock:
         runner = executor.runner
         self._lay_out = runner.batches.lay_out
         self._run = executor.run
-        self._on_gpu = runner.kv_cache.device.type == "cuda"
+        self._device = runner.kv_cache.device
+        self._on_gpu = self._device.type == "cuda"
         self._begin: Any = None
         self._end: Any = None
         runner.batches.lay_out = self._timed_lay_out  # attributes of these objects alone
@@ -254,7 +261,7 @@ class _ModelClock:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds_of_last_run(self) -> float:

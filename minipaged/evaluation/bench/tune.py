@@ -13,9 +13,9 @@ from itertools import product
 import torch
 from rich.table import Table
 
-from minipaged.attention.triton.decode import TileShape, choose_tile, decode
+from minipaged.attention.triton.decode import TileShape, choose_tile, count_places, decode
 from minipaged.attention.triton.launch import pointers, pool_constants
-from minipaged.attention.triton.machine import has_large_sms, num_sms
+from minipaged.attention.triton.machine import has_large_sms
 from minipaged.attention.triton.prefill import TileShapes, choose_tiles, prefill
 from minipaged.attention.triton.splits import splits_to_fill
 from minipaged.evaluation.bench.cases import Case, Inputs, make_inputs
@@ -56,7 +56,7 @@ def sweep(
     for case in cases:
         inputs = make_inputs(case, device, dtype)
         shipped, works = _decodes(inputs) if case.queries == 1 else _prefills(inputs)
-        fitting = {name: work for name, work in works.items() if _fits(work)}
+        fitting = {name: work for name, work in works.items() if fits(work)}
         seconds = median_seconds(fitting, device, rounds)
         for name in sorted(fitting, key=lambda name: seconds[name]):
             yield Row(case, name, seconds[name], shipped, seconds[shipped])
@@ -68,11 +68,12 @@ def _decodes(inputs: Inputs) -> tuple[str, dict[str, Work]]:
     constants = pool_constants(inputs.k_cache)
     keys, *_ = pointers(inputs.k_cache, inputs.v_cache)
     shipped = choose_tile(constants["WIDTH"], inputs.q.itemsize, keys.itemsize)
-    sms = num_sms(inputs.q.device)
-    splits = splits_to_fill(batch.num_seqs, constants["KV_HEADS"], sms)
     works: dict[str, Work] = {}
-    choices = [(shape, splits) for shape in [*DECODE_SHAPES, shipped]]
-    choices += [(shipped, max(1, splits // 2)), (shipped, 2 * splits)]
+    places = count_places(inputs.q, inputs.k_cache, inputs.v_cache, shipped)
+    splits = splits_to_fill(batch.num_seqs, constants["KV_HEADS"], places)
+    # Other shapes take other resources, so each gets the splits that fill the GPU for it.
+    choices: list[tuple[TileShape, int | None]] = [(shape, None) for shape in DECODE_SHAPES]
+    choices += [(shipped, None), (shipped, max(1, splits // 2)), (shipped, 2 * splits)]
     for shape, to_fill in dict.fromkeys(choices):
         works[_name(shape, to_fill)] = partial(
             decode,
@@ -85,7 +86,7 @@ def _decodes(inputs: Inputs) -> tuple[str, dict[str, Work]]:
             to_fill,
             shape,
         )
-    return _name(shipped, splits), works
+    return _name(shipped), works
 
 
 def _prefills(inputs: Inputs) -> tuple[str, dict[str, Work]]:
@@ -113,7 +114,7 @@ def _name(shape: TileShape | TileShapes, to_fill: int | None = None) -> str:
     return ", ".join(parts if to_fill is None else [*parts, f"splits {to_fill}"])
 
 
-def _fits(work: Work) -> bool:
+def fits(work: Work) -> bool:
     """Whether a program's tiles fit on a multiprocessor."""
     from triton.runtime.errors import OutOfResources
 
