@@ -144,7 +144,7 @@ class BatchBuilder:
         query_lens.cumsum(out=stops)
         rows = self._write_tables(seq_ids, block_tables)  # [seqs]
         has_room = self._num_blocks[rows] * size >= seq_lens  # [seqs]
-        assert has_room.all(), "a block table is too short for the tokens of its sequence"
+        assert all(has_room.tolist()), "a block table is too short for the tokens of its sequence"
 
         tokens = np.arange(stops[-1])  # [tokens]; `repeat` gives each the value of its sequence
         positions = tokens + (context_lens - starts).repeat(query_lens)  # [tokens]

@@ -158,6 +158,23 @@ def test_entries_of_a_step_that_was_interrupted_are_sent_with_the_next():
     assert batch.block_tables.tolist() == [[3, 7]]
 
 
+def test_an_entry_is_sent_even_if_writing_it_was_interrupted(monkeypatch):
+    builder = OnDevice(2, 8, 4)
+    builder.build([query(0, [1], 3, [3])])
+    write = BatchBuilder._write
+
+    def interrupted(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchBuilder, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            builder.build([query(0, [1], 4, [3, 7])])
+    batch = builder.build([query(0, [1], 4, [3, 7])])
+    assert batch.block_tables.tolist() == [[3, 7]]
+
+
 def test_all_numbers_of_a_step_are_sent_in_one_copy(monkeypatch):
     copied = []
     monkeypatch.setattr(

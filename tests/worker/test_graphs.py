@@ -186,6 +186,7 @@ def test_a_replayed_step_may_change_whole_block_tables(folder):
             tuple(SequenceInput(i, [5], lengths[i], blocks) for i, blocks in enumerate(tables))
         )
         torch.testing.assert_close(runner.run(step), plain.run(step))
+        assert runner.batches.num_changed == 0
 
 
 def test_only_a_batch_of_decodes_is_replayed(folder):
