@@ -3,8 +3,7 @@
 "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971), "The Llama 3 Herd of
 Models" (2407.21783), "Mistral 7B" (2310.06825), "Qwen2" (2407.10671), "Qwen3" (2505.09388). Their
 additions are options of `LlamaConfig`: Qwen2 has biases for q, k and v, Qwen3 a norm on each head
-of q and k. Mistral's sliding window is not supported: the context is limited to the window (see
-`_read_context`). Logits agree with Hugging Face's `transformers`.
+of q and k. Mistral's sliding window limits the context. Logits agree with `transformers`.
 
 Read the file in the order in which a token passes through it, starting with `Llama.forward`.
 """
