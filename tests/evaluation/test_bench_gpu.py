@@ -274,12 +274,11 @@ def forgetful(name, *arguments):
     backend = choose_backend(name, *arguments)
 
     def attend(q, k_cache, v_cache, batch, scale):
-        spans = tuple(s._replace(context_len=s.context_len - 16) for s in batch.spans)
         batch = replace(
             batch,
             block_tables=batch.block_tables[:, 1:].contiguous(),
             context_lens=batch.context_lens - 16,
-            spans=spans,
+            seq_lens=batch.seq_lens - 16,
         )
         return backend.paged_attention(q, k_cache, v_cache, batch, scale)
 
