@@ -296,7 +296,7 @@ def test_blocks_are_copied_in_every_layer_keys_and_values():
 def test_a_cleared_block_is_zero_in_every_layer_and_no_other_is(dtype):
     cache = KVCache(CONFIG, 4, 2, dtype=dtype)
     for pool in (pool for layer in cache.layers for pool in layer):
-        for tensor in [pool] if isinstance(pool, Tensor) else [pool.numbers, pool.scales]:
+        for tensor in [pool] if isinstance(pool, torch.Tensor) else [pool.numbers, pool.scales]:
             tensor.copy_(torch.ones(tensor.shape))
     cache.clear([2, 0])
     for k, v in cache.layers:
