@@ -108,11 +108,6 @@ class HostBatch(NamedTuple):
     # block can contain data of an earlier owner after the end of its sequence.
     begun_blocks: list[int]
 
-    @property
-    def is_decode(self) -> bool:
-        """Whether every sequence has one query and needs its logits."""
-        return len(self.token_ids) == len(self.query_lens) == len(self.logit_rows)
-
 
 class BatchBuilder:
     """Builds one `Batch` per step.

@@ -1,4 +1,4 @@
-"""CUDA graphs: a decode step is recorded once and then replayed.
+"""CUDA graphs: decode steps are recorded when the engine starts, and then replayed.
 
 A decode step has hundreds of small kernels, and launching a kernel takes the host longer than many
 of them run. A graph contains all launches of a step, and one launch replays it. Everything that it
@@ -6,22 +6,29 @@ recorded is fixed, however: addresses, shapes, and Python numbers. Therefore
 
     inputs   are sent to fixed addresses, with one copy per step. The rest of the preparation, which
              writes changed entries of block tables and collects the tables of the step, is recorded
-    sizes    are rounded up to one of a few, each recorded when it first occurs. The padding rows
-             belong to sequences without tokens: attention and store skip them, and the results of
-             other layers stay in these rows
+    sizes    are rounded up to one of a few. The padding rows belong to sequences without tokens:
+             attention and store skip them, and the results of other layers stay in these rows
     numbers  of the batch that kernels need are on the GPU. The longest length, which determines
              the number of splits, is replaced by a bound, with one graph for each of a few bounds
 
-Prefills differ in size from step to step and have enough work per kernel, so they are not recorded.
-The results of a step stay in the graph's own memory until the next replay.
+A graph is recorded for each size and bound. There are 11 sizes for 64 sequences and at most 51, and
+1 bound for 4,096 tokens, 3 for 16,384 and 6 for 131,072. The largest come first, because all share
+one memory pool: the others fit into what the first has allocated. For the same reason a graph ends
+with the hidden states, in one buffer. Logits, which are many times as large, are computed after it,
+and only for the real rows.
+
+Prefills differ in size from step to step and have enough work per kernel, so they are not recorded,
+nor are batches of more than 512 sequences.
 """
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from minipaged.attention.backend import AttentionBackend
 from minipaged.attention.batch import Batch, BatchBuilder, HostBatch
@@ -31,9 +38,13 @@ from minipaged.models.base import Model
 from minipaged.utils.device import pack, unpack
 from minipaged.utils.shapes import Float, Int
 
-Step = Callable[[], Tensor]
+Step = Callable[[], None]
 # Returns a function that repeats the step with the current contents of its inputs.
 Record = Callable[[Step], Step]
+
+MOST_SEQUENCES = 512  # of a recorded batch
+BYTES_PER_GRAPH = 8 * 2**20  # kept by the driver: assumed, not measured
+SECONDS_WITHOUT_PROGRESS = 5.0  # of recording, before a progress bar is shown
 
 
 def record_cuda_graphs(device: torch.device) -> Record:
@@ -43,26 +54,15 @@ def record_cuda_graphs(device: torch.device) -> Record:
 
     def record(step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        # Not in inference mode: other graphs could then not write to PyTorch's process-wide
-        # state of graphs.
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.cuda.graph(graph, pool=pool, stream=stream),
-        ):
-            result = step()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            step()
+        return graph.replay
 
     return record
 
 
 class DecodeGraphs:
-    """Decode steps of one model, recorded for several batch sizes.
+    """Decode steps of one model, for several batch sizes.
 
     Args:
         model: its kernels are recorded. Its attention must read only tensors
@@ -84,31 +84,47 @@ class DecodeGraphs:
         }
         self._lengths = lengths_to_record(batches.max_seq_len)
         self._replays: dict[tuple[int, int], Step] = {}
+        self._hidden: Tensor | None = None  # the result of every graph, in its first rows
+
+    def record_all(self, shows_progress: bool = True) -> None:
+        """Record all steps, the largest first: on all ranks in the same order."""
+        steps = [*product(reversed(self._inputs), reversed(self._lengths))]
+        if shows_progress:
+            steps = tqdm(steps, "Recording", delay=SECONDS_WITHOUT_PROGRESS)
+        # Not in inference mode: graphs could then not write to PyTorch's process-wide state.
+        with torch.inference_mode(False), torch.no_grad():
+            for size, longest in steps:
+                step = partial(self._step, self._inputs[size], longest)
+                # The first run is a normal one: kernels are compiled and libraries allocate memory,
+                # which must not happen during recording (recording computes nothing).
+                step()
+                self._replays[size, longest] = self._record(step)
+
+    def can_run(self, host: HostBatch) -> bool:
+        """Whether each sequence has one query and needs its logits, in a batch of recorded size."""
+        num_seqs = len(host.seq_lens)
+        is_decode = len(host.token_ids) == num_seqs == len(host.logit_rows)
+        return is_decode and num_seqs <= MOST_SEQUENCES
 
     def run(
         self, host: HostBatch, sampled: Int[Tensor, " rows_before"] | None = None
     ) -> Float[Tensor, "seqs vocab"]:
-        """Run a step (`HostBatch.is_decode`) and return its logits, valid until the next step."""
+        """Run a step that `can_run`, and return its logits."""
         num_seqs, longest_seq = len(host.seq_lens), int(host.seq_lens.max())
         size = next(size for size in self._inputs if size >= num_seqs)
         longest = next(length for length in self._lengths if length >= longest_seq)
-        inputs = self._inputs[size]
-        inputs.fill(host, sampled)
-        if (size, longest) in self._replays:
-            logits = self._replays[size, longest]()
-        else:
-            # The first run is a normal one: kernels are compiled and libraries allocate memory,
-            # which must not happen during recording (recording computes nothing).
-            step = partial(self._step, inputs, longest)
-            logits = step()
-            self._replays[size, longest] = self._record(step)
+        self._inputs[size].fill(host, sampled)
+        self._replays[size, longest]()
         self._batches.note_sent()
-        return logits[:num_seqs]
+        assert self._hidden is not None, "a step is replayed that was not recorded"
+        return self._model.logits(self._hidden[:num_seqs])
 
-    def _step(self, inputs: "GraphInputs", longest: int) -> Float[Tensor, "seqs vocab"]:
+    def _step(self, inputs: "GraphInputs", longest: int) -> None:
         batch = inputs.batch(longest)
         hidden = self._model(batch.token_ids, batch.positions, self._kv_cache, batch)
-        return self._model.logits(hidden)
+        if self._hidden is None:  # this is the largest batch
+            self._hidden = torch.empty_like(hidden)
+        self._hidden[: len(hidden)] = hidden
 
 
 class GraphInputs:
@@ -145,18 +161,16 @@ class GraphInputs:
         return self._batches.batch_of(self._tensors, query_lens, longest * query_lens)
 
 
-BYTES_PER_GRAPH = 8 * 2**20  # assumed: what the driver keeps for each
-
-
 def num_graphs(max_num_seqs: int, longest: int) -> int:
     """The number of graphs for these limits."""
     return len(sizes_to_record(max_num_seqs)) * len(lengths_to_record(longest))
 
 
 def sizes_to_record(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, then multiples of 8: padding is below 8 rows, at almost no cost."""
-    sizes = [1, 2, 4, *range(8, max_num_seqs, 8)]
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+    """1, 2, 4, then multiples of 8, and of 16 above 256: padding is few rows, at almost no cost."""
+    largest = min(max_num_seqs, MOST_SEQUENCES)
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, largest, 16)]
+    return [size for size in sizes if size < largest] + [largest]
 
 
 def lengths_to_record(longest: int) -> list[int]:

@@ -65,9 +65,13 @@ class UniExecutor(Executor):
 
     def __init__(self, runner: ModelRunner | None = None) -> None:
         if runner is not None:
-            self.runner, self.run = runner, runner.run
+            self._use(runner)
 
     def start(self, config: EngineConfig, runner: ModelRunner) -> None:
+        self._use(runner)
+
+    def _use(self, runner: ModelRunner) -> None:
+        runner.record_graphs()
         self.runner, self.run = runner, runner.run
 
     def close(self) -> None: ...
@@ -109,6 +113,7 @@ class MultiExecutor(Executor):
 
     def start(self, config: EngineConfig, runner: ModelRunner) -> None:
         self.ranks.send_object(config)
+        runner.record_graphs()
         self.ranks.start_steps()
         self.runner = runner
 

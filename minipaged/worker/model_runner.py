@@ -47,6 +47,12 @@ class ModelRunner:
         self._gather = gather
         self._dtype = model.dtype
 
+    def record_graphs(self, shows_progress: bool = True) -> None:
+        """Record the decode steps that are replayed later, if any: on all ranks together."""
+        if self.graphs is not None:
+            with _as_current(self.kv_cache.device):
+                self.graphs.record_all(shows_progress)
+
     @torch.inference_mode()
     def run(
         self, step: StepInput, sampled: Int[Tensor, " rows_before"] | None = None
@@ -71,7 +77,7 @@ class ModelRunner:
             host_batch = self.batches.lay_out(step.sequences)
             if host_batch.begun_blocks:
                 self.kv_cache.clear(host_batch.begun_blocks)
-            if self.graphs is not None and host_batch.is_decode:
+            if self.graphs is not None and self.graphs.can_run(host_batch):
                 logits = self.graphs.run(host_batch, sampled)
             else:
                 batch = self.batches.send(host_batch)

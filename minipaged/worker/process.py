@@ -63,6 +63,7 @@ def here(rank: int) -> str:
 def work(args: WorkerArgs, ranks: Ranks, device: torch.device) -> None:
     """Load this rank's part, then execute rank 0's steps until it stops. Raises RankLost."""
     runner = _build_runner(args, ranks, device)
+    runner.record_graphs(shows_progress=False)
     ranks.start_steps()
     decoder = StepDecoder()
     while True:

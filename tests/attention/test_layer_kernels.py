@@ -17,7 +17,7 @@ from checkpoints import make_checkpoint
 from torch import Tensor
 
 from minipaged.attention.backend import BACKENDS, choose_backend
-from minipaged.attention.device_batch import DeviceBatchBuilder
+from minipaged.attention.device_batch import choose_builder
 from minipaged.attention.kv_cache import KVCache
 from minipaged.attention.triton import add_rms_norm as norm_file
 from minipaged.attention.triton import silu_and_mul as gate_file
@@ -155,7 +155,7 @@ def test_a_model_computes_the_same_with_fused_kernels(family: str, tmp_path: Pat
     logits: list[Tensor] = []
     for backend in (plain, fused):
         model = load_model(folder, backend, device=DEVICE)
-        batches = DeviceBatchBuilder(1, 3, 4, DEVICE)
+        batches = choose_builder(1, 3, 4, torch.device(DEVICE))
         batch = batches.build([SequenceInput(0, [5, 9, 2, 7], 0, [0, 1, 2])])
         cache = KVCache(model.config, 3, 4, device=DEVICE)
         logits.append(model.logits(model(batch.token_ids, batch.positions, cache, batch)))

@@ -552,7 +552,8 @@ def decode_alone(
         cu_seqlens_q=batch.cu_seqlens_q[: len(chosen) + 1],
         context_lens=batch.context_lens[chosen],
         block_tables=batch.block_tables[chosen],
-        spans=tuple(batch.spans[seq] for seq in chosen),
+        query_lens=batch.query_lens[chosen],
+        seq_lens=batch.seq_lens[chosen],
     )
     setup = on_device(replace(setup, q=setup.q[chosen], batch=there))
     out = torch.empty(setup.q.shape, dtype=setup.q.dtype, device=DEVICE)

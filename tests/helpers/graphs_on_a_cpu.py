@@ -15,4 +15,5 @@ def with_graphs(llm: LLM, record: Record = lambda step: step) -> LLM:
         config.max_num_seqs, config.max_blocks_per_seq, config.block_size, "cpu"
     )
     runner.graphs = DecodeGraphs(runner.model, runner.kv_cache, runner.batches, record)
+    runner.record_graphs()
     return llm

@@ -72,6 +72,7 @@ def test_a_step_of_the_model_stays_on_its_device(backend: str, kv_dtype: torch.d
     if backend != "reference":  # only a backend that prepares nothing can be recorded
         return
     runner.graphs = DecodeGraphs(model, cache, batches, lambda step: step)
+    runner.record_graphs()
     for _ in range(2):
         logits = runner.run(StepInput(tuple(decodes), copies=((1, 2),)))
         assert logits.shape == (2, TINY.vocab_size)

@@ -11,6 +11,7 @@ from engine_runs import PROMPTS, assert_all_blocks_are_back
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
 from minipaged.scheduler.output import StepInput
+from minipaged.worker import process
 from minipaged.worker.executor import MultiExecutor
 from minipaged.worker.ranks import HEAD
 
@@ -172,6 +173,42 @@ def test_several_ranks_refuse_a_token_whose_value_only_rank_0_has():
     executor = object.__new__(MultiExecutor)
     with pytest.raises(AssertionError, match="other ranks need the value of every token"):
         executor.run(StepInput(()), torch.tensor([5]))
+
+
+def test_all_ranks_record_graphs_after_the_options_and_before_the_first_step(monkeypatch):
+    """Recording runs the model, whose ranks exchange sums: all must do it at the same time."""
+    done: list[str] = []
+
+    class Runner:
+        def record_graphs(self, shows_progress: bool = True) -> None:
+            done.append("record")
+
+    class Connection:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def send_object(self, config: object) -> None:
+            done.append("options")
+
+        def start_steps(self) -> None:
+            done.append("ready")
+
+        def receive(self) -> list[int]:
+            return [process.STOP]
+
+    executor = object.__new__(MultiExecutor)
+    executor.ranks = Connection(0)
+    executor.start(None, Runner())
+    assert done == ["options", "record", "ready"]
+    done.clear()
+
+    def build(args: object, ranks: Connection, device: object) -> Runner:
+        done.append("options")  # it has received them
+        return Runner()
+
+    monkeypatch.setattr(process, "_build_runner", build)
+    process.work(None, Connection(1), torch.device("cpu"))
+    assert done == ["options", "record", "ready"]
 
 
 def test_each_rank_keeps_its_share_of_weights_and_blocks(checkpoints):
