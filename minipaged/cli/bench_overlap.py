@@ -1,4 +1,4 @@
-"""`minipaged bench overlap`: decode steps with and without overlap, on a stub device."""
+"""`minipaged bench overlap`: decode steps with and without overlap, on a simulated device."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +23,9 @@ def overlap(
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare steps with and without overlap, on a stub device.
+    """Compare steps with and without overlap, on a simulated device.
 
-    The stub needs a fixed time per step, and the host's part is the real one.
+    The device needs a fixed time per step, and the host's part is the real one.
     """
     from minipaged.evaluation.bench import overlap as ours
 
@@ -37,7 +37,7 @@ def overlap(
     if plot is not None:
         ours.plot(num_seqs, context_len, 0.002, plot)
     note = (
-        f"Decode steps of {num_seqs} sequences of {context_len} tokens, on a stub device that "
+        f"Decode steps of {num_seqs} sequences of {context_len} tokens, on a simulated device that "
         "needs a fixed time per step; the host's part is the real one, the model is a stub. Both "
         "run in turn; medians of the time between two steps."
     )

@@ -312,8 +312,9 @@ def test_blocks_are_copied_in_every_layer_keys_and_values():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
 def test_a_cleared_block_is_zero_in_every_layer_and_no_other_is(dtype):
     cache = KVCache(CONFIG, 4, 2, dtype=dtype)
-    for tensor in cache._pool:
-        tensor.copy_(torch.ones(tensor.shape))
+    for pool in (pool for layer in cache.layers for pool in layer):
+        for tensor in [pool] if isinstance(pool, torch.Tensor) else [pool.numbers, pool.scales]:
+            tensor.copy_(torch.ones(tensor.shape))
     cache.clear([2, 0])
     for k, v in cache.layers:
         assert [pool[block].abs().max() for pool in (k, v) for block in range(4)] == [0, 1] * 4

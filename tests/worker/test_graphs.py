@@ -259,7 +259,7 @@ def programs(lengths: list[int]) -> tuple[int, int]:
     return 8 * launched, 8 * sum(most_splits(length, to_fill) for length in lengths)
 
 
-def test_a_graph_launches_as_many_programs_as_the_page_on_kernels_says():
+def test_a_graph_launches_the_number_of_programs_in_docs_kernels():
     assert programs([1024] * 64) == (512, 512)
     assert programs([4500] * 64) == (1024, 1024)
     assert programs([17_000] * 64) == (4096, 2560)

@@ -1,8 +1,8 @@
-"""`minipaged bench overlap`: decode steps with and without overlap, on a stub device.
+"""`minipaged bench overlap`: decode steps with and without overlap, on a simulated device.
 
-The engine is the real one. The model is a stub, and the device is a thread with a queue that needs
-a fixed time for each step (`StubDevice`). Only scheduling, message, tensors, sampling and outputs
-remain, and they compete with the device for the host's time as little as with a GPU.
+The engine is the real one, with a stub for the model: what remains is the host's part of a step.
+The device is a clock. It begins a step when it is launched and the step before has ended, and needs
+a fixed time for it; only then can the host read the results.
 """
 
 import statistics
@@ -19,14 +19,15 @@ from rich.table import Table
 
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.evaluation.bench.decode_step import TINY, build_engine
-from minipaged.evaluation.testing.stub_device import StubDevice
 from minipaged.sampling import SamplingParams
+from minipaged.sampling.rows import SampledToken
+from minipaged.sampling.sampler import Draws
 
-STEPS = 40
+STEPS = 24  # few, so that the pool has a free block for each sequence until the end
 WARM_UP = 4  # steps that are not timed: the prompts, and what is done a first time
 SHOWN = 3  # steps in the picture
 DEVICE_SECONDS = (0.0005, 0.001, 0.002, 0.004)
-COLORS = {"schedule and launch": "#4477aa", "commit": "#ccbb44", "device": "#228833"}
+COLORS = {"launch": "#4477aa", "commit": "#ccbb44", "device": "#228833"}
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,12 @@ def measure(num_seqs: int, context_len: int, rounds: int) -> Iterator[Row]:
 
 def run(num_seqs: int, context_len: int, seconds: float, overlaps: bool) -> list[Bar]:
     """Decode with all sequences, and return what host and device did."""
-    device = torch.device("cpu")
-    engine = build_engine(TINY, "torch", num_seqs, context_len, device, torch.float32, False)
+    cpu = torch.device("cpu")
+    engine = build_engine(TINY, "torch", num_seqs, context_len, cpu, torch.float32, False)
     engine.config = replace(engine.config, async_scheduling=overlaps)
     runner = engine.executor.runner
     runner.model = _StubModel(runner.model, num_seqs)  # type: ignore[assignment]
-    stub = StubDevice(seconds)
-    stub.attach(engine)
-    bars = _watch(engine, stub)
+    device = _Device(engine, seconds)
     params = SamplingParams(temperature=0.0, max_tokens=STEPS, ignore_eos=True)
     for i in range(num_seqs):
         engine.add_request(str(i), {"prompt_token_ids": [65 + i % 9] * context_len}, params)
@@ -93,35 +92,57 @@ def run(num_seqs: int, context_len: int, seconds: float, overlaps: bool) -> list
     while engine.has_unfinished_requests():
         num_tokens += sum(len(new.token_ids) for each in engine.step() for new in each.new)
     assert num_tokens == num_seqs * STEPS, f"{num_tokens} tokens were generated"
-    times = {(what, number): at for at, what, number in stub.events}
-    done = [number for what, number in times if what == "end"]
-    bars += [Bar("device", times["begin", n], times["end", n], n) for n in done]
-    return bars
+    return device.bars
 
 
-def _watch(engine: LLMEngine, stub: StubDevice) -> list[Bar]:
-    """Note what the host does; returns the list, which grows."""
-    bars: list[Bar] = []
-    launch, commit = engine._launch, engine._commit  # pyright: ignore[reportPrivateUsage]
-    num_committed = 0
+class _Device:
+    """The clock of a device, and what it and the host did. It times the engine from outside."""
 
-    def timed_launch(*arguments: Any, **options: Any) -> Any:
+    def __init__(self, engine: LLMEngine, seconds: float) -> None:
+        self.bars: list[Bar] = []
+        self._seconds = seconds
+        self._free_at = 0.0
+        self._num_launched = 0
+        self._sample = engine.sampler.sample
+        self._launch, self._commit = engine._launch, engine._commit  # pyright: ignore[reportPrivateUsage]
+        engine.sampler.sample = self._enqueue  # type: ignore[method-assign]
+        engine._launch = self._timed_launch  # type: ignore[method-assign]
+        engine._commit = self._timed_commit  # type: ignore[method-assign]
+
+    def _enqueue(self, logits: Any, rows: Any) -> Any:
+        draws = self._sample(logits, rows)
+        self._num_launched += 1
+        begin = max(time.perf_counter(), self._free_at)
+        self._free_at = begin + self._seconds
+        self.bars.append(Bar("device", begin, self._free_at, self._num_launched))
+        return _LateDraws(draws, self._free_at, self._num_launched)
+
+    def _timed_launch(self, *arguments: Any, **options: Any) -> Any:
         begin = time.perf_counter()
-        step = launch(*arguments, **options)
-        bars.append(Bar("schedule and launch", begin, time.perf_counter(), stub.num_launched))
+        step = self._launch(*arguments, **options)
+        self.bars.append(Bar("launch", begin, time.perf_counter(), self._num_launched))
         return step
 
-    def timed_commit(step: Any) -> None:
-        nonlocal num_committed
-        num_committed += 1
-        commit(step)
-        end = time.perf_counter()
-        is_read = ("read", num_committed)  # before that, the host has waited
-        begin = next(at for at, *what in reversed(stub.events) if tuple(what) == is_read)
-        bars.append(Bar("commit", begin, end, num_committed))
+    def _timed_commit(self, step: Any) -> None:
+        self._commit(step)
+        draws = step.draws
+        self.bars.append(Bar("commit", draws.read_at, time.perf_counter(), draws.number))
 
-    engine._launch, engine._commit = timed_launch, timed_commit  # type: ignore[method-assign]
-    return bars
+
+class _LateDraws:
+    """Tokens that can be read when the device has ended the step."""
+
+    def __init__(self, draws: Draws, ready_at: float, number: int) -> None:
+        self.token_ids = draws.token_ids
+        self.number = number
+        self.read_at = ready_at
+        self._draws = draws
+        self._ready_at = ready_at
+
+    def read(self) -> list[SampledToken]:
+        time.sleep(max(0.0, self._ready_at - time.perf_counter()))
+        self.read_at = time.perf_counter()
+        return self._draws.read()
 
 
 def as_table(rows: list[Row]) -> Table:
@@ -148,7 +169,7 @@ def plot(num_seqs: int, context_len: int, seconds: float, path: Path) -> None:
     width = 0.0
     for panel, bars, title in zip(panels, runs, ("without overlap", "with overlap"), strict=True):
         first = WARM_UP + 2
-        start = next(b.begin for b in bars if b.what == "schedule and launch" and b.step == first)
+        start = next(b.begin for b in bars if b.what == "launch" and b.step == first)
         for bar in bars:
             if not first <= bar.step < first + SHOWN:
                 continue
