@@ -40,6 +40,7 @@ if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not chec
         attention.blockwise
         attention.device_batch
         attention.kv_cache
+        attention.pool
         attention.reference
         attention.torch_decode
         attention.torch_paged
@@ -57,7 +58,7 @@ if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not chec
         models.safetensors_reader
         sampling.adjust
         sampling.sampler
-        sampling.scores
+        sampling.draw
         sampling.truncate
     """
     install_import_hook([f"minipaged.{name}" for name in SHAPED.split()], "beartype.beartype")

@@ -189,7 +189,7 @@ def test_signatures_check_shapes_under_pytest():
     torch = pytest.importorskip("torch")
     from jaxtyping import TypeCheckError
 
-    from minipaged.sampling.scores import Scores
+    from minipaged.sampling.sampler import Scores
 
     with pytest.raises(TypeCheckError):
         Scores(torch.zeros(3), [0], [None])  # logits without rows

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from minipaged.scheduler.output import SequenceInput
-from minipaged.utils.device import to_device
 from minipaged.utils.shapes import Int
 
 
@@ -174,7 +173,7 @@ class BatchBuilder:
             slot_mapping=torch.from_numpy(host.slot_mapping),
             cu_seqlens_q=torch.from_numpy(host.cu_seqlens_q),
             context_lens=torch.from_numpy(host.context_lens),
-            block_tables=to_device(self._tables[host.table_rows, :columns], self.device),
+            block_tables=torch.from_numpy(self._tables[host.table_rows, :columns]),
             logit_rows=torch.from_numpy(host.logit_rows),
             query_lens=host.query_lens,
             seq_lens=host.seq_lens,

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from minipaged.engine.broken_logits import CHECK_ONLY
 from minipaged.engine.open_request import Broken, OpenRequest, Sampled, Sampling
+from minipaged.engine.request import Request
 from minipaged.memory import BlockTable
 from minipaged.sampling.rows import SamplingRow
 from minipaged.sampling.sampler import Draws
@@ -17,7 +17,7 @@ from minipaged.scheduler.output import (
     SequenceInput,
     StepInput,
 )
-from minipaged.utils.device import to_device
+from minipaged.sequence import Sequence
 from minipaged.utils.shapes import Float
 
 
@@ -36,7 +36,8 @@ def step_input(
     """
     sequences: list[SequenceInput] = []
     for group, seq, num_new_tokens, _ in decision.sequences:
-        request, start = requests[group.request_id].request, seq.num_begun_tokens
+        request = requests[group.request_id].request
+        start = seq.num_computed_tokens + seq.num_in_flight
         if request.first_scheduled_time is None:
             request.first_scheduled_time = now
         wants_all = request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq)
@@ -55,17 +56,25 @@ class Rows:
     for_sampler: list[SamplingRow] = field(default_factory=list[SamplingRow])
     indices: list[int] = field(default_factory=list[int])  # in all logits of the step
 
-    def select(self, logits: Float[Tensor, "all vocab"]) -> Float[Tensor, "rows vocab"]:
-        """Return these rows of the step's logits."""
-        if self.indices == list(range(logits.shape[0])):
-            return logits
-        return logits[to_device(self.indices, logits.device, torch.long)]
+    of_prompts: list[tuple[Request, Sequence, slice]] = field(
+        default_factory=list[tuple[Request, Sequence, slice]]
+    )
+    """The logits of sequences whose requests want `prompt_logprobs`."""
+
+    def note_prompt_logits(
+        self, logits: Float[Tensor, "all vocab"], faults: dict[str, Exception]
+    ) -> None:
+        """Give the logits of prompts to their requests; `faults` gets the exceptions they raise."""
+        for request, seq, places in self.of_prompts:
+            try:
+                request.note_prompt_logits(seq, logits[places])
+            except Exception as error:
+                faults[request.group.request_id] = error
 
 
 def rows_to_sample(
     decision: SchedulerOutput,
     step: StepInput,
-    logits: Float[Tensor, "all vocab"],
     requests: Mapping[str, OpenRequest],
     faults: dict[str, Exception],
 ) -> Rows:
@@ -82,9 +91,9 @@ def rows_to_sample(
     for (group, seq, _, samples), given in scheduled:
         request = requests[group.request_id].request
         start, stop = stop, stop + given.num_logits
+        if request.num_prompt_logprobs is not None:
+            rows.of_prompts.append((request, seq, slice(start, stop)))
         try:
-            if request.num_prompt_logprobs is not None:
-                request.note_prompt_logits(seq, logits[start:stop])
             wanted = request.rows(seq) if samples else [CHECK_ONLY]
         except Exception as error:
             faults[group.request_id] = error

@@ -8,6 +8,8 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+import torch
+
 from minipaged.config import EngineConfig
 from minipaged.engine import overlap
 from minipaged.engine.arrivals import CheckedRequest, RequestBuilder, check_request, refuse_id
@@ -29,6 +31,7 @@ from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import Sequence
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, read_prompt
+from minipaged.utils.device import to_device
 from minipaged.utils.vllm_options import refuse_call_options
 from minipaged.worker.executor import Executor
 
@@ -106,7 +109,7 @@ class LLMEngine(EngineNames):
                 step = self._launch()
             else:
                 overlap.leave_out_ended(step, self._open)
-            if self._may_look_ahead(step):
+            if self.config.async_scheduling and self._may_look_ahead(step):
                 overlap.look_ahead(step)
                 self._launched = self._launch(after=step)
             self._commit(step)
@@ -141,22 +144,26 @@ class LLMEngine(EngineNames):
         decision = self.scheduler.schedule()  # which sequences run, how many tokens each
         times.append(self._clock())
         step = step_input(decision, self.scheduler.memory.tables, self._open, times[-1])
+        rows = rows_to_sample(decision, step, self._open, self._faults)
         pending = () if after is None else (after.draws.token_ids,)
         logits = self.executor.run(step, *pending)  # [rows, vocab]: the device side
-        rows = rows_to_sample(decision, step, logits, self._open, self._faults)
-        draws = self.sampler.sample(rows.select(logits), rows.for_sampler)  # the next tokens
+        if rows.of_prompts:
+            rows.note_prompt_logits(logits, self._faults)
+        if rows.indices != list(range(len(logits))):
+            logits = logits[to_device(rows.indices, logits.device, torch.long)]  # [rows, vocab]
+        draws = self.sampler.sample(logits, rows.for_sampler)  # the next tokens
         times.append(self._clock())
         return LaunchedStep(decision, rows.counts, draws, times, decision.sequences)
 
     def _may_look_ahead(self, step: LaunchedStep) -> bool:
-        asked = self.config.async_scheduling and not self._faults
-        return asked and overlap.may_look_ahead(step, self.scheduler, self._open)
+        return not self._faults and overlap.may_look_ahead(step, self.scheduler, self._open)
 
     def _commit(self, step: LaunchedStep) -> None:
         """Read and record what was computed; let requests fork or end; free ended sequences."""
         sampled, broken = step.read()  # by request, by sequence
         decision, times = step.decision, [*step.times, self._clock()]
-        overlap.arrive(step)
+        if step.is_followed:
+            overlap.arrive(step)
         if broken:  # these end with an error, and the others continue
             decision = leave_out_broken(decision, broken, self._open, self.scheduler)
         number = self.last_step[0] + 1
@@ -167,6 +174,8 @@ class LLMEngine(EngineNames):
             for listener in self.listeners:
                 listener(decision, stats)
         for request_id, tokens in sampled.items():
+            if request_id in self._faults:
+                continue
             request = (open_request := self._open[request_id]).request
             request.last_token_time = times[-1]
             if request.first_token_time is None:

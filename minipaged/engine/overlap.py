@@ -72,9 +72,8 @@ def look_ahead(step: LaunchedStep) -> None:
 
 def arrive(step: LaunchedStep) -> None:
     """Undo the counting of `look_ahead`: from now on, the tokens are computed."""
-    if step.is_followed:
-        for _, seq, num_new_tokens, _ in step.decision.sequences:
-            seq.num_in_flight -= num_new_tokens
+    for _, seq, num_new_tokens, _ in step.decision.sequences:
+        seq.num_in_flight -= num_new_tokens
 
 
 def leave_out_ended(step: LaunchedStep, requests: Mapping[str, OpenRequest]) -> None:

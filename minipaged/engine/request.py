@@ -22,7 +22,7 @@ from minipaged.engine.outputs import (
 )
 from minipaged.sampling.logprobs import Logprobs, logprobs_of
 from minipaged.sampling.rows import SampledToken, SamplingRow
-from minipaged.sampling.scores import Scores
+from minipaged.sampling.sampler import Scores
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import TokenizedPrompt

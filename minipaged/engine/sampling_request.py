@@ -179,7 +179,9 @@ class Completion:
             self.finish("error", error=error)
             return
         token, detokenizer = sampled.token_id, self._detokenizer
-        self.seq.append(token)
+        if self.seq.token_ids[-1] < 0:  # pending
+            self.seq.token_ids.pop()
+        self.seq.token_ids.append(token)
         self._token_ids.append(token)
         self.cumulative_logprob += sampled.logprob
         if self.logprobs is not None:

@@ -73,22 +73,6 @@ def to_device(
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class ComingCopy:
-    """A copy of a tensor to the host, which may still be waiting for the device."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._copy = tensor.to("cpu", non_blocking=True)  # from a GPU: to pinned memory
-        self._arrival = None
-        if tensor.device.type == "cuda":
-            self._arrival = torch.cuda.current_stream(tensor.device).record_event()
-
-    def wait(self) -> Tensor:
-        """Return the copy once it is complete."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return self._copy
-
-
 def to_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Return a tensor on the device for each array, with one copy for all of them.
 

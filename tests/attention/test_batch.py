@@ -272,7 +272,7 @@ def test_a_failed_memory_allocation_is_explained_in_a_sentence(monkeypatch):
     def refuse(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("minipaged.attention.kv_cache.mmap.mmap", refuse)
+    monkeypatch.setattr("minipaged.attention.pool.mmap.mmap", refuse)
     with pytest.raises(InvalidOption, match=r"cannot allocate 0.0 GiB .*: lower num_blocks"):
         KVCache(CONFIG, 4, 2)
 

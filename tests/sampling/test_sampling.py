@@ -23,11 +23,11 @@ from transformers.generation.logits_process import (
 )
 
 from minipaged.errors import InvalidOption
-from minipaged.sampling import SamplingParams, adjust, sampler, scores
+from minipaged.sampling import SamplingParams, adjust, draw, sampler
+from minipaged.sampling.draw import draw_weights
 from minipaged.sampling.not_built import NOT_BUILT
 from minipaged.sampling.rows import SampledToken, SamplingRow
-from minipaged.sampling.sampler import Sampler, draw_weights
-from minipaged.sampling.scores import Scores
+from minipaged.sampling.sampler import Sampler, Scores
 
 VOCAB = 40
 NEVER = 1e-10  # less likely tokens round to a weight of zero
@@ -47,7 +47,7 @@ def sample_ids(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
 
 
 def home_of(stage: str):
-    return sampler if hasattr(sampler, stage) else adjust
+    return next(each for each in (sampler, draw, adjust) if hasattr(each, stage))
 
 
 # -- A reference: one row, one token at a time, in double precision ----------------------
@@ -95,7 +95,7 @@ def reference_probabilities(logits: torch.Tensor, row: SamplingRow) -> np.ndarra
 
 
 def drawn_from(logits: torch.Tensor, rows: list[SamplingRow]) -> np.ndarray:
-    weights = sampler.draw_weights(sampler.adjust(logits, rows)[0], rows).double()
+    weights = draw.draw_weights(sampler.adjust(logits, rows)[0], rows).double()
     return (weights / weights.sum(-1, keepdim=True)).numpy()
 
 
@@ -187,7 +187,7 @@ def check_the_ends_of_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor([[-math.inf, -math.inf, 0.3, 0.1, -60.0, -math.inf]])
     for number, token in ((0.0, 2), (1 - 2.0**-53, 3)):
         with monkeypatch.context() as patch:
-            patch.setattr(sampler, "uniform", lambda seed, position, number=number: number)
+            patch.setattr(draw, "uniform", lambda seed, position, number=number: number)
             assert sample_ids(logits, [row()]) == [token]
 
 
@@ -224,9 +224,9 @@ def check_top_p_against_sorting():
         weights = torch.randint(0, kinds, (rows, vocab), generator=generator) << bits  # with ties
         top_p = torch.rand(rows, 1, generator=generator, dtype=torch.float64)
         expected = sorted_top_p(weights, top_p)
-        assert torch.equal(sampler.keep_top_p(weights, top_p, None), expected)
+        assert torch.equal(draw.keep_top_p(weights, top_p, None), expected)
         cut = weights * (weights >= weights.topk(min(top_k, vocab)).values[:, -1:])
-        found = sampler.keep_top_p(cut, top_p, top_k)
+        found = draw.keep_top_p(cut, top_p, top_k)
         assert torch.equal(found, sorted_top_p(cut, top_p))
 
 
@@ -239,14 +239,15 @@ def test_top_p_of_a_large_vocabulary_keeps_few_or_most_tokens(spread):
     logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
     weights = ((logits - logits.amax(-1, keepdim=True)).exp() * 2**40).long()
     top_p = torch.tensor([[0.1], [0.9], [0.999]], dtype=torch.float64)
-    kept = sampler.keep_top_p(weights, top_p)
+    kept = draw.keep_top_p(weights, top_p)
     assert torch.equal(kept, sorted_top_p(weights, top_p))
     assert bool(((kept > 0).sum(-1) > 1024).any()) == (spread == 0.1)
 
 
 # -- Deliberate faults ------------------------------------------------------------------------
 
-right = {name: getattr(sampler, name) for name in ("adjust", "draw", "keep_top_k", "uniform")}
+right = {name: getattr(sampler, name) for name in ("adjust", "draw")}
+right |= {name: getattr(draw, name) for name in ("keep_top_k", "uniform")}
 right |= {name: getattr(adjust, name) for name in ("bad_word_ends", "penalise")}
 
 
@@ -437,7 +438,7 @@ def test_the_same_seed_and_position_give_the_same_token_after_preemption():
 
 
 def test_neighbouring_seeds_share_no_random_numbers():
-    numbers = {sampler.uniform(seed, place) for seed in range(-5, 45) for place in range(100)}
+    numbers = {draw.uniform(seed, place) for seed in range(-5, 45) for place in range(100)}
     assert len(numbers) == 50 * 100
     assert all(0 <= number < 1 for number in numbers)
 
@@ -564,13 +565,13 @@ def test_rows_scored_a_few_at_a_time_get_the_same_scores(monkeypatch):
     for asked in ({}, {"logprobs": 3}):
         rows = [row(seed=i, **asked, **(ends if i == 3 else {})) for i in range(7)]
         expected = repr(Sampler().sample(logits, rows).read())  # NaN differs from itself
-        monkeypatch.setattr(scores, "SCORED_AT_ONCE", {"cpu": 2 * VOCAB + 1})
+        monkeypatch.setattr(sampler, "SCORED_AT_ONCE", {"cpu": 2 * VOCAB + 1})
         assert repr(Sampler().sample(logits, rows).read()) == expected
         monkeypatch.undo()
 
 
 def test_logprobs_need_no_second_matrix_of_logits(monkeypatch):
-    monkeypatch.setattr(scores, "SCORED_AT_ONCE", {"cpu": 3 * 400})
+    monkeypatch.setattr(sampler, "SCORED_AT_ONCE", {"cpu": 3 * 400})
     logits, largest = random_logits(20, 400), 0
 
     class Largest(TorchDispatchMode):

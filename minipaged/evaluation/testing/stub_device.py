@@ -75,6 +75,9 @@ class _Coming:
     shape: tuple[int, ...]
     result: "Future[torch.Tensor]"
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
 
 class _StubExecutor:
     """Enqueues the steps of an executor."""
