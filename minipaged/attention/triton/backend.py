@@ -7,7 +7,6 @@ from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import KVPool
 from minipaged.attention.triton.decode import decode
 from minipaged.attention.triton.launch import check_rows
-from minipaged.attention.triton.machine import is_interpreted
 from minipaged.attention.triton.prefill import prefill
 
 
@@ -26,9 +25,7 @@ def triton_paged_attention(
     Each kernel is launched over all sequences and skips those of the other.
     """
     check_rows(q=q)
-    # Rows of padding stay as they are. In the interpreter, NumPy would warn of what they hold.
-    new = torch.zeros if is_interpreted() else torch.empty
-    out = new(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.has_decodes:
         decode(q, k_cache, v_cache, batch, scale, out, fixed_split_size=fixed_split_size)
     if batch.has_prefills:
