@@ -67,7 +67,7 @@ def formats(
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare data types of the KV cache: capacity and error."""
+    """Compare data types of the KV cache."""
     from minipaged.evaluation.bench import formats as kv_formats
 
     rows = list(kv_formats.measure(num_questions))

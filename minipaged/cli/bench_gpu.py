@@ -41,7 +41,7 @@ def gpu(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check and measure everything that needs a GPU, in eight minutes.
+    """Check and measure everything that needs a GPU.
 
     Prints a table per stage. A failure ends only its own part; the exit code is then 1.
     """

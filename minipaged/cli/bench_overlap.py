@@ -23,7 +23,7 @@ def overlap(
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare steps with and without overlap, on a simulated device.
+    """Compare steps with and without overlap.
 
     The device needs a fixed time per step, and the host's part is the real one.
     """

@@ -59,7 +59,7 @@ class Rows:
     of_prompts: list[tuple[Request, Sequence, slice]] = field(
         default_factory=list[tuple[Request, Sequence, slice]]
     )
-    """The logits of sequences whose requests want `prompt_logprobs`."""
+    """The logits of sequences whose requests asked for `prompt_logprobs`."""
 
     def note_prompt_logits(
         self, logits: Float[Tensor, "all vocab"], faults: dict[str, Exception]
