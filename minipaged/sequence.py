@@ -34,7 +34,7 @@ class SequenceStatus(Enum):
 class Sequence:
     """One prompt and its generated tokens. Each field has one writer.
 
-    token_ids            the request, which appends sampled tokens
+    token_ids            the request, which appends sampled tokens; the engine, pending ones
     num_in_flight        the engine
     num_computed_tokens  the scheduler: the cached tokens on admission, plus those of each step, 0
                          after a preemption by recomputation
@@ -82,14 +82,8 @@ class Sequence:
         return child
 
     def append(self, token_id: int) -> None:
-        """Add a sampled token. Its own keys and values are computed by the next step.
-
-        It replaces a pending token.
-        """
-        if self.token_ids[-1] < 0:
-            self.token_ids[-1] = token_id
-        else:
-            self.token_ids.append(token_id)
+        """Add a sampled token. Its own keys and values are computed by the next step."""
+        self.token_ids.append(token_id)
 
     def append_pending(self, row: int) -> None:
         """Add the token that is being sampled from this row of logits, whose id is not known."""
@@ -121,11 +115,6 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def num_begun_tokens(self) -> int:
-        """The number of tokens that are computed or in flight."""
-        return self.num_computed_tokens + self.num_in_flight
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -71,9 +71,14 @@ def look_ahead(step: LaunchedStep) -> None:
 
 
 def arrive(step: LaunchedStep) -> None:
-    """Undo the counting of `look_ahead`: from now on, the tokens are computed."""
+    """Undo `look_ahead`: the tokens are computed, and the pending ones are known.
+
+    The commit then finds the sequences as it would without overlap.
+    """
     for _, seq, num_new_tokens, _ in step.decision.sequences:
         seq.num_in_flight -= num_new_tokens
+        if seq.token_ids[-1] < 0:
+            seq.token_ids.pop()
 
 
 def leave_out_ended(step: LaunchedStep, requests: Mapping[str, OpenRequest]) -> None:

@@ -118,13 +118,13 @@ class Request(ABC):
         return asked and len(self._prompt_logprobs) < seq.prompt_len
 
     def note_prompt_logits(self, seq: Sequence, logits: Tensor) -> None:
-        """Take the logits of the tokens from `num_begun_tokens` on, [rows, vocab].
+        """Take the logits of the tokens that are neither computed nor in flight, [rows, vocab].
 
         The logits at position i score the token at position i + 1. After a preemption some
         positions are computed again: these are skipped, and so are positions after the prompt.
         """
         first = len(self._prompt_logprobs) - 1  # its logits score the first token without a score
-        start = seq.num_begun_tokens
+        start = seq.num_computed_tokens + seq.num_in_flight
         stop = min(start + logits.shape[0], seq.prompt_len - 1)
         if start <= first < stop:
             judged, count = seq.token_ids[first + 1 : stop + 1], self.num_prompt_logprobs

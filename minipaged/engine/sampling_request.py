@@ -179,8 +179,6 @@ class Completion:
             self.finish("error", error=error)
             return
         token, detokenizer = sampled.token_id, self._detokenizer
-        if self.seq.token_ids[-1] < 0:  # pending
-            self.seq.token_ids.pop()
         self.seq.token_ids.append(token)
         self._token_ids.append(token)
         self.cumulative_logprob += sampled.logprob

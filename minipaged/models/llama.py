@@ -121,7 +121,7 @@ class Llama(Model):
 
 
 class Layer(nn.Module):
-    """Attention, then the feed-forward. The next norm adds the latter's result, `delta`, to x."""
+    """Attention, then the feed-forward. Returns x and `delta`, which the next norm adds to x."""
 
     def __init__(self, config: LlamaConfig, attention: AttentionBackend) -> None:
         super().__init__()
