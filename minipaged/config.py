@@ -144,6 +144,11 @@ class EngineArgs:
         "the first vLLM: swap requests with several sequences, recompute others. Even recompute "
         "swaps requests with several sequences while the swap pool has room.",
     )
+    async_scheduling: bool | None = option(
+        None,
+        "Launch each step before the results of the last one are read, so that the GPU need not "
+        "wait for the host. Default: on if the device is a GPU and nothing prevents it.",
+    )
     watermark: float = option(
         0.01,
         "Fraction of the pool that admission keeps free, so that running requests can grow.",
@@ -176,6 +181,7 @@ class EngineConfig:
     max_model_len: int
     max_num_batched_tokens: int
     enable_prefix_caching: bool
+    async_scheduling: bool = False
     block_size: int = EngineArgs.block_size
     max_num_seqs: int = EngineArgs.max_num_seqs
     enable_chunked_prefill: bool = EngineArgs.enable_chunked_prefill

@@ -9,6 +9,9 @@ A sequence is a list of tokens. The keys and values of its first tokens are in t
     [num_computed_tokens, num_tokens)  not yet computed: the whole prompt at first, one token while
                                decoding, everything after a preemption by recomputation
 
+Of the last range, the first `num_in_flight` tokens belong to a step that was launched and whose
+results have not been read (see `engine/overlap.py`). Without overlapped steps, it is 0.
+
 Computing a prompt is called prefill, computing one more token decode. They are not two states but
 two lengths of the last range. Once it is empty, the last token's logits are available and the next
 token is sampled.
@@ -32,6 +35,7 @@ class Sequence:
     """One prompt and its generated tokens. Each field has one writer.
 
     token_ids            the request, which appends sampled tokens
+    num_in_flight        the engine
     num_computed_tokens  the scheduler: the cached tokens on admission, plus those of each step, 0
                          after a preemption by recomputation
     num_cached_tokens    the scheduler, on the first admission
@@ -57,6 +61,7 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.prompt_len = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_in_flight = 0
         self.max_output_len = max_output_len
         self.num_cached_tokens: int | None = None  # None until the first admission
         self.cache_salt = cache_salt
@@ -77,8 +82,18 @@ class Sequence:
         return child
 
     def append(self, token_id: int) -> None:
-        """Add a sampled token. Its own keys and values are computed by the next step."""
-        self.token_ids.append(token_id)
+        """Add a sampled token. Its own keys and values are computed by the next step.
+
+        It replaces a pending token.
+        """
+        if self.token_ids[-1] < 0:
+            self.token_ids[-1] = token_id
+        else:
+            self.token_ids.append(token_id)
+
+    def append_pending(self, row: int) -> None:
+        """Add the token that is being sampled from this row of logits, whose id is not known."""
+        self.token_ids.append(-1 - row)
 
     def mark_computed(self, num_new_tokens: int) -> None:
         """Record that `num_new_tokens` more tokens are computed, or shared with a parent."""
@@ -108,8 +123,14 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def num_begun_tokens(self) -> int:
+        """The number of tokens that are computed or in flight."""
+        return self.num_computed_tokens + self.num_in_flight
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        """The number of tokens that are neither computed nor in flight."""
+        return len(self.token_ids) - self.num_computed_tokens - self.num_in_flight
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -151,7 +172,7 @@ class SequenceGroup:
     def is_decoding(self) -> bool:
         """Whether every sequence has one token left to compute, and then samples the next."""
         for seq in self.sequences:  # all(...) would take twice as long, per group and step
-            if len(seq.token_ids) - seq.num_computed_tokens != 1:
+            if len(seq.token_ids) - seq.num_computed_tokens - seq.num_in_flight != 1:
                 return False
         return not self.awaiting_refork
 

@@ -38,7 +38,9 @@ if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not chec
     SHAPED = """
         attention.batch
         attention.blockwise
+        attention.device_batch
         attention.kv_cache
+        attention.pool
         attention.reference
         attention.torch_decode
         attention.torch_paged
@@ -56,6 +58,7 @@ if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not chec
         models.safetensors_reader
         sampling.adjust
         sampling.sampler
+        sampling.draw
         sampling.truncate
     """
     install_import_hook([f"minipaged.{name}" for name in SHAPED.split()], "beartype.beartype")
@@ -63,6 +66,7 @@ if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not chec
 if find_spec("triton") is None:  # it exists for Linux only; the library does without
     collect_ignore = ["attention/test_triton.py", "engine/test_triton_engine.py"]
     collect_ignore += [
+        "attention/test_layer_kernels.py",
         "evaluation/test_compile.py",
         "worker/test_graphs.py",
         "evaluation/test_bench_triton.py",

@@ -189,10 +189,10 @@ def test_signatures_check_shapes_under_pytest():
     torch = pytest.importorskip("torch")
     from jaxtyping import TypeCheckError
 
-    from minipaged.sampling.sampler import score
+    from minipaged.sampling.sampler import Scores
 
     with pytest.raises(TypeCheckError):
-        score(torch.zeros(3), [0], [None])  # logits without rows
+        Scores(torch.zeros(3), [0], [None])  # logits without rows
 
 
 def test_every_public_thing_has_a_docstring():

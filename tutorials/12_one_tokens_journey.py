@@ -91,7 +91,10 @@ class TinyEngine:
 
 
 # %% [markdown]
-# The library's own step makes the same five calls. Its requests also sample, fork and stream:
+# The library's own step makes the same five calls. The first four launch a step, so that a GPU can
+# compute it while the host reads the one before. Its requests also sample, fork and stream:
+#
+# @@ minipaged.engine.llm_engine.LLMEngine._launch
 #
 # @@ minipaged.engine.llm_engine.LLMEngine.step
 #

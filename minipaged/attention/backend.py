@@ -48,6 +48,8 @@ Prepare = Callable[[Batch, KVPool, int, torch.dtype], Batch]
 PagedAttention = Callable[[Tensor, KVPool, KVPool, Any, float], Tensor]
 StoreKV = Callable[[Tensor, Tensor, KVPool, KVPool, Any], None]
 RopeAndStoreKV = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, KVPool, KVPool, Any], Tensor]
+AddRMSNorm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+SiluAndMul = Callable[[Tensor, Tensor], Tensor]
 
 
 def no_preparation(batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dtype) -> Batch:
@@ -74,6 +76,10 @@ class AttentionBackend:
     rope_and_store_kv(q, k, v, cos, sin, k_cache, v_cache, batch) -> q
         optional, for a backend that can fuse them: rotate queries and keys (see
         `models/rope.py`), then store keys and values
+    add_rms_norm(x, delta, weight, eps) -> x + delta, norm
+        optional, the same: add two tensors, [tokens, hidden], and normalise the sum
+    silu_and_mul(gate, up) -> silu(gate) * up
+        optional, the same: the gate of a feed-forward, [tokens, inner] each
     """
 
     name: str
@@ -81,6 +87,8 @@ class AttentionBackend:
     store_kv: StoreKV
     copy_blocks: CopyBlocks = copy_blocks
     rope_and_store_kv: RopeAndStoreKV | None = None
+    add_rms_norm: AddRMSNorm | None = None
+    silu_and_mul: SiluAndMul | None = None
     prepare: Prepare = no_preparation
     # A CUDA graph can record it: it uses the batch's Python numbers only as bounds, and
     # it prepares nothing.
@@ -139,9 +147,11 @@ def _triton_backend(
     name: str, device: torch.device, fixed_split_size: int | None
 ) -> AttentionBackend:
     # A late import: Triton takes a second to import, and may not be installed.
+    from minipaged.attention.triton.add_rms_norm import add_rms_norm
     from minipaged.attention.triton.backend import triton_paged_attention
     from minipaged.attention.triton.copy_blocks import copy_blocks
     from minipaged.attention.triton.naive_decode import naive_paged_attention
+    from minipaged.attention.triton.silu_and_mul import silu_and_mul
     from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 
     if device.type != "cuda":
@@ -158,6 +168,8 @@ def _triton_backend(
         triton_store_kv,
         copy_blocks,
         rope_and_store_kv=None if naive else rope_and_store_kv,
+        add_rms_norm=None if naive else add_rms_norm,
+        silu_and_mul=None if naive else silu_and_mul,
         # Interpreted on a GPU's tensors, kernels copy them to the host and back.
         cuda_graph_safe=device.type != "cuda" or not is_interpreted(),
     )

@@ -1,5 +1,8 @@
 """Builds a step's tensors from plain numbers: all index arithmetic of a step is in this file.
 
+It is done on the host, for all tokens at once, with NumPy: for the few numbers of a decode step,
+NumPy is faster than PyTorch and much faster than a loop.
+
 The tokens that a step computes, its query tokens, are laid out flat, one sequence after another.
 An example with blocks of 4 slots and two sequences: the first decodes one token after 5 others,
 the second starts a prompt of 3:
@@ -16,13 +19,14 @@ the second starts a prompt of 3:
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minipaged.scheduler.output import SequenceInput
-from minipaged.utils.device import to_device
 from minipaged.utils.shapes import Int
 
 
@@ -57,132 +61,146 @@ class Batch:
     context_lens: Int[Tensor, " seqs"]
     block_tables: Int[Tensor, "seqs max_blocks"]
     logit_rows: Int[Tensor, " rows"]  # the tokens whose logits are wanted
-    spans: tuple[Span, ...]  # cu_seqlens_q and context_lens once more, as Python numbers
+    query_lens: Int[np.ndarray, " seqs"]  # these two are on the host
+    seq_lens: Int[np.ndarray, " seqs"]  # context and queries
 
     @property
     def num_seqs(self) -> int:
-        return len(self.spans)
+        return len(self.query_lens)
 
-    @cached_property
+    @property
     def longest(self) -> int:
         """Number of keys of the longest sequence."""
-        return max((span.seq_len for span in self.spans), default=0)
+        return int(self.seq_lens.max(initial=0))
 
-    @cached_property
+    @property
     def has_decodes(self) -> bool:
         """Whether some sequence has one query."""
-        return any(span.query_len == 1 for span in self.spans)
+        return bool((self.query_lens == 1).any())
 
-    @cached_property
+    @property
     def has_prefills(self) -> bool:
         """Whether some sequence has several queries."""
-        return any(span.query_len > 1 for span in self.spans)
+        return bool((self.query_lens > 1).any())
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The sequences as Python numbers."""
+        starts = (self.query_lens.cumsum() - self.query_lens).tolist()
+        context_lens = (self.seq_lens - self.query_lens).tolist()
+        return tuple(map(Span, starts, self.query_lens.tolist(), context_lens))
 
 
-def begun_blocks(sequences: Many[SequenceInput], block_size: int) -> list[int]:
-    """The blocks whose first slot this step writes and whose last slot it does not write.
+class HostBatch(NamedTuple):
+    """All numbers of a batch in arrays on the host, from which its tensors are made."""
 
-    Only such a block can contain data of an earlier owner after the end of its sequence.
-    """
-    begun: list[int] = []
-    for _, new_token_ids, context_len, block_table, _ in sequences:
-        seq_len = context_len + len(new_token_ids)
-        filled = seq_len % block_size  # slots of the last block; 0 if it is full
-        if filled and seq_len - filled >= context_len:
-            begun.append(block_table[seq_len // block_size])
-    return begun
+    token_ids: Int[np.ndarray, " tokens"]
+    positions: Int[np.ndarray, " tokens"]
+    slot_mapping: Int[np.ndarray, " tokens"]
+    logit_rows: Int[np.ndarray, " rows"]
+    cu_seqlens_q: Int[np.ndarray, " seqs_and_one"]
+    context_lens: Int[np.ndarray, " seqs"]
+    table_rows: Int[np.ndarray, " seqs"]  # each sequence's row in the table of all block tables
+    query_lens: Int[np.ndarray, " seqs"]
+    seq_lens: Int[np.ndarray, " seqs"]
+    # Blocks whose first slot this step writes and whose last slot it does not write. Only such a
+    # block can contain data of an earlier owner after the end of its sequence.
+    begun_blocks: list[int]
 
 
 class BatchBuilder:
-    """Builds one `Batch` per step. Block tables are rows of one persistent tensor.
+    """Builds one `Batch` per step.
 
-    A decoding sequence's table changes once in `block_size` steps, so rows are kept from step to
-    step and only the entries that changed are written.
+    Block tables are rows of one persistent array. A decoding sequence's table changes once in
+    `block_size` steps, so rows are kept from step to step and only changed entries are written.
     """
 
-    def __init__(
-        self,
-        max_num_seqs: int,
-        max_blocks_per_seq: int,
-        block_size: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self._block_size = block_size
-        self._device = device
-        self._tables = torch.zeros(max_num_seqs, max_blocks_per_seq, dtype=torch.int32)
-        self._written: list[list[int]] = [[] for _ in range(max_num_seqs)]  # what each row holds
-        self._rows: dict[int, int] = {}  # by sequence id
-        self._free_rows = list(reversed(range(max_num_seqs)))
+    device = torch.device("cpu")  # `DeviceBatchBuilder` is for others
+
+    def __init__(self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None:
+        self.block_size = block_size
+        # No sequence has row 0: it is for the padding of CUDA graphs.
+        self._tables = np.zeros((1 + max_num_seqs, max_blocks_per_seq), np.int32)
+        self._written: list[list[int]] = [
+            [] for _ in range(1 + max_num_seqs)
+        ]  # what each row holds
+        self._num_blocks = np.zeros(len(self._tables), np.int64)  # how many entries of each row
+        self._rows: dict[int, int] = {}  # by sequence id, in the order of the last batch
 
     def build(self, sequences: Many[SequenceInput]) -> Batch:
         """Build the batch of these sequences, in this order; at most `max_num_seqs` of them."""
-        spans: list[Span] = []
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slot_mapping: list[int] = []
-        cu_seqlens_q, context_lens = [0], list[int]()
-        logit_rows: list[int] = []
-        size, longest = self._block_size, 0
-        for _, new_token_ids, context_len, block_table, num_logits in sequences:
-            span = Span(len(token_ids), len(new_token_ids), context_len)
-            spans.append(span)
-            stop, seq_len = span.start + span.query_len, span.seq_len
-            token_ids += new_token_ids
-            positions += range(context_len, seq_len)
-            if span.query_len == 1:  # as in every decode
-                block = block_table[context_len // size]
-                slot_mapping.append(block * size + context_len % size)
-            else:
-                slot_mapping += self._slots(block_table, context_len, seq_len)
-            cu_seqlens_q.append(stop)
-            context_lens.append(context_len)
-            logit_rows += range(stop - num_logits, stop)
-            longest = max(longest, seq_len)
-        block_tables = self._block_tables(sequences, longest)
-        device = self._device
-        return Batch(
-            token_ids=to_device(token_ids, device, torch.long),
-            positions=to_device(positions, device, torch.long),
-            slot_mapping=to_device(slot_mapping, device, torch.long),
-            cu_seqlens_q=to_device(cu_seqlens_q, device, torch.int32),
-            context_lens=to_device(context_lens, device, torch.int32),
-            block_tables=to_device(block_tables, device),
-            logit_rows=to_device(logit_rows, device, torch.long),
-            spans=tuple(spans),
+        return self.send(self.lay_out(sequences))
+
+    def lay_out(self, sequences: Many[SequenceInput]) -> HostBatch:
+        """Compute all numbers of a step. Each line does so for all sequences or tokens at once."""
+        seq_ids, new_token_ids, contexts, block_tables, num_logits = zip(*sequences, strict=True)
+        size = self.block_size
+        query_lens = np.fromiter(map(len, new_token_ids), np.int64)  # [seqs]
+        context_lens = np.fromiter(contexts, np.int64)  # [seqs]
+        seq_lens = context_lens + query_lens  # [seqs]
+        cu_seqlens_q = np.zeros(len(seq_ids) + 1, np.int64)
+        starts, stops = cu_seqlens_q[:-1], cu_seqlens_q[1:]  # [seqs]
+        query_lens.cumsum(out=stops)
+        rows = self._write_tables(seq_ids, block_tables)  # [seqs]
+        has_room = self._num_blocks[rows] * size >= seq_lens  # [seqs]
+        assert all(has_room.tolist()), "a block table is too short for the tokens of its sequence"
+
+        tokens = np.arange(stops[-1])  # [tokens]; `repeat` gives each the value of its sequence
+        positions = tokens + (context_lens - starts).repeat(query_lens)  # [tokens]
+        offsets = positions % size  # [tokens]
+        blocks = self._tables[rows.repeat(query_lens), positions // size]  # [tokens]
+        is_begun = (offsets == 0) & (positions + size > seq_lens.repeat(query_lens))  # [tokens]
+        has_logits = tokens >= (stops - num_logits).repeat(query_lens)  # [tokens]
+        return HostBatch(
+            token_ids=np.fromiter(chain.from_iterable(new_token_ids), np.int64, len(tokens)),
+            positions=positions,
+            slot_mapping=blocks.astype(np.int64) * size + offsets,
+            logit_rows=has_logits.nonzero()[0],
+            cu_seqlens_q=cu_seqlens_q.astype(np.int32),
+            context_lens=context_lens.astype(np.int32),
+            table_rows=rows,
+            query_lens=query_lens,
+            seq_lens=seq_lens,
+            begun_blocks=blocks[is_begun].tolist(),
         )
 
-    def _slots(self, block_table: list[int], start: int, stop: int) -> list[int]:
-        """Return the slots of positions [start, stop), block by block."""
-        size = self._block_size
-        slots: list[int] = []
-        for position in range(start - start % size, stop, size):  # where a block begins
-            first = block_table[position // size] * size
-            slots += range(first + max(0, start - position), first + min(size, stop - position))
-        return slots
+    def send(self, host: HostBatch) -> Batch:
+        """Make the tensors of a batch."""
+        columns = -(-int(host.seq_lens.max()) // self.block_size)
+        return Batch(
+            token_ids=torch.from_numpy(host.token_ids),
+            positions=torch.from_numpy(host.positions),
+            slot_mapping=torch.from_numpy(host.slot_mapping),
+            cu_seqlens_q=torch.from_numpy(host.cu_seqlens_q),
+            context_lens=torch.from_numpy(host.context_lens),
+            block_tables=torch.from_numpy(self._tables[host.table_rows, :columns]),
+            logit_rows=torch.from_numpy(host.logit_rows),
+            query_lens=host.query_lens,
+            seq_lens=host.seq_lens,
+        )
 
-    def _block_tables(
-        self, sequences: Many[SequenceInput], longest: int
-    ) -> Int[Tensor, "seqs max_blocks"]:
-        self._release_rows_except({sequence.seq_id for sequence in sequences})
-        rows: list[int] = []
-        for sequence in sequences:
-            if sequence.seq_id not in self._rows:
-                self._rows[sequence.seq_id] = self._free_rows.pop()
-            row = self._rows[sequence.seq_id]
-            if self._written[row] != sequence.block_table:
-                self._write(row, sequence.block_table)
-            rows.append(row)
-        columns = -(-longest // self._block_size)
-        return self._tables[to_device(rows, "cpu", torch.long), :columns]  # [seqs, max_blocks]
-
-    def _release_rows_except(self, seq_ids: set[int]) -> None:
-        # A sequence that skips a step loses its row and rewrites one later, so rows never run out.
-        for seq_id in self._rows.keys() - seq_ids:
-            self._free_rows.append(self._rows.pop(seq_id))
+    def _write_tables(
+        self, seq_ids: tuple[int, ...], block_tables: tuple[list[int], ...]
+    ) -> Int[np.ndarray, " seqs"]:
+        """Write what has changed in the block tables, and return the row of each sequence."""
+        if tuple(self._rows) != seq_ids:
+            # A sequence that skips a step loses its row and gets one later, so rows never run out.
+            kept = {self._rows.get(seq_id) for seq_id in seq_ids}
+            free = (row for row in range(1, len(self._tables)) if row not in kept)
+            self._rows = {seq_id: self._rows.get(seq_id) or next(free) for seq_id in seq_ids}
+        for row, blocks in zip(self._rows.values(), block_tables, strict=True):
+            if self._written[row] != blocks:  # takes 1 ns per block
+                self._write(row, blocks)
+        return np.fromiter(self._rows.values(), np.int64)
 
     def _write(self, row: int, blocks: list[int]) -> None:
         """Write a block table: only its new end if it has grown, all of it if it has changed."""
-        written = self._written[row]
-        same = len(written) if blocks[: len(written)] == written else 0
-        self._tables[row, same : len(blocks)] = torch.tensor(blocks[same:], dtype=torch.int32)
+        same = self._num_same(row, blocks)
+        self._tables[row, same : len(blocks)] = blocks[same:]
+        self._num_blocks[row] = len(blocks)
         self._written[row] = blocks.copy()
+
+    def _num_same(self, row: int, blocks: list[int]) -> int:
+        """The number of leading entries of a row that are already those of this block table."""
+        written = self._written[row]
+        return len(written) if blocks[: len(written)] == written else 0

@@ -10,23 +10,21 @@ The block manager decides copies and swaps as pairs of blocks; this module carri
 the pool is one tensor, a pair is copied for all layers at once.
 """
 
-import mmap
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from itertools import islice
-from math import prod
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
+from minipaged.attention.pool import KVPair, by_layer, new_pool
+from minipaged.attention.quantized_cache import LARGEST
 from minipaged.config import EngineConfig, ModelConfig
 from minipaged.errors import InvalidOption
 from minipaged.memory import BlockPair
-from minipaged.utils.device import GIB, to_device
+from minipaged.utils.device import to_device
 
-KVPair = tuple[KVPool, KVPool]
 CopyBlocks = Callable[[Tensor, Tensor, Tensor], None]
 
 KV_DTYPES = {
@@ -85,11 +83,11 @@ class KVCache:
         self.block_size = block_size
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        self._pool = _new_pool(config, num_blocks, block_size, dtype, self.device)
+        self._pool = new_pool(config, num_blocks, block_size, dtype, self.device)
         # Pinned, so that the GPU can read and write it directly.
         host = torch.device("cpu")
-        self._swap_pool = _new_pool(config, num_swap_blocks, block_size, dtype, host, pin=on_gpu)
-        self.layers = _by_layer(self._pool)
+        self._swap_pool = new_pool(config, num_swap_blocks, block_size, dtype, host, pin=on_gpu)
+        self.layers = by_layer(self._pool, dtype)
         self._copy_blocks = copy_blocks
         self._swap_stream = torch.cuda.Stream(self.device) if on_gpu else None
 
@@ -184,51 +182,6 @@ def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) ->
     num_keys = 2 * config.num_layers * config.num_kv_heads * block_size  # and values
     scales = num_keys * torch.float32.itemsize if dtype in LARGEST else 0
     return block_size * config.kv_bytes_per_token(dtype.itemsize) + scales
-
-
-def _new_pool(
-    config: ModelConfig,
-    num_blocks: int,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    pin: bool = False,
-) -> list[Tensor]:
-    """Allocate the elements and, for 8-bit types, their scales."""
-    # torch.zeros, not torch.empty: attention multiplies unwritten slots by a weight of zero, and
-    # zero times an accidental NaN would be NaN.
-    shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size)
-    pool = [_zeros((*shape, config.head_dim), dtype, device, pin)]
-    if dtype in LARGEST:
-        pool.append(_zeros(shape, torch.float32, device, pin))
-    return pool
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:
-    num_bytes = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or pin or num_bytes == 0:
-        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
-    # torch.zeros writes every zero, which takes a second per GiB. A new page from the operating
-    # system is already zero, and uses no memory until it is written. The mapping is private, so
-    # that a forked process does not share its parent's cache.
-    try:
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError) as error:
-        raise InvalidOption(
-            f"the system cannot allocate {num_bytes / GIB:.1f} GiB for keys and values ({error}): "
-            "lower num_blocks or num_swap_blocks."
-        ) from error
-    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
-
-
-def _by_layer(pool: list[Tensor]) -> list[KVPair]:
-    def part(layer: int, kv: int) -> KVPool:
-        if len(pool) == 1:
-            return pool[0][layer, kv]
-        numbers, scales = pool
-        return QuantizedPool(numbers[layer, kv], scales[layer, kv])
-
-    return [(part(layer, 0), part(layer, 1)) for layer in range(len(pool[0]))]
 
 
 def _portions(pairs: Many[BlockPair], size: int) -> Iterator[Many[BlockPair]]:

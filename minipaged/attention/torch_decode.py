@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,32 +89,33 @@ class Decodes:
 
         Shared blocks are gathered even if `way` is "in place".
         """
-        spans = batch.spans
-        seqs = [seq for seq, span in enumerate(spans) if span.query_len == 1]
+        seqs: list[int] = np.flatnonzero(batch.query_lens == 1).tolist()
         if not seqs:
             return None
         _, kv_heads, block_size, head_dim = k_cache.shape
         device = batch.block_tables.device
-        lengths = [spans[seq].seq_len for seq in seqs]
+        lengths: list[int] = batch.seq_lens[seqs].tolist()
         numbers_if_padded = len(seqs) * max(lengths) * kv_heads * head_dim
         if numbers_if_padded > NUMBERS_AT_ONCE:  # sorted by length, groups need little padding
-            seqs.sort(key=lambda seq: spans[seq].seq_len, reverse=True)
+            seqs.sort(key=lambda seq: batch.seq_lens[seq], reverse=True)
             lengths.sort(reverse=True)
         columns = [-(-length // block_size) for length in lengths]
         widest = max(columns)
 
         # Table entries after a sequence's end are not block numbers. Its own first block replaces
         # them: its weight there is zero, and unlike another sequence's block it never contains NaN.
-        tables = batch.block_tables[to_device(seqs, device)].long()[:, :widest]
-        used = torch.arange(widest, device=device) < to_device(columns, device)[:, None]
-        tables = torch.where(used, tables, tables[:, :1])  # [seqs, columns]
+        tables, context_lens = batch.block_tables.long()[:, :widest], batch.context_lens
+        if seqs != list(range(len(batch.seq_lens))):
+            chosen = to_device(seqs, device)
+            tables, context_lens = tables[chosen], context_lens[chosen]
         positions = torch.arange(widest * block_size, device=device)
-        hidden = positions >= to_device(lengths, device)[:, None]  # [seqs, positions]
+        hidden = positions >= context_lens[:, None] + 1  # [seqs, positions]
+        used = ~hidden[:, ::block_size]  # [seqs, columns]
+        tables = torch.where(used, tables, tables[:, :1])  # [seqs, columns]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -inf)
 
-        starts = [spans[seq].start for seq in seqs]
-        is_all = starts == list(range(len(batch.token_ids)))
-        tokens = None if is_all else to_device(starts, device)
+        is_all = seqs == list(range(len(batch.token_ids)))
+        tokens = None if is_all else to_device([batch.spans[seq].start for seq in seqs], device)
         forced = way == "in place"
         worth_it = forced or (way is None and _is_worth_it(sum(lengths), k_cache, num_heads))
         if worth_it and _is_possible(k_cache, dtype):

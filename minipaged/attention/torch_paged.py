@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -109,10 +110,8 @@ def torch_paged_attention(
 def _prepare_prefills(batch: Batch, k_cache: KVPool, dtype: torch.dtype) -> list[Prefill]:
     _, kv_heads, block_size, _ = k_cache.shape
     prefills: list[Prefill] = []
-    for seq, span in enumerate(batch.spans):
-        if span.query_len == 1:
-            continue
-        table = batch.block_tables[seq]
+    for seq in np.flatnonzero(batch.query_lens != 1):
+        span, table = batch.spans[seq], batch.block_tables[seq]
         blocks = table[None, : -(-span.seq_len // block_size)].long()  # [1, columns]
         mask = causal_mask(span, dtype, table.device)
         rows = rows_of_blocks(blocks, kv_heads)

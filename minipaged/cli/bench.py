@@ -1,13 +1,14 @@
 """`minipaged bench ...`: the benchmarks. torch is imported only when one of them runs."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from minipaged.cli.bench_options import DType, Save, choose, report
+from minipaged.cli.bench_gpu import gpu
+from minipaged.cli.bench_options import DType, Save, choose, report, require_triton
+from minipaged.cli.bench_overlap import overlap
 from minipaged.cli.bench_ranks import ranks
 from minipaged.cli.bench_serve import health, serve
 from minipaged.cli.bench_step import step
@@ -16,7 +17,7 @@ from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 
 app = typer.Typer(help="Run the benchmarks that the documentation quotes.", rich_markup_mode=None)
-for each in (serve, health, ranks, step):
+for each in (serve, health, ranks, step, overlap, gpu):
     app.command()(each)
 
 
@@ -66,7 +67,7 @@ def formats(
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare data types of the KV cache: capacity and error."""
+    """Compare data types of the KV cache."""
     from minipaged.evaluation.bench import formats as kv_formats
 
     rows = list(kv_formats.measure(num_questions))
@@ -199,7 +200,7 @@ def tune(
         raise InvalidOption(
             "bench tune needs a GPU, and none was found: run it on a machine with one."
         )
-    _require_triton()
+    require_triton()
     from minipaged.evaluation.bench import tune as tuning
 
     rows = list(tuning.sweep(tuning.CASES, where, chosen))
@@ -221,7 +222,7 @@ def compile_kernels(
     as_json: AsJson = False,
 ) -> None:
     """Compile every kernel; needs no GPU."""
-    _require_triton()
+    require_triton()
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is defined
     from minipaged.attention.triton.shapes import TileShape, TileShapes
     from minipaged.evaluation.bench import compile as compiling
@@ -233,11 +234,6 @@ def compile_kernels(
     rows = list(compiling.compile_all(settings, tile=tile, tiles=tiles))
     note = "A thread has at most 255 registers. Spilled values are stored on its stack."
     report(rows, compiling.as_table(rows), note, None, save, as_json)
-
-
-def _require_triton() -> None:
-    if find_spec("triton") is None:
-        raise InvalidOption('the package "triton" is not installed; it is available on Linux only.')
 
 
 @app.command()

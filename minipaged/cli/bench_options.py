@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,12 @@ def choose(device: str, dtype: str) -> tuple["torch.device", "torch.dtype", bool
 
     where = choose_device(device)
     return where, choose_dtype(dtype, torch.bfloat16, where), where.type == "cuda"
+
+
+def require_triton() -> None:
+    """Raise InvalidOption if Triton is not installed."""
+    if find_spec("triton") is None:
+        raise InvalidOption('the package "triton" is not installed; it is available on Linux only.')
 
 
 def choose_context(asked: int | None, longest: int, default: int) -> int:

@@ -10,28 +10,24 @@ from minipaged.attention.kv_cache import bytes_per_block, choose_kv_dtype
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
 from minipaged.engine.arg_utils import Folders, LLMArgs
 from minipaged.engine.build_baseline import Storage, build_storage, choose_attention
-from minipaged.engine.choose_config import choose_config
+from minipaged.engine.choose_config import choose_config, choose_limits
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.parts import Parts
-from minipaged.engine.refusals import refuse_what_is_ignored
+from minipaged.engine.refusals import refuse_what_is_ignored, why_steps_cannot_overlap
 from minipaged.models.base import Model
 from minipaged.models.linear import pack_weights
 from minipaged.models.loader import build_empty, load_model, read_model_config
 from minipaged.models.parallel import refuse_uneven_parts
 from minipaged.sampling.sampler import Sampler
 from minipaged.tokenizer.load import open_tokenizer
-from minipaged.worker.cache_size import (
-    SWAP_BYTES,
-    blocks_that_fit,
-    refuse_large_tables,
-    refuse_more_than_memory,
-)
+from minipaged.worker.cache_size import SWAP_BYTES, refuse_large_tables, refuse_more_than_memory
 from minipaged.worker.cuda_graphs import choose_graphs
 from minipaged.worker.executor import Executor, MultiExecutor, UniExecutor
 from minipaged.worker.model_runner import ModelRunner
 from minipaged.worker.process import WorkerArgs
 from minipaged.worker.ranks import num_local_ranks
 from minipaged.worker.spawn import choose_rank_device
+from minipaged.worker.warm_up import StepLimits, room_for_blocks
 
 
 def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
@@ -39,10 +35,14 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
     parts = args.parts or Parts()
     device = choose_rank_device(args)
     refuse_what_is_ignored(args, parts, device.type)
+    if args.async_scheduling is None:
+        overlap = device.type == "cuda" and why_steps_cannot_overlap(args, parts) is None
+        args = replace(args, async_scheduling=overlap)
     tokenizer = None if args.skip_tokenizer_init else open_tokenizer(folders.tokenizer)
     model_config = read_model_config(folders.model, args.hf_overrides, folders.generation)
     backend = parts.attention(choose_attention(args, device, model_config.head_dim))
-    executor = _choose_executor(args, folders, model_config, device, backend)
+    limits = choose_limits(args, model_config, device.type)
+    executor = _choose_executor(args, folders, model_config, limits, device, backend)
     with executor.starting():
         model = load_model(
             folders.model,
@@ -57,9 +57,9 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
             pack_weights(model)
         if tokenizer is not None:
             _add_end_token(model, tokenizer.eos_token_id)
-        config, storage = _build_storage(args, parts, model, device, backend, executor)
+        config, storage = _build_storage(args, parts, model, limits, device, backend, executor)
         kv_cache, batches = storage.kv_cache, storage.batches
-        graphs = choose_graphs(model, kv_cache, backend, config, args.enforce_eager)
+        graphs = choose_graphs(model, kv_cache, backend, batches, args.enforce_eager)
         runner = ModelRunner(model, backend, kv_cache, batches, graphs, executor.gather)
         executor.start(config, runner)
     for wrap in parts.executor_wrappers:
@@ -79,6 +79,7 @@ def _choose_executor(
     args: LLMArgs,
     folders: Folders,
     model_config: ModelConfig,
+    limits: StepLimits,
     device: torch.device,
     backend: AttentionBackend,
 ) -> Executor:
@@ -89,7 +90,8 @@ def _choose_executor(
     options = EngineArgs(**{each.name: getattr(args, each.name) for each in fields(EngineArgs)})
     dummy = args.load_format == "dummy"
     chooses_num_blocks = args.num_blocks is None and args.kv_cache_memory_bytes is None
-    told = WorkerArgs(options, folders.model, model_config, dummy, chooses_num_blocks)
+    told_limits = limits if chooses_num_blocks else None
+    told = WorkerArgs(options, folders.model, model_config, dummy, told_limits)
     return MultiExecutor(told, device)
 
 
@@ -97,6 +99,7 @@ def _build_storage(
     args: LLMArgs,
     parts: Parts,
     model: Model,
+    limits: StepLimits,
     device: torch.device,
     backend: AttentionBackend,
     executor: Executor,
@@ -105,11 +108,10 @@ def _build_storage(
     kv_dtype = choose_kv_dtype(args.kv_cache_dtype, model.dtype)
     block_bytes = bytes_per_block(model.config, args.block_size, kv_dtype)
     ranks = num_local_ranks(args.tensor_parallel_size)
-    room = partial(blocks_that_fit, block_bytes, device, args.gpu_memory_utilization, ranks)
+    room = partial(room_for_blocks, model, backend, args, limits, device, executor.gather)
     config = choose_config(
         args.in_blocks(block_bytes),
-        model.config,
-        device.type,
+        limits,
         room=lambda: executor.agree_on_least(room()),
         swap_room=max(1, SWAP_BYTES // block_bytes // ranks),
     )

@@ -7,6 +7,7 @@ import torch
 
 from minipaged.attention.backend import UNPAGED, AttentionBackend, choose_backend
 from minipaged.attention.batch import BatchBuilder
+from minipaged.attention.device_batch import choose_builder
 from minipaged.attention.kv_cache import Cache, KVCache, bytes_per_block
 from minipaged.attention.virtual_cache import VirtualKVCache
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
@@ -52,7 +53,7 @@ def build_storage(
         parts = replace(parts, memory=contiguous(memory, config.max_model_len))
         columns = 1 << (columns - 1).bit_length()  # a region is rounded up to a power of two
     kv_cache = KVCache.build(model, config, dtype, device, backend.copy_blocks)
-    batches = BatchBuilder(config.max_num_seqs, columns, config.block_size, device)
+    batches = choose_builder(config.max_num_seqs, columns, config.block_size, device)
     return Storage(kv_cache, parts, batches)
 
 

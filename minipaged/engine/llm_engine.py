@@ -9,13 +9,14 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from minipaged.config import EngineConfig
+from minipaged.engine import overlap
 from minipaged.engine.arrivals import CheckedRequest, RequestBuilder, check_request, refuse_id
-from minipaged.engine.broken_logits import CHECK_ONLY, leave_out_broken
+from minipaged.engine.broken_logits import leave_out_broken
+from minipaged.engine.launched_step import LaunchedStep, rows_to_sample, step_input
 from minipaged.engine.metrics import StepStats
-from minipaged.engine.open_request import Broken, OpenRequest, Sampled, Sampling, end_early
+from minipaged.engine.open_request import OpenRequest, end_early
 from minipaged.engine.outputs import CachedPrefix, Progress, RequestOutput
 from minipaged.engine.prefixes import PinnedPrefixes
 from minipaged.engine.request import Arrival, ModelTraits, Request
@@ -24,10 +25,9 @@ from minipaged.engine.vllm_names import EngineNames
 from minipaged.errors import InvalidRequest
 from minipaged.memory import MemoryView
 from minipaged.sampling import Params, SamplingParams
-from minipaged.sampling.rows import SamplingRow
 from minipaged.sampling.sampler import Sampler
 from minipaged.scheduler.interface import Scheduler
-from minipaged.scheduler.output import SchedulerOutput, SequenceInput, StepInput
+from minipaged.scheduler.output import SchedulerOutput
 from minipaged.sequence import Sequence
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import Prompt, read_prompt
@@ -78,6 +78,7 @@ class LLMEngine(EngineNames):
         self._clock = clock
         self._faults: dict[str, Exception] = {}  # by request id: exceptions of its own code
         self._is_cut_short = False  # a change has begun and is not complete
+        self._launched: LaunchedStep | None = None  # the next step, if it is launched already
 
     @property
     def memory(self) -> MemoryView:
@@ -98,19 +99,22 @@ class LLMEngine(EngineNames):
         After any other exception, or Ctrl-C, the step is undone: the next call computes the same
         keys and values again and samples the same tokens. If the model itself raises, the cause is
         not attributed to a request, and it may raise again until the faulty request is aborted.
+
+        With `async_scheduling`, the next step is launched before the results of this one are read
+        (see `overlap`). It is the step that the next call returns.
         """
         with self._change():
-            times = [self._clock()]
-            decision = self.scheduler.schedule()  # which sequences run, how many tokens each
-            times.append(self._clock())
-            step = self._step_input(decision, times[-1])  # the same in plain numbers
-            logits = self.executor.run(step)  # [rows, vocab]: the device side
-            times.append(self._clock())
-            sampled, broken = self._sample(decision, step, logits)  # by request, by sequence
-            times.append(self._clock())
-            if broken:  # these end with an error, and the others continue
-                decision = leave_out_broken(decision, broken, self._open, self.scheduler)
-            self._commit(decision, sampled, times)
+            step, self._launched = self._launched, None
+            if step is None:
+                step = self._launch()
+            else:
+                overlap.leave_out_ended(step, self._open)
+            if self.config.async_scheduling and self._may_look_ahead(step):
+                overlap.look_ahead(step)
+                self._launched = self._launch(after=step)
+            self._commit(step)
+            if not self._open:
+                self._launched = None  # all of its sequences have ended
         return self.last_step[1]
 
     @contextmanager
@@ -130,55 +134,38 @@ class LLMEngine(EngineNames):
             raise
         self._is_cut_short = False
 
-    def _step_input(self, decision: SchedulerOutput, now: float) -> StepInput:
-        """Convert the decision to plain numbers, the message to the device side (section 4.6)."""
-        tables = self.scheduler.memory.tables
-        sequences: list[SequenceInput] = []
-        for group, seq, num_new_tokens, _ in decision.sequences:
-            request, start = self._open[group.request_id].request, seq.num_computed_tokens
-            if request.first_scheduled_time is None:
-                request.first_scheduled_time = now
-            wants_all = request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq)
-            num_logits = num_new_tokens if wants_all else 1  # also for a chunk: see `broken_logits`
-            new = seq.token_ids[start : start + num_new_tokens]
-            blocks = tables[seq.seq_id].blocks.copy()
-            sequences.append(SequenceInput(seq.seq_id, new, start, blocks, num_logits))
-        return StepInput(tuple(sequences), decision.swap_out, decision.swap_in, decision.copies)
+    def _launch(self, after: LaunchedStep | None = None) -> LaunchedStep:
+        """Schedule a step and start it on the device.
 
-    def _sample(self, decision: SchedulerOutput, step: StepInput, logits: Tensor) -> Sampling:
-        """Choose the next token of every sequence without uncomputed tokens.
-
-        A prompt with several samples gets several tokens, drawn from the same logits.
+        Args:
+            after: the last step, if its results have not been read.
         """
-        rows, row_indices = list[SamplingRow](), list[int]()
-        owners, stop = list[tuple[str, int, int, bool]](), 0  # request, sequence, rows, samples
-        for (group, seq, _, samples), given in zip(decision.sequences, step.sequences, strict=True):
-            request = self._open[group.request_id].request
-            start, stop = stop, stop + given.num_logits
-            try:
-                if request.num_prompt_logprobs is not None:
-                    request.note_prompt_logits(seq, logits[start:stop])
-                wanted = request.rows(seq) if samples else [CHECK_ONLY]
-            except Exception as error:
-                self._faults[group.request_id] = error
-                continue
-            rows += wanted
-            row_indices += [stop - 1] * len(wanted)
-            owners.append((group.request_id, seq.seq_id, len(wanted), samples))
-        if row_indices != list(range(logits.shape[0])):
-            logits = logits[to_device(row_indices, logits.device, torch.long)]  # [rows, vocab]
-        tokens, start = self.sampler.sample(logits, rows), 0
-        sampled, broken = Sampled(), Broken()
-        for request_id, seq_id, num_rows, samples in owners:
-            if isinstance(error := tokens[start].error, str):  # exceptions: later
-                broken[seq_id] = error
-            if samples:
-                sampled.setdefault(request_id, {})[seq_id] = tokens[start : start + num_rows]
-            start += num_rows
-        return sampled, broken
+        times = [self._clock()]
+        decision = self.scheduler.schedule()  # which sequences run, how many tokens each
+        times.append(self._clock())
+        step = step_input(decision, self.scheduler.memory.tables, self._open, times[-1])
+        rows = rows_to_sample(decision, step, self._open, self._faults)
+        pending = () if after is None else (after.draws.token_ids,)
+        logits = self.executor.run(step, *pending)  # [rows, vocab]: the device side
+        if rows.of_prompts:
+            rows.note_prompt_logits(logits, self._faults)
+        if rows.indices != list(range(len(logits))):
+            logits = logits[to_device(rows.indices, logits.device, torch.long)]  # [rows, vocab]
+        draws = self.sampler.sample(logits, rows.for_sampler)  # the next tokens
+        times.append(self._clock())
+        return LaunchedStep(decision, rows.counts, draws, times, decision.sequences)
 
-    def _commit(self, decision: SchedulerOutput, sampled: Sampled, times: list[float]) -> None:
-        """Record what was computed, let each request fork or end, and free finished sequences."""
+    def _may_look_ahead(self, step: LaunchedStep) -> bool:
+        return not self._faults and overlap.may_look_ahead(step, self.scheduler, self._open)
+
+    def _commit(self, step: LaunchedStep) -> None:
+        """Read and record what was computed; let requests fork or end; free ended sequences."""
+        sampled, broken = step.read()  # by request, by sequence
+        decision, times = step.decision, [*step.times, self._clock()]
+        if step.is_followed:
+            overlap.arrive(step)
+        if broken:  # these end with an error, and the others continue
+            decision = leave_out_broken(decision, broken, self._open, self.scheduler)
         number = self.last_step[0] + 1
         progresses: list[Progress] = []
         self.scheduler.commit(decision)
@@ -187,6 +174,8 @@ class LLMEngine(EngineNames):
             for listener in self.listeners:
                 listener(decision, stats)
         for request_id, tokens in sampled.items():
+            if request_id in self._faults:
+                continue
             request = (open_request := self._open[request_id]).request
             request.last_token_time = times[-1]
             if request.first_token_time is None:
@@ -228,7 +217,7 @@ class LLMEngine(EngineNames):
 
     def restart(self) -> None:
         """Build a new scheduler and memory, and queue every open request to be recomputed."""
-        self._faults = {}
+        self._faults, self._launched = {}, None
         self.scheduler = self._build_scheduler()
         last_step, _ = self.last_step
         self._open = {name: one for name, one in self._open.items() if one.ended_in > last_step}

@@ -91,6 +91,10 @@ def refuse_what_is_ignored(args: EngineArgs, parts: Parts, device_type: str) -> 
             )
     _refuse_unused_device_options(args, device_type)
     _refuse_what_several_ranks_lack(args, parts)
+    if args.async_scheduling and (reason := why_steps_cannot_overlap(args, parts)):
+        raise InvalidOption(
+            f"async_scheduling is True, but {reason}: leave out one of the two.", "async_scheduling"
+        )
     _refuse_splits_that_nobody_makes(args, parts)
     if args.is_given("attention_backend") and {"paged_attention", "store_kv"} <= parts.replaced:
         raise InvalidOption(
@@ -153,6 +157,23 @@ def _refuse_what_several_ranks_lack(args: EngineArgs, parts: Parts) -> None:
             "leave out one of them.",
             "tensor_parallel_size",
         )
+
+
+def why_steps_cannot_overlap(args: EngineArgs, parts: Parts) -> str | None:
+    """Return what prevents overlapped steps, as a clause; None if nothing does."""
+    if args.tensor_parallel_size != 1:
+        return (
+            f"tensor_parallel_size is {args.tensor_parallel_size}, and the other ranks wait for "
+            "every token to be known"
+        )
+    if args.memory != "paged":
+        return f"memory={args.memory!r} does not free and grow block by block"
+    reading = ("scheduler", "memory", "sampling_request", "adjust_logits")
+    if theirs := [name for name in reading if name in parts.replaced]:
+        return f"the part {theirs[0]} may read tokens that are not known yet"
+    if parts.scheduler_wrappers:
+        return "the run is traced, and events describe one step at a time"
+    return None
 
 
 def _refuse_unused_device_options(args: EngineArgs, device_type: str) -> None:

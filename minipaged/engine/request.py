@@ -22,7 +22,7 @@ from minipaged.engine.outputs import (
 )
 from minipaged.sampling.logprobs import Logprobs, logprobs_of
 from minipaged.sampling.rows import SampledToken, SamplingRow
-from minipaged.sampling.sampler import score
+from minipaged.sampling.sampler import Scores
 from minipaged.sequence import Sequence, SequenceGroup
 from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.prompts import TokenizedPrompt
@@ -108,24 +108,30 @@ class Request(ABC):
 
     # ---- the same for all ------------------------------------------------------------------------
 
+    def may_run_ahead(self, seq: Sequence) -> bool:
+        """Return whether the next step can compute this sequence before its new token is known."""
+        return False
+
     def wants_prompt_logits(self, seq: Sequence) -> bool:
         """Return whether prompt logprobs are requested and incomplete."""
         asked = self.num_prompt_logprobs is not None
         return asked and len(self._prompt_logprobs) < seq.prompt_len
 
     def note_prompt_logits(self, seq: Sequence, logits: Tensor) -> None:
-        """Take the logits of the tokens from `num_computed_tokens` on, [rows, vocab].
+        """Take the logits of the tokens from `num_begun_tokens` on, [rows, vocab].
 
         The logits at position i score the token at position i + 1. After a preemption some
         positions are computed again: these are skipped, and so are positions after the prompt.
         """
         first = len(self._prompt_logprobs) - 1  # its logits score the first token without a score
-        start = seq.num_computed_tokens
+        start = seq.num_begun_tokens
         stop = min(start + logits.shape[0], seq.prompt_len - 1)
         if start <= first < stop:
             judged, count = seq.token_ids[first + 1 : stop + 1], self.num_prompt_logprobs
-            scores = score(logits[first - start : stop - start], judged, [count] * len(judged))
-            self._prompt_logprobs += [logprobs_of(s, count or 0, self._tokenizer) for s in scores]
+            scores = Scores(logits[first - start : stop - start], judged, [count] * len(judged))
+            self._prompt_logprobs += [
+                logprobs_of(s, count or 0, self._tokenizer) for s in scores.read()
+            ]
 
     def take_over(self, old: "Request", has_tokens: bool) -> None:
         """Copy the state of the replaced request that does not follow from its tokens."""

@@ -36,9 +36,16 @@ class SamplingRequest(Request):
     def rows(self, seq: Sequence) -> list[SamplingRow]:
         """Return one row; for the prompt, one per sample, all from the same logits."""
         row = self._completions[seq.seq_id].row
+        if seq.token_ids[-1] < 0:  # pending
+            return [row._replace(num_pending=1)]
         if row.output_token_ids or self._params.num_samples == 1:
             return [row]
         return [row._replace(seed=row.seed + i) for i in range(self._params.num_samples)]
+
+    def may_run_ahead(self, seq: Sequence) -> bool:
+        """Return whether the sequence does not fork, and no option depends on the new token."""
+        has_forked = len(self._completions) == self._params.num_samples
+        return has_forked and not self._params.reads_output
 
     # ---- from tokens to text -------------------------------------------------------------------
 
@@ -46,9 +53,10 @@ class SamplingRequest(Request):
         """Give each sequence its token, and fork it for each further token."""
         ended: list[Sequence] = []
         for seq_id, tokens in sampled.items():
-            samples = [completion := self._completions[seq_id]]
-            for _ in tokens[1:]:
-                samples.append(self._add_completion(fork(completion.seq)))
+            samples = [self._completions[seq_id]]
+            if len(tokens) > 1:
+                parent = samples[0].seq
+                samples += [self._add_completion(fork(parent)) for _ in tokens[1:]]
             for sample, token in zip(samples, tokens, strict=True):
                 sample.add(token)
                 if sample.finish_reason is not None:
@@ -171,6 +179,8 @@ class Completion:
             self.finish("error", error=error)
             return
         token, detokenizer = sampled.token_id, self._detokenizer
+        if self.seq.token_ids[-1] < 0:  # pending
+            self.seq.token_ids.pop()
         self.seq.token_ids.append(token)
         self._token_ids.append(token)
         self.cumulative_logprob += sampled.logprob

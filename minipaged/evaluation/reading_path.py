@@ -16,6 +16,7 @@ READING_PATH: tuple[tuple[str, str], ...] = (
     ("config.py", "the options, each declared once"),
     ("sequence.py", "a sequence: its tokens, and how many of them are computed"),
     ("engine/llm_engine.py", "one step: schedule, run, sample, commit"),
+    ("engine/launched_step.py", "a step from its launch to its results"),
     ("tokenizer/prompts.py", "converts a prompt to token ids"),
     ("tokenizer/base.py", "the tokenizer interface"),
     ("scheduler/interface.py", "the scheduler interface"),

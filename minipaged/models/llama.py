@@ -3,8 +3,7 @@
 "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971), "The Llama 3 Herd of
 Models" (2407.21783), "Mistral 7B" (2310.06825), "Qwen2" (2407.10671), "Qwen3" (2505.09388). Their
 additions are options of `LlamaConfig`: Qwen2 has biases for q, k and v, Qwen3 a norm on each head
-of q and k. Mistral's sliding window is not supported: the context is limited to the window (see
-`_read_context`). Logits agree with Hugging Face's `transformers`.
+of q and k. The context is limited to Mistral's sliding window. Logits agree with `transformers`.
 
 Read the file in the order in which a token passes through it, starting with `Llama.forward`.
 """
@@ -32,7 +31,8 @@ from minipaged.models.base import (
 )
 from minipaged.models.layers import choose_activation
 from minipaged.models.linear import Linear, MergedLinear
-from minipaged.models.rope import RopeConfig, Rotary, rotate
+from minipaged.models.rope import Rotary, rotate
+from minipaged.models.rope_config import RopeConfig
 from minipaged.utils.shapes import Float, Int
 
 
@@ -94,9 +94,8 @@ class Llama(Model):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = Rotary(config.rope, config.head_dim)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        tied = config.tied
-        self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = AddRMSNorm(config, attention)
+        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, False)
 
     def forward(
         self,
@@ -107,11 +106,12 @@ class Llama(Model):
     ) -> Float[Tensor, "tokens hidden"]:
         """One step; see `Model.forward`."""
         x = self.embedding(token_ids)  # [tokens, hidden]
+        delta = torch.zeros_like(x)  # what a layer adds to x; the first has nothing to add
         # Once per step, not once per layer: all layers rotate by the same angles.
         cos, sin = self.rotary(positions, x.dtype)  # [tokens, 1, half]
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
-            x = layer(x, cos, sin, kv, batch)
-        return self.norm(x)
+            x, delta = layer(x, delta, cos, sin, kv, batch)
+        return self.norm(x, delta)[1]
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """Scores of all tokens; see `Model.logits`."""
@@ -121,25 +121,27 @@ class Llama(Model):
 
 
 class Layer(nn.Module):
-    """Attention, then the feed-forward; each reads its input normalised, and is added to it."""
+    """Attention, then the feed-forward. The next norm adds the latter's result, `delta`, to x."""
 
     def __init__(self, config: LlamaConfig, attention: AttentionBackend) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = AddRMSNorm(config, attention)
         self.attention = Attention(config, attention)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+        self.mlp_norm = AddRMSNorm(config, attention)
+        self.mlp = GatedMLP(config, attention)
 
     def forward(
         self,
         x: Float[Tensor, "tokens hidden"],
+        delta: Float[Tensor, "tokens hidden"],
         cos: Float[Tensor, "tokens 1 half"],
         sin: Float[Tensor, "tokens 1 half"],
         kv: KVPair,
         batch: Batch,
-    ) -> Float[Tensor, "tokens hidden"]:
-        x = x + self.attention(self.attention_norm(x), cos, sin, kv, batch)
-        return x + self.mlp(self.mlp_norm(x))
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = self.attention_norm(x, delta)
+        x, normed = self.mlp_norm(x, self.attention(normed, cos, sin, kv, batch))
+        return x, self.mlp(normed)
 
 
 class RMSNorm(nn.Module):
@@ -152,6 +154,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """Add a result to the input of a layer; returns the sum, and the sum normalised."""
+
+    def __init__(self, config: LlamaConfig, attention: AttentionBackend) -> None:
+        super().__init__(config.hidden_size, config.rms_norm_eps)
+        self.fused = attention.add_rms_norm
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "tokens hidden"], delta: Float[Tensor, "tokens hidden"]
+    ) -> tuple[Tensor, Tensor]:
+        if self.fused is not None:  # the two lines below in one kernel
+            return self.fused(x, delta, self.weight, self.eps)
+        x = x + delta
+        return x, super().forward(x)
 
 
 class Attention(nn.Module):
@@ -199,16 +217,19 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, attention: AttentionBackend) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = MergedLinear(hidden, (inner, inner), bias=bias)
         self.down_proj = Linear(inner, hidden, bias=bias)
         self.activation = choose_activation(config.activation)
+        self.fused = attention.silu_and_mul if config.activation == "silu" else None
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         gate, up = self.gate_up_proj(x)  # [tokens, inner] each
-        return self.down_proj(self.activation(gate) * up)  # [tokens, hidden]
+        inner = self.fused(gate, up) if self.fused else self.activation(gate) * up
+        del gate, up  # large, and no longer needed
+        return self.down_proj(inner)  # [tokens, hidden]
 
 
 LLAMA_WEIGHTS = WeightMap(

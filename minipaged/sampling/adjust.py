@@ -34,10 +34,7 @@ def adjust(
         mask.index_put_(allowed, mask.new_zeros(()))
         where = to_device(limited, logits.device)
         logits[where] = logits[where].masked_fill(mask, -torch.inf)
-    too_early = [
-        row.end_token_ids if len(row.output_token_ids) < row.params.min_tokens else ()
-        for row in rows
-    ]
+    too_early = [row.end_token_ids if row.position < row.params.min_tokens else () for row in rows]
     for forbidden in (too_early, [bad_word_ends(row) for row in rows]):
         if any(forbidden):
             logits.index_put_(places(forbidden, logits.device), logits.new_full((), -torch.inf))

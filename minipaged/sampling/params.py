@@ -90,6 +90,8 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     adjusts_logits: bool = field(init=False, repr=False, compare=False)
     """Whether the logits are changed before a token is chosen."""
+    reads_output: bool = field(init=False, repr=False, compare=False)
+    """Whether these changes depend on the tokens that were generated."""
     stop_automaton: StopStrings = field(init=False, repr=False, compare=False)
     """Finds the stop strings; shared by all samples of all prompts with these parameters."""
 
@@ -125,6 +127,7 @@ class SamplingParams:
         masks = self.allowed_token_ids is not None or self.bad_words or self.min_tokens
         own = self.logit_bias or self.logits_processors
         self.adjusts_logits = bool(penalties or masks or own)
+        self.reads_output = bool(penalties or self.bad_words or self.logits_processors)
         self.stop_automaton = stop_automaton(self.stop_strings)
 
     def clone(self) -> "SamplingParams":

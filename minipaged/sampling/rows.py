@@ -18,6 +18,12 @@ class SamplingRow(NamedTuple):
     seed: int  # the request's, or one that the engine chose
     end_token_ids: Sequence[int] = ()  # end of sequence and stops, forbidden before min_tokens
     bad_words: Sequence[Sequence[int]] = ()  # in token ids
+    num_pending: int = 0  # 1 if another token was sampled whose id is not known yet
+
+    @property
+    def position(self) -> int:
+        """The position in the output of the token to sample."""
+        return len(self.output_token_ids) + self.num_pending
 
 
 class SampledToken(NamedTuple):

@@ -10,36 +10,26 @@ A row passes these stages, in this order, as in vLLM and in transformers:
 A stage runs only for the rows that need it: a batch of plain greedy requests costs one argmax, and
 no row depends on how the other rows are sampled.
 
-The same seed gives the same tokens. A draw needs one random number, which is a hash of the row's
-seed and the number of generated tokens (`uniform`). There is no generator whose state could depend
-on the batch, or would have to be saved when a sequence is preempted.
-
-The draw uses integers. Weights are rounded once, element by element, so their sums are exact in any
-order. The same row of logits therefore gives the same token in any batch, a token of weight zero is
-never drawn, and no rounding can move the draw past the last token.
-
-The host waits for a GPU only at the end, where one transfer returns all results.
+The host waits for a GPU only when the results are read. One transfer returns all of them.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minipaged.sampling.adjust import adjust
+from minipaged.sampling.draw import draw
 from minipaged.sampling.explain import explain_error
 from minipaged.sampling.params import GREEDY_BELOW
-from minipaged.sampling.row_tensors import asking, column
 from minipaged.sampling.rows import SampledToken, SamplingRow
-from minipaged.sampling.truncate import keep_min_p, keep_top_k, keep_top_p
 from minipaged.utils.device import to_device
 from minipaged.utils.shapes import Bool, Float, Int
 
-WEIGHT_OF_LIKELIEST = 2**40
-"""Tokens 2^40 times less likely than the likeliest are never drawn. 2^23 tokens still sum up to
-less than 2^63."""
-
+SCORED_AT_ONCE = {"cpu": 2**19, "gpu": 2**25}
+"""Logits whose log-probabilities are in memory at the same time: 2 and 128 MB in float32. On a CPU
+they fit in the cache; a GPU has few launches."""
 
 AdjustLogits = Callable[[Tensor, Sequence[SamplingRow]], Tensor]
 """A custom part: maps the logits of all rows, [rows, vocab], to new ones of the same shape."""
@@ -55,10 +45,11 @@ class Sampler:
     def __init__(self, adjust_logits: AdjustLogits | None = None) -> None:
         self._adjust_logits = adjust_logits
 
-    def sample(
-        self, logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
-    ) -> list[SampledToken]:
-        """Choose the next token of each row; `logits[i]` belongs to `rows[i]` and is kept."""
+    def sample(self, logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> "Draws":
+        """Choose the next token of each row; `logits[i]` belongs to `rows[i]` and is kept.
+
+        It does not wait for the device.
+        """
         assert len(rows) == logits.shape[0], f"{len(rows)} rows for {logits.shape[0]} of logits"
         raw = adjusted = logits.float()
         faults: dict[int, Exception] = {}
@@ -73,117 +64,94 @@ class Sampler:
         if chance:
             places = to_device(chance, logits.device)
             token_ids[places] = draw(adjusted[places], [rows[i] for i in chance])
-        sampled = score(raw, token_ids, [each.logprobs for each in params], has_choice)
-        for i, token in enumerate(sampled):
-            if math.isnan(token.logprob):
-                sampled[i] = token._replace(error=explain_error(raw[i], adjusted[i]))
-        for i, fault in faults.items():
-            sampled[i] = sampled[i]._replace(error=fault)
+        scores = Scores(raw, token_ids, [each.logprobs for each in params], has_choice)
+        return Draws(token_ids, scores, raw, adjusted, faults)
+
+
+class Scores:
+    """The log-probability of one token per row, and those of the likeliest tokens.
+
+    The logprob is NaN where `has_choice` is False, and in rows with NaN, +inf or only -inf.
+
+    Args:
+        logits: of which the log-probabilities are computed.
+        token_ids: the chosen token of each row.
+        num_top: `num_top[i]` is the number of likeliest tokens to return; -1: all, None: none and
+            no rank.
+        has_choice: whether the row has a token that could be chosen.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "rows vocab"],
+        token_ids: Sequence[int] | Int[Tensor, " rows"],
+        num_top: Sequence[int | None],
+        has_choice: Bool[Tensor, "rows 1"] | None = None,
+    ) -> None:
+        if not isinstance(token_ids, Tensor):
+            token_ids = to_device(token_ids, logits.device, torch.long)
+        chosen = token_ids[:, None]  # [rows, 1]
+        vocab_size = logits.shape[-1]
+        asked = [vocab_size if n == -1 else min(n, vocab_size) for n in num_top if n is not None]
+        self._num_top = num_top if asked else None
+        self._most = max(asked, default=0)
+        at_once = max(1, SCORED_AT_ONCE["cpu" if logits.is_cpu else "gpu"] // vocab_size)  # rows
+        tables: list[Tensor] = []
+        for some, ids in zip(logits.split(at_once), chosen.split(at_once), strict=True):
+            logprobs = some.float().log_softmax(-1)  # [rows, vocab]
+            results = [ids, logprobs.gather(-1, ids)]
+            if asked:
+                results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
+            if self._most > 0:
+                values, top_ids = logprobs.topk(self._most, dim=-1)  # [rows, most], for all rows
+                results += [top_ids, values]
+            tables.append(torch.cat([result.double() for result in results], dim=-1))
+        # One table, because each transfer waits. Doubles represent any id exactly.
+        table = torch.cat(tables)
+        if has_choice is not None:
+            table[:, 1:2].masked_fill_(~has_choice, torch.nan)
+        self._table = table.to("cpu", non_blocking=True)  # from a GPU: to pinned memory
+        self._arrival = None
+        if table.is_cuda:
+            self._arrival = torch.cuda.current_stream(table.device).record_event()
+
+    def read(self) -> list[SampledToken]:
+        """Wait for the device, and return each row's token with its log-probabilities."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        table = self._table.tolist()
+        if self._num_top is None:
+            return [SampledToken(int(token_id), logprob) for token_id, logprob in table]
+        sampled, most = list[SampledToken](), self._most
+        for (token_id, logprob, rank, *top), count in zip(table, self._num_top, strict=True):
+            token = int(token_id)
+            if count is None:
+                sampled.append(SampledToken(token, logprob))
+                continue
+            num_found = most if count == -1 else min(count, most)
+            found = {int(top[k]): top[most + k] for k in range(num_found)}
+            found.setdefault(token, logprob)  # if it is not among them, it is the least likely
+            sampled.append(SampledToken(token, logprob, found, rank=int(rank)))
         return sampled
 
 
-# -- Logprobs ---------------------------------------------------------------------------------
+@dataclass
+class Draws:
+    """The chosen tokens of a step, still on the device."""
 
+    token_ids: Int[Tensor, " rows"]
+    _scores: Scores
+    _raw: Float[Tensor, "rows vocab"]
+    _adjusted: Float[Tensor, "rows vocab"]
+    _faults: dict[int, Exception]
 
-def score(
-    logits: Float[Tensor, "rows vocab"],
-    token_ids: Sequence[int] | Int[Tensor, " rows"],
-    num_top: Sequence[int | None],
-    has_choice: Bool[Tensor, "rows 1"] | None = None,
-) -> list[SampledToken]:
-    """Return the log-probability of one token per row, and those of the likeliest tokens.
-
-    With the logits of prompt positions and the prompt's next tokens, it returns `prompt_logprobs`.
-    `num_top[i]` is the number of likeliest tokens to return; -1: all, None: none and no rank.
-    The logprob is NaN where `has_choice` is False, and in rows with NaN, +inf or only -inf.
-    """
-    logprobs = logits.float().log_softmax(-1)
-    chosen = to_device(token_ids, logits.device, torch.long)[:, None]  # [rows, 1]
-    results = [chosen, logprobs.gather(-1, chosen)]
-    if has_choice is not None:
-        results[1] = results[1].where(has_choice, torch.nan)
-    vocab_size = logits.shape[-1]
-    asked = [vocab_size if n == -1 else min(n, vocab_size) for n in num_top if n is not None]
-    most = max(asked, default=0)
-    if asked:
-        results.append((logprobs > results[1]).sum(-1, keepdim=True) + 1)  # the rank
-    if most > 0:
-        values, top_ids = logprobs.topk(most, dim=-1)  # [rows, most], for all rows
-        results += [top_ids, values]
-    # One table, because each transfer waits for the GPU. Doubles represent any id exactly.
-    table = torch.cat([result.double() for result in results], dim=-1).tolist()
-    if not asked:
-        return [SampledToken(int(token_id), logprob) for token_id, logprob in table]
-    sampled: list[SampledToken] = []
-    for (token_id, logprob, rank, *top), count in zip(table, num_top, strict=True):
-        token = int(token_id)
-        if count is None:
-            sampled.append(SampledToken(token, logprob))
-            continue
-        num_found = most if count == -1 else min(count, most)
-        found = {int(top[k]): top[most + k] for k in range(num_found)}
-        found.setdefault(token, logprob)  # if it is not among them, it is the least likely
-        sampled.append(SampledToken(token, logprob, found, rank=int(rank)))
-    return sampled
-
-
-# -- Random stages ----------------------------------------------------------------------------
-
-
-def draw(logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]) -> Int[Tensor, " rows"]:
-    """Draw one token per row, by a random number's place in the cumulative sum of weights.
-
-    A row of broken logits gets an arbitrary token, so that the other rows continue.
-    """
-    random = [uniform(row.seed, len(row.output_token_ids)) for row in rows]
-    ends = draw_weights(logits, rows).cumsum(-1)  # [rows, vocab]
-    total = ends[:, -1:]  # [rows, 1]
-    target = column(random, logits.device, torch.float64) * total
-    # In [0, total): a double may round the product up to the total itself.
-    target = torch.minimum(target.long(), total - 1)
-    return torch.searchsorted(ends, target, right=True)[:, 0]  # the first that ends beyond it
-
-
-def draw_weights(
-    logits: Float[Tensor, "rows vocab"], rows: Sequence[SamplingRow]
-) -> Int[Tensor, "rows vocab"]:
-    """Return integers in proportion to the probabilities of the tokens."""
-    device, params = logits.device, [row.params for row in rows]
-    logits = logits / column([p.temperature for p in params], device)
-    if some := asking(rows, lambda p: p.min_p > 0):
-        floor = column([params[i].min_p for i in some], device)
-        places = to_device(some, device)
-        logits[places] = keep_min_p(logits[places], floor)
-    if some := asking(rows, lambda p: p.top_k > 0):
-        places = to_device(some, device)
-        logits[places] = keep_top_k(logits[places], [params[i].top_k for i in some])
-    relative = (logits - logits.amax(-1, keepdim=True)).exp()  # the likeliest is 1
-    weights = (relative.nan_to_num(0) * WEIGHT_OF_LIKELIEST).long()
-    if some := asking(rows, lambda p: p.top_p < 1):
-        top_p = column([params[i].top_p for i in some], device, torch.float64)
-        places = to_device(some, device)
-        most = [params[i].top_k for i in some]
-        weights[places] = keep_top_p(weights[places], top_p, max(most) if min(most) > 0 else None)
-    return weights
-
-
-# -- Randomness -------------------------------------------------------------------------------
-
-_64_BITS = 2**64 - 1
-
-
-def uniform(seed: int, position: int) -> float:
-    """Return the random number in [0, 1) of the token at this position of the output.
-
-    The seed is mixed before the position is added. Otherwise the numbers of seed 1 would be those
-    of seed 0, shifted by one position.
-    """
-    return (_mix(_mix(seed) + position) >> 11) * 2.0**-53  # 53 bits, the precision of a float
-
-
-def _mix(x: int) -> int:
-    """splitmix64 (Steele et al. 2014): a bijection of 64 bits in which each bit affects all."""
-    x = (x + 0x9E3779B97F4A7C15) & _64_BITS
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64_BITS
-    return x ^ (x >> 31)
+    def read(self) -> list[SampledToken]:
+        """Wait for the device, and return the token of each row."""
+        sampled = self._scores.read()
+        for i, token in enumerate(sampled):
+            if token.logprob != token.logprob:  # NaN
+                error = explain_error(self._raw[i], self._adjusted[i])
+                sampled[i] = token._replace(error=error)
+        for i, fault in self._faults.items():
+            sampled[i] = sampled[i]._replace(error=fault)
+        return sampled

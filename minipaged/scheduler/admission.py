@@ -50,6 +50,5 @@ def should_wait(
         and other.cache_salt == seq.cache_salt
         and other.token_ids[:stop] == seq.token_ids[:stop]
         for group in running
-        if not group.is_decoding
         for other in group.sequences
     )

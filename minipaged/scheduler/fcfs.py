@@ -182,7 +182,7 @@ class FCFSScheduler:
         several = len(group.sequences) + len(group.awaiting_refork) > 1
         last_token_waits = several and not group.is_decoding
         for seq in group.sequences:
-            left = len(seq.token_ids) - seq.num_computed_tokens
+            left = seq.num_uncomputed_tokens
             num_new_tokens = min(left - 1 if last_token_waits else left, draft.tokens_left)
             if num_new_tokens > 0:
                 samples = num_new_tokens == left

@@ -57,7 +57,9 @@ class SequenceInput(NamedTuple):
     """One sequence's part in a `StepInput`."""
 
     seq_id: int
-    token_ids: list[int]  # the tokens to compute, at positions context_len and up
+    # The tokens to compute, at positions context_len and up. Number -1 - r is a pending token: the
+    # one that row r of the step before sampled, which only the device knows yet.
+    token_ids: list[int]
     context_len: int  # tokens of the sequence whose keys and values are in the cache
     block_table: list[int]  # physical blocks, in logical order
     num_logits: int = 1  # return the logits of this many of its last tokens

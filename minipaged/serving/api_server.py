@@ -1,18 +1,50 @@
 """The HTTP application: the endpoints of OpenAI's protocol, and vLLM's."""
 
+import asyncio
+from collections.abc import Callable, Coroutine
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
+from fastapi.routing import APIRoute
 from jinja2 import Environment
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from minipaged import __version__
 from minipaged.errors import MinipagedError
 from minipaged.serving import errors
-from minipaged.serving.bodies import JsonRoute
 from minipaged.serving.service import Service
+
+HANDLED = (RequestValidationError, HTTPException, MinipagedError, TimeoutError, Exception)
+LARGE = 2**16  # bytes; larger bodies are parsed in a thread, while other requests are served
+
+
+class JsonRoute(APIRoute):
+    """Reads bodies with a parser that limits the nesting and refuses lone surrogates."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handler
+
+
+class JsonRequest(Request):
+    """A request whose body is JSON."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            if len(body) < LARGE:
+                return from_json(body)
+            return await asyncio.to_thread(from_json, body)
+        except ValueError as error:
+            raise HTTPException(400, f"the body is not valid JSON: {error}.") from None
 
 
 def build_app(service: Service) -> FastAPI:
@@ -23,10 +55,9 @@ def build_app(service: Service) -> FastAPI:
         description="OpenAI's protocol over a paged KV cache.",
         docs_url=None,  # FastAPI's page loads its program from the network
         redoc_url=None,
+        exception_handlers=dict.fromkeys(HANDLED, errors.as_response),
     )
     app.router.route_class = JsonRoute
-    for kind in (RequestValidationError, HTTPException, MinipagedError, TimeoutError, Exception):
-        app.add_exception_handler(kind, _answer_error)
     for method, path, endpoint in (
         ("POST", "/v1/completions", service.completions),
         ("POST", "/v1/chat/completions", service.chat_completions),
@@ -47,7 +78,3 @@ def build_app(service: Service) -> FastAPI:
 
     app.add_api_route("/docs", docs, include_in_schema=False)
     return app
-
-
-async def _answer_error(_: Request, error: Exception) -> Response:
-    return errors.as_response(error)

@@ -155,11 +155,6 @@ class AsyncEngine:
             self._inbox.put(partial(self._abort, request_id))
 
     @property
-    def num_open(self) -> int:
-        """The number of requests that have not ended."""
-        return len(self._streams)
-
-    @property
     def has_ended(self) -> bool:
         """Whether there will be no more steps."""
         return self._is_stopped or self.error is not None
@@ -195,13 +190,12 @@ class AsyncEngine:
         self._deliver()
 
     def _fail_all(self, kind: type[EngineDead | ServerClosing], message: str) -> None:
-        """End all streams with an error."""
+        """End all streams with an error, which also aborts their requests."""
         for stream, _ in list(self._streams.values()):
             stream.fail(kind(message))
 
     def _tell_of_death(self, message: str) -> None:
         self._fail_all(EngineDead, message)
-        self._streams.clear()
         self.died.set()
 
     # ---- in the engine thread --------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 import logging
 from typing import Any
 
-from fastapi import Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
@@ -76,6 +76,9 @@ def describe(error: Exception) -> tuple[int, str, str | None, Any]:
         place = [str(each) for each in first["loc"] if each != "body"]
         message = f"{'.'.join(place) or 'the body'}: {first['msg']}."
         return 400, message, place[0] if place else None, None
+    if isinstance(error, errors.RequestFailed) and error.__cause__ is not None:
+        # A part or a tokenizer raised. (Broken logits are logged where they are found.)
+        logger.error("a request has failed", exc_info=error)
     for kind, status in STATUS.items():
         if isinstance(error, kind):
             code = next((code for k, code in CODES.items() if isinstance(error, k)), None)
@@ -84,8 +87,8 @@ def describe(error: Exception) -> tuple[int, str, str | None, Any]:
     return 500, f"the server failed on this request ({type(error).__name__}).", None, None
 
 
-def as_response(error: Exception) -> Response:
-    """An error before the first byte."""
+async def as_response(_: Request, error: Exception) -> Response:
+    """An error before the first byte; a handler of the application."""
     return response(*describe(error))
 
 

@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import h11
-from anyio import fail_after, move_on_after
+from anyio import move_on_after
 from fastapi import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -76,11 +76,8 @@ class Gate:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         """Pass a request on with its whole body, or respond with an error."""
         chunks: list[bytes] = []
-        refusal = self._wrong_key(scope)
         try:
-            if refusal is None:
-                with fail_after(BODY_SECONDS):
-                    refusal = await self._read(dict(scope["headers"]), receive, chunks)
+            refusal = self._wrong_key(scope) or await self._read(scope, receive, chunks)
             if refusal is not None:
                 return await self._refuse(refusal, scope, receive, send)
             body = [b"".join(chunks)]
@@ -89,11 +86,8 @@ class Gate:
                 return {"type": "http.request", "body": body.pop()} if body else await receive()
 
             return await self._app(scope, receive_again, send)
-        except TimeoutError:
-            message = f"the body did not arrive within {BODY_SECONDS:.0f} seconds."
-            return await self._refuse(errors.response(408, message), scope, receive, send)
         except ClientLeft:
-            return None
+            return None  # before its body was complete: no one waits for a response
         finally:
             self._num_bytes -= sum(map(len, chunks))
 
@@ -107,29 +101,31 @@ class Gate:
         )
 
     async def _read(
-        self, headers: dict[bytes, bytes], receive: Any, chunks: list[bytes]
+        self, scope: MutableMapping[str, Any], receive: Any, chunks: list[bytes]
     ) -> Response | None:
-        """Read the body in chunks. Returns an error response if it is too large.
+        """Read the body in chunks. Returns an error response if it is too large or too slow.
 
         Raises ClientLeft.
         """
-        num_bytes, length = 0, int(headers.get(b"content-length", b"0"))
+        num_bytes, length = 0, int(dict(scope["headers"]).get(b"content-length", b"0"))
         more = True
-        while more:
-            if max(num_bytes, length) > self._max_bytes:
-                message = f"the body has more than {self._max_bytes} bytes (max_body_bytes)"
-                return errors.response(413, f"{message}: send less.")
-            if self._num_bytes > MAX_BODIES * self._max_bytes:
-                message = f"the bodies of other requests take {self._num_bytes} bytes of memory"
-                return errors.response(429, f"{message}: send this request again later.")
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientLeft
-            chunks.append(message["body"])
-            num_bytes += len(chunks[-1])
-            self._num_bytes += len(chunks[-1])
-            more = message["more_body"]
-        return None
+        with move_on_after(BODY_SECONDS):
+            while more:
+                if max(num_bytes, length) > self._max_bytes:
+                    message = f"the body has more than {self._max_bytes} bytes (max_body_bytes)"
+                    return errors.response(413, f"{message}: send less.")
+                if self._num_bytes > MAX_BODIES * self._max_bytes:
+                    message = f"the bodies of other requests take {self._num_bytes} bytes of memory"
+                    return errors.response(429, f"{message}: send this request again later.")
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                chunks.append(message["body"])
+                num_bytes += len(chunks[-1])
+                self._num_bytes += len(chunks[-1])
+                more = message["more_body"]
+            return None
+        return errors.response(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds.")
 
     async def _refuse(
         self, refusal: Response, scope: MutableMapping[str, Any], receive: Any, send: Any

@@ -16,7 +16,6 @@ from urllib.parse import parse_qs
 from fastapi import Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from minipaged.errors import MinipagedError
 from minipaged.serving import errors
 from minipaged.serving.async_engine import AsyncEngine
 from minipaged.serving.gate import sent_key
@@ -59,7 +58,7 @@ class LivePages:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         """Serve, refuse or pass on a request."""
-        if scope["type"] != "http" or scope["path"] not in PATHS:
+        if scope["path"] not in PATHS:
             return await self._app(scope, receive, send)
         response = refuse_viewer(scope, self._key) or self._respond(scope)
         return await response(scope, receive, send)
@@ -71,10 +70,6 @@ class LivePages:
             return HTMLResponse(fill_page("live.html", title=self._title), headers=HEADERS)
         if self._view.num_viewers >= MOST_VIEWERS:
             return errors.response(429, f"{MOST_VIEWERS} views are already open: close one.")
-        try:
-            self._engine.refuse_if_closed()
-        except MinipagedError as error:
-            return errors.as_response(error)
         return EventStream(self._view.messages(self._engine))
 
 

@@ -115,7 +115,7 @@ class LiveView:
                         yield b": still here\n\n"
                     await asyncio.sleep(SECONDS_TO_LOOK)
         except (EngineDead, ServerClosing):
-            pass  # the stream ends, and the page tries to connect again
+            pass  # the engine has logged the first, the second is wanted; the page connects again
         finally:
             self.num_viewers -= 1
 

@@ -1,18 +1,16 @@
 """The server's metrics for Prometheus, under vLLM's names."""
 
 import time
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar, get_args
 
-from prometheus_client import CONTENT_TYPE_LATEST, ProcessCollector, core, generate_latest
-from prometheus_client.registry import Collector
+import prometheus_client as prometheus
+from prometheus_client.metrics import MetricWrapperBase
 
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.metrics import StepStats
-from minipaged.engine.outputs import Progress, RequestOutput
+from minipaged.engine.outputs import FinishReason, Progress, RequestOutput
 from minipaged.scheduler.output import SchedulerOutput
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -53,87 +51,78 @@ HISTOGRAMS = {
 }
 
 
-class Tally:
-    """A histogram: the number of values between each two bounds, and the sum of all."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float, times: int = 1) -> None:
-        """Count a value, `times` times."""
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += times * value
-
-    def totals(self) -> tuple[list[tuple[str, float]], float]:
-        """Return (bound, number of values up to it) pairs, as in Prometheus, and their sum."""
-        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
-        return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
+M = TypeVar("M", bound=MetricWrapperBase)
 
 
-class Metrics(Collector):
-    """Counts steps and requests. Only the engine's thread counts; any thread may render.
+class Metrics:
+    """Counts steps and requests. Only the engine's thread counts; any thread may render."""
 
-    The counts are plain numbers, because prometheus_client's own histograms take a lock per value,
-    and the time between two tokens is one value per token.
-    """
-
-    content_type = CONTENT_TYPE_LATEST
+    content_type = prometheus.CONTENT_TYPE_LATEST
 
     def __init__(self, model_name: str, engine: LLMEngine) -> None:
-        self._model_name = model_name
-        self._engine = engine
-        self._counts = dict.fromkeys(COUNTERS, 0)
-        self._tallies = {name: Tally(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
-        self._ends = dict.fromkeys(("stop", "length", "abort", "error"), 0)
-        self._last_token: dict[str, float] = {}  # by request id: the time of its last token
-        self._num_counted: dict[str, int] = {}  # by request id: its tokens counted so far
-        self._registry = core.CollectorRegistry()
-        ProcessCollector(registry=self._registry)  # CPU seconds and memory of this process
-        self._registry.register(self)
+        self._registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self._registry)  # CPU seconds, memory
 
-    # ---- in the engine's thread ------------------------------------------------------------------
+        def new(kind: type[M], name: str, help: str, *labels: str, **options: Any) -> M:
+            names = ["model_name", *labels]
+            return kind(f"vllm:{name}", help, names, registry=self._registry, **options)
+
+        for name, (help, read) in GAUGES.items():
+            gauge = new(prometheus.Gauge, name, help).labels(model_name)
+            gauge.set_function(partial(read, engine))
+        self._counters = {
+            name: new(prometheus.Counter, name, help).labels(model_name)
+            for name, help in COUNTERS.items()
+        }
+        self._histograms = {
+            name: new(prometheus.Histogram, name, help, buckets=bounds).labels(model_name)
+            for name, (help, bounds) in HISTOGRAMS.items()
+        }
+        ends = new(
+            prometheus.Counter, "request_success", "Requests that have ended.", "finished_reason"
+        )
+        self._ends = {reason: ends.labels(model_name, reason) for reason in get_args(FinishReason)}
+        config = engine.config
+        facts = {
+            "block_size": str(config.block_size),
+            "num_gpu_blocks": str(config.num_blocks),
+            "num_cpu_blocks": str(config.num_swap_blocks),
+            "enable_prefix_caching": str(config.enable_prefix_caching),
+        }
+        new(prometheus.Info, "cache_config", "The KV cache.").labels(model_name).info(facts)
+        self._last_token: dict[str, float] = {}  # by request id: the time of its last token
 
     def note_step(self, decision: SchedulerOutput, stats: StepStats) -> None:
         """A listener of the engine."""
         now, last = time.perf_counter(), self._last_token
-        since: Counter[float] = Counter()
-        for group, _, _, samples in decision.sequences:
-            if samples:
-                if group.request_id in last:
-                    since[last[group.request_id]] += 1
-                last[group.request_id] = now
-        for before, times in since.items():
-            self._tallies["inter_token_latency_seconds"].add(now - before, times)
-        self._tallies["iteration_tokens_total"].add(stats.num_tokens)
-        self._counts["num_preemptions"] += stats.num_preempted
-        self._counts["prefix_cache_queries"] += stats.num_queried_tokens
-        self._counts["prefix_cache_hits"] += stats.num_cached_tokens
+        note_latency = self._histograms["inter_token_latency_seconds"].observe
+        sampled = {group.request_id for group, _, _, samples in decision.sequences if samples}
+        for request_id in sampled:
+            if request_id in last:
+                note_latency(now - last[request_id])
+            last[request_id] = now
+        self._histograms["iteration_tokens_total"].observe(stats.num_tokens)
+        self._counters["num_preemptions"].inc(stats.num_preempted)
+        self._counters["prefix_cache_queries"].inc(stats.num_queried_tokens)
+        self._counters["prefix_cache_hits"].inc(stats.num_cached_tokens)
 
     def note_progress(self, progresses: Sequence[Progress]) -> None:
         """Count the new tokens of a step or of an abort, and the requests that ended."""
+        num_new = sum(len(new.token_ids) for progress in progresses for new in progress.new)
+        self._counters["generation_tokens"].inc(num_new)
         for progress in progresses:
-            request_id = progress.request_id
-            counted = self._num_counted.get(request_id, 0)
             if progress.finished:
-                total = self._note_end(progress.build_output())
-                self._num_counted.pop(request_id, None)
-                self._last_token.pop(request_id, None)
-            else:
-                total = counted + sum(len(new.token_ids) for new in progress.new)
-                self._num_counted[request_id] = total
-            self._counts["generation_tokens"] += total - counted
+                self._last_token.pop(progress.request_id, None)
+                self._note_end(progress.build_output())
 
-    def _note_end(self, output: RequestOutput) -> int:
-        """Count a request that ended; returns the number of its generated tokens."""
+    def _note_end(self, output: RequestOutput) -> None:
         times = output.metrics
         num_generated = sum(len(each.token_ids) for each in output.outputs)
-        self._counts["prompt_tokens"] += len(output.prompt_token_ids)
+        self._counters["prompt_tokens"].inc(len(output.prompt_token_ids))
         for completion in output.outputs:
-            self._ends[completion.finish_reason or "error"] += 1
-        self._tallies["request_prompt_tokens"].add(len(output.prompt_token_ids))
-        self._tallies["request_generation_tokens"].add(num_generated)
+            self._ends[completion.finish_reason or "error"].inc()
+        self._histograms["request_prompt_tokens"].observe(len(output.prompt_token_ids))
+        self._histograms["request_generation_tokens"].observe(num_generated)
         arrival, scheduled = times.arrival_time, times.first_scheduled_time
         first, last = times.first_token_time, times.last_token_time
         for name, begin, end in (
@@ -144,39 +133,8 @@ class Metrics(Collector):
             ("e2e_request_latency_seconds", arrival, times.finished_time),
         ):
             if begin is not None and end is not None:
-                self._tallies[name].add(end - begin)
-        return num_generated
-
-    # ---- in any thread ---------------------------------------------------------------------------
-
-    def collect(self) -> Iterator[core.Metric]:
-        """All metrics, for the registry."""
-        for key, (help, value) in GAUGES.items():
-            yield self._family(core.GaugeMetricFamily, key, help, value(self._engine))
-        for key, help in COUNTERS.items():
-            yield self._family(core.CounterMetricFamily, key, help, self._counts[key])
-        for key, (help, _) in HISTOGRAMS.items():
-            yield self._family(core.HistogramMetricFamily, key, help, *self._tallies[key].totals())
-        labels, help = ["model_name", "finished_reason"], "Requests that have ended."
-        ends = core.CounterMetricFamily("vllm:request_success", help, labels=labels)
-        for reason, number in self._ends.items():
-            ends.add_metric([self._model_name, reason], number)
-        yield ends
-        config = self._engine.config
-        facts = {
-            "model_name": self._model_name,
-            "block_size": str(config.block_size),
-            "num_gpu_blocks": str(config.num_blocks),
-            "num_cpu_blocks": str(config.num_swap_blocks),
-            "enable_prefix_caching": str(config.enable_prefix_caching),
-        }
-        yield core.InfoMetricFamily("vllm:cache_config", "The KV cache.", facts)
-
-    def _family(self, kind: type[Any], key: str, help: str, *values: Any) -> core.Metric:
-        family = kind(f"vllm:{key}", help, labels=["model_name"])
-        family.add_metric([self._model_name], *values)
-        return family
+                self._histograms[name].observe(end - begin)
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""
-        return generate_latest(self._registry)
+        return prometheus.generate_latest(self._registry)

@@ -8,13 +8,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from minipaged.errors import InvalidOption
 from minipaged.sampling import BeamSearchParams, Params, RequestOutputKind, SamplingParams
-from minipaged.serving.bodies import Biases, Few, Items
 from minipaged.utils.not_built import by_name, refuse_not_built
 from minipaged.utils.options import shown
 
@@ -25,6 +24,7 @@ NOT_BUILT = by_name({
     "output that must follow a grammar or schema is not built": {
         "structured_outputs": None, "guided_json": None, "guided_regex": None,
         "guided_choice": None, "guided_grammar": None, "guided_decoding_backend": None,
+        "response_format": {"type": "text"},
     },
     "a call of a tool cannot be enforced, so the model decides": {
         "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
@@ -49,8 +49,25 @@ BEAM_SEARCH = {"n", "max_tokens", "temperature", "ignore_eos"}
 """Sampling fields that beam search honours."""
 
 
-def _field(help: str) -> Any:
-    return Field(default=None, description=help)
+MOST_ITEMS = 1024  # in a field that is compared with each new token
+
+
+def _few(value: Any) -> Any:
+    """Limit the size of a dict before its entries are checked; pydantic's own limit comes last."""
+    if isinstance(value, dict) and len(value) > MOST_ITEMS:
+        raise ValueError(f"has {len(value)} entries, but at most {MOST_ITEMS} are allowed")
+    return value
+
+
+T = TypeVar("T")
+# Checking stops at the first fault: describing a million of them would take seconds.
+Items = Annotated[list[T], Field(fail_fast=True)]
+Few = Annotated[list[T], Field(fail_fast=True, max_length=MOST_ITEMS)]
+Biases = Annotated[dict[str, float], BeforeValidator(_few)]
+
+
+def _field(help: str, **limits: Any) -> Any:
+    return Field(default=None, description=help, **limits)
 
 
 class StreamOptions(BaseModel, extra="allow", strict=True):
@@ -108,7 +125,6 @@ class GenerationBody(Body):
     prompt_logprobs: int | None = _field("Report this many of the likeliest prompt tokens.")
     stream: bool | None = _field("Send the output as it is generated.")
     stream_options: StreamOptions | None = _field("What a stream reports in addition.")
-    response_format: dict[str, Any] | None = _field('Only {"type": "text"}.')
     cache_salt: str | None = _field("Only prompts with the same salt share cached blocks.")
     add_special_tokens: bool | None = _field("Whether the tokenizer adds its own tokens.")
     return_token_ids: bool | None = _field("Report token ids in addition to the text.")
@@ -131,11 +147,7 @@ class GenerationBody(Body):
         raise NotImplementedError
 
     def num_prompt_logprobs(self) -> int | None:
-        """The same for the prompt. Raises InvalidOption."""
-        if self.prompt_logprobs is not None and self.stream:
-            raise InvalidOption(
-                "prompt_logprobs are not part of a stream: leave out stream.", "prompt_logprobs"
-            )
+        """The same for the prompt."""
         return self.prompt_logprobs
 
     def params(self, defaults: Mapping[str, Any]) -> Params:
@@ -148,11 +160,12 @@ class GenerationBody(Body):
         """
         self.refuse_what_is_not_built()
         logprobs, prompt_logprobs = self.num_logprobs(), self.num_prompt_logprobs()
-        if self.response_format is not None and self.response_format.get("type") != "text":
+        if prompt_logprobs is not None and self.stream:
+            name = "logprobs" if self.prompt_logprobs is None else "prompt_logprobs"
             raise InvalidOption(
-                f"response_format is {shown(self.response_format)}, but output that must follow a "
-                'schema is not built: leave it out, or give {"type": "text"}.',
-                "response_format",
+                "log-probabilities of a prompt are not part of a stream: leave out stream or "
+                f"{name}.",
+                name,
             )
         if self.stream_options is not None and not self.stream:
             raise InvalidOption(
@@ -226,15 +239,9 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
     def num_prompt_logprobs(self) -> int | None:
-        """The field `logprobs`, if echo is set; then the prompt has them. Raises InvalidOption."""
+        """An echoed prompt has as many as the output, at least."""
         if not self.echo or self.logprobs is None:
-            return super().num_prompt_logprobs()
-        if self.stream:
-            raise InvalidOption(
-                "logprobs of an echoed prompt are not part of a stream: leave out stream, echo or "
-                "logprobs.",
-                "logprobs",
-            )
+            return self.prompt_logprobs
         return max(self.logprobs, self.prompt_logprobs or 0)
 
 
@@ -253,7 +260,7 @@ class ChatBody(GenerationBody, TemplateFields):
     messages: Annotated[Items[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = _field("Has precedence over max_tokens.")
     logprobs: bool | None = _field("Report log-probabilities.")
-    top_logprobs: int | None = _field("... of this many of the likeliest tokens.")
+    top_logprobs: int | None = _field("... of this many of the likeliest tokens.", ge=0)
     chat_template: str | None = _field("A template for this request; refused unless trusted.")
 
     def length(self) -> int | None:
@@ -266,11 +273,6 @@ class ChatBody(GenerationBody, TemplateFields):
         if self.top_logprobs and not self.logprobs:
             raise InvalidOption(
                 f"top_logprobs is {self.top_logprobs}, but logprobs is not set: set it as well.",
-                "top_logprobs",
-            )
-        if (self.top_logprobs or 0) < 0:
-            raise InvalidOption(
-                f"top_logprobs is {self.top_logprobs}: give a whole number from 0 up.",
                 "top_logprobs",
             )
         return (self.top_logprobs or 0) if self.logprobs else None

@@ -70,18 +70,27 @@ class Reply(Generic[B]):
         choices: list[dict[str, Any]] = []
         for prompt, output in enumerate(outputs):
             for completion in output.outputs:
-                refuse_broken(completion.finish_reason, completion.error)
                 index = prompt * self.num_samples + completion.index
-                choice = {"index": index, **self.choice(output, completion)}
-                choice["finish_reason"] = completion.finish_reason
-                choice["stop_reason"] = completion.stop_reason
+                choice = self._choice(index, self.choice(output, completion), completion)
                 if self.body.prompt_logprobs is not None:
                     choice["prompt_logprobs"] = prompt_logprobs(output)
                 if self.body.return_token_ids:
                     choice["prompt_token_ids"] = output.prompt_token_ids
-                    choice["token_ids"] = completion.token_ids
                 choices.append(choice)
         return {**self._head(self.object), "choices": choices, "usage": self._usage(outputs)}
+
+    def _choice(
+        self, index: int, content: dict[str, Any], tokens: CompletionOutput | NewTokens
+    ) -> dict[str, Any]:
+        """A choice, whole or of a chunk. Raises RequestFailed if its logits were broken."""
+        if tokens.finish_reason == "error":
+            error = tokens.error if isinstance(tokens, CompletionOutput) else None
+            raise RequestFailed(error or "the model's logits are broken: see the server's log.")
+        choice = {"index": index, **content, "finish_reason": tokens.finish_reason}
+        choice["stop_reason"] = tokens.stop_reason
+        if self.body.return_token_ids:
+            choice["token_ids"] = tokens.token_ids
+        return choice
 
     def _head(self, name: str) -> dict[str, Any]:
         reply_id = f"{self.prefix}-{self.request_id}"
@@ -132,11 +141,11 @@ class Reply(Generic[B]):
             async for news in stream:
                 for prompt, progress in news:
                     for new in progress.new:
-                        refuse_broken(new.finish_reason, None)
                         num_generated += len(new.token_ids)
                         # A step may have no text yet: that of its tokens may come later.
                         if new.text or new.logprobs or new.finish_reason or shows_all:
-                            ready.append(chunk(self._chunk_choice(prompt, new)))
+                            index = prompt * self.num_samples + new.completion
+                            ready.append(chunk(self._choice(index, self.delta(index, new), new)))
                     if progress.finished:
                         finals.append(progress.build_output())
                 if ready and len(finals) < len(stream.requests):
@@ -145,29 +154,18 @@ class Reply(Generic[B]):
             if options.include_usage:
                 ready.append(chunk(None))
         except ClientLeft:
-            return
+            return  # no one reads what would follow
         except Exception as error:  # the status line was sent long ago
             ready.append(as_event(error))
         yield b"".join([*ready, DONE])
 
-    def _chunk_choice(self, prompt: int, new: NewTokens) -> dict[str, Any]:
-        index = prompt * self.num_samples + new.completion
-        choice = {"index": index, **self.delta(index, new), "finish_reason": new.finish_reason}
-        if new.finish_reason is not None:
-            choice["stop_reason"] = new.stop_reason
-        if self.body.return_token_ids:
-            choice["token_ids"] = new.token_ids
-        return choice
-
 
 def usage(prompt_tokens: int, completion_tokens: int, cached: int | None = None) -> dict[str, Any]:
     """OpenAI's usage object; `cached` is the number of prompt tokens in the prefix cache."""
-    counts: dict[str, Any] = {"prompt_tokens": prompt_tokens}
-    counts["completion_tokens"] = completion_tokens
-    counts["total_tokens"] = prompt_tokens + completion_tokens
-    if cached is not None:
-        counts["prompt_tokens_details"] = {"cached_tokens": cached}
-    return counts
+    total = prompt_tokens + completion_tokens
+    details = {} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}
+    counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    return {**counts, "total_tokens": total, **details}
 
 
 def prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None]:
@@ -179,12 +177,6 @@ def prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None]:
             {str(i): {**asdict(each), "logprob": finite(each.logprob)} for i, each in items}
         )
     return shown
-
-
-def refuse_broken(reason: str | None, error: str | None) -> None:
-    """Raise RequestFailed for an output that ended because its logits were broken."""
-    if reason == "error":
-        raise RequestFailed(error or "the model's logits are broken; the server's log says how.")
 
 
 def finite(logprob: float) -> float:

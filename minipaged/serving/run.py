@@ -3,11 +3,10 @@
 import asyncio
 import gc
 import os
-import signal
 import socket
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -100,6 +99,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.stopping = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -119,20 +119,9 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
-    @contextmanager
-    def capture_signals(self) -> Generator[None]:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Shut down in order on the first signal, and at once on the second."""
-        loop = asyncio.get_running_loop()
-
-        def stop(*_: object) -> None:
-            loop.call_soon_threadsafe(self._stop)
-
-        before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
+        self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:
         if self.stopping.is_set():

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from minipaged import __version__
 from minipaged.engine.arrivals import CheckedRequest, check_request
-from minipaged.errors import InvalidRequest, MinipagedError, MissingTokenizer
+from minipaged.errors import InvalidRequest, MissingTokenizer
 from minipaged.llm import LLM
 from minipaged.serving import errors
 from minipaged.serving.async_engine import AsyncEngine
@@ -59,11 +59,8 @@ class Service:
 
     async def health(self) -> Response:
         """Status 200 while requests are accepted, otherwise 503."""
-        try:
-            self._engine.refuse_if_closed()
-        except MinipagedError:
-            return Response(status_code=503)
-        return Response(status_code=200)
+        self._engine.refuse_if_closed()
+        return Response()
 
     async def version(self) -> dict[str, str]:
         """The library's version."""
@@ -82,11 +79,11 @@ class Service:
         def encode() -> Response:
             if body.messages is not None:
                 tokens = self._chat_prompt(body)["prompt_token_ids"]
-            elif body.prompt is None:
-                raise InvalidRequest("there is no text: give prompt or messages.")
-            else:
+            elif body.prompt is not None:
                 adds = body.add_special_tokens is not False
                 tokens = self._tokenizer.encode(body.prompt, add_special_tokens=adds)
+            else:
+                raise InvalidRequest("there is no text: give prompt or messages.")
             most = self._max_model_len
             return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": tokens})
 
@@ -212,7 +209,7 @@ class Answer(Response):
             else:
                 await JSONResponse(await self._reply.whole(self._stream))(scope, receive, send)
         except ClientLeft:
-            pass  # closing the stream aborts its requests
+            pass  # no one is left to be told, and it is no fault: the metrics count an abort
         finally:
             watcher.cancel()
             self._stream.close()

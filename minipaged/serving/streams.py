@@ -51,7 +51,7 @@ class Stream:
         self._unread: dict[int, list[Progress]] = {}
         self._error: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._waiting: asyncio.Future[None] | None = None
+        self._news = asyncio.Event()  # set by a result or an error
 
     async def accepted(self) -> None:
         """Wait until the engine has accepted all requests. Raises the error of a refused one."""
@@ -83,9 +83,8 @@ class Stream:
         """Store a result of the engine for the reader."""
         if isinstance(result, Exception):
             return self.fail(result)
-        if self._not_accepted:
-            self._not_accepted.discard(index)
-        if self._not_scheduled and result is not Stage.ACCEPTED:
+        self._not_accepted.discard(index)
+        if result is not Stage.ACCEPTED:
             self._leave_queue(index)
         if isinstance(result, Progress):
             self._unread.setdefault(index, []).append(result)
@@ -93,13 +92,13 @@ class Stream:
                 self._not_finished.discard(index)
                 if not self._not_finished:
                     self._stop_timer()  # finished in time, even if its reader is slow
-        return self._wake()
+        return self._news.set()
 
     def fail(self, error: Exception) -> None:
         """End the stream with this error, unless it has ended."""
         self._error = self._error or error
         self.close()
-        self._wake()
+        self._news.set()
 
     def fail_after(self, seconds: float, passed: float = 0.0) -> None:
         """Abort unfinished requests after this time, of which `passed` seconds are over."""
@@ -124,12 +123,8 @@ class Stream:
             self._queue.leave(request.width, len(request.prompt.token_ids))
 
     async def _wait(self) -> None:
-        self._waiting = asyncio.get_running_loop().create_future()
-        await self._waiting
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        self._news.clear()
+        await self._news.wait()
 
 
 class Queue:
@@ -141,36 +136,31 @@ class Queue:
 
     def enter(self, num_requests: int) -> None:
         """Count new requests. Raises QueueFull, or InvalidRequest for more than can ever wait."""
-        if num_requests > self.max_requests:
-            raise InvalidRequest(
-                f"the request has {counted(num_requests, 'sequence')} (samples or beams of its "
-                f"prompts), but at most {self.max_requests} may wait (max_queued): ask for fewer."
-            )
-        if self.num_requests + num_requests > self.max_requests:
-            raise QueueFull(
-                f"{self.num_requests} of at most {self.max_requests} sequences are waiting "
-                f"(max_queued), and this request has {counted(num_requests, 'sequence')}: send it "
-                "again later."
-            )
+        most = self.max_requests
+        _refuse_excess(num_requests, self.num_requests, most, "sequence", "max_queued")
         self.num_requests += num_requests
 
     def add_tokens(self, num_tokens: int) -> None:
         """Count the prompt tokens of new requests. Raises QueueFull or InvalidRequest."""
         most = self.max_tokens
-        if most is not None and num_tokens > most:
-            raise InvalidRequest(
-                f"the prompts have {counted(num_tokens, 'token')}, but at most {most} may wait "
-                "(max_queued_tokens): send fewer or shorter ones."
-            )
-        if most is not None and self.num_tokens + num_tokens > most:
-            raise QueueFull(
-                f"prompts of {counted(self.num_tokens, 'token')} are waiting, and the {num_tokens} "
-                f"of this one would exceed the limit of {most} (max_queued_tokens): send it again "
-                "later."
-            )
+        if most is not None:
+            _refuse_excess(num_tokens, self.num_tokens, most, "prompt token", "max_queued_tokens")
         self.num_tokens += num_tokens
 
     def leave(self, num_requests: int, num_tokens: int) -> None:
         """Remove requests from the counts, once they are scheduled or have ended."""
         self.num_requests -= num_requests
         self.num_tokens -= num_tokens
+
+
+def _refuse_excess(num_new: int, num_waiting: int, most: int, noun: str, option: str) -> None:
+    new = counted(num_new, noun)
+    if num_new > most:
+        raise InvalidRequest(
+            f"the request has {new}, but at most {most} may wait ({option}): ask for fewer."
+        )
+    if num_waiting + num_new > most:
+        raise QueueFull(
+            f"{num_waiting} of at most {most} {noun}s are waiting ({option}), and this request has "
+            f"{new}: send it again later."
+        )

@@ -59,6 +59,7 @@ class Detokenizer:
         self._held = ""
         # It keeps undecoded bytes, and replaces invalid ones as in decoding all at once.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_whole = True  # no byte of an incomplete character is undecoded
 
     def add(self, token_id: int) -> str:
         """Add a token and return the text that can now be shown; nothing after a stop."""
@@ -69,7 +70,11 @@ class Detokenizer:
         if self._begins_text and token:
             self._begins_text = False
             token = self.tokenizer.first_token_bytes(token_id)
-        return self._take(self._decoder.decode(token))
+        if self._is_whole and token.isascii():  # most tokens need no decoder, which is slower
+            return self._take(token.decode("ascii"))
+        new = self._decoder.decode(token)
+        self._is_whole = not self._decoder.getstate()[0]
+        return self._take(new)
 
     def finish(self) -> str:
         """End the text and return what was held back. An incomplete character becomes U+FFFD."""

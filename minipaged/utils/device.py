@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,9 @@ def free_gpu_memory(gpu: torch.device) -> int:
 
 
 def to_device(
-    values: Sequence[Any] | Tensor, device: torch.device | str, dtype: torch.dtype | None = None
+    values: Sequence[Any] | np.ndarray | Tensor,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return a tensor of these values on the device.
 
@@ -68,3 +71,40 @@ def to_device(
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)  # not to a GPU, or already there
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Return a tensor on the device for each array, with one copy for all of them.
+
+    Args:
+        arrays: in one dimension, and those of 64-bit integers before those of 32-bit integers.
+    """
+    return unpack(pack(arrays, arrays, device).to(device, non_blocking=True), arrays)
+
+
+def pack(arrays: Sequence[np.ndarray], room: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Return the arrays of `to_device_together` in one tensor of 32-bit words on the host.
+
+    Memory for a GPU is pinned. It may be released while a copy from it runs: PyTorch reuses pinned
+    memory only after all copies from it have ended.
+
+    Args:
+        room: arrays as long as the places for `arrays`, which are filled up with zeros.
+    """
+    num_words = sum(place.nbytes for place in room) // 4
+    packed = torch.zeros(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
+    words, start = packed.numpy(), 0
+    for values, place in zip(arrays, room, strict=True):
+        part = values.view(np.int32)
+        words[start : start + len(part)] = part
+        start += place.nbytes // 4
+    return packed
+
+
+def unpack(packed: Tensor, room: Sequence[np.ndarray]) -> list[Tensor]:
+    """Return views of the arrays that `pack` has packed, with the same `room`."""
+    parts = packed.split([place.nbytes // 4 for place in room])
+    return [
+        part.view(torch.long) if place.itemsize == 8 else part
+        for part, place in zip(parts, room, strict=True)
+    ]

@@ -49,4 +49,4 @@ def _asks_for_nothing(value: object, harmless: object) -> bool:
         return any(_asks_for_nothing(value, each) for each in harmless)
     # Types first: comparing an array returns an array, and True is not a number.
     same_kind = isinstance(value, bool) == isinstance(harmless, bool)
-    return isinstance(value, bool | int | float | str) and same_kind and value == harmless
+    return isinstance(value, bool | int | float | str | dict) and same_kind and value == harmless

@@ -55,7 +55,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         "disable_nccl_for_dp_synchronization data_parallel_backend dcp_comm_backend "
         "dcp_q_replicate dcp_kv_cache_interleave_size cp_kv_cache_interleave_size "
         "dp_sync_interval ray_workers_use_nsight enable_nccl_comm_suspend worker_use_ray "
-        "tokenizer_pool_size renderer_num_workers async_scheduling shutdown_timeout "
+        "tokenizer_pool_size renderer_num_workers shutdown_timeout "
         "fail_on_environ_validation",
     "nothing is logged per step; use Python's `logging` for the rest":
         "disable_log_stats disable_log_requests aggregate_engine_logging "

@@ -9,24 +9,31 @@ SWAP_BYTES = 2 * GIB  # of host memory: the largest swap pool that is chosen by 
 
 
 def blocks_that_fit(
-    block_bytes: int, device: torch.device, gpu_memory_utilization: float, num_ranks: int = 1
+    block_bytes: int,
+    device: torch.device,
+    gpu_memory_utilization: float,
+    num_ranks: int = 1,
+    working_bytes: int = 0,
 ) -> int:
     """The number of blocks of keys and values that fit in memory, after weights are loaded.
 
-    On a GPU: `gpu_memory_utilization` of its memory, minus the memory in use. On a CPU: an eighth
-    of the machine's memory, at most 2 GiB, because the swap pool takes as much again and other
-    programs need memory too; the ranks on this machine share it. Raises InvalidOption if not even
-    one block fits.
+    On a GPU: `gpu_memory_utilization` of its memory, minus the memory in use and the
+    `working_bytes` of a step (see `warm_up.py`). On a CPU: an eighth of the machine's memory, at
+    most 2 GiB, because the swap pool takes as much again and other programs need memory too; the
+    ranks on this machine share it. Raises InvalidOption if not even one block fits.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        budget = int(total * gpu_memory_utilization) - (total - free)
+        budget = int(total * gpu_memory_utilization) - (total - free) - working_bytes
     else:
         budget = min(physical_memory() // 8, SWAP_BYTES) // num_ranks
     if budget < block_bytes:
+        a_step = f", besides {working_bytes} for a step" if working_bytes else ""
         raise InvalidOption(
             f"a block of keys and values takes {block_bytes} bytes, but only {max(budget, 0)} are "
-            "left: raise gpu_memory_utilization, lower block_size, or choose a smaller model.",
+            f"left{a_step}: raise gpu_memory_utilization, lower "
+            f"{'max_num_batched_tokens' if working_bytes else 'block_size'}, or choose a smaller "
+            "model.",
             "block_size",
         )
     return budget // block_bytes

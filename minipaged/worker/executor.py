@@ -21,21 +21,21 @@ from minipaged.config import EngineConfig
 from minipaged.errors import WorkerLost
 from minipaged.models.parallel import Part
 from minipaged.scheduler.output import StepInput
-from minipaged.utils.shapes import Float
+from minipaged.utils.shapes import Float, Int
 from minipaged.worker.message import StepEncoder
 from minipaged.worker.model_runner import ModelRunner
 from minipaged.worker.process import REPORT, STEP, STOP, TRACED_STEP, WorkerArgs
 from minipaged.worker.ranks import RankLost, Ranks
 from minipaged.worker.spawn import SECONDS_TO_END, Workers, find_ranks
 
-Run = Callable[[StepInput], Tensor]
+Run = Callable[..., Tensor]  # of a StepInput and, for its pending tokens, the sampled ones
 
 
 class Executor(ABC):
     """Computes steps, once `start` was called."""
 
     runner: ModelRunner  # this process's part of it
-    run: Run  # the logits of a step, [rows, vocab]; raises WorkerLost
+    run: Run  # as `ModelRunner.run`: the logits of a step, [rows, vocab]; raises WorkerLost
     part: Part | None = None  # part of the model that this process loads; None: all of it
     gather: Callable[[Tensor], Tensor] | None = None  # of the logits of all parts
 
@@ -65,9 +65,13 @@ class UniExecutor(Executor):
 
     def __init__(self, runner: ModelRunner | None = None) -> None:
         if runner is not None:
-            self.runner, self.run = runner, runner.run
+            self._use(runner)
 
     def start(self, config: EngineConfig, runner: ModelRunner) -> None:
+        self._use(runner)
+
+    def _use(self, runner: ModelRunner) -> None:
+        runner.record_graphs()
         self.runner, self.run = runner, runner.run
 
     def close(self) -> None: ...
@@ -109,10 +113,14 @@ class MultiExecutor(Executor):
 
     def start(self, config: EngineConfig, runner: ModelRunner) -> None:
         self.ranks.send_object(config)
+        runner.record_graphs()
         self.ranks.start_steps()
         self.runner = runner
 
-    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+    def run(
+        self, step: StepInput, sampled: Int[Tensor, " rows_before"] | None = None
+    ) -> Float[Tensor, "rows vocab"]:
+        assert sampled is None, "only rank 0 samples: other ranks need the value of every token"
         with uninterrupted(), self._together():
             kind = TRACED_STEP if self.is_traced else STEP
             self.ranks.send([kind, *self._encoder.encode(step)])

@@ -6,7 +6,8 @@
         blocks that the receiver already has, new blocks; then the new tokens and the new blocks
 
 A block table is sent as a difference: for a sequence of the last step, the receiver already has the
-table, which has usually grown by 0 or 1 blocks.
+table, which has usually grown by 0 or 1 blocks. The prefix cache may have replaced its last full
+block by an equal one: the table is sent again from the first block that differs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,8 +30,7 @@ class StepEncoder:
         numbers += chain.from_iterable(chain.from_iterable(pairs))
         tables: dict[int, list[int]] = {}
         for seq_id, token_ids, context_len, table, num_logits in step.sequences:
-            known = self._tables.get(seq_id, ())
-            num_known = len(known) if table[: len(known)] == known else 0
+            num_known = _num_equal(self._tables.get(seq_id, []), table)
             new = table[num_known:]
             counts = len(token_ids), num_known, len(new)
             numbers += (seq_id, context_len, num_logits, *counts, *token_ids, *new)
@@ -58,6 +58,15 @@ class StepDecoder:
             sequences.append(SequenceInput(seq_id, token_ids, context_len, table, num_logits))
         self._tables = {each.seq_id: each.block_table for each in sequences}
         return StepInput(tuple(sequences), swap_out, swap_in, copies)
+
+
+def _num_equal(known: list[int], table: list[int]) -> int:
+    """The number of equal blocks at the beginning of two tables."""
+    if table[: len(known)] == known:  # nearly always
+        return len(known)
+    pairs = zip(known, table, strict=False)
+    differing = (i for i, (one, other) in enumerate(pairs) if one != other)
+    return next(differing, len(table))  # none differs: the table has become shorter
 
 
 def _read_pairs(numbers: Iterator[int], count: int) -> tuple[BlockPair, ...]:

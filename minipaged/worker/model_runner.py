@@ -2,22 +2,24 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minipaged.attention.backend import AttentionBackend
-from minipaged.attention.batch import BatchBuilder, begun_blocks
+from minipaged.attention.batch import BatchBuilder
+from minipaged.attention.device_batch import fill_pending
 from minipaged.attention.kv_cache import Cache
 from minipaged.models.base import Model
 from minipaged.scheduler.output import StepInput
-from minipaged.utils.shapes import Float
+from minipaged.utils.shapes import Float, Int
 from minipaged.worker.cuda_graphs import DecodeGraphs
 
 
 class ModelRunner:
-    """One model and its cache. Its only input for a step is the `StepInput`.
+    """One model and its cache. Its only input for a step is the `StepInput` (and see `run`).
 
     Args:
         model: its layers call `backend`.
@@ -45,9 +47,20 @@ class ModelRunner:
         self._gather = gather
         self._dtype = model.dtype
 
+    def record_graphs(self, shows_progress: bool = True) -> None:
+        """Record the decode steps that are replayed later, if any: on all ranks together."""
+        if self.graphs is not None:
+            with _as_current(self.kv_cache.device):
+                self.graphs.record_all(shows_progress)
+
     @torch.inference_mode()
-    def run(self, step: StepInput) -> Float[Tensor, "rows vocab"]:
+    def run(
+        self, step: StepInput, sampled: Int[Tensor, " rows_before"] | None = None
+    ) -> Float[Tensor, "rows vocab"]:
         """Carry out the step's block operations, then compute the logits that it requests.
+
+        `sampled` are the tokens of the step before, still on the device, if this step has pending
+        tokens (see `SequenceInput`).
 
         The order matters: a block that is swapped out may be reused (and cleared) in the same step,
         and a block that was just swapped in may be the source of a copy-on-write.
@@ -61,12 +74,15 @@ class ModelRunner:
                 self.kv_cache.copy(step.copies)
             if not step.sequences:  # a step that only ended a group has no tokens
                 return torch.empty(0, self.model.config.vocab_size)
-            if begun := begun_blocks(step.sequences, self.kv_cache.block_size):
-                self.kv_cache.clear(begun)
-            batch = self.batches.build(step.sequences)
-            if self.graphs is not None and self.graphs.can_run(batch):
-                logits = self.graphs.run(batch)
+            host_batch = self.batches.lay_out(step.sequences)
+            if host_batch.begun_blocks:
+                self.kv_cache.clear(host_batch.begun_blocks)
+            if self.graphs is not None and self.graphs.can_run(host_batch):
+                logits = self.graphs.run(host_batch, sampled)
             else:
+                batch = self.batches.send(host_batch)
+                if sampled is not None:
+                    batch = replace(batch, token_ids=fill_pending(batch.token_ids, sampled))
                 k_cache, _ = self.kv_cache.layers[0]
                 num_heads = self.model.config.num_heads
                 batch = self.backend.prepare(batch, k_cache, num_heads, self._dtype)

@@ -18,17 +18,17 @@ import torch
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from minipaged.attention.backend import choose_backend
-from minipaged.attention.batch import BatchBuilder
-from minipaged.attention.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
+from minipaged.attention.device_batch import choose_builder
+from minipaged.attention.kv_cache import KVCache, choose_kv_dtype
 from minipaged.config import EngineArgs, EngineConfig, ModelConfig
 from minipaged.models.linear import pack_weights
 from minipaged.models.loader import load_model
 from minipaged.models.parallel import Part
-from minipaged.worker.cache_size import blocks_that_fit
 from minipaged.worker.cuda_graphs import choose_graphs
 from minipaged.worker.message import StepDecoder
 from minipaged.worker.model_runner import ModelRunner
-from minipaged.worker.ranks import LOST_ANOTHER, RankLost, Ranks, num_local_ranks
+from minipaged.worker.ranks import LOST_ANOTHER, RankLost, Ranks
+from minipaged.worker.warm_up import StepLimits, room_for_blocks
 
 LOOPBACK = "127.0.0.1"
 STEP, STOP, REPORT, TRACED_STEP = range(4)  # the first number of a message
@@ -42,7 +42,7 @@ class WorkerArgs:
     model_folder: Path
     model_config: ModelConfig
     random_weights: bool
-    chooses_num_blocks: bool  # the number that fits in memory on every rank
+    limits: StepLimits | None  # if num_blocks is the number that fits in memory on every rank
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def here(rank: int) -> str:
 def work(args: WorkerArgs, ranks: Ranks, device: torch.device) -> None:
     """Load this rank's part, then execute rank 0's steps until it stops. Raises RankLost."""
     runner = _build_runner(args, ranks, device)
+    runner.record_graphs(shows_progress=False)
     ranks.start_steps()
     decoder = StepDecoder()
     while True:
@@ -98,18 +99,18 @@ def _build_runner(args: WorkerArgs, ranks: Ranks, device: torch.device) -> Model
     )
     if device.type == "cpu":
         pack_weights(model)
-    kv_dtype = choose_kv_dtype(options.kv_cache_dtype, model.dtype)
-    block_bytes = bytes_per_block(model.config, options.block_size, kv_dtype)
-    utilization = options.gpu_memory_utilization
-    if args.chooses_num_blocks:
-        local = num_local_ranks(ranks.size)
-        ranks.agree_on_least(blocks_that_fit(block_bytes, device, utilization, local))
+    if args.limits is not None:
+        room = room_for_blocks(
+            model, backend, options, args.limits, device, ranks.gather, samples=False
+        )
+        ranks.agree_on_least(room)
     config: EngineConfig = ranks.receive_object()
+    kv_dtype = choose_kv_dtype(options.kv_cache_dtype, model.dtype)
     kv_cache = KVCache.build(model.config, config, kv_dtype, device, backend.copy_blocks)
-    batches = BatchBuilder(
+    batches = choose_builder(
         config.max_num_seqs, config.max_blocks_per_seq, config.block_size, device
     )
-    graphs = choose_graphs(model, kv_cache, backend, config, options.enforce_eager)
+    graphs = choose_graphs(model, kv_cache, backend, batches, options.enforce_eager)
     return ModelRunner(model, backend, kv_cache, batches, graphs, ranks.gather)
 
 

@@ -30,6 +30,7 @@ FOREVER = timedelta(days=365)  # a worker waits for a message as long as rank 0 
 HEAD = 1024  # integers in the first part of a message: 4 kB
 # Bytes: more than two ranks leave larger sums to gloo, and none of them is expected in advance.
 MOST_EXCHANGED = 2**17
+LARGEST_PIECE = 2**20  # bytes of logits that a CPU sends at once
 
 
 class RankLost(Exception):
@@ -165,18 +166,26 @@ class Ranks:
     def gather(self, part: Tensor) -> Tensor:
         """On rank 0, return the concatenated parts of all ranks: [rows, all columns]; else its own.
 
+        CPUs send a few rows at a time, so that rank 0 needs no memory for whole parts.
+
         Args:
             part: [rows, columns], the same shape on every rank.
         """
+        rows, columns = part.shape
+        at_once = rows if part.is_cuda else max(1, LARGEST_PIECE // (columns * part.itemsize))
         with self.noted("gather"), _as_lost_rank():
             if self.rank > 0:
-                self._tensors.send([part.contiguous()], 0, 0).wait(self._limit)
+                for piece in part.contiguous().split(at_once):
+                    self._tensors.send([piece], 0, 0).wait(self._limit)
                 return part
-            parts = [part, *(torch.empty_like(part) for _ in range(1, self.size))]
-            works = [self._tensors.recv([parts[r]], r, 0) for r in range(1, self.size)]
-            for work in works:
-                work.wait(self._limit)
-        return torch.cat(parts, dim=-1)
+            result = part.new_empty(rows, self.size, columns)
+            result[:, 0] = part
+            for some_rows in result.split(at_once):
+                pieces = part.new_empty(self.size - 1, len(some_rows), columns)
+                for work in [self._tensors.recv([pieces[i]], i + 1, 0) for i in range(len(pieces))]:
+                    work.wait(self._limit)
+                some_rows[:, 1:] = pieces.transpose(0, 1)
+        return result.flatten(1)  # a view: [rows, size * columns]
 
     # ---- messages --------------------------------------------------------------------------------
 

@@ -336,10 +336,10 @@ MUTANTS = {
         blockwise, "torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))", "maximum * 0"
     ),
     "stale slots of the last block are read": (
-        torch_decode, "positions >= to_device(lengths", "positions > to_device(lengths"
+        torch_decode, "positions >= context_lens", "positions > context_lens"
     ),
     "the last key is not seen": (
-        torch_decode, "positions >= to_device(lengths", "1 + positions >= to_device(lengths"
+        torch_decode, "positions >= context_lens", "1 + positions >= context_lens"
     ),
     "a padded entry becomes block 0": (torch_decode, "tables, tables[:, :1])", "tables, 0)"),
     "a padded entry is read": (torch_decode, "torch.where(used, tables, tables[:, :1])", "tables"),
@@ -351,7 +351,7 @@ MUTANTS = {
         torch_paged, "keys[:, : prefill.seq_len]", "keys"
     ),
     "the group's first sequence sets the length": (
-        torch_decode, "to_device(lengths, device)[:, None]", "to_device(lengths[:1], device)"
+        torch_decode, "context_lens[:, None] + 1", "context_lens[:1, None] + 1"
     ),
     "results go to the wrong sequences": (
         torch_decode, "spans[seq].start for seq in seqs", "spans[seq].start for seq in sorted(seqs)"

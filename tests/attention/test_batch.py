@@ -1,5 +1,6 @@
 """From decisions to tensors: positions, slots, block tables, and the cache they index."""
 
+import dataclasses
 import os
 import pickle
 import sys
@@ -11,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.attention.backend import BACKENDS
-from minipaged.attention.batch import BatchBuilder, begun_blocks
+from minipaged.attention.batch import BatchBuilder
+from minipaged.attention.device_batch import DeviceBatchBuilder
 from minipaged.attention.kv_cache import KVCache, bytes_per_block, choose_kv_dtype
 from minipaged.config import ModelConfig
 from minipaged.errors import InvalidOption
 from minipaged.memory import BlockTable
 from minipaged.scheduler.output import SequenceInput, StepInput
-from minipaged.utils.device import GIB, choose_device
+from minipaged.utils.device import GIB, choose_device, to_device_together
 from minipaged.worker.cache_size import blocks_that_fit, physical_memory, refuse_more_than_memory
 from minipaged.worker.model_runner import ModelRunner
 
@@ -68,11 +70,19 @@ def test_logits_are_computed_only_for_the_last_tokens_asked_for():
     assert batch.logit_rows.tolist() == [3, 4, 5, 7]
 
 
-@given(st.data())
-def test_every_token_gets_the_slot_of_its_block_table(data):
+class OnDevice(DeviceBatchBuilder):
+    """The builder for a GPU, with tensors of its own on the CPU."""
+
+    def __init__(self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None:
+        super().__init__(max_num_seqs, max_blocks_per_seq, block_size, "cpu")
+
+
+@pytest.mark.parametrize("builder", [BatchBuilder, OnDevice])
+@given(data=st.data())
+def test_every_token_gets_the_slot_of_its_block_table(builder, data):
     """Over many steps of sequences that begin, grow, move, skip steps and end."""
     block_size = data.draw(st.integers(1, 5))
-    builder = BatchBuilder(max_num_seqs=3, max_blocks_per_seq=40, block_size=block_size)
+    builder = builder(max_num_seqs=3, max_blocks_per_seq=40, block_size=block_size)
     lengths: dict[int, int] = {}
     tables: dict[int, BlockTable] = {}
     next_id = 0
@@ -114,9 +124,80 @@ def test_every_token_gets_the_slot_of_its_block_table(data):
 def test_a_table_row_is_rewritten_only_where_it_changed():
     builder = BatchBuilder(2, 8, 4)
     builder.build([query(0, [1] * 8, 0, [3, 7])])
-    builder._tables[0, 0] = 99  # a mark, which writing the row again would erase
+    row = builder._tables[builder._rows[0]]
+    row[0] = 99  # a mark, which writing the row again would erase
     builder.build([query(0, [1], 8, [3, 7, 5])])
-    assert builder._tables[0, :3].tolist() == [99, 7, 5]
+    assert row[:3].tolist() == [99, 7, 5]
+
+
+def test_only_changed_entries_are_sent_to_a_device():
+    builder = OnDevice(2, 8, 4)
+    changed = []
+    for tables in ([3, 7], [2]), ([3, 7], [2]), ([3, 7, 5], [2]), ([3, 7, 5], [6, 4]):
+        steps = [query(i, [1], 4 * len(blocks) - 1, blocks) for i, blocks in enumerate(tables)]
+        host = builder.lay_out(steps)
+        arrays = builder.arrays(host)
+        changed.append(sorted(zip(arrays[5].tolist(), arrays[-1].tolist(), strict=True)))
+        batch = builder.send(host)
+        got = zip(batch.block_tables.tolist(), tables, strict=True)
+        assert [row[: len(blocks)] for row, blocks in got] == list(tables)
+    of_first, of_second = (8 * builder._rows[seq_id] for seq_id in (0, 1))
+    assert changed == [
+        sorted([(of_first, 3), (of_first + 1, 7), (of_second, 2)]),
+        [],
+        [(of_first + 2, 5)],
+        [(of_second, 6), (of_second + 1, 4)],
+    ]
+
+
+def test_entries_of_a_step_that_was_interrupted_are_sent_with_the_next():
+    builder = OnDevice(2, 8, 4)
+    builder.build([query(0, [1], 3, [3])])
+    builder.lay_out([query(0, [1], 4, [3, 7])])  # the step ends here
+    batch = builder.build([query(0, [1], 5, [3, 7])])
+    assert batch.block_tables.tolist() == [[3, 7]]
+
+
+def test_an_entry_is_sent_even_if_writing_it_was_interrupted(monkeypatch):
+    builder = OnDevice(2, 8, 4)
+    builder.build([query(0, [1], 3, [3])])
+    write = BatchBuilder._write
+
+    def interrupted(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchBuilder, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            builder.build([query(0, [1], 4, [3, 7])])
+    batch = builder.build([query(0, [1], 4, [3, 7])])
+    assert batch.block_tables.tolist() == [[3, 7]]
+
+
+def test_all_numbers_of_a_step_are_sent_in_one_copy(monkeypatch):
+    copied = []
+    monkeypatch.setattr(
+        "minipaged.attention.device_batch.to_device_together",
+        lambda *args: copied.append(len(args[0])) or to_device_together(*args),
+    )
+    builder = OnDevice(4, 8, 4)
+    steps = [query(0, [5], 5, [3, 7]), query(1, [10, 11, 12], 0, [2])]
+    for _ in range(2):
+        batch = builder.build(steps)
+    assert copied == [9, 9]
+    expected = BatchBuilder(4, 8, 4).build(steps)
+    for field in dataclasses.fields(expected):
+        sent, value = getattr(batch, field.name), getattr(expected, field.name)
+        assert sent.dtype == value.dtype
+        assert sent.tolist() == value.tolist()
+
+
+def test_a_block_table_that_is_too_short_is_refused():
+    builder = BatchBuilder(2, 8, 4)
+    builder.build([query(0, [1], 4, [3, 7])])
+    with pytest.raises(AssertionError, match="a block table is too short"):
+        builder.build([query(0, [1], 8, [3, 7])])
 
 
 def test_rows_of_finished_sequences_are_reused():
@@ -141,7 +222,7 @@ def test_rows_of_finished_sequences_are_reused():
 )
 def test_a_block_is_new_in_the_step_that_writes_its_first_slot(context_len, num_new, begun):
     step = query(0, [1] * num_new, context_len, [5, 2, 9])
-    assert begun_blocks([step], block_size=4) == begun
+    assert BatchBuilder(1, 8, 4).lay_out([step]).begun_blocks == begun
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 7), min_size=1, max_size=6))
@@ -149,9 +230,10 @@ def test_every_slot_after_the_end_of_a_sequence_has_been_cleared(block_size, chu
     """However a sequence grows, no other sequence's data follows its end in its last block."""
     blocks = list(range(50))
     stale = dict.fromkeys(blocks, True)
-    length = 0
+    length, builder = 0, BatchBuilder(1, 50, block_size)
     for num_new in chunks:
-        for block in begun_blocks([query(0, [1] * num_new, length, blocks)], block_size):
+        step = builder.lay_out([query(0, [1] * num_new, length, blocks)])
+        for block in step.begun_blocks:
             stale[block] = False
         length += num_new
         assert length % block_size == 0 or not stale[length // block_size]
@@ -190,7 +272,7 @@ def test_a_failed_memory_allocation_is_explained_in_a_sentence(monkeypatch):
     def refuse(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("minipaged.attention.kv_cache.mmap.mmap", refuse)
+    monkeypatch.setattr("minipaged.attention.pool.mmap.mmap", refuse)
     with pytest.raises(InvalidOption, match=r"cannot allocate 0.0 GiB .*: lower num_blocks"):
         KVCache(CONFIG, 4, 2)
 
@@ -230,8 +312,9 @@ def test_blocks_are_copied_in_every_layer_keys_and_values():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
 def test_a_cleared_block_is_zero_in_every_layer_and_no_other_is(dtype):
     cache = KVCache(CONFIG, 4, 2, dtype=dtype)
-    for tensor in cache._pool:
-        tensor.copy_(torch.ones(tensor.shape))
+    for pool in (pool for layer in cache.layers for pool in layer):
+        for tensor in [pool] if isinstance(pool, torch.Tensor) else [pool.numbers, pool.scales]:
+            tensor.copy_(torch.ones(tensor.shape))
     cache.clear([2, 0])
     for k, v in cache.layers:
         assert [pool[block].abs().max() for pool in (k, v) for block in range(4)] == [0, 1] * 4
@@ -370,6 +453,29 @@ def test_a_step_without_tokens_still_moves_its_blocks():
     logits = runner(Model(), cache).run(StepInput((), copies=[(1, 3)]))
     assert logits.shape == (0, 50)
     assert blocks_of(cache.layers[0][0]) == [0, 1, 2, 1]
+
+
+def test_a_pending_token_is_what_its_row_of_the_step_before_sampled():
+    seen = []
+
+    class Model:
+        config, dtype = CONFIG, torch.float32
+
+        def __call__(self, token_ids, positions, kv_cache, batch):
+            seen.append(token_ids.tolist())
+            assert batch.token_ids is token_ids
+            return torch.zeros(len(token_ids), 12)
+
+        def logits(self, hidden):
+            return torch.zeros(len(hidden), 50)
+
+    batches = BatchBuilder(3, 4, 2)
+    pending = ModelRunner(Model(), BACKENDS["reference"], numbered_cache(), batches)
+    step = StepInput((query(0, [-2], 3, [0, 1]), query(1, [0, 9], 0, [2]), query(2, [-1], 1, [3])))
+    sampled = torch.tensor([41, 42])
+    assert pending.run(step, sampled).shape == (3, 50)
+    assert seen == [[42, 0, 9, 41]]
+    assert sampled.tolist() == [41, 42]
 
 
 def test_slot_numbers_of_a_huge_pool_do_not_overflow():

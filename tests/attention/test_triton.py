@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from minipaged.attention import kv_cache
 from minipaged.attention.backend import PagedAttention, choose_backend
-from minipaged.attention.batch import Batch, Span
+from minipaged.attention.batch import Batch
 from minipaged.attention.blockwise import blockwise_paged_attention
 from minipaged.attention.quantized_cache import (
     LARGEST,
@@ -36,7 +37,7 @@ from minipaged.attention.torch_paged import prepare_torch, torch_paged_attention
 from minipaged.attention.triton import decode as decode_module
 from minipaged.attention.triton import machine
 from minipaged.attention.triton.backend import triton_paged_attention
-from minipaged.attention.triton.copy_blocks import CHUNK, copy_blocks
+from minipaged.attention.triton.copy_blocks import CHUNK_BYTES, copy_blocks
 from minipaged.attention.triton.decode import count_places, decode
 from minipaged.attention.triton.machine import (
     Multiprocessor,
@@ -59,7 +60,8 @@ from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench.cases import largest_error
 from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
-from minipaged.models.rope import RopeConfig, Rotary, rotate
+from minipaged.models.rope import Rotary, rotate
+from minipaged.models.rope_config import RopeConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMPTY = torch.empty  # before it is poisoned
@@ -124,8 +126,9 @@ def on_device(setup: PagedSetup) -> PagedSetup:
 
 
 def batch_on_device(batch: Batch) -> Batch:
-    names = [field.name for field in fields(batch) if field.name != "spans"]
-    return replace(batch, **{name: getattr(batch, name).to(DEVICE) for name in names})
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
 
 
 def pool_on_device(pool: KVPool) -> KVPool:
@@ -289,7 +292,7 @@ def test_rows_after_the_last_sequence_are_not_written(attention: PagedAttention)
 
 @every_kernel
 def test_a_recorded_batch_is_padded_and_has_only_bounds(attention: PagedAttention) -> None:
-    # As in a CUDA graph: sequences without tokens, and spans that are longer than the sequences.
+    # As in a CUDA graph: sequences without tokens, and lengths that are longer than the sequences.
     setup = paged_setup([(1, 6), (1, 0), (1, 62)])
     expected = dense_attention(setup)
     setup = padded(setup, 2)
@@ -299,9 +302,9 @@ def test_a_recorded_batch_is_padded_and_has_only_bounds(attention: PagedAttentio
         "block_tables": setup.batch.block_tables[:2] * 0 - 1,
     }
     batch = {name: torch.cat((getattr(setup.batch, name), new)) for name, new in more.items()}
-    spans = tuple(Span(i, 1, 999) for i in range(5))
-    batch = replace(setup.batch, **{name: tensor.int() for name, tensor in batch.items()})
-    out = run(attention, replace(setup, batch=replace(batch, spans=spans)))
+    on_host = {"query_lens": np.full(5, 1), "seq_lens": np.full(5, 1000)}
+    batch = {name: tensor.int() for name, tensor in batch.items()} | on_host
+    out = run(attention, replace(setup, batch=replace(setup.batch, **batch)))
     assert_near(out[:3], expected)
     assert out[3:].isnan().all()
 
@@ -550,7 +553,8 @@ def decode_alone(
         cu_seqlens_q=batch.cu_seqlens_q[: len(chosen) + 1],
         context_lens=batch.context_lens[chosen],
         block_tables=batch.block_tables[chosen],
-        spans=tuple(batch.spans[seq] for seq in chosen),
+        query_lens=batch.query_lens[chosen],
+        seq_lens=batch.seq_lens[chosen],
     )
     setup = on_device(replace(setup, q=setup.q[chosen], batch=there))
     out = torch.empty(setup.q.shape, dtype=setup.q.dtype, device=DEVICE)
@@ -900,7 +904,12 @@ def test_blocks_are_copied_as_pytorch_copies_them(
 
 def test_a_block_larger_than_a_chunk_is_copied_whole() -> None:
     check_copy(copy_blocks, 3, 25, 80)
-    assert CHUNK < 3 * 25 * 80
+    assert CHUNK_BYTES < 3 * 25 * 80 * 4
+
+
+def test_one_chunk_copies_the_scales_of_several_layers() -> None:
+    check_copy(copy_blocks, 2, 16)  # 128 bytes per layer, keys or values: one chunk for all
+    check_copy(copy_blocks, 3, 250)  # 3,000 bytes: a chunk ends in the middle of a layer
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 7, 1000])
@@ -1197,7 +1206,10 @@ MUTANTS = {
     "the target is taken to be as large as the source": (
         copy_passes, "copy_blocks", "part * num_target_blocks", "part * num_source_blocks"
     ),
-    "only the first chunk is copied": (copy_passes, "copy_blocks", "chunk * CHUNK + ", ""),
+    "only the first chunk is copied": (copy_passes, "copy_blocks", "% CHUNKS * CHUNK", "* 0"),
+    "all layers are copied from the first": (
+        copy_passes, "copy_blocks", "part * num_source_blocks", "0 * part"
+    ),
 }  # fmt: skip
 
 

@@ -79,9 +79,9 @@ def test_every_backend_reads_a_smaller_cache_alike(folder, kv_cache_dtype):
 
 
 def test_an_8_bit_cache_of_the_same_memory_holds_more_blocks(folder, monkeypatch):
-    from minipaged.engine import build as assembly
+    from minipaged.worker import warm_up
 
-    monkeypatch.setattr(assembly, "blocks_that_fit", lambda block_bytes, *_: 2**20 // block_bytes)
+    monkeypatch.setattr(warm_up, "blocks_that_fit", lambda block_bytes, *_: 2**20 // block_bytes)
     blocks = {
         dtype: LLM(folder, kv_cache_dtype=dtype, max_num_seqs=256).engine.config.num_blocks
         for dtype in ("float32", "float16", "int8")
@@ -540,7 +540,7 @@ def test_the_token_budget_grows_with_batch_slots_and_with_whole_prompts(tmp_path
 
 def test_the_pool_holds_the_longest_sequences_or_as_much_as_memory_allows(folder, monkeypatch):
     assert LLM(folder, max_num_seqs=3).engine.config.num_blocks == 3 * 128 // 16
-    monkeypatch.setattr("minipaged.engine.build.blocks_that_fit", lambda *_: 7)
+    monkeypatch.setattr("minipaged.engine.build.room_for_blocks", lambda *_: 7)
     assert LLM(folder).engine.config.num_blocks == 7
     monkeypatch.setattr("minipaged.engine.build.SWAP_BYTES", 0)
     assert LLM(folder).engine.config.num_swap_blocks == 1

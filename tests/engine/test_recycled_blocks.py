@@ -11,11 +11,11 @@ import pytest
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from engine_runs import assert_all_blocks_are_back
+from graphs_on_a_cpu import with_graphs
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.attention import torch_decode
 from minipaged.attention.virtual_cache import VirtualKVCache
-from minipaged.worker.cuda_graphs import DecodeGraphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU")
 
@@ -90,7 +90,8 @@ def poison(llm: LLM, value: float) -> None:
             for tensor in cache._swap_pool:
                 fill(tensor[:, :, block], value)
     batches = llm.engine.executor.runner.batches
-    batches._tables.fill_(2**31 - 1)
+    for tables in {"_tables", "_device_tables"} & vars(batches).keys():
+        getattr(batches, tables)[:] = 2**31 - 1
     batches._written = [[] for _ in batches._written]
 
 
@@ -182,14 +183,6 @@ def test_kernels_read_nothing_stale(folder, backend, kv_cache_dtype, monkeypatch
     options = {"attention_backend": backend, "kv_cache_dtype": kv_cache_dtype}
     for workload in ("chunks", "swapping"):
         check(folder, workload, torch.nan, monkeypatch, **options)
-
-
-def with_graphs(llm: LLM) -> LLM:
-    """Decode steps in padded batches, as a CUDA graph runs them."""
-    runner, config = llm.engine.executor.runner, llm.engine.config
-    sizes = config.max_num_seqs, config.max_blocks_per_seq
-    runner.graphs = DecodeGraphs(runner.model, runner.kv_cache, *sizes, lambda step: step)
-    return llm
 
 
 def test_padded_rows_of_a_graph_read_nothing_stale(folder, monkeypatch):

@@ -183,6 +183,7 @@ VALUES = {
     "enable_chunked_prefill": [False],
     "preemption": ["recompute", "swap"],
     "watermark": [0.5],
+    "async_scheduling": [True],
     "tensor_parallel_size": [2],
     "start_timeout": [5.5],
     "step_timeout": [5.5],

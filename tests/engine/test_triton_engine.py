@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 from checkpoints import VOCAB_SIZE, make_checkpoint
+from graphs_on_a_cpu import with_graphs
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
+from minipaged.attention.kv_cache import KVCache
 from minipaged.sampling import Params
 from minipaged.tracing.events import EventLog
-from minipaged.worker.cuda_graphs import DecodeGraphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU")
 
@@ -63,18 +64,6 @@ def draw_options(rng: random.Random, longest: int) -> dict[str, Any]:
     }
 
 
-def replay_decodes(llm: LLM) -> None:
-    """As on a GPU, but for the recording: a replay does the same again."""
-    runner, config = llm.engine.executor.runner, llm.engine.config
-    runner.graphs = DecodeGraphs(
-        runner.model,
-        runner.kv_cache,
-        config.max_num_seqs,
-        config.max_blocks_per_seq,
-        lambda step: step,
-    )
-
-
 def run(folder, seed: int, backend: str, log: EventLog) -> list[list[list[int]]]:
     rng = random.Random(seed)
     prompts = draw_prompts(rng)
@@ -83,7 +72,7 @@ def run(folder, seed: int, backend: str, log: EventLog) -> list[list[list[int]]]
     parts = Parts().checked().traced(log)
     llm = LLM(folder, attention_backend=backend, parts=parts, **options)
     if backend == "triton" and seed % 2:
-        replay_decodes(llm)
+        with_graphs(llm)
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [[completion.token_ids for completion in o.outputs] for o in outputs]
 
@@ -103,3 +92,38 @@ def test_the_seeds_together_cover_every_kind_of_event(folders):
         log.listeners.append(lambda event: met.update([event.event]))
         run(folders[FAMILIES[seed % len(FAMILIES)]], seed, "reference", log)
     assert {"fork", "copy_on_write", "share", "swap_out", "swap_in", "preempt"} <= set(met)
+
+
+def starved_tokens(folder, dtype: str) -> list[list[int]]:
+    """The tokens of requests of which only one fits, so that the others are swapped."""
+    log, met = EventLog(), Counter[str]()
+    log.listeners.append(lambda event: met.update([event.event]))
+    options = {"block_size": 4, "num_blocks": 9, "num_swap_blocks": 40, "preemption": "swap"}
+    llm = LLM(
+        folder,
+        attention_backend="triton",
+        kv_cache_dtype=dtype,
+        parts=Parts().checked().traced(log),
+        **options,
+    )
+    found = tokens_of(llm)
+    assert met["swap_out"] >= 2
+    assert met["swap_in"] >= 2
+    return found
+
+
+def tokens_of(llm: LLM) -> list[list[int]]:
+    params = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
+    prompts = [[5 + i, 9, 2 + i, 7, 11, 3 * i + 4, 8] for i in range(3)]
+    return [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_swapping_a_pool_of_any_format_changes_no_token(folders, dtype, monkeypatch):
+    folder = folders["llama"]
+    ample = tokens_of(LLM(folder, attention_backend="triton", kv_cache_dtype=dtype))
+    assert starved_tokens(folder, dtype) == ample
+    if dtype == "int8":  # blocks that return without their scales have other keys
+        copy = KVCache._copy
+        monkeypatch.setattr(KVCache, "_copy", lambda _, a, b, pairs: copy(_, a[:1], b[:1], pairs))
+        assert starved_tokens(folder, dtype) != ample

@@ -12,7 +12,7 @@ from commands import minipaged
 
 from minipaged.attention import reference
 from minipaged.attention.backend import BACKENDS
-from minipaged.cli import bench as commands
+from minipaged.cli import bench_options
 from minipaged.evaluation.bench import cases, kernel, load
 from minipaged.evaluation.bench.sharing import alpaca_lengths
 from minipaged.models.loader import check_checkpoint
@@ -141,9 +141,8 @@ def test_a_kernel_that_skips_one_tile_of_many_is_not_timed(monkeypatch):
     right = BACKENDS["reference"].paged_attention
 
     def forgetful(q, k_cache, v_cache, batch, scale):
-        [span] = batch.spans
-        span = span._replace(context_len=span.context_len - 64)
-        batch = replace(batch, context_lens=batch.context_lens - 64, spans=(span,))
+        shorter = {"context_lens": batch.context_lens - 64, "seq_lens": batch.seq_lens - 64}
+        batch = replace(batch, **shorter)
         return right(q, k_cache, v_cache, batch, scale)
 
     monkeypatch.setitem(
@@ -237,7 +236,7 @@ def test_the_checkpoints_to_load_are_complete(name, num_files, tmp_path):
 
 
 def test_compiling_without_triton_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(commands, "find_spec", lambda _: None)
+    monkeypatch.setattr(bench_options, "find_spec", lambda _: None)
     code, _, err = minipaged(capsys, monkeypatch, "bench", "compile")
     assert code != 0
     assert '"triton" is not installed' in err

@@ -23,7 +23,9 @@ from minipaged.evaluation.bench.timing import median_seconds
 from minipaged.evaluation.bench.writes import measure_writes
 
 CPU = torch.device("cpu")
-KERNELS = ("copy", "decode", "merge", "naive", "prefill", "rope_and_store", "store")
+KERNELS = """
+    add_rms_norm copy decode merge naive prefill rope_and_store silu_and_mul store
+""".split()
 TINY = kernel.Heads("tiny", 2, 1, 32)
 
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="this process compiles for a GPU")
@@ -109,25 +111,67 @@ ONE_MODEL = """
 import json
 
 import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from minipaged.evaluation.bench import compile as bench
-from minipaged.evaluation.bench.launches import LLAMA_3_8B, Setting
+from minipaged.evaluation.bench.launches import (
+    LLAMA_3_8B, Setting, catch_launches, launch_everything
+)
 
 setting = Setting(*LLAMA_3_8B, torch.float16, "auto")
-rows = bench.compile_all([setting], [80])
-print(json.dumps({row.kernel: (row.stack_bytes, row.copies_ahead) for row in rows}))
+rows = list(bench.compile_all([setting], [80]))
+
+
+class AbsentGPU:
+    def get_current_target(self):
+        return GPUTarget("cuda", 80, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def note(*, cache_hit, **_):
+    hits.append(cache_hit)
+
+
+hits = []
+knobs.compilation.listener = note
+driver.set_active(AbsentGPU())
+with catch_launches() as launches:
+    launch_everything(setting, 80)
+for launch in launches:  # as for a launch, up to the launch itself
+    launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.kwargs)
+found = {row.kernel: (row.stack_bytes, row.copies_ahead) for row in rows}
+print(json.dumps({"found": found, "hits": hits}))
 """
 
 
-def test_the_kernels_compile_for_ampere_spill_nothing_and_load_ahead(tmp_path):
-    """For one model. `test_compile.py` looks at all models and at Hopper as well."""
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+@pytest.fixture(scope="module")
+def one_model(tmp_path_factory):
+    """The kernels of one model, compiled. `test_compile.py` looks at all models and at Hopper."""
+    cache = tmp_path_factory.mktemp("triton")
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", ONE_MODEL], env=os.environ | environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert len(found) == 8
+    return json.loads(run.stdout)
+
+
+@pytest.mark.xdist_group("one_model")
+def test_the_kernels_compile_for_ampere_spill_nothing_and_load_ahead(one_model):
+    found = one_model["found"]
+    assert found.keys() == {*KERNELS, "decode, split"}
     assert not any(stack_bytes for stack_bytes, _ in found.values())
     assert all(found[kernel][1] > 0 for kernel in ("decode", "decode, split", "prefill"))
+
+
+@pytest.mark.xdist_group("one_model")
+def test_a_launch_finds_the_kernel_that_was_compiled_before(one_model):
+    assert one_model["hits"] == [True] * len(one_model["found"])

@@ -74,6 +74,7 @@ print(json.dumps(report))
 DECODES = ["decode", "decode, split"]
 MULTIPLYING = [*DECODES, "prefill"]
 KERNELS = {*MULTIPLYING, "merge", "naive", "store", "rope_and_store", "copy"}
+KERNELS |= {"add_rms_norm", "silu_and_mul"}
 KIB = 1024
 SHARED_OF_A_PROGRAM = {80: 163 * KIB, 90: 227 * KIB}
 

@@ -22,7 +22,8 @@ from minipaged.attention.reference import causal_attention
 from minipaged.memory import BlockTable
 from minipaged.models.base import Model
 from minipaged.models.loader import load_model
-from minipaged.models.rope import RopeConfig, rope_frequencies
+from minipaged.models.rope import rope_frequencies
+from minipaged.models.rope_config import RopeConfig
 from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker.model_runner import ModelRunner
 

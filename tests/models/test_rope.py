@@ -12,7 +12,8 @@ from minipaged import LLM, SamplingParams
 from minipaged.errors import CheckpointError, InvalidOption, UnsupportedModel
 from minipaged.models.llama import LlamaConfig
 from minipaged.models.loader import read_model_config
-from minipaged.models.rope import RopeConfig, rope_frequencies
+from minipaged.models.rope import rope_frequencies
+from minipaged.models.rope_config import RopeConfig
 
 OLD, FACTOR = 32, 4.0
 NEW = int(OLD * FACTOR)

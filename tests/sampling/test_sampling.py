@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -21,10 +23,11 @@ from transformers.generation.logits_process import (
 )
 
 from minipaged.errors import InvalidOption
-from minipaged.sampling import SamplingParams, adjust, sampler
+from minipaged.sampling import SamplingParams, adjust, draw, sampler
+from minipaged.sampling.draw import draw_weights
 from minipaged.sampling.not_built import NOT_BUILT
 from minipaged.sampling.rows import SampledToken, SamplingRow
-from minipaged.sampling.sampler import Sampler, draw_weights
+from minipaged.sampling.sampler import Sampler, Scores
 
 VOCAB = 40
 NEVER = 1e-10  # less likely tokens round to a weight of zero
@@ -40,11 +43,11 @@ def random_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0) -> torch.Ten
 
 
 def sample_ids(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
-    return [token.token_id for token in Sampler().sample(logits, rows)]
+    return [token.token_id for token in Sampler().sample(logits, rows).read()]
 
 
 def home_of(stage: str):
-    return sampler if hasattr(sampler, stage) else adjust
+    return next(each for each in (sampler, draw, adjust) if hasattr(each, stage))
 
 
 # -- A reference: one row, one token at a time, in double precision ----------------------
@@ -92,7 +95,7 @@ def reference_probabilities(logits: torch.Tensor, row: SamplingRow) -> np.ndarra
 
 
 def drawn_from(logits: torch.Tensor, rows: list[SamplingRow]) -> np.ndarray:
-    weights = sampler.draw_weights(sampler.adjust(logits, rows)[0], rows).double()
+    weights = draw.draw_weights(sampler.adjust(logits, rows)[0], rows).double()
     return (weights / weights.sum(-1, keepdim=True)).numpy()
 
 
@@ -158,9 +161,9 @@ def check_the_distribution() -> None:
 def check_company() -> None:
     """A row gets the same token and the same logprobs, to the bit, alone and in any batch."""
     for logits, rows in random_batches(60):
-        alone = [Sampler().sample(logits[i : i + 1], [own])[0] for i, own in enumerate(rows)]
-        assert Sampler().sample(logits, rows) == alone
-        backwards = Sampler().sample(logits.flip(0), rows[::-1])
+        alone = [Sampler().sample(logits[i : i + 1], [own]).read()[0] for i, own in enumerate(rows)]
+        assert Sampler().sample(logits, rows).read() == alone
+        backwards = Sampler().sample(logits.flip(0), rows[::-1]).read()
         assert backwards == alone[::-1]
 
 
@@ -184,7 +187,7 @@ def check_the_ends_of_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor([[-math.inf, -math.inf, 0.3, 0.1, -60.0, -math.inf]])
     for number, token in ((0.0, 2), (1 - 2.0**-53, 3)):
         with monkeypatch.context() as patch:
-            patch.setattr(sampler, "uniform", lambda seed, position, number=number: number)
+            patch.setattr(draw, "uniform", lambda seed, position, number=number: number)
             assert sample_ids(logits, [row()]) == [token]
 
 
@@ -221,9 +224,9 @@ def check_top_p_against_sorting():
         weights = torch.randint(0, kinds, (rows, vocab), generator=generator) << bits  # with ties
         top_p = torch.rand(rows, 1, generator=generator, dtype=torch.float64)
         expected = sorted_top_p(weights, top_p)
-        assert torch.equal(sampler.keep_top_p(weights, top_p, None), expected)
+        assert torch.equal(draw.keep_top_p(weights, top_p, None), expected)
         cut = weights * (weights >= weights.topk(min(top_k, vocab)).values[:, -1:])
-        found = sampler.keep_top_p(cut, top_p, top_k)
+        found = draw.keep_top_p(cut, top_p, top_k)
         assert torch.equal(found, sorted_top_p(cut, top_p))
 
 
@@ -236,14 +239,15 @@ def test_top_p_of_a_large_vocabulary_keeps_few_or_most_tokens(spread):
     logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
     weights = ((logits - logits.amax(-1, keepdim=True)).exp() * 2**40).long()
     top_p = torch.tensor([[0.1], [0.9], [0.999]], dtype=torch.float64)
-    kept = sampler.keep_top_p(weights, top_p)
+    kept = draw.keep_top_p(weights, top_p)
     assert torch.equal(kept, sorted_top_p(weights, top_p))
     assert bool(((kept > 0).sum(-1) > 1024).any()) == (spread == 0.1)
 
 
 # -- Deliberate faults ------------------------------------------------------------------------
 
-right = {name: getattr(sampler, name) for name in ("adjust", "draw", "keep_top_k", "uniform")}
+right = {name: getattr(sampler, name) for name in ("adjust", "draw")}
+right |= {name: getattr(draw, name) for name in ("keep_top_k", "uniform")}
 right |= {name: getattr(adjust, name) for name in ("bad_word_ends", "penalise")}
 
 
@@ -414,14 +418,14 @@ def test_all_results_of_a_step_come_to_the_host_at_once(monkeypatch):
     logits = random_logits(len(rows))
     for name in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
         watch(name)
-    Sampler().sample(logits, rows)
+    Sampler().sample(logits, rows).read()
     assert fetched == ["tolist"]
 
 
 def test_token_ids_beyond_2_to_the_24_are_distinct():
     logits = torch.zeros(1, 2**24 + 4, dtype=torch.float16)  # float32 counts to 2^24
     logits[0, -1] = 1
-    [token] = Sampler().sample(logits, [row(temperature=0.0, logprobs=1)])
+    [token] = Sampler().sample(logits, [row(temperature=0.0, logprobs=1)]).read()
     assert token.token_id == 2**24 + 3
     assert list(token.top_logprobs) == [2**24 + 3]
 
@@ -434,7 +438,7 @@ def test_the_same_seed_and_position_give_the_same_token_after_preemption():
 
 
 def test_neighbouring_seeds_share_no_random_numbers():
-    numbers = {sampler.uniform(seed, place) for seed in range(-5, 45) for place in range(100)}
+    numbers = {draw.uniform(seed, place) for seed in range(-5, 45) for place in range(100)}
     assert len(numbers) == 50 * 100
     assert all(0 <= number < 1 for number in numbers)
 
@@ -456,7 +460,7 @@ def test_the_sampler_does_not_modify_the_logits_of_the_caller():
     logits = random_logits(2)
     before = logits.clone()
     busy = row(output=[1], ends=(2,), min_tokens=3, logit_bias={4: 9}, repetition_penalty=2)
-    Sampler().sample(logits, [busy, row(temperature=0.1, top_k=3, top_p=0.5, min_p=0.1)])
+    Sampler().sample(logits, [busy, row(temperature=0.1, top_k=3, top_p=0.5, min_p=0.1)]).read()
     assert torch.equal(logits, before)
 
 
@@ -464,20 +468,20 @@ def test_the_sampler_does_not_modify_the_logits_of_the_caller():
 def test_half_precision_logits_are_sampled_in_single_precision(dtype):
     logits = random_logits(4).to(dtype)
     rows = [row(seed=i, top_p=0.9, logprobs=2) for i in range(4)]
-    assert Sampler().sample(logits, rows) == Sampler().sample(logits.float(), rows)
+    assert Sampler().sample(logits, rows).read() == Sampler().sample(logits.float(), rows).read()
 
 
 def test_no_rows_give_no_tokens():
-    assert Sampler().sample(random_logits(0), []) == []
+    assert Sampler().sample(random_logits(0), []).read() == []
 
 
 def test_broken_logits_of_one_row_leave_the_others_alone():
     logits = random_logits(3)
     rows = [row(seed=i, top_k=5, top_p=0.9, min_p=0.01) for i in range(3)]
-    expected = Sampler().sample(logits, rows)
+    expected = Sampler().sample(logits, rows).read()
     for broken in (math.nan, -math.inf, math.inf):
         logits[1] = broken
-        found = Sampler().sample(logits, rows)
+        found = Sampler().sample(logits, rows).read()
         assert (found[0], found[2]) == (expected[0], expected[2])
         assert found[1].error is not None
 
@@ -496,7 +500,7 @@ def test_one_broken_logit_is_enough_to_break_a_row(asked, spoil, says):
     logits = random_logits(1)
     for token_id, value in spoil.items():
         logits[0, token_id] = value
-    [token] = Sampler().sample(logits, [row(**asked)])
+    [token] = Sampler().sample(logits, [row(**asked)]).read()
     assert token.error.startswith(says)
     assert 'Try dtype="float32"' in token.error
 
@@ -505,7 +509,7 @@ def test_one_broken_logit_is_enough_to_break_a_row(asked, spoil, says):
 def test_a_model_may_forbid_tokens_itself(asked):
     logits = random_logits(1)
     logits[0, 1:] = -math.inf
-    [token] = Sampler().sample(logits, [row(**asked)])
+    [token] = Sampler().sample(logits, [row(**asked)]).read()
     assert (token.token_id, token.error) == (0, None)
 
 
@@ -515,7 +519,7 @@ def test_options_that_leave_no_token_are_an_error_of_their_own(temperature):
         row(temperature=temperature),
         row(temperature=temperature, ends=range(VOCAB), min_tokens=1),
     ]
-    healthy, broken = Sampler().sample(random_logits(2), rows)
+    healthy, broken = Sampler().sample(random_logits(2), rows).read()
     assert healthy.error is None
     assert "leave no token to choose" in broken.error
     assert "the largest logit after them is -inf" in broken.error
@@ -526,7 +530,9 @@ def test_options_that_leave_no_token_are_an_error_of_their_own(temperature):
 
 def test_logprobs_are_those_of_the_model_whatever_the_options_do():
     logits = random_logits(1)
-    [token] = Sampler().sample(logits, [row(logit_bias={7: 100}, temperature=0.2, logprobs=3)])
+    [token] = (
+        Sampler().sample(logits, [row(logit_bias={7: 100}, temperature=0.2, logprobs=3)]).read()
+    )
     expected = logits[0].log_softmax(-1)
     likeliest = expected.argsort(descending=True).tolist()[:3]
     assert token.token_id == 7
@@ -538,24 +544,56 @@ def test_logprobs_are_those_of_the_model_whatever_the_options_do():
 
 def test_a_sampled_token_among_the_likeliest_is_not_listed_twice():
     logits = random_logits(1)
-    [token] = Sampler().sample(logits, [row(temperature=0, logprobs=2)])
+    [token] = Sampler().sample(logits, [row(temperature=0, logprobs=2)]).read()
     assert len(token.top_logprobs) == 2
     assert next(iter(token.top_logprobs.items())) == (token.token_id, token.logprob)
 
 
 def test_each_row_lists_as_many_logprobs_as_it_asked_for():
     rows = [row(temperature=0, logprobs=n) for n in (None, 0, 5, 1000)]
-    tops = [token.top_logprobs for token in Sampler().sample(random_logits(4), rows)]
+    tops = [token.top_logprobs for token in Sampler().sample(random_logits(4), rows).read()]
     assert tops[0] is None
     assert [len(top) for top in tops[1:]] == [1, 5, VOCAB]
     for top in tops[1:]:
         assert list(top.values()) == sorted(top.values(), reverse=True)
 
 
+def test_rows_scored_a_few_at_a_time_get_the_same_scores(monkeypatch):
+    logits = random_logits(7)
+    logits[5] = math.nan
+    ends = {"ends": range(VOCAB), "min_tokens": 1}  # leaves no token to choose
+    for asked in ({}, {"logprobs": 3}):
+        rows = [row(seed=i, **asked, **(ends if i == 3 else {})) for i in range(7)]
+        expected = repr(Sampler().sample(logits, rows).read())  # NaN differs from itself
+        monkeypatch.setattr(sampler, "SCORED_AT_ONCE", {"cpu": 2 * VOCAB + 1})
+        assert repr(Sampler().sample(logits, rows).read()) == expected
+        monkeypatch.undo()
+
+
+def test_logprobs_need_no_second_matrix_of_logits(monkeypatch):
+    monkeypatch.setattr(sampler, "SCORED_AT_ONCE", {"cpu": 3 * 400})
+    logits, largest = random_logits(20, 400), 0
+
+    class Largest(TorchDispatchMode):
+        """Notes the number of elements of the largest new tensor."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for new in tree_leaves(result):
+                if isinstance(new, torch.Tensor) and not function.is_view:
+                    largest = max(largest, new.numel())
+            return result
+
+    with Largest():
+        Scores(logits, logits.argmax(-1).tolist(), [2] * 20).read()
+    assert largest == 3 * 400
+
+
 def test_prompt_logprobs_score_the_token_that_came_next():
     logits = random_logits(3)
     expected = logits.log_softmax(-1)
-    found = sampler.score(logits, [8, 0, 5], [2, 2, None])
+    found = Scores(logits, [8, 0, 5], [2, 2, None]).read()
     assert [token.token_id for token in found] == [8, 0, 5]
     for i, token in enumerate(found):
         assert token.logprob == pytest.approx(expected[i, token.token_id].item())
@@ -813,7 +851,7 @@ def test_extreme_values_give_no_nan_and_no_wrong_token(asked, scale):
     for token_id, times in ((2, 2), (3, 1)):
         slow[token_id] -= times * given.frequency_penalty + given.presence_penalty
     assert torch.allclose(adjusted[0].double(), slow, rtol=1e-5, atol=1e-6)
-    [sampled] = Sampler().sample(logits, [row])
+    [sampled] = Sampler().sample(logits, [row]).read()
     if given.is_greedy:
         assert sampled.token_id == slow.argmax()
         return

@@ -116,7 +116,7 @@ def with_engine(
         finally:
             inner.allow()
             await engine.close(0)
-            assert engine.num_open == 0
+            assert not engine._streams
             assert (engine.queue.num_requests, engine.queue.num_tokens) == (0, 0)
             if engine.error is None:
                 assert not inner.open
@@ -201,7 +201,7 @@ def test_unread_deliveries_of_a_slow_reader_are_merged():
     async def test(engine, inner):
         stream = await engine.serve(lambda: [request(40), request(7)], 2)
         inner.allow()
-        await until(lambda: engine.num_open == 0)
+        await until(lambda: not engine._streams)
         [news] = [news async for news in stream]
         assert {index: each.new[0].text for index, each in news} == {0: texts(40), 1: texts(7)}
         assert all(each.finished for _, each in news)
@@ -226,7 +226,7 @@ def test_whole_results_come_in_the_order_of_the_prompts():
         reading = asyncio.create_task(stream.results())
         for number_open in (2, 1, 0):  # the second ends first, and is read
             inner.allow({2: 2, 1: 3, 0: 4}[number_open])
-            await until(lambda n=number_open: engine.num_open == n and not stream._unread)
+            await until(lambda n=number_open: len(engine._streams) == n and not stream._unread)
         assert [each.text for each in await reading] == [texts(9), texts(2), texts(5)]
 
     with_engine(test)
@@ -370,7 +370,7 @@ def test_an_idle_engine_that_has_lost_a_rank_is_dead(monkeypatch):
         with pytest.raises(EngineDead, match="WorkerLost: rank 1 has ended"):
             await read(stream)
         await asyncio.wait_for(engine.died.wait(), 5)
-        assert engine.num_open == 0
+        assert not engine._streams
 
     with_engine(test)
 
@@ -489,7 +489,7 @@ def test_a_finished_request_may_be_read_at_any_time():
         inner.allow()
         stream = await engine.serve(lambda: [request(3)], 1)
         stream.fail_after(0.2)
-        await until(lambda: engine.num_open == 0)
+        await until(lambda: not engine._streams)
         await asyncio.sleep(0.25)
         assert await read(stream) == {0: texts(3)}
 
@@ -514,7 +514,7 @@ def test_the_queue_counts_samples_until_they_are_scheduled():
 def test_the_queue_counts_the_tokens_of_prompts():
     async def test(engine, inner):
         await (await engine.serve(lambda: [request(3, 60)], 1)).accepted()
-        with pytest.raises(QueueFull, match="60 tokens are waiting"):
+        with pytest.raises(QueueFull, match="60 of at most 100 prompt tokens are waiting"):
             await engine.serve(lambda: [request(3, 60)], 1)
         assert (engine.queue.num_requests, engine.queue.num_tokens) == (1, 60)
 
@@ -525,7 +525,7 @@ def test_a_request_larger_than_the_queue_is_refused_for_good():
     async def test(engine, inner):
         with pytest.raises(InvalidRequest, match="9 sequences"):
             await engine.serve(lambda: [request(n=9)], 9)
-        with pytest.raises(InvalidRequest, match="101 tokens"):
+        with pytest.raises(InvalidRequest, match="101 prompt tokens"):
             await engine.serve(lambda: [request(3, 101)], 1)
 
     with_engine(test, max_queued=8, max_queued_tokens=100)

@@ -123,7 +123,7 @@ def test_the_last_message_may_be_continued(server, llm):
         ({"tool_choice": {"type": "function"}}, "tool_choice", "cannot be enforced"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "schema"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs is not set"),
-        ({"top_logprobs": -1, "logprobs": True}, "top_logprobs", "from 0 up"),
+        ({"top_logprobs": -1, "logprobs": True}, "top_logprobs", "equal to 0"),
         ({"top_logprobs": 21, "logprobs": True}, "logprobs", "at most 20"),
         ({"logprobs": 5}, "logprobs", "valid boolean"),
         ({"chat_template": "{{ 1 }}"}, None, "trust_request_chat_template"),

@@ -45,7 +45,8 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("locked")
-    with running(folder, "--api-key", "sesame", "--max-queued", "2") as server:
+    flags = ("--api-key", "sesame", "--max-num-seqs", "1", "--max-queued", "2")
+    with running(folder, *flags) as server:
         yield server
 
 
@@ -279,11 +280,12 @@ def test_a_prompt_that_is_too_long_has_openais_code(client, openai):
 
 
 def test_a_full_queue_raises_rate_limit_error(openai, locked: Running):
-    with (
-        openai.OpenAI(base_url=f"{locked.url}/v1", api_key="sesame", max_retries=0) as client,
-        pytest.raises(openai.RateLimitError) as refused,
-    ):
-        complete(client, prompt=[PROMPT] * 3)
+    with openai.OpenAI(base_url=f"{locked.url}/v1", api_key="sesame", max_retries=0) as client:
+        long = {"max_tokens": 900, "stream": True, "extra_body": {"ignore_eos": True}}
+        with complete(client, prompt=[PROMPT] * 2, **long) as stream:
+            next(iter(stream))  # the first prompt runs, and the second waits
+            with pytest.raises(openai.RateLimitError) as refused:
+                complete(client, prompt=[PROMPT] * 2)
     assert refused.value.response.headers["retry-after"] == "1"
 
 

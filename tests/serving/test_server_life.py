@@ -48,12 +48,54 @@ class CannotFree(BlockAllocator):
     def free(self, *args, **kwargs):
         raise ZeroDivisionError("cannot free")
 """
+FAILING_REQUESTS = """
+import math
+from minipaged.engine.sampling_request import SamplingRequest
+
+def in_the_middle(tokens):
+    return len(tokens) >= 20
+
+class RaisesForItself(SamplingRequest):
+    def advance(self, sampled, fork):
+        if self._seed == 13 and in_the_middle(self._first.output_token_ids):
+            raise ZeroDivisionError("its own code")
+        return super().advance(sampled, fork)
+
+class BreaksItsLogits(SamplingRequest):
+    def __init__(self, arrival, params, seed):
+        if seed == 13:
+            params.logits_processors = [self.broken]
+        super().__init__(arrival, params.clone(), seed)
+
+    def broken(self, output_token_ids, logits):
+        return logits * math.nan if in_the_middle(output_token_ids) else logits
+"""
+FAILING_REPLIES = """
+from minipaged.engine.sampling_request import SamplingRequest
+from minipaged.serving import replies
+
+choice, as_event = replies.Reply._choice, replies.as_event
+
+def failing_choice(reply, index, content, tokens):
+    if reply.body.seed in (13, 14) and tokens.finish_reason is not None:
+        raise ZeroDivisionError(f"the end of the reply to {reply.body.seed}")
+    return choice(reply, index, content, tokens)
+
+def failing_event(error):
+    if str(error).endswith("14"):
+        raise ZeroDivisionError("the event of an error")
+    return as_event(error)
+
+replies.Reply._choice, replies.as_event = failing_choice, failing_event
+"""
 
 
 @pytest.fixture
 def parts(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "requests.py").write_text(FAILING_REQUESTS)
+    (tmp_path / "replies.py").write_text(FAILING_REPLIES)
     return tmp_path
 
 
@@ -71,15 +113,15 @@ class Clients:
     def __init__(self) -> None:
         self.open = ExitStack()
 
-    def send(self, server: Running, **fields) -> socket.socket:
+    def send(self, server: Running, path: str = COMPLETIONS, **fields) -> socket.socket:
         """A connection that waits for the answer to a long request."""
         connection = self.open.enter_context(server.connect())
-        connection.sendall(raw_request(COMPLETIONS, LONG | fields))
+        connection.sendall(raw_request(path, LONG | fields))
         return connection
 
-    def stream(self, server: Running, **fields) -> http.client.HTTPResponse:
+    def stream(self, server: Running, path: str = COMPLETIONS, **fields):
         """A response of which the first chunk has arrived."""
-        response = http.client.HTTPResponse(self.send(server, **fields, stream=True))
+        response = http.client.HTTPResponse(self.send(server, path, **fields, stream=True))
         self.open.callback(response.close)
         response.begin()
         assert response.status == 200
@@ -209,7 +251,9 @@ def test_a_request_that_takes_too_long_is_aborted(parts, clients):
 def test_an_engine_that_fails_ends_every_request_and_the_server(parts, clients):
     with failing_server(parts, "scheduler=FailsInItsTwentiethStep") as server:
         stream, whole = clients.stream(server), clients.send(server)
-        error = rest_of(stream)[-1]["error"]
+        *chunks, last = rest_of(stream)
+        assert not any(chunk["choices"][0]["finish_reason"] for chunk in chunks)
+        error = last["error"]
         assert (error["type"], error["code"]) == ("ServiceUnavailableError", 503)
         assert "the twentieth step" in error["message"]
         start = time.monotonic()
@@ -248,3 +292,43 @@ def test_an_allocator_that_cannot_free_ends_the_server(parts):
         status, reply = server.post(COMPLETIONS, LONG | {"max_tokens": 2})
         assert (status, reply["error"]["code"]) == (503, 503)
         assert wait_for_exit(server, 10) == 1
+
+
+CHAT = {"messages": [{"role": "user", "content": "Once"}], "prompt": None}
+
+
+@pytest.mark.parametrize(
+    ("part", "cause"),
+    [
+        ("requests.py:RaisesForItself", "ZeroDivisionError: its own code"),
+        ("requests.py:BreaksItsLogits", "is nan"),
+        ("replies.py:SamplingRequest", "ZeroDivisionError: the end of the reply"),
+    ],
+)
+def test_a_reply_that_fails_half_way_is_an_error_and_others_go_on(parts, clients, part, cause):
+    flags = ("--part", f"sampling_request={parts}/{part}", "--stream-interval", "0")
+    with running(parts, *flags) as server:
+        other = clients.stream(server, max_tokens=400)
+        for path, fields in ((COMPLETIONS, {}), ("/v1/chat/completions", CHAT)):
+            fields = {**fields, "max_tokens": 40, "seed": 13}
+            *chunks, last = rest_of(clients.stream(server, path, **fields))
+            assert (last["error"]["type"], last["error"]["code"]) == ("InternalServerError", 500)
+            assert len(chunks) > 10
+            assert not any(chunk["choices"][0]["finish_reason"] for chunk in chunks)
+            status, reply = server.post(path, LONG | fields)
+            assert (status, reply["error"]["type"]) == (500, "InternalServerError")
+            status, reply = server.post(path, LONG | fields | {"seed": 12})
+            assert (status, reply["usage"]["completion_tokens"]) == (200, 40)
+        assert rest_of(other)[-1]["choices"][0]["finish_reason"] == "length"
+        server.wait_until_idle()
+        assert cause in server.log.read_text()
+
+
+def test_a_stream_whose_error_cannot_be_sent_is_cut_off(parts, clients):
+    part = f"sampling_request={parts}/replies.py:SamplingRequest"
+    with running(parts, "--part", part) as server:
+        other = clients.stream(server, max_tokens=400)
+        with pytest.raises(http.client.IncompleteRead):
+            clients.stream(server, max_tokens=40, seed=14).read()
+        assert rest_of(other)[-1]["choices"][0]["finish_reason"] == "length"
+        server.wait_until_idle()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minipaged.worker.ranks import MOST_EXCHANGED, Ranks
+from minipaged.worker.ranks import LARGEST_PIECE, MOST_EXCHANGED, Ranks
 
 T = TypeVar("T")
 
@@ -53,6 +53,25 @@ def test_sums_of_all_sizes_are_right_and_the_same_bits_on_each_rank(size):
         assert all(torch.equal(each, sums[0]) for each in sums)
         tolerance = 0.05 if sums[0].dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(sums[0].double(), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 16])  # 5: two pieces, the second shorter
+def test_rank_0_gets_the_parts_of_all_ranks_side_by_side(size, dtype, rows):
+    columns = LARGEST_PIECE // dtype.itemsize // 4 + 3  # a piece has 3 rows
+
+    def part(rank: int) -> Tensor:
+        numbers = torch.arange(rows * columns, dtype=torch.float64) + rank / 4
+        return (numbers.view(columns, rows).t() % 64).to(dtype)  # rows are not contiguous
+
+    def gather_twice(ranks: Ranks) -> list[Tensor]:
+        return [ranks.gather(part(ranks.rank)), ranks.gather(part(ranks.rank) + 1)]
+
+    (first, second), *_ = on_each_rank(size, gather_twice)
+    expected = torch.cat([part(rank) for rank in range(size)], dim=-1)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected + 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import make_checkpoints
 from engine_runs import PROMPTS, assert_all_blocks_are_back
 
 from minipaged import LLM, BeamSearchParams, Parts, SamplingParams
+from minipaged.scheduler.output import StepInput
+from minipaged.worker import process
 from minipaged.worker.executor import MultiExecutor
 from minipaged.worker.ranks import HEAD
 
@@ -166,6 +169,48 @@ def test_a_step_is_one_message_two_sums_per_layer_one_sum_and_one_gather():
     assert num_steps > 8
 
 
+def test_several_ranks_refuse_a_token_whose_value_only_rank_0_has():
+    executor = object.__new__(MultiExecutor)
+    with pytest.raises(AssertionError, match="other ranks need the value of every token"):
+        executor.run(StepInput(()), torch.tensor([5]))
+
+
+def test_all_ranks_record_graphs_after_the_options_and_before_the_first_step(monkeypatch):
+    """Recording runs the model, whose ranks exchange sums: all must do it at the same time."""
+    done: list[str] = []
+
+    class Runner:
+        def record_graphs(self, shows_progress: bool = True) -> None:
+            done.append("record")
+
+    class Connection:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def send_object(self, config: object) -> None:
+            done.append("options")
+
+        def start_steps(self) -> None:
+            done.append("ready")
+
+        def receive(self) -> list[int]:
+            return [process.STOP]
+
+    executor = object.__new__(MultiExecutor)
+    executor.ranks = Connection(0)
+    executor.start(None, Runner())
+    assert done == ["options", "record", "ready"]
+    done.clear()
+
+    def build(args: object, ranks: Connection, device: object) -> Runner:
+        done.append("options")  # it has received them
+        return Runner()
+
+    monkeypatch.setattr(process, "_build_runner", build)
+    process.work(None, Connection(1), torch.device("cpu"))
+    assert done == ["options", "record", "ready"]
+
+
 def test_each_rank_keeps_its_share_of_weights_and_blocks(checkpoints):
     one, two = start(checkpoints["storyteller"], 1), start(checkpoints["storyteller"], 2)
     pools = [each.engine.executor.runner.kv_cache.layers[0][0].numel() for each in (one, two)]
@@ -174,7 +219,7 @@ def test_each_rank_keeps_its_share_of_weights_and_blocks(checkpoints):
 
 
 def test_the_pool_is_as_large_as_on_the_rank_with_the_least_room(checkpoints, monkeypatch):
-    monkeypatch.setattr("minipaged.engine.build.blocks_that_fit", lambda *_: 77)
+    monkeypatch.setattr("minipaged.engine.build.room_for_blocks", lambda *_: 77)
     llm = LLM(checkpoints["qwen3"], tensor_parallel_size=2, skip_tokenizer_init=True)
     assert llm.engine.memory.num_blocks == 77
 

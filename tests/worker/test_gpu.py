@@ -4,14 +4,12 @@ The same kernels run interpreted in test_triton.py; here they are compiled, in a
 contexts, over pools that 32 bits cannot number, and inside CUDA graphs.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
 
 from minipaged import LLM, SamplingParams
 from minipaged.attention import kv_cache
@@ -21,7 +19,7 @@ from minipaged.attention.quantized_cache import QuantizedPool
 from minipaged.attention.reference import reference_paged_attention, store_kv
 from minipaged.config import ModelConfig
 from minipaged.evaluation.bench.cases import Case, Heads, contiguous_attention, make_inputs
-from minipaged.evaluation.testing.paged_setup import PagedSetup, dense_attention, paged_setup
+from minipaged.evaluation.testing.paged_setup import dense_attention, paged_setup
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,18 +30,6 @@ DEVICE = torch.device("cuda")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 MIXED = [(1, 6), (5, 0), (3, 5), (1, 700), (1, 0), (64, 300), (200, 4), (2, 15), (1, 2049)]
 KERNELS = ["triton", "triton-naive"]
-
-
-def on_gpu(setup: PagedSetup) -> PagedSetup:
-    fields = {f.name: getattr(setup.batch, f.name) for f in dataclasses.fields(setup.batch)}
-    moved = {name: f.to(DEVICE) for name, f in fields.items() if isinstance(f, Tensor)}
-    return dataclasses.replace(
-        setup,
-        q=setup.q.to(DEVICE),
-        k_cache=setup.k_cache.to(DEVICE),
-        v_cache=setup.v_cache.to(DEVICE),
-        batch=dataclasses.replace(setup.batch, **moved),
-    )
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -67,7 +53,7 @@ def test_a_mixed_batch_gives_what_dense_attention_gives(
         block_size=block_size,
         dtype=dtype,
     )
-    there = on_gpu(setup)
+    there = setup.to(DEVICE)
     attend = choose_backend(backend, DEVICE, head_dim).paged_attention
     out = attend(there.q, there.k_cache, there.v_cache, there.batch, there.scale)
     tolerance = TOLERANCE[dtype]
@@ -103,23 +89,16 @@ def test_a_prefill_of_4096_tokens_gives_what_dense_attention_gives(queries: int)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_pool_of_more_than_2_to_the_31_elements_is_read_correctly(backend: str) -> None:
     setup = paged_setup([(1, 100), (40, 30)], head_dim=128, block_size=16, dtype=torch.bfloat16)
-    there = on_gpu(setup)
-    shift = 2**31 // there.k_cache[0].numel() + 1  # blocks, so that every offset is beyond 2^31
-    bytes_needed = 2 * (shift + 100) * there.k_cache[0].numel() * 2
+    block = setup.k_cache[0].numel()
+    free = 2**31 // block + 1  # blocks, so that every offset is beyond 2^31
+    bytes_needed = 2 * 2 * (free + 100) * block * 2  # each pool exists twice for a moment
     if torch.cuda.mem_get_info()[0] < 1.2 * bytes_needed:
         pytest.skip(f"needs {bytes_needed / 2**30:.0f} GiB")
-    shape = (shift + len(there.k_cache), *there.k_cache.shape[1:])
-    k_cache, v_cache = (torch.empty(shape, dtype=torch.bfloat16, device=DEVICE) for _ in "kv")
-    batch = dataclasses.replace(
-        there.batch,
-        slot_mapping=there.batch.slot_mapping + shift * 16,
-        block_tables=(there.batch.block_tables.long() + shift).int(),
-    )
-    k_cache[shift:], v_cache[shift:] = there.k_cache, there.v_cache
+    there = setup.to(DEVICE).after(free)
     chosen = choose_backend(backend, DEVICE, 128)
     k, v = setup.new(setup.keys).to(DEVICE), setup.new(setup.values).to(DEVICE)
-    chosen.store_kv(k, v, k_cache, v_cache, batch)
-    out = chosen.paged_attention(there.q, k_cache, v_cache, batch, there.scale)
+    chosen.store_kv(k, v, there.k_cache, there.v_cache, there.batch)
+    out = chosen.paged_attention(there.q, there.k_cache, there.v_cache, there.batch, there.scale)
     torch.testing.assert_close(out.cpu().double(), dense_attention(setup), rtol=3e-2, atol=3e-2)
 
 
@@ -127,7 +106,7 @@ def test_a_pool_of_more_than_2_to_the_31_elements_is_read_correctly(backend: str
 def test_8_bit_keys_are_stored_and_read_as_the_reference_does(kv_dtype: torch.dtype) -> None:
     if kv_dtype is not torch.int8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
-    there = on_gpu(paged_setup([(9, 0), (30, 0), (2, 0)], head_dim=64, block_size=16))
+    there = paged_setup([(9, 0), (30, 0), (2, 0)], head_dim=64, block_size=16).to(DEVICE)
     k, v = torch.randn(2, 41, 2, 64, device=DEVICE)
 
     def empty() -> QuantizedPool:

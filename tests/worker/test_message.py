@@ -61,3 +61,20 @@ def test_a_table_of_a_sequence_that_missed_a_step_is_sent_again():
     first = encoder.encode(decode_step(2, 100))
     encoder.encode(decode_step(1, 100))
     assert encoder.encode(decode_step(2, 100))[-7:] == first[-7:]
+
+
+def test_a_table_with_a_replaced_block_is_sent_from_that_block_on():
+    encoder, decoder = StepEncoder(), StepDecoder()
+    before, after = list(range(100)), [*range(98), 500, 99, 100]
+    for table in (before, after):
+        step = StepInput((SequenceInput(7, [17], 1600, table),))
+        message = encoder.encode(step)
+        assert decoder.decode(message) == step
+    assert message[-4:] == [17, 500, 99, 100]
+
+
+def test_of_a_table_that_has_become_shorter_no_block_is_sent():
+    encoder = StepEncoder()
+    for table in ([1, 2, 3], [1, 2]):
+        message = encoder.encode(StepInput((SequenceInput(7, [17], 1600, table),)))
+    assert message[-1] == 17

@@ -11,6 +11,8 @@ Read them in this order:
     splits         the number of splits, and the kernel that merges their results
     prefill        many queries per sequence: compute-bound, one tile of queries per program
     store_kv       writes new keys and values to their slots; a variant applies RoPE first
+    add_rms_norm   adds a layer's result to its input, and normalises the sum
+    silu_and_mul   the gate of a feed-forward
     copy_blocks    copy-on-write and swapping, all layers in one launch
     backend        implements the common attention interface with these kernels
     machine        checks where the kernels can run, and explains where they cannot

@@ -17,6 +17,9 @@ class TileShape(NamedTuple):
     num_stages: int  # of the loop: with 3, two tiles of keys are loading or in use, with 4 three
     max_registers: int | None = None  # of a thread; with 168, three programs of 4 warps fit
 
+    def __str__(self) -> str:
+        return ",".join(str(number) for number in self if number is not None)
+
 
 def choose_tile(
     group: int, width: int, query_bytes: int, cache_bytes: int, large_sms: bool = True
@@ -48,6 +51,9 @@ class TileShapes(NamedTuple):
     tile: int  # positions in a tile of keys
     num_warps: int
     num_stages: int  # of the loop over tiles of keys, as in `decode`
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
 
 
 def choose_tiles(width: int, query_bytes: int, large_sms: bool = True) -> TileShapes:

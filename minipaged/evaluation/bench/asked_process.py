@@ -5,14 +5,22 @@ module run as a program (`python -m MODULE OPTIONS`), which calls `answer`.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout, suppress
+from threading import Event, Timer
 from typing import Any
 
 from minipaged.errors import MinipagedError
 
 SECONDS_TO_END = 20.0
+
+
+class ProcessEnded(MinipagedError):
+    """The process ended, or was ended, before it had answered."""
 
 
 class AskedProcess:
@@ -21,38 +29,87 @@ class AskedProcess:
     Args:
         module: its name; it calls `answer`.
         options: given to it as JSON.
+        environment: added to this process's.
     """
 
-    def __init__(self, module: str, options: Mapping[str, Any]) -> None:
-        command = [sys.executable, "-m", module, json.dumps(dict(options), default=str)]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    def __init__(
+        self,
+        module: str,
+        options: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        # It finds its modules where this process does. It gets a process group of its own, so that
+        # `kill` also ends the processes that it started.
+        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(dict(options), default=str)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **paths, **(environment or {})},
+            start_new_session=True,
+        )
 
     def __enter__(self) -> "AskedProcess":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         with self._process:  # closes the pipes, and waits
             assert self._process.stdin is not None
-            self._process.stdin.close()  # it has answered its last request
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()  # it has answered its last request
             try:
-                self._process.wait(SECONDS_TO_END)
+                self._process.wait(0 if error else SECONDS_TO_END)
             except subprocess.TimeoutExpired:
-                self._process.kill()
+                self.kill()
 
-    def ask(self, do: str, **given: Any) -> Any:
-        """Send a request and return the answer. Raises MinipagedError if the process has ended."""
+    def kill(self) -> None:
+        """End the process, and all that it started, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def ask(self, do: str, within: float | None = None, **given: Any) -> Any:
+        """Send a request and return the answer.
+
+        Args:
+            do: the name of the function to call.
+            within: kill the process if there is no answer after this many seconds.
+            given: the function's arguments.
+
+        Raises:
+            ProcessEnded: there is no answer.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
-        self._process.stdin.flush()
-        if not (line := self._process.stdout.readline()):
-            raise MinipagedError("a measured process has ended: see its output above.")
-        return json.loads(line)
+        is_late = Event()
+        timer = Timer(within or 0.0, lambda: (is_late.set(), self.kill()))
+        if within is not None:
+            timer.start()
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
+        if line:
+            return json.loads(line)
+        if is_late.is_set():
+            raise ProcessEnded(
+                f"a measured process was ended, because it did not answer within {within:.0f} s."
+            )
+        code = self._process.wait()
+        raise ProcessEnded(
+            f"a measured process has ended (exit code {code}): see its output above."
+        )
 
 
 def answer(ways: Mapping[str, Callable[..., Any]]) -> None:
     """Run in the process: call the function that each request names, until the pipe closes."""
+    answers = sys.stdout
     for line in sys.stdin:
         given: dict[str, Any] = json.loads(line)
-        print(json.dumps(ways[given.pop("do")](**given)), flush=True)
+        with redirect_stdout(sys.stderr):  # what a library prints is not an answer
+            result = ways[given.pop("do")](**given)
+        print(json.dumps(result), file=answers, flush=True)

@@ -5,20 +5,27 @@ paging.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from warnings import catch_warnings, simplefilter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minipaged.attention.batch import Batch, Span
+from minipaged.attention.batch import Batch
 from minipaged.attention.kv_cache import KV_DTYPES
 from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool, quantize
 
 BLOCK_SIZE = 16
+SDPA_KERNELS = {
+    "FlashAttention": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,15 @@ class Inputs:
     scale: float
 
 
-def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Random numbers, and the blocks of all sequences in one random order."""
+def make_inputs(
+    case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0, needles: bool = False
+) -> Inputs:
+    """Random numbers, and the blocks of all sequences in one random order.
+
+    Args:
+        needles: of the keys of each sequence, one outweighs all others for each head of its last
+            query (`_hide_needles`).
+    """
     generator = torch.Generator(device).manual_seed(seed)
     heads, num_seqs, length, queries = case.heads, case.num_seqs, case.length, case.queries
     assert length % BLOCK_SIZE == 0, f"{length} tokens do not fill whole blocks of {BLOCK_SIZE}"
@@ -81,16 +95,18 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
     order = torch.randperm(num_blocks, generator=generator, device=device)
     keys = random(num_seqs, heads.kv_heads, length, heads.head_dim)
     values = random(num_seqs, heads.kv_heads, length, heads.head_dim)
+    q = random(num_seqs * queries, heads.heads, heads.head_dim)
     kv_dtype = KV_DTYPES.get(case.kv_dtype, dtype)
-    lengths = [length] + [case.short or length] * (num_seqs - 1)
-    spans = tuple(Span(i * queries, queries, n - queries) for i, n in enumerate(lengths))
-    context_lens = torch.tensor([span.context_len for span in spans], device=device)  # [seqs]
+    seq_lens = np.array([length] + [case.short or length] * (num_seqs - 1))
+    if needles:
+        _hide_needles(keys, q[queries - 1 :: queries], seq_lens.tolist(), seed)
+    context_lens = torch.from_numpy(seq_lens - queries).to(device)  # [seqs]
     rows = torch.arange(num_seqs * queries, device=device)
     positions = context_lens[rows // queries] + rows % queries  # [tokens]
     tables = order.view(num_seqs, -1).int()  # [seqs, max_blocks]
     blocks = tables[rows // queries, positions // BLOCK_SIZE].long()  # [tokens]
     return Inputs(
-        q=random(num_seqs * queries, heads.heads, heads.head_dim),
+        q=q,
         keys=keys,
         values=values,
         k_cache=_scatter(keys, order, kv_dtype),
@@ -103,10 +119,36 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int 
             context_lens=context_lens.int(),
             block_tables=tables,
             logit_rows=rows[queries - 1 :: queries],
-            spans=spans,
+            query_lens=np.full(num_seqs, queries),
+            seq_lens=seq_lens,
         ),
         scale=heads.head_dim**-0.5,
     )
+
+
+def _hide_needles(keys: Tensor, q: Tensor, lengths: list[int], seed: int) -> None:
+    """For each query and head, one key that gets nearly all of its weight.
+
+    A kernel that skips that key returns something else altogether. The needles of all heads are
+    spread over the whole sequence; another seed moves them.
+
+    Args:
+        keys: [seqs, kv_heads, length, head_dim], changed in place.
+        q: [seqs, heads, head_dim], of the last token of each sequence.
+    """
+    seqs, heads, head_dim = q.shape
+    device, group_size = q.device, heads // keys.shape[1]
+    in_each = torch.tensor(lengths, device=device)[:, None]  # [seqs, 1]
+    numbers = torch.arange(seqs * heads, device=device).view(seqs, heads) + seed * seqs * heads
+    places = (
+        numbers.double() * 0.6180339887498949 % 1 * in_each
+    ).long()  # [seqs, heads], evenly spread
+    # The score is ln(length) + 6: the weight is e^6 times that of all other keys together.
+    scores = (in_each.log() + 6) * head_dim**0.5  # [seqs, 1], before they are scaled
+    needles = q * (scores[:, :, None] / q.float().norm(dim=-1, keepdim=True) ** 2)
+    rows = torch.arange(seqs, device=device)[:, None]  # [seqs, 1]
+    kv_heads = torch.arange(heads, device=device) // group_size  # [heads]
+    keys[rows, kv_heads, places] = needles.to(keys.dtype)
 
 
 def _scatter(keys: Tensor, order: Tensor, kv_dtype: torch.dtype) -> KVPool:
@@ -126,14 +168,21 @@ def _scatter(keys: Tensor, order: Tensor, kv_dtype: torch.dtype) -> KVPool:
     return pool
 
 
-def contiguous_attention(inputs: Inputs, case: Case) -> dict[str, Callable[[], Tensor]]:
-    """SDPA over contiguous keys, called in all possible ways: [tokens, heads, head_dim]."""
+def contiguous_attention(
+    inputs: Inputs, case: Case, by_name: bool | None = None
+) -> dict[str, Callable[[], Tensor]]:
+    """SDPA over contiguous keys, called in all possible ways: [tokens, heads, head_dim].
+
+    PyTorch chooses among several kernels. `by_name` also calls those that have a name and support
+    this case; None: on a GPU.
+    """
     num_seqs, queries = case.num_seqs, case.queries
     q = inputs.q.view(num_seqs, queries, case.heads.heads, case.heads.head_dim).transpose(1, 2)
     attend = partial(F.scaled_dot_product_attention, scale=inputs.scale)
+    kernels = SDPA_KERNELS if (q.is_cuda if by_name is None else by_name) else {}
     if queries == case.length:
         ask = partial(attend, q, inputs.keys, inputs.values, is_causal=True, enable_gqa=True)
-        return _also_with_flash("SDPA", lambda: ask().transpose(1, 2).flatten(0, 1), q)
+        return _by_name("SDPA", lambda: ask().transpose(1, 2).flatten(0, 1), kernels)
     if queries > 1:  # a chunk after a context
         positions = torch.arange(case.length, device=q.device)
         visible = positions <= positions[-queries:, None]  # [queries, length]
@@ -149,22 +198,26 @@ def contiguous_attention(inputs: Inputs, case: Case) -> dict[str, Callable[[], T
     grouped = inputs.q.unflatten(1, (case.heads.kv_heads, -1))  # [seqs, kv_heads, group, head_dim]
     by_group = partial(attend, grouped, inputs.keys, inputs.values)
     ask = partial(attend, q, inputs.keys, inputs.values, enable_gqa=True)
-    baselines = _also_with_flash("SDPA, grouped", lambda: by_group().flatten(1, 2), q)
+    baselines = _by_name("SDPA, grouped", lambda: by_group().flatten(1, 2), kernels)
     return baselines | {"SDPA, enable_gqa": lambda: ask()[:, :, 0]}
 
 
-def _also_with_flash(
-    name: str, ask: Callable[[], Tensor], q: Tensor
+def _by_name(
+    name: str, ask: Callable[[], Tensor], kernels: dict[str, SDPBackend]
 ) -> dict[str, Callable[[], Tensor]]:
-    """PyTorch chooses among several kernels; on a GPU, also force FlashAttention."""
-    if q.device.type != "cuda" or q.dtype is torch.float32:
-        return {name: ask}
+    """PyTorch's choice, and each of these kernels that supports the case."""
 
-    def with_flash() -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    def ask_for(kernel: SDPBackend) -> Tensor:
+        with sdpa_kernel(kernel):
             return ask()
 
-    return {f"{name}, FlashAttention": with_flash, name: ask}
+    named: dict[str, Callable[[], Tensor]] = {}
+    for title, kernel in kernels.items():
+        with suppress(RuntimeError), catch_warnings():  # it warns, for each kernel, why not
+            simplefilter("ignore")
+            ask_for(kernel)
+            named[f"{name}, {title}"] = partial(ask_for, kernel)
+    return {**named, name: ask}
 
 
 def exact_rows(inputs: Inputs, most: int = 16) -> tuple[list[int], Tensor]:

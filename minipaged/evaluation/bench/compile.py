@@ -41,6 +41,9 @@ from minipaged.evaluation.bench.launches import (
 
 SMS = (80, 90)  # Ampere (A100) and Hopper (H100)
 
+# As in a launch, which otherwise would not find the compiled kernel in Triton's cache.
+MARKS_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+
 _MULTIPROCESSORS = {  # CUDA C++ Programming Guide
     80: Multiprocessor(shared_bytes=164 * 1024, threads=2048),
     86: Multiprocessor(shared_bytes=100 * 1024, threads=1536),
@@ -144,6 +147,8 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
         signature[name] = kind
         if kind == "constexpr":
             constants[i,] = bound[name]
+            if MARKS_CONSTANTS:
+                attributes[i,] = []
         elif isinstance(known, str):
             attributes[i,] = backend.parse_attr(known)
     source = ASTSource(launch.kernel, signature, constants, attributes)

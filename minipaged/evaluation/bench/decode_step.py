@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from minipaged.attention.backend import BACKENDS, choose_backend
-from minipaged.attention.batch import Batch, BatchBuilder
+from minipaged.attention.batch import HostBatch
+from minipaged.attention.device_batch import DeviceBatchBuilder, choose_builder
 from minipaged.attention.kv_cache import KVCache
 from minipaged.config import EngineConfig
 from minipaged.engine.llm_engine import LLMEngine
@@ -29,7 +30,8 @@ from minipaged.engine.parts import Parts
 from minipaged.evaluation.bench.timing import copy_work, median_seconds
 from minipaged.models.linear import pack_weights
 from minipaged.models.llama import Llama, LlamaConfig
-from minipaged.models.rope import RopeConfig, rope_frequencies
+from minipaged.models.rope import rope_frequencies
+from minipaged.models.rope_config import RopeConfig
 from minipaged.sampling import SamplingParams
 from minipaged.scheduler.output import SequenceInput, StepInput
 from minipaged.worker.cuda_graphs import DecodeGraphs, record_cuda_graphs
@@ -88,15 +90,16 @@ def measure(
     context_len: int,
     device: torch.device,
     dtype: torch.dtype,
+    graphs: Many[bool] | None = None,
 ) -> Iterator[Row]:
-    """Measure each backend, with and without CUDA graphs if there is a GPU."""
+    """Measure each backend, with and without CUDA graphs if there is a GPU, or as in `graphs`."""
     copy, copy_bytes = copy_work(device)
     bandwidth = copy_bytes / median_seconds({"copy": copy}, device)["copy"]
     expected: list[list[int]] | None = None
     for backend in backends:
         chosen = choose_backend(backend, device, config.head_dim)
         can_record = device.type == "cuda" and chosen.cuda_graph_safe
-        for with_graphs in (False, True) if can_record else (False,):
+        for with_graphs in graphs or (False, True)[: 1 + can_record]:
             engine = build_engine(
                 config, backend, num_seqs, context_len, device, dtype, with_graphs
             )
@@ -155,11 +158,12 @@ def build_engine(
         watermark=0.0,
     )
     cache = KVCache.build(config, engine, dtype, device, backend.copy_blocks)
-    batches = BatchBuilder(num_seqs, engine.max_blocks_per_seq, engine.block_size, device)
-    graphs = None
-    if with_graphs:
-        blocks = engine.max_blocks_per_seq
-        graphs = DecodeGraphs(model, cache, num_seqs, blocks, record_cuda_graphs(device))
+    sizes = num_seqs, engine.max_blocks_per_seq, engine.block_size, device
+    batches, graphs = choose_builder(*sizes), None
+    if with_graphs:  # on a CPU, a replay is the step itself: to try out what surrounds a graph
+        record = record_cuda_graphs(device) if device.type == "cuda" else lambda step: step
+        batches = DeviceBatchBuilder(*sizes)
+        graphs = DecodeGraphs(model, cache, batches, record)
     return LLMEngine(
         engine,
         partial(Parts().build_scheduler, engine),
@@ -208,7 +212,7 @@ class _Stopwatch:
         self.seconds: dict[str, float] = {}
         calls: dict[str, tuple[Any, str]] = {
             "schedule": (engine.scheduler, "schedule"),
-            "batch": (engine.executor.runner.batches, "build"),
+            "batch": (engine.executor.runner.batches, "lay_out"),
             "model": (engine.executor, "run"),
             "sample": (engine.sampler, "sample"),
             "commit": (engine.scheduler, "commit"),
@@ -229,22 +233,22 @@ class _Stopwatch:
 class _ModelClock:
     """Times the model's part of a step from outside, on a GPU by its own clock.
 
-    It begins when the runner has built the batch, and ends with the logits.
+    It begins when the batch is laid out on the host, and ends with the logits.
     """
 
     def __init__(self, executor: Executor) -> None:
         runner = executor.runner
-        self._build = runner.batches.build
+        self._lay_out = runner.batches.lay_out
         self._run = executor.run
         self._device = runner.kv_cache.device
         self._on_gpu = self._device.type == "cuda"
         self._begin: Any = None
         self._end: Any = None
-        runner.batches.build = self._timed_build  # attributes of these objects alone
+        runner.batches.lay_out = self._timed_lay_out  # attributes of these objects alone
         executor.run = self._timed_run
 
-    def _timed_build(self, sequences: Many[SequenceInput]) -> Batch:
-        batch = self._build(sequences)
+    def _timed_lay_out(self, sequences: Many[SequenceInput]) -> HostBatch:
+        batch = self._lay_out(sequences)
         self._begin = self._now()
         return batch
 

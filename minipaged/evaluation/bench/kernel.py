@@ -9,17 +9,16 @@
 Results are checked before they are timed, against float64 and in memory that was full of NaN.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from math import ceil
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from minipaged.attention.backend import AttentionBackend, choose_backend
-from minipaged.attention.batch import Batch
 from minipaged.attention.quantized_cache import QuantizedPool
 from minipaged.errors import MinipagedError
 from minipaged.evaluation.bench.cases import (
@@ -32,7 +31,7 @@ from minipaged.evaluation.bench.cases import (
     largest_error,
     make_inputs,
 )
-from minipaged.evaluation.bench.timing import Work, copy_work, median_seconds
+from minipaged.evaluation.bench.timing import copy_work, in_turn, median_seconds
 
 LLAMA_3_8B = Heads("Llama 3 8B, 32/8 x 128", 32, 8, 128)
 OPT_13B = Heads("OPT 13B, 40/40 x 128", 40, 40, 128)
@@ -60,6 +59,8 @@ CPU_CASES = [
     Case(SMALL, 1, 512, queries=512),
 ]
 
+BYTES_IN_TURN = 2**31  # of keys and values on a GPU: many times its cache
+MOST_POOLS = 20
 
 # The largest relative error of a head's result, by the type that has the fewest digits.
 MOST_ERROR = {"fp8": 0.06, "int8": 0.03, "bfloat16": 0.01, "float16": 0.004, "float32": 1e-4}
@@ -67,6 +68,11 @@ MOST_ERROR = {"fp8": 0.06, "int8": 0.03, "bfloat16": 0.01, "float16": 0.004, "fl
 
 class WrongResult(MinipagedError):
     """An attention kernel computed something else, so its time means nothing."""
+
+
+Attend = Callable[[], Tensor]
+Candidates = Callable[[Inputs], dict[str, Attend]]
+"""The ways to compute attention over these inputs, by name."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,9 @@ class Row:
     seconds: float
     percent_of_floor: float | None  # the floor (bytes over bandwidth) over the measured time
     times_baseline: float | None  # time over the baseline's; below 1 is faster
+    teraflops: float | None = None  # 10^12 operations per second, of a prefill
+    error: float | None = None  # the largest relative error of a head's result
+    num_bytes: int | None = None  # of the keys and values that a decode must read
 
 
 def measure(
@@ -101,44 +110,67 @@ def measure(
         rows: list[Row] | None = None
         with suppress(torch.OutOfMemoryError):
             if has_room(case, device, dtype):
-                rows = list(_measure_attention(case, backends, device, dtype))
+                candidates = backends_as_candidates(backends, case, device, dtype)
+                rows = list(measure_case(case, candidates, device, dtype))
         if rows is not None:
             yield from rows
         elif skipped is not None:
             skipped.append(case)
 
 
-def _measure_attention(
-    case: Case, backends: list[str], device: torch.device, dtype: torch.dtype
+def backends_as_candidates(
+    names: list[str], case: Case, device: torch.device, dtype: torch.dtype
+) -> Candidates:
+    """The candidates of `measure_case` that are backends with these names."""
+    chosen = [choose_backend(name, device, case.heads.head_dim, case.kv_dtype) for name in names]
+
+    def prepare(backend: AttentionBackend, inputs: Inputs) -> Attend:
+        pools = inputs.k_cache, inputs.v_cache
+        # Once per step: it is not timed.
+        batch = backend.prepare(inputs.batch, inputs.k_cache, inputs.q.shape[1], dtype)
+        return lambda: backend.paged_attention(inputs.q, *pools, batch, inputs.scale)
+
+    return lambda inputs: {backend.name: prepare(backend, inputs) for backend in chosen}
+
+
+def measure_case(
+    case: Case,
+    candidates: Candidates,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int = 11,
+    num_pools: int | None = None,
+    by_name: bool | None = None,
 ) -> Iterator[Row]:
+    """Measure the candidates of one case, and SDPA. Raises WrongResult.
+
+    Args:
+        num_pools: pools that are read in turn, so that keys are not in the GPU's cache when they
+            are read again. None: as many as that takes, or one on a CPU.
+        by_name: see `contiguous_attention`.
+    """
+    attends: dict[str, list[Attend]] = {}
+    errors: dict[str, float] = {}
     inputs = make_inputs(case, device, dtype)
-    baselines = contiguous_attention(inputs, case)
-    tokens, exact = exact_rows(inputs)
-    works: dict[str, Work] = dict(baselines)
-    for name in backends:
-        backend = choose_backend(name, device, case.heads.head_dim, case.kv_dtype)
-        num_heads, dtype = inputs.q.shape[1], inputs.q.dtype
-        batch = backend.prepare(inputs.batch, inputs.k_cache, num_heads, dtype)  # once per step
-        works[name] = attend = partial(_attend, backend, inputs, batch)
-        # The result most likely gets this memory: a row that is not written is NaN.
-        poison = torch.full_like(inputs.q, torch.nan)
-        del poison
-        error = largest_error(attend()[tokens], exact)
-        few_digits = case.kv_dtype if case.kv_dtype != "auto" else str(dtype).split(".")[1]
-        if error > MOST_ERROR[few_digits]:
-            raise WrongResult(
-                f"{name}, {case.name} of {case.num_seqs} x {case.lengths} tokens, {few_digits}: "
-                f"a result differs by {error:.2%} from float64, and {MOST_ERROR[few_digits]:.2%} "
-                "is expected at most."
-            )
+    if num_pools is None:
+        enough = ceil(BYTES_IN_TURN / _bytes_read(inputs)) if device.type == "cuda" else 1
+        num_pools = min(enough, MOST_POOLS)
+    for seed in range(num_pools):
+        inputs = make_inputs(case, device, dtype, seed) if seed > 0 else inputs
+        baselines, measured = contiguous_attention(inputs, case, by_name), candidates(inputs)
+        for name, attend in {**baselines, **measured}.items():
+            attends.setdefault(name, []).append(attend)
+        if seed == 0:
+            errors = check(case, inputs, measured, dtype)
+    works = {name: in_turn(calls, num_pools) for name, calls in attends.items()}
     copy, copy_bytes = copy_work(device)
-    seconds = median_seconds({"copy": copy, **works}, device)
-    bandwidth = copy_bytes / seconds["copy"]
-    baseline = min(seconds[name] for name in baselines)
-    for name in works:
-        floor = _bytes_read(inputs) / bandwidth if case.queries == 1 else None
-        if name in baselines and (case.kv_dtype != "auto" or case.short is not None):
-            floor = None  # it reads other bytes
+    seconds = median_seconds({"copy": copy, **works}, device, rounds)
+    floor = _bytes_read(inputs) / copy_bytes * seconds.pop("copy")
+    each = {name: total / num_pools for name, total in seconds.items()}
+    fastest = min(each[name] for name in attends if name not in errors)
+    reads_the_same = case.kv_dtype == "auto" and case.short is None  # SDPA, as the kernels
+    for name in attends:
+        has_floor = case.queries == 1 and (name in errors or reads_the_same)
         yield Row(
             case.name,
             case.heads.name,
@@ -146,14 +178,34 @@ def _measure_attention(
             case.lengths,
             case.kv_dtype,
             name,
-            seconds[name],
-            None if floor is None else 100 * floor / seconds[name],
-            seconds[name] / baseline,
+            each[name],
+            100 * floor / each[name] if has_floor else None,
+            each[name] / fastest,
+            None if case.queries == 1 else 1e-12 * _operations(inputs) / each[name],
+            errors.get(name),
+            _bytes_read(inputs) if has_floor else None,
         )
 
 
-def _attend(backend: AttentionBackend, inputs: Inputs, batch: Batch) -> Tensor:
-    return backend.paged_attention(inputs.q, inputs.k_cache, inputs.v_cache, batch, inputs.scale)
+def check(
+    case: Case, inputs: Inputs, attends: Mapping[str, Attend], dtype: torch.dtype
+) -> dict[str, float]:
+    """The error of each, compared with float64. Raises WrongResult."""
+    tokens, exact = exact_rows(inputs)
+    few_digits = case.kv_dtype if case.kv_dtype != "auto" else str(dtype).removeprefix("torch.")
+    errors: dict[str, float] = {}
+    for name, attend in attends.items():
+        # The result most likely gets this memory: a row that is not written is NaN.
+        poison = torch.full_like(inputs.q, torch.nan)
+        del poison
+        errors[name] = largest_error(attend()[tokens], exact)
+        if errors[name] > MOST_ERROR[few_digits]:
+            raise WrongResult(
+                f"{name}, {case.name} of {case.num_seqs} x {case.lengths} tokens, {few_digits}: "
+                f"a result differs by {errors[name]:.2%} from float64, and "
+                f"{MOST_ERROR[few_digits]:.2%} is expected at most."
+            )
+    return errors
 
 
 def _bytes_read(inputs: Inputs) -> int:
@@ -166,12 +218,21 @@ def _bytes_read(inputs: Inputs) -> int:
     return bytes_per_cell * kv_heads * sum(span.seq_len for span in inputs.batch.spans)
 
 
+def _operations(inputs: Inputs) -> int:
+    """Operations of two products: an addition and a multiplication for each element."""
+    _, heads, head_dim = inputs.q.shape
+    keys_seen = 0
+    for span in inputs.batch.spans:
+        keys_seen += span.query_len * (span.context_len + span.seq_len + 1) // 2
+    return 4 * heads * head_dim * keys_seen
+
+
 def as_table(rows: list[Row]) -> Table:
     """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
     for title in ("", "heads", "batch", "tokens", "kv", "by"):
         table.add_column(title)
-    for title in ("time", "of bandwidth", "x best SDPA"):
+    for title in ("time", "of bandwidth", "TFLOP/s", "x best SDPA"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
@@ -183,6 +244,7 @@ def as_table(rows: list[Row]) -> Table:
             row.backend,
             f"{1e6 * row.seconds:,.1f} us",
             "" if row.percent_of_floor is None else f"{row.percent_of_floor:.1f} %",
+            "" if row.teraflops is None else f"{row.teraflops:,.2f}",
             "" if row.times_baseline is None else f"{row.times_baseline:.2f}",
         )
     return table

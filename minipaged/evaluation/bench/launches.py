@@ -9,23 +9,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton import JITFunction
 
-from minipaged.attention.batch import Batch, Span
+from minipaged.attention.batch import Batch
 from minipaged.attention.kv_cache import choose_kv_dtype
 from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
+from minipaged.attention.triton.add_rms_norm import add_rms_norm
 from minipaged.attention.triton.copy_blocks import copy_blocks
 from minipaged.attention.triton.decode import decode
 from minipaged.attention.triton.launch import pool_constants
 from minipaged.attention.triton.naive_decode import naive_paged_attention
 from minipaged.attention.triton.prefill import prefill
 from minipaged.attention.triton.shapes import TileShape, TileShapes, choose_tile, choose_tiles
+from minipaged.attention.triton.silu_and_mul import silu_and_mul
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 
 # Only shapes and types matter. As in a real step, a table's width is not a multiple of 16.
 _BLOCK_SIZE, _NUM_BLOCKS, _TABLE_WIDTH, _TOKENS, _NUM_SPLITS = 16, 64, 101, 64, 8
+_INNER = 14336  # of Llama 3 8B's feed-forward
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,11 @@ def launch_everything(
     out = _empty(_TOKENS, heads, head_dim, dtype=setting.dtype)
     new = _empty(_TOKENS, kv_heads, head_dim, dtype=setting.dtype)  # keys, or values
     angles = _empty(_TOKENS, 1, head_dim // 2, dtype=setting.dtype)
-    layers = _empty(2, 2, _NUM_BLOCKS, kv_heads, _BLOCK_SIZE, head_dim, dtype=kv_dtype)
+    blocks = (2, 2, _NUM_BLOCKS, kv_heads, _BLOCK_SIZE)  # of two layers
+    copied_as = torch.int8 if kv_dtype in LARGEST else kv_dtype
+    copied = [_empty(*blocks, head_dim, dtype=copied_as)]
+    if kv_dtype in LARGEST:
+        copied.append(_empty(*blocks, dtype=torch.float32))  # the scales
     decodes, prompts = _batch(tokens_each=1), _batch(tokens_each=8)
     scale = head_dim**-0.5
     width, large_sms = pool_constants(k_cache)["WIDTH"], sm // 10 in (9, 10)
@@ -106,7 +114,12 @@ def launch_everything(
     naive_paged_attention(q, k_cache, v_cache, prompts, scale)
     triton_store_kv(new, new, k_cache, v_cache, prompts)
     rope_and_store_kv(q, new, new, angles, angles, k_cache, v_cache, prompts)
-    copy_blocks(layers, layers, _empty(4, 2, dtype=torch.int64))
+    for tensor in copied:
+        copy_blocks(tensor, tensor, _empty(4, 2, dtype=torch.int64))
+    hidden = q.flatten(1)  # [tokens, heads * head_dim]
+    add_rms_norm(hidden, hidden, hidden[0], 1e-5)
+    gate, up = _empty(_TOKENS, 2 * _INNER, dtype=setting.dtype).split(_INNER, dim=-1)
+    silu_and_mul(gate, up)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -132,5 +145,6 @@ def _batch(tokens_each: int) -> Batch:
         context_lens=_empty(num_seqs, dtype=torch.int32),
         block_tables=_empty(num_seqs, _TABLE_WIDTH, dtype=torch.int32),
         logit_rows=_empty(num_seqs, dtype=torch.int64),
-        spans=tuple(Span(i * tokens_each, tokens_each, 1000) for i in range(num_seqs)),
+        query_lens=np.full(num_seqs, tokens_each),
+        seq_lens=np.full(num_seqs, 1000 + tokens_each),
     )

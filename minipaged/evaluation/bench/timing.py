@@ -6,7 +6,8 @@ code therefore runs interleaved, A B C A B C ..., and only ratios within one run
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, islice
 
 import torch
 
@@ -33,6 +34,21 @@ def median_seconds(
             for name, work in prepared.items():
                 times[name].append(once(work, repeats[name]))
     return {name: statistics.median(of_one) for name, of_one in times.items()}
+
+
+def in_turn(works: Sequence[Work], num_calls: int) -> Work:
+    """Return a work that calls these in turn, so many calls altogether.
+
+    If each has its own data, none finds it in a cache. A short work is also timed more exactly if a
+    CUDA graph contains several calls of it.
+    """
+    calls = list(islice(cycle(works), num_calls))
+
+    def call_all() -> None:
+        for work in calls:
+            work()
+
+    return call_all
 
 
 def _prepare(work: Work, device: torch.device) -> Work:

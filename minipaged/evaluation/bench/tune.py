@@ -57,7 +57,7 @@ def sweep(
     for case in cases:
         inputs = make_inputs(case, device, dtype)
         shipped, works = _decodes(inputs) if case.queries == 1 else _prefills(inputs)
-        fitting = {name: work for name, work in works.items() if _fits(work)}
+        fitting = {name: work for name, work in works.items() if fits(work)}
         seconds = median_seconds(fitting, device, rounds)
         for name in sorted(fitting, key=lambda name: seconds[name]):
             yield Row(case, name, seconds[name], shipped, seconds[shipped])
@@ -115,7 +115,7 @@ def _name(shape: TileShape | TileShapes, to_fill: int | None = None) -> str:
     return ", ".join(parts if to_fill is None else [*parts, f"splits {to_fill}"])
 
 
-def _fits(work: Work) -> bool:
+def fits(work: Work) -> bool:
     """Whether a program's tiles fit on a multiprocessor."""
     from triton.runtime.errors import OutOfResources
 

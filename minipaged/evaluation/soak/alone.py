@@ -15,8 +15,8 @@ from minipaged.evaluation.soak.trial import Served
 from minipaged.evaluation.soak.workload import LONGEST, VOCAB_SIZE, WIDEST
 from minipaged.llm import LLM
 from minipaged.sampling.logprobs import Logprobs
-from minipaged.sampling.rows import SampledToken, SamplingRow
-from minipaged.sampling.sampler import Sampler
+from minipaged.sampling.rows import SamplingRow
+from minipaged.sampling.sampler import Draws, Sampler
 
 ROUNDING = 1e-3
 """Tolerance of log-probabilities: the order of float32 sums depends on the batch."""
@@ -97,7 +97,7 @@ class NoisySampler(Sampler):
         super().__init__()
         self._generator = torch.Generator().manual_seed(0)
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Draws:
         noise = JITTER * torch.randn(logits.shape, generator=self._generator)  # [rows, vocab]
         return super().sample(logits + noise, rows)
 

@@ -29,6 +29,9 @@ def scenarios() -> list[Scenario]:
         Scenario("no prefix cache", {**tight, **whole, "enable_prefix_caching": False}, _calls()),
         Scenario("reference attention", {**paged, "attention_backend": "reference"}, _calls()),
         Scenario("8-bit cache", {**paged, "kv_cache_dtype": "int8"}, _calls()),
+        Scenario(
+            "overlapped steps", {**paged, "num_blocks": 40, "async_scheduling": True}, _calls(True)
+        ),
         Scenario("contiguous memory", {**baseline, "memory": "contiguous-pow2"}, _calls()),
         Scenario("virtual memory", {**baseline, "memory": "virtual"}, _calls()),
         Scenario("out of memory", {**paged, "num_blocks": 7}, _too_long()),

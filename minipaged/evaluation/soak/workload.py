@@ -57,6 +57,8 @@ def draw_workload(seed: int, paged_only: bool = False) -> Workload:
     """Draw a workload; the same seed draws the same one."""
     random = Random(seed)
     options = _draw_options(random, paged_only)
+    if options["memory"] == "paged" and not paged_only:  # a generator of its own
+        options["async_scheduling"] = Random(f"{seed}, overlapped?").random() < 0.5
     prompts = _Prompts(random, options["max_model_len"])
     requests: list[RandomRequest] = []
     arrives = 0

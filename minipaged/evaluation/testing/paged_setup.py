@@ -36,6 +36,35 @@ class PagedSetup:
         spans = self.batch.spans
         return torch.cat([t[s.context_len :] for t, s in zip(tensors, spans, strict=True)])
 
+    def to(self, device: torch.device) -> "PagedSetup":
+        """The same with queries, pool and batch on this device."""
+        fields = {
+            field.name: getattr(self.batch, field.name) for field in dataclasses.fields(Batch)
+        }
+        moved = {name: f.to(device) for name, f in fields.items() if isinstance(f, Tensor)}
+        return dataclasses.replace(
+            self,
+            q=self.q.to(device),
+            k_cache=self.k_cache.to(device),
+            v_cache=self.v_cache.to(device),
+            batch=dataclasses.replace(self.batch, **moved),
+        )
+
+    def after(self, num_blocks: int) -> "PagedSetup":
+        """The same in a larger pool, after so many blocks that are free."""
+        free = (num_blocks, *self.k_cache.shape[1:])
+        k_cache, v_cache = (
+            torch.cat([torch.full(free, torch.nan, dtype=pool.dtype, device=pool.device), pool])
+            for pool in (self.k_cache, self.v_cache)
+        )
+        slots = num_blocks * self.k_cache.shape[2]
+        batch = dataclasses.replace(
+            self.batch,
+            slot_mapping=self.batch.slot_mapping + slots,
+            block_tables=(self.batch.block_tables.long() + num_blocks).int(),
+        )
+        return dataclasses.replace(self, k_cache=k_cache, v_cache=v_cache, batch=batch)
+
 
 def paged_setup(
     sizes: list[tuple[int, int]],  # (query_len, context_len) of each sequence

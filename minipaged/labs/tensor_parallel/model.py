@@ -13,7 +13,8 @@ from torch import Tensor
 import minipaged
 from minipaged.attention.reference import causal_attention
 from minipaged.errors import InvalidOption
-from minipaged.models.rope import RopeConfig, Rotary, rotate
+from minipaged.models.rope import Rotary, rotate
+from minipaged.models.rope_config import RopeConfig
 from minipaged.models.safetensors_reader import copy_tensors, find_weight_files, read_headers
 from minipaged.utils.files import read_json_object
 from minipaged.utils.shapes import Float, Int

@@ -95,8 +95,8 @@ def run(attention, setup: PagedSetup):
 
 def on_device(setup: PagedSetup, gap: int) -> PagedSetup:
     """The setup on the kernel's device, with a gap of NaN between the rows of queries."""
-    names = [field.name for field in fields(setup.batch) if field.name != "spans"]
-    tensors = {name: getattr(setup.batch, name).to(DEVICE) for name in names}
+    values = {field.name: getattr(setup.batch, field.name) for field in fields(setup.batch)}
+    tensors = {name: v.to(DEVICE) for name, v in values.items() if isinstance(v, torch.Tensor)}
     table = tensors["block_tables"]
     of_the_pool = (table >= 0) & (table < len(setup.k_cache))
     tensors["block_tables"] = table.where(of_the_pool, 0)  # block 0 is free, full of NaN

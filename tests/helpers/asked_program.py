@@ -1,0 +1,19 @@
+"""A program that answers requests, and starts another one, for the tests of `AskedProcess`."""
+
+import subprocess
+import time
+
+from minipaged.evaluation.bench.asked_process import answer
+
+
+def start_another() -> int:
+    print("a library prints this")  # which is not an answer
+    return subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL).pid
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    answer({"start_another": start_another, "hang": hang, "exit": lambda: exit(3)})
