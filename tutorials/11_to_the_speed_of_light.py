@@ -551,7 +551,7 @@ print(process.stdout)
 # It would print 0 copies ahead, and memory would idle during every multiplication. Several tiles at
 # a time take shared memory. The tile is as large as four programs on Hopper have room for:
 #
-# @@ minipaged.attention.triton.decode.choose_tile
+# @@ minipaged.attention.triton.shapes.choose_tile
 #
 # Such tables decided against larger tiles and other variants: [what was tried](../kernels.md) lists
 # them.

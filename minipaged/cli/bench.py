@@ -224,8 +224,7 @@ def compile_kernels(
     """Compile every kernel; needs no GPU."""
     require_triton()
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is defined
-    from minipaged.attention.triton.decode import TileShape
-    from minipaged.attention.triton.prefill import TileShapes
+    from minipaged.attention.triton.shapes import TileShape, TileShapes
     from minipaged.evaluation.bench import compile as compiling
     from minipaged.evaluation.bench.launches import MORE_SETTINGS, SETTINGS
 

@@ -38,7 +38,7 @@ from minipaged.attention.triton import decode as decode_module
 from minipaged.attention.triton import machine
 from minipaged.attention.triton.backend import triton_paged_attention
 from minipaged.attention.triton.copy_blocks import CHUNK_BYTES, copy_blocks
-from minipaged.attention.triton.decode import TileShape, count_places, decode
+from minipaged.attention.triton.decode import count_places, decode
 from minipaged.attention.triton.machine import (
     Multiprocessor,
     is_interpreted,
@@ -46,7 +46,8 @@ from minipaged.attention.triton.machine import (
     why_no_triton,
 )
 from minipaged.attention.triton.naive_decode import naive_paged_attention
-from minipaged.attention.triton.prefill import TileShapes, prefill
+from minipaged.attention.triton.prefill import prefill
+from minipaged.attention.triton.shapes import TileShape, TileShapes
 from minipaged.attention.triton.splits import (
     LONGEST_SPLIT,
     MOST_SPLITS,
@@ -935,22 +936,25 @@ def test_a_gpu_swaps_with_pinned_memory() -> None:
 # ---- more numbers than 32 bits count -------------------------------------------------------------
 
 
+HUGE_BLOCKS = 2**32 // 2048 + 40
 BLOCKS_OF_2048 = {"heads": 1, "kv_heads": 1, "head_dim": 128, "block_size": 16}
 
 
 @pytest.fixture(scope="module")
 def huge() -> QuantizedPool:
-    """2 GiB, of which no more than the pages that are written take any memory."""
-    num_blocks = (2**31 // 2048 + 40) // 2 * 2
-    numbers = EMPTY(num_blocks, 1, 16, 128, dtype=torch.int8, device=DEVICE)
-    return QuantizedPool(numbers, EMPTY(num_blocks, 1, 16, device=DEVICE))
+    """4 GiB, of which no more than the pages that are written take any memory.
+
+    The fast kernels read two elements as one number, so these have offsets beyond 2^31 as well.
+    """
+    numbers = EMPTY(HUGE_BLOCKS, 1, 16, 128, dtype=torch.int8, device=DEVICE)
+    return QuantizedPool(numbers, EMPTY(HUGE_BLOCKS, 1, 16, device=DEVICE))
 
 
 def far_away(setup: PagedSetup, huge: QuantizedPool) -> PagedSetup:
     """The setup with its blocks at the end of a huge pool, keys and values in the same."""
     setup = in_8_bits(setup, torch.int8)
     first = len(huge.numbers) - len(setup.k_cache.numbers)
-    assert first * 2048 >= 2**31
+    assert first * 2048 >= 2**32
     huge.numbers[first:] = setup.k_cache.numbers.to(DEVICE)
     huge.scales[first:] = setup.k_cache.scales.to(DEVICE)
     batch = setup.batch
@@ -1038,15 +1042,14 @@ def fixed_passes(package: str) -> None:
 
 def far_passes(package: str) -> None:
     """As `huge`, with as much unused memory before it: a negative offset reads from there."""
-    num_blocks = (2**31 // 2048 + 40) // 2 * 2
-    numbers = EMPTY(2 * num_blocks, 1, 16, 128, dtype=torch.int8, device=DEVICE)[num_blocks:]
-    huge = QuantizedPool(numbers, EMPTY(num_blocks, 1, 16, device=DEVICE))
+    numbers = EMPTY(2 * HUGE_BLOCKS, 1, 16, 128, dtype=torch.int8, device=DEVICE)[HUGE_BLOCKS:]
+    huge = QuantizedPool(numbers, EMPTY(HUGE_BLOCKS, 1, 16, device=DEVICE))
     attention = part(package, "backend", "triton_paged_attention")
     check(attention, far_away(paged_setup(FEW, **BLOCKS_OF_2048), huge))
 
 
 def bits_pass(package: str) -> None:
-    setup = in_8_bits(tame(paged_setup(FEW)), torch.int8)
+    setup = in_8_bits(tame(paged_setup([*FEW, (1, 300), (3, 150)])), torch.int8)
     check(part(package, "backend", "triton_paged_attention"), setup)
     check(part(package, "naive_decode", "naive_paged_attention"), setup)
 
@@ -1079,13 +1082,31 @@ MUTANTS = {
     ),
     "a slot after the end is read": (ends_pass, "tile", "positions < end", "positions <= end"),
     "the output is not corrected": (
-        attention_passes, "tile", "output * correction[:, None]", "output"
+        attention_passes, "tile", "output[0] * correction", "output[0]"
+    ),
+    "the odd elements of the output are not corrected": (
+        bits_pass, "tile", "output[1] * correction", "output[1]"
+    ),
+    "odd elements of keys meet even ones of queries": (
+        bits_pass, "tile", "tl.dot(query[1],", "tl.dot(query[0],"
+    ),
+    "even elements of values are also the odd ones": (
+        bits_pass, "tile", "tl.dot(weights, values[1]", "tl.dot(weights, values[0]"
+    ),
+    "odd elements lose their sign": (
+        bits_pass, "unpack", "(pairs >> 8).to", "((pairs >> 8) & 127).to"
+    ),
+    "even elements come after the odd ones": (
+        bits_pass, "unpack", "tl.join(even, odd)", "tl.join(odd, even)"
     ),
     "the total is not corrected": (
         attention_passes, "tile", "total * correction", "total"
     ),
     "a whole tile is taken for one block": (
-        attention_passes, "tile", "table + positions //", "table + (positions * 0 + start) //"
+        attention_passes, "tile", "TILE) // BLOCK_SIZE\n", "TILE) // BLOCK_SIZE * 0\n"
+    ),
+    "every tile is taken to start at the beginning of a block": (
+        attention_passes, "tile", "return start % BLOCK_SIZE + tl", "return tl"
     ),
     "one split is ignored": (
         needles_pass, "decode", "if start >= end:", "if (start >= end) | (split == 1):"
@@ -1116,15 +1137,13 @@ MUTANTS = {
     "the last tile is not masked": (
         ends_pass, "decode", "BLOCK_SIZE, TILE, True,", "BLOCK_SIZE, TILE, False,"
     ),
-    "offsets have 32 bits": (far_passes, "tile", "blocks.to(tl.int64)", "blocks"),
+    "offsets have 32 bits": (far_passes, "tile", ".to(tl.int64)", ""),
     "slots before heads in the pool": (
         attention_passes, "tile",
-        "* KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE",
-        "* BLOCK_SIZE + positions % BLOCK_SIZE) * KV_HEADS + kv_head",
+        "kv_head * BLOCK_SIZE + offsets", "kv_head + offsets * KV_HEADS",
     ),
     "scales of values are forgotten": (
-        bits_pass, "tile", "_load_scales(v_scales, cells, readable, MASKED) * LARGEST",
-        "LARGEST + 0 * cells",
+        bits_pass, "tile", "weights *= (scales", "weights *= (0 * scales + 1"
     ),
     "scales of values are applied to scores": (
         bits_pass, "tile", "_load_scales(k_scales", "_load_scales(v_scales"
@@ -1279,6 +1298,17 @@ def test_an_ampere_gpu_is_accepted_but_not_for_fp8(monkeypatch: pytest.MonkeyPat
 def test_a_head_too_large_is_refused() -> None:
     assert_refused("heads of up to 256 elements, but this model's have 512", CPU, 512)
     assert_refused("heads of up to 256 elements, but this model's have 512", GPU, 512)
+
+
+def test_8_bits_and_an_odd_number_of_elements_are_refused() -> None:
+    for device in (CPU, GPU):
+        assert_refused(
+            "in pairs, but this model's heads have 33, an odd number", device, 33, "int8"
+        )
+    assert why_no_triton(CPU, 33) is None
+    setup = in_8_bits(paged_setup(FEW, head_dim=33), torch.int8)
+    with pytest.raises(Exception, match="read in pairs"):
+        run(triton_paged_attention, setup)
 
 
 def test_compiled_kernels_refuse_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

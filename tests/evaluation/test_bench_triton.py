@@ -15,9 +15,8 @@ from rich.console import Console
 from triton.runtime.interpreter import InterpretedFunction
 
 from minipaged.attention.triton.copy_blocks import copy_blocks
-from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.machine import is_interpreted
-from minipaged.attention.triton.prefill import TileShapes
+from minipaged.attention.triton.shapes import TileShape, TileShapes
 from minipaged.evaluation.bench import kernel, tune
 from minipaged.evaluation.bench.launches import Setting, launch_everything
 from minipaged.evaluation.bench.timing import median_seconds

@@ -26,8 +26,7 @@ import torch
 from rich.console import Console
 from triton import JITFunction
 
-from minipaged.attention.triton.decode import TileShape
-from minipaged.attention.triton.prefill import TileShapes
+from minipaged.attention.triton.shapes import TileShape, TileShapes
 from minipaged.evaluation.bench import compile as bench
 from minipaged.evaluation.bench.launches import LLAMA_3_8B, Setting
 
@@ -198,10 +197,31 @@ def test_decode_multiplies_on_the_tensor_cores_and_the_plain_kernels_do_not(rows
 
 @pytest.mark.parametrize("kernel", MULTIPLYING)
 def test_keys_are_read_16_bytes_at_a_time_while_others_are_multiplied(rows, kernel):
-    assert {row["reads"] for row in of(rows, kernel, kv_dtype="auto")} == {"LDGSTS.128"}
-    for kv_dtype in ("int8", "fp8"):  # where some versions of Triton read values 8 bytes at a time
-        reads = {row["reads"] for row in of(rows, kernel, kv_dtype=kv_dtype)}
-        assert reads <= {"LDGSTS.128", "LDGSTS.64/128"}
+    assert {row["reads"] for row in of(rows, kernel)} == {"LDGSTS.128"}
+
+
+# A Hopper multiprocessor issues 4 instructions per cycle, and 16 to 18 bytes arrive per cycle.
+POSSIBLE = 226
+
+
+@pytest.mark.parametrize("kernel", DECODES)
+def test_decode_is_not_limited_by_the_number_of_instructions(rows, kernel):
+    for row in of(rows, kernel):
+        share = row["issued_per_kib"] / POSSIBLE
+        assert 0 < share < (0.3 if row["kv_dtype"] == "auto" else 0.6), row
+
+
+def test_int8_decode_needs_fewer_instructions_per_key_than_16_bits(rows):
+    for kernel in DECODES:
+        options = {"heads": "32/8 x 128", "dtype": "bfloat16", "sm": 90}
+        [sixteen] = of(rows, kernel, kv_dtype="auto", **options)
+        [eight] = of(rows, kernel, kv_dtype="int8", **options)
+        assert eight["issued_per_kib"] / 2 < sixteen["issued_per_kib"]
+
+
+def test_kernels_without_matrices_have_no_count_of_instructions(rows):
+    for kernel in KERNELS.difference(MULTIPLYING):
+        assert {row["issued_per_kib"] for row in of(rows, kernel)} == {0.0}
 
 
 def test_launches_work_again_after_compiling(report):
@@ -220,6 +240,7 @@ def test_the_table_names_kernels_shapes_and_gpus(report):
         "HGMMA",
         "LDGSTS.128",
         "ahead",
+        "issued / KiB",
     ):
         assert part in report["table"]
 

@@ -5,6 +5,8 @@ Read them in this order:
     naive_decode   one program per query and head, one block at a time: the paper's Figure 5
     launch         the arguments that every launcher passes to its kernel
     tile           the step that both fast kernels repeat: queries attend to one tile of keys
+    unpack         8-bit keys and values, for tensor cores that multiply 16 bits
+    shapes         how large the tiles are
     decode         one query per sequence: memory-bound, split over the GPU
     splits         the number of splits, and the kernel that merges their results
     prefill        many queries per sequence: compute-bound, one tile of queries per program

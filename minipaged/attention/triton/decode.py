@@ -28,7 +28,7 @@ Of the paper's kernels (section 5.1) it is "fused block read and attention".
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -45,7 +45,8 @@ from minipaged.attention.triton.launch import (
     pointers,
     pool_constants,
 )
-from minipaged.attention.triton.machine import is_interpreted, programs_per_gpu
+from minipaged.attention.triton.machine import has_large_sms, is_interpreted, programs_per_gpu
+from minipaged.attention.triton.shapes import TileShape, choose_tile
 from minipaged.attention.triton.splits import (
     INTERPRETED_PLACES,
     SPLIT_RULE,
@@ -54,27 +55,13 @@ from minipaged.attention.triton.splits import (
     split_length,
     splits_to_fill,
 )
-from minipaged.attention.triton.tile import attend_to_tile, load_blocks, load_query
-
-
-class TileShape(NamedTuple):
-    """The tile shape of a `decode` program; `minipaged bench tune` measures alternatives."""
-
-    tile: int  # positions
-    num_warps: int
-    num_stages: int  # of the loop: with 3, two tiles of keys are loading or in use, with 4 three
-
-
-def choose_tile(width: int, query_bytes: int, cache_bytes: int) -> TileShape:
-    """Return the tile shape for rows of `width` elements of this many bytes.
-
-    Several tiles of keys and of values must fit in shared memory, for several programs.
-    """
-    if query_bytes == 4 and width >= 128:  # float32 takes many registers; see `prefill`
-        return TileShape(16, 8, 2)
-    if width * cache_bytes <= 128:
-        return TileShape(64, 4, 4 if cache_bytes == 1 else 3)
-    return TileShape(32, 4, 4 if width <= 128 else 3)
+from minipaged.attention.triton.tile import (
+    attend_to_tile,
+    begin_output,
+    load_blocks,
+    load_query,
+    whole_output,
+)
 
 
 @on_its_gpu
@@ -139,17 +126,19 @@ def _constants(
 ) -> dict[str, Any]:
     """All compile-time constants of the kernel but SPLIT."""
     constants = pool_constants(k_cache)
-    heads, kv_heads = q.shape[1], k_cache.shape[1]
-    keys, *_ = pointers(k_cache, v_cache)
-    shape = shape or choose_tile(constants["WIDTH"], q.itemsize, keys.itemsize)
+    group = heads_per_kv_head(q, k_cache, v_cache)
+    if shape is None:
+        bytes_each = q.itemsize, pointers(k_cache, v_cache)[0].itemsize
+        shape = choose_tile(group, constants["WIDTH"], *bytes_each, has_large_sms(q.device))
     return constants | {
-        "HEADS": heads,
-        "GROUP": heads_per_kv_head(q, k_cache, v_cache),
-        "ROWS": max(16, triton.next_power_of_2(heads // kv_heads)),
+        "HEADS": q.shape[1],
+        "GROUP": group,
+        "ROWS": max(16, triton.next_power_of_2(group)),
         "TILE": shape.tile,
         "MATH": math_type(q.dtype),
         "num_warps": shape.num_warps,
         "num_stages": shape.num_stages,
+        "maxnreg": shape.max_registers,
         **SPLIT_RULE,
     }
 
@@ -247,14 +236,15 @@ def decode_kernel(
     heads = kv_head * GROUP + rows
     tokens = tl.full([ROWS], 0, tl.int32) + token
     query = load_query(
-        q, tokens, heads, is_row, q_token_stride, q_head_stride, HEAD_DIM, WIDTH, MATH
-    )
+        q, tokens, heads, is_row, q_token_stride, q_head_stride,
+        HEAD_DIM, WIDTH, MATH, QUANTIZED,
+    )  # fmt: skip
     last_position = tl.full([ROWS], 0, tl.int32) + (seq_len - 1)
     table = block_tables + seq.to(tl.int64) * table_stride
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.full([ROWS], 0.0, tl.float32)
-    output = tl.full([ROWS, WIDTH], 0.0, tl.float32)
+    output = begin_output(ROWS, WIDTH, QUANTIZED)
     whole_tiles_end = start + (end - start) // TILE * TILE
     blocks = load_blocks(table, start, end, BLOCK_SIZE, TILE)
     for tile_start in range(start, whole_tiles_end, TILE):  # without masks: most tiles
@@ -274,7 +264,7 @@ def decode_kernel(
 
     dims = tl.arange(0, WIDTH)
     mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    result = output / (total * LARGEST)[:, None]  # [ROWS, WIDTH]
+    result = whole_output(output, QUANTIZED) / (total * LARGEST)[:, None]  # [ROWS, WIDTH]
     if SPLIT:
         places = (seq.to(tl.int64) * HEADS + heads) * tl.num_programs(2) + split  # [ROWS]
         tl.store(partial + places[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)

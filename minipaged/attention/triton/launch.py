@@ -61,12 +61,14 @@ def check_rows(**tensors: Tensor) -> None:
 def pool_constants(k_cache: KVPool) -> dict[str, Any]:
     """The compile-time constants of a kernel that depend on the pool."""
     _, kv_heads, block_size, head_dim = k_cache.shape
+    quantized = isinstance(k_cache, QuantizedPool)
     return {
         "KV_HEADS": kv_heads,
         "BLOCK_SIZE": block_size,
         "HEAD_DIM": head_dim,
-        "WIDTH": max(16, triton.next_power_of_2(head_dim)),  # tl.dot needs at least 16
-        "QUANTIZED": isinstance(k_cache, QuantizedPool),
+        # tl.dot needs at least 16, and elements of 8 bits are multiplied in two parts.
+        "WIDTH": max(32 if quantized else 16, triton.next_power_of_2(head_dim)),
+        "QUANTIZED": quantized,
         "LARGEST": largest(k_cache),
     }
 

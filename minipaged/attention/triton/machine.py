@@ -67,6 +67,11 @@ def why_no_triton(device: torch.device, head_dim: int, kv_dtype: str = "auto") -
             f"the kernels support heads of up to {LARGEST_HEAD} elements, but this model's have "
             f"{head_dim}"
         )
+    if kv_dtype in ("int8", "fp8") and head_dim % 2:
+        return (
+            f"the kernels read 8-bit elements in pairs, but this model's heads have {head_dim}, an "
+            "odd number"
+        )
     if device.type == "cuda" and (reason := _why_not_on_gpu(device, kv_dtype)):
         return reason
     if is_interpreted():

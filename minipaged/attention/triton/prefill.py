@@ -27,8 +27,6 @@ The paper has no such kernel: it computed whole prompts with an attention kernel
 wrote the result to blocks (section 4.3). Tiles below the diagonal are computed without masks.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,37 +42,14 @@ from minipaged.attention.triton.launch import (
     pool_constants,
 )
 from minipaged.attention.triton.machine import has_large_sms
-from minipaged.attention.triton.tile import attend_to_tile, load_blocks, load_query
-
-
-class TileShapes(NamedTuple):
-    """The tile shapes of a `prefill` program; `minipaged bench tune` measures alternatives."""
-
-    rows: int  # rows of queries: tokens times heads of a group
-    tile: int  # positions in a tile of keys
-    num_warps: int
-    num_stages: int  # of the loop over tiles of keys, as in `decode`
-
-
-def choose_tiles(
-    width: int, query_bytes: int, cache_bytes: int, large_sms: bool = True
-) -> TileShapes:
-    """Return the largest shapes that do not spill registers (see `minipaged bench compile`).
-
-    Args:
-        width: elements in a row of either tile.
-        query_bytes: bytes per element of a query.
-        cache_bytes: bytes per element in the cache.
-        large_sms: see `has_large_sms`; on others, fewer tiles fit at the same time.
-    """
-    if query_bytes == 4:  # three partial products per element: many registers
-        rows, tile = {64: (64, 16), 128: (32, 32), 256: (16, 16)}[max(64, width)]
-        return TileShapes(rows, tile, 4, 2)
-    if width > 128:
-        return TileShapes(64, 32, 8, 2)
-    if cache_bytes == 1:  # keys that wait for conversion take registers too
-        return TileShapes(64, 64 if large_sms else 32, 8, 3)
-    return TileShapes(128, 64 if large_sms else 32, 8, 3)
+from minipaged.attention.triton.shapes import TileShapes, choose_tiles
+from minipaged.attention.triton.tile import (
+    attend_to_tile,
+    begin_output,
+    load_blocks,
+    load_query,
+    whole_output,
+)
 
 
 @on_its_gpu
@@ -99,8 +74,7 @@ def prefill(
     group_size = heads_per_kv_head(q, k_cache, v_cache)
     tensors = pointers(k_cache, v_cache)
     if shapes is None:
-        large_sms = has_large_sms(q.device)
-        shapes = choose_tiles(constants["WIDTH"], q.itemsize, tensors[0].itemsize, large_sms)
+        shapes = choose_tiles(constants["WIDTH"], q.itemsize, has_large_sms(q.device))
     rows = max(shapes.rows, triton.next_power_of_2(group_size))
     queries = rows // group_size
     most_tiles = num_tokens // queries + batch.num_seqs
@@ -177,14 +151,14 @@ def prefill_kernel(
     heads = kv_head * GROUP + rows % GROUP
     query = load_query(
         q, first_token + queries, heads, is_row, q_token_stride, q_head_stride,
-        HEAD_DIM, WIDTH, MATH,
+        HEAD_DIM, WIDTH, MATH, QUANTIZED,
     )  # fmt: skip
     row_positions = context_len + queries
     table = block_tables + seq.to(tl.int64) * table_stride
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.full([ROWS], 0.0, tl.float32)
-    output = tl.full([ROWS, WIDTH], 0.0, tl.float32)
+    output = begin_output(ROWS, WIDTH, QUANTIZED)
     end = context_len + tl.minimum(first_query + QUERIES, query_len)
     # Keys visible to the first query are visible to every row, so these tiles need no mask.
     whole_tiles_end = (context_len + first_query + 1) // TILE * TILE
@@ -209,7 +183,7 @@ def prefill_kernel(
     dims = tl.arange(0, WIDTH)
     places = (first_token + queries).to(tl.int64) * HEADS + heads  # [ROWS]
     mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    result = output / (total * LARGEST)[:, None]  # [ROWS, WIDTH]
+    result = whole_output(output, QUANTIZED) / (total * LARGEST)[:, None]  # [ROWS, WIDTH]
     tl.store(out + places[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
 
 

@@ -23,14 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from minipaged.attention.triton.decode import TileShape
 from minipaged.attention.triton.machine import (
     OLDEST_GPU_FOR_FP8,
     Multiprocessor,
     programs_per_sm,
 )
 from minipaged.attention.triton.naive_decode import naive_kernel
-from minipaged.attention.triton.prefill import TileShapes
+from minipaged.attention.triton.shapes import TileShape, TileShapes
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench.launches import (
     SETTINGS,
@@ -73,6 +72,9 @@ class Compiled:
     # Copies to shared memory, of keys, values or scales, that are under way while the loop
     # multiplies a tile; 0: the loop waits for all of them first.
     copies_ahead: int
+    # Instructions that warps issue per KiB of keys and values, in the loop that multiplies; 0.0:
+    # it does not. A multiprocessor issues up to 4 in each cycle.
+    issued_per_kib: float
 
     @property
     def programs(self) -> int:
@@ -165,6 +167,7 @@ def compile_launch(launch: Launch, setting: Setting, sm: int) -> Compiled:
         instructions=next((name for name in ("HGMMA", "HMMA") if f" {name}." in code), "-"),
         reads=_wide_reads(code),
         copies_ahead=_copies_ahead(compiled.asm["ttgir"]),
+        issued_per_kib=_issued_per_kib(code),
     )
 
 
@@ -196,6 +199,20 @@ def _copies_ahead(ttgir: str) -> int:
     return max((int(num) for num in re.findall(r"async_wait .*num = (\d+)", ttgir)), default=0)
 
 
+def _issued_per_kib(code: str) -> float:
+    """Instructions of a warp in the first loop that multiplies, per KiB that it copies there."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.+?);", code)
+    instructions = [(int(address, 16), text) for address, text in lines]
+    for end, text in instructions:
+        if not (back := re.search(r"\bBRA .*0x([0-9a-f]+)", text)) or int(back[1], 16) > end:
+            continue
+        loop = [text for address, text in instructions if int(back[1], 16) <= address <= end]
+        widths = re.findall(r"LDGSTS\.[\w.]*\b(64|128)\b", "\n".join(loop))  # bits per thread
+        if widths:
+            return 1024 * len(loop) / sum(32 * int(width) // 8 for width in widths)
+    return 0.0
+
+
 def as_table(rows: Iterable[Compiled]) -> Table:
     """The rows as a table."""
     table = Table(box=None, padding=(0, 2))
@@ -205,9 +222,11 @@ def as_table(rows: Iterable[Compiled]) -> Table:
         table.add_column(title, justify="right")
     for title in ("matrices", "reads"):
         table.add_column(title)
-    table.add_column("ahead", justify="right")
+    for title in ("ahead", "issued / KiB"):
+        table.add_column(title, justify="right")
     for row in rows:
         names = (row.kernel, row.heads, row.dtype, row.kv_dtype, f"sm_{row.sm}")
         sizes = (row.num_warps, row.registers, row.stack_bytes, row.shared_bytes, row.programs)
-        table.add_row(*names, *map(str, sizes), row.instructions, row.reads, str(row.copies_ahead))
+        loop = (str(row.copies_ahead), f"{row.issued_per_kib:.0f}" if row.issued_per_kib else "")
+        table.add_row(*names, *map(str, sizes), row.instructions, row.reads, *loop)
     return table

@@ -19,10 +19,11 @@ from minipaged.attention.kv_cache import choose_kv_dtype
 from minipaged.attention.quantized_cache import LARGEST, KVPool, QuantizedPool
 from minipaged.attention.triton.add_rms_norm import add_rms_norm
 from minipaged.attention.triton.copy_blocks import copy_blocks
-from minipaged.attention.triton.decode import TileShape, choose_tile, decode
+from minipaged.attention.triton.decode import decode
 from minipaged.attention.triton.launch import pool_constants
 from minipaged.attention.triton.naive_decode import naive_paged_attention
-from minipaged.attention.triton.prefill import TileShapes, choose_tiles, prefill
+from minipaged.attention.triton.prefill import prefill
+from minipaged.attention.triton.shapes import TileShape, TileShapes, choose_tile, choose_tiles
 from minipaged.attention.triton.silu_and_mul import silu_and_mul
 from minipaged.attention.triton.store_kv import rope_and_store_kv, triton_store_kv
 
@@ -103,8 +104,9 @@ def launch_everything(
     decodes, prompts = _batch(tokens_each=1), _batch(tokens_each=8)
     scale = head_dim**-0.5
     width, large_sms = pool_constants(k_cache)["WIDTH"], sm // 10 in (9, 10)
-    tile = tile or choose_tile(width, q.itemsize, kv_dtype.itemsize)
-    tiles = tiles or choose_tiles(width, q.itemsize, kv_dtype.itemsize, large_sms)
+    bytes_each = q.itemsize, kv_dtype.itemsize
+    tile = tile or choose_tile(heads // kv_heads, width, *bytes_each, large_sms)
+    tiles = tiles or choose_tiles(width, q.itemsize, large_sms)
 
     decode(q, k_cache, v_cache, decodes, scale, out, 1, tile)
     decode(q, k_cache, v_cache, decodes, scale, out, _NUM_SPLITS, tile)

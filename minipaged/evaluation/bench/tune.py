@@ -1,8 +1,8 @@
 """Finds the fastest tiles, warps and stages on this GPU: the source of the shipped choices.
 
 An autotuner would do the same at run time, but in every process again, and not inside a CUDA graph.
-The sweep is therefore run once, and its results are in `decode.choose_tile` and
-`prefill.choose_tiles`.
+The sweep is therefore run once, and its results are in `choose_tile` and
+`choose_tiles`.
 """
 
 from collections.abc import Iterator
@@ -13,10 +13,11 @@ from itertools import product
 import torch
 from rich.table import Table
 
-from minipaged.attention.triton.decode import TileShape, choose_tile, count_places, decode
+from minipaged.attention.triton.decode import count_places, decode
 from minipaged.attention.triton.launch import pointers, pool_constants
 from minipaged.attention.triton.machine import has_large_sms
-from minipaged.attention.triton.prefill import TileShapes, choose_tiles, prefill
+from minipaged.attention.triton.prefill import prefill
+from minipaged.attention.triton.shapes import TileShape, TileShapes, choose_tile, choose_tiles
 from minipaged.attention.triton.splits import splits_to_fill
 from minipaged.evaluation.bench.cases import Case, Inputs, make_inputs
 from minipaged.evaluation.bench.kernel import LLAMA_3_8B, OPT_13B
@@ -65,12 +66,13 @@ def sweep(
 def _decodes(inputs: Inputs) -> tuple[str, dict[str, Work]]:
     out = torch.empty_like(inputs.q)
     batch = inputs.batch
-    constants = pool_constants(inputs.k_cache)
+    kv_heads, width = inputs.k_cache.shape[1], pool_constants(inputs.k_cache)["WIDTH"]
     keys, *_ = pointers(inputs.k_cache, inputs.v_cache)
-    shipped = choose_tile(constants["WIDTH"], inputs.q.itemsize, keys.itemsize)
+    bytes_each, large_sms = (inputs.q.itemsize, keys.itemsize), has_large_sms(inputs.q.device)
+    shipped = choose_tile(inputs.q.shape[1] // kv_heads, width, *bytes_each, large_sms)
     works: dict[str, Work] = {}
     places = count_places(inputs.q, inputs.k_cache, inputs.v_cache, shipped)
-    splits = splits_to_fill(batch.num_seqs, constants["KV_HEADS"], places)
+    splits = splits_to_fill(batch.num_seqs, kv_heads, places)
     # Other shapes take other resources, so each gets the splits that fill the GPU for it.
     choices: list[tuple[TileShape, int | None]] = [(shape, None) for shape in DECODE_SHAPES]
     choices += [(shipped, None), (shipped, max(1, splits // 2)), (shipped, 2 * splits)]
@@ -91,9 +93,8 @@ def _decodes(inputs: Inputs) -> tuple[str, dict[str, Work]]:
 
 def _prefills(inputs: Inputs) -> tuple[str, dict[str, Work]]:
     out = torch.empty_like(inputs.q)
-    keys, *_ = pointers(inputs.k_cache, inputs.v_cache)
     width = pool_constants(inputs.k_cache)["WIDTH"]
-    shipped = choose_tiles(width, inputs.q.itemsize, keys.itemsize, has_large_sms(inputs.q.device))
+    shipped = choose_tiles(width, inputs.q.itemsize, has_large_sms(inputs.q.device))
     works: dict[str, Work] = {}
     for shapes in dict.fromkeys([*PREFILL_SHAPES, shipped]):
         works[_name(shapes)] = partial(
@@ -110,7 +111,7 @@ def _prefills(inputs: Inputs) -> tuple[str, dict[str, Work]]:
 
 
 def _name(shape: TileShape | TileShapes, to_fill: int | None = None) -> str:
-    parts = [f"{name} {value}" for name, value in shape._asdict().items()]
+    parts = [f"{name} {value}" for name, value in shape._asdict().items() if value is not None]
     return ", ".join(parts if to_fill is None else [*parts, f"splits {to_fill}"])
 
 

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minipaged.attention.triton.decode import TileShape, decode
-from minipaged.attention.triton.prefill import TileShapes, prefill
+from minipaged.attention.triton.decode import decode
+from minipaged.attention.triton.prefill import prefill
+from minipaged.attention.triton.shapes import TileShape, TileShapes
 from minipaged.evaluation.bench.cases import Case, Heads, Inputs, make_inputs
 from minipaged.evaluation.bench.gpu.stage import Part, Setup
 from minipaged.evaluation.bench.kernel import (
@@ -61,7 +62,7 @@ TINY_CASES = [
 ]
 # Alternatives to the shipped tiles: positions, warps, stages; for prefill also rows, first.
 DECODE_TILES = [TileShape(64, 4, 3), TileShape(32, 4, 4), TileShape(64, 4, 5), TileShape(64, 8, 3)]
-DECODE_TILES_8_BITS = [TileShape(64, 4, 4), TileShape(128, 4, 3), TileShape(128, 8, 3)]
+DECODE_TILES_8_BITS = [TileShape(64, 4, 4), TileShape(64, 2, 4), TileShape(128, 4, 3)]
 PREFILL_TILES = [
     TileShapes(128, 64, 8, 2),
     TileShapes(128, 64, 8, 3),
@@ -142,7 +143,7 @@ def _try(setup: Setup, case: Case, tiles: list[Tile]) -> tuple[list[Tile], list[
 
 
 def _name(tile: Tile) -> str:
-    return f"triton {','.join(map(str, tile))}"
+    return f"triton {tile}"
 
 
 def _with(tile: Tile, inputs: Inputs) -> Attend:

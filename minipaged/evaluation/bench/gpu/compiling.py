@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minipaged.attention.triton.decode import TileShape
-from minipaged.attention.triton.prefill import TileShapes
+from minipaged.attention.triton.shapes import TileShape, TileShapes
 from minipaged.evaluation.bench import decode_step
 from minipaged.evaluation.bench.asked_process import AskedProcess, ProcessEnded, answer
 from minipaged.evaluation.bench.cases import Case, Heads
@@ -131,7 +130,7 @@ def _compile(sm: int, job: Job) -> Iterator[dict[str, Any]]:
         if row.instructions == "-" and row.stack_bytes == 0:
             continue
         chosen = tiles if row.kernel == "prefill" else tile
-        name = ",".join(map(str, chosen)) if chosen else "shipped"
+        name = str(chosen or "shipped")
         yield {**asdict(row), "tile": name, "programs": row.programs if sm in SMS else None}
 
 
