@@ -15,7 +15,13 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# PyTorch collects the functions that create tensors when a device is first used as a context. If
+# torch.empty were replaced by a test then, "meta" would allocate memory from then on.
+with torch.device("meta"):
+    torch.empty(0)
 
 settings.register_profile(
     "repo",

@@ -399,9 +399,9 @@ for mistaken in (Twice, NoneJoins):
         raise RuntimeError(f"{mistaken.__name__} was not noticed")
 
 # %% [markdown]
-# The first mistake raises an error in `Sequence`, which counts its tokens. The second raises the
-# assertion in the library's `schedule`. Without it, an engine that does nothing would look like a
-# slow engine.
+# The first mistake raises an assertion in `BatchBuilder`, where the numbers of a step are laid out.
+# The second raises the assertion in the library's `schedule`. Without it, an engine that does
+# nothing would look like a slow engine.
 #
 # ### Exercise: share a token budget
 #

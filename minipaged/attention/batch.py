@@ -184,6 +184,8 @@ class BatchBuilder:
     ) -> Int[np.ndarray, " seqs"]:
         """Write what has changed in the block tables, and return the row of each sequence."""
         if tuple(self._rows) != seq_ids:
+            assert len({*seq_ids}) == len(seq_ids), "a sequence is in the step twice"
+            assert len(seq_ids) < len(self._tables), "the step has more than max_num_seqs sequences"
             # A sequence that skips a step loses its row and gets one later, so rows never run out.
             kept = {self._rows.get(seq_id) for seq_id in seq_ids}
             free = (row for row in range(1, len(self._tables)) if row not in kept)

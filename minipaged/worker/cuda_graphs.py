@@ -28,7 +28,6 @@ from itertools import product
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minipaged.attention.backend import AttentionBackend
 from minipaged.attention.batch import Batch, BatchBuilder, HostBatch
@@ -36,6 +35,7 @@ from minipaged.attention.device_batch import DeviceBatchBuilder, fill_pending
 from minipaged.attention.kv_cache import Cache
 from minipaged.models.base import Model
 from minipaged.utils.device import pack, unpack
+from minipaged.utils.progress import progress_bar
 from minipaged.utils.shapes import Float, Int
 
 Step = Callable[[], None]
@@ -89,8 +89,8 @@ class DecodeGraphs:
     def record_all(self, shows_progress: bool = True) -> None:
         """Record all steps, the largest first: on all ranks in the same order."""
         steps = [*product(reversed(self._inputs), reversed(self._lengths))]
-        if shows_progress:
-            steps = tqdm(steps, "Recording", delay=SECONDS_WITHOUT_PROGRESS)
+        options = {"desc": "Recording", "delay": SECONDS_WITHOUT_PROGRESS}
+        steps = progress_bar(steps, shown=shows_progress, **options)
         # Not in inference mode: graphs could then not write to PyTorch's process-wide state.
         with torch.inference_mode(False), torch.no_grad():
             for size, longest in steps:

@@ -41,6 +41,20 @@ def query(
     return SequenceInput(seq_id, tokens, context_len, blocks, **more)
 
 
+@pytest.mark.parametrize("before", [[], [1, 2], [1, 2, 3]])
+def test_a_step_with_a_sequence_twice_or_too_many_is_refused(before):
+    builder = BatchBuilder(max_num_seqs=3, max_blocks_per_seq=8, block_size=4)
+    if before:
+        builder.build([query(seq_id, [5], 0, [seq_id]) for seq_id in before])
+    for seq_ids, fault in (
+        ([1, 1], "a sequence is in the step twice"),
+        ([1, 2, 3, 1], "a sequence is in the step twice"),
+        ([1, 2, 3, 4], "more than max_num_seqs sequences"),
+    ):
+        with pytest.raises(AssertionError, match=fault):
+            builder.build([query(seq_id, [5], 0, [seq_id]) for seq_id in seq_ids])
+
+
 def test_the_example_in_the_docstring_is_what_is_built():
     builder = BatchBuilder(max_num_seqs=4, max_blocks_per_seq=8, block_size=4)
     batch = builder.build([query(0, [5], 5, [3, 7]), query(1, [10, 11, 12], 0, [2])])

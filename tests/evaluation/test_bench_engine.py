@@ -13,7 +13,7 @@ from minipaged.evaluation.bench import engine, engine_report, engine_sides
 from minipaged.evaluation.bench.engine_report import Row
 from minipaged.evaluation.bench.engine_sides import Run
 from minipaged.evaluation.bench.engine_workload import FULL, QUICK, make_model
-from minipaged.sampling.sampler import Sampler
+from minipaged.sampling.sampler import Draws
 
 QUICKLY = ("bench", "engine", "--quick", "--rounds", "1")
 AGAINST = ("--against", "transformers")
@@ -112,13 +112,12 @@ def test_the_mixed_trace_is_the_one_that_the_documentation_names():
 
 
 def off_by_one(monkeypatch):
-    right = Sampler.sample
+    right = Draws.read
 
-    def wrong(self, logits, rows):
-        tokens = right(self, logits, rows)
-        return [token._replace(token_id=(token.token_id + 1) % 512) for token in tokens]
+    def wrong(self):
+        return [token._replace(token_id=(token.token_id + 1) % 512) for token in right(self)]
 
-    monkeypatch.setattr(Sampler, "sample", wrong)
+    monkeypatch.setattr(Draws, "read", wrong)
 
 
 def attention_at_twice_the_scale(monkeypatch):

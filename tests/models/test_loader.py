@@ -329,6 +329,7 @@ def test_a_published_config_gives_the_model_its_published_size(name: str, tmp_pa
     numbers += config.vocab_size, config.max_position_embeddings
     assert (*numbers, config.tied, *config.eos_token_ids) == expected
     with torch.device("meta"):
+        assert torch.empty(0).is_meta
         model = FAMILIES[config.architecture].build(config, BACKENDS["reference"])
     found = sum(parameter.numel() for parameter in model.parameters())
     assert found == num_parameters
