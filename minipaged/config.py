@@ -18,6 +18,7 @@ from minipaged.errors import InvalidOption
 from minipaged.utils.options import check_options, option, options_of
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
+WeightDType = Literal["auto", "float32", "float16"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 Backend = Literal["auto", "reference", "blockwise", "torch", "triton", "triton-naive"]
 MemoryKind = Literal[
@@ -50,6 +51,11 @@ class EngineArgs:
     )
     dtype: DType = option(
         "auto", "Data type of weights and activations. auto: float32 on a CPU, as saved on a GPU."
+    )
+    weight_dtype: WeightDType = option(
+        "auto",
+        "Data type in which a CPU keeps matrices that it multiplies in float32. auto: float16 for "
+        "those saved in half precision.",
     )
     attention_backend: Backend = option(
         "auto", "Attention implementation. auto: triton on a GPU, torch otherwise."

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -162,6 +162,9 @@ def bookkeeping(save: Save = None, as_json: AsJson = False) -> None:
 @app.command()
 def linear(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    weight_dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="Packed as they are, or in float16.")
+    ] = "float32",
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
@@ -169,8 +172,9 @@ def linear(
     from minipaged.evaluation.bench import linear as matrices
 
     _, chosen, _ = choose("cpu", dtype)
-    rows = list(matrices.measure(chosen))
-    report(rows, matrices.as_table(rows), matrices.describe(chosen), None, save, as_json)
+    rows = list(matrices.measure(chosen, weight_dtype))
+    note = matrices.describe(chosen, weight_dtype)
+    report(rows, matrices.as_table(rows), note, None, save, as_json)
 
 
 @app.command()

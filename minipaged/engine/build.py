@@ -54,7 +54,7 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
             part=executor.part,
         )
         if device.type == "cpu":
-            pack_weights(model)
+            pack_weights(model, args.weight_dtype)
         if tokenizer is not None:
             _add_end_token(model, tokenizer.eos_token_id)
         config, storage = _build_storage(args, parts, model, limits, device, backend, executor)

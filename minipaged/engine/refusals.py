@@ -11,6 +11,7 @@ from minipaged.engine.parts import Parts
 from minipaged.errors import InvalidOption
 from minipaged.memory.baselines.contiguous import CONTIGUOUS
 from minipaged.memory.baselines.virtual import VIRTUAL
+from minipaged.models.packed import InFloat16, works
 from minipaged.scheduler.fcfs import FCFSScheduler
 
 
@@ -95,6 +96,7 @@ def refuse_what_is_ignored(args: EngineArgs, parts: Parts, device_type: str) -> 
         raise InvalidOption(
             f"async_scheduling is True, but {reason}: leave out one of the two.", "async_scheduling"
         )
+    _refuse_weights_that_nobody_rounds(args, device_type)
     _refuse_splits_that_nobody_makes(args, parts)
     if args.is_given("attention_backend") and {"paged_attention", "store_kv"} <= parts.replaced:
         raise InvalidOption(
@@ -102,6 +104,20 @@ def refuse_what_is_ignored(args: EngineArgs, parts: Parts, device_type: str) -> 
             "store_kv replace all of its attention: leave out attention_backend or one of them.",
             "attention_backend",
         )
+
+
+def _refuse_weights_that_nobody_rounds(args: EngineArgs, device_type: str) -> None:
+    if not args.is_given("weight_dtype"):
+        return
+    if device_type != "cpu":
+        reason = "a GPU multiplies weights in the type in which they are kept: choose dtype instead"
+    elif args.dtype not in ("auto", "float32", "float"):
+        reason = f"dtype is {args.dtype!r}, and only float32 has other weights: leave out one"
+    elif args.weight_dtype == "float16" and not works(InFloat16):
+        reason = "this processor, or this torch, cannot multiply such weights: leave it out"
+    else:
+        return
+    raise InvalidOption(f"weight_dtype is {args.weight_dtype!r}, but {reason}.", "weight_dtype")
 
 
 def _refuse_splits_that_nobody_makes(args: EngineArgs, parts: Parts) -> None:

@@ -98,7 +98,7 @@ def _build_runner(args: WorkerArgs, ranks: Ranks, device: torch.device) -> Model
         part=Part(ranks.rank, ranks.size, ranks.all_reduce),
     )
     if device.type == "cpu":
-        pack_weights(model)
+        pack_weights(model, options.weight_dtype)
     if args.limits is not None:
         room = room_for_blocks(
             model, backend, options, args.limits, device, ranks.gather, samples=False

@@ -10,6 +10,7 @@ from checkpoints import make_checkpoint
 from minipaged import LLM, Parts, SamplingParams
 from minipaged.attention.backend import BACKENDS
 from minipaged.config import OPTIONS, MemoryKind
+from minipaged.engine import refusals
 from minipaged.engine.arg_utils import LLMArgs
 from minipaged.engine.refusals import UNUSED_OPTIONS, UNUSED_PARTS, refuse_what_is_ignored
 from minipaged.engine.sampling_request import SamplingRequest
@@ -18,6 +19,7 @@ from minipaged.memory import BlockAllocator, BlockManager, BlockTable, PrefixCac
 from minipaged.memory.baselines.contiguous import CONTIGUOUS
 from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, why_no_pages_of
 from minipaged.memory.baselines.virtual import VIRTUAL
+from minipaged.models.linear import Linear
 from minipaged.scheduler.fcfs import FCFSScheduler, youngest
 
 KINDS = get_args(MemoryKind)
@@ -144,6 +146,11 @@ EFFECTS = {
     "model": lambda llm: str(llm.folder),
     "device": lambda llm: llm.engine.executor.runner.kv_cache.device,
     "dtype": lambda llm: next(llm.engine.executor.runner.model.parameters()).dtype,
+    "weight_dtype": lambda llm: {
+        type(module.packed)
+        for module in llm.engine.executor.runner.model.modules()
+        if isinstance(module, Linear)
+    },
     "attention_backend": lambda llm: attention_of(llm).name,
     "seed": lambda llm: [
         output.outputs[0].token_ids
@@ -168,6 +175,7 @@ EFFECTS = {
 
 VALUES = {
     "dtype": ["bfloat16"],
+    "weight_dtype": ["float16"],
     "attention_backend": ["reference", "blockwise"],
     "fixed_split_size": [256],
     "seed": [1],
@@ -280,6 +288,18 @@ def test_a_backend_whose_attention_is_replaced_as_a_whole_is_refused(backend):
     assert ("replace all of its attention" in said) == (backend != "auto")
     one = Parts(paged_attention=own["paged_attention"])
     assert refusal("cpu", one, attention_backend=backend) == ""
+
+
+def test_weights_in_float16_are_refused_where_nothing_rounds_them(monkeypatch):
+    for weight_dtype in ("float32", "float16"):
+        asked = {"weight_dtype": weight_dtype}
+        assert "a GPU multiplies weights in the type" in refusal("cuda", **asked)
+        for dtype in ("bfloat16", "half"):
+            assert f"dtype is {dtype!r}, and only float32" in refusal("cpu", dtype=dtype, **asked)
+        assert refusal("cpu", dtype="float32", **asked) == refusal("cpu", **asked) == ""
+    monkeypatch.setattr(refusals, "works", lambda form: False)
+    assert "cannot multiply such weights" in refusal("cpu", weight_dtype="float16")
+    assert refusal("cpu", weight_dtype="float32") == ""
 
 
 @pytest.mark.filterwarnings("ignore:no GPU")

@@ -328,13 +328,14 @@ def test_bench_without_a_command_lists_the_commands(capsys, monkeypatch):
     assert "sharing" in out
 
 
-def test_packed_weights_are_compared_with_plain_ones(monkeypatch):
+@pytest.mark.parametrize("weight_dtype", ["float32", "float16"])
+def test_packed_weights_are_compared_with_plain_ones(weight_dtype, monkeypatch):
     from minipaged.evaluation.bench import linear
 
-    if not linear.can_pack(torch.float32):
+    if not linear.works(linear.InFloat16 if weight_dtype == "float16" else linear.InOneDNN):
         pytest.skip("this processor, or this torch, packs nothing")
     monkeypatch.setattr(linear, "BYTES_IN_TURN", 2**20)
-    rows = list(linear.measure(torch.float32, {"a matrix": (512, 512)}))
+    rows = list(linear.measure(torch.float32, weight_dtype, {"a matrix": (512, 512)}))
     assert [row.num_rows for row in rows] == list(linear.NUM_ROWS)
     assert all(row.plain_seconds > 0 and row.packed_seconds > 0 for row in rows)
     assert len(linear.as_table(rows).rows) == len(rows)
@@ -343,10 +344,13 @@ def test_packed_weights_are_compared_with_plain_ones(monkeypatch):
 def test_weights_that_cannot_be_packed_are_not_timed(capsys, monkeypatch):
     from minipaged.evaluation.bench import linear
 
-    monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
-    code, _, err = minipaged(capsys, monkeypatch, "bench", "linear")
-    assert code == 2
-    assert "cannot pack weights of torch.float32" in err
+    monkeypatch.setattr(linear, "works", lambda form, dtype: False)
+    for weight_dtype in ("float32", "float16"):
+        code, _, err = minipaged(
+            capsys, monkeypatch, "bench", "linear", "--weight-dtype", weight_dtype
+        )
+        assert code == 2
+        assert f"cannot pack {weight_dtype} weights for products in torch.float32" in err
 
 
 def test_both_decoding_methods_are_compared_with_sdpa(monkeypatch):

@@ -9,12 +9,25 @@ from checkpoints import make_checkpoint
 
 from minipaged import LLM, SamplingParams
 from minipaged.attention.backend import BACKENDS
-from minipaged.models import linear
-from minipaged.models.linear import Linear, MergedLinear, can_pack, pack_weights
+from minipaged.errors import InvalidOption
+from minipaged.models import linear, packed
+from minipaged.models.linear import Linear, MergedLinear, pack_weights
 from minipaged.models.loader import load_model
+from minipaged.models.packed import InFloat16, InOneDNN, fits_float16, works
 
-PACKS = can_pack(torch.float32)
-needs_packing = pytest.mark.skipif(not PACKS, reason="this processor, or this torch, packs nothing")
+needs_packing = pytest.mark.skipif(
+    not works(InOneDNN), reason="this processor, or this torch, packs nothing"
+)
+needs_float16 = pytest.mark.skipif(
+    not works(InFloat16), reason="this processor, or this torch, multiplies no float16 weights"
+)
+each_form = pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(InOneDNN, marks=needs_packing),
+        pytest.param(InFloat16, marks=needs_float16),
+    ],
+)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
@@ -30,7 +43,7 @@ def packs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_packed_layer_gives_the_result_of_the_plain_one(
     rows: int, bias: bool, dtype: torch.dtype, packs_everything: None
 ) -> None:
-    if not can_pack(dtype):
+    if not works(InOneDNN, dtype):
         pytest.skip("this processor does not pack this type")
     torch.manual_seed(0)
     layer = Linear(80, 208, bias=bias).to(dtype).requires_grad_(False)
@@ -38,12 +51,82 @@ def test_a_packed_layer_gives_the_result_of_the_plain_one(
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     plain = layer(x)
     layer.pack()
-    assert layer.packed_weight is not None
-    packed = layer(x)
-    assert packed.dtype == plain.dtype
-    assert packed.shape == plain.shape
-    error = (plain.double() - exact).abs().max() if rows else 0.0
-    torch.testing.assert_close(packed.double(), exact, rtol=0, atol=2 * float(error) + 1e-6)
+    assert isinstance(layer.packed, InOneDNN)
+    assert_as_near(layer(x), plain, exact)
+
+
+def assert_as_near(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """The rounding errors are at most about those of the plain layer."""
+    assert found.dtype == plain.dtype
+    assert found.shape == plain.shape
+    error = (plain.double() - exact).abs().max() if len(plain) else 0.0
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2 * float(error) + 1e-6)
+
+
+@needs_float16
+@pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 33, 130])
+def test_a_layer_saved_in_half_precision_is_kept_in_float16_and_multiplied_in_float32(
+    rows: int, bias: bool, saved: torch.dtype, packs_everything: None
+) -> None:
+    torch.manual_seed(0)
+    layer = Linear(80, 208, bias=bias).to(saved).float().requires_grad_(False)
+    x = torch.randn(rows, 160)[:, 80:]  # not contiguous
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    plain = layer(x)
+    layer.pack()
+    assert isinstance(layer.packed, InFloat16)
+    assert layer.packed.num_bytes == 2 * 80 * 208
+    assert_as_near(layer(x), plain, exact)
+
+
+def test_a_matrix_fits_float16_if_it_was_saved_in_half_precision() -> None:
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(300, 300)
+    for saved in (torch.float16, torch.bfloat16):
+        assert fits_float16(weight.to(saved).float())
+    assert not fits_float16(weight)
+    assert fits_float16(torch.zeros(3, 3))
+    in_bfloat16 = weight.bfloat16().float()
+    for number in (65536.0, 1e30, torch.inf, torch.nan):  # no numbers of float16
+        assert not fits_float16(in_bfloat16.index_fill(0, torch.tensor(7), number)), number
+    tiny = in_bfloat16.clone()
+    tiny[5] = 3e-8  # rounded to 6e-8, which changes no result
+    assert fits_float16(tiny)
+    assert not fits_float16(1e-4 * in_bfloat16)  # here it would
+
+
+@needs_packing
+def test_a_matrix_saved_in_float32_keeps_its_elements_unless_asked(packs_everything: None) -> None:
+    exact, as_asked, rounded = (Linear(64, 64).requires_grad_(False) for _ in range(3))
+    as_asked.weight.copy_(as_asked.weight.half())
+    exact.pack()
+    as_asked.pack("float32")
+    assert isinstance(exact.packed, InOneDNN)
+    assert isinstance(as_asked.packed, InOneDNN)
+    if works(InFloat16):
+        rounded.pack("float16")
+        assert isinstance(rounded.packed, InFloat16)
+
+
+@needs_float16
+def test_weights_beyond_float16_are_refused_or_kept(tmp_path: Path, packs_everything: None) -> None:
+    layer = Linear(64, 64).bfloat16().float().requires_grad_(False)
+    layer.weight[3, 5] = 2.0**17
+    with pytest.raises(InvalidOption, match=r"a weight of this model is 1.31e\+05, and float16"):
+        layer.pack("float16")
+    layer.pack()
+    assert not isinstance(layer.packed, InFloat16)
+
+
+@needs_float16
+def test_a_small_matrix_is_rounded_only_if_asked() -> None:
+    layer = Linear(16, 16).half().float()
+    layer.pack()
+    assert layer.packed is None
+    layer.pack("float16")
+    assert isinstance(layer.packed, InFloat16)
 
 
 @needs_packing
@@ -59,26 +142,33 @@ def test_a_small_matrix_is_not_packed() -> None:
     small, large = Linear(511, 512), Linear(512, 512)
     small.pack()
     large.pack()
-    assert (small.packed_weight is None, large.packed_weight is None) == (True, False)
+    assert (small.packed is None, large.packed is None) == (True, False)
 
 
-@needs_packing
-def test_a_packing_with_wrong_results_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    true_linear = linear._packed_linear
+@each_form
+def test_a_form_with_wrong_results_is_never_used(form, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, zero = form.multiply, torch.zeros(48)
     faults = {
-        "wrong": lambda x, packed, bias: true_linear(x, packed, bias) * 1.1,
-        "without bias": lambda x, packed, bias: true_linear(x, packed, None),
-        "wrong for many rows": lambda x, packed, bias: true_linear(x, packed, bias) * (len(x) < 30),
-        "no such operator": lambda x, packed, bias: torch.ops.mkldnn.no_such_operator(x),
-        "not a number": lambda x, packed, bias: true_linear(x, packed, bias) * torch.nan,
+        "wrong": lambda self, x: multiply(self, x) * 1.1,
+        "without bias": lambda self, x: multiply(form(self.weight, zero), x),
+        "wrong for many rows": lambda self, x: multiply(self, x) * (len(x) < 30),
+        "no such operator": lambda self, x: torch.ops.mkldnn.no_such_operator(x),
+        "not a number": lambda self, x: multiply(self, x) * torch.nan,
     }
+    begin = form.__init__
+
+    def remember(self, weight, bias):
+        begin(self, weight, bias)
+        self.weight = weight
+
+    monkeypatch.setattr(form, "__init__", remember)
     for fault in faults.values():
-        monkeypatch.setattr(linear, "_packed_linear", fault)
-        can_pack.cache_clear()
-        assert not can_pack(torch.float32)
+        monkeypatch.setattr(form, "multiply", fault)
+        works.cache_clear()
+        assert not works(form)
     monkeypatch.undo()
-    can_pack.cache_clear()
-    assert can_pack(torch.float32)
+    works.cache_clear()
+    assert works(form)
 
 
 def test_a_merged_layer_gives_the_results_of_its_parts() -> None:
@@ -92,19 +182,20 @@ def test_a_merged_layer_gives_the_results_of_its_parts() -> None:
         start += size
 
 
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
 def test_a_packed_model_generates_the_same_tokens(
-    family: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tied: bool, saved: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_checkpoint(family, tmp_path, tie_word_embeddings=tied)
+    make_checkpoint(family, tmp_path, tie_word_embeddings=tied, dtype=saved)
     prompts = [[5, 6, 7], [9] * 20, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]]
 
     def generated() -> list[list[int]]:
         outputs = LLM(tmp_path).generate(prompts, GREEDY, use_tqdm=False)
         return [output.outputs[0].token_ids for output in outputs]
 
-    monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
+    monkeypatch.setattr(packed, "works", lambda *_: False)
     plain = generated()
     monkeypatch.undo()
     monkeypatch.setattr(linear, "SMALLEST_TO_PACK", 0)
@@ -122,8 +213,8 @@ def test_only_the_embeddings_norms_and_biases_of_a_packed_model_are_left(
     pack_weights(model)
     left = [name for name, _ in model.named_parameters()]
     assert all("embedding" in name or "norm" in name or name.endswith("bias") for name in left)
-    packed = [m for m in model.modules() if isinstance(m, Linear) and m.packed_weight is not None]
-    assert len(packed) == num_matrices + 1  # the tied head has become a matrix of its own
+    matrices = [m for m in model.modules() if isinstance(m, Linear) and m.packed is not None]
+    assert len(matrices) == num_matrices + 1  # the tied head has become a matrix of its own
 
 
 @pytest.mark.parametrize("why", ["the operators are missing", "all matrices are small"])
@@ -135,7 +226,7 @@ def test_a_model_is_unchanged_if_nothing_can_be_packed(
     before = [name for name, _ in model.named_parameters()]
     if why == "the operators are missing":
         monkeypatch.setattr(linear, "SMALLEST_TO_PACK", 0)
-        monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
+        monkeypatch.setattr(packed, "works", lambda *_: False)
     pack_weights(model)
     assert [name for name, _ in model.named_parameters()] == before
     assert model.head is None

@@ -11,9 +11,11 @@ from math import ceil
 import torch
 from rich.table import Table
 
+from minipaged.config import WeightDType
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench.timing import Work, median_seconds
-from minipaged.models.linear import Linear, can_pack
+from minipaged.models.linear import Linear
+from minipaged.models.packed import InFloat16, InOneDNN, works
 
 MATRICES = {  # outputs, inputs: those of SmolLM2 135M
     "q, k, v": (960, 576),
@@ -38,19 +40,27 @@ class Row:
     packed_operations_per_second: float
 
 
-def measure(dtype: torch.dtype, matrices: dict[str, tuple[int, int]] = MATRICES) -> Iterator[Row]:
+def measure(
+    dtype: torch.dtype,
+    weight_dtype: WeightDType = "float32",
+    matrices: dict[str, tuple[int, int]] = MATRICES,
+) -> Iterator[Row]:
     """Measure each matrix with each number of rows. Raises InvalidOption without packing."""
-    if not can_pack(dtype):
+    form = InFloat16 if weight_dtype == "float16" else InOneDNN
+    if not works(form, dtype):
         raise InvalidOption(
-            f"this processor, or this torch, cannot pack weights of {dtype}: choose another dtype."
+            f"this processor, or this torch, cannot pack {weight_dtype} weights for products in "
+            f"{dtype}: choose others."
         )
     for name, (num_out, num_in) in matrices.items():
         copies = max(2, ceil(BYTES_IN_TURN / (num_out * num_in * dtype.itemsize)))
         plain = [Linear(num_in, num_out, bias=False).to(dtype) for _ in range(copies)]
         packed = [Linear(num_in, num_out, bias=False).to(dtype) for _ in range(copies)]
+        for layer in plain:
+            layer.weight.data = layer.weight.data.half().to(dtype)
         packed[0].load_state_dict(plain[0].state_dict())
         for layer in packed:
-            layer.pack()
+            layer.pack(weight_dtype)
         for num_rows in NUM_ROWS:
             yield _compare(name, plain, packed, torch.randn(num_rows, num_in).to(dtype))
 
@@ -61,15 +71,16 @@ def _compare(name: str, plain: list[Linear], packed: list[Linear], x: torch.Tens
     torch.testing.assert_close(packed[0](x), plain[0](x), rtol=tolerance, atol=tolerance)
     works = {"plain": _all_in_turn(plain, x), "packed": _all_in_turn(packed, x)}
     seconds = median_seconds(works, x.device, rounds=7)
-    num_weights = plain[0].weight.numel()
+    [first, *_] = packed
+    assert first.packed is not None
     each = seconds["packed"] / len(packed)
     return Row(
         name,
         len(x),
         seconds["plain"] / len(plain),
         each,
-        num_weights * x.itemsize / each,
-        2 * num_weights * len(x) / each,
+        first.packed.num_bytes / each,
+        2 * first.in_features * first.out_features * len(x) / each,
     )
 
 
@@ -81,11 +92,12 @@ def _all_in_turn(layers: list[Linear], x: torch.Tensor) -> Work:
     return multiply
 
 
-def describe(dtype: torch.dtype) -> str:
+def describe(dtype: torch.dtype, weight_dtype: WeightDType) -> str:
     """The caption of the table."""
+    kept = "FBGEMM, in float16" if weight_dtype == "float16" else "oneDNN"
     return (
         f"{dtype}; copies of each matrix in turn, so that they are read from memory. Plain: "
-        "F.linear; packed: by oneDNN, once. Median of rounds in turn"
+        f"F.linear; packed: once, by {kept}. Median of rounds in turn"
     )
 
 

@@ -178,21 +178,21 @@ class _Engine:
         executor = self._llm.engine.executor
         others = executor.worker_pids if isinstance(executor, MultiExecutor) else []
         model, config = executor.runner.model, self._llm.engine.config
-        numbers = sum(each.numel() for each in model.parameters()) + sum(_packed_sizes(model))
+        weights = sum(each.nbytes for each in model.parameters()) + sum(_packed_bytes(model))
         block = config.block_size * model.config.kv_bytes_per_token(model.dtype.itemsize)
-        share = numbers * model.dtype.itemsize + config.num_blocks * block
+        share = weights + config.num_blocks * block
         return [
             {"peak": resident_bytes("VmHWM", pid) - self._idle_bytes, "share": share}
             for pid in ("self", *others)
         ]
 
 
-def _packed_sizes(model: Any) -> Iterator[int]:
+def _packed_bytes(model: Any) -> Iterator[int]:
     from minipaged.models.linear import Linear
 
     for module in model.modules():
-        if isinstance(module, Linear) and module.packed_weight is not None:
-            yield module.in_features * module.out_features
+        if isinstance(module, Linear) and module.packed is not None:
+            yield module.packed.num_bytes
 
 
 if __name__ == "__main__":
