@@ -56,7 +56,8 @@ def prepare_torch(batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dt
     heads = torch.arange(kv_heads, device=slots.device)
     rows = (slots // block_size * kv_heads)[:, None] + heads  # [tokens, kv_heads]
     rows = rows * block_size + (slots % block_size)[:, None]
-    prepare = prepare_decodes if batch.num_seqs > 1 else Decodes.prepare  # one shares nothing
+    # One sequence shares nothing.
+    prepare = prepare_decodes if len(batch.query_lens) > 1 else Decodes.prepare
     return TorchBatch(
         **batch_fields(batch),
         slot_rows=rows.flatten(),
