@@ -43,6 +43,9 @@ from minipaged.utils.shapes import Float, Int
 
 # Fewest elements of keys that reading prefixes once must save, for each call that does so.
 FEWEST_SAVED = 2**18
+# From so many elements of other keys on, a prefix is read once however short it is: a shared block
+# would prevent them from being read in place.
+MANY_OTHERS = 2**20
 
 
 class Sharing(NamedTuple):
@@ -105,17 +108,21 @@ def prepare_decodes(
     k_cache: KVPool,
     num_heads: int,
     dtype: torch.dtype,
-    fewest_saved: int | None = None,  # None: FEWEST_SAVED
+    fewest_saved: int | None = None,  # None: what should be fastest
 ) -> Decodes | SharedDecodes | None:
     """Prepare what all layers of this step share; None if no sequence decodes."""
     _, kv_heads, block_size, head_dim = k_cache.shape
     calls: list[list[Sharing]] = []
     if k_cache.device.type == "cpu":  # else block tables are not on the host
+        decodes = batch.query_lens == 1  # [seqs]
         # A sequence keeps a block of its own, so that no part is empty.
-        can_share = np.where(batch.query_lens == 1, (batch.seq_lens - 1) // block_size, 0)
+        can_share = decodes * ((batch.seq_lens - 1) // block_size)
         found = find_prefixes(batch.block_tables.numpy(), can_share, can_share.nonzero()[0])
-        fewest = FEWEST_SAVED if fewest_saved is None else fewest_saved
-        calls = _worthwhile_calls(found, fewest / (kv_heads * block_size * head_dim))
+        if fewest_saved is None:
+            shared = block_size * sum(len(each.seqs) * each.num_blocks for each in found)
+            others = int(batch.seq_lens[decodes].sum()) - shared
+            fewest_saved = FEWEST_SAVED if others * kv_heads * head_dim < MANY_OTHERS else 0
+        calls = _worthwhile_calls(found, fewest_saved / (kv_heads * block_size * head_dim))
     if not calls:
         return Decodes.prepare(batch, k_cache, num_heads, dtype)
     shorter = _without_prefixes(batch, chain.from_iterable(calls), block_size)
