@@ -136,6 +136,7 @@ def measure_steps(
         engine = EngineConfig(
             num_blocks=num_blocks,
             num_swap_blocks=0,
+            max_num_seqs=case.num_seqs,
             max_model_len=length,
             max_num_batched_tokens=length,
             enable_prefix_caching=False,
