@@ -111,26 +111,40 @@ def prepare_decodes(
     fewest_saved: int | None = None,  # None: what should be fastest
 ) -> Decodes | SharedDecodes | None:
     """Prepare what all layers of this step share; None if no sequence decodes."""
-    _, kv_heads, block_size, head_dim = k_cache.shape
-    calls: list[list[Sharing]] = []
-    if k_cache.device.type == "cpu":  # else block tables are not on the host
-        decodes = batch.query_lens == 1  # [seqs]
-        # A sequence keeps a block of its own, so that no part is empty.
-        can_share = decodes * ((batch.seq_lens - 1) // block_size)
-        found = find_prefixes(batch.block_tables.numpy(), can_share, can_share.nonzero()[0])
-        if fewest_saved is None:
-            shared = block_size * sum(len(each.seqs) * each.num_blocks for each in found)
-            others = int(batch.seq_lens[decodes].sum()) - shared
-            fewest_saved = FEWEST_SAVED if others * kv_heads * head_dim < MANY_OTHERS else 0
-        calls = _worthwhile_calls(found, fewest_saved / (kv_heads * block_size * head_dim))
+    calls = _choose_calls(batch, k_cache, fewest_saved)
     if not calls:
         return Decodes.prepare(batch, k_cache, num_heads, dtype)
+    _, _, block_size, head_dim = k_cache.shape
     shorter = _without_prefixes(batch, chain.from_iterable(calls), block_size)
     own = Decodes.prepare(shorter, k_cache, num_heads, dtype)
     assert own is not None, "an owner of a prefix decodes"
     prefixes = [p for call in calls for p in _prepare_prefixes(call, batch, own, k_cache, dtype)]
     most = max(len(each.blocks.rows) for each in prefixes)
     return SharedDecodes(own, prefixes, torch.empty(2, most, block_size, head_dim, dtype=dtype))
+
+
+def _choose_calls(batch: Batch, k_cache: KVPool, fewest_saved: int | None) -> list[list[Sharing]]:
+    """Choose the prefixes to read once; those with equally many owners are read in one call."""
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    decodes = batch.query_lens == 1  # [seqs]
+    # A sequence keeps a block of its own, so that no part is empty.
+    can_share = decodes * ((batch.seq_lens - 1) // block_size)  # [seqs]
+    fewest = FEWEST_SAVED if fewest_saved is None else fewest_saved
+    fewest_blocks = fewest / (kv_heads * block_size * head_dim)
+    if can_share.sum() < fewest_blocks or k_cache.device.type != "cpu":
+        return []  # on a GPU, block tables are not on the host
+    found = find_prefixes(batch.block_tables.numpy(), can_share, can_share.nonzero()[0])
+    num_shared = block_size * sum(len(each.seqs) * each.num_blocks for each in found)
+    num_others = int(batch.seq_lens[decodes].sum()) - num_shared
+    if fewest_saved is None and num_others * kv_heads * head_dim >= MANY_OTHERS:
+        fewest_blocks = 0
+
+    def num_owners(sharing: Sharing) -> int:
+        return len(sharing.seqs)
+
+    found.sort(key=lambda each: (num_owners(each), each.num_blocks), reverse=True)
+    calls = [list(call) for _, call in groupby(found, num_owners)]
+    return [call for call in calls if sum(each.num_saved for each in call) >= fewest_blocks]
 
 
 def find_prefixes(
@@ -157,17 +171,6 @@ def find_prefixes(
         if count > 1:
             apart += find_prefixes(tables, can_share, longer[next_blocks == block])
     return [together] if together.num_saved > sum(each.num_saved for each in apart) else apart
-
-
-def _worthwhile_calls(found: list[Sharing], fewest_saved: float) -> list[list[Sharing]]:
-    """Prefixes with equally many owners are read in one call, if that saves enough blocks."""
-
-    def num_owners(sharing: Sharing) -> int:
-        return len(sharing.seqs)
-
-    found = sorted(found, key=lambda each: (num_owners(each), each.num_blocks), reverse=True)
-    calls = [list(call) for _, call in groupby(found, num_owners)]
-    return [call for call in calls if sum(each.num_saved for each in call) >= fewest_saved]
 
 
 def _without_prefixes(batch: Batch, found: Iterable[Sharing], block_size: int) -> Batch:

@@ -257,6 +257,20 @@ def test_a_short_prefix_of_few_owners_is_read_once_per_owner() -> None:
     assert isinstance(decodes_of(many, None), SharedDecodes)
 
 
+def test_a_short_prefix_is_read_once_if_it_would_keep_many_keys_from_being_in_place() -> None:
+    few_others = paged_setup([(1, 100)] * 8, shared_blocks=1)
+    assert isinstance(decodes_of(few_others, None), Decodes)
+    many_others = paged_setup([(1, 2100)] * 8, shared_blocks=1)  # 8 * 2,100 * 64 is over 2^20
+    decodes = decodes_of(many_others, None)
+    assert isinstance(decodes, SharedDecodes)
+    assert isinstance(decodes.own.way, InPlace)
+
+
+def test_without_enough_keys_no_prefix_is_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prefix, "find_prefixes", None)
+    assert isinstance(decodes_of(paged_setup([(1, 100)] * 8, shared_blocks=9), None), Decodes)
+
+
 def test_a_prefix_leaves_each_owner_a_block_of_its_own() -> None:
     setup = paged_setup([(1, 15), (1, 15)], shared_blocks=4)  # all 4 blocks are shared
     decodes = decodes_of(setup)
