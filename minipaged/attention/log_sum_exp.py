@@ -56,11 +56,10 @@ def softmax_with_lse(
 ) -> tuple[Float[Tensor, "*batch positions"], Float[Tensor, "*batch"]]:
     """The weights of softmax, and the logarithm of their denominator."""
     exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    maximum = exact.amax(-1, keepdim=True)  # subtracted, so that exp does not overflow
-    weights = (exact - maximum).exp_()
-    total = weights.sum(-1, keepdim=True)
-    lse = maximum + total.log()
-    return (weights / total).to(scores.dtype), lse[..., 0]
+    weights = exact.softmax(-1)
+    # The largest weight is exp(0) / S, and its score is the maximum that softmax subtracted.
+    lse = exact.amax(-1) - weights.amax(-1).log()
+    return weights.to(scores.dtype), lse
 
 
 def _fused(

@@ -346,10 +346,10 @@ MUTANTS = {
     ),
     "the parts are exchanged": (log_sum_exp, "lse_two - lse_one", "lse_one - lse_two"),
     "the maximum is left out of the log-sum-exp": (
-        log_sum_exp, "lse = maximum + total.log()", "lse = total.log()"
+        log_sum_exp, "exact.amax(-1) - weights.amax(-1).log()", "-weights.amax(-1).log()"
     ),
     "the sum is left out of the log-sum-exp": (
-        log_sum_exp, "lse = maximum + total.log()", "lse = maximum"
+        log_sum_exp, "exact.amax(-1) - weights.amax(-1).log()", "exact.amax(-1)"
     ),
     "a mask is forgotten": (log_sum_exp, "scores if mask is None else scores + mask", "scores"),
     "owners are in the wrong order": (
