@@ -46,8 +46,10 @@ if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not chec
         attention.blockwise
         attention.device_batch
         attention.kv_cache
+        attention.log_sum_exp
         attention.pool
         attention.reference
+        attention.shared_prefix
         attention.torch_decode
         attention.torch_paged
         attention.unpaged

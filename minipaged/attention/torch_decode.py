@@ -122,7 +122,7 @@ class Decodes:
             in_place = _prepare_in_place(tables, used, columns, mask, forced)
             if in_place is not None:
                 return cls(tokens, in_place, None)
-        groups = _prepare_gathered(tables, columns, mask, k_cache)
+        groups = prepare_gathered(tables, columns, mask, k_cache)
         most = max([len(group.rows) for group in groups])
         scratch = torch.empty(2, most, block_size, head_dim, dtype=dtype, device=device)
         return cls(tokens, groups, scratch)
@@ -136,20 +136,36 @@ class Decodes:
     ) -> Float[Tensor, "seqs heads head_dim"]:
         """Compute the attention of each sequence's one query over all its keys."""
         if isinstance(self.way, InPlace):
-            k_blocks, v_blocks = cast(Tensor, k_cache), cast(Tensor, v_cache)  # as prepared
-            return _attend_in_place(q, k_blocks, v_blocks, self.way, scale)
-        keys, values = cast(Tensor, self.scratch)
+            weights = scores_in_place(q, k_cache, self.way, scale).softmax(-1)
+            return sum_in_place(weights, v_cache, self.way)
         parts: list[Tensor] = []
         for each in self.way:
-            queries = q[each.start : each.stop]
-            parts.append(_attend_gathered(queries, k_cache, v_cache, each, keys, values, scale))
+            queries, keys, values = self.gathered(q, k_cache, v_cache, each)
+            out = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=each.mask, scale=scale
+            )  # [seqs, kv_heads, group, head_dim]
+            parts.append(out.flatten(1, 2))  # [seqs, heads, head_dim]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def gathered(
+        self, q: Tensor, k_cache: KVPool, v_cache: KVPool, group: Gathered
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gather the queries, keys and values of a group: [seqs, kv_heads, .., head_dim] each."""
+        kv_heads, head_dim = k_cache.shape[1], q.shape[2]
+        # The query heads of a KV head are passed as several queries of one head, so the keys are
+        # read once for all of them.
+        queries = q[group.start : group.stop].unflatten(1, (kv_heads, -1))
+        key_room, value_room = cast(Tensor, self.scratch)
+        keys = gather(k_cache, group.rows, q.dtype, key_room)
+        values = gather(v_cache, group.rows, q.dtype, value_room)
+        sizes = len(queries), kv_heads, -1, head_dim
+        return queries, keys.view(sizes), values.view(sizes)
 
 
 # ------------------------------------------------------------------------------------- gathered
 
 
-def _prepare_gathered(
+def prepare_gathered(
     tables: Int[Tensor, "seqs columns"],
     columns: list[int],
     mask: Float[Tensor, "seqs positions"],
@@ -168,30 +184,6 @@ def _prepare_gathered(
         groups.append(Gathered(start, stop, rows, part))
         start = stop
     return groups
-
-
-def _attend_gathered(
-    q: Float[Tensor, "seqs heads head_dim"],
-    k_cache: KVPool,
-    v_cache: KVPool,
-    group: Gathered,
-    key_room: Tensor,
-    value_room: Tensor,
-    scale: float,
-) -> Float[Tensor, "seqs heads head_dim"]:
-    seqs, kv_heads = q.shape[0], k_cache.shape[1]
-    keys = gather(k_cache, group.rows, q.dtype, key_room)
-    values = gather(v_cache, group.rows, q.dtype, value_room)
-    # The query heads of a KV head are passed to SDPA as several queries of one head, so the keys
-    # are read once for all of them.
-    out = F.scaled_dot_product_attention(
-        q.unflatten(1, (kv_heads, -1)),  # [seqs, kv_heads, group, head_dim]
-        keys.view(seqs, kv_heads, -1, q.shape[2]),  # [seqs, kv_heads, positions, head_dim]
-        values.view(seqs, kv_heads, -1, q.shape[2]),
-        attn_mask=group.mask,
-        scale=scale,
-    )  # [seqs, kv_heads, group, head_dim]
-    return out.flatten(1, 2)  # [seqs, heads, head_dim]
 
 
 def rows_of_blocks(
@@ -268,33 +260,34 @@ def _prepare_in_place(
     )
 
 
-def _attend_in_place(
-    q: Float[Tensor, "seqs heads head_dim"],
-    k_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    v_cache: Float[Tensor, "num_blocks kv_heads block_size head_dim"],
-    way: InPlace,
-    scale: float,
-) -> Float[Tensor, "seqs heads head_dim"]:
-    """Multiply blocks in place. The results of free blocks and of prefills are not used."""
+def scores_in_place(
+    q: Float[Tensor, "seqs heads head_dim"], k_cache: KVPool, way: InPlace, scale: float
+) -> Float[Tensor, "seqs heads positions"]:
+    """Multiply keys in place, and reorder the scores from blocks to positions, for softmax."""
     seqs, heads, head_dim = q.shape
-    _, kv_heads, block_size, _ = k_cache.shape
-    num_blocks = way.stop - way.first
-    keys = k_cache[way.first : way.stop].flatten(0, 1)  # [blocks * kv_heads, block_size, ...]
-    values = v_cache[way.first : way.stop].flatten(0, 1)
+    keys = cast(Tensor, k_cache)[way.first : way.stop].flatten(0, 1)  # [rows, block_size, head_dim]
     queries = q.flatten(1).index_select(0, way.owner)  # [blocks, heads * head_dim]
-    queries = queries.view(num_blocks * kv_heads, -1, head_dim)  # [.., group, head_dim]
-    scores = torch.bmm(queries, keys.transpose(1, 2))  # [blocks * kv_heads, group, block_size]
-
-    # Reorder scores from blocks to positions, as softmax needs them, and weights back.
-    scores = scores.view(num_blocks, -1).index_select(0, way.block_of_entry)
-    scores = scores.view(seqs, -1, heads, block_size).transpose(1, 2)
+    queries = queries.view(len(keys), -1, head_dim)  # [rows, group, head_dim]
+    scores = torch.bmm(queries, keys.transpose(1, 2))  # [rows, group, block_size]
+    # From here, results of free blocks and of prefills are dropped.
+    scores = scores.view(len(way.owner), -1).index_select(0, way.block_of_entry)
+    scores = scores.view(seqs, -1, heads, keys.shape[1]).transpose(1, 2)
     scores = scores.reshape(seqs, heads, -1)  # [seqs, heads, positions]
-    weights = torch.add(way.mask, scores, alpha=scale).softmax(-1)
-    weights = weights.view(seqs, heads, -1, block_size).transpose(1, 2)
-    weights = weights.reshape(-1, heads * block_size)  # [entries, heads * block_size]
-    weights = weights.index_select(0, way.entry_of_block)
+    return torch.add(way.mask, scores, alpha=scale)
 
-    parts = torch.bmm(weights.view(num_blocks * kv_heads, -1, block_size), values)
+
+def sum_in_place(
+    weights: Float[Tensor, "seqs heads positions"], v_cache: KVPool, way: InPlace
+) -> Float[Tensor, "seqs heads head_dim"]:
+    """Reorder the weights from positions to blocks, and multiply values in place."""
+    seqs, heads, _ = weights.shape
+    num_blocks = way.stop - way.first
+    values = cast(Tensor, v_cache)[way.first : way.stop].flatten(0, 1)  # [rows, block_size, ...]
+    weights = weights.view(seqs, heads, -1, values.shape[1]).transpose(1, 2)
+    weights = weights.reshape(-1, heads * values.shape[1])  # [entries, heads * block_size]
+    weights = weights.index_select(0, way.entry_of_block)
+    parts = torch.bmm(weights.view(len(values), -1, values.shape[1]), values)
     parts = parts.view(num_blocks, -1)  # [blocks, heads * head_dim]
     # embedding_bag sums over the blocks of each sequence.
-    return F.embedding_bag(way.blocks, parts, way.starts, mode="sum").view_as(q)
+    sums = F.embedding_bag(way.blocks, parts, way.starts, mode="sum")
+    return sums.view(seqs, heads, -1)

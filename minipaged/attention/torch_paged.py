@@ -7,7 +7,8 @@ needs only a few large operations:
 
     store      one copy each for keys and values
     prefill    many queries per sequence: one call of PyTorch's attention (SDPA) for each sequence
-    decode     one query per sequence: many sequences in one call, see `torch_decode`
+    decode     one query per sequence: many sequences in one call, see `torch_decode`; the blocks of
+               a prefix that several share are read once, see `shared_prefix`
 """
 
 from dataclasses import dataclass, fields
@@ -22,6 +23,7 @@ from torch import Tensor
 from minipaged.attention.batch import Batch, Span
 from minipaged.attention.quantized_cache import KVPool, QuantizedPool
 from minipaged.attention.reference import store_kv
+from minipaged.attention.shared_prefix import SharedDecodes, prepare_decodes
 from minipaged.attention.torch_decode import Decodes, gather, rows_of_blocks
 from minipaged.utils.shapes import Float, Int
 
@@ -43,7 +45,7 @@ class TorchBatch(Batch):
 
     slot_rows: Int[Tensor, " slot_rows"]  # where keys are written, with one row per slot and head
     prefills: list[Prefill]
-    decodes: Decodes | None
+    decodes: Decodes | SharedDecodes | None
 
 
 def prepare_torch(batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dtype) -> TorchBatch:
@@ -54,11 +56,13 @@ def prepare_torch(batch: Batch, k_cache: KVPool, num_heads: int, dtype: torch.dt
     heads = torch.arange(kv_heads, device=slots.device)
     rows = (slots // block_size * kv_heads)[:, None] + heads  # [tokens, kv_heads]
     rows = rows * block_size + (slots % block_size)[:, None]
+    # One sequence shares nothing.
+    prepare = prepare_decodes if len(batch.query_lens) > 1 else Decodes.prepare
     return TorchBatch(
         **batch_fields(batch),
         slot_rows=rows.flatten(),
         prefills=_prepare_prefills(batch, k_cache, dtype),
-        decodes=Decodes.prepare(batch, k_cache, num_heads, dtype),
+        decodes=prepare(batch, k_cache, num_heads, dtype),
     )
 
 

@@ -9,6 +9,7 @@ import typer
 from minipaged.cli.bench_gpu import gpu
 from minipaged.cli.bench_options import DType, Save, choose, report, require_triton
 from minipaged.cli.bench_overlap import overlap
+from minipaged.cli.bench_prefix import prefix
 from minipaged.cli.bench_ranks import ranks
 from minipaged.cli.bench_serve import health, serve
 from minipaged.cli.bench_step import step
@@ -17,7 +18,7 @@ from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 
 app = typer.Typer(help="Run the benchmarks that the documentation quotes.", rich_markup_mode=None)
-for each in (serve, health, ranks, step, overlap, gpu):
+for each in (serve, health, ranks, step, prefix, overlap, gpu):
     app.command()(each)
 
 

@@ -65,7 +65,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         "reasoning_parser reasoning_parser_plugin reasoning_config",
     "cached blocks are compared by their tokens, not by a hash":
         "prefix_caching_hash_algo",
-    "there is one attention per backend, and no cascade attention to disable":
+    "shared prefixes are read once where that is faster, which changes no token":
         "disable_cascade_attn",
     "a checkpoint with a sliding window is served up to its width in any case":
         "disable_sliding_window",

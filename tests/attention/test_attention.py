@@ -303,8 +303,8 @@ def altered(module: ModuleType, *changes: tuple[str, str]) -> PagedAttention:
     mutant = compiled(module, *changes)
     if module is torch_decode:
         user = compiled(torch_paged)
-        for name in ("Decodes", "gather", "rows_of_blocks"):
-            setattr(user, name, getattr(mutant, name))
+        user.Decodes, user.prepare_decodes = mutant.Decodes, mutant.Decodes.prepare
+        user.gather, user.rows_of_blocks = mutant.gather, mutant.rows_of_blocks
         return prepared(user)
     if module is torch_paged:
         return prepared(mutant)
@@ -323,7 +323,7 @@ MUTANTS = {
         reference, "repeat_interleave(group_size, dim=1)", "repeat(1, group_size, 1)"
     ),
     "query heads are grouped the wrong way": (
-        torch_decode, "q.unflatten(1, (kv_heads, -1))", "q.unflatten(1, (-1, kv_heads)).mT"
+        torch_decode, ".unflatten(1, (kv_heads, -1))", ".unflatten(1, (-1, kv_heads)).mT"
     ),
     "query heads of a prompt are grouped the wrong way": (
         torch_paged,

@@ -14,7 +14,7 @@ from engine_runs import assert_all_blocks_are_back
 from graphs_on_a_cpu import with_graphs
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.attention import torch_decode
+from minipaged.attention import shared_prefix, torch_decode
 from minipaged.attention.virtual_cache import VirtualKVCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU")
@@ -127,10 +127,12 @@ def value(request):
     return request.param
 
 
-@pytest.fixture(params=["gathered", "in place"])
+@pytest.fixture(params=["gathered", "in place", "prefixes once", "prefixes once, rest in place"])
 def way(request, monkeypatch):
-    """Both ways of decoding in pure PyTorch, whatever the size of the batch."""
-    monkeypatch.setattr(torch_decode, "_is_worth_it", lambda *_: request.param == "in place")
+    """All ways of decoding in pure PyTorch, whatever the size of the batch."""
+    monkeypatch.setattr(torch_decode, "_is_worth_it", lambda *_: "in place" in request.param)
+    fewest_saved = 0 if "once" in request.param else 2**60
+    monkeypatch.setattr(shared_prefix, "FEWEST_SAVED", fewest_saved)
     monkeypatch.setattr(torch_decode, "LEAST_IN_USE", 0)
     monkeypatch.setattr(torch_decode, "MOST_ENTRIES", 100)
 

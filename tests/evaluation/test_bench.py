@@ -370,6 +370,33 @@ def test_both_decoding_methods_are_compared_with_sdpa(monkeypatch):
     assert len(decode.as_table(rows).rows) == 2
 
 
+def test_prefixes_are_read_per_owner_and_per_block(monkeypatch):
+    from minipaged.evaluation.bench import prefix
+    from minipaged.evaluation.bench.decode_step import TINY
+
+    monkeypatch.setattr(prefix, "BYTES_IN_TURN", 2**20)
+    cases = [prefix.Case(1, 3, 32, 5), prefix.Case(2, 2, 16, 20)]
+    rows = list(prefix.measure_attention(torch.float32, cases))
+    rows += prefix.measure_steps(torch.float32, TINY, cases[:1])
+    assert [row.part for row in rows] == ["attention", "attention", "step"]
+    for row in rows:
+        assert min(row.unshared_seconds, row.per_owner_seconds, row.per_block_seconds) > 0
+        assert row.chosen == "per owner"
+    assert len(prefix.as_table(rows).rows) == 3
+
+
+def test_a_case_of_prefixes_shares_blocks_or_none():
+    from minipaged.evaluation.bench.prefix import Case
+
+    shared, num_blocks = Case(2, 3, 32, 5).sequences(shared=True)
+    tables = [each.block_table for each in shared]
+    assert tables[0][:2] == tables[1][:2] == tables[2][:2] != tables[3][:2]
+    assert len({block for table in tables for block in table}) == num_blocks == 2 * 2 + 6
+    assert {each.context_len for each in shared} == {32 + 5 - 1}
+    unshared, num_blocks = Case(2, 3, 32, 5).sequences(shared=False)
+    assert len({block for each in unshared for block in each.block_table}) == num_blocks == 18
+
+
 def test_bookkeeping_is_timed_at_every_size(monkeypatch, capsys):
     from minipaged.evaluation.bench import bookkeeping
 

@@ -75,10 +75,15 @@ def paged_setup(
     block_size: int = 4,
     dtype: torch.dtype = torch.float32,
     shared_blocks: int = 0,
+    forks: dict[int, tuple[int, int]] | None = None,
     magnitude: float = 1.0,
     seed: int = 0,
 ) -> PagedSetup:
-    """The first `shared_blocks` blocks are shared by all sequences, as far as all fill them."""
+    """The first `shared_blocks` blocks are shared by all sequences, as far as all fill them.
+
+    `forks` maps a sequence to an earlier one and to the number of blocks that it has of that one,
+    as far as both fill them.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -89,6 +94,9 @@ def paged_setup(
     prefix = shared_blocks * block_size
     tables = _scattered_tables(lengths, block_size, shared_blocks, generator)
     num_blocks = 3 + sum(len(table) for table in tables)
+    for child, (parent, count) in (forks or {}).items():
+        count = min(count, lengths[child] // block_size, lengths[parent] // block_size)
+        tables[child].blocks[:count] = tables[parent].blocks[:count]
 
     keys = [random(length, kv_heads, head_dim) for length in lengths]
     values = [random(length, kv_heads, head_dim) for length in lengths]
@@ -103,6 +111,9 @@ def paged_setup(
             v_cache[block] = 30 * random(*pool[1:])
     for i, table in enumerate(tables):
         keys[i][:prefix], values[i][:prefix] = keys[0][:prefix], values[0][:prefix]
+        parent, count = (forks or {}).get(i, (i, 0))
+        same = block_size * min(count, lengths[i] // block_size, lengths[parent] // block_size)
+        keys[i][:same], values[i][:same] = keys[parent][:same], values[parent][:same]
         for position in range(lengths[i]):
             block, offset = divmod(table.slot(position), block_size)
             k_cache[block, :, offset] = keys[i][position]
