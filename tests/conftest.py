@@ -61,6 +61,7 @@ if find_spec("jaxtyping") and find_spec("beartype"):  # else shapes are not chec
         models.llama
         models.loader
         models.opt
+        models.packed
         models.parallel
         models.rope
         models.safetensors_reader

@@ -67,7 +67,7 @@ def assert_as_near(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor
 @pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 33, 130])
-def test_a_layer_saved_in_half_precision_is_kept_in_float16_and_multiplied_in_float32(
+def test_a_layer_saved_in_half_precision_is_kept_in_float16(
     rows: int, bias: bool, saved: torch.dtype, packs_everything: None
 ) -> None:
     torch.manual_seed(0)
