@@ -5,69 +5,34 @@ A B C A B C ... Only ratios within a round are compared, since a machine's speed
 to minute. CPU time is reported as well, because other processes do not affect it.
 """
 
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from minipaged.config import EngineArgs
-from minipaged.evaluation.bench.engine_peer import Clock, Request
+from minipaged.evaluation.bench.engine_peer import Clock
 from minipaged.evaluation.bench.engine_process import (
     SECONDS_TO_RUN,
     TRANSFORMERS,
     CannotRun,
     Engine,
+    Entry,
     Peer,
+    Run,
     start_engine,
 )
-from minipaged.evaluation.bench.engine_referee import TOLERANCE, Referee, WrongTokens
+from minipaged.evaluation.bench.engine_referee import Referee
 from minipaged.evaluation.bench.engine_report import READ, Row
+from minipaged.evaluation.bench.engine_rows import Results
 from minipaged.evaluation.bench.engine_sides import CONTINUOUS, OURS, Minipaged
 from minipaged.evaluation.bench.engine_workload import Case, Workload, make_model
 from minipaged.models.loader import DTYPES
 from minipaged.utils.progress import progress_bar
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: its time, and the generated tokens of every prompt."""
-
-    num_tokens: int  # number of requested tokens generated in this time
-    seconds: float
-    cpu_seconds: float  # CPU seconds of all threads
-    tokens: list[list[int]]
-
-
-class Entry(NamedTuple):
-    """A row of a case: an engine, and its way to serve requests."""
-
-    engine: Engine
-    way: str = ""
-
-    @property
-    def name(self) -> str:
-        """Its name in the table."""
-        return f"{self.engine.name}, {self.way}" if self.way else self.engine.name
-
-    def run(self, case: Case, requests: list[Request]) -> Run:
-        """Serve the requests. Raises CannotRun."""
-        found = self.engine.ask(
-            "serve",
-            SECONDS_TO_RUN,
-            requests=requests,
-            after_first=case.kind == "decode",
-            way=self.way,
-        )
-        run = Run(**found)
-        if case.kind == "prefill":
-            run = replace(run, num_tokens=sum(len(prompt) for prompt, _ in requests))
-        return run
 
 
 def measure(
@@ -95,7 +60,7 @@ def measure(
         with progress_bar(total=rounds * sum(len(each) for _, each in cases), desc="runs") as bar:
             for case, entries in cases:
                 runs, failures = _run_in_turn(case, entries, rounds, read, bar.update)
-                yield from _Results(case, entries, runs, failures, dtype, referee).rows()
+                yield from Results(case, entries, runs, failures, dtype, referee).rows()
 
 
 def _options(workload: Workload, folder: Path, dtype: str) -> dict[str, Any]:
@@ -169,108 +134,6 @@ def _run_in_turn(
         if number and case.reads_weights:
             runs.setdefault(READ, []).append(read())
     return runs, failures
-
-
-@dataclass(frozen=True)
-class _Results:
-    """The runs of a case, which become rows."""
-
-    case: Case
-    entries: list[Entry]
-    runs: dict[str, list[Run]]
-    failures: dict[str, str]
-    dtype: str
-    referee: Referee
-
-    def rows(self) -> Iterator[Row]:
-        """One row per entry. Raises WrongTokens if this library's tokens are wrong."""
-        for entry in self.entries:
-            try:
-                if entry.name in self.failures:
-                    raise CannotRun(self.failures[entry.name])
-                yield self._row(entry)
-            except (CannotRun, WrongTokens) as error:
-                if entry.name == OURS:
-                    raise
-                yield Row(self.case.name, entry.name, failure=str(error), **entry.engine.about)
-        if READ in self.runs:
-            yield replace(self._summary(READ), percent_of_read=100.0)
-
-    def _row(self, entry: Entry) -> Row:
-        runs, engine = self.runs[entry.name], entry.engine
-        expected = self._expected(entry.name)
-        trusts = expected is not None and (entry.name != OURS or self.dtype == "float32")
-        tolerance = TOLERANCE["bfloat16" if engine.half else self.dtype]
-        num_close, num_alike = 0, len(runs[0].tokens)
-        for index, run in enumerate(runs):
-            requests = self.case.requests(index + 1)
-            others = None if expected is None else expected[index].tokens
-            num_close = max(
-                num_close,
-                self.referee.check(
-                    self.case.name,
-                    entry.name,
-                    requests,
-                    run.tokens,
-                    others if trusts else None,
-                    tolerance,
-                ),
-            )
-            if others is not None:
-                equal = sum(a == b for a, b in zip(run.tokens, others, strict=True))
-                num_alike = min(num_alike, equal)
-        row = replace(
-            self._summary(entry.name),
-            num_alike=None if expected is None else num_alike,
-            num_close=num_close,
-            peak_bytes=engine.peak_bytes(),
-            **engine.about,
-        )
-        if entry.name != OURS:
-            row = replace(row, **_ratios(runs, self.runs[OURS]))
-        if READ in self.runs:
-            share = row.tokens_per_second / self._summary(READ).tokens_per_second
-            is_smaller = engine.half and self.dtype == "float32"
-            row = replace(row, percent_of_read=(50 if is_smaller else 100) * share)
-        return row
-
-    def _expected(self, name: str) -> list[Run] | None:
-        """The runs of another engine: of the first peer for this library, of this for a peer."""
-        if name != OURS:
-            return self.runs[OURS]
-        for entry in self.entries:
-            if entry.name not in (OURS, *self.failures):
-                return self.runs[entry.name]
-        return None
-
-    def _summary(self, name: str) -> Row:
-        runs = self.runs[name]
-        seconds = statistics.median(run.seconds for run in runs)
-        cpu_seconds = statistics.median(run.cpu_seconds for run in runs)
-        num_tokens = runs[0].num_tokens
-        return Row(
-            self.case.name,
-            name,
-            num_tokens,
-            seconds,
-            cpu_seconds,
-            num_tokens / seconds,
-            num_tokens / max(cpu_seconds, 1e-9),
-            cores=statistics.median(run.cpu_seconds / run.seconds for run in runs),
-            num_requests=len(runs[0].tokens),
-            rounds=[(run.seconds, run.cpu_seconds) for run in runs],
-        )
-
-
-def _ratios(theirs: list[Run], ours: list[Run]) -> dict[str, float]:
-    """Divide round by round, and return the median."""
-    pairs = list(zip(theirs, ours, strict=True))
-    return {
-        "times_seconds": statistics.median(a.seconds / b.seconds for a, b in pairs),
-        "times_cpu_seconds": statistics.median(
-            a.cpu_seconds / max(b.cpu_seconds, 1e-9) for a, b in pairs
-        ),
-    }
 
 
 def _choose_referee(options: dict[str, Any], engines: list[Engine]) -> Referee:

@@ -77,7 +77,7 @@ def _rename(name: str) -> str:
 
 
 def _reorder_heads(name: str, tensor: Tensor, hf: dict[str, Any]) -> Tensor:
-    """Query and key heads: llama.cpp rotates neighbours (0, 1), not both halves (0, d/2)."""
+    """Heads of queries and keys: llama.cpp rotates neighbours (0, 1), not both halves (0, d/2)."""
     for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
         if part in name:
             halves = tensor.view(hf[heads], 2, -1, tensor.shape[1])

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
@@ -76,7 +77,7 @@ class VLLM:
     """vLLM's CPU backend; its engine runs in this process."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        vllm: Any = __import__("vllm")
+        vllm: Any = import_module("vllm")
         half = options["dtype"] != "float32"
         self._params = vllm.SamplingParams
         self._engine = vllm.LLM(
@@ -109,9 +110,9 @@ class OpenVINO:
     """OpenVINO GenAI's continuous batching, on a model exported by optimum-intel."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        genai: Any = __import__("openvino_genai")
-        self._tensor = __import__("openvino").Tensor
-        self._genai = genai
+        genai: Any = import_module("openvino_genai")
+        openvino: Any = import_module("openvino")
+        self._genai, self._tensor = genai, openvino.Tensor
         half = options["dtype"] != "float32"
         scheduler = genai.SchedulerConfig()
         scheduler.num_kv_blocks = _num_blocks(options, 32)
@@ -122,11 +123,12 @@ class OpenVINO:
             properties |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         folder = _export(Path(options["folder"]), "fp16" if half else "fp32")
         self._pipeline = genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", properties)
-        self.about = {
-            "version": version("openvino-genai"),
-            "weights": "float16" if half else "float32",
-            "keys": "its default" if half else "float32",
-        }
+        self.about = {"version": version("openvino-genai"), "weights": "float32", "keys": "float32"}
+        if half:  # the rest are its defaults, which depend on the processor
+            ask = openvino.Core().get_property
+            computed = ask("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+            self.about["weights"] = f"float16 (computed in {computed})"
+            self.about["keys"] = ask("CPU", "KV_CACHE_PRECISION").get_type_name()
 
     def stream(self, requests: list[Request]) -> Iterator[tuple[int, list[int]]]:
         """Run the pipeline's steps."""
@@ -135,7 +137,7 @@ class OpenVINO:
             config = self._genai.GenerationConfig(
                 max_new_tokens=output, ignore_eos=True, do_sample=False
             )
-            numpy: Any = __import__("numpy")
+            numpy: Any = import_module("numpy")
             ids = self._tensor(numpy.array([prompt], dtype=numpy.int64))
             handles.append(self._pipeline.add_request(index, ids, config))
         tokens: list[list[int]] = [[] for _ in requests]
@@ -161,7 +163,7 @@ class LlamaCpp:
     """llama.cpp's server without HTTP, as `xllamacpp` binds it. A slot holds one sequence."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        llama: Any = __import__("xllamacpp")
+        llama: Any = import_module("xllamacpp")
         half = options["dtype"] != "float32"
         params = llama.CommonParams()
         params.model.path = options["gguf"]

