@@ -115,7 +115,7 @@ class Workload:
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
     "bos_token_id": None,
@@ -124,6 +124,7 @@ _LLAMA: dict[str, Any] = {
 FULL = Workload(
     hf={
         **_LLAMA,
+        "max_position_embeddings": 4096,
         "hidden_size": 576,
         "intermediate_size": 1536,
         "num_hidden_layers": 30,
