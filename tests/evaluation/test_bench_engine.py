@@ -1,5 +1,6 @@
 """`minipaged bench engine`: its figures are as defined, and a wrong token is found."""
 
+import io
 import json
 import statistics
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from commands import minipaged
 from in_this_process import InThisProcess
+from rich.console import Console
 
 from minipaged.attention.backend import BACKENDS
 from minipaged.evaluation.bench import engine, engine_process, engine_report, engine_sides
@@ -52,8 +54,8 @@ def test_every_case_is_reported_with_ratios_tokens_and_memory(
         ("prefill, 1 x 40", "transformers"),
         ("prefill, 3 x 20", "minipaged"),
         ("prefill, 3 x 20", "transformers"),
-        ("a prefix of 24, 3 requests", "minipaged"),
-        ("a prefix of 24, 3 requests", "transformers"),
+        ("prefix 24, 3 requests", "minipaged"),
+        ("prefix 24, 3 requests", "transformers"),
         *(("mixed trace", by) for by in ("minipaged", *STATIC, CONTINUOUS)),
     ]
     wanted = sum(output for _, output in QUICK.mixed_requests())
@@ -75,7 +77,7 @@ def test_every_case_is_reported_with_ratios_tokens_and_memory(
     assert rows["decode, batch 3", "minipaged"]["num_tokens"] == 3 * QUICK.new_tokens
     for by in ("minipaged", "transformers"):
         assert rows["prefill, 3 x 20", by]["num_tokens"] == 3 * 20
-        assert rows["a prefix of 24, 3 requests", by]["num_tokens"] == 3 * QUICK.new_tokens
+        assert rows["prefix 24, 3 requests", by]["num_tokens"] == 3 * QUICK.new_tokens
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
@@ -113,11 +115,22 @@ def test_a_table_shows_ratios_close_calls_peaks_and_failed_sides():
     assert columns[3:] == [
         ["", "", "2.50 x", ""],
         ["", "", "3.00 x", ""],
-        ["", "", "", ""],
-        ["", "", "1.00 GB", ""],
-        ["", "23 of 24, 1 close", "", ""],
+        ["", "", "1.00", ""],
+        ["", "23/24, 1 close", "", ""],
     ]
-    assert engine_report.failures(rows) == ["continuous cannot run: ImportError: no such thing"]
+    assert engine_report.failures(rows) == ["continuous has no figures: ImportError: no such thing"]
+
+
+def test_the_longest_names_and_figures_fit_into_80_columns_without_folding():
+    row = Row(
+        "mixed trace", STATIC[0], 1, 1.0, 1.0, 10000.5, times_seconds=12.34, times_cpu_seconds=1.2,
+        cores=12.5, num_requests=32, num_alike=20, num_close=12, peak_bytes=10**10,
+    )  # fmt: skip
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console.print(engine_report.as_table([row, replace(row, by=CONTINUOUS)]))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[-1].rstrip().endswith("20/32, 12 close")
 
 
 def test_the_mixed_trace_is_the_one_that_the_documentation_names():

@@ -92,7 +92,7 @@ def test_a_table_of_peers_fits_into_80_columns(capsys, monkeypatch, peer):
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
     assert "openvino 1.2: weights in float32, keys in uint8" in out
-    reason = "openvino cannot run: a measured process has ended (exit code 3)"
+    reason = "openvino has no figures: a measured process has ended (exit code 3)"
     assert out.replace("\n", " ").count(reason) == 1
 
 

@@ -173,7 +173,8 @@ class LlamaCpp:
         params.cpuparams_batch.n_threads = options["threads"]
         params.cache_ram_mib = 0  # no copies of the keys of finished requests
         params.verbosity = -1
-        if not half:
+        if not half:  # its flash attention rounds more than float32 does
+            params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
         self._server = llama.Server(params)
         kind = "float16" if half else "float32"

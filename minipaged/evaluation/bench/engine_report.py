@@ -72,8 +72,7 @@ def describe(workload: Workload, dtype: str, rounds: int, rows: list[Row]) -> st
         f"{sum(len(prompt) for prompt, _ in requests):,} tokens of prompts and "
         f"{sum(output for _, output in requests):,} new ones. All of it is timed, and new tokens "
         "count. Prompts are fresh in every round, and prefix caches are on.\n"
-        '"cores": CPU seconds per second; "of read": of the speed at which weights alone can be '
-        'read; "peak": resident memory of the process during the case.'
+        '"cores": CPU seconds per second; "peak GB": resident memory of the process in the case.'
     )
     if any(row.times_seconds is not None for row in rows):
         note += (
@@ -101,9 +100,9 @@ def describe(workload: Workload, dtype: str, rounds: int, rows: list[Row]) -> st
 def as_table(rows: list[Row]) -> Table:
     """The rows as a table of 80 columns; a case has a line of its own above its rows."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("")
-    for title in ("tokens/s", "cores", "ours is", "by CPU", "of read", "peak"):
-        table.add_column(title, justify="right")
+    table.add_column("", no_wrap=True)
+    for title in ("tokens/s", "cores", "ours is", "by CPU", "peak GB"):
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("same", overflow="fold")
     case = None
     for row in rows:
@@ -111,7 +110,7 @@ def as_table(rows: list[Row]) -> Table:
             case = row.case
             table.add_row(f"[bold]{case}[/bold]")
         if row.failure is not None:
-            table.add_row(f"  {row.by}", "cannot run")
+            table.add_row(f"  {row.by}", "none")
             continue
         table.add_row(
             f"  {row.by}",
@@ -119,16 +118,15 @@ def as_table(rows: list[Row]) -> Table:
             _if_any(row.cores, lambda x: f"{x:.2f}"),
             _if_any(row.times_seconds, lambda x: f"{x:.2f} x"),
             _if_any(row.times_cpu_seconds, lambda x: f"{x:.2f} x"),
-            _if_any(row.percent_of_read, lambda x: f"{x:.0f} %"),
-            _if_any(row.peak_bytes, lambda x: f"{x / 1e9:.2f} GB"),
+            _if_any(row.peak_bytes, lambda x: f"{x / 1e9:.2f}"),
             _same_tokens(row),
         )
     return table
 
 
 def failures(rows: list[Row]) -> list[str]:
-    """Why some could not run, each reason once."""
-    found = (f"{row.by} cannot run: {row.failure}" for row in rows if row.failure is not None)
+    """Why some rows have no figures, each reason once."""
+    found = (f"{row.by} has no figures: {row.failure}" for row in rows if row.failure is not None)
     return list(dict.fromkeys(found))
 
 
@@ -139,7 +137,7 @@ def _if_any(value: float | None, text: Callable[[float], str]) -> str:
 def _same_tokens(row: Row) -> str:
     parts: list[str] = []
     if row.num_alike is not None:
-        parts.append(f"{row.num_alike} of {row.num_requests}")
+        parts.append(f"{row.num_alike}/{row.num_requests}")
     if row.num_close:
         parts.append(f"{row.num_close} close")
     return ", ".join(parts)

@@ -79,7 +79,7 @@ class Workload:
             for n, length in self.prefills
         ]
         prefix = Case(
-            f"a prefix of {self.prefix_len}, {self.num_sharing} requests",
+            f"prefix {self.prefix_len}, {self.num_sharing} requests",
             "prefix",
             self.sharing_requests,
         )
