@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from minipaged.cli.bench_engine import engine
 from minipaged.cli.bench_gpu import gpu
 from minipaged.cli.bench_options import DType, Save, choose, report, require_triton
 from minipaged.cli.bench_overlap import overlap
@@ -18,7 +19,7 @@ from minipaged.config import EngineArgs
 from minipaged.errors import InvalidOption
 
 app = typer.Typer(help="Run the benchmarks that the documentation quotes.", rich_markup_mode=None)
-for each in (serve, health, ranks, step, prefix, overlap, gpu):
+for each in (engine, serve, health, ranks, step, prefix, overlap, gpu):
     app.command()(each)
 
 
@@ -97,37 +98,6 @@ def load(
         "resident memory, minus what it was before."
     )
     report(rows, loading.as_table(rows), note, None, save, as_json)
-
-
-@app.command()
-def engine(
-    against: Annotated[
-        str | None, typer.Option(help="Library to compare with: transformers.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Use a tiny model, to try out the command.")
-    ] = False,
-    rounds: Annotated[int, typer.Option(help="Runs per candidate, in turn.", min=1)] = 3,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads. Default: torch's choice.", min=1)
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Plot tokens per second to this PNG.")] = None,
-    save: Save = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the whole engine on a CPU. Takes minutes."""
-    from minipaged.evaluation.bench import engine as engines
-    from minipaged.evaluation.bench import engine_report as results
-    from minipaged.evaluation.bench import engine_workload as workloads
-
-    results.refuse_what_cannot_be(against, dtype, save, plot)
-    workload = workloads.QUICK if quick else workloads.FULL
-    rows = list(engines.measure(workload, dtype, rounds, against, threads))
-    note = results.describe(workload, dtype, rounds, against)
-    report(rows, results.as_table(rows), note, None, save, as_json)
-    if plot is not None:
-        results.plot_rows(rows, plot)
 
 
 @app.command()

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
+from importlib.util import find_spec
+from pathlib import Path
 from threading import Event, Timer
 from typing import Any
 
@@ -30,6 +32,8 @@ class AskedProcess:
         module: its name; it calls `answer`.
         options: given to it as JSON.
         environment: added to this process's.
+        python: the interpreter of another environment. It runs the module's file, and finds only
+            the packages of its own environment.
     """
 
     def __init__(
@@ -37,18 +41,28 @@ class AskedProcess:
         module: str,
         options: Mapping[str, Any],
         environment: Mapping[str, str] | None = None,
+        python: Path | None = None,
     ) -> None:
-        # It finds its modules where this process does. It gets a process group of its own, so that
-        # `kill` also ends the processes that it started.
-        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        variables = {**os.environ, **(environment or {})}
+        if python is None:  # it finds its modules where this process does
+            command = [sys.executable, "-m", module]
+            variables["PYTHONPATH"] = os.pathsep.join(sys.path)
+        else:
+            found = find_spec(module)
+            assert found is not None
+            assert found.origin is not None
+            command = [str(python), "-I", found.origin]
+            variables.pop("PYTHONPATH", None)  # also for the processes that it starts
+        # A process group of its own, so that `kill` also ends the processes that it started.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(dict(options), default=str)],
+            [*command, json.dumps(dict(options), default=str)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **paths, **(environment or {})},
+            env=variables,
             start_new_session=True,
         )
+        self.pid = self._process.pid
 
     def __enter__(self) -> "AskedProcess":
         return self

@@ -1,99 +1,95 @@
-"""The whole engine compared with transformers: tokens per second, memory, and equal tokens.
+"""The whole engine compared with its peers: tokens per second, memory, and equal tokens.
 
-Both run the same checkpoint in this process, in turn, round after round: A B C A B C ... Only
-ratios within a round are compared, since a machine's speed changes from minute to minute. CPU time
-is reported as well, because other processes do not affect it.
-
-The tokens of each run are checked, because a run with wrong tokens is worthless. Float32 must agree
-with transformers. The two likeliest tokens may be so close that rounding decides: from there on,
-every token must be very close to the likeliest in its own context. In bfloat16 rounding decides
-often, so each token is compared with this library's specification of attention.
+All run the same checkpoint, each in its own process that stays loaded, in turn, round after round:
+A B C A B C ... Only ratios within a round are compared, since a machine's speed changes from minute
+to minute. CPU time is reported as well, because other processes do not affect it.
 """
 
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from contextlib import ExitStack
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
-from minipaged.errors import MinipagedError
-from minipaged.evaluation.bench.engine_report import MIXED, READ, Row
-from minipaged.evaluation.bench.engine_sides import (
-    OURS,
+from minipaged.config import EngineArgs
+from minipaged.evaluation.bench.engine_peer import Clock
+from minipaged.evaluation.bench.engine_process import (
+    SECONDS_TO_RUN,
+    TRANSFORMERS,
     CannotRun,
-    Clock,
-    Minipaged,
+    Engine,
+    Entry,
+    Peer,
     Run,
-    Transformers,
-    Work,
-    peak_bytes,
+    start_engine,
 )
-from minipaged.evaluation.bench.engine_workload import Request, Workload, make_model
+from minipaged.evaluation.bench.engine_referee import Referee
+from minipaged.evaluation.bench.engine_report import READ, Row
+from minipaged.evaluation.bench.engine_rows import Results
+from minipaged.evaluation.bench.engine_sides import CONTINUOUS, OURS, Minipaged
+from minipaged.evaluation.bench.engine_workload import Case, Workload, make_model
 from minipaged.models.loader import DTYPES
 from minipaged.utils.progress import progress_bar
 
-# Tolerated distance of a token's logit from the largest: the rounding error of this model's logits.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
-
-
-class WrongTokens(MinipagedError):
-    """A timed run generated wrong tokens, so its time is meaningless."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """The runs that are made in turn, on the same requests."""
-
-    name: str
-    requests: list[Request]
-    works: dict[str, Work]
-
 
 def measure(
-    workload: Workload, dtype: str, rounds: int, against: str | None, threads: int | None
+    workload: Workload,
+    dtype: str,
+    rounds: int,
+    peers: list[Peer],
+    threads: int | None,
+    environments: Path,
 ) -> Iterator[Row]:
-    """Measure all cases. Raises WrongTokens if this library generated wrong tokens."""
+    """Measure all cases. Raises WrongTokens or CannotRun if this library did not work."""
     if threads is not None:
         torch.set_num_threads(threads)
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        weight_bytes = make_model(workload, folder) * DTYPES[dtype].itemsize
-        ours = Minipaged(folder, dtype, workload)
-        theirs = None if against is None else Transformers(folder, dtype)
-        referee = _choose_referee(folder, dtype, workload, theirs)
-        cases = [_decode_case(n, workload, ours, theirs, weight_bytes) for n in workload.batches]
-        works = ours.mixed(workload) | ({} if theirs is None else theirs.mixed(workload))
-        cases.append(Case(MIXED, workload.mixed_requests(), works))
-        num_runs = sum(len(case.works) for case in cases) * rounds + len(works)
-        with progress_bar(total=num_runs, desc="runs") as bar:
-            for case in cases:
-                for row in _measure_case(case, rounds, referee, bar.update):
-                    if case.name == MIXED and row.failure is None:
-                        peak = peak_bytes(row.by, folder, dtype, workload)
-                        row = replace(row, peak_bytes=peak)
-                        bar.update()
-                    yield row
+    with TemporaryDirectory() as name, ExitStack() as stack:
+        num_weights = make_model(workload, Path(name))
+        options = _options(workload, Path(name), dtype)
+        engines: list[Engine] = []
+        for peer in progress_bar((None, *peers), desc="loading"):
+            engines.append(start_engine(stack, peer, options, environments))
+        if engines[0].ended is not None:
+            raise CannotRun(f"minipaged does not run: {engines[0].ended}")
+        referee = _choose_referee(options, engines)
+        read = _read_work(num_weights * DTYPES[dtype].itemsize)
+        cases = [(case, _entries(case, workload, engines)) for case in workload.cases()]
+        with progress_bar(total=rounds * sum(len(each) for _, each in cases), desc="runs") as bar:
+            for case, entries in cases:
+                runs, failures = _run_in_turn(case, entries, rounds, read, bar.update)
+                yield from Results(case, entries, runs, failures, dtype, referee).rows()
 
 
-def _decode_case(
-    batch: int,
-    workload: Workload,
-    ours: Minipaged,
-    theirs: Transformers | None,
-    weight_bytes: int,
-) -> Case:
-    requests = workload.decode_requests(batch)
-    sides = {OURS: ours} | ({} if theirs is None else {"transformers": theirs})
-    works: dict[str, Work] = {name: partial(side.decode, requests) for name, side in sides.items()}
-    if batch == 1:
-        works[READ] = _read_work(weight_bytes)
-    return Case(f"decode, batch {batch}", requests, works)
+def _options(workload: Workload, folder: Path, dtype: str) -> dict[str, Any]:
+    """What every engine is given: room for all requests of a case, so that none is preempted."""
+    block_size = EngineArgs.block_size
+    lengths = [[len(p) + output for p, output in case.requests(0)] for case in workload.cases()]
+    most = max(sum(ceil(length / block_size) for length in each) for each in lengths)
+    return {
+        "folder": folder,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "num_blocks": most + most // 10 + 64,
+        "num_tokens": max(map(sum, lengths)),
+        "max_model_len": max(map(max, lengths)),
+        "max_num_seqs": max(map(len, lengths)),
+    }
 
 
-def _read_work(num_bytes: int) -> Work:
+def _entries(case: Case, workload: Workload, engines: list[Engine]) -> list[Entry]:
+    entries: list[Entry] = []
+    for engine in engines:
+        ways = [""]
+        if case.kind == "mixed" and engine.name.startswith(TRANSFORMERS):
+            ways = [*(f"static {size}" for size in workload.static_batches), CONTINUOUS]
+        entries += [Entry(engine, way) for way in ways]
+    return entries
+
+
+def _read_work(num_bytes: int) -> Callable[[], Run]:
     """Reads this many bytes with minimal computation: the lower bound of a token's time."""
     weights = torch.ones(num_bytes // 4)
     repeats = 5
@@ -102,128 +98,58 @@ def _read_work(num_bytes: int) -> Work:
         clock = Clock()
         for _ in range(repeats):
             weights.max()
-        return clock.stop(repeats, [])
+        return Run(**clock.stop(repeats, []))
 
     return read
 
 
-def _measure_case(
-    case: Case, rounds: int, referee: "Referee", done: Callable[[], object]
-) -> Iterator[Row]:
-    runs: dict[str, list[Run]] = {name: [] for name in case.works}
+def _run_in_turn(
+    case: Case,
+    entries: list[Entry],
+    rounds: int,
+    read: Callable[[], Run],
+    done: Callable[[], object],
+) -> tuple[dict[str, list[Run]], dict[str, str]]:
+    """Return all runs, and why some could not run. Raises CannotRun if this library could not."""
+    runs: dict[str, list[Run]] = {entry.name: [] for entry in entries}
     failures: dict[str, str] = {}
-    for work in case.works.values() if case.name != MIXED else ():
-        work()  # warm
-    for _ in range(rounds):
-        for name, work in case.works.items():
-            try:
-                runs[name] += [] if name in failures else [work()]
-            except CannotRun as error:
-                failures[name] = str(error)
-            done()
-    baselines = [name for name in runs if name not in (OURS, READ)]
-    expected = runs[baselines[0]][0].tokens if baselines else None
-    base = runs[OURS]
-    for name, all_of_it in runs.items():
-        if name in failures:
-            yield Row(case.name, name, failure=failures[name])
-            continue
-        row = _summarize(case, name, all_of_it)
-        if name == OURS:
-            row = replace(row, num_close=max(referee.check(case, r, expected) for r in base))
-        elif name != READ:
-            found = [len(tokens) for run in all_of_it for tokens in run.tokens]
-            assert found == rounds * [output for _, output in case.requests], f"{name} ended early"
-            row = replace(row, **_ratios(all_of_it, base))
-        if expected is not None and name != READ and name != baselines[0]:
-            row = replace(row, num_alike=min(_num_alike(run, expected) for run in all_of_it))
-        if READ in runs:
-            fastest = 1 / _summarize(case, READ, runs[READ]).tokens_per_second
-            row = replace(row, percent_of_read=100 * row.tokens_per_second * fastest)
-        yield row
-
-
-def _summarize(case: Case, name: str, runs: list[Run]) -> Row:
-    seconds = statistics.median(run.seconds for run in runs)
-    cpu_seconds = statistics.median(run.cpu_seconds for run in runs)
-    num_tokens = runs[0].num_tokens
-    return Row(
-        case.name,
-        name,
-        num_tokens,
-        seconds,
-        cpu_seconds,
-        num_tokens / seconds,
-        num_tokens / max(cpu_seconds, 1e-9),
-        num_requests=len(runs[0].tokens),
-        rounds=[(run.seconds, run.cpu_seconds) for run in runs],
-    )
-
-
-def _ratios(theirs: list[Run], ours: list[Run]) -> dict[str, float]:
-    """Divide round by round, and return the median."""
-    pairs = list(zip(theirs, ours, strict=True))
-    return {
-        "times_seconds": statistics.median(a.seconds / b.seconds for a, b in pairs),
-        "times_cpu_seconds": statistics.median(
-            a.cpu_seconds / max(b.cpu_seconds, 1e-9) for a, b in pairs
-        ),
-    }
-
-
-def _num_alike(run: Run, expected: list[list[int]]) -> int:
-    return sum(a == b for a, b in zip(run.tokens, expected, strict=True))
-
-
-# --------------------------------------------------------------------------------- the same tokens
-
-
-@dataclass(frozen=True)
-class Referee:
-    """Compares the tokens of this library with a model that computes them in another way.
-
-    Where `trusts` is true, tokens that the baseline also generated need no further check.
-    """
-
-    name: str
-    shortfalls: Callable[[list[int], list[int]], list[float]]
-    tolerance: float
-    trusts: bool
-    seen: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
-
-    def check(self, case: Case, run: Run, expected: list[list[int]] | None) -> int:
-        """Count requests in which rounding decided. Raises WrongTokens for other differences."""
-        num_close = 0
-        for number, ((prompt, output), tokens) in enumerate(
-            zip(case.requests, run.tokens, strict=True)
-        ):
-            if len(tokens) != output:
-                raise WrongTokens(
-                    f"{case.name}, request {number}: minipaged generated {len(tokens)} tokens "
-                    f"instead of {output}, so its time is meaningless: report this as a bug."
-                )
-            if self.trusts and expected is not None and tokens == expected[number]:
+    for entry in entries:
+        entry.engine.forget_peak()
+    for number in range(rounds + 1):  # round 0 warms up
+        if number == 0 and case.kind == "mixed":
+            continue  # it is long, and all are warm from the other cases
+        for entry in entries:
+            if entry.name in failures:
                 continue
-            whole = (*prompt, *tokens)
-            if whole not in self.seen:
-                self.seen[whole] = self.shortfalls(prompt, tokens)
-            short = self.seen[whole]
-            for place, below in enumerate(short):
-                if not below <= self.tolerance:  # written so that NaN is wrong too
-                    raise WrongTokens(
-                        f"{case.name}, request {number}: minipaged's token {place} is "
-                        f"{tokens[place]}, which has a logit {below:.2g} below the likeliest by "
-                        f"{self.name} (rounding explains {self.tolerance}), so its time is "
-                        "meaningless: report this as a bug."
-                    )
-            num_close += self.trusts or max(short) > 0
-        return num_close
+            try:
+                run = entry.run(case, case.requests(number))
+            except CannotRun as error:
+                if entry.name == OURS:
+                    raise
+                failures[entry.name] = str(error)
+                continue
+            if number:
+                runs[entry.name].append(run)
+                done()
+        if number and case.reads_weights:
+            runs.setdefault(READ, []).append(read())
+    return runs, failures
 
 
-def _choose_referee(
-    folder: Path, dtype: str, workload: Workload, theirs: Transformers | None
-) -> Referee:
-    if dtype == "float32" and theirs is not None:
-        return Referee("transformers", theirs.shortfalls, TOLERANCE[dtype], trusts=True)
-    slow = Minipaged(folder, dtype, workload, backend="reference")
-    return Referee("the reference backend", slow.shortfalls, TOLERANCE[dtype], trusts=False)
+def _choose_referee(options: dict[str, Any], engines: list[Engine]) -> Referee:
+    """transformers in float32, or this library's specification of attention, once it is needed."""
+    for engine in engines:
+        if engine.name == TRANSFORMERS and options["dtype"] == "float32" and not engine.ended:
+
+            def ask(prompt: list[int], tokens: list[int], engine: Engine = engine) -> list[float]:
+                return engine.ask("shortfalls", SECONDS_TO_RUN, prompt=prompt, tokens=tokens)
+
+            return Referee(TRANSFORMERS, ask)
+    made: list[Minipaged] = []
+
+    def compute(prompt: list[int], tokens: list[int]) -> list[float]:
+        if not made:
+            made.append(Minipaged(options, backend="reference"))
+        return made[0].shortfalls(prompt, tokens)
+
+    return Referee("the reference backend", compute)

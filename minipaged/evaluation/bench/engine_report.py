@@ -1,9 +1,9 @@
 """The results of `minipaged bench engine`: rows, a table, a caption, a picture."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench.engine_workload import Workload
 
 READ = "a read of all weights"  # no step at batch 1 can be faster
-MIXED = "mixed trace"
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -32,26 +31,22 @@ class Row:
     times_seconds: float | None = None  # over minipaged's of the same round
     times_cpu_seconds: float | None = None
     num_requests: int = 0
-    num_alike: int | None = None  # requests with the same tokens as transformers' first run
+    num_alike: int | None = None  # requests with minipaged's tokens (its own: the first peer's)
     num_close: int = 0  # requests in which rounding decided
     percent_of_read: float | None = None  # percent of the speed at which the weights can be read
     peak_bytes: int | None = None
+    cores: float | None = None  # kept busy: CPU seconds per second
+    weights: str = ""  # the type they are kept in
+    keys: str = ""
+    version: str = ""
     failure: str | None = None  # why it could not run
     rounds: list[tuple[float, float]] = field(default_factory=list)  # seconds, CPU seconds
 
 
-def refuse_what_cannot_be(
-    against: str | None, dtype: str, save: Path | None, plot: Path | None
-) -> None:
+def refuse_what_cannot_be(dtype: str, save: Path | None, plot: Path | None) -> None:
     """Raise InvalidOption before the run starts, not at its end."""
     if dtype not in ("float32", "bfloat16"):
         raise InvalidOption(f"dtype is {dtype!r}: choose float32 or bfloat16.")
-    if against not in (None, "transformers"):
-        raise InvalidOption(f"--against is {against!r}: give transformers, or leave it out.")
-    if against is not None and find_spec("transformers") is None:
-        raise InvalidOption(
-            "transformers is not installed: pip install 'minipaged[test]', or leave out --against."
-        )
     if plot is not None and plot.suffix not in PICTURES:
         raise InvalidOption(f"--plot is {plot}: give a file that ends in {', '.join(PICTURES)}.")
     if plot is not None and find_spec("matplotlib") is None:
@@ -61,56 +56,78 @@ def refuse_what_cannot_be(
             raise InvalidOption(f"there is no folder {file.parent} for {file.name}: create it.")
 
 
-def describe(workload: Workload, dtype: str, rounds: int, against: str | None) -> str:
+def describe(workload: Workload, dtype: str, rounds: int, rows: list[Row]) -> str:
     """The caption of the table."""
     hf, requests = workload.hf, workload.mixed_requests()
+    waiting = os.environ.get("OMP_WAIT_POLICY", "not set")
     note = (
         f"A LLaMA with random weights ({hf['num_hidden_layers']} layers, hidden size "
-        f"{hf['hidden_size']}), {dtype}, greedy; all in turn, median of rounds: {rounds}. Decode: "
-        f"{workload.new_tokens} tokens of each sequence, after a prompt of {workload.prompt_len} "
-        f"and a first token that are not timed. Mixed trace: {len(requests)} requests at once, "
+        f"{hf['hidden_size']}), {dtype}, greedy; all in turn, each in its own process, median of "
+        f"rounds: {rounds}. OMP_WAIT_POLICY: {waiting}.\n"
+        f"Decode: {workload.new_tokens} tokens of each sequence, after a prompt of "
+        f"{workload.prompt_len} and a first token that are not timed. Prefill: tokens of the "
+        f"prompts. Prefix: {workload.num_sharing} requests at once, whose prompts begin with the "
+        f"same {workload.prefix_len} tokens, with {workload.own_len} tokens of their own and "
+        f"{workload.new_tokens} new ones. Mixed trace: {len(requests)} requests at once, "
         f"{sum(len(prompt) for prompt, _ in requests):,} tokens of prompts and "
-        f"{sum(output for _, output in requests):,} new ones; all of it is timed. "
-        '"Of the read": of the speed at which weights alone can be read. Peak: resident memory on '
-        "the mixed trace, model included, over that after the imports."
+        f"{sum(output for _, output in requests):,} new ones. All of it is timed, and new tokens "
+        "count. Prompts are fresh in every round, and prefix caches are on.\n"
+        '"cores": CPU seconds per second; "peak GB": resident memory of the process in the case.'
     )
-    if against is not None:
+    if any(row.times_seconds is not None for row in rows):
         note += (
-            f" transformers {version('transformers')}, SDPA. Static: batches formed beforehand, "
-            "padded, each until its longest request ends; only tokens that were asked for count. "
-            'Continuous: its own paged cache. "minipaged is": how many times as fast; "by CPU '
-            'time": the same by processor time; both are medians of the ratios within each round. '
-            "Same tokens: requests that agree with transformers' first run; in close calls, "
+            ' "ours is": how many times as fast minipaged is; "by CPU": the same by processor '
+            'time; both are medians of the ratios within each round. "same": requests with '
+            "minipaged's tokens, or, in its own row, with the first peer's; in close calls, "
             "rounding chose between two tokens."
         )
-    return note
+    if any("static" in row.by for row in rows):
+        note += (
+            " transformers uses SDPA. Static: batches formed beforehand, padded, each until its "
+            "longest request ends; only tokens that were asked for count. Continuous: its own "
+            "paged cache."
+        )
+    engines = {
+        row.by.split(", static")[0].split(", continuous")[0]: row for row in rows if row.version
+    }
+    kept = [
+        f"{name} {row.version}: weights in {row.weights}, keys in {row.keys}"
+        for name, row in engines.items()
+    ]
+    return "\n".join([note, *kept])
 
 
 def as_table(rows: list[Row]) -> Table:
-    """The rows as a table."""
-    table = Table(box=None, padding=(0, 2))
-    for title in ("", "by"):
-        table.add_column(title, no_wrap=True)
-    titles = ("tokens/s", "per CPU second", "minipaged is", "by CPU time", "of the read", "peak")
-    for title in titles:
+    """The rows as a table of 80 columns; a case has a line of its own above its rows."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for title in ("tokens/s", "cores", "ours is", "by CPU", "peak GB"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("same tokens")
+    table.add_column("same", overflow="fold")
+    case = None
     for row in rows:
+        if row.case != case:
+            case = row.case
+            table.add_row(f"[bold]{case}[/bold]")
         if row.failure is not None:
-            table.add_row(row.case, row.by, *[""] * len(titles), f"cannot run: {row.failure}")
+            table.add_row(f"  {row.by}", "none")
             continue
         table.add_row(
-            row.case,
-            row.by,
+            f"  {row.by}",
             f"{row.tokens_per_second:.1f}",
-            f"{row.tokens_per_cpu_second:.1f}",
+            _if_any(row.cores, lambda x: f"{x:.2f}"),
             _if_any(row.times_seconds, lambda x: f"{x:.2f} x"),
             _if_any(row.times_cpu_seconds, lambda x: f"{x:.2f} x"),
-            _if_any(row.percent_of_read, lambda x: f"{x:.0f} %"),
-            _if_any(row.peak_bytes, lambda x: f"{x / 1e6:.0f} MB"),
+            _if_any(row.peak_bytes, lambda x: f"{x / 1e9:.2f}"),
             _same_tokens(row),
         )
     return table
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """Why some rows have no figures, each reason once."""
+    found = (f"{row.by} has no figures: {row.failure}" for row in rows if row.failure is not None)
+    return list(dict.fromkeys(found))
 
 
 def _if_any(value: float | None, text: Callable[[float], str]) -> str:
@@ -120,9 +137,9 @@ def _if_any(value: float | None, text: Callable[[float], str]) -> str:
 def _same_tokens(row: Row) -> str:
     parts: list[str] = []
     if row.num_alike is not None:
-        parts.append(f"{row.num_alike} of {row.num_requests}")
+        parts.append(f"{row.num_alike}/{row.num_requests}")
     if row.num_close:
-        parts.append(f"close calls in {row.num_close}")
+        parts.append(f"{row.num_close} close")
     return ", ".join(parts)
 
 

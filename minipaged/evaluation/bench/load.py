@@ -172,10 +172,10 @@ def _prepare_transformers(folder: Path, dtype: str) -> Callable[[], nn.Module]:
     return lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
 
 
-def forget_the_peak() -> int:
-    """Reset the peak to the current resident memory, and return it."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return resident_bytes("VmRSS")
+def forget_the_peak(pid: int | str = "self") -> int:
+    """Reset a process's peak to its current resident memory, and return it."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="utf-8")
+    return resident_bytes("VmRSS", pid)
 
 
 def resident_bytes(which: str, pid: int | str = "self") -> int:
