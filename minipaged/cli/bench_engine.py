@@ -16,7 +16,7 @@ def engine(
         list[str] | None,
         typer.Option(
             help="Engine to compare with: vllm, openvino, llama.cpp or transformers; with :half, "
-            "in half precision. Can be repeated."
+            "in half precision; or minipaged:half, with weights in float16. Can be repeated."
         ),
     ] = None,
     peers: Annotated[

@@ -11,6 +11,7 @@ import torch
 from commands import minipaged
 from in_this_process import InThisProcess
 
+from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench import engine, engine_peer, engine_process, engine_sides
 from minipaged.evaluation.bench.asked_process import AskedProcess
 from minipaged.evaluation.bench.engine_gguf import write_gguf
@@ -152,11 +153,25 @@ def test_an_absent_environment_is_one_sentence_with_both_commands(
 
 
 def test_half_precision_is_a_peer_of_its_own():
-    read = engine_process.read_peers(["transformers", "transformers:half"], Path())
+    named = ["transformers", "transformers:half", "minipaged:half"]
+    read = engine_process.read_peers(named, Path())
     assert [(each.name, each.half) for each in read] == [
         ("transformers", False),
         ("transformers, half", True),
+        ("minipaged, half", True),
     ]
+    with pytest.raises(InvalidOption, match="--against is 'minipaged': give vllm"):
+        engine_process.read_peers(["minipaged"], Path())
+
+
+def test_weights_in_float16_are_a_peer_of_this_library(capsys, monkeypatch):
+    asked = ("bench", "engine", "--quick", "--rounds", "1", "--against", "minipaged:half")
+    code, out, err = minipaged(capsys, monkeypatch, *asked, "--json")
+    assert code == 0, err
+    rows = [row for row in json.loads(out)["rows"] if row["by"] == "minipaged, half"]
+    assert {row["weights"] for row in rows} == {"float16"}
+    assert {row["keys"] for row in rows} == {"float32"}
+    assert all(row["times_seconds"] > 0 and row["failure"] is None for row in rows)
 
 
 # ---- the protocol --------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ PACKAGES = {
     "openvino": Package("openvino_genai", "openvino-genai 'optimum-intel[openvino]'"),
     "llama.cpp": Package("xllamacpp", "xllamacpp"),
 }
-CHOICES = (*PACKAGES, TRANSFORMERS)
+CHOICES = (*PACKAGES, TRANSFORMERS, OURS + HALF)
 
 
 class Peer(NamedTuple):
@@ -66,14 +66,16 @@ def read_peers(against: list[str], folder: Path) -> list[Peer]:
     peers: list[Peer] = []
     for text in against:
         peer = Peer(text.removesuffix(HALF), text.endswith(HALF))
-        if peer.engine not in CHOICES:
+        if peer.engine not in CHOICES and text not in CHOICES:
             raise InvalidOption(
                 f"--against is {text!r}: give {', '.join(CHOICES)}, or one of them with {HALF} "
                 "for half precision, or leave it out."
             )
         if peer in peers:
             raise InvalidOption(f"--against {text} is given twice: give it once.")
-        if peer.engine == TRANSFORMERS:
+        if peer.engine == OURS:
+            pass  # it is here
+        elif peer.engine == TRANSFORMERS:
             if find_spec(TRANSFORMERS) is None:
                 raise InvalidOption(
                     "transformers is not installed: pip install 'minipaged[test]', or leave out "
@@ -183,17 +185,17 @@ def start_engine(
     stack: ExitStack, peer: Peer | None, options: Mapping[str, Any], folder: Path
 ) -> Engine:
     """Start a peer, or this library, and load its model. It ends with `stack`."""
-    half = peer is not None and peer.half
-    given = {**options, "engine": OURS if peer is None else peer.engine}
-    if half:
-        given["dtype"] = "bfloat16"
-    if peer is None or peer.engine == TRANSFORMERS:
+    name, half = (OURS, False) if peer is None else peer
+    given = {**options, "engine": name}
+    if half:  # ours computes in float32, with weights in float16
+        given |= {"weight_dtype": "float16"} if name == OURS else {"dtype": "bfloat16"}
+    if name in (OURS, TRANSFORMERS):
         process = AskedProcess(engine_sides.__name__, given)
     else:
-        python = interpreter(peer.engine, folder)
+        python = interpreter(name, folder)
         variables = {"OMP_NUM_THREADS": str(options["threads"])}
-        variables |= _variables_of_vllm(python) if peer.engine == "vllm" else {}
-        if peer.engine == "llama.cpp":
+        variables |= _variables_of_vllm(python) if name == "vllm" else {}
+        if name == "llama.cpp":
             kind = torch.float32 if given["dtype"] == "float32" else torch.float16
             given["gguf"] = write_gguf(options["folder"], kind)
         process = AskedProcess(engine_peer.__name__, given, variables, python)

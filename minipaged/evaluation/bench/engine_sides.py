@@ -34,10 +34,12 @@ class Minipaged:
             options["folder"],
             device="cpu",
             dtype=cast(DType, dtype),
+            weight_dtype=options.get("weight_dtype", "auto"),
             attention_backend=backend,
             num_blocks=options["num_blocks"],
         )
-        self.about = {"version": __version__, "weights": dtype, "keys": dtype}
+        weights: str = options.get("weight_dtype", dtype)
+        self.about = {"version": __version__, "weights": weights, "keys": dtype}
 
     def serve(self, requests: list[Request], after_first: bool, way: str = "") -> Answer:
         """All requests at once; the scheduler decides who runs. There is one way to do so."""
