@@ -300,7 +300,7 @@ def test_a_decode_step_on_two_ranks_is_split_into_what_each_does(capsys, monkeyp
         (["--model", "storyteller"], "leave out --model, or raise --tensor-parallel-size"),
         (["--tensor-parallel-size", "2", "--quick", "--model", "x"], "--model and --quick both"),
         (["--tensor-parallel-size", "2", "--model", "nowhere"], "nowhere"),
-        (["--tensor-parallel-size", "2", "--context-len", "4000"], "--context-len is 4000, above"),
+        (["--tensor-parallel-size", "2", "--context-len", "4090"], "--context-len is 4090, above"),
         (["--tensor-parallel-size", "5", "--quick"], "choose 1 or 2 or 4"),
     ],
 )
