@@ -42,10 +42,10 @@ from minipaged.attention.torch_decode import (
 from minipaged.utils.shapes import Float, Int
 
 # Fewest elements of keys that reading prefixes once must save, for each call that does so.
-FEWEST_SAVED = 2**18
+FEWEST_SAVED = 2**19
 # From so many elements of other keys on, a prefix is read once however short it is: a shared block
 # would prevent them from being read in place.
-MANY_OTHERS = 2**20
+MANY_OTHERS = 2**21
 
 
 class Sharing(NamedTuple):

@@ -253,14 +253,14 @@ def test_a_short_prefix_of_few_owners_is_read_once_per_owner() -> None:
     few = paged_setup([(1, 40)] * 2, shared_blocks=9)
     assert isinstance(decodes_of(few), SharedDecodes)
     assert isinstance(decodes_of(few, None), Decodes)
-    many = paged_setup([(1, 600)] * 9, shared_blocks=140)
+    many = paged_setup([(1, 1200)] * 9, shared_blocks=280)
     assert isinstance(decodes_of(many, None), SharedDecodes)
 
 
 def test_a_short_prefix_is_read_once_if_it_would_keep_many_keys_from_being_in_place() -> None:
     few_others = paged_setup([(1, 100)] * 8, shared_blocks=1)
     assert isinstance(decodes_of(few_others, None), Decodes)
-    many_others = paged_setup([(1, 2100)] * 8, shared_blocks=1)  # 8 * 2,100 * 64 is over 2^20
+    many_others = paged_setup([(1, 4200)] * 8, shared_blocks=1)  # 8 * 4,200 * 64 is over 2^21
     decodes = decodes_of(many_others, None)
     assert isinstance(decodes, SharedDecodes)
     assert isinstance(decodes.own.way, InPlace)
