@@ -46,7 +46,7 @@ PACKAGES = {
     "openvino": Package("openvino_genai", "openvino-genai 'optimum-intel[openvino]'"),
     "llama.cpp": Package("xllamacpp", "xllamacpp"),
 }
-CHOICES = (*PACKAGES, TRANSFORMERS, OURS + HALF)
+CHOICES = (*PACKAGES, TRANSFORMERS)
 
 
 class Peer(NamedTuple):
@@ -66,10 +66,10 @@ def read_peers(against: list[str], folder: Path) -> list[Peer]:
     peers: list[Peer] = []
     for text in against:
         peer = Peer(text.removesuffix(HALF), text.endswith(HALF))
-        if peer.engine not in CHOICES and text not in CHOICES:
+        if peer.engine not in CHOICES and text != OURS + HALF:
             raise InvalidOption(
                 f"--against is {text!r}: give {', '.join(CHOICES)}, or one of them with {HALF} "
-                "for half precision, or leave it out."
+                f"for half precision, or {OURS}{HALF}, or leave it out."
             )
         if peer in peers:
             raise InvalidOption(f"--against {text} is given twice: give it once.")
