@@ -8,9 +8,9 @@ that come with PyTorch convert it once and keep it:
     InOneDNN     the elements as they are, reordered
     InFloat16    (FBGEMM) the elements in float16, multiplied as float32: half the bytes to read
 
-A step with few tokens takes as long as reading the weights, so half the bytes take about half the
-time. Models are published in bfloat16 or float16. Such elements are also numbers of float16, so
-nothing is lost by keeping them so; `fits_float16` checks it.
+A product with few rows takes as long as reading the matrix, so half the bytes take less time. Most
+models are published in bfloat16 or float16. Their elements are numbers of float16 too, but for very
+small and very large ones, so almost nothing is lost by keeping them so; `fits_float16` checks it.
 
 The operators are not a public interface of PyTorch. Each form is therefore tested first; if its
 operators are missing or differ from `F.linear`, it is not used.
