@@ -14,6 +14,7 @@ and `import minipaged.scheduler` stay free of torch. A script for vLLM needs no 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from minipaged.utils.threads import choose_threads
 from minipaged.utils.vllm_modules import install
 
 __version__ = "0.1.0.dev0"
@@ -72,6 +73,7 @@ __all__ = [
 ]
 
 
+choose_threads()
 install()
 
 

@@ -1,7 +1,6 @@
-"""Runs a command: sets up streams and threads, and reports user errors in one sentence."""
+"""Runs a command: sets up streams, and reports user errors in one sentence."""
 
 import io
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,9 +14,6 @@ from minipaged.errors import MinipagedError
 
 def run(app: typer.Typer) -> NoReturn:
     """Run the requested command. A user error prints one sentence and exits with code 2."""
-    # Must be set before torch is imported: idle threads sleep instead of spinning. On a busy
-    # machine, spinning threads delay each other, and a step takes ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = lambda message, *_: f"minipaged: {message}\n"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

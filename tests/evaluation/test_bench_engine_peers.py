@@ -16,6 +16,7 @@ from minipaged.evaluation.bench import engine, engine_peer, engine_process, engi
 from minipaged.evaluation.bench.asked_process import AskedProcess
 from minipaged.evaluation.bench.engine_gguf import write_gguf
 from minipaged.evaluation.bench.engine_workload import QUICK, make_model
+from minipaged.utils.threads import CHOSEN
 
 FAKE = Path(__file__).parent.parent / "helpers" / "fake_peer.py"
 QUICKLY = ("bench", "engine", "--quick", "--rounds", "1", "--against", "openvino", "--peers")
@@ -275,3 +276,11 @@ def test_a_gguf_file_has_every_tensor_at_its_place(tmp_path, dtype):
     assert torch.equal(rows[0], wanted[0])  # a head of 32: rows 0, 16, 1, 17, ...
     assert torch.equal(rows[1], wanted[16])
     assert torch.equal(rows[34], wanted[33])
+
+
+@pytest.mark.parametrize(("python", "expected"), [(None, "chosen"), (Path(sys.executable), None)])
+def test_a_peer_gets_no_variable_that_this_library_has_chosen(monkeypatch, python, expected):
+    monkeypatch.setenv("A_WAIT_POLICY", "chosen")
+    monkeypatch.setitem(CHOSEN, "A_WAIT_POLICY", "chosen")
+    with AskedProcess("asked_program", {}, {}, python) as process:
+        assert process.ask("variable", 30, name="A_WAIT_POLICY") == {"found": expected}

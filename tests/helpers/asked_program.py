@@ -1,5 +1,6 @@
 """A program that answers requests, and starts another one, for the tests of `AskedProcess`."""
 
+import os
 import subprocess
 import time
 
@@ -15,5 +16,10 @@ def hang() -> None:
     time.sleep(600)
 
 
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
 if __name__ == "__main__":
-    answer({"start_another": start_another, "hang": hang, "exit": lambda: exit(3)})
+    functions = {"start_another": start_another, "hang": hang, "variable": variable}
+    answer({**functions, "exit": lambda: exit(3)})

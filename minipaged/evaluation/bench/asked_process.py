@@ -17,6 +17,7 @@ from threading import Event, Timer
 from typing import Any
 
 from minipaged.errors import MinipagedError
+from minipaged.utils.threads import CHOSEN
 
 SECONDS_TO_END = 20.0
 
@@ -32,8 +33,8 @@ class AskedProcess:
         module: its name; it calls `answer`.
         options: given to it as JSON.
         environment: added to this process's.
-        python: the interpreter of another environment. It runs the module's file, and finds only
-            the packages of its own environment.
+        python: the interpreter of another environment. It runs the module's file, finds only the
+            packages of its own environment, and gets no variable that this library has chosen.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class AskedProcess:
             assert found is not None
             assert found.origin is not None
             command = [str(python), "-I", found.origin]
-            variables.pop("PYTHONPATH", None)  # also for the processes that it starts
+            for ours in ("PYTHONPATH", *CHOSEN):  # also for the processes that it starts
+                variables.pop(ours, None)
+            variables.update(environment or {})
         # A process group of its own, so that `kill` also ends the processes that it started.
         self._process = subprocess.Popen(
             [*command, json.dumps(dict(options), default=str)],

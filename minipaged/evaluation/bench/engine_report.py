@@ -1,6 +1,5 @@
 """The results of `minipaged bench engine`: rows, a table, a caption, a picture."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from minipaged.errors import InvalidOption
 from minipaged.evaluation.bench.engine_workload import Workload
+from minipaged.utils.threads import describe_waiting
 
 READ = "a read of all weights"  # no step at batch 1 can be faster
 PICTURES = (".png", ".svg", ".pdf")
@@ -59,11 +59,10 @@ def refuse_what_cannot_be(dtype: str, save: Path | None, plot: Path | None) -> N
 def describe(workload: Workload, dtype: str, rounds: int, rows: list[Row]) -> str:
     """The caption of the table."""
     hf, requests = workload.hf, workload.mixed_requests()
-    waiting = os.environ.get("OMP_WAIT_POLICY", "not set")
     note = (
         f"A LLaMA with random weights ({hf['num_hidden_layers']} layers, hidden size "
         f"{hf['hidden_size']}), {dtype}, greedy; all in turn, each in its own process, median of "
-        f"rounds: {rounds}. OMP_WAIT_POLICY: {waiting}.\n"
+        f"rounds: {rounds}. Waiting threads: {describe_waiting()}.\n"
         f"Decode: {workload.new_tokens} tokens of each sequence, after a prompt of "
         f"{workload.prompt_len} and a first token that are not timed. Prefill: tokens of the "
         f"prompts. Prefix: {workload.num_sharing} requests at once, whose prompts begin with the "
