@@ -96,4 +96,6 @@ def rotate(
     The paper pairs neighbours; Hugging Face's converted weights have their rows reordered.
     """
     first, second = x.chunk(2, dim=-1)  # [tokens, any_heads, half]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    new_first = (first * cos).addcmul_(second, sin, value=-1)  # first cos - second sin
+    new_second = (second * cos).addcmul_(first, sin)  # second cos + first sin
+    return torch.cat((new_first, new_second), dim=-1)

@@ -283,4 +283,4 @@ def test_a_peer_gets_no_variable_that_this_library_has_chosen(monkeypatch, pytho
     monkeypatch.setenv("A_WAIT_POLICY", "chosen")
     monkeypatch.setitem(CHOSEN, "A_WAIT_POLICY", "chosen")
     with AskedProcess("asked_program", {}, {}, python) as process:
-        assert process.ask("variable", 30, name="A_WAIT_POLICY") == {"found": expected}
+        assert process.ask("variable", 30, name="A_WAIT_POLICY") == expected
