@@ -12,7 +12,7 @@ from commands import minipaged
 
 from minipaged.attention.backend import BACKENDS
 from minipaged.cli import bench_step
-from minipaged.evaluation.bench import budget, budget_counts
+from minipaged.evaluation.bench import budget, budget_counts, timing
 from minipaged.evaluation.bench.decode_step import TINY, build_engine
 from minipaged.models.linear import pack_weights
 from minipaged.models.llama import Llama
@@ -102,8 +102,8 @@ def measured(workload, change=lambda model: None) -> budget.Row:
 
 @pytest.fixture(autouse=True)
 def _small_machine(monkeypatch):
-    monkeypatch.setattr(budget, "BYTES_TO_READ", 2**20)
-    monkeypatch.setattr(budget, "MATRIX_SIZE", 64)
+    monkeypatch.setattr(timing, "BYTES_TO_READ", 2**20)
+    monkeypatch.setattr(timing, "MATRIX_SIZE", 64)
 
 
 def test_an_additional_operator_in_a_layer_is_counted():
@@ -203,11 +203,15 @@ def test_wake_ups_are_counted_only_if_waiting_threads_sleep(policy, monkeypatch)
     table = budget.as_table([row])
     shown = list(table.columns[-1].cells)
     if policy == "PASSIVE":
-        assert reason is None and row.wake_ups_per_layer is not None and shown != ["-"]
+        assert reason is None
+        assert row.wake_ups_per_layer is not None
+        assert shown != ["-"]
     else:
-        assert reason is not None and "spin" in reason
+        assert reason is not None
+        assert "spin" in reason
         assert reason in budget.describe(TINY, torch.float32, "auto", [row])
-        assert row.wake_ups_per_layer is None and shown == ["-"]
+        assert row.wake_ups_per_layer is None
+        assert shown == ["-"]
 
 
 def test_a_system_without_counts_is_named(monkeypatch, tmp_path):
@@ -248,7 +252,7 @@ def test_the_table_names_each_workload(capsys, monkeypatch):
         (["--budget", "--num-seqs", "3"], "leave out --num-seqs"),
         (["--budget", "--tensor-parallel-size", "2"], "leave out --tensor-parallel-size"),
         (["--budget", "--model", "storyteller"], "leave out --model"),
-        (["--budget", "--context-len", "9000"], "context_len is 9000, above"),
+        (["--budget", "--context-len", "9000"], "--context-len is 9000, above"),
         (["--budget", "--dtype", "bfloat16", "--weight-dtype", "float16"], "choose others"),
         (["--weight-dtype", "float16"], "an option of --budget"),
     ],

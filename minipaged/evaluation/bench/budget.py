@@ -8,11 +8,12 @@ Bytes and operations are counted from the model as it is in memory and from the 
 (`StepInput`), operators where PyTorch dispatches them, and wake-ups by Linux.
 """
 
+import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.table import Table
@@ -29,7 +30,7 @@ from minipaged.evaluation.bench.budget_counts import (
     why_no_wake_ups,
 )
 from minipaged.evaluation.bench.decode_step import build_engine
-from minipaged.evaluation.bench.timing import median_seconds
+from minipaged.evaluation.bench.timing import cpu_speed
 from minipaged.models.linear import Linear
 from minipaged.models.llama import Llama, LlamaConfig
 from minipaged.models.packed import InFloat16, works
@@ -38,8 +39,6 @@ from minipaged.scheduler.output import StepInput
 
 PARTS = ("matrices", "attention", "other", "host")
 CPU = torch.device("cpu")
-BYTES_TO_READ = 2**28  # more than fits in caches
-MATRIX_SIZE = 2048
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ def measure(
     for workload in workloads:
         chunk = None if workload.decodes else workload.num_tokens  # None: all prompts in one step
         sizes = workload.num_seqs, workload.prompt_len, CPU, dtype, False, weight_dtype, chunk
-        engine = build_engine(config, "torch", *sizes)
-        yield measure_workload(engine, workload)
+        yield measure_workload(build_engine(config, "torch", *sizes), workload)
+        gc.collect()  # wrapped calls refer to the engine in cycles: free it before the next one
 
 
 def measure_workload(engine: LLMEngine, workload: Workload) -> Row:
@@ -123,7 +122,7 @@ def measure_workload(engine: LLMEngine, workload: Workload) -> Row:
     watch = _Stopwatch(engine)
     with counted_operators(model.layers[-1]) as operators:
         list(_serve(engine, watch, replace(workload, num_steps=1)))  # also warms up
-    bandwidth, rate = measure_machine(model.dtype)
+    bandwidth, rate = cpu_speed(model.dtype)
     steps = sorted(_serve(engine, watch, workload), key=lambda step: step.seconds)
     median = steps[len(steps) // 2]
     num_bytes, num_operations = (f(model, median.step) for f in (count_bytes, count_operations))
@@ -143,15 +142,6 @@ def measure_workload(engine: LLMEngine, workload: Workload) -> Row:
         operators.num_views,
         None if why_no_wake_ups() else median.wake_ups / num_layers,
     )
-
-
-def measure_machine(dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per second of a plain read, and operations per second of a large matrix product."""
-    numbers = torch.ones(BYTES_TO_READ // 4)
-    matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype)
-    works = {"read": numbers.max, "product": lambda: matrix @ matrix}
-    seconds = median_seconds(works, CPU, rounds=5)
-    return BYTES_TO_READ / seconds["read"], 2 * MATRIX_SIZE**3 / seconds["product"]
 
 
 # ------------------------------------------------------------------------------------- the steps
@@ -188,7 +178,7 @@ class _Stopwatch:
         runner.backend = replace(runner.backend, **attention)
         for module in runner.model.modules():
             if hasattr(module, "backend"):
-                module.backend = runner.backend
+                cast(Any, module).backend = runner.backend
             if isinstance(module, Linear) and module is not runner.model.head:
                 module.forward = self._timed("matrices", module.forward)
         runner.model.logits = self._timed("matrices", runner.model.logits)
@@ -267,9 +257,9 @@ def describe(
 
 def as_table(rows: list[Row]) -> Table:
     """The rows as a table."""
-    table = Table(box=None, padding=(0, 1))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("step", no_wrap=True)
-    titles = ("reads", "operations", "floor", "by", "step", "gap", *PARTS)
+    titles = ("reads", "GFLOP", "floor", "by", "step", "gap", *PARTS)
     for title in (*titles, "operators", "views", "wake-ups"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
@@ -278,9 +268,9 @@ def as_table(rows: list[Row]) -> Table:
         table.add_row(
             f"{what} after {row.context_len:,}",
             f"{1e-6 * row.num_bytes:,.0f} MB",
-            f"{1e-9 * row.num_operations:,.2f} G",
+            f"{1e-9 * row.num_operations:,.2f}",
             f"{1e3 * row.floor_seconds:,.1f} ms",
-            "bytes" if row.read_seconds > row.compute_seconds else "operations",
+            "bytes" if row.read_seconds > row.compute_seconds else "GFLOP",
             f"{1e3 * row.seconds:,.1f} ms",
             f"{row.seconds / row.floor_seconds:.2f} x",
             *(f"{row.parts[part] / row.floor_seconds:.2f}" for part in PARTS),

@@ -9,7 +9,7 @@ wake-ups    by Linux, which counts how often a thread has slept
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class OperatorCount(TorchDispatchMode):
 
 
 @contextmanager
-def counted_operators(module: nn.Module) -> Iterator[OperatorCount]:
+def counted_operators(module: nn.Module) -> Generator[OperatorCount]:
     """Count the operators of the last call of this module within the block."""
     operators = OperatorCount()
     forward = module.forward

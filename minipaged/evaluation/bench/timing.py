@@ -7,12 +7,17 @@ code therefore runs interleaved, A B C A B C ..., and only ratios within one run
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
 
 import torch
 
+from minipaged.models import packed
+
 Work = Callable[[], object]
 _SHORTEST = 2e-3  # minimum seconds of a measurement: the work is repeated until then
+BYTES_TO_READ = 2**28  # more than fits in caches
+MATRIX_SIZE = 1024
 
 
 def median_seconds(
@@ -86,3 +91,20 @@ def copy_work(device: torch.device) -> tuple[Work, int]:
     source = torch.ones(numbers, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.numel() * source.itemsize
+
+
+def cpu_speed(dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes per second of a plain read, and operations per second of a large matrix product.
+
+    The product is the fastest of those that a model may use: plain, or with a packed matrix.
+    """
+    device = torch.device("cpu")
+    numbers = torch.ones(BYTES_TO_READ // 4)
+    matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype)
+    products: dict[str, Work] = {"plain": lambda: matrix @ matrix}
+    for form in (packed.InOneDNN, packed.InFloat16):
+        if packed.works(form, dtype):
+            products[form.__name__] = partial(form(matrix, None).multiply, matrix)
+    seconds = median_seconds({"read": numbers.max, **products}, device, rounds=7)
+    fastest = min(seconds[name] for name in products)
+    return BYTES_TO_READ / seconds["read"], 2 * MATRIX_SIZE**3 / fastest
