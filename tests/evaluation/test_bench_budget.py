@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,12 +92,16 @@ def test_operators_are_counted_apart_from_views_and_inside_composed_ones():
     assert operators.num_views > 2
 
 
-def measured(workload, change=lambda model: None) -> budget.Row:
+def model_of(engine) -> Any:
+    return engine.executor.runner.model
+
+
+def measured(workload, change=lambda engine: None) -> budget.Row:
     engine = build_engine(
         *(TINY, "torch", workload.num_seqs, workload.prompt_len, budget.CPU, torch.float32, False),
         max_num_batched_tokens=None if workload.decodes else workload.num_tokens,
     )
-    change(engine.executor.runner.model)
+    change(engine)
     return budget.measure_workload(engine, workload)
 
 
@@ -107,8 +112,8 @@ def _small_machine(monkeypatch):
 
 
 def test_an_additional_operator_in_a_layer_is_counted():
-    def negate_twice(model):
-        model.layers[-1].mlp.activation = lambda x: F.silu(x).neg().neg()
+    def negate_twice(engine):
+        model_of(engine).layers[-1].mlp.activation = lambda x: F.silu(x).neg().neg()
 
     workload = budget.Workload(2, 1, 9, num_steps=2)
     before, after = measured(workload), measured(workload, negate_twice)
@@ -126,6 +131,49 @@ def test_the_parts_of_a_step_add_up(workload):
     assert min(row.parts.values()) > 0
     assert row.floor_seconds == max(row.read_seconds, row.compute_seconds) > 0
     assert 10 < row.operators_per_layer < 100
+
+
+SLOW = 0.03
+
+
+def slowly(call):
+    def slow_call(*args):
+        time.sleep(SLOW)
+        return call(*args)
+
+    return slow_call
+
+
+def slow(owner, name):
+    setattr(owner, name, slowly(getattr(owner, name)))
+
+
+def slow_attention(engine):
+    runner = engine.executor.runner
+    runner.backend = replace(runner.backend, paged_attention=slowly(runner.backend.paged_attention))
+
+
+def slow_head(engine):
+    model = model_of(engine)
+    slow(*((model, "logits") if model.head is None else (model.head, "forward")))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("matrices", lambda engine: slow(model_of(engine).layers[0].mlp.down_proj, "forward")),
+        ("matrices", slow_head),
+        ("attention", slow_attention),
+        ("other", lambda engine: slow(model_of(engine).rotary, "forward")),
+        ("other", lambda engine: slow(engine.sampler, "sample")),
+        ("host", lambda engine: slow(engine.executor.runner.batches, "lay_out")),
+        ("host", lambda engine: slow(engine.scheduler, "schedule")),
+    ],
+)
+def test_a_slow_call_belongs_to_its_part(part, change):
+    row = measured(budget.Workload(2, 1, 9, num_steps=1), change)
+    assert row.parts[part] >= SLOW
+    assert min(row.parts.values()) > 0
 
 
 def test_a_chunk_of_a_prompt_is_measured_with_the_tokens_before_it():
@@ -167,28 +215,33 @@ def test_a_thread_that_a_layer_wakes_is_counted(monkeypatch):
     wake, has_slept, is_over = threading.Semaphore(0), threading.Semaphore(0), False
 
     def sleep_when_woken():
+        for _ in range(1000):  # before the step: not counted
+            time.sleep(1e-6)
+        has_slept.release()
         while wake.acquire() and not is_over:
             time.sleep(0.001)
             has_slept.release()
 
-    def wakes_a_thread(model):
-        forward = model.layers[0].forward
+    def wakes_a_thread(engine):
+        layer = model_of(engine).layers[0]
+        forward = layer.forward
 
         def wake_then_forward(*args):
             wake.release()
             has_slept.acquire()
             return forward(*args)
 
-        model.layers[0].forward = wake_then_forward
+        layer.forward = wake_then_forward
 
     thread = threading.Thread(target=sleep_when_woken)
     thread.start()
+    has_slept.acquire()
     row = measured(budget.Workload(1, 1, 9, num_steps=3), wakes_a_thread)
     is_over = True
     wake.release()
     thread.join()
     assert row.wake_ups_per_layer is not None
-    assert row.wake_ups_per_layer >= 1 / TINY.num_layers
+    assert 1 <= row.wake_ups_per_layer * TINY.num_layers < 1000
 
 
 @pytest.mark.parametrize("policy", ["ACTIVE", "PASSIVE", None])
