@@ -30,7 +30,7 @@ from minipaged.evaluation.bench.budget_counts import (
     why_no_wake_ups,
 )
 from minipaged.evaluation.bench.decode_step import build_engine
-from minipaged.evaluation.bench.timing import cpu_speed
+from minipaged.evaluation.bench.timing import CPUSpeed
 from minipaged.models.linear import Linear
 from minipaged.models.llama import Llama, LlamaConfig
 from minipaged.models.packed import InFloat16, works
@@ -116,17 +116,20 @@ def measure(
 
 
 def measure_workload(engine: LLMEngine, workload: Workload) -> Row:
-    """Measure one workload. The machine's speed is measured just before, since it changes."""
+    """Measure one workload, and the machine's speed after each step, since it changes."""
     model = engine.executor.runner.model
     assert isinstance(model, Llama), "the benchmark's model is a Llama"
     watch = _Stopwatch(engine)
     with counted_operators(model.layers[-1]) as operators:
         list(_serve(engine, watch, replace(workload, num_steps=1)))  # also warms up
-    bandwidth, rate = cpu_speed(model.dtype)
-    steps = sorted(_serve(engine, watch, workload), key=lambda step: step.seconds)
+    speed, steps = CPUSpeed(model.dtype), list[_Step]()
+    for step in _serve(engine, watch, workload):
+        steps.append(step)
+        speed.measure()
+    steps.sort(key=lambda step: step.seconds)
     median = steps[len(steps) // 2]
     num_bytes, num_operations = (f(model, median.step) for f in (count_bytes, count_operations))
-    num_layers = model.config.num_layers
+    bandwidth, rate = speed.medians()
     return Row(
         workload.num_seqs,
         workload.num_tokens,
@@ -140,7 +143,7 @@ def measure_workload(engine: LLMEngine, workload: Workload) -> Row:
         median.parts,
         operators.num_operators,
         operators.num_views,
-        None if why_no_wake_ups() else median.wake_ups / num_layers,
+        None if why_no_wake_ups() else median.wake_ups / model.config.num_layers,
     )
 
 
@@ -244,7 +247,7 @@ def describe(
     reason = why_no_wake_ups()
     return (
         f"{config.num_layers} layers, hidden size {config.hidden_size}, {name}, weights in {kept}. "
-        f"Before each row: a plain read, {reads[0]:.1f} to {reads[-1]:.1f} GB/s, "
+        f"Between the steps: a plain read, {reads[0]:.1f} to {reads[-1]:.1f} GB/s, "
         f"and a large matrix product, {computes[0]:.0f} to {computes[-1]:.0f} GFLOP/s. The floor "
         "is the longer of the times to read the bytes and to do the operations at these rates.\n"
         '"gap": the step over its floor, and the sum of its four parts: linear layers and logits; '

@@ -93,18 +93,23 @@ def copy_work(device: torch.device) -> tuple[Work, int]:
     return lambda: target.copy_(source), 2 * source.numel() * source.itemsize
 
 
-def cpu_speed(dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per second of a plain read, and operations per second of a large matrix product.
+class CPUSpeed:
+    """The speed of a plain read and of a large matrix product, measured again and again."""
 
-    The product is the fastest of those that a model may use: plain, or with a packed matrix.
-    """
-    device = torch.device("cpu")
-    numbers = torch.ones(BYTES_TO_READ // 4)
-    matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype)
-    products: dict[str, Work] = {"plain": lambda: matrix @ matrix}
-    for form in (packed.InOneDNN, packed.InFloat16):
-        if packed.works(form, dtype):
-            products[form.__name__] = partial(form(matrix, None).multiply, matrix)
-    seconds = median_seconds({"read": numbers.max, **products}, device, rounds=7)
-    fastest = min(seconds[name] for name in products)
-    return BYTES_TO_READ / seconds["read"], 2 * MATRIX_SIZE**3 / fastest
+    def __init__(self, dtype: torch.dtype) -> None:
+        numbers = torch.ones(BYTES_TO_READ // 4)
+        matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype)
+        self._works: dict[str, Work] = {"read": numbers.max, "plain": lambda: matrix @ matrix}
+        for form in (packed.InOneDNN, packed.InFloat16):
+            if packed.works(form, dtype):
+                self._works[form.__name__] = partial(form(matrix, None).multiply, matrix)
+        self._rounds: list[dict[str, float]] = []
+
+    def measure(self) -> None:
+        """Measure each once more."""
+        self._rounds.append(median_seconds(self._works, torch.device("cpu"), rounds=1))
+
+    def medians(self) -> tuple[float, float]:
+        """Bytes per second, and operations per second of the fastest product, plain or packed."""
+        read, *products = (statistics.median(r[name] for r in self._rounds) for name in self._works)
+        return BYTES_TO_READ / read, 2 * MATRIX_SIZE**3 / min(products)
