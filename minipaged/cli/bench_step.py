@@ -1,13 +1,18 @@
-"""`minipaged bench step`: the parts of a decode step, on one process or several ranks."""
+"""`minipaged bench step`: the parts of a decode step, or the budget of steps on a CPU."""
 
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from minipaged.cli.bench_options import DType, Save, choose, choose_context, report
 from minipaged.cli.options import AsJson, Device, engine_flag
-from minipaged.config import EngineArgs
+from minipaged.config import EngineArgs, WeightDType
 from minipaged.errors import InvalidOption
+
+if TYPE_CHECKING:
+    import torch
 
 
 def step(
@@ -32,6 +37,16 @@ def step(
     model: Annotated[
         str | None, typer.Option(help="Model for several ranks. Default: random weights.")
     ] = None,
+    budget: Annotated[
+        bool,
+        typer.Option(
+            "--budget", help="Compare steps on a CPU with what they must read and compute."
+        ),
+    ] = False,
+    weight_dtype: Annotated[
+        Literal["auto", "float16"],
+        typer.Option(help="How --budget keeps the weights; auto: in the data type."),
+    ] = "auto",
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
@@ -42,6 +57,12 @@ def step(
     from minipaged.evaluation.bench import decode_step, rank_step
 
     where, chosen, on_gpu = choose(device, dtype)
+    if budget:
+        _refuse_what_a_budget_lacks(on_gpu, num_seqs, tensor_parallel_size, model)
+        _report_budget(chosen, context_len, quick, weight_dtype, save, as_json)
+        return
+    if weight_dtype != "auto":
+        raise InvalidOption("--weight-dtype is an option of --budget: add it.")
     if tensor_parallel_size != 1:
         _refuse_what_ranks_lack(tensor_parallel_size, on_gpu, model, quick)
         subject = rank_step.Subject.of(model, quick)
@@ -76,3 +97,40 @@ def _refuse_what_ranks_lack(size: int, on_gpu: bool, model: str | None, quick: b
         )
     if model is not None and quick:
         raise InvalidOption("--model and --quick both choose the model: leave out one of them.")
+
+
+def _refuse_what_a_budget_lacks(
+    on_gpu: bool, num_seqs: int | None, size: int, model: str | None
+) -> None:
+    if on_gpu:
+        raise InvalidOption(
+            "--budget measures steps on a CPU, and the device is a GPU: use --device cpu."
+        )
+    given = {"--num-seqs": num_seqs, "--tensor-parallel-size": size != 1, "--model": model}
+    for name, value in given.items():
+        if value:
+            raise InvalidOption(
+                f"--budget has its own model, on one process, with 1, 8 and 32 sequences: leave "
+                f"out {name}."
+            )
+
+
+def _report_budget(
+    dtype: "torch.dtype",
+    context_len: int | None,
+    quick: bool,
+    weight_dtype: WeightDType,
+    save: Path | None,
+    as_json: bool,
+) -> None:
+    from minipaged.evaluation.bench import budget, decode_step
+
+    config = decode_step.TINY if quick else decode_step.SMALL
+    longest = config.max_position_embeddings - 2 * decode_step.STEPS
+    workloads = budget.QUICK_WORKLOADS if quick else budget.WORKLOADS
+    if context_len is not None:
+        decoded = choose_context(context_len, longest, context_len)
+        workloads = [replace(w, context_len=decoded) if w.decodes else w for w in workloads]
+    rows = list(budget.measure(config, workloads, dtype, weight_dtype))
+    note = budget.describe(config, dtype, weight_dtype, rows)
+    report(rows, budget.as_table(rows), note, budget.CPU, save, as_json)

@@ -24,7 +24,7 @@ from minipaged.attention.backend import BACKENDS, choose_backend
 from minipaged.attention.batch import HostBatch
 from minipaged.attention.device_batch import DeviceBatchBuilder, choose_builder
 from minipaged.attention.kv_cache import KVCache
-from minipaged.config import EngineConfig
+from minipaged.config import EngineConfig, WeightDType
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.parts import Parts
 from minipaged.evaluation.bench.timing import copy_work, median_seconds
@@ -99,17 +99,14 @@ def measure(
     for backend in backends:
         chosen = choose_backend(backend, device, config.head_dim)
         can_record = device.type == "cuda" and chosen.cuda_graph_safe
-        for with_graphs in graphs or (False, True)[: 1 + can_record]:
-            engine = build_engine(
-                config, backend, num_seqs, context_len, device, dtype, with_graphs
-            )
-            timed = _time_steps(engine, num_seqs, context_len)
-            seconds, model_seconds, parts, tokens = timed
+        for recorded in graphs or (False, True)[: 1 + can_record]:
+            engine = build_engine(config, backend, num_seqs, context_len, device, dtype, recorded)
+            seconds, model_seconds, parts, tokens = _time_steps(engine, num_seqs, context_len)
             keys = config.kv_bytes_per_token(dtype.itemsize) * num_seqs
             num_bytes = _num_weights(config) * dtype.itemsize + keys * (context_len + STEPS // 2)
             yield Row(
                 backend,
-                with_graphs,
+                recorded,
                 num_seqs,
                 context_len,
                 seconds,
@@ -137,6 +134,8 @@ def build_engine(
     device: torch.device,
     dtype: torch.dtype,
     with_graphs: bool,
+    weight_dtype: WeightDType = "auto",
+    max_num_batched_tokens: int | None = None,
 ) -> LLMEngine:
     """Build an engine with a random model and room for `num_seqs` sequences."""
     backend = choose_backend(backend_name, device, config.head_dim)
@@ -144,7 +143,7 @@ def build_engine(
     with torch.device(device):
         model = Llama(config, backend).to(device, dtype).eval().requires_grad_(False)
     if device.type == "cpu":
-        pack_weights(model)
+        pack_weights(model, weight_dtype)
     # Made on the CPU, and not rounded with the weights.
     model.rotary.frequencies = rope_frequencies(config.rope, config.head_dim).to(device)
     longest = context_len + STEPS + 8
@@ -153,7 +152,8 @@ def build_engine(
         num_swap_blocks=0,
         max_model_len=longest,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=num_seqs * context_len,  # all prompts in one step: then all decode
+        # By default all prompts in one step: then all decode
+        max_num_batched_tokens=max_num_batched_tokens or num_seqs * context_len,
         enable_prefix_caching=False,
         watermark=0.0,
     )

@@ -7,12 +7,17 @@ code therefore runs interleaved, A B C A B C ..., and only ratios within one run
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
 
 import torch
 
+from minipaged.models import packed
+
 Work = Callable[[], object]
 _SHORTEST = 2e-3  # minimum seconds of a measurement: the work is repeated until then
+BYTES_TO_READ = 2**28  # more than fits in caches
+MATRIX_SIZE = 1024
 
 
 def median_seconds(
@@ -86,3 +91,25 @@ def copy_work(device: torch.device) -> tuple[Work, int]:
     source = torch.ones(numbers, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.numel() * source.itemsize
+
+
+class CPUSpeed:
+    """The speed of a plain read and of a large matrix product, measured again and again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        numbers = torch.ones(BYTES_TO_READ // 4)
+        matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype)
+        self._works: dict[str, Work] = {"read": numbers.max, "plain": lambda: matrix @ matrix}
+        for form in (packed.InOneDNN, packed.InFloat16):
+            if packed.works(form, dtype):
+                self._works[form.__name__] = partial(form(matrix, None).multiply, matrix)
+        self._rounds: list[dict[str, float]] = []
+
+    def measure(self) -> None:
+        """Measure each once more."""
+        self._rounds.append(median_seconds(self._works, torch.device("cpu"), rounds=1))
+
+    def medians(self) -> tuple[float, float]:
+        """Bytes per second, and operations per second of the fastest product, plain or packed."""
+        read, *products = (statistics.median(r[name] for r in self._rounds) for name in self._works)
+        return BYTES_TO_READ / read, 2 * MATRIX_SIZE**3 / min(products)
