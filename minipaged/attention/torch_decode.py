@@ -30,9 +30,8 @@ Way = Literal["gathered", "in place"]
 # Elements to gather at a time, at most. A copy of this size is still in the processor's cache when
 # attention reads it.
 NUMBERS_AT_ONCE = 2**20
-# Fewest elements for in place: below, launching operations and waking threads dominates.
+# Fewest elements for in place: below, launching operations dominates.
 FEWEST_IN_PLACE = 2**17
-FEWEST_FOR_SEVERAL_THREADS = 2**19
 # Smallest part of the range of blocks that must be in use for in place: the rest is wasted work.
 LEAST_IN_USE = 2 / 3
 # Most entries per block for in place, in a table of all sequences padded to the longest.
@@ -222,9 +221,8 @@ def _is_possible(k_cache: KVPool, dtype: torch.dtype) -> bool:
 
 def _is_worth_it(num_keys: int, k_cache: KVPool, num_heads: int) -> bool:
     _, kv_heads, _, head_dim = k_cache.shape
-    fewest = FEWEST_IN_PLACE if torch.get_num_threads() == 1 else FEWEST_FOR_SEVERAL_THREADS
     numbers = num_keys * kv_heads * head_dim
-    return numbers >= fewest and num_heads <= LARGEST_GROUP * kv_heads
+    return numbers >= FEWEST_IN_PLACE and num_heads <= LARGEST_GROUP * kv_heads
 
 
 def _prepare_in_place(

@@ -57,7 +57,6 @@ def prepared_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch
 def always_in_place(module: ModuleType) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "FEWEST_IN_PLACE", 0)
-        patch.setattr(module, "FEWEST_FOR_SEVERAL_THREADS", 0)
         patch.setattr(module, "LEAST_IN_USE", 0.0)
         patch.setattr(module, "MOST_ENTRIES", 1000)
         patch.setattr(module, "LARGEST_GROUP", 1000)

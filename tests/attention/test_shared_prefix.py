@@ -88,7 +88,6 @@ WAYS = {
     "gathered in small pieces": {"NUMBERS_AT_ONCE": 2**8},
     "in place": {
         "FEWEST_IN_PLACE": 0,
-        "FEWEST_FOR_SEVERAL_THREADS": 0,
         "LEAST_IN_USE": 0,
         "MOST_ENTRIES": 1000,
         "LARGEST_GROUP": 1000,
