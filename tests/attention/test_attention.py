@@ -400,7 +400,6 @@ def test_a_deliberate_fault_is_caught(
 
 ALWAYS_IN_PLACE = [
     ("= 2**17", "= 0"),
-    ("= 2**19", "= 0"),
     ("= 2 / 3", "= 0.0"),
     ("GROUP = 3", "GROUP = 1000"),
     ("ENTRIES = 4", "ENTRIES = 1000"),
