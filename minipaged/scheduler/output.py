@@ -61,7 +61,9 @@ class SequenceInput(NamedTuple):
     # one that row r of the step before sampled, which only the device knows yet.
     token_ids: list[int]
     context_len: int  # tokens of the sequence whose keys and values are in the cache
-    block_table: list[int]  # physical blocks, in logical order
+    # Physical blocks, in logical order. This is the memory's own list: later decisions change it,
+    # and a receiver that keeps it has to copy it.
+    block_table: list[int]
     num_logits: int = 1  # return the logits of this many of its last tokens
 
 
