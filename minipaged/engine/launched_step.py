@@ -43,7 +43,7 @@ def step_input(
         wants_all = request.num_prompt_logprobs is not None and request.wants_prompt_logits(seq)
         num_logits = num_new_tokens if wants_all else 1  # also for a chunk: see `broken_logits`
         new = seq.token_ids[start : start + num_new_tokens]
-        blocks = tables[seq.seq_id].blocks
+        blocks = tables[seq.seq_id].blocks.copy()
         sequences.append(SequenceInput(seq.seq_id, new, start, blocks, num_logits))
     return StepInput(tuple(sequences), decision.swap_out, decision.swap_in, decision.copies)
 

@@ -61,9 +61,7 @@ class SequenceInput(NamedTuple):
     # one that row r of the step before sampled, which only the device knows yet.
     token_ids: list[int]
     context_len: int  # tokens of the sequence whose keys and values are in the cache
-    # Physical blocks, in logical order. This is the memory's own list: later decisions change it,
-    # and a receiver that keeps it has to copy it.
-    block_table: list[int]
+    block_table: list[int]  # physical blocks, in logical order
     num_logits: int = 1  # return the logits of this many of its last tokens
 
 

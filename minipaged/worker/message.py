@@ -34,7 +34,7 @@ class StepEncoder:
             new = table[num_known:]
             counts = len(token_ids), num_known, len(new)
             numbers += (seq_id, context_len, num_logits, *counts, *token_ids, *new)
-            tables[seq_id] = table.copy()
+            tables[seq_id] = table
         self._tables = tables
         return numbers
 

@@ -144,15 +144,6 @@ def test_a_table_row_is_rewritten_only_where_it_changed():
     assert row[:3].tolist() == [99, 7, 5]
 
 
-def test_a_table_that_the_memory_changes_in_place_is_noticed():
-    builder, table = BatchBuilder(2, 8, 4), [3, 7]
-    builder.build([query(0, [1] * 8, 0, table)])
-    table[1] = 6
-    table.append(5)
-    batch = builder.build([query(0, [1], 8, table)])
-    assert batch.block_tables.tolist() == [[3, 6, 5]]
-
-
 def test_only_changed_entries_are_sent_to_a_device():
     builder = OnDevice(2, 8, 4)
     changed = []

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from copy import deepcopy
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -95,7 +94,6 @@ class _StubExecutor:
         device.num_launched += 1
         number = device.num_launched
         device.note("launch", number)
-        step = deepcopy(step)  # block tables grow before it is computed
 
         def compute() -> torch.Tensor:
             device.before_step(number)
