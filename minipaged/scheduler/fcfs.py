@@ -165,7 +165,7 @@ class FCFSScheduler:
         for group in self.running:
             if group.is_decoding:
                 for seq in group.sequences:
-                    draft.sequences.append(ScheduledSequence(group, seq, 1, True))
+                    draft.sequences.append(ScheduledSequence(group, seq, 1, samples=True))
                 draft.tokens_left -= len(group.sequences)
             else:
                 prompts.append(group)
