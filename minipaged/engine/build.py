@@ -20,6 +20,7 @@ from minipaged.models.loader import build_empty, load_model, read_model_config
 from minipaged.models.parallel import refuse_uneven_parts
 from minipaged.sampling.sampler import Sampler
 from minipaged.tokenizer.load import open_tokenizer
+from minipaged.utils.device import warn_if_bfloat16_is_slow
 from minipaged.worker.cache_size import SWAP_BYTES, refuse_large_tables, refuse_more_than_memory
 from minipaged.worker.cuda_graphs import choose_graphs
 from minipaged.worker.executor import Executor, MultiExecutor, UniExecutor
@@ -53,6 +54,7 @@ def build_engine(args: LLMArgs, folders: Folders) -> LLMEngine:
             random_weights=args.load_format == "dummy",
             part=executor.part,
         )
+        warn_if_bfloat16_is_slow(model.dtype, device)
         if device.type == "cpu":
             pack_weights(model, args.weight_dtype)
         if tokenizer is not None:

@@ -1,6 +1,8 @@
 """Choosing the device, measuring its memory, and copying data to it without waiting."""
 
 import os
+import platform
+import warnings
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +42,26 @@ def choose_device(name: str) -> torch.device:
             "device",
         )
     return device
+
+
+def warn_if_bfloat16_is_slow(dtype: torch.dtype, device: torch.device) -> None:
+    """Warn if this processor has to convert every bfloat16 number, to multiply it in float32."""
+    if dtype is torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16():
+        warnings.warn(
+            "this processor has no instructions for bfloat16, so the model is slower than in "
+            "float32: leave out dtype.",
+            stacklevel=2,
+        )
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16, as far as PyTorch can tell."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    # Not a public interface of PyTorch, so one of them may be missing.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    found = [getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name)]
+    return any(found) or not found
 
 
 def physical_memory() -> int:

@@ -1,6 +1,8 @@
 """Every option and part under every kind of memory: it has an effect, or it is refused by name."""
 
+import warnings
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -21,6 +23,7 @@ from minipaged.memory.baselines.pages import HUGE_PAGE, SMALL_PAGE, why_no_pages
 from minipaged.memory.baselines.virtual import VIRTUAL
 from minipaged.models.linear import Linear
 from minipaged.scheduler.fcfs import FCFSScheduler, youngest
+from minipaged.utils import device
 
 KINDS = get_args(MemoryKind)
 PROMPTS = [[5 + n] * (7 * n + 1) for n in range(6)]
@@ -332,3 +335,32 @@ def test_refusals_name_options_and_parts_that_exist():
     for kind in KINDS:
         assert {unused.name for unused in UNUSED_PARTS[kind]} <= names
         assert {unused.name for unused in UNUSED_OPTIONS[kind]} <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_on_a_processor_without_it_is_called_slow(folder, monkeypatch, supported):
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda: supported)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LLM(folder, dtype="bfloat16", device="cpu", num_blocks=8)
+        LLM(folder, dtype="float32", device="cpu", num_blocks=8)
+    said = [str(each.message) for each in caught if "bfloat16" in str(each.message)]
+    assert said == [] if supported else "leave out dtype" in said[0]
+    assert len(said) == (0 if supported else 1)
+
+
+@pytest.mark.parametrize(
+    ("machine", "found", "expected"),
+    [
+        ("x86_64", {"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": False}, False),
+        ("x86_64", {"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": True}, True),
+        ("AMD64", {"_is_avx512_bf16_supported": True}, True),
+        ("x86_64", {}, True),  # unknown
+        ("arm64", {"_is_avx512_bf16_supported": False}, True),
+    ],
+)
+def test_a_processor_without_bfloat16_is_recognised(monkeypatch, machine, found, expected):
+    monkeypatch.setattr(device.platform, "machine", lambda: machine)
+    answers = {name: (lambda is_there=is_there: is_there) for name, is_there in found.items()}
+    monkeypatch.setattr(torch, "cpu", SimpleNamespace(**answers))
+    assert device.multiplies_bfloat16() is expected
