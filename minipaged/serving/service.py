@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import Response
@@ -31,6 +31,7 @@ from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_prompt import chat_prompt
 from minipaged.utils.options import shown
 
+PIECE_BYTES = 2**18
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -190,6 +191,12 @@ class Service:
         return Answer(reply, stream)
 
 
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    """A large reply in pieces, so that sending it does not block the event loop."""
+    for start in range(0, len(body), PIECE_BYTES):
+        yield body[start : start + PIECE_BYTES]
+
+
 class Answer(Response):
     """A reply, whole or as server-sent events. It always closes its stream."""
 
@@ -207,7 +214,10 @@ class Answer(Response):
                 response = StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
                 await response.stream_response(send)
             else:
-                await JSONResponse(await self._reply.whole(self._stream))(scope, receive, send)
+                body = await self._reply.whole(self._stream)
+                headers = {"Content-Length": str(len(body))}
+                response = StreamingResponse(_pieces(body), 200, headers, "application/json")
+                await response.stream_response(send)
         except ClientLeft:
             pass  # no one is left to be told, and it is no fault: the metrics count an abort
         finally:
