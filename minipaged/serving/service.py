@@ -191,7 +191,7 @@ class Service:
         return Answer(reply, stream)
 
 
-async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+async def pieces(body: bytes) -> AsyncIterator[bytes]:
     """A large reply in pieces, so that sending it does not block the event loop."""
     for start in range(0, len(body), PIECE_BYTES):
         yield body[start : start + PIECE_BYTES]
@@ -216,7 +216,7 @@ class Answer(Response):
             else:
                 body = await self._reply.whole(self._stream)
                 headers = {"Content-Length": str(len(body))}
-                response = StreamingResponse(_pieces(body), 200, headers, "application/json")
+                response = StreamingResponse(pieces(body), 200, headers, "application/json")
                 await response.stream_response(send)
         except ClientLeft:
             pass  # no one is left to be told, and it is no fault: the metrics count an abort
