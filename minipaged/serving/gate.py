@@ -39,7 +39,7 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._expect_head()
         # uvicorn stops reading when the next request arrives before the response has been sent.
-        # Then nobody would notice that the client leaves.
+        # Then a client that leaves would not be noticed.
         if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < AHEAD_BYTES:
             self.flow.resume_reading()
 
