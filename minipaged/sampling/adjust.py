@@ -52,10 +52,12 @@ def adjust(
 def bad_word_ends(row: SamplingRow) -> list[int]:
     """Return the tokens that would complete a bad word."""
     output = row.output_token_ids
+    last = output[-1] if output else None
     return [
-        last
-        for *beginning, last in row.bad_words
-        if list(output[max(0, len(output) - len(beginning)) :]) == beginning
+        word[-1]
+        for word in row.bad_words  # up to thousands: most do not pass the first comparison
+        if len(word) == 1
+        or (word[-2] == last and list(output[max(0, len(output) + 1 - len(word)) :]) == word[:-1])
     ]
 
 

@@ -51,7 +51,7 @@ class AsyncEngine:
         max_queued: maximum requests that wait to be scheduled, counting each sample.
         max_queued_tokens: maximum tokens of their prompts together; None: any number.
         interval: seconds between deliveries of tokens that are not urgent; 0: after every step.
-        observe: called in the engine thread with the progress of each step, and of each abort.
+        observers: called in the engine thread with the progress of each step, and of each abort.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class AsyncEngine:
         max_queued: int,
         max_queued_tokens: int | None = None,
         interval: float = 0.0,
-        observe: Observer = lambda _: None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.engine = engine
         self.queue = Queue(max_queued, max_queued_tokens)
         self.error: BaseException | None = None
         self.died = asyncio.Event()
         self._interval = interval
-        self._observe = observe
+        self._observers = observers
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
         self._streams: dict[str, tuple[Stream, int]] = {}  # used by the loop only
@@ -220,6 +220,10 @@ class AsyncEngine:
             logger.critical("the engine is dead", exc_info=error)
             self.error = error
             self._loop.call_soon_threadsafe(self._tell_of_death, _death(error))
+
+    def _observe(self, progresses: Sequence[Progress]) -> None:
+        for observer in self._observers:
+            observer(progresses)
 
     def _next_message(self) -> Callable[[], None]:
         """Wait for the next message. Raises WorkerLost if a rank is lost meanwhile."""

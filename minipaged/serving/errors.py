@@ -73,7 +73,7 @@ def describe(error: Exception) -> tuple[int, str, str | None, Any]:
         return error.status_code, str(error.detail), None, None
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        place = [str(each) for each in first["loc"] if each != "body"]
+        place = [str(each)[:60] for each in first["loc"] if each != "body"]
         message = f"{'.'.join(place) or 'the body'}: {first['msg']}."
         return 400, message, place[0] if place else None, None
     if isinstance(error, errors.RequestFailed) and error.__cause__ is not None:

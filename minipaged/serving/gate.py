@@ -16,35 +16,62 @@ from minipaged.serving.streams import ClientLeft
 
 HEAD_SECONDS = 30.0  # for the headers of a request: incomplete ones keep a socket open
 BODY_SECONDS = 30.0  # for its body: an incomplete one keeps its memory
+STALL_SECONDS = 60.0  # in which a client must read something: unread responses keep their memory
 LINGER_SECONDS = 5.0  # for which a refused body is still read: see `_refuse`
 MAX_BODIES = 16  # bodies of the largest size that may be in memory at once
+READ_BYTES = 2**13  # at once: parsed in 40 ms or less, even if each byte is a chunk of its own
+AHEAD_BYTES = 2**16  # of the next requests on a connection, which wait for the response
 OPEN_PATHS = ("/health", "/metrics")
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, with a deadline for headers and OpenAI's error for invalid HTTP."""
+    """uvicorn's connection, with deadlines and OpenAI's error for invalid HTTP."""
 
-    _deadline: asyncio.TimerHandle | None = None
+    _head: asyncio.TimerHandle | None = None  # deadline for the headers
+    _stall: asyncio.TimerHandle | None = None  # ... for reading a part of the response
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
+        transport.max_size = READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._expect_head()
+        # uvicorn stops reading when the next request arrives before the response has been sent.
+        # Then a client that leaves would not be noticed.
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < AHEAD_BYTES:
+            self.flow.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._head, self._stall):
+            if timer is not None:
+                timer.cancel()
 
     def _expect_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE and self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        elif self.conn.their_state is h11.IDLE and self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+        if self.conn.their_state is not h11.IDLE and self._head is not None:
+            self._head.cancel()
+            self._head = None
+        elif self.conn.their_state is h11.IDLE and self._head is None:
+            self._head = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        assert self._stall is not None
+        self._stall.cancel()
+
+    def _expect_reading(self, num_unread: int | None = None) -> None:
+        """Close the connection if the client has read nothing since the last call."""
+        now = self.transport.get_write_buffer_size()
+        if now == num_unread:
+            self.transport.abort()
+        else:
+            self._stall = self.loop.call_later(STALL_SECONDS, self._expect_reading, now)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse invalid HTTP."""

@@ -128,7 +128,7 @@ class GenerationBody(Body):
     cache_salt: str | None = _field("Only prompts with the same salt share cached blocks.")
     add_special_tokens: bool | None = _field("Whether the tokenizer adds its own tokens.")
     return_token_ids: bool | None = _field("Report token ids in addition to the text.")
-    request_id: str | None = _field("Becomes part of the response's id.")
+    request_id: str | None = _field("Becomes part of the response's id.", max_length=256)
     use_beam_search: bool | None = _field("Search for the n likeliest outputs instead.")
     length_penalty: float | None = _field("Of beam search: above 0, favours long outputs.")
     user: str | None = _field("Ignored.")

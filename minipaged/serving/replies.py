@@ -1,5 +1,6 @@
 """Replies: the engine's outputs as OpenAI's JSON, whole or in chunks of a stream."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from minipaged.tokenizer.base import Tokenizer
 
 LEAST_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
+LARGE_EVENT = 2**15  # bytes, which took some milliseconds
 
 
 B = TypeVar("B", bound=GenerationBody)
@@ -64,10 +66,16 @@ class Reply(Generic[B]):
         """The number of samples per prompt."""
         return self.body.n or 1
 
-    async def whole(self, stream: Stream) -> dict[str, Any]:
+    async def whole(self, stream: Stream) -> bytes:
         """Wait for all outputs. Raises the error of the first request that failed."""
         outputs = await stream.results()
-        choices: list[dict[str, Any]] = []
+        if self.body.num_logprobs() is None and self.body.num_prompt_logprobs() is None:
+            return self._encode(outputs)
+        return await asyncio.to_thread(self._encode, outputs)  # can be 100 MB
+
+    def _encode(self, outputs: list[RequestOutput]) -> bytes:
+        """The reply as JSON, one choice at a time: other threads run only between two of them."""
+        choices: list[bytes] = []
         for prompt, output in enumerate(outputs):
             for completion in output.outputs:
                 index = prompt * self.num_samples + completion.index
@@ -76,8 +84,10 @@ class Reply(Generic[B]):
                     choice["prompt_logprobs"] = prompt_logprobs(output)
                 if self.body.return_token_ids:
                     choice["prompt_token_ids"] = output.prompt_token_ids
-                choices.append(choice)
-        return {**self._head(self.object), "choices": choices, "usage": self._usage(outputs)}
+                choices.append(json.dumps(choice).encode())
+        head, usage = json.dumps(self._head(self.object)), json.dumps(self._usage(outputs))
+        parts = f'{head[:-1]}, "choices": ['.encode(), f'], "usage": {usage}}}'.encode()
+        return b", ".join(choices).join(parts)
 
     def _choice(
         self, index: int, content: dict[str, Any], tokens: CompletionOutput | NewTokens
@@ -146,6 +156,10 @@ class Reply(Generic[B]):
                         if new.text or new.logprobs or new.finish_reason or shows_all:
                             index = prompt * self.num_samples + new.completion
                             ready.append(chunk(self._choice(index, self.delta(index, new), new)))
+                            if len(ready[-1]) > LARGE_EVENT:
+                                yield b"".join(ready)
+                                ready.clear()
+                                await asyncio.sleep(0)  # let other requests run
                     if progress.finished:
                         finals.append(progress.build_output())
                 if ready and len(finals) < len(stream.requests):

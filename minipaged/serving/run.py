@@ -5,14 +5,12 @@ import gc
 import os
 import socket
 import sys
-from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 
-from minipaged.engine.outputs import Progress
 from minipaged.errors import InvalidOption
 from minipaged.llm import LLM
 from minipaged.serving.api_server import build_app
@@ -56,18 +54,12 @@ async def _serve(
     metrics = Metrics(name, llm.engine)
     llm.engine.listeners.append(metrics.note_step)
     view = None if log is None else LiveView(llm.engine, log)
-
-    def observe(progresses: Sequence[Progress]) -> None:
-        metrics.note_progress(progresses)
-        if view is not None:
-            view.note_progress(progresses)
-
     engine = AsyncEngine(
         llm.engine,
         max_queued=args.max_queued,
         max_queued_tokens=args.max_queued_tokens,
         interval=args.stream_interval,
-        observe=observe,
+        observers=[metrics.note_progress, *([] if view is None else [view.note_progress])],
     )
     app: Any = Gate(build_app(Service(llm, engine, args, metrics)), args)
     if args.cors_origin is not None:

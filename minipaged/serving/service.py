@@ -3,7 +3,8 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import Response
@@ -31,6 +32,7 @@ from minipaged.tokenizer.base import Tokenizer
 from minipaged.tokenizer.chat_prompt import chat_prompt
 from minipaged.utils.options import shown
 
+PIECE_BYTES = 2**18
 EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -121,13 +123,12 @@ class Service:
 
     async def completions(self, body: CompletionBody) -> Response:
         """Complete one prompt or several."""
-        prompts = (self._completion_prompt(body, each) for each in body.prompts)
-        return await self._answer(body, CompletionReply, prompts, len(body.prompts))
+        read = partial(self._completion_prompt, body)
+        return await self._answer(body, CompletionReply, read, body.prompts)
 
     async def chat_completions(self, body: ChatBody) -> Response:
         """Generate the next turn of a conversation."""
-        prompts = (self._chat_prompt(each) for each in [body])  # lazily: see `_answer`
-        return await self._answer(body, ChatReply, prompts, 1)
+        return await self._answer(body, ChatReply, self._chat_prompt, [body])
 
     def _completion_prompt(self, body: CompletionBody, prompt: Any) -> dict[str, Any]:
         if not isinstance(prompt, str):
@@ -169,25 +170,31 @@ class Service:
         self,
         body: GenerationBody,
         kind: type[Reply[Any]],
-        prompts: Iterator[dict[str, Any]],
-        num_prompts: int,
+        read: Callable[[Any], dict[str, Any]],
+        prompts: list[Any],
     ) -> Response:
-        """Serve the prompts of a body, which are read one by one in a thread for texts."""
+        """Serve the prompts of a body, which `read` converts in a thread for texts."""
 
         def check() -> list[CheckedRequest]:
             params, engine = body.params(self._sampling_defaults), self._llm.engine
             limits = engine.traits, engine.config.max_logprobs
             salt = {"cache_salt": body.cache_salt}
-            return [check_request({**prompt, **salt}, params, *limits) for prompt in prompts]
+            return [check_request({**read(each), **salt}, params, *limits) for each in prompts]
 
         self._refuse_other_model(body.model)
         request_id = body.request_id or uuid.uuid4().hex
         reply = kind(request_id, self._name, body, self._llm.engine.tokenizer)
         arrival = time.monotonic()
-        stream = await self._engine.serve(check, body.width * num_prompts)
+        stream = await self._engine.serve(check, body.width * len(prompts))
         if self._args.request_timeout is not None:
             stream.fail_after(self._args.request_timeout, time.monotonic() - arrival)
         return Answer(reply, stream)
+
+
+async def pieces(body: bytes) -> AsyncIterator[bytes]:
+    """A large reply in pieces, so that sending it does not block the event loop."""
+    for start in range(0, len(body), PIECE_BYTES):
+        yield body[start : start + PIECE_BYTES]
 
 
 class Answer(Response):
@@ -207,7 +214,10 @@ class Answer(Response):
                 response = StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
                 await response.stream_response(send)
             else:
-                await JSONResponse(await self._reply.whole(self._stream))(scope, receive, send)
+                body = await self._reply.whole(self._stream)
+                headers = {"Content-Length": str(len(body))}
+                response = StreamingResponse(pieces(body), 200, headers, "application/json")
+                await response.stream_response(send)
         except ClientLeft:
             pass  # no one is left to be told, and it is no fault: the metrics count an abort
         finally:

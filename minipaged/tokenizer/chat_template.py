@@ -20,7 +20,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minipaged.errors import CheckpointError, InvalidRequest
+from minipaged.errors import CheckpointError, InvalidOption, InvalidRequest
 from minipaged.tokenizer.special_tokens import read_special_names
 from minipaged.utils.files import read_json_object
 from minipaged.utils.options import require_type, shown
@@ -113,7 +113,7 @@ def read_chat(
     Raises:
         CheckpointError: the folder contains no template, or one that cannot be read.
         InvalidRequest: the input is not a chat.
-        InvalidOption: an option has the wrong type.
+        InvalidOption: an option has the wrong type, or chat_template_kwargs contains another one.
     """
     require_type("chat_template", chat_template, str, optional=True)
     require_type("add_generation_prompt", add_generation_prompt, bool)
@@ -124,6 +124,11 @@ def read_chat(
     if continue_final_message:
         _refuse_to_continue(turns[-1], add_generation_prompt)
     more = dict(chat_template_kwargs or {})
+    for name in {"messages", "tools"} & more.keys():
+        raise InvalidOption(
+            f"chat_template_kwargs sets {name}, which has an argument of its own: give it there.",
+            "chat_template_kwargs",
+        )
     documents = more.pop("documents", None)
     return Chat(
         folder,

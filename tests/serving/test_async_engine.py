@@ -108,7 +108,7 @@ def with_engine(
             max_queued=max_queued,
             max_queued_tokens=max_queued_tokens,
             interval=interval,
-            observe=observe,
+            observers=[observe],
         )
         inner.wake = lambda: engine._inbox.put(lambda: None)
         try:

@@ -127,6 +127,8 @@ def test_the_last_message_may_be_continued(server, llm):
         ({"top_logprobs": 21, "logprobs": True}, "logprobs", "at most 20"),
         ({"logprobs": 5}, "logprobs", "valid boolean"),
         ({"chat_template": "{{ 1 }}"}, None, "trust_request_chat_template"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "sets messages"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "sets tools"),
     ],
 )
 def test_invalid_requests_are_refused_in_one_sentence(server, fields, param, words):

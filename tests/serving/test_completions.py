@@ -288,6 +288,7 @@ def test_only_text_may_be_asked_for(server):
         ({"use_beam_search": True, "top_k": 3}, "top_k", "beam search"),
         ({"use_beam_search": True, "logprobs": 3}, "logprobs", "beam search"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias"),
+        ({"request_id": "x" * 257}, "request_id", "at most 256"),
         ({"prompt": []}, "prompt", "at least one"),
         ({"prompt": ""}, None, "empty"),
         ({"prompt": [[1], []]}, None, "empty"),

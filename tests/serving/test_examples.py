@@ -74,11 +74,20 @@ def test_a_server_is_killed_only_after_its_grace_period(where):
     assert all(int(seconds) >= grace + 5 for seconds in patience)
 
 
-def test_the_image_copies_what_exists_and_runs_without_privileges():
-    sources = re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE)
-    paths = [path for line in sources for path in line.split()]
-    assert len(paths) == 4
-    assert all((ROOT / path).exists() for path in paths)
+def test_the_image_copies_all_that_the_build_reads():
+    lines = re.findall(r"^COPY (?!--from)(.*) (\S+)$", DOCKERFILE, re.MULTILINE)
+    copied = {path: target for line, target in lines for path in line.split()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "minipaged"} < copied.keys()
+    for path, target in copied.items():
+        assert (ROOT / path).exists()
+        assert target == ("/source/" if (ROOT / path).is_file() else f"/source/{path}")
+    step = (ROOT / "tutorials" / "in_the_wheel.py").read_text(encoding="utf-8")
+    read = re.findall(r"\"((?:docs|tutorials)/[^\"]+)\"", step)
+    assert len(read) > 5
+    assert all(path.startswith(tuple(f"{each}/" for each in copied)) for path in read)
+
+
+def test_the_image_runs_without_privileges():
     assert instruction("USER") == "minipaged"
     assert DOCKERFILE.index("\nUSER ") < DOCKERFILE.index("\nENTRYPOINT ")
 

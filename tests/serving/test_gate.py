@@ -83,7 +83,7 @@ def test_slow_headers_do_not_extend_their_deadline(monkeypatch):
             for _ in range(1000):
                 writer.write(b"G")
                 await asyncio.sleep(0.02)
-                if reader.at_eof():
+                if reader.at_eof() or reader.exception():  # the end, or a reset after it
                     return
             raise AssertionError("it is still open")
 
@@ -178,6 +178,72 @@ def test_all_bodies_in_memory_share_one_limit():
             assert await answer(reader) == (200, b"1")
 
     with_gate(test, hold, max_body_bytes=1000)
+
+
+def test_a_client_that_leaves_is_noticed_although_it_has_sent_its_next_request():
+    left = asyncio.Event()
+
+    async def wait(scope, receive, send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.set()
+
+    async def test(port):
+        async with connection(port) as (_, writer):
+            for _ in range(2):
+                writer.write(raw_request("/", b"abc"))
+                await asyncio.sleep(0.1)  # so that it arrives after the first has been read
+        await left.wait()
+
+    with_gate(test, wait)
+
+
+def test_the_loop_parses_a_few_kilobytes_at_once(monkeypatch):
+    """A larger piece could have so many tiny chunks that all other connections wait."""
+    sizes: list[int] = []
+    receive = gate.Connection.data_received
+
+    def note(self, data):
+        sizes.append(len(data))
+        receive(self, data)
+
+    monkeypatch.setattr(gate.Connection, "data_received", note)
+
+    async def test(port):
+        async with connection(port) as (reader, writer):
+            writer.write(raw_request("/", b"a" * 300_000))
+            assert await answer(reader) == (200, b"300000")
+
+    with_gate(test)
+    assert max(sizes) <= gate.READ_BYTES < 300_000 < sum(sizes)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_only_a_client_that_reads_nothing_is_disconnected(monkeypatch, reads):
+    monkeypatch.setattr(gate, "STALL_SECONDS", 0.3)
+    size = 20 * 2**20
+    has_ended = asyncio.Event()
+
+    async def large(scope, receive, send):
+        headers = [(b"content-length", str(size).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"a" * size, "more_body": True})
+        await send({"type": "http.response.body"})  # waits until the client has read, or is gone
+        has_ended.set()
+
+    async def test(port):
+        async with connection(port) as (reader, writer):
+            writer.write(raw_request("/", b""))
+            await reader.readuntil(b"\r\n\r\n")
+            for _ in range(20 if reads else 0):
+                await reader.readexactly(size // 20)
+                await asyncio.sleep(0.05)
+            await has_ended.wait()
+            if not reads:
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                    await reader.readexactly(size)
+
+    with_gate(test, large)
 
 
 @pytest.mark.parametrize(

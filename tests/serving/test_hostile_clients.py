@@ -416,8 +416,9 @@ def test_null_is_the_default_of_a_field(line, path, name):
         (COMPLETIONS, {"prompt": "a", "allowed_token_ids": ["x"] * 100_000}),
         (CHATS, {"messages": [1] * 100_000}),
         ("/detokenize", {"tokens": ["x"] * 100_000}),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"x" * 100_000: "x"}}),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_only_the_first_of_many_errors_is_described(server, path, body):
     start = time.process_time()
