@@ -48,14 +48,19 @@ def engine(
     environments = (peers or processes.DEFAULT_FOLDER).expanduser().absolute()
     chosen = processes.read_peers(against or [], environments)
     workload = workloads.QUICK if quick else workloads.FULL
-    rows = list(engines.measure(workload, dtype, rounds, chosen, threads, environments))
-    report_tables(
-        {"rows": [asdict(row) for row in rows]},
-        [results.as_table(rows), *results.failures(rows)],
-        results.describe(workload, dtype, rounds, rows),
-        describe_machine("cpu"),
-        save,
-        as_json,
-    )
+    rows: list[results.Row] = []
+    try:
+        for row in engines.measure(workload, dtype, rounds, chosen, threads, environments):
+            rows.append(row)
+    finally:  # a run that is interrupted reports the cases that it has finished
+        if rows:
+            report_tables(
+                {"rows": [asdict(row) for row in rows]},
+                [results.as_table(rows), *results.failures(rows)],
+                results.describe(workload, dtype, rounds, rows),
+                describe_machine("cpu"),
+                save,
+                as_json,
+            )
     if plot is not None:
         results.plot_rows(rows, plot)

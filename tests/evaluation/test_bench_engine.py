@@ -284,6 +284,28 @@ def test_invalid_arguments_are_refused_before_anything_runs(capsys, monkeypatch,
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("stop", "code"), [(KeyboardInterrupt(), 130), (WrongTokens("a token is wrong"), 2)]
+)
+def test_a_run_that_is_stopped_reports_the_cases_that_it_has_finished(
+    capsys, monkeypatch, in_this_process, tmp_path, stop, code
+):
+    measure, saved = engine.measure, tmp_path / "engine.json"
+
+    def stopped(*args):
+        for row in measure(*args):
+            if row.case == "decode, batch 3":
+                raise stop
+            yield row
+
+    monkeypatch.setattr(engine, "measure", stopped)
+    found, out, _ = minipaged(capsys, monkeypatch, *QUICKLY, "--json", "--save", str(saved))
+    assert found == code
+    cases = {row["case"] for row in json.loads(out)["rows"]}
+    assert cases == {"decode, batch 1"}
+    assert json.loads(saved.read_text()) == json.loads(out)
+
+
 def test_bars_are_drawn_to_a_file(tmp_path):
     rows = [
         Row("decode, batch 1", "minipaged", tokens_per_second=20.0),
