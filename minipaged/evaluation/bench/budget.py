@@ -36,6 +36,7 @@ from minipaged.models.llama import Llama, LlamaConfig
 from minipaged.models.packed import InFloat16, works
 from minipaged.sampling import SamplingParams
 from minipaged.scheduler.output import StepInput
+from minipaged.utils.threads import describe_waiting
 
 PARTS = ("matrices", "attention", "other", "host")
 CPU = torch.device("cpu")
@@ -254,7 +255,8 @@ def describe(
         "attention, with storing keys and values; all other operators, with the Python code of "
         "the layers; scheduling, building the batch, outputs.\n"
         "Per layer: operators that compute, views, and how often other threads of this process "
-        f"were woken{f' (not counted: {reason})' if reason else ''}."
+        f"were woken{f' (not counted: {reason})' if reason else ''}. Waiting threads: "
+        f"{describe_waiting()}."
     )
 
 
