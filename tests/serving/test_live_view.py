@@ -185,7 +185,7 @@ class Watched:
         self.view = LiveView(llm.engine, self.log)
         self.llm = llm
         self.most_kept = 0
-        self.engine = AsyncEngine(llm.engine, max_queued=8, observe=self._observe)
+        self.engine = AsyncEngine(llm.engine, max_queued=8, observers=[self._observe])
 
     def _observe(self, progresses) -> None:
         self.view.note_progress(progresses)

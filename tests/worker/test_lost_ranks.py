@@ -104,7 +104,8 @@ def test_a_killed_worker_is_reported_at_once_and_a_new_engine_works(started, exp
         tokens(llm)
     print("seconds", time.monotonic() - killed[0])
     assert time.monotonic() - killed[0] < 5
-    assert "log is empty" in str(lost.value)
+    said = str(lost.value)
+    assert "log is empty" in said or "[Gloo]" in said  # torch 2.8 writes a line per connection
     assert worker.poll() == -signal.SIGKILL
     before = time.monotonic()
     with pytest.raises(WorkerLost, match="build a new one: rank 1 has ended"):
