@@ -144,9 +144,9 @@ class LLMEngine(EngineNames):
         decision = self.scheduler.schedule()  # which sequences run, how many tokens each
         times.append(self._clock())
         step = step_input(decision, self.scheduler.memory.tables, self._open, times[-1])
+        rows = rows_to_sample(decision, step, self._open, self._faults)
         pending = () if after is None else (after.draws.token_ids,)
         logits = self.executor.run(step, *pending)  # [rows, vocab]: the device side
-        rows = rows_to_sample(decision, step, self._open, self._faults)  # while a GPU computes
         if rows.of_prompts:
             rows.note_prompt_logits(logits, self._faults)
         if rows.indices != list(range(len(logits))):
@@ -195,13 +195,14 @@ class LLMEngine(EngineNames):
                 progresses.append(progress)
         if decision.ended or self._faults:
             progresses += end_early(decision.ended, self._open, self._faults)
-        finished = [progress.request_id for progress in progresses if progress.finished]
-        for request_id in finished:
-            open_request = self._open[request_id]
-            open_request.ended_in, open_request.request.finished_time = number, times[-1]
+        for progress in progresses:
+            if progress.finished:
+                open_request = self._open[progress.request_id]
+                open_request.ended_in, open_request.request.finished_time = number, times[-1]
         self.last_step = (number, progresses)  # before this assignment, all can be undone
-        for request_id in finished:
-            del self._open[request_id]
+        for progress in progresses:
+            if progress.finished:
+                del self._open[progress.request_id]
         if self.prefixes.lost:
             self.prefixes.pin_again(self.scheduler.memory)
         queues = (self.scheduler.running, self.scheduler.waiting, self.scheduler.swapped)
