@@ -54,7 +54,7 @@ def step(
 
     Prints the time of each part and the bytes that the step reads or, with several ranks, sends.
     """
-    from minipaged.evaluation.bench import decode_step, rank_step
+    from minipaged.evaluation.bench import decode_step
 
     where, chosen, on_gpu = choose(device, dtype)
     if budget:
@@ -65,13 +65,8 @@ def step(
         raise InvalidOption("--weight-dtype is an option of --budget: add it.")
     if tensor_parallel_size != 1:
         _refuse_what_ranks_lack(tensor_parallel_size, on_gpu, model, quick)
-        subject = rank_step.Subject.of(model, quick)
-        num_seqs = num_seqs or 32
-        context_len = choose_context(context_len, subject.longest, 128)
-        name = str(chosen).removeprefix("torch.")
-        ranks = rank_step.measure(subject, tensor_parallel_size, num_seqs, context_len, name)
-        note = rank_step.describe(subject, name, ranks)
-        report(ranks, rank_step.as_table(ranks), note, where, save, as_json)
+        sizes = tensor_parallel_size, num_seqs or 32, context_len
+        _report_ranks(chosen, sizes, model, quick, save, as_json)
         return
     if model is not None:
         raise InvalidOption(
@@ -97,6 +92,24 @@ def _refuse_what_ranks_lack(size: int, on_gpu: bool, model: str | None, quick: b
         )
     if model is not None and quick:
         raise InvalidOption("--model and --quick both choose the model: leave out one of them.")
+
+
+def _report_ranks(
+    dtype: "torch.dtype",
+    sizes: tuple[int, int, int | None],
+    model: str | None,
+    quick: bool,
+    save: Path | None,
+    as_json: bool,
+) -> None:
+    from minipaged.evaluation.bench import rank_step
+
+    size, num_seqs, context_len = sizes
+    subject, name = rank_step.Subject.of(model, quick), str(dtype).removeprefix("torch.")
+    context_len = choose_context(context_len, subject.longest, 128)
+    rows = rank_step.measure(subject, size, num_seqs, context_len, name)
+    note = rank_step.describe(subject, name, rows)
+    report(rows, rank_step.as_table(rows), note, None, save, as_json)
 
 
 def _refuse_what_a_budget_lacks(

@@ -124,9 +124,9 @@ def read_chat(
     if continue_final_message:
         _refuse_to_continue(turns[-1], add_generation_prompt)
     more = dict(chat_template_kwargs or {})
-    for name in {"messages", "tools"} & more.keys():
+    if taken := sorted({"messages", "tools"} & more.keys()):
         raise InvalidOption(
-            f"chat_template_kwargs sets {name}, which has an argument of its own: give it there.",
+            f"chat_template_kwargs sets {taken[0]}, which has its own argument: give it there.",
             "chat_template_kwargs",
         )
     documents = more.pop("documents", None)
